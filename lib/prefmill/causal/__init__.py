@@ -1,0 +1,1 @@
+"""Causal language models: loading, chat prompts and log-probability scores."""

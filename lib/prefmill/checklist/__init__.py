@@ -1,0 +1,1 @@
+"""The checklist: its items and the engines that answer them."""

@@ -1,0 +1,1 @@
+"""SFT selection, preference pairs, the dataset registry and its validation."""

@@ -1,0 +1,1 @@
+"""Preference objectives, the trainer and its telemetry."""

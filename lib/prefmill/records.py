@@ -1,0 +1,117 @@
+"""The rows that stages exchange, one JSON object a line, and how they are read and written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, NotRequired, TypedDict
+
+from prefmill.errors import InputError
+
+Split = Literal["train", "val", "dev", "test"]
+Modality = Literal["clean", "clean_images", "vision"]
+Decision = Literal["accepted", "rejected", "withdrawn", "desk_rejected"]
+
+
+class Paper(TypedDict):
+    """A paper; image paths are relative to the artifact that holds the row."""
+
+    paper_id: str
+    title: str
+    abstract: str
+    text: str
+    decision: Decision | None
+    venue: str
+    split: Split
+    pages: list[str]
+    figures: list[str]
+
+
+class Review(TypedDict):
+    """A review; `rating` on its venue's scale (1 to 10 at most), `confidence` 1 to 5 or None."""
+
+    review_id: str
+    paper_id: str
+    text: str
+    rating: float
+    confidence: float | None
+    venue: str
+    sub_scores: dict[str, float]
+
+
+class Answer(TypedDict):
+    """A checklist item's answer for one review; `p_yes` in [0, 1]."""
+
+    yes: bool
+    p_yes: float
+    evidence: NotRequired[str]
+
+
+class ReviewEvaluation(TypedDict):
+    """A review's answers by item id; `checkmark_score` is the weighted number of yes, `mean_p_yes` their mean."""
+
+    review_id: str
+    paper_id: str
+    answers: dict[str, Answer]
+    checkmark_score: float
+    mean_p_yes: float
+    engine: str
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """The rows of a .jsonl file; raises InputError naming the line that is not JSON."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(
+                    "not a JSON row", where=f"{path}:{number}", got=str(error), expected="one JSON object a line",
+                    fix="correct or delete that line",
+                ) from None  # fmt: skip
+
+
+class JsonlWriter(AbstractContextManager["JsonlWriter"]):
+    """Writes rows to `path` under a partial name and renames it on a clean exit; on an error nothing appears."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_rows = 0
+        self._partial = path.with_name(f".{path.name}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream: IO[str] = self._partial.open("w", encoding="utf-8")
+
+    def write(self, row: Any) -> None:
+        """Append one row."""
+        self._stream.write(to_json(row) + "\n")
+        self.num_rows += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with self._stream as stream:
+                if kind is None:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            if kind is None:
+                os.replace(self._partial, self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
+    """Write `rows` to `path`, all or nothing; returns how many."""
+    with JsonlWriter(path) as writer:
+        for row in rows:
+            writer.write(row)
+    return writer.num_rows
+
+
+def to_json(row: Any) -> str:
+    """A row as one line of JSON; NaN and infinity are refused with ValueError."""
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

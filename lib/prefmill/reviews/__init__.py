@@ -1,0 +1,1 @@
+"""Reviews and papers: sources, canonical rows, splits, page images."""

@@ -1,0 +1,138 @@
+"""The stage contract: what a stage reads, what it writes, its configuration and its `run`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal
+
+from prefmill.artifacts import WORK, Artifact, write_atomic
+from prefmill.config import ConfigT, nearest
+from prefmill.errors import PipelineError
+
+Metrics = dict[str, Any]
+Match = Literal["all", "elementwise"]
+PROGRESS_INTERVAL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Reads:
+    """An input: the kind of artifact, and the stage that makes it unless the pipeline names another.
+
+    `match="elementwise"` takes the tasks of that stage that agree on every array key both have; `all` takes all.
+    """
+
+    kind: str
+    stage: str | None = None
+    match: Match = "all"
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` of the rows."""
+
+    index: int
+    count: int
+
+    def holds(self, key: str) -> bool:
+        """Whether the row or group named `key` belongs here; stable across runs, machines and row order."""
+        import hashlib
+
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Task:
+    """One element of a stage's array, as its `run` sees it."""
+
+    run: str
+    stage: str
+    name: str
+    values: Mapping[str, str | int]
+    sizes: Mapping[str, int]
+    inputs: Mapping[str, tuple[Artifact, ...]]
+    output: Path
+    logs: Path
+    _last_progress: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
+
+    def input(self, name: str) -> Artifact:
+        """The one artifact given as input `name`."""
+        (artifact,) = self.inputs[name]
+        return artifact
+
+    def optional_input(self, name: str) -> Artifact | None:
+        """The one artifact given as input `name`, or None."""
+        artifacts = self.inputs.get(name, ())
+        return artifacts[0] if artifacts else None
+
+    @property
+    def work(self) -> Path:
+        """Scratch below the output: kept when the task is interrupted, removed when it is done."""
+        folder = self.output / WORK
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def shard(self) -> Shard:
+        """This task's share of the rows, by the array key `shard`; everything where there is none."""
+        return Shard(int(self.values.get("shard", 0)), self.sizes.get("shard", 1))
+
+    def progress(self, done: int, total: int | None, unit: str) -> None:
+        """Publish how far the task is for `prefmill status`; cheap enough to call for every row."""
+        now = time.monotonic()
+        if done != total and now - self._last_progress[0] < PROGRESS_INTERVAL_SECONDS:
+            return
+        self._last_progress[0] = now
+        record = {"done": done, "total": total, "unit": unit, "time": time.time()}
+        write_atomic(self.logs / "progress.json", json.dumps(record))
+
+
+@dataclass(frozen=True)
+class Stage(Generic[ConfigT]):
+    """A step of a pipeline. Its `run` writes payload files below `task.output` and returns metrics.
+
+    `root` is where outputs live (`data` or `checkpoints`), `writes` the kind of artifact. Raise `version`
+    when the same configuration would make different content. `preload` names slow imports, done once for
+    all tasks of a local run.
+    """
+
+    name: str
+    config: type[ConfigT]
+    run: Callable[[ConfigT, Task], Metrics]
+    root: Literal["data", "checkpoints"]
+    writes: str
+    reads: Mapping[str, Reads] = field(default_factory=dict)
+    version: int = 1
+    preload: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """The first line of the stage's module documentation."""
+        module = importlib.import_module(self.run.__module__)
+        return (module.__doc__ or "").strip().splitlines()[0]
+
+
+def stage_names() -> list[str]:
+    """Every stage's name, sorted."""
+    import stages
+
+    return sorted(module.name for module in pkgutil.iter_modules(stages.__path__))
+
+
+def load_stage(name: str) -> Stage[Any]:
+    """The stage called `name`; raises PipelineError listing the stages there are."""
+    names = stage_names()
+    if name not in names:
+        raise PipelineError(
+            f"no stage '{name}'{nearest(name, names)}", expected=", ".join(names), fix="correct the stage's name"
+        )
+    stage = importlib.import_module(f"stages.{name}").STAGE
+    assert isinstance(stage, Stage), f"stages/{name}.py must define STAGE"
+    assert stage.name == name, f"stages/{name}.py defines a STAGE named {stage.name}"
+    return stage
