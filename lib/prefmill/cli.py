@@ -1,0 +1,232 @@
+"""The `prefmill` command. Nothing here imports torch: `--help` and `status` answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefmill.errors import PrefmillError
+
+EXAMPLES = """examples:
+  prefmill run configs/pipelines/demo.yaml                  the whole pipeline on this machine
+  prefmill run configs/pipelines/demo.yaml dpo.beta=0.2     again: only what depends on that key
+  prefmill run configs/pipelines/demo.yaml --only dpo       one stage, or one task as dpo:clean
+  prefmill plan configs/pipelines/demo.yaml                 what would run, and why
+  prefmill why configs/pipelines/demo.yaml dpo:clean        the keys and inputs that make it stale
+  prefmill status                                           the newest run, task by task
+  prefmill doctor                                           what this machine lacks, and the fix
+  prefmill tiny-models models/                              tiny models of the real architectures
+  python -m stages.dpo configs/dpo/demo.yaml run=mine task=clean inputs.datasets=data/demo/build_datasets/all
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 a bug, 2 something the user can mend."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    return _guarded(lambda: arguments.command(arguments))
+
+
+def run_stage(stage: str, argv: Sequence[str]) -> int:
+    """`python -m stages.<stage> [CONFIG] [key=value ...]`: one stage through the same worker as a pipeline.
+
+    `run=`, `task=`, `workspace=`, `array.KEY=` and `inputs.NAME=` say where and what; other keys are the stage's.
+    Inside a Slurm array, without `task=`, the element is SLURM_ARRAY_TASK_ID.
+    """
+    from prefmill.stage import load_stage
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage}", description=load_stage(stage).summary, epilog=_stage_help(stage),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("config", nargs="?", help="YAML file with the stage's keys")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
+    parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
+    arguments = parser.parse_args(argv)
+    return _guarded(lambda: _run_stage(stage, arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prefmill", description="From judgements to preference-tuned models, on a laptop or on Slurm.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = _pipeline_command(commands, "run", "run a pipeline on this machine, doing only what is not up to date", _run)
+    run.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
+    run.add_argument("--force", action="store_true", help="remake what is selected even if it is up to date")
+    _pipeline_command(commands, "plan", "show every task and whether it would run", _plan)
+    _pipeline_command(commands, "why", "explain the state of a stage or task", _why, selects=True)
+
+    status = commands.add_parser("status", help="show a run, task by task")
+    status.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    status.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+    status.set_defaults(command=_status)
+
+    stages = commands.add_parser("stages", help="list the stages: what each reads and writes")
+    stages.set_defaults(command=_stages)
+
+    doctor = commands.add_parser("doctor", help="check this machine and say how to mend what is missing")
+    doctor.add_argument("--workspace", type=Path, help="the folder to check for space and write access")
+    doctor.add_argument("--model", help="a hub name or folder to check access to")
+    doctor.set_defaults(command=_doctor)
+
+    tiny = commands.add_parser("tiny-models", help="build tiny models of the real architectures, for tests")
+    tiny.add_argument("folder", type=Path, metavar="DIR", help="where to write them")
+    tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    tiny.set_defaults(command=_tiny_models)
+    return parser
+
+
+def _pipeline_command(
+    commands: Any, name: str, summary: str, command: Callable[..., int], selects: bool = False
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
+    if selects:
+        parser.add_argument("selector", metavar="STAGE[:TASK]", help="which stage or task")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except PrefmillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run again to resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `prefmill status | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _load_plan(arguments: argparse.Namespace) -> Any:
+    from prefmill.pipeline.plan import make_plan, read_pipeline
+
+    return make_plan(read_pipeline(arguments.pipeline, arguments.overrides), arguments.pipeline)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.local import run_plan
+
+    return run_plan(_load_plan(arguments), arguments.only, arguments.force, say=lambda line: print(line, flush=True))
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.state import inspect
+
+    plan = _load_plan(arguments)
+    states = inspect(plan)
+    print(f"run {plan.run} in {plan.workspace}")
+    for task in plan.tasks:
+        state = states[task.key]
+        print(f"  {task.key:<28} {state.freshness:<9} {'; '.join(state.reasons)}")
+    return 0
+
+
+def _why(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.state import inspect
+
+    plan = _load_plan(arguments)
+    states = inspect(plan)
+    for task in plan.select(arguments.selector):
+        pending = [task.key]
+        while pending:
+            key = pending.pop(0)
+            state = states[key]
+            print(f"{key}: {state.freshness}", *state.reasons, sep="\n  ")
+            pending += [other for other in state.waiting_for if other not in pending]
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.status import show_status
+
+    return show_status(arguments.workspace or _workspace(), arguments.run)
+
+
+def _stages(arguments: argparse.Namespace) -> int:
+    from prefmill.stage import load_stage, stage_names
+
+    for stage in map(load_stage, stage_names()):
+        reads = ", ".join(f"{name} ({item.kind})" for name, item in stage.reads.items()) or "nothing"
+        print(f"{stage.name:<20} {stage.summary}\n{'':<20} reads {reads}; writes {stage.writes}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from prefmill.doctor import examine
+
+    return examine(arguments.workspace or _workspace(), arguments.model)
+
+
+def _tiny_models(arguments: argparse.Namespace) -> int:
+    from prefmill.tiny import build_all
+
+    for path in build_all(arguments.folder, arguments.seed):
+        print(path)
+    return 0
+
+
+def _workspace() -> Path:
+    from prefmill.pipeline.plan import default_workspace
+
+    return default_workspace()
+
+
+def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
+    from prefmill.config import merge, validate
+    from prefmill.pipeline.local import run_plan
+    from prefmill.pipeline.plan import PipelineFile, make_plan
+
+    config, overrides = arguments.config, list(arguments.overrides)
+    if config is not None and "=" in config and not Path(config).exists():
+        config, overrides = None, [config, *overrides]
+    own = ("run=", "workspace=", "task=", "array.", "inputs.")
+    where = [item for item in overrides if item.startswith(own)]
+    given = merge({}, [item for item in where if not item.startswith("task=")])
+    entry = {"config": config, "array": given.pop("array", {}), "inputs": given.pop("inputs", {})}
+    keys = [f"stages.{stage}.set.{item}" for item in overrides if item not in where]
+    values = merge({"name": stage, "stages": {stage: entry}, **given}, keys)
+    plan = make_plan(validate(PipelineFile, values, where="the command line"), Path(config or "."))
+    return run_plan(plan, _element(plan, where), arguments.force, say=lambda line: print(line, flush=True))
+
+
+def _element(plan: Any, given: Sequence[str]) -> str | None:
+    """The task asked for: `task=NAME`, else the element of the Slurm array this process runs in, else all."""
+    names = [item.removeprefix("task=") for item in given if item.startswith("task=")]
+    index = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if not names and index is None:
+        return None
+    if names:
+        return f"{plan.tasks[0].stage.name}:{names[-1]}"
+    if int(str(index)) >= len(plan.tasks):
+        raise PrefmillError(
+            "this array has no such element", got=f"SLURM_ARRAY_TASK_ID={index}",
+            expected=f"0 to {len(plan.tasks) - 1}: {', '.join(task.name for task in plan.tasks)}",
+            fix="submit with a matching --array",
+        )  # fmt: skip
+    return str(plan.tasks[int(str(index))].key)
+
+
+def _stage_help(name: str) -> str:
+    from prefmill.stage import load_stage
+
+    stage = load_stage(name)
+    lines = ["keys:"]
+    for key, item in stage.config.model_fields.items():
+        default = "required" if item.is_required() else repr(item.get_default(call_default_factory=True))
+        lines.append(f"  {key:<32} {default:<24} {item.description or ''}".rstrip())
+    lines += ["", "inputs:"]
+    for key, reads in stage.reads.items():
+        lines.append(f"  inputs.{key:<25} {reads.kind}{' (optional)' if reads.optional else ''}")
+    return "\n".join([*lines, "", "example:", f"  python -m stages.{name} configs/{name}/demo.yaml run=mine"])

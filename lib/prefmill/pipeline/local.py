@@ -1,0 +1,165 @@
+"""`prefmill run`: a plan on this machine, every task in a process of its own, slow imports done once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prefmill.artifacts import write_atomic
+from prefmill.errors import PrefmillError
+from prefmill.pipeline.plan import Plan, PlannedTask
+from prefmill.pipeline.state import TaskState, inspect_task
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, end_with_parent, execute, write_status
+
+_POLL_SECONDS = 0.2
+Say = Callable[[str], None]
+
+
+def run_plan(plan: Plan, only: str | None = None, force: bool = False, say: Say = print) -> int:
+    """Run what is not up to date, upstream first; returns the exit code.
+
+    A failed task stops what reads from it and nothing else. `only` limits the work to a stage or task and
+    `force` remakes what is selected even if it is up to date.
+    """
+    selected = plan.select(only) if only else list(plan.tasks)
+    point_latest(plan)
+    write_plan(plan)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(_preload(selected))
+    failed: dict[str, int] = {}
+    for task in selected:
+        blockers = [other.key for other in plan.upstream(task) if other.key in failed]
+        if blockers:
+            failed[task.key] = EXIT_USER_ERROR
+            say(f"- {task.key} left out: {', '.join(blockers)} failed")
+            continue
+        code = _run_task(task, force, server, say)
+        if code:
+            failed[task.key] = code
+    return max(failed.values(), default=0)
+
+
+def point_latest(plan: Plan) -> None:
+    """Point `data/latest`, `checkpoints/latest` and `logs/latest` at this run."""
+    for root in ("data", "checkpoints", "logs"):
+        folder = plan.workspace / root
+        (folder / plan.run).mkdir(parents=True, exist_ok=True)
+        link = folder / f".latest.{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(plan.run)
+        os.replace(link, folder / "latest")
+
+
+def write_plan(plan: Plan) -> None:
+    """Record the tasks of this run for `prefmill status`, which reads no configuration."""
+    tasks = [
+        {
+            "key": task.key,
+            "output": str(task.output),
+            "logs": str(task.logs),
+            "needs": [other.key for other in plan.upstream(task)],
+        }
+        for task in plan.tasks
+    ]
+    path = plan.workspace / "logs" / plan.run / "plan.json"
+    write_atomic(path, json.dumps({"run": plan.run, "tasks": tasks}, indent=1) + "\n")
+
+
+def _run_task(task: PlannedTask, force: bool, server: Any, say: Say) -> int:
+    try:
+        state = inspect_task(task)
+    except PrefmillError as error:
+        say(f"x {task.key} cannot start\n{error}")
+        return EXIT_USER_ERROR
+    if state.freshness == "complete" and not force:
+        say(f"= {task.key} {state.reasons[0]}")
+        return 0
+    say(f"> {task.key} {_why(state, force)}")
+    started = time.monotonic()
+    process = server.Process(target=_child, args=(task, force), name=task.key)
+    process.start()
+    code = _wait(process, task)
+    if code == 0:
+        say(f"+ {task.key} done in {time.monotonic() - started:.1f} s")
+        return 0
+    say(f"x {task.key} failed\n{_failure(task, code)}\n  log:      {log_path(task)}")
+    return code if code > 0 else EXIT_BUG
+
+
+def log_path(task: PlannedTask) -> Path:
+    """The log of a task: what it printed, all attempts appended."""
+    return task.logs.parent / f"{task.name}.log"
+
+
+def _child(task: PlannedTask, force: bool) -> None:
+    """The process of one task: its output goes to the task's log, and it does not outlive its parent."""
+    end_with_parent()
+    log_path(task).parent.mkdir(parents=True, exist_ok=True)
+    with log_path(task).open("ab", buffering=0) as log:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    try:
+        execute(task, force)
+    except PrefmillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _wait(process: ForkServerProcess, task: PlannedTask) -> int:
+    """Show the task's progress until its process ends; an interrupt ends the process first, then passes on."""
+    progress = task.logs / "progress.json"
+    try:
+        with tqdm(desc=task.key, leave=False, disable=not sys.stderr.isatty()) as bar:
+            while process.is_alive():
+                process.join(_POLL_SECONDS)
+                _show(bar, progress)
+    except BaseException:
+        process.terminate()
+        process.join()
+        raise
+    assert process.exitcode is not None
+    if process.exitcode < 0:
+        write_status(task, "killed", signal=signal.Signals(-process.exitcode).name)
+    return process.exitcode
+
+
+def _show(bar: Any, progress: Path) -> None:
+    try:
+        record = json.loads(progress.read_text())
+    except FileNotFoundError:
+        return
+    bar.total, bar.unit, bar.n = record["total"], f" {record['unit']}", record["done"]
+    bar.refresh()
+
+
+def _failure(task: PlannedTask, code: int) -> str:
+    """What the user needs to know about a failure: the task's own explanation, or the signal that ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return (
+            f"ended by {name}\n  fix:      run again: it resumes where it stopped (SIGKILL is often memory running out)"
+        )
+    status = json.loads((task.logs / STATUS).read_text())
+    error: str = status.get("error", f"exit code {code}")
+    return error
+
+
+def _why(state: TaskState, force: bool) -> str:
+    return "remade as asked (--force)" if force and state.freshness == "complete" else "; ".join(state.reasons)
+
+
+def _preload(tasks: Iterable[PlannedTask]) -> list[str]:
+    modules = {module for task in tasks for module in task.stage.preload}
+    return ["prefmill.pipeline.worker", *sorted(modules)]

@@ -1,0 +1,279 @@
+"""From a pipeline file to a plan: every stage's tasks with their configurations, inputs and folders."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from prefmill.artifacts import MANIFEST
+from prefmill.config import ConfigT, StrictConfig, load, merge, nearest, read_yaml, validate
+from prefmill.errors import ConfigError, PipelineError
+from prefmill.stage import Match, Reads, Stage, load_stage
+
+SINGLE_TASK = "all"
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class Need(StrictConfig):
+    """Which stage makes an input: `stage`, or by the value of array key `by` one of `stages`."""
+
+    stage: str | None = None
+    by: str | None = None
+    stages: dict[str, str] = {}
+    match: Match | None = None
+
+
+class StageEntry(StrictConfig):
+    """A stage in a pipeline: its configuration, its array and where its inputs come from.
+
+    `config` names a file: `demo` means configs/<stage>/demo.yaml beside the pipeline's folder. `set` is laid
+    over it. `array` gives an element for every combination of its keys' values; a number means 0 to n-1.
+    """
+
+    config: str | None = None
+    set: dict[str, Any] = {}
+    array: dict[str, int | list[str]] = {}
+    needs: dict[str, str | Need] = {}
+    inputs: dict[str, str | list[str]] = {}
+
+
+class PipelineFile(StrictConfig):
+    """A pipeline: its stages by name, the run its outputs belong to, and the folder they are kept under."""
+
+    name: str
+    run: str | None = None
+    workspace: str | None = None
+    stages: dict[str, StageEntry] = Field(min_length=1)
+
+    @field_validator("name", "run")
+    @classmethod
+    def _is_a_folder_name(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and not _SAFE_NAME.fullmatch(value):
+            raise ValueError("a name of letters, digits, '_', '-' and '.', as it becomes a folder")
+        return value
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One element of a stage's array, with everything needed to run it; `inputs` are artifact folders."""
+
+    run: str
+    stage: Stage[Any]
+    name: str
+    values: Mapping[str, str | int]
+    sizes: Mapping[str, int]
+    config: StrictConfig
+    inputs: Mapping[str, tuple[Path, ...]]
+    output: Path
+    logs: Path
+
+    @property
+    def key(self) -> str:
+        """`stage:task`, the name users give."""
+        return f"{self.stage.name}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tasks of a pipeline, each after those it reads from."""
+
+    run: str
+    workspace: Path
+    tasks: tuple[PlannedTask, ...]
+
+    def upstream(self, task: PlannedTask) -> list[PlannedTask]:
+        """The tasks of this plan whose outputs `task` reads."""
+        wanted = {path for paths in task.inputs.values() for path in paths}
+        return [other for other in self.tasks if other.output in wanted]
+
+    def select(self, selector: str) -> list[PlannedTask]:
+        """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError when there are none."""
+        stage, _, name = selector.partition(":")
+        found = [task for task in self.tasks if task.stage.name == stage and name in ("", task.name)]
+        if not found:
+            keys = [task.key for task in self.tasks]
+            raise PipelineError(
+                f"no task '{selector}' in this pipeline{nearest(selector, keys)}", expected=", ".join(keys),
+                fix="name a stage, or a task as STAGE:TASK",
+            )  # fmt: skip
+        return found
+
+
+def default_workspace() -> Path:
+    """The repository that holds `stages`, or the current folder when prefmill is installed as a package."""
+    import stages
+
+    repository = Path(stages.__path__[0]).resolve().parent
+    return repository if (repository / "pyproject.toml").is_file() else Path.cwd()
+
+
+def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineFile:
+    """The pipeline in `path`; an override `dpo.beta=0.2` sets a key of that stage, others one of the pipeline."""
+    values = read_yaml(path)
+    stages = values.get("stages") or {}
+    dotted = [
+        f"stages.{item.split('.', 1)[0]}.set.{item.split('.', 1)[1]}" if _names_stage_key(item, stages) else item
+        for item in overrides
+    ]
+    return validate(PipelineFile, merge(values, dotted, path), path)
+
+
+def make_plan(pipeline: PipelineFile, source: Path) -> Plan:
+    """The plan of `pipeline`; `source` is its file, beside whose folder its stages' configs are looked up.
+
+    Raises ConfigError or PipelineError before anything runs: unknown stages and keys, inputs nobody makes, cycles.
+    """
+    run = pipeline.run or pipeline.name
+    workspace = Path(pipeline.workspace).expanduser().absolute() if pipeline.workspace else default_workspace()
+    planner = _Planner(pipeline, run, workspace, source)
+    tasks = [task for name in planner.order() for task in planner.tasks(name)]
+    return Plan(run, workspace, tuple(tasks))
+
+
+class _Planner:
+    def __init__(self, pipeline: PipelineFile, run: str, workspace: Path, source: Path) -> None:
+        self.pipeline, self.run, self.workspace, self.source = pipeline, run, workspace, source
+        self.stages = {name: load_stage(name) for name in pipeline.stages}
+        self.elements = {name: dict(_elements(name, entry)) for name, entry in pipeline.stages.items()}
+
+    def order(self) -> list[str]:
+        graph = {name: self._upstream_stages(name) for name in self.stages}
+        try:
+            return list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            raise PipelineError(
+                "the stages need each other in a circle", where=self.source, got=" -> ".join(error.args[1]),
+                fix="remove one of these `needs`",
+            ) from None  # fmt: skip
+
+    def tasks(self, name: str) -> Iterator[PlannedTask]:
+        stage, entry = self.stages[name], self.pipeline.stages[name]
+        unknown = sorted({*entry.needs, *entry.inputs} - set(stage.reads))
+        if unknown:
+            raise ConfigError(
+                f"stage {name} has no input '{unknown[0]}'{nearest(unknown[0], list(stage.reads))}",
+                where=self.source, expected=", ".join(stage.reads), fix="correct `needs` or `inputs`",
+            )  # fmt: skip
+        for task, values in self.elements[name].items():
+            yield PlannedTask(
+                run=self.run,
+                stage=stage,
+                name=task,
+                values=values,
+                sizes={key: item if isinstance(item, int) else len(item) for key, item in entry.array.items()},
+                config=self._config(stage, entry, values),
+                inputs={key: self._inputs(name, task, values, key, reads) for key, reads in stage.reads.items()},
+                output=self._folder(stage, task),
+                logs=self.workspace / "logs" / self.run / name / task,
+            )
+
+    def _config(self, stage: Stage[ConfigT], entry: StageEntry, values: Mapping[str, str | int]) -> ConfigT:
+        path = self._config_path(stage.name, entry.config) if entry.config else None
+        given = merge(read_yaml(path), where=path) if path else {}
+        fields = stage.config.model_fields
+        element = {key: value for key, value in values.items() if key in fields}
+        stray = [key for key in values if key not in fields and key != "shard"]
+        if stray:
+            raise ConfigError(
+                f"array key '{stray[0]}' is no key of stage {stage.name}{nearest(stray[0], list(fields))}",
+                where=self.source, expected=", ".join(["shard", *fields]), fix="correct the stage's `array`",
+            )  # fmt: skip
+        return load(stage.config, {**given, **entry.set, **element}, where=f"{path or self.source} ({stage.name})")
+
+    def _config_path(self, stage: str, name: str) -> Path:
+        if name.endswith((".yaml", ".yml")):
+            return Path(name).expanduser()
+        return self.source.resolve().parent.parent / stage / f"{name}.yaml"
+
+    def _need(self, name: str, key: str, reads: Reads) -> Need:
+        given = self.pipeline.stages[name].needs.get(key)
+        need = Need(stage=given) if isinstance(given, str) else given or Need(stage=reads.stage)
+        return need.model_copy(update={"match": need.match or reads.match})
+
+    def _upstream_stages(self, name: str) -> set[str]:
+        entry = self.pipeline.stages[name]
+        needs = [self._need(name, key, reads) for key, reads in self.stages[name].reads.items()]
+        explicit = {need.stage for need in entry.needs.values() if isinstance(need, Need) and need.stage}
+        explicit |= {need for need in entry.needs.values() if isinstance(need, str)}
+        unknown = sorted(stage for stage in explicit if stage not in self.stages)
+        if unknown:
+            hint = nearest(unknown[0], list(self.stages))
+            raise PipelineError(
+                f"stage {name} needs '{unknown[0]}', which is not in this pipeline{hint}",
+                where=self.source, expected=", ".join(self.stages), fix="add that stage or correct `needs`",
+            )  # fmt: skip
+        names = {stage for need in needs for stage in [need.stage, *need.stages.values()] if stage}
+        return names & set(self.stages)
+
+    def _inputs(
+        self, name: str, task: str, values: Mapping[str, str | int], key: str, reads: Reads
+    ) -> tuple[Path, ...]:
+        given = self.pipeline.stages[name].inputs.get(key)
+        if given is not None:
+            paths = [given] if isinstance(given, str) else given
+            return tuple(Path(path).expanduser().absolute() for path in paths)
+        need = self._need(name, key, reads)
+        producer = need.stages.get(str(values.get(need.by))) if need.by else need.stage
+        if producer in self.stages:
+            found = self._planned(producer, values, need.match)
+        else:
+            found = self._on_disk(producer, task, need.match) if producer else []
+        if not found and not reads.optional:
+            raise PipelineError(
+                f"nothing makes input '{key}' ({reads.kind}) of {name}:{task}", where=self.source,
+                expected=f"stage {reads.stage} in the pipeline, or finished in run {self.run}",
+                fix=f"add the stage, or give the artifact's folder as inputs.{key}=PATH",
+            )  # fmt: skip
+        return tuple(found)
+
+    def _planned(self, producer: str, values: Mapping[str, str | int], match: Match | None) -> list[Path]:
+        stage, elements = self.stages[producer], self.elements[producer]
+        return [
+            self._folder(stage, task)
+            for task, theirs in elements.items()
+            if match == "all" or all(theirs[key] == values[key] for key in theirs if key in values)
+        ]
+
+    def _on_disk(self, producer: str, task: str, match: Match | None) -> list[Path]:
+        folder = self._folder(load_stage(producer), SINGLE_TASK).parent
+        names = [task, SINGLE_TASK] if match == "elementwise" else sorted(p.name for p in folder.glob("*"))
+        finished = [folder / name for name in names if (folder / name / MANIFEST).is_file()]
+        return finished[:1] if match == "elementwise" else finished
+
+    def _folder(self, stage: Stage[Any], task: str) -> Path:
+        return self.workspace / stage.root / self.run / stage.name / task
+
+
+def _names_stage_key(override: str, stages: Mapping[str, Any]) -> bool:
+    key = override.split("=", 1)[0]
+    return "." in key and key.split(".", 1)[0] in stages
+
+
+def _elements(stage: str, entry: StageEntry) -> Iterator[tuple[str, dict[str, str | int]]]:
+    """Every element's name and array values; names join the values with '-', a number's preceded by its key."""
+    options: list[list[tuple[str, str | int]]] = []
+    for key, given in entry.array.items():
+        values: Sequence[str | int] = list(range(given)) if isinstance(given, int) else given
+        if not values or len(set(values)) != len(values):
+            raise ConfigError(
+                f"array key '{key}' of stage {stage} needs distinct values",
+                got=given,
+                fix="correct the stage's `array`",
+            )
+        options.append([(key, value) for value in values])
+    for combination in itertools.product(*options):
+        parts = [f"{key}{value}" if isinstance(value, int) else value for key, value in combination]
+        name = "-".join(parts) or SINGLE_TASK
+        if not _SAFE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"an element of stage {stage} cannot be named after its values", got=repr(name),
+                expected="letters, digits, '_', '-' and '.'", fix="correct the stage's `array`",
+            )  # fmt: skip
+        yield name, dict(combination)

@@ -1,0 +1,123 @@
+"""What state each task is in, and why, judged by manifests on disk alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from prefmill import __version__
+from prefmill.artifacts import Artifact, Manifest, Provenance, digest_json, read, read_manifest
+from prefmill.config import flatten, identity
+from prefmill.errors import ArtifactError
+from prefmill.pipeline.plan import Plan, PlannedTask
+
+Freshness = Literal["complete", "stale", "missing", "waiting"]
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """Whether a task's output can be used as it is, and the reasons if not.
+
+    `stale`: made from another configuration, code version of the stage, or input content; `missing`: never
+    finished; `waiting`: an input is itself not complete, so nothing can be said yet.
+    """
+
+    freshness: Freshness
+    reasons: tuple[str, ...] = ()
+    waiting_for: tuple[str, ...] = field(default=())
+
+
+def inspect(plan: Plan) -> dict[str, TaskState]:
+    """Every task's state by key, upstream first."""
+    states: dict[str, TaskState] = {}
+    for task in plan.tasks:
+        upstream = [other.key for other in plan.upstream(task) if states[other.key].freshness != "complete"]
+        states[task.key] = _waiting(task, upstream) if upstream else inspect_task(task)
+    return states
+
+
+def inspect_task(task: PlannedTask) -> TaskState:
+    """A task's state, given that its inputs are complete; raises ArtifactError when one is missing or damaged."""
+    manifest = read_manifest(task.output)
+    if manifest is None:
+        return TaskState("missing", ("no manifest: it has never finished",))
+    wanted = task_identity(task, read_inputs(task))
+    if manifest.fingerprint != digest_json(wanted):
+        return TaskState("stale", tuple(differences(manifest.identity, wanted)))
+    try:
+        read(task.output, task.stage.writes)
+    except ArtifactError as error:
+        return TaskState("stale", (f"{error.what}: {error.details['where']}",))
+    return TaskState("complete", (_made(manifest),))
+
+
+def read_inputs(task: PlannedTask) -> dict[str, tuple[Artifact, ...]]:
+    """A task's input artifacts by name; raises ArtifactError for one that is missing, damaged or of a wrong kind."""
+    return {
+        name: tuple(read(path, task.stage.reads[name].kind) for path in paths) for name, paths in task.inputs.items()
+    }
+
+
+def task_identity(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> dict[str, Any]:
+    """What decides a task's content: stage and its version, configuration, share of the rows, input content."""
+    outside = {key: [value, task.sizes[key]] for key, value in task.values.items() if key == "shard"}
+    return {
+        "stage": task.stage.name,
+        "version": task.stage.version,
+        "config": identity(task.config),
+        "element": outside,
+        "inputs": {name: [item.manifest.content_digest for item in items] for name, items in inputs.items()},
+    }
+
+
+def provenance(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> Provenance:
+    """Where the artifact of `task` comes from, for its manifest."""
+    wanted = task_identity(task, inputs)
+    return Provenance(
+        stage=task.stage.name,
+        task=task.name,
+        fingerprint=digest_json(wanted),
+        identity=wanted,
+        config=task.config.model_dump(mode="json"),
+        code_version=code_version(),
+        inputs=wanted["inputs"],
+    )
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One line for every key in which two identities differ, in the words of the configuration."""
+    before, after = dict(flatten(made)), dict(flatten(wanted))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
+        if old != new and key.startswith("inputs."):
+            lines.append(f"input {key.removeprefix('inputs.')} has new content")
+        elif old != new:
+            lines.append(f"{key.removeprefix('config.')} was {old!r}, is {new!r}")
+    return lines
+
+
+@cache
+def code_version() -> str:
+    """The package's version, with the commit and `dirty` where prefmill runs from a git checkout."""
+    import subprocess
+
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout: the version alone is the truth
+        return __version__
+    return f"{__version__}+{described}"
+
+
+def _waiting(task: PlannedTask, upstream: list[str]) -> TaskState:
+    made = read_manifest(task.output) is not None
+    note = "its present output is kept if they come out the same" if made else "it has never finished"
+    return TaskState("waiting", (f"waits for {', '.join(upstream)}; {note}",), tuple(upstream))
+
+
+def _made(manifest: Manifest) -> str:
+    return f"up to date: content {manifest.content_digest[:12]}, made by {manifest.code_version}"

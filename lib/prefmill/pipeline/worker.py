@@ -1,0 +1,184 @@
+"""Runs one task, the same way whoever started it: check inputs, resume or start over, run, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prefmill.artifacts import MANIFEST, RUN_RECORD, WORK, publish, read_manifest, write_atomic
+from prefmill.errors import PipelineError, PrefmillError, explain_os_error
+from prefmill.pipeline.plan import PlannedTask
+from prefmill.pipeline.state import inspect_task, provenance, read_inputs
+from prefmill.stage import Stage, Task
+
+STATUS = "status.json"
+EXIT_USER_ERROR, EXIT_BUG = 2, 1
+_JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+_STARTED = "started.json"
+_LOCK_PATIENCE_SECONDS = 15.0
+
+
+def execute(task: PlannedTask, force: bool = False) -> None:
+    """Bring `task` to completion in this process; nothing happens when its output is up to date.
+
+    Resumes an interrupted attempt at the same content and sets aside output of any other. Raises PrefmillError
+    for what the user can mend; the status file in the task's logs then says the same.
+    """
+    with _locked(task), _reported(task):
+        inputs = read_inputs(task)
+        if not force and inspect_task(task).freshness == "complete":
+            _clear_work(task.output)
+            return
+        origin = provenance(task, inputs)
+        _prepare(task, origin.fingerprint, force)
+        started = time.time()
+        context = Task(
+            run=task.run,
+            stage=task.stage.name,
+            name=task.name,
+            values=task.values,
+            sizes=task.sizes,
+            inputs=inputs,
+            output=task.output,
+            logs=task.logs,
+        )
+        metrics = task.stage.run(task.config, context)
+        publish(task.output, task.stage.writes, origin, metrics)
+        write_atomic(task.output / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
+        _clear_work(task.output)
+
+
+def write_status(task: PlannedTask, state: str, **details: Any) -> None:
+    """Record the state of this attempt in the task's logs, for `prefmill status`."""
+    record = {"state": state, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **details}
+    write_atomic(task.logs / STATUS, json.dumps(record, indent=1) + "\n")
+
+
+def is_running(logs: Path) -> bool:
+    """Whether a live process holds the task with these logs; its lock is released however that process ends."""
+    try:
+        with (logs / "lock").open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def main(stage: Stage[Any]) -> NoReturn:
+    """`python -m stages.<stage> CONFIG [key=value ...]`: run one stage by hand or from a job script."""
+    from prefmill.cli import run_stage
+
+    sys.exit(run_stage(stage.name, sys.argv[1:]))
+
+
+@contextlib.contextmanager
+def _locked(task: PlannedTask) -> Iterator[None]:
+    """Hold the task's lock; waits a little, as a killed worker's children may take a moment to go."""
+    task.logs.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+    with (task.logs / "lock").open("wb") as stream:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise PipelineError(
+                        f"{task.key} is already running", where=task.logs / STATUS,
+                        fix="wait for it, or end the process or job named there",
+                    ) from None  # fmt: skip
+                time.sleep(0.2)
+        yield
+
+
+@contextlib.contextmanager
+def _reported(task: PlannedTask) -> Iterator[None]:
+    """Keep the status file true, and turn a disk's refusal into an error that says what to do."""
+    write_status(task, "running")
+    try:
+        yield
+    except BaseException as error:
+        explained = explain_os_error(error) if isinstance(error, OSError) else None
+        shown = explained or error
+        text = str(shown) if isinstance(shown, PrefmillError) else traceback.format_exc()
+        with contextlib.suppress(OSError):  # on a full disk the error itself matters more than its record
+            write_status(task, "failed", error=text, kind=type(shown).__name__, **_usage())
+        if explained is not None:
+            raise explained from error
+        raise
+    write_status(task, "complete", **_usage())
+
+
+def _prepare(task: PlannedTask, fingerprint: str, force: bool) -> None:
+    """Leave in the output folder only what an interrupted attempt at this very content left there."""
+    marker = task.output / WORK / _STARTED
+    resumes = marker.is_file() and json.loads(marker.read_text())["fingerprint"] == fingerprint
+    finished = read_manifest(task.output) is not None
+    if task.output.exists() and (finished or force or not resumes):
+        _set_aside(task.output) if finished else shutil.rmtree(task.output)
+    if not marker.is_file():
+        write_atomic(marker, json.dumps({"fingerprint": fingerprint}))
+    if not resumes:
+        _clear_telemetry(task.logs)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move finished output that is to be replaced to `<run>/.superseded/`; one generation is kept."""
+    kept = folder.parents[1] / ".superseded" / folder.parent.name / folder.name
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(folder, kept)
+
+
+def _clear_telemetry(logs: Path) -> None:
+    """Remove what an attempt at other content logged; what it printed, in the log beside this folder, stays."""
+    for path in logs.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("lock", STATUS):
+            path.unlink()
+
+
+def _clear_work(folder: Path) -> None:
+    assert (folder / MANIFEST).is_file()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def _run_record(started: float) -> dict[str, Any]:
+    ended = time.time()
+    return {
+        "started": started,
+        "ended": ended,
+        "seconds": ended - started,
+        "host": socket.gethostname(),
+        "job": {key: os.environ[key] for key in _JOB_VARIABLES if key in os.environ},
+        **_usage(),
+    }
+
+
+def _usage() -> dict[str, float]:
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_memory_gb": round(kilobytes / 2**20, 3)}
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, so that no orphan holds a task's lock."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
