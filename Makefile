@@ -5,6 +5,11 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 UV_VERSION := 0.13.8
 REVIEWS ?=
+ifeq ($(REVIEWS),)
+DEMO := configs/pipelines/demo.yaml
+else
+DEMO := configs/pipelines/demo_reviews.yaml 'ingest_reviews.sources=[{format: jsonl, path: "$(REVIEWS)"}]'
+endif
 
 # uv does not read pip's settings: pass on where wheels lie on disk.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -18,7 +23,7 @@ help: ## Show these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE takes real reviews
-	$(BIN)/prefmill run $(if $(REVIEWS),configs/pipelines/demo_reviews.yaml 'ingest_reviews.sources=[{format: jsonl, path: "$(REVIEWS)"}]',configs/pipelines/demo.yaml)
+	$(BIN)/prefmill run $(DEMO)
 
 test: $(VENV)/.installed-vllm lint ## Every test this machine can run
 	bash tests/system_packages.sh

@@ -17,9 +17,7 @@ from prefmill.errors import ConfigError
 class StrictConfig(BaseModel):
     """Base of every configuration: frozen, no unknown keys, no silent coercion, no NaN."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
