@@ -1,0 +1,84 @@
+"""A plan names every task, its inputs and folders, and refuses what cannot run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from toys import toy_plan
+
+from prefmill.errors import ConfigError, PipelineError
+from prefmill.pipeline.plan import PlannedTask, read_pipeline
+
+
+def task(plan_tasks: tuple[PlannedTask, ...], key: str) -> PlannedTask:
+    (found,) = [item for item in plan_tasks if item.key == key]
+    return found
+
+
+def test_folders_follow_run_stage_task(tmp_path: Path) -> None:
+    plan = toy_plan(tmp_path)
+    assert [item.key for item in plan.tasks] == ["make:all", "use:all"]
+    made, used = plan.tasks
+    assert made.output == tmp_path / "data" / "toy" / "make" / "all"
+    assert used.inputs == {"numbers": (made.output,)}
+    assert used.logs == tmp_path / "logs" / "toy" / "use" / "all"
+    assert plan.upstream(used) == [made]
+
+
+def test_all_takes_every_shard_and_elementwise_its_own_modality(tmp_path: Path) -> None:
+    modalities = {"array": {"modality": ["clean", "vision"]}}
+    plan = toy_plan(tmp_path, make={"array": {"shard": 3}}, use=modalities, pair=modalities)
+    assert [item.name for item in plan.tasks[:3]] == ["shard0", "shard1", "shard2"]
+    pair = task(plan.tasks, "pair:vision")
+    assert len(pair.inputs["numbers"]) == 3
+    assert pair.inputs["same"] == (task(plan.tasks, "use:vision").output,)
+    assert pair.config.model_dump()["modality"] == "vision"
+
+
+def test_need_by_array_value(tmp_path: Path) -> None:
+    need = {"same": {"by": "modality", "stages": {"b": "use"}}}
+    plan = toy_plan(tmp_path, make={}, use={}, pair={"array": {"modality": ["a", "b"]}, "needs": need})
+    assert task(plan.tasks, "pair:a").inputs["same"] == ()
+    assert task(plan.tasks, "pair:b").inputs["same"] == (task(plan.tasks, "use:all").output,)
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ({"use": {}}, "nothing makes input 'numbers'"),
+        ({"make": {"set": {"row": 1}}}, "did you mean 'rows'"),
+        ({"make": {"array": {"colour": ["a"]}}}, "array key 'colour' is no key"),
+        ({"make": {"array": {"shard": 0}}}, "needs distinct values"),
+        ({"make": {"array": {"rows": ["../x"]}}}, "cannot be named"),
+        ({"make": {}, "use": {"needs": {"numbrs": "make"}}}, "has no input 'numbrs'"),
+        ({"make": {}, "use": {"needs": {"numbers": "mke"}}}, "not in this pipeline"),
+    ],
+)
+def test_what_cannot_run_is_refused(tmp_path: Path, stages: dict[str, object], expected: str) -> None:
+    with pytest.raises((ConfigError, PipelineError), match=expected):
+        toy_plan(tmp_path, **stages)
+
+
+def test_a_circle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="circle"):
+        toy_plan(tmp_path, make={}, use={"needs": {"numbers": "pair"}}, pair={})
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", "$(touch x)", "", "a/b", ".hidden"])
+def test_a_run_name_is_a_folder_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("name: toy\nstages: {make: {}}\n")
+    with pytest.raises(ConfigError, match="run"):
+        read_pipeline(path, [f"run='{name}'"])
+
+
+def test_overrides_reach_stage_and_pipeline(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("name: toy\nstages: {make: {}}\n")
+    pipeline = read_pipeline(path, ["make.rows=5", "run=other", "stages.make.array.shard=2"])
+    assert (pipeline.run, pipeline.stages["make"].set, pipeline.stages["make"].array) == (
+        "other",
+        {"rows": 5},
+        {"shard": 2},
+    )

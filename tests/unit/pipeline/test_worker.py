@@ -1,0 +1,125 @@
+"""The worker does only what is needed, resumes what was interrupted, and tells the truth about failures."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import RUNS, toy_plan
+
+from prefmill.artifacts import MANIFEST, read, read_manifest
+from prefmill.errors import PrefmillError
+from prefmill.pipeline import worker
+from prefmill.pipeline.plan import Plan
+from prefmill.pipeline.state import inspect
+from prefmill.pipeline.worker import execute
+
+
+def run(plan: Plan) -> list[str]:
+    RUNS.clear()
+    for task in plan.tasks:
+        execute(task)
+    return list(RUNS)
+
+
+def status(plan: Plan, index: int = 0) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((plan.tasks[index].logs / worker.STATUS).read_text())
+    return record
+
+
+def test_a_second_run_does_nothing(tmp_path: Path) -> None:
+    assert run(toy_plan(tmp_path)) == ["make:all", "use:all"]
+    assert run(toy_plan(tmp_path)) == []
+    assert {state.freshness for state in inspect(toy_plan(tmp_path)).values()} == {"complete"}
+
+
+def test_a_touched_key_reruns_what_depends_on_it_and_is_named(tmp_path: Path) -> None:
+    run(toy_plan(tmp_path))
+    plan = toy_plan(tmp_path, make={}, use={"set": {"factor": 3}})
+    states = inspect(plan)
+    assert states["make:all"].freshness == "complete"
+    assert states["use:all"].reasons == ("factor was 2, is 3",)
+    assert run(plan) == ["use:all"]
+    plan = toy_plan(tmp_path, make={"set": {"rows": 4}}, use={"set": {"factor": 3}})
+    states = inspect(plan)
+    assert states["make:all"].reasons == ("rows was 3, is 4",)
+    assert states["use:all"].freshness == "waiting"
+    assert run(plan) == ["make:all", "use:all"]
+
+
+def test_an_upstream_that_comes_out_the_same_stops_there(tmp_path: Path) -> None:
+    run(toy_plan(tmp_path))
+    plan = toy_plan(tmp_path)
+    execute(plan.tasks[0], force=True)
+    assert run(plan) == []
+
+
+def test_a_runtime_key_changes_nothing(tmp_path: Path) -> None:
+    run(toy_plan(tmp_path))
+    assert run(toy_plan(tmp_path, make={"set": {"fail": "bug"}}, use={})) == []
+
+
+def test_an_interrupted_attempt_resumes_and_another_content_starts_over(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a bug"):
+        run(toy_plan(tmp_path, make={"set": {"fail": "bug"}}))
+    run(toy_plan(tmp_path, make={}))
+    manifest = read_manifest(toy_plan(tmp_path).tasks[0].output)
+    assert manifest is not None
+    assert manifest.metrics["attempt"] == "resumed"
+    with pytest.raises(ValueError, match="a bug"):
+        run(toy_plan(tmp_path, make={"set": {"fail": "bug", "rows": 7}}))
+    run(toy_plan(tmp_path, make={"set": {"rows": 8}}))
+    manifest = read_manifest(toy_plan(tmp_path).tasks[0].output)
+    assert manifest is not None
+    assert manifest.metrics == {"rows": 8, "attempt": "started"}
+
+
+def test_replaced_output_is_set_aside(tmp_path: Path) -> None:
+    run(toy_plan(tmp_path))
+    run(toy_plan(tmp_path, make={"set": {"rows": 9}}))
+    kept = read(tmp_path / "data" / "toy" / ".superseded" / "make" / "all")
+    assert kept.manifest.metrics["rows"] == 3
+
+
+def test_a_disk_error_says_what_to_do_and_is_recorded(tmp_path: Path) -> None:
+    plan = toy_plan(tmp_path, make={"set": {"fail": "disk"}})
+    with pytest.raises(PrefmillError, match="No space left on device"):
+        run(plan)
+    assert status(plan)["state"] == "failed"
+    assert "free space on that disk" in status(plan)["error"]
+    assert not (plan.tasks[0].output / MANIFEST).exists()
+
+
+def test_missing_and_damaged_inputs_stop_the_task_before_it_runs(tmp_path: Path) -> None:
+    plan = toy_plan(tmp_path)
+    with pytest.raises(PrefmillError, match="no finished artifact"):
+        execute(plan.tasks[1])
+    run(plan)
+    (plan.tasks[0].output / "numbers.jsonl").write_text("{}")
+    with pytest.raises(PrefmillError, match="damaged"):
+        execute(plan.tasks[1])
+    assert inspect(plan)["make:all"].freshness == "stale"
+    assert run(plan) == ["make:all"]
+
+
+def test_two_workers_do_not_share_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_LOCK_PATIENCE_SECONDS", 0.1)
+    plan = toy_plan(tmp_path)
+    plan.tasks[0].logs.mkdir(parents=True)
+    with (plan.tasks[0].logs / "lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert worker.is_running(plan.tasks[0].logs)
+        with pytest.raises(PrefmillError, match="already running"):
+            execute(plan.tasks[0])
+    assert not worker.is_running(plan.tasks[0].logs)
+
+
+def test_shards_partition_the_rows(tmp_path: Path) -> None:
+    plan = toy_plan(tmp_path, make={"array": {"shard": 3}, "set": {"rows": 50}})
+    run(plan)
+    texts = [(task.output / "numbers.jsonl").read_text().splitlines() for task in plan.tasks]
+    assert sorted(line for text in texts for line in text) == sorted(f'{{"n":{n}}}' for n in range(50))
+    assert min(map(len, texts)) > 5
