@@ -16,7 +16,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_PYTHON := $(BIN)/python
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo test test-quick lint vllm lock
+.PHONY: help demo test test-quick lint vllm lock slurm-up slurm-down
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
@@ -38,6 +38,13 @@ lint: $(VENV)/.installed ## ruff, mypy
 	$(BIN)/mypy
 
 vllm: $(VENV)/.installed-vllm ## Add the CPU build of vLLM to the environment
+
+slurm-up: $(VENV)/.installed ## A real Slurm on this machine: four nodes that pretend to eight GPUs each
+	bash tests/system_packages.sh
+	@$(BIN)/python -m tests.slurm.cluster up
+
+slurm-down: ## End it
+	@$(BIN)/python -m tests.slurm.cluster down
 
 lock: $(VENV)/.installed ## Choose versions anew, within the bounds of pyproject.toml
 	bash requirements/lock.sh
