@@ -230,3 +230,7 @@ def _stage_help(name: str) -> str:
     for key, reads in stage.reads.items():
         lines.append(f"  inputs.{key:<25} {reads.kind}{' (optional)' if reads.optional else ''}")
     return "\n".join([*lines, "", "example:", f"  python -m stages.{name} configs/{name}/demo.yaml run=mine"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

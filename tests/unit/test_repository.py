@@ -1,0 +1,97 @@
+"""Promises about the repository itself: one name everywhere, light imports, every config loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prefmill.config import load, read_yaml
+from prefmill.pipeline.plan import make_plan, read_pipeline
+from prefmill.stage import load_stage, stage_names
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "trl", "datasets", "diffusers", "peft", "deepspeed", "vllm", "numpy")
+STAGES = stage_names()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_has_one_name_everywhere(name: str) -> None:
+    for path in (
+        f"docs/stages/{name}.md",
+        f"tests/e2e/test_{name}.py",
+        f"configs/{name}/demo.yaml",
+        f"sbatch/{name}.sbatch",
+    ):
+        assert (REPOSITORY / path).is_file(), f"{path} is missing"
+    assert name in (REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_stage_imports_another(name: str) -> None:
+    tree = ast.parse((REPOSITORY / "stages" / f"{name}.py").read_text())
+    imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert [module for module in imported if module.split(".")[0] == "stages"] == []
+
+
+def test_every_config_loads() -> None:
+    loaded = []
+    for path in sorted(REPOSITORY.glob("configs/**/*.yaml")):
+        kind = path.parent.name
+        if kind == "pipelines":
+            make_plan(read_pipeline(path, ["workspace=/nowhere"]), path)
+        elif kind in STAGES:
+            load(load_stage(kind).config, path)
+        else:
+            read_yaml(path)
+        loaded.append(kind)
+    assert len(loaded) >= len(STAGES) + 2
+    assert set(STAGES) <= set(loaded)
+
+
+def test_stages_and_the_command_line_import_nothing_heavy() -> None:
+    code = (
+        "import sys, prefmill.cli, prefmill.pipeline.local, prefmill.pipeline.status; from prefmill.stage import *\n"
+        "for name in stage_names(): load_stage(name)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["status", "--workspace", "{workspace}"]])
+def test_help_and_status_answer_at_once(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "logs" / "latest").mkdir(parents=True)
+    (tmp_path / "logs" / "latest" / "plan.json").write_text('{"run": "r", "tasks": []}')
+    arguments = [part.format(workspace=tmp_path) for part in command]
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "prefmill.cli", *arguments], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+def test_nothing_names_a_machine_or_a_package_host() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    banned = ["/wo" + "rk/", "/op" + "t/wheels", "pypi." + "org", "pythonhosted" + ".org"]
+    for name in listed.splitlines():
+        path = REPOSITORY / name
+        if path.is_file() and path.suffix not in {".png", ".jpg"}:
+            text = path.read_text(encoding="utf-8")
+            assert [word for word in banned if word in text] == [], name
+
+
+def test_files_stay_readable() -> None:
+    long = {
+        str(path.relative_to(REPOSITORY)): count
+        for folder in ("lib", "stages")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > 330
+    }
+    assert long == {}
