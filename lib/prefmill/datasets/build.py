@@ -1,0 +1,211 @@
+"""SFT and preference datasets from a scored corpus, in two streaming passes: survey, then write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prefmill.artifacts import Artifact, write_atomic
+from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
+from prefmill.datasets.registry import SPLITS, DatasetKey, DatasetSplit, dataset_keys, write_registry
+from prefmill.datasets.rows import IMAGES, Prompt, dpo_row, make_prompt, sft_row
+from prefmill.datasets.scored import ScoredPaper, check_inputs, scored_papers
+from prefmill.datasets.selection import Rank, rank
+from prefmill.datasets.survey import Survey, check_buildable, check_scored, survey
+from prefmill.errors import ArtifactError, InputError
+from prefmill.records import Decision, JsonlWriter, Modality, Paper
+from prefmill.reviews.join import REVIEWS
+
+SUMMARY = "summary.json"
+Progress = Callable[[int, int | None, str], None]
+
+
+@dataclass(frozen=True)
+class BuildRules:
+    """What goes into the datasets; `sft_top_fraction` in (0, 1]."""
+
+    modalities: tuple[Modality, ...]
+    splits: tuple[DatasetSplit, ...]
+    decisions: tuple[Decision, ...]
+    sft_top_fraction: float
+    pairs: PairRules
+    allow_unscored: bool
+
+
+def build_datasets(
+    corpus: Artifact, scores: Sequence[Artifact], output: Path, run: str, rules: BuildRules, progress: Progress
+) -> dict[str, Any]:
+    """Write the datasets, their registry and summary.json below `output`; returns the summary.
+
+    Raises ArtifactError when corpus and scores do not fit each other, InputError when a dataset would be empty.
+    """
+    check_inputs(corpus, scores)
+    passes = _Passes(corpus, scores, progress)
+    found = survey(passes.papers("surveying"), rules.modalities, rules.decisions)
+    check_scored(found, scores, rules.allow_unscored)
+    check_buildable(found, rules.splits, rules.modalities, rules.decisions)
+    cut = found.ranking.cut(rules.sft_top_fraction)
+    keys = dataset_keys(rules.modalities, rules.splits)
+    with contextlib.ExitStack() as stack:
+        writer = _Writer(corpus.path, output, rules, cut)
+        writer.open(stack, keys)
+        for scored in passes.papers("building"):
+            writer.add(scored)
+        writer.check()
+    write_registry(output, run, keys)
+    summary = _summary(found, writer, rules, cut)
+    write_atomic(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+class _Passes:
+    """The scored papers, twice, with progress over both passes."""
+
+    def __init__(self, corpus: Artifact, scores: Sequence[Artifact], progress: Progress) -> None:
+        self._corpus, self._scores, self._progress = corpus, scores, progress
+        rows = next(entry.rows for entry in corpus.manifest.files if entry.path == REVIEWS)
+        self._num_reviews, self._done = rows or 0, 0
+
+    def papers(self, doing: str) -> Iterator[ScoredPaper]:
+        with tqdm(total=self._num_reviews, desc=doing, unit="review", mininterval=1.0) as bar:
+            for scored in scored_papers(self._corpus, self._scores):
+                yield scored
+                count = len(scored.reviews) + len(scored.unscored)
+                self._done += count
+                bar.update(count)
+                self._progress(self._done, 2 * self._num_reviews, "reviews")
+
+
+class _Writer:
+    """Writes every dataset at once, paper by paper, and counts what it wrote and dropped."""
+
+    def __init__(self, corpus: Path, output: Path, rules: BuildRules, cut: Rank) -> None:
+        self._corpus, self._output, self._rules, self._cut = corpus, output, rules, cut
+        self._files: dict[DatasetKey, JsonlWriter] = {}
+        self.papers: Counter[DatasetKey] = Counter()
+        self.sft_selected: Counter[str] = Counter()
+        self.dropped: dict[DatasetSplit, Counter[Dropped]] = {split: Counter() for split in rules.splits}
+        self.num_pairs: Counter[str] = Counter()
+
+    def open(self, stack: contextlib.ExitStack, keys: Iterable[DatasetKey]) -> None:
+        for key in keys:
+            self._files[key] = stack.enter_context(JsonlWriter(self._output / key.file_name()))
+
+    def num_rows(self) -> dict[DatasetKey, int]:
+        return {key: file.num_rows for key, file in self._files.items()}
+
+    def add(self, scored: ScoredPaper) -> None:
+        split = next((split for split in self._rules.splits if split == scored.paper["split"]), None)
+        if split is None:
+            return  # dev and test never become training data
+        good = [item for item in scored.reviews if rank(item.evaluation) <= self._cut]
+        pairs = pairs_of(scored.reviews, self._rules.pairs, self.dropped[split]) if self._wanted(scored.paper) else []
+        self.sft_selected[split] += len(good)
+        self.num_pairs[split] += len(pairs)
+        for modality in self._rules.modalities if good or pairs else ():
+            prompt = make_prompt(scored.paper, modality)
+            if prompt is not None:
+                self._write(DatasetKey("sft", modality, split), (sft_row(prompt, item) for item in good))
+                self._write(DatasetKey("dpo", modality, split), (dpo_row(prompt, pair) for pair in pairs))
+                self._link(prompt)
+
+    def check(self) -> None:
+        """Raise InputError when a dataset is empty, or the exclude file is not of these pairs."""
+        exclude = self._rules.pairs.exclude
+        if exclude and not any(dropped["excluded"] for dropped in self.dropped.values()):
+            raise InputError(
+                "the exclude file names no pair of these datasets", got=f"{len(exclude)} ids, such as {min(exclude)!r}",
+                expected="ids of rows in the dpo datasets: CHOSEN_ID:REJECTED_ID", fix="correct or leave out `exclude`",
+            )  # fmt: skip
+        for key, rows in self.num_rows().items():
+            if not rows:
+                raise self._empty_sft(key) if key.kind == "sft" else self._empty_dpo(key)
+
+    def _wanted(self, paper: Paper) -> bool:
+        return paper["decision"] in self._rules.decisions
+
+    def _write(self, key: DatasetKey, rows: Iterable[dict[str, Any]]) -> None:
+        before = self._files[key].num_rows
+        for row in rows:
+            self._files[key].write(row)
+        self.papers[key] += self._files[key].num_rows > before
+
+    def _link(self, prompt: Prompt) -> None:
+        for name in prompt.images or ():
+            link_or_copy(self._corpus / name.removeprefix(f"{IMAGES}/"), self._output / name)
+
+    def _empty_sft(self, key: DatasetKey) -> InputError:
+        return InputError(
+            f"no review is left for {key.folder}", got=f"none of the split's reviews is above the cut {self._cut}",
+            fix=f"raise sft_top_fraction, ingest more papers, or leave the split out: splits: {_others(key.split)}",
+        )  # fmt: skip
+
+    def _empty_dpo(self, key: DatasetKey) -> InputError:
+        dropped = self.dropped[key.split]
+        if self.num_pairs[key.split]:
+            got, fix = f"{self.num_pairs[key.split]} pairs, all of papers without images", "ingest their images"
+        elif dropped:
+            got, fix = f"dropped: {', '.join(explain_drops(dropped))}", REMEDIES[dropped.most_common(1)[0][0]]
+        else:
+            got, fix = f"no {' or '.join(self._rules.decisions)} paper with two scored reviews", "ingest more reviews"
+        leave_out = f"or leave the split out: splits: {_others(key.split)}"
+        return InputError(f"no pair is left for {key.folder}", got=got, fix=f"{fix}, {leave_out}")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put the image `source` at `target` without a second copy where the disk allows; done twice is fine."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise ArtifactError(
+            "an image that papers.jsonl names is missing", where=source, fix="rerun ingest_reviews with --force"
+        ) from None
+    except OSError:  # another disk, or one without hard links
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+
+
+def _others(split: DatasetSplit) -> list[str]:
+    return [other for other in SPLITS if other != split]
+
+
+def _summary(found: Survey, writer: _Writer, rules: BuildRules, cut: Rank) -> dict[str, Any]:
+    rows = writer.num_rows()
+    return {
+        "papers": dict(sorted(found.papers.items())),
+        "reviews": dict(sorted(found.reviews.items())),
+        "unscored_reviews": found.num_unscored,
+        "sft": {
+            "top_fraction": rules.sft_top_fraction,
+            "cut": {
+                "checkmark_score": -cut.minus_checkmark_score,
+                "mean_p_yes": -cut.minus_mean_p_yes,
+                "id_hash": f"{cut.id_hash:016x}",
+            },
+            "train_reviews": len(found.ranking),
+            "train_reviews_tied_at_the_cut": found.ranking.num_tied(cut),
+            "selected": {split: writer.sft_selected[split] for split in rules.splits},
+        },
+        "dpo": {
+            "decisions": list(rules.decisions),
+            "min_rating_diff": rules.pairs.min_rating_diff,
+            "min_checkmark_diff": rules.pairs.min_checkmark_diff,
+            "papers_considered": {split: found.wanted_decision[split] for split in rules.splits},
+            "pairs": {split: writer.num_pairs[split] for split in rules.splits},
+            "dropped": {split: {r: writer.dropped[split][r] for r in REMEDIES} for split in rules.splits},
+        },
+        "datasets": {key.folder: {"rows": rows[key], "papers": writer.papers[key]} for key in rows},
+    }

@@ -1,0 +1,99 @@
+"""The first pass over a scored corpus: what is there, where the SFT cut falls, and whether datasets can be made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from prefmill.artifacts import Artifact
+from prefmill.datasets.registry import DatasetSplit
+from prefmill.datasets.scored import ScoredPaper
+from prefmill.datasets.selection import Ranking, rank
+from prefmill.errors import ArtifactError, ConfigError, InputError
+from prefmill.records import Decision, Modality
+from prefmill.reviews.prompt import review_images
+
+CUT_SPLIT: DatasetSplit = "train"  # the cut is taken here and applied to every split
+
+
+@dataclass
+class Survey:
+    """Counts of a scored corpus; `with_images` counts papers of the wanted splits by image modality."""
+
+    papers: Counter[str] = field(default_factory=Counter)
+    reviews: Counter[str] = field(default_factory=Counter)
+    wanted_decision: Counter[str] = field(default_factory=Counter)
+    with_images: Counter[str] = field(default_factory=Counter)
+    decisions: Counter[str] = field(default_factory=Counter)
+    num_unscored: int = 0
+    first_unscored: str | None = None
+    ranking: Ranking = field(default_factory=Ranking)
+
+
+def survey(papers: Iterable[ScoredPaper], modalities: Collection[Modality], decisions: Collection[Decision]) -> Survey:
+    """Count `papers` by split, and rank the reviews of the split that the SFT cut is taken on."""
+    found = Survey()
+    for paper, reviews, unscored in papers:
+        split = paper["split"]
+        found.papers[split] += 1
+        found.reviews[split] += len(reviews)
+        found.decisions[str(paper["decision"])] += 1
+        found.wanted_decision[split] += paper["decision"] in decisions
+        found.with_images.update(modality for modality in modalities if review_images(paper, modality))
+        if unscored:
+            found.num_unscored += len(unscored)
+            found.first_unscored = found.first_unscored or unscored[0]
+        if split == CUT_SPLIT:
+            for scored in reviews:
+                found.ranking.add(rank(scored.evaluation))
+    return found
+
+
+def check_scored(found: Survey, scores: Sequence[Artifact], allow_unscored: bool) -> None:
+    """Raise ArtifactError when reviews have no evaluation, unless that is allowed."""
+    if not found.num_unscored or allow_unscored:
+        return
+    debug = any(shard.manifest.config.get("debug") for shard in scores)
+    cause = "score_reviews ran with `debug`: rerun it without" if debug else "give every shard of score_reviews"
+    raise ArtifactError(
+        f"{found.num_unscored:,} reviews have no evaluation", where=scores[0].path,
+        got=f"no evaluation of {found.first_unscored!r}, for one",
+        expected=f"{found.num_unscored + found.reviews.total():,} evaluations",
+        fix=f"{cause}, or set allow_unscored: true to build on those that have one",
+    )  # fmt: skip
+
+
+def check_buildable(
+    found: Survey,
+    splits: Collection[DatasetSplit],
+    modalities: Collection[Modality],
+    decisions: Collection[Decision],
+) -> None:
+    """Raise InputError or ConfigError, before anything is written, when a wanted dataset cannot have rows."""
+    for split in splits:
+        if not found.reviews[split]:
+            raise InputError(
+                f"no scored reviews in split '{split}'", got=dict(sorted(found.reviews.items())),
+                expected=f"reviews of papers with split '{split}'",
+                fix=f"give that split a share in ingest_reviews, or leave it out: splits: {_without(splits, split)}",
+            )  # fmt: skip
+        if not found.wanted_decision[split]:
+            raise InputError(
+                f"no {' or '.join(decisions)} papers in split '{split}'",
+                got=f"decisions in the corpus: {dict(sorted(found.decisions.items()))}",
+                expected=f"papers with decision in {list(decisions)}, to make preference pairs of",
+                fix="ingest a source with decisions, or name the decisions it has: decisions: [accepted, rejected]",
+            )  # fmt: skip
+    for modality in modalities:
+        if modality != "clean" and not found.with_images[modality]:
+            images = "figures" if modality == "clean_images" else "page images"
+            rest = [other for other in modalities if other != modality]
+            raise ConfigError(
+                f"modality '{modality}' is asked for, but no paper has {images}",
+                fix=f"ingest the papers' PDFs or {images}, or leave it out: modalities: [{', '.join(rest)}]",
+            )  # fmt: skip
+
+
+def _without(splits: Collection[DatasetSplit], split: DatasetSplit) -> list[str]:
+    return [other for other in splits if other != split]

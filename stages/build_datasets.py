@@ -1,0 +1,73 @@
+"""Selects the best reviews for SFT and contrastive same-paper pairs for DPO, as text and image datasets."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from prefmill.config import ExternalPath, StrictConfig
+from prefmill.datasets.build import BuildRules, build_datasets
+from prefmill.datasets.pairs import PairRules, read_exclude
+from prefmill.datasets.registry import DatasetSplit
+from prefmill.records import Decision, Modality
+from prefmill.stage import Metrics, Reads, Stage, Task
+
+
+class BuildDatasetsConfig(StrictConfig):
+    """Which datasets to make and what is good enough for them."""
+
+    modalities: list[Modality] = Field(
+        ["clean", "clean_images", "vision"], min_length=1, description="text, text and figures, page images"
+    )
+    splits: list[DatasetSplit] = Field(["train", "val"], description="[train] where the corpus has no val papers")
+    sft_top_fraction: float = Field(0.2, gt=0, le=1, description="best share of the train reviews by checkmark score")
+    decisions: list[Decision] = Field(["accepted"], min_length=1, description="papers that pairs are made of")
+    min_rating_diff: float = Field(2.0, gt=0, description="least rating advantage of the chosen review")
+    min_checkmark_diff: float = Field(2.0, gt=0, description="least checkmark advantage of the chosen review")
+    max_pairs_per_paper: int | None = Field(None, ge=1, description="keep the clearest so many; none: all")
+    exclude: ExternalPath | None = Field(None, description="text file of pair ids to leave out, one a line")
+    allow_unscored: bool = Field(False, description="build on the scored reviews when some have no evaluation")
+
+    @field_validator("splits")
+    @classmethod
+    def _includes_train(cls, splits: list[DatasetSplit]) -> list[DatasetSplit]:
+        if "train" not in splits:
+            raise ValueError("splits must include train: the SFT cut is taken there")
+        return splits
+
+
+def run(config: BuildDatasetsConfig, task: Task) -> Metrics:
+    """Write the datasets and their registry; the metrics are the row counts and where the SFT cut fell."""
+    rules = BuildRules(
+        modalities=tuple(dict.fromkeys(config.modalities)),
+        splits=tuple(dict.fromkeys(config.splits)),
+        decisions=tuple(config.decisions),
+        sft_top_fraction=config.sft_top_fraction,
+        allow_unscored=config.allow_unscored,
+        pairs=PairRules(
+            min_rating_diff=config.min_rating_diff,
+            min_checkmark_diff=config.min_checkmark_diff,
+            max_pairs_per_paper=config.max_pairs_per_paper,
+            exclude=read_exclude(config.exclude) if config.exclude else frozenset(),
+        ),
+    )
+    summary = build_datasets(task.input("corpus"), task.inputs["scores"], task.output, task.run, rules, task.progress)
+    rows = {name: counts["rows"] for name, counts in summary["datasets"].items()}
+    return {"rows": rows, "sft_cut": summary["sft"]["cut"], "unscored_reviews": summary["unscored_reviews"]}
+
+
+STAGE = Stage(
+    name="build_datasets",
+    config=BuildDatasetsConfig,
+    run=run,
+    root="data",
+    writes="preference_datasets",
+    reads={
+        "corpus": Reads("review_corpus", "ingest_reviews"),
+        "scores": Reads("review_scores", "score_reviews", match="all"),
+    },
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

@@ -1,0 +1,78 @@
+"""The streaming join: right matches, and an error for every way in which the inputs can disagree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefmill.artifacts import Artifact
+from prefmill.datasets.scored import check_inputs, scored_papers
+from prefmill.errors import ArtifactError
+
+
+def ids(*names: str) -> list[dict[str, Any]]:
+    """Rows by review id, `a1` being a review of paper `a`."""
+    return [{"paper_id": name[0], "review_id": name} for name in names]
+
+
+def papers(*names: str) -> list[dict[str, Any]]:
+    return [{"paper_id": name} for name in names]
+
+
+@pytest.fixture
+def corpus(artifact: Any) -> Artifact:
+    return artifact("corpus", "review_corpus", papers=papers("a", "b", "c"), reviews=ids("a1", "a2", "c1"))
+
+
+def join(corpus: Artifact, *shards: Artifact) -> list[tuple[str, list[tuple[str, str]], list[str]]]:
+    return [
+        (paper["paper_id"], [(r["review_id"], e["review_id"]) for r, e in reviews], unscored)
+        for paper, reviews, unscored in scored_papers(corpus, shards)
+    ]
+
+
+def test_join_over_shards(artifact: Any, corpus: Artifact) -> None:
+    first = artifact("s0", "review_scores", review_evaluations=ids("c1"))
+    second = artifact("s1", "review_scores", review_evaluations=ids("a1", "a2"))
+    expected = [("a", [("a1", "a1"), ("a2", "a2")], []), ("b", [], []), ("c", [("c1", "c1")], [])]
+    assert join(corpus, first, second) == expected
+
+
+def test_reviews_without_evaluation_are_named(artifact: Any, corpus: Artifact) -> None:
+    shard = artifact("s", "review_scores", review_evaluations=ids("a2"))
+    assert join(corpus, shard) == [("a", [("a2", "a2")], ["a1"]), ("b", [], []), ("c", [], ["c1"])]
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "message"),
+    [
+        (ids("a1", "a3"), "not in the corpus: a3"),
+        (ids("a1", "b1"), "not in the corpus: b1"),
+        (ids("a1", "d1"), "not in the corpus, or the rows are out of order"),
+        (ids("c1", "a1"), "not in the corpus, or the rows are out of order"),
+        (ids("a1", "a1"), "evaluated twice"),
+    ],
+)
+def test_evaluations_that_do_not_fit(artifact: Any, corpus: Artifact, evaluations: list[Any], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        join(corpus, artifact("s", "review_scores", review_evaluations=evaluations))
+
+
+def test_inputs_must_belong_together(artifact: Any, corpus: Artifact) -> None:
+    mine = {"corpus": [corpus.manifest.content_digest]}
+    good = artifact("s0", "review_scores", mine, review_evaluations=[])
+    check_inputs(corpus, [good])
+    stranger = artifact("s1", "review_scores", {"corpus": ["0" * 64]}, review_evaluations=[])
+    with pytest.raises(ArtifactError, match="another corpus"):
+        check_inputs(corpus, [good, stranger])
+
+
+def test_shards_must_share_a_checklist(artifact: Any, corpus: Artifact, tmp_path: Any) -> None:
+    shards = []
+    for name in ("s0", "s1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checklist.json").write_text(name)
+        shards.append(artifact(name, "review_scores", review_evaluations=[]))
+    with pytest.raises(ArtifactError, match="different checklists"):
+        check_inputs(corpus, shards)
