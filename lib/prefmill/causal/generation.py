@@ -1,0 +1,237 @@
+"""Generating with a causal language model so that a sample depends on its own key, not on its batch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from prefmill.blocks import resumable_blocks
+from prefmill.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens; `temperature` 0 takes the likeliest, `top_p` keeps the smallest set of that mass."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to generate: `key` (here a paper) and `sample` name its random stream; the prompt as token ids."""
+
+    key: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+
+
+class Completion(TypedDict):
+    """What came out, without the end token; `truncated` when the token limit came first."""
+
+    key: str
+    sample: int
+    text: str
+    num_tokens: int
+    truncated: bool
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, chats: Mapping[str, Sequence[Mapping[str, str]]], num_samples: int
+) -> list[Request]:
+    """The requests for `num_samples` answers to each chat, by the tokenizer's chat template."""
+    requests = []
+    for key, messages in chats.items():
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the special tokens
+        requests += [Request(key, sample, ids) for sample in range(num_samples)]
+    return requests
+
+
+def max_prompt_tokens(model: PreTrainedModel, max_new_tokens: int) -> int | None:
+    """The longest prompt that leaves room for the answer; None where the model states no limit."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return None
+    if context <= max_new_tokens:
+        raise ConfigError(
+            "max_new_tokens leaves no room for a prompt", got=max_new_tokens,
+            expected=f"less than the model's context of {context} tokens", fix="lower max_new_tokens",
+        )  # fmt: skip
+    return int(context) - max_new_tokens
+
+
+def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
+    """Batches of similar prompt length, the longest first (a batch too large for memory fails at once).
+
+    Deterministic: an interrupted run plans the same batches again.
+    """
+    ordered = sorted(requests, key=lambda request: (-len(request.prompt_ids), request.key, request.sample))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def generate_reviews(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    batch_size: int,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[tuple[str, int], Completion]:
+    """A completion for every request, by (key, sample); finished batches are kept in `folder` to resume from.
+
+    In float32 a completion does not depend on the batch size but for rounding; at a lower precision padding moves
+    logits by enough to change a token now and then. `progress` hears of (finished, all) requests.
+    """
+    from tqdm import tqdm
+
+    batches = plan_batches(requests, batch_size)
+    blocks = resumable_blocks(
+        folder, "generated", len(batches), lambda index: generate_batch(model, tokenizer, batches[index], sampling)
+    )
+    completions: dict[tuple[str, int], Completion] = {}
+    with tqdm(total=len(requests), desc="generate", unit="review") as bar:
+        for block in blocks:
+            completions |= {(row["key"], row["sample"]): row for row in block}
+            bar.update(len(block))
+            progress(len(completions), len(requests))
+    return completions
+
+
+def generate_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Request], sampling: Sampling
+) -> list[Completion]:
+    """The completions of one left-padded batch, in its order."""
+    import torch
+
+    end_ids = _end_token_ids(model, tokenizer)
+    length = max(len(request.prompt_ids) for request in batch)
+    assert tokenizer.pad_token_id is not None
+    padded = [[tokenizer.pad_token_id] * (length - len(item.prompt_ids)) + [*item.prompt_ids] for item in batch]
+    mask = [[0] * (length - len(item.prompt_ids)) + [1] * len(item.prompt_ids) for item in batch]
+    with torch.inference_mode(), _plain_generation(model, tokenizer, end_ids):
+        output = model.generate(
+            use_cache=True,  # training may have left it off
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            logits_processor=_processors(batch, sampling, length),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+        )
+    answers = [row[length:] for row in output.tolist()]
+    return [_completion(item, ids, end_ids, tokenizer, sampling) for item, ids in zip(batch, answers, strict=True)]
+
+
+class KeyedSampler:
+    """A logits processor that draws each row's token from the row's own stream of uniform numbers.
+
+    It leaves the drawn token as the only possible one, so that greedy decoding takes it. The cumulative
+    distribution runs in the vocabulary's order, not by probability: rounding that swaps two equally likely tokens
+    then changes nothing, and a sample differs between batches only where a number falls within rounding of a bound.
+    """
+
+    def __init__(self, uniforms: np.ndarray[Any, np.dtype[np.float64]], prompt_length: int, sampling: Sampling) -> None:
+        self._uniforms, self._prompt_length, self._sampling = uniforms, prompt_length, sampling
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` [B, V] with everything but each row's draw at minus infinity; `input_ids` [B, prompt + done]."""
+        import torch
+
+        step = input_ids.shape[1] - self._prompt_length
+        uniform = torch.as_tensor(self._uniforms[:, step : step + 1], device=scores.device)
+        probabilities = torch.softmax(scores.double() / self._sampling.temperature, dim=-1)
+        chosen = inverse_cdf(keep_top_p(probabilities, self._sampling.top_p), uniform)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def keep_top_p(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`probabilities` [B, V] with zeros outside the smallest set of tokens whose mass reaches `top_p`."""
+    if top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return probabilities.scatter(1, order, ordered.masked_fill(before >= top_p, 0.0))
+
+
+def inverse_cdf(masses: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token [B, 1] at which the cumulative mass of `masses` [B, V] first exceeds its share `uniform` [B, 1]."""
+    import torch
+
+    cumulative = masses.cumsum(dim=-1)
+    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    last = masses.shape[-1] - 1 - (masses.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
+    return torch.minimum(chosen, last)  # a product rounded up to the whole mass stays on the last token that has any
+
+
+def uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """`count` numbers in [0, 1) that follow from (seed, key, sample) alone, on every machine."""
+    digest = hashlib.sha256(f"{seed}/{key}/{sample}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16]))).random(count)
+
+
+def require_fitting(requests: Sequence[Request], limit: int | None) -> None:
+    """Raises InputError naming the longest prompt when it has more than `limit` tokens: nothing is cut silently."""
+    longest = max(requests, key=lambda request: len(request.prompt_ids))
+    if limit is not None and len(longest.prompt_ids) > limit:
+        count = len({request.key for request in requests if len(request.prompt_ids) > limit})
+        raise InputError(
+            f"{count} prompts do not fit the model's context", where=f"paper {longest.key}",
+            got=f"{len(longest.prompt_ids)} tokens", expected=f"at most {limit} beside the answer",
+            fix=f"set max_prompt_tokens={limit} to leave such papers out (they are counted), or lower max_new_tokens",
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> Iterator[None]:
+    """Set the model's own generation defaults aside: a shipped top_k or repetition penalty would bias a comparison."""
+    from transformers import GenerationConfig
+
+    own, training = model.generation_config, model.training
+    model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)
+
+
+def _processors(batch: Sequence[Request], sampling: Sampling, prompt_length: int) -> list[KeyedSampler]:
+    if sampling.temperature == 0:
+        return []
+    rows = [uniforms(sampling.seed, item.key, item.sample, sampling.max_new_tokens) for item in batch]
+    return [KeyedSampler(np.stack(rows), prompt_length, sampling)]
+
+
+def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Chat models often end a turn with another token than a document: either ends the answer."""
+    stated = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = stated if isinstance(stated, list) else [stated]
+    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+
+
+def _completion(
+    request: Request, ids: list[int], end_ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> Completion:
+    end = next((index for index, token in enumerate(ids) if token in end_ids), None)
+    answer = ids if end is None else ids[:end]
+    return {
+        "key": request.key,
+        "sample": request.sample,
+        "text": str(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
+        "num_tokens": len(answer),
+        "truncated": end is None and len(ids) >= sampling.max_new_tokens,
+    }

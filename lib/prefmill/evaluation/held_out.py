@@ -1,0 +1,147 @@
+"""The papers to evaluate on, what people wrote about them, and a model's reviews scored like theirs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+from prefmill.artifacts import Artifact
+from prefmill.blocks import resumable_blocks
+from prefmill.errors import InputError
+from prefmill.evaluation.metrics import Generation, PaperFacts
+from prefmill.evaluation.text_statistics import words
+from prefmill.records import Paper, Review, ReviewEvaluation, read_jsonl
+
+PAPERS_PER_BLOCK = 32
+
+
+class Scorer(Protocol):
+    """A checklist engine, as far as it is used here."""
+
+    def evaluate(self, papers: Iterator[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewEvaluation]:
+        """The evaluation of every review, in the order given."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Papers of the test split, by id in sorted order, and the reviews people wrote of them."""
+
+    papers: Mapping[str, Paper]
+    reviews: Mapping[str, tuple[Review, ...]]
+
+    def facts(self) -> dict[str, PaperFacts]:
+        """Decision and human ratings by paper."""
+        return {
+            key: PaperFacts(paper["decision"], tuple(review["rating"] for review in self.reviews.get(key, ())))
+            for key, paper in self.papers.items()
+        }
+
+    def only(self, kept: Sequence[str]) -> HeldOut:
+        """The same for the papers in `kept`."""
+        return HeldOut({key: self.papers[key] for key in kept}, {key: self.reviews.get(key, ()) for key in kept})
+
+
+def read_held_out(corpus: Artifact, num_papers: int | None, seed: int) -> HeldOut:
+    """The corpus's test papers, or `num_papers` of them drawn by a hash of (seed, id): the same for every model.
+
+    Raises InputError when there are none, or fewer than `num_papers`.
+    """
+    path = corpus.file("papers.jsonl")
+    ids = [paper["paper_id"] for paper in read_jsonl(path) if paper["split"] == "test"]
+    if not ids or (num_papers is not None and len(ids) < num_papers):
+        raise InputError(
+            "the corpus has too few test papers", where=path, got=len(ids), expected=num_papers or "at least one",
+            fix="give `test` a larger share in ingest_reviews, ingest more papers, or lower num_papers",
+        )  # fmt: skip
+    chosen = set(sorted(ids, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())[:num_papers])
+    papers = {paper["paper_id"]: paper for paper in read_jsonl(path) if paper["paper_id"] in chosen}
+    rows = (row for row in read_jsonl(corpus.file("reviews.jsonl")) if row["paper_id"] in chosen)
+    reviews = {key: tuple(group) for key, group in groupby(rows, key=lambda row: str(row["paper_id"]))}
+    return HeldOut(papers, reviews)
+
+
+def human_generations(held_out: HeldOut) -> list[Generation]:
+    """The human reviews in the form of generated ones, as the reference point; papers nobody reviewed are left out."""
+    return [
+        {
+            "paper_id": key,
+            "sample": sample,
+            "text": review["text"],
+            "rating": review["rating"],
+            "decision": held_out.papers[key]["decision"],
+            "truncated": False,
+        }
+        for key, reviews in held_out.reviews.items()
+        for sample, review in enumerate(reviews)
+    ]
+
+
+def score_generations(
+    generations: Sequence[Generation],
+    papers: Mapping[str, Paper],
+    engine: Scorer,
+    item_ids: Sequence[str],
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ReviewEvaluation]:
+    """The checklist's answers for each of `generations`, in their order; finished blocks are kept in `folder`.
+
+    A review without a word fulfils no item and is not shown to the engine: a model asked about nothing may say yes.
+    """
+    from tqdm import tqdm
+
+    by_paper = [list(group) for _, group in groupby(generations, key=lambda row: row["paper_id"])]
+    blocks = [by_paper[start : start + PAPERS_PER_BLOCK] for start in range(0, len(by_paper), PAPERS_PER_BLOCK)]
+
+    def compute(index: int) -> list[ReviewEvaluation]:
+        return _score_block(blocks[index], papers, engine, item_ids)
+
+    evaluations: list[ReviewEvaluation] = []
+    with tqdm(total=len(generations), desc="score", unit="review") as bar:
+        for block in resumable_blocks(folder, "scored", len(blocks), compute):
+            evaluations += block
+            bar.update(len(block))
+            progress(len(evaluations), len(generations))
+    return evaluations
+
+
+def _score_block(
+    block: Sequence[Sequence[Generation]], papers: Mapping[str, Paper], engine: Scorer, item_ids: Sequence[str]
+) -> list[ReviewEvaluation]:
+    written = [[row for row in rows if words(row["text"])] for rows in block]
+    shown = ((papers[rows[0]["paper_id"]], [_as_review(row) for row in rows]) for rows in written if rows)
+    scored = {evaluation["review_id"]: evaluation for evaluation in engine.evaluate(shown)}
+    return [scored.get(_review_id(row)) or _empty_evaluation(row, item_ids) for rows in block for row in rows]
+
+
+def _review_id(row: Generation) -> str:
+    return f"{row['paper_id']}#{row['sample']}"
+
+
+def _as_review(row: Generation) -> Review:
+    """The generated text as a review; the engine reads text only, so a missing rating may stand as 0."""
+    return {
+        "review_id": _review_id(row),
+        "paper_id": row["paper_id"],
+        "text": row["text"],
+        "rating": row["rating"] or 0.0,
+        "confidence": None,
+        "venue": "",
+        "sub_scores": {},
+    }
+
+
+def _empty_evaluation(row: Generation, item_ids: Sequence[str]) -> ReviewEvaluation:
+    assert not words(row["text"]), f"the engine left out review {_review_id(row)}"
+    return {
+        "review_id": _review_id(row),
+        "paper_id": row["paper_id"],
+        "answers": {item: {"yes": False, "p_yes": 0.0} for item in item_ids},
+        "checkmark_score": 0.0,
+        "mean_p_yes": 0.0,
+        "engine": "none: the review is empty",
+    }

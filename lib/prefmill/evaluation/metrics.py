@@ -1,0 +1,231 @@
+"""What is measured on a model's reviews: a number for each review, its mean for each paper, and for the whole set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, NotRequired, TypedDict
+
+import numpy as np
+
+from prefmill.evaluation.text_statistics import distinct_share, repeated_share, words
+from prefmill.records import Decision, ReviewEvaluation
+
+DIGITS = 6  # below this, the order of additions shows
+Values = dict[str, float]
+
+
+class Generation(TypedDict):
+    """A review by the evaluated model; `text` without its rating line, `truncated` if it ran into the token limit."""
+
+    paper_id: str
+    sample: int
+    text: str
+    rating: float | None
+    decision: Decision | None
+    truncated: bool
+    num_tokens: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that every review has, or lacks: `better` says which way is good, None where neither is."""
+
+    name: str
+    label: str
+    better: Literal["higher", "lower"] | None
+    decimals: int
+    definition: str
+
+
+CHECKMARK_SCORE = Measure(
+    "checkmark_score", "Checklist score", "higher", 2, "weighted number of checklist items answered yes"
+)
+MEASURES = (
+    CHECKMARK_SCORE,
+    Measure("num_factors", "Known quality factors", "higher", 2, "quality factors of the generator found in the text"),
+    Measure(
+        "recommendation_correct", "Recommendation accuracy", "higher", 3,
+        "rating at or above the threshold exactly when the paper was accepted; a review without a rating is wrong",
+    ),
+    Measure(
+        "rating_error", "Rating error", "lower", 2,
+        "distance of the rating from the mean human rating of the paper, in points; only reviews with a rating",
+    ),
+    Measure("has_rating", "Rating given", "higher", 3, "share of reviews that end in a rating line"),
+    Measure("num_words", "Words", None, 1, "length of the review"),
+    Measure("distinct_2", "Distinct word pairs", "higher", 3, "different word pairs over all word pairs of a review"),
+    Measure("repeated_4grams", "Repeated 4-grams", "lower", 3, "share of 4-word runs that occur more than once"),
+    Measure("truncated", "Cut off", "lower", 3, "share of reviews that ran into the token limit"),
+    Measure("empty", "Empty", "lower", 3, "share of reviews without a word; they score 0"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PaperFacts:
+    """What people said of a paper: their decision and their ratings."""
+
+    decision: Decision | None
+    ratings: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One review with its checklist answers and, on a generated corpus, its quality factors."""
+
+    generation: Generation
+    evaluation: ReviewEvaluation
+    factors: Mapping[str, bool] | None
+    is_human: bool = False
+
+
+def measure_review(review: Scored, paper: PaperFacts, accept_rating: float) -> Values:
+    """Every measure of MEASURES that this review has."""
+    generation = review.generation
+    rating, tokens = generation["rating"], words(generation["text"])
+    values = {
+        "checkmark_score": review.evaluation["checkmark_score"],
+        "has_rating": float(rating is not None),
+        "num_words": float(len(tokens)),
+        "repeated_4grams": repeated_share(tokens, 4),
+        "truncated": float(generation["truncated"]),
+        "empty": float(not tokens),
+    }
+    if (distinct := distinct_share(tokens, 2)) is not None:
+        values["distinct_2"] = distinct
+    if review.factors is not None:
+        values["num_factors"] = float(sum(review.factors.values()))
+    if paper.decision is not None:
+        recommends = rating is not None and rating >= accept_rating
+        values["recommendation_correct"] = float(rating is not None and recommends == (paper.decision == "accepted"))
+    if rating is not None and (human := _human_rating(review, paper)) is not None:
+        values["rating_error"] = abs(rating - human)
+    return values
+
+
+def measure(
+    reviews: Sequence[Scored], papers: Mapping[str, PaperFacts], questions: Mapping[str, str], accept_rating: float
+) -> dict[str, Any]:
+    """The content of metrics.json but for its heading: `overall`, `items`, `factors` and `papers`.
+
+    `reviews` come sorted by paper, `questions` are the checklist's by item id. Every paper counts the same in the
+    means, however many reviews it has.
+    """
+    rows = [
+        _measure_paper(paper_id, list(group), papers[paper_id], accept_rating)
+        for paper_id, group in groupby(reviews, key=lambda review: review.generation["paper_id"])
+    ]
+    overall = {item.name: average(row["measures"].get(item.name) for row in rows) for item in MEASURES}
+    return {
+        "overall": {
+            **overall,
+            **_recommendation(rows),
+            "rating_rank_correlation": _rating_rank_correlation(rows),
+            "repeated_reviews": _repeated_reviews(reviews),
+            "num_empty": sum(not words(review.generation["text"]) for review in reviews),
+        },
+        "items": [
+            {"id": key, "question": question, "yes_share": average(row["items"].get(key) for row in rows)}
+            for key, question in questions.items()
+        ],
+        "factors": _factor_shares(rows),
+        "papers": rows,
+    }
+
+
+def average(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are there, None where there is none."""
+    present = [value for value in values if value is not None]
+    return round(float(np.mean(present)), DIGITS) if present else None
+
+
+def f1_score(true_positive: float, false_positive: float, false_negative: float) -> float | None:
+    """F1 of "accepted" from the three counts; None when nothing was accepted and nothing recommended."""
+    denominator = 2 * true_positive + false_positive + false_negative
+    return round(2 * true_positive / denominator, DIGITS) if denominator else None
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None below 3 values or where one side is constant."""
+    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return round(float(np.corrcoef(_ranks(first), _ranks(second))[0, 1]), DIGITS)
+
+
+def _measure_paper(paper_id: str, reviews: list[Scored], paper: PaperFacts, accept_rating: float) -> dict[str, Any]:
+    measured = [measure_review(review, paper, accept_rating) for review in reviews]
+    ratings = [review.generation["rating"] for review in reviews]
+    answers = [review.evaluation["answers"] for review in reviews]
+    factors = [review.factors for review in reviews if review.factors is not None]
+    return {
+        "paper_id": paper_id,
+        "decision": paper.decision,
+        "human_rating": average(paper.ratings),
+        "rating": average(ratings),
+        "measures": _averages(measured),
+        "items": _averages([{key: float(answer["yes"]) for key, answer in by_item.items()} for by_item in answers]),
+        "factors": _averages([{key: float(held) for key, held in by_name.items()} for by_name in factors]),
+        "confusion": _confusion(ratings, paper.decision, accept_rating),
+        "scores": [values["checkmark_score"] for values in measured],
+        "words": [int(values["num_words"]) for values in measured],
+    }
+
+
+def _averages(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every key over the rows that have it, in the order in which keys first appear."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    means = {key: average(row.get(key) for row in rows) for key in keys}
+    return {key: value for key, value in means.items() if value is not None}
+
+
+def _confusion(ratings: Sequence[float | None], decision: Decision | None, accept_rating: float) -> list[int] | None:
+    """True positives, false positives and false negatives for "accepted"; no rating recommends nothing."""
+    if decision is None:
+        return None
+    accepted = decision == "accepted"
+    recommended = sum(rating is not None and rating >= accept_rating for rating in ratings)
+    return [recommended, 0, len(ratings) - recommended] if accepted else [0, recommended, 0]
+
+
+def _recommendation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    counted = [row["confusion"] for row in rows if row["confusion"] is not None]
+    sums = [sum(counts[index] for counts in counted) for index in range(3)]
+    return {"recommendation_f1": f1_score(*sums), "num_decided_papers": len(counted)}
+
+
+def _rating_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Between the mean rating a paper got from the model and from people, over papers with both."""
+    both = [row for row in rows if row["rating"] is not None and row["human_rating"] is not None]
+    return rank_correlation([row["rating"] for row in both], [row["human_rating"] for row in both])
+
+
+def _repeated_reviews(reviews: Sequence[Scored]) -> float:
+    """The share of reviews whose very words were written more than once: a model that has collapsed shows here."""
+    texts = [" ".join(words(review.generation["text"])) for review in reviews]
+    counts: dict[str, int] = {}
+    for text in texts:
+        counts[text] = counts.get(text, 0) + 1
+    return round(sum(counts[text] > 1 for text in texts) / len(texts), DIGITS)
+
+
+def _factor_shares(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    names = dict.fromkeys(name for row in rows for name in row["factors"])
+    return [{"name": name, "share": average(row["factors"].get(name) for row in rows)} for name in names] or None
+
+
+def _human_rating(review: Scored, paper: PaperFacts) -> float | None:
+    """The mean human rating of the paper; for a human review, that of the others."""
+    ratings = list(paper.ratings)
+    if review.is_human:
+        rating = review.generation["rating"]
+        assert rating is not None
+        ratings.remove(rating)
+    return float(np.mean(ratings)) if ratings else None
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Ranks from 0, equal values at the mean of their ranks."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return ((ends - counts + ends - 1) / 2)[inverse]
