@@ -1,0 +1,213 @@
+"""Reading rows from files, plain or gzip: every fault named by file and line."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import dataclasses
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from prefmill.errors import InputError
+from prefmill.reviews.rows import Place, Problem, Row, excerpt
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_BOM = b"\xef\xbb\xbf"
+_ARRAY = re.compile(r'\s*(?:\[|\{[^\[]*"notes"\s*:\s*\[)')  # an array, or an API answer that holds one
+_GAP = re.compile(r"[\s,]*")
+_CHUNK_BYTES = 1 << 20
+_MAX_CSV_FIELD_CHARS = 1 << 24  # above any paper; below what an unclosed quote swallows of a large file
+_UTF8_FIX = "save the file as UTF-8 (for example: iconv -f LATIN1 -t UTF-8), or correct the line"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and bytes of each line; gzip is recognised by content, not by name.
+
+    Raises InputError for a file that is missing, damaged or cut short: the rows after that point are lost.
+    """
+    with _reading(path) as (stream, lines_read):
+        for number, line in enumerate(stream, 1):
+            lines_read[0] = number
+            yield number, line.removeprefix(_BOM) if number == 1 else line
+
+
+def jsonl_rows(path: Path, source: int) -> Iterator[Row | Problem]:
+    """The objects of a file with one JSON object a line."""
+    for number, line in read_lines(path):
+        if line.isspace():
+            continue
+        place = Place(source, str(path), number)
+        try:
+            values = json.loads(line)
+        except UnicodeDecodeError as error:
+            yield Problem(place, f"invalid UTF-8 at byte {error.start}", _UTF8_FIX, excerpt(line))
+        except (ValueError, RecursionError) as error:
+            fix = "correct or delete that line; each line is one JSON object"
+            yield Problem(place, f"not JSON: {error}", fix, excerpt(line.strip()))
+        else:
+            yield as_row(values, place)
+
+
+def json_rows(path: Path, source: int) -> Iterator[Row | Problem]:
+    """The objects of a file that is a JSON array, an object with an array `notes`, or JSON lines.
+
+    An array is read piece by piece, as a venue's dump need not fit into memory.
+    """
+    with contextlib.closing(_read_text(path)) as chunks:
+        beginning = next(chunks, "")
+    is_array = _ARRAY.match(beginning) is not None
+    yield from _array_rows(path, source) if is_array else jsonl_rows(path, source)
+
+
+def csv_rows(path: Path, source: int) -> Iterator[Row | Problem]:
+    """The rows of a CSV file with a header, as text by column."""
+    csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
+    reader = csv.DictReader(_text_lines(path), restkey="", strict=True)
+    start = 2
+    try:
+        _check_header(reader.fieldnames, path)
+        for values in reader:
+            place = Place(source, str(path), start)
+            start = reader.line_num + 1
+            if "" in values or None in values.values():
+                reason = f"the row has not the header's {len(reader.fieldnames or ())} cells"
+                fix = "quote cells that hold commas or line breaks, and fill the row up with commas"
+                yield Problem(place, reason, fix, excerpt(list(values.values())))
+            else:
+                yield Row(place, cast("dict[str, Any]", values))
+    except csv.Error as error:
+        raise InputError(
+            "unreadable CSV", where=f"{path}, in the row from line {start}", got=str(error),
+            fix="look for an unclosed quote there; quotes inside a cell are doubled",
+        ) from None  # fmt: skip
+
+
+def as_row(values: Any, place: Place) -> Row | Problem:
+    """A decoded JSON value as a row; anything but an object is a problem."""
+    if isinstance(values, dict):
+        return Row(place, values)
+    return Problem(place, f"not a JSON object but {type(values).__name__}", "write a JSON object", excerpt(values))
+
+
+def json_file_row(path: Path, source: int) -> Row | Problem:
+    """The one object in a JSON file."""
+    content = b"".join(line for _, line in read_lines(path))
+    place = Place(source, str(path))
+    try:
+        return as_row(json.loads(content), place)
+    except UnicodeDecodeError as error:
+        place = dataclasses.replace(place, line=content.count(b"\n", 0, error.start) + 1)
+        return Problem(place, "invalid UTF-8", _UTF8_FIX, excerpt(content))
+    except json.JSONDecodeError as error:
+        place = dataclasses.replace(place, line=error.lineno)
+        return Problem(place, f"not JSON: {error.msg}", "correct that line, or remove the file", excerpt(content))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[tuple[IO[bytes], list[int]]]:
+    """The open file, and a count of the lines read so far, kept by the caller, for the errors raised here."""
+    lines_read = [0]
+    try:
+        with _open(path) as stream:
+            yield stream, lines_read
+    except EOFError:
+        raise InputError(
+            "truncated gzip file", where=f"{path}, after line {lines_read[0]}",
+            expected="the whole file", fix="copy or download the file again and compare its size",
+        ) from None  # fmt: skip
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            "damaged gzip file", where=f"{path}, after line {lines_read[0]}", got=str(error),
+            fix="copy or download the file again (`gzip -t` checks it)",
+        ) from None  # fmt: skip
+    except FileNotFoundError:
+        raise InputError("no such file", where=path, fix="check the source's path in the configuration") from None
+    except IsADirectoryError:
+        raise InputError("a folder where a file is expected", where=path, fix="give the file's path") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    stream = path.open("rb")
+    if stream.peek(2)[:2] == _GZIP_MAGIC:
+        stream.close()
+        return cast("IO[bytes]", gzip.open(path, "rb"))
+    return stream
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    for number, line in read_lines(path):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, number, error) from None
+
+
+def _read_text(path: Path) -> Generator[str]:
+    """The file's text in pieces of about a megabyte."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with _reading(path) as (stream, lines_read):
+        while True:
+            chunk = stream.read(_CHUNK_BYTES)
+            try:
+                yield decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                line = lines_read[0] + 1 + error.object.count(b"\n", 0, error.start)
+                raise _not_utf8(path, line, error) from None
+            lines_read[0] += chunk.count(b"\n")
+            if not chunk:
+                return
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
+    return InputError("invalid UTF-8", where=f"{path}:{line}", got=error.reason, fix=_UTF8_FIX)
+
+
+def _check_header(names: Any, path: Path) -> None:
+    if names and (len(set(names)) < len(names) or not all(names)):
+        raise InputError(
+            "the header has an empty or repeated column", where=f"{path}:1", got=", ".join(names),
+            fix="name every column once",
+        )  # fmt: skip
+
+
+def _array_rows(path: Path, source: int) -> Iterator[Row | Problem]:
+    """The objects of the file's first array, decoded one at a time."""
+    decoder, chunks = json.JSONDecoder(), _read_text(path)
+    buffer = _grow("", chunks, path, 1)
+    position, counted, line, index = buffer.index("[") + 1, 0, 1, 0
+    while True:
+        gap = _GAP.match(buffer, position)
+        assert gap is not None
+        position = gap.end()
+        line, counted = line + buffer.count("\n", counted, position), position
+        if buffer.startswith("]", position):
+            return
+        try:
+            values, position = decoder.raw_decode(buffer, position)
+        except ValueError as error:
+            buffer, position, counted = _grow(buffer[position:], chunks, path, line, error), 0, 0
+            continue
+        yield as_row(values, Place(source, str(path), line, f"item {index}"))
+        index += 1
+
+
+def _grow(buffer: str, chunks: Iterator[str], path: Path, line: int, error: ValueError | None = None) -> str:
+    """`buffer`, which begins at `line`, with more of the file: at least doubled, so that long objects stay cheap."""
+    pieces, size = [buffer], 0
+    for chunk in chunks:
+        pieces.append(chunk)
+        size += len(chunk)
+        if size >= max(1, len(buffer)):
+            break
+    if size:
+        return "".join(pieces)
+    raise InputError(
+        "not JSON, or cut short", where=f"{path}:{line}", got=error, expected="an array of objects",
+        fix="correct the object that begins there, or download the file again",
+    )  # fmt: skip

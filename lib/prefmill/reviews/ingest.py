@@ -1,0 +1,249 @@
+"""Sources to corpus: collect the rows, make papers of them, split, and write them in order of their ids."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from tqdm import tqdm
+
+from prefmill.artifacts import write_atomic
+from prefmill.config import StrictConfig
+from prefmill.errors import InputError
+from prefmill.records import JsonlWriter, Paper, Review
+from prefmill.reviews.papers import Document, DocumentReader, read_documents
+from prefmill.reviews.rows import Item, PaperRow, Problem, ReviewRow, Row, RowError, Skipped
+from prefmill.reviews.source import SourceConfig, problem_with, read_source
+from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
+from prefmill.reviews.store import CorpusStore
+
+_SHOWN_PROBLEMS = 5
+_log = logging.getLogger(__name__)
+Progress = Callable[[int, int | None, str], None]  # done, total where known, unit
+
+
+class BadRowConfig(StrictConfig):
+    """What becomes of rows that cannot be used: `fail` at the first, or set them aside up to a share of all rows."""
+
+    on_bad_row: Literal["fail", "quarantine"] = "fail"
+    max_quarantined_share: float = Field(0.01, ge=0, le=1)
+
+
+@dataclass
+class Tally:
+    """What was read and written, for the summary."""
+
+    rows: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    splits: Counter[str] = field(default_factory=Counter)
+    split_reviews: Counter[str] = field(default_factory=Counter)
+    decisions: Counter[str] = field(default_factory=Counter)
+    ratings: Counter[float] = field(default_factory=Counter)
+    text_from: Counter[str] = field(default_factory=Counter)
+    pages: int = 0
+    figures: int = 0
+    unreviewed: int = 0
+    merged: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rejects:
+    """Where problems go."""
+
+    config: BadRowConfig
+    store: CorpusStore
+
+    def add(self, problem: Problem) -> None:
+        """Set the row aside, or raise InputError naming its file, line and fix."""
+        if self.config.on_bad_row == "fail":
+            raise InputError(
+                problem.reason, where=problem.place, got=problem.excerpt or None,
+                fix=f"{problem.fix}; or set on_bad_row: quarantine to set such rows aside",
+            )  # fmt: skip
+        self.store.add_problem(problem)
+
+    def check_share(self, num_rows: int) -> None:
+        """Raises InputError, showing the first problems, when more rows were set aside than allowed."""
+        count = self.store.count("problems")
+        if count <= self.config.max_quarantined_share * num_rows:
+            return
+        first = itertools.islice(self.store.problems(), _SHOWN_PROBLEMS)
+        shown = [f"    {problem.place}: {problem.reason}" for problem in first]
+        raise InputError(
+            f"{count} of {num_rows} rows cannot be used", got="\n".join(["", *shown]),
+            expected=f"at most {self.config.max_quarantined_share:.2%} (max_quarantined_share)",
+            fix="correct the source, or raise max_quarantined_share",
+        )  # fmt: skip
+
+
+def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Rejects, progress: Progress) -> Tally:
+    """Read every source into `store`. Raises InputError for a source without rows."""
+    tally = Tally()
+    for number, source in enumerate(sources):
+        counts: Counter[str] = Counter()
+        for row in tqdm(read_source(source, number), desc=f"source {number}", unit="row", unit_scale=True):
+            tally.rows += 1
+            progress(tally.rows, None, "rows")
+            _take(row, store, rejects, counts)
+        if not counts:
+            raise InputError(
+                "a source without rows", where=getattr(source, "path", "sources"), got="0 rows",
+                fix="check that this is the file you meant, or remove the source",
+            )  # fmt: skip
+        tally.sources.append({"format": getattr(source, "format", ""), **dict(sorted(counts.items()))})
+    return tally
+
+
+def link(store: CorpusStore, rejects: Rejects, tally: Tally) -> None:
+    """Make whole papers of what was collected: decisions, no orphans, one paper a title."""
+    for problem in store.link():
+        rejects.add(problem)
+    tally.unreviewed = store.drop_unreviewed()
+    tally.merged = store.merge_titles()
+
+
+def write_corpus(
+    store: CorpusStore, reader: DocumentReader, splits: SplitConfig, rejects: Rejects, tally: Tally, progress: Progress
+) -> dict[str, Any]:
+    """Write `papers.jsonl`, `reviews.jsonl`, `quarantine.jsonl` and `summary.json`; returns the summary.
+
+    Papers and reviews are in order of their ids. Raises InputError when too many rows were set aside or none is left;
+    no file appears then.
+    """
+    test_ids = read_test_set(splits, store.find_paper)
+    with contextlib.ExitStack() as stack:
+        papers = stack.enter_context(JsonlWriter(reader.output / "papers.jsonl"))
+        reviews = stack.enter_context(JsonlWriter(reader.output / "reviews.jsonl"))
+        located = (((place, key), paper) for place, paper, key in store.papers())
+        num_papers = store.count("papers")
+        bar = tqdm(read_documents(located, reader), desc="corpus", unit="paper", total=num_papers)
+        for done, ((place, key), paper, document) in enumerate(bar, 1):
+            progress(done, num_papers, "papers")
+            if isinstance(document, RowError):
+                reason = f"{document.reason}; its reviews go with it"
+                rejects.add(Problem(place, reason, document.fix, paper.title))
+                continue
+            row = _paper(paper, document, "test" if paper.paper_id in test_ids else split_of(key, splits))
+            papers.write(row)
+            num_before = reviews.num_rows
+            for review in store.reviews_of(paper.paper_id):
+                reviews.write(_review(review))
+                tally.ratings[review.rating] += 1
+            _count(tally, row, document, reviews.num_rows - num_before)
+        rejects.check_share(tally.rows)
+        if not reviews.num_rows:
+            raise InputError("no review is left", got=f"{tally.rows} rows", fix="check the sources and the quarantine")
+    if rejects.config.on_bad_row == "quarantine":
+        _write_quarantine(store, reader.output / "quarantine.jsonl")
+    _warn(tally)
+    summary = _summary(tally, papers.num_rows, reviews.num_rows, store.count("problems"))
+    write_atomic(reader.output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _take(row: tuple[Row, list[Item]] | Problem, store: CorpusStore, rejects: Rejects, counts: Counter[str]) -> None:
+    counts["rows"] += 1
+    if isinstance(row, Problem):
+        rejects.add(row)
+        return
+    read, items = row
+    try:
+        for item in items:
+            if isinstance(item, Skipped):
+                counts[f"skipped: {item.kind}"] += 1
+            else:
+                store.add(read.place, item)
+    except RowError as error:
+        rejects.add(problem_with(read, error))
+
+
+def _paper(paper: PaperRow, document: Document, split: Any) -> Paper:
+    return {
+        "paper_id": paper.paper_id,
+        "title": paper.title,
+        "abstract": paper.abstract,
+        "text": document.text,
+        "decision": paper.decision,
+        "venue": paper.venue,
+        "split": split,
+        "pages": document.pages,
+        "figures": document.figures,
+    }
+
+
+def _review(review: ReviewRow) -> Review:
+    return {
+        "review_id": review.review_id,
+        "paper_id": review.paper_id,
+        "text": review.text,
+        "rating": review.rating,
+        "confidence": review.confidence,
+        "venue": review.venue,
+        "sub_scores": dict(review.sub_scores),
+    }
+
+
+def _count(tally: Tally, paper: Paper, document: Document, num_reviews: int) -> None:
+    tally.splits[paper["split"]] += 1
+    tally.split_reviews[paper["split"]] += num_reviews
+    tally.decisions[paper["decision"] or "unknown"] += 1
+    tally.text_from[document.text_from] += 1
+    tally.pages += len(paper["pages"])
+    tally.figures += len(paper["figures"])
+
+
+def _warn(tally: Tally) -> None:
+    if tally.text_from["nothing"]:
+        _log.warning(
+            "%d papers have neither text nor abstract: models see their titles only", tally.text_from["nothing"]
+        )
+    if tally.merged:
+        _log.warning("%d papers were merged into others with the same title", len(tally.merged))
+
+
+def _write_quarantine(store: CorpusStore, path: Path) -> None:
+    """One row a problem; files by name only, so that the content does not depend on where they lie."""
+    with JsonlWriter(path) as writer:
+        for problem in store.problems():
+            place = problem.place
+            writer.write(
+                {
+                    "source": place.source,
+                    "file": Path(place.file).name,
+                    "line": place.line,
+                    "item": place.item,
+                    "reason": problem.reason,
+                    "fix": problem.fix,
+                    "row": problem.excerpt,
+                }
+            )
+
+
+def _summary(tally: Tally, num_papers: int, num_reviews: int, num_quarantined: int) -> dict[str, Any]:
+    return {
+        "papers": num_papers,
+        "reviews": num_reviews,
+        "rows": tally.rows,
+        "quarantined_rows": num_quarantined,
+        "papers_without_reviews": tally.unreviewed,
+        "merged_titles": len(tally.merged),
+        "merged_ids": dict(tally.merged[:20]),
+        "splits": {
+            name: {"papers": tally.splits[name], "reviews": tally.split_reviews[name]}
+            for name in ("train", "val", "dev", "test")
+        },
+        "decisions": dict(sorted(tally.decisions.items())),
+        "ratings": {f"{rating:g}": count for rating, count in sorted(tally.ratings.items())},
+        "text_from": dict(sorted(tally.text_from.items())),
+        "pages": tally.pages,
+        "figures": tally.figures,
+        "sources": tally.sources,
+    }

@@ -1,0 +1,149 @@
+"""What a reader of a paper sees: its text, page images and figures, from the row, a text file or a PDF."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field
+
+from prefmill.artifacts import write_atomic
+from prefmill.config import ExternalPath, StrictConfig, runtime
+from prefmill.errors import InputError
+from prefmill.reviews.pdf import PdfConfig, PdfContent, extract_pdf, save_image
+from prefmill.reviews.rows import PaperRow, RowError, clean_text
+
+TextFrom = Literal["text file", "pdf", "row", "abstract", "nothing"]
+T = TypeVar("T")
+
+
+class PaperConfig(StrictConfig):
+    """Where papers come from besides their rows: folders with `<paper_id>.txt` and `<paper_id>.pdf`.
+
+    With `require_files` a paper without its file is a bad row; otherwise its row's text serves. `workers` processes
+    read PDFs at a time.
+    """
+
+    texts: ExternalPath | None = None
+    pdfs: ExternalPath | None = None
+    require_files: bool = True
+    pdf: PdfConfig = Field(default_factory=PdfConfig)
+    workers: int = runtime(1, ge=1)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A paper's text (empty where the sources have none), where it is from, and its images, relative to the corpus."""
+
+    text: str
+    text_from: TextFrom
+    pages: list[str]
+    figures: list[str]
+
+
+@dataclass(frozen=True)
+class DocumentReader:
+    """Makes documents; images go below `output`, and what was read of a PDF stays in `work` for a resumed run."""
+
+    config: PaperConfig
+    output: Path
+    work: Path
+
+    def __call__(self, paper: PaperRow) -> Document | RowError:
+        """The document of `paper`, or why there is none."""
+        try:
+            return self._read(paper)
+        except RowError as error:
+            for folder in self._image_folders(paper.paper_id):
+                shutil.rmtree(folder, ignore_errors=True)
+            return error
+
+    def _read(self, paper: PaperRow) -> Document:
+        in_file = self._text_file(paper.paper_id)
+        content = self._pdf(paper.paper_id)
+        if paper.drawn and content is None:
+            content = self._draw(paper)
+        sources: list[tuple[TextFrom, str]] = [
+            ("text file", in_file),
+            ("pdf", content.text if content else ""),
+            ("row", paper.text),
+            ("abstract", paper.abstract),
+        ]
+        text_from, text = next((source for source in sources if source[1]), ("nothing", ""))
+        pages, figures = (content.num_pages, content.num_figures) if content else (0, 0)
+        return Document(
+            text=text,
+            text_from=text_from,
+            pages=[f"pages/{paper.paper_id}/{index:03d}.png" for index in range(pages)],
+            figures=[f"figures/{paper.paper_id}/{index:03d}.png" for index in range(figures)],
+        )
+
+    def _text_file(self, paper_id: str) -> str:
+        if self.config.texts is None:
+            return ""
+        path = self.config.texts / f"{paper_id}.txt"
+        try:
+            return clean_text(path.read_bytes().decode(), path.name)
+        except FileNotFoundError:
+            if self.config.require_files:
+                fix = "add the file, or set require_files: false to use the row's text"
+                raise RowError(f"no text file {path.name}", fix) from None
+            return ""
+        except UnicodeDecodeError as error:
+            raise RowError(f"invalid UTF-8 in {path.name} at byte {error.start}", "save it as UTF-8") from None
+
+    def _pdf(self, paper_id: str) -> PdfContent | None:
+        if self.config.pdfs is None:
+            return None
+        path = self.config.pdfs / f"{paper_id}.pdf"
+        if not path.is_file() and not self.config.require_files:
+            return None
+        pages, figures = self._image_folders(paper_id)
+        return self._remembered(paper_id, lambda: extract_pdf(path, pages, figures, self.config.pdf))
+
+    def _draw(self, paper: PaperRow) -> PdfContent:
+        from prefmill.reviews.drawn import draw_figure, draw_page
+
+        pages, figures = self._image_folders(paper.paper_id)
+        save_image(draw_page(paper), pages, 0, self.config.pdf.max_pixels)
+        save_image(draw_figure(paper), figures, 0, self.config.pdf.max_pixels)
+        return PdfContent("", 1, 1)
+
+    def _image_folders(self, paper_id: str) -> tuple[Path, Path]:
+        return self.output / "pages" / paper_id, self.output / "figures" / paper_id
+
+    def _remembered(self, paper_id: str, extract: Callable[[], PdfContent]) -> PdfContent:
+        record = self.work / "pdf" / f"{paper_id}.json"
+        if record.is_file():
+            return PdfContent(**json.loads(record.read_text(encoding="utf-8")))
+        content = extract()
+        write_atomic(record, json.dumps(dataclasses.asdict(content)))
+        return content
+
+
+def check_folders(config: PaperConfig) -> None:
+    """Raises InputError when a folder of texts or PDFs is not there."""
+    for name, folder in (("texts", config.texts), ("pdfs", config.pdfs)):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"no such folder of {name}", where=folder, fix=f"correct `{name}` in the configuration")
+
+
+def read_documents(
+    papers: Iterable[tuple[T, PaperRow]], reader: DocumentReader
+) -> Iterator[tuple[T, PaperRow, Document | RowError]]:
+    """Each paper with its document, in order, `config.workers` at a time."""
+    if reader.config.workers == 1 or reader.config.pdfs is None:
+        yield from ((tag, paper, reader(paper)) for tag, paper in papers)
+        return
+    with ProcessPoolExecutor(reader.config.workers) as pool:
+        stream = iter(papers)
+        while batch := list(itertools.islice(stream, 16 * reader.config.workers)):
+            documents = pool.map(reader, [paper for _, paper in batch])
+            yield from ((tag, paper, document) for (tag, paper), document in zip(batch, documents, strict=True))

@@ -1,0 +1,118 @@
+"""PeerRead's review files: one JSON object a paper, its reviews in a list (Kang et al., NAACL 2018)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from prefmill.errors import InputError
+from prefmill.reviews.files import as_row, json_file_row
+from prefmill.reviews.rows import (
+    Item,
+    PaperRow,
+    Problem,
+    ReviewRow,
+    Row,
+    RowError,
+    Skipped,
+    check_fields,
+    clean_text,
+    parse_confidence,
+    parse_id,
+    parse_rating,
+    parse_score,
+    required_text,
+)
+from prefmill.reviews.source import FileSource
+
+_REQUIRED = {"id", "title", "reviews"}
+_VALID = _REQUIRED | {
+    "abstract", "accepted", "conference", "histories", "authors", "comments", "subjects", "version",
+    "date_of_submission",
+}  # fmt: skip
+_SCORES = {
+    "IMPACT", "SUBSTANCE", "APPROPRIATENESS", "MEANINGFUL_COMPARISON", "SOUNDNESS_CORRECTNESS", "ORIGINALITY",
+    "CLARITY", "REPLICABILITY",
+}  # fmt: skip
+_REVIEW_VALID = _SCORES | {
+    "comments", "RECOMMENDATION", "REVIEWER_CONFIDENCE", "PRESENTATION_FORMAT", "TITLE", "DATE", "OTHER_KEYS",
+    "IS_META_REVIEW", "is_meta_review", "IS_ANNOTATED",
+}  # fmt: skip
+# What a review takes from its paper and place when a file is unfolded.
+_PAPER, _VENUE, _INDEX = "(paper)", "(conference)", "(index)"
+_NOT_REVIEWS = "parsed_pdfs"  # the papers' texts, which stand beside the reviews
+
+
+class PeerReadSource(FileSource):
+    """A review file, or a folder of them at any depth.
+
+    Meta-reviews, and entries of the discussion that have no RECOMMENDATION, are not reviews and are skipped.
+    """
+
+    format: Literal["peerread"]
+
+    def rows(self, source: int) -> Iterator[Row | Problem]:
+        """A row a paper, in the order of the files' names, each followed by a row a review."""
+        for path in _files(self.path):
+            row = json_file_row(path, source)
+            yield row
+            if isinstance(row, Row) and isinstance(row.values.get("reviews"), list):
+                yield from _unfold(row)
+
+    def items(self, values: dict[str, Any]) -> list[Item]:
+        """The paper of a file, or one of its reviews."""
+        if _INDEX in values:
+            return [self._review(values)]
+        check_fields(values, _REQUIRED, _VALID, self.ignore_extra_fields, "file")
+        if not isinstance(values["reviews"], list):
+            raise RowError(f"reviews is not a list but {type(values['reviews']).__name__}", "write a list of reviews")
+        accepted = values.get("accepted")
+        if accepted not in (True, False, None):
+            raise RowError(f"accepted is {accepted!r}", "write true, false or null")
+        paper = PaperRow(
+            paper_id=parse_id(str(values["id"]), "id", self.id_prefix),
+            title=required_text(values["title"], "title"),
+            abstract=clean_text(values.get("abstract"), "abstract"),
+            decision=None if accepted is None else "accepted" if accepted else "rejected",
+            venue=clean_text(values.get("conference"), "conference") or self.venue,
+        )
+        return [paper]
+
+    def _review(self, entry: dict[str, Any]) -> ReviewRow | Skipped:
+        if entry.get("is_meta_review") or entry.get("IS_META_REVIEW"):
+            return Skipped("meta-review")
+        if "RECOMMENDATION" not in entry:
+            return Skipped("comment without a recommendation")
+        own = {name: value for name, value in entry.items() if name not in (_PAPER, _VENUE, _INDEX)}
+        check_fields(own, {"comments"}, _REVIEW_VALID, self.ignore_extra_fields, "review")
+        paper_id = parse_id(str(entry[_PAPER]), "id", self.id_prefix)
+        return ReviewRow(
+            review_id=f"{paper_id}-r{entry[_INDEX]}",
+            paper_id=paper_id,
+            text=required_text(entry["comments"], "comments"),
+            rating=parse_rating(entry["RECOMMENDATION"], self.scale),
+            confidence=parse_confidence(entry.get("REVIEWER_CONFIDENCE")),
+            venue=clean_text(entry[_VENUE], "conference") or self.venue,
+            sub_scores={key.lower(): parse_score(entry[key], key) for key in sorted(_SCORES & entry.keys())},
+        )
+
+
+def _unfold(row: Row) -> Iterator[Row | Problem]:
+    """The reviews of a file, each with what it takes from its paper."""
+    paper = {_PAPER: row.values.get("id"), _VENUE: row.values.get("conference")}
+    for index, entry in enumerate(row.values["reviews"]):
+        review = as_row(entry, dataclasses.replace(row.place, item=f"reviews[{index}]"))
+        if isinstance(review, Row):
+            review.values.update({**paper, _INDEX: index})
+        yield review
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in path.rglob("*.json") if _NOT_REVIEWS not in file.parts)
+    if not found:
+        raise InputError("no PeerRead review files", where=path, expected="*.json", fix="check the source's path")
+    return found

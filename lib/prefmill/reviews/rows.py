@@ -1,0 +1,229 @@
+"""What a source yields: papers, decisions and reviews with checked values, and the rows that had none."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefmill.config import nearest
+from prefmill.records import Decision
+
+_EXCERPT_CHARS = 200
+_MAX_ID_CHARS = 200
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
+_NEWLINES = re.compile(r"\r\n?")
+_NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
+# "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th" or "4.5.1"
+_LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.])")
+
+DECISIONS: tuple[Decision, ...] = ("accepted", "rejected", "withdrawn", "desk_rejected")
+_DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first that matches
+    (re.compile(r"desk[ _-]?reject", re.IGNORECASE), "desk_rejected"),
+    (re.compile(r"withdraw", re.IGNORECASE), "withdrawn"),
+    (re.compile(r"reject|not accept|invite to workshop|submitted to", re.IGNORECASE), "rejected"),
+    (re.compile(r"accept|\b(poster|oral|spotlight|notable|talk)\b|\btop[ -]?\d+ ?%", re.IGNORECASE), "accepted"),
+)
+
+
+class RowError(ValueError):
+    """A row that cannot be used: what is wrong with it and what would mend it."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(reason)
+        self.reason, self.fix = reason, fix
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row came from: the source's position in the configuration, its file, and line or item there."""
+
+    source: int
+    file: str
+    line: int | None = None
+    item: str | None = None
+
+    def __str__(self) -> str:
+        line = f"{self.file}:{self.line}" if self.line is not None else self.file
+        return f"{line} ({self.item})" if self.item else line
+
+    @property
+    def brief(self) -> str:
+        """The place without folders, for text that must not depend on where a file lies."""
+        return str(dataclasses.replace(self, file=Path(self.file).name))
+
+
+@dataclass(frozen=True, slots=True)
+class PaperRow:
+    """What one row says of a paper; empty text and None mean that it does not say."""
+
+    paper_id: str
+    title: str
+    abstract: str = ""
+    text: str = ""
+    decision: Decision | None = None
+    venue: str = ""
+    drawn: bool = False  # generated papers can have their page and figure drawn
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRow:
+    """A decision that comes apart from the paper; it counts more than what the paper's own row implies."""
+
+    paper_id: str
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewRow:
+    """A review; `rating` within its source's scale."""
+
+    review_id: str
+    paper_id: str
+    text: str
+    rating: float
+    confidence: float | None = None
+    venue: str = ""
+    sub_scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that is no paper, decision or review and need not be, by the name its source gives it."""
+
+    kind: str
+
+
+Item = PaperRow | DecisionRow | ReviewRow | Skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that cannot be used."""
+
+    place: Place
+    reason: str
+    fix: str
+    excerpt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One raw row as its file holds it, before its meaning is known."""
+
+    place: Place
+    values: dict[str, Any]
+
+
+def excerpt(raw: Any) -> str:
+    """The beginning of a row, to recognise it by."""
+    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else str(raw)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "..."
+
+
+def check_fields(values: Mapping[str, Any], required: set[str], valid: set[str], ignore_extra: bool, what: str) -> None:
+    """Raises RowError when a required field is missing or, unless they are ignored, an unknown one is there."""
+    missing = sorted(required - values.keys())
+    if missing:
+        raise RowError(
+            f"missing field{'s' * (len(missing) > 1)} {', '.join(missing)}", f"add to the {what}, or remove it"
+        )
+    extra = sorted(values.keys() - valid)
+    if extra and not ignore_extra:
+        hint = nearest(extra[0], sorted(valid))
+        raise RowError(
+            f"unknown field '{extra[0]}'{hint}; valid fields: {', '.join(sorted(valid))}",
+            "rename or remove the field, or set ignore_extra_fields: true for this source",
+        )
+
+
+def clean_text(value: object, name: str) -> str:
+    """Text without surrounding space and control characters (newline and tab stay); None is no text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError(f"{name} is not text but {type(value).__name__}", f"write {name} as text")
+    if "\r" in value:
+        value = _NEWLINES.sub("\n", value)
+    if _CONTROL.search(value):
+        value = _CONTROL.sub("", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{name} holds half of a surrogate pair", "write the character whole, as UTF-8") from None
+    return value.strip()
+
+
+def required_text(value: Any, name: str) -> str:
+    """As `clean_text`; raises RowError when nothing is left."""
+    text = clean_text(value, name)
+    if not text:
+        raise RowError(f"empty {name}", f"fill in {name}, or remove the row")
+    return text
+
+
+def parse_id(value: Any, name: str, prefix: str = "") -> str:
+    """An id that can also name a file: text without spaces, slashes or control characters."""
+    identifier = required_text(value, name)
+    if _NOT_IN_ID.search(identifier) or identifier.startswith(".") or len(identifier) > _MAX_ID_CHARS:
+        raise RowError(
+            f"{name} {excerpt(identifier)!r} cannot name a file",
+            f"use at most {_MAX_ID_CHARS} characters, no spaces or slashes, and no leading dot",
+        )
+    return prefix + identifier
+
+
+def parse_score(value: Any, name: str) -> float:
+    """A finite number, or the one that text such as `6: marginally above the threshold` begins with."""
+    number = value
+    if isinstance(value, str):
+        match = _LEADING_NUMBER.match(value)
+        number = float(match[1]) if match else None
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise RowError(f"{name} is not a number: {excerpt(repr(value))}", f"give {name} a number, or remove the row")
+    return float(number)
+
+
+def begins_with_number(text: str) -> bool:
+    """Whether `parse_score` can read `text`."""
+    return _LEADING_NUMBER.match(text) is not None
+
+
+def parse_rating(value: Any, scale: tuple[float, float]) -> float:
+    """A rating within `scale`, its lowest and highest value."""
+    rating = parse_score(value, "rating")
+    if not scale[0] <= rating <= scale[1]:
+        raise RowError(
+            f"rating {rating:g} is outside the scale {scale[0]:g} to {scale[1]:g}",
+            "correct the rating, or set rating_min and rating_max of this source to its venue's scale",
+        )
+    return rating
+
+
+def parse_confidence(value: Any) -> float | None:
+    """A confidence from 1 to 5; None where there is none."""
+    if value is None or value == "":
+        return None
+    confidence = parse_score(value, "confidence")
+    if not 1 <= confidence <= 5:
+        raise RowError(f"confidence {confidence:g} is outside the scale 1 to 5", "correct it, or leave it empty")
+    return confidence
+
+
+def parse_decision(value: Any) -> Decision | None:
+    """A decision in prefmill's words or a venue's; None where there is none."""
+    text = clean_text(value, "decision")
+    decision = decision_in(text)
+    if text and decision is None:
+        raise RowError(f"unknown decision {excerpt(text)!r}", f"use one of {', '.join(DECISIONS)}, or leave it empty")
+    return decision
+
+
+def decision_in(text: str) -> Decision | None:
+    """The decision that `text` speaks of, if any: `ICLR 2024 poster` is accepted."""
+    return next((decision for pattern, decision in _DECISION_WORDS if pattern.search(text)), None)

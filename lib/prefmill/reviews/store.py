@@ -1,0 +1,234 @@
+"""The corpus while it is put together: an SQLite file, so that memory does not grow with the number of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from prefmill.records import Decision
+from prefmill.reviews.rows import DecisionRow, PaperRow, Place, Problem, ReviewRow, RowError
+from prefmill.reviews.splits import title_key
+
+_CACHE_KILOBYTES = 65536
+_SCHEMA = """
+CREATE TABLE papers (paper_id TEXT PRIMARY KEY, title TEXT, abstract TEXT, text TEXT, decision TEXT, venue TEXT,
+    drawn INTEGER, title_key TEXT, file INTEGER, line INTEGER, item TEXT);
+CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, text TEXT, rating REAL, confidence REAL, venue TEXT,
+    sub_scores TEXT, file INTEGER, line INTEGER, item TEXT);
+CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, file INTEGER, line INTEGER, item TEXT);
+CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
+CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
+"""
+_PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn"
+_REVIEW_COLUMNS = "review_id, paper_id, text, rating, confidence, venue, sub_scores"
+_MERGED_FIELDS = ("abstract", "text", "decision", "venue")
+
+
+class CorpusStore(AbstractContextManager["CorpusStore"]):
+    """Papers and reviews by id. Rows go in, `link` puts them together, then they come out in order of their ids."""
+
+    def __init__(self, path: Path) -> None:
+        """A new store at `path`; what an interrupted run left there is discarded, as reading again is quick."""
+        for stale in path.parent.glob(f"{path.name}*"):
+            stale.unlink()
+        self._path = path
+        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database.executescript(
+            f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{_CACHE_KILOBYTES}; {_SCHEMA} BEGIN;"
+        )
+        self._files: list[tuple[int, str]] = []
+        self._file_numbers: dict[tuple[int, str], int] = {}
+        self._last_paper: PaperRow | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.close()
+        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
+
+    def add(self, place: Place, item: PaperRow | DecisionRow | ReviewRow) -> None:
+        """Take in an item; raises RowError, naming the earlier row, when it contradicts or repeats one."""
+        if isinstance(item, ReviewRow):
+            self._add_review(place, item)
+        elif isinstance(item, DecisionRow):
+            self._add_decision(place, item)
+        elif item != self._last_paper:  # sources repeat the paper on each of its reviews
+            self._add_paper(place, item)
+            self._last_paper = item
+
+    def add_problem(self, problem: Problem) -> None:
+        """Keep a problem for the quarantine."""
+        values = (*self._located(problem.place), problem.reason, problem.fix, problem.excerpt)
+        self._database.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", values)
+
+    def count(self, table: str) -> int:
+        """How many rows `table` (papers, reviews, problems) holds."""
+        return int(self._database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608 (our own names)
+
+    def problems(self) -> Iterator[Problem]:
+        """The problems, in the order in which they were met."""
+        columns = "file, line, item, reason, fix, excerpt"
+        for file, line, item, *rest in self._database.execute(f"SELECT {columns} FROM problems ORDER BY rowid"):  # noqa: S608
+            yield Problem(self._place(file, line, item), *rest)
+
+    def papers(self) -> Iterator[tuple[Place, PaperRow, str]]:
+        """Place, paper and title key, in order of the ids."""
+        query = f"SELECT file, line, item, title_key, {_PAPER_COLUMNS} FROM papers ORDER BY paper_id"  # noqa: S608
+        for file, line, item, key, *paper in self._database.execute(query):
+            yield self._place(file, line, item), _paper(paper), key
+
+    def reviews_of(self, paper_id: str) -> Iterator[ReviewRow]:
+        """A paper's reviews, in order of their ids."""
+        query = f"SELECT {_REVIEW_COLUMNS} FROM reviews WHERE paper_id = ? ORDER BY review_id"  # noqa: S608
+        for values in self._database.execute(query, (paper_id,)):
+            yield ReviewRow(*[*values[:-1], json.loads(values[-1])])
+
+    def find_paper(self, identifier: str, key: str) -> str | None:
+        """The id of the paper with that id, with an id that was merged into it, or with that title key."""
+        queries = (
+            ("SELECT paper_id FROM papers WHERE paper_id = ?", identifier),
+            ("SELECT paper_id FROM aliases WHERE alias = ?", identifier),
+            ("SELECT paper_id FROM papers WHERE title_key = ?", key),
+        )
+        rows = (self._database.execute(query, (value,)).fetchone() for query, value in queries)
+        return next((row[0] for row in rows if row), None)
+
+    def link(self) -> Iterator[Problem]:
+        """Index the reviews and bring decisions to their papers; what belongs to no paper is yielded and dropped."""
+        self._database.execute("CREATE INDEX by_paper ON reviews (paper_id, review_id)")
+        self._database.execute("CREATE INDEX by_title ON papers (title_key)")
+        for table, what in (("reviews", "review"), ("decisions", "decision")):
+            query = f"FROM {table} WHERE paper_id NOT IN (SELECT paper_id FROM papers)"  # noqa: S608
+            for paper_id, *place in self._database.execute(f"SELECT paper_id, file, line, item {query}").fetchall():
+                fix = "add the paper's row or submission note to the sources, or remove this one"
+                yield Problem(self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, "")
+            self._database.execute(f"DELETE {query}")
+        self._database.execute(
+            "UPDATE papers SET decision = d.decision FROM decisions d WHERE papers.paper_id = d.paper_id"
+        )
+
+    def drop_unreviewed(self) -> int:
+        """Drop the papers that have no review; returns how many."""
+        query = "DELETE FROM papers WHERE paper_id NOT IN (SELECT paper_id FROM reviews)"
+        return self._database.execute(query).rowcount
+
+    def merge_titles(self) -> list[tuple[str, str]]:
+        """Make one paper of those that share a title, under the smallest id; returns (dropped id, kept id).
+
+        The kept paper's own values stand; what it lacks comes from the next that has it.
+        """
+        repeated = "SELECT title_key FROM papers GROUP BY title_key HAVING count(*) > 1 ORDER BY min(paper_id)"
+        merged = []
+        for (key,) in self._database.execute(repeated).fetchall():
+            query = f"SELECT {_PAPER_COLUMNS} FROM papers WHERE title_key = ? ORDER BY paper_id"  # noqa: S608
+            kept, *others = [_paper(row) for row in self._database.execute(query, (key,))]
+            for other in others:
+                kept = _filled(kept, other)
+                self._replace(kept, other.paper_id)
+                merged.append((other.paper_id, kept.paper_id))
+            self._update(kept)
+        return merged
+
+    def _add_paper(self, place: Place, paper: PaperRow) -> None:
+        query = f"SELECT file, line, item, {_PAPER_COLUMNS} FROM papers WHERE paper_id = ?"  # noqa: S608
+        known = self._database.execute(query, (paper.paper_id,)).fetchone()
+        if known is None:
+            values = (
+                paper.paper_id, paper.title, paper.abstract, paper.text, paper.decision, paper.venue, paper.drawn,
+                title_key(paper.title), *self._located(place),
+            )  # fmt: skip
+            self._database.execute("INSERT INTO papers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            return
+        earlier = _paper(known[3:])
+        _require_agreement(earlier, paper, self._place(*known[:3]))
+        self._update(_filled(earlier, paper))
+
+    def _add_review(self, place: Place, review: ReviewRow) -> None:
+        values = (
+            review.review_id, review.paper_id, review.text, review.rating, review.confidence, review.venue,
+            json.dumps(review.sub_scores) if review.sub_scores else "{}", *self._located(place),
+        )  # fmt: skip
+        with contextlib.suppress(sqlite3.IntegrityError):
+            self._database.execute("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            return
+        query = "SELECT file, line, item FROM reviews WHERE review_id = ?"
+        earlier = self._place(*self._database.execute(query, (review.review_id,)).fetchone())
+        raise RowError(
+            f"review id {review.review_id} is already at {earlier.brief}",
+            "remove one of the two rows, or rename its id",
+        )
+
+    def _add_decision(self, place: Place, row: DecisionRow) -> None:
+        query = "SELECT decision, file, line, item FROM decisions WHERE paper_id = ?"
+        known = self._database.execute(query, (row.paper_id,)).fetchone()
+        decision = row.decision if known is None else _final(known[0], row.decision)
+        if decision is None:
+            raise RowError(
+                f"decision '{row.decision}', but '{known[0]}' for the same paper at {self._place(*known[1:]).brief}",
+                "remove the one that does not hold",
+            )
+        values = (row.paper_id, decision, *self._located(place))
+        self._database.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?)", values)
+
+    def _replace(self, kept: PaperRow, dropped_id: str) -> None:
+        self._database.execute("UPDATE reviews SET paper_id = ? WHERE paper_id = ?", (kept.paper_id, dropped_id))
+        self._database.execute("DELETE FROM papers WHERE paper_id = ?", (dropped_id,))
+        self._database.execute("INSERT INTO aliases VALUES (?, ?)", (dropped_id, kept.paper_id))
+
+    def _update(self, paper: PaperRow) -> None:
+        query = "UPDATE papers SET abstract = ?, text = ?, decision = ?, venue = ? WHERE paper_id = ?"
+        self._database.execute(query, (paper.abstract, paper.text, paper.decision, paper.venue, paper.paper_id))
+
+    def _located(self, place: Place) -> tuple[int, int | None, str | None]:
+        file = (place.source, place.file)
+        number = self._file_numbers.setdefault(file, len(self._files))
+        if number == len(self._files):
+            self._files.append(file)
+        return number, place.line, place.item
+
+    def _place(self, file: int, line: int | None, item: str | None) -> Place:
+        return Place(*self._files[file], line, item)
+
+
+def _paper(values: Any) -> PaperRow:
+    return PaperRow(*[*values[:-1], bool(values[-1])])
+
+
+def _filled(paper: PaperRow, other: PaperRow) -> PaperRow:
+    """`paper` with what it lacks taken from `other`."""
+    return dataclasses.replace(
+        paper, **{name: getattr(other, name) for name in _MERGED_FIELDS if not getattr(paper, name)}
+    )
+
+
+def _require_agreement(earlier: PaperRow, later: PaperRow, place: Place) -> None:
+    differing = [name for name in _MERGED_FIELDS if _differ(getattr(earlier, name), getattr(later, name))]
+    if title_key(earlier.title) != title_key(later.title):
+        differing.insert(0, "title")
+    if differing:
+        raise RowError(
+            f"paper {later.paper_id} has another {' and '.join(differing)} at {place.brief}",
+            "make the rows of one paper agree, or give different papers different ids (id_prefix)",
+        )
+
+
+def _differ(one: str | None, two: str | None) -> bool:
+    return bool(one and two and one != two)
+
+
+def _final(one: Decision, two: Decision) -> Decision | None:
+    """The decision that stands: a paper withdrawn or desk-rejected stays so; None where the two contradict."""
+    if one == two:
+        return one
+    lasting: tuple[Decision, ...] = ("desk_rejected", "withdrawn")
+    return next((decision for decision in lasting if decision in (one, two)), None)

@@ -1,0 +1,143 @@
+"""Sources with one review a row, its paper repeated on each: JSON lines, CSV, and the generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from prefmill.reviews.files import csv_rows, jsonl_rows
+from prefmill.reviews.generated import generate
+from prefmill.reviews.rows import (
+    Item,
+    PaperRow,
+    Place,
+    Problem,
+    ReviewRow,
+    Row,
+    RowError,
+    begins_with_number,
+    check_fields,
+    clean_text,
+    parse_confidence,
+    parse_decision,
+    parse_id,
+    parse_rating,
+    parse_score,
+    required_text,
+)
+from prefmill.reviews.source import FileSource, SourceConfig
+
+REQUIRED_FIELDS = {"paper_id", "title", "review_id", "review_text", "rating"}
+# decision_raw, the venue's own wording, is allowed beside the decision and not read.
+VALID_FIELDS = REQUIRED_FIELDS | {"abstract", "text", "decision", "decision_raw", "confidence", "venue", "sub_scores"}
+_SUB_SCORE_COLUMN = "sub_scores."
+
+
+class JsonlSource(FileSource):
+    """One JSON object a line, plain or gzip, with the fields of `VALID_FIELDS`."""
+
+    format: Literal["jsonl"]
+
+    def rows(self, source: int) -> Iterator[Row | Problem]:
+        """The file's lines."""
+        return jsonl_rows(self.path, source)
+
+    def items(self, values: dict[str, Any]) -> list[Item]:
+        """The row's paper and review."""
+        return row_items(values, self)
+
+
+class CsvSource(FileSource):
+    """A CSV file with a header; `columns` names the file's column for a field where the two differ.
+
+    Sub-scores are columns named `sub_scores.<name>`.
+    """
+
+    format: Literal["csv"]
+    columns: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        unknown = sorted(name for name in self.columns if name not in VALID_FIELDS and not _is_sub_score(name))
+        if unknown:
+            raise ValueError(f"columns: no field '{unknown[0]}'; fields: {', '.join(sorted(VALID_FIELDS))}")
+        return self
+
+    def rows(self, source: int) -> Iterator[Row | Problem]:
+        """The file's rows."""
+        return csv_rows(self.path, source)
+
+    def items(self, values: dict[str, Any]) -> list[Item]:
+        """The row's paper and review."""
+        fields = {column: field for field, column in self.columns.items()}
+        named = {fields.get(column, column): cell for column, cell in values.items()}
+        sub_scores = {
+            name.removeprefix(_SUB_SCORE_COLUMN): cell for name, cell in named.items() if _is_sub_score(name) and cell
+        }
+        rest = {name: cell for name, cell in named.items() if not _is_sub_score(name)}
+        return row_items({**rest, "sub_scores": sub_scores}, self)
+
+
+class GeneratedSource(SourceConfig):
+    """The project's own corpus (see `prefmill.reviews.generated`); with `images`, a page and a figure a paper."""
+
+    format: Literal["generated"]
+    seed: int = Field(0, ge=0)
+    num_papers: int = Field(ge=1)
+    images: bool = False
+
+    def rows(self, source: int) -> Iterator[Row | Problem]:
+        """The generator's rows."""
+        for number, values in enumerate(generate(self.seed, self.num_papers), 1):
+            yield Row(Place(source, "(generated)", number), values)
+
+    def items(self, values: dict[str, Any]) -> list[Item]:
+        """The row's paper and review."""
+        return row_items(values, self, drawn=self.images)
+
+
+def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False) -> list[Item]:
+    """The paper and the review of one row; raises RowError naming the field at fault."""
+    check_fields(values, REQUIRED_FIELDS, VALID_FIELDS, config.ignore_extra_fields, "row")
+    venue = clean_text(values.get("venue"), "venue") or config.venue
+    paper = PaperRow(
+        paper_id=parse_id(values["paper_id"], "paper_id", config.id_prefix),
+        title=required_text(values["title"], "title"),
+        abstract=clean_text(values.get("abstract"), "abstract"),
+        text=clean_text(values.get("text"), "text"),
+        decision=parse_decision(values.get("decision")),
+        venue=venue,
+        drawn=drawn,
+    )
+    review = ReviewRow(
+        review_id=parse_id(values["review_id"], "review_id", config.id_prefix),
+        paper_id=paper.paper_id,
+        text=required_text(values["review_text"], "review_text"),
+        rating=parse_rating(values["rating"], config.scale),
+        confidence=parse_confidence(values.get("confidence")),
+        venue=venue,
+        sub_scores=_sub_scores(values.get("sub_scores")),
+    )
+    return [paper, review]
+
+
+def _sub_scores(value: Any) -> dict[str, float]:
+    if not value:
+        return {}
+    if not isinstance(value, dict):
+        raise RowError(f"sub_scores is not an object but {type(value).__name__}", "write names and numbers")
+    scores = ((str(name), _sub_score(score, f"sub_scores.{name}")) for name, score in sorted(value.items()))
+    return {name: score for name, score in scores if score is not None}
+
+
+def _sub_score(value: Any, name: str) -> float | None:
+    """A sub-score; None for none, and for an answer in words, which is no score."""
+    if value is None or (isinstance(value, str) and not begins_with_number(value)):
+        return None
+    return parse_score(value, name)
+
+
+def _is_sub_score(name: str) -> bool:
+    return name.startswith(_SUB_SCORE_COLUMN)
