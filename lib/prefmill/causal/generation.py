@@ -49,7 +49,7 @@ class Completion(TypedDict):
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, chats: Mapping[str, Sequence[Mapping[str, str]]], num_samples: int
+    tokenizer: PreTrainedTokenizerBase, chats: Mapping[str, Sequence[Mapping[str, Any]]], num_samples: int
 ) -> list[Request]:
     """The requests for `num_samples` answers to each chat, by the tokenizer's chat template."""
     requests = []

@@ -85,14 +85,15 @@ def _estimates(values: Array, resampling: Resampling, function: Callable[[Array]
     draws = value + (drawn - value) * _stretch(num_papers, resampling.confidence)
     tail = (1 - resampling.confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
-    p_values = _two_sided(draws)
-    return [Estimate(*map(float, numbers), num_papers) for numbers in zip(value, low, high, p_values, strict=True)]
+    columns = np.stack([value, low, high, _two_sided(draws)], axis=1)
+    return [Estimate(mean, lower, upper, p_value, num_papers) for mean, lower, upper, p_value in columns.tolist()]
 
 
 def _two_sided(draws: Array) -> Array:
     """[K] p-values of zero; one is added to each count, as the sample itself is one of the possible draws."""
     below, above = (draws <= 0).sum(axis=0), (draws >= 0).sum(axis=0)
-    return np.minimum(1.0, 2 * (np.minimum(below, above) + 1) / (len(draws) + 1))
+    p_values: Array = np.minimum(1.0, 2 * (np.minimum(below, above) + 1) / (len(draws) + 1))
+    return p_values
 
 
 def _stretch(num_papers: int, confidence: float) -> float:

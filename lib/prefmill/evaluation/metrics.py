@@ -121,7 +121,7 @@ def measure(
         "overall": {
             **overall,
             **_recommendation(rows),
-            "rating_rank_correlation": _rating_rank_correlation(rows),
+            "rating_rank_correlation": rating_rank_correlation(rows),
             "repeated_reviews": _repeated_reviews(reviews),
             "num_empty": sum(not words(review.generation["text"]) for review in reviews),
         },
@@ -151,6 +151,12 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
     return round(float(np.corrcoef(_ranks(first), _ranks(second))[0, 1]), DIGITS)
+
+
+def rating_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Between the mean rating a paper got from the model and from people, over papers with both."""
+    both = [row for row in rows if row["rating"] is not None and row["human_rating"] is not None]
+    return rank_correlation([row["rating"] for row in both], [row["human_rating"] for row in both])
 
 
 def _measure_paper(paper_id: str, reviews: list[Scored], paper: PaperFacts, accept_rating: float) -> dict[str, Any]:
@@ -192,12 +198,6 @@ def _recommendation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     counted = [row["confusion"] for row in rows if row["confusion"] is not None]
     sums = [sum(counts[index] for counts in counted) for index in range(3)]
     return {"recommendation_f1": f1_score(*sums), "num_decided_papers": len(counted)}
-
-
-def _rating_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Between the mean rating a paper got from the model and from people, over papers with both."""
-    both = [row for row in rows if row["rating"] is not None and row["human_rating"] is not None]
-    return rank_correlation([row["rating"] for row in both], [row["human_rating"] for row in both])
 
 
 def _repeated_reviews(reviews: Sequence[Scored]) -> float:

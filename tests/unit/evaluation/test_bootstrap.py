@@ -1,0 +1,120 @@
+"""The statistics: nominal error on ties, power on a known effect, and known answers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from prefmill.errors import InputError
+from prefmill.evaluation.bootstrap import Array, Resampling, holm, means, statistic, student_quantile
+
+LEVEL = 0.05
+NUM_STUDIES = 1000
+QUICK = Resampling(num_resamples=2000)
+
+
+def binomial_bounds(count: int, share: float) -> tuple[int, int]:
+    """The central range that holds all but 1 in 1000 of Binomial(count, share)."""
+    logs = [
+        math.lgamma(count + 1) - math.lgamma(hits + 1) - math.lgamma(count - hits + 1)
+        + hits * math.log(share) + (count - hits) * math.log(1 - share)
+        for hits in range(count + 1)
+    ]  # fmt: skip
+    mass = np.cumsum(np.exp(logs))
+    return int(np.searchsorted(mass, 0.0005)), int(np.searchsorted(mass, 0.9995))
+
+
+def simulate_scores(num_papers: int, num_samples: int, effect: float, seed: int) -> tuple[Array, Array]:
+    """Whole-number scores of two models, [studies, papers, samples] each.
+
+    A paper makes reviews of it alike for both models (which pairing removes) and, by a part of its own, for each
+    model (which makes reviews of a paper poor witnesses for each other: counting them singly overstates the evidence).
+    """
+    draw = np.random.default_rng(seed)
+    shape = (NUM_STUDIES, num_papers, 1)
+    paper = draw.normal(12, 3, shape)
+    models = [paper + shift + draw.normal(0, 2, shape) for shift in (0.0, effect)]
+    first, second = (np.rint(model + draw.normal(0, 1.5, (*shape[:2], num_samples))) for model in models)
+    return first, second
+
+
+def count_differences(rows: Array) -> int:
+    """In how many studies a difference is reported, given differences [studies, clusters]."""
+    return sum(found.p_value < LEVEL for found in means(rows.T, QUICK))
+
+
+@pytest.mark.parametrize("num_papers", [8, 40])
+def test_ties_are_called_different_at_the_nominal_rate(num_papers: int) -> None:
+    first, second = simulate_scores(num_papers, 4, effect=0.0, seed=num_papers)
+    low, high = binomial_bounds(NUM_STUDIES, LEVEL)
+    assert low <= count_differences((second - first).mean(axis=2)) <= high
+    # The control: the same studies with every review counted as a witness of its own.
+    assert count_differences((second - first).reshape(NUM_STUDIES, -1)) > 2 * high
+
+
+def test_a_known_effect_is_found_and_covered() -> None:
+    effect = 2.0
+    first, second = simulate_scores(40, 4, effect, seed=1)
+    found = means((second - first).mean(axis=2).T, QUICK)
+    assert sum(item.p_value < LEVEL and item.value > 0 for item in found) > 0.95 * NUM_STUDIES
+    low, high = binomial_bounds(NUM_STUDIES, 1 - LEVEL)
+    assert low <= sum(item.low <= effect <= item.high for item in found) <= high
+
+
+def test_the_interval_and_the_p_value_agree() -> None:
+    first, second = simulate_scores(12, 2, effect=1.5, seed=2)
+    found = means((second - first).mean(axis=2).T, QUICK)
+    apart = [item for item in found if abs(item.p_value - LEVEL) > 0.004]
+    assert len(apart) > NUM_STUDIES * 0.8
+    assert all((item.p_value < LEVEL) == (item.low > 0 or item.high < 0) for item in apart)
+
+
+def test_identical_models_have_no_difference() -> None:
+    (found,) = means(np.zeros((5, 1)), QUICK)
+    assert (found.value, found.low, found.high, found.p_value, found.num_papers) == (0, 0, 0, 1, 5)
+
+
+def test_the_seed_decides() -> None:
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    assert means(values, QUICK) == means(values, QUICK)
+    assert means(values, QUICK) != means(values, Resampling(2000, seed=1))
+
+
+def test_many_papers_are_drawn_in_chunks_without_changing_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    whole = means(values, QUICK)
+    monkeypatch.setattr("prefmill.evaluation.bootstrap._CHUNK_CELLS", 1000)
+    for before, after in zip(whole, means(values, QUICK), strict=True):
+        assert (after.low, after.high, after.p_value) == pytest.approx((before.low, before.high, before.p_value))
+
+
+def test_a_mean_has_the_interval_of_the_t_distribution() -> None:
+    values = np.random.default_rng(4).normal(3, 2, size=(25, 1))
+    (found,) = means(values, Resampling(50_000))
+    half = 2.0639 * values.std(ddof=1) / 5  # t(0.975, 24)
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08)
+
+
+def test_a_ratio_is_taken_of_the_means() -> None:
+    values = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    found = statistic(values, QUICK, lambda drawn: drawn[:, 0] / drawn[:, 1])
+    assert found.value == pytest.approx(0.75)
+    assert found.low < 0.75 < found.high
+
+
+def test_one_paper_is_too_few() -> None:
+    with pytest.raises(InputError, match=r"too few papers(.|\n)*got:\s+1"):
+        means(np.zeros((1, 3)), QUICK)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(("degrees", "tabled"), [(1, 12.706), (2, 4.303), (9, 2.262), (29, 2.045), (5000, 1.960)])
+def test_student_quantiles_as_tabled(degrees: int, tabled: float) -> None:
+    assert student_quantile(0.975, degrees) == pytest.approx(tabled, abs=6e-4)
