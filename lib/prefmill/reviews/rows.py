@@ -130,9 +130,8 @@ def check_fields(values: Mapping[str, Any], required: set[str], valid: set[str],
     """Raises RowError when a required field is missing or, unless they are ignored, an unknown one is there."""
     missing = sorted(required - values.keys())
     if missing:
-        raise RowError(
-            f"missing field{'s' * (len(missing) > 1)} {', '.join(missing)}", f"add to the {what}, or remove it"
-        )
+        reason = f"missing in the {what}: {', '.join(missing)}"
+        raise RowError(reason, f"add what is missing, or remove the {what}")
     extra = sorted(values.keys() - valid)
     if extra and not ignore_extra:
         hint = nearest(extra[0], sorted(valid))

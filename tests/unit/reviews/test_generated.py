@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from prefmill.errors import ConfigError
 from prefmill.reviews import phrases
 from prefmill.reviews.generated import NUM_TITLES, compose, generate, generate_paper, quality_factors

@@ -1,0 +1,137 @@
+"""Values from outside are read as meant, or refused with a reason and a fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefmill.reviews.rows import (
+    RowError,
+    clean_text,
+    decision_in,
+    excerpt,
+    parse_confidence,
+    parse_decision,
+    parse_id,
+    parse_rating,
+    parse_score,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [
+        (6, 6.0),
+        (3.5, 3.5),
+        ("6: marginally above the acceptance threshold", 6.0),
+        ("3 good", 3.0),
+        (" 10 ", 10.0),
+        ("7/10", 7.0),
+        ("4.5 = between", 4.5),
+        ("-1", -1.0),
+    ],
+)
+def test_scores_as_venues_write_them(value: Any, score: float) -> None:
+    assert parse_score(value, "rating") == score
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", "NaN", "accept", "6th", "1.2.3", True, float("nan"), float("inf"), [6], {"value": 6}]
+)
+def test_what_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(RowError, match="rating is not a number") as caught:
+        parse_rating(value, (1, 10))
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("value", [0.99, 10.01, -3, "11: beyond"])
+def test_ratings_off_the_scale_are_refused(value: Any) -> None:
+    with pytest.raises(RowError, match="outside the scale 1 to 10") as caught:
+        parse_rating(value, (1, 10))
+    assert "rating_min" in caught.value.fix
+
+
+def test_confidence_may_be_missing_but_not_wrong() -> None:
+    assert parse_confidence(None) is None
+    assert parse_confidence("") is None
+    assert parse_confidence("4: confident") == 4.0
+    with pytest.raises(RowError, match="outside the scale 1 to 5"):
+        parse_confidence(6)
+
+
+@pytest.mark.parametrize(
+    ("text", "decision"),
+    [
+        ("accepted", "accepted"),
+        ("Accept (Poster)", "accepted"),
+        ("Accept: notable-top-5%", "accepted"),
+        ("ICLR 2024 oral", "accepted"),
+        ("Talk", "accepted"),
+        ("Top-25%", "accepted"),
+        ("rejected", "rejected"),
+        ("Reject", "rejected"),
+        ("Submitted to ICLR 2023", "rejected"),
+        ("Invite to Workshop Track", "rejected"),
+        ("withdrawn", "withdrawn"),
+        ("Withdrawn_Submission", "withdrawn"),
+        ("desk_rejected", "desk_rejected"),
+        ("Desk Rejected Submission", "desk_rejected"),
+    ],
+)
+def test_decisions_as_venues_write_them(text: str, decision: str) -> None:
+    assert parse_decision(text) == decision
+
+
+@pytest.mark.parametrize("text", ["ICLR 2024", "Workshop on Behavioral Data", "Stalking Horses", "Conference"])
+def test_a_venue_is_no_decision(text: str) -> None:
+    assert decision_in(text) is None
+
+
+def test_no_decision_is_none_and_an_unknown_one_an_error() -> None:
+    assert parse_decision(None) is None
+    assert parse_decision(" ") is None
+    with pytest.raises(RowError, match="unknown decision 'maybe'") as caught:
+        parse_decision("maybe")
+    assert "desk_rejected" in caught.value.fix
+
+
+def test_text_keeps_newlines_tabs_and_addresses_and_loses_controls() -> None:
+    assert clean_text(" a\r\nb\rc\td\x00\x1b[0m e@f.org\x85 \n", "text") == "a\nb\nc\td[0m e@f.org"
+    with pytest.raises(RowError, match="surrogate"):
+        clean_text("broken \ud800", "text")
+    with pytest.raises(RowError, match="not text but int"):
+        clean_text(3, "text")
+
+
+@given(st.text())
+def test_clean_text_is_idempotent_and_encodable(text: str) -> None:
+    try:
+        cleaned = clean_text(text, "text")
+    except RowError:
+        return
+    assert clean_text(cleaned, "text") == cleaned
+    assert "\x00" not in cleaned
+    cleaned.encode()
+
+
+@pytest.mark.parametrize("value", ["a b", "../x", "a/b", "a\\b", ".hidden", "x" * 201, "a\u0085b\tc"])
+def test_ids_that_cannot_name_a_file_are_refused(value: str) -> None:
+    with pytest.raises(RowError, match="cannot name a file"):
+        parse_id(value, "paper_id")
+
+
+def test_ids_take_a_prefix() -> None:
+    assert parse_id("-1x2_y", "paper_id", "acl-") == "acl--1x2_y"
+    with pytest.raises(RowError, match="empty paper_id"):
+        parse_id("", "paper_id")
+    with pytest.raises(RowError, match="not text but int"):
+        parse_id(12, "paper_id")
+
+
+def test_excerpts_are_short_and_encodable() -> None:
+    assert len(excerpt("x" * 10_000)) < 210
+    excerpt("\ud800").encode()
+    excerpt(b"\xff\xfe").encode()

@@ -1,0 +1,173 @@
+"""The store makes papers of rows: unique ids, contradictions found, decisions brought home, one paper a title."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefmill.reviews.rows import DecisionRow, PaperRow, Place, Problem, ReviewRow, RowError
+from prefmill.reviews.store import CorpusStore
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[CorpusStore]:
+    with CorpusStore(tmp_path / "corpus.sqlite") as opened:
+        yield opened
+
+
+def at(line: int, file: str = "/data/a.jsonl") -> Place:
+    return Place(0, file, line)
+
+
+def review(identifier: str, paper_id: str, **values: Any) -> ReviewRow:
+    return ReviewRow(identifier, paper_id, "Good.", 6.0, **values)
+
+
+def contents(store: CorpusStore) -> dict[str, list[str]]:
+    papers = [paper.paper_id for _, paper, _ in store.papers()]
+    return {paper_id: [row.review_id for row in store.reviews_of(paper_id)] for paper_id in papers}
+
+
+def test_rows_come_out_whole_and_in_order_of_their_ids(store: CorpusStore) -> None:
+    paper = PaperRow("b", "Title B", "Abstract", "Text", "accepted", "V", True)
+    row = ReviewRow("r2", "b", "Text\nof review", 7.5, 3.0, "V", {"soundness": 3.0})
+    for line, item in enumerate((paper, row, review("r1", "b"), PaperRow("B", "Other"), review("r0", "B")), 1):
+        store.add(at(line), item)
+    assert list(store.link()) == []
+    assert list(store.papers()) == [(at(4), PaperRow("B", "Other"), "other"), (at(1), paper, "title b")]
+    assert list(store.reviews_of("b")) == [review("r1", "b"), row]
+
+
+def test_a_repeated_review_id_names_the_earlier_line(store: CorpusStore) -> None:
+    store.add(at(1), PaperRow("a", "A"))
+    store.add(at(1), review("r1", "a"))
+    with pytest.raises(RowError, match=r"review id r1 is already at a\.jsonl:1$"):
+        store.add(at(7), review("r1", "a"))
+
+
+def test_rows_of_a_paper_complete_each_other(store: CorpusStore) -> None:
+    store.add(at(1), PaperRow("a", "A study", decision="accepted"))
+    store.add(at(2), PaperRow("a", "a study!", abstract="On it.", venue="V"))
+    ((_, paper, _),) = store.papers()
+    assert paper == PaperRow("a", "A study", "On it.", "", "accepted", "V")
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        (PaperRow("a", "Another"), "title"),
+        (PaperRow("a", "A", abstract="y"), "abstract"),
+        (PaperRow("a", "A", text="y"), "text"),
+        (PaperRow("a", "A", decision="rejected"), "decision"),
+        (PaperRow("a", "B", venue="W"), "title and venue"),
+    ],
+)
+def test_rows_of_a_paper_that_disagree_are_refused(store: CorpusStore, other: PaperRow, field: str) -> None:
+    store.add(at(4), PaperRow("a", "A", "x", "x", "accepted", "V"))
+    with pytest.raises(RowError, match=rf"paper a has another {field} at a\.jsonl:4"):
+        store.add(at(9), other)
+
+
+def test_decisions_come_home_and_orphans_are_problems(store: CorpusStore) -> None:
+    store.add(at(1), DecisionRow("a", "accepted"))
+    store.add(at(2), review("r1", "a"))
+    store.add(at(3), PaperRow("a", "A", decision="rejected"))
+    store.add(at(4), review("r2", "lost"))
+    store.add(at(5), DecisionRow("gone", "rejected"))
+    problems = list(store.link())
+    assert [(problem.place.line, problem.reason.split(",")[0]) for problem in problems] == [
+        (4, "review of paper lost"),
+        (5, "decision of paper gone"),
+    ]
+    assert [paper.decision for _, paper, _ in store.papers()] == ["accepted"]
+    assert contents(store) == {"a": ["r1"]}
+
+
+def test_decisions_that_contradict_are_refused_but_a_withdrawal_stands(store: CorpusStore) -> None:
+    store.add(at(1), DecisionRow("a", "accepted"))
+    store.add(at(2), DecisionRow("a", "accepted"))
+    with pytest.raises(RowError, match=r"decision 'rejected', but 'accepted' .* a\.jsonl:2"):
+        store.add(at(3), DecisionRow("a", "rejected"))
+    store.add(at(4), DecisionRow("a", "withdrawn"))
+    store.add(at(5), DecisionRow("a", "accepted"))
+    store.add(at(6), PaperRow("a", "A"))
+    assert list(store.link()) == []
+    assert [paper.decision for _, paper, _ in store.papers()] == ["withdrawn"]
+
+
+def test_papers_without_reviews_are_dropped(store: CorpusStore) -> None:
+    store.add(at(1), PaperRow("a", "A"))
+    store.add(at(2), PaperRow("b", "B"))
+    store.add(at(2), review("r", "b"))
+    assert list(store.link()) == []
+    assert store.drop_unreviewed() == 1
+    assert contents(store) == {"b": ["r"]}
+
+
+def test_one_title_is_one_paper_under_the_smallest_id(store: CorpusStore) -> None:
+    rows = [("c", "Deep Nets"), ("a", "deep nets!"), ("b", "Deep  Nets"), ("d", "Deep nets 2")]
+    for line, (paper_id, title) in enumerate(rows, 1):
+        store.add(at(line), PaperRow(paper_id, title, abstract="" if paper_id == "a" else f"abstract {paper_id}"))
+        store.add(at(line), review(f"r-{paper_id}", paper_id))
+    assert list(store.link()) == []
+    assert store.merge_titles() == [("b", "a"), ("c", "a")]
+    assert contents(store) == {"a": ["r-a", "r-b", "r-c"], "d": ["r-d"]}
+    assert [paper.abstract for _, paper, _ in store.papers()] == ["abstract b", "abstract d"]
+    assert [store.find_paper(name, "") for name in ("a", "b", "c", "d", "e")] == ["a", "a", "a", "d", None]
+    assert store.find_paper("?", "deep nets") == "a"
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=25))
+def test_no_review_is_lost_and_titles_are_unique_whatever_the_order(rows: list[tuple[int, int]]) -> None:
+    titles = dict(rows)  # a paper's id decides its title
+    with CorpusStore(Path(":memory:")) as store:
+        for line, (paper_id, _) in enumerate(rows, 1):
+            store.add(at(line), PaperRow(f"p{paper_id}", f"Title {titles[paper_id]}"))
+            store.add(at(line), review(f"r{line}", f"p{paper_id}"))
+        assert list(store.link()) == []
+        merged = store.merge_titles()
+        found = contents(store)
+    assert sorted(name for names in found.values() for name in names) == sorted(
+        f"r{n}" for n in range(1, len(rows) + 1)
+    )
+    assert len(found) == len(set(titles.values()))
+    assert len(found) + len(merged) == len(titles)
+    assert all(min(group) in found for group in _by_title(titles))
+
+
+def _by_title(titles: dict[int, int]) -> list[list[str]]:
+    return [[f"p{paper}" for paper, title in titles.items() if title == wanted] for wanted in set(titles.values())]
+
+
+def test_problems_are_kept_in_order(store: CorpusStore) -> None:
+    problems = [Problem(Place(1, "/x/b.json", None, f"note {index}"), "why", "how", "row") for index in range(3)]
+    for problem in problems:
+        store.add_problem(problem)
+    assert list(store.problems()) == problems
+    assert store.count("problems") == 3
+
+
+def test_what_an_interrupted_run_left_is_discarded(tmp_path: Path) -> None:
+    for _ in range(2):
+        with CorpusStore(tmp_path / "corpus.sqlite") as store:
+            store.add(at(1), PaperRow("a", "A"))
+            assert store.count("papers") == 1
+
+
+def test_a_full_disk_is_said_to_be_one(tmp_path: Path) -> None:
+    def fill() -> None:
+        with CorpusStore(tmp_path / "corpus.sqlite") as store:
+            store._database.execute("PRAGMA max_page_count = 20")  # SQLite then says what it says of a full disk
+            for line in range(10_000):
+                store.add(at(line), ReviewRow(f"r{line}", "a", "long text " * 100, 5.0))
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        fill()
+    assert caught.value.errno == errno.ENOSPC
+    assert "corpus.sqlite" in str(caught.value.filename)
