@@ -1,0 +1,91 @@
+"""The checklist: questions to which "yes" speaks for a review, where each comes from and how it may be answered by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from prefmill.artifacts import write_atomic
+from prefmill.checklist.patterns import compile_patterns
+from prefmill.config import StrictConfig, read_yaml, validate
+
+SHIPPED = Path(__file__).with_name("default.yaml")
+
+
+def _compiles(pattern: str) -> str:
+    compile_patterns((pattern,))
+    return pattern
+
+
+PatternText = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
+
+
+class Rule(StrictConfig):
+    """When the lexical engine says yes: in at least `min_count` sentences.
+
+    Such a sentence matches every pattern of `all_of`, one of `any_of` where there are any, and none of `none_of`.
+    Patterns are regular expressions for lowercase text, with bounded repetitions (`prefmill.checklist.patterns`).
+    """
+
+    any_of: tuple[PatternText, ...] = ()
+    all_of: tuple[PatternText, ...] = ()
+    none_of: tuple[PatternText, ...] = ()
+    min_count: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not (self.any_of or self.all_of):
+            raise ValueError("a rule needs any_of or all_of")
+        return self
+
+
+class Item(StrictConfig):
+    """A question about a review, worded so that yes is good; `source` names the guide and its idea."""
+
+    id: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)
+    question: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    weight: float = Field(1.0, gt=0)
+    rule: Rule | None = None
+    paraphrases: tuple[str, ...] = ()
+
+
+class Checklist(StrictConfig):
+    """Items with distinct ids, in the order in which they are asked."""
+
+    name: str = Field(min_length=1)
+    items: tuple[Item, ...] = Field(min_length=1)
+
+    @field_validator("items")
+    @classmethod
+    def _distinct(cls, items: tuple[Item, ...]) -> tuple[Item, ...]:
+        repeated = sorted(_repeated([item.id for item in items]))
+        if repeated:
+            raise ValueError(f"item ids given more than once: {', '.join(repeated)}")
+        return items
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The items' ids, in order."""
+        return tuple(item.id for item in self.items)
+
+
+def load_checklist(path: Path | None = None) -> Checklist:
+    """The checklist in a YAML or JSON file, or the shipped one (24 items).
+
+    Raises ConfigError naming the file, the key, its value and what was expected.
+    """
+    source = SHIPPED if path is None else path
+    return validate(Checklist, read_yaml(source), where=source)
+
+
+def save_checklist(checklist: Checklist, path: Path) -> None:
+    """Write `checklist` as JSON that `load_checklist` reads back."""
+    write_atomic(path, checklist.model_dump_json(indent=1) + "\n")
+
+
+def _repeated(names: Sequence[str]) -> set[str]:
+    return {name for name in names if names.count(name) > 1}

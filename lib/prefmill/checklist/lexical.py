@@ -1,0 +1,155 @@
+"""The lexical engine: items answered by rules over sentences. A baseline, deterministic, and labelled as one."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prefmill.checklist.engines import Engine, LexicalConfig, Outcome
+from prefmill.checklist.items import Checklist, Item, Rule
+from prefmill.checklist.patterns import Pattern, compile_patterns
+from prefmill.errors import ConfigError
+from prefmill.records import Answer, Paper, Review
+
+EVIDENCE_CHARACTERS = 160
+MAX_SENTENCE_CHARACTERS = 1000  # text without full stops is cut here, which bounds the time a pattern can take
+# A full stop ends a sentence unless it belongs to an abbreviation that stands before a number or a name.
+_ABBREVIATIONS = ("al", "fig", "figs", "eq", "eqs", "eqn", "sec", "tab", "e.g", "i.e", "vs", "cf", "p", "pp", "no")
+_GUARDS = "".join(rf"(?<!\b{re.escape(word)}\.)" for word in _ABBREVIATIONS)
+_BOUNDARY = re.compile(rf"[.!?]{_GUARDS}[\"'”)\]]{{0,3}}\s+|\n+")
+_HEADING = "#"  # a form's heading is not the reviewer's word
+
+
+class LexicalEngine(Engine):
+    """Answers every item by its rule: `p_yes` is 1 or 0, the evidence is the first sentence that counts.
+
+    Raises ConfigError when items have no rule.
+    """
+
+    name = "lexical"
+
+    def __init__(self, config: LexicalConfig, checklist: Checklist) -> None:
+        super().__init__(checklist)
+        without = [item.id for item in checklist.items if item.rule is None]
+        if without:
+            raise ConfigError(
+                "the lexical engine cannot answer items that have no rule", where=f"checklist {checklist.name}",
+                got=", ".join(without), fix="give these items a `rule`, or use another engine",
+            )  # fmt: skip
+        self._evidence = config.evidence
+        self._rules = [(item.id, _compile(item)) for item in checklist.items]
+
+    def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+        """The answers to every review, in the order given."""
+        for paper, reviews in papers:
+            for review in reviews:
+                yield Outcome(review["review_id"], paper["paper_id"], self.answers(review["text"]))
+
+    def answers(self, text: str) -> dict[str, Answer]:
+        """The answer to every item for a review's text."""
+        sentences = Sentences(text)
+        return {name: self._answer(rule, sentences) for name, rule in self._rules}
+
+    def _answer(self, rule: CompiledRule, sentences: Sentences) -> Answer:
+        first = rule.first(sentences)
+        if first is None:
+            return {"yes": False, "p_yes": 0.0}
+        if not self._evidence:
+            return {"yes": True, "p_yes": 1.0}
+        return {"yes": True, "p_yes": 1.0, "evidence": sentences.quote(first)}
+
+
+class Sentences:
+    """A review in sentences, lowercase for matching and as written for quoting; headings of a form are left out."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        lowered = text.lower()
+        if len(lowered) != len(text):  # a few capitals become two characters; positions must stay
+            lowered = "".join(low if len(low := character.lower()) == 1 else character for character in text)
+        self.lowered = lowered.replace("’", "'")
+        self.starts = _starts(text)
+
+    def __getitem__(self, index: int) -> str:
+        """Sentence `index` in lowercase; empty for a heading."""
+        sentence = self.lowered[self.starts[index] : self.starts[index + 1]]
+        return "" if sentence.startswith(_HEADING) else sentence
+
+    def holding(self, literals: frozenset[str]) -> Iterable[int]:
+        """The indices, in order, of the sentences in which one of `literals` begins; of all where there are none."""
+        if not literals:
+            return range(len(self.starts) - 1)
+        found: set[int] = set()
+        lowered, starts = self.lowered, self.starts
+        for literal in literals:
+            at = lowered.find(literal)
+            while at >= 0:
+                after = bisect_right(starts, at)
+                found.add(after - 1)
+                at = lowered.find(literal, starts[after])
+        return sorted(found)
+
+    def quote(self, index: int) -> str:
+        """Sentence `index` as written, on one line, cut at a word after `EVIDENCE_CHARACTERS`."""
+        sentence = " ".join(self.text[self.starts[index] : self.starts[index + 1]].split())
+        if len(sentence) <= EVIDENCE_CHARACTERS:
+            return sentence
+        head, _, cut = sentence[:EVIDENCE_CHARACTERS].rpartition(" ")
+        return (head or cut) + " …"
+
+
+@dataclass(frozen=True)
+class CompiledRule:
+    """A rule as one pattern that a sentence must match (with literals to find it by) and others to check then."""
+
+    leading: Pattern
+    others: tuple[Pattern, ...]
+    excluded: Pattern | None
+    min_count: int
+
+    def first(self, sentences: Sentences) -> int | None:
+        """The first sentence that counts, where at least `min_count` do."""
+        first, count = None, 0
+        for index in sentences.holding(self.leading.literals):
+            if self._counts(sentences[index]):
+                first = index if first is None else first
+                count += 1
+                if count == self.min_count:
+                    return first
+        return None
+
+    def _counts(self, sentence: str) -> bool:
+        return (
+            self.leading.regex.search(sentence) is not None
+            and all(other.regex.search(sentence) for other in self.others)
+            and (self.excluded is None or self.excluded.regex.search(sentence) is None)
+        )
+
+
+def _compile(item: Item) -> CompiledRule:
+    rule = item.rule
+    assert isinstance(rule, Rule)
+    required = [compile_patterns((pattern,)) for pattern in rule.all_of]
+    if rule.any_of:
+        required.append(compile_patterns(rule.any_of))
+    excluded = compile_patterns(rule.none_of) if rule.none_of else None
+    return CompiledRule(required[0], tuple(required[1:]), excluded, rule.min_count)
+
+
+def _starts(text: str) -> list[int]:
+    """Where each sentence starts, and the text's length at the end."""
+    starts = [0]
+    for boundary in _BOUNDARY.finditer(text):
+        _cut_long(starts, boundary.end())
+        starts.append(boundary.end())
+    _cut_long(starts, len(text))
+    if starts[-1] != len(text):
+        starts.append(len(text))
+    return starts
+
+
+def _cut_long(starts: list[int], end: int) -> None:
+    while end - starts[-1] > MAX_SENTENCE_CHARACTERS:
+        starts.append(starts[-1] + MAX_SENTENCE_CHARACTERS)
