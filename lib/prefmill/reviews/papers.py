@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -142,7 +143,11 @@ def read_documents(
     if reader.config.workers == 1 or reader.config.pdfs is None:
         yield from ((tag, paper, reader(paper)) for tag, paper in papers)
         return
-    with ProcessPoolExecutor(reader.config.workers) as pool:
+    from prefmill.pipeline.worker import end_with_parent
+
+    # Spawned, as this process may hold threads; ended with it, so that none goes on writing beside a resumed run.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(reader.config.workers, context, end_with_parent) as pool:
         stream = iter(papers)
         while batch := list(itertools.islice(stream, 16 * reader.config.workers)):
             documents = pool.map(reader, [paper for _, paper in batch])

@@ -34,8 +34,11 @@ class RowError(ValueError):
     """A row that cannot be used: what is wrong with it and what would mend it."""
 
     def __init__(self, reason: str, fix: str) -> None:
-        super().__init__(reason)
+        super().__init__(reason, fix)  # both, as worker processes send these back pickled
         self.reason, self.fix = reason, fix
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True, slots=True)
