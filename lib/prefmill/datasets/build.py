@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from prefmill.artifacts import Artifact, write_atomic
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
-from prefmill.datasets.registry import SPLITS, DatasetKey, DatasetSplit, dataset_keys, write_registry
+from prefmill.datasets.registry import SPLITS, SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
 from prefmill.datasets.rows import IMAGES, Prompt, dpo_row, make_prompt, sft_row
 from prefmill.datasets.scored import ScoredPaper, check_inputs, scored_papers
 from prefmill.datasets.selection import Rank, rank
@@ -25,7 +25,6 @@ from prefmill.errors import ArtifactError, InputError
 from prefmill.records import Decision, JsonlWriter, Modality, Paper
 from prefmill.reviews.join import REVIEWS
 
-SUMMARY = "summary.json"
 Progress = Callable[[int, int | None, str], None]
 
 

@@ -11,7 +11,7 @@ from prefmill.artifacts import write_atomic
 from prefmill.errors import InputError
 from prefmill.records import Modality
 
-REGISTRY, ROWS = "dataset_info.json", "data.jsonl"
+REGISTRY, SUMMARY, ROWS = "dataset_info.json", "summary.json", "data.jsonl"
 Kind = Literal["sft", "dpo"]
 DatasetSplit = Literal["train", "val"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -72,12 +72,17 @@ def scored_papers(corpus: Artifact, scores: Sequence[Artifact]) -> Iterator[Scor
 
     Raises ArtifactError where an evaluation has no review, a review has two, or an input is out of order.
     """
-    shards = [read_jsonl(shard.file(EVALUATIONS)) for shard in scores]
-    merged = shards[0] if len(shards) == 1 else heapq.merge(*shards, key=itemgetter("paper_id", "review_id"))
-    evaluations = Groups(merged, " and ".join(str(shard.path / EVALUATIONS) for shard in scores))
+    evaluations = evaluations_by_paper(scores)
     for paper, reviews in papers_with_reviews(corpus):
         yield _match(paper, reviews, evaluations.take(paper["paper_id"]))
     evaluations.close()
+
+
+def evaluations_by_paper(scores: Sequence[Artifact]) -> Groups:
+    """The evaluations of all shards in `scores`, to be taken paper by paper."""
+    shards = [read_jsonl(shard.file(EVALUATIONS)) for shard in scores]
+    merged = shards[0] if len(shards) == 1 else heapq.merge(*shards, key=itemgetter("paper_id", "review_id"))
+    return Groups(merged, " and ".join(str(shard.path / EVALUATIONS) for shard in scores))
 
 
 def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> None:

@@ -14,6 +14,7 @@ MAX_RATING = 10
 
 _INSTRUCTION = f'Review this paper. End with a line "Rating: N", N from 1 to {MAX_RATING}.'
 _RATING_LINE = re.compile(rf"Rating:\s*(\d{{1,2}}(?:\.\d+)?)(?:\s*/\s*{MAX_RATING})?\.?")
+_TITLE_LINE = re.compile(r"^Title: (.+)$", re.MULTILINE)
 # What tokenizers and dataset loaders take for more than text. A space after the first character ends that, and
 # as nothing is deleted, no marker can form from the pieces around another.
 _MARKERS = re.compile(
@@ -45,6 +46,12 @@ def review_messages(paper: Paper, modality: Modality) -> list[Message]:
         label = "Figures" if modality == "clean_images" else "Pages"
         parts.append(f"{label}: {IMAGE_MARKER * len(_require_images(paper, modality))}")
     return [{"role": "user", "content": "\n\n".join(parts)}]
+
+
+def prompt_title(prompt: str) -> str | None:
+    """The title in a prompt made by `review_messages`; None in any other text."""
+    match = _TITLE_LINE.search(prompt)
+    return match[1] if match else None
 
 
 def review_images(paper: Paper, modality: Modality) -> list[str]:

@@ -11,6 +11,7 @@ from prefmill.records import Paper, Review
 from prefmill.reviews.prompt import (
     IMAGE_MARKER,
     neutralise,
+    prompt_title,
     review_completion,
     review_images,
     review_messages,
@@ -48,6 +49,12 @@ def test_clean_has_title_abstract_and_text_and_no_marker() -> None:
     assert "An abstract." in text
     assert "The body." in text
     assert IMAGE_MARKER not in text
+
+
+@pytest.mark.parametrize("modality", ["clean", "clean_images", "vision"])
+def test_title_is_found_in_every_prompt(modality: str) -> None:
+    assert prompt_title(prompt(modality, abstract="x\nTitle: another")) == "A title"
+    assert prompt_title("no title here") is None
 
 
 def test_clean_without_paper_text_names_no_empty_section() -> None:

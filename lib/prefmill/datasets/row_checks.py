@@ -1,0 +1,73 @@
+"""Checks that need one row only: pure functions from an example to what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from prefmill.datasets.examples import Example
+from prefmill.reviews.prompt import IMAGE_MARKER
+
+
+def rating_problems(example: Example) -> Iterator[str]:
+    """A completion without a rating from 1 to 10 in its last line, or with nothing before it."""
+    for answer in example.answers:
+        if answer.rating is None:
+            yield f"no last line 'Rating: N' with N from 1 to 10, but {answer.completion[-40:]!r}"
+        elif not answer.text:
+            yield "no review before the rating"
+
+
+def contrast_problems(example: Example, min_rating_diff: float, min_checkmark_diff: float) -> Iterator[str]:
+    """A pair whose differences are too small, or whose rating_diff is not what its two completions say."""
+    if example.rating_diff is None or example.checkmark_diff is None:
+        return
+    chosen, rejected = (answer.rating for answer in example.answers)
+    if chosen is not None and rejected is not None and not _equal(chosen - rejected, example.rating_diff):
+        yield f"rating_diff is {example.rating_diff:g}, but the ratings are {chosen:g} and {rejected:g}"
+    if example.rating_diff < min_rating_diff:
+        yield f"rating_diff is {example.rating_diff:g}, under {min_rating_diff:g}"
+    if example.checkmark_diff < min_checkmark_diff:
+        yield f"checkmark_diff is {example.checkmark_diff:g}, under {min_checkmark_diff:g}"
+    if example.answers[0].text.split() == example.answers[1].text.split():
+        yield "chosen and rejected are the same text"
+
+
+def marker_problems(example: Example) -> Iterator[str]:
+    """Image markers that are not as many as the images, or that stand in a completion."""
+    markers = example.prompt.count(IMAGE_MARKER)
+    if markers != len(example.images):
+        yield f"{markers} {IMAGE_MARKER} markers for {len(example.images)} images"
+    if any(IMAGE_MARKER in answer.completion for answer in example.answers):
+        yield f"{IMAGE_MARKER} in a completion"
+
+
+def image_problems(example: Example, folder: Path) -> Iterator[str]:
+    """Images that are missing, lead out of the artifact or cannot be read."""
+    for name in example.images:
+        problem = unreadable(folder, name)
+        if problem:
+            yield f"{name}: {problem}"
+
+
+@lru_cache(maxsize=4096)  # the rows of a paper stand together and share its images
+def unreadable(folder: Path, name: str) -> str | None:
+    """Why the image `name` below `folder` cannot be read, or None."""
+    from PIL import Image
+
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "not a path below the dataset folder"
+    try:
+        with Image.open(folder / name) as image:
+            image.load()  # a header can be whole where the pixels are cut off
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"unreadable: {error}"
+    return None
+
+
+def _equal(left: float, right: float) -> bool:
+    return math.isclose(left, right, abs_tol=1e-6)

@@ -1,0 +1,83 @@
+"""Row lengths in the model's tokens, against its context."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from prefmill.datasets.examples import Example
+from prefmill.errors import ConfigError
+from prefmill.reviews.prompt import IMAGE_MARKER
+
+_IMAGE_FRAME_TOKENS = 2  # one before and one after an image's own
+
+
+class TokenCounter:
+    """Counts tokens of prompt and completion with a model's tokenizer, chat template and image processor."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, folder: Path) -> None:
+        self._tokenizer, self._image_processor, self._folder = tokenizer, image_processor, folder
+        self._prompt_length = lru_cache(maxsize=64)(self._count_prompt)
+        self._image_length = lru_cache(maxsize=4096)(self._count_image)
+        asked = self._count_chat([{"role": "user", "content": "a"}], True)
+        answer = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        self._num_closing = max(0, self._count_chat(answer, False) - asked - self._count_text("b"))
+
+    @property
+    def counts_images(self) -> bool:
+        """Whether the model says how many tokens an image takes."""
+        return hasattr(self._image_processor, "get_number_of_image_patches")
+
+    def count(self, example: Example) -> int:
+        """Tokens of the prompt with its images and the longest completion."""
+        longest = max(self._count_text(answer.completion) for answer in example.answers)
+        images = sum(self._image_length(name) for name in example.images)
+        return self._prompt_length(example.prompt.replace(IMAGE_MARKER, "")) + longest + self._num_closing + images
+
+    def _count_prompt(self, prompt: str) -> int:
+        return self._count_chat([{"role": "user", "content": prompt}], True)
+
+    def _count_chat(self, messages: list[dict[str, str]], asks: bool) -> int:
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        return self._count_text(text)
+
+    def _count_text(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _count_image(self, name: str) -> int:
+        from PIL import Image
+
+        with Image.open(self._folder / name) as image:
+            width, height = image.size
+        patches = int(self._image_processor.get_number_of_image_patches(height, width))
+        return patches // int(self._image_processor.merge_size) ** 2 + _IMAGE_FRAME_TOKENS
+
+
+def open_counter(name_or_path: str, folder: Path) -> TokenCounter:
+    """The counter of a model's folder or hub name; raises InputError when its tokenizer cannot be loaded."""
+    from transformers import AutoImageProcessor
+
+    from prefmill.causal.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(name_or_path)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError):  # a model of text
+        image_processor = None
+    return TokenCounter(tokenizer, image_processor, folder)
+
+
+def context_of(name_or_path: str) -> int:
+    """The context in tokens that a model's configuration states; raises ConfigError where it states none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ConfigError("no model configuration", where=name_or_path, got=first_line, fix="set max_length") from None
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int):
+        raise ConfigError("the model does not state its context", where=name_or_path, fix="set max_length")
+    return context
