@@ -8,6 +8,12 @@ from typing import Any
 
 from prefmill.records import read_jsonl, write_jsonl
 
+Progress = Callable[[int, int | None, str], None]  # (done, total, unit), as Task.progress takes them
+
+
+def silent(done: int, total: int | None, unit: str) -> None:
+    """Progress nobody follows."""
+
 
 def resumable_blocks(
     folder: Path, name: str, num_blocks: int, compute: Callable[[int], list[Any]]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from prefmill.blocks import resumable_blocks
+from prefmill.blocks import Progress, resumable_blocks, silent
 from prefmill.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -89,12 +89,12 @@ def generate_reviews(
     sampling: Sampling,
     batch_size: int,
     folder: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[tuple[str, int], Completion]:
     """A completion for every request, by (key, sample); finished batches are kept in `folder` to resume from.
 
     In float32 a completion does not depend on the batch size but for rounding; at a lower precision padding moves
-    logits by enough to change a token now and then. `progress` hears of (finished, all) requests.
+    logits by enough to change a token now and then.
     """
     from tqdm import tqdm
 
@@ -107,7 +107,7 @@ def generate_reviews(
         for block in blocks:
             completions |= {(row["key"], row["sample"]): row for row in block}
             bar.update(len(block))
-            progress(len(completions), len(requests))
+            progress(len(completions), len(requests), "reviews generated")
     return completions
 
 

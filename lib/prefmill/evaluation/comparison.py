@@ -11,8 +11,8 @@ import numpy as np
 from prefmill.errors import InputError
 from prefmill.evaluation.bootstrap import Array, Estimate, Resampling, holm, means, statistic
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, DIGITS, MEASURES, rank_correlation, rating_rank_correlation
+from prefmill.evaluation.rows import HUMAN
 
-HUMAN = "human"
 ORDER = (HUMAN, "base", "sft", "dpo")
 Evaluated = Mapping[str, Any]  # the content of a metrics.json
 

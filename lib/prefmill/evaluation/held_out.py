@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 from prefmill.artifacts import Artifact
-from prefmill.blocks import resumable_blocks
+from prefmill.blocks import Progress, resumable_blocks, silent
 from prefmill.errors import InputError
-from prefmill.evaluation.metrics import Generation, PaperFacts
+from prefmill.evaluation.rows import Generation, PaperFacts
 from prefmill.evaluation.text_statistics import words
 from prefmill.records import Paper, Review, ReviewEvaluation, read_jsonl
 
@@ -28,10 +29,14 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Papers of the test split, by id in sorted order, and the reviews people wrote of them."""
+    """Papers of the test split, by id in sorted order, and the reviews people wrote of them.
+
+    `is_generated` says that the corpus is the generator's, whose quality factors can be measured.
+    """
 
     papers: Mapping[str, Paper]
     reviews: Mapping[str, tuple[Review, ...]]
+    is_generated: bool
 
     def facts(self) -> dict[str, PaperFacts]:
         """Decision and human ratings by paper."""
@@ -39,10 +44,6 @@ class HeldOut:
             key: PaperFacts(paper["decision"], tuple(review["rating"] for review in self.reviews.get(key, ())))
             for key, paper in self.papers.items()
         }
-
-    def only(self, kept: Sequence[str]) -> HeldOut:
-        """The same for the papers in `kept`."""
-        return HeldOut({key: self.papers[key] for key in kept}, {key: self.reviews.get(key, ()) for key in kept})
 
 
 def read_held_out(corpus: Artifact, num_papers: int | None, seed: int) -> HeldOut:
@@ -61,7 +62,7 @@ def read_held_out(corpus: Artifact, num_papers: int | None, seed: int) -> HeldOu
     papers = {paper["paper_id"]: paper for paper in read_jsonl(path) if paper["paper_id"] in chosen}
     rows = (row for row in read_jsonl(corpus.file("reviews.jsonl")) if row["paper_id"] in chosen)
     reviews = {key: tuple(group) for key, group in groupby(rows, key=lambda row: str(row["paper_id"]))}
-    return HeldOut(papers, reviews)
+    return HeldOut(papers, reviews, _is_generated(corpus))
 
 
 def human_generations(held_out: HeldOut) -> list[Generation]:
@@ -86,7 +87,7 @@ def score_generations(
     engine: Scorer,
     item_ids: Sequence[str],
     folder: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> list[ReviewEvaluation]:
     """The checklist's answers for each of `generations`, in their order; finished blocks are kept in `folder`.
 
@@ -105,8 +106,13 @@ def score_generations(
         for block in resumable_blocks(folder, "scored", len(blocks), compute):
             evaluations += block
             bar.update(len(block))
-            progress(len(evaluations), len(generations))
+            progress(len(evaluations), len(generations), "reviews scored")
     return evaluations
+
+
+def _is_generated(corpus: Artifact) -> bool:
+    sources = json.loads(corpus.file("summary.json").read_text())["sources"]
+    return all(source["format"] == "generated" for source in sources)
 
 
 def _score_block(

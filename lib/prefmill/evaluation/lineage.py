@@ -31,12 +31,12 @@ class TrainingPapers:
 
 
 class Lineage:
-    """Finds artifacts by content digest below the workspaces of the artifacts given."""
+    """Finds artifacts by content digest below the workspaces of the artifacts given, and of other task folders."""
 
-    def __init__(self, artifacts: Iterable[Artifact]) -> None:
+    def __init__(self, artifacts: Iterable[Artifact], folders: Iterable[Path] = ()) -> None:
         self._known = {item.manifest.content_digest: item for item in artifacts}
-        workspaces = sorted({path.parents[3] for path in self._paths() if len(path.parents) > 3})
-        for workspace in workspaces:
+        paths = [item.path.absolute() for item in self._known.values()] + [folder.absolute() for folder in folders]
+        for workspace in sorted({path.parents[3] for path in paths if len(path.parents) > 3}):
             self._known = {item.manifest.content_digest: item for item in _finished(workspace)} | self._known
 
     def find(self, digest: str) -> Artifact | None:
@@ -56,9 +56,6 @@ class Lineage:
             origins[item.manifest.content_digest] = Origin(item, missing)
             waiting += [source for source in found.values() if source is not None]
         return list(origins.values())
-
-    def _paths(self) -> list[Path]:
-        return [item.path.absolute() for item in self._known.values()]
 
 
 def training_papers(checkpoint: Artifact, lineage: Lineage) -> TrainingPapers:
@@ -80,8 +77,15 @@ def training_papers(checkpoint: Artifact, lineage: Lineage) -> TrainingPapers:
     return TrainingPapers(frozenset(papers), len(datasets), missing)
 
 
-def refuse_trained_on(evaluated: Iterable[str], trained: TrainingPapers, checkpoint: Artifact) -> None:
-    """Raises PipelineError naming papers that the checkpoint was trained on: its score on them means nothing."""
+def check_training(checkpoint: Artifact | None, evaluated: Iterable[str], output: Path) -> dict[str, int] | None:
+    """What is known of a checkpoint's training papers, in numbers; None without a checkpoint.
+
+    Manifests are looked for in the workspaces of the checkpoint and of `output`. Raises PipelineError naming papers
+    that the checkpoint was trained on: its score on them means nothing.
+    """
+    if checkpoint is None:
+        return None
+    trained = training_papers(checkpoint, Lineage([checkpoint], [output]))
     both = sorted(trained.paper_ids.intersection(evaluated))
     if both:
         raise PipelineError(
@@ -90,6 +94,11 @@ def refuse_trained_on(evaluated: Iterable[str], trained: TrainingPapers, checkpo
             expected="test papers that no dataset behind the checkpoint holds",
             fix="evaluate on the corpus that the checkpoint's datasets were made from, or train again without them",
         )  # fmt: skip
+    return {
+        "num_papers": len(trained.paper_ids),
+        "num_datasets": trained.num_datasets,
+        "num_missing": trained.num_missing,
+    }
 
 
 def _checkpoints(checkpoint: Artifact, lineage: Lineage) -> list[Origin]:

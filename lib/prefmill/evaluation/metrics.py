@@ -5,27 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 
+from prefmill.evaluation.rows import PaperFacts, Scored
 from prefmill.evaluation.text_statistics import distinct_share, repeated_share, words
-from prefmill.records import Decision, ReviewEvaluation
+from prefmill.records import Decision
 
 DIGITS = 6  # below this, the order of additions shows
 Values = dict[str, float]
-
-
-class Generation(TypedDict):
-    """A review by the evaluated model; `text` without its rating line, `truncated` if it ran into the token limit."""
-
-    paper_id: str
-    sample: int
-    text: str
-    rating: float | None
-    decision: Decision | None
-    truncated: bool
-    num_tokens: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -60,24 +49,6 @@ MEASURES = (
     Measure("truncated", "Cut off", "lower", 3, "share of reviews that ran into the token limit"),
     Measure("empty", "Empty", "lower", 3, "share of reviews without a word; they score 0"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PaperFacts:
-    """What people said of a paper: their decision and their ratings."""
-
-    decision: Decision | None
-    ratings: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One review with its checklist answers and, on a generated corpus, its quality factors."""
-
-    generation: Generation
-    evaluation: ReviewEvaluation
-    factors: Mapping[str, bool] | None
-    is_human: bool = False
 
 
 def measure_review(review: Scored, paper: PaperFacts, accept_rating: float) -> Values:

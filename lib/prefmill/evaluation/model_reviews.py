@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefmill.blocks import Progress, silent
 from prefmill.causal.generation import (
     Completion,
     Request,
@@ -18,7 +19,7 @@ from prefmill.causal.generation import (
 )
 from prefmill.causal.loading import Precision, load_model, load_tokenizer
 from prefmill.errors import InputError
-from prefmill.evaluation.metrics import Generation
+from prefmill.evaluation.rows import Generation
 from prefmill.records import Modality, Paper
 from prefmill.reviews.prompt import review_messages, split_completion
 
@@ -50,7 +51,7 @@ def write_reviews(
     papers: Mapping[str, Paper],
     writing: Writing,
     folder: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> list[Generation]:
     """The model's reviews, sorted by paper and sample; batches are kept in `folder` to resume from.
 

@@ -1,0 +1,246 @@
+"""Small charts as inline SVG: pure functions from numbers to markup, with every text escaped.
+
+Colours and sizes come from the page's style sheet by class: `s-<model>` for a series, so that dark mode and a change
+of palette need no new chart. Every series also has a marker of its own: colour alone tells nothing apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH = 420.0  # in the units of the SVG; the page shows it between 0.8 and 1.2 times this size in pixels
+Scale = Callable[[float], float]
+SERIES = ("human", "base", "sft", "dpo")  # the labels with a look of their own
+MARKERS = ("diamond", "square", "triangle", "circle")
+OTHER_LOOKS = 3  # s-other0 ...: further labels share these in turn
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its interval, drawn in the look of `series`."""
+
+    label: str
+    series: str
+    value: float
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve through (x, y) points."""
+
+    label: str
+    series: str
+    points: Sequence[tuple[float, float]]
+
+
+def series_class(label: str) -> str:
+    """The style-sheet class of a model's label; always a plain word, whatever the label holds."""
+    if label in SERIES:
+        return f"s-{label}"
+    return f"s-other{sum(label.encode()) % OTHER_LOOKS}"
+
+
+def marker(label: str, x: float, y: float, size: float = 5.0) -> Markup:
+    """The marker of a model's label at (x, y)."""
+    shape = MARKERS[SERIES.index(label)] if label in SERIES else "ring"
+    if shape == "circle":
+        return _tag("circle", cx=x, cy=y, r=size, class_="mark")
+    if shape == "ring":
+        return _tag("circle", cx=x, cy=y, r=size - 0.5, class_="mark hollow")
+    corners = {
+        "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+        "diamond": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
+        "triangle": [(0, -1.2), (1.15, 0.9), (-1.15, 0.9)],
+    }[shape]
+    return _tag(
+        "polygon", points=" ".join(f"{_n(x + dx * size)},{_n(y + dy * size)}" for dx, dy in corners), class_="mark"
+    )
+
+
+def key_marker(label: str) -> Markup:
+    """A marker by itself, for legends and headings."""
+    look = f"key {series_class(label)}"
+    return _tag("svg", marker(label, 7, 7, 4.6), class_=look, viewBox="0 0 14 14", aria_hidden="true")
+
+
+def interval_chart(rows: Sequence[Interval], title: str, axis: str, zero: bool = False) -> Markup:
+    """Values with intervals, one below the other; `zero` draws the line of no difference."""
+    bounds = [bound for row in rows for bound in (row.low, row.high)] + ([0.0] if zero else [])
+    ticks = nice_ticks(min(bounds), max(bounds), 5)
+    left, right, top, step = 8.0, WIDTH - 8, 6.0, 46.0
+    bottom = top + step * len(rows)
+    x = _linear(ticks[0], ticks[-1], left, right)
+    parts = [_vertical_grid(ticks, x, top, bottom)]
+    if zero:
+        parts.append(_tag("line", x1=x(0), x2=x(0), y1=top, y2=bottom, class_="zero"))
+    for index, row in enumerate(rows):
+        parts.append(_interval_row(row, x, top + step * index))
+    parts.append(_text(axis, (left + right) / 2, bottom + 36, "axis-name", "middle"))
+    return _chart(title, bottom + 42, parts)
+
+
+def line_chart(lines: Sequence[Line], title: str, x_axis: str, y_axis: str, reference: float | None = None) -> Markup:
+    """Curves over a common axis; `reference` draws a dashed level, such as the loss of no preference."""
+    points = [point for line in lines for point in line.points]
+    y_values = [y for _, y in points] + ([reference] if reference is not None else [])
+    x_ticks = nice_ticks(min(x for x, _ in points), max(x for x, _ in points), 5)
+    y_ticks = nice_ticks(min(y_values), max(y_values), 5)
+    left, right, top, bottom = 46.0, WIDTH - 10, 24.0, 216.0
+    x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(y_ticks[0], y_ticks[-1], bottom, top)
+    parts = [_horizontal_grid(y_ticks, y, left, right), _x_labels(x_ticks, x, bottom)]
+    if reference is not None:
+        parts.append(_tag("line", x1=left, x2=right, y1=y(reference), y2=y(reference), class_="zero"))
+    parts += [_curve(line, x, y) for line in lines]
+    parts += [
+        _text(y_axis, 4, 12, "axis-name"),
+        _text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle"),
+    ]
+    return _chart(title, bottom + 40, parts)
+
+
+def scatter_chart(groups: Sequence[Line], title: str, x_axis: str, y_axis: str) -> Markup:
+    """Clouds of points, one look a group."""
+    points = [point for group in groups for point in group.points]
+    x_ticks = nice_ticks(min(x for x, _ in points), max(x for x, _ in points), 5)
+    y_ticks = nice_ticks(min(y for _, y in points), max(y for _, y in points), 5)
+    left, right, top, bottom = 46.0, WIDTH - 10, 24.0, 246.0
+    x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(y_ticks[0], y_ticks[-1], bottom, top)
+    clouds = [
+        _tag(
+            "g",
+            Markup("").join(marker(group.label, x(a), y(b), 3.2) for a, b in group.points),
+            class_=f"cloud {series_class(group.series)}",
+        )
+        for group in groups
+    ]
+    names = [_text(y_axis, 4, 12, "axis-name"), _text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
+    return _chart(
+        title, bottom + 40, [_horizontal_grid(y_ticks, y, left, right), _x_labels(x_ticks, x, bottom), *clouds, *names]
+    )
+
+
+def share_strip(shares: Sequence[tuple[str, float]], title: str) -> Markup:
+    """Shares from 0 to 1 of several models on one line, joined from the first to the last."""
+    x = _linear(0, 1, 10, 230)
+    parts = [_tag("line", x1=x(0), x2=x(1), y1=11, y2=11, class_="grid")]
+    parts += [_tag("line", x1=x(tick), x2=x(tick), y1=7, y2=15, class_="grid") for tick in (0, 0.25, 0.5, 0.75, 1)]
+    trained = [share for label, share in shares if label != "human"]
+    if len(trained) > 1:
+        parts.append(_tag("line", x1=x(trained[0]), x2=x(trained[-1]), y1=11, y2=11, class_="travel"))
+    parts += [_tag("g", marker(label, x(share), 11, 4.6), class_=series_class(label)) for label, share in shares]
+    return _tag(
+        "svg", _tag("title", escape(title)), *parts, class_="strip", viewBox="0 0 240 22", role="img", aria_label=title
+    )
+
+
+def histogram(counts: Sequence[tuple[float, float, int]], series: str, title: str, x_axis: str) -> Markup:
+    """Bars of (low, high, count)."""
+    highest = max(count for *_, count in counts)
+    x_ticks = nice_ticks(counts[0][0], counts[-1][1], 5)
+    y_ticks = nice_ticks(0, highest, 4)
+    left, right, top, bottom = 46.0, WIDTH - 10, 24.0, 186.0
+    x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(0, y_ticks[-1], bottom, top)
+    bars = [
+        _tag("rect", x=x(low) + 0.7, width=max(0.6, x(high) - x(low) - 1.4), y=y(count), height=bottom - y(count))
+        for low, high, count in counts
+    ]
+    names = [_text("count", 4, 12, "axis-name"), _text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
+    body = [_horizontal_grid(y_ticks, y, left, right), _tag("g", *bars, class_=f"bars {series_class(series)}")]
+    return _chart(title, bottom + 40, [*body, _x_labels(x_ticks, x, bottom), *names])
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers that enclose [low, high]; steps of 1, 2 or 5 times a power of ten."""
+    if high <= low:
+        pad = abs(low) * 0.1 or 0.5
+        low, high = low - pad, high + pad
+    raw = (high - low) / max(1, count - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def thin(points: Sequence[tuple[float, float]], limit: int = 300) -> list[tuple[float, float]]:
+    """At most about `limit` points, each the mean of its neighbours, so that a long curve stays a small file."""
+    size = math.ceil(len(points) / limit)
+    groups = [points[start : start + size] for start in range(0, len(points), size or 1)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def tick_label(value: float) -> str:
+    """A tick's number without digits it does not need."""
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.0e}".replace("-", "−")
+    return f"{value:.6g}".replace("-", "−") if abs(value) > 1e-12 else "0"
+
+
+def _interval_row(row: Interval, x: Scale, top: float) -> Markup:
+    y = top + 33
+    return _tag(
+        "g",
+        _text(row.label, 8, top + 17, "row-label"),
+        _text(row.text, WIDTH - 8, top + 17, "row-value", "end"),
+        _tag("line", x1=x(row.low), x2=x(row.high), y1=y, y2=y, class_="whisker"),
+        marker(row.series, x(row.value), y),
+        class_=series_class(row.series),
+    )
+
+
+def _curve(line: Line, x: Scale, y: Scale) -> Markup:
+    points = thin(line.points)
+    path = " ".join(f"{_n(x(a))},{_n(y(b))}" for a, b in points)
+    marks = [marker(line.series, x(a), y(b), 3.0) for a, b in points] if len(points) <= 12 else []
+    last = marker(line.series, x(points[-1][0]), y(points[-1][1]), 4.2)
+    curve = _tag("polyline", points=path, class_="curve")
+    return _tag("g", _tag("title", escape(line.label)), curve, *marks, last, class_=series_class(line.series))
+
+
+def _vertical_grid(ticks: Sequence[float], x: Scale, top: float, bottom: float) -> Markup:
+    lines = [_tag("line", x1=x(tick), x2=x(tick), y1=top, y2=bottom, class_="grid") for tick in ticks]
+    return Markup("").join([*lines, _x_labels(ticks, x, bottom)])
+
+
+def _horizontal_grid(ticks: Sequence[float], y: Scale, left: float, right: float) -> Markup:
+    lines = [_tag("line", x1=left, x2=right, y1=y(tick), y2=y(tick), class_="grid") for tick in ticks]
+    return Markup("").join([*lines, *(_text(tick_label(tick), left - 6, y(tick) + 4, "tick", "end") for tick in ticks)])
+
+
+def _x_labels(ticks: Sequence[float], x: Scale, bottom: float) -> Markup:
+    anchors = ["start", *["middle"] * (len(ticks) - 2), "end"]
+    labels = zip(ticks, anchors, strict=True)
+    return Markup("").join(_text(tick_label(tick), x(tick), bottom + 16, "tick", anchor) for tick, anchor in labels)
+
+
+def _linear(low: float, high: float, start: float, end: float) -> Scale:
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _chart(title: str, height: float, parts: Sequence[Markup]) -> Markup:
+    box = f"0 0 {_n(WIDTH)} {_n(height)}"
+    return _tag("svg", _tag("title", escape(title)), *parts, class_="chart", viewBox=box, role="img", aria_label=title)
+
+
+def _text(content: str, x: float, y: float, css_class: str, anchor: str = "start") -> Markup:
+    return _tag("text", escape(content), x=x, y=y, class_=css_class, text_anchor=anchor)
+
+
+def _tag(name: str, *children: Markup, **attributes: str | float) -> Markup:
+    """An element; attribute names lose a trailing `_` and have `-` for `_`, numbers two decimals."""
+    written = (
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value if isinstance(value, str) else _n(value))
+        for key, value in attributes.items()
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup("").join(written), Markup("").join(children))
+
+
+def _n(value: float) -> str:
+    """A coordinate with at most two decimals: small files, and no rounding noise in the content."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if math.isfinite(value) else "0"

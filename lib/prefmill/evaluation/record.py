@@ -1,0 +1,53 @@
+"""An evaluation's files: the reviews, their answers, and everything measured on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefmill.artifacts import digest_json, write_atomic
+from prefmill.checklist.items import Checklist
+from prefmill.evaluation.held_out import HeldOut
+from prefmill.evaluation.metrics import measure
+from prefmill.evaluation.rows import HUMAN, Generation, Scored
+from prefmill.records import ReviewEvaluation, write_jsonl
+from prefmill.reviews.generated import quality_factors
+
+GENERATIONS, EVALUATIONS, METRICS = "generations.jsonl", "evaluations.jsonl", "metrics.json"
+
+
+def write_evaluation(
+    output: Path,
+    heading: Mapping[str, Any],
+    generations: Sequence[Generation],
+    evaluations: Sequence[ReviewEvaluation],
+    held_out: HeldOut,
+    checklist: Checklist,
+    accept_rating: float,
+) -> dict[str, Any]:
+    """Measure the reviews and write all three files; returns the content of metrics.json.
+
+    `heading` says whose reviews these are and goes first. The generator's quality factors are measured on its own
+    corpus only: elsewhere they mean nothing.
+    """
+    is_human = heading["model"] == HUMAN
+    scored = [
+        Scored(row, answers, quality_factors(row["text"]) if held_out.is_generated else None, is_human)
+        for row, answers in zip(generations, evaluations, strict=True)
+    ]
+    questions = {item.id: item.question for item in checklist.items}
+    metrics = {
+        **heading,
+        "checklist": digest_json(checklist.model_dump(mode="json")),
+        "max_score": sum(item.weight for item in checklist.items),
+        "accept_rating": accept_rating,
+        "num_papers": len({row["paper_id"] for row in generations}),
+        "num_reviews": len(generations),
+        **measure(scored, held_out.facts(), questions, accept_rating),
+    }
+    write_jsonl(output / GENERATIONS, generations)
+    write_jsonl(output / EVALUATIONS, evaluations)
+    write_atomic(output / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return metrics

@@ -1,0 +1,41 @@
+"""What an evaluation is made of: generated reviews, what people said of the papers, and the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
+
+from prefmill.records import Decision, ReviewEvaluation
+
+HUMAN = "human"  # the label of the reviews that people wrote
+
+
+class Generation(TypedDict):
+    """A review by the evaluated model; `text` without its rating line, `truncated` if it ran into the token limit."""
+
+    paper_id: str
+    sample: int
+    text: str
+    rating: float | None
+    decision: Decision | None
+    truncated: bool
+    num_tokens: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class PaperFacts:
+    """What people said of a paper: their decision and their ratings."""
+
+    decision: Decision | None
+    ratings: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One review with its checklist answers and, on a generated corpus, its quality factors."""
+
+    generation: Generation
+    evaluation: ReviewEvaluation
+    factors: Mapping[str, bool] | None
+    is_human: bool = False

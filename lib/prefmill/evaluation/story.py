@@ -1,0 +1,195 @@
+"""The comparison in sentences: whether training helped, by how much, how sure that is, and what to doubt."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prefmill.evaluation.rows import HUMAN
+
+Verdict = Literal["helped", "hurt", "unclear", "single"]
+Compared = Mapping[str, Any]  # one modality of comparison.json
+SCORE, FACTORS, WORDS = "checkmark_score", "num_factors", "num_words"
+FEW_PAPERS = 30
+LENGTH_CHANGE, SHARE_OF_CONCERN, REPETITION_CHANGE = 0.1, 0.05, 0.05
+
+
+@dataclass(frozen=True)
+class Story:
+    """One modality in sentences; `doubts` runs from the most to the least serious and is never empty."""
+
+    modality: str
+    verdict: Verdict
+    helped: str
+    how_much: str
+    how_sure: str
+    doubts: tuple[str, ...]
+
+
+def tell(compared: Compared, evaluations: Sequence[Mapping[str, Any]], confidence: float) -> Story:
+    """The story of one modality; `evaluations` are its metrics.json."""
+    pair = main_pair(compared)
+    if pair is None:
+        return _story_of_one(compared, evaluations)
+    verdict = judge(pair["measures"][SCORE], confidence)
+    names = {"candidate": pair["candidate"], "baseline": pair["baseline"]}
+    helped = {
+        "helped": "Yes: on held-out papers, reviews by {candidate} fulfil more of the checklist than {baseline}'s.",
+        "hurt": "No: on held-out papers, reviews by {candidate} fulfil less of the checklist than {baseline}'s.",
+        "unclear": "Not shown: reviews by {candidate} and by {baseline} do not differ beyond chance.",
+    }[verdict]  # fmt: skip
+    return Story(
+        modality=compared["modality"],
+        verdict=verdict,
+        helped=helped.format(**names),
+        how_much=_how_much(compared),
+        how_sure=_how_sure(compared, pair, confidence),
+        doubts=tuple(_doubts(compared, pair, evaluations, confidence)),
+    )
+
+
+def main_pair(compared: Compared) -> Mapping[str, Any] | None:
+    """The comparison that answers the question: the last trained model against the first; None with one model."""
+    models = trained_models(compared)
+    wanted = (models[0], models[-1]) if models else ("", "")
+    return next((pair for pair in compared["pairs"] if (pair["baseline"], pair["candidate"]) == wanted), None)
+
+
+def trained_models(compared: Compared) -> list[str]:
+    """The models that are compared with each other, in their order: all but the human reviews."""
+    return [item["model"] for item in compared["models"] if item["model"] != HUMAN]
+
+
+def judge(difference: Mapping[str, Any], confidence: float) -> Verdict:
+    """What a corrected difference in a measure where higher is better says."""
+    if difference["p_holm"] >= 1 - confidence:
+        return "unclear"
+    return "helped" if difference["value"] > 0 else "hurt"
+
+
+def signed(value: float, decimals: int = 2) -> str:
+    """A difference with its sign; a true minus."""
+    text = f"{value:+.{decimals}f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("+-")
+
+
+def p_text(p_value: float) -> str:
+    """A p-value as one writes it."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def _story_of_one(compared: Compared, evaluations: Sequence[Mapping[str, Any]]) -> Story:
+    shown = compared["models"][-1]
+    score = shown["measures"][SCORE]
+    return Story(
+        modality=compared["modality"],
+        verdict="single",
+        helped=f"Nothing to compare: only {shown['model']} was evaluated.",
+        how_much=f"Its mean checklist score is {score['value']:.2f} of at most {compared['max_score']:g}.",
+        how_sure=f"The interval is {score['low']:.2f} to {score['high']:.2f}, on {compared['num_papers']} papers.",
+        doubts=tuple(_general_doubts(compared, evaluations)),
+    )
+
+
+def _how_much(compared: Compared) -> str:
+    scores = [(item["model"], item["measures"][SCORE]["value"]) for item in compared["models"]]
+    path = ", ".join(f"{value:.2f} ({model})" for model, value in scores if model != HUMAN)
+    human = next((f" Reviews by people score {value:.2f}." for model, value in scores if model == HUMAN), "")
+    return f"The mean checklist score goes {path}, of at most {compared['max_score']:g}.{human}"
+
+
+def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) -> str:
+    score, wins = pair["measures"][SCORE], pair["win_rate"]
+    parts = [
+        f"{pair['candidate']} − {pair['baseline']} = {signed(score['value'])}, {confidence:.0%} interval "
+        f"{signed(score['low'])} to {signed(score['high'])}, {p_text(score['p_holm'])} after Holm's correction, over "
+        f"{score['num_papers']} papers; its review scores higher in {wins['value']:.0%} of meetings on the same paper."
+    ]
+    if (factors := pair["measures"].get(FACTORS)) is not None:
+        verdict = judge(factors, confidence)
+        agrees = "agree" if verdict == judge(score, confidence) else "do not confirm it"
+        parts.append(
+            f"The generator's own quality factors, which the checklist does not know, {agrees}: "
+            f"{signed(factors['value'])} ({signed(factors['low'])} to {signed(factors['high'])})."
+        )
+    return " ".join(parts)
+
+
+def _doubts(
+    compared: Compared, pair: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], confidence: float
+) -> Iterator[str]:
+    yield from _length_doubt(compared, pair, confidence)
+    yield from _step_doubts(compared, confidence)
+    yield from _side_effects(compared, pair, confidence)
+    yield from _general_doubts(compared, evaluations)
+
+
+def _length_doubt(compared: Compared, pair: Mapping[str, Any], confidence: float) -> Iterator[str]:
+    words, equal = pair["measures"][WORDS], pair["at_equal_length"]
+    before = _measure(compared, pair["baseline"], WORDS)
+    if before and abs(words["value"]) / before >= LENGTH_CHANGE and words["p_value"] < 1 - confidence and equal:
+        more = "longer" if words["value"] > 0 else "shorter"
+        yield (
+            f"{pair['candidate']} writes {abs(words['value']) / before:.0%} {more} reviews than {pair['baseline']}; at "
+            f"equal length the difference in score would be {signed(equal['value'])} "
+            f"({signed(equal['low'])} to {signed(equal['high'])})."
+        )
+
+
+def _step_doubts(compared: Compared, confidence: float) -> Iterator[str]:
+    models = trained_models(compared)
+    steps = {(pair["baseline"], pair["candidate"]): pair for pair in compared["pairs"]}
+    if len(models) < 3:
+        return
+    for before, after in itertools.pairwise(models):
+        score = steps[before, after]["measures"][SCORE]
+        if judge(score, confidence) != "helped":
+            finding = "lowers the score" if judge(score, confidence) == "hurt" else "shows no effect of its own"
+            yield f"The step from {before} to {after} {finding}: {signed(score['value'])}, {p_text(score['p_holm'])}."
+
+
+def _side_effects(compared: Compared, pair: Mapping[str, Any], confidence: float) -> Iterator[str]:
+    name = pair["candidate"]
+    model = next(item for item in compared["models"] if item["model"] == name)
+    concerns = (
+        ("truncated", "{share:.0%} of {name}'s reviews were cut off at the token limit."),
+        ("empty", "{share:.0%} of {name}'s outputs are empty; they count with a score of 0."),
+    )
+    for measure, sentence in concerns:
+        share = _measure(compared, name, measure)
+        if share and share >= (SHARE_OF_CONCERN if measure == "truncated" else 0):
+            yield sentence.format(share=share, name=name)
+    unrated = 1 - (_measure(compared, name, "has_rating") or 0.0)
+    if unrated >= SHARE_OF_CONCERN:
+        yield f"{unrated:.0%} of {name}'s reviews give no rating; they count as wrong recommendations."
+    if model["repeated_reviews"] >= SHARE_OF_CONCERN:
+        yield f"{model['repeated_reviews']:.0%} of {name}'s reviews repeat another one word by word."
+    repeated = pair["measures"].get("repeated_4grams")
+    if repeated and repeated["value"] >= REPETITION_CHANGE and repeated["p_value"] < 1 - confidence:
+        more = signed(repeated["value"])
+        yield f"{name} repeats itself more than {pair['baseline']}: {more} of its 4-word runs recur."
+    correct = pair["measures"].get("recommendation_correct")
+    if correct and correct["value"] < 0 and correct["p_value"] < 1 - confidence:
+        yield f"{name}'s recommendations agree with the decisions less often: {signed(correct['value'])}."
+
+
+def _general_doubts(compared: Compared, evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if compared["num_papers"] < FEW_PAPERS:
+        yield f"There are only {compared['num_papers']} papers: intervals are wide and their tails rough."
+    left_out = max(item["num_papers"] for item in evaluations) - compared["num_papers"]
+    if left_out:
+        yield f"{left_out} papers were not reviewed by every model and are left out of the comparison."
+    untraced = [item["model"] for item in evaluations if item["training"] and item["training"]["num_missing"]]
+    if untraced:
+        yield f"What {', '.join(untraced)} learned from could not be traced in full: some inputs have no manifest here."
+    if compared["engine"].startswith("lexical"):
+        yield "The lexical engine looks for words, not for meaning: text written to please it would score well."
+    yield "A checklist score is a proxy: it says that a review has the parts of a good one, not that they are right."
+
+
+def _measure(compared: Compared, model: str, name: str) -> float | None:
+    found = next(item for item in compared["models"] if item["model"] == model)
+    value = found["measures"].get(name)
+    return float(value["value"]) if value else None

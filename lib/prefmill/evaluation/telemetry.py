@@ -1,0 +1,77 @@
+"""What training left in its logs: loss and margin curves, and the cost of every task. None of it is an artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefmill.artifacts import RUN_RECORD, Artifact
+from prefmill.training import STEPS, read_curve
+
+CURVES = (
+    ("loss", "training loss"),
+    ("eval_loss", "validation loss"),
+    ("margin", "reward margin"),
+    ("accuracy", "share of pairs with a positive margin"),
+)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The curves of one training task by name, as (step, value); `missing` says why there are none."""
+
+    stage: str
+    task: str
+    points: dict[str, list[tuple[float, float]]]
+    missing: str | None
+
+
+def read_curves(checkpoint: Artifact) -> Curves:
+    """The curves that the training of `checkpoint` left beside it in logs/<run>/<stage>/<task>."""
+    stage, task = checkpoint.manifest.stage, checkpoint.manifest.task
+    folder = logs_of(checkpoint)
+    rows = read_curve(folder / STEPS) if folder else []
+    points = {name: [(float(row["step"]), float(row[name])) for row in rows if name in row] for name, _ in CURVES}
+    found = {name: curve for name, curve in points.items() if len(curve) > 1}
+    missing = None if found else f"no curve of {stage}:{task}: its logs hold no {STEPS} with two steps or more"
+    return Curves(stage, task, found, missing)
+
+
+def logs_of(artifact: Artifact) -> Path | None:
+    """Where the task that made `artifact` logged, by the layout <workspace>/<root>/<run>/<stage>/<task>."""
+    path = artifact.path.absolute()
+    if len(path.parents) < 4:
+        return None
+    return path.parents[3] / "logs" / path.parents[1].name / path.parents[0].name / path.name
+
+
+def cost_lines(artifacts: Iterable[Artifact]) -> list[str]:
+    """What each artifact's task took, a line each, from its run record; those without one are left out."""
+    lines = []
+    for artifact in artifacts:
+        record = _run_record(artifact)
+        if record is not None:
+            name = f"{artifact.manifest.stage}:{artifact.manifest.task}"
+            lines.append(f"{name:<32} {record['seconds']:>10.1f} s {record.get('peak_memory_gb', 0):>8.2f} GB")
+    return lines
+
+
+def histogram(values: Sequence[float], num_bins: int = 24) -> list[tuple[float, float, int]]:
+    """Counts of `values` in bins of equal width, as (low, high, count)."""
+    low, high = min(values), max(values)
+    width = (high - low) / num_bins or 1.0
+    counts = [0] * num_bins
+    for value in values:
+        counts[min(num_bins - 1, int((value - low) / width))] += 1
+    return [(low + index * width, low + (index + 1) * width, count) for index, count in enumerate(counts)]
+
+
+def _run_record(artifact: Artifact) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads((artifact.path / RUN_RECORD).read_text())
+    except FileNotFoundError:
+        return None
+    return record if "seconds" in record else None

@@ -1,0 +1,135 @@
+"""Generates reviews of the held-out papers with one model, scores them with the checklist and measures them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field, model_validator
+
+from prefmill.causal.loading import Precision
+from prefmill.checklist.engines import EngineConfig, LexicalConfig, open_engine
+from prefmill.checklist.items import load_checklist
+from prefmill.config import StrictConfig
+from prefmill.errors import ConfigError
+from prefmill.evaluation.rows import HUMAN
+from prefmill.records import Modality
+from prefmill.stage import Metrics, Reads, Stage, Task
+
+if TYPE_CHECKING:
+    from prefmill.evaluation.held_out import HeldOut
+    from prefmill.evaluation.rows import Generation
+
+TRAINED = ("sft", "dpo")
+
+
+class EvaluateConfig(StrictConfig):
+    """Which model to evaluate, how it writes and how its reviews are judged."""
+
+    model: str = Field(
+        description="the model's label: base, sft, dpo or any other; `human` takes the reviews people wrote",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+    )
+    modality: Modality = Field("clean", description="what the model is shown of a paper")
+    model_name_or_path: str | None = Field(None, description="folder or hub name, where no checkpoint is given")
+    revision: str | None = Field(None, description="of a hub model")
+    trust_remote_code: bool = Field(False, description="run the hub model's own code")
+    attn_implementation: str | None = Field(None, description="as transformers names it; none: its choice")
+    precision: Precision = Field("bf16", description="fp32 where results must not depend on the batch size")
+    num_papers: int | None = Field(None, ge=2, description="test papers to draw, the same for every model; none: all")
+    samples_per_paper: int = Field(1, ge=1, description="reviews to generate for each paper")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="leave papers with longer prompts out, counted")
+    max_new_tokens: int = Field(1024, ge=1, description="where a review is cut off")
+    temperature: float = Field(0.7, ge=0, description="0 takes the likeliest token")
+    top_p: float = Field(0.95, gt=0, le=1, description="draw from the smallest set of tokens with this mass")
+    batch_size: int = Field(8, ge=1, description="reviews generated together")
+    seed: int = Field(0, description="of the papers drawn and of the tokens")
+    engine: EngineConfig = Field(LexicalConfig(), description="the checklist engine; see score_reviews")
+    accept_rating: float = Field(6.0, description="a rating from here on recommends acceptance")
+
+    @model_validator(mode="after")
+    def _can_generate(self) -> Self:
+        if self.modality != "clean" and self.model != HUMAN:
+            raise ValueError("reviews are generated from text only so far: set modality to clean")
+        return self
+
+
+def run(config: EvaluateConfig, task: Task) -> Metrics:
+    """Write `generations.jsonl`, `evaluations.jsonl` and `metrics.json`; the metrics are the overall figures."""
+    from prefmill.evaluation.held_out import human_generations, read_held_out, score_generations
+    from prefmill.evaluation.lineage import check_training
+    from prefmill.evaluation.record import write_evaluation
+
+    held_out = read_held_out(task.input("corpus"), config.num_papers, config.seed)
+    training = check_training(task.optional_input("checkpoint"), held_out.papers, task.output)
+    is_human = config.model == HUMAN
+    generations = human_generations(held_out) if is_human else _write_reviews(config, task, held_out)
+    optimized = task.optional_input("checklist")
+    checklist = load_checklist(optimized.file("checklist.json") if optimized else None)
+    engine = open_engine(config.engine, checklist)
+    evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, task.work, task.progress)
+    heading = {
+        "model": config.model,
+        "modality": config.modality,
+        "engine": engine.name,
+        "training": training,
+        "num_papers_left_out": len(held_out.papers) - len({row["paper_id"] for row in generations}),
+    }
+    accept = config.accept_rating
+    metrics = write_evaluation(task.output, heading, generations, evaluations, held_out, checklist, accept)
+    return {"num_papers": metrics["num_papers"], "num_reviews": metrics["num_reviews"], **metrics["overall"]}
+
+
+def _write_reviews(config: EvaluateConfig, task: Task, held_out: HeldOut) -> list[Generation]:
+    from prefmill.causal.generation import Sampling
+    from prefmill.evaluation.model_reviews import ModelSource, Writing, write_reviews
+
+    source = ModelSource(
+        name_or_path=_model_of(config, task),
+        precision=config.precision,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+    )
+    writing = Writing(
+        modality=config.modality,
+        samples_per_paper=config.samples_per_paper,
+        max_prompt_tokens=config.max_prompt_tokens,
+        batch_size=config.batch_size,
+        sampling=Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
+    )
+    return write_reviews(source, held_out.papers, writing, task.work, task.progress)
+
+
+def _model_of(config: EvaluateConfig, task: Task) -> str:
+    """The checkpoint's folder, or the configured model; a trained stage's label must not fall back on another model."""
+    checkpoint = task.optional_input("checkpoint")
+    if checkpoint is not None:
+        return str(checkpoint.path)
+    if config.model_name_or_path is None or config.model in TRAINED:
+        raise ConfigError(
+            f"no checkpoint for model '{config.model}'", where=f"{task.stage}:{task.name}",
+            got=config.model_name_or_path and f"only model_name_or_path = {config.model_name_or_path}",
+            expected="a checkpoint as input, or for labels other than sft and dpo a model_name_or_path",
+            fix="name its stage under needs.checkpoint, give inputs.checkpoint=FOLDER, or use another label",
+        )  # fmt: skip
+    return config.model_name_or_path
+
+
+STAGE = Stage(
+    name="evaluate",
+    config=EvaluateConfig,
+    run=run,
+    root="data",
+    writes="evaluation",
+    reads={
+        "corpus": Reads("review_corpus", "ingest_reviews"),
+        "checkpoint": Reads("checkpoint", match="elementwise", optional=True),
+        "checklist": Reads("checklist", optional=True),
+    },
+    preload=("torch", "transformers"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)
