@@ -1,4 +1,4 @@
-"""The checklist: questions to which "yes" speaks for a review, where each comes from and how it may be answered by rule."""
+"""The checklist: questions to which "yes" speaks for a review, their sources, and rules that may answer them."""
 
 from __future__ import annotations
 

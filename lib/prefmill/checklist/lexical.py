@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from operator import or_
 
 from prefmill.checklist.engines import Engine, LexicalConfig, Outcome
-from prefmill.checklist.items import Checklist, Item, Rule
+from prefmill.checklist.items import Checklist, Rule
 from prefmill.checklist.patterns import Pattern, compile_patterns
 from prefmill.errors import ConfigError
 from prefmill.records import Answer, Paper, Review
 
 EVIDENCE_CHARACTERS = 160
 MAX_SENTENCE_CHARACTERS = 1000  # text without full stops is cut here, which bounds the time a pattern can take
+MAX_WORDS = 200_000  # remembered, about 30 MB
 # A full stop ends a sentence unless it belongs to an abbreviation that stands before a number or a name.
 _ABBREVIATIONS = ("al", "fig", "figs", "eq", "eqs", "eqn", "sec", "tab", "e.g", "i.e", "vs", "cf", "p", "pp", "no")
 _GUARDS = "".join(rf"(?<!\b{re.escape(word)}\.)" for word in _ABBREVIATIONS)
-_BOUNDARY = re.compile(rf"[.!?]{_GUARDS}[\"'”)\]]{{0,3}}\s+|\n+")
+_BOUNDARY = re.compile(rf"[.!?\n](?:(?<=\n)\n*|{_GUARDS}[\"'”)\]]{{0,3}}\s+)")
 _HEADING = "#"  # a form's heading is not the reviewer's word
 
 
@@ -39,7 +42,8 @@ class LexicalEngine(Engine):
                 got=", ".join(without), fix="give these items a `rule`, or use another engine",
             )  # fmt: skip
         self._evidence = config.evidence
-        self._rules = [(item.id, _compile(item)) for item in checklist.items]
+        self._rules = [(item.id, CompiledRule.of(item.rule)) for item in checklist.items if item.rule is not None]
+        self._words = WordMasks([rule.leading.literals for _, rule in self._rules])
 
     def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
         """The answers to every review, in the order given."""
@@ -49,16 +53,19 @@ class LexicalEngine(Engine):
 
     def answers(self, text: str) -> dict[str, Answer]:
         """The answer to every item for a review's text."""
-        sentences = Sentences(text)
-        return {name: self._answer(rule, sentences) for name, rule in self._rules}
+        review = Sentences(text)
+        masks = [self._words.of(sentence) for sentence in review.sentences]
+        return {
+            name: self._answer(rule.first(review.sentences, masks, 1 << number), review)
+            for number, (name, rule) in enumerate(self._rules)
+        }
 
-    def _answer(self, rule: CompiledRule, sentences: Sentences) -> Answer:
-        first = rule.first(sentences)
-        if first is None:
+    def _answer(self, sentence: int | None, review: Sentences) -> Answer:
+        if sentence is None:
             return {"yes": False, "p_yes": 0.0}
         if not self._evidence:
             return {"yes": True, "p_yes": 1.0}
-        return {"yes": True, "p_yes": 1.0, "evidence": sentences.quote(first)}
+        return {"yes": True, "p_yes": 1.0, "evidence": review.quote(sentence)}
 
 
 class Sentences:
@@ -71,25 +78,8 @@ class Sentences:
             lowered = "".join(low if len(low := character.lower()) == 1 else character for character in text)
         self.lowered = lowered.replace("’", "'")
         self.starts = _starts(text)
-
-    def __getitem__(self, index: int) -> str:
-        """Sentence `index` in lowercase; empty for a heading."""
-        sentence = self.lowered[self.starts[index] : self.starts[index + 1]]
-        return "" if sentence.startswith(_HEADING) else sentence
-
-    def holding(self, literals: frozenset[str]) -> Iterable[int]:
-        """The indices, in order, of the sentences in which one of `literals` begins; of all where there are none."""
-        if not literals:
-            return range(len(self.starts) - 1)
-        found: set[int] = set()
-        lowered, starts = self.lowered, self.starts
-        for literal in literals:
-            at = lowered.find(literal)
-            while at >= 0:
-                after = bisect_right(starts, at)
-                found.add(after - 1)
-                at = lowered.find(literal, starts[after])
-        return sorted(found)
+        sentences = [self.lowered[start:end].strip() for start, end in pairwise(self.starts)]
+        self.sentences = ["" if sentence.startswith(_HEADING) else sentence for sentence in sentences]
 
     def quote(self, index: int) -> str:
         """Sentence `index` as written, on one line, cut at a word after `EVIDENCE_CHARACTERS`."""
@@ -109,11 +99,20 @@ class CompiledRule:
     excluded: Pattern | None
     min_count: int
 
-    def first(self, sentences: Sentences) -> int | None:
-        """The first sentence that counts, where at least `min_count` do."""
+    @classmethod
+    def of(cls, rule: Rule) -> CompiledRule:
+        """`rule` ready for use; its first requirement leads."""
+        required = [compile_patterns((pattern,)) for pattern in rule.all_of]
+        if rule.any_of:
+            required.append(compile_patterns(rule.any_of))
+        excluded = compile_patterns(rule.none_of) if rule.none_of else None
+        return cls(required[0], tuple(required[1:]), excluded, rule.min_count)
+
+    def first(self, sentences: Sequence[str], masks: Sequence[int], bit: int) -> int | None:
+        """The first sentence that counts, where at least `min_count` do; only those whose mask has `bit` can."""
         first, count = None, 0
-        for index in sentences.holding(self.leading.literals):
-            if self._counts(sentences[index]):
+        for index, mask in enumerate(masks):
+            if mask & bit and self._counts(sentences[index]):
                 first = index if first is None else first
                 count += 1
                 if count == self.min_count:
@@ -128,14 +127,27 @@ class CompiledRule:
         )
 
 
-def _compile(item: Item) -> CompiledRule:
-    rule = item.rule
-    assert isinstance(rule, Rule)
-    required = [compile_patterns((pattern,)) for pattern in rule.all_of]
-    if rule.any_of:
-        required.append(compile_patterns(rule.any_of))
-    excluded = compile_patterns(rule.none_of) if rule.none_of else None
-    return CompiledRule(required[0], tuple(required[1:]), excluded, rule.min_count)
+class WordMasks(dict[str, int]):
+    """For each word the rules that a sentence with it may count for, as a bit mask; filled as words are met.
+
+    A look-up in place of a search for every literal of every rule: nearly all of a corpus is words seen before.
+    """
+
+    def __init__(self, literals: Sequence[frozenset[str]]) -> None:
+        super().__init__()
+        self._literals = [(literal, 1 << number) for number, held in enumerate(literals) for literal in sorted(held)]
+        self._always = sum(1 << number for number, held in enumerate(literals) if not held)
+
+    def of(self, sentence: str) -> int:
+        """The mask of a lowercase sentence."""
+        return reduce(or_, map(self.__getitem__, sentence.split()), self._always)
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= MAX_WORDS:
+            self.clear()
+        mask = reduce(or_, (bit for literal, bit in self._literals if literal in word), 0)
+        self[word] = mask
+        return mask
 
 
 def _starts(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Rule patterns: regular expressions that cannot run away, and the words that must stand in whatever they match."""
+"""Rule patterns: regular expressions that cannot run away, and the fragments of which any match must hold one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Literals = frozenset[str]
 
 @dataclass(frozen=True)
 class Pattern:
-    """A compiled expression; where `literals` is not empty, every match holds at least one of them."""
+    """A compiled expression; where `literals` is not empty, every match holds one of them, in one word's characters."""
 
     regex: re.Pattern[str]
     literals: Literals
@@ -99,7 +99,8 @@ def _literals(tree: Any) -> Literals | None:
         if operation is ops.LITERAL:
             run += chr(argument)
             continue
-        for candidate in (frozenset({run}) if run else None, _literals_of(operation, argument)):
+        word = max(run.split(), key=len, default="")
+        for candidate in (frozenset({word}) if word else None, _literals_of(operation, argument)):
             if candidate and (best is None or _worth(candidate) > _worth(best)):
                 best = candidate
         run = ""
@@ -114,13 +115,27 @@ def _literals_of(operation: Any, argument: Any) -> Literals | None:
     if operation is ops.BRANCH:
         parts = [_literals(branch) for branch in argument[1]]
         return frozenset().union(*(part for part in parts if part)) if all(parts) else None
-    if operation is ops.IN and all(kind is ops.LITERAL for kind, _ in argument):
-        return frozenset(chr(value) for _, value in argument)
+    if operation is ops.IN:
+        return _characters(argument)
     return None
 
 
-def _worth(literals: Literals) -> tuple[int, int]:
-    return min(map(len, literals)), -len(literals)
+def _characters(members: Any) -> Literals | None:
+    """The characters of a class that names them all, digits among them."""
+    found: set[str] = set()
+    for kind, value in members:
+        if kind is ops.LITERAL and not chr(value).isspace():
+            found.add(chr(value))
+        elif kind is ops.CATEGORY and value is ops.CATEGORY_DIGIT:
+            found.update("0123456789")
+        else:
+            return None
+    return frozenset(found)
+
+
+def _worth(literals: Literals) -> float:
+    """Higher where fewer words of a text hold one of `literals`: longer, fewer, with rarer characters."""
+    return -sum(0.1 ** sum(1.0 if character.isalpha() else 2.5 for character in item) for item in literals)
 
 
 def _without_longer(literals: Literals) -> Literals:
