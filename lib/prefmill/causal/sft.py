@@ -64,12 +64,12 @@ def train_sft(config: TrainingConfig, task: Task, model_name: str, train: Path, 
         callbacks=[StageCallback(task)],
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(task.output))
-    evaluation = trainer.evaluate() if val is not None else {}
     save_finished(trainer.model, tokenizer, task.output, config, task)
+    val_losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return {
         "steps": trainer.state.global_step,
         "train_rows": len(datasets["train"]),
-        **({"val_loss": evaluation["eval_loss"]} if evaluation else {}),
+        "val_loss": val_losses[-1] if val_losses else None,
     }
 
 

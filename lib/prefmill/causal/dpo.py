@@ -1,0 +1,167 @@
+"""Preference training of causal language models: pairs to groups, the reference, the trainer, the finished folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from prefmill.callbacks import StageCallback
+from prefmill.causal.chat import encode
+from prefmill.causal.loading import load_model, load_tokenizer
+from prefmill.causal.scorer import encode_pairwise, encode_sequences, install, uninstall
+from prefmill.errors import InputError
+from prefmill.preference.batches import Microbatch, plan_batches
+from prefmill.preference.config import PreferenceConfig
+from prefmill.preference.data import Group, gather, read_pairs, swap_by_coin
+from prefmill.preference.objectives import Settings, mix
+from prefmill.preference.reference import reference_key, reference_scores
+from prefmill.preference.telemetry import Telemetry
+from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, score_batch
+from prefmill.stage import Metrics, Task
+from prefmill.training import (
+    accumulation,
+    add_adapter,
+    newest_checkpoint,
+    report_dropped,
+    save_finished,
+    trainer_arguments,
+    weights_precision,
+)
+
+
+def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, val: Path | None) -> Metrics:
+    """Tune `policy` on the pairs in `train`, the reference being `policy` itself as it was before the first step.
+
+    Resumes from the newest complete checkpoint; the reference's scores come from their cache or from `policy`
+    loaded afresh, never from the policy in training.
+    """
+    tokenizer = load_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    groups = load_groups(train, tokenizer, config, task)
+    held_out = load_groups(val, tokenizer, config, task) if val is not None else []
+    settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
+    objective = mix(config.loss_type, config.loss_weights, settings)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    plan = plan_batches(
+        groups,
+        config.num_train_epochs,
+        config.effective_batch_size,
+        accumulation(config, world_size) * world_size,
+        config.seed,
+    )
+    trainer = PreferenceTrainer(
+        model=add_adapter(load_policy(policy, config), config),
+        args=_arguments(config, task, plan, world_size, evaluates=bool(held_out)),
+        train=PreferenceData(groups, None, plan),
+        val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
+        encode=lambda source, parts: encode_pairwise(source, parts, tokenizer.pad_token_id),
+        objective=objective,
+        settings=settings,
+        telemetry=Telemetry(task.logs, rank),
+        callbacks=[StageCallback(task)],
+    )
+    if objective.needs_reference:
+        trainer.set_reference(*_reference(trainer, task, groups, held_out, tokenizer, config))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(task.output))
+    uninstall(trainer.model)
+    save_finished(trainer.model, tokenizer, task.output, config, task)
+    history = [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{}]
+    return {
+        "steps": trainer.state.global_step,
+        "pairs": sum(len(group.pairs) for group in groups),
+        "groups": len(groups),
+        "val_accuracy": history[-1].get("eval_accuracy"),
+        "val_margin": history[-1].get("eval_margin"),
+    }
+
+
+def load_groups(path: Path, tokenizer: PreTrainedTokenizerBase, config: PreferenceConfig, task: Task) -> list[Group]:
+    """The pairs in `path` as groups; those with a side over max_length are reported and dropped, or refused."""
+    pairs = read_pairs(path)
+    chosen = swap_by_coin(pairs, config.seed) if config.shuffle_labels else pairs
+    groups = gather(chosen, lambda messages, answer: encode(tokenizer, messages, answer))
+    kept, dropped = [], []
+    for group in groups:
+        if group.longest <= config.max_length:
+            kept.append(group)
+        else:
+            ids = [pair.pair_id for pair in group.pairs]
+            dropped += [{"id": pair_id, "file": path.name, "num_tokens": group.longest} for pair_id in ids]
+    report_dropped(task, dropped, sum(len(group.pairs) for group in kept), config)
+    if not kept:
+        raise InputError("no pairs to train on", where=path, fix="lower the thresholds of build_datasets")
+    return kept
+
+
+def load_policy(name: str, config: PreferenceConfig) -> Any:
+    """The model to tune, scoring instead of returning logits, its dropout off: reference and policy must agree."""
+    model = load_model(
+        name,
+        precision=weights_precision(config),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return install(model)
+
+
+def _arguments(
+    config: PreferenceConfig, task: Task, plan: Sequence[Microbatch], world_size: int, evaluates: bool
+) -> TrainingArguments:
+    """The Trainer sees the plan of all epochs as one epoch of microbatches, and evaluates where an epoch ends."""
+    given = trainer_arguments(config, task, world_size)
+    steps_per_epoch = max(1, sum(item.epoch == 0 for item in plan) // (accumulation(config, world_size) * world_size))
+    return TrainingArguments(
+        **given
+        | {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 1,
+            "eval_strategy": "steps" if evaluates else "no",
+            "eval_steps": steps_per_epoch,
+        }
+    )
+
+
+def _one_by_one(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:
+    """Every validation pair once, in microbatches of the training size."""
+    num_pairs = sum(len(group.pairs) for group in groups)
+    at_once = config.per_device_train_batch_size
+    return plan_batches(groups, 1, num_pairs, -(-num_pairs // at_once), config.seed)
+
+
+def _reference(
+    trainer: PreferenceTrainer,
+    task: Task,
+    train: Sequence[Group],
+    val: Sequence[Group],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreferenceConfig,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The reference's scores of all responses, train and val; called while the policy still is the reference."""
+    groups = [*train, *val]
+    policy = task.optional_input("policy")
+    weights = policy.manifest.content_digest if policy else f"{config.model_name_or_path}@{config.revision}"
+    settings = {"precision": config.precision, "layout": config.layout, "attention": config.attn_implementation}
+    at_once = 2 * config.per_device_train_batch_size
+
+    def score(group: Group) -> Tensor:
+        sequences = [(group.prompt, response) for response in group.responses]
+        cuts = [sequences[start : start + at_once] for start in range(0, len(sequences), at_once)]
+        batches = [encode_sequences(cut, tokenizer.pad_token_id).to(trainer.args.device) for cut in cuts]
+        return torch.cat([score_batch(trainer.model, batch) for batch in batches])
+
+    trainer.model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        path = task.work / "reference_scores.safetensors"
+        scores = reference_scores(groups, score, path, reference_key(groups, weights, settings), config.precision)
+    return scores[: len(train)], scores[len(train) :]

@@ -1,0 +1,87 @@
+"""What every pair did at every step: to `margins_log.jsonl`, to one .npy a step, and as means to the tracker."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefmill.preference.objectives import Objective, PairScores, Settings
+
+MARGINS = "margins"
+LOG = "margins_log.jsonl"
+
+
+class Telemetry:
+    """Collects the pairs of an optimizer step over its microbatches; writes them when the step is taken."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder = folder / MARGINS
+        self._name = LOG if rank == 0 else f"margins_log.rank{rank}.jsonl"
+        self._rows: list[dict[str, Any]] = []
+        self._window: list[dict[str, Any]] = []
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, pair_ids: list[str], scores: PairScores, objective: Objective, settings: Settings) -> None:
+        """Take in the pairs of one microbatch."""
+        columns = {
+            "chosen_logps": scores.chosen,
+            "rejected_logps": scores.rejected,
+            "margin": scores.margin,
+            "chosen_length": scores.chosen_length,
+            "rejected_length": scores.rejected_length,
+            "gradient_coefficient": gradient_coefficient(scores, objective, settings),
+        }
+        if scores.ref_chosen is not None and scores.ref_rejected is not None:
+            columns |= {
+                "ref_chosen_logps": scores.ref_chosen,
+                "ref_rejected_logps": scores.ref_rejected,
+            }
+        values = {name: column.detach().cpu().tolist() for name, column in columns.items()}
+        for index, pair_id in enumerate(pair_ids):
+            self._rows.append({"pair_id": pair_id, **{name: column[index] for name, column in values.items()}})
+
+    def step(self, step: int, epoch: int) -> None:
+        """Write the pairs of optimizer step `step` (from 1) of `epoch` (from 0); a repeated step writes them again."""
+        with (self._folder / self._name).open("a", encoding="utf-8") as stream:
+            for row in self._rows:
+                stream.write(json.dumps({"step": step, "epoch": epoch, **row}) + "\n")
+        folder = self._folder / f"epoch_{epoch:03}"
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"step_{step:05}.npy", np.array([row["margin"] for row in self._rows], dtype=np.float32))
+        self._window += self._rows
+        self._rows = []
+
+    def means(self) -> dict[str, float]:
+        """Means over the pairs since the last call: margin, accuracy, accuracy of "longer wins", log-likelihoods."""
+        rows, self._window = self._window, []
+        if not rows:
+            return {}
+        return {
+            "margin": _mean([row["margin"] for row in rows]),
+            "accuracy": _mean([_wins(row["margin"]) for row in rows]),
+            "length_accuracy": _mean([_wins(row["chosen_length"] - row["rejected_length"]) for row in rows]),
+            "chosen_logps": _mean([row["chosen_logps"] for row in rows]),
+            "rejected_logps": _mean([row["rejected_logps"] for row in rows]),
+        }
+
+
+def gradient_coefficient(scores: PairScores, objective: Objective, settings: Settings) -> torch.Tensor:
+    """-dL/ds of the chosen score, [N]: how hard each pair pulls (b s(-bD) for the sigmoid objective)."""
+    chosen = scores.chosen.detach().requires_grad_()
+    detached = replace(scores, chosen=chosen, rejected=scores.rejected.detach())
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(objective.loss(detached, settings).sum(), chosen)
+    return -gradient
+
+
+def _wins(difference: float) -> float:
+    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

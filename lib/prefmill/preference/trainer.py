@@ -1,0 +1,188 @@
+"""The one preference trainer: transformers' Trainer over a batch plan, a scorer and an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefmill.causal.scorer import Batch
+from prefmill.preference.batches import GroupPart, Microbatch
+from prefmill.preference.data import Group
+from prefmill.preference.objectives import Objective, PairScores, Settings
+from prefmill.preference.telemetry import Telemetry
+
+EncodeParts = Callable[[Sequence[Group], Sequence[GroupPart]], Batch]
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Groups, the reference's score of every response ([S] a group; None without one), and the batch plan."""
+
+    groups: Sequence[Group]
+    reference: Sequence[Tensor] | None
+    plan: Sequence[Microbatch]
+
+
+class PlannedBatches(Dataset[dict[str, Any]]):
+    """The microbatches of a plan, encoded when they are asked for."""
+
+    def __init__(self, data: PreferenceData, encode: EncodeParts) -> None:
+        self.data, self.encode = data, encode
+
+    def __len__(self) -> int:
+        return len(self.data.plan)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        microbatch = self.data.plan[index]
+        # A rank without pairs still runs the model, on a pair whose loss is then left out.
+        parts = microbatch.parts or (GroupPart(0, (0,)),)
+        chosen, rejected = zip(*_sides(parts, self.data), strict=True)
+        return {
+            "batch": self.encode(self.data.groups, parts),
+            "pair_ids": [self.data.groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs],
+            "ref_chosen": None if self.data.reference is None else torch.stack(chosen),
+            "ref_rejected": None if self.data.reference is None else torch.stack(rejected),
+            "num_pairs": microbatch.num_pairs,
+            "step_pairs": microbatch.step_pairs,
+            "epoch": microbatch.epoch,
+        }
+
+
+class PreferenceTrainer(Trainer):
+    """Takes an optimizer step on the mean loss of its pairs, over microbatches and ranks.
+
+    Its dataset is the plan of all epochs, so the Trainer sees one epoch, in order: resuming skips what was done.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train: PreferenceData,
+        val: PreferenceData | None,
+        encode: EncodeParts,
+        objective: Objective,
+        settings: Settings,
+        telemetry: Telemetry,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.objective, self.settings, self.telemetry = objective, settings, telemetry
+        self._val = PlannedBatches(val, encode) if val is not None else None
+        self._epoch_of_step = {item.step + 1: item.epoch for item in train.plan}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=PlannedBatches(train, encode),
+            eval_dataset=self._val,
+            data_collator=lambda items: items[0],
+            callbacks=[*callbacks, _StepTelemetry(telemetry, self._epoch_of_step)],
+        )
+        # The loss is divided by the step's pairs below, so nobody is to divide by the accumulation again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def set_reference(self, train: Sequence[Tensor], val: Sequence[Tensor]) -> None:
+        """Give every response its reference score, [S] for each group."""
+        self.train_dataset.data = replace(self.train_dataset.data, reference=train)
+        if self._val is not None:
+            self._val.data = replace(self._val.data, reference=val)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        return int(batch_samples[0]["step_pairs"])
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = self.args.device
+        moved = {key: value.to(device) for key, value in inputs.items() if isinstance(value, (Tensor, Batch))}
+        return {**inputs, **moved}
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The microbatch's share of its step's mean loss, a scalar; DDP averages over ranks, so it is scaled up."""
+        scores = self.pair_scores(model, inputs)
+        losses = self.objective.loss(scores, self.settings)
+        if inputs["num_pairs"] == 0:
+            return losses.sum() * 0.0
+        if model.training:
+            self.telemetry.add(inputs["pair_ids"], scores, self.objective, self.settings)
+        return losses.sum() * (self.args.world_size / inputs["step_pairs"])
+
+    def pair_scores(self, model: Any, inputs: dict[str, Any]) -> PairScores:
+        """The scores of a microbatch's pairs under `model` and the reference."""
+        batch: Batch = inputs["batch"]
+        scores = score_batch(model, batch)
+        lengths = batch.lengths.to(scores.dtype)
+        return PairScores(
+            scores[batch.chosen],
+            scores[batch.rejected],
+            lengths[batch.chosen],
+            lengths[batch.rejected],
+            inputs["ref_chosen"],
+            inputs["ref_rejected"],
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means over the pairs since the last log."""
+        super().log({**logs, **(self.telemetry.means() if "loss" in logs else {})}, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss, margin and accuracy over the validation pairs."""
+        if self._val is None:
+            return {}
+        self.model.eval()
+        losses, margins = [], []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for index in range(len(self._val)):
+                scores = self.pair_scores(self.model, self._prepare_inputs(self._val[index]))
+                losses.append(self.objective.loss(scores, self.settings))
+                margins.append(scores.margin)
+        loss, margin = torch.cat(losses).mean().item(), torch.cat(margins)
+        metrics = {
+            "eval_loss": loss,
+            "eval_margin": margin.mean().item(),
+            "eval_accuracy": ((margin > 0).float() + (margin == 0).float() / 2).mean().item(),
+        }
+        self.log(metrics)
+        return metrics
+
+
+def score_batch(model: Any, batch: Batch) -> Tensor:
+    """The score of every response of a batch, [S], through `model`'s installed forward."""
+    names = ("input_ids", "attention_mask", "row", "column", "target", "owner")
+    scores: Tensor = model(**{name: getattr(batch, name) for name in names}, num_responses=len(batch.lengths))
+    return scores
+
+
+def _sides(parts: Sequence[GroupPart], data: PreferenceData) -> list[tuple[Tensor, Tensor]]:
+    """The reference's scores of chosen and rejected for every pair; zeros without a reference."""
+    found = []
+    for part in parts:
+        for index in part.pairs:
+            pair = data.groups[part.group].pairs[index]
+            scores = torch.zeros(2) if data.reference is None else data.reference[part.group]
+            places = (0, 1) if data.reference is None else (pair.chosen, pair.rejected)
+            found.append((scores[places[0]], scores[places[1]]))
+    return found
+
+
+class _StepTelemetry(TrainerCallback):
+    """Writes the pairs of a step when the step is taken."""
+
+    def __init__(self, telemetry: Telemetry, epoch_of_step: dict[int, int]) -> None:
+        self.telemetry, self.epoch_of_step = telemetry, epoch_of_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.telemetry.step(state.global_step, self.epoch_of_step[state.global_step])
