@@ -1,140 +1,155 @@
-"""Preference objectives: one pure function each, from the scores of B pairs to B losses.
+"""Preference objectives: one pure function each, from the scores of N pairs to N losses.
 
-Delta = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)), s = the logistic function, b = beta.
-A new objective is a function here, its line in `OBJECTIVES`, and its test.
+D = [log pi(y_w) - log pi_ref(y_w)] - [log pi(y_l) - log pi_ref(y_l)], s = the logistic function, b = beta,
+e = label smoothing. A new objective is a function here, its line in `OBJECTIVES`, and its test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
 
-from pydantic import Field, model_validator
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from prefmill.config import StrictConfig
-from prefmill.preference.scores import PairScores
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Name = Literal["sigmoid", "hinge", "robust", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "sft"]
-Need = Literal["reference", "shared"]
-
-
-class ObjectiveConfig(StrictConfig):
-    """Which losses to add up, by weight, and their parameters, under TRL's names where it has them."""
-
-    loss_type: list[Name] = Field(["sigmoid"], min_length=1)
-    loss_weights: list[float] | None = None
-    beta: float = Field(0.1, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    simpo_gamma: float = Field(0.5, ge=0)
-    ld_alpha: float | None = Field(None, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _one_weight_a_loss(self) -> ObjectiveConfig:
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise ValueError(f"loss_weights needs {len(self.loss_type)} numbers, one for each loss_type")
-        return self
-
-
-Loss = Callable[[PairScores, ObjectiveConfig], "Tensor"]
-
-
-def sigmoid(scores: PairScores, config: ObjectiveConfig) -> Tensor:
-    """DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; conservative DPO with label smoothing e or soft labels."""
-    from torch.nn.functional import logsigmoid
-
-    u = config.beta * scores.margin
-    p = 1 - config.label_smoothing if scores.soft_labels is None else scores.soft_labels
-    return -p * logsigmoid(u) - (1 - p) * logsigmoid(-u)  # -(1-e) log s(b Delta) - e log s(-b Delta)
-
-
-def hinge(scores: PairScores, config: ObjectiveConfig) -> Tensor:
-    """SLiC's hinge, Zhao et al. 2023 (arXiv 2305.10425), on the margin over the reference."""
-    return (1 - config.beta * scores.margin).relu()  # max(0, 1 - b Delta)
-
-
-def robust(scores: PairScores, config: ObjectiveConfig) -> Tensor:
-    """Robust DPO, Chowdhury et al. 2024 (arXiv 2403.00409): unbiased under labels flipped at rate e."""
-    from torch.nn.functional import logsigmoid
-
-    u, e = config.beta * scores.margin, config.label_smoothing
-    return (-(1 - e) * logsigmoid(u) + e * logsigmoid(-u)) / (1 - 2 * e)  # [(1-e) L(D) - e L(-D)] / (1-2e)
-
-
-def ipo(scores: PairScores, config: ObjectiveConfig) -> Tensor:
-    """IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17, on per-token averages, as TRL reduces it."""
-    averaged = scores.chosen_ratio / scores.chosen_lengths - scores.rejected_ratio / scores.rejected_lengths
-    return (averaged - 1 / (2 * config.beta)) ** 2  # (h - 1/(2 tau))^2, h averaged over tokens
-
-
-def ipo_sum(scores: PairScores, config: ObjectiveConfig) -> Tensor:
-    """IPO as eq. 17 is printed: on token sums."""
-    return (scores.margin - 1 / (2 * config.beta)) ** 2  # (h - 1/(2 tau))^2
-
-
-def sigmoid_norm(scores: PairScores, config: ObjectiveConfig) -> Tensor:
-    """DPO on per-token averages of the ratios (TRL's `sigmoid_norm`)."""
-    from torch.nn.functional import logsigmoid
-
-    averaged = scores.chosen_ratio / scores.chosen_lengths - scores.rejected_ratio / scores.rejected_lengths
-    return -logsigmoid(config.beta * averaged)  # -log s(b ratio_w/|y_w| - b ratio_l/|y_l|)
-
-
-def simpo(scores: PairScores, config: ObjectiveConfig) -> Tensor:
-    """SimPO, Meng et al. 2024 (arXiv 2405.14734), eq. 6: no reference, per-token averages, a target margin gamma."""
-    from torch.nn.functional import logsigmoid
-
-    averaged = scores.chosen / scores.chosen_lengths - scores.rejected / scores.rejected_lengths
-    return -logsigmoid(config.beta * averaged - config.simpo_gamma)  # -log s(b/|y_w| lp_w - b/|y_l| lp_l - gamma)
-
-
-def sft(scores: PairScores, config: ObjectiveConfig) -> Tensor:
-    """An anchor to mix in: the chosen side's negative log-likelihood per token."""
-    return -scores.chosen / scores.chosen_lengths  # -log pi(y_w|x) / |y_w|
+from prefmill.config import nearest
+from prefmill.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class _Entry:
-    loss: Loss
-    needs: frozenset[Need]
+class PairScores:
+    """What an objective sees of N pairs, whatever the model family; every tensor is [N], float32 or float64.
+
+    A score is the family's: a log-likelihood summed over tokens, an ELBO, a negative denoising error. Lengths count
+    what it sums over. `soft_label` is the probability, in [0, 1], that the chosen side is the better one.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_length: Tensor
+    rejected_length: Tensor
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    soft_label: Tensor | None = None
+
+    @property
+    def margin(self) -> Tensor:
+        """D, [N]; without a reference the difference of the scores themselves."""
+        if self.ref_chosen is None or self.ref_rejected is None:
+            return self.chosen - self.rejected
+        return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
+
+    @property
+    def mean_margin(self) -> Tensor:
+        """D with every side averaged over its length, [N]."""
+        chosen = self.chosen if self.ref_chosen is None else self.chosen - self.ref_chosen
+        rejected = self.rejected if self.ref_rejected is None else self.rejected - self.ref_rejected
+        return chosen / self.chosen_length - rejected / self.rejected_length
 
 
-_REFERENCE: frozenset[Need] = frozenset({"reference"})
-OBJECTIVES: dict[Name, _Entry] = {
-    "sigmoid": _Entry(sigmoid, _REFERENCE),
-    "hinge": _Entry(hinge, _REFERENCE),
-    "robust": _Entry(robust, _REFERENCE),
-    "ipo": _Entry(ipo, _REFERENCE),
-    "ipo_sum": _Entry(ipo_sum, _REFERENCE),
-    "sigmoid_norm": _Entry(sigmoid_norm, _REFERENCE),
-    "simpo": _Entry(simpo, frozenset()),
-    "sft": _Entry(sft, frozenset()),
-}
-assert set(OBJECTIVES) == set(get_args(Name))
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of the objectives: beta > 0, label smoothing in [0, 0.5), SimPO's target margin."""
+
+    beta: float
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+
+
+Loss = Callable[[PairScores, Settings], Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The weighted sum of losses that a configuration asks for; called with the scores of B pairs, gives [B]."""
+    """A loss of pairs, and whether it needs the reference's scores."""
 
-    config: ObjectiveConfig
+    loss: Loss
+    needs_reference: bool
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What `PairScores` must hold beyond scores and lengths."""
-        needs = frozenset[Need]().union(*(OBJECTIVES[name].needs for name in self.config.loss_type))
-        return needs | {"shared"} if self.config.ld_alpha is not None else needs
 
-    def __call__(self, scores: PairScores) -> Tensor:
-        """The loss of each pair, [B]."""
-        if self.config.ld_alpha is not None:
-            scores = scores.damped(self.config.ld_alpha)
-        weights = self.config.loss_weights or [1.0] * len(self.config.loss_type)
-        terms = [
-            weight * OBJECTIVES[name].loss(scores, self.config)
-            for name, weight in zip(self.config.loss_type, weights, strict=True)
-        ]
-        return sum(terms[1:], start=terms[0])
+def sigmoid(scores: PairScores, settings: Settings) -> Tensor:
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), conservative where the label is smoothed or soft."""
+    u, p = settings.beta * scores.margin, _label(scores, settings)
+    return -p * logsigmoid(u) - (1 - p) * logsigmoid(-u)  # -(1-e) log s(bD) - e log s(-bD)
+
+
+def hinge(scores: PairScores, settings: Settings) -> Tensor:
+    """SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on the margin over the reference."""
+    return torch.relu(1 - settings.beta * scores.margin)  # max(0, 1 - bD)
+
+
+def robust(scores: PairScores, settings: Settings) -> Tensor:
+    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased where labels are flipped at rate e."""
+    u, e = settings.beta * scores.margin, settings.label_smoothing
+    return (-(1 - e) * logsigmoid(u) + e * logsigmoid(-u)) / (1 - 2 * e)  # [-(1-e) log s(bD) + e log s(-bD)]/(1-2e)
+
+
+def ipo(scores: PairScores, settings: Settings) -> Tensor:
+    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17) as printed: on token sums."""
+    return (scores.margin - 1 / (2 * settings.beta)) ** 2  # (D - 1/(2b))^2
+
+
+def ipo_mean(scores: PairScores, settings: Settings) -> Tensor:
+    """IPO on per-token averages, as TRL reduces it."""
+    return (scores.mean_margin - 1 / (2 * settings.beta)) ** 2  # (D/|y| - 1/(2b))^2
+
+
+def sigmoid_norm(scores: PairScores, settings: Settings) -> Tensor:
+    """DPO on per-token averages (TRL's `sigmoid_norm`)."""
+    u, p = settings.beta * scores.mean_margin, _label(scores, settings)
+    return -p * logsigmoid(u) - (1 - p) * logsigmoid(-u)  # -log s(b D/|y|)
+
+
+def simpo(scores: PairScores, settings: Settings) -> Tensor:
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): per-token averages, a target margin, no reference."""
+    means = scores.chosen / scores.chosen_length - scores.rejected / scores.rejected_length
+    return -logsigmoid(settings.beta * means - settings.simpo_gamma)  # -log s(b(avg_w - avg_l) - gamma)
+
+
+def sft(scores: PairScores, settings: Settings) -> Tensor:
+    """An anchor to mix in: the chosen side's negative log-likelihood per token."""
+    return -scores.chosen / scores.chosen_length  # -log pi(y_w) / |y_w|
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "sigmoid": Objective(sigmoid, needs_reference=True),
+    "hinge": Objective(hinge, needs_reference=True),
+    "robust": Objective(robust, needs_reference=True),
+    "ipo": Objective(ipo, needs_reference=True),
+    "ipo_mean": Objective(ipo_mean, needs_reference=True),
+    "sigmoid_norm": Objective(sigmoid_norm, needs_reference=True),
+    "simpo": Objective(simpo, needs_reference=False),
+    "sft": Objective(sft, needs_reference=False),
+}
+
+
+def mix(names: Sequence[str], weights: Sequence[float], settings: Settings) -> Objective:
+    """The weighted sum of objectives; raises ConfigError for an unknown name or a missing weight."""
+    for name in names:
+        if name not in OBJECTIVES:
+            raise ConfigError(
+                f"no objective '{name}'{nearest(name, list(OBJECTIVES))}", expected=", ".join(OBJECTIVES),
+                fix="correct loss_type",
+            )  # fmt: skip
+    if not names or len(names) != len(weights):
+        raise ConfigError(
+            "every objective needs a weight", got=f"loss_type={list(names)}, loss_weights={list(weights)}",
+            expected="two lists of the same length", fix="give loss_weights one number for each loss_type",
+        )  # fmt: skip
+    if "robust" in names and settings.label_smoothing == 0:
+        raise ConfigError(
+            "the robust objective needs the rate of flipped labels", got="label_smoothing=0",
+            expected="a number above 0 and below 0.5", fix="set label_smoothing, or use sigmoid, which it then equals",
+        )  # fmt: skip
+    parts = [(OBJECTIVES[name], weight) for name, weight in zip(names, weights, strict=True)]
+
+    def loss(scores: PairScores, settings: Settings) -> Tensor:
+        return torch.stack([weight * part.loss(scores, settings) for part, weight in parts]).sum(0)
+
+    return Objective(loss, any(part.needs_reference for part, _ in parts))
+
+
+def _label(scores: PairScores, settings: Settings) -> Tensor | float:
+    """The probability that the chosen side is the better one."""
+    return 1 - settings.label_smoothing if scores.soft_label is None else scores.soft_label

@@ -162,9 +162,12 @@ def test_shuffled_labels_are_a_fair_coin_and_stay_the_same(pairs_file: Path) -> 
 
 def test_overlong_pairs_are_refused_or_reported(tmp_path: Path, tiny_qwen2: Path, pairs_file: Path) -> None:
     with pytest.raises(ConfigError, match="longer than max_length"):
-        train(tmp_path / "a", tiny_qwen2, pairs_file, max_length=28)
-    train(tmp_path / "b", tiny_qwen2, pairs_file, max_length=28, on_overlong="drop", num_train_epochs=1)
+        train(tmp_path / "a", tiny_qwen2, pairs_file, max_length=2)
+    lengths = [row["num_tokens"] for row in json.loads((tmp_path / "a" / "logs" / "overlong_rows.json").read_text())]
+    limit = max(lengths) - 1
+    train(tmp_path / "b", tiny_qwen2, pairs_file, max_length=limit, on_overlong="drop", num_train_epochs=1)
     dropped = json.loads((tmp_path / "b" / "logs" / "overlong_rows.json").read_text())
+    assert {row["num_tokens"] for row in dropped} == {limit + 1}
     trained = {row["pair_id"] for row in read_jsonl(tmp_path / "b" / "logs" / "margins" / "margins_log.jsonl")}
     assert trained
     assert trained | {row["id"] for row in dropped} == {row["id"] for row in pair_rows(8)}
