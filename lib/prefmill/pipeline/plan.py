@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from prefmill.artifacts import MANIFEST
 from prefmill.config import ConfigT, StrictConfig, load, merge, nearest, read_yaml, validate
 from prefmill.errors import ConfigError, PipelineError
-from prefmill.stage import Match, Reads, Stage, load_stage
+from prefmill.stage import Match, Reads, Stage, load_stage, stage_names
 
 SINGLE_TASK = "all"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -224,7 +224,7 @@ class _Planner:
         if producer in self.stages:
             found = self._planned(producer, values, need.match)
         else:
-            found = self._on_disk(producer, task, need.match) if producer else []
+            found = self._on_disk(producer, task, need.match) if producer in stage_names() else []
         if not found and not reads.optional:
             raise PipelineError(
                 f"nothing makes input '{key}' ({reads.kind}) of {name}:{task}", where=self.source,
@@ -241,7 +241,8 @@ class _Planner:
             if match == "all" or all(theirs[key] == values[key] for key in theirs if key in values)
         ]
 
-    def _on_disk(self, producer: str, task: str, match: Match | None) -> list[Path]:
+    def _on_disk(self, producer: str | None, task: str, match: Match | None) -> list[Path]:
+        assert producer is not None
         folder = self._folder(load_stage(producer), SINGLE_TASK).parent
         names = [task, SINGLE_TASK] if match == "elementwise" else sorted(p.name for p in folder.glob("*"))
         finished = [folder / name for name in names if (folder / name / MANIFEST).is_file()]

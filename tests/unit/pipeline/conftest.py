@@ -11,4 +11,5 @@ from prefmill.pipeline import plan
 @pytest.fixture(autouse=True)
 def _toy_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "load_stage", STAGES.__getitem__)
+    monkeypatch.setattr(plan, "stage_names", lambda: sorted(STAGES))
     RUNS.clear()
