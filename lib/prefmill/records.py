@@ -87,7 +87,11 @@ class JsonlWriter(AbstractContextManager["JsonlWriter"]):
 
     def write(self, row: Any) -> None:
         """Append one row."""
-        self._stream.write(to_json(row) + "\n")
+        self.write_line(to_json(row))
+
+    def write_line(self, line: str) -> None:
+        """Append one row that is already JSON, without its newline."""
+        self._stream.write(line + "\n")
         self.num_rows += 1
 
     def __exit__(

@@ -1,0 +1,52 @@
+"""Scores every review of a corpus with a checklist: the answer, P(yes) and evidence of each item, and their sum."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pydantic import Field
+
+from prefmill.checklist.engines import EngineConfig, LexicalConfig, open_engine
+from prefmill.config import ExternalPath, StrictConfig, runtime
+from prefmill.stage import Metrics, Reads, Stage, Task
+
+
+class ScoreReviewsConfig(StrictConfig):
+    """Which checklist to score with, by which engine."""
+
+    engine: EngineConfig = Field(LexicalConfig(), description="how items are answered: lexical or transformers")
+    checklist: ExternalPath | None = Field(None, description="a checklist of yours; none: the shipped 24 items")
+    debug: int | None = Field(None, ge=1, description="score the first so many reviews of each shard only")
+    max_failed_share: float = runtime(0.0, ge=0, le=1, description="fail when more of the reviews cannot be scored")
+
+
+def run(config: ScoreReviewsConfig, task: Task) -> Metrics:
+    """Write `review_evaluations.jsonl`, `checklist.json`, `summary.json` and the lists of failed and cut reviews."""
+    from prefmill.checklist.score import Scoring, choose_checklist, score_shard
+
+    checklist = choose_checklist(config.checklist, task.optional_input("checklist"))
+    scoring = Scoring(
+        checklist=checklist,
+        open_engine=partial(open_engine, config.engine, checklist),
+        debug=config.debug,
+        max_failed_share=config.max_failed_share,
+    )
+    return score_shard(task.input("corpus"), scoring, task)
+
+
+STAGE = Stage(
+    name="score_reviews",
+    config=ScoreReviewsConfig,
+    run=run,
+    root="data",
+    writes="review_scores",
+    reads={
+        "corpus": Reads("review_corpus", "ingest_reviews"),
+        "checklist": Reads("checklist", "optimize_checklist", optional=True),
+    },
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)
