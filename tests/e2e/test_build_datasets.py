@@ -22,6 +22,7 @@ from review_artifacts import (
 from prefmill.artifacts import Artifact
 from prefmill.config import load
 from prefmill.errors import ArtifactError, ConfigError, InputError, PrefmillError
+from prefmill.records import write_jsonl
 from prefmill.reviews.prompt import IMAGE_MARKER
 from prefmill.stage import Task
 from stages.build_datasets import BuildDatasetsConfig, run
@@ -292,6 +293,18 @@ def test_unscored_reviews_are_refused_or_counted(tmp_path: Path) -> None:
     task = build(tmp_path, inputs, allow_unscored=True)
     assert summary_of(task)["unscored_reviews"] == len(reviews) - 600
     assert sum(summary_of(task)["reviews"].values()) == 600
+
+
+def test_reviews_the_engine_failed_on_are_named_as_such(tmp_path: Path) -> None:
+    papers, reviews = make_rows(200)
+    corpus = make_corpus(tmp_path / "corpus", papers, reviews)
+    failed = [{key: reviews[3][key] for key in ("review_id", "paper_id")}]
+    write_jsonl(tmp_path / "scores" / "shard0" / "failures.jsonl", failed)
+    some = [evaluate(review) for review in reviews if review is not reviews[3]]
+    inputs = {"corpus": (corpus,), "scores": make_scores(tmp_path / "scores", corpus, some, num_shards=1)}
+    with pytest.raises(ArtifactError, match=r"1 reviews have no evaluation(.|\n)*engine failed(.|\n)*allow_unscored"):
+        build(tmp_path, inputs)
+    build(tmp_path, inputs, allow_unscored=True)
 
 
 def test_a_missing_shard_is_noticed(tmp_path: Path, inputs: Inputs) -> None:

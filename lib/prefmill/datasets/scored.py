@@ -13,7 +13,7 @@ from prefmill.errors import ArtifactError
 from prefmill.records import Paper, Review, ReviewEvaluation, read_jsonl
 from prefmill.reviews.join import papers_with_reviews
 
-EVALUATIONS, CHECKLIST = "review_evaluations.jsonl", "checklist.json"
+EVALUATIONS, FAILURES, CHECKLIST = "review_evaluations.jsonl", "failures.jsonl", "checklist.json"
 _RESCORE = "rerun score_reviews on this corpus and give all of its shards"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from prefmill.artifacts import Artifact
 from prefmill.datasets.registry import DatasetSplit
-from prefmill.datasets.scored import ScoredPaper
+from prefmill.datasets.scored import FAILURES, ScoredPaper
 from prefmill.datasets.selection import Ranking, rank
 from prefmill.errors import ArtifactError, ConfigError, InputError
 from prefmill.records import Decision, Modality
@@ -54,13 +54,11 @@ def check_scored(found: Survey, scores: Sequence[Artifact], allow_unscored: bool
     """Raise ArtifactError when reviews have no evaluation, unless that is allowed."""
     if not found.num_unscored or allow_unscored:
         return
-    debug = any(shard.manifest.config.get("debug") for shard in scores)
-    cause = "score_reviews ran with `debug`: rerun it without" if debug else "give every shard of score_reviews"
     raise ArtifactError(
         f"{found.num_unscored:,} reviews have no evaluation", where=scores[0].path,
         got=f"no evaluation of {found.first_unscored!r}, for one",
         expected=f"{found.num_unscored + found.reviews.total():,} evaluations",
-        fix=f"{cause}, or set allow_unscored: true to build on those that have one",
+        fix=f"{_why_unscored(found.num_unscored, scores)}, or set allow_unscored: true to build on the scored ones",
     )  # fmt: skip
 
 
@@ -93,6 +91,15 @@ def check_buildable(
                 f"modality '{modality}' is asked for, but no paper has {images}",
                 fix=f"ingest the papers' PDFs or {images}, or leave it out: modalities: [{', '.join(rest)}]",
             )  # fmt: skip
+
+
+def _why_unscored(num_unscored: int, scores: Sequence[Artifact]) -> str:
+    failed = sum(entry.rows or 0 for shard in scores for entry in shard.manifest.files if entry.path == FAILURES)
+    if any(shard.manifest.config.get("debug") for shard in scores):
+        return "score_reviews ran with `debug`: rerun it without"
+    if failed == num_unscored:
+        return f"the engine failed on them, as {FAILURES} of the scores says: mend that and rerun score_reviews"
+    return "give every shard of score_reviews"
 
 
 def _without(splits: Collection[DatasetSplit], split: DatasetSplit) -> list[str]:

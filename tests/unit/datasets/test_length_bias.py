@@ -47,3 +47,9 @@ def test_interval_covers_the_truth_although_pairs_of_a_paper_agree() -> None:
         found = biased([(str(n), 2 if toss else 0, 1) for n, toss in enumerate(tosses) for _ in range(6)]).accuracy()
         covered += found.low <= 0.6 <= found.high
     assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_interval_is_that_of_all_pairs_where_the_pairs_of_a_paper_are_independent() -> None:
+    rng = random.Random(2)
+    found = biased([(str(n // 6), 2 if rng.random() < 0.6 else 0, 1) for n in range(6000)]).accuracy()
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * (0.6 * 0.4 / 6000) ** 0.5, rel=0.1)

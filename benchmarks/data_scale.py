@@ -1,0 +1,112 @@
+"""One million generated reviews through ingest, lexical scoring, build and validate: time and peak memory.
+
+    python -m benchmarks.data_scale [--reviews 1000000] [--jobs 2] [--work DIR]
+
+Every task runs in a process of its own, through the worker that pipelines use: hashing and publishing included.
+Targets on 2 cores: under 2 GB, and under 10 minutes for a million reviews. The last line is for machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefmill.artifacts import read
+from prefmill.config import validate
+from prefmill.pipeline.plan import PipelineFile as Pipeline
+from prefmill.pipeline.plan import Plan, PlannedTask, make_plan
+from prefmill.pipeline.worker import execute
+
+_REVIEWS_PER_PAPER = 4.0  # the generator's mean
+_STAGES = ("ingest_reviews", "score_reviews", "build_datasets", "validate_datasets")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process used, as the kernel counted it; `seconds` on the clock, `cpu_seconds` on all its cores."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_gb: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages one after another and print what each took; returns 0 when all have finished."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reviews", type=int, default=1_000_000, help="about how many (default: 1,000,000)")
+    parser.add_argument("--jobs", type=int, default=2, help="shards scored at once (default: 2)")
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / ".work" / "data_scale", metavar="DIR")
+    parser.add_argument("--task", help=argparse.SUPPRESS)  # a child's own: run this one task and end
+    arguments = parser.parse_args(argv)
+    plan = make_scale_plan(arguments.work, arguments.reviews, arguments.jobs)
+    if arguments.task:
+        execute(plan.select(arguments.task)[0])
+        return 0
+    shutil.rmtree(arguments.work, ignore_errors=True)
+    try:
+        _measure(plan, sys.argv[1:] if argv is None else argv)
+    finally:
+        shutil.rmtree(arguments.work, ignore_errors=True)
+    return 0
+
+
+def make_scale_plan(work: Path, num_reviews: int, num_shards: int) -> Plan:
+    """The pipeline's data stages with a generated corpus, below `work`."""
+    source = {"format": "generated", "num_papers": max(1, round(num_reviews / _REVIEWS_PER_PAPER))}
+    stages = {
+        "ingest_reviews": {"set": {"sources": [source]}},
+        "score_reviews": {"set": {"engine": {"engine": "lexical"}}, "array": {"shard": num_shards}},
+        "build_datasets": {"set": {"modalities": ["clean"]}},
+        "validate_datasets": {},
+    }
+    values = {"name": "data_scale", "workspace": str(work.absolute()), "stages": stages}
+    return make_plan(validate(Pipeline, values), Path(__file__))
+
+
+def _measure(plan: Plan, argv: Sequence[str]) -> None:
+    print(f"{'stage':<20}{'tasks':>6}{'reviews':>12}{'seconds':>10}{'reviews/s':>12}{'cpu s':>9}{'peak MB':>10}")
+    started, peak_gb, num_reviews = time.monotonic(), 0.0, 0
+    for stage in _STAGES:
+        tasks = plan.select(stage)
+        begun = time.monotonic()
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            usages = list(pool.map(lambda task: _run(task, argv), tasks))
+        seconds = time.monotonic() - begun
+        together = sum(usage.peak_gb for usage in usages)  # shards run side by side: their peaks may coincide
+        peak_gb = max(peak_gb, together)
+        num_reviews = num_reviews or _num_reviews(tasks[0])
+        cpu = sum(usage.cpu_seconds for usage in usages)
+        row = f"{seconds:>10.1f}{num_reviews / seconds:>12,.0f}{cpu:>9.1f}{together * 1024:>10,.0f}"
+        print(f"{stage:<20}{len(tasks):>6}{num_reviews:>12,}{row}", flush=True)
+    print(f"peak_gb: {peak_gb:.3f} seconds: {time.monotonic() - started:.1f}")
+
+
+def _run(task: PlannedTask, argv: Sequence[str]) -> Usage:
+    """Run one task in a process of its own; exits with its output when it fails."""
+    task.logs.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with (task.logs / "output.log").open("wb") as log:
+        command = [sys.executable, __file__, *argv, "--task", task.key]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        sys.exit(f"{task.key} failed:\n{(task.logs / 'output.log').read_text(errors='replace')[-4000:]}")
+    return Usage(time.monotonic() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20)
+
+
+def _num_reviews(ingest: PlannedTask) -> int:
+    files = read(ingest.output).manifest.files
+    return next(entry.rows or 0 for entry in files if entry.path == "reviews.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
