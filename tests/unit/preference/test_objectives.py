@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,36 @@ def test_says_whether_it_needs_the_reference(name: str) -> None:
     assert bool(change.abs().max() > 1e-6) == OBJECTIVES[name].needs_reference
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("sigmoid", math.log(2)), ("hinge", 1.0), ("robust", math.log(2)), ("sigmoid_norm", math.log(2))],
+)
+def test_where_policy_and_reference_are_the_same(name: str, expected: float) -> None:
+    start = scores([(-20.0, -31.0, 7, 9, -20.0, -31.0)])
+    assert OBJECTIVES[name].loss(start, SETTINGS).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_dpo_gradient_is_the_papers() -> None:
+    """dL/dlog pi(y_w) = -b s(-bD)."""
+    given = scores()
+    chosen = given.chosen.clone().requires_grad_()
+    OBJECTIVES["sigmoid"].loss(replace(given, chosen=chosen), Settings(beta=B)).sum().backward()
+    torch.testing.assert_close(chosen.grad, -B * torch.sigmoid(-B * given.margin))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm"])
+def test_a_soft_label_takes_the_place_of_smoothing(name: str) -> None:
+    soft = replace(scores(), soft_label=torch.full((3,), 1 - E, dtype=torch.float64))
+    found = OBJECTIVES[name].loss(soft, Settings(beta=B))
+    torch.testing.assert_close(found, OBJECTIVES[name].loss(scores(), SETTINGS))
+
+
+def test_extreme_margins_stay_finite() -> None:
+    far = scores([(1e4, -1e4, 1, 1, 0.0, 0.0), (-1e4, 1e4, 1, 1, 0.0, 0.0)])
+    for name, objective in OBJECTIVES.items():
+        assert torch.isfinite(objective.loss(far, SETTINGS)).all(), name
+
+
 def test_a_mix_is_the_weighted_sum() -> None:
     mixed = mix(["sigmoid", "sft"], [1.0, 0.2], SETTINGS)
     expected = OBJECTIVES["sigmoid"].loss(scores(), SETTINGS) + 0.2 * OBJECTIVES["sft"].loss(scores(), SETTINGS)
@@ -83,3 +114,5 @@ def test_bad_mixes_are_refused() -> None:
         mix(["sigmod"], [1.0], SETTINGS)
     with pytest.raises(ConfigError, match="needs a weight"):
         mix(["sigmoid", "sft"], [1.0], SETTINGS)
+    with pytest.raises(ConfigError, match="rate of flipped labels"):
+        mix(["robust"], [1.0], Settings(beta=0.1))
