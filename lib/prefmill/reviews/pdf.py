@@ -46,7 +46,8 @@ class PdfContent:
 def extract_pdf(path: Path, pages: Path, figures: Path, config: PdfConfig) -> PdfContent:
     """The text of `path`; its page images go into folder `pages`, its embedded ones into `figures`.
 
-    What the folders held is replaced. Raises RowError when the file is missing, encrypted, damaged or without pages.
+    What the folders held is replaced. Raises RowError when the file is missing, encrypted or damaged; the folders
+    may then hold some of its images.
     """
     import pypdfium2
 
@@ -59,8 +60,6 @@ def extract_pdf(path: Path, pages: Path, figures: Path, config: PdfConfig) -> Pd
         fix = "add the file, or set require_files: false to use the row's text"
         raise RowError(f"no PDF {path.name}", fix) from None
     except pypdfium2.PdfiumError as error:
-        for folder in (pages, figures):
-            shutil.rmtree(folder, ignore_errors=True)
         raise RowError(f"unreadable PDF {path.name}: {error}", _FIX) from None
 
 

@@ -104,15 +104,16 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         return next((row[0] for row in rows if row), None)
 
     def link(self) -> Iterator[Problem]:
-        """Index the reviews and bring decisions to their papers; what belongs to no paper is yielded and dropped."""
+        """Index the reviews and bring decisions to their papers; what belongs to no paper is yielded."""
         self._database.execute("CREATE INDEX by_paper ON reviews (paper_id, review_id)")
         self._database.execute("CREATE INDEX by_title ON papers (title_key)")
         for table, what in (("reviews", "review"), ("decisions", "decision")):
-            query = f"FROM {table} WHERE paper_id NOT IN (SELECT paper_id FROM papers)"  # noqa: S608
-            for paper_id, *place in self._database.execute(f"SELECT paper_id, file, line, item {query}").fetchall():
+            orphans = (
+                f"SELECT paper_id, file, line, item FROM {table} WHERE paper_id NOT IN (SELECT paper_id FROM papers)"  # noqa: S608, E501
+            )
+            for paper_id, *place in self._database.execute(orphans).fetchall():
                 fix = "add the paper's row or submission note to the sources, or remove this one"
                 yield Problem(self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, "")
-            self._database.execute(f"DELETE {query}")
         self._database.execute(
             "UPDATE papers SET decision = d.decision FROM decisions d WHERE papers.paper_id = d.paper_id"
         )

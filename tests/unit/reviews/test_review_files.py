@@ -114,7 +114,7 @@ def test_a_broken_json_file_names_its_line(tmp_path: Path) -> None:
 
 
 def test_csv_with_quotes_and_lines_inside_cells(tmp_path: Path) -> None:
-    content = 'id,text\nr1,"two\n\nlines, ""quoted"""\nr2,plain\n'
+    content = '\ufeffid,text\nr1,"two\n\nlines, ""quoted"""\nr2,plain\n'
     rows = list(csv_rows(write(tmp_path / "x.csv", content), 0))
     assert values(rows) == [{"id": "r1", "text": 'two\n\nlines, "quoted"'}, {"id": "r2", "text": "plain"}]
     assert [row.place.line for row in rows] == [2, 5]

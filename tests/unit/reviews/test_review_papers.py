@@ -86,14 +86,22 @@ def test_a_scanned_pdf_has_pages_but_neither_text_nor_figures(tmp_path: Path) ->
     assert document == Document("The row's text.", "row", ["pages/p1/000.png", "pages/p1/001.png"], [])
 
 
-@pytest.mark.parametrize("content", [b"", b"not a PDF", b"%PDF-1.4\n1 0 obj\n<<"])
-def test_a_damaged_pdf_is_a_problem_and_leaves_nothing(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "p1.pdf").write_bytes(content)
+@pytest.mark.parametrize("damage", ["empty", "not a PDF", "cut short", "second page missing"])
+def test_a_damaged_pdf_is_a_problem_and_leaves_nothing(tmp_path: Path, damage: str) -> None:
+    whole = write_pdf(tmp_path / "p1.pdf", ["One", "Two"], image=(90, 70)).read_bytes()
+    damaged = {
+        "empty": b"",
+        "not a PDF": b"Dear reader",
+        "cut short": whole[:40],
+        "second page missing": whole.replace(b"/Kids [6 0 R 8 0 R]", b"/Kids [6 0 R 9 0 R]"),
+    }
+    assert damaged[damage] != whole
+    (tmp_path / "p1.pdf").write_bytes(damaged[damage])
     broken = reader(tmp_path, pdfs=str(tmp_path))(PAPER)
     assert isinstance(broken, RowError)
     assert broken.reason.startswith("unreadable PDF p1.pdf")
     assert broken.fix
-    assert not (tmp_path / "out" / "pages" / "p1").exists()
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_a_missing_pdf_is_a_problem_unless_allowed(tmp_path: Path) -> None:
