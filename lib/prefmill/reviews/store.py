@@ -108,10 +108,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._database.execute("CREATE INDEX by_paper ON reviews (paper_id, review_id)")
         self._database.execute("CREATE INDEX by_title ON papers (title_key)")
         for table, what in (("reviews", "review"), ("decisions", "decision")):
-            orphans = (
-                f"SELECT paper_id, file, line, item FROM {table} WHERE paper_id NOT IN (SELECT paper_id FROM papers)"  # noqa: S608, E501
-            )
-            for paper_id, *place in self._database.execute(orphans).fetchall():
+            unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
+            query = f"SELECT paper_id, file, line, item FROM {table} WHERE {unknown}"  # noqa: S608
+            for paper_id, *place in self._database.execute(query).fetchall():
                 fix = "add the paper's row or submission note to the sources, or remove this one"
                 yield Problem(self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, "")
         self._database.execute(
