@@ -1,0 +1,63 @@
+"""A tiny Qwen2.5-VL, for the image modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefmill.tiny.seeding import seeded
+from prefmill.tiny.text import Shape, generation_defaults, save, special_ids
+from prefmill.tiny.tokenizer import VISION_TOKENS, train_chat_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
+
+MIN_PIXELS, MAX_PIXELS = 28 * 28, 16 * 28 * 28  # one to sixteen image tokens
+_PATCH, _WINDOW = 14, 112
+_MROPE_SECTION = [2, 3, 3]  # time, height, width: together half of a head
+
+
+def build_qwen2_5_vl(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny Qwen2.5-VL, its tokenizer and its image processor to `folder`, laid out as on the hub."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = train_chat_tokenizer(texts, vocab_size=1024, extra_special_tokens=VISION_TOKENS)
+    with seeded(seed):
+        model = Qwen2_5_VLForConditionalGeneration(_config(tokenizer))
+    model.generation_config = generation_defaults(tokenizer)
+    save(model, tokenizer, folder)
+    size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
+    Qwen2VLImageProcessorPil(size=size).save_pretrained(folder)
+
+
+def _config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
+    from transformers import Qwen2_5_VLConfig
+
+    shape = Shape()
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+    return Qwen2_5_VLConfig(
+        text_config={
+            **shape.model_dump(),
+            **special_ids(tokenizer),
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "mrope_section": _MROPE_SECTION},
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": shape.hidden_size,
+            "patch_size": _PATCH,
+            "window_size": _WINDOW,
+            "fullatt_block_indexes": [1],
+        },
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+        tie_word_embeddings=True,
+    )
