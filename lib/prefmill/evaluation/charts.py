@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH = 420.0  # in the units of the SVG; the page shows it between 0.8 and 1.2 times this size in pixels
+WIDTH = 360.0  # in the units of the SVG; the page shows it between 0.8 and 1.2 times this size in pixels
 Scale = Callable[[float], float]
+MAX_LABEL = 24  # characters that leave room for the numbers beside them
 SERIES = ("human", "base", "sft", "dpo")  # the labels with a look of their own
 MARKERS = ("diamond", "square", "triangle", "circle")
 OTHER_LOOKS = 3  # s-other0 ...: further labels share these in turn
@@ -51,15 +52,15 @@ def marker(label: str, x: float, y: float, size: float = 5.0) -> Markup:
     """The marker of a model's label at (x, y)."""
     shape = MARKERS[SERIES.index(label)] if label in SERIES else "ring"
     if shape == "circle":
-        return _tag("circle", cx=x, cy=y, r=size, class_="mark")
+        return element("circle", cx=x, cy=y, r=size, class_="mark")
     if shape == "ring":
-        return _tag("circle", cx=x, cy=y, r=size - 0.5, class_="mark hollow")
+        return element("circle", cx=x, cy=y, r=size - 0.5, class_="mark hollow")
     corners = {
         "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
         "diamond": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
         "triangle": [(0, -1.2), (1.15, 0.9), (-1.15, 0.9)],
     }[shape]
-    return _tag(
+    return element(
         "polygon", points=" ".join(f"{_n(x + dx * size)},{_n(y + dy * size)}" for dx, dy in corners), class_="mark"
     )
 
@@ -67,7 +68,7 @@ def marker(label: str, x: float, y: float, size: float = 5.0) -> Markup:
 def key_marker(label: str) -> Markup:
     """A marker by itself, for legends and headings."""
     look = f"key {series_class(label)}"
-    return _tag("svg", marker(label, 7, 7, 4.6), class_=look, viewBox="0 0 14 14", aria_hidden="true")
+    return element("svg", marker(label, 7, 7, 4.6), class_=look, viewBox="0 0 14 14", aria_hidden="true")
 
 
 def interval_chart(rows: Sequence[Interval], title: str, axis: str, zero: bool = False) -> Markup:
@@ -79,10 +80,10 @@ def interval_chart(rows: Sequence[Interval], title: str, axis: str, zero: bool =
     x = _linear(ticks[0], ticks[-1], left, right)
     parts = [_vertical_grid(ticks, x, top, bottom)]
     if zero:
-        parts.append(_tag("line", x1=x(0), x2=x(0), y1=top, y2=bottom, class_="zero"))
+        parts.append(element("line", x1=x(0), x2=x(0), y1=top, y2=bottom, class_="zero"))
     for index, row in enumerate(rows):
         parts.append(_interval_row(row, x, top + step * index))
-    parts.append(_text(axis, (left + right) / 2, bottom + 36, "axis-name", "middle"))
+    parts.append(text(axis, (left + right) / 2, bottom + 36, "axis-name", "middle"))
     return _chart(title, bottom + 42, parts)
 
 
@@ -96,11 +97,11 @@ def line_chart(lines: Sequence[Line], title: str, x_axis: str, y_axis: str, refe
     x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(y_ticks[0], y_ticks[-1], bottom, top)
     parts = [_horizontal_grid(y_ticks, y, left, right), _x_labels(x_ticks, x, bottom)]
     if reference is not None:
-        parts.append(_tag("line", x1=left, x2=right, y1=y(reference), y2=y(reference), class_="zero"))
+        parts.append(element("line", x1=left, x2=right, y1=y(reference), y2=y(reference), class_="zero"))
     parts += [_curve(line, x, y) for line in lines]
     parts += [
-        _text(y_axis, 4, 12, "axis-name"),
-        _text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle"),
+        text(y_axis, 4, 12, "axis-name"),
+        text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle"),
     ]
     return _chart(title, bottom + 40, parts)
 
@@ -113,14 +114,14 @@ def scatter_chart(groups: Sequence[Line], title: str, x_axis: str, y_axis: str) 
     left, right, top, bottom = 46.0, WIDTH - 10, 24.0, 246.0
     x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(y_ticks[0], y_ticks[-1], bottom, top)
     clouds = [
-        _tag(
+        element(
             "g",
             Markup("").join(marker(group.label, x(a), y(b), 3.2) for a, b in group.points),
             class_=f"cloud {series_class(group.series)}",
         )
         for group in groups
     ]
-    names = [_text(y_axis, 4, 12, "axis-name"), _text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
+    names = [text(y_axis, 4, 12, "axis-name"), text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
     return _chart(
         title, bottom + 40, [_horizontal_grid(y_ticks, y, left, right), _x_labels(x_ticks, x, bottom), *clouds, *names]
     )
@@ -129,14 +130,20 @@ def scatter_chart(groups: Sequence[Line], title: str, x_axis: str, y_axis: str) 
 def share_strip(shares: Sequence[tuple[str, float]], title: str) -> Markup:
     """Shares from 0 to 1 of several models on one line, joined from the first to the last."""
     x = _linear(0, 1, 10, 230)
-    parts = [_tag("line", x1=x(0), x2=x(1), y1=11, y2=11, class_="grid")]
-    parts += [_tag("line", x1=x(tick), x2=x(tick), y1=7, y2=15, class_="grid") for tick in (0, 0.25, 0.5, 0.75, 1)]
+    parts = [element("line", x1=x(0), x2=x(1), y1=11, y2=11, class_="grid")]
+    parts += [element("line", x1=x(tick), x2=x(tick), y1=7, y2=15, class_="grid") for tick in (0, 0.25, 0.5, 0.75, 1)]
     trained = [share for label, share in shares if label != "human"]
     if len(trained) > 1:
-        parts.append(_tag("line", x1=x(trained[0]), x2=x(trained[-1]), y1=11, y2=11, class_="travel"))
-    parts += [_tag("g", marker(label, x(share), 11, 4.6), class_=series_class(label)) for label, share in shares]
-    return _tag(
-        "svg", _tag("title", escape(title)), *parts, class_="strip", viewBox="0 0 240 22", role="img", aria_label=title
+        parts.append(element("line", x1=x(trained[0]), x2=x(trained[-1]), y1=11, y2=11, class_="travel"))
+    parts += [element("g", marker(label, x(share), 11, 4.6), class_=series_class(label)) for label, share in shares]
+    return element(
+        "svg",
+        element("title", escape(title)),
+        *parts,
+        class_="strip",
+        viewBox="0 0 240 22",
+        role="img",
+        aria_label=title,
     )
 
 
@@ -148,11 +155,11 @@ def histogram(counts: Sequence[tuple[float, float, int]], series: str, title: st
     left, right, top, bottom = 46.0, WIDTH - 10, 24.0, 186.0
     x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(0, y_ticks[-1], bottom, top)
     bars = [
-        _tag("rect", x=x(low) + 0.7, width=max(0.6, x(high) - x(low) - 1.4), y=y(count), height=bottom - y(count))
+        element("rect", x=x(low) + 0.7, width=max(0.6, x(high) - x(low) - 1.4), y=y(count), height=bottom - y(count))
         for low, high, count in counts
     ]
-    names = [_text("count", 4, 12, "axis-name"), _text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
-    body = [_horizontal_grid(y_ticks, y, left, right), _tag("g", *bars, class_=f"bars {series_class(series)}")]
+    names = [text("count", 4, 12, "axis-name"), text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
+    body = [_horizontal_grid(y_ticks, y, left, right), element("g", *bars, class_=f"bars {series_class(series)}")]
     return _chart(title, bottom + 40, [*body, _x_labels(x_ticks, x, bottom), *names])
 
 
@@ -184,14 +191,18 @@ def tick_label(value: float) -> str:
 
 def _interval_row(row: Interval, x: Scale, top: float) -> Markup:
     y = top + 33
-    return _tag(
+    return element(
         "g",
-        _text(row.label, 8, top + 17, "row-label"),
-        _text(row.text, WIDTH - 8, top + 17, "row-value", "end"),
-        _tag("line", x1=x(row.low), x2=x(row.high), y1=y, y2=y, class_="whisker"),
+        text(_shortened(row.label), 8, top + 17, "row-label"),
+        text(row.text, WIDTH - 8, top + 17, "row-value", "end"),
+        element("line", x1=x(row.low), x2=x(row.high), y1=y, y2=y, class_="whisker"),
         marker(row.series, x(row.value), y),
         class_=series_class(row.series),
     )
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…"
 
 
 def _curve(line: Line, x: Scale, y: Scale) -> Markup:
@@ -199,24 +210,24 @@ def _curve(line: Line, x: Scale, y: Scale) -> Markup:
     path = " ".join(f"{_n(x(a))},{_n(y(b))}" for a, b in points)
     marks = [marker(line.series, x(a), y(b), 3.0) for a, b in points] if len(points) <= 12 else []
     last = marker(line.series, x(points[-1][0]), y(points[-1][1]), 4.2)
-    curve = _tag("polyline", points=path, class_="curve")
-    return _tag("g", _tag("title", escape(line.label)), curve, *marks, last, class_=series_class(line.series))
+    curve = element("polyline", points=path, class_="curve")
+    return element("g", element("title", escape(line.label)), curve, *marks, last, class_=series_class(line.series))
 
 
 def _vertical_grid(ticks: Sequence[float], x: Scale, top: float, bottom: float) -> Markup:
-    lines = [_tag("line", x1=x(tick), x2=x(tick), y1=top, y2=bottom, class_="grid") for tick in ticks]
+    lines = [element("line", x1=x(tick), x2=x(tick), y1=top, y2=bottom, class_="grid") for tick in ticks]
     return Markup("").join([*lines, _x_labels(ticks, x, bottom)])
 
 
 def _horizontal_grid(ticks: Sequence[float], y: Scale, left: float, right: float) -> Markup:
-    lines = [_tag("line", x1=left, x2=right, y1=y(tick), y2=y(tick), class_="grid") for tick in ticks]
-    return Markup("").join([*lines, *(_text(tick_label(tick), left - 6, y(tick) + 4, "tick", "end") for tick in ticks)])
+    lines = [element("line", x1=left, x2=right, y1=y(tick), y2=y(tick), class_="grid") for tick in ticks]
+    return Markup("").join([*lines, *(text(tick_label(tick), left - 6, y(tick) + 4, "tick", "end") for tick in ticks)])
 
 
 def _x_labels(ticks: Sequence[float], x: Scale, bottom: float) -> Markup:
     anchors = ["start", *["middle"] * (len(ticks) - 2), "end"]
     labels = zip(ticks, anchors, strict=True)
-    return Markup("").join(_text(tick_label(tick), x(tick), bottom + 16, "tick", anchor) for tick, anchor in labels)
+    return Markup("").join(text(tick_label(tick), x(tick), bottom + 16, "tick", anchor) for tick, anchor in labels)
 
 
 def _linear(low: float, high: float, start: float, end: float) -> Scale:
@@ -224,15 +235,21 @@ def _linear(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def _chart(title: str, height: float, parts: Sequence[Markup]) -> Markup:
-    box = f"0 0 {_n(WIDTH)} {_n(height)}"
-    return _tag("svg", _tag("title", escape(title)), *parts, class_="chart", viewBox=box, role="img", aria_label=title)
+    return _svg("chart", title, WIDTH, height, parts)
 
 
-def _text(content: str, x: float, y: float, css_class: str, anchor: str = "start") -> Markup:
-    return _tag("text", escape(content), x=x, y=y, class_=css_class, text_anchor=anchor)
+def _svg(css_class: str, title: str, width: float, height: float, parts: Sequence[Markup]) -> Markup:
+    box = f"0 0 {_n(width)} {_n(height)}"
+    named = element("title", escape(title))
+    return element("svg", named, *parts, class_=css_class, viewBox=box, role="img", aria_label=title)
 
 
-def _tag(name: str, *children: Markup, **attributes: str | float) -> Markup:
+def text(content: str, x: float, y: float, css_class: str, anchor: str = "start") -> Markup:
+    """A line of text that starts, ends or is centred at (x, y), as `anchor` says."""
+    return element("text", escape(content), x=x, y=y, class_=css_class, text_anchor=anchor)
+
+
+def element(name: str, *children: Markup, **attributes: str | float) -> Markup:
     """An element; attribute names lose a trailing `_` and have `-` for `_`, numbers two decimals."""
     written = (
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value if isinstance(value, str) else _n(value))

@@ -149,7 +149,7 @@ def _describe(evaluated: Evaluated, rows: Sequence[Mapping[str, Any]], resamplin
             if len(values) > 1
         },
         "recommendation_f1": _f1(rows, resampling),
-        "rating_rank_correlation": rating_rank_correlation(rows),
+        "rating_rank_correlation": None if evaluated["model"] == HUMAN else rating_rank_correlation(rows),
         "words_score_correlation": rank_correlation([pair[0] for pair in pairs], [pair[1] for pair in pairs]),
         "repeated_reviews": evaluated["overall"]["repeated_reviews"],
         "num_empty": evaluated["overall"]["num_empty"],

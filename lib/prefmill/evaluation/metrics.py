@@ -19,13 +19,27 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that every review has, or lacks: `better` says which way is good, None where neither is."""
+    """A number that every review has, or lacks: `better` says which way is good, None where neither is.
+
+    A share lies in [0, 1] and is shown in percent; `decimals` are those shown.
+    """
 
     name: str
     label: str
     better: Literal["higher", "lower"] | None
     decimals: int
     definition: str
+    is_share: bool = False
+
+    def show(self, value: float) -> str:
+        """A value as one reads it, with a true minus."""
+        number = f"{value * 100:.{self.decimals}f} %" if self.is_share else f"{value:.{self.decimals}f}"
+        return number.replace("-", "−")
+
+    def show_difference(self, value: float) -> str:
+        """A difference with its sign; of shares in percentage points."""
+        number = f"{value * (100 if self.is_share else 1):+.{self.decimals}f}".replace("-", "−")
+        return number if number.strip("+−0.") else number[1:]
 
 
 CHECKMARK_SCORE = Measure(
@@ -35,19 +49,20 @@ MEASURES = (
     CHECKMARK_SCORE,
     Measure("num_factors", "Known quality factors", "higher", 2, "quality factors of the generator found in the text"),
     Measure(
-        "recommendation_correct", "Recommendation accuracy", "higher", 3,
+        "recommendation_correct", "Recommendation accuracy", "higher", 1,
         "rating at or above the threshold exactly when the paper was accepted; a review without a rating is wrong",
+        is_share=True,
     ),
     Measure(
         "rating_error", "Rating error", "lower", 2,
         "distance of the rating from the mean human rating of the paper, in points; only reviews with a rating",
     ),
-    Measure("has_rating", "Rating given", "higher", 3, "share of reviews that end in a rating line"),
+    Measure("has_rating", "Rating given", "higher", 1, "reviews that end in a rating line", True),
     Measure("num_words", "Words", None, 1, "length of the review"),
-    Measure("distinct_2", "Distinct word pairs", "higher", 3, "different word pairs over all word pairs of a review"),
-    Measure("repeated_4grams", "Repeated 4-grams", "lower", 3, "share of 4-word runs that occur more than once"),
-    Measure("truncated", "Cut off", "lower", 3, "share of reviews that ran into the token limit"),
-    Measure("empty", "Empty", "lower", 3, "share of reviews without a word; they score 0"),
+    Measure("distinct_2", "Distinct word pairs", "higher", 1, "different word pairs over all pairs of a review", True),
+    Measure("repeated_4grams", "Repeated 4-grams", "lower", 1, "4-word runs that recur within the review", True),
+    Measure("truncated", "Cut off", "lower", 1, "reviews that ran into the token limit", True),
+    Measure("empty", "Empty", "lower", 1, "reviews without a word; they score 0", True),
 )  # fmt: skip
 
 
@@ -92,7 +107,7 @@ def measure(
         "overall": {
             **overall,
             **_recommendation(rows),
-            "rating_rank_correlation": rating_rank_correlation(rows),
+            "rating_rank_correlation": None if reviews[0].is_human else rating_rank_correlation(rows),
             "repeated_reviews": _repeated_reviews(reviews),
             "num_empty": sum(not words(review.generation["text"]) for review in reviews),
         },

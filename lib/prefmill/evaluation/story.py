@@ -36,8 +36,8 @@ def tell(compared: Compared, evaluations: Sequence[Mapping[str, Any]], confidenc
     verdict = judge(pair["measures"][SCORE], confidence)
     names = {"candidate": pair["candidate"], "baseline": pair["baseline"]}
     helped = {
-        "helped": "Yes: on held-out papers, reviews by {candidate} fulfil more of the checklist than {baseline}'s.",
-        "hurt": "No: on held-out papers, reviews by {candidate} fulfil less of the checklist than {baseline}'s.",
+        "helped": "Yes: on held-out papers, reviews by {candidate} fulfil more of the checklist than {baseline}’s.",
+        "hurt": "No: on held-out papers, reviews by {candidate} fulfil less of the checklist than {baseline}’s.",
         "unclear": "Not shown: reviews by {candidate} and by {baseline} do not differ beyond chance.",
     }[verdict]  # fmt: skip
     return Story(
@@ -154,8 +154,8 @@ def _side_effects(compared: Compared, pair: Mapping[str, Any], confidence: float
     name = pair["candidate"]
     model = next(item for item in compared["models"] if item["model"] == name)
     concerns = (
-        ("truncated", "{share:.0%} of {name}'s reviews were cut off at the token limit."),
-        ("empty", "{share:.0%} of {name}'s outputs are empty; they count with a score of 0."),
+        ("truncated", "{share:.0%} of {name}’s reviews were cut off at the token limit."),
+        ("empty", "{share:.0%} of {name}’s outputs are empty; they count with a score of 0."),
     )
     for measure, sentence in concerns:
         share = _measure(compared, name, measure)
@@ -163,16 +163,16 @@ def _side_effects(compared: Compared, pair: Mapping[str, Any], confidence: float
             yield sentence.format(share=share, name=name)
     unrated = 1 - (_measure(compared, name, "has_rating") or 0.0)
     if unrated >= SHARE_OF_CONCERN:
-        yield f"{unrated:.0%} of {name}'s reviews give no rating; they count as wrong recommendations."
+        yield f"{unrated:.0%} of {name}’s reviews give no rating; they count as wrong recommendations."
     if model["repeated_reviews"] >= SHARE_OF_CONCERN:
-        yield f"{model['repeated_reviews']:.0%} of {name}'s reviews repeat another one word by word."
+        yield f"{model['repeated_reviews']:.0%} of {name}’s reviews repeat another one word by word."
     repeated = pair["measures"].get("repeated_4grams")
     if repeated and repeated["value"] >= REPETITION_CHANGE and repeated["p_value"] < 1 - confidence:
         more = signed(repeated["value"])
         yield f"{name} repeats itself more than {pair['baseline']}: {more} of its 4-word runs recur."
     correct = pair["measures"].get("recommendation_correct")
     if correct and correct["value"] < 0 and correct["p_value"] < 1 - confidence:
-        yield f"{name}'s recommendations agree with the decisions less often: {signed(correct['value'])}."
+        yield f"{name}’s recommendations agree with the decisions less often: {signed(correct['value'])}."
 
 
 def _general_doubts(compared: Compared, evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -9,13 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.artifacts import RUN_RECORD, Artifact
+from prefmill.records import read_jsonl
 from prefmill.training import STEPS, read_curve
 
+MARGINS, MARGINS_LOGS = "margins", "margins_log*.jsonl"  # as prefmill.preference.telemetry writes them, by rank
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A column of the trainer's log that is worth a chart."""
+
+    name: str
+    title: str
+    unit: str
+    explained: str
+
+
 CURVES = (
-    ("loss", "training loss"),
-    ("eval_loss", "validation loss"),
-    ("margin", "reward margin"),
-    ("accuracy", "share of pairs with a positive margin"),
+    Curve("loss", "Training loss", "loss", "mean over the steps since the point before"),
+    Curve("eval_loss", "Validation loss", "loss", "on the validation rows"),
+    Curve("margin", "Margin", "nats", "how much more than its reference the model prefers the chosen review"),
+    Curve("accuracy", "Pairs ranked right", "share", "training pairs in which it prefers the chosen review"),
 )
 
 
@@ -34,10 +48,26 @@ def read_curves(checkpoint: Artifact) -> Curves:
     stage, task = checkpoint.manifest.stage, checkpoint.manifest.task
     folder = logs_of(checkpoint)
     rows = read_curve(folder / STEPS) if folder else []
-    points = {name: [(float(row["step"]), float(row[name])) for row in rows if name in row] for name, _ in CURVES}
+    points = {
+        name: [(float(row["step"]), float(row[name])) for row in rows if name in row]
+        for name in (curve.name for curve in CURVES)
+    }
     found = {name: curve for name, curve in points.items() if len(curve) > 1}
     missing = None if found else f"no curve of {stage}:{task}: its logs hold no {STEPS} with two steps or more"
     return Curves(stage, task, found, missing)
+
+
+def read_margins(checkpoint: Artifact) -> list[float]:
+    """The margin of every training pair in the last epoch, as the preference trainer logged it; a repeat counts once.
+
+    Empty where the stage logs no margins.
+    """
+    folder = logs_of(checkpoint)
+    margins: dict[tuple[int, str], tuple[int, float]] = {}
+    for path in sorted((folder / MARGINS).glob(MARGINS_LOGS)) if folder else []:
+        margins |= {(row["step"], row["pair_id"]): (row["epoch"], row["margin"]) for row in read_jsonl(path)}
+    last = max((epoch for epoch, _ in margins.values()), default=0)
+    return [margin for _, (epoch, margin) in sorted(margins.items()) if epoch == last]
 
 
 def logs_of(artifact: Artifact) -> Path | None:
@@ -59,7 +89,7 @@ def cost_lines(artifacts: Iterable[Artifact]) -> list[str]:
     return lines
 
 
-def histogram(values: Sequence[float], num_bins: int = 24) -> list[tuple[float, float, int]]:
+def bins(values: Sequence[float], num_bins: int = 24) -> list[tuple[float, float, int]]:
     """Counts of `values` in bins of equal width, as (low, high, count)."""
     low, high = min(values), max(values)
     width = (high - low) / num_bins or 1.0

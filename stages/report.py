@@ -1,0 +1,66 @@
+"""Compares the evaluations and writes one self-contained page with everything that led to them."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from prefmill.artifacts import write_atomic
+from prefmill.config import StrictConfig
+from prefmill.stage import Metrics, Reads, Stage, Task
+
+
+class ReportConfig(StrictConfig):
+    """How models are compared and what the page shows."""
+
+    title: str | None = Field(None, min_length=1, description="of the page; none: the run's name")
+    num_resamples: int = Field(10_000, ge=1000, le=1_000_000, description="bootstrap samples of the papers")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval; differences are called at 1 - this")
+    seed: int = Field(0, ge=0, description="of the bootstrap and of the examples drawn")
+    num_examples: int = Field(6, ge=0, description="papers whose reviews are shown side by side")
+
+
+def run(config: ReportConfig, task: Task) -> Metrics:
+    """Write `report.html` and `comparison.json`, and print the conclusion and what the run has cost."""
+    import json
+
+    from prefmill.evaluation.bootstrap import Resampling
+    from prefmill.evaluation.report import ReportInputs, build_report
+    from prefmill.evaluation.telemetry import cost_lines
+
+    inputs = ReportInputs(
+        evaluations=task.inputs["evaluations"],
+        corpus=task.optional_input("corpus"),
+        datasets=task.optional_input("datasets"),
+        validation=task.optional_input("validation"),
+        checkpoints=(*task.inputs.get("sft", ()), *task.inputs.get("dpo", ())),
+    )
+    resampling = Resampling(config.num_resamples, config.seed, config.confidence)
+    report = build_report(inputs, config.title or task.run, resampling, config.num_examples)
+    write_atomic(task.output / "report.html", report.html)
+    write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
+    for story in report.stories:
+        print(f"[{story.modality}] {story.helped} {story.how_sure}")
+    print("\n".join(["cost, as far as recorded:", *cost_lines(inputs.all())]))
+    return {story.modality: story.verdict for story in report.stories}
+
+
+STAGE = Stage(
+    name="report",
+    config=ReportConfig,
+    run=run,
+    root="data",
+    writes="report",
+    reads={
+        "evaluations": Reads("evaluation", "evaluate", match="all"),
+        "corpus": Reads("review_corpus", "ingest_reviews", optional=True),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
+        "validation": Reads("validation", "validate_datasets", optional=True),
+        "sft": Reads("checkpoint", "sft", match="all", optional=True),
+        "dpo": Reads("checkpoint", "dpo", match="all", optional=True),
+    },
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)
