@@ -1,0 +1,62 @@
+"""Scoring a shard with a model: cut reviews are reported, and a resumed shard ends with the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stages.score_reviews as stage
+from prefmill.artifacts import Artifact, Provenance, payload, publish
+from prefmill.config import validate
+from prefmill.errors import InputError
+from prefmill.records import read_jsonl, write_jsonl
+from prefmill.stage import Task
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, corpus_texts: list[str]) -> Artifact:
+    """Two papers with three reviews each, one of them longer than the model's context."""
+    folder = tmp_path / "corpus"
+    shared = {"title": "Sparse masks", "abstract": "We study masks.", "text": ""}
+    write_jsonl(folder / "papers.jsonl", [{"paper_id": name, **shared} for name in ("a", "b")])
+    texts = [*corpus_texts[:4], " ".join(corpus_texts * 3), corpus_texts[5]]
+    write_jsonl(
+        folder / "reviews.jsonl",
+        [{"paper_id": "ab"[n // 3], "review_id": f"r{n}", "text": text} for n, text in enumerate(texts)],
+    )
+    return publish(folder, "review_corpus", Provenance("s", "all", "f", {}, {}, "0", {}), {})
+
+
+def run(folder: Path, corpus: Artifact, journal: bytes | None = None, **engine: Any) -> Task:
+    folder.mkdir()
+    task = Task("r", "score_reviews", "all", {}, {}, {"corpus": (corpus,)}, folder / "output", folder)
+    if journal is not None:
+        (task.work / "outcomes.journal").write_bytes(journal)
+    stage.run(validate(stage.ScoreReviewsConfig, {"engine": {"engine": "transformers", **engine}}), task)
+    return task
+
+
+def test_cut_reviews_are_reported_and_resuming_ends_the_same(
+    tmp_path: Path, tiny_judge: Path, corpus: Artifact
+) -> None:
+    engine = {"model_name_or_path": str(tiny_judge), "include_paper": "title_abstract", "truncate_reviews": True}
+    task = run(tmp_path / "whole", corpus, **engine)
+    expected = {path.name: path.read_bytes() for path in payload(task.output)}
+    (cut,) = read_jsonl(task.output / "truncated.jsonl")
+    assert cut["review_id"] == "r4"
+    assert cut["num_cut_tokens"] > 100
+    rows = list(read_jsonl(task.output / "review_evaluations.jsonl"))
+    assert [row["review_id"] for row in rows] == [f"r{number}" for number in range(6)]
+    assert rows[0]["engine"] == "transformers"
+    assert str(tmp_path).encode() not in b"".join(expected.values())
+    lines = (task.work / "outcomes.journal").read_bytes().splitlines(keepends=True)
+    for num_kept in (0, 2, 5, 6):  # in the middle of a paper too: what the cache held must not matter
+        again = run(tmp_path / f"again{num_kept}", corpus, b"".join(lines[:num_kept]) + b"0\t{torn", **engine)
+        assert {path.name: path.read_bytes() for path in payload(again.output)} == expected
+
+
+def test_an_over_long_review_is_an_error_by_default(tmp_path: Path, tiny_judge: Path, corpus: Artifact) -> None:
+    with pytest.raises(InputError, match=r"r4 of paper b: .* tokens[\s\S]*truncate_reviews=true"):
+        run(tmp_path / "t", corpus, model_name_or_path=str(tiny_judge))
