@@ -19,7 +19,7 @@ EVIDENCE_CHARACTERS = 160
 MAX_SENTENCE_CHARACTERS = 1000  # text without full stops is cut here, which bounds the time a pattern can take
 MAX_WORDS = 200_000  # remembered, about 30 MB
 # A full stop ends a sentence unless it belongs to an abbreviation that stands before a number or a name.
-_ABBREVIATIONS = ("al", "fig", "figs", "eq", "eqs", "eqn", "sec", "tab", "e.g", "i.e", "vs", "cf", "p", "pp", "no")
+_ABBREVIATIONS = ("al", "fig", "figs", "eq", "eqs", "eqn", "sec", "tab", "e.g", "i.e", "vs", "cf", "p", "pp")
 _GUARDS = "".join(rf"(?<!\b{re.escape(word)}\.)" for word in _ABBREVIATIONS)
 _BOUNDARY = re.compile(rf"[.!?\n](?:(?<=\n)\n*|{_GUARDS}[\"'”)\]]{{0,3}}\s+)")
 _HEADING = "#"  # a form's heading is not the reviewer's word
@@ -77,7 +77,7 @@ class Sentences:
         if len(lowered) != len(text):  # a few capitals become two characters; positions must stay
             lowered = "".join(low if len(low := character.lower()) == 1 else character for character in text)
         self.lowered = lowered.replace("’", "'")
-        self.starts = _starts(text)
+        self.starts = _starts(self.lowered)
         sentences = [self.lowered[start:end].strip() for start, end in pairwise(self.starts)]
         self.sentences = ["" if sentence.startswith(_HEADING) else sentence for sentence in sentences]
 
@@ -150,15 +150,15 @@ class WordMasks(dict[str, int]):
         return mask
 
 
-def _starts(text: str) -> list[int]:
+def _starts(lowered: str) -> list[int]:
     """Where each sentence starts, and the text's length at the end."""
     starts = [0]
-    for boundary in _BOUNDARY.finditer(text):
+    for boundary in _BOUNDARY.finditer(lowered):
         _cut_long(starts, boundary.end())
         starts.append(boundary.end())
-    _cut_long(starts, len(text))
-    if starts[-1] != len(text):
-        starts.append(len(text))
+    _cut_long(starts, len(lowered))
+    if starts[-1] != len(lowered):
+        starts.append(len(lowered))
     return starts
 
 
