@@ -8,8 +8,7 @@ from pydantic import Field, model_validator
 
 from prefmill.causal.loading import Precision
 from prefmill.checklist.engines import EngineConfig, LexicalConfig, open_engine
-from prefmill.checklist.items import load_checklist
-from prefmill.config import StrictConfig
+from prefmill.config import ExternalPath, StrictConfig
 from prefmill.errors import ConfigError
 from prefmill.evaluation.rows import HUMAN
 from prefmill.records import Modality
@@ -44,6 +43,7 @@ class EvaluateConfig(StrictConfig):
     batch_size: int = Field(8, ge=1, description="reviews generated together")
     seed: int = Field(0, description="of the papers drawn and of the tokens")
     engine: EngineConfig = Field(LexicalConfig(), description="the checklist engine; see score_reviews")
+    checklist: ExternalPath | None = Field(None, description="as in score_reviews; none: the shipped 24 items")
     accept_rating: float = Field(6.0, description="a rating from here on recommends acceptance")
 
     @model_validator(mode="after")
@@ -55,6 +55,7 @@ class EvaluateConfig(StrictConfig):
 
 def run(config: EvaluateConfig, task: Task) -> Metrics:
     """Write `generations.jsonl`, `evaluations.jsonl` and `metrics.json`; the metrics are the overall figures."""
+    from prefmill.checklist.score import choose_checklist
     from prefmill.evaluation.held_out import human_generations, read_held_out, score_generations
     from prefmill.evaluation.lineage import check_training
     from prefmill.evaluation.record import write_evaluation
@@ -63,8 +64,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     training = check_training(task.optional_input("checkpoint"), held_out.papers, task.output)
     is_human = config.model == HUMAN
     generations = human_generations(held_out) if is_human else _write_reviews(config, task, held_out)
-    optimized = task.optional_input("checklist")
-    checklist = load_checklist(optimized.file("checklist.json") if optimized else None)
+    checklist = choose_checklist(config.checklist, task.optional_input("checklist"))
     engine = open_engine(config.engine, checklist)
     evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, task.work, task.progress)
     heading = {
@@ -124,7 +124,7 @@ STAGE = Stage(
     reads={
         "corpus": Reads("review_corpus", "ingest_reviews"),
         "checkpoint": Reads("checkpoint", match="elementwise", optional=True),
-        "checklist": Reads("checklist", optional=True),
+        "checklist": Reads("checklist", "optimize_checklist", optional=True),
     },
     preload=("torch", "transformers"),
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -16,6 +17,7 @@ Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 MIN_PAPERS = 2
 _CHUNK_CELLS = 4_000_000  # drawn at a time: 32 MB
+_KEPT_CELLS = 16_000_000  # draws up to 128 MB are kept: a comparison asks for the same ones a hundred times
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@cache
 def student_quantile(probability: float, degrees: int) -> float:
     """The quantile of Student's t; with t = sqrt(degrees) tan(a), its density in the angle a is cos(a)^(degrees-1)."""
     if degrees > 2000:
@@ -102,8 +105,18 @@ def _stretch(num_papers: int, confidence: float) -> float:
     return student_quantile(probability, num_papers - 1) / normal * math.sqrt(num_papers / (num_papers - 1))
 
 
-def _weights(num_papers: int, resampling: Resampling) -> Iterator[Array]:
+def _weights(num_papers: int, resampling: Resampling) -> Iterable[Array]:
     """How often each paper is drawn, as shares [r, P], a chunk at a time."""
+    fits = num_papers * resampling.num_resamples <= _KEPT_CELLS
+    return _kept_weights(num_papers, resampling) if fits else _draw_weights(num_papers, resampling)
+
+
+@lru_cache(maxsize=2)
+def _kept_weights(num_papers: int, resampling: Resampling) -> tuple[Array, ...]:
+    return tuple(_draw_weights(num_papers, resampling))
+
+
+def _draw_weights(num_papers: int, resampling: Resampling) -> Iterator[Array]:
     generator = np.random.default_rng(resampling.seed)
     chunk = max(1, _CHUNK_CELLS // num_papers)
     for start in range(0, resampling.num_resamples, chunk):

@@ -184,9 +184,10 @@ def thin(points: Sequence[tuple[float, float]], limit: int = 300) -> list[tuple[
 
 def tick_label(value: float) -> str:
     """A tick's number without digits it does not need."""
-    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        return f"{value:.0e}".replace("-", "−")
-    return f"{value:.6g}".replace("-", "−") if abs(value) > 1e-12 else "0"
+    if abs(value) < 1e-12:
+        return "0"
+    text = f"{value:.6g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.0e}"
+    return text.replace("-", "−")
 
 
 def _interval_row(row: Interval, x: Scale, top: float) -> Markup:
