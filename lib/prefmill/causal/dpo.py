@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from prefmill.callbacks import StageCallback
 from prefmill.causal.chat import encode
+from prefmill.causal.group_attention import use_group_attention
+from prefmill.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.causal.scorer import encode_pairwise, encode_sequences, install, uninstall
+from prefmill.causal.scorer import Batch, encode_pairwise, encode_sequences, install, uninstall
 from prefmill.errors import InputError
-from prefmill.preference.batches import Microbatch, plan_batches
+from prefmill.preference.batches import Microbatch, plan_batches, plan_group_batches
 from prefmill.preference.config import PreferenceConfig
 from prefmill.preference.data import Group, gather, read_pairs, swap_by_coin
 from prefmill.preference.objectives import Settings, mix
 from prefmill.preference.reference import reference_key, reference_scores
 from prefmill.preference.telemetry import Telemetry
-from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, score_batch
+from prefmill.preference.trainer import EncodeParts, PreferenceData, PreferenceTrainer, score_batch
 from prefmill.stage import Metrics, Task
 from prefmill.training import (
     accumulation,
@@ -47,19 +50,13 @@ def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, va
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings)
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    plan = plan_batches(
-        groups,
-        config.num_train_epochs,
-        config.effective_batch_size,
-        accumulation(config, world_size) * world_size,
-        config.seed,
-    )
+    plan = _plan(groups, config, world_size)
     trainer = PreferenceTrainer(
         model=add_adapter(load_policy(policy, config), config),
-        args=_arguments(config, task, plan, world_size, evaluates=bool(held_out)),
+        args=_arguments(config, task, plan, world_size),
         train=PreferenceData(groups, None, plan),
         val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
-        encode=lambda source, parts: encode_pairwise(source, parts, tokenizer.pad_token_id),
+        encode=_encoder(config, tokenizer.pad_token_id),
         objective=objective,
         settings=settings,
         telemetry=Telemetry(task.logs, rank),
@@ -112,22 +109,37 @@ def load_policy(name: str, config: PreferenceConfig) -> Any:
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+    if config.layout == "group":
+        use_group_attention(model)
     return install(model)
 
 
-def _arguments(
-    config: PreferenceConfig, task: Task, plan: Sequence[Microbatch], world_size: int, evaluates: bool
-) -> TrainingArguments:
-    """The Trainer sees the plan of all epochs as one epoch of microbatches, and evaluates where an epoch ends."""
+def _plan(groups: Sequence[Group], config: PreferenceConfig, world_size: int) -> list[Microbatch]:
+    """The microbatches of all epochs, as the layout cuts them."""
+    epochs, target = config.num_train_epochs, config.effective_batch_size
+    at_once = config.per_device_train_batch_size
+    per_step = accumulation(config, world_size) * world_size
+    if config.layout == "pairwise":
+        return plan_batches(groups, epochs, target, per_step, config.seed)
+    return plan_group_batches(
+        groups, epochs, target, at_once, world_size, config.max_tokens_per_microbatch, config.seed
+    )
+
+
+def _encoder(config: PreferenceConfig, pad: int) -> EncodeParts:
+    return encode_groups if config.layout == "group" else partial(encode_pairwise, pad=pad)
+
+
+def _arguments(config: PreferenceConfig, task: Task, plan: Sequence[Microbatch], world_size: int) -> TrainingArguments:
+    """The Trainer sees the plan of all epochs as one epoch of microbatches; the plan says where an epoch ends."""
     given = trainer_arguments(config, task, world_size)
-    steps_per_epoch = max(1, sum(item.epoch == 0 for item in plan) // (accumulation(config, world_size) * world_size))
+    num_microbatches = sum(item.step == 0 for item in plan) // world_size
     return TrainingArguments(
         **given
         | {
             "num_train_epochs": 1,
             "per_device_train_batch_size": 1,
-            "eval_strategy": "steps" if evaluates else "no",
-            "eval_steps": steps_per_epoch,
+            "gradient_accumulation_steps": num_microbatches,
         }
     )
 
@@ -136,7 +148,9 @@ def _one_by_one(groups: Sequence[Group], config: PreferenceConfig) -> list[Micro
     """Every validation pair once, in microbatches of the training size."""
     num_pairs = sum(len(group.pairs) for group in groups)
     at_once = config.per_device_train_batch_size
-    return plan_batches(groups, 1, num_pairs, -(-num_pairs // at_once), config.seed)
+    if config.layout == "pairwise":
+        return plan_batches(groups, 1, num_pairs, -(-num_pairs // at_once), config.seed)
+    return plan_group_batches(groups, 1, num_pairs, at_once, 1, config.max_tokens_per_microbatch, config.seed)
 
 
 def _reference(
@@ -152,12 +166,9 @@ def _reference(
     policy = task.optional_input("policy")
     weights = policy.manifest.content_digest if policy else f"{config.model_name_or_path}@{config.revision}"
     settings = {"precision": config.precision, "layout": config.layout, "attention": config.attn_implementation}
-    at_once = 2 * config.per_device_train_batch_size
 
     def score(group: Group) -> Tensor:
-        sequences = [(group.prompt, response) for response in group.responses]
-        cuts = [sequences[start : start + at_once] for start in range(0, len(sequences), at_once)]
-        batches = [encode_sequences(cut, tokenizer.pad_token_id).to(trainer.args.device) for cut in cuts]
+        batches = [batch.to(trainer.args.device) for batch in _response_batches(group, config, tokenizer.pad_token_id)]
         return torch.cat([score_batch(trainer.model, batch) for batch in batches])
 
     trainer.model.eval()
@@ -165,3 +176,12 @@ def _reference(
         path = task.work / "reference_scores.safetensors"
         scores = reference_scores(groups, score, path, reference_key(groups, weights, settings), config.precision)
     return scores[: len(train)], scores[len(train) :]
+
+
+def _response_batches(group: Group, config: PreferenceConfig, pad: int) -> list[Batch]:
+    """All responses of a group in batches of the training layout and size."""
+    if config.layout == "group":
+        return [pack([cut]) for cut in cut_responses(group, config.max_tokens_per_microbatch)]
+    at_once = 2 * config.per_device_train_batch_size
+    sequences = [(group.prompt, response) for response in group.responses]
+    return [encode_sequences(sequences[n : n + at_once], pad) for n in range(0, len(sequences), at_once)]

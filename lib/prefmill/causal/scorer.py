@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prefmill.causal.group_attention import Segment
 from prefmill.errors import InputError
 from prefmill.preference.batches import GroupPart
 from prefmill.preference.data import Group
@@ -25,7 +26,8 @@ class Batch:
 
     `input_ids`, `attention_mask` [R, T] int64; `row`, `column`, `target`, `owner` [C]: the hidden state at
     (row, column) predicts token `target` of response `owner`; `lengths` [S] in tokens; `chosen`, `rejected` [N]
-    name each pair's responses.
+    name each pair's responses. Packed groups ([1, T]) also say where each token stands in its own sequence
+    (`position_ids` [1, T]) and where the groups lie (`segments`).
     """
 
     input_ids: Tensor
@@ -37,10 +39,15 @@ class Batch:
     lengths: Tensor
     chosen: Tensor
     rejected: Tensor
+    position_ids: Tensor | None = None
+    segments: tuple[Segment, ...] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            values[name] = value.to(device) if isinstance(value, Tensor) else value
+        return Batch(**values)
 
 
 def encode_sequences(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
@@ -107,10 +114,13 @@ def _forward(
     target: Tensor,
     owner: Tensor,
     num_responses: int,
+    position_ids: Tensor | None = None,
+    segments: tuple[Segment, ...] | None = None,
     **_: Any,
 ) -> Tensor:
     """Log-likelihood of every response, [S] fp32: the sum over its tokens, end of turn included."""
-    hidden = self.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    packed = {} if segments is None else {"position_ids": position_ids, "segments": segments}
+    hidden = self.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)[0]
     logps = token_logps(hidden[row, column], target, self.get_output_embeddings())
     return torch.zeros(num_responses, dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
 

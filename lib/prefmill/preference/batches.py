@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from prefmill.errors import ConfigError
 from prefmill.preference.data import Group
 
 
@@ -25,6 +26,7 @@ class Microbatch:
     step_pairs: int
     step: int
     epoch: int
+    skipped: bool = False  # no rank holds pairs at this place of the step, so nobody runs the model
 
     @property
     def num_pairs(self) -> int:
@@ -41,16 +43,93 @@ def plan_batches(
     holds more is a step of its own. Its pairs are spread evenly over the step's microbatches.
     """
     plan: list[Microbatch] = []
-    step = 0
+    for step, (epoch, members) in enumerate(_all_steps(groups, epochs, target_pairs, seed)):
+        step_pairs = sum(len(groups[member].pairs) for member in members)
+        for parts in _spread(groups, members, num_microbatches):
+            plan.append(Microbatch(parts, step_pairs, step, epoch))
+    return plan
+
+
+def plan_group_batches(
+    groups: Sequence[Group],
+    epochs: int,
+    target_pairs: int,
+    pairs_at_once: int,
+    world_size: int,
+    max_tokens: int | None,
+    seed: int,
+) -> list[Microbatch]:
+    """As `plan_batches`, but a microbatch holds whole groups: as many as it takes to hold `pairs_at_once` pairs.
+
+    Every step gets as many microbatches as the fullest one needs; those that no rank fills are skipped. Only a group
+    of more than `max_tokens` (its prompt and responses) is split, its prompt repeated; raises ConfigError when not
+    even one pair fits.
+    """
+    steps = [
+        (epoch, members, _bins(groups, members, pairs_at_once, max_tokens))
+        for epoch, members in _all_steps(groups, epochs, target_pairs, seed)
+    ]
+    rows = max(-(-len(bins) // world_size) for _, _, bins in steps)
+    plan: list[Microbatch] = []
+    for step, (epoch, members, bins) in enumerate(steps):
+        step_pairs = sum(len(groups[member].pairs) for member in members)
+        # The last microbatch is where ranks exchange gradients: what is empty comes first.
+        cells = [()] * (rows * world_size - len(bins)) + bins
+        for start in range(0, len(cells), world_size):
+            row = cells[start : start + world_size]
+            plan += [Microbatch(parts, step_pairs, step, epoch, skipped=not any(row)) for parts in row]
+    return plan
+
+
+def num_tokens(group: Group, pairs: Sequence[int]) -> int:
+    """Tokens of a group's prompt with the distinct responses of these of its pairs."""
+    places = {place for index in pairs for place in (group.pairs[index].chosen, group.pairs[index].rejected)}
+    return len(group.prompt) + sum(len(group.responses[place]) for place in places)
+
+
+def _bins(
+    groups: Sequence[Group], members: Sequence[int], pairs_at_once: int, max_tokens: int | None
+) -> list[tuple[GroupPart, ...]]:
+    """The groups of a step as microbatches, the lightest first: neighbours, which ranks run together, cost alike."""
+    bins: list[list[GroupPart]] = []
+    for member in members:
+        for part in _split(groups[member], member, max_tokens):
+            together = [*bins[-1], part] if bins else [part]
+            full = bins and sum(len(held.pairs) for held in bins[-1]) >= pairs_at_once
+            if not bins or full or (max_tokens is not None and _cost(groups, together) > max_tokens):
+                bins.append([part])
+            else:
+                bins[-1].append(part)
+    return sorted(map(tuple, bins), key=lambda parts: _cost(groups, parts))
+
+
+def _cost(groups: Sequence[Group], parts: Sequence[GroupPart]) -> int:
+    return sum(num_tokens(groups[part.group], part.pairs) for part in parts)
+
+
+def _split(group: Group, index: int, max_tokens: int | None) -> Iterator[GroupPart]:
+    held: list[int] = []
+    for pair in range(len(group.pairs)):
+        if max_tokens is not None and num_tokens(group, [pair]) > max_tokens:
+            raise ConfigError(
+                f"pair {group.pairs[pair].pair_id} does not fit into a microbatch", got=num_tokens(group, [pair]),
+                expected=f"at most max_tokens_per_microbatch = {max_tokens}",
+                fix="raise max_tokens_per_microbatch, or lower max_length and set on_overlong=drop",
+            )  # fmt: skip
+        if held and max_tokens is not None and num_tokens(group, [*held, pair]) > max_tokens:
+            yield GroupPart(index, tuple(held))
+            held = []
+        held.append(pair)
+    yield GroupPart(index, tuple(held))
+
+
+def _all_steps(groups: Sequence[Group], epochs: int, target_pairs: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Epoch and groups of every optimizer step."""
     for epoch in range(epochs):
         order = list(range(len(groups)))
         random.Random(f"{seed}:{epoch}").shuffle(order)
         for members in _steps(groups, order, target_pairs):
-            step_pairs = sum(len(groups[member].pairs) for member in members)
-            for parts in _spread(groups, members, num_microbatches):
-                plan.append(Microbatch(parts, step_pairs, step, epoch))
-            step += 1
-    return plan
+            yield epoch, members
 
 
 def _steps(groups: Sequence[Group], order: Sequence[int], target_pairs: int) -> Iterator[list[int]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefmill.training import TrainingConfig
 
 
 class PreferenceConfig(TrainingConfig):
-    """`effective_batch_size` counts pairs. `shuffle_labels` swaps chosen and rejected by a seeded coin: a control."""
+    """`effective_batch_size` counts pairs. `shuffle_labels` swaps chosen and rejected by a seeded coin: a control.
+
+    `layout: group` runs a prompt once for all of its responses, `pairwise` once for each side of each pair; both
+    compute the same. `max_tokens_per_microbatch` splits larger groups.
+    """
 
     learning_rate: float = Field(5e-6, gt=0)
     num_train_epochs: int = Field(2, ge=1)
@@ -19,5 +23,12 @@ class PreferenceConfig(TrainingConfig):
     loss_weights: list[float] = [1.0]
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     simpo_gamma: float = 0.5
-    layout: Literal["pairwise"] = "pairwise"
+    layout: Literal["group", "pairwise"] = "pairwise"
+    max_tokens_per_microbatch: int | None = Field(None, ge=2)
     shuffle_labels: bool = False
+
+    @model_validator(mode="after")
+    def _group_brings_its_own_attention(self) -> PreferenceConfig:
+        if self.layout == "group" and self.attn_implementation is not None:
+            raise ValueError("layout: group brings its own attention: leave attn_implementation out")
+        return self

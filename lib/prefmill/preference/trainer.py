@@ -40,6 +40,8 @@ class PlannedBatches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         microbatch = self.data.plan[index]
+        if microbatch.skipped:
+            return {"skipped": True, "step_pairs": microbatch.step_pairs}
         # A rank without pairs still runs the model, on a pair whose loss is then left out.
         parts = microbatch.parts or (GroupPart(0, (0,)),)
         chosen, rejected = zip(*_sides(parts, self.data), strict=True)
@@ -48,6 +50,7 @@ class PlannedBatches(Dataset[dict[str, Any]]):
             "pair_ids": [self.data.groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs],
             "ref_chosen": None if self.data.reference is None else torch.stack(chosen),
             "ref_rejected": None if self.data.reference is None else torch.stack(rejected),
+            "skipped": False,
             "num_pairs": microbatch.num_pairs,
             "step_pairs": microbatch.step_pairs,
             "epoch": microbatch.epoch,
@@ -103,6 +106,13 @@ class PreferenceTrainer(Trainer):
         device = self.args.device
         moved = {key: value.to(device) for key, value in inputs.items() if isinstance(value, (Tensor, Batch))}
         return {**inputs, **moved}
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a microbatch; nothing for one that the plan leaves empty on all ranks."""
+        if inputs["skipped"]:
+            return torch.zeros((), device=self.args.device)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,
@@ -161,7 +171,7 @@ class PreferenceTrainer(Trainer):
 
 def score_batch(model: Any, batch: Batch) -> Tensor:
     """The score of every response of a batch, [S], through `model`'s installed forward."""
-    names = ("input_ids", "attention_mask", "row", "column", "target", "owner")
+    names = ("input_ids", "attention_mask", "row", "column", "target", "owner", "position_ids", "segments")
     scores: Tensor = model(**{name: getattr(batch, name) for name in names}, num_responses=len(batch.lengths))
     return scores
 
@@ -179,10 +189,13 @@ def _sides(parts: Sequence[GroupPart], data: PreferenceData) -> list[tuple[Tenso
 
 
 class _StepTelemetry(TrainerCallback):
-    """Writes the pairs of a step when the step is taken."""
+    """Writes the pairs of a step when the step is taken, and asks for an evaluation where the plan ends an epoch."""
 
     def __init__(self, telemetry: Telemetry, epoch_of_step: dict[int, int]) -> None:
         self.telemetry, self.epoch_of_step = telemetry, epoch_of_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.telemetry.step(state.global_step, self.epoch_of_step[state.global_step])
+        epoch = self.epoch_of_step[state.global_step]
+        self.telemetry.step(state.global_step, epoch)
+        if self.epoch_of_step.get(state.global_step + 1) != epoch:
+            control.should_evaluate = True
