@@ -40,7 +40,7 @@ def run(config: ReportConfig, task: Task) -> Metrics:
     write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
     for story in report.stories:
         print(f"[{story.modality}] {story.helped} {story.how_sure}")
-    print("\n".join(["cost, as far as recorded:", *cost_lines(inputs.all())]))
+    print("\n".join(["cost, as far as recorded:", *cost_lines(report.artifacts)]))
     return {story.modality: story.verdict for story in report.stories}
 
 

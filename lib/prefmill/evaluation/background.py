@@ -9,7 +9,6 @@ from typing import Any
 
 from prefmill.artifacts import Artifact
 from prefmill.evaluation.charts import Line, histogram, line_chart
-from prefmill.evaluation.lineage import Lineage
 from prefmill.evaluation.telemetry import CURVES, Curve, Curves, bins, read_curves, read_margins
 
 Row = dict[str, Any]
@@ -36,16 +35,9 @@ def validation_section(validation: Artifact | None) -> Row | None:
     return report
 
 
-def lineage_section(roots: Iterable[Artifact]) -> Row:
-    """Every artifact behind `roots`, raw input first, with digests and configurations, and the stages as a graph."""
-    given = list(roots)
-    lineage = Lineage(given)
-    found: dict[str, Artifact] = {}
-    missing: dict[str, None] = {}
-    for root in given:
-        for origin in lineage.behind(root):
-            found.setdefault(origin.artifact.manifest.content_digest, origin.artifact)
-            missing |= dict.fromkeys(origin.missing)
+def lineage_section(artifacts: Sequence[Artifact], missing: Sequence[str]) -> Row:
+    """Artifacts with digests and configurations, raw input first, and the stages that made them as a graph."""
+    found = {item.manifest.content_digest: item for item in artifacts}
     edges = _stage_edges(found)
     depths = _depths({item.manifest.stage for item in found.values()}, edges)
     ordered = sorted(
@@ -53,7 +45,7 @@ def lineage_section(roots: Iterable[Artifact]) -> Row:
     )
     return {
         "artifacts": [_describe(item) for item in ordered],
-        "missing": sorted(missing),
+        "missing": list(missing),
         "levels": _levels(ordered, depths),
         "edges": sorted(edges),
     }

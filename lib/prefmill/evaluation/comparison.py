@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -144,8 +145,8 @@ def _describe(evaluated: Evaluated, rows: Sequence[Mapping[str, Any]], resamplin
         "num_reviews": len(pairs),
         "num_papers_evaluated": evaluated["num_papers"],
         "measures": {
-            name: _interval(means(np.array(values)[:, None], resampling)[0])
-            for name, values in ((item.name, _present(rows, item.name)) for item in MEASURES)
+            measure.name: (_share if measure.is_share else _interval)(means(values, resampling)[0])
+            for measure, values in ((item, _present(rows, item.name)) for item in MEASURES)
             if len(values) > 1
         },
         "recommendation_f1": _f1(rows, resampling),
@@ -158,8 +159,9 @@ def _describe(evaluated: Evaluated, rows: Sequence[Mapping[str, Any]], resamplin
     }
 
 
-def _present(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [row["measures"][name] for row in rows if name in row["measures"]]
+def _present(rows: Sequence[Mapping[str, Any]], name: str) -> Array:
+    """[P, 1] of the papers that have the measure."""
+    return np.array([[row["measures"][name]] for row in rows if name in row["measures"]], dtype=np.float64)
 
 
 def _f1(rows: Sequence[Mapping[str, Any]], resampling: Resampling) -> dict[str, Any] | None:
@@ -172,7 +174,7 @@ def _f1(rows: Sequence[Mapping[str, Any]], resampling: Resampling) -> dict[str, 
         total = 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2]
         return np.divide(2 * drawn[:, 0], total, out=np.zeros_like(total), where=total > 0)
 
-    return _interval(statistic(counts, resampling, f1))
+    return _share(statistic(counts, resampling, f1))
 
 
 def _column_means(rows: Sequence[Mapping[str, Any]], column: str, resampling: Resampling) -> list[dict[str, Any]]:
@@ -181,7 +183,7 @@ def _column_means(rows: Sequence[Mapping[str, Any]], column: str, resampling: Re
     if not keys:
         return []
     values = np.array([[row[column][key] for key in keys] for row in rows])
-    return [{"id": key, **_interval(found)} for key, found in zip(keys, means(values, resampling), strict=True)]
+    return [{"id": key, **_share(found)} for key, found in zip(keys, means(values, resampling), strict=True)]
 
 
 def _compare_pair(
@@ -195,7 +197,7 @@ def _compare_pair(
         "baseline": before,
         "candidate": after,
         "measures": {name: value for name, value in measures.items() if value is not None},
-        "win_rate": _interval(means(wins[:, None], resampling)[0]),
+        "win_rate": _share(means(wins[:, None], resampling)[0]),
         "at_equal_length": _interval(equal_length) if equal_length else None,
         "items": _item_differences(first, second, resampling),
     }
@@ -232,6 +234,12 @@ def _length_and_score(rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]:
         np.array([row["measures"]["num_words"] for row in rows], dtype=np.float64),
         np.array([row["measures"]["checkmark_score"] for row in rows], dtype=np.float64),
     )
+
+
+def _share(estimate: Estimate) -> dict[str, Any]:
+    """A share's interval, cut where shares end: the stretched percentiles may run over."""
+    cut = {name: min(1.0, max(0.0, getattr(estimate, name))) for name in ("low", "high")}
+    return _interval(replace(estimate, **cut))
 
 
 def _interval(estimate: Estimate) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,18 @@ class Lineage:
             origins[item.manifest.content_digest] = Origin(item, missing)
             waiting += [source for source in found.values() if source is not None]
         return list(origins.values())
+
+
+def everything_behind(roots: Sequence[Artifact]) -> tuple[list[Artifact], list[str]]:
+    """Every artifact that `roots` were made from, themselves included, and the digests no manifest accounts for."""
+    lineage = Lineage(roots)
+    found: dict[str, Artifact] = {}
+    missing: set[str] = set()
+    for root in roots:
+        for origin in lineage.behind(root):
+            found.setdefault(origin.artifact.manifest.content_digest, origin.artifact)
+            missing |= set(origin.missing)
+    return list(found.values()), sorted(missing)
 
 
 def training_papers(checkpoint: Artifact, lineage: Lineage) -> TrainingPapers:

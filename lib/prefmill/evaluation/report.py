@@ -19,6 +19,7 @@ from prefmill.evaluation.charts import key_marker, series_class
 from prefmill.evaluation.comparison import compare, model_order
 from prefmill.evaluation.examples import Example, choose_papers, read_examples
 from prefmill.evaluation.graph import lineage_graph
+from prefmill.evaluation.lineage import everything_behind
 from prefmill.evaluation.metrics import MEASURES
 from prefmill.evaluation.record import METRICS
 from prefmill.evaluation.story import Compared, Story, main_pair, tell
@@ -45,11 +46,12 @@ class ReportInputs:
 
 @dataclass(frozen=True)
 class Report:
-    """The finished page, the numbers behind it, and the sentences it opens with."""
+    """The finished page, the numbers behind it, its first sentences, and every artifact it leads back to."""
 
     html: str
     comparison: dict[str, Any]
     stories: tuple[Story, ...]
+    artifacts: Sequence[Artifact]
 
 
 def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_examples: int) -> Report:
@@ -65,7 +67,8 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
                   resampling, num_examples)
         for compared in comparison["modalities"]
     ]  # fmt: skip
-    lineage = background.lineage_section(inputs.all())
+    artifacts, missing = everything_behind(inputs.all())
+    lineage = background.lineage_section(artifacts, missing)
     page = _environment().get_template("report.html.jinja")
     html = page.render(
         title=title,
@@ -79,7 +82,7 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
         graph=lineage_graph(lineage["levels"], lineage["edges"]),
         absent=_absent(inputs),
     )
-    return Report(html, comparison, tuple(part["story"] for part in parts))
+    return Report(html, comparison, tuple(part["story"] for part in parts), artifacts)
 
 
 def _modality(

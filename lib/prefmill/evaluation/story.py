@@ -172,7 +172,10 @@ def _side_effects(compared: Compared, pair: Mapping[str, Any], confidence: float
         yield f"{name} repeats itself more than {pair['baseline']}: {more} of its 4-word runs recur."
     correct = pair["measures"].get("recommendation_correct")
     if correct and correct["value"] < 0 and correct["p_value"] < 1 - confidence:
-        yield f"{name}’s recommendations agree with the decisions less often: {signed(correct['value'])}."
+        yield f"{name}’s recommendations agree with the decisions less often: {correct['value']:.0%} of its reviews."
+    error = pair["measures"].get("rating_error")
+    if error and error["value"] > 0 and error["p_value"] < 1 - confidence:
+        yield f"{name}’s ratings are further from people’s than {pair['baseline']}’s, by {error['value']:.2f} points."
 
 
 def _general_doubts(compared: Compared, evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -81,7 +81,7 @@ def logs_of(artifact: Artifact) -> Path | None:
 def cost_lines(artifacts: Iterable[Artifact]) -> list[str]:
     """What each artifact's task took, a line each, from its run record; those without one are left out."""
     lines = []
-    for artifact in artifacts:
+    for artifact in sorted(artifacts, key=lambda item: (item.manifest.stage, item.manifest.task)):
         record = _run_record(artifact)
         if record is not None:
             name = f"{artifact.manifest.stage}:{artifact.manifest.task}"

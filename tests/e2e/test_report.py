@@ -1,0 +1,277 @@
+"""report: what the page says, that it is the same every time, and that it only shows what others wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_artifacts import make_corpus, make_evaluation, make_task, make_training
+
+from prefmill.artifacts import RUN_RECORD, Artifact, publish
+from prefmill.errors import ArtifactError, InputError
+from stages.report import ReportConfig, run
+
+HOSTILE = '</p><script>document.title="owned"</script>"><img src=x onerror="document.title=\'owned\'"><style>*{}</style>{{ 7*7 }}'  # noqa: E501
+FACTORS = {"human": (2, 9), "base": (0, 7), "sft": (3, 9), "dpo": (6, 11)}
+Inputs = dict[str, list[Artifact]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Everything a report can be given: models that differ by a known number of quality factors."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    corpus = make_corpus(workspace, 90)
+    evaluations = [make_evaluation(workspace, corpus, model, factors) for model, factors in FACTORS.items()]
+    return {"evaluations": evaluations, "corpus": [corpus], **make_training(workspace, corpus)}
+
+
+@pytest.fixture(scope="module")
+def hostile_inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Reviews, titles and evidence that try to run."""
+    workspace = tmp_path_factory.mktemp("hostile")
+    corpus = make_corpus(workspace, 18, title=f"Title {HOSTILE}")
+    models = ("base", "sft", "dpo")
+    evaluations = [make_evaluation(workspace, corpus, model, FACTORS[model], f"{HOSTILE} ") for model in models]
+    return {"evaluations": evaluations, "corpus": [corpus]}
+
+
+def write_report(inputs: Inputs, root: Path, **config: Any) -> tuple[str, dict[str, Any]]:
+    output = root / "data" / "run" / "report" / "all"
+    run(ReportConfig(**{"num_resamples": 2000, **config}), make_task("report", output, inputs))
+    assert sorted(path.name for path in output.iterdir()) == ["comparison.json", "report.html"]
+    return (output / "report.html").read_text(), json.loads((output / "comparison.json").read_text())
+
+
+def text_of(html: str) -> str:
+    """What a reader sees, scripts and styles included if they were elements."""
+    parts: list[str] = []
+    parser = HTMLParser()
+    parser.handle_data = parts.append  # type: ignore[method-assign]
+    parser.feed(re.sub(r"<style>.*?</style>", "", html, count=1, flags=re.DOTALL))
+    return " ".join(" ".join(parts).split())
+
+
+def test_a_known_effect_is_reported_with_its_interval(inputs: Inputs, tmp_path: Path) -> None:
+    html, comparison = write_report(inputs, tmp_path)
+    (clean,) = comparison["modalities"]
+    pairs = {(pair["baseline"], pair["candidate"]): pair["measures"] for pair in clean["pairs"]}
+    assert set(pairs) == {("base", "sft"), ("base", "dpo"), ("sft", "dpo")}
+    factors = pairs["base", "dpo"]["num_factors"]
+    assert factors["low"] < 8.5 - 3.5 < factors["high"]  # the means of 6..11 and 0..7
+    assert pairs["base", "dpo"]["checkmark_score"]["p_holm"] < 0.01
+    page = text_of(html)
+    assert "Yes: on held-out papers, reviews by dpo fulfil more of the checklist than base’s." in page
+    assert f"95% interval +{pairs['base', 'dpo']['checkmark_score']['low']:.2f} to" in page
+    assert "quality factors, which the checklist does not know, agree" in page
+    assert "The lexical engine looks for words, not for meaning" in page
+
+
+def test_every_section_has_its_content(inputs: Inputs, tmp_path: Path) -> None:
+    html, _ = write_report(inputs, tmp_path)
+    for section in ("models", "doubts", "checklist", "factors", "length", "examples", "training", "data", "lineage"):
+        assert f'<section id="{section}">' in html
+    page = text_of(html)
+    assert html.count('class="example"') == 6
+    assert "Margins in the last epoch" in page
+    assert "87% of" in page or re.search(r"\d+% of 120 above zero", page)  # 4 pairs for each of 30 steps
+    assert "dashed: ln 2" in page
+    assert re.search(r"length bias (passed|warned)", page)
+    for artifacts in inputs.values():
+        for artifact in artifacts:
+            assert artifact.manifest.content_digest in html
+    assert '"learning_rate": 1e-05' in page
+    assert "were not given" not in page
+
+
+def test_the_same_inputs_give_the_same_bytes_wherever_they_are(inputs: Inputs, tmp_path: Path) -> None:
+    first = write_report(inputs, tmp_path / "first")
+    moved = inputs["evaluations"][0].path.parents[3]
+    copy = tmp_path / "copy"
+    shutil.copytree(moved, copy)
+    elsewhere = {
+        name: [Artifact(copy / item.path.relative_to(moved), item.manifest) for item in items]
+        for name, items in inputs.items()
+    }
+    for item in elsewhere["evaluations"]:  # what a run cost differs from run to run, and is no content
+        (item.path / RUN_RECORD).write_text(json.dumps({"seconds": 12.5, "peak_memory_gb": 0.5}))
+    shuffled = {name: items[::-1] for name, items in elsewhere.items()}
+    assert write_report(shuffled, tmp_path / "second") == first
+    assert str(tmp_path) not in first[0]
+    assert str(moved) not in first[0]
+
+
+def test_the_cost_is_printed_and_not_published(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = inputs["datasets"][0].path / RUN_RECORD
+    record.write_text(json.dumps({"seconds": 4321.5, "peak_memory_gb": 1.25}))
+    html, _ = write_report(inputs, tmp_path)
+    printed = capsys.readouterr().out
+    assert re.search(r"build_datasets:all +4321\.5 s +1\.25 GB", printed)
+    assert "[clean] Yes:" in printed
+    assert "4321" not in html
+    record.unlink()
+
+
+def test_curves_that_were_not_logged_are_said_to_be_missing(inputs: Inputs, tmp_path: Path) -> None:
+    bare = tmp_path / "checkpoints" / "run" / "sft" / "clean"
+    shutil.copytree(inputs["sft"][0].path, bare)
+    html, _ = write_report({**inputs, "sft": [Artifact(bare, inputs["sft"][0].manifest)]}, tmp_path)
+    assert "There is no curve of sft:clean: its logs hold no steps.jsonl" in text_of(html)
+
+
+def test_what_was_not_given_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    html, _ = write_report({"evaluations": inputs["evaluations"][1:2]}, tmp_path)
+    page = text_of(html)
+    assert "Nothing to compare: only base was evaluated." in page
+    assert "This page does without the corpus" in page
+    assert "No trained checkpoint was given" in page
+    assert "No manifest was found here for" not in page  # the corpus is in the evaluation's workspace
+
+
+def test_models_that_do_not_differ_are_not_said_to(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, 90)
+    models = {"base": (2, 9), "dpo": (2, 9)}
+    evaluations = [make_evaluation(tmp_path, corpus, model, factors) for model, factors in models.items()]
+    html, _ = write_report({"evaluations": evaluations}, tmp_path)
+    assert "Not shown: reviews by dpo and by base do not differ beyond chance." in text_of(html)
+
+
+def test_evaluations_by_engines_with_other_settings_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+    first, second = inputs["evaluations"][1:3]
+    identity = {"config": {"engine": {"engine": "lexical", "evidence": False}}}
+    other = Artifact(second.path, second.manifest.model_copy(update={"identity": identity}))
+    with pytest.raises(InputError, match="engines with different settings"):
+        write_report({"evaluations": [first, other]}, tmp_path)
+
+
+def test_an_evaluation_without_its_metrics_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    shutil.copytree(inputs["evaluations"][0].path, tmp_path / "torn")
+    (tmp_path / "torn" / "metrics.json").unlink()
+    torn = publish(tmp_path / "torn", "evaluation", _provenance(inputs["evaluations"][0]), {})
+    with pytest.raises(ArtifactError, match=r"holds no file 'metrics\.json'"):
+        write_report({"evaluations": [torn]}, tmp_path)
+
+
+def _provenance(artifact: Artifact) -> Any:
+    return artifact.manifest  # it has every field that a Provenance has
+
+
+class Elements(HTMLParser):
+    """Names and attributes of all elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_hostile_text_is_shown_and_no_element(hostile_inputs: Inputs, tmp_path: Path) -> None:
+    html, _ = write_report(hostile_inputs, tmp_path, title=f"Run {HOSTILE}")
+    parser = Elements()
+    parser.feed(html)
+    names = [tag for tag, _ in parser.found]
+    assert "script" not in names
+    assert "img" not in names
+    assert names.count("style") == 1
+    attributes = {name for _, attrs in parser.found for name in attrs}
+    assert not [name for name in attributes if name.startswith("on")]
+    assert "{{ 7*7 }}" in text_of(html)  # not read as a template either
+    assert text_of(html).count('<img src=x onerror="document.title=') > 18
+
+
+def test_nothing_outside_the_file_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    html, _ = write_report(inputs, tmp_path)
+    parser = Elements()
+    parser.feed(html)
+    links = [attrs[key] for _, attrs in parser.found for key in ("href", "src", "action", "data") if key in attrs]
+    assert [link for link in links if link and not link.startswith("#") and link != "data:,"] == []
+    assert "url(" not in html
+    assert "@import" not in html
+    policy = next(attrs["content"] for tag, attrs in parser.found if attrs.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    found = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if found is None:
+        pytest.skip("no Chromium on this machine: install the package `chromium` to run this test")
+    return found
+
+
+def browse(chromium: str, page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open `page` in a real browser and wait until it is quiet."""
+    profile = page.parent / "profile"
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-extensions", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=3000",
+        f"--user-data-dir={profile}", *options, page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("which", ["plain", "hostile"])
+def test_in_a_browser_nothing_fails_nothing_is_fetched_and_nothing_overflows(
+    chromium: str, inputs: Inputs, hostile_inputs: Inputs, tmp_path: Path, which: str, width: int
+) -> None:
+    html, _ = write_report(inputs if which == "plain" else hostile_inputs, tmp_path)
+    page = tmp_path / "page.html"
+    page.write_text(html)
+    log = tmp_path / "net.json"
+    shot = tmp_path / "page.png"
+    done = browse(chromium, page, f"--window-size={width},2000", f"--log-net-log={log}", f"--screenshot={shot}")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert _requested(log) == set()
+    assert shot.stat().st_size > 20_000
+    # An outer page, which may run scripts, measures the report in a frame: it must not be wider than the window.
+    assert _inner_width(chromium, tmp_path, html, width) <= width
+
+
+@pytest.mark.slow
+def test_the_browser_checks_can_fail(chromium: str, tmp_path: Path) -> None:
+    """The control: a page that runs a script and fetches something is seen doing it."""
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<!doctype html><script>console.error('ran')</script><img src='http://127.0.0.1:9/x.png'>"
+        "<div style='width:3000px'>wide</div>"
+    )
+    log = tmp_path / "net.json"
+    done = browse(chromium, page, f"--log-net-log={log}", f"--screenshot={tmp_path / 'page.png'}")
+    assert "CONSOLE" in done.stderr
+    assert "http://127.0.0.1:9/x.png" in _requested(log)
+    assert _inner_width(chromium, tmp_path, page.read_text(), 390) >= 3000
+
+
+def _requested(log: Path) -> set[str]:
+    """Every address that the page had fetched; what the browser asks for itself has no origin as its initiator."""
+    starts = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    return {start["url"] for start in starts if start.get("initiator", "not an origin") != "not an origin"}
+
+
+def _inner_width(chromium: str, folder: Path, html: str, width: int) -> int:
+    framed = folder / "framed.html"
+    escaped = html.replace("&", "&amp;").replace('"', "&quot;")
+    framed.write_text(
+        f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{escaped}"></iframe><script>onload = () => '
+        "{ document.title = frames[0].document.documentElement.scrollWidth }</script>"
+    )
+    done = browse(chromium, framed, "--dump-dom", "--window-size=1600,1000")
+    found = re.search(r"<title>(\d+)</title>", done.stdout)
+    assert found, done.stdout[:300]
+    return int(found[1])
