@@ -1,0 +1,145 @@
+"""The sentences: a verdict follows the corrected p-value, and every known reason to doubt is raised when it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefmill.evaluation.story import judge, p_text, signed, tell
+
+
+def found(value: float, p_value: float, p_holm: float | None = None) -> dict[str, Any]:
+    interval = {"value": value, "low": value - 0.5, "high": value + 0.5, "num_papers": 50}
+    return {**interval, "p_value": p_value, "p_holm": p_value if p_holm is None else p_holm}
+
+
+def model(name: str, score: float, **measures: float) -> dict[str, Any]:
+    values = {
+        "checkmark_score": score,
+        "num_words": 100.0,
+        "has_rating": 1.0,
+        "truncated": 0.0,
+        "empty": 0.0,
+        **measures,
+    }
+    described = {key: {"value": value, "low": value, "high": value} for key, value in values.items()}
+    return {"model": name, "measures": described, "repeated_reviews": 0.0}
+
+
+def pair(baseline: str, candidate: str, score: dict[str, Any], **measures: dict[str, Any]) -> dict[str, Any]:
+    others = {"num_words": found(0, 1), **measures}
+    return {
+        "baseline": baseline,
+        "candidate": candidate,
+        "measures": {"checkmark_score": score, **others},
+        "win_rate": {"value": 0.8},
+        "at_equal_length": {"value": 0.4, "low": 0.1, "high": 0.7},
+    }
+
+
+def story(
+    models: list[dict[str, Any]], pairs: list[dict[str, Any]], engine: str = "transformers", **heading: Any
+) -> Any:
+    compared = {
+        "modality": "clean", "engine": engine, "max_score": 24.0, "num_papers": 50, "models": models, "pairs": pairs,
+        **heading,
+    }  # fmt: skip
+    evaluations = [{"model": item["model"], "num_papers": 50, "training": None} for item in models]
+    return tell(compared, evaluations, 0.95)
+
+
+PROXY = "A checklist score is a proxy: it says that a review has the parts of a good one, not that they are right."
+
+
+def test_a_gain_that_holds_after_correction_helped() -> None:
+    told = story([model("base", 5), model("dpo", 7)], [pair("base", "dpo", found(2, 0.001, 0.003))])
+    assert told.verdict == "helped"
+    assert told.helped.startswith("Yes:")
+    assert told.how_much == "The mean checklist score goes 5.00 (base), 7.00 (dpo), of at most 24."
+    assert "dpo − base = +2.00, 95% interval +1.50 to +2.50, p = 0.003 after Holm's correction" in told.how_sure
+    assert told.doubts == (PROXY,)
+
+
+def test_a_gain_that_does_not_hold_after_correction_is_not_claimed() -> None:
+    told = story([model("base", 5), model("dpo", 7)], [pair("base", "dpo", found(2, 0.02, 0.06))])
+    assert told.verdict == "unclear"
+    assert told.helped.startswith("Not shown:")
+
+
+def test_a_loss_is_called_one() -> None:
+    told = story([model("base", 5), model("dpo", 3)], [pair("base", "dpo", found(-2, 0.001))])
+    assert told.verdict == "hurt"
+    assert told.helped.startswith("No:")
+
+
+def test_people_are_the_reference_and_the_last_model_is_judged_against_the_first() -> None:
+    models = [model("human", 9), model("base", 5), model("sft", 6), model("dpo", 7)]
+    pairs = [
+        pair("base", "sft", found(1, 0.001)),
+        pair("base", "dpo", found(2, 0.001)),
+        pair("sft", "dpo", found(1, 0.4)),
+    ]
+    told = story(models, pairs)
+    assert "dpo − base" in told.how_sure
+    assert told.how_much.endswith("Reviews by people score 9.00.")
+    assert "The step from sft to dpo shows no effect of its own: +1.00, p = 0.400." in told.doubts
+    assert not [doubt for doubt in told.doubts if "base to sft" in doubt]
+
+
+def test_independent_factors_confirm_or_do_not() -> None:
+    models = [model("base", 5), model("dpo", 7)]
+    agree = story(models, [pair("base", "dpo", found(2, 0.001), num_factors=found(1.5, 0.001))])
+    deny = story(models, [pair("base", "dpo", found(2, 0.001), num_factors=found(0.1, 0.7))])
+    assert "does not know, agree: +1.50" in agree.how_sure
+    assert "does not know, do not confirm it: +0.10" in deny.how_sure
+
+
+@pytest.mark.parametrize(
+    ("measures", "differences", "doubt"),
+    [
+        ({}, {"num_words": found(30, 0.001)}, "dpo writes 30% longer reviews than base; at equal length"),
+        ({}, {"num_words": found(-30, 0.001)}, "30% shorter"),
+        ({"truncated": 0.2}, {}, "20% of dpo’s reviews were cut off"),
+        ({"empty": 0.01}, {}, "1% of dpo’s outputs are empty"),
+        ({"has_rating": 0.9}, {}, "10% of dpo’s reviews give no rating"),
+        ({}, {"repeated_4grams": found(0.2, 0.001)}, "dpo repeats itself more than base"),
+        ({}, {"recommendation_correct": found(-0.2, 0.01)}, "agree with the decisions less often"),
+        ({}, {"rating_error": found(0.7, 0.01)}, "dpo’s ratings are further from people’s than base’s, by 0.70 points"),
+    ],
+)  # fmt: skip
+def test_side_effects_are_doubts(measures: dict[str, float], differences: dict[str, Any], doubt: str) -> None:
+    told = story([model("base", 5), model("dpo", 7, **measures)], [pair("base", "dpo", found(2, 0.001), **differences)])
+    assert [text for text in told.doubts if doubt in text] == [told.doubts[0]]
+    assert len(told.doubts) == 2
+
+
+def test_differences_within_chance_are_no_doubts() -> None:
+    noise = {"num_words": found(30, 0.2), "repeated_4grams": found(0.2, 0.2), "rating_error": found(0.7, 0.2)}
+    told = story([model("base", 5), model("dpo", 7)], [pair("base", "dpo", found(2, 0.001), **noise)])
+    assert told.doubts == (PROXY,)
+
+
+def test_general_doubts() -> None:
+    models = [model("base", 5), {**model("dpo", 7), "repeated_reviews": 0.4}]
+    told = story(models, [pair("base", "dpo", found(2, 0.001))], engine="lexical", num_papers=20)
+    assert any("40% of dpo’s reviews repeat another one" in doubt for doubt in told.doubts)
+    assert any("only 20 papers" in doubt for doubt in told.doubts)
+    assert any("30 papers were not reviewed by every model" in doubt for doubt in told.doubts)
+    assert any("lexical engine" in doubt for doubt in told.doubts)
+
+
+def test_untraced_training_data_is_a_doubt() -> None:
+    heading = {"modality": "clean", "engine": "e", "max_score": 24.0, "num_papers": 50}
+    compared = {**heading, "models": [model("dpo", 5)], "pairs": []}
+    missing = {"model": "dpo", "num_papers": 50, "training": {"num_missing": 1}}
+    told = tell(compared, [missing], 0.95)
+    assert told.verdict == "single"
+    assert any("What dpo learned from could not be traced in full" in doubt for doubt in told.doubts)
+
+
+def test_numbers_in_words() -> None:
+    assert [signed(value) for value in (1.234, -1.2, 0.001, -0.001)] == ["+1.23", "−1.20", "0.00", "0.00"]
+    assert [p_text(value) for value in (0.0004, 0.012)] == ["p < 0.001", "p = 0.012"]
+    assert judge(found(1, 0.049), 0.95) == "helped"
+    assert judge(found(1, 0.051), 0.95) == "unclear"
