@@ -260,14 +260,17 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, config: TrainingConfig) -> None:
     """List over-long rows in the logs; raises ConfigError when `on_overlong` is `fail`, or when nothing is left."""
+    path = task.logs / "overlong_rows.json"
     if dropped:
-        write_atomic(task.logs / "overlong_rows.json", json.dumps(list(dropped), indent=1))
+        files = {row.get("file") for row in dropped}
+        others = [row for row in json.loads(path.read_text()) if row.get("file") not in files] if path.is_file() else []
+        write_atomic(path, json.dumps([*others, *dropped], indent=1))
     if not dropped or (kept and config.on_overlong == "drop"):
         return
     longest = max(row["num_tokens"] for row in dropped)
     raise ConfigError(
         f"{len(dropped)} of {len(dropped) + kept} rows are longer than max_length",
-        where=task.logs / "overlong_rows.json", got=f"up to {longest} tokens", expected=f"at most {config.max_length}",
+        where=path, got=f"up to {longest} tokens", expected=f"at most {config.max_length}",
         fix=f"raise max_length to {longest}, or set on_overlong=drop to leave them out; nothing is ever truncated",
     )  # fmt: skip
 

@@ -125,13 +125,15 @@ def test_a_checkpoint_torn_by_the_kill_is_passed_over(
 def test_overlong_rows_are_refused_or_left_out_and_named(tmp_path: Path, base: Artifact) -> None:
     long = sft_rows(1, start=50)
     long[0]["messages"][1]["content"] = " ".join(["paper"] * 200)
-    datasets = make_datasets(tmp_path / "data", sft_clean_train=[*sft_rows(8), *long])
+    datasets = make_datasets(
+        tmp_path / "data", sft_clean_train=[*sft_rows(8), *long], sft_clean_val=[*sft_rows(2), *long]
+    )
     with pytest.raises(ConfigError, match=r"1 of 9 rows are longer than max_length(.|\n)*nothing is ever truncated"):
         sft(tmp_path / "a", base, datasets)
     sft(tmp_path / "b", base, datasets, on_overlong="drop")
-    (reported,) = json.loads((tmp_path / "b" / "logs" / "overlong_rows.json").read_text())
-    assert reported["id"] == "r50"
-    assert reported["num_tokens"] > 64
+    reported = json.loads((tmp_path / "b" / "logs" / "overlong_rows.json").read_text())
+    assert [(row["file"], row["id"]) for row in reported] == [("sft_clean_train", "r50"), ("sft_clean_val", "r50")]
+    assert reported[0]["num_tokens"] > 64
 
 
 def test_nothing_is_trained_where_all_rows_are_overlong(tmp_path: Path, base: Artifact, datasets: Artifact) -> None:

@@ -88,7 +88,7 @@ def load_groups(path: Path, tokenizer: PreTrainedTokenizerBase, config: Preferen
             kept.append(group)
         else:
             ids = [pair.pair_id for pair in group.pairs]
-            dropped += [{"id": pair_id, "file": path.name, "num_tokens": group.longest} for pair_id in ids]
+            dropped += [{"id": pair_id, "file": path.parent.name, "num_tokens": group.longest} for pair_id in ids]
     report_dropped(task, dropped, sum(len(group.pairs) for group in kept), config)
     if not kept:
         raise InputError("no pairs to train on", where=path, fix="lower the thresholds of build_datasets")

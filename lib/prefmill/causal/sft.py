@@ -79,7 +79,7 @@ def load_chats(path: Path, tokenizer: PreTrainedTokenizerBase, config: TrainingC
     for row in tqdm(read_jsonl(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
         encoded = _encode_row(row, tokenizer)
         if len(encoded["input_ids"]) > config.max_length:
-            dropped.append({"id": row["id"], "file": path.name, "num_tokens": len(encoded["input_ids"])})
+            dropped.append({"id": row["id"], "file": path.parent.name, "num_tokens": len(encoded["input_ids"])})
         else:
             rows.append(encoded)
     report_dropped(task, dropped, len(rows), config)
