@@ -79,7 +79,8 @@ def test_lineage_runs_from_raw_input_down(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert section["levels"][1][0]["tasks"] == 2
     assert section["edges"] == [
-        ("build", "dpo"), ("build", "sft"), ("ingest", "build"), ("ingest", "score"), ("score", "build"), ("sft", "dpo"),
+        ("build", "dpo"), ("build", "sft"), ("ingest", "build"), ("ingest", "score"), ("score", "build"),
+        ("sft", "dpo"),
     ]  # fmt: skip
     assert section["missing"] == []
 

@@ -52,6 +52,14 @@ def test_sampler_draws_from_the_softmax_at_its_temperature() -> None:
     assert (observed - expected).abs().max() < 4 * 0.5 / count**0.5
 
 
+def test_every_step_has_a_number_of_its_own() -> None:
+    numbers = np.array([[0.05, 0.45, 0.95], [0.99, 0.15, 0.55]])
+    sampler = KeyedSampler(numbers, 4, Sampling(3, 1.0, 1.0, 0))
+    flat = torch.zeros(2, 10)
+    drawn = [sampler(torch.zeros(2, 4 + step, dtype=torch.long), flat).argmax(-1).tolist() for step in range(3)]
+    assert drawn == [[0, 9], [4, 1], [9, 5]]
+
+
 def test_uniforms_follow_from_the_key_alone() -> None:
     assert uniforms(1, "p", 0, 3).tolist() == uniforms(1, "p", 0, 5)[:3].tolist()
     others = [uniforms(2, "p", 0, 3), uniforms(1, "q", 0, 3), uniforms(1, "p", 1, 3)]

@@ -93,7 +93,7 @@ def test_every_paper_counts_the_same_however_many_reviews_it_has() -> None:
     assert found["items"][0]["question"] == "Zero?"
     assert [factor["share"] for factor in found["factors"]] == pytest.approx([2 / 3, 1 / 3, 1 / 6], abs=1e-6)
     assert found["papers"][0]["scores"] == [2.0, 1.0]
-    assert found["papers"][0]["confusion"] == [1, 0, 1]
+    assert [paper["confusion"] for paper in found["papers"]] == [[1, 0, 1], [0, 1, 0], None]
 
 
 def test_without_a_generated_corpus_there_are_no_factors() -> None:
