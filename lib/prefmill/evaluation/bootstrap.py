@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from statistics import NormalDist
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 MIN_PAPERS = 2
 _CHUNK_CELLS = 4_000_000  # drawn at a time: 32 MB
-_KEPT_CELLS = 16_000_000  # draws up to 128 MB are kept: a comparison asks for the same ones a hundred times
+_KEPT_CELLS = 128_000_000  # draws up to 128 MB are kept: a comparison asks for the same ones a hundred times
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,22 @@ def _stretch(num_papers: int, confidence: float) -> float:
     return student_quantile(probability, num_papers - 1) / normal * math.sqrt(num_papers / (num_papers - 1))
 
 
-def _weights(num_papers: int, resampling: Resampling) -> Iterable[Array]:
+def _weights(num_papers: int, resampling: Resampling) -> Iterator[Array]:
     """How often each paper is drawn, as shares [r, P], a chunk at a time."""
     fits = num_papers * resampling.num_resamples <= _KEPT_CELLS
-    return _kept_weights(num_papers, resampling) if fits else _draw_weights(num_papers, resampling)
+    for counts in (_kept_counts if fits else _draw_counts)(num_papers, resampling):
+        yield counts / num_papers
 
 
 @lru_cache(maxsize=2)
-def _kept_weights(num_papers: int, resampling: Resampling) -> tuple[Array, ...]:
-    return tuple(_draw_weights(num_papers, resampling))
+def _kept_counts(num_papers: int, resampling: Resampling) -> tuple[NDArray[np.uint8], ...]:
+    return tuple(_draw_counts(num_papers, resampling))
 
 
-def _draw_weights(num_papers: int, resampling: Resampling) -> Iterator[Array]:
+def _draw_counts(num_papers: int, resampling: Resampling) -> Iterator[NDArray[np.uint8]]:
+    """Each paper is drawn once on average, so that a count never comes near the 255 that a byte holds."""
     generator = np.random.default_rng(resampling.seed)
     chunk = max(1, _CHUNK_CELLS // num_papers)
     for start in range(0, resampling.num_resamples, chunk):
         rows = min(chunk, resampling.num_resamples - start)
-        yield generator.multinomial(num_papers, np.full(num_papers, 1 / num_papers), size=rows) / num_papers
+        yield generator.multinomial(num_papers, np.full(num_papers, 1 / num_papers), size=rows).astype(np.uint8)
