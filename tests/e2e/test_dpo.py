@@ -129,15 +129,32 @@ def test_shuffled_labels_are_part_of_the_identity_and_train_otherwise(
     assert any((shuffled[name] != plain[name]).any() for name in plain)
 
 
+def test_validation_pairs_are_never_shuffled(tmp_path: Path, policy: Artifact) -> None:
+    """Where validation repeats the training pairs, learning shuffled labels does not raise its accuracy to 1."""
+    rows = pair_rows(10, pairs=2)
+    datasets = make_datasets(tmp_path / "data", dpo_clean_train=rows, dpo_clean_val=rows)
+    accuracies = {}
+    for shuffle in (False, True):
+        folder = tmp_path / str(shuffle)
+        dpo(folder, policy, datasets, shuffle_labels=shuffle, num_train_epochs=4)
+        curve = read_curve(folder / "logs" / STEPS)
+        accuracies[shuffle] = [row["eval_accuracy"] for row in curve if "eval_accuracy" in row][-1]
+    assert accuracies[False] == 1.0
+    assert 0.2 < accuracies[True] < 0.8
+
+
 def test_overlong_pairs_are_refused_or_left_out_and_named(tmp_path: Path, policy: Artifact) -> None:
-    long = pair_rows(1, pairs=1)[0]
-    long |= {"id": "long", "group": "long", "chosen": {"from": "gpt", "value": " ".join(["paper"] * 200)}}
-    datasets = make_datasets(tmp_path / "data", dpo_clean_train=[*pair_rows(4), long])
-    with pytest.raises(ConfigError, match=r"1 of 9 rows are longer than max_length(.|\n)*nothing is ever truncated"):
+    """One long response costs the pairs it is in, not the other pairs of its prompt."""
+    rows = pair_rows(4, pairs=2)
+    rows[1]["rejected"] = {"from": "gpt", "value": " ".join(["paper"] * 200)}
+    datasets = make_datasets(tmp_path / "data", dpo_clean_train=rows)
+    with pytest.raises(ConfigError, match=r"1 of 8 rows are longer than max_length(.|\n)*nothing is ever truncated"):
         dpo(tmp_path / "a", policy, datasets)
     dpo(tmp_path / "b", policy, datasets, on_overlong="drop")
     (reported,) = json.loads((tmp_path / "b" / "logs" / "overlong_rows.json").read_text())
-    assert reported["id"] == "long"
+    assert (reported["file"], reported["id"]) == ("dpo_clean_train", rows[1]["id"])
+    trained = {row["pair_id"] for row in read_jsonl(tmp_path / "b" / "logs" / "margins" / "margins_log.jsonl")}
+    assert trained == {row["id"] for row in rows} - {rows[1]["id"]}
 
 
 def test_what_it_refuses(tmp_path: Path, policy: Artifact, datasets: Artifact) -> None:

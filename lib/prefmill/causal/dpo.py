@@ -45,7 +45,7 @@ def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, va
     loaded afresh, never from the policy in training.
     """
     tokenizer = load_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    groups = load_groups(train, tokenizer, config, task)
+    groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels)
     held_out = load_groups(val, tokenizer, config, task) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings)
@@ -77,18 +77,20 @@ def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, va
     }
 
 
-def load_groups(path: Path, tokenizer: PreTrainedTokenizerBase, config: PreferenceConfig, task: Task) -> list[Group]:
+def load_groups(
+    path: Path, tokenizer: PreTrainedTokenizerBase, config: PreferenceConfig, task: Task, shuffle: bool = False
+) -> list[Group]:
     """The pairs in `path` as groups; those with a side over max_length are reported and dropped, or refused."""
     pairs = read_pairs(path)
-    chosen = swap_by_coin(pairs, config.seed) if config.shuffle_labels else pairs
+    chosen = swap_by_coin(pairs, config.seed) if shuffle else pairs
     groups = gather(chosen, lambda messages, answer: encode(tokenizer, messages, answer))
-    kept, dropped = [], []
-    for group in groups:
-        if group.longest <= config.max_length:
-            kept.append(group)
-        else:
-            ids = [pair.pair_id for pair in group.pairs]
-            dropped += [{"id": pair_id, "file": path.parent.name, "num_tokens": group.longest} for pair_id in ids]
+    dropped = [
+        {"id": pair.pair_id, "file": path.parent.name, "num_tokens": group.tokens_of(pair)}
+        for group in groups
+        for pair in group.pairs
+        if group.tokens_of(pair) > config.max_length
+    ]
+    kept = [group for group in (group.up_to(config.max_length) for group in groups) if group.pairs]
     report_dropped(task, dropped, sum(len(group.pairs) for group in kept), config)
     if not kept:
         raise InputError("no pairs to train on", where=path, fix="lower the thresholds of build_datasets")

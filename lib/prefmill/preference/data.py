@@ -43,10 +43,17 @@ class Group:
     responses: list[list[int]]
     pairs: list[Pair]
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the prompt with its longest response."""
-        return len(self.prompt) + max(map(len, self.responses))
+    def tokens_of(self, pair: Pair) -> int:
+        """Tokens of the prompt with the longer side of `pair`."""
+        return len(self.prompt) + max(len(self.responses[pair.chosen]), len(self.responses[pair.rejected]))
+
+    def up_to(self, max_length: int) -> Group:
+        """The pairs whose sides both fit into `max_length` with the prompt, and the responses that they compare."""
+        pairs = [pair for pair in self.pairs if self.tokens_of(pair) <= max_length]
+        places = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
+        moved = {place: index for index, place in enumerate(places)}
+        kept = [Pair(pair.pair_id, moved[pair.chosen], moved[pair.rejected]) for pair in pairs]
+        return Group(self.prompt, [self.responses[place] for place in places], kept)
 
 
 def read_pairs(path: Path) -> Iterator[PreferencePair]:
