@@ -14,7 +14,7 @@ from typing import Any
 
 from prefmill.artifacts import Artifact, Provenance, publish
 from prefmill.checklist.engines import LexicalConfig, open_engine
-from prefmill.checklist.items import load_checklist
+from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.evaluation.held_out import HeldOut, human_generations, read_held_out, score_generations
 from prefmill.evaluation.record import write_evaluation
 from prefmill.evaluation.rows import HUMAN, Generation
@@ -125,16 +125,18 @@ def make_evaluation(
     return publish_as(folder, "evaluation", {"model": model, "modality": "clean"}, corpus=corpus)
 
 
-def make_training(workspace: Path, corpus: Artifact) -> dict[str, list[Artifact]]:
+def make_training(workspace: Path, corpus: Artifact, checklist: Checklist | None = None) -> dict[str, list[Artifact]]:
     """Scores, datasets and their validation by the stages themselves, and checkpoints with the logs of a training."""
     run = workspace / "data" / "run"
     papers = {row["paper_id"]: row for row in read_jsonl(corpus.file("papers.jsonl"))}
     reviews = itertools.groupby(read_jsonl(corpus.file("reviews.jsonl")), key=lambda row: row["paper_id"])
-    engine = open_engine(LexicalConfig(), load_checklist())
+    checklist = checklist or load_checklist()
+    engine = open_engine(LexicalConfig(), checklist)
     scores = run / "score_reviews" / "all"
     write_jsonl(
         scores / "review_evaluations.jsonl", engine.evaluate((papers[key], list(rows)) for key, rows in reviews)
     )
+    save_checklist(checklist, scores / "checklist.json")
     scored = publish_as(scores, "review_scores", corpus=corpus)
     built = make_task("build_datasets", run / "build_datasets" / "all", {"corpus": [corpus], "scores": [scored]})
     build_datasets.run(build_datasets.BuildDatasetsConfig(modalities=["clean"]), built)

@@ -15,6 +15,7 @@ import pytest
 from evaluation_artifacts import make_corpus, make_evaluation, make_task, make_training
 
 from prefmill.artifacts import RUN_RECORD, Artifact, publish
+from prefmill.checklist.items import load_checklist
 from prefmill.errors import ArtifactError, InputError
 from stages.report import ReportConfig, run
 
@@ -134,6 +135,19 @@ def test_what_was_not_given_is_named(inputs: Inputs, tmp_path: Path) -> None:
     assert "This page does without the corpus" in page
     assert "No trained checkpoint was given" in page
     assert "No manifest was found here for" not in page  # the corpus is in the evaluation's workspace
+
+
+def test_training_data_scored_with_another_checklist_are_a_doubt(inputs: Inputs, tmp_path: Path) -> None:
+    doubt = "The training data were scored with another checklist than these reviews."
+    html, _ = write_report(inputs, tmp_path / "same")
+    assert doubt not in text_of(html)
+    corpus = make_corpus(tmp_path, 90)
+    shipped = load_checklist()
+    shorter = shipped.model_copy(update={"items": shipped.items[:-1]})
+    trained = make_training(tmp_path, corpus, shorter)
+    evaluations = [make_evaluation(tmp_path, corpus, model, FACTORS[model]) for model in ("base", "dpo")]
+    html, _ = write_report({"evaluations": evaluations, **trained}, tmp_path)
+    assert doubt in text_of(html)
 
 
 def test_models_that_do_not_differ_are_not_said_to(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prefmill.artifacts import Artifact
+from prefmill.artifacts import Artifact, digest_json
 from prefmill.evaluation.charts import Line, histogram, line_chart
 from prefmill.evaluation.telemetry import CURVES, Curve, Curves, bins, read_curves, read_margins
 
 Row = dict[str, Any]
+CHECKLIST = "checklist.json"
 
 
 def training_section(checkpoints: Sequence[Artifact]) -> list[Row]:
@@ -33,6 +34,13 @@ def validation_section(validation: Artifact | None) -> Row | None:
         return None
     report: Row = json.loads(validation.file("report.json").read_text())
     return report
+
+
+def training_checklists(artifacts: Iterable[Artifact]) -> set[str]:
+    """Digests of the checklists that the training data were scored with, as far as they are known."""
+    scores = (item for item in artifacts if item.manifest.kind == "review_scores")
+    paths = (item.path / entry.path for item in scores for entry in item.manifest.files if entry.path == CHECKLIST)
+    return {digest_json(json.loads(path.read_text())) for path in paths}
 
 
 def lineage_section(artifacts: Sequence[Artifact], missing: Sequence[str]) -> Row:

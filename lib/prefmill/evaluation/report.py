@@ -17,12 +17,12 @@ from prefmill.evaluation import background, sections
 from prefmill.evaluation.bootstrap import Resampling
 from prefmill.evaluation.charts import key_marker, series_class
 from prefmill.evaluation.comparison import compare, model_order
-from prefmill.evaluation.examples import Example, choose_papers, read_examples
+from prefmill.evaluation.examples import choose_papers, read_examples
 from prefmill.evaluation.graph import lineage_graph
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.evaluation.metrics import MEASURES
 from prefmill.evaluation.record import METRICS
-from prefmill.evaluation.story import Compared, Story, main_pair, tell
+from prefmill.evaluation.story import Compared, Story, data_doubts, main_pair, tell
 
 TEMPLATES = Path(__file__).parent / "templates"
 Evaluated = tuple[Mapping[str, Any], Artifact]  # metrics.json, and the artifact that holds it
@@ -59,15 +59,28 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
 
     Raises InputError where evaluations cannot be compared.
     """
-    evaluated = [(json.loads(item.file(METRICS).read_text()), item) for item in inputs.evaluations]
-    _require_same_engine(evaluated)
+    evaluated = _read(inputs.evaluations)
     comparison = compare([metrics for metrics, _ in evaluated], resampling)
-    parts = [
-        _modality(compared, [item for item in evaluated if item[0]["modality"] == compared["modality"]], inputs,
-                  resampling, num_examples)
-        for compared in comparison["modalities"]
-    ]  # fmt: skip
+    validation = background.validation_section(inputs.validation)
+    training = background.training_section(inputs.checkpoints)
     artifacts, missing = everything_behind(inputs.all())
+    doubts = data_doubts(
+        validation,
+        is_control=any(task["is_control"] for task in training),
+        other_checklist=bool(background.training_checklists(artifacts) - {item["checklist"] for item, _ in evaluated}),
+    )
+    parts = []
+    for compared in comparison["modalities"]:
+        group = [item for item in evaluated if item[0]["modality"] == compared["modality"]]
+        metrics = [item[0] for item in group]
+        chosen = _choose_examples(compared, metrics, num_examples, resampling.seed)
+        parts.append(
+            {
+                "story": tell(compared, metrics, resampling.confidence, doubts),
+                "examples": read_examples(group, chosen, inputs.corpus),
+                **_tables(compared, metrics, resampling.confidence),
+            }
+        )
     lineage = background.lineage_section(artifacts, missing)
     page = _environment().get_template("report.html.jinja")
     html = page.render(
@@ -75,9 +88,9 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
         resampling=resampling,
         measures=(*MEASURES, *sections.EXTRA_MEASURES),
         modalities=parts,
-        training=background.training_section(inputs.checkpoints),
+        training=training,
         data=background.data_section(inputs.corpus, inputs.datasets),
-        validation=background.validation_section(inputs.validation),
+        validation=validation,
         lineage=lineage,
         graph=lineage_graph(lineage["levels"], lineage["edges"]),
         absent=_absent(inputs),
@@ -85,42 +98,38 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
     return Report(html, comparison, tuple(part["story"] for part in parts), artifacts)
 
 
-def _modality(
-    compared: Compared,
-    evaluated: Sequence[Evaluated],
-    inputs: ReportInputs,
-    resampling: Resampling,
-    num_examples: int,
-) -> dict[str, Any]:
-    """Everything the page shows of one modality."""
-    ordered = sorted(evaluated, key=lambda item: model_order(item[0]["model"]))
-    metrics = [item[0] for item in ordered]
+def _read(evaluations: Sequence[Artifact]) -> list[Evaluated]:
+    """In the order in which models are shown; raises InputError where the engines' settings differ."""
+    read: list[Evaluated] = [(json.loads(item.file(METRICS).read_text()), item) for item in evaluations]
+    _require_same_engine(read)
+    return sorted(read, key=lambda item: model_order(item[0]["model"]))
+
+
+def _tables(compared: Compared, metrics: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, Any]:
+    """The tables and charts of one modality."""
     questions = {item["id"]: item["question"] for item in metrics[0]["items"]}
     return {
         "compared": compared,
-        "story": tell(compared, metrics, resampling.confidence),
         "score_chart": sections.score_chart(compared),
         "difference_chart": sections.difference_chart(compared),
         "measures": sections.measure_table(compared),
         "pairs": sections.pair_table(compared),
-        "items": sections.item_rows(compared, questions, resampling.confidence),
-        "factors": sections.factor_rows(compared, resampling.confidence),
+        "items": sections.item_rows(compared, questions, confidence),
+        "factors": sections.factor_rows(compared, confidence),
         "length_chart": sections.length_chart(metrics),
         "lengths": sections.length_rows(compared),
-        "examples": _examples(compared, ordered, inputs.corpus, num_examples, resampling.seed),
     }
 
 
-def _examples(
-    compared: Compared, evaluated: Sequence[Evaluated], corpus: Artifact | None, count: int, seed: int
-) -> list[Example]:
+def _choose_examples(compared: Compared, metrics: Sequence[Mapping[str, Any]], count: int, seed: int) -> dict[str, str]:
+    """Papers to show, by what the last model gained on them over the first."""
     pair = main_pair(compared)
     first, last = (pair["baseline"], pair["candidate"]) if pair else (compared["models"][-1]["model"],) * 2
     scores = {
-        metrics["model"]: {row["paper_id"]: row["measures"]["checkmark_score"] for row in metrics["papers"]}
-        for metrics, _ in evaluated
+        item["model"]: {row["paper_id"]: row["measures"]["checkmark_score"] for row in item["papers"]}
+        for item in metrics
     }
-    return read_examples(evaluated, choose_papers(scores[first], scores[last], count, seed), corpus)
+    return choose_papers(scores[first], scores[last], count, seed)
 
 
 def _require_same_engine(evaluated: Sequence[Evaluated]) -> None:

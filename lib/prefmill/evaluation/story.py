@@ -13,6 +13,7 @@ Verdict = Literal["helped", "hurt", "unclear", "single"]
 Compared = Mapping[str, Any]  # one modality of comparison.json
 SCORE, FACTORS, WORDS = "checkmark_score", "num_factors", "num_words"
 FEW_PAPERS = 30
+LENGTH_GIVES_AWAY = 0.65  # share of pairs from which on length alone tells the preferred review too well
 LENGTH_CHANGE, SHARE_OF_CONCERN, REPETITION_CHANGE = 0.1, 0.05, 0.05
 
 
@@ -28,8 +29,10 @@ class Story:
     doubts: tuple[str, ...]
 
 
-def tell(compared: Compared, evaluations: Sequence[Mapping[str, Any]], confidence: float) -> Story:
-    """The story of one modality; `evaluations` are its metrics.json."""
+def tell(
+    compared: Compared, evaluations: Sequence[Mapping[str, Any]], confidence: float, of_data: Sequence[str] = ()
+) -> Story:
+    """The story of one modality; `evaluations` are its metrics.json, `of_data` what is to doubt about the data."""
     pair = main_pair(compared)
     if pair is None:
         return _story_of_one(compared, evaluations)
@@ -46,7 +49,7 @@ def tell(compared: Compared, evaluations: Sequence[Mapping[str, Any]], confidenc
         helped=helped.format(**names),
         how_much=_how_much(compared),
         how_sure=_how_sure(compared, pair, confidence),
-        doubts=tuple(_doubts(compared, pair, evaluations, confidence)),
+        doubts=(*_doubts(compared, pair, confidence), *of_data, *_general_doubts(compared, evaluations)),
     )
 
 
@@ -117,13 +120,22 @@ def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) ->
     return " ".join(parts)
 
 
-def _doubts(
-    compared: Compared, pair: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], confidence: float
-) -> Iterator[str]:
+def data_doubts(validation: Mapping[str, Any] | None, is_control: bool, other_checklist: bool) -> list[str]:
+    """What the training data give reason to doubt; `validation` is the report.json of validate_datasets."""
+    doubts = ["The preference labels of this run were shuffled: it is a control."] if is_control else []
+    if other_checklist:
+        doubts.append("The training data were scored with another checklist than these reviews.")
+    for folder, bias in (validation or {}).get("length_bias", {}).items():
+        if bias["low"] > LENGTH_GIVES_AWAY:
+            share = f"{bias['longer_is_chosen']:.0%}"
+            doubts.append(f"In {share} of the pairs of {folder} the preferred review is the longer one.")
+    return doubts
+
+
+def _doubts(compared: Compared, pair: Mapping[str, Any], confidence: float) -> Iterator[str]:
     yield from _length_doubt(compared, pair, confidence)
     yield from _step_doubts(compared, confidence)
     yield from _side_effects(compared, pair, confidence)
-    yield from _general_doubts(compared, evaluations)
 
 
 def _length_doubt(compared: Compared, pair: Mapping[str, Any], confidence: float) -> Iterator[str]:

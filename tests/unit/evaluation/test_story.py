@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefmill.evaluation.story import judge, p_text, signed, tell
+from prefmill.evaluation.story import data_doubts, judge, p_text, signed, tell
 
 
 def found(value: float, p_value: float, p_holm: float | None = None) -> dict[str, Any]:
@@ -143,3 +143,13 @@ def test_numbers_in_words() -> None:
     assert [p_text(value) for value in (0.0004, 0.012)] == ["p < 0.001", "p = 0.012"]
     assert judge(found(1, 0.049), 0.95) == "helped"
     assert judge(found(1, 0.051), 0.95) == "unclear"
+
+
+def test_length_bias_of_the_data_and_controls_are_doubts() -> None:
+    biased = {"longer_is_chosen": 0.9, "low": 0.85}
+    mild = {"longer_is_chosen": 0.66, "low": 0.6}
+    doubts = data_doubts({"length_bias": {"dpo_clean_train": biased, "dpo_clean_val": mild}}, False, False)
+    assert doubts == ["In 90% of the pairs of dpo_clean_train the preferred review is the longer one."]
+    assert data_doubts(None, False, False) == []
+    assert "it is a control" in data_doubts(None, True, False)[0]
+    assert "another checklist" in data_doubts(None, False, True)[0]
