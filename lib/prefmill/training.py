@@ -63,7 +63,7 @@ class TrainingConfig(StrictConfig):
 
     logging_steps: int = runtime(10, ge=1)
     save_steps: int = runtime(500, ge=1)
-    save_total_limit: int = runtime(2, ge=1)
+    save_total_limit: int = runtime(2, ge=2)  # while one is written, the one before it is what a kill leaves
     dataloader_num_workers: int = runtime(0, ge=0)
     report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(["tensorboard"])
 
@@ -74,6 +74,11 @@ class TrainingConfig(StrictConfig):
                 "save_steps must be a multiple of logging_steps: a logged loss is the mean since the one before"
             )
         return self
+
+
+def world_size() -> int:
+    """Ranks that train together, as the launcher says; known before any process group is there."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def accumulation(config: TrainingConfig, world_size: int) -> int:
@@ -191,6 +196,16 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
             target_modules=config.lora.target_modules,
         ),
     )
+
+
+def train_and_save(trainer: Any, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task) -> None:
+    """Train from the newest complete checkpoint on, then have one rank write the finished folder."""
+    with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
+        checkpoint = newest_checkpoint(task.output)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        save_finished(trainer.model, tokenizer, task.output, config, task)
+    trainer.accelerator.wait_for_everyone()
 
 
 def save_finished(

@@ -30,11 +30,11 @@ from prefmill.stage import Metrics, Task
 from prefmill.training import (
     accumulation,
     add_adapter,
-    newest_checkpoint,
     report_dropped,
-    save_finished,
+    train_and_save,
     trainer_arguments,
     weights_precision,
+    world_size,
 )
 
 
@@ -49,24 +49,22 @@ def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, va
     held_out = load_groups(val, tokenizer, config, task) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    plan = _plan(groups, config, world_size)
+    plan = _plan(groups, config)
     trainer = PreferenceTrainer(
         model=add_adapter(load_policy(policy, config), config),
-        args=_arguments(config, task, plan, world_size),
+        args=_arguments(config, task, plan),
         train=PreferenceData(groups, None, plan),
         val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
         encode=_encoder(config, tokenizer.pad_token_id),
         objective=objective,
         settings=settings,
-        telemetry=Telemetry(task.logs, rank),
+        telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
         callbacks=[StageCallback(task)],
     )
     if objective.needs_reference:
         trainer.set_reference(*_reference(trainer, task, groups, held_out, tokenizer, config))
-    trainer.train(resume_from_checkpoint=newest_checkpoint(task.output))
+    train_and_save(trainer, tokenizer, config, task)
     uninstall(trainer.model)
-    save_finished(trainer.model, tokenizer, task.output, config, task)
     history = [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{}]
     return {
         "steps": trainer.state.global_step,
@@ -116,26 +114,24 @@ def load_policy(name: str, config: PreferenceConfig) -> Any:
     return install(model)
 
 
-def _plan(groups: Sequence[Group], config: PreferenceConfig, world_size: int) -> list[Microbatch]:
+def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:
     """The microbatches of all epochs, as the layout cuts them."""
-    epochs, target = config.num_train_epochs, config.effective_batch_size
-    at_once = config.per_device_train_batch_size
-    per_step = accumulation(config, world_size) * world_size
+    epochs, target, ranks = config.num_train_epochs, config.effective_batch_size, world_size()
+    per_step = accumulation(config, ranks) * ranks
     if config.layout == "pairwise":
         return plan_batches(groups, epochs, target, per_step, config.seed)
-    return plan_group_batches(
-        groups, epochs, target, at_once, world_size, config.max_tokens_per_microbatch, config.seed
-    )
+    at_once, max_tokens = config.per_device_train_batch_size, config.max_tokens_per_microbatch
+    return plan_group_batches(groups, epochs, target, at_once, ranks, max_tokens, config.seed)
 
 
 def _encoder(config: PreferenceConfig, pad: int) -> EncodeParts:
     return encode_groups if config.layout == "group" else partial(encode_pairwise, pad=pad)
 
 
-def _arguments(config: PreferenceConfig, task: Task, plan: Sequence[Microbatch], world_size: int) -> TrainingArguments:
+def _arguments(config: PreferenceConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
     """The Trainer sees the plan of all epochs as one epoch of microbatches; the plan says where an epoch ends."""
-    given = trainer_arguments(config, task, world_size)
-    num_microbatches = sum(item.step == 0 for item in plan) // world_size
+    given = trainer_arguments(config, task, world_size())
+    num_microbatches = sum(item.step == 0 for item in plan) // world_size()
     return TrainingArguments(
         **given
         | {

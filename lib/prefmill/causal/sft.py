@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +20,11 @@ from prefmill.stage import Metrics, Task
 from prefmill.training import (
     TrainingConfig,
     add_adapter,
-    newest_checkpoint,
     report_dropped,
-    save_finished,
+    train_and_save,
     trainer_arguments,
     weights_precision,
+    world_size,
 )
 
 _IGNORED = -100  # a label that takes no part in the loss
@@ -48,9 +47,8 @@ def train_sft(config: TrainingConfig, task: Task, model_name: str, train: Path, 
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
-    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     arguments = TrlConfig(
-        **trainer_arguments(config, task, world_size),
+        **trainer_arguments(config, task, world_size()),
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         eval_strategy="epoch" if val is not None else "no",
@@ -63,8 +61,7 @@ def train_sft(config: TrainingConfig, task: Task, model_name: str, train: Path, 
         processing_class=tokenizer,
         callbacks=[StageCallback(task)],
     )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(task.output))
-    save_finished(trainer.model, tokenizer, task.output, config, task)
+    train_and_save(trainer, tokenizer, config, task)
     val_losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return {
         "steps": trainer.state.global_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _load(path: Path, key: str, num_groups: int) -> list[Tensor] | None:
 
 
 def _save(path: Path, key: str, scores: Sequence[Tensor]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # every rank writes one, all of the same content
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {str(index): score.contiguous() for index, score in enumerate(scores)}, partial, {"key": key, "format": "pt"}
