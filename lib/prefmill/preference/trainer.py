@@ -166,6 +166,7 @@ class PreferenceTrainer(Trainer):
             "eval_accuracy": ((margin > 0).float() + (margin == 0).float() / 2).mean().item(),
         }
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 

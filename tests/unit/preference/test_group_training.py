@@ -70,7 +70,7 @@ def test_same_losses_and_weights_as_pairwise(tmp_path: Path, grouped: Path, tiny
 
 
 def test_evaluates_at_the_end_of_every_epoch_and_only_there(grouped: Path) -> None:
-    rows = read_curve(grouped / "logs" / STEPS)
+    rows = list(read_jsonl(grouped / "logs" / STEPS))
     epochs = {row["step"]: row["epoch"] for row in read_jsonl(grouped / "logs" / "margins" / "margins_log.jsonl")}
     ends = [step for step, epoch in sorted(epochs.items()) if epochs.get(step + 1) != epoch]
     assert [row["step"] for row in rows if "eval_accuracy" in row] == ends
