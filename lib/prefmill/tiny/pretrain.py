@@ -96,7 +96,9 @@ def pretrain(
     """Train `model` on `rows`, resuming from the newest complete checkpoint, and write it as a Hugging Face folder."""
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**trainer_arguments(config, task, world_size=1), train_sampling_strategy="group_by_length"),
+        args=TrainingArguments(
+            **trainer_arguments(config, task, world_size=1), train_sampling_strategy="group_by_length"
+        ),
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED),
         processing_class=tokenizer,
