@@ -63,6 +63,8 @@ class PreferenceTrainer(Trainer):
     Its dataset is the plan of all epochs, so the Trainer sees one epoch, in order: resuming skips what was done.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: Any,
