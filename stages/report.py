@@ -38,10 +38,9 @@ def run(config: ReportConfig, task: Task) -> Metrics:
     report = build_report(inputs, config.title or task.run, resampling, config.num_examples)
     write_atomic(task.output / "report.html", report.html)
     write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
-    for story in report.stories:
-        print(f"[{story.modality}] {story.helped} {story.how_sure}")
-    print("\n".join(["cost, as far as recorded:", *cost_lines(report.artifacts)]))
-    return {story.modality: story.verdict for story in report.stories}
+    conclusion = [f"[{story.modality}] {story.helped} {story.how_sure}" for story in report.stories]
+    print("\n".join([*conclusion, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
+    return {"verdict": {story.modality: story.verdict for story in report.stories}, "conclusion": conclusion}
 
 
 STAGE = Stage(
@@ -50,6 +49,7 @@ STAGE = Stage(
     run=run,
     root="data",
     writes="report",
+    result="report.html",
     reads={
         "evaluations": Reads("evaluation", "evaluate", match="all"),
         "corpus": Reads("review_corpus", "ingest_reviews", optional=True),

@@ -99,7 +99,8 @@ class Stage(Generic[ConfigT]):
 
     `root` is where outputs live (`data` or `checkpoints`), `writes` the kind of artifact. Raise `version`
     when the same configuration would make different content. `preload` names slow imports, done once for
-    all tasks of a local run.
+    all tasks of a local run. `result` is the payload file a user opens; a finished run prints where it is,
+    with the lines of the metric `conclusion` where the stage returns one.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Stage(Generic[ConfigT]):
     reads: Mapping[str, Reads] = field(default_factory=dict)
     version: int = 1
     preload: tuple[str, ...] = ()
+    result: str | None = None
 
     @property
     def summary(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prefmill.artifacts import write_atomic
+from prefmill.artifacts import read_manifest, write_atomic
 from prefmill.errors import PrefmillError
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.state import TaskState, inspect_task
@@ -46,6 +46,8 @@ def run_plan(plan: Plan, only: str | None = None, force: bool = False, say: Say 
         code = _run_task(task, force, server, say)
         if code:
             failed[task.key] = code
+    if not failed:
+        _show_results(plan, selected, say)
     return max(failed.values(), default=0)
 
 
@@ -99,6 +101,18 @@ def _run_task(task: PlannedTask, force: bool, server: Any, say: Say) -> int:
 def log_path(task: PlannedTask) -> Path:
     """The log of a task: what it printed, all attempts appended."""
     return task.logs.parent / f"{task.name}.log"
+
+
+def _show_results(plan: Plan, tasks: Iterable[PlannedTask], say: Say) -> None:
+    """Print what the pipeline was run for: the conclusions and files of the tasks that nothing else reads."""
+    read = {other.key for task in plan.tasks for other in plan.upstream(task)}
+    for task in tasks:
+        manifest = read_manifest(task.output)
+        if task.key in read or task.stage.result is None or manifest is None:
+            continue
+        for line in manifest.metrics.get("conclusion", []):
+            say(line)
+        say(str(task.output / task.stage.result))
 
 
 def _child(task: PlannedTask, force: bool) -> None:
