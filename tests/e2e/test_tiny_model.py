@@ -19,8 +19,8 @@ from stages.tiny_model import TinyModelConfig, run
 
 SETTINGS: dict[str, Any] = {
     "shape": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}, "vocab_size": 512,
-    "max_length": 1024, "num_train_epochs": 1, "learning_rate": 2e-2, "per_device_train_batch_size": 4, "effective_batch_size": 4,
-    "logging_steps": 1, "save_steps": 5, "report_to": [],
+    "max_length": 1024, "num_train_epochs": 1, "learning_rate": 2e-2,
+    "per_device_train_batch_size": 4, "effective_batch_size": 4, "logging_steps": 1, "save_steps": 5, "report_to": [],
 }  # fmt: skip
 
 
