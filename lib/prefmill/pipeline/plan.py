@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class StageEntry(StrictConfig):
 
     `config` names a file: `demo` means configs/<stage>/demo.yaml beside the pipeline's folder. `set` is laid
     over it. `array` gives an element for every combination of its keys' values; a number means 0 to n-1.
+    `resources` are what a task of it gets on a cluster, laid over the cluster file's.
     """
 
     config: str | None = None
@@ -42,6 +44,7 @@ class StageEntry(StrictConfig):
     array: dict[str, int | list[str]] = {}
     needs: dict[str, str | Need] = {}
     inputs: dict[str, str | list[str]] = {}
+    resources: dict[str, Any] = {}
 
 
 class PipelineFile(StrictConfig):
@@ -91,7 +94,12 @@ class Plan:
     def upstream(self, task: PlannedTask) -> list[PlannedTask]:
         """The tasks of this plan whose outputs `task` reads."""
         wanted = {path for paths in task.inputs.values() for path in paths}
-        return [other for other in self.tasks if other.output in wanted]
+        return [other for _, other in sorted(self._made[path] for path in wanted if path in self._made)]
+
+    @cached_property
+    def _made(self) -> dict[Path, tuple[int, PlannedTask]]:
+        """Which task makes an output, with its place in the plan."""
+        return {task.output: (place, task) for place, task in enumerate(self.tasks)}
 
     def select(self, selector: str) -> list[PlannedTask]:
         """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError when there are none."""
@@ -130,11 +138,22 @@ def make_plan(pipeline: PipelineFile, source: Path) -> Plan:
 
     Raises ConfigError or PipelineError before anything runs: unknown stages and keys, inputs nobody makes, cycles.
     """
+    planner = _planner(pipeline, source)
+    tasks = [task for name in planner.order() for task in planner.tasks(name)]
+    return Plan(planner.run, planner.workspace, tuple(tasks))
+
+
+def plan_task(pipeline: PipelineFile, source: Path, stage: str, name: str) -> PlannedTask:
+    """One task of `pipeline`, without planning the others; raises PipelineError when it has no such task."""
+    for task in _planner(pipeline, source).tasks(stage, only=name):
+        return task
+    raise PipelineError(f"no task '{stage}:{name}' in this pipeline", where=source, fix="submit the pipeline again")
+
+
+def _planner(pipeline: PipelineFile, source: Path) -> _Planner:
     run = pipeline.run or pipeline.name
     workspace = Path(pipeline.workspace).expanduser().absolute() if pipeline.workspace else default_workspace()
-    planner = _Planner(pipeline, run, workspace, source)
-    tasks = [task for name in planner.order() for task in planner.tasks(name)]
-    return Plan(run, workspace, tuple(tasks))
+    return _Planner(pipeline, run, workspace, source)
 
 
 class _Planner:
@@ -142,6 +161,8 @@ class _Planner:
         self.pipeline, self.run, self.workspace, self.source = pipeline, run, workspace, source
         self.stages = {name: load_stage(name) for name in pipeline.stages}
         self.elements = {name: dict(_elements(name, entry)) for name, entry in pipeline.stages.items()}
+        self.configs: dict[tuple[Any, ...], StrictConfig] = {}
+        self.outputs: dict[tuple[str, tuple[str, ...]], dict[tuple[str | int, ...], list[Path]]] = {}
 
     def order(self) -> list[str]:
         graph = {name: self._upstream_stages(name) for name in self.stages}
@@ -153,7 +174,7 @@ class _Planner:
                 fix="remove one of these `needs`",
             ) from None  # fmt: skip
 
-    def tasks(self, name: str) -> Iterator[PlannedTask]:
+    def tasks(self, name: str, only: str | None = None) -> Iterator[PlannedTask]:
         stage, entry = self.stages[name], self.pipeline.stages[name]
         unknown = sorted({*entry.needs, *entry.inputs} - set(stage.reads))
         if unknown:
@@ -162,6 +183,8 @@ class _Planner:
                 where=self.source, expected=", ".join(stage.reads), fix="correct `needs` or `inputs`",
             )  # fmt: skip
         for task, values in self.elements[name].items():
+            if only not in (None, task):
+                continue
             yield PlannedTask(
                 run=self.run,
                 stage=stage,
@@ -174,7 +197,14 @@ class _Planner:
                 logs=self.workspace / "logs" / self.run / name / task,
             )
 
-    def _config(self, stage: Stage[ConfigT], entry: StageEntry, values: Mapping[str, str | int]) -> ConfigT:
+    def _config(self, stage: Stage[Any], entry: StageEntry, values: Mapping[str, str | int]) -> StrictConfig:
+        """The configuration of one element; elements that differ only in what is no key of it share one."""
+        own = tuple((key, value) for key, value in values.items() if key in stage.config.model_fields)
+        if (stage.name, own) not in self.configs:
+            self.configs[stage.name, own] = self._load_config(stage, entry, values)
+        return self.configs[stage.name, own]
+
+    def _load_config(self, stage: Stage[ConfigT], entry: StageEntry, values: Mapping[str, str | int]) -> ConfigT:
         path = self._config_path(stage.name, entry.config) if entry.config else None
         given = merge(read_yaml(path), where=path) if path else {}
         fields = stage.config.model_fields
@@ -234,12 +264,14 @@ class _Planner:
         return tuple(found)
 
     def _planned(self, producer: str, values: Mapping[str, str | int], match: Match | None) -> list[Path]:
-        stage, elements = self.stages[producer], self.elements[producer]
-        return [
-            self._folder(stage, task)
-            for task, theirs in elements.items()
-            if match == "all" or all(theirs[key] == values[key] for key in theirs if key in values)
-        ]
+        keys = () if match == "all" else tuple(key for key in self.pipeline.stages[producer].array if key in values)
+        if (producer, keys) not in self.outputs:  # a plan of thousands of tasks asks thousands of times
+            by_values: dict[tuple[str | int, ...], list[Path]] = {}
+            for task, theirs in self.elements[producer].items():
+                folder = self._folder(self.stages[producer], task)
+                by_values.setdefault(tuple(theirs[key] for key in keys), []).append(folder)
+            self.outputs[producer, keys] = by_values
+        return self.outputs[producer, keys].get(tuple(values[key] for key in keys), [])
 
     def _on_disk(self, producer: str | None, task: str, match: Match | None) -> list[Path]:
         assert producer is not None
