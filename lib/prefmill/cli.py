@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   prefmill run configs/pipelines/demo.yaml                  the whole pipeline on this machine
   prefmill run configs/pipelines/demo.yaml dpo.beta=0.2     again: only what depends on that key
   prefmill run configs/pipelines/demo.yaml --only dpo       one stage, or one task as dpo:clean
+  prefmill submit configs/pipelines/demo.yaml --cluster configs/clusters/h100.yaml     the same as Slurm arrays
   prefmill plan configs/pipelines/demo.yaml                 what would run, and why
   prefmill why configs/pipelines/demo.yaml dpo:clean        the keys and inputs that make it stale
   prefmill status                                           the newest run, task by task
@@ -27,7 +28,11 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 a bug, 2 something the user can mend."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if any(item.startswith("-") for item in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides that follow an option, which argparse does not take for what they are
+        arguments.overrides = [*arguments.overrides, *rest]
     return _guarded(lambda: arguments.command(arguments))
 
 
@@ -60,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     run = _pipeline_command(commands, "run", "run a pipeline on this machine, doing only what is not up to date", _run)
     run.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
     run.add_argument("--force", action="store_true", help="remake what is selected even if it is up to date")
+    submit = _pipeline_command(commands, "submit", "submit to Slurm what is not complete or queued", _submit)
+    submit.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
+    submit.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
+    submit.add_argument("--dry-run", action="store_true", help="print the scripts and submit nothing")
     _pipeline_command(commands, "plan", "show every task and whether it would run", _plan)
     _pipeline_command(commands, "why", "explain the state of a stage or task", _why, selects=True)
 
@@ -119,6 +128,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.local import run_plan
 
     return run_plan(_load_plan(arguments), arguments.only, arguments.force, say=lambda line: print(line, flush=True))
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.cluster import read_cluster
+    from prefmill.pipeline.launch import submit
+    from prefmill.pipeline.plan import make_plan, read_pipeline
+
+    pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
+    plan = make_plan(pipeline, arguments.pipeline)
+    submit(pipeline, plan, arguments.pipeline, read_cluster(arguments.cluster), arguments.only, arguments.dry_run)
+    return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -69,6 +69,7 @@ class ClusterFile(StrictConfig):
 
     A pipeline's own `resources` are laid over both. `export` names variables that jobs take along from the shell
     that submits; secrets do not belong there. `signal_seconds` is how long before its end a task is told to save.
+    `advance` adds a small job after each stage that classifies failures and resubmits what can be mended.
     """
 
     account: str | None = None
@@ -79,6 +80,7 @@ class ClusterFile(StrictConfig):
     setup: list[str] = []
     export: list[str] = []
     secrets: Secrets | None = None
+    advance: bool = True
     resources: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
 

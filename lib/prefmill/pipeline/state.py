@@ -14,6 +14,7 @@ from prefmill.config import flatten, identity
 from prefmill.errors import ArtifactError
 from prefmill.pipeline.plan import Plan, PlannedTask
 
+CODE_VERSION = "code_version.txt"  # in the copy of the code that a submission keeps
 Freshness = Literal["complete", "stale", "missing", "waiting"]
 
 
@@ -102,8 +103,12 @@ def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
 
 @cache
 def code_version() -> str:
-    """The package's version, with the commit and `dirty` where prefmill runs from a git checkout."""
+    """The package's version, with the commit and `dirty` where prefmill runs from a git checkout or a copy of one."""
     import subprocess
+
+    copied = Path(__file__).parents[3] / CODE_VERSION
+    if copied.is_file():
+        return copied.read_text().strip()
 
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

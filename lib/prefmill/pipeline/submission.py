@@ -145,11 +145,10 @@ def submissions(workspace: Path, run: str) -> list[Submission]:
     return [read_submission(folder) for folder in folders if (folder / RECORD).is_file()]
 
 
-def write_array(array: ArrayFile, script: str) -> None:
-    """Write a chunk's description and its script."""
+def write_array(array: ArrayFile) -> None:
+    """Write a chunk's description."""
     values = {key: value for key, value in asdict(array).items() if key != "path"}
     array.path.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    array.script.write_text(script, encoding="utf-8")
 
 
 def read_array(path: Path) -> ArrayFile:

@@ -1,0 +1,64 @@
+"""What a submission keeps so that queued jobs run what was submitted: the pipeline written out, and the code."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from prefmill.artifacts import write_atomic
+from prefmill.config import validate
+from prefmill.errors import PipelineError
+from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
+from prefmill.pipeline.state import CODE_VERSION, code_version
+
+_UNSAFE = (":", "\\")  # in PYTHONPATH and in #SBATCH lines they mean something else
+
+
+def freeze(pipeline: PipelineFile, plan: Plan, source: Path) -> dict[str, Any]:
+    """`pipeline` with all that it refers to written out, so that later edits of files change nothing."""
+    first = {task.stage.name: task for task in reversed(plan.tasks)}
+    values = pipeline.model_dump(mode="json") | {"run": plan.run, "workspace": str(plan.workspace)}
+    for name, entry in values["stages"].items():
+        keys = first[name].config.model_dump(mode="json", exclude_unset=True)
+        frozen = {key: value for key, value in keys.items() if key not in entry["array"]}
+        again = validate(first[name].stage.config, frozen | _element_keys(first[name]), where=source)
+        assert again == first[name].config, f"the configuration of {name} does not survive being written out"
+        inputs = {
+            key: str(Path(given).expanduser().absolute())
+            if isinstance(given, str)
+            else [str(Path(path).expanduser().absolute()) for path in given]
+            for key, given in entry["inputs"].items()
+        }
+        entry.update(config=None, set=frozen, inputs=inputs)
+    return values
+
+
+def snapshot(target: Path) -> None:
+    """Copy the code this process runs to `target`: library, stages, configs and scripts, with its version."""
+    import prefmill
+    import stages
+
+    repository = Path(stages.__path__[0]).resolve().parent
+    sources = {
+        "lib/prefmill": Path(prefmill.__path__[0]), "stages": Path(stages.__path__[0]),
+        "configs": repository / "configs", "sbatch": repository / "sbatch",
+    }  # fmt: skip
+    for name, folder in sources.items():
+        if folder.is_dir():
+            shutil.copytree(folder, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    write_atomic(target / CODE_VERSION, code_version() + "\n")
+
+
+def check_path(path: Path) -> None:
+    """Raise PipelineError for a path that cannot be given to Slurm safely."""
+    wrong = [mark for mark in _UNSAFE if mark in str(path)] + [mark for mark in str(path) if not mark.isprintable()]
+    if wrong:
+        raise PipelineError(
+            "Slurm and Python cannot be given this path", where=repr(str(path)), got=repr(wrong[0]),
+            fix="use a folder whose path has no colon, backslash, newline or other control character",
+        )  # fmt: skip
+
+
+def _element_keys(task: PlannedTask) -> dict[str, str | int]:
+    return {key: value for key, value in task.values.items() if key in type(task.config).model_fields}
