@@ -13,28 +13,37 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prefmill.artifacts import MANIFEST, RUN_RECORD, WORK, publish, read_manifest, write_atomic
+from prefmill.artifacts import MANIFEST, RUN_RECORD, WORK, Artifact, publish, read_manifest, write_atomic
 from prefmill.errors import PipelineError, PrefmillError, explain_os_error
+from prefmill.pipeline import attempts
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.state import inspect_task, provenance, read_inputs
-from prefmill.stage import Stage, Task
+from prefmill.stage import Metrics, Stage, Task
 
 STATUS = "status.json"
 EXIT_USER_ERROR, EXIT_BUG = 2, 1
-_JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
 _STARTED = "started.json"
 _LOCK_PATIENCE_SECONDS = 15.0
 
 
-def execute(task: PlannedTask, force: bool = False) -> None:
+class AttemptError(PrefmillError):
+    """An attempt that ended without a result in another process; `state` and `record` go into the status file."""
+
+    def __init__(self, what: str, state: str = "failed", record: dict[str, Any] | None = None, **details: Any) -> None:
+        self.state, self.record = state, record or {}
+        super().__init__(what, **details)
+
+
+def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metrics] | None = None) -> None:
     """Bring `task` to completion in this process; nothing happens when its output is up to date.
 
-    Resumes an interrupted attempt at the same content and sets aside output of any other. Raises PrefmillError
-    for what the user can mend; the status file in the task's logs then says the same.
+    `run` takes the place of the stage's own, to have it run in other processes. Resumes an interrupted attempt at
+    the same content and sets aside output of any other. Raises PrefmillError for what the user can mend; the status
+    file in the task's logs then says the same.
     """
     with _locked(task), _reported(task):
         inputs = read_inputs(task)
@@ -44,26 +53,41 @@ def execute(task: PlannedTask, force: bool = False) -> None:
         origin = provenance(task, inputs)
         _prepare(task, origin.fingerprint, force)
         started = time.time()
-        context = Task(
-            run=task.run,
-            stage=task.stage.name,
-            name=task.name,
-            values=task.values,
-            sizes=task.sizes,
-            inputs=inputs,
-            output=task.output,
-            logs=task.logs,
-        )
-        metrics = task.stage.run(task.config, context)
+        context = task_context(task, inputs)
+        metrics = run(context) if run else task.stage.run(task.config, context)
         publish(task.output, task.stage.writes, origin, metrics)
         write_atomic(task.output / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
         _clear_work(task.output)
 
 
+def task_context(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> Task:
+    """What the stage's `run` sees of `task`."""
+    return Task(
+        run=task.run,
+        stage=task.stage.name,
+        name=task.name,
+        values=task.values,
+        sizes=task.sizes,
+        inputs=inputs,
+        output=task.output,
+        logs=task.logs,
+    )
+
+
 def write_status(task: PlannedTask, state: str, **details: Any) -> None:
     """Record the state of this attempt in the task's logs, for `prefmill status`."""
-    record = {"state": state, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **details}
+    record = {"state": state, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    record |= {"job": attempts.this_job(), **details}
     write_atomic(task.logs / STATUS, json.dumps(record, indent=1) + "\n")
+
+
+def read_status(logs: Path) -> dict[str, Any]:
+    """The status last recorded in a task's logs; empty where there is none."""
+    try:
+        record: dict[str, Any] = json.loads((logs / STATUS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record
 
 
 def is_running(logs: Path) -> bool:
@@ -108,19 +132,28 @@ def _locked(task: PlannedTask) -> Iterator[None]:
 @contextlib.contextmanager
 def _reported(task: PlannedTask) -> Iterator[None]:
     """Keep the status file true, and turn a disk's refusal into an error that says what to do."""
-    write_status(task, "running")
+    attempt = attempts.begin(task.logs, read_status(task.logs))
+    write_status(task, "running", attempt=attempt)
     try:
         yield
     except BaseException as error:
         explained = explain_os_error(error) if isinstance(error, OSError) else None
         shown = explained or error
         text = str(shown) if isinstance(shown, PrefmillError) else traceback.format_exc()
+        ended = shown if isinstance(shown, AttemptError) else AttemptError("", record={"kind": type(shown).__name__})
         with contextlib.suppress(OSError):  # on a full disk the error itself matters more than its record
-            write_status(task, "failed", error=text, kind=type(shown).__name__, **_usage())
+            _end(task, attempt, ended.state, error=text, **ended.record)
         if explained is not None:
             raise explained from error
         raise
-    write_status(task, "complete", **_usage())
+    _end(task, attempt, "complete")
+
+
+def _end(task: PlannedTask, attempt: dict[str, Any], state: str, **details: Any) -> None:
+    """Record the end of an attempt: the status first, as it is what tells a lost attempt from an ended one."""
+    write_status(task, state, attempt=attempt, **details, **_usage())
+    known = {key: details[key] for key in ("signal", "exit_code", "kind") if key in details}
+    attempts.end(task.logs, attempt, state, **known)
 
 
 def _prepare(task: PlannedTask, fingerprint: str, force: bool) -> None:
@@ -149,7 +182,7 @@ def _clear_telemetry(logs: Path) -> None:
     for path in logs.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in ("lock", STATUS):
+        elif path.name not in ("lock", STATUS, attempts.ATTEMPTS):
             path.unlink()
 
 
@@ -165,13 +198,14 @@ def _run_record(started: float) -> dict[str, Any]:
         "ended": ended,
         "seconds": ended - started,
         "host": socket.gethostname(),
-        "job": {key: os.environ[key] for key in _JOB_VARIABLES if key in os.environ},
+        "job": attempts.this_job(),
         **_usage(),
     }
 
 
 def _usage() -> dict[str, float]:
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest process, children that have ended included
+    kilobytes = max(resource.getrusage(item).ru_maxrss for item in who)
     return {"peak_memory_gb": round(kilobytes / 2**20, 3)}
 
 

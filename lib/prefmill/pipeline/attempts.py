@@ -1,0 +1,105 @@
+"""The attempts at a task: which job, which node, when, how it ended, and how far it got."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from prefmill.training import EXECUTED, append_row
+
+ATTEMPTS = "attempts.jsonl"
+MAX_IDLE_ATTEMPTS = 5
+_VARIABLES = {
+    "job_id": "SLURM_JOB_ID",
+    "array_job_id": "SLURM_ARRAY_JOB_ID",
+    "array_task_id": "SLURM_ARRAY_TASK_ID",
+    "restart_count": "SLURM_RESTART_COUNT",
+}
+
+
+def this_job() -> dict[str, str]:
+    """The Slurm job this process is in, as far as it is in one."""
+    return {key: os.environ[name] for key, name in _VARIABLES.items() if name in os.environ}
+
+
+def begin(logs: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """What is known when an attempt starts; `before` is the status left by the last one, recorded if it was lost.
+
+    An attempt is lost when nothing of it was left to say how it ended: SIGKILL, power cut.
+    """
+    if before.get("state") == "running" and "attempt" in before:
+        _append(logs, before["attempt"], "lost", ended=_last_sign(logs, before["time"]))
+    return {
+        "job": this_job(), "node": socket.gethostname(), "started": time.time(),
+        "steps_before": _count(logs / EXECUTED), "done_before": _done(logs),
+    }  # fmt: skip
+
+
+def end(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -> None:
+    """Record how an attempt ended: complete, failed, requeued, ..."""
+    _append(logs, attempt, outcome, ended=time.time(), **details)
+
+
+def read_attempts(logs: Path) -> list[dict[str, Any]]:
+    """Every attempt that has ended, oldest first; a line torn by a crash is left out."""
+    try:
+        lines = (logs / ATTEMPTS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [row for row in map(_parse, lines) if row is not None]
+
+
+def idle_attempts(logs: Path) -> int:
+    """How many attempts in a row have ended early without getting further than the ones before."""
+    count = 0
+    for row in reversed(read_attempts(logs)):
+        if row["outcome"] not in ("requeued", "lost") or row["progressed"]:
+            break
+        count += 1
+    return count
+
+
+def _append(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -> None:
+    steps = _steps(logs / EXECUTED)
+    own = steps[attempt["steps_before"] :] if len(steps) >= attempt["steps_before"] else steps
+    best = max(steps[: len(steps) - len(own)], default=0)
+    row = {
+        **attempt["job"], "node": attempt["node"], "started": attempt["started"], "outcome": outcome, **details,
+        "first_step": own[0] if own else None, "last_step": own[-1] if own else None,
+        "progressed": max(own, default=0) > best or (not steps and _done(logs) > attempt["done_before"]),
+    }  # fmt: skip
+    append_row(logs / ATTEMPTS, row)
+
+
+def _steps(path: Path) -> list[int]:
+    if not path.is_file():
+        return []
+    return [row["step"] for row in map(_parse, path.read_text().splitlines()) if row is not None]
+
+
+def _count(path: Path) -> int:
+    return len(_steps(path))
+
+
+def _done(logs: Path) -> int:
+    try:
+        return int(json.loads((logs / "progress.json").read_text())["done"])
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _last_sign(logs: Path, default: float) -> float:
+    path = logs / "progress.json"
+    return max(default, path.stat().st_mtime) if path.is_file() else default
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return row
