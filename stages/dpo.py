@@ -36,6 +36,7 @@ STAGE = Stage(
     config=DpoConfig,
     run=run,
     root="checkpoints",
+    trains=True,
     writes="checkpoint",
     reads={
         "policy": Reads("checkpoint", "sft", match="elementwise", optional=True),

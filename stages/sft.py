@@ -39,6 +39,7 @@ STAGE = Stage(
     config=SftConfig,
     run=run,
     root="checkpoints",
+    trains=True,
     writes="checkpoint",
     reads={
         "model": Reads("checkpoint", match="elementwise", optional=True),

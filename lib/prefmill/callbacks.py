@@ -12,20 +12,37 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefmill.errors import PipelineError
 from prefmill.stage import Task
+from prefmill.stopping import Stopped, StopWatch
 from prefmill.training import EXECUTED, STEPS, append_row, mark_complete
 
 
 class StageCallback(TrainerCallback):
-    """Records every step in the task's logs, publishes progress, marks checkpoints, and stops on a lost loss."""
+    """Records steps, publishes progress, marks checkpoints; stops on a lost loss, or when asked after saving."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.stopping = False
+        self._watch = StopWatch(task.logs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Record that this optimizer step was taken."""
+        """Record that this optimizer step was taken; save and stop after it where that was asked for."""
+        due = False
         if state.is_world_process_zero:
             append_row(self.task.logs / EXECUTED, {"step": state.global_step})
             self.task.progress(state.global_step, state.max_steps, "steps")
+            due = self._watch.due(state.global_step, int(args.logging_steps))
+        if state.global_step < state.max_steps and _rank_zero_says(due, args.device):
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An epoch broken off is no occasion to evaluate."""
+        if self.stopping and state.epoch is not None and abs(state.epoch - round(state.epoch)) > 1e-6:
+            control.should_evaluate = False
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raise Stopped rather than have a half-trained model taken for the finished one."""
+        if self.stopping:
+            raise Stopped(f"saved and stopped at step {state.global_step} of {state.max_steps}")
 
     def on_log(
         self,
@@ -53,6 +70,15 @@ class StageCallback(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             mark_complete(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _rank_zero_says(decision: bool, device: torch.device) -> bool:
+    """The same answer on every rank: what rank 0 has decided."""
+    if not torch.distributed.is_initialized():
+        return decision
+    answer = torch.tensor([decision], dtype=torch.int32, device=device)
+    torch.distributed.broadcast(answer, 0)
+    return bool(answer.item())
 
 
 _CURVE_KEYS = {

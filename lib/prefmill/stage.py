@@ -100,7 +100,8 @@ class Stage(Generic[ConfigT]):
     `root` is where outputs live (`data` or `checkpoints`), `writes` the kind of artifact. Raise `version`
     when the same configuration would make different content. `preload` names slow imports, done once for
     all tasks of a local run. `result` is the payload file a user opens; a finished run prints where it is,
-    with the lines of the metric `conclusion` where the stage returns one.
+    with the lines of the metric `conclusion` where the stage returns one. A stage that `trains` runs once for
+    every GPU under torchrun, and saves and stops when asked to (prefmill.stopping).
     """
 
     name: str
@@ -112,6 +113,7 @@ class Stage(Generic[ConfigT]):
     version: int = 1
     preload: tuple[str, ...] = ()
     result: str | None = None
+    trains: bool = False
 
     @property
     def summary(self) -> str:
