@@ -88,6 +88,7 @@ def _run_task(task: PlannedTask, force: bool, server: Any, say: Say) -> int:
         return 0
     say(f"> {task.key} {_why(state, force)}")
     started = time.monotonic()
+    write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
     process = server.Process(target=_child, args=(task, force), name=task.key)
     process.start()
     code = _wait(process, task)
@@ -165,9 +166,10 @@ def _failure(task: PlannedTask, code: int) -> str:
         return (
             f"ended by {name}\n  fix:      run again: it resumes where it stopped (SIGKILL is often memory running out)"
         )
-    status = json.loads((task.logs / STATUS).read_text())
-    error: str = status.get("error", f"exit code {code}")
-    return error
+    status = json.loads(path.read_text()) if (path := task.logs / STATUS).is_file() else {}
+    if status.get("state") != "failed":  # it ended before the worker could say anything
+        return f"its process ended with exit code {code} before the task began\n  fix:      read its log, run again"
+    return str(status["error"])
 
 
 def _why(state: TaskState, force: bool) -> str:
