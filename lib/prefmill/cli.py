@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefmill.errors import PrefmillError
+from prefmill.errors import PrefmillError, explain_os_error
 
 EXAMPLES = """examples:
   prefmill run configs/pipelines/demo.yaml                  the whole pipeline on this machine
@@ -110,12 +110,18 @@ def _guarded(command: Callable[[], int]) -> int:
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; run again to resume", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `prefmill status | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run again to resume", file=sys.stderr)
+        return 130
 
 
 def _load_plan(arguments: argparse.Namespace) -> Any:

@@ -155,7 +155,7 @@ def test_a_full_disk_is_an_error_and_room_lets_it_finish(tmp_path: Path) -> None
         test -e '{published}' && echo 'finished'
     """)
     assert "first exit code: 2" in done.stdout, done.stdout + done.stderr
-    assert "no space left" in done.stdout
+    assert "No space left" in done.stdout
     assert "published too early" not in done.stdout
     assert "second exit code: 0" in done.stdout, done.stdout + done.stderr
     assert "finished" in done.stdout
