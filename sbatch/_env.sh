@@ -3,5 +3,6 @@
 set -euo pipefail
 cd "${PREFMILL_HOME:-${SLURM_SUBMIT_DIR:-.}}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-stage() { exec "${PREFMILL_PYTHON:-.venv/bin/python}" -m "stages.$1" "${@:2}"; }
+# In place of this shell, so that Slurm's warning reaches it.
+job() { exec "${PREFMILL_PYTHON:-.venv/bin/python}" -m prefmill.pipeline.job "$@"; }
+stage() { job --stage "$@"; }

@@ -210,38 +210,15 @@ def _workspace() -> Path:
 
 
 def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
-    from prefmill.config import merge, validate
+    from prefmill.pipeline.by_hand import element, stage_plan
     from prefmill.pipeline.local import run_plan
-    from prefmill.pipeline.plan import PipelineFile, make_plan
 
-    config, overrides = arguments.config, list(arguments.overrides)
-    if config is not None and "=" in config and not Path(config).exists():
-        config, overrides = None, [config, *overrides]
-    own = ("run=", "workspace=", "task=", "array.", "inputs.")
-    where = [item for item in overrides if item.startswith(own)]
-    given = merge({}, [item for item in where if not item.startswith("task=")])
-    entry = {"config": config, "array": given.pop("array", {}), "inputs": given.pop("inputs", {})}
-    keys = [f"stages.{stage}.set.{item}" for item in overrides if item not in where]
-    values = merge({"name": stage, "stages": {stage: entry}, **given}, keys)
-    plan = make_plan(validate(PipelineFile, values, where="the command line"), Path(config or "."))
-    return run_plan(plan, _element(plan, where), arguments.force, say=lambda line: print(line, flush=True))
-
-
-def _element(plan: Any, given: Sequence[str]) -> str | None:
-    """The task asked for: `task=NAME`, else the element of the Slurm array this process runs in, else all."""
-    names = [item.removeprefix("task=") for item in given if item.startswith("task=")]
-    index = os.environ.get("SLURM_ARRAY_TASK_ID")
-    if not names and index is None:
-        return None
-    if names:
-        return f"{plan.tasks[0].stage.name}:{names[-1]}"
-    if int(str(index)) >= len(plan.tasks):
-        raise PrefmillError(
-            "this array has no such element", got=f"SLURM_ARRAY_TASK_ID={index}",
-            expected=f"0 to {len(plan.tasks) - 1}: {', '.join(task.name for task in plan.tasks)}",
-            fix="submit with a matching --array",
-        )  # fmt: skip
-    return str(plan.tasks[int(str(index))].key)
+    config = [arguments.config] if arguments.config else []
+    plan, name = stage_plan(stage, [*config, *arguments.overrides])
+    only = f"{stage}:{name}" if name else None
+    if only is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        only = element(plan.tasks, os.environ).key
+    return run_plan(plan, only, arguments.force, say=lambda line: print(line, flush=True))
 
 
 def _stage_help(name: str) -> str:
