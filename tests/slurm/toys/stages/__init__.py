@@ -1,0 +1,1 @@
+"""Toy stages for tests of the pipeline on Slurm."""

@@ -1,0 +1,34 @@
+"""Writes numbers."""
+
+from __future__ import annotations
+
+from prefmill.config import StrictConfig, runtime
+from prefmill.records import write_jsonl
+from prefmill.stage import Metrics, Stage, Task
+
+
+class MakeConfig(StrictConfig):
+    """`text` is written as it is; `seconds` of sleep and `fail` make trouble."""
+
+    rows: int = 6
+    text: str = ""
+    seconds: float = runtime(0.0)
+    fail: bool = runtime(False)
+
+
+def run(config: MakeConfig, task: Task) -> Metrics:
+    """Write this shard's numbers."""
+    import os
+    import sys
+    import time
+
+    time.sleep(config.seconds)
+    if config.fail:
+        raise ValueError("told to fail")
+    print("python", sys.executable, "secret", bool(os.environ.get("TOY_SECRET")), flush=True)
+    rows = [{"n": n, "text": config.text} for n in range(config.rows) if task.shard.holds(str(n))]
+    write_jsonl(task.output / "numbers.jsonl", rows)
+    return {"rows": len(rows)}
+
+
+STAGE = Stage("make", MakeConfig, run, "data", "review_corpus")
