@@ -16,11 +16,13 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_PYTHON := $(BIN)/python
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo test test-quick lint vllm lock slurm-up slurm-down
+.PHONY: help install demo test test-quick lint vllm lock slurm-up slurm-down
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: $(VENV)/.installed ## The environment alone, in .venv
 
 demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE takes real reviews
 	$(BIN)/prefmill run $(DEMO)

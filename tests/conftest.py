@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data is not beside this checkout: set PREFMILL_TEST_DATA to its folder to run this test")
     return folder
+
+
+def left_out(component: str, missing: str) -> None:
+    """Skip a test whose program is missing where PREFMILL_TEST_WITHOUT names its component; fail it elsewhere."""
+    reason = f"not installed: {missing}; as root on Debian: bash tests/system_packages.sh"
+    if component in os.environ.get("PREFMILL_TEST_WITHOUT", "").split(","):
+        pytest.skip(reason)
+    pytest.fail(f"{reason}. PREFMILL_TEST_WITHOUT={component} leaves its tests out")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's program."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        left_out("chromium", "chromium")
+    return str(found)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,17 @@ declare -A package=(
   [slurmctld]=slurmctld [slurmd]=slurmd [slurmdbd]=slurmdbd [sbatch]=slurm-client
 )
 missing=()
+# PREFMILL_TEST_WITHOUT=slurm,chromium,shellcheck: these are left out, and so are their tests.
+without=",${PREFMILL_TEST_WITHOUT:-},"
+[[ $without == *,chromium,* ]] && unset "package[chromium]"
+[[ $without == *,shellcheck,* ]] && unset "package[shellcheck]"
+[[ $without == *,slurm,* ]] && unset "package[munged]" "package[mariadbd]" "package[slurmctld]" "package[slurmd]" "package[slurmdbd]" "package[sbatch]"
 for command in "${!package[@]}"; do
   command -v "$command" >/dev/null || missing+=("${package[$command]}")
 done
 ((${#missing[@]})) || exit 0
 if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
-  echo "not installed: ${missing[*]}. Run this as root on Debian, or set PREFMILL_TEST_WITHOUT=slurm,chromium to leave their tests out." >&2
+  echo "not installed: ${missing[*]}. Run this as root on Debian, or set PREFMILL_TEST_WITHOUT=slurm,chromium,shellcheck to leave their tests out." >&2
   exit 1
 fi
 # Debian starts daemons as it installs them; the tests start their own.
@@ -22,5 +27,6 @@ if [[ ! -e $policy ]]; then
   chmod +x "$policy"
   trap 'rm -f "$policy"' EXIT
 fi
+[[ $without == *,slurm,* ]] || missing+=(slurm-wlm-basic-plugins slurm-wlm-mysql-plugin)
 apt-get update -qq
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" slurm-wlm-basic-plugins slurm-wlm-mysql-plugin >/dev/null
+DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

@@ -49,10 +49,10 @@ def check_python() -> Iterator[Finding]:
     """The interpreter's version and whether it is an environment of its own."""
     version = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
-    fix = "" if supported else "make the environment with Python 3.11: `make .venv PYTHON=python3.11`"
+    fix = "" if supported else "make the environment with Python 3.11: `make install PYTHON=python3.11`"
     yield Finding("ok" if supported else "fail", f"Python {version}", fix)
     if sys.prefix == sys.base_prefix:
-        yield Finding("note", "no virtual environment is active", "use .venv/bin/prefmill, made by `make .venv`")
+        yield Finding("note", "no virtual environment is active", "use .venv/bin/prefmill, made by `make install`")
 
 
 def check_packages() -> Iterator[Finding]:
@@ -66,7 +66,7 @@ def check_packages() -> Iterator[Finding]:
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             wrong += 1
             yield Finding(
-                "fail", f"{requirement.name} {found or 'is missing'}, needs {requirement.specifier}", "make .venv"
+                "fail", f"{requirement.name} {found or 'is missing'}, needs {requirement.specifier}", "make install"
             )
     if not wrong:
         yield Finding(

@@ -216,16 +216,6 @@ def test_nothing_outside_the_file_is_named(inputs: Inputs, tmp_path: Path) -> No
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
 
 
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    found = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-    )
-    if found is None:
-        pytest.skip("no Chromium on this machine: install the package `chromium` to run this test")
-    return found
-
-
 def browse(chromium: str, page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Open `page` in a real browser and wait until it is quiet."""
     profile = page.parent / "profile"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, left_out
 from tests.slurm.cluster import Cluster, missing_commands
 
 
@@ -23,9 +23,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of four nodes; SLURM_CONF points at it as long as it is up."""
     missing = missing_commands()
     if missing:
-        reason = f"not installed: {', '.join(missing)}; as root on Debian: bash tests/system_packages.sh"
-        left_out = "slurm" in os.environ.get("PREFMILL_TEST_WITHOUT", "").split(",")
-        (pytest.skip if left_out else pytest.fail)(reason)
+        left_out("slurm", ", ".join(missing))
     started = Cluster(tmp_path_factory.mktemp("slurm"), port=_free_ports())
     started.up()
     os.environ.update(started.environment)

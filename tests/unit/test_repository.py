@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from prefmill.config import load, read_yaml
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.stage import load_stage, stage_names
+from tests.conftest import left_out
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "trl", "datasets", "diffusers", "peft", "deepspeed", "vllm", "numpy")
@@ -95,3 +97,17 @@ def test_files_stay_readable() -> None:
         if (count := len(path.read_text().splitlines())) > 330
     }
     assert long == {}
+
+
+def test_shell_scripts_are_clean() -> None:
+    program = shutil.which("shellcheck")
+    if program is None:
+        left_out("shellcheck", "shellcheck")
+    scripts = [
+        *sorted(REPOSITORY.glob("sbatch/*")),
+        *REPOSITORY.glob("tests/*.sh"),
+        *REPOSITORY.glob("requirements/*.sh"),
+    ]
+    assert len(scripts) > len(STAGES)
+    done = subprocess.run([str(program), "-x", *map(str, scripts)], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout
