@@ -21,7 +21,7 @@ from prefmill.pipeline.worker import AttemptError
 from prefmill.stage import Metrics, Task
 from prefmill.stopping import clear_request, request_stop
 
-REQUEUED, CANCELLED = "requeued", "cancelled"
+REQUEUED, TERMINATED = "requeued", "terminated"
 _POLL_SECONDS, _KILL_SECONDS, _TERM_SECONDS = 0.1, 5.0, 20.0
 _SAVING_SHARE = 0.85  # of the warning's time may pass before a training that is still saving is ended
 _EXIT_CODE = re.compile(r"exitcode\s*: (-?\d+)")  # how torchrun reports the process that failed first
@@ -144,7 +144,7 @@ def _collect(folder: Path, code: int, warnings: Warnings, log: Path, offset: int
 
 
 def _interrupted(warnings: Warnings, result: Mapping[str, Any]) -> AttemptError:
-    state = CANCELLED if warnings.cancelled else REQUEUED
+    state = TERMINATED if warnings.cancelled else REQUEUED
     name = warnings.received[-1].name
     how = result.get("stopped", "ended before it had saved")
     return AttemptError(f"warned by {name}: {how}", state=state, record={"signal": name, "kind": state})

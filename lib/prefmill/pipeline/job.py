@@ -20,14 +20,14 @@ from prefmill.config import validate
 from prefmill.errors import PipelineError, PrefmillError
 from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS, idle_attempts
 from prefmill.pipeline.by_hand import give_back_until_ready, stage_task, training_task
-from prefmill.pipeline.children import CANCELLED, REQUEUED, Layout, Warnings, run_elsewhere
+from prefmill.pipeline.children import REQUEUED, TERMINATED, Layout, Warnings, run_elsewhere
 from prefmill.pipeline.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
 from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
 from prefmill.pipeline.submission import read_array, read_submission
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, AttemptError, execute, write_status
 from prefmill.stage import Metrics, Task
 
-EXIT_CANCELLED, EXIT_NOT_REQUEUED = 143, 3
+EXIT_TERMINATED, EXIT_NOT_REQUEUED = 143, 3
 _REQUEUE_PATIENCE_SECONDS = 60.0
 
 
@@ -70,8 +70,8 @@ def run(job: JobTask, warnings: Warnings) -> int:
         print(f"prefmill: {error}", file=sys.stderr, flush=True)
         if error.state == REQUEUED:
             return _requeue(job.task)
-        if error.state == CANCELLED:
-            return EXIT_CANCELLED
+        if error.state == TERMINATED:
+            return EXIT_TERMINATED
         return EXIT_BUG if error.record.get("kind") not in _MENDABLE else EXIT_USER_ERROR
     return 0
 
