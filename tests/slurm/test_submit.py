@@ -41,3 +41,159 @@ def test_a_pipeline_gives_what_a_local_run_gives_and_its_arrays_wait_for_each_ot
     assert digests(site.workspace, "far") == digests(site.workspace, "near")
     assert len(digests(site.workspace, "far")) == 7
     assert "nothing to submit" in site.submit("toy", "run=far", "make.seconds=1")
+
+
+def test_a_dry_run_prints_what_slurm_then_stores_and_touches_nothing(site: Site) -> None:
+    arguments = ["toy", "run=dry", "make.seconds=2"]
+    printed = site.submit(*arguments, "--dry-run")
+    assert not site.workspace.exists()
+    site.submit(*arguments)
+    for job in jobs(site, "dry"):
+        stored = site.cluster.ask("scontrol", "write", "batch_script", str(job["job_id"]), "-")
+        assert stored is not None
+        assert stored.rstrip("\n\0") in printed
+        script = next(site.workspace.glob(f"logs/dry/submissions/0001/arrays/{job['stage']}.0.sbatch"))
+        assert stored.rstrip("\n\0") == script.read_text().rstrip("\n")
+    assert printed.count("#SBATCH --array=") == 3
+
+
+def test_arrays_over_the_sites_limit_are_cut_and_everything_waits_for_every_chunk(site: Site) -> None:
+    (site.checkout / "configs/clusters/small.yaml").write_text(
+        "max_array_size: 4\nadvance: false\nresources: {partition: main, max_running: 2}\n"
+    )
+    site.submit("toy", "run=cut", "stages.make.array={shard: 6}", "stages.use.array={shard: 6}", cluster="small")
+    make0, make1, use0, use1, join = jobs(site, "cut")
+    assert [job["indices"] for job in (make0, make1)] == [[0, 1, 2, 3], [0, 1]]
+    assert use0["dependency"] == f"aftercorr:{make0['job_id']}"
+    assert use1["dependency"] == f"aftercorr:{make1['job_id']}"
+    assert join["dependency"] == f"afterok:{use0['job_id']},afterok:{use1['job_id']}"
+    script = (site.workspace / "logs/cut/submissions/0001/arrays/make.0.sbatch").read_text()
+    assert "#SBATCH --array=0-3%2\n" in script
+    site.wait()
+    assert len(digests(site.workspace, "cut")) == 13, site.logs()
+
+
+def test_submitting_twice_duplicates_nothing_and_what_is_complete_is_left_out(site: Site) -> None:
+    site.submit("toy", "run=twice", "make.rows=30", "make.seconds=3")
+    assert "nothing to submit" in site.submit("toy", "run=twice", "make.rows=30", "make.seconds=3")
+    assert len(site.queue()) == 7
+    site.wait()
+    made = digests(site.workspace, "twice")
+    printed = site.submit("toy", "run=twice", "make.rows=30", "use.factor=5")  # make is complete: nothing to wait for
+    assert "3 tasks complete, 0 queued or running, 4 to submit" in printed
+    second = jobs(site, "twice", 2)
+    assert [job["stage"] for job in second] == ["use", "join"]
+    assert second[0]["dependency"] == ""
+    site.wait()
+    again = digests(site.workspace, "twice")
+    assert {key for key in made if made[key] != again[key]} == {"use:shard0", "use:shard1", "use:shard2", "join:all"}
+
+
+def test_elements_already_queued_are_waited_for_one_by_one(site: Site) -> None:
+    site.submit("toy", "run=half", "make.seconds=5", "--only", "make:shard1")
+    (first,) = jobs(site, "half")
+    assert first["indices"] == [1]  # its place in the plan, in every submission
+    printed = site.submit("toy", "run=half", "make.seconds=5")
+    assert "1 queued or running, 6 to submit" in printed
+    records = {(job["stage"], tuple(job["indices"])): job for job in jobs(site, "half", 2)}  # type: ignore[arg-type]
+    make = records["make", (0, 2)]
+    assert str(records["use", (0, 1, 2)]["dependency"]).split(",") == [
+        f"afterok:{first['job_id']}",
+        f"afterok:{make['job_id']}",
+    ]
+    site.wait()
+    assert len(digests(site.workspace, "half")) == 7, site.logs()
+
+
+def test_only_refuses_what_nobody_makes(site: Site) -> None:
+    done = site.prefmill(
+        "submit", "configs/pipelines/toy.yaml", "--cluster", "configs/clusters/test.yaml", "--only", "join",
+        f"workspace={site.workspace}",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "join:all reads what nobody is going to make" in done.stderr
+    assert site.queue() == []
+
+
+def test_queued_jobs_run_the_code_and_configuration_as_submitted(site: Site) -> None:
+    site.submit("toy", "run=pinned", "make.seconds=3", "use.factor=3")
+    use = site.checkout / "stages" / "use.py"
+    use.write_text(use.read_text().replace('row["n"] * config.factor', "0"))
+    (site.checkout / "configs" / "pipelines" / "toy.yaml").write_text("name: other\nstages: {make: {}}\n")
+    site.wait()
+    rows = (site.workspace / "data/pinned/join/all/all.jsonl").read_text()
+    assert [json.loads(line)["n"] for line in rows.splitlines()] == [0, 3, 6, 9, 12, 15]
+
+
+def test_hostile_values_break_nothing_and_run_nothing(site: Site) -> None:
+    pwned = site.checkout / "pwned"
+    text = f"\"'; touch {pwned} # $(touch {pwned}) `touch {pwned}`\n%j ü"
+    workspace = site.workspace / f"a b 'c' \"d\" $(touch {pwned.name}) %j ü;#"
+    done = site.prefmill(
+        "submit", "configs/pipelines/toy.yaml", "--cluster", "configs/clusters/test.yaml", "run=hostile",
+        f"workspace={json.dumps(str(workspace))}", f"make.text={json.dumps(text)}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    site.wait()
+    row = json.loads((workspace / "data/hostile/make/shard0/numbers.jsonl").read_text().splitlines()[0])
+    assert row["text"] == text, site.logs()
+    assert len(digests(workspace, "hostile")) == 7
+    assert not list(site.checkout.rglob("pwned"))
+    assert len(list((workspace / "logs/hostile/make/slurm").glob("*_?.out"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("run", "a b", "folder"), ("run", "$(id)", "folder"), ("run", "../x", "folder"), ("run", "-x", "folder"),
+        ("workspace", "/tmp/a:b", "cannot be given this path"), ("workspace", "/tmp/a\nb", "cannot be given"),
+        ("workspace", "/tmp/a\\b", "cannot be given this path"),
+    ],
+)  # fmt: skip
+def test_names_and_paths_that_slurm_would_misread_are_refused(site: Site, key: str, value: str, said: str) -> None:
+    done = site.prefmill(
+        "submit", "configs/pipelines/toy.yaml", "--cluster", "configs/clusters/test.yaml", f"{key}={json.dumps(value)}"
+    )
+    assert done.returncode == 2, done.stdout
+    assert said in done.stderr
+    assert site.queue() == []
+
+
+def test_secrets_reach_the_stage_and_nothing_else(site: Site) -> None:
+    value = "s3cr3t-value-of-the-test"
+    file = site.checkout / "secrets.env"
+    file.write_text(f"# comment\nTOY_SECRET={value}\n")
+    config = site.checkout / "configs/clusters/secret.yaml"
+    config.write_text(f"advance: false\nsecrets: {{file: {file}, names: [TOY_SECRET]}}\n")
+    files = ["configs/pipelines/toy.yaml", "--cluster", str(config), f"workspace={site.workspace}", "run=quiet"]
+    refused = site.prefmill("submit", *files)
+    assert refused.returncode == 2
+    assert "others can read the secrets" in refused.stderr
+    file.chmod(0o600)
+    done = site.prefmill("submit", *files, "make.seconds=4", TOY_SECRET=value)
+    assert done.returncode == 0, done.stderr
+    spool = [path for path in site.cluster.root.joinpath("state").rglob("*") if path.is_file()]
+    assert len([path for path in spool if path.name in ("script", "environment")]) >= 3
+    site.wait()
+    assert "secret True" in (site.workspace / "logs/quiet/make/shard0.log").read_text()
+    everything = [*site.cluster.root.rglob("*"), *site.workspace.rglob("*")]
+    leaks = [path for path in everything if path.is_file() and path != file and value.encode() in path.read_bytes()]
+    assert leaks == []
+    assert value not in done.stdout + done.stderr
+
+
+def test_a_stage_runs_in_its_own_environment(site: Site, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+    import sysconfig
+
+    other = tmp_path / "other"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(other)], check=True)
+    packages = next(other.glob("lib/python3*/site-packages"))
+    (packages / "first.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    config = site.checkout / "configs/clusters/two.yaml"
+    config.write_text(f"advance: false\nstages: {{make: {{python: {other}/bin/python}}}}\n")
+    site.submit("toy", "run=two", cluster="two")
+    site.wait()
+    assert len(digests(site.workspace, "two")) == 7, site.logs()
+    assert f"python {other}/bin/python" in (site.workspace / "logs/two/make/shard0.log").read_text()

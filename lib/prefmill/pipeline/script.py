@@ -35,14 +35,14 @@ def array_script(
     logs = array_file.parents[3] / name.rpartition(".")[2] / "slurm"
     special = {"array": array_spec(indices, resources.max_running), "signal": f"B:USR1@{cluster.signal_seconds}"}
     command = ["-m", "prefmill.pipeline.job", str(array_file)]
-    return _render(cluster, resources, name, logs / "%A_%a.out", special, command, code)
+    return _render(cluster, resources, name, _output(logs, "%A_%a.out"), special, command, code)
 
 
 def advance_script(cluster: ClusterFile, resources: Resources, run: str, workspace: Path, code: Path) -> str:
     """The script of the small job that looks after a stage's array once it has ended."""
     logs = workspace / "logs" / run / "advance"
     command = ["-m", "prefmill.cli", "advance", run, "--workspace", str(workspace)]
-    return _render(cluster, resources, f"{run}.advance", logs / "%j.out", {}, command, code)
+    return _render(cluster, resources, f"{run}.advance", _output(logs, "%j.out"), {}, command, code)
 
 
 def array_spec(indices: Sequence[int], max_running: int | None = None) -> str:
@@ -90,7 +90,7 @@ def _render(
     cluster: ClusterFile,
     resources: Resources,
     name: str,
-    output: Path,
+    output: str,
     special: dict[str, Any],
     command: list[str],
     code: Path,
@@ -102,7 +102,7 @@ def _render(
         "chdir": os.getcwd(),
         "export": ",".join(cluster.exported),
         "kill-on-invalid-dep": "no",  # a child whose parent failed can then still be repaired
-        "output": str(output).replace("%", "%%").replace("%%A_%%a", "%A_%a").replace("%%j", "%j"),
+        "output": output,
         "requeue": True,
     }
     executor = ScriptExecutor(code)
@@ -112,6 +112,11 @@ def _render(
     )  # fmt: skip
     text: str = executor._make_submission_file_text(f"exec {shlex.join([python, *command])}", "")
     return text
+
+
+def _output(folder: Path, pattern: str) -> str:
+    """A file for Slurm to write to; only `pattern` is one."""
+    return f"{str(folder).replace('%', '%%')}/{pattern}"
 
 
 def _parameters(cluster: ClusterFile, resources: Resources) -> dict[str, Any]:
