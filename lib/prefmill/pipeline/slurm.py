@@ -1,0 +1,206 @@
+"""What Slurm says of jobs and partitions, read from the few outputs that are the same in every version.
+
+A question Slurm does not answer gives None, which is never the same as "no such job".
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Element = tuple[str, int]  # an array's job id and the index; -1 for a job that is no array
+
+LIVE_STATES = {
+    "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+    "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD",
+}  # fmt: skip
+UNKNOWN = "UNKNOWN"
+_QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%E"
+_ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,ElapsedRaw"
+_ARRAY_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^]%]*)(?:%\d+)?\]?.*))?")
+_DEPENDENCY = re.compile(r"(\d+)(_\d+|_\*)?(?:\+\d+)?(?:\((\w+)\))?")
+_SECONDS = 60.0
+_IDS_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One element as squeue or sacct shows it; `dependency` are the jobs it still waits for, as squeue writes them."""
+
+    state: str
+    reason: str = ""
+    exit_code: int = 0
+    signal: int = 0
+    node: str = ""
+    dependency: str = ""
+    raw_id: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Whether it is queued or running; an unknown state is neither alive nor ended well."""
+        return self.state in LIVE_STATES
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a partition offers: `max_minutes` and `max_nodes` None where there is no limit; the rest is per node."""
+
+    name: str
+    nodes: int
+    max_minutes: int | None
+    max_nodes: int | None
+    cpus: int
+    memory_gb: float
+    gpus: int
+    up: bool = True
+
+
+def queue() -> dict[Element, JobState] | None:
+    """Every element of one's own jobs that slurmctld remembers, ended ones too; None when it does not answer."""
+    text = ask(["squeue", "-h", "-r", "--me", "-t", "all", "-o", _QUEUE_FIELDS])
+    return None if text is None else dict(_queue_rows(text))
+
+
+def accounting(job_ids: Sequence[str]) -> dict[Element, JobState] | None:
+    """The last record of every element of these jobs in the accounting; None where there is no accounting."""
+    found: dict[Element, JobState] = {}
+    for start in range(0, len(job_ids), _IDS_AT_ONCE):
+        ids = ",".join(job_ids[start : start + _IDS_AT_ONCE])
+        text = ask(["sacct", "-XnP", "-j", ids, "-o", _ACCOUNT_FIELDS])
+        if text is None:
+            return None
+        found |= dict(_account_rows(text))
+    return found
+
+
+def partitions() -> dict[str, Partition] | None:
+    """Every partition by name; the default one also as "". None when Slurm does not answer."""
+    text = ask(["sinfo", "-h", "-o", "%P|%D|%l|%s|%c|%m|%G|%a"])
+    return None if text is None else _partitions(text)
+
+
+def element_name(element: Element) -> str:
+    """How Slurm's commands name an element."""
+    job, index = element
+    return job if index < 0 else f"{job}_{index}"
+
+
+def expand(text: str) -> list[Element]:
+    """The elements that a job id such as `41`, `41_3` or `41_[0-3,7%2]` stands for."""
+    match = _ARRAY_ID.fullmatch(text.strip())
+    if match is None:
+        return []
+    job, single, spans = match.groups()
+    if single is not None:
+        return [(job, int(single))]
+    return [(job, index) for index in _indices(spans)] if spans else [(job, -1)]
+
+
+def clean_state(text: str) -> str:
+    """A state without what some are followed by: `CANCELLED by 0`, `RUNNING+`."""
+    words = text.split()
+    return words[0].rstrip("+") if words else UNKNOWN
+
+
+def waits_for(job: JobState) -> tuple[set[Element], bool]:
+    """The elements a pending job still waits for (index -1 for a whole array), and whether one of them has failed."""
+    found = _DEPENDENCY.findall(job.dependency)
+    elements = {(job_id, int(index[1:]) if index[1:].isdigit() else -1) for job_id, index, _ in found}
+    broken = job.reason == "DependencyNeverSatisfied" or any(state == "failed" for _, _, state in found)
+    return elements, broken
+
+
+def set_dependency(element: Element, dependency: str) -> bool:
+    """Have a pending element wait for something else; "" for nothing. False where Slurm refuses."""
+    name = element_name(element)
+    return ask(["scontrol", "update", f"jobid={name}", f"dependency={dependency}"]) is not None
+
+
+def cancel(elements: Sequence[Element]) -> bool:
+    """End these elements; False where Slurm refuses."""
+    names = [element_name(element) for element in elements]
+    batches = [names[start : start + _IDS_AT_ONCE] for start in range(0, len(names), _IDS_AT_ONCE)]
+    answers = [ask(["scancel", *batch]) for batch in batches]  # every one is tried
+    return None not in answers
+
+
+def ask(command: Sequence[str]) -> str | None:
+    """What a command of Slurm prints; None where it is missing, fails or does not answer in a minute."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    # squeue fails for a job that has been purged: it has nothing to say, but it answers.
+    purged = "Invalid job id specified" in done.stderr
+    return done.stdout if done.returncode == 0 or purged else None
+
+
+def _queue_rows(text: str) -> Iterator[tuple[Element, JobState]]:
+    for line in text.splitlines():
+        job, index, raw_id, state, reason, node, dependency = line.split("|", 6)
+        element = (job, int(index) if index.isdigit() else -1)
+        depends = "" if dependency == "(null)" else dependency
+        yield element, JobState(clean_state(state), reason, node=node, dependency=depends, raw_id=raw_id)
+
+
+def _account_rows(text: str) -> Iterator[tuple[Element, JobState]]:
+    for line in text.splitlines():
+        job_id, state, exit_code, node, _ = line.split("|", 4)
+        code, _, number = exit_code.partition(":")
+        shown = "" if node == "None assigned" else node
+        for element in expand(job_id):
+            yield element, JobState(clean_state(state), "", int(code or 0), int(number or 0), shown)
+
+
+def _indices(spans: str) -> Iterator[int]:
+    for span in spans.split(","):
+        first, _, last = span.partition("-")
+        last, _, step = last.partition(":")
+        if first.isdigit():  # a long list is cut off with "..."
+            yield from range(int(first), int(last if last.isdigit() else first) + 1, int(step or 1))
+
+
+def _partitions(text: str) -> dict[str, Partition]:
+    """sinfo writes a line for every kind of node in a partition: nodes add up, the rest is the largest kind's."""
+    found: dict[str, Partition] = {}
+    for line in text.splitlines():
+        shown, nodes, limit, size, cpus, memory, gres, up = line.split("|")
+        name = shown.rstrip("*")
+        old = found.get(name, Partition(name, 0, None, None, 0, 0.0, 0))
+        found[name] = Partition(
+            name, old.nodes + int(nodes), _minutes(limit), _upper(size), max(old.cpus, _number(cpus)),
+            max(old.memory_gb, _number(memory) / 1024), max(old.gpus, _gpus(gres)), up == "up",
+        )  # fmt: skip
+        if shown.endswith("*"):
+            found[""] = found[name]
+    return found
+
+
+def _minutes(text: str) -> int | None:
+    """Slurm's [days-]hours:minutes:seconds in minutes; None for infinite."""
+    if not text or not text[0].isdigit():
+        return None
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0]) if len(parts) == 2 else (parts[0], 0)
+    return (int(days or 0) * 24 + hours) * 60 + minutes
+
+
+def _upper(size: str) -> int | None:
+    last = size.rpartition("-")[2]
+    return int(last) if last.isdigit() else None
+
+
+def _number(text: str) -> int:
+    digits = re.match(r"\d+", text)
+    return int(digits.group()) if digits else 0
+
+
+def _gpus(gres: str) -> int:
+    """GPUs in `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
+    return sum(int(count) for count in re.findall(r"gpu:(?:[\w.-]+:)?(\d+)", gres))

@@ -1,0 +1,88 @@
+"""Slurm's own outputs, as several versions write them, are read right."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from prefmill.pipeline import slurm
+from prefmill.pipeline.slurm import JobState, clean_state, expand, waits_for
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is the whole PATH, for programs that pretend to be Slurm's."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    return tmp_path
+
+
+def pretend(folder: Path, name: str, text: str, error: str = "", code: int = 0) -> None:
+    script = folder / name
+    script.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\necho '{error}' >&2\nexit {code}\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"),
+    [
+        ("41", [-1]), ("41_3", [3]), ("41_[0-2]", [0, 1, 2]), ("41_[0-1,7%2]", [0, 1, 7]), ("41_[0-6:3]", [0, 3, 6]),
+        ("41_[1,3,...]", [1, 3]), ("41_[5]", [5]),
+    ],
+)  # fmt: skip
+def test_ids_of_arrays_are_expanded(text: str, indices: list[int]) -> None:
+    assert expand(text) == [("41", index) for index in indices]
+
+
+def test_what_is_no_id_is_nothing() -> None:
+    assert expand("") == expand("41.batch") == []
+
+
+def test_states_lose_what_follows_them() -> None:
+    shown = [clean_state(text) for text in ("CANCELLED by 0", "RUNNING+", "TIMEOUT", "")]
+    assert shown == ["CANCELLED", "RUNNING", "TIMEOUT", "UNKNOWN"]
+
+
+def test_squeue_is_read(program: Path) -> None:
+    lines = [
+        "41|0|42|RUNNING|None|n1|(null)",
+        "41|1|41|PENDING|DependencyNeverSatisfied||afterok:40_1(failed)",
+        "50|N/A|50|PENDING|Dependency||afterany:41_*(unfulfilled)",
+    ]
+    pretend(program, "squeue", "\n".join(lines))
+    found = slurm.queue()
+    assert found is not None
+    assert found["41", 0] == JobState("RUNNING", "None", node="n1", raw_id="42")
+    assert waits_for(found["41", 1]) == ({("40", 1)}, True)
+    assert waits_for(found["50", -1]) == ({("41", -1)}, False)
+
+
+def test_sacct_is_read_by_state_as_the_exit_code_of_a_time_limit_is_zero(program: Path) -> None:
+    lines = ["41_0|TIMEOUT|0:0|n1|60", "41_[2-3]|CANCELLED by 0|0:0|None assigned|0", "41_1|FAILED|2:0|n2|1"]
+    pretend(program, "sacct", "\n".join(lines))
+    found = slurm.accounting(["41"])
+    assert found is not None
+    assert {element[1]: (job.state, job.exit_code, job.node) for element, job in found.items()} == {
+        0: ("TIMEOUT", 0, "n1"), 1: ("FAILED", 2, "n2"), 2: ("CANCELLED", 0, ""), 3: ("CANCELLED", 0, ""),
+    }  # fmt: skip
+
+
+def test_no_answer_is_not_an_empty_answer(program: Path) -> None:
+    assert slurm.queue() is None  # no such program
+    pretend(program, "squeue", "", "slurm_load_jobs error: Unable to contact slurm controller", 1)
+    assert slurm.queue() is None
+    pretend(program, "squeue", "", "slurm_load_jobs error: Invalid job id specified", 1)
+    assert slurm.ask(["squeue", "-j", "1"]) is not None  # purged: nothing to tell, but told
+    pretend(program, "sacct", "", "Slurm accounting storage is disabled", 1)
+    assert slurm.accounting(["41"]) is None
+
+
+def test_partitions_are_read(program: Path) -> None:
+    lines = ["gpu|30|2-12:00:00|1-4|96+|1031000+|gpu:h100:8(S:0-1)|up", "cpu*|4|infinite|1-infinite|64|64000|(null)|up"]
+    pretend(program, "sinfo", "\n".join([*lines, "cpu*|2|infinite|1-infinite|128|128000|gpu:a:2,gpu:b:1|up"]))
+    found = slurm.partitions()
+    assert found is not None
+    gpu, cpu = found["gpu"], found[""]
+    assert (gpu.nodes, gpu.max_minutes, gpu.max_nodes, gpu.cpus, gpu.gpus) == (30, 60 * 60, 4, 96, 8)
+    assert (cpu.name, cpu.nodes, cpu.max_minutes, cpu.max_nodes, cpu.cpus, cpu.gpus) == ("cpu", 6, None, None, 128, 3)
