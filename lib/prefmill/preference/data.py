@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt and two answers to it; pairs of one `group` share the prompt."""
+    """A prompt and two answers to it; pairs of one `group` share the prompt.
+
+    `images` are paths, one for each `<image>` in the messages.
+    """
 
     pair_id: str
     group: str
     messages: list[dict[str, str]]
     chosen: str
     rejected: str
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ def read_pairs(path: Path) -> Iterator[PreferencePair]:
     for number, row in enumerate(read_jsonl(path), 1):
         try:
             messages = [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
-            yield PreferencePair(row["id"], row["group"], messages, row["chosen"]["value"], row["rejected"]["value"])
+            images = tuple(str(path.parent.parent / name) for name in row.get("images", ()))
+            answers = (row["chosen"]["value"], row["rejected"]["value"])
+            yield PreferencePair(row["id"], row["group"], messages, *answers, images)
         except (KeyError, TypeError) as error:
             raise InputError(
                 "not a preference row", where=f"{path}:{number}", got=f"missing or malformed: {error}",
@@ -74,7 +80,7 @@ def swap_by_coin(pairs: Iterable[PreferencePair], seed: int) -> Iterator[Prefere
     for pair in pairs:
         heads = hashlib.sha256(f"{seed}:{pair.pair_id}".encode()).digest()[0] % 2
         chosen, rejected = (pair.rejected, pair.chosen) if heads else (pair.chosen, pair.rejected)
-        yield PreferencePair(pair.pair_id, pair.group, pair.messages, chosen, rejected)
+        yield replace(pair, chosen=chosen, rejected=rejected)
 
 
 def gather(pairs: Iterable[PreferencePair], encode: Encode) -> list[Group]:
