@@ -63,14 +63,25 @@ def idle_attempts(logs: Path) -> int:
     return count
 
 
-def _append(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -> None:
-    steps = _steps(logs / EXECUTED)
-    own = steps[attempt["steps_before"] :] if len(steps) >= attempt["steps_before"] else steps
+def progressed(logs: Path, attempt: dict[str, Any]) -> bool:
+    """Whether an attempt has got further than all before it: in optimizer steps, or else in what it reports."""
+    steps, own = _own_steps(logs, attempt)
     best = max(steps[: len(steps) - len(own)], default=0)
+    return max(own, default=0) > best or (not steps and _done(logs) > attempt["done_before"])
+
+
+def _own_steps(logs: Path, attempt: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Every step ever taken, and those of this attempt."""
+    steps = _steps(logs / EXECUTED)
+    return steps, steps[attempt["steps_before"] :] if len(steps) >= attempt["steps_before"] else steps
+
+
+def _append(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -> None:
+    _, own = _own_steps(logs, attempt)
     row = {
         **attempt["job"], "node": attempt["node"], "started": attempt["started"], "outcome": outcome, **details,
         "first_step": own[0] if own else None, "last_step": own[-1] if own else None,
-        "progressed": max(own, default=0) > best or (not steps and _done(logs) > attempt["done_before"]),
+        "progressed": progressed(logs, attempt),
     }  # fmt: skip
     append_row(logs / ATTEMPTS, row)
 

@@ -5,6 +5,7 @@ A question Slurm does not answer gives None, which is never the same as "no such
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +19,8 @@ LIVE_STATES = {
     "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD",
 }  # fmt: skip
 UNKNOWN = "UNKNOWN"
-_QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%E"
-_ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,ElapsedRaw"
+_QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%S|%E"
+_ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,Start,ReqMem"
 _ARRAY_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^]%]*)(?:%\d+)?\]?.*))?")
 _DEPENDENCY = re.compile(r"(\d+)(_\d+|_\*)?(?:\+\d+)?(?:\((\w+)\))?")
 _SECONDS = 60.0
@@ -28,7 +29,11 @@ _IDS_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class JobState:
-    """One element as squeue or sacct shows it; `dependency` are the jobs it still waits for, as squeue writes them."""
+    """One element as squeue or sacct shows it; `dependency` are the jobs it still waits for, as squeue writes them.
+
+    `memory_gb` is what the accounting says it had asked for, over all its nodes; `started` is in seconds since the
+    epoch, and of a pending job when it may start.
+    """
 
     state: str
     reason: str = ""
@@ -37,6 +42,8 @@ class JobState:
     node: str = ""
     dependency: str = ""
     raw_id: str = ""
+    memory_gb: float | None = None
+    started: float | None = None
 
     @property
     def live(self) -> bool:
@@ -132,7 +139,10 @@ def ask(command: Sequence[str]) -> str | None:
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS, check=False,
+            env=os.environ | {"SLURM_TIME_FORMAT": "%s"},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None
     # squeue fails for a job that has been purged: it has nothing to say, but it answers.
@@ -142,19 +152,26 @@ def ask(command: Sequence[str]) -> str | None:
 
 def _queue_rows(text: str) -> Iterator[tuple[Element, JobState]]:
     for line in text.splitlines():
-        job, index, raw_id, state, reason, node, dependency = line.split("|", 6)
+        job, index, raw_id, state, reason, node, started, dependency = line.split("|", 7)
         element = (job, int(index) if index.isdigit() else -1)
-        depends = "" if dependency == "(null)" else dependency
-        yield element, JobState(clean_state(state), reason, node=node, dependency=depends, raw_id=raw_id)
+        yield (
+            element,
+            JobState(
+                clean_state(state), reason, node=node, raw_id=raw_id, started=_seconds(started),
+                dependency="" if dependency == "(null)" else dependency,
+            ),
+        )  # fmt: skip
 
 
 def _account_rows(text: str) -> Iterator[tuple[Element, JobState]]:
     for line in text.splitlines():
-        job_id, state, exit_code, node, _ = line.split("|", 4)
+        job_id, state, exit_code, node, started, memory = line.split("|", 5)
         code, _, number = exit_code.partition(":")
-        shown = "" if node == "None assigned" else node
-        for element in expand(job_id):
-            yield element, JobState(clean_state(state), "", int(code or 0), int(number or 0), shown)
+        job = JobState(
+            clean_state(state), exit_code=int(code or 0), signal=int(number or 0),
+            node="" if node == "None assigned" else node, memory_gb=_gigabytes(memory), started=_seconds(started),
+        )  # fmt: skip
+        yield from ((element, job) for element in expand(job_id))
 
 
 def _indices(spans: str) -> Iterator[int]:
@@ -199,6 +216,16 @@ def _upper(size: str) -> int | None:
 def _number(text: str) -> int:
     digits = re.match(r"\d+", text)
     return int(digits.group()) if digits else 0
+
+
+def _seconds(text: str) -> float | None:
+    return float(text) if text.isdigit() else None
+
+
+def _gigabytes(text: str) -> float | None:
+    """`64000M`, `1.50T` or, from older versions, `4Gn`."""
+    match = re.match(r"([\d.]+)([KMGT])", text)
+    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 2) if match and float(match[1]) else None
 
 
 def _gpus(gres: str) -> int:

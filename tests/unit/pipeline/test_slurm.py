@@ -46,23 +46,25 @@ def test_states_lose_what_follows_them() -> None:
 
 def test_squeue_is_read(program: Path) -> None:
     lines = [
-        "41|0|42|RUNNING|None|n1|(null)",
-        "41|1|41|PENDING|DependencyNeverSatisfied||afterok:40_1(failed)",
-        "50|N/A|50|PENDING|Dependency||afterany:41_*(unfulfilled)",
+        "41|0|42|RUNNING|None|n1|1700000000|(null)",
+        "41|1|41|PENDING|DependencyNeverSatisfied||N/A|afterok:40_1(failed)",
+        "50|N/A|50|PENDING|Dependency||N/A|afterany:41_*(unfulfilled)",
     ]
     pretend(program, "squeue", "\n".join(lines))
     found = slurm.queue()
     assert found is not None
-    assert found["41", 0] == JobState("RUNNING", "None", node="n1", raw_id="42")
+    assert found["41", 0] == JobState("RUNNING", "None", node="n1", raw_id="42", started=1.7e9)
     assert waits_for(found["41", 1]) == ({("40", 1)}, True)
     assert waits_for(found["50", -1]) == ({("41", -1)}, False)
 
 
 def test_sacct_is_read_by_state_as_the_exit_code_of_a_time_limit_is_zero(program: Path) -> None:
-    lines = ["41_0|TIMEOUT|0:0|n1|60", "41_[2-3]|CANCELLED by 0|0:0|None assigned|0", "41_1|FAILED|2:0|n2|1"]
+    lines = ["41_0|TIMEOUT|0:0|n1|1700000000|512M", "41_[2-3]|CANCELLED by 0|0:0|None assigned|Unknown|0"]
+    lines.append("41_1|FAILED|2:0|n2|1700000000|")
     pretend(program, "sacct", "\n".join(lines))
     found = slurm.accounting(["41"])
     assert found is not None
+    assert [found["41", index].memory_gb for index in (0, 1, 2)] == [0.5, None, None]
     assert {element[1]: (job.state, job.exit_code, job.node) for element, job in found.items()} == {
         0: ("TIMEOUT", 0, "n1"), 1: ("FAILED", 2, "n2"), 2: ("CANCELLED", 0, ""), 3: ("CANCELLED", 0, ""),
     }  # fmt: skip
