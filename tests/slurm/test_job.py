@@ -62,3 +62,91 @@ def test_a_time_limit_saves_and_requeues_that_element_alone(site: Site) -> None:
     assert second["restart_count"] == "1"
     assert second["first_step"] == first["last_step"] + 1
     assert digests(site.workspace, "limit") == digests(site.workspace, "calm")
+
+
+def warn(site: Site, element: str) -> None:
+    """Send the warning that precedes a time limit, as Slurm itself would."""
+    assert site.cluster.ask("scancel", "--signal=USR1", "--batch", element) is not None
+
+
+def go_on(site: Site, element: str) -> None:
+    """End the hold of a requeued job as soon as there is one."""
+    site.wait(lambda: any("PENDING" in line for line in site.queue() if line.startswith(f"{element} ")))
+    site.cluster.ask("scontrol", "update", f"jobid={element}", "StartTime=now")
+
+
+def test_one_requeue_for_several_signals_and_five_with_progress_go_on(site: Site) -> None:
+    site.submit("train", "run=often", "train.steps=12", "train.step_seconds=0.5")
+    element = f"{jobs(site, 'often')[0]['job_id']}_0"
+    for count in range(1, 6):
+        taken = len(steps(site, "often"))
+        site.wait(lambda taken=taken: len(steps(site, "often")) > taken)
+        warn(site, element)
+        warn(site, element)
+        site.wait(lambda count=count: len(attempts(site, "often")) == count)
+        go_on(site, element)
+    site.wait()
+    made = attempts(site, "often")
+    assert [row["outcome"] for row in made] == ["requeued"] * 5 + ["complete"]
+    assert [row.get("restart_count") for row in made] == [None, "1", "2", "3", "4", "5"]
+    assert steps(site, "often") == list(range(1, 13))
+    assert digests(site.workspace, "often"), site.logs()
+
+
+def test_five_without_progress_stop(site: Site) -> None:
+    (site.checkout / "configs/clusters/brief.yaml").write_text("signal_seconds: 1\nadvance: false\n")
+    site.submit("train", "run=idle", "train.steps=2", "train.step_seconds=60", cluster="brief")
+    element = f"{jobs(site, 'idle')[0]['job_id']}_0"
+    status = site.workspace / "logs/idle/train/all/status.json"
+    for count in range(1, 6):
+        site.wait(lambda: status.exists() and json.loads(status.read_text())["state"] == "running")
+        warn(site, element)
+        site.wait(lambda count=count: len(attempts(site, "idle")) == count)
+        if count < 5:
+            go_on(site, element)
+    site.wait()
+    record = json.loads(status.read_text())
+    assert (record["state"], record["kind"]) == ("failed", "NoProgress")
+    assert "raise its `minutes`" in record["error"]
+
+
+def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
+    site.submit("train", "run=gone", "train.steps=40", "train.step_seconds=0.5")
+    element = f"{jobs(site, 'gone')[0]['job_id']}_0"
+    site.wait(lambda: steps(site, "gone"))
+    site.cluster.ask("scancel", element)
+    site.wait()
+    (only,) = attempts(site, "gone")
+    assert (only["outcome"], only["signal"]) == ("terminated", "SIGTERM")
+    site.submit("train", "run=gone", "train.steps=40", "train.step_seconds=0")
+    site.wait()
+    assert digests(site.workspace, "gone")
+    assert steps(site, "gone") == list(range(1, 41))  # it had saved before it went
+
+
+def test_preemption_saves_and_the_element_goes_on_later(site: Site) -> None:
+    low = "stages.train.resources={partition: low, cpus: 16}"
+    site.submit("train", "run=low", "train.steps=30", "train.step_seconds=0.5", "stages.train.array={shard: 4}", low)
+    site.wait(lambda: all(steps(site, "low", f"shard{shard}") for shard in range(4)))
+    urgent = site.run(["sbatch", "--partition=main", "--nodes=1", "--exclusive", "--wrap=sleep 1"])
+    assert urgent.returncode == 0, urgent.stderr
+    site.wait()
+    outcomes = [[row["outcome"] for row in attempts(site, "low", f"shard{shard}")] for shard in range(4)]
+    assert sorted(outcomes) == [["complete"]] * 3 + [["requeued", "complete"]], site.logs()
+    for shard in range(4):
+        assert steps(site, "low", f"shard{shard}") == list(range(1, 31))
+
+
+def test_inputs_are_checked_before_anything_else(site: Site) -> None:
+    site.submit("toy", "run=torn")
+    site.wait()
+    data = site.workspace / "data/torn"
+    numbers = data / "make/shard1/numbers.jsonl"
+    numbers.write_text(numbers.read_text() + "{}\n")
+    array = site.workspace / "logs/torn/submissions/0001/arrays/use.0.json"
+    (data / "use/shard1/manifest.json").unlink()
+    done = site.run(["sbatch", "--wait", "--array=1", str(array.with_suffix(".sbatch"))])
+    assert done.returncode == 2, site.logs()
+    log = (site.workspace / "logs/torn/use/shard1.log").read_text()
+    assert "artifact is damaged" in log
+    assert not (data / "use/shard1/work/attempt").exists()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from prefmill.stage import Metrics, Task
 from prefmill.stopping import clear_request, request_stop
 
 REQUEUED, TERMINATED = "requeued", "terminated"
-_POLL_SECONDS, _KILL_SECONDS, _TERM_SECONDS = 0.1, 5.0, 20.0
+_POLL_SECONDS, _KILL_SECONDS, _TERM_SECONDS = 0.1, 3.0, 20.0
 _SAVING_SHARE = 0.85  # of the warning's time may pass before a training that is still saving is ended
 _EXIT_CODE = re.compile(r"exitcode\s*: (-?\d+)")  # how torchrun reports the process that failed first
 
@@ -91,13 +92,19 @@ def run_elsewhere(
     threads = {"OMP_NUM_THREADS": str(max(1, layout.cpus // layout.processes))}
     log = task.logs.parent / f"{task.name}.log"
     offset = log.stat().st_size if log.is_file() else 0
-    # A warning that reaches the whole job must not end the processes it is meant to save.
     process = subprocess.Popen(
         layout.command(spec), env={**threads, **os.environ, **extra},
-        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        preexec_fn=partial(_shield, task.stage.trains),
     )  # fmt: skip
     code = _wait(process, warnings, context.logs, task.stage.trains)
     return _collect(folder, code, warnings, log, offset)
+
+
+def _shield(trains: bool) -> None:
+    """Slurm warns every process of a job: those that are to save must not die of it, and their parent asks them."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if trains:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _wait(process: subprocess.Popen[bytes], warnings: Warnings, logs: Path, trains: bool) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -91,5 +90,4 @@ def _peak_gpu_memory_gb() -> float | None:
 
 if __name__ == "__main__":
     end_with_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the parent's business
     sys.exit(run_rank(Path(sys.argv[1])))

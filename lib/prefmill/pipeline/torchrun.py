@@ -21,6 +21,7 @@ def arguments(environment: Mapping[str, str], processes: int) -> list[str]:
     return [
         f"--nnodes={nodes}", f"--node-rank={environment.get('SLURM_NODEID', '0')}", f"--nproc-per-node={processes}",
         f"--master-addr={host}", f"--master-port={port}", "--max-restarts=0",
+        "--signals-to-handle=SIGINT,SIGHUP",  # SIGTERM is the parent's business: it has the ranks save
     ]  # fmt: skip
 
 
