@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from prefmill.callbacks import StageCallback
 from prefmill.causal.chat import encode
 from prefmill.causal.group_attention import use_group_attention
 from prefmill.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.causal.scorer import Batch, encode_pairwise, encode_sequences, install, uninstall
+from prefmill.causal.scorer import Batch, encode_pairwise, encode_sequences, install, score_batch, uninstall
 from prefmill.errors import InputError
-from prefmill.preference.batches import Microbatch, plan_batches, plan_group_batches
+from prefmill.preference.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.preference.config import PreferenceConfig
 from prefmill.preference.data import Group, gather, read_pairs, swap_by_coin
+from prefmill.preference.family import Family, by_group
 from prefmill.preference.objectives import Settings, mix
 from prefmill.preference.reference import reference_key, reference_scores
 from prefmill.preference.telemetry import Telemetry
-from prefmill.preference.trainer import EncodeParts, PreferenceData, PreferenceTrainer, score_batch
+from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from prefmill.stage import Metrics, Task
 from prefmill.training import (
     accumulation,
     add_adapter,
     report_dropped,
     train_and_save,
-    trainer_arguments,
     weights_precision,
     world_size,
 )
@@ -52,17 +51,18 @@ def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, va
     plan = _plan(groups, config)
     trainer = PreferenceTrainer(
         model=add_adapter(load_policy(policy, config), config),
-        args=_arguments(config, task, plan),
+        args=plan_arguments(config, task, plan),
         train=PreferenceData(groups, None, plan),
         val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
-        encode=_encoder(config, tokenizer.pad_token_id),
+        family=causal_family(config, tokenizer.pad_token_id),
         objective=objective,
         settings=settings,
         telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
         callbacks=[StageCallback(task)],
     )
     if objective.needs_reference:
-        trainer.set_reference(*_reference(trainer, task, groups, held_out, tokenizer, config))
+        scores = _reference(trainer, task, groups, held_out, tokenizer, config)
+        trainer.set_reference(*map(by_group, scores))
     train_and_save(trainer, tokenizer, config, task)
     uninstall(trainer.model)
     history = [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{}]
@@ -124,30 +124,21 @@ def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]
     return plan_group_batches(groups, epochs, target, at_once, ranks, max_tokens, config.seed)
 
 
-def _encoder(config: PreferenceConfig, pad: int) -> EncodeParts:
-    return encode_groups if config.layout == "group" else partial(encode_pairwise, pad=pad)
+def causal_family(config: PreferenceConfig, pad: int) -> Family:
+    """Log-likelihoods of responses, the same in every epoch."""
 
+    def encode_parts(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> Batch:
+        return encode_groups(groups, parts) if config.layout == "group" else encode_pairwise(groups, parts, pad)
 
-def _arguments(config: PreferenceConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
-    """The Trainer sees the plan of all epochs as one epoch of microbatches; the plan says where an epoch ends."""
-    given = trainer_arguments(config, task, world_size())
-    num_microbatches = sum(item.step == 0 for item in plan) // world_size()
-    return TrainingArguments(
-        **given
-        | {
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": num_microbatches,
-        }
-    )
+    return Family(encode_parts, score_batch)
 
 
 def _one_by_one(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:
     """Every validation pair once, in microbatches of the training size."""
-    num_pairs = sum(len(group.pairs) for group in groups)
     at_once = config.per_device_train_batch_size
     if config.layout == "pairwise":
-        return plan_batches(groups, 1, num_pairs, -(-num_pairs // at_once), config.seed)
+        return one_by_one(groups, at_once, config.seed)
+    num_pairs = sum(len(group.pairs) for group in groups)
     return plan_group_batches(groups, 1, num_pairs, at_once, 1, config.max_tokens_per_microbatch, config.seed)
 
 

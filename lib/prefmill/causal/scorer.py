@@ -96,6 +96,13 @@ def install(model: Any) -> Any:
     return model
 
 
+def score_batch(model: Any, batch: Batch) -> Tensor:
+    """The score of every response of a batch, [S], through `model`'s installed forward."""
+    names = ("input_ids", "attention_mask", "row", "column", "target", "owner", "position_ids", "segments")
+    scores: Tensor = model(**{name: getattr(batch, name) for name in names}, num_responses=len(batch.lengths))
+    return scores
+
+
 def uninstall(model: Any) -> None:
     """Give `model` its own forward back."""
     del _inner(model).forward

@@ -5,9 +5,28 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from prefmill.errors import ConfigError
 from prefmill.preference.data import Group
+
+
+class AnyPair(Protocol):
+    """A preference between two samples of a group, by their places in it."""
+
+    @property
+    def pair_id(self) -> str: ...
+    @property
+    def chosen(self) -> int: ...
+    @property
+    def rejected(self) -> int: ...
+
+
+class AnyGroup(Protocol):
+    """Pairs that share what they are conditioned on, whatever the model family."""
+
+    @property
+    def pairs(self) -> Sequence[AnyPair]: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,7 @@ class Microbatch:
 
 
 def plan_batches(
-    groups: Sequence[Group], epochs: int, target_pairs: int, num_microbatches: int, seed: int
+    groups: Sequence[AnyGroup], epochs: int, target_pairs: int, num_microbatches: int, seed: int
 ) -> list[Microbatch]:
     """Microbatches of all epochs, `num_microbatches` for every optimizer step, in the order ranks take them.
 
@@ -81,6 +100,12 @@ def plan_group_batches(
     return plan
 
 
+def one_by_one(groups: Sequence[AnyGroup], at_once: int, seed: int) -> list[Microbatch]:
+    """Every pair once, in microbatches of at most `at_once`: the plan of an evaluation."""
+    num_pairs = sum(len(group.pairs) for group in groups)
+    return plan_batches(groups, 1, num_pairs, -(-num_pairs // at_once), seed)
+
+
 def num_tokens(group: Group, pairs: Sequence[int]) -> int:
     """Tokens of a group's prompt with the distinct responses of these of its pairs."""
     places = {place for index in pairs for place in (group.pairs[index].chosen, group.pairs[index].rejected)}
@@ -123,7 +148,9 @@ def _split(group: Group, index: int, max_tokens: int | None) -> Iterator[GroupPa
     yield GroupPart(index, tuple(held))
 
 
-def _all_steps(groups: Sequence[Group], epochs: int, target_pairs: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+def _all_steps(
+    groups: Sequence[AnyGroup], epochs: int, target_pairs: int, seed: int
+) -> Iterator[tuple[int, list[int]]]:
     """Epoch and groups of every optimizer step."""
     for epoch in range(epochs):
         order = list(range(len(groups)))
@@ -132,7 +159,7 @@ def _all_steps(groups: Sequence[Group], epochs: int, target_pairs: int, seed: in
             yield epoch, members
 
 
-def _steps(groups: Sequence[Group], order: Sequence[int], target_pairs: int) -> Iterator[list[int]]:
+def _steps(groups: Sequence[AnyGroup], order: Sequence[int], target_pairs: int) -> Iterator[list[int]]:
     members: list[int] = []
     held = 0
     for index in order:
@@ -150,7 +177,7 @@ def _steps(groups: Sequence[Group], order: Sequence[int], target_pairs: int) -> 
         yield members
 
 
-def _spread(groups: Sequence[Group], members: Sequence[int], parts: int) -> Iterator[tuple[GroupPart, ...]]:
+def _spread(groups: Sequence[AnyGroup], members: Sequence[int], parts: int) -> Iterator[tuple[GroupPart, ...]]:
     """The pairs of a step cut into `parts` runs whose lengths differ by one at most; some may be empty."""
     flat = [(member, pair) for member in members for pair in range(len(groups[member].pairs))]
     for index in range(parts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,19 +16,25 @@ from prefmill.artifacts import digest_json
 from prefmill.errors import ArtifactError
 from prefmill.preference.data import Group
 
-ScoreGroup = Callable[[Group], Tensor]
+GroupT = TypeVar("GroupT")
 SPOT_CHECK_SHARE = 0.01
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}  # of a response's summed log-likelihood, in nats
 
 
 def reference_key(groups: Sequence[Group], weights: str, settings: Mapping[str, Any]) -> str:
-    """What cached scores hold for: every token id, the reference's weights, and how they were computed."""
-    content = [[group.prompt, group.responses] for group in groups]
+    """What cached scores of token groups hold for: every token id, the reference's weights, how they were computed."""
+    return content_key([[group.prompt, group.responses] for group in groups], weights, settings)
+
+
+def content_key(content: Any, weights: str, settings: Mapping[str, Any]) -> str:
+    """What cached scores hold for; `content` is JSON that says all of what was scored."""
     return digest_json({"groups": digest_json(content), "weights": weights, "settings": dict(settings)})
 
 
-def reference_scores(groups: Sequence[Group], score: ScoreGroup, path: Path, key: str, precision: str) -> list[Tensor]:
-    """The reference's score of every response, a tensor [S] fp32 for each group, from `path` or computed and kept.
+def reference_scores(
+    groups: Sequence[GroupT], score: Callable[[GroupT], Tensor], path: Path, key: str, precision: str
+) -> list[Tensor]:
+    """The reference's scores of a group's samples, [S, ...] fp32 for each group, from `path` or computed and kept.
 
     `score` must still be the reference. Cached scores are recomputed for one group in a hundred; raises
     ArtifactError when one differs by more than the precision allows.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,29 +11,28 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefmill.causal.scorer import Batch
-from prefmill.preference.batches import GroupPart, Microbatch
-from prefmill.preference.data import Group
+from prefmill.preference.batches import AnyGroup, GroupPart, Microbatch
+from prefmill.preference.family import Family, Reference, reference_of_pairs
 from prefmill.preference.objectives import Objective, PairScores, Settings
 from prefmill.preference.telemetry import Telemetry
-
-EncodeParts = Callable[[Sequence[Group], Sequence[GroupPart]], Batch]
+from prefmill.stage import Task
+from prefmill.training import TrainingConfig, trainer_arguments, world_size
 
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """Groups, the reference's score of every response ([S] a group; None without one), and the batch plan."""
+    """Groups, the reference's scores of their samples (None without a reference), and the batch plan."""
 
-    groups: Sequence[Group]
-    reference: Sequence[Tensor] | None
+    groups: Sequence[AnyGroup]
+    reference: Reference | None
     plan: Sequence[Microbatch]
 
 
 class PlannedBatches(Dataset[dict[str, Any]]):
     """The microbatches of a plan, encoded when they are asked for."""
 
-    def __init__(self, data: PreferenceData, encode: EncodeParts) -> None:
-        self.data, self.encode = data, encode
+    def __init__(self, data: PreferenceData, family: Family) -> None:
+        self.data, self.family = data, family
 
     def __len__(self) -> int:
         return len(self.data.plan)
@@ -44,12 +43,13 @@ class PlannedBatches(Dataset[dict[str, Any]]):
             return {"skipped": True, "step_pairs": microbatch.step_pairs}
         # A rank without pairs still runs the model, on a pair whose loss is then left out.
         parts = microbatch.parts or (GroupPart(0, (0,)),)
-        chosen, rejected = zip(*_sides(parts, self.data), strict=True)
+        groups, reference = self.data.groups, self.data.reference
+        sides = reference_of_pairs(reference, groups, parts, microbatch.epoch) if reference else (None, None)
         return {
-            "batch": self.encode(self.data.groups, parts),
-            "pair_ids": [self.data.groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs],
-            "ref_chosen": None if self.data.reference is None else torch.stack(chosen),
-            "ref_rejected": None if self.data.reference is None else torch.stack(rejected),
+            "batch": self.family.encode(groups, parts, microbatch.epoch),
+            "pair_ids": [groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs],
+            "ref_chosen": sides[0],
+            "ref_rejected": sides[1],
             "skipped": False,
             "num_pairs": microbatch.num_pairs,
             "step_pairs": microbatch.step_pairs,
@@ -71,19 +71,19 @@ class PreferenceTrainer(Trainer):
         args: TrainingArguments,
         train: PreferenceData,
         val: PreferenceData | None,
-        encode: EncodeParts,
+        family: Family,
         objective: Objective,
         settings: Settings,
         telemetry: Telemetry,
         callbacks: list[TrainerCallback],
     ) -> None:
-        self.objective, self.settings, self.telemetry = objective, settings, telemetry
-        self._val = PlannedBatches(val, encode) if val is not None else None
+        self.family, self.objective, self.settings, self.telemetry = family, objective, settings, telemetry
+        self._val = PlannedBatches(val, family) if val is not None else None
         self._epoch_of_step = {item.step + 1: item.epoch for item in train.plan}
         super().__init__(
             model=model,
             args=args,
-            train_dataset=PlannedBatches(train, encode),
+            train_dataset=PlannedBatches(train, family),
             eval_dataset=self._val,
             data_collator=lambda items: items[0],
             callbacks=[*callbacks, _StepTelemetry(telemetry, self._epoch_of_step)],
@@ -92,8 +92,8 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
-    def set_reference(self, train: Sequence[Tensor], val: Sequence[Tensor]) -> None:
-        """Give every response its reference score, [S] for each group."""
+    def set_reference(self, train: Reference, val: Reference) -> None:
+        """Give every sample its reference score."""
         self.train_dataset.data = replace(self.train_dataset.data, reference=train)
         if self._val is not None:
             self._val.data = replace(self._val.data, reference=val)
@@ -106,7 +106,8 @@ class PreferenceTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.args.device
-        moved = {key: value.to(device) for key, value in inputs.items() if isinstance(value, (Tensor, Batch))}
+        to_move = ("batch", "ref_chosen", "ref_rejected")
+        moved = {key: inputs[key].to(device) for key in to_move if inputs.get(key) is not None}
         return {**inputs, **moved}
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -134,17 +135,7 @@ class PreferenceTrainer(Trainer):
 
     def pair_scores(self, model: Any, inputs: dict[str, Any]) -> PairScores:
         """The scores of a microbatch's pairs under `model` and the reference."""
-        batch: Batch = inputs["batch"]
-        scores = score_batch(model, batch)
-        lengths = batch.lengths.to(scores.dtype)
-        return PairScores(
-            scores[batch.chosen],
-            scores[batch.rejected],
-            lengths[batch.chosen],
-            lengths[batch.rejected],
-            inputs["ref_chosen"],
-            inputs["ref_rejected"],
-        )
+        return self.family.pair_scores(model, inputs["batch"], inputs["ref_chosen"], inputs["ref_rejected"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the pairs since the last log."""
@@ -172,23 +163,18 @@ class PreferenceTrainer(Trainer):
         return metrics
 
 
-def score_batch(model: Any, batch: Batch) -> Tensor:
-    """The score of every response of a batch, [S], through `model`'s installed forward."""
-    names = ("input_ids", "attention_mask", "row", "column", "target", "owner", "position_ids", "segments")
-    scores: Tensor = model(**{name: getattr(batch, name) for name in names}, num_responses=len(batch.lengths))
-    return scores
-
-
-def _sides(parts: Sequence[GroupPart], data: PreferenceData) -> list[tuple[Tensor, Tensor]]:
-    """The reference's scores of chosen and rejected for every pair; zeros without a reference."""
-    found = []
-    for part in parts:
-        for index in part.pairs:
-            pair = data.groups[part.group].pairs[index]
-            scores = torch.zeros(2) if data.reference is None else data.reference[part.group]
-            places = (0, 1) if data.reference is None else (pair.chosen, pair.rejected)
-            found.append((scores[places[0]], scores[places[1]]))
-    return found
+def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
+    """The Trainer sees the plan of all epochs as one epoch of microbatches; the plan says where an epoch ends."""
+    given = trainer_arguments(config, task, world_size())
+    num_microbatches = sum(item.step == 0 for item in plan) // world_size()
+    return TrainingArguments(
+        **given
+        | {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": num_microbatches,
+        }
+    )
 
 
 class _StepTelemetry(TrainerCallback):

@@ -13,11 +13,10 @@ from prefmill.causal.chat import encode
 from prefmill.causal.group_attention import GROUP_ATTENTION, use_group_attention
 from prefmill.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.causal.scorer import encode_pairwise, install
+from prefmill.causal.scorer import encode_pairwise, install, score_batch
 from prefmill.errors import ConfigError
 from prefmill.preference.batches import GroupPart
 from prefmill.preference.data import Group, Pair, gather, read_pairs
-from prefmill.preference.trainer import score_batch
 from prefmill.records import write_jsonl
 from tests.tiny import pair_rows, save_tiny_qwen2
 

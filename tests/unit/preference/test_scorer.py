@@ -11,11 +11,10 @@ import torch
 from prefmill.causal import scorer
 from prefmill.causal.chat import encode
 from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.causal.scorer import encode_pairwise, encode_sequences, install, token_logps
+from prefmill.causal.scorer import encode_pairwise, encode_sequences, install, score_batch, token_logps
 from prefmill.preference.batches import GroupPart
 from prefmill.preference.data import Group, gather, read_pairs
 from prefmill.preference.objectives import OBJECTIVES, PairScores, Settings
-from prefmill.preference.trainer import score_batch
 
 
 @pytest.fixture(scope="module")
