@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(command=_status)
 
     stages = commands.add_parser("stages", help="list the stages: what each reads and writes")
+    stages.add_argument("--markdown", action="store_true", help="as the table of README.md")
     stages.set_defaults(command=_stages)
 
     doctor = commands.add_parser("doctor", help="check this machine and say how to mend what is missing")
@@ -181,11 +182,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _stages(arguments: argparse.Namespace) -> int:
-    from prefmill.stage import load_stage, stage_names
+    from prefmill.stage import describe_stages
 
-    for stage in map(load_stage, stage_names()):
-        reads = ", ".join(f"{name} ({item.kind})" for name, item in stage.reads.items()) or "nothing"
-        print(f"{stage.name:<20} {stage.summary}\n{'':<20} reads {reads}; writes {stage.writes}")
+    print(describe_stages(arguments.markdown))
     return 0
 
 

@@ -8,6 +8,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Generic, Literal
 
@@ -140,3 +141,28 @@ def load_stage(name: str) -> Stage[Any]:
     assert isinstance(stage, Stage), f"stages/{name}.py must define STAGE"
     assert stage.name == name, f"stages/{name}.py defines a STAGE named {stage.name}"
     return stage
+
+
+def describe_stages(markdown: bool = False) -> str:
+    """Every stage with its purpose, what it reads and what it writes, each after those it usually reads from."""
+    stages = {name: load_stage(name) for name in stage_names()}
+    graph = {
+        name: sorted({reads.stage for reads in stage.reads.values() if reads.stage in stages} - {name})
+        for name, stage in stages.items()
+    }
+    ordered = [stages[str(name)] for name in TopologicalSorter(graph).static_order()]
+    if markdown:
+        rows = [
+            f"| [{stage.name}](docs/stages/{stage.name}.md) | {stage.summary} | {_inputs(stage)} | `{stage.writes}` |"
+            for stage in ordered
+        ]
+        return "\n".join(["| stage | what it does | reads | writes |", "|---|---|---|---|", *rows])
+    return "\n".join(
+        f"{stage.name:<20} {stage.summary}\n{'':<20} reads {_inputs(stage)}; writes {stage.writes}" for stage in ordered
+    )
+
+
+def _inputs(stage: Stage[Any]) -> str:
+    kinds = dict.fromkeys(reads.kind for reads in stage.reads.values() if not reads.optional)
+    optional = dict.fromkeys(reads.kind for reads in stage.reads.values() if reads.optional and reads.kind not in kinds)
+    return ", ".join([*kinds, *(f"({kind})" for kind in optional)]) or "files"

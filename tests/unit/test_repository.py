@@ -13,7 +13,7 @@ import pytest
 
 from prefmill.config import load, read_yaml
 from prefmill.pipeline.plan import make_plan, read_pipeline
-from prefmill.stage import load_stage, stage_names
+from prefmill.stage import describe_stages, load_stage, stage_names
 from tests.conftest import left_out
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +30,6 @@ def test_a_stage_has_one_name_everywhere(name: str) -> None:
         f"sbatch/{name}.sbatch",
     ):
         assert (REPOSITORY / path).is_file(), f"{path} is missing"
-    assert name in (REPOSITORY / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -111,3 +110,9 @@ def test_shell_scripts_are_clean() -> None:
     assert len(scripts) > len(STAGES)
     done = subprocess.run([str(program), "-x", *map(str, scripts)], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_readmes_table_of_stages_is_the_codes() -> None:
+    _, rest = (REPOSITORY / "README.md").read_text().split("<!-- prefmill stages --markdown -->\n")
+    written, _ = rest.split("\n<!-- end -->", 1)
+    assert written == describe_stages(markdown=True), "put the output of `prefmill stages --markdown` into README.md"
