@@ -50,3 +50,17 @@ def reviews_file(shared_data: Path) -> Path:
     if not path.is_file():
         pytest.skip("iclr_reviews.jsonl.gz is not in the data folder: put it there to run this test")
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what every folder of tests has cost, setup included, the dearest first."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folder = report.nodeid.split("::")[0].rpartition("/")[0]
+                seconds[folder] = seconds.get(folder, 0.0) + report.duration
+    terminalreporter.section("time by folder")
+    for folder, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(f"{spent:8.1f} s  {folder}")
+    terminalreporter.write_line(f"{sum(seconds.values()):8.1f} s  in all")
