@@ -14,15 +14,16 @@ from prefmill.errors import ConfigError, PipelineError
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan, read_pipeline
 from prefmill.stage import load_stage
 
-_OWN_KEYS = ("run=", "workspace=", "task=", "array.", "inputs.")
-_DEFAULT_PIPELINE = Path("configs/pipelines/review.yaml")
+_OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.")
+_DEFAULT_PIPELINE = Path("configs/pipelines/train.yaml")
 _UPDATE_TRIES = 40
 
 
 def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> tuple[Plan, str | None]:
     """The plan that `[CONFIG] [key=value ...]` gives for one stage, and the task it names, if any.
 
-    An array without `array.KEY=` is over the modalities, in their order, where the stage has any.
+    An array without `array.KEY=` is over the modalities, in their order, where the stage has any. `mount_dir` is
+    another name of `workspace`.
     """
     config, overrides = (arguments[0], arguments[1:]) if arguments else (None, [])
     if config is not None and "=" in config and not Path(config).exists():
@@ -30,6 +31,8 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     where = [item for item in overrides if item.startswith(_OWN_KEYS)]
     names = [item.removeprefix("task=") for item in where if item.startswith("task=")]
     given = merge({}, [item for item in where if not item.startswith("task=")])
+    if "mount_dir" in given:
+        given = {"workspace": given.pop("mount_dir"), **given}
     array = given.pop("array", None) or (_modalities(stage) if is_array else {})
     entry = {"config": config, "array": array, "inputs": given.pop("inputs", {})}
     keys = [f"stages.{stage}.set.{item}" for item in overrides if item not in where]

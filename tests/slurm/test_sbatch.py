@@ -1,0 +1,92 @@
+"""The scripts of sbatch/, submitted by hand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefmill.pipeline.cluster import SIGNAL_SECONDS
+from tests.conftest import REPOSITORY
+from tests.slurm.conftest import Site
+from tests.slurm.test_job import rows, warn
+from tests.slurm.test_submit import digests
+
+SCRIPTS = sorted((REPOSITORY / "sbatch").glob("*.sbatch"))
+MODALITIES = ("clean", "clean_images", "vision")
+
+
+def sbatch(site: Site, *arguments: str) -> str:
+    """Submit by hand, from the checkout; returns the job's id."""
+    done = site.run(["sbatch", "--parsable", *arguments, f"workspace={site.workspace}"], PREFMILL_PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split(";")[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_are_thin_and_type_no_number_of_their_own(script: Path) -> None:
+    text = script.read_text()
+    assert len(text.splitlines()) <= 20
+    options = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert f"#SBATCH --signal=B:USR1@{SIGNAL_SECONDS}" in options  # the one number, as in a cluster file
+    assert [line for line in options if re.search(r"(gpus|cpus|time|nodes|partition)", line)] == []
+
+
+def test_scripts_pass_shellcheck() -> None:
+    files = [str(path) for path in [*SCRIPTS, REPOSITORY / "sbatch" / "_env.sh"]]
+    done = subprocess.run(["shellcheck", "-x", *files], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_an_array_over_the_modalities(site: Site) -> None:
+    config = site.checkout / "sft.yaml"
+    config.write_text("steps: 3\n")
+    sbatch(site, "--array=0-2", "sbatch/sft.sbatch", str(config), "run=hand")
+    site.wait()
+    assert sorted(digests(site.workspace, "hand")) == [f"sft:{name}" for name in MODALITIES], site.logs()
+    printed = [path.read_text() for path in site.checkout.glob("sft-*_*.out")]
+    assert len(printed) == 3
+    assert all(f"see {site.workspace}/logs/hand/sft/" in text for text in printed)
+
+
+@pytest.mark.slow
+def test_a_warning_requeues_one_element_of_a_hand_made_array(site: Site) -> None:
+    keys = ["run=hand", "steps=20", "step_seconds=0.5", "array.modality=[clean,vision]"]
+    job = sbatch(site, "--array=0-1", "sbatch/sft.sbatch", *keys)
+    logs = site.workspace / "logs/hand/sft"
+    executed = logs / "vision/executed_steps.jsonl"
+    site.wait(lambda: len(rows(executed)) > 2)
+    warn(site, f"{job}_1")
+    site.wait()
+    assert [row["outcome"] for row in rows(logs / "vision/attempts.jsonl")] == ["requeued", "complete"], site.logs()
+    assert [row["outcome"] for row in rows(logs / "clean/attempts.jsonl")] == ["complete"]
+    assert [row["step"] for row in rows(executed)] == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_training_of_both_stages_as_one_array(site: Site) -> None:
+    pipeline = "configs/pipelines/modalities.yaml"
+    job = sbatch(site, "--array=0-5", "sbatch/train_pipeline.sbatch", pipeline, "run=both", "sft.step_seconds=1")
+    waiting = [f"{job}_{index} PENDING Dependency" for index in (3, 4, 5)]
+    site.wait(lambda: {line for line in site.queue() if " PENDING " in line} >= set(waiting[:1]), 60)
+    site.wait(seconds=180)
+    wanted = [f"{stage}:{name}" for stage in ("dpo", "sft") for name in MODALITIES]
+    assert sorted(digests(site.workspace, "both")) == wanted, site.logs()
+    for name in MODALITIES:  # none of them ran before its policy was there
+        assert len(rows(site.workspace / f"logs/both/dpo/{name}/attempts.jsonl")) == 1
+    assert "waits for" in "".join(path.read_text() for path in site.checkout.glob("train-*.out"))
+
+
+@pytest.mark.slow
+def test_a_dpo_whose_sft_has_failed_says_so_and_ends(site: Site) -> None:
+    job = sbatch(
+        site, "--array=3", "sbatch/train_pipeline.sbatch", "configs/pipelines/modalities.yaml", "run=alone"
+    )  # fmt: skip
+    site.wait()
+    text = (site.checkout / f"train-{job}_3.out").read_text()
+    assert "element 0 is not queued" in text
+    assert digests(site.workspace, "alone") == {}
