@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
 from prefmill.errors import PipelineError
 from prefmill.preference.config import PreferenceConfig
+from prefmill.preference.sources import PairSource, write_pairs
 from prefmill.records import Modality
 from prefmill.stage import Metrics, Reads, Stage, Task
 from prefmill.training import start_model
 
 
-class DpoConfig(PreferenceConfig):
-    """`modality` says which of the datasets to train on."""
+class DpoConfig(PreferenceConfig, PairSource):
+    """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one.
+
+    `max_len` is another name of `max_length`.
+    """
 
     modality: Modality = "clean"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "max_len" not in values:
+            return values
+        if "max_length" in values:
+            raise ValueError("max_len is another name of max_length: give one of them")
+        return {key: value for key, value in values.items() if key != "max_len"} | {"max_length": values["max_len"]}
 
 
 def run(config: DpoConfig, task: Task) -> Metrics:
@@ -24,11 +42,24 @@ def run(config: DpoConfig, task: Task) -> Metrics:
             f"dpo cannot train on '{config.modality}' yet", got=config.modality, expected="clean",
             fix="leave the image modalities out of the stage's array; their datasets build and validate already",
         )  # fmt: skip
-    datasets = task.input("datasets")
+    policy = start_model(config, task, "policy")
+    train, val = _pairs(config, task)
+    return train_dpo(config, task, policy, train, val)
+
+
+def _pairs(config: DpoConfig, task: Task) -> tuple[Path, Path | None]:
+    """The rows to train on and those to validate on: of the dataset that the configuration names, or of the input."""
+    datasets = task.optional_input("datasets")
+    if (datasets is None) != config.has_source:
+        raise PipelineError(
+            "no preference dataset" if datasets is None else "two preference datasets",
+            where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or dataset=NAME_OR_FILE",
+        )  # fmt: skip
+    if datasets is None:
+        return write_pairs(config, task.work / "pairs", task.logs / "bad_rows.json")
     train = datasets.file(f"dpo_{config.modality}_train/data.jsonl")
     val = datasets.path / f"dpo_{config.modality}_val" / "data.jsonl"
-    policy = start_model(config, task, "policy")
-    return train_dpo(config, task, policy, train, val if val.is_file() and val.stat().st_size else None)
+    return train, val if val.is_file() and val.stat().st_size else None
 
 
 STAGE = Stage(
@@ -40,7 +71,7 @@ STAGE = Stage(
     writes="checkpoint",
     reads={
         "policy": Reads("checkpoint", "sft", match="elementwise", optional=True),
-        "datasets": Reads("preference_datasets", "build_datasets"),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
         "validation": Reads("validation", "validate_datasets", optional=True),
     },
     preload=("torch", "transformers", "transformers.trainer", "safetensors.torch"),
