@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefmill.cli_runs import add_commands
 from prefmill.errors import PrefmillError, explain_os_error
 
 EXAMPLES = """examples:
@@ -18,7 +19,10 @@ EXAMPLES = """examples:
   prefmill submit configs/pipelines/demo.yaml --cluster configs/clusters/h100.yaml     the same as Slurm arrays
   prefmill plan configs/pipelines/demo.yaml                 what would run, and why
   prefmill why configs/pipelines/demo.yaml dpo:clean        the keys and inputs that make it stale
-  prefmill status                                           the newest run, task by task
+  prefmill status --watch                                   the newest run, task by task
+  prefmill logs -f dpo                                      what its tasks print
+  prefmill advance                                          mend what has failed on the cluster; safe at any time
+  prefmill rerun dpo:clean                                  submit it again, whatever was decided
   prefmill doctor                                           what this machine lacks, and the fix
   prefmill tiny-models models/                              tiny models of the real architectures
   python -m stages.dpo configs/dpo/demo.yaml run=mine task=clean inputs.datasets=data/demo/build_datasets/all
@@ -72,10 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _pipeline_command(commands, "plan", "show every task and whether it would run", _plan)
     _pipeline_command(commands, "why", "explain the state of a stage or task", _why, selects=True)
 
-    status = commands.add_parser("status", help="show a run, task by task")
-    status.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
-    status.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
-    status.set_defaults(command=_status)
+    add_commands(commands)
 
     stages = commands.add_parser("stages", help="list the stages: what each reads and writes")
     stages.add_argument("--markdown", action="store_true", help="as the table of README.md")
@@ -162,23 +163,19 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _why(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.state import inspect
+    from prefmill.pipeline.status import explain
 
     plan = _load_plan(arguments)
-    states = inspect(plan)
+    states, by_key = inspect(plan), {task.key: task for task in plan.tasks}
     for task in plan.select(arguments.selector):
         pending = [task.key]
         while pending:
             key = pending.pop(0)
             state = states[key]
-            print(f"{key}: {state.freshness}", *state.reasons, sep="\n  ")
+            known = explain(plan.workspace, plan.run, key, by_key[key].logs) if state.freshness != "complete" else []
+            print(f"{key}: {state.freshness}", *state.reasons, *known, sep="\n  ")
             pending += [other for other in state.waiting_for if other not in pending]
     return 0
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from prefmill.pipeline.status import show_status
-
-    return show_status(arguments.workspace or _workspace(), arguments.run)
 
 
 def _stages(arguments: argparse.Namespace) -> int:

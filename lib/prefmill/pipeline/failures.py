@@ -18,9 +18,10 @@ from prefmill.pipeline.slurm import JobState
 
 Kind = Literal[
     "preempted", "time_limit", "no_progress", "node", "gpu", "nccl", "host_memory", "gpu_memory", "disk", "killed",
-    "refused", "bug", "launch", "stale", "cancelled", "unknown",
+    "refused", "bug", "launch", "early", "stale", "cancelled", "unknown",
 ]  # fmt: skip
 MEMORY_FACTOR = 1.5
+MISSING = "no finished artifact here"  # how artifacts.read begins
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ POLICIES: Mapping[Kind, Policy] = {
     "refused": Policy(0, "correct what the error names, then submit again"),
     "bug": Policy(2, "mend what the traceback shows, then submit again: queued jobs run the code as it was"),
     "launch": Policy(1, "see its Slurm log: python, the environment or a path is missing on that node"),
+    "early": Policy(2, f"see why it was started before its input was there, {AGAIN}"),
     "stale": Policy(2, "see `prefmill why` for what differs: a file outside the pipeline may be changing"),
     "cancelled": Policy(0, "if it was not meant to be cancelled: `prefmill rerun {task}`"),
     "unknown": Policy(0, "see its log and `sacct`; if it should run again: `prefmill rerun {task}`"),
@@ -184,6 +186,8 @@ def _by_status(evidence: Evidence) -> Failure | None:
         return Failure("preempted", _first(error), "status file")
     if error.startswith("cannot write:"):
         return Failure("disk", _first(error), "status file")
+    if kind == "ArtifactError" and error.startswith(MISSING):  # what made it has finished since
+        return Failure("early", _first(error), "status file")
     return Failure("refused", _first(error), "status file") if kind in _REFUSALS else None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prefmill.artifacts import MANIFEST, RUN_RECORD, WORK, Artifact, publish, read_manifest, write_atomic
+from prefmill.artifacts import MANIFEST, RUN_RECORD, WORK, Artifact, publish, read_manifest, superseded, write_atomic
 from prefmill.errors import PipelineError, PrefmillError, explain_os_error
 from prefmill.pipeline import attempts
 from prefmill.pipeline.plan import PlannedTask
@@ -162,16 +162,16 @@ def _prepare(task: PlannedTask, fingerprint: str, force: bool) -> None:
     resumes = marker.is_file() and json.loads(marker.read_text())["fingerprint"] == fingerprint
     finished = read_manifest(task.output) is not None
     if task.output.exists() and (finished or force or not resumes):
-        _set_aside(task.output) if finished else shutil.rmtree(task.output)
+        set_aside(task.output) if finished else shutil.rmtree(task.output)
     if not marker.is_file():
         write_atomic(marker, json.dumps({"fingerprint": fingerprint}))
     if not resumes:
         _clear_telemetry(task.logs)
 
 
-def _set_aside(folder: Path) -> None:
+def set_aside(folder: Path) -> None:
     """Move finished output that is to be replaced to `<run>/.superseded/`; one generation is kept."""
-    kept = folder.parents[1] / ".superseded" / folder.parent.name / folder.name
+    kept = superseded(folder)
     shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     os.rename(folder, kept)
