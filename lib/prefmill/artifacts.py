@@ -221,6 +221,11 @@ def write_atomic(path: Path, text: str) -> None:
         os.close(directory)
 
 
+def superseded(folder: Path) -> Path:
+    """Where the finished output that `folder` replaces is kept, one generation deep."""
+    return folder.parents[1] / ".superseded" / folder.parent.name / folder.name
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.is_dir():

@@ -1,0 +1,43 @@
+"""The candidate items: the shipped ones, a user's file, and what a model proposes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefmill.checklist.items import Checklist, Item, load_checklist
+from prefmill.errors import ConfigError
+
+PARAPHRASE = "paraphrase_{item}_{number}"
+
+
+def gather(path: Path | None, shipped: bool, proposed: Sequence[Item]) -> Checklist:
+    """All candidates under one name; raises ConfigError when there are fewer than two or an id is given twice."""
+    items = [*(load_checklist().items if shipped else ()), *(load_checklist(path).items if path else ()), *proposed]
+    ids = [item.id for item in items]
+    repeated = sorted({name for name in ids if ids.count(name) > 1})
+    if repeated:
+        raise ConfigError(
+            "candidate items with the same id", where=path, got=", ".join(repeated),
+            fix="rename them in your file, or leave the shipped items out with shipped=false",
+        )  # fmt: skip
+    if len(items) < 2:
+        raise ConfigError(
+            "too few candidate items to choose from", where=path, got=len(items), expected="at least 2",
+            fix="set shipped=true, or give more items in the file `candidates`",
+        )  # fmt: skip
+    return Checklist(name="candidates", items=tuple(items))
+
+
+def with_paraphrases(candidates: Checklist, max_paraphrases: int) -> tuple[Checklist, dict[str, list[str]]]:
+    """The checklist with paraphrases as items of their own, and their ids by the item they restate."""
+    items, restated = list(candidates.items), {}
+    for number, item in enumerate(candidates.items):
+        wordings = item.paraphrases[:max_paraphrases]
+        ids = [PARAPHRASE.format(item=number, number=index) for index in range(len(wordings))]
+        restated[item.id] = ids
+        items += [
+            Item(id=name, question=wording, source=item.source, rule=item.rule)
+            for name, wording in zip(ids, wordings, strict=True)
+        ]
+    return Checklist(name=candidates.name, items=tuple(items)), restated

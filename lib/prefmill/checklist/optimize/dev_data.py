@@ -1,0 +1,76 @@
+"""What the earlier steps wrote, as arrays: answers, target and papers of the dev reviews."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefmill.checklist.items import Checklist, load_checklist
+from prefmill.checklist.optimize.config import SelectConfig
+from prefmill.checklist.optimize.held_out import Design
+from prefmill.checklist.optimize.moments import Array
+from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
+from prefmill.records import read_jsonl
+
+Row = Mapping[str, Any]
+
+
+def candidates_of(propose: Path) -> Checklist:
+    """The candidate items, as the step propose left them."""
+    return load_checklist(propose / "candidates.json")
+
+
+def scored_reviews(score: Path) -> list[Row]:
+    """Every dev review that was scored, with its facts and answers."""
+    return list(read_jsonl(score / "reviews.jsonl"))
+
+
+def item_rows(path: Path) -> list[Row]:
+    """The verdict on every candidate, as the step select left it."""
+    return list(read_jsonl(path))
+
+
+def answers(reviews: Sequence[Row], ids: Sequence[str]) -> tuple[Array, Array]:
+    """Yes as 0 or 1, and P(yes), [N, K] each."""
+    values = np.array([[row["answers"][name] for name in ids] for row in reviews], dtype=np.float64)
+    values = values.reshape(len(reviews), len(ids), 2)
+    return values[..., 0], values[..., 1]
+
+
+def with_target(reviews: Sequence[Row], config: SelectConfig, outer_folds: int) -> tuple[list[Row], Array, int]:
+    """The reviews that have a target, their targets [N], and how many labels were of no dev review.
+
+    Raises InputError where there are too few, or nothing varies.
+    """
+    labels = read_labels(config.labels) if config.labels else {}
+    values = target_values(config.target, reviews, config.accept_rating, labels)
+    chosen = [row for row in reviews if row["review_id"] in values]
+    papers = {row["paper_id"] for row in chosen}
+    require_learnable(config.target, values, len(papers), config.min_labels, max(outer_folds, config.inner_folds))
+    target = np.array([values[row["review_id"]] for row in chosen])
+    return chosen, target, len(set(labels) - {row["review_id"] for row in reviews})
+
+
+def design_of(reviews: Sequence[Row], target: Array, ids: Sequence[str]) -> tuple[Design, Array]:
+    """The data for the choice among `ids`, answers in units of their standard deviations [K], which come with it.
+
+    The spread of the answers says nothing of the target, so that it may be taken from all reviews.
+    """
+    yes, _ = answers(reviews, ids)
+    spread = yes.std(axis=0)
+    assert (spread > 0).all(), "constant items are dropped before"
+    _, papers = np.unique([row["paper_id"] for row in reviews], return_inverse=True)
+    return Design(yes / spread, target, papers.astype(np.int64)), spread
+
+
+def baseline_features(reviews: Sequence[Row]) -> dict[str, Array]:
+    """What the baselines are fitted on: length or rating, each with its square, as extremes may differ from both."""
+    words = np.log1p([row["num_words"] for row in reviews])
+    ratings = np.array([row["rating"] for row in reviews], dtype=np.float64)
+    return {
+        "length_only": np.column_stack([words, words**2]),
+        "rating_only": np.column_stack([ratings, ratings**2]),
+    }

@@ -1,0 +1,121 @@
+"""The answers to every candidate for the reviews of the dev split, and the facts that targets are made of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from prefmill.artifacts import Artifact
+from prefmill.blocks import Progress
+from prefmill.checklist.engines import Engine, Outcome
+from prefmill.checklist.journal import Journal
+from prefmill.errors import InputError
+from prefmill.records import JsonlWriter, Paper, Review
+from prefmill.reviews.join import PAPERS, papers_with_reviews
+
+SPLIT = "dev"
+PaperReviews = tuple[Paper, list[Review]]
+
+
+def dev_papers(corpus: Artifact, max_reviews: int | None) -> list[PaperReviews]:
+    """The papers of the dev split that have reviews, in the corpus's order; at most `max_reviews` reviews.
+
+    Whole papers are left out by a hash of their ids, so that the rest is a fair sample. Raises InputError when the
+    corpus has no such papers: other splits are never used.
+    """
+    found = [(paper, reviews) for paper, reviews in papers_with_reviews(corpus) if paper["split"] == SPLIT and reviews]
+    if not found:
+        raise InputError(
+            "no paper with reviews is in split dev", where=corpus.path / PAPERS, expected="papers of split dev",
+            fix="give dev a share in ingest_reviews (splits.dev); train, val and test are never used here",
+        )  # fmt: skip
+    return found if max_reviews is None else _sample(found, max_reviews)
+
+
+def score_dev(
+    papers: Sequence[PaperReviews],
+    open_engine: Callable[[], Engine],
+    max_failed_share: float,
+    journal_path: Path,
+    output: Path,
+    progress: Progress,
+) -> None:
+    """Write `reviews.jsonl` (facts and answers of each review) and `failures.jsonl`; resumes behind the journal.
+
+    Raises InputError as soon as more than `max_failed_share` of the reviews could not be scored.
+    """
+    from tqdm import tqdm
+
+    facts = {review["review_id"]: _facts(paper, review) for paper, reviews in papers for review in reviews}
+    with Journal(journal_path) as journal, tqdm(total=len(facts), desc="score", unit="review") as bar:
+        entries = list(journal.entries())
+        num_failed = sum(entry.failed for entry in entries)
+        bar.update(len(entries))
+        for outcome in _outcomes(_behind(papers, len(entries)), open_engine):
+            num_failed += outcome.failure is not None
+            _require_few_failures(num_failed, max_failed_share, len(facts), outcome)
+            journal.append(_row(outcome), failed=outcome.failure is not None)
+            bar.update()
+            progress(int(bar.n), len(facts), "reviews scored")
+        with JsonlWriter(output / "reviews.jsonl") as done, JsonlWriter(output / "failures.jsonl") as failed:
+            for entry in journal.entries():
+                row = entry.row()
+                (failed if entry.failed else done).write(row if entry.failed else facts[row["review_id"]] | row)
+
+
+def _sample(papers: list[PaperReviews], max_reviews: int) -> list[PaperReviews]:
+    kept, count = set(), 0
+    for paper, reviews in sorted(papers, key=lambda item: hashlib.sha256(item[0]["paper_id"].encode()).digest()):
+        count += len(reviews)
+        if count > max_reviews:
+            break
+        kept.add(paper["paper_id"])
+    return [item for item in papers if item[0]["paper_id"] in kept]
+
+
+def _behind(papers: Sequence[PaperReviews], num_done: int) -> Iterator[PaperReviews]:
+    for paper, reviews in papers:
+        rest = reviews[num_done:]
+        num_done = max(0, num_done - len(reviews))
+        if rest:
+            yield paper, rest
+
+
+def _outcomes(papers: Iterator[PaperReviews], open_engine: Callable[[], Engine]) -> Iterator[Outcome]:
+    """The engine, which may take minutes to load, is opened only where something is left to score."""
+    first = next(papers, None)
+    if first is not None:
+        yield from open_engine().score(chain([first], papers))
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    ids = {"review_id": outcome.review_id, "paper_id": outcome.paper_id}
+    if outcome.failure is not None:
+        return {**ids, "reason": outcome.failure}
+    answers = {name: [int(answer["yes"]), answer["p_yes"]] for name, answer in outcome.answers.items()}
+    return {**ids, "answers": answers}
+
+
+def _facts(paper: Paper, review: Review) -> dict[str, Any]:
+    return {
+        "review_id": review["review_id"],
+        "paper_id": paper["paper_id"],
+        "rating": review["rating"],
+        "confidence": review["confidence"],
+        "decision": paper["decision"],
+        "num_words": len(review["text"].split()),
+    }
+
+
+def _require_few_failures(num_failed: int, share: float, num_reviews: int, latest: Outcome) -> None:
+    if num_failed > share * num_reviews:
+        raise InputError(
+            "too many dev reviews could not be scored",
+            got=f"{num_failed} failed, the latest {latest.review_id} of paper {latest.paper_id}: {latest.failure}",
+            expected=f"at most {share:g} of the reviews (max_failed_share)",
+            fix="mend the cause (over-long reviews: engine.truncate_reviews=true), or raise max_failed_share. "
+            "What is scored is kept",
+        )  # fmt: skip

@@ -1,0 +1,101 @@
+"""The step `refit`: weights of the kept items, and what a checklist made this way is worth on unseen papers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefmill.artifacts import write_atomic
+from prefmill.checklist.items import Checklist
+from prefmill.checklist.optimize.config import RefitConfig, SelectConfig
+from prefmill.checklist.optimize.dev_data import answers, baseline_features, design_of, with_target
+from prefmill.checklist.optimize.held_out import (
+    Design,
+    Progress,
+    checklist_scores,
+    compare_with_baselines,
+    correlation,
+    fitted_scores,
+    fixed_scores,
+    outer_training,
+    permutation_test,
+    rounded,
+)
+from prefmill.checklist.optimize.lasso import solve
+from prefmill.checklist.optimize.moments import Array, weighted_moments
+from prefmill.checklist.optimize.select_step import selection_rules
+from prefmill.evaluation.bootstrap import Resampling
+
+WEIGHTS, HELD_OUT = "weights.json", "held_out.json"
+_SMALLEST_WEIGHT = 0.001
+Row = Mapping[str, Any]
+
+
+def write_refit(
+    config: RefitConfig,
+    select_config: SelectConfig,
+    candidates: Checklist,
+    items: Sequence[Row],
+    scored: Sequence[Row],
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Write `weights.json` (by item id, their mean 1) and `held_out.json` (correlations, baselines, the test)."""
+    reviews, target, _ = with_target(scored, select_config, config.outer_folds)
+    passed = [item["id"] for item in items if item["status"] in ("kept", "not_chosen")]
+    kept = [item["id"] for item in items if item["status"] == "kept"]
+    write_atomic(folder / WEIGHTS, json.dumps(_weights(config, reviews, target, kept), indent=1) + "\n")
+    design, spread = design_of(reviews, target, passed)
+    held_out = _held_out(config, select_config, design, spread, reviews, candidates.ids, seed, progress)
+    held_out["signal"] = held_out["p_value"] <= config.alpha and bool(kept)
+    write_atomic(folder / HELD_OUT, json.dumps(held_out, indent=1) + "\n")
+
+
+def _weights(config: RefitConfig, reviews: Sequence[Row], target: Array, kept: Sequence[str]) -> dict[str, float]:
+    if not kept:
+        return {}
+    if config.weights == "equal":
+        return dict.fromkeys(kept, 1.0)
+    design, spread = design_of(reviews, target, kept)
+    found = weighted_moments(design.answers, target[None], np.ones((1, len(reviews))))
+    weights = solve(found.gram, found.cross, np.zeros((1, 1)))[0, 0] / spread
+    scaled = weights / weights.mean()
+    return {name: max(_SMALLEST_WEIGHT, round(float(w), 3)) for name, w in zip(kept, scaled, strict=True)}
+
+
+def _held_out(
+    config: RefitConfig,
+    select_config: SelectConfig,
+    design: Design,
+    spread: Array,
+    reviews: Sequence[Row],
+    all_ids: Sequence[str],
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Everything the held-out folds tell; `design` holds the items that passed the screen, which saw no target."""
+    rules = selection_rules(select_config, seed)
+    training = outer_training(design.papers, config.outer_folds, seed)
+    resampling = Resampling(config.num_resamples, seed, config.confidence)
+    scores = checklist_scores(design, training, rules, spread if config.weights == "equal" else None)
+    features = baseline_features(reviews)
+    baselines = {name: fitted_scores(values, design.target, training) for name, values in features.items()}
+    baselines["all_items_equal"] = fixed_scores(answers(reviews, all_ids)[0].sum(axis=1), training)
+    _, p_value = permutation_test(design, training, rules, config.num_permutations, progress)
+    return {
+        "target": select_config.target,
+        "num_reviews": len(reviews),
+        "num_papers": len(np.unique(design.papers)),
+        "confidence": config.confidence,
+        "outer_folds": config.outer_folds,
+        "correlation": rounded(correlation(scores, design, training, resampling)),
+        "baselines": compare_with_baselines(scores, baselines, design, training, resampling),
+        "num_permutations": config.num_permutations,
+        "p_value": round(p_value, 6),
+        "alpha": config.alpha,
+    }

@@ -1,0 +1,162 @@
+"""The five steps of optimize_checklist: what each is made from, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefmill.artifacts import Artifact, superseded, write_atomic
+from prefmill.checklist.engines import Engine, open_engine
+from prefmill.checklist.items import Checklist, Item, save_checklist
+from prefmill.checklist.optimize import dev_data, export_step, refit_step, select_step
+from prefmill.checklist.optimize.candidates import gather, with_paraphrases
+from prefmill.checklist.optimize.config import (
+    ExportConfig,
+    ProposeConfig,
+    RefitConfig,
+    ScoreConfig,
+    SelectConfig,
+    StepName,
+)
+from prefmill.checklist.optimize.dev_scores import dev_papers, score_dev
+from prefmill.checklist.optimize.proposals import propose
+from prefmill.checklist.optimize.steps import Step, run_steps
+from prefmill.checklist.score import OPTIMAL_CHECKLIST
+from prefmill.config import identity
+from prefmill.stage import Metrics, Task
+
+CANDIDATES, ANSWER, PARAPHRASES = "candidates.json", "proposals.txt", "paraphrases.json"
+_JOURNAL = "score.journal"
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """The configuration of every step."""
+
+    propose: ProposeConfig
+    score: ScoreConfig
+    select: SelectConfig
+    refit: RefitConfig
+    export: ExportConfig
+    seed: int
+
+
+def optimize(plan: Optimisation, task: Task, redo: StepName | None) -> Metrics:
+    """Run the steps that are due, and put the checklist and the summary where other stages look for them."""
+    steps = _Steps(plan, task.input("corpus"), task)
+    ran = run_steps(steps.all(), task.output, superseded(task.output), redo)
+    exported = task.output / "export"
+    for name in (OPTIMAL_CHECKLIST, export_step.SUMMARY):
+        shutil.copyfile(exported / name, task.output / name)
+    summary = _read(exported / export_step.SUMMARY)
+    print("\n".join([f"steps run: {', '.join(ran) or 'none, all were up to date'}", summary["conclusion"]]))
+    return {
+        "signal": summary["signal"],
+        "p_value": summary["p_value"],
+        "correlation": summary["correlation"],
+        "num_candidates": summary["num_candidates"],
+        "num_kept": len(summary["weights"]),
+        "conclusion": [summary["conclusion"]],
+    }
+
+
+class _Steps:
+    def __init__(self, plan: Optimisation, corpus: Artifact, task: Task) -> None:
+        self.plan, self.corpus, self.task = plan, corpus, task
+
+    def all(self) -> list[Step]:
+        """In order. A step's settings decide its content together with the steps before it."""
+        plan, seed = self.plan, {"seed": self.plan.seed}
+        corpus = {"corpus": self.corpus.manifest.content_digest}
+        proposing = {**seed, **corpus} if plan.propose.engine is not None else {}
+        return [
+            Step("propose", {**identity(plan.propose), **proposing}, self.propose),
+            Step("score", {**identity(plan.score), **corpus}, self.score),
+            Step("select", {**identity(plan.select), **seed, "outer_folds": plan.refit.outer_folds}, self.select),
+            Step("refit", {**identity(plan.refit), **seed}, self.refit),
+            Step("export", identity(plan.export), self.export),
+        ]
+
+    def propose(self, folder: Path) -> None:
+        config = self.plan.propose
+        proposed: list[Item] = []
+        if config.engine is not None:
+            texts = [review["text"] for _, reviews in dev_papers(self.corpus, None) for review in reviews]
+            work = self.task.work / "propose"
+            proposed, answer = propose(config, texts, self.plan.seed, work, self.task.progress)
+            write_atomic(folder / ANSWER, answer + "\n")
+        save_checklist(gather(config.candidates, config.shipped, proposed), folder / CANDIDATES)
+
+    def score(self, folder: Path) -> None:
+        config = self.plan.score
+        # Rules do not read the wording, so that a paraphrase could only give the same answer again.
+        num_paraphrases = 0 if config.engine.engine == "lexical" else config.max_paraphrases
+        asked, restated = with_paraphrases(self.candidates(), num_paraphrases)
+
+        def opened() -> Engine:
+            return open_engine(config.engine, asked)
+
+        score_dev(
+            dev_papers(self.corpus, config.max_reviews),
+            opened,
+            config.max_failed_share,
+            self.task.work / _JOURNAL,
+            folder,
+            self.task.progress,
+        )
+        write_atomic(folder / PARAPHRASES, json.dumps(restated, indent=1) + "\n")
+
+    def select(self, folder: Path) -> None:
+        select_step.write_selection(
+            self.plan.select,
+            self.candidates(),
+            _read(self.task.output / "score" / PARAPHRASES),
+            self.scored(),
+            self.plan.refit.outer_folds,
+            self.plan.seed,
+            folder,
+        )
+
+    def refit(self, folder: Path) -> None:
+        from tqdm import tqdm
+
+        with tqdm(desc="permute", unit="target") as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+                self.task.progress(done, total, "permutations")
+
+            refit_step.write_refit(
+                self.plan.refit,
+                self.plan.select,
+                self.candidates(),
+                self.items(),
+                self.scored(),
+                self.plan.seed,
+                folder,
+                progress,
+            )
+
+    def export(self, folder: Path) -> None:
+        refit = self.task.output / "refit"
+        weights, held_out = _read(refit / refit_step.WEIGHTS), _read(refit / refit_step.HELD_OUT)
+        export_step.write_export(self.plan.export, self.candidates(), self.items(), weights, held_out, folder)
+
+    def candidates(self) -> Checklist:
+        return dev_data.candidates_of(self.task.output / "propose")
+
+    def scored(self) -> list[Mapping[str, Any]]:
+        return dev_data.scored_reviews(self.task.output / "score")
+
+    def items(self) -> Sequence[Mapping[str, Any]]:
+        return dev_data.item_rows(self.task.output / "select" / select_step.ITEMS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

@@ -1,0 +1,95 @@
+"""What items are chosen to predict: confidence, agreement with the decision, or people's labels."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from prefmill.errors import InputError
+
+Target = Literal["confidence", "decision_agreement", "labels"]
+COLUMNS = ("review_id", "label")
+
+
+def target_values(
+    target: Target, reviews: Sequence[Mapping[str, Any]], accept_rating: float, labels: Mapping[str, float]
+) -> dict[str, float]:
+    """The target of every review that has one, by review id; higher is better.
+
+    `decision_agreement` is 1 where the rating is at or above `accept_rating` exactly when the paper was accepted;
+    papers without a decision and withdrawn ones, on which nobody decided, have none.
+    """
+    if target == "labels":
+        return {row["review_id"]: labels[row["review_id"]] for row in reviews if row["review_id"] in labels}
+    if target == "confidence":
+        return {row["review_id"]: float(row["confidence"]) for row in reviews if row["confidence"] is not None}
+    decided = [row for row in reviews if row["decision"] not in (None, "withdrawn")]
+    return {
+        row["review_id"]: float((row["rating"] >= accept_rating) == (row["decision"] == "accepted")) for row in decided
+    }
+
+
+def read_labels(path: Path) -> dict[str, float]:
+    """People's labels from a CSV file with the columns review_id and label (a number, higher is better).
+
+    Raises InputError naming the line of a missing column, a label that is no finite number, or a repeated review.
+    """
+    labels: dict[str, float] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise _error(path, 1, f"columns {', '.join(reader.fieldnames or ())}", "name the columns in line 1")
+            for row in reader:
+                review_id, label = row["review_id"], _number(row["label"])
+                if label is None:
+                    raise _error(path, reader.line_num, f"label {row['label']!r}", "write a number")
+                if review_id in labels:
+                    raise _error(path, reader.line_num, f"review {review_id} again", "keep one label a review")
+                labels[review_id] = label
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError("unreadable CSV", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
+    except FileNotFoundError:
+        raise InputError("no such file", where=path, fix="correct `labels`") from None
+    return labels
+
+
+def require_learnable(
+    target: Target, values: Mapping[str, float], num_papers: int, min_labels: int, num_folds: int
+) -> None:
+    """Raises InputError where there are too few targets or papers to choose items by, or all targets are the same."""
+    if len(values) < min_labels:
+        raise InputError(
+            f"too few dev reviews have the target '{target}'", got=len(values),
+            expected=f"at least {min_labels} (min_labels)",
+            fix="give dev a larger share in ingest_reviews, label more of its reviews, or name another target",
+        )  # fmt: skip
+    if len(set(values.values())) < 2:
+        raise InputError(
+            f"the target '{target}' is the same for every dev review: there is nothing to choose items by",
+            got=next(iter(values.values())), expected="at least two different values",
+            fix="name another target; decision_agreement needs papers with decisions and a fitting accept_rating",
+        )  # fmt: skip
+    if num_papers < 2 * num_folds:
+        raise InputError(
+            "too few dev papers for the cross-validation", got=num_papers, expected=f"at least {2 * num_folds}",
+            fix="give dev a larger share in ingest_reviews, or lower outer_folds and inner_folds",
+        )  # fmt: skip
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _error(path: Path, line: int, got: str, fix: str) -> InputError:
+    return InputError(
+        "unusable labels", where=f"{path}:{line}", got=got, expected=" and ".join(COLUMNS) + " (a number)", fix=fix
+    )
