@@ -1,0 +1,48 @@
+"""The documentation: messages it explains are messages the code prints, links lead somewhere, keys are the code's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from prefmill.stage import load_stage, stage_names
+from tests.conftest import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
+_PLACEHOLDER = re.compile(r"\b[A-Z]+\b|…|\.\.\.|\d+|'[^']*'|<[^>]*>|\{[^}]*\}")
+
+
+def source() -> str:
+    """The code's text with the seams of literals written over several lines taken out."""
+    text = "\n".join(path.read_text() for folder in ("lib", "stages") for path in (REPOSITORY / folder).rglob("*.py"))
+    return re.sub(r'"\s*\n?\s*f?"', "", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_explained_messages_are_those_of_the_code(page: Path) -> None:
+    code = source()
+    for table in re.findall(r"^\| message \|.*?(?=\n\n|\Z)", page.read_text(), re.MULTILINE | re.DOTALL):
+        for row in table.splitlines()[2:]:
+            for message in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+                pieces = [piece.strip(" ,:;.") for piece in _PLACEHOLDER.split(message)]
+                told = [piece for piece in pieces if len(piece) > 3]
+                assert told, f"{message!r} is too short to be looked for"
+                assert [piece for piece in told if piece not in code] == [], f"{page.name}: {message}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", stage_names())
+def test_a_stages_page_lists_its_keys(name: str) -> None:
+    """Every key of the configuration is on the page, or on that of a stage it refers to."""
+    page = (REPOSITORY / "docs" / "stages" / f"{name}.md").read_text()
+    referred = re.findall(r"\]\((\w+)\.md\)", page)
+    text = page + "".join((REPOSITORY / "docs" / "stages" / f"{other}.md").read_text() for other in referred)
+    assert [key for key in load_stage(name).config.model_fields if f"`{key}" not in text] == []
