@@ -197,3 +197,20 @@ def test_a_stage_runs_in_its_own_environment(site: Site, tmp_path: Path) -> None
     site.wait()
     assert len(digests(site.workspace, "two")) == 7, site.logs()
     assert f"python {other}/bin/python" in (site.workspace / "logs/two/make/shard0.log").read_text()
+
+
+def test_after_a_failure_what_could_never_run_is_submitted_anew(site: Site) -> None:
+    site.submit("toy", "run=mend", "make.fail=true")
+    site.wait(lambda: all("DependencyNeverSatisfied" in line or "Dependency" in line for line in site.queue()))
+    assert digests(site.workspace, "mend") == {}
+    site.wait(lambda: sum("DependencyNeverSatisfied" in line for line in site.queue()) == 3)
+    printed = site.submit("toy", "run=mend")
+    assert "4 that could never run" in printed
+    site.wait(lambda: len(digests(site.workspace, "mend")) == 7)
+    assert [row["outcome"] for row in rows(site, "mend", "use:shard0")] == ["complete"]
+
+
+def rows(site: Site, run: str, key: str) -> list[dict[str, object]]:
+    """The attempts at a task that have ended."""
+    path = site.workspace / "logs" / run / key.replace(":", "/") / "attempts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from prefmill.errors import PipelineError
+from prefmill.errors import ConfigError, PipelineError
+from prefmill.pipeline import slurm
 from prefmill.pipeline.batches import Batch, Element, chunks_of, dependency, make_batches
 from prefmill.pipeline.cluster import ClusterFile, Resources, resources_for
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
@@ -71,73 +71,98 @@ def submit(
     """
     check_path(plan.workspace)
     with _alone(plan, dry_run):
-        live = live_tasks(plan)
-        todo = _todo(plan, live, only, say)
+        queued = queued_tasks(plan)
+        todo, live, words = _sort_out(plan, queued, only)
+        say(words)
         size = max_array_size(cluster)
-        batches = make_batches(plan, todo, {key: element for key, (element, _) in live.items()}, size)
+        batches = make_batches(plan, todo, {key: item.element for key, item in live.items()}, size)
         if not batches:
             say("nothing to submit")
             return
         draft = _draft(pipeline, plan, source, cluster, dry_run)
         arrays = _arrays(draft, plan, batches, pipeline, cluster, size)
-        jobs = {job: indices for (job, _), indices in live.values()}
+        jobs = {item.element[0]: item.whole for item in live.values()}
         calls = list(_calls(draft, arrays, batches, jobs, cluster))
         if dry_run:
             _show(calls, say)
             return
+        stuck = [item.element for key, item in queued.items() if key not in live]
+        if stuck and not slurm.cancel(stuck):
+            raise PipelineError("Slurm does not cancel what can never run", got=stuck, fix="scancel these elements")
         _write(draft, plan, arrays, calls)
         _send(draft, calls, say)
 
 
-def live_tasks(plan: Plan) -> dict[str, tuple[Element, tuple[int, ...]]]:
-    """The queued or running element of every task that has one, and all indices of its job; asks Slurm once."""
+@dataclass(frozen=True)
+class Queued:
+    """A task's element in the queue; `whole` are all indices of its job, `broken` if it waits for what has failed."""
+
+    element: Element
+    whole: tuple[int, ...]
+    pending: bool
+    broken: bool
+
+
+def queued_tasks(plan: Plan) -> dict[str, Queued]:
+    """The queued or running element of every task that has one; asks Slurm once.
+
+    Raises PipelineError when Slurm does not answer: tasks could be submitted twice.
+    """
     jobs = [
         (job, submission.array(job.stage, job.chunk).tasks)
         for submission in submissions(plan.workspace, plan.run)
         for job in submission.jobs()
         if job.kind == "array"
     ]
-    alive = queued() if jobs else set()
-    return {
-        f"{job.stage}:{tasks[index]}": ((job.job_id, index), job.indices)
-        for job, tasks in jobs
-        for index in job.indices
-        if (job.job_id, index) in alive
-    }
+    queue = slurm.queue() if jobs else {}
+    if queue is None:
+        raise PipelineError("Slurm does not say what is queued", fix="try again when `squeue` answers")
+    found = {}
+    for job, tasks in jobs:
+        for index in job.indices:
+            state = queue.get((job.job_id, index))
+            if state is not None and state.live:
+                pending = state.state == "PENDING"
+                broken = pending and slurm.waits_for(state)[1]
+                found[f"{job.stage}:{tasks[index]}"] = Queued((job.job_id, index), job.indices, pending, broken)
+    return found
 
 
-def queued() -> set[Element]:
-    """Every element of one's own arrays that is queued or running; raises PipelineError when Slurm does not answer."""
-    command = ["squeue", "-h", "-r", "--me", "-o", "%F %K"]
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise PipelineError(
-            "Slurm does not say what is queued", got=getattr(error, "stderr", None) or str(error),
-            fix="try again when `squeue` answers: without it, tasks could be submitted twice",
-        ) from None  # fmt: skip
-    rows = [line.split() for line in shown.splitlines()]
-    return {(job, int(index)) for job, index in rows if index.isdigit()}
+def _sort_out(
+    plan: Plan, queued: Mapping[str, Queued], only: str | None
+) -> tuple[list[PlannedTask], dict[str, Queued], str]:
+    """What to submit, what is left to the queue, and both in words.
 
-
-def _todo(
-    plan: Plan, live: Mapping[str, tuple[Element, tuple[int, ...]]], only: str | None, say: Say
-) -> list[PlannedTask]:
+    An element that waits for what has failed, or for what is submitted anew, is submitted anew as well.
+    """
     states = inspect(plan)
     selected = {task.key for task in (plan.select(only) if only else plan.tasks)}
-    complete = [task.key for task in plan.tasks if states[task.key].freshness == "complete"]
-    open_tasks = [task for task in plan.tasks if task.key not in live and states[task.key].freshness != "complete"]
-    todo = [task for task in open_tasks if task.key in selected]
-    left_out = {task.key for task in open_tasks} - selected
-    for task in todo:
-        missing = [other.key for other in plan.upstream(task) if other.key in left_out]
-        if missing:
+    todo: list[PlannedTask] = []
+    left_out: set[str] = set()
+    anew: set[str] = set()
+    live = dict(queued)
+    for task in plan.tasks:
+        item = queued.get(task.key)
+        upstream = {other.key for other in plan.upstream(task)}
+        if item is not None and not item.broken and not (item.pending and upstream & anew):
+            continue
+        if states[task.key].freshness == "complete":
+            continue
+        if task.key not in selected:
+            left_out.add(task.key)
+            continue
+        if missing := upstream & left_out:
             raise PipelineError(
-                f"{task.key} reads what nobody is going to make", got=f"{missing[0]}: neither complete nor queued",
+                f"{task.key} reads what nobody is going to make", got=f"{min(missing)}: neither complete nor queued",
                 fix="leave --only out, or submit that stage first",
             )  # fmt: skip
-    say(f"run {plan.run}: {len(complete)} tasks complete, {len(live)} queued or running, {len(todo)} to submit")
-    return todo
+        live.pop(task.key, None)
+        anew.add(task.key)
+        todo.append(task)
+    complete = len(plan.tasks) - len(todo) - len(live) - len(left_out)
+    stuck = len(queued) - len(live)
+    words = f"run {plan.run}: {complete} tasks complete, {len(live)} queued or running, {len(todo)} to submit"
+    return todo, live, words + (f" ({stuck} that could never run as they were)" if stuck else "")
 
 
 def _draft(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterFile, dry_run: bool) -> Submission:
@@ -158,14 +183,23 @@ def _arrays(
     found = {}
     for stage in dict.fromkeys(batch.stage for batch in batches):
         tasks = [task for task in plan.tasks if task.stage.name == stage]
-        resources = resources_for(cluster, stage, pipeline.stages[stage].resources).model_dump(mode="json")
+        resources = _checked(tasks[0], resources_for(cluster, stage, pipeline.stages[stage].resources))
         names: dict[int, list[str]] = {}
         for key, (chunk, _) in chunks_of(tasks, size).items():
             names.setdefault(chunk, []).append(key.partition(":")[2])
         for chunk in sorted({batch.chunk for batch in batches if batch.stage == stage}):
             path = array_path(draft.folder, stage, chunk)
-            found[stage, chunk] = ArrayFile(path, stage, chunk, tuple(names[chunk]), resources)
+            found[stage, chunk] = ArrayFile(path, stage, chunk, tuple(names[chunk]), resources.model_dump(mode="json"))
     return found
+
+
+def _checked(task: PlannedTask, resources: Resources) -> Resources:
+    if resources.nodes > 1 and not task.stage.trains:
+        raise ConfigError(
+            f"stage {task.stage.name} cannot use more than one node", got=f"nodes: {resources.nodes}",
+            fix="leave `nodes` to the stages that train; spread others by an array over shards",
+        )  # fmt: skip
+    return resources
 
 
 def _calls(
