@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefmill.cli_data import add_data_commands
 from prefmill.cli_runs import add_commands
 from prefmill.errors import PrefmillError, explain_os_error
 
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _pipeline_command(commands, "why", "explain the state of a stage or task", _why, selects=True)
 
     add_commands(commands)
+    add_data_commands(commands)
 
     stages = commands.add_parser("stages", help="list the stages: what each reads and writes")
     stages.add_argument("--markdown", action="store_true", help="as the table of README.md")

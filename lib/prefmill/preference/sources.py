@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,8 @@ _TAGS = ("role", "content", "user", "assistant", "system")
 class PairSource(StrictConfig):
     """A preference dataset that build_datasets did not make: a hub name, or the path of a file.
 
-    `subset` is the name of the hub dataset's configuration, or a number of rows to draw by `seed`. `pair_format`
+    `subset` is the name of the hub dataset's configuration, or a number of rows to draw by `seed`; `max_rows` takes
+    the first rows and no more. `pair_format`
     settles which form the rows have where their keys leave it open; `columns` maps this form's keys to the data's
     own, `tags` (role, content, user, assistant, system) the keys and speakers inside messages. `val_fraction` of the
     prompts are held out, with all their pairs.
@@ -39,6 +41,7 @@ class PairSource(StrictConfig):
     dataset_revision: str | None = None
     split: str = "train"
     subset: str | int | None = None
+    max_rows: int | None = Field(None, ge=1)
     pair_format: str | None = None
     columns: dict[str, str] = {}
     tags: dict[str, str] = {}
@@ -177,6 +180,7 @@ def _preferences(source: PairSource, problems: list[Problem]) -> Iterator[tuple[
 
 def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]:
     """All rows, or as many as `subset` says, drawn by the seed and in their order."""
+    rows = islice(rows, source.max_rows)
     if not isinstance(source.subset, int):
         yield from rows
         return
