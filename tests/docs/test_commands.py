@@ -1,0 +1,81 @@
+"""Every command in the documentation is run, as it stands, in a clean copy of the repository."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefmill.reviews.generated import generate
+from tests.conftest import REPOSITORY
+from tests.e2e.pipeline_runs import SMALL
+
+PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
+RUN_BY_CI = ("make demo", "make test")  # the two set-up commands: the first is measured, the second runs this
+ENDLESS = ("tail -f",)  # ended after a second: what counts is that it starts
+_COMMAND = re.compile(r"(prefmill|python|make|tail|ls|cat)\b")
+
+
+def commands(page: Path) -> list[str]:
+    """The shell commands in the fenced blocks of a page, their continued lines joined."""
+    blocks = re.findall(r"^```(?:\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    return [re.sub(r"\s+# .*", "", line) for line in lines if _COMMAND.match(line)]
+
+
+FOUND = [
+    (page, command)
+    for page in PAGES
+    for command in commands(page)
+    if not command.startswith(RUN_BY_CI) and "submit" not in command
+]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git holds, with a finished small run called `mine` and a file of reviews."""
+    copy = tmp_path_factory.mktemp("copy")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (REPOSITORY / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((REPOSITORY / name).read_bytes())
+    with gzip.open(copy / "reviews.jsonl.gz", "wt") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in generate(7, 40))
+    done = shell(copy, f"prefmill run configs/pipelines/demo.yaml run=mine {' '.join(map(quoted, SMALL))}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return copy
+
+
+def quoted(word: str) -> str:
+    """`word` for the shell."""
+    return f"'{word}'"
+
+
+def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user in the checkout would, the environment active."""
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{folder}/lib:{folder}", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def test_there_are_commands_to_run() -> None:
+    assert len(FOUND) > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), FOUND, ids=lambda value: value.name if isinstance(value, Path) else None)
+def test_it_runs(page: Path, command: str, checkout: Path) -> None:
+    endless = command.startswith(ENDLESS)
+    done = shell(checkout, f"timeout 1 {command}" if endless else command)
+    assert done.returncode == (124 if endless else 0), f"{page.name}: {command}\n{done.stdout}{done.stderr}"
