@@ -16,6 +16,19 @@ def add_data_commands(commands: Any) -> None:
     imports.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that file is run with (default: 1)")
     imports.set_defaults(command=_import)
 
+    pair = commands.add_parser("pair", help="all that a run knows of one pair: texts, checklist, margins")
+    pair.add_argument("pair_id", metavar="ID", help="CHOSEN_ID:REJECTED_ID, as in the dpo datasets")
+    pair.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    pair.set_defaults(command=_pair)
+    pairs = commands.add_parser("pairs", help="the pairs of a preference training, or those that look wrong")
+    pairs.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    pairs.add_argument("--suspect", action="store_true", help="never learned, forgotten, explained by length alone")
+    pairs.add_argument("--export", type=Path, metavar="FILE", help="write suspects as an exclude file")
+    pairs.set_defaults(command=_pairs)
+    for command in (pair, pairs):
+        command.add_argument("--task", help="which dpo task, where a run has several (a modality)")
+        command.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+
 
 def _import(arguments: argparse.Namespace) -> int:
     import yaml
@@ -33,3 +46,51 @@ def _import(arguments: argparse.Namespace) -> int:
     write_atomic(output, header + notes + yaml.safe_dump(imported.config, sort_keys=False))
     print(f"wrote {output}", *imported.notes, f"next: python -m stages.dpo {output} run=NAME", sep="\n  ")
     return 0
+
+
+def _pair(arguments: argparse.Namespace) -> int:
+    from prefmill.preference.forensics import margins_logs, read_histories
+    from prefmill.preference.pair_story import tell
+
+    logs, run = _run_logs(arguments)
+    trained = any(logs.glob("dpo/*/margins"))
+    histories = read_histories(margins_logs(logs, arguments.task)) if trained else {}
+    print(tell(logs.parents[1], run, arguments.pair_id, histories))
+    return 0
+
+
+def _pairs(arguments: argparse.Namespace) -> int:
+    from prefmill.preference.forensics import length_effect, margins_logs, read_histories, suspects, write_exclude
+
+    logs, _ = _run_logs(arguments)
+    histories = read_histories(margins_logs(logs, arguments.task))
+    effect = length_effect(histories.values())
+    found = suspects(histories)
+    learned = sum(item.last > 0 for item in histories.values())
+    print(
+        f"{len(histories):,} pairs, {learned:,} with a last margin above 0, {len(found):,} suspect; "
+        f"length predicts {effect.slope:.4g} a token (correlation {effect.correlation:.2f})"
+    )
+    if not any(len(item.sightings) > 1 for item in histories.values()):
+        print("every pair was seen once: whether one is learned shows from the second epoch on")
+    reasons = {item.history.pair_id: ", ".join(item.reasons) for item in found}
+    listed = [item.history for item in found] if arguments.suspect else list(histories.values())
+    for history in listed:
+        margins = " ".join(f"{sighting.margin:8.3f}" for sighting in history.sightings)
+        print(f"{history.pair_id}  {margins}  {reasons.get(history.pair_id, '')}".rstrip())
+    if arguments.export:
+        write_exclude(arguments.export, found)
+        print(f"wrote {arguments.export}: give it to build_datasets as exclude")
+    return 0
+
+
+def _run_logs(arguments: argparse.Namespace) -> tuple[Path, str]:
+    """The folder of a run's logs, and its name."""
+    from prefmill.errors import InputError
+    from prefmill.pipeline.plan import default_workspace
+
+    workspace = arguments.workspace or default_workspace()
+    logs = (workspace / "logs" / arguments.run).resolve()
+    if not logs.is_dir():
+        raise InputError("no such run", where=logs, fix="list runs: ls logs/")
+    return logs, logs.name
