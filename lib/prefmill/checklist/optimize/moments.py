@@ -26,6 +26,7 @@ class Moments:
 
 def weighted_moments(answers: Array, targets: Array, weights: Array) -> Moments:
     """Moments of `answers` [N, K] and `targets` [P, N] under each of `weights` [Q, N] (not negative, not all zero)."""
+    assert (weights.sum(axis=1) > 0).all(), "a fold without reviews"
     shares = weights / weights.sum(axis=1, keepdims=True)
     mean = shares @ answers
     gram = np.stack([(answers * share[:, None]).T @ answers for share in shares]) - mean[:, :, None] * mean[:, None, :]

@@ -68,6 +68,17 @@ def assign_folds(papers: Papers, num_folds: int, seed: int) -> NDArray[np.int64]
     return folds
 
 
+def assign_inner_folds(papers: Papers, training: Array, num_folds: int, seed: int) -> NDArray[np.int64]:
+    """A fold for every review [Q, N], dealt out among the papers of each training set: none is empty there."""
+    unique, first, index = np.unique(papers, return_index=True, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(unique))
+    places = np.cumsum(training[:, first[order]] > 0, axis=1) % num_folds
+    folds = np.empty_like(places)
+    folds[:, order] = places
+    result: NDArray[np.int64] = folds[:, index]
+    return result
+
+
 def one_standard_error(errors: Array, error_ses: Array) -> NDArray[np.int64]:
     """The index of the largest penalty, [P, Q], whose error [L, P, Q] is within one standard error of the least."""
     best = errors.argmin(axis=0)
@@ -85,7 +96,7 @@ def _inner_errors(
     answers: Array, targets: Array, papers: Papers, training: Array, penalties: Array, rules: SelectionRules
 ) -> tuple[Array, Array]:
     """Mean and standard error [L, P, Q] over the inner folds of the held-out mean squared error."""
-    folds = assign_folds(papers, rules.num_folds, rules.seed + 1)
+    folds = assign_inner_folds(papers, training, rules.num_folds, rules.seed + 1)
     errors = []
     for fold in range(rules.num_folds):
         inside = folds == fold
