@@ -28,6 +28,7 @@ from prefmill.preference.telemetry import Telemetry
 from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from prefmill.stage import Metrics, Task
 from prefmill.training import (
+    TrainingConfig,
     accumulation,
     add_adapter,
     report_dropped,
@@ -76,7 +77,7 @@ def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, va
 
 
 def load_groups(
-    path: Path, tokenizer: PreTrainedTokenizerBase, config: PreferenceConfig, task: Task, shuffle: bool = False
+    path: Path, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task, shuffle: bool = False
 ) -> list[Group]:
     """The pairs in `path` as groups; those with a side over max_length are reported and dropped, or refused."""
     pairs = read_pairs(path)

@@ -78,6 +78,18 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
         return self.max_diffusion_steps if self.diffusion_steps == "auto" else self.diffusion_steps
 
 
+class DiffusionPreferenceConfig(DiffusionTrainingConfig):
+    """Keys of mdlm_dpo, those of preference training among them."""
+
+    learning_rate: float = Field(5e-6, gt=0)
+    beta: float = Field(0.1, gt=0)
+    loss_type: list[str] = ["sigmoid"]
+    loss_weights: list[float] = [1.0]
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    simpo_gamma: float = 0.5
+    shuffle_labels: bool = False
+
+
 def _rename(values: dict[str, Any], alias: str, name: str, convert: Any) -> None:
     if alias not in values:
         return

@@ -74,18 +74,18 @@ class LiveVariance:
 class DiffusionFamily(Family):
     """Scores a sample by the mean over its draws; references are [N, n], a value for each of the same draws."""
 
-    live: LiveVariance
+    live: LiveVariance | None = None
 
     def pair_scores(
         self, model: Any, batch: Any, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
     ) -> PairScores:
         """As `Family.pair_scores`; in training with the draws in use, and with their variance noted."""
-        num_draws = self.live.in_use if model.training else batch.weights.shape[1]
+        num_draws = self.live.in_use if self.live and model.training else batch.weights.shape[1]
         batch = batch.first(num_draws)
         values = self.score(model, batch)
         sides = [values[batch.chosen], values[batch.rejected]]
         references = [None if ref is None else ref[:, :num_draws] for ref in (ref_chosen, ref_rejected)]
-        if model.training and num_draws > 1:
+        if self.live and model.training and num_draws > 1:
             self.live.add(margin_variance(sides, references))
         lengths = batch.lengths.to(values.dtype)
         means = [None if ref is None else ref.mean(1) for ref in references]
@@ -94,13 +94,35 @@ class DiffusionFamily(Family):
         )
 
 
-def make_family(drawing: Drawing, live: LiveVariance) -> DiffusionFamily:
+def preference_family(drawing: Drawing, live: LiveVariance) -> DiffusionFamily:
     """The family whose rows are drawn by `drawing`."""
 
     def encode(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> DiffusionBatch:
         return encode_pairs(groups, parts, epoch, drawing)
 
     return DiffusionFamily(encode, score_batch, live)
+
+
+def sft_family(drawing: Drawing, eos_token_id: int) -> DiffusionFamily:
+    """The family of fine-tuning: every group is one response, filled up to the longest of its microbatch.
+
+    As LLaDA's guidelines have it: what fills up are end tokens, masked and learnt like any other, so that the model
+    learns where answers end; prompts are never masked.
+    """
+
+    def encode(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> DiffusionBatch:
+        members = [groups[part.group] for part in parts]
+        width = max(len(group.responses[0]) for group in members)
+        samples = [(group.prompt, fill(group.responses[0], width, eos_token_id)) for group in members]
+        places = range(len(samples))
+        return encode_samples(samples, [drawing.of(*sample, epoch) for sample in samples], places, places)
+
+    return DiffusionFamily(encode, score_batch)
+
+
+def fill(response: list[int], width: int, eos_token_id: int) -> list[int]:
+    """`response` and end tokens, `width` in all."""
+    return response + [eos_token_id] * (width - len(response))
 
 
 def encode_pairs(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int, drawing: Drawing) -> DiffusionBatch:

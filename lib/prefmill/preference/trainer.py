@@ -152,15 +152,18 @@ class PreferenceTrainer(Trainer):
                 scores = self.pair_scores(self.model, self._prepare_inputs(self._val[index]))
                 losses.append(self.objective.loss(scores, self.settings))
                 margins.append(scores.margin)
-        loss, margin = torch.cat(losses).mean().item(), torch.cat(margins)
-        metrics = {
-            "eval_loss": loss,
-            "eval_margin": margin.mean().item(),
-            "eval_accuracy": ((margin > 0).float() + (margin == 0).float() / 2).mean().item(),
-        }
+        metrics = self.eval_metrics(torch.cat(losses), torch.cat(margins))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def eval_metrics(self, losses: Tensor, margins: Tensor) -> dict[str, float]:
+        """What an evaluation reports of its pairs' losses and margins, [N] each."""
+        return {
+            "eval_loss": losses.mean().item(),
+            "eval_margin": margins.mean().item(),
+            "eval_accuracy": ((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
+        }
 
 
 def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
