@@ -89,7 +89,7 @@ def look(workspace: Path, run: str) -> View:
     latest = found[-1]
     plan = make_plan(validate(PipelineFile, latest.pipeline, where=latest.folder), Path(latest.source))
     states = inspect(plan)
-    queue = slurm.queue()
+    queue = next((answer for seconds in (0, 5, 20) if (answer := _ask_after(seconds)) is not None), None)
     if queue is None:
         raise PipelineError("Slurm does not answer", fix="try again when `squeue` does; nothing was touched")
     tried = newest(found)
@@ -100,6 +100,11 @@ def look(workspace: Path, run: str) -> View:
         if key in open_tasks and (job := queue.get(one.element)) is not None and job.live
     }
     return View(plan, found, tried, queue, open_tasks, Decisions(workspace, run), live)
+
+
+def _ask_after(seconds: float) -> dict[Element, JobState] | None:
+    time.sleep(seconds)  # a controller that restarts answers again soon
+    return slurm.queue()
 
 
 def _judge(view: View, again: Collection[str], say: Say) -> Iterable[Retry]:

@@ -161,7 +161,8 @@ def _state(
         todo = f"; to do: {decided['todo']}" if decided.get("todo") else ""
         return _WORDS[decided["action"]], f"{decided['kind']}: {decided['why']} ({decided['reason']}){todo}"
     state = str(status.get("state", "waiting"))
-    error = str(status.get("error", "")).strip().splitlines()[:1]
+    error = str(status.get("error", "")).strip().splitlines()
+    error = error[-1:] if error[:1] == ["Traceback (most recent call last):"] else error[:1]
     if asked and not (state == "failed" and error):
         return "ended", f"Slurm: {job.state}" if job else "its job is gone"
     if state in ("running", "complete", "killed"):

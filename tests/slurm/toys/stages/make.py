@@ -8,12 +8,13 @@ from prefmill.stage import Metrics, Stage, Task
 
 
 class MakeConfig(StrictConfig):
-    """`text` is written as it is; `seconds` of sleep and `fail` make trouble."""
+    """`text` is written as it is; `seconds` of sleep, `fail` and `fail_first` (a shard) make trouble."""
 
     rows: int = 6
     text: str = ""
     seconds: float = runtime(0.0)
     fail: bool = runtime(False)
+    fail_first: int = runtime(-1)
 
 
 def run(config: MakeConfig, task: Task) -> Metrics:
@@ -23,6 +24,10 @@ def run(config: MakeConfig, task: Task) -> Metrics:
     import time
 
     time.sleep(config.seconds)
+    tried = task.work / "tried"
+    if task.shard.index == config.fail_first and not tried.exists():
+        tried.touch()
+        raise ValueError("told to fail once")
     if config.fail:
         raise ValueError("told to fail")
     print("python", sys.executable, "secret", bool(os.environ.get("TOY_SECRET")), flush=True)

@@ -7,12 +7,18 @@ from prefmill.stage import Metrics, Stage, Task
 
 
 class TrainConfig(StrictConfig):
-    """`steps` of `step_seconds` each; `meet` has all ranks add up their numbers over gloo."""
+    """`steps` of `step_seconds` each; `meet` has all ranks add up their numbers over gloo.
+
+    Saved every `save_steps`, through `disk` where one is given; `eat_gb` of memory are held all the while.
+    """
 
     steps: int = 10
     step_seconds: float = runtime(0.0)
     meet: bool = False
     ignore_warning: bool = runtime(False)
+    save_steps: int = runtime(1000)
+    disk: str = runtime("")
+    eat_gb: float = runtime(0.0)
 
 
 def run(config: TrainConfig, task: Task) -> Metrics:
@@ -21,24 +27,43 @@ def run(config: TrainConfig, task: Task) -> Metrics:
     import os
     import time
 
-    from prefmill.artifacts import write_atomic
     from prefmill.stopping import Stopped, StopWatch
-    from prefmill.training import EXECUTED, append_row
+    from prefmill.training import EXECUTED, append_row, newest_checkpoint
 
-    saved = task.work / "step"
-    first = int(saved.read_text()) if saved.exists() else 0
+    newest = newest_checkpoint(task.output)
+    first = int(newest.rpartition("-")[2]) if newest else 0
+    eaten = bytearray(b"x") * int(config.eat_gb * 2**30)
     watch = StopWatch(task.logs)
     for step in range(first + 1, config.steps + 1):
         time.sleep(config.step_seconds)
-        if os.environ.get("RANK", "0") == "0":
-            append_row(task.logs / EXECUTED, {"step": step})
-        if watch.due(step, 1) and step < config.steps and not config.ignore_warning:
-            write_atomic(saved, str(step))
+        if os.environ.get("RANK", "0") != "0":
+            continue
+        append_row(task.logs / EXECUTED, {"step": step})
+        task.progress(step, config.steps, "steps")
+        stops = watch.due(step, 1) and step < config.steps and not config.ignore_warning
+        if stops or (step % config.save_steps == 0 and step < config.steps):
+            _save(task, step, config.disk)
+        if stops:
             raise Stopped(f"saved at step {step}")
+    del eaten
     total = _meet() if config.meet else 1
     if os.environ.get("RANK", "0") == "0":
         (task.output / "weights.txt").write_text(json.dumps({"steps": config.steps, "ranks": total}))
     return {"ranks": total}
+
+
+def _save(task: Task, step: int, disk: str) -> None:
+    """A checkpoint as the Trainer writes it; on `disk` first, where that is another one."""
+    from pathlib import Path
+
+    from prefmill.training import mark_complete
+
+    if disk:
+        Path(disk).write_bytes(b"x" * 200_000)
+    checkpoint = task.output / f"checkpoint-{step}"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "weights.txt").write_text(str(step))
+    mark_complete(checkpoint)
 
 
 def _meet() -> int:
