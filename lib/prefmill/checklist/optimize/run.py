@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class _Steps:
         config = self.plan.score
         # Rules do not read the wording, so that a paraphrase could only give the same answer again.
         num_paraphrases = 0 if config.engine.engine == "lexical" else config.max_paraphrases
-        asked, restated = with_paraphrases(self.candidates(), num_paraphrases)
+        asked, restated = with_paraphrases(self.candidates, num_paraphrases)
 
         def opened() -> Engine:
             return open_engine(config.engine, asked)
@@ -113,7 +114,7 @@ class _Steps:
     def select(self, folder: Path) -> None:
         select_step.write_selection(
             self.plan.select,
-            self.candidates(),
+            self.candidates,
             _read(self.task.output / "score" / PARAPHRASES),
             self.scored(),
             self.plan.refit.outer_folds,
@@ -134,7 +135,7 @@ class _Steps:
             refit_step.write_refit(
                 self.plan.refit,
                 self.plan.select,
-                self.candidates(),
+                self.candidates,
                 self.items(),
                 self.scored(),
                 self.plan.seed,
@@ -145,8 +146,9 @@ class _Steps:
     def export(self, folder: Path) -> None:
         refit = self.task.output / "refit"
         weights, held_out = _read(refit / refit_step.WEIGHTS), _read(refit / refit_step.HELD_OUT)
-        export_step.write_export(self.plan.export, self.candidates(), self.items(), weights, held_out, folder)
+        export_step.write_export(self.plan.export, self.candidates, self.items(), weights, held_out, folder)
 
+    @cached_property
     def candidates(self) -> Checklist:
         return dev_data.candidates_of(self.task.output / "propose")
 

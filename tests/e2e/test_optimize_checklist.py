@@ -1,0 +1,351 @@
+"""optimize_checklist: payload, the dev split alone, reuse of steps, resuming, targets, and known answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from review_artifacts import Rows, make_artifact, make_corpus, make_rows, make_task
+
+import stages.optimize_checklist as stage
+import stages.score_reviews as score_reviews
+from benchmarks.optimize_checklist import NOISE, USEFUL, draw, least_covered, run_stage, sample, shuffled_p_value
+from prefmill.artifacts import Artifact, payload, superseded
+from prefmill.checklist.engines import LexicalConfig, Outcome
+from prefmill.checklist.items import load_checklist
+from prefmill.checklist.lexical import LexicalEngine
+from prefmill.checklist.optimize import run as optimize_run
+from prefmill.config import validate
+from prefmill.errors import ConfigError, InputError
+from prefmill.records import Paper, Review, read_jsonl
+from prefmill.stage import Task
+
+QUICK = {
+    "select": {"min_labels": 40, "num_bootstrap": 10, "num_penalties": 8, "inner_folds": 3},
+    "refit": {"num_permutations": 19, "num_resamples": 1000, "outer_folds": 3},
+}
+STEPS = ("propose", "score", "select", "refit", "export")
+FILES = [
+    "export/optimal_checklist.json", "export/step.json", "export/summary.json", "optimal_checklist.json",
+    "propose/candidates.json", "propose/step.json", "refit/held_out.json", "refit/step.json", "refit/weights.json",
+    "score/failures.jsonl", "score/paraphrases.json", "score/reviews.jsonl", "score/step.json", "select/items.jsonl",
+    "select/path.jsonl", "select/step.json", "select/summary.json", "summary.json",
+]  # fmt: skip
+
+
+class CountingEngine(LexicalEngine):
+    """The lexical engine with a list of what it was asked; it kills the process before one review, or fails on some."""
+
+    asked: list[str] = []
+    kill_before: str | None = None
+    fails: frozenset[str] = frozenset()
+
+    def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+        for paper, reviews in papers:
+            for review in reviews:
+                if review["review_id"] == self.kill_before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.asked.append(review["review_id"])
+                if review["review_id"] in self.fails:
+                    yield Outcome(review["review_id"], paper["paper_id"], {}, failure="no answer")
+                else:
+                    yield Outcome(review["review_id"], paper["paper_id"], self.answers(review["text"]))
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> type[CountingEngine]:
+    monkeypatch.setattr(CountingEngine, "asked", [])
+    monkeypatch.setattr(CountingEngine, "kill_before", None)
+    monkeypatch.setattr(CountingEngine, "fails", frozenset())
+    opened = lambda config, checklist: CountingEngine(LexicalConfig(evidence=False), checklist)  # noqa: E731
+    monkeypatch.setattr(optimize_run, "open_engine", opened)
+    return CountingEngine
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[Rows, Rows]:
+    papers, reviews = make_rows(80)
+    for index, paper in enumerate(papers):
+        paper["split"] = "dev" if index % 2 else ("train", "val", "test")[index % 3]
+    return papers, reviews
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, rows: tuple[Rows, Rows]) -> Artifact:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), *rows)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Artifact) -> Task:
+    """A finished task that tests must not change."""
+    task = task_of(tmp_path_factory.mktemp("finished"), corpus)
+    optimize(task)
+    return task
+
+
+def task_of(folder: Path, corpus: Artifact) -> Task:
+    return make_task(folder, "optimize_checklist", {"corpus": [corpus]})
+
+
+def optimize(task: Task, **blocks: Any) -> dict[str, Any]:
+    values = {**QUICK, **blocks}
+    for name in ("select", "refit"):
+        values[name] = {**QUICK[name], **blocks.get(name, {})}
+    return stage.run(validate(stage.OptimizeChecklistConfig, values), task)
+
+
+def contents(task: Task) -> dict[str, bytes]:
+    return {str(path.relative_to(task.output)): path.read_bytes() for path in payload(task.output)}
+
+
+def replacing(folder: Path, finished: Task, corpus: Artifact) -> Task:
+    """A task whose output replaces that of `finished`, as the worker leaves it."""
+    task = task_of(folder / "t", corpus)
+    kept = superseded(task.output)
+    kept.parent.mkdir(parents=True)
+    shutil.copytree(finished.output, kept)
+    return task
+
+
+def steps_run(capsys: pytest.CaptureFixture[str]) -> str:
+    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("steps run: "))[11:]
+
+
+def dev_ids(rows: tuple[Rows, Rows]) -> list[str]:
+    dev = {paper["paper_id"] for paper in rows[0] if paper["split"] == "dev"}
+    return [review["review_id"] for review in rows[1] if review["paper_id"] in dev]
+
+
+def test_the_payload_is_complete_and_score_reviews_takes_it(tmp_path: Path, corpus: Artifact) -> None:
+    task = task_of(tmp_path / "t", corpus)
+    metrics = optimize(task)
+    assert sorted(contents(task)) == FILES
+    checklist = load_checklist(task.output / "optimal_checklist.json")
+    assert 0 < len(checklist.items) < 24
+    assert sum(item.weight for item in checklist.items) == pytest.approx(len(checklist.items), abs=0.02)
+    summary = json.loads((task.output / "summary.json").read_text())
+    kept_and_dropped = [*summary["weights"], *[name for names in summary["dropped"].values() for name in names]]
+    assert sorted(kept_and_dropped) == sorted(load_checklist().ids)
+    assert metrics["signal"] is True
+    assert metrics["conclusion"] == [summary["conclusion"]]
+    assert set(summary["baselines"]) == {"length_only", "rating_only", "all_items_equal"}
+    made = make_artifact(task.output, "checklist", corpus=corpus)
+    scoring = make_task(tmp_path / "s", "score_reviews", {"corpus": [corpus], "checklist": [made]})
+    score_reviews.run(validate(score_reviews.ScoreReviewsConfig, {}), scoring)
+    assert load_checklist(scoring.output / "checklist.json") == checklist
+
+
+def test_only_the_dev_split_is_scored(
+    tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows], counting: type[CountingEngine]
+) -> None:
+    task = task_of(tmp_path / "t", corpus)
+    optimize(task)
+    assert counting.asked == dev_ids(rows)
+    assert [row["review_id"] for row in read_jsonl(task.output / "score" / "reviews.jsonl")] == dev_ids(rows)
+
+
+def test_a_limit_leaves_whole_papers_out(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
+    task = task_of(tmp_path / "t", corpus)
+    optimize(task, score={"max_reviews": 70})
+    few = list(read_jsonl(task.output / "score" / "reviews.jsonl"))
+    by_paper = {row["paper_id"]: 0 for row in few}
+    for name in dev_ids(rows):
+        paper = name.rpartition("-")[0]
+        by_paper[paper] = by_paper.get(paper, -100) + 1
+    assert 60 <= len(few) <= 70
+    assert sum(count for count in by_paper.values() if count > 0) == len(few), "papers are whole"
+
+
+def test_a_corpus_without_dev_papers_is_refused(tmp_path: Path, rows: tuple[Rows, Rows]) -> None:
+    papers = [{**paper, "split": "train"} for paper in rows[0]]
+    with pytest.raises(InputError, match="no paper with reviews is in split dev"):
+        optimize(task_of(tmp_path / "t", make_corpus(tmp_path / "c", papers, rows[1])))
+
+
+def test_a_killed_process_is_resumed_without_scoring_a_review_twice(
+    tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows], counting: type[CountingEngine], finished: Task
+) -> None:
+    task, ids = task_of(tmp_path / "t", corpus), dev_ids(rows)
+    counting.kill_before = ids[30]
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        optimize(task)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    counting.kill_before = None
+    counting.asked.clear()
+    optimize(task)
+    assert counting.asked == ids[30:]
+    assert contents(task) == contents(finished)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ({"export": {"name": "other"}}, "export"),
+        ({"refit": {"weights": "equal"}}, "refit, export"),
+        ({"select": {"min_stability": 0.5}}, "select, refit, export"),
+        ({"score": {"max_reviews": 120}}, "score, select, refit, export"),
+        ({"step": "select"}, "select"),
+        ({}, "propose, score, select, refit, export"),
+    ],
+)
+def test_a_step_is_rerun_alone(
+    tmp_path: Path,
+    corpus: Artifact,
+    finished: Task,
+    capsys: pytest.CaptureFixture[str],
+    blocks: dict[str, Any],
+    expected: str,
+) -> None:
+    task = replacing(tmp_path / "run", finished, corpus)
+    optimize(task, **blocks)
+    assert steps_run(capsys) == expected
+    if "step" in blocks or not blocks:
+        assert contents(task) == contents(finished)
+
+
+def test_reused_steps_change_no_byte(tmp_path: Path, corpus: Artifact, finished: Task) -> None:
+    blocks = {"select": {"target": "decision_agreement"}}
+    reusing, fresh = replacing(tmp_path / "run", finished, corpus), task_of(tmp_path / "fresh", corpus)
+    for task in (reusing, fresh):
+        optimize(task, **blocks)
+    assert contents(reusing) == contents(fresh)
+
+
+def test_an_unreliable_item_is_found_by_its_paraphrase(
+    tmp_path: Path, corpus: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge whose answers follow the rules, but for one item of which the paraphrase is answered at random."""
+
+    class Judge(LexicalEngine):
+        def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+            for outcome in super().score(papers):
+                answers = dict(outcome.answers)
+                yes = random.Random(outcome.review_id).random() < 0.5
+                answers["paraphrase_0_0"] = {"yes": yes, "p_yes": float(yes)}
+                yield Outcome(outcome.review_id, outcome.paper_id, answers)
+
+    monkeypatch.setattr(optimize_run, "open_engine", lambda config, checklist: Judge(LexicalConfig(), checklist))
+    task = task_of(tmp_path / "t", corpus)
+    optimize(task, score={"engine": {"engine": "transformers", "model_name_or_path": "judge"}})
+    items = {row["id"]: row for row in read_jsonl(task.output / "select" / "items.jsonl")}
+    assert items["summary"]["status"] == "unreliable"
+    assert items["summary"]["paraphrase_kappa"] < 0.3
+    others = [row for name, row in items.items() if name != "summary"]
+    assert {row["status"] for row in others} <= {"kept", "not_chosen", "constant", "redundant"}
+    assert {row["paraphrase_kappa"] for row in others} == {1.0}
+
+
+def test_labels_of_people(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
+    """Labels that follow one item find it; labels of other splits are not used, and counted."""
+    path = tmp_path / "labels.csv"
+    dev = set(dev_ids(rows))
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["review_id", "label"])
+        for review in rows[1]:
+            flag = "thank" in review["text"] or "hope these" in review["text"] or "appreciate" in review["text"]
+            writer.writerow([review["review_id"], int(flag if review["review_id"] in dev else not flag)])
+    task = task_of(tmp_path / "t", corpus)
+    optimize(task, select={"target": "labels", "labels": str(path)})
+    assert load_checklist(task.output / "optimal_checklist.json").ids == ("courtesy",)
+    summary = json.loads((task.output / "summary.json").read_text())
+    assert summary["correlation"]["value"] > 0.95
+    counted = json.loads((task.output / "select" / "summary.json").read_text())
+    assert counted["num_labels_outside_dev"] == len(rows[1]) - len(dev)
+
+
+def test_shuffled_labels_report_no_signal(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
+    path = tmp_path / "labels.csv"
+    values = [f"{number % 5}" for number in range(len(rows[1]))]
+    random.Random(1).shuffle(values)
+    pairs = zip((review["review_id"] for review in rows[1]), values, strict=True)
+    path.write_text("review_id,label\n" + "\n".join(",".join(pair) for pair in pairs) + "\n")
+    task = task_of(tmp_path / "t", corpus)
+    labels = {"target": "labels", "labels": str(path)}
+    metrics = optimize(task, select=labels)
+    assert metrics["signal"] is False
+    assert metrics["conclusion"][0].startswith("No signal")
+    assert {item.weight for item in load_checklist(task.output / "optimal_checklist.json").items} == {1.0}
+    with pytest.raises(InputError, match="no signal"):
+        optimize(task_of(tmp_path / "f", corpus), select=labels, export={"on_no_signal": "fail"})
+
+
+def test_failures_stop_the_stage_unless_allowed(
+    tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows], counting: type[CountingEngine]
+) -> None:
+    ids = dev_ids(rows)
+    counting.fails = frozenset(ids[3:5])
+    task = task_of(tmp_path / "t", corpus)
+    with pytest.raises(InputError, match=f"1 failed, the latest {ids[3]}"):
+        optimize(task)
+    assert not (task.output / "score" / "step.json").exists()
+    optimize(task, score={"max_failed_share": 0.1})
+    failures = list(read_jsonl(task.output / "score" / "failures.jsonl"))
+    assert [row["review_id"] for row in failures] == ids[3:5]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"select": {"min_labels": 1000}}, r"too few dev reviews have the target 'confidence'[\s\S]*at least 1000"),
+        ({"select": {"target": "decision_agreement", "accept_rating": 6.0, "min_labels": 1000}}, "decision_agreement"),
+        ({"refit": {"outer_folds": 30}}, "too few dev papers"),
+        ({"select": {"min_answer_share": 0.49}}, "the screen leaves too few items"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(
+    tmp_path: Path, corpus: Artifact, blocks: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        optimize(task_of(tmp_path / "t", corpus), **blocks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step": "scores"}, "step"),
+        ({"refit": {"num_permutations": 19, "alpha": 0.01}}, "raise num_permutations"),
+        ({"select": {"target": "rating"}}, "target"),
+        ({"selection": {}}, "did you mean 'select'"),
+    ],
+)
+def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(stage.OptimizeChecklistConfig, settings)
+
+
+@pytest.mark.slow
+def test_known_items_are_found_and_noise_is_dropped(tmp_path: Path) -> None:
+    found = [run_stage(tmp_path / str(seed), seed, 450) for seed in range(5)]
+    assert sum(item.precision for item in found) / 5 >= 0.9
+    assert sum(item.recall for item in found) / 5 >= 0.9
+    assert all(item.summary["signal"] for item in found)
+    assert all(len(set(item.kept) & {*NOISE}) <= 1 for item in found)
+    assert all(item.summary["baselines"]["length_only"]["advantage"]["low"] > 0 for item in found)
+    shuffled = run_stage(tmp_path / "shuffled", 0, 450, shuffle=True)
+    assert shuffled.summary["signal"] is False
+
+
+@pytest.mark.slow
+def test_held_out_intervals_hold_the_truth_and_shuffled_targets_give_no_signal() -> None:
+    """A short form of the benchmark, which has 200 draws."""
+    population = sample(900_000, 1500)
+    draws = [draw(seed, population) for seed in range(1000, 1020)]
+    covered = sum(item.low <= item.of_folds <= item.high for item in draws)
+    assert covered >= least_covered(20, 0.95)
+    assert abs(sum(item.value - item.of_folds for item in draws) / 20) < 0.03
+    alarms = sum(shuffled_p_value(seed, 60) <= 0.05 for seed in range(20))
+    assert alarms <= 20 - least_covered(20, 0.95)
+    assert len(USEFUL) + len(NOISE) == population.answers.shape[1]
