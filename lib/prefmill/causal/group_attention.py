@@ -93,9 +93,12 @@ def use_group_attention(model: Any) -> None:
             "layout: group cannot cap attention logits", where=config.model_type, fix="set layout=pairwise"
         )
     AttentionInterface.register(GROUP_ATTENTION, group_attention)
-    model.set_attn_implementation(GROUP_ATTENTION)
+    if config is model.config:
+        model.set_attn_implementation(GROUP_ATTENTION)
+    else:  # images are encoded with the attention of their own part
+        model.set_attn_implementation({"text_config": GROUP_ATTENTION})
     # A model with attention code of its own only warns and goes on as it was.
-    if model.config._attn_implementation != GROUP_ATTENTION:
+    if config._attn_implementation != GROUP_ATTENTION:
         raise ConfigError(
             "layout: group needs a model whose attention can be exchanged", where=config.model_type,
             fix="set layout=pairwise for this model",

@@ -53,12 +53,17 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The causal LM of `name_or_path` in `precision`, from safetensors only; raises InputError when it cannot load."""
-    from transformers import AutoModelForCausalLM
+    """The causal LM of `name_or_path` in `precision`, from safetensors only; raises InputError when it cannot load.
+
+    A model that also takes images is loaded with its vision part.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     _require_folder(name_or_path)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        return kind.from_pretrained(
             name_or_path,
             dtype=torch_dtype(precision),
             revision=revision,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prefmill.causal.group_attention import Segment
+from prefmill.causal.vision import embed
 from prefmill.errors import InputError
 from prefmill.preference.batches import GroupPart
 from prefmill.preference.data import Group
@@ -27,7 +28,8 @@ class Batch:
     `input_ids`, `attention_mask` [R, T] int64; `row`, `column`, `target`, `owner` [C]: the hidden state at
     (row, column) predicts token `target` of response `owner`; `lengths` [S] in tokens; `chosen`, `rejected` [N]
     name each pair's responses. Packed groups ([1, T]) also say where each token stands in its own sequence
-    (`position_ids` [1, T]) and where the groups lie (`segments`).
+    (`position_ids` [1, T]) and where the groups lie (`segments`). With images come their `pixel_values`
+    [patches, D] and `image_grid_thw` [images, 3], and `position_ids` are [3, R, T].
     """
 
     input_ids: Tensor
@@ -41,6 +43,8 @@ class Batch:
     rejected: Tensor
     position_ids: Tensor | None = None
     segments: tuple[Segment, ...] | None = None
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`."""
@@ -98,8 +102,9 @@ def install(model: Any) -> Any:
 
 def score_batch(model: Any, batch: Batch) -> Tensor:
     """The score of every response of a batch, [S], through `model`'s installed forward."""
-    names = ("input_ids", "attention_mask", "row", "column", "target", "owner", "position_ids", "segments")
-    scores: Tensor = model(**{name: getattr(batch, name) for name in names}, num_responses=len(batch.lengths))
+    given = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    inputs = {name: value for name, value in given.items() if name not in ("lengths", "chosen", "rejected")}
+    scores: Tensor = model(**inputs, num_responses=len(batch.lengths))
     return scores
 
 
@@ -123,11 +128,18 @@ def _forward(
     num_responses: int,
     position_ids: Tensor | None = None,
     segments: tuple[Segment, ...] | None = None,
+    pixel_values: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     """Log-likelihood of every response, [S] fp32: the sum over its tokens, end of turn included."""
-    packed = {} if segments is None else {"position_ids": position_ids, "segments": segments}
-    hidden = self.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)[0]
+    given: dict[str, Any] = {"position_ids": position_ids, "segments": segments}
+    given = {name: value for name, value in given.items() if value is not None}
+    if hasattr(self.config, "vision_config"):
+        given["inputs_embeds"] = embed(self, input_ids, pixel_values, image_grid_thw)
+    else:
+        given["input_ids"] = input_ids
+    hidden = self.get_decoder()(attention_mask=attention_mask, use_cache=False, **given)[0]
     logps = token_logps(hidden[row, column], target, self.get_output_embeddings())
     return torch.zeros(num_responses, dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
 

@@ -24,7 +24,7 @@ class PreferencePair:
 
     pair_id: str
     group: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     chosen: str
     rejected: str
     images: tuple[str, ...] = ()
@@ -41,11 +41,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Group:
-    """Token ids of a prompt, of every distinct response to it, and the pairs among them."""
+    """Token ids of a prompt, of every distinct response to it, and the pairs among them; `images` of the prompt."""
 
     prompt: list[int]
     responses: list[list[int]]
     pairs: list[Pair]
+    images: tuple[str, ...] = ()
 
     def tokens_of(self, pair: Pair) -> int:
         """Tokens of the prompt with the longer side of `pair`."""
@@ -57,7 +58,7 @@ class Group:
         places = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
         moved = {place: index for index, place in enumerate(places)}
         kept = [Pair(pair.pair_id, moved[pair.chosen], moved[pair.rejected]) for pair in pairs]
-        return Group(self.prompt, [self.responses[place] for place in places], kept)
+        return Group(self.prompt, [self.responses[place] for place in places], kept, self.images)
 
 
 def read_pairs(path: Path) -> Iterator[PreferencePair]:
@@ -88,8 +89,8 @@ def gather(pairs: Iterable[PreferencePair], encode: Encode) -> list[Group]:
 
     Two pairs of one group with different prompts make two groups. Raises InputError for a pair whose sides are equal.
     """
-    groups: dict[tuple[str, tuple[int, ...]], Group] = {}
-    places: dict[tuple[str, tuple[int, ...]], dict[tuple[int, ...], int]] = {}
+    groups: dict[tuple[Any, ...], Group] = {}
+    places: dict[tuple[Any, ...], dict[tuple[int, ...], int]] = {}
     for pair in pairs:
         prompt, chosen = encode(pair.messages, pair.chosen)
         _, rejected = encode(pair.messages, pair.rejected)
@@ -98,8 +99,8 @@ def gather(pairs: Iterable[PreferencePair], encode: Encode) -> list[Group]:
                 "chosen and rejected are the same", where=f"pair {pair.pair_id}",
                 fix="leave the pair out, by `exclude` of build_datasets",
             )  # fmt: skip
-        key = (pair.group, tuple(prompt))
-        group = groups.setdefault(key, Group(prompt, [], []))
+        key = (pair.group, tuple(prompt), pair.images)
+        group = groups.setdefault(key, Group(prompt, [], [], pair.images))
         known = places.setdefault(key, {})
         sides = [_place(group, known, response) for response in (chosen, rejected)]
         group.pairs.append(Pair(pair.pair_id, *sides))
