@@ -16,6 +16,7 @@ import pytest
 from pipeline_runs import DEMO, REPOSITORY, SMALL, command, digests, environment, executed, prefmill, ran, run
 
 from prefmill.artifacts import MANIFEST
+from prefmill.pipeline.worker import is_running
 
 SAVE_STEPS = {"tiny_model": 10, "sft": 3, "dpo": 3}
 
@@ -126,6 +127,24 @@ def test_killed_in_training_it_repeats_at_most_one_save_interval(
     steps = executed(copied)[stage]
     assert sorted(set(steps)) == undisturbed
     assert len(steps) - len(undisturbed) <= SAVE_STEPS[stage]
+
+
+@pytest.mark.slow
+def test_no_task_outlives_the_command(tmp_path: Path) -> None:
+    """SIGKILL of the command alone; its task must not go on and hold the lock."""
+    many = SMALL[0].replace("150", "40000")
+    words = command("run", DEMO, "--only", "ingest_reviews", f"workspace={tmp_path}", many)
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
+    logs = tmp_path / "logs/demo/ingest_reviews/all"
+    deadline = time.monotonic() + 60
+    while not is_running(logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    assert not is_running(logs)
+    assert not (tmp_path / "data/demo/ingest_reviews/all" / MANIFEST).exists()
 
 
 def in_namespace(script: str) -> subprocess.CompletedProcess[str]:

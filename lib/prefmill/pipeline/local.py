@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,7 @@ def _show_results(plan: Plan, tasks: Iterable[PlannedTask], say: Say) -> None:
 def _child(task: PlannedTask, force: bool) -> None:
     """The process of one task: its output goes to the task's log, and it does not outlive its parent."""
     end_with_parent()
+    _end_with_command()
     log_path(task).parent.mkdir(parents=True, exist_ok=True)
     with log_path(task).open("ab", buffering=0) as log:
         sys.stdout.flush()
@@ -130,6 +133,18 @@ def _child(task: PlannedTask, force: bool) -> None:
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _end_with_command() -> None:
+    """Kill this process when the command that started it dies, whose fork server would live on with it."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+
+    def watch() -> None:
+        wait([command.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _wait(process: ForkServerProcess, task: PlannedTask) -> int:
