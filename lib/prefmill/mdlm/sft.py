@@ -15,6 +15,7 @@ from prefmill.errors import InputError
 from prefmill.mdlm.config import DiffusionTrainingConfig
 from prefmill.mdlm.family import Drawing, sft_family
 from prefmill.mdlm.loading import load_diffusion_tokenizer
+from prefmill.mdlm.toy import build_model
 from prefmill.mdlm.training import NoMargins, SftTrainer, load_scoring_model, train_and_finish
 from prefmill.preference.batches import one_by_one, plan_batches
 from prefmill.preference.data import Group, Pair
@@ -22,6 +23,7 @@ from prefmill.preference.objectives import Settings, mix
 from prefmill.preference.row_files import file_rows
 from prefmill.preference.trainer import PreferenceData, plan_arguments
 from prefmill.stage import Metrics, Task
+from prefmill.tiny.text import Shape
 from prefmill.training import accumulation, report_dropped, world_size
 
 
@@ -88,3 +90,10 @@ def chat_of(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], s
         "not a row to fine-tune on", where=where, got=f"keys {', '.join(row)}",
         expected="messages that end with the assistant's, or prompt and completion", fix="convert the file",
     )  # fmt: skip
+
+
+def new_model(train: Path, folder: Path, shape: Shape, seed: int) -> Path:
+    """Save an untrained model to `folder`, its tokenizer learnt from the rows of `train`."""
+    chats = [chat_of(row.values, row.where) for row in file_rows(train)]
+    texts = [text for messages, answer in chats for text in (*(turn["content"] for turn in messages), answer)]
+    return build_model(folder, texts, shape, seed)

@@ -60,21 +60,30 @@ def build_qwen2(folder: Path, texts: Sequence[str], seed: int) -> None:
     save(create_qwen2(tokenizer, Shape(), seed), tokenizer, folder)
 
 
-def build_masked_diffusion(folder: Path, texts: Sequence[str], seed: int) -> None:
-    """Save a tiny stand-in for LLaDA: a Llama that attends both ways, and a tokenizer with a mask token.
+def create_masked_diffusion(
+    tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int, initializer_range: float = 0.02
+) -> PreTrainedModel:
+    """A stand-in for LLaDA: a Llama that attends both ways, with random fp32 weights that follow from its arguments.
 
     `config.mask_token_id` names the mask token, as in LLaDA's configuration.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = train_chat_tokenizer(texts, vocab_size=1024, mask_token=MASK)
-    config = LlamaConfig(vocab_size=len(tokenizer), **special_ids(tokenizer), **Shape().model_dump())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), initializer_range=initializer_range, **special_ids(tokenizer), **shape.model_dump()
+    )
     config.is_causal = False
     config.mask_token_id = tokenizer.mask_token_id
     with seeded(seed):
         model = LlamaForCausalLM(config)
     model.generation_config = generation_defaults(tokenizer)
-    save(model, tokenizer, folder)
+    return model
+
+
+def build_masked_diffusion(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny stand-in for LLaDA and a tokenizer with a mask token to `folder`."""
+    tokenizer = train_chat_tokenizer(texts, vocab_size=1024, mask_token=MASK)
+    save(create_masked_diffusion(tokenizer, Shape(), seed), tokenizer, folder)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
