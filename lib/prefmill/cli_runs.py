@@ -1,4 +1,4 @@
-"""The commands of `prefmill` about a run that is under way: status, logs, advance, rerun, cancel."""
+"""The commands of `prefmill` before a run on a cluster (estimate, rehearse) and while it is under way."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def add_commands(commands: Any) -> None:
     _command(commands, "rerun", "submit a stage or task again", _rerun, selects="STAGE[:TASK]")
     cancel = _command(commands, "cancel", "end the jobs of a run, a stage or a task", _cancel)
     cancel.add_argument("selector", nargs="?", metavar="STAGE[:TASK]", help="default: everything")
+
+    estimate = _planned(commands, "estimate", "memory, steps and limits before anything is submitted", _estimate)
+    estimate.add_argument("--gpu-memory", type=float, metavar="GB", help="of a GPU, where Slurm does not name its type")
+
+
+def _planned(commands: Any, name: str, summary: str, command: Command) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE")
+    parser.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
+    parser.set_defaults(command=command)
+    return parser
 
 
 def _command(
@@ -84,4 +96,15 @@ def _cancel(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.again import cancel
 
     cancel(*_where(arguments), arguments.selector)
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.cluster import read_cluster
+    from prefmill.pipeline.estimate import estimate
+    from prefmill.pipeline.plan import make_plan, read_pipeline
+
+    pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
+    plan = make_plan(pipeline, arguments.pipeline)
+    estimate(pipeline, plan, read_cluster(arguments.cluster), arguments.gpu_memory)
     return 0

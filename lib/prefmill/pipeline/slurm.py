@@ -63,6 +63,7 @@ class Partition:
     memory_gb: float
     gpus: int
     up: bool = True
+    gpu_type: str = ""
 
 
 def queue() -> dict[Element, JobState] | None:
@@ -192,6 +193,7 @@ def _partitions(text: str) -> dict[str, Partition]:
         found[name] = Partition(
             name, old.nodes + int(nodes), _minutes(limit), _upper(size), max(old.cpus, _number(cpus)),
             max(old.memory_gb, _number(memory) / 1024), max(old.gpus, _gpus(gres)), up == "up",
+            old.gpu_type or _gpu_type(gres),
         )  # fmt: skip
         if shown.endswith("*"):
             found[""] = found[name]
@@ -220,6 +222,13 @@ def _number(text: str) -> int:
 
 def _seconds(text: str) -> float | None:
     return float(text) if text.isdigit() else None
+
+
+def _gpu_type(gres: str) -> str:
+    """`h100` of `gpu:h100:8` or `gpu:nvidia_h100_80gb:8`; "" where the site does not say."""
+    found = re.search(r"gpu:([\w.-]+):\d", gres)
+    known = re.search(r"[abhlv]\d+s?", found[1].lower()) if found else None
+    return known[0] if known else ""
 
 
 def _gigabytes(text: str) -> float | None:

@@ -1,0 +1,100 @@
+"""`prefmill advance` on a real Slurm: only what failed runs again, and what waits for it is re-pointed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.conftest import Site
+from tests.slurm.test_job import rows
+from tests.slurm.test_submit import digests, jobs
+
+pytestmark = pytest.mark.slow
+
+
+def attempts(site: Site, run: str, task: str) -> list[dict[str, Any]]:
+    return rows(site.workspace / "logs" / run / task.replace(":", "/") / "attempts.jsonl")
+
+
+def where(site: Site) -> list[str]:
+    return ["--workspace", str(site.workspace)]
+
+
+def test_two_at_once_resubmit_the_failed_element_once_and_its_siblings_not_at_all(site: Site) -> None:
+    site.submit("toy", "run=twice", "make.fail_first=1")  # with no job that looks after it
+    site.submit("toy", "run=calm")
+    site.wait(lambda: len(site.queue()) == 2 and "DependencyNeverSatisfied" in "".join(site.queue()))  # use_1, join
+    command = [sys.executable, "-m", "prefmill.cli", "advance", "twice", *where(site)]
+    environment = {"PYTHONPATH": f"{site.checkout}/lib:{site.checkout}", "PATH": "/usr/bin:/bin"}
+    both = [
+        subprocess.Popen(
+            command, env=environment | site.cluster.environment, cwd=site.checkout, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    printed = "".join(process.communicate()[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert printed.count("make:shard1 retry: bug (retry 1 of 2): ValueError: told to fail once") == 1, printed
+    site.wait()
+    assert digests(site.workspace, "twice") == digests(site.workspace, "calm"), site.logs()
+    tries = [job["indices"] for job in jobs(site, "twice") if job["stage"] == "make"]
+    assert tries == [[0, 1, 2], [1]]
+    assert [job["stage"] for job in jobs(site, "twice")] == ["make", "use", "join", "make"]  # children are kept
+    assert len(attempts(site, "twice", "make:shard1")) == 2
+    assert {len(attempts(site, "twice", f"make:shard{shard}")) for shard in (0, 2)} == {1}
+    again = site.prefmill("advance", "twice", *where(site))
+    assert again.stdout == "run twice: 0 tasks open, 0 queued or running, 0 resubmitted\n"
+
+
+def test_a_parent_that_fails_for_good_stops_what_reads_from_it_and_says_what_to_do(site: Site) -> None:
+    site.submit("toy", "run=bad", "make.fail=true", cluster="heal")
+    site.wait(lambda: "stop" in _decisions(site.workspace, "bad") and not _running(site))
+    shown = site.prefmill("status", "bad", *where(site))
+    assert shown.returncode == 1
+    assert "stopped" in shown.stdout
+    assert "the same error twice" in shown.stdout
+    assert "make:shard0 has stopped" in shown.stdout
+    assert "to do: mend what the traceback shows" in shown.stdout
+    files = ["configs/pipelines/toy.yaml", "join", f"workspace={site.workspace}", "run=bad", "make.fail=true"]
+    why = site.prefmill("why", *files).stdout
+    assert "make:shard0: missing" in why
+    assert "stopped (bug, by status file): ValueError: told to fail" in why
+    assert "to do: mend what the traceback shows" in why
+    assert not list(site.workspace.glob("logs/bad/use/*/status.json"))  # nothing downstream has run
+    assert not list(site.workspace.glob("logs/bad/join/*/status.json"))
+    mended = site.submit("toy", "run=bad", cluster="heal")
+    assert "7 to submit" in mended
+    site.wait()
+    assert len(digests(site.workspace, "bad")) == 7, site.logs()
+
+
+def test_rerun_makes_finished_work_again_and_cancel_ends_it_for_good(site: Site) -> None:
+    site.submit("toy", "run=again", cluster="heal")
+    site.wait()
+    before = digests(site.workspace, "again")
+    done = site.prefmill("rerun", "use:shard1", "--run", "again", *where(site))
+    assert done.returncode == 0, done.stderr
+    assert "join:all retry" in done.stdout  # it waits for the new one
+    site.wait()
+    assert digests(site.workspace, "again") == before
+    assert [len(attempts(site, "again", f"use:shard{shard}")) for shard in range(3)] == [1, 2, 1]
+
+    site.submit("toy", "run=ended", "make.seconds=30", cluster="heal")
+    site.wait(lambda: _running(site))
+    assert "7 tasks cancelled" in site.prefmill("cancel", "--run", "ended", *where(site)).stdout
+    site.wait()
+    site.prefmill("advance", "ended", *where(site))
+    assert site.queue() == []
+    assert "cancelled" in site.prefmill("status", "ended", *where(site)).stdout
+
+
+def _decisions(workspace: Path, run: str) -> set[str]:
+    return {row["action"] for row in rows(workspace / "logs" / run / "submissions" / "decisions.jsonl")}
+
+
+def _running(site: Site) -> bool:
+    return any("RUNNING" in line for line in site.queue())

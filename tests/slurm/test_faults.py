@@ -1,0 +1,146 @@
+"""Faults injected into a real Slurm: each run ends as an undisturbed one, and repeats no more than it must."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.slurm.conftest import Site
+from tests.slurm.test_job import attempts, rows, steps
+from tests.slurm.test_submit import digests, jobs
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVE, SECONDS = 30, 5, 0.2
+KEYS = [f"train.steps={STEPS}", f"train.save_steps={SAVE}", f"train.step_seconds={SECONDS}"]
+
+
+def train(site: Site, run: str, *keys: str, cluster: str = "heal") -> None:
+    site.submit("train", f"run={run}", *KEYS, *keys, cluster=cluster)
+
+
+def reached(site: Site, run: str, step: int, task: str = "all") -> Callable[[], bool]:
+    return lambda: step in steps(site, run, task)
+
+
+def decisions(site: Site, run: str) -> list[dict[str, Any]]:
+    return rows(site.workspace / "logs" / run / "submissions" / "decisions.jsonl")
+
+
+def status(site: Site, run: str, task: str = "all") -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((site.workspace / "logs" / run / "train" / task / "status.json").read_text())
+    return record
+
+
+def complete(site: Site, run: str) -> Callable[[], bool]:
+    return lambda: bool(digests(site.workspace, run))
+
+
+def check_steps(site: Site, run: str, task: str = "all", interruptions: int = 1) -> None:
+    """All steps were taken in order, and each interruption repeated at most one save interval."""
+    taken = steps(site, run, task)
+    assert sorted(set(taken)) == list(range(1, STEPS + 1)), site.logs()
+    assert len(taken) - STEPS <= interruptions * SAVE, taken
+    back = [(before, after) for before, after in itertools.pairwise(taken) if after != before + 1]
+    assert len(back) <= interruptions
+    assert all(after % SAVE == 1 and after <= before + 1 for before, after in back), back
+
+
+def kill_trainer(site: Site, run: str, task: str = "all") -> None:
+    pattern = f"pipeline.ranks {site.workspace}.*/{run}/train/{task}/"
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+
+
+def test_processes_that_die_are_started_again_where_they_had_saved(site: Site) -> None:
+    small = "stages.train.resources={memory_gb: 0.25}"
+    low = "stages.train.resources={partition: low, options: {nodelist: n3}}"
+    train(site, "calm", "train.step_seconds=0")
+    train(site, "killed")
+    train(site, "hungry", small, "train.eat_gb=0.3", "train.step_seconds=0.4")
+    train(site, "torn")
+    train(site, "preempted", low, "train.step_seconds=0.4")
+    site.wait(reached(site, "killed", 12))
+    kill_trainer(site, "killed")
+    site.wait(reached(site, "torn", 17))
+    (site.workspace / "checkpoints/torn/train/all/checkpoint-15/weights.txt").write_text("")
+    kill_trainer(site, "torn")
+    site.wait(reached(site, "preempted", 3))
+    higher = ("-p", "main", "--exclusive", "-w", "n3", "-o", "/dev/null", "--wrap", "sleep 2")
+    assert site.cluster.ask("sbatch", *higher)
+    site.wait()
+    for run in ("killed", "hungry", "torn", "preempted"):
+        assert digests(site.workspace, run) == digests(site.workspace, "calm"), site.logs()
+    check_steps(site, "killed")
+    assert [row["signal"] for row in attempts(site, "killed") if "signal" in row] == ["SIGKILL"]
+    assert [(row["kind"], row["action"]) for row in decisions(site, "killed")] == [("killed", "retry")]
+    assert steps(site, "torn").count(15) == 2  # from checkpoint 10: the newer one was torn
+    check_steps(site, "preempted")
+    assert [row["outcome"] for row in attempts(site, "preempted")] == ["requeued", "complete"]
+    check_steps(site, "hungry")
+    (hungry,) = decisions(site, "hungry")
+    assert (hungry["kind"], hungry["source"], hungry["memory_gb"]) == ("host_memory", "log", 0.5)
+    assert "exceeded memory limit" in hungry["why"]  # Slurm's own words
+    first, second = [job for job in jobs(site, "hungry") if job["kind"] == "array"]
+    states = site.cluster.ask(
+        "sacct", "-XnP", "-j", f"{first['job_id']},{second['job_id']}", "-o", "JobID,State,ExitCode"
+    )
+    # 22.05 without cgroups does not write OUT_OF_MEMORY for a batch step, but that it has killed it.
+    assert states == f"{first['job_id']}_0|FAILED|0:9\n{second['job_id']}_0|COMPLETED|0:0\n"
+
+
+def test_a_storm_over_one_array_and_a_parent_that_slurm_has_forgotten(site: Site) -> None:
+    forget_ended_jobs_after(site, 2)
+    site.submit("toy", "run=forgotten", "make.fail_first=1")  # nobody looks after it
+    each = ["stages.train.array={shard: 4}", "stages.train.resources={options: {exclusive: true}}"]
+    train(site, "storm", *each, "train.step_seconds=1.0")
+    train(site, "calm", each[0], "train.step_seconds=0")
+    site.wait(lambda: all(len(steps(site, "storm", f"shard{shard}")) > 6 for shard in range(4)))
+    cut = status(site, "storm", "shard2")["host"]
+    site.cluster.power_cut(cut)
+    kill_trainer(site, "storm", "shard0")
+    job = jobs(site, "storm")[0]["job_id"]
+    site.cluster.ask("scontrol", "update", f"jobid={job}_1", "EndTime=now+1")
+    site.cluster.stop("slurmdbd")
+    site.cluster.stop("slurmctld")
+    site.cluster.start_controller()
+    try:
+        site.wait(lambda: len(digests(site.workspace, "storm")) == 4)
+    finally:
+        site.cluster.power_on(cut)
+        site.cluster.start_accounting_daemon()
+    assert digests(site.workspace, "storm") == digests(site.workspace, "calm")
+    for shard in range(3):
+        check_steps(site, "storm", f"shard{shard}")
+    check_steps(site, "storm", "shard3", interruptions=0)
+    assert [row["outcome"] for row in attempts(site, "storm", "shard3")] == ["complete"]
+    assert [row["outcome"] for row in attempts(site, "storm", "shard2")] == ["lost", "complete"]
+    assert attempts(site, "storm", "shard2")[1]["node"] != cut
+
+    parent = jobs(site, "forgotten")[0]["job_id"]
+    site.wait(lambda: not [line for line in site.queue("%F %t") if line.split()[0] == parent])
+    site.wait(lambda: parent not in (site.cluster.ask("squeue", "-h", "-t", "all", "-o", "%F") or ""))
+    forget_ended_jobs_after(site, 300)
+    assert site.prefmill("advance", "forgotten", "--workspace", str(site.workspace)).returncode == 0
+    site.wait()
+    site.submit("toy", "run=remembered")
+    site.wait()
+    assert len(digests(site.workspace, "forgotten")) == 7, site.logs()
+    assert digests(site.workspace, "forgotten") == digests(site.workspace, "remembered")
+
+
+def forget_ended_jobs_after(site: Site, seconds: int) -> None:
+    """Have slurmctld purge ended jobs after that time; it looks once a minute."""
+    config = site.cluster.root / "etc" / "slurm.conf"
+    lines = [
+        f"MinJobAge={seconds}" if line.startswith("MinJobAge") else line for line in config.read_text().split("\n")
+    ]
+    config.write_text("\n".join(lines))
+    assert site.cluster.ask("scontrol", "reconfigure") is not None
