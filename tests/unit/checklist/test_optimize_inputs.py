@@ -34,7 +34,7 @@ def test_targets() -> None:
 
 def test_labels_are_read_from_any_usual_csv(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
-    path.write_bytes(b'\xef\xbb\xbfwho,review_id,label\r\nme,"a,1",0.5\r\nme,b,-2\r\n')
+    path.write_bytes(b'\xef\xbb\xbfreview_id,who,label\r\n"a,1",me,0.5\r\nb,me,-2\r\n')
     assert read_labels(path) == {"a,1": 0.5, "b": -2.0}
 
 
