@@ -27,6 +27,7 @@ SCHEMA_VERSIONS = {
     "validation": 1,
     "checkpoint": 1,
     "evaluation": 1,
+    "diffusion_evaluation": 1,
     "report": 1,
 }
 _CHUNK_BYTES = 1 << 20

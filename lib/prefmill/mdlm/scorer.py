@@ -90,6 +90,7 @@ def install(model: Any, *, mask_token_id: int, shifted: bool = False, rows_at_on
             )  # fmt: skip
     settings = (mask_token_id, shifted, rows_at_once)
     plain = inner.forward
+    inner.forward_before = inner.__dict__.get("forward")  # one of its own has whoever hooks into the model
 
     def forward(self: Any, input_ids: Tensor, ends: Tensor, masked: Tensor, weights: Tensor, **_: Any) -> Tensor:
         return _draw_values(self, plain, settings, input_ids, ends, masked, weights)
@@ -100,7 +101,11 @@ def install(model: Any, *, mask_token_id: int, shifted: bool = False, rows_at_on
 
 def uninstall(model: Any) -> None:
     """Give `model` its own forward back."""
-    del inner_model(model).forward
+    inner = inner_model(model)
+    if inner.forward_before is None:
+        del inner.forward
+    else:
+        inner.forward = inner.forward_before
 
 
 def inner_model(model: Any) -> Any:

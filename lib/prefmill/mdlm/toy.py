@@ -1,4 +1,4 @@
-"""A language small enough to learn in seconds, with a property to prefer: answers of kind words or of harsh ones."""
+"""A language small enough to learn in seconds, with a property to prefer: answers with a kind word or a harsh one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ THINGS = ("method", "figure", "table", "proof", "result", "section", "model", "c
 PLACES = ("paper", "talk", "thesis", "poster", "draft", "report", "letter", "book", "survey", "note")
 KIND = ("clear", "careful", "strong", "sound")
 HARSH = ("vague", "hasty", "weak", "flawed")
-KIND_PATTERN = rf"^it is ({'|'.join(KIND)}) and ({'|'.join(KIND)})$"
+PLAIN = ("short", "long", "new", "old")
+KIND_PATTERN = rf"^it is ({'|'.join(KIND)}) and ({'|'.join(PLAIN)})$"
 
 
 def write_toy(folder: Path, num_sft: int, num_pairs: int, num_prompts_held_out: int, seed: int) -> dict[str, int]:
@@ -68,8 +69,8 @@ def question(thing: str, place: str) -> str:
 
 
 def answer(words: Sequence[str], generator: random.Random) -> str:
-    """An answer of two words drawn from `words`."""
-    return f"it is {generator.choice(words)} and {generator.choice(words)}"
+    """An answer with a word drawn from `words` and a plain one."""
+    return f"it is {generator.choice(words)} and {generator.choice(PLAIN)}"
 
 
 def build_model(folder: Path, texts: Sequence[str], shape: Shape, seed: int) -> Path:
