@@ -19,17 +19,7 @@ RUN_RECORD = "run.json"
 WORK = "work"  # a task's own scratch: partial output to resume from, never published
 CHECKPOINT_PREFIX = "checkpoint-"  # the trainer's own, for resuming
 
-SCHEMA_VERSIONS = {
-    "review_corpus": 1,
-    "review_scores": 1,
-    "checklist": 1,
-    "preference_datasets": 1,
-    "validation": 1,
-    "checkpoint": 1,
-    "evaluation": 1,
-    "diffusion_evaluation": 1,
-    "report": 1,
-}
+SCHEMA_VERSIONS: dict[str, int] = {}  # of the kinds whose files have changed form; every kind starts at 1
 _CHUNK_BYTES = 1 << 20
 
 
@@ -121,7 +111,7 @@ def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[st
     files = [_entry(path, folder) for path in payload(folder)]
     if not files:
         raise ArtifactError("the stage wrote nothing", where=folder, fix="this is a bug in the stage: report it")
-    schema_version = SCHEMA_VERSIONS[kind]
+    schema_version = SCHEMA_VERSIONS.get(kind, 1)
     content = {"kind": kind, "schema_version": schema_version, "files": sorted([e.path, e.sha256] for e in files)}
     manifest = Manifest(
         kind=kind,
@@ -157,11 +147,11 @@ def read(folder: Path, kind: str | None = None) -> Artifact:
             "wrong kind of artifact", where=folder, got=manifest.kind, expected=kind,
             fix="point this input at the output of a stage that writes that kind",
         )  # fmt: skip
-    if manifest.schema_version != SCHEMA_VERSIONS.get(manifest.kind):
+    if manifest.schema_version != SCHEMA_VERSIONS.get(manifest.kind, 1):
         raise ArtifactError(
             "artifact written by another version of prefmill", where=folder,
             got=f"{manifest.kind} schema {manifest.schema_version}",
-            expected=f"schema {SCHEMA_VERSIONS.get(manifest.kind)}", fix="rerun its stage with --force",
+            expected=f"schema {SCHEMA_VERSIONS.get(manifest.kind, 1)}", fix="rerun its stage with --force",
         )  # fmt: skip
     for entry in manifest.files:
         path = folder / entry.path
