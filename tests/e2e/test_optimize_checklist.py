@@ -24,6 +24,8 @@ from prefmill.checklist.engines import LexicalConfig, Outcome
 from prefmill.checklist.items import load_checklist
 from prefmill.checklist.lexical import LexicalEngine
 from prefmill.checklist.optimize import run as optimize_run
+from prefmill.checklist.optimize.config import ExportConfig
+from prefmill.checklist.optimize.export_step import write_export
 from prefmill.config import validate
 from prefmill.errors import ConfigError, InputError
 from prefmill.records import Paper, Review, read_jsonl
@@ -324,6 +326,46 @@ def test_what_cannot_be_learned_is_refused(
 def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(stage.OptimizeChecklistConfig, settings)
+
+
+def held_out(signal: bool, low: float, high: float) -> dict[str, Any]:
+    advantage = {"advantage": {"value": (low + high) / 2, "low": low, "high": high}}
+    found = {"value": 0.5, "low": 0.4, "high": 0.6}
+    better = {"advantage": {"value": 0.2, "low": 0.1, "high": 0.3}}
+    baselines = {"length_only": better, "rating_only": better, "all_items_equal": advantage}
+    return {
+        "target": "confidence", "signal": signal, "p_value": 0.5, "alpha": 0.05, "correlation": found,
+        "baselines": baselines,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("signal", "advantage", "on_worse", "weights", "told"),
+    [
+        (True, (0.1, 0.2), "equal", {"summary": 1.5}, "better than length only, rating only and all items equal."),
+        (True, (-0.1, 0.2), "equal", {"summary": 1.5}, "not shown to differ from all items equal."),
+        (True, (-0.2, -0.1), "keep", {"summary": 1.5}, "worse than all items equal."),
+        (True, (-0.2, -0.1), "equal", {"summary": 1, "importance": 1}, "Exported with equal weights: the 2 of 3 items"),
+        (False, (0.1, 0.2), "equal", {"summary": 1, "importance": 1}, "No signal"),
+    ],
+)
+def test_what_is_exported_follows_from_what_is_shown(
+    tmp_path: Path,
+    signal: bool,
+    advantage: tuple[float, float],
+    on_worse: str,
+    weights: dict[str, float],
+    told: str,
+) -> None:
+    config = validate(ExportConfig, {"on_worse": on_worse})
+    statuses = {"summary": "kept", "importance": "not_chosen", "originality": "redundant"}
+    items = [{"id": name, "status": status} for name, status in statuses.items()]
+    found = held_out(signal, *advantage)
+    write_export(config, load_checklist(), items, {"summary": 1.5}, found, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["weights"] == weights
+    assert told in summary["conclusion"]
+    assert {item.id: item.weight for item in load_checklist(tmp_path / "optimal_checklist.json").items} == weights
 
 
 @pytest.mark.slow

@@ -81,3 +81,6 @@ class ExportConfig(StrictConfig):
     on_no_signal: Literal["equal", "fail"] = Field(
         "equal", description="equal: export what passed the screen, every weight 1, and say so; fail: stop"
     )
+    on_worse: Literal["equal", "keep"] = Field(
+        "equal", description="the same where all items equal is shown to be better on held-out papers"
+    )

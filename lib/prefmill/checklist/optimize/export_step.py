@@ -14,6 +14,7 @@ from prefmill.checklist.score import OPTIMAL_CHECKLIST
 from prefmill.errors import InputError
 
 SUMMARY = "summary.json"
+ALL_EQUAL = "all_items_equal"
 Row = Mapping[str, Any]
 
 
@@ -32,36 +33,53 @@ def write_export(
             got=f"p = {held_out['p_value']:.3g}", expected=f"at most {held_out['alpha']:g}",
             fix="label or ingest more dev reviews, name another target, or set export.on_no_signal=equal",
         )  # fmt: skip
-    chosen = dict(weights) if held_out["signal"] else {item["id"]: 1.0 for item in items if _passed(item)}
+    falls_back = not held_out["signal"] or (config.on_worse == "equal" and _is_worse(held_out, ALL_EQUAL))
+    chosen = {item["id"]: 1.0 for item in items if _passed(item)} if falls_back else dict(weights)
     kept = tuple(item.model_copy(update={"weight": chosen[item.id]}) for item in candidates.items if item.id in chosen)
     save_checklist(Checklist(name=config.name, items=kept), folder / OPTIMAL_CHECKLIST)
     summary = {**held_out, "num_candidates": len(items), "weights": {item.id: item.weight for item in kept}}
     summary["dropped"] = _dropped(items, set(chosen))
-    summary["conclusion"] = conclusion(held_out, len(kept), len(items))
+    summary["falls_back"] = falls_back
+    summary["conclusion"] = conclusion(held_out, falls_back, len(weights), len(kept), len(items))
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
-def conclusion(held_out: Row, num_kept: int, num_candidates: int) -> str:
-    """In one or two sentences what was found, no more than the numbers allow."""
+def conclusion(held_out: Row, falls_back: bool, num_kept: int, num_exported: int, num_candidates: int) -> str:
+    """In two or three sentences what was found, no more than the numbers allow, and what is exported."""
+    found = _finding(held_out, num_kept, num_candidates)
+    if not falls_back:
+        return found
+    return (
+        f"{found} Exported with equal weights: the {num_exported} of {num_candidates} items that vary, agree with "
+        "themselves and do not repeat others."
+    )
+
+
+def _finding(held_out: Row, num_kept: int, num_candidates: int) -> str:
     target = held_out["target"].replace("_", " ")
     if not held_out["signal"]:
-        return (
-            f"No signal: on held-out papers no choice of items predicts {target} (p = {held_out['p_value']:.2g}). The "
-            f"{num_kept} of {num_candidates} items that vary, agree with themselves and do not repeat others are "
-            "exported with equal weights."
-        )
+        p_value = held_out["p_value"]
+        return f"No signal: on held-out papers no choice of items is shown to predict {target} (p = {p_value:.2g})."
     found = held_out["correlation"]
     interval = f"{found['low']:.2f} to {found['high']:.2f}"
-    beaten: list[str] = []
-    open_: list[str] = []
-    for name, baseline in held_out["baselines"].items():
-        (beaten if baseline["advantage"]["low"] > 0 else open_).append(name.replace("_", " "))
-    better = f"better than {_listed(beaten)}" if beaten else "not shown to be better than any baseline"
-    doubt = f", not shown to be better than {_listed(open_)}" if beaten and open_ else ""
+    verdicts: dict[str, list[str]] = {"better than": [], "worse than": [], "not shown to differ from": []}
+    for name in held_out["baselines"]:
+        better, worse = _is_better(held_out, name), _is_worse(held_out, name)
+        verdict = "better than" if better else "worse than" if worse else "not shown to differ from"
+        verdicts[verdict].append(name.replace("_", " "))
+    compared = ", ".join(f"{verdict} {_listed(names)}" for verdict, names in verdicts.items() if names)
     return (
         f"{num_kept} of {num_candidates} items are kept. On held-out papers such a checklist's score correlates with "
-        f"{target} at {found['value']:.2f} ({interval}): {better}{doubt}."
+        f"{target} at {found['value']:.2f} ({interval}): {compared}."
     )
+
+
+def _is_better(held_out: Row, baseline: str) -> bool:
+    return bool(held_out["baselines"][baseline]["advantage"]["low"] > 0)
+
+
+def _is_worse(held_out: Row, baseline: str) -> bool:
+    return bool(held_out["baselines"][baseline]["advantage"]["high"] < 0)
 
 
 def _passed(item: Row) -> bool:
@@ -78,4 +96,4 @@ def _dropped(items: Sequence[Row], kept: set[str]) -> dict[str, list[str]]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
