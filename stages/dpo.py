@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from prefmill.causal.image_limits import ImageLimits
 from prefmill.errors import PipelineError
 from prefmill.preference.config import PreferenceConfig
 from prefmill.preference.sources import PairSource, write_pairs
@@ -15,7 +16,7 @@ from prefmill.stage import Metrics, Reads, Stage, Task
 from prefmill.training import start_model
 
 
-class DpoConfig(PreferenceConfig, PairSource):
+class DpoConfig(PreferenceConfig, PairSource, ImageLimits):
     """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one.
 
     `max_len` is another name of `max_length`.
@@ -37,14 +38,9 @@ def run(config: DpoConfig, task: Task) -> Metrics:
     """Train, and write the model as a plain Hugging Face folder."""
     from prefmill.causal.dpo import train_dpo
 
-    if config.modality != "clean":
-        raise PipelineError(
-            f"dpo cannot train on '{config.modality}' yet", got=config.modality, expected="clean",
-            fix="leave the image modalities out of the stage's array; their datasets build and validate already",
-        )  # fmt: skip
     policy = start_model(config, task, "policy")
     train, val = _pairs(config, task)
-    return train_dpo(config, task, policy, train, val)
+    return train_dpo(config, task, policy, train, val, config)
 
 
 def _pairs(config: DpoConfig, task: Task) -> tuple[Path, Path | None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.errors import PipelineError
+from prefmill.causal.image_limits import ImageLimits
 from prefmill.records import Modality
 from prefmill.stage import Metrics, Reads, Stage, Task
 from prefmill.training import TrainingConfig, start_model
 
 
-class SftConfig(TrainingConfig):
+class SftConfig(TrainingConfig, ImageLimits):
     """`modality` says which of the datasets to train on."""
 
     modality: Modality = "clean"
@@ -22,16 +22,11 @@ def run(config: SftConfig, task: Task) -> Metrics:
     """Train, and write the model as a plain Hugging Face folder."""
     from prefmill.causal.sft import train_sft
 
-    if config.modality != "clean":
-        raise PipelineError(
-            f"sft cannot train on '{config.modality}' yet", got=config.modality, expected="clean",
-            fix="leave the image modalities out of the stage's array; their datasets build and validate already",
-        )  # fmt: skip
     datasets = task.input("datasets")
     train = datasets.file(f"sft_{config.modality}_train/data.jsonl")
     val = datasets.path / f"sft_{config.modality}_val" / "data.jsonl"
     model = start_model(config, task, "model")
-    return train_sft(config, task, model, train, val if val.is_file() and val.stat().st_size else None)
+    return train_sft(config, task, model, train, val if val.is_file() and val.stat().st_size else None, config)
 
 
 STAGE = Stage(

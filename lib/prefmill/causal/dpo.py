@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from prefmill.callbacks import StageCallback
 from prefmill.causal.chat import encode
 from prefmill.causal.group_attention import use_group_attention
 from prefmill.causal.group_layout import cut_responses, encode_groups, pack
+from prefmill.causal.image_batches import add_images
+from prefmill.causal.image_limits import ImageLimits
 from prefmill.causal.loading import load_model, load_tokenizer
+from prefmill.causal.resuming import resume_strictly
 from prefmill.causal.scorer import Batch, encode_pairwise, encode_sequences, install, score_batch, uninstall
+from prefmill.causal.vision import ImageReader, open_reader, with_images
 from prefmill.errors import InputError
 from prefmill.preference.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.preference.config import PreferenceConfig
-from prefmill.preference.data import Group, gather, read_pairs, swap_by_coin
+from prefmill.preference.data import Group, PreferencePair, gather, read_pairs, swap_by_coin
 from prefmill.preference.family import Family, by_group
 from prefmill.preference.objectives import Settings, mix
 from prefmill.preference.reference import reference_key, reference_scores
@@ -38,15 +43,24 @@ from prefmill.training import (
 )
 
 
-def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, val: Path | None) -> Metrics:
+def train_dpo(
+    config: PreferenceConfig,
+    task: Task,
+    policy: str,
+    train: Path,
+    val: Path | None,
+    limits: ImageLimits = ImageLimits(),  # noqa: B008
+) -> Metrics:
     """Tune `policy` on the pairs in `train`, the reference being `policy` itself as it was before the first step.
 
     Resumes from the newest complete checkpoint; the reference's scores come from their cache or from `policy`
     loaded afresh, never from the policy in training.
     """
     tokenizer = load_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels)
-    held_out = load_groups(val, tokenizer, config, task) if val is not None else []
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    reader = open_reader(policy, tokenizer, limits, **options)
+    groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
+    held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings)
     plan = _plan(groups, config)
@@ -55,16 +69,17 @@ def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, va
         args=plan_arguments(config, task, plan),
         train=PreferenceData(groups, None, plan),
         val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
-        family=causal_family(config, tokenizer.pad_token_id),
+        family=causal_family(config, tokenizer.pad_token_id, reader),
         objective=objective,
         settings=settings,
         telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
         callbacks=[StageCallback(task)],
     )
     if objective.needs_reference:
-        scores = _reference(trainer, task, groups, held_out, tokenizer, config)
+        scores = _reference(trainer, task, groups, held_out, tokenizer, config, reader)
         trainer.set_reference(*map(by_group, scores))
-    train_and_save(trainer, tokenizer, config, task)
+    resume_strictly(trainer)
+    train_and_save(trainer, reader or tokenizer, config, task)
     uninstall(trainer.model)
     history = [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{}]
     return {
@@ -77,12 +92,20 @@ def train_dpo(config: PreferenceConfig, task: Task, policy: str, train: Path, va
 
 
 def load_groups(
-    path: Path, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task, shuffle: bool = False
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainingConfig,
+    task: Task,
+    shuffle: bool = False,
+    reader: ImageReader | None = None,
 ) -> list[Group]:
-    """The pairs in `path` as groups; those with a side over max_length are reported and dropped, or refused."""
-    pairs = read_pairs(path)
+    """The pairs in `path` as groups; those with a side over max_length are reported and dropped, or refused.
+
+    Raises InputError for images that no `reader` is there for.
+    """
+    pairs = (_placed(pair, reader) for pair in read_pairs(path))
     chosen = swap_by_coin(pairs, config.seed) if shuffle else pairs
-    groups = gather(chosen, lambda messages, answer: encode(tokenizer, messages, answer))
+    groups = gather(chosen, reader.encode if reader else lambda messages, answer: encode(tokenizer, messages, answer))
     dropped = [
         {"id": pair.pair_id, "file": path.parent.name, "num_tokens": group.tokens_of(pair)}
         for group in groups
@@ -94,6 +117,16 @@ def load_groups(
     if not kept:
         raise InputError("no pairs to train on", where=path, fix="lower the thresholds of build_datasets")
     return kept
+
+
+def _placed(pair: PreferencePair, reader: ImageReader | None) -> PreferencePair:
+    """`pair` with its images where their markers stand."""
+    if pair.images and reader is None:
+        raise InputError(
+            "a model of text alone cannot see these images", where=f"pair {pair.pair_id}", got=pair.images[0],
+            fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
+        )  # fmt: skip
+    return replace(pair, messages=with_images(pair.messages, pair.images))
 
 
 def load_policy(name: str, config: PreferenceConfig) -> Any:
@@ -125,11 +158,16 @@ def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]
     return plan_group_batches(groups, epochs, target, at_once, ranks, max_tokens, config.seed)
 
 
-def causal_family(config: PreferenceConfig, pad: int) -> Family:
+def causal_family(config: PreferenceConfig, pad: int, reader: ImageReader | None = None) -> Family:
     """Log-likelihoods of responses, the same in every epoch."""
 
     def encode_parts(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> Batch:
-        return encode_groups(groups, parts) if config.layout == "group" else encode_pairwise(groups, parts, pad)
+        if config.layout == "group":
+            batch, shown = encode_groups(groups, parts), [groups[part.group] for part in parts]
+        else:
+            batch = encode_pairwise(groups, parts, pad)
+            shown = [groups[part.group] for part in parts for _ in part.pairs for _side in range(2)]
+        return add_images(batch, shown, reader) if reader else batch
 
     return Family(encode_parts, score_batch)
 
@@ -150,6 +188,7 @@ def _reference(
     val: Sequence[Group],
     tokenizer: PreTrainedTokenizerBase,
     config: PreferenceConfig,
+    reader: ImageReader | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The reference's scores of all responses, train and val; called while the policy still is the reference."""
     groups = [*train, *val]
@@ -157,8 +196,13 @@ def _reference(
     weights = policy.manifest.content_digest if policy else f"{config.model_name_or_path}@{config.revision}"
     settings = {"precision": config.precision, "layout": config.layout, "attention": config.attn_implementation}
 
+    if reader:
+        settings["images"] = reader.digest([group.images for group in groups])
+
     def score(group: Group) -> Tensor:
-        batches = [batch.to(trainer.args.device) for batch in _response_batches(group, config, tokenizer.pad_token_id)]
+        batches = [
+            batch.to(trainer.args.device) for batch in _response_batches(group, config, tokenizer.pad_token_id, reader)
+        ]
         return torch.cat([score_batch(trainer.model, batch) for batch in batches])
 
     trainer.model.eval()
@@ -168,10 +212,14 @@ def _reference(
     return scores[: len(train)], scores[len(train) :]
 
 
-def _response_batches(group: Group, config: PreferenceConfig, pad: int) -> list[Batch]:
+def _response_batches(
+    group: Group, config: PreferenceConfig, pad: int, reader: ImageReader | None = None
+) -> list[Batch]:
     """All responses of a group in batches of the training layout and size."""
     if config.layout == "group":
-        return [pack([cut]) for cut in cut_responses(group, config.max_tokens_per_microbatch)]
+        batches = [pack([cut]) for cut in cut_responses(group, config.max_tokens_per_microbatch)]
+        return [add_images(batch, [group], reader) if reader else batch for batch in batches]
     at_once = 2 * config.per_device_train_batch_size
     sequences = [(group.prompt, response) for response in group.responses]
-    return [encode_sequences(sequences[n : n + at_once], pad) for n in range(0, len(sequences), at_once)]
+    batches = [encode_sequences(sequences[n : n + at_once], pad) for n in range(0, len(sequences), at_once)]
+    return [add_images(batch, [group] * len(batch.lengths), reader) if reader else batch for batch in batches]
