@@ -34,10 +34,10 @@ from prefmill.artifacts import read
 from prefmill.checklist.engines import LexicalConfig
 from prefmill.checklist.items import Checklist, Item, Rule, save_checklist
 from prefmill.checklist.lexical import LexicalEngine
-from prefmill.checklist.optimize.held_out import Design, correlation, outer_training, permutation_test, permuted
 from prefmill.checklist.optimize.held_out import checklist_scores as held_out_scores
+from prefmill.checklist.optimize.held_out import correlation, outer_training, permutation_test, permuted
 from prefmill.checklist.optimize.moments import Array
-from prefmill.checklist.optimize.selection import SelectionRules, select
+from prefmill.checklist.optimize.selection import Design, SelectionRules, select
 from prefmill.config import validate
 from prefmill.evaluation.bootstrap import Resampling
 from prefmill.pipeline.plan import PipelineFile as Pipeline
@@ -146,7 +146,8 @@ def sample(seed: int, num_papers: int) -> Design:
     answered = [engine.answers(row["review_text"]) for row in rows]
     yes = np.array([[answer[name]["yes"] for name in ids] for answer in answered], dtype=np.float64)
     _, papers = np.unique([row["paper_id"] for row in rows], return_inverse=True)
-    return Design(yes, np.array([float(row["confidence"]) for row in rows]), papers.astype(np.int64))
+    spread = np.maximum(yes.std(axis=0), 1e-9)
+    return Design(yes / spread, spread, np.array([float(row["confidence"]) for row in rows]), papers.astype(np.int64))
 
 
 def rules(seed: int) -> SelectionRules:
@@ -156,20 +157,20 @@ def rules(seed: int) -> SelectionRules:
 
 def draw(seed: int, population: Design, num_papers: int = _DRAW_PAPERS) -> Draw:
     """The held-out estimate on a small corpus, beside the truth on `population`."""
-    small, spread = _scaled(sample(seed, num_papers))
+    small = sample(seed, num_papers)
     training = outer_training(small.papers, 5, seed)
     scores = held_out_scores(small, training, rules(seed))
     estimate = correlation(scores, small, training, Resampling(1000, seed, CONFIDENCE))
     everything = np.vstack([training, np.ones_like(training[:1])])
-    coefficients = select(small.answers, small.target[None], small.papers, everything, rules(seed)).coefficients[0]
-    worth = [_worth(item / spread, population) for item in coefficients]
+    coefficients = select(small, small.target[None], everything, rules(seed)).coefficients[0]
+    worth = [_worth(item / small.spread, population) for item in coefficients]
     return Draw(estimate.value, estimate.low, estimate.high, float(np.mean(worth[:-1])), worth[-1])
 
 
 def shuffled_p_value(seed: int, num_papers: int = _DRAW_PAPERS) -> float:
     """The test's p-value on a small corpus whose targets have been exchanged between papers."""
-    small, _ = _scaled(sample(seed, num_papers))
-    null = Design(small.answers, permuted(small.target, small.papers, 1, 10_000 + seed)[0], small.papers)
+    small = sample(seed, num_papers)
+    null = Design(small.answers, small.spread, permuted(small.target, small.papers, 1, 10_000 + seed)[0], small.papers)
     training = outer_training(null.papers, 5, seed)
     return permutation_test(null, training, rules(seed), PERMUTATIONS, lambda done, total: None)[1]
 
@@ -272,13 +273,8 @@ def _as_rule(template: str) -> str:
     return re.escape(max(re.split(r"%\(\w+\)s", template.lower()), key=len).strip())
 
 
-def _scaled(design: Design) -> tuple[Design, Array]:
-    spread = np.maximum(design.answers.std(axis=0), 1e-9)
-    return Design(design.answers / spread, design.target, design.papers), spread
-
-
 def _worth(weights: Array, population: Design) -> float:
-    scores = population.answers @ weights
+    scores = population.answers @ (weights * population.spread)
     return float(np.corrcoef(scores, population.target)[0, 1]) if scores.std() > 0 else 0.0
 
 

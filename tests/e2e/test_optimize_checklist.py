@@ -334,8 +334,8 @@ def held_out(signal: bool, low: float, high: float) -> dict[str, Any]:
     better = {"advantage": {"value": 0.2, "low": 0.1, "high": 0.3}}
     baselines = {"length_only": better, "rating_only": better, "all_items_equal": advantage}
     return {
-        "target": "confidence", "signal": signal, "p_value": 0.5, "alpha": 0.05, "correlation": found,
-        "baselines": baselines,
+        "target": "confidence", "signal": signal, "all_equal": False, "p_value": 0.5, "alpha": 0.05,
+        "correlation": found, "baselines": baselines,
     }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from prefmill.checklist.optimize.held_out import (
-    Design,
     checklist_scores,
     correlation,
     fitted_scores,
@@ -19,6 +18,7 @@ from prefmill.checklist.optimize.held_out import (
 from prefmill.checklist.optimize.lasso import path, solve
 from prefmill.checklist.optimize.moments import Array, squared_errors, weighted_moments
 from prefmill.checklist.optimize.selection import (
+    Design,
     SelectionRules,
     assign_folds,
     assign_inner_folds,
@@ -39,7 +39,8 @@ def simulated(seed: int, num_papers: int = 120, num_items: int = 12, effect: flo
     latent = 0.5 * care[:, None] + 0.3 * paper[:, None] + generator.normal(size=(len(papers), num_items))
     answers = (latent > 0).astype(float)
     target = effect * answers[:, :USEFUL].sum(axis=1) + 0.3 * paper + generator.normal(size=len(papers))
-    return Design(answers / answers.std(axis=0), target, papers)
+    spread = answers.std(axis=0)
+    return Design(answers / spread, spread, target, papers)
 
 
 def test_moments_are_those_of_the_weighted_reviews() -> None:
@@ -121,20 +122,35 @@ def test_many_targets_at_once_are_chosen_as_one_at_a_time() -> None:
     design = simulated(5, num_papers=60)
     targets = np.vstack([design.target[None], permuted(design.target, design.papers, 2, 0)])
     training = outer_training(design.papers, 4, 0)
-    together = select(design.answers, targets, design.papers, training, RULES)
+    together = select(design, targets, training, RULES)
     for p, target in enumerate(targets):
         for q in range(4):
-            alone = select(design.answers, target[None], design.papers, training[[q]], RULES)
+            alone = select(design, target[None], training[[q]], RULES)
             np.testing.assert_allclose(together.coefficients[p, q], alone.coefficients[0, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_useful_items_are_chosen_and_noise_is_not(seed: int) -> None:
     design = simulated(seed, num_papers=250)
-    found = select(design.answers, design.target[None], design.papers, np.ones((1, len(design.target))), RULES)
+    found = select(design, design.target[None], np.ones((1, len(design.target))), RULES)
     kept = set(np.flatnonzero(found.coefficients[0, 0]))
     assert len(kept & {*range(USEFUL)}) >= USEFUL - 1
     assert len(kept - {*range(USEFUL)}) <= 1
+
+
+def test_with_few_reviews_and_equal_items_no_choice_is_made_and_with_noise_items_it_is() -> None:
+    generator = np.random.default_rng(0)
+    papers = np.repeat(np.arange(30), 3)
+    answers = (generator.random((90, 12)) < 0.5).astype(float)
+    spread, noise = answers.std(axis=0), generator.normal(size=90)
+    everything = np.ones((1, 90))
+    for target, expected in ((answers.sum(axis=1) + 2 * noise, True), (6 * answers[:, 0] + noise, False)):
+        design = Design(answers / spread, spread, target, papers)
+        found = select(design, target[None], everything, RULES)
+        assert found.all_equal.item() is expected
+        weights = found.coefficients[0, 0] / spread
+        assert bool(np.ptp(weights) < 1e-9) is expected
+        assert weights[0] > 0
 
 
 def test_held_out_scores_never_see_their_own_fold() -> None:
@@ -142,7 +158,7 @@ def test_held_out_scores_never_see_their_own_fold() -> None:
     training = outer_training(design.papers, 4, 0)
     before = checklist_scores(design, training, RULES)
     first = training[0] == 0
-    changed = Design(design.answers, np.where(first, -design.target, design.target), design.papers)
+    changed = Design(design.answers, design.spread, np.where(first, -design.target, design.target), design.papers)
     after = checklist_scores(changed, training, RULES)
     np.testing.assert_allclose(after[first], before[first], atol=1e-4)
     assert not np.allclose(after[~first], before[~first], atol=1e-2)
@@ -191,7 +207,7 @@ def test_a_target_that_says_nothing_gives_no_signal() -> None:
     design = simulated(10, num_papers=60)
     alarms = 0
     for seed in range(6):
-        null = Design(design.answers, permuted(design.target, design.papers, 1, seed)[0], design.papers)
+        null = Design(design.answers, design.spread, permuted(design.target, design.papers, 1, seed)[0], design.papers)
         training = outer_training(null.papers, 4, seed)
         alarms += permutation_test(null, training, RULES, 19, lambda done, total: None)[1] <= 0.05
     assert alarms <= 2  # at the nominal 5 %, three or more of six come once in 450

@@ -10,8 +10,8 @@ import numpy as np
 
 from prefmill.checklist.items import Checklist, load_checklist
 from prefmill.checklist.optimize.config import SelectConfig
-from prefmill.checklist.optimize.held_out import Design
 from prefmill.checklist.optimize.moments import Array
+from prefmill.checklist.optimize.selection import Design
 from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
 from prefmill.records import read_jsonl
 
@@ -54,8 +54,8 @@ def with_target(reviews: Sequence[Row], config: SelectConfig, outer_folds: int) 
     return chosen, target, len(set(labels) - {row["review_id"] for row in reviews})
 
 
-def design_of(reviews: Sequence[Row], target: Array, ids: Sequence[str]) -> tuple[Design, Array]:
-    """The data for the choice among `ids`, answers in units of their standard deviations [K], which come with it.
+def design_of(reviews: Sequence[Row], target: Array, ids: Sequence[str]) -> Design:
+    """The data for the choice among `ids`.
 
     The spread of the answers says nothing of the target, so that it may be taken from all reviews.
     """
@@ -63,7 +63,7 @@ def design_of(reviews: Sequence[Row], target: Array, ids: Sequence[str]) -> tupl
     spread = yes.std(axis=0)
     assert (spread > 0).all(), "constant items are dropped before"
     _, papers = np.unique([row["paper_id"] for row in reviews], return_inverse=True)
-    return Design(yes / spread, target, papers.astype(np.int64)), spread
+    return Design(yes / spread, spread, target, papers.astype(np.int64))
 
 
 def baseline_features(reviews: Sequence[Row]) -> dict[str, Array]:

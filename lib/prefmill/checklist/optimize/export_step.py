@@ -68,8 +68,11 @@ def _finding(held_out: Row, num_kept: int, num_candidates: int) -> str:
         verdict = "better than" if better else "worse than" if worse else "not shown to differ from"
         verdicts[verdict].append(name.replace("_", " "))
     compared = ", ".join(f"{verdict} {_listed(names)}" for verdict, names in verdicts.items() if names)
+    kept = f"{num_kept} of {num_candidates} items are kept"
+    if held_out["all_equal"]:
+        kept += ", all that pass the screen, with equal weights: no choice among them predicts better"
     return (
-        f"{num_kept} of {num_candidates} items are kept. On held-out papers such a checklist's score correlates with "
+        f"{kept}. On held-out papers such a checklist's score correlates with "
         f"{target} at {found['value']:.2f} ({interval}): {compared}."
     )
 

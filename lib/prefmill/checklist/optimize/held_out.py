@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 
 from prefmill.checklist.optimize.moments import Array, variance, weighted_moments
-from prefmill.checklist.optimize.selection import Papers, SelectionRules, assign_folds, select
+from prefmill.checklist.optimize.selection import Design, Papers, SelectionRules, assign_folds, select
 from prefmill.evaluation.bootstrap import Estimate, Resampling, statistic
 
 Progress = Callable[[int, int], None]
 _PERMUTED_AT_ONCE = 50  # permuted targets solved together: tens of megabytes
 _MOMENTS_OF_A_SCORE = 6
-
-
-@dataclass(frozen=True)
-class Design:
-    """The data of the optimisation: `answers` [N, K], `target` [N], the `papers` [N] the reviews belong to."""
-
-    answers: Array
-    target: Array
-    papers: Papers
 
 
 def outer_training(papers: Papers, num_folds: int, seed: int) -> Array:
@@ -31,14 +22,14 @@ def outer_training(papers: Papers, num_folds: int, seed: int) -> Array:
     return np.stack([(folds != fold).astype(float) for fold in range(num_folds)])
 
 
-def checklist_scores(design: Design, training: Array, rules: SelectionRules, spread: Array | None = None) -> Array:
+def checklist_scores(design: Design, training: Array, rules: SelectionRules, equal: bool = False) -> Array:
     """The held-out score of every review [N]: of the checklist chosen and weighted without the review's fold.
 
-    With the answers' `spread` [K], kept items get equal weights for a yes instead of fitted ones.
+    With `equal`, kept items get the same weight for a yes instead of fitted ones.
     """
-    coefficients = select(design.answers, design.target[None], design.papers, training, rules).coefficients[0]
-    if spread is not None:
-        coefficients = (coefficients > 0) * spread
+    coefficients = select(design, design.target[None], training, rules).coefficients[0]
+    if equal:
+        coefficients = (coefficients > 0) * design.spread
     return _held_out(coefficients @ design.answers.T, training)
 
 
@@ -151,7 +142,7 @@ def _correlations(means: Array) -> Array:
 
 def _fold_correlations(design: Design, targets: Array, training: Array, rules: SelectionRules) -> Array:
     """The held-out correlation [P] for each of `targets` [P, N], in the form of `correlation`."""
-    coefficients = select(design.answers, targets, design.papers, training, rules).coefficients
+    coefficients = select(design, targets, training, rules).coefficients
     train = weighted_moments(design.answers, targets, training)
     test = weighted_moments(design.answers, targets, 1 - training)
     spread = np.sqrt(variance(coefficients, train.gram))[..., None]

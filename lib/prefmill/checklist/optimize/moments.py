@@ -23,6 +23,16 @@ class Moments:
     target_var: Array
     cross: Array
 
+    def part(self, sets: slice) -> Moments:
+        """Those of some of the weightings."""
+        return Moments(
+            self.mean[sets],
+            self.gram[sets],
+            self.target_mean[:, sets],
+            self.target_var[:, sets],
+            self.cross[:, sets],
+        )
+
 
 def weighted_moments(answers: Array, targets: Array, weights: Array) -> Moments:
     """Moments of `answers` [N, K] and `targets` [P, N] under each of `weights` [Q, N] (not negative, not all zero)."""

@@ -14,7 +14,6 @@ from prefmill.checklist.items import Checklist
 from prefmill.checklist.optimize.config import RefitConfig, SelectConfig
 from prefmill.checklist.optimize.dev_data import answers, baseline_features, design_of, with_target
 from prefmill.checklist.optimize.held_out import (
-    Design,
     Progress,
     checklist_scores,
     compare_with_baselines,
@@ -28,6 +27,7 @@ from prefmill.checklist.optimize.held_out import (
 from prefmill.checklist.optimize.lasso import solve
 from prefmill.checklist.optimize.moments import Array, weighted_moments
 from prefmill.checklist.optimize.select_step import selection_rules
+from prefmill.checklist.optimize.selection import Design
 from prefmill.evaluation.bootstrap import Resampling
 
 WEIGHTS, HELD_OUT = "weights.json", "held_out.json"
@@ -40,30 +40,37 @@ def write_refit(
     select_config: SelectConfig,
     candidates: Checklist,
     items: Sequence[Row],
+    all_equal: bool,
     scored: Sequence[Row],
     seed: int,
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Write `weights.json` (by item id, their mean 1) and `held_out.json` (correlations, baselines, the test)."""
+    """Write `weights.json` (by item id, their mean 1) and `held_out.json` (correlations, baselines, the test).
+
+    `all_equal` where the step select found no choice better than all items with the same weight.
+    """
     reviews, target, _ = with_target(scored, select_config, config.outer_folds)
     passed = [item["id"] for item in items if item["status"] in ("kept", "not_chosen")]
     kept = [item["id"] for item in items if item["status"] == "kept"]
-    write_atomic(folder / WEIGHTS, json.dumps(_weights(config, reviews, target, kept), indent=1) + "\n")
-    design, spread = design_of(reviews, target, passed)
-    held_out = _held_out(config, select_config, design, spread, reviews, candidates.ids, seed, progress)
+    write_atomic(folder / WEIGHTS, json.dumps(_weights(config, reviews, target, kept, all_equal), indent=1) + "\n")
+    design = design_of(reviews, target, passed)
+    held_out = _held_out(config, select_config, design, reviews, candidates.ids, seed, progress)
+    held_out["all_equal"] = all_equal
     held_out["signal"] = held_out["p_value"] <= config.alpha and bool(kept)
     write_atomic(folder / HELD_OUT, json.dumps(held_out, indent=1) + "\n")
 
 
-def _weights(config: RefitConfig, reviews: Sequence[Row], target: Array, kept: Sequence[str]) -> dict[str, float]:
+def _weights(
+    config: RefitConfig, reviews: Sequence[Row], target: Array, kept: Sequence[str], all_equal: bool
+) -> dict[str, float]:
     if not kept:
         return {}
-    if config.weights == "equal":
+    if config.weights == "equal" or all_equal:
         return dict.fromkeys(kept, 1.0)
-    design, spread = design_of(reviews, target, kept)
+    design = design_of(reviews, target, kept)
     found = weighted_moments(design.answers, target[None], np.ones((1, len(reviews))))
-    weights = solve(found.gram, found.cross, np.zeros((1, 1)))[0, 0] / spread
+    weights = solve(found.gram, found.cross, np.zeros((1, 1)))[0, 0] / design.spread
     scaled = weights / weights.mean()
     return {name: max(_SMALLEST_WEIGHT, round(float(w), 3)) for name, w in zip(kept, scaled, strict=True)}
 
@@ -72,7 +79,6 @@ def _held_out(
     config: RefitConfig,
     select_config: SelectConfig,
     design: Design,
-    spread: Array,
     reviews: Sequence[Row],
     all_ids: Sequence[str],
     seed: int,
@@ -82,7 +88,7 @@ def _held_out(
     rules = selection_rules(select_config, seed)
     training = outer_training(design.papers, config.outer_folds, seed)
     resampling = Resampling(config.num_resamples, seed, config.confidence)
-    scores = checklist_scores(design, training, rules, spread if config.weights == "equal" else None)
+    scores = checklist_scores(design, training, rules, equal=config.weights == "equal")
     features = baseline_features(reviews)
     baselines = {name: fitted_scores(values, design.target, training) for name, values in features.items()}
     baselines["all_items_equal"] = fixed_scores(answers(reviews, all_ids)[0].sum(axis=1), training)

@@ -137,6 +137,7 @@ class _Steps:
                 self.plan.select,
                 self.candidates,
                 self.items(),
+                _read(self.task.output / "select" / select_step.SUMMARY)["all_equal"],
                 self.scored(),
                 self.plan.seed,
                 folder,

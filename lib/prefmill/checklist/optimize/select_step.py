@@ -52,12 +52,12 @@ def write_selection(
             got=", ".join(f"{item.id}: {item.status}" for item in screened), expected="at least 2 that pass",
             fix="propose other items, use another engine, or loosen the thresholds of `select`",
         )  # fmt: skip
-    design, spread = design_of(reviews, target, ids)
+    design = design_of(reviews, target, ids)
     everything = np.ones((1, len(reviews)))
-    selection = select(design.answers, target[None], design.papers, everything, selection_rules(config, seed))
+    selection = select(design, target[None], everything, selection_rules(config, seed))
     write_jsonl(folder / ITEMS, _item_rows(candidates, screened, ids, selection, reviews, target))
     found = weighted_moments(design.answers, target[None], everything)
-    solutions = path(found.gram, found.cross, selection.penalties)[:, 0, 0] / spread
+    solutions = path(found.gram, found.cross, selection.penalties)[:, 0, 0] / design.spread
     write_jsonl(folder / PATH, _path_rows(ids, solutions, selection))
     summary = {
         "target": config.target,
@@ -66,6 +66,7 @@ def write_selection(
         "num_labels_outside_dev": num_other_labels,
         "num_candidates": len(screened),
         "num_passed": len(ids),
+        "all_equal": bool(selection.all_equal[0, 0]),
         "num_kept": int((selection.coefficients > 0).sum()),
     }
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")

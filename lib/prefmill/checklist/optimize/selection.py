@@ -8,10 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefmill.checklist.optimize.lasso import path, solve
-from prefmill.checklist.optimize.moments import Array, Moments, squared_errors, weighted_moments
+from prefmill.checklist.optimize.moments import Array, Moments, squared_errors, variance, weighted_moments
 
 Papers = NDArray[np.int64]
 _SMALLEST_PENALTY = 0.02  # of the one that leaves no item
+
+
+@dataclass(frozen=True)
+class Design:
+    """The data: yes or no as `answers` [N, K] in units of their `spread` [K], `target` [N], `papers` [N]."""
+
+    answers: Array
+    spread: Array
+    target: Array
+    papers: Papers
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Selection:
 
     `penalties` [L, P, Q] and `errors` [L, P, Q] (mean squared, of the inner folds) with their standard errors;
     `chosen` [P, Q] the penalty's index; `stability` [P, Q, K] the share of bootstrap samples that chose the item;
-    `coefficients` [P, Q, K] of the items kept, refitted without penalty.
+    `all_equal` [P, Q] where no choice did better than all items equal; `coefficients` [P, Q, K] of the items kept.
     """
 
     penalties: Array
@@ -39,25 +49,41 @@ class Selection:
     error_ses: Array
     chosen: NDArray[np.int64]
     stability: Array
+    all_equal: NDArray[np.bool_]
     coefficients: Array
 
 
-def select(answers: Array, targets: Array, papers: Papers, training: Array, rules: SelectionRules) -> Selection:
-    """Choose items on each of `training` [Q, N] (0 or 1), for `answers` [N, K], `targets` [P, N], `papers` [N].
+def select(design: Design, targets: Array, training: Array, rules: SelectionRules) -> Selection:
+    """Choose items on each of `training` [Q, N] (0 or 1), for each of `targets` [P, N].
 
     The penalty is the largest whose grouped cross-validation error is within one standard error of the least
     (Hastie, Tibshirani and Friedman 2009, section 7.10); an item is kept when at least `min_stability` of the
     bootstrap samples of papers choose it at that penalty (Bach 2008); kept items are refitted by least squares.
+    All of that is done in each inner fold too: where all items with equal weights predict the inner folds better
+    than what it chose there, no choice is made (equal weights are hard to beat with few data: Dawes 1979).
     """
-    whole = weighted_moments(answers, targets, training)
-    penalties = _penalties(whole, rules.num_penalties)
-    errors, error_ses = _inner_errors(answers, targets, papers, training, penalties, rules)
+    inner, held_out = _inner_sets(design.papers, training, rules)
+    sets = np.vstack([training, inner])
+    found = weighted_moments(design.answers, targets, sets)
+    test = weighted_moments(design.answers, targets, held_out)
+    num_sets = len(training)
+    penalties = _penalties(found.cross[:, :num_sets], rules.num_penalties)
+    train = found.part(slice(num_sets, None))
+    solutions = path(train.gram, train.cross, np.repeat(penalties, rules.num_folds, axis=2))
+    by_fold = np.stack([_by_fold(squared_errors(item, train, test), rules) for item in solutions])
+    errors, error_ses = by_fold.mean(axis=-1), by_fold.std(axis=-1, ddof=1) / np.sqrt(rules.num_folds)
     chosen = one_standard_error(errors, error_ses)
     penalty = np.take_along_axis(penalties, chosen[None], axis=0)[0]
-    stability = _stability(answers, targets, papers, training, penalty, rules)
+    penalty = np.hstack([penalty, np.repeat(penalty, rules.num_folds, axis=1)])
+    stability = _stability(design, targets, sets, penalty, rules)
     kept = (stability >= rules.min_stability).astype(float)
-    coefficients = solve(whole.gram, whole.cross, np.zeros_like(penalty), allowed=kept)
-    return Selection(penalties, errors, error_ses, chosen, stability, coefficients)
+    fitted, equal = solve(found.gram, found.cross, np.zeros_like(penalty), allowed=kept), _equal(found, design.spread)
+    fitted_error, equal_error = (
+        _by_fold(squared_errors(item[:, num_sets:], train, test), rules).mean(axis=-1) for item in (fitted, equal)
+    )
+    all_equal = equal_error < fitted_error
+    coefficients = np.where(all_equal[..., None], equal[:, :num_sets], fitted[:, :num_sets])
+    return Selection(penalties, errors, error_ses, chosen, stability[:, :num_sets], all_equal, coefficients)
 
 
 def assign_folds(papers: Papers, num_folds: int, seed: int) -> NDArray[np.int64]:
@@ -86,37 +112,40 @@ def one_standard_error(errors: Array, error_ses: Array) -> NDArray[np.int64]:
     return np.asarray((errors <= bound).argmax(axis=0), dtype=np.int64)
 
 
-def _penalties(whole: Moments, count: int) -> Array:
-    largest = np.maximum(whole.cross.max(axis=2), 1e-12)
+def _inner_sets(papers: Papers, training: Array, rules: SelectionRules) -> tuple[Array, Array]:
+    """Training and held-out part [Q * F, N] of every inner fold, a training set's folds together."""
+    folds = assign_inner_folds(papers, training, rules.num_folds, rules.seed + 1)
+    held_out = folds[:, None, :] == np.arange(rules.num_folds)[None, :, None]
+    shape = (-1, training.shape[1])
+    return (training[:, None] * ~held_out).reshape(shape), (training[:, None] * held_out).reshape(shape)
+
+
+def _by_fold(values: Array, rules: SelectionRules) -> Array:
+    """[P, Q * F] as [P, Q, F]."""
+    return values.reshape(len(values), -1, rules.num_folds)
+
+
+def _penalties(cross: Array, count: int) -> Array:
+    largest = np.maximum(cross.max(axis=2), 1e-12)
     penalties: Array = np.geomspace(1.0, _SMALLEST_PENALTY, count)[:, None, None] * largest
     return penalties
 
 
-def _inner_errors(
-    answers: Array, targets: Array, papers: Papers, training: Array, penalties: Array, rules: SelectionRules
-) -> tuple[Array, Array]:
-    """Mean and standard error [L, P, Q] over the inner folds of the held-out mean squared error."""
-    folds = assign_inner_folds(papers, training, rules.num_folds, rules.seed + 1)
-    errors = []
-    for fold in range(rules.num_folds):
-        inside = folds == fold
-        train = weighted_moments(answers, targets, training * ~inside)
-        test = weighted_moments(answers, targets, training * inside)
-        solutions = path(train.gram, train.cross, penalties)
-        errors.append(np.stack([squared_errors(item, train, test) for item in solutions]))
-    stacked = np.stack(errors)
-    return stacked.mean(axis=0), stacked.std(axis=0, ddof=1) / np.sqrt(rules.num_folds)
+def _equal(found: Moments, spread: Array) -> Array:
+    """Coefficients [P, Q, K] of the same weight for every yes, its size by least squares and not negative."""
+    direction = np.broadcast_to(spread, found.cross.shape)
+    size = np.maximum(found.cross @ spread, 0) / np.maximum(variance(direction, found.gram), 1e-12)
+    result: Array = size[..., None] * direction
+    return result
 
 
-def _stability(
-    answers: Array, targets: Array, papers: Papers, training: Array, penalty: Array, rules: SelectionRules
-) -> Array:
+def _stability(design: Design, targets: Array, training: Array, penalty: Array, rules: SelectionRules) -> Array:
     """The share [P, Q, K] of bootstrap samples of papers in which an item gets a positive coefficient."""
-    unique, index = np.unique(papers, return_inverse=True)
+    unique, index = np.unique(design.papers, return_inverse=True)
     generator = np.random.default_rng(rules.seed + 2)
-    counts = np.zeros_like(penalty)[..., None] + np.zeros(answers.shape[1])
+    counts = np.zeros((*penalty.shape, design.answers.shape[1]))
     for _ in range(rules.num_bootstrap):
         drawn = generator.multinomial(len(unique), np.full(len(unique), 1 / len(unique)))[index]
-        sample = weighted_moments(answers, targets, training * drawn)
+        sample = weighted_moments(design.answers, targets, training * drawn)
         counts += solve(sample.gram, sample.cross, penalty) > 0
     return counts / rules.num_bootstrap
