@@ -295,7 +295,7 @@ def test_an_optimised_checklist_or_a_file_of_the_users_is_used(tmp_path: Path, c
 
 def test_items_without_rules_are_named_before_anything_is_written(tmp_path: Path, corpus: Artifact) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("name: mine\nitems:\n- {id: kind, question: Is it kind?, source: me}\n")
+    path.write_text("name: mine\nitems:\n- {id: kind, question: 'Is it kind?', source: me}\n")
     task = task_of(tmp_path / "t", corpus)
     with pytest.raises(ConfigError, match=r"have no rule[\s\S]*kind"):
         score(task, checklist=str(path))
