@@ -347,6 +347,7 @@ def held_out(signal: bool, low: float, high: float) -> dict[str, Any]:
         (True, (-0.2, -0.1), "keep", {"summary": 1.5}, "worse than all items equal."),
         (True, (-0.2, -0.1), "equal", {"summary": 1, "importance": 1}, "Exported with equal weights: the 2 of 3 items"),
         (False, (0.1, 0.2), "equal", {"summary": 1, "importance": 1}, "No signal"),
+        (True, (0.1, 0.2), "none kept", {"summary": 1, "importance": 1}, "no item is chosen steadily. Exported"),
     ],
 )
 def test_what_is_exported_follows_from_what_is_shown(
@@ -357,11 +358,16 @@ def test_what_is_exported_follows_from_what_is_shown(
     weights: dict[str, float],
     told: str,
 ) -> None:
-    config = validate(ExportConfig, {"on_worse": on_worse})
-    statuses = {"summary": "kept", "importance": "not_chosen", "originality": "redundant"}
+    none_kept = on_worse == "none kept"
+    config = validate(ExportConfig, {} if none_kept else {"on_worse": on_worse})
+    statuses = {
+        "summary": "not_chosen" if none_kept else "kept",
+        "importance": "not_chosen",
+        "originality": "redundant",
+    }
     items = [{"id": name, "status": status} for name, status in statuses.items()]
     found = held_out(signal, *advantage)
-    write_export(config, load_checklist(), items, {"summary": 1.5}, found, tmp_path)
+    write_export(config, load_checklist(), items, {} if none_kept else {"summary": 1.5}, found, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["weights"] == weights
     assert told in summary["conclusion"]

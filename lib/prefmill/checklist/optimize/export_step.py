@@ -33,7 +33,7 @@ def write_export(
             got=f"p = {held_out['p_value']:.3g}", expected=f"at most {held_out['alpha']:g}",
             fix="label or ingest more dev reviews, name another target, or set export.on_no_signal=equal",
         )  # fmt: skip
-    falls_back = not held_out["signal"] or (config.on_worse == "equal" and _is_worse(held_out, ALL_EQUAL))
+    falls_back = not (held_out["signal"] and weights) or (config.on_worse == "equal" and _is_worse(held_out, ALL_EQUAL))
     chosen = {item["id"]: 1.0 for item in items if _passed(item)} if falls_back else dict(weights)
     kept = tuple(item.model_copy(update={"weight": chosen[item.id]}) for item in candidates.items if item.id in chosen)
     save_checklist(Checklist(name=config.name, items=kept), folder / OPTIMAL_CHECKLIST)
@@ -60,6 +60,11 @@ def _finding(held_out: Row, num_kept: int, num_candidates: int) -> str:
     if not held_out["signal"]:
         p_value = held_out["p_value"]
         return f"No signal: on held-out papers no choice of items is shown to predict {target} (p = {p_value:.2g})."
+    if num_kept == 0:
+        return (
+            f"On held-out papers choices of items predict {target} (p = {held_out['p_value']:.2g}), but on all dev "
+            "reviews no item is chosen steadily."
+        )
     found = held_out["correlation"]
     interval = f"{found['low']:.2f} to {found['high']:.2f}"
     verdicts: dict[str, list[str]] = {"better than": [], "worse than": [], "not shown to differ from": []}

@@ -57,7 +57,7 @@ def write_refit(
     design = design_of(reviews, target, passed)
     held_out = _held_out(config, select_config, design, reviews, candidates.ids, seed, progress)
     held_out["all_equal"] = all_equal
-    held_out["signal"] = held_out["p_value"] <= config.alpha and bool(kept)
+    held_out["signal"] = held_out["p_value"] <= config.alpha
     write_atomic(folder / HELD_OUT, json.dumps(held_out, indent=1) + "\n")
 
 
