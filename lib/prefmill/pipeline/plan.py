@@ -93,8 +93,17 @@ class Plan:
 
     def upstream(self, task: PlannedTask) -> list[PlannedTask]:
         """The tasks of this plan whose outputs `task` reads."""
+        if task.key not in self._upstream:
+            self._upstream[task.key] = self._find_upstream(task)
+        return self._upstream[task.key]
+
+    def _find_upstream(self, task: PlannedTask) -> list[PlannedTask]:
         wanted = {path for paths in task.inputs.values() for path in paths}
         return [other for _, other in sorted(self._made[path] for path in wanted if path in self._made)]
+
+    @cached_property
+    def _upstream(self) -> dict[str, list[PlannedTask]]:
+        return {}
 
     @cached_property
     def _made(self) -> dict[Path, tuple[int, PlannedTask]]:
@@ -161,6 +170,7 @@ class _Planner:
         self.pipeline, self.run, self.workspace, self.source = pipeline, run, workspace, source
         self.stages = {name: load_stage(name) for name in pipeline.stages}
         self.elements = {name: dict(_elements(name, entry)) for name, entry in pipeline.stages.items()}
+        self.folders: dict[str, Path] = {}
         self.configs: dict[tuple[Any, ...], StrictConfig] = {}
         self.outputs: dict[tuple[str, tuple[str, ...]], dict[tuple[str | int, ...], list[Path]]] = {}
 
@@ -182,6 +192,7 @@ class _Planner:
                 f"stage {name} has no input '{unknown[0]}'{nearest(unknown[0], list(stage.reads))}",
                 where=self.source, expected=", ".join(stage.reads), fix="correct `needs` or `inputs`",
             )  # fmt: skip
+        logs = self.workspace / "logs" / self.run / name
         for task, values in self.elements[name].items():
             if only not in (None, task):
                 continue
@@ -194,7 +205,7 @@ class _Planner:
                 config=self._config(stage, entry, values),
                 inputs={key: self._inputs(name, task, values, key, reads) for key, reads in stage.reads.items()},
                 output=self._folder(stage, task),
-                logs=self.workspace / "logs" / self.run / name / task,
+                logs=logs / task,
             )
 
     def _config(self, stage: Stage[Any], entry: StageEntry, values: Mapping[str, str | int]) -> StrictConfig:
@@ -281,7 +292,9 @@ class _Planner:
         return finished[:1] if match == "elementwise" else finished
 
     def _folder(self, stage: Stage[Any], task: str) -> Path:
-        return self.workspace / stage.root / self.run / stage.name / task
+        if stage.name not in self.folders:
+            self.folders[stage.name] = self.workspace / stage.root / self.run / stage.name
+        return self.folders[stage.name] / task
 
 
 def _names_stage_key(override: str, stages: Mapping[str, Any]) -> bool:
