@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.config import StrictConfig, runtime
+from prefmill.config import ExternalPath, StrictConfig, runtime
 from prefmill.mdlm.estimator import Sampling
 from prefmill.mdlm.loading import Quantization
 from prefmill.training import TrainingConfig
@@ -43,8 +42,8 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
 
     save_steps: int = runtime(500, ge=1)
     logging_steps: int = runtime(50, ge=1)
-    output_dir: Path | None = runtime(None)
-    resume_from_checkpoint: bool | Path = runtime(True)
+    output_dir: ExternalPath | None = runtime(None)
+    resume_from_checkpoint: bool | ExternalPath = runtime(True)
 
     @model_validator(mode="before")
     @classmethod
@@ -57,9 +56,6 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
         _rename(values, "use_mixed_precision", "precision", lambda value: "bf16" if value is True else "fp32")
         at_once = values.get("per_device_train_batch_size", 1)
         _rename(values, "gradient_accumulation_steps", "effective_batch_size", lambda value: value * at_once)
-        for key in ("output_dir", "resume_from_checkpoint"):
-            if isinstance(values.get(key), str):
-                values[key] = Path(values[key]).expanduser().absolute()
         return values
 
     @model_validator(mode="after")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefmill.artifacts import CHECKPOINT_PREFIX, payload
@@ -78,7 +80,19 @@ def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: Pr
         attn_implementation=config.attn_implementation,
         quantization=config.quantization,
     )
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        model.gradient_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)
     return add_adapter(install_for(model, config, tokenizer, config.rows_at_once), config)
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute each layer in the backward pass, for models whose own code does not offer it (LLaDA).
+
+    The layers are the longest list of modules in the model.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for layer in max(lists, key=len, default=()):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, rows_at_once: int) -> Any:

@@ -1,0 +1,79 @@
+"""Tunes a masked-diffusion language model on preference pairs, against itself as it was before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from prefmill.errors import PipelineError
+from prefmill.mdlm.config import DiffusionPreferenceConfig
+from prefmill.preference.sources import PairSource, write_pairs
+from prefmill.records import Modality
+from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.training import start_model
+
+
+class MdlmDpoConfig(DiffusionPreferenceConfig, PairSource):
+    """`modality` says which of build_datasets' datasets to train on; `preference_data_path` names any other one.
+
+    `preference_data_path` is another name of `dataset`: a file, or a name on the hub.
+    """
+
+    modality: Modality = "clean"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_path(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preference_data_path") is None:
+            return values
+        if values.get("dataset") is not None:
+            raise ValueError("preference_data_path is another name of dataset: give one of them")
+        return {key: value for key, value in values.items() if key != "preference_data_path"} | {
+            "dataset": values["preference_data_path"]
+        }
+
+
+def run(config: MdlmDpoConfig, task: Task) -> Metrics:
+    """Train, and write the model as a plain Hugging Face folder."""
+    from prefmill.mdlm.dpo import train_diffusion_dpo
+
+    policy = start_model(config, task, "policy")
+    train, val = _pairs(config, task)
+    return train_diffusion_dpo(config, task, policy, train, val)
+
+
+def _pairs(config: MdlmDpoConfig, task: Task) -> tuple[Path, Path | None]:
+    """The rows to train on and those to validate on: of the dataset that the configuration names, or of the input."""
+    datasets = task.optional_input("datasets")
+    if (datasets is None) != config.has_source:
+        raise PipelineError(
+            "no preference dataset" if datasets is None else "two preference datasets",
+            where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or preference_data_path=FILE",
+        )  # fmt: skip
+    if datasets is None:
+        return write_pairs(config, task.work / "pairs", task.logs / "bad_rows.json")
+    val = datasets.path / f"dpo_{config.modality}_val" / "data.jsonl"
+    has_val = val.is_file() and val.stat().st_size > 0
+    return datasets.file(f"dpo_{config.modality}_train/data.jsonl"), val if has_val else None
+
+
+STAGE = Stage(
+    name="mdlm_dpo",
+    config=MdlmDpoConfig,
+    run=run,
+    root="checkpoints",
+    trains=True,
+    writes="checkpoint",
+    reads={
+        "policy": Reads("checkpoint", "mdlm_sft", match="elementwise", optional=True),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
+    },
+    preload=("torch", "transformers", "transformers.trainer", "safetensors.torch"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

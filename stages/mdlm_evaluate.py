@@ -1,0 +1,63 @@
+"""Evaluates masked-diffusion models before and after tuning: likelihoods, preferences, answers, benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefmill.config import ExternalPath
+from prefmill.errors import ConfigError
+from prefmill.mdlm.evaluate_config import DiffusionEvaluationConfig
+from prefmill.records import Modality
+from prefmill.stage import Metrics, Reads, Stage, Task
+
+
+class MdlmEvaluateConfig(DiffusionEvaluationConfig):
+    """`pairs_path` is a file of preference rows, instead of build_datasets' held-out pairs of this `modality`."""
+
+    modality: Modality = "clean"
+    pairs_path: ExternalPath | None = None
+
+
+def run(config: MdlmEvaluateConfig, task: Task) -> Metrics:
+    """Write `metrics.json`, `rows.jsonl` and `report.md`; the metrics are every figure of every model."""
+    from prefmill.mdlm.evaluation import evaluate_models
+
+    checkpoints = {name: task.optional_input(name) for name in ("before", "after")}
+    models = {name: str(artifact.path) for name, artifact in checkpoints.items() if artifact is not None}
+    if config.model_name_or_path is not None:
+        models = {"model": config.model_name_or_path, **models}
+    pairs = _pairs(config, task)
+    if not models or (pairs is None and not config.benchmarks):
+        raise ConfigError(
+            "no model to evaluate" if not models else "nothing to evaluate on", where=f"{task.stage}:{task.name}",
+            fix="give inputs.before, inputs.after or model_name_or_path; inputs.datasets, pairs_path or benchmarks",
+        )  # fmt: skip
+    return evaluate_models(config, task, models, pairs)
+
+
+def _pairs(config: MdlmEvaluateConfig, task: Task) -> Path | None:
+    datasets = task.optional_input("datasets")
+    if config.pairs_path is not None:
+        return Path(str(config.pairs_path))
+    return None if datasets is None else datasets.file(f"dpo_{config.modality}_val/data.jsonl")
+
+
+STAGE = Stage(
+    name="mdlm_evaluate",
+    config=MdlmEvaluateConfig,
+    run=run,
+    root="data",
+    writes="diffusion_evaluation",
+    result="report.md",
+    reads={
+        "before": Reads("checkpoint", "mdlm_sft", match="elementwise", optional=True),
+        "after": Reads("checkpoint", "mdlm_dpo", match="elementwise", optional=True),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
+    },
+    preload=("torch", "transformers"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

@@ -1,0 +1,80 @@
+"""Fine-tunes a masked-diffusion language model on chats, on their completions only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from prefmill.config import ExternalPath
+from prefmill.errors import PipelineError
+from prefmill.mdlm.config import DiffusionTrainingConfig
+from prefmill.records import Modality
+from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.tiny.text import Shape
+from prefmill.training import start_model
+
+
+class MdlmSftConfig(DiffusionTrainingConfig):
+    """`sft_data_path` is a file of chats, instead of build_datasets' of this `modality`.
+
+    `new_model` is the size of a model to train from nothing, with a tokenizer learnt from the training rows.
+    """
+
+    modality: Modality = "clean"
+    sft_data_path: ExternalPath | None = None
+    new_model: Shape | None = None
+    learning_rate: float = Field(1e-5, gt=0)
+    diffusion_steps: int = Field(1, ge=1)
+
+
+def run(config: MdlmSftConfig, task: Task) -> Metrics:
+    """Train, and write the model as a plain Hugging Face folder."""
+    from prefmill.mdlm.sft import new_model, train_diffusion_sft
+
+    train, val = _chats(config, task)
+    if config.new_model is None:
+        start = start_model(config, task, "model")
+    elif config.model_name_or_path is not None or task.optional_input("model") is not None:
+        raise PipelineError(
+            "a model to start from and a new one", where=f"{task.stage}:{task.name}",
+            fix="leave out new_model, or the other one",
+        )  # fmt: skip
+    else:
+        start = str(new_model(train, task.work / "new_model", config.new_model, config.seed))
+    return train_diffusion_sft(config, task, start, train, val)
+
+
+def _chats(config: MdlmSftConfig, task: Task) -> tuple[Path, Path | None]:
+    """The rows to train on and those to validate on."""
+    datasets = task.optional_input("datasets")
+    if (datasets is None) == (config.sft_data_path is None):
+        raise PipelineError(
+            "no dataset" if datasets is None else "two datasets", where=f"{task.stage}:{task.name}",
+            fix="give either inputs.datasets=FOLDER or sft_data_path=FILE",
+        )  # fmt: skip
+    if datasets is None:
+        return Path(str(config.sft_data_path)), None
+    val = datasets.path / f"sft_{config.modality}_val" / "data.jsonl"
+    has_val = val.is_file() and val.stat().st_size > 0
+    return datasets.file(f"sft_{config.modality}_train/data.jsonl"), val if has_val else None
+
+
+STAGE = Stage(
+    name="mdlm_sft",
+    config=MdlmSftConfig,
+    run=run,
+    root="checkpoints",
+    trains=True,
+    writes="checkpoint",
+    reads={
+        "model": Reads("checkpoint", match="elementwise", optional=True),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
+    },
+    preload=("torch", "transformers", "transformers.trainer"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

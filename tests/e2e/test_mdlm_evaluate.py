@@ -1,0 +1,76 @@
+"""mdlm_evaluate: before and after in one report, benchmarks from files, the same bytes again, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mdlm_artifacts import make_model, make_toy, metrics_of, run_stage
+from training_artifacts import content
+
+from prefmill.artifacts import Artifact
+from prefmill.config import validate
+from prefmill.errors import ConfigError, InputError
+from prefmill.mdlm.toy import KIND_PATTERN
+from prefmill.records import read_jsonl, write_jsonl
+from stages.mdlm_evaluate import MdlmEvaluateConfig
+
+KEYS: dict[str, Any] = {
+    "precision": "fp32", "diffusion_steps": 8, "num_tokens": 8, "block_tokens": 4, "num_steps": 4, "temperature": 1.0,
+    "wanted_pattern": KIND_PATTERN, "batch_size": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, datasets: Artifact) -> tuple[Artifact, Artifact]:
+    short, long = (tmp_path_factory.mktemp(name) for name in ("short", "long"))
+    return make_model(short, datasets, num_train_epochs=1), make_model(long, datasets, num_train_epochs=24)
+
+
+def questions(folder: Path) -> list[dict[str, Any]]:
+    choices = ["it is clear and old", "old old it it and"]
+    write_jsonl(folder / "choice.jsonl", [{"question": "how is the table", "choices": choices, "answer": "A"}] * 3)
+    write_jsonl(folder / "exact.jsonl", [{"q": "how is the table", "answer": "nothing of the kind"}] * 2)
+    return [
+        {"name": "order", "kind": "multiple_choice", "file": str(folder / "choice.jsonl")},
+        {"name": "words", "kind": "exact_match", "file": str(folder / "exact.jsonl"), "columns": {"question": "q"}},
+    ]
+
+
+def test_before_and_after(tmp_path: Path, models: tuple[Artifact, Artifact], datasets: Artifact) -> None:
+    keys = {**KEYS, "benchmarks": questions(tmp_path)}
+    for name in ("a", "b"):
+        run_stage("mdlm_evaluate", tmp_path / name, keys, before=models[0], after=models[1], datasets=datasets)
+    found = metrics_of(tmp_path / "a")
+    before, after = found["models"]["before"], found["models"]["after"]
+    assert after["chosen_nats_per_token"] > before["chosen_nats_per_token"] + 0.3
+    assert after["chosen_chain_nats_per_token"] == pytest.approx(after["chosen_nats_per_token"], abs=0.5)
+    assert (after["order_accuracy"], after["words_accuracy"]) == (1.0, 0.0)
+    assert 0 <= found["implicit_accuracy"] <= 1
+    report = content(tmp_path / "a")["report.md"].decode()
+    assert "| measure | before | after |" in report
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    rows = list(read_jsonl(tmp_path / "a" / "out" / "rows.jsonl"))
+    assert {row["kind"] for row in rows} == {"likelihood", "generation", "benchmark"}
+    assert all(row["standard_error"] >= 0 for row in rows if row["kind"] == "likelihood")
+
+
+def test_what_it_refuses(tmp_path: Path, models: tuple[Artifact, Artifact], datasets: Artifact) -> None:
+    with pytest.raises(ConfigError, match="no model to evaluate"):
+        run_stage("mdlm_evaluate", tmp_path, KEYS, datasets=datasets)
+    with pytest.raises(ConfigError, match="nothing to evaluate on"):
+        run_stage("mdlm_evaluate", tmp_path, KEYS, after=models[1])
+    with pytest.raises(ConfigError, match="multiple of block_tokens"):
+        validate(MdlmEvaluateConfig, {"num_tokens": 10, "block_tokens": 4})
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        validate(MdlmEvaluateConfig, {"wanted_pattern": "("})
+    write_jsonl(tmp_path / "bad.jsonl", [{"question": "x", "choices": ["a"], "answer": "C"}])
+    keys = {**KEYS, "benchmarks": [{"name": "b", "kind": "multiple_choice", "file": str(tmp_path / "bad.jsonl")}]}
+    with pytest.raises(InputError, match=r"bad\.jsonl:1"):
+        run_stage("mdlm_evaluate", tmp_path / "c", keys, after=models[1])

@@ -1,0 +1,91 @@
+"""mdlm_sft: what it writes, that it learns, resuming after SIGKILL, its other names for keys, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mdlm_artifacts import SHAPE, SMALL, make_toy, run_stage
+from training_artifacts import content, executed_steps, kill_after, publish_as
+
+from prefmill.artifacts import Artifact
+from prefmill.config import validate
+from prefmill.errors import ConfigError, InputError, PipelineError
+from prefmill.records import write_jsonl
+from prefmill.training import STEPS, read_curve
+from stages.mdlm_sft import MdlmSftConfig
+
+KEYS: dict[str, Any] = {**SMALL, "new_model": SHAPE, "learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, datasets: Artifact) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    run_stage("mdlm_sft", folder, KEYS, datasets=datasets)
+    return folder
+
+
+def test_it_learns_and_writes_a_plain_folder_that_still_attends_both_ways(undisturbed: Path) -> None:
+    from prefmill.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
+
+    evaluated = [row["eval_loss"] for row in read_curve(undisturbed / "logs" / STEPS) if "eval_loss" in row]
+    assert len(evaluated) == 2
+    assert evaluated[1] < evaluated[0]
+    model = load_diffusion_model(str(undisturbed / "out"), precision="fp32")
+    tokenizer = load_diffusion_tokenizer(str(undisturbed / "out"))
+    assert mask_token_of(model, tokenizer) == tokenizer.mask_token_id
+    assert not (undisturbed / "logs" / "margins").exists()
+
+
+def test_killed_and_rerun_it_ends_with_the_same_bytes(tmp_path: Path, undisturbed: Path, datasets: Artifact) -> None:
+    kill_after(7, tmp_path, lambda: run_stage("mdlm_sft", tmp_path, KEYS, datasets=datasets))
+    run_stage("mdlm_sft", tmp_path, KEYS, datasets=datasets)
+    assert content(tmp_path) == content(undisturbed)
+    assert sorted(set(executed_steps(tmp_path))) == list(range(1, 17))
+
+
+def test_a_file_of_prompts_and_completions_tunes_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
+    rows = [{"prompt": "how is the table", "completion": f"it is clear and {word}"} for word in ("old", "new")] * 8
+    write_jsonl(tmp_path / "chats.jsonl", rows)
+    keys = {**SMALL, "num_train_epochs": 1, "sft_data_path": str(tmp_path / "chats.jsonl")}
+    model = publish_as(undisturbed / "out", "checkpoint")
+    exported = tmp_path / "mine"
+    assert run_stage("mdlm_sft", tmp_path / "a", {**keys, "output_dir": str(exported)}, model=model)["train_rows"] == 16
+    assert (exported / "model.safetensors").read_bytes() == content(tmp_path / "a")["model.safetensors"]
+    (tmp_path / "chats.jsonl").write_text('{"question": "x"}\n')
+    with pytest.raises(InputError, match="not a row to fine-tune on"):
+        run_stage("mdlm_sft", tmp_path / "b", keys, model=model)
+
+
+def test_keys_have_the_names_this_field_knows() -> None:
+    config = validate(
+        MdlmSftConfig,
+        {
+            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "use_mixed_precision": False,
+            "gradient_checkpointing": True, "resume_from_checkpoint": "x", "output_dir": "y",
+        },
+    )  # fmt: skip
+    assert (config.effective_batch_size, config.precision, config.activation_checkpointing) == (16, "fp32", True)
+    assert isinstance(config.resume_from_checkpoint, Path)
+    with pytest.raises(ConfigError, match="another name of precision"):
+        validate(MdlmSftConfig, {"use_mixed_precision": True, "precision": "fp32"})
+    with pytest.raises(ConfigError, match="add a lora section"):
+        validate(MdlmSftConfig, {"quantization": "4bit"})
+
+
+def test_what_it_refuses(tmp_path: Path, datasets: Artifact, undisturbed: Path) -> None:
+    model = publish_as(undisturbed / "out", "checkpoint")
+    with pytest.raises(PipelineError, match="a model to start from and a new one"):
+        run_stage("mdlm_sft", tmp_path, KEYS, datasets=datasets, model=model)
+    with pytest.raises(PipelineError, match="no dataset"):
+        run_stage("mdlm_sft", tmp_path, KEYS)
+    with pytest.raises(PipelineError, match="no model to start from"):
+        run_stage("mdlm_sft", tmp_path, {**SMALL}, datasets=datasets)
+    with pytest.raises(ConfigError, match="nothing is ever truncated"):
+        run_stage("mdlm_sft", tmp_path, {**KEYS, "max_length": 10}, datasets=datasets)
