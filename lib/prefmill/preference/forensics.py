@@ -56,6 +56,12 @@ class LengthEffect(NamedTuple):
 
     slope: float
     correlation: float
+    num_pairs: int
+
+    @property
+    def is_real(self) -> bool:
+        """Whether longer chosen sides have higher margins beyond two standard errors of no correlation."""
+        return self.num_pairs > 0 and self.correlation > 2 / self.num_pairs**0.5
 
 
 class Suspect(NamedTuple):
@@ -93,9 +99,9 @@ def length_effect(histories: Iterable[History]) -> LengthEffect:
     points = [(item.length_difference, item.last) for item in histories]
     squares = sum(x * x for x, _ in points)
     if not squares:
-        return LengthEffect(0.0, 0.0)
+        return LengthEffect(0.0, 0.0, len(points))
     product = sum(x * y for x, y in points)
-    return LengthEffect(product / squares, _correlation(points))
+    return LengthEffect(product / squares, _correlation(points), len(points))
 
 
 def suspicions(history: History, effect: LengthEffect) -> tuple[Suspicion, ...]:
@@ -107,7 +113,7 @@ def suspicions(history: History, effect: LengthEffect) -> tuple[Suspicion, ...]:
         found.append("never_learned")
     elif later and later[-1] <= 0:
         found.append("forgotten")
-    if later and 0 < history.last <= predicted:
+    if later and effect.is_real and 0 < history.last <= predicted:
         found.append("length_only")
     return tuple(found)
 
