@@ -1,4 +1,4 @@
-"""Writes a small preference dataset whose right answer is known: answers with a kind word are preferred to harsh ones."""
+"""Writes a small preference dataset whose right answer is known: kind answers are preferred to harsh ones."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from prefmill.config import ExternalPath, StrictConfig, runtime
-from prefmill.mdlm.estimator import Sampling
 from prefmill.mdlm.loading import Quantization
 from prefmill.training import TrainingConfig
+
+Sampling = Literal["systematic", "iid", "inverse_t"]
 
 
 class DiffusionModelConfig(StrictConfig):

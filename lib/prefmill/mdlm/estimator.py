@@ -10,12 +10,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Sampling = Literal["systematic", "iid", "inverse_t"]
+from prefmill.mdlm.config import Sampling
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from prefmill.causal.loading import Precision
 from prefmill.config import runtime
 from prefmill.mdlm.benchmarks import BenchmarkConfig
-from prefmill.mdlm.config import DiffusionModelConfig
-from prefmill.mdlm.estimator import Sampling
+from prefmill.mdlm.config import DiffusionModelConfig, Sampling
 
 if TYPE_CHECKING:
     from prefmill.mdlm.generation import Unmasking

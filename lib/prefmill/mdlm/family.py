@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from prefmill.causal.group_layout import responses_of
-from prefmill.mdlm.estimator import Draws, Sampling, draws_of, recommend_draws
+from prefmill.mdlm.config import Sampling
+from prefmill.mdlm.estimator import Draws, draws_of, recommend_draws
 from prefmill.mdlm.scorer import DiffusionBatch, encode_samples, score_batch
 from prefmill.preference.batches import GroupPart
 from prefmill.preference.data import Group
