@@ -26,7 +26,7 @@ def add_data_commands(commands: Any) -> None:
     pairs.add_argument("--export", type=Path, metavar="FILE", help="write suspects as an exclude file")
     pairs.set_defaults(command=_pairs)
     for command in (pair, pairs):
-        command.add_argument("--task", help="which dpo task, where a run has several (a modality)")
+        command.add_argument("--task", help="TASK or STAGE:TASK, where a run trains on preferences more than once")
         command.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
 
 
@@ -53,7 +53,7 @@ def _pair(arguments: argparse.Namespace) -> int:
     from prefmill.preference.pair_story import tell
 
     logs, run = _run_logs(arguments)
-    trained = any(logs.glob("dpo/*/margins"))
+    trained = any(logs.glob("*/*/margins"))
     histories = read_histories(margins_logs(logs, arguments.task)) if trained else {}
     print(tell(logs.parents[1], run, arguments.pair_id, histories))
     return 0

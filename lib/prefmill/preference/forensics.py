@@ -72,17 +72,23 @@ class Suspect(NamedTuple):
 
 
 def margins_logs(run_logs: Path, task: str | None = None) -> list[Path]:
-    """The margins logs of every rank of a run's dpo task; raises InputError where there is none, or several tasks."""
-    tasks = sorted(path.parent for path in run_logs.glob("dpo/*/margins") if task in (None, path.parent.name))
+    """The margins logs of every rank of a preference training, which `task` names as TASK or STAGE:TASK.
+
+    Raises InputError where there is none, or several fit.
+    """
+    found = {f"{path.parts[-3]}:{path.parts[-2]}": path for path in sorted(run_logs.glob("*/*/margins"))}
+    tasks = {key: path for key, path in found.items() if task in (None, key, key.split(":")[1])}
     if not tasks:
         raise InputError(
-            "no preference training has left margins here", where=run_logs / "dpo",
+            "no preference training has left margins here", where=run_logs, got=", ".join(found) or None,
             fix="name a run whose dpo has begun: prefmill pairs RUN",
         )  # fmt: skip
     if len(tasks) > 1:
-        names = ", ".join(path.name for path in tasks)
-        raise InputError("several dpo tasks in this run", where=run_logs, got=names, fix="choose one with --task")
-    return sorted((tasks[0] / "margins").glob("margins_log*.jsonl"))
+        raise InputError(
+            "several preference trainings in this run", where=run_logs, got=", ".join(tasks), fix="choose one by --task"
+        )
+    (folder,) = tasks.values()
+    return sorted(folder.glob("margins_log*.jsonl"))
 
 
 def read_histories(logs: Iterable[Path]) -> dict[str, History]:

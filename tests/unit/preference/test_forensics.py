@@ -144,5 +144,7 @@ def test_pair_tells_all_that_is_known(workspace: Path, capsys: pytest.CaptureFix
 def test_several_tasks_need_a_choice(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(workspace / "logs" / "r" / "dpo" / "vision" / "margins" / "margins_log.jsonl", rows())
     assert main(["pairs", "--workspace", str(workspace)]) == 2
-    assert "clean, vision" in capsys.readouterr().err
-    assert main(["pairs", "--task", "vision", "--workspace", str(workspace)]) == 0
+    assert "dpo:clean, dpo:vision" in capsys.readouterr().err
+    for task in ("vision", "dpo:vision"):
+        assert main(["pairs", "--task", task, "--workspace", str(workspace)]) == 0
+    assert main(["pairs", "--task", "nosuch", "--workspace", str(workspace)]) == 2
