@@ -21,6 +21,7 @@ from prefmill.evaluation.examples import choose_papers, read_examples
 from prefmill.evaluation.graph import lineage_graph
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.evaluation.metrics import MEASURES
+from prefmill.evaluation.optimisation import optimisation_section
 from prefmill.evaluation.record import METRICS
 from prefmill.evaluation.story import Compared, Story, data_doubts, main_pair, tell
 
@@ -91,6 +92,7 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
         training=training,
         data=background.data_section(inputs.corpus, inputs.datasets),
         validation=validation,
+        optimisation=optimisation_section(artifacts),
         lineage=lineage,
         graph=lineage_graph(lineage["levels"], lineage["edges"]),
         absent=_absent(inputs),
