@@ -11,14 +11,12 @@ import torch
 from prefmill.causal.loading import load_model, load_tokenizer
 from prefmill.checklist.engines import Engine, Outcome, TransformersConfig
 from prefmill.checklist.items import Checklist
+from prefmill.checklist.prompted import Fit, longest_prompt
 from prefmill.checklist.prompts import Answers, Prompts, TokenIds
-from prefmill.errors import ConfigError
-from prefmill.records import Answer, Paper, Review
+from prefmill.records import Paper, Review
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
-
-_DECIMALS = 6  # of a probability in a row: float32 gives no more
 
 
 class TransformersEngine(Engine):
@@ -47,35 +45,19 @@ class TransformersEngine(Engine):
             attn_implementation=config.attn_implementation,
         )
         self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self._max_length = _max_length(self.model, config.max_length)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
         self._shared: tuple[TokenIds, Cache | None] = ((), None)
 
     @torch.inference_mode()
     def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
         """The answers to every review, in the order given; a review that does not fit fails, or is cut."""
-        for paper, reviews in papers:
-            shared = self.prompts.shared(paper) if reviews else ()
-            for review in reviews:
-                yield self._outcome(shared, review)
+        for request in self._fit.requests(papers):
+            fits = request.failure is None
+            yield request.outcome(self.checklist.ids, self._answers(request.shared, request.review) if fits else ())
 
-    def _outcome(self, shared: TokenIds, review: Review) -> Outcome:
-        ids = self.prompts.foreign(review["text"])
-        room = self._room(shared)
-        cut = max(0, len(ids) - room)
-        if room < 1 or (cut and not self._config.truncate_reviews):
-            reason = (
-                f"{len(ids)} tokens, with room for {max(0, room)} of {self._max_length} beside the rest of the prompt"
-            )
-            return Outcome(review["review_id"], review["paper_id"], {}, failure=reason)
-        answers = self._answers(shared, ids[: len(ids) - cut])
-        return Outcome(review["review_id"], review["paper_id"], answers, num_cut_tokens=cut)
-
-    def _room(self, shared: TokenIds) -> int:
-        """Tokens left for a review; very many where the model states no limit."""
-        question = max(map(len, self.prompts.questions)) + self.prompts.answers.num_read_tokens
-        return 10**9 if self._max_length is None else self._max_length - len(shared) - question
-
-    def _answers(self, shared: TokenIds, review: TokenIds) -> dict[str, Answer]:
+    def _answers(self, shared: TokenIds, review: TokenIds) -> list[float]:
+        """P(yes) of every item."""
         cache = (
             read(self.model, review, copy.deepcopy(self._shared_cache(shared)))
             if review
@@ -86,8 +68,7 @@ class TransformersEngine(Engine):
         probabilities: list[float] = []
         for start in range(0, len(questions), size):
             probabilities += p_yes(self.model, cache, questions[start : start + size], self.prompts.answers)
-        rounded = [round(value, _DECIMALS) for value in probabilities]
-        return {name: {"yes": p > 0.5, "p_yes": p} for name, p in zip(self.checklist.ids, rounded, strict=True)}
+        return probabilities
 
     def _shared_cache(self, shared: TokenIds) -> Cache:
         """The cache of what stands before the review, kept for the next review."""
@@ -155,13 +136,3 @@ def _continue(model: PreTrainedModel, cache: Cache, rows: Sequence[TokenIds], nu
     )
     logits: torch.Tensor = output.logits
     return logits
-
-
-def _max_length(model: PreTrainedModel, wanted: int | None) -> int | None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if wanted is not None and context is not None and wanted > context:
-        raise ConfigError(
-            "max_length exceeds the model's context", got=wanted, expected=f"at most {context}",
-            fix="lower max_length, or leave it out to use the whole context",
-        )  # fmt: skip
-    return context if wanted is None else wanted

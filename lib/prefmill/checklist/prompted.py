@@ -1,0 +1,73 @@
+"""What engines with a model share: a review becomes a request that fits the model, its probabilities become answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prefmill.checklist.engines import Outcome
+from prefmill.checklist.prompts import Prompts, TokenIds
+from prefmill.errors import ConfigError
+from prefmill.records import Answer, Paper, Review
+
+_DECIMALS = 6  # of a probability in a row: float32 gives no more
+
+
+@dataclass(frozen=True)
+class Request:
+    """A review to be asked about, as tokens, or why it cannot be; `num_cut_tokens` were cut off its end."""
+
+    review_id: str
+    paper_id: str
+    shared: TokenIds
+    review: TokenIds
+    num_cut_tokens: int = 0
+    failure: str | None = None
+
+    def outcome(self, ids: Sequence[str], probabilities: Sequence[float]) -> Outcome:
+        """What became of it: P(yes) by item, or the failure it started with."""
+        if self.failure is not None:
+            return Outcome(self.review_id, self.paper_id, {}, failure=self.failure)
+        rounded = [round(value, _DECIMALS) for value in probabilities]
+        answers: dict[str, Answer] = {name: {"yes": p > 0.5, "p_yes": p} for name, p in zip(ids, rounded, strict=True)}
+        return Outcome(self.review_id, self.paper_id, answers, num_cut_tokens=self.num_cut_tokens)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How reviews are made to fit: the model's tokens for a whole prompt (none: no limit), and whether to cut."""
+
+    prompts: Prompts
+    max_length: int | None
+    truncate: bool
+
+    def requests(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Request]:
+        """A request for every review, in the order given."""
+        for paper, reviews in papers:
+            shared = self.prompts.shared(paper) if reviews else ()
+            for review in reviews:
+                yield self._request(shared, review)
+
+    def _request(self, shared: TokenIds, review: Review) -> Request:
+        ids, room = self.prompts.foreign(review["text"]), self._room(shared)
+        cut = max(0, len(ids) - room)
+        failure = None
+        if room < 1 or (cut and not self.truncate):
+            left = max(0, room)
+            failure = f"{len(ids)} tokens, with room for {left} of {self.max_length} beside the rest of the prompt"
+        return Request(review["review_id"], review["paper_id"], shared, ids[: len(ids) - cut], cut, failure)
+
+    def _room(self, shared: TokenIds) -> int:
+        """Tokens left for a review; very many where the model states no limit."""
+        question = max(map(len, self.prompts.questions)) + self.prompts.answers.num_read_tokens
+        return 10**9 if self.max_length is None else self.max_length - len(shared) - question
+
+
+def longest_prompt(context: int | None, wanted: int | None) -> int | None:
+    """The configured limit, else the model's context; raises ConfigError where the one exceeds the other."""
+    if wanted is not None and context is not None and wanted > context:
+        raise ConfigError(
+            "max_length exceeds the model's context", got=wanted, expected=f"at most {context}",
+            fix="lower max_length, or leave it out to use the whole context",
+        )  # fmt: skip
+    return context if wanted is None else wanted
