@@ -1,0 +1,93 @@
+"""Cluster files: what is refused, how resources are layered, secrets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prefmill.config import validate
+from prefmill.errors import ConfigError
+from prefmill.pipeline.cluster import ClusterFile, read_cluster, read_secrets, resources_for
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs" / "clusters").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_shipped_cluster_files_load(path: Path) -> None:
+    assert read_cluster(path).resources["partition"]
+
+
+def test_the_pipeline_wins_over_the_stage_and_the_stage_over_the_site() -> None:
+    values = {"resources": {"minutes": 10, "cpus": 2, "gpus": 1}, "stages": {"sft": {"cpus": 4, "gpus": 8}}}
+    cluster = validate(ClusterFile, values)
+    given = resources_for(cluster, "sft", {"gpus": 4})
+    assert (given.minutes, given.cpus, given.gpus, given.nodes) == (10, 4, 4, 1)
+    assert resources_for(cluster, "dpo").gpus == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"partiton": "x"}, "did you mean 'partition'"),
+        ({"gpus": -1}, "greater than or equal to 0"),
+        ({"options": {"array": "0-3"}}, "decided by prefmill"),
+        ({"options": {"export": "ALL"}}, "decided by prefmill"),
+        ({"options": {"x y": 1}}, "no long option"),
+    ],
+)
+def test_wrong_resources_are_explained(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resources_for(validate(ClusterFile, {}), "sft", values)
+
+
+@pytest.mark.parametrize("name", ["A=b", "a b", "$(id)", "1x", ""])
+def test_names_of_variables_carry_no_values(name: str) -> None:
+    with pytest.raises(ConfigError, match="names only"):
+        validate(ClusterFile, {"export": [name]})
+
+
+def test_a_secret_is_not_exported(tmp_path: Path) -> None:
+    file = secrets_file(tmp_path, "TOKEN=x\n")
+    config = tmp_path / "cluster.yaml"
+    config.write_text(f"export: [TOKEN]\nsecrets: {{file: {file}, names: [TOKEN]}}\n")
+    with pytest.raises(ConfigError, match="exported and a secret"):
+        read_cluster(config)
+
+
+def test_secrets_are_read_by_name(tmp_path: Path) -> None:
+    text = "# TOKEN=no\nexport TOKEN='a=b c'\nOTHER=no\n KEY = plain \n"
+    cluster = with_secrets(secrets_file(tmp_path, text), ["TOKEN", "KEY"])
+    assert cluster.secrets is not None
+    assert read_secrets(cluster.secrets) == {"TOKEN": "a=b c", "KEY": "plain"}
+    assert "TOKEN" not in cluster.exported
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "said"),
+    [(0o640, "TOKEN=x", "others can read"), (0o604, "TOKEN=x", "others can read"), (0o600, "TOKE=x", "holds no TOKEN")],
+)
+def test_secrets_others_can_read_or_that_are_missing_are_refused(
+    tmp_path: Path, mode: int, text: str, said: str
+) -> None:
+    file = secrets_file(tmp_path, text)
+    file.chmod(mode)
+    cluster = with_secrets(file, ["TOKEN"])
+    assert cluster.secrets is not None
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_secrets(cluster.secrets)
+    assert "=x" not in str(caught.value)
+
+
+def secrets_file(folder: Path, text: str) -> Path:
+    """A file of secrets as it should be."""
+    path = folder / "secrets.env"
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+def with_secrets(file: Path, names: list[str]) -> ClusterFile:
+    """A cluster file that has nothing but secrets."""
+    return validate(ClusterFile, {"secrets": {"file": str(file), "names": names}})

@@ -1,0 +1,158 @@
+"""Inside a job, without Slurm: layouts, commands, attempts, how endings are told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.errors import PrefmillError
+from prefmill.pipeline import attempts, children
+from prefmill.pipeline.by_hand import stage_plan
+from prefmill.pipeline.children import Layout, Warnings
+from prefmill.pipeline.job import element_id
+from prefmill.pipeline.torchrun import arguments
+from prefmill.pipeline.worker import AttemptError
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "10"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "trains", "processes", "expected"),
+    [
+        ({}, True, None, Layout(1, 1, 1)),
+        ({"SLURM_NNODES": "4", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "96"}, True, None, Layout(4, 8, 96)),
+        ({"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}, True, 2, Layout(2, 2, 1)),
+        ({"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "4"}, False, None, Layout(1, 1, 4)),
+    ],
+)
+def test_a_layout_follows_from_what_the_job_has(
+    environment: dict[str, str], trains: bool, processes: int | None, expected: Layout
+) -> None:
+    assert Layout.of_job(environment, trains, processes) == expected
+
+
+def test_one_process_needs_no_torchrun_and_one_node_no_srun() -> None:
+    spec = Path("/w/spec.json")
+    assert Layout().command(spec) == [sys.executable, "-m", "prefmill.pipeline.ranks", "/w/spec.json"]
+    assert "srun" not in Layout(1, 8, 8).command(spec)
+    wide = Layout(2, 8, 96).command(spec)
+    assert wide[0] == "srun"
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=96", "--export=ALL"} <= set(wide)
+
+
+def test_the_rendezvous_of_one_node() -> None:
+    given = arguments({"SLURM_NNODES": "1", "SLURM_JOB_ID": "20005"}, 4)
+    assert {"--nnodes=1", "--node-rank=0", "--nproc-per-node=4", "--master-addr=127.0.0.1"} <= set(given)
+    assert "--master-port=10005" in given
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [(ARRAY, "7_3"), ({"SLURM_JOB_ID": "10"}, "10"), ({}, None)]
+)  # fmt: skip
+def test_only_this_element_is_requeued(environment: dict[str, str], expected: str | None) -> None:
+    assert element_id(environment) == expected
+
+
+def collect(folder: Path, code: int, warnings: Warnings | None = None, log: str = "") -> Any:
+    """What is made of a child that has ended with `code`."""
+    (folder / "x.log").write_text(log)
+    return children._collect(folder, code, warnings or Warnings(100), folder / "x.log", 0)
+
+
+def test_a_result_counts_only_with_exit_code_zero(tmp_path: Path) -> None:
+    (tmp_path / children.RESULT).write_text(json.dumps({"metrics": {"a": 1}}))
+    assert collect(tmp_path, 0) == {"a": 1}
+    with pytest.raises(AttemptError, match="exit code 1"):
+        collect(tmp_path, 1)
+
+
+def test_an_ending_without_a_result_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(AttemptError):
+        collect(tmp_path, 0)
+
+
+def test_the_stages_own_explanation_is_passed_on(tmp_path: Path) -> None:
+    (tmp_path / children.FAILURE).write_text(json.dumps({"kind": "ConfigError", "error": "the fault\n  fix: that"}))
+    with pytest.raises(AttemptError, match="the fault") as caught:
+        collect(tmp_path, 2)
+    assert caught.value.record["kind"] == "ConfigError"
+
+
+@pytest.mark.parametrize(("code", "log"), [(-9, ""), (1, "  exitcode  : -9 (pid: 41)\n")])
+def test_a_signal_is_named_also_beneath_torchrun(tmp_path: Path, code: int, log: str) -> None:
+    with pytest.raises(AttemptError, match="SIGKILL") as caught:
+        collect(tmp_path, code, log=log)
+    assert caught.value.record == {"exit_code": -9, "signal": "SIGKILL", "kind": "ProcessEnded"}
+    assert caught.value.state == "failed"
+
+
+@pytest.mark.parametrize(("number", "state"), [(signal.SIGUSR1, "requeued"), (signal.SIGTERM, "terminated")])
+def test_a_warning_decides_between_requeue_and_the_end(tmp_path: Path, number: signal.Signals, state: str) -> None:
+    with pytest.raises(AttemptError) as caught:
+        collect(tmp_path, -15, Warnings(100, [number]))
+    assert caught.value.state == state
+
+
+def test_a_real_failure_after_a_warning_stays_a_failure(tmp_path: Path) -> None:
+    (tmp_path / children.FAILURE).write_text(json.dumps({"kind": "ValueError", "error": "a bug"}))
+    with pytest.raises(AttemptError) as caught:
+        collect(tmp_path, 1, Warnings(100, [signal.SIGUSR1]))
+    assert caught.value.state == "failed"
+
+
+def end(logs: Path, taken: list[int], outcome: str) -> None:
+    """An attempt that took these steps."""
+    attempt = attempts.begin(logs, {})
+    with (logs / "executed_steps.jsonl").open("a") as stream:
+        stream.writelines(json.dumps({"step": step}) + "\n" for step in taken)
+    attempts.end(logs, attempt, outcome)
+
+
+def test_attempts_know_their_steps_and_whether_they_got_further(tmp_path: Path) -> None:
+    for taken in ([1, 2, 3], [3, 4], [3, 4], [], [4]):
+        end(tmp_path, taken, "requeued")
+    rows = attempts.read_attempts(tmp_path)
+    assert [(row["first_step"], row["last_step"]) for row in rows] == [(1, 3), (3, 4), (3, 4), (None, None), (4, 4)]
+    assert [row["progressed"] for row in rows] == [True, True, False, False, False]
+    assert attempts.idle_attempts(tmp_path) == 3
+    end(tmp_path, [5], "requeued")
+    assert attempts.idle_attempts(tmp_path) == 0
+
+
+def test_a_lost_attempt_is_recorded_by_the_next(tmp_path: Path) -> None:
+    lost = attempts.begin(tmp_path, {})
+    attempts.begin(tmp_path, {"state": "running", "time": 5.0, "attempt": lost})
+    (row,) = attempts.read_attempts(tmp_path)
+    assert (row["outcome"], row["ended"]) == ("lost", 5.0)
+
+
+def test_a_torn_line_does_not_hide_the_others(tmp_path: Path) -> None:
+    end(tmp_path, [1], "requeued")
+    with (tmp_path / attempts.ATTEMPTS).open("a") as stream:
+        stream.write('{"outcome": "requ')
+    assert len(attempts.read_attempts(tmp_path)) == 1
+
+
+def test_a_job_is_named_as_slurm_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in ARRAY.items():
+        monkeypatch.setenv(name, value)
+    assert attempts.this_job() == {"job_id": "10", "array_job_id": "7", "array_task_id": "3"}
+
+
+def test_an_array_by_hand_is_over_the_modalities_and_a_task_can_be_named(tmp_path: Path) -> None:
+    from prefmill.pipeline.by_hand import element, stage_task
+
+    keys = [f"workspace={tmp_path}", "run=r", "array.shard=3"]
+    plan, name = stage_plan("make", [*keys, "task=shard1"])
+    assert (len(plan.tasks), name) == (3, "shard1")
+    assert stage_task("make", keys, ARRAY | {"SLURM_ARRAY_TASK_ID": "2"}).name == "shard2"
+    with pytest.raises(PrefmillError, match="no such element"):
+        element(plan.tasks, ARRAY)
