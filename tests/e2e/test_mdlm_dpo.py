@@ -82,7 +82,7 @@ def test_cached_references_are_those_computed_beside_the_policy(
     assert len(logged) == 2 * sum(len(group.pairs) for group in groups)
     for epoch in (0, 1):
         for group in groups[::5]:
-            values = score_batch(model, encode_responses(group, epoch, Drawing(4, "systematic", 42))).mean(1)
+            values = score_batch(model, encode_responses(group, epoch, Drawing(4, "balanced", 42))).mean(1)
             for pair in group.pairs:
                 found = logged[pair.pair_id, epoch]
                 assert found == pytest.approx((values[pair.chosen].item(), values[pair.rejected].item()), abs=1e-4)

@@ -10,7 +10,7 @@ from prefmill.config import ExternalPath, StrictConfig, runtime
 from prefmill.mdlm.loading import Quantization
 from prefmill.training import TrainingConfig
 
-Sampling = Literal["systematic", "iid", "inverse_t"]
+Sampling = Literal["balanced", "systematic", "iid", "inverse_t"]
 
 
 class DiffusionModelConfig(StrictConfig):
@@ -38,7 +38,7 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     diffusion_steps: int | Literal["auto"] = 20
     max_diffusion_steps: int = Field(32, ge=2)
     variance_tolerance: float = Field(0.05, gt=0)
-    sampling: Sampling = "systematic"
+    sampling: Sampling = "balanced"
     rows_at_once: int = runtime(8, ge=1)
 
     save_steps: int = runtime(500, ge=1)

@@ -77,7 +77,7 @@ def train_diffusion_dpo(
 
 def drawing_of(config: DiffusionPreferenceConfig) -> Drawing:
     """How the configuration draws maskings."""
-    return Drawing(config.num_draws, config.sampling, config.seed)
+    return Drawing(config.num_draws, config.sampling, config.seed, nested=config.diffusion_steps == "auto")
 
 
 def reference_values(

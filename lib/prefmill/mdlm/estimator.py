@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,15 @@ class Draws:
     weights: NDArray[np.float64]
 
 
-def draws_of(tokens: Sequence[int], length: int, num_draws: int, sampling: Sampling, seed: int, epoch: int) -> Draws:
+def draws_of(
+    tokens: Sequence[int],
+    length: int,
+    num_draws: int,
+    sampling: Sampling,
+    seed: int,
+    epoch: int,
+    nested: bool = False,
+) -> Draws:
     """The draws of a row in an epoch: its last `length` tokens are the response.
 
     They follow from (seed, the row's tokens, epoch) alone, so policy and reference have the same ones wherever and
@@ -36,15 +45,18 @@ def draws_of(tokens: Sequence[int], length: int, num_draws: int, sampling: Sampl
     """
     content = np.asarray(tokens, dtype=np.int64).tobytes()
     digest = hashlib.sha256(f"{seed}:{epoch}:{length}:".encode() + content).digest()
-    return draw(length, num_draws, sampling, np.random.default_rng(list(digest)))
+    return draw(length, num_draws, sampling, np.random.default_rng(list(digest)), nested)
 
 
-def draw(length: int, num_draws: int, sampling: Sampling, generator: np.random.Generator) -> Draws:
-    """`num_draws` maskings of `length` tokens.
+def draw(
+    length: int, num_draws: int, sampling: Sampling, generator: np.random.Generator, nested: bool = False
+) -> Draws:
+    """`num_draws` maskings of `length` tokens; all but `inverse_t` mask l tokens without replacement.
 
     `systematic`: mask counts l = floor((u + jL/n) mod L) + 1 with one u ~ U[0, L): each is uniform, and together they
-    spread evenly. `iid`: independent uniform counts (VRPO, arXiv 2505.19223). Both mask l tokens without replacement.
-    `inverse_t`: t ~ U(0, 1), every token masked with probability t, weight 1/t (its variance has no bound).
+    spread evenly. `balanced`: systematic, and masks that give every token about the same weight in all. `iid`:
+    independent uniform counts and masks (VRPO, arXiv 2505.19223). `inverse_t`: t ~ U(0, 1), every token masked with
+    probability t, weight 1/t (its variance has no bound). `nested`: the first 2, 4, 8, ... are such draws themselves.
     """
     if sampling == "inverse_t":
         t = 1.0 - generator.random(num_draws)  # in (0, 1]
@@ -53,8 +65,40 @@ def draw(length: int, num_draws: int, sampling: Sampling, generator: np.random.G
         counts = generator.integers(1, length + 1, num_draws)
     else:
         counts = systematic_counts(generator.random() * length, length, num_draws)
+    if sampling == "balanced":
+        counts = ascending(counts, nested)
+        return Draws(balanced_masks(generator.permutation(length), counts), length / counts)
     ranks = generator.permuted(np.tile(np.arange(length), (num_draws, 1)), axis=1)
     return Draws(ranks < counts[:, None], length / counts)
+
+
+def balanced_masks(order: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Masks [n, L] of `counts` [n] tokens: one after another takes the tokens that have the least weight so far.
+
+    Ties go by `order` [L]. What a mask takes is, up to the naming of the tokens, settled by the counts; under a random
+    order every mask is therefore a uniformly random subset, and estimates stay unbiased. A sum over tokens, each with
+    a value of its own whatever else is masked, is estimated nearly without error.
+    """
+    length = len(order)
+    load = np.zeros(length)
+    masked = np.zeros((len(counts), length), dtype=np.bool_)
+    for index, count in enumerate(counts):
+        lightest = order[np.argsort(load[order].round(9), kind="stable")[:count]]
+        masked[index, lightest] = True
+        load[lightest] += length / count
+    return masked
+
+
+def ascending(counts: NDArray[np.int64], nested: bool) -> NDArray[np.int64]:
+    """Mask counts from the smallest, which weigh most, so that later masks make up for them; [n].
+
+    `nested`: in runs that end at 2, 4, 8, ... each.
+    """
+    if not nested:
+        return np.sort(counts)
+    ends = [0, *(2**power for power in range(1, len(counts).bit_length()))]
+    runs = [np.sort(counts[start:end]) for start, end in pairwise([*ends, len(counts)])]
+    return np.concatenate(runs)
 
 
 def systematic_counts(offset: float, length: int, num_draws: int) -> NDArray[np.int64]:

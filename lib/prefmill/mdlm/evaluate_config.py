@@ -25,7 +25,7 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
     precision: Precision = Field("bf16", description="fp32 where results must not depend on the hardware")
     num_pairs: int | None = Field(None, ge=1, description="held-out pairs to take, from the first; none: all")
     diffusion_steps: int = Field(64, ge=2, description="draws for a likelihood")
-    sampling: Sampling = "systematic"
+    sampling: Sampling = "balanced"
     exact_chain: bool = Field(True, description="also the chain of conditionals, one forward a token")
     samples_per_prompt: int = Field(1, ge=1, description="answers to every held-out prompt")
     num_tokens: int = Field(128, ge=1, description="tokens of an answer")

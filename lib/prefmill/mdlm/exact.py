@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from fractions import Fraction
+from itertools import combinations, pairwise
 from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.mdlm.estimator import Draws
+from prefmill.mdlm.estimator import Draws, systematic_counts
 
 Floats = NDArray[np.float64]
 
@@ -82,6 +83,46 @@ def moments_by_count(sums: Floats, length: int) -> tuple[Floats, Floats]:
         assert len(values) == comb(length, count)
         means[count - 1], variances[count - 1] = values.mean(), values.var()
     return means, variances
+
+
+def offset_pieces(length: int, num_draws: int) -> list[tuple[float, Fraction]]:
+    """Every stretch of offsets in [0, L) on which mask counts stay the same: a point inside, and its share."""
+    cuts = {Fraction(index * length, num_draws) % 1 for index in range(num_draws)} | {Fraction(0)}
+    edges = [*sorted(whole + cut for whole in range(length) for cut in cuts), Fraction(length)]
+    return [(float((low + high) / 2), (high - low) / length) for low, high in pairwise(edges)]
+
+
+def exact_variances(sums: Floats, num_draws: int) -> dict[str, float]:
+    """Variance of the mean of n draws by sampling, enumerated over all masks and offsets; `sums` [2^L] by masked set.
+
+    For 1/t it is the integral over t >= 0.001, as implementations cut it: without, one masked token makes it infinite.
+    """
+    length = len(sums).bit_length() - 1
+    means, variances = moments_by_count(sums, length)
+    pieces = offset_pieces(length, num_draws)
+    centres = np.array([means[systematic_counts(offset, length, num_draws) - 1].mean() for offset, _ in pieces])
+    shares = np.array([float(share) for _, share in pieces])
+    t = np.geomspace(0.001, 1, 20_001)
+    densities = [np.trapezoid(t ** (count - 2.0) * (1 - t) ** (length - count), t) for count in range(length + 1)]
+    masked = np.array([bits.bit_count() for bits in range(len(sums))])
+    second = float((sums**2 * np.array(densities)[masked]).sum())
+    return {
+        "systematic": float(variances.mean() / num_draws + shares @ (centres - shares @ centres) ** 2),
+        "iid": float((variances.mean() + means.var()) / num_draws),
+        "inverse_t": (second - float(means.mean()) ** 2) / num_draws,
+    }
+
+
+def allocation_variances(policy: Floats, reference: Floats) -> dict[str, float]:
+    """Variance of a score difference for mask counts / maskings a count, iid, as VRPO's table 2 has them, best first.
+
+    V = V_t/n_t + V_y/(n_t n_y) of the difference where policy and reference share draws, the sum of both otherwise.
+    """
+    length = len(policy).bit_length() - 1
+    means, variances = moments_by_count(policy - reference, length)
+    split = {"8/1": (8, 1), "4/1": (4, 1), "2/2": (2, 2), "1/4": (1, 4), "1/1": (1, 1)}
+    found = {name: float(means.var() / n + variances.mean() / (n * m)) for name, (n, m) in split.items()}
+    return {**found, "4/1 unshared": exact_variances(policy, 4)["iid"] + exact_variances(reference, 4)["iid"]}
 
 
 def subsets(length: int, count: int) -> Iterator[int]:

@@ -21,15 +21,17 @@ from prefmill.preference.objectives import PairScores
 
 @dataclass(frozen=True)
 class Drawing:
-    """How rows are drawn: the number of draws, which kind, and from which seed."""
+    """How rows are drawn: the number of draws, which kind, from which seed; `nested` where a part may be used."""
 
     num_draws: int
     sampling: Sampling
     seed: int
+    nested: bool = False
 
     def of(self, prompt: list[int], response: list[int], epoch: int) -> Draws:
         """The draws of a row in an epoch."""
-        return draws_of([*prompt, *response], len(response), self.num_draws, self.sampling, self.seed, epoch)
+        tokens, length = [*prompt, *response], len(response)
+        return draws_of(tokens, length, self.num_draws, self.sampling, self.seed, epoch, self.nested)
 
 
 @dataclass

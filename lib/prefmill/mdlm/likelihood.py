@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prefmill.mdlm.family import Drawing
 from prefmill.mdlm.scorer import encode_samples, masked_logps, score_batch
@@ -59,3 +61,24 @@ def chain(
         asked = torch.arange(len(ids), device=ids.device) == chunk[:, None]
         total += masked_logps(model, model.forward, noisy, asked, clean, shifted).double().sum().item()
     return total
+
+
+@torch.no_grad()
+def all_masked_sums(
+    model: Any, prompt: Sequence[int], response: Sequence[int], mask_token_id: int, shifted: bool = False
+) -> NDArray[np.float64]:
+    """For every set of masked tokens of a short response, by its bits, the sum of their log-probabilities: [2^L].
+
+    What `prefmill.mdlm.exact` has for a joint, for a model. `model` has its own forward.
+    """
+    length = len(response)
+    ids = torch.tensor([*prompt, *response])
+    bits = torch.arange(2**length)
+    sums = torch.zeros(2**length, dtype=torch.float64)
+    for chunk in torch.split(bits, 1024):
+        masked = torch.zeros(len(chunk), len(ids), dtype=torch.bool)
+        masked[:, len(prompt) :] = (chunk[:, None] >> torch.arange(length)) & 1 == 1
+        clean = ids.expand(len(chunk), -1)
+        logps = masked_logps(model, model.forward, clean.masked_fill(masked, mask_token_id), masked, clean, shifted)
+        sums[chunk] = sums[chunk].index_add(0, masked.nonzero(as_tuple=True)[0], logps.double())
+    return sums.numpy()

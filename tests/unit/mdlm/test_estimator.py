@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from itertools import pairwise, product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
 
-from prefmill.mdlm.estimator import draw, draws_of, recommend_draws, systematic_counts
-from prefmill.mdlm.exact import Floats, Joint, estimate, moments_by_count, near, random_joint, subsets
+from prefmill.mdlm.estimator import (
+    Draws,
+    ascending,
+    balanced_masks,
+    draw,
+    draws_of,
+    recommend_draws,
+    systematic_counts,
+)
+from prefmill.mdlm.exact import (
+    Floats,
+    Joint,
+    allocation_variances,
+    estimate,
+    exact_variances,
+    moments_by_count,
+    near,
+    offset_pieces,
+    random_joint,
+    subsets,
+)
 
 LENGTH = 10
-
-
-def offset_pieces(length: int, num_draws: int) -> list[tuple[float, Fraction]]:
-    """Every stretch of offsets in [0, L) on which the mask counts stay the same: a point inside, and its share."""
-    cuts = {Fraction(index * length, num_draws) % 1 for index in range(num_draws)} | {Fraction(0)}
-    edges = [*sorted(whole + cut for whole in range(length) for cut in cuts), Fraction(length)]
-    return [(float((low + high) / 2), (high - low) / length) for low, high in pairwise(edges)]
 
 
 def exact_mean(sums: Floats, length: int, num_draws: int) -> float:
@@ -27,31 +38,6 @@ def exact_mean(sums: Floats, length: int, num_draws: int) -> float:
     pieces = offset_pieces(length, num_draws)
     values = [float(share) * means[systematic_counts(offset, length, num_draws) - 1].mean() for offset, share in pieces]
     return float(sum(values))
-
-
-def exact_variances(sums: Floats, num_draws: int) -> dict[str, float]:
-    """Variance of the mean of n draws, exactly: systematic and iid counts, and 1/t by the integral over t.
-
-    1/t: E[(1/t)^2 s^2] = sum over masks s^2 * int t^(l-2) (1-t)^(L-l) dt, infinite for l = 1 unless s is 0 there, so
-    it is cut at t >= 0.001 as implementations do.
-    """
-    length = len(sums).bit_length() - 1
-    means, variances = moments_by_count(sums, length)
-    within, between = variances.mean(), means.var()
-    offsets = offset_pieces(length, num_draws)
-    counts = [systematic_counts(offset, length, num_draws) - 1 for offset, _ in offsets]
-    shares = np.array([float(share) for _, share in offsets])
-    centres = np.array([means[places].mean() for places in counts])
-    spread = float(shares @ (centres - shares @ centres) ** 2)
-    t = np.linspace(0.001, 1, 20_001)
-    masked = np.array([bits.bit_count() for bits in range(len(sums))])
-    weights = np.array([np.trapezoid(t ** (m - 2.0) * (1 - t) ** (length - m), t) for m in range(length + 1)])
-    second = float((sums**2 * weights[masked]).sum())
-    return {
-        "systematic": float(within / num_draws + spread),
-        "iid": float((within + between) / num_draws),
-        "inverse_t": (second - means.mean() ** 2) / num_draws,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +57,33 @@ def test_unbiased_for_every_length_and_number_of_draws(length: int) -> None:
     sums = joint.masked_sums(sequence)
     for num_draws in range(1, 3 * length + 2):
         assert exact_mean(sums, length, num_draws) == pytest.approx(joint.log_probability(sequence), abs=1e-12)
+
+
+@pytest.mark.parametrize(("length", "most"), [(1, 4), (2, 8), (3, 10), (4, 8), (5, 4)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_balanced_masks_are_unbiased_over_every_offset_and_every_order(length: int, most: int, nested: bool) -> None:
+    joint = random_joint(3, length, seed=length)
+    sequence = (2,) + (0,) * (length - 1)
+    sums = joint.masked_sums(sequence)
+    orders = [np.array(order) for order in permutations(range(length))]
+    for num_draws in range(1, most + 1):
+        total = 0.0
+        for offset, share in offset_pieces(length, num_draws):
+            counts = ascending(systematic_counts(offset, length, num_draws), nested)
+            found = [estimate(Draws(balanced_masks(order, counts), length / counts), sums) for order in orders]
+            total += float(share) * float(np.mean(found))
+        assert total == pytest.approx(joint.log_probability(sequence), abs=1e-12)
+
+
+def test_balanced_masks_give_every_token_the_same_weight() -> None:
+    """A value that one token has on its own is estimated with far less error than by independent masks."""
+    variances = {}
+    for sampling in ("balanced", "systematic"):
+        generator = np.random.default_rng(0)
+        drawn = [draw(7, 8, sampling, generator) for _ in range(2000)]
+        variances[sampling] = np.var([(item.weights @ item.masked)[0] / 8 for item in drawn])
+        assert np.mean([(item.weights @ item.masked)[0] / 8 for item in drawn]) == pytest.approx(1, abs=0.05)
+    assert variances["systematic"] > 10 * variances["balanced"]
 
 
 @pytest.mark.parametrize("length", [1, 3, 10, 300])
@@ -128,21 +141,16 @@ def test_the_order_of_the_variances(differences: list[tuple[Floats, Floats]]) ->
 
 
 def test_one_masking_a_count_is_the_best_use_of_a_budget(differences: list[tuple[Floats, Floats]]) -> None:
-    """VRPO's table 2 (arXiv 2505.19223) in order: V = V_t/n_t + V_y/(n_t n_y), shared or not."""
-    rows: dict[str, list[float]] = {}
-    for policy, reference in differences:
-        means, variances = moments_by_count(policy - reference, LENGTH)
-        alone = [moments_by_count(sums, LENGTH) for sums in (policy, reference)]
-        for name, steps, masks in (("8/1", 8, 1), ("4/1", 4, 1), ("2/2", 2, 2), ("1/4", 1, 4), ("1/1", 1, 1)):
-            rows.setdefault(name, []).append(means.var() / steps + variances.mean() / (steps * masks))
-        rows.setdefault("4/1 unshared", []).append(sum(m.var() + v.mean() for m, v in alone) / 4)
-    found = [float(np.mean(rows[name])) for name in ("8/1", "4/1", "2/2", "1/4", "1/1", "4/1 unshared")]
+    """VRPO's table 2 (arXiv 2505.19223) in order, exactly."""
+    rows = [allocation_variances(policy, reference) for policy, reference in differences]
+    found = [float(np.mean([row[name] for row in rows])) for name in rows[0]]
+    assert list(rows[0]) == ["8/1", "4/1", "2/2", "1/4", "1/1", "4/1 unshared"]
     assert found == sorted(found)
 
 
 def test_draws_follow_from_seed_row_and_epoch() -> None:
     def masks(tokens: list[int], seed: int, epoch: int) -> bytes:
-        return draws_of(tokens, 4, 8, "systematic", seed, epoch).masked.tobytes()
+        return draws_of(tokens, 4, 8, "balanced", seed, epoch).masked.tobytes()
 
     row = [5, 6, 7, 8, 9]
     assert masks(row, 0, 0) == masks(row, 0, 0)

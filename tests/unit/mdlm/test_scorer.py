@@ -38,7 +38,7 @@ def samples(count: int = 5, longest: int = 9) -> list[tuple[list[int], list[int]
 
 
 def batch_of(rows: list[tuple[list[int], list[int]]], num_draws: int) -> Any:
-    drawing = Drawing(num_draws, "systematic", 0)
+    drawing = Drawing(num_draws, "balanced", 0)
     return encode_samples(rows, [drawing.of(*row, 0) for row in rows])
 
 
@@ -165,7 +165,7 @@ def test_the_bound_is_the_mean_of_the_chain_over_all_orders(model: Any) -> None:
     """For one token bound and chain are the same number; for more, the chain of one order differs from the mean."""
     prompt, response = [5, 6, 7], [9]
     scorer = install(model, mask_token_id=MASK)
-    (found,) = bounds(scorer, [(prompt, response)], Drawing(4, "systematic", 0))
+    (found,) = bounds(scorer, [(prompt, response)], Drawing(4, "balanced", 0))
     uninstall(model)
     assert found.bound == pytest.approx(chain(model, prompt, response, MASK, False, 8), abs=1e-5)
     assert found.standard_error == pytest.approx(0, abs=1e-6)
@@ -174,7 +174,7 @@ def test_the_bound_is_the_mean_of_the_chain_over_all_orders(model: Any) -> None:
         _conditional(model, [*prompt, *seen], place) for seen, place in (([MASK, MASK], 4), ([MASK, 10], 3))
     )
     install(model, mask_token_id=MASK)
-    (two,) = bounds(model, [(prompt, [9, 10])], Drawing(256, "systematic", 0))
+    (two,) = bounds(model, [(prompt, [9, 10])], Drawing(256, "balanced", 0))
     uninstall(model)
     assert two.bound == pytest.approx((left_to_right + right_to_left) / 2, abs=5 * float(two.standard_error or 0))
 
