@@ -14,7 +14,7 @@ from prefmill.stage import Metrics, Reads, Stage, Task
 class ScoreReviewsConfig(StrictConfig):
     """Which checklist to score with, by which engine."""
 
-    engine: EngineConfig = Field(LexicalConfig(), description="how items are answered: lexical or transformers")
+    engine: EngineConfig = Field(LexicalConfig(), description="how items are answered: lexical, transformers or vllm")
     checklist: ExternalPath | None = Field(None, description="a checklist of yours; none: the shipped 24 items")
     debug: int | None = Field(None, ge=1, description="score the first so many reviews of each shard only")
     max_failed_share: float = runtime(0.0, ge=0, le=1, description="fail when more of the reviews cannot be scored")

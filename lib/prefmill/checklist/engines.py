@@ -40,7 +40,25 @@ class TransformersConfig(StrictConfig):
     item_batch_size: int = Field(32, ge=1, description="items asked together; lower it when memory runs out")
 
 
-EngineConfig = Annotated[LexicalConfig | TransformersConfig, Field(discriminator="engine")]
+class VllmConfig(StrictConfig):
+    """As `transformers`, through vLLM: on GPUs, or in its CPU build. More GPUs: more shards, or tensor parallel."""
+
+    engine: Literal["vllm"] = "vllm"
+    model_name_or_path: str = Field(description="folder or hub name of a model with a chat template")
+    revision: str | None = Field(None, description="of a hub model")
+    trust_remote_code: bool = Field(False, description="run the hub model's own code")
+    precision: Precision = Field("bf16", description="fp32 where a result must not depend on its neighbours at all")
+    include_paper: IncludePaper = Field("none", description="what of the paper stands before the review")
+    max_length: int | None = Field(None, ge=1, description="tokens of a whole prompt; none: the model's context")
+    truncate_reviews: bool = Field(False, description="cut over-long reviews at their end, and report them")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model")
+    kv_cache_gb: float | None = Field(None, gt=0, description="memory of the cache; none: what vLLM finds free")
+    enforce_eager: bool = Field(False, description="no graphs: a quicker start, slower steps")
+    reviews_in_flight: int = Field(64, ge=1, description="reviews asked about at a time, and redone after a kill")
+
+
+AnyEngineConfig = LexicalConfig | TransformersConfig | VllmConfig
+EngineConfig = Annotated[AnyEngineConfig, Field(discriminator="engine")]
 
 
 @dataclass(frozen=True)
@@ -92,12 +110,16 @@ class Engine(ABC):
         }
 
 
-def open_engine(config: LexicalConfig | TransformersConfig, checklist: Checklist) -> Engine:
+def open_engine(config: AnyEngineConfig, checklist: Checklist) -> Engine:
     """The engine of `config`, ready to answer `checklist`; raises ConfigError or InputError where it cannot."""
     if isinstance(config, LexicalConfig):
         from prefmill.checklist.lexical import LexicalEngine
 
         return LexicalEngine(config, checklist)
+    if isinstance(config, VllmConfig):
+        from prefmill.checklist.vllm_engine import VllmEngine
+
+        return VllmEngine(config, checklist)
     from prefmill.checklist.transformers_engine import TransformersEngine
 
     return TransformersEngine(config, checklist)
