@@ -268,6 +268,45 @@ def test_labels_of_people(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Ro
     assert counted["num_labels_outside_dev"] == len(rows[1]) - len(dev)
 
 
+def write_weighted_labels(path: Path, reviews: Rows, weights: dict[str, float], noise: float) -> dict[str, str]:
+    """Labels that are a weighted count of the shipped items' yes, plus noise; returns the block `select`."""
+    engine, generator = LexicalEngine(LexicalConfig(), load_checklist()), random.Random(0)
+    lines = ["review_id,label"]
+    for review in reviews:
+        answers = engine.answers(review["text"])
+        value = sum(weight * answers[name]["yes"] for name, weight in weights.items()) + generator.gauss(0, noise)
+        lines.append(f"{review['review_id']},{value:.6f}")
+    path.write_text("\n".join(lines) + "\n")
+    return {"target": "labels", "labels": str(path)}
+
+
+def test_where_all_items_count_the_same_none_is_dropped(
+    tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]
+) -> None:
+    labels = write_weighted_labels(tmp_path / "l.csv", rows[1], dict.fromkeys(load_checklist().ids, 1.0), 2.5)
+    task = task_of(tmp_path / "t", corpus)
+    assert "no choice among them predicts better" in optimize(task, select=labels)["conclusion"][0]
+    summary = json.loads((task.output / "summary.json").read_text())
+    assert set(summary["weights"].values()) == {1.0}
+    assert set(summary["dropped"]) <= {"constant", "redundant"}
+
+
+def test_weights_are_fitted_and_worth_it_where_items_count_differently(
+    tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]
+) -> None:
+    labels = write_weighted_labels(tmp_path / "l.csv", rows[1], {"courtesy": 4.0, "question": 1.0}, 0.5)
+    summaries = {}
+    for weights in ("fitted", "equal"):
+        task = task_of(tmp_path / weights, corpus)
+        optimize(task, select=labels, refit={"weights": weights})
+        summaries[weights] = json.loads((task.output / "summary.json").read_text())
+    fitted, equal = summaries["fitted"], summaries["equal"]
+    assert set(fitted["weights"]) == set(equal["weights"]) == {"courtesy", "question"}
+    assert fitted["weights"]["courtesy"] / fitted["weights"]["question"] == pytest.approx(4, abs=0.6)
+    assert set(equal["weights"].values()) == {1.0}
+    assert fitted["correlation"]["value"] > equal["correlation"]["value"] + 0.02
+
+
 def test_shuffled_labels_report_no_signal(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
     path = tmp_path / "labels.csv"
     values = [f"{number % 5}" for number in range(len(rows[1]))]

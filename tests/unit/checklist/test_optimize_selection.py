@@ -184,7 +184,7 @@ def test_baselines_are_measured_on_the_same_footing() -> None:
     training = outer_training(design.papers, 4, 0)
     perfect = fixed_scores(design.target, training)
     assert correlation(perfect, design, training, Resampling(1000)).value == pytest.approx(1, abs=1e-3)
-    noise = fitted_scores(np.random.default_rng(0).normal(size=(len(design.target), 2)), design.target, training)
+    noise = fitted_scores(np.random.default_rng(0).normal(size=(len(design.target), 60)), design.target, training)
     assert abs(correlation(noise, design, training, Resampling(1000)).value) < 0.15
     advantage = gain(perfect, noise, design, training, Resampling(1000))
     assert 0 < advantage.low < advantage.value
