@@ -214,3 +214,12 @@ def rows(site: Site, run: str, key: str) -> list[dict[str, object]]:
     """The attempts at a task that have ended."""
     path = site.workspace / "logs" / run / key.replace(":", "/") / "attempts.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_submissions_at_once_submit_once(site: Site) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        printed = list(pool.map(lambda _: site.submit("toy", "run=race", "make.seconds=5"), range(2)))
+    assert sum("nothing to submit" in text for text in printed) == 1
+    assert len(site.queue()) == 7
