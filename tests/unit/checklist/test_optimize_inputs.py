@@ -154,7 +154,13 @@ def test_proposals_become_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_model_is_asked_for_real(tmp_path: Path, tiny_judge: Path) -> None:
     """A random model proposes nothing of use; the same seed says the same."""
     engine = {"engine": "transformers", "model_name_or_path": str(tiny_judge)}
-    keys = {"engine": engine, "num_examples": 0, "max_new_tokens": 16, "shipped": False, "num_proposals": 2}
+    keys: dict[str, Any] = {
+        "engine": engine,
+        "num_examples": 0,
+        "max_new_tokens": 16,
+        "shipped": False,
+        "num_proposals": 2,
+    }
     config = validate(ProposeConfig, keys)
     told = []
     for folder in ("first", "second"):

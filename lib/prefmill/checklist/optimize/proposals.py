@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.blocks import Progress
-from prefmill.checklist.engines import TransformersConfig
+from prefmill.checklist.engines import TransformersConfig, VllmConfig
 from prefmill.checklist.items import Item, load_checklist
 from prefmill.checklist.optimize.config import ProposeConfig
 from prefmill.errors import ConfigError, InputError
@@ -29,10 +29,10 @@ def propose(
     """New items and the model's own words; raises ConfigError for an engine that cannot write, and InputError when
     nothing it wrote is a new question."""
     engine = config.engine
-    if not isinstance(engine, TransformersConfig):
+    if not isinstance(engine, TransformersConfig | VllmConfig):
         raise ConfigError(
             "this engine cannot propose items", got=f"propose.engine.engine: {engine.engine if engine else None}",
-            expected="transformers", fix="name a language model, or leave propose.engine out",
+            expected="transformers or vllm, with a language model", fix="name one, or leave propose.engine out",
         )  # fmt: skip
     known = [item.question for item in load_checklist(config.candidates).items] if config.candidates else []
     known += [item.question for item in load_checklist().items] if config.shipped else []
@@ -88,9 +88,14 @@ def _content(text: str) -> list[str]:
 
 
 def _generate(
-    engine: TransformersConfig, prompt: str, config: ProposeConfig, seed: int, work: Path, progress: Progress
+    engine: TransformersConfig | VllmConfig,
+    prompt: str,
+    config: ProposeConfig,
+    seed: int,
+    work: Path,
+    progress: Progress,
 ) -> str:
-    """The model's answer to `prompt`, drawn at temperature 0.7 from `seed`."""
+    """The model's answer to `prompt`, drawn at temperature 0.7 from `seed`; one answer needs no serving engine."""
     import torch
 
     from prefmill.causal.generation import (
@@ -104,9 +109,8 @@ def _generate(
 
     shared: dict[str, Any] = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
     tokenizer = load_tokenizer(engine.model_name_or_path, **shared)
-    model = load_model(
-        engine.model_name_or_path, precision=engine.precision, attn_implementation=engine.attn_implementation, **shared
-    )
+    attention = engine.attn_implementation if isinstance(engine, TransformersConfig) else None
+    model = load_model(engine.model_name_or_path, precision=engine.precision, attn_implementation=attention, **shared)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     requests = encode_prompts(tokenizer, {"proposals": [{"role": "user", "content": prompt}]}, 1)
     require_fitting(requests, max_prompt_tokens(model, config.max_new_tokens))
