@@ -11,38 +11,44 @@ from prefmill.tiny.text import Shape, generation_defaults, save, special_ids
 from prefmill.tiny.tokenizer import VISION_TOKENS, train_chat_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 16 * 28 * 28  # one to sixteen image tokens
 _PATCH, _WINDOW = 14, 112
-_MROPE_SECTION = [2, 3, 3]  # time, height, width: together half of a head
+_MROPE_SHARES = (2, 3, 3)  # of half a head, in eighths: time, height, width
 
 
 def build_qwen2_5_vl(folder: Path, texts: Sequence[str], seed: int) -> None:
     """Save a tiny Qwen2.5-VL, its tokenizer and its image processor to `folder`, laid out as on the hub."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     tokenizer = train_chat_tokenizer(texts, vocab_size=1024, extra_special_tokens=VISION_TOKENS)
-    with seeded(seed):
-        model = Qwen2_5_VLForConditionalGeneration(_config(tokenizer))
-    model.generation_config = generation_defaults(tokenizer)
-    save(model, tokenizer, folder)
+    save(create_qwen2_5_vl(tokenizer, Shape(), seed), tokenizer, folder)
     size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     Qwen2VLImageProcessorPil(size=size).save_pretrained(folder)
 
 
-def _config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
+def create_qwen2_5_vl(tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int) -> PreTrainedModel:
+    """A Qwen2.5-VL with random fp32 weights that follow from its arguments; `tokenizer` has VISION_TOKENS."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with seeded(seed):
+        model = Qwen2_5_VLForConditionalGeneration(_config(tokenizer, shape))
+    model.generation_config = generation_defaults(tokenizer)
+    return model
+
+
+def _config(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> Qwen2_5_VLConfig:
     from transformers import Qwen2_5_VLConfig
 
-    shape = Shape()
+    sections = [share * shape.hidden_size // shape.num_attention_heads // 16 for share in _MROPE_SHARES]
     start, end, image, video = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
     return Qwen2_5_VLConfig(
         text_config={
             **shape.model_dump(),
             **special_ids(tokenizer),
             "vocab_size": len(tokenizer),
-            "rope_parameters": {"rope_type": "default", "mrope_section": _MROPE_SECTION},
+            "rope_parameters": {"rope_type": "default", "mrope_section": sections},
             "tie_word_embeddings": True,
         },
         vision_config={
