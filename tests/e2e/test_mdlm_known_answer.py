@@ -1,12 +1,18 @@
-"""A preference whose right answer is known: tuned models show it on held-out prompts, shuffled labels teach nothing."""
+"""What is known beforehand: which preference a tuned model shows, and which draws have the least variance."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mdlm_artifacts import demo, make_toy, metrics_of, run_stage
 from training_artifacts import publish_as
+
+from prefmill.causal.chat import encode
+from prefmill.mdlm.exact import allocation_variances
+from prefmill.mdlm.toy import HARSH, KIND
+from prefmill.records import write_jsonl
 
 
 @pytest.mark.slow
@@ -26,7 +32,35 @@ def test_kind_answers_rise_from_half_to_nine_in_ten_and_only_by_right_labels(tmp
         models = metrics_of(folder / "evaluation")["models"]
         shares[shuffled] = models["after"]["wanted_share"]
         shares["before"] = models["before"]["wanted_share"]
-    print(seed, shares)
     assert shares["before"] == pytest.approx(0.5, abs=0.07)
     assert shares[False] >= 0.9
     assert shares[True] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_trained_model_has_vrpos_order_of_variances(tmp_path: Path) -> None:
+    """VRPO's table 2 (arXiv 2505.19223): answers of one word four times over, so that mask counts matter.
+
+    Exact: every masking of every answer under policy and reference, after two steps of preference training.
+    """
+    from prefmill.mdlm.likelihood import all_masked_sums
+    from prefmill.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
+
+    answers = [" ".join([word] * 4) for word in (*KIND, *HARSH)]
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "how is it", "completion": answers[n % 8]} for n in range(800)])
+    rows = [{"prompt": "how is it", "chosen": answers[n % 4], "rejected": answers[4 + n // 4 % 4]} for n in range(64)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    run_stage("mdlm_sft", tmp_path / "sft", demo("mdlm_sft", sft_data_path=str(tmp_path / "sft.jsonl")))
+    before = publish_as(tmp_path / "sft" / "out", "checkpoint")
+    keys = demo("mdlm_dpo", preference_data_path=str(tmp_path / "pairs.jsonl"), learning_rate=3e-4, num_train_epochs=2)
+    run_stage("mdlm_dpo", tmp_path / "dpo", keys, policy=before)
+    tokenizer = load_diffusion_tokenizer(str(before.path))
+    folders = (tmp_path / "dpo" / "out", before.path)
+    policy, reference = (load_diffusion_model(str(folder), precision="fp32") for folder in folders)
+    mask, tables = mask_token_of(reference, tokenizer), []
+    for answer in answers:
+        row = encode(tokenizer, [{"role": "user", "content": "how is it"}], answer)
+        tables.append(allocation_variances(*(all_masked_sums(model, *row, mask) for model in (policy, reference))))
+    found = [float(np.mean([table[name] for table in tables])) for name in tables[0]]
+    assert found == sorted(found)
+    assert found[-1] > 50 * found[1], "shared draws against draws of their own"

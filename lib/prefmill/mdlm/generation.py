@@ -73,7 +73,7 @@ def _fill_block(
     for count in settled_at(end - begin, how.num_steps // num_blocks):
         logits = model(input_ids=ids, use_cache=False).logits
         here = logits[:, begin - 1 : end - 1] if shifted else logits[:, begin:end]
-        here = here.float().cpu()
+        here = here.float().cpu().clone()
         here[..., mask_token_id] = -torch.inf  # a mask is no answer
         tokens = draw_tokens(here, how.temperature, generator)
         if how.remasking == "low_confidence":
