@@ -89,6 +89,7 @@ def test_cached_references_are_those_computed_beside_the_policy(
     assert any(logged[name, 0] != logged[name, 1] for name, _ in logged), "epochs have draws of their own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [4, "auto"])
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
     draws: int | str, tmp_path: Path, undisturbed: Path, policy: Artifact, datasets: Artifact
@@ -108,6 +109,7 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
     assert sorted(set(executed_steps(folder))) == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_a_reference_of_another_model_is_refused(tmp_path: Path, policy: Artifact, datasets: Artifact) -> None:
     from safetensors.torch import safe_open, save_file
 
@@ -120,6 +122,7 @@ def test_a_reference_of_another_model_is_refused(tmp_path: Path, policy: Artifac
         run_stage("mdlm_dpo", tmp_path, KEYS, policy=policy, datasets=datasets)
 
 
+@pytest.mark.slow
 def test_an_adapter_starts_at_ln_2_and_is_merged(tmp_path: Path, policy: Artifact, datasets: Artifact) -> None:
     keys = {**KEYS, "lora": {"r": 4, "alpha": 8.0}, "num_train_epochs": 1, "gradient_checkpointing": True}
     run_stage("mdlm_dpo", tmp_path, keys, policy=policy, datasets=datasets)
@@ -129,6 +132,7 @@ def test_an_adapter_starts_at_ln_2_and_is_merged(tmp_path: Path, policy: Artifac
     assert any((before[name] != after[name]).any() for name in before)
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_loss(tmp_path: Path, policy: Artifact, datasets: Artifact) -> None:
     curves = []
     for at_once, steps in ((8, 1), (1, 8)):
@@ -139,6 +143,7 @@ def test_accumulation_does_not_change_the_loss(tmp_path: Path, policy: Artifact,
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_preference_file_can_be_named(tmp_path: Path, policy: Artifact, datasets: Artifact) -> None:
     keys = {**KEYS, "num_train_epochs": 1, "preference_data_path": str(datasets.file("dpo_clean_train/data.jsonl"))}
     assert run_stage("mdlm_dpo", tmp_path, keys, policy=policy)["pairs"] == 48

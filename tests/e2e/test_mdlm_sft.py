@@ -43,11 +43,26 @@ def test_it_learns_and_writes_a_plain_folder_that_still_attends_both_ways(undist
     assert not (undisturbed / "logs" / "margins").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_rerun_it_ends_with_the_same_bytes(tmp_path: Path, undisturbed: Path, datasets: Artifact) -> None:
     kill_after(7, tmp_path, lambda: run_stage("mdlm_sft", tmp_path, KEYS, datasets=datasets))
     run_stage("mdlm_sft", tmp_path, KEYS, datasets=datasets)
     assert content(tmp_path) == content(undisturbed)
     assert sorted(set(executed_steps(tmp_path))) == list(range(1, 17))
+
+
+@pytest.mark.slow
+def test_resuming_can_be_forbidden_or_start_from_another_folder(
+    tmp_path: Path, undisturbed: Path, datasets: Artifact
+) -> None:
+    """Anew ends as undisturbed; from its checkpoint only the steps after it are taken."""
+    (tmp_path / "a" / "out" / "checkpoint-3").mkdir(parents=True)
+    run_stage("mdlm_sft", tmp_path / "a", {**KEYS, "resume_from_checkpoint": False}, datasets=datasets)
+    assert content(tmp_path / "a") == content(undisturbed)
+    saved = str(tmp_path / "a" / "out" / "checkpoint-15")
+    run_stage("mdlm_sft", tmp_path / "b", {**KEYS, "resume_from_checkpoint": saved}, datasets=datasets)
+    assert executed_steps(tmp_path / "b") == [16]
+    assert content(tmp_path / "b") == content(undisturbed)
 
 
 def test_a_file_of_prompts_and_completions_tunes_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:

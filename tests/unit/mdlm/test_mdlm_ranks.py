@@ -1,0 +1,65 @@
+"""Two processes tune a masked-diffusion model as one does, and agree on how many draws the variance asks for."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from prefmill.config import validate
+from prefmill.mdlm.config import DiffusionPreferenceConfig
+from prefmill.mdlm.toy import write_toy
+from prefmill.stage import Task
+from prefmill.training import STEPS, read_curve
+
+
+def train(folder: Path, model: Path, rows: Path) -> None:
+    from prefmill.mdlm.dpo import train_diffusion_dpo
+
+    (folder / "out").mkdir(parents=True, exist_ok=True)
+    task = Task("r", "mdlm_dpo", "all", {}, {}, {}, folder / "out", folder / "logs")
+    keys = {
+        "learning_rate": 2e-3, "num_train_epochs": 1, "precision": "fp32", "effective_batch_size": 4,
+        "logging_steps": 1, "save_steps": 2, "max_length": 64, "report_to": [], "diffusion_steps": "auto", "max_diffusion_steps": 8,
+        "beta": 1.0,
+    }  # fmt: skip
+    train_diffusion_dpo(validate(DiffusionPreferenceConfig, keys), task, str(model), rows, None)
+
+
+def one_rank(rank: int, world_size: int, port: int, folder: Path, model: Path, rows: Path) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    train(folder, model, rows)
+
+
+@pytest.mark.slow
+def test_two_ranks_tune_as_one_does(tmp_path: Path, tiny_folder: Path) -> None:
+    importlib.import_module("prefmill.mdlm.dpo")  # once, before the forks
+    write_toy(tmp_path, 2, 22, 5, seed=0)
+    rows = tmp_path / "dpo_clean_train" / "data.jsonl"
+    fork, curves = multiprocessing.get_context("fork"), {}
+    for world_size in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder = tmp_path / str(world_size)
+        ranks = [(rank, world_size, port, folder, tiny_folder, rows) for rank in range(world_size)]
+        children = [fork.Process(target=one_rank, args=given) for given in ranks]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(150)
+        codes = [child.exitcode for child in children]
+        for child in children:
+            child.kill()
+        assert codes == [0] * world_size
+        curves[world_size] = [row for row in read_curve(folder / "logs" / STEPS) if "loss" in row]
+    one, two = curves[1], curves[2]
+    assert [row["draws"] for row in one] == [row["draws"] for row in two]
+    for key in ("loss", "draw_variance"):
+        assert [row[key] for row in two] == pytest.approx([row[key] for row in one], abs=1e-5), key
