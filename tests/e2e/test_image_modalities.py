@@ -142,6 +142,14 @@ def test_dpo_starts_at_ln_2_and_learns(preferred: dict[tuple[str, str], Path]) -
         assert losses(folder)[-1] < math.log(2)
 
 
+def test_bf16_starts_near_ln_2_and_activation_checkpointing_runs(
+    tmp_path: Path, base: Artifact, datasets: Artifact
+) -> None:
+    dpo(tmp_path, "vision", base, datasets, precision="bf16", activation_checkpointing=True)
+    assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=0.02)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
 def test_both_layouts_give_the_same_margins(preferred: dict[tuple[str, str], Path]) -> None:
     """The plans differ in their microbatches, not in their steps."""
     logs = []
