@@ -12,7 +12,7 @@ import pytest
 from prefmill.pipeline.cluster import SIGNAL_SECONDS
 from tests.conftest import REPOSITORY
 from tests.slurm.conftest import Site
-from tests.slurm.test_job import rows, warn
+from tests.slurm.test_job import go_on, rows, warn
 from tests.slurm.test_submit import digests
 
 SCRIPTS = sorted((REPOSITORY / "sbatch").glob("*.sbatch"))
@@ -61,6 +61,7 @@ def test_a_warning_requeues_one_element_of_a_hand_made_array(site: Site) -> None
     executed = logs / "vision/executed_steps.jsonl"
     site.wait(lambda: len(rows(executed)) > 2)
     warn(site, f"{job}_1")
+    go_on(site, f"{job}_1")
     site.wait()
     assert [row["outcome"] for row in rows(logs / "vision/attempts.jsonl")] == ["requeued", "complete"], site.logs()
     assert [row["outcome"] for row in rows(logs / "clean/attempts.jsonl")] == ["complete"]

@@ -85,8 +85,9 @@ class Submission:
     ) -> JobRecord:
         """Note a job that sbatch has accepted; on disk before this returns."""
         record = JobRecord(kind, stage, chunk, job_id, tuple(indices), dep, time.time())
-        with (self.folder / JOBS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(record)) + "\n")
+        with (self.folder / JOBS).open("a+b") as stream:
+            torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
+            stream.write((b"\n" if torn else b"") + json.dumps(asdict(record)).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
         return record

@@ -18,7 +18,7 @@ from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.launch import submit
 from prefmill.pipeline.plan import PipelineFile, make_plan, plan_task
 from prefmill.pipeline.script import array_script, array_spec
-from prefmill.pipeline.submission import claim_folder, submissions
+from prefmill.pipeline.submission import Submission, claim_folder, submissions
 from prefmill.stage import Reads, Stage
 
 EACH = Stage(
@@ -181,3 +181,13 @@ def test_more_nodes_are_refused_where_nothing_trains(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot use more than one node"):
         submit(pipeline, plan, tmp_path / "x.yaml", validate(ClusterFile, {}), dry_run=True, say=lambda _: None)
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_torn_line_costs_no_other_job(tmp_path: Path) -> None:
+    number, folder = claim_folder(tmp_path, "r")
+    submission = Submission(folder, number, "r", tmp_path, {}, "", {}, "")
+    submission.record_job("array", "make", 0, "1", [0, 1], "")
+    with (folder / "jobs.jsonl").open("a") as stream:
+        stream.write('{"kind": "arr')
+    submission.record_job("array", "use", 0, "2", [0], "afterok:1")
+    assert [(job.job_id, job.indices) for job in submission.jobs()] == [("1", (0, 1)), ("2", (0,))]
