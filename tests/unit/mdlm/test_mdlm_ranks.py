@@ -24,8 +24,8 @@ def train(folder: Path, model: Path, rows: Path) -> None:
     task = Task("r", "mdlm_dpo", "all", {}, {}, {}, folder / "out", folder / "logs")
     keys = {
         "learning_rate": 2e-3, "num_train_epochs": 1, "precision": "fp32", "effective_batch_size": 4,
-        "logging_steps": 1, "save_steps": 2, "max_length": 64, "report_to": [], "diffusion_steps": "auto", "max_diffusion_steps": 8,
-        "beta": 1.0,
+        "logging_steps": 1, "save_steps": 2, "max_length": 64, "report_to": [],
+        "diffusion_steps": "auto", "max_diffusion_steps": 8, "beta": 1.0,
     }  # fmt: skip
     train_diffusion_dpo(validate(DiffusionPreferenceConfig, keys), task, str(model), rows, None)
 
