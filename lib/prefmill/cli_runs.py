@@ -29,6 +29,7 @@ def add_commands(commands: Any) -> None:
 
     estimate = _planned(commands, "estimate", "memory, steps and limits before anything is submitted", _estimate)
     estimate.add_argument("--gpu-memory", type=float, metavar="GB", help="of a GPU, where Slurm does not name its type")
+    _planned(commands, "rehearse", "the whole pipeline on the cluster, tiny, with a fire drill", _rehearse)
 
 
 def _planned(commands: Any, name: str, summary: str, command: Command) -> argparse.ArgumentParser:
@@ -102,9 +103,22 @@ def _cancel(arguments: argparse.Namespace) -> int:
 def _estimate(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.cluster import read_cluster
     from prefmill.pipeline.estimate import estimate
+
+    pipeline, plan = _plan(arguments)
+    estimate(pipeline, plan, read_cluster(arguments.cluster), arguments.gpu_memory)
+    return 0
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.cluster import read_cluster
+    from prefmill.pipeline.rehearse import rehearse
+
+    return rehearse(*_plan(arguments), arguments.pipeline, read_cluster(arguments.cluster))
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The pipeline and its plan."""
     from prefmill.pipeline.plan import make_plan, read_pipeline
 
     pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
-    plan = make_plan(pipeline, arguments.pipeline)
-    estimate(pipeline, plan, read_cluster(arguments.cluster), arguments.gpu_memory)
-    return 0
+    return pipeline, make_plan(pipeline, arguments.pipeline)

@@ -46,7 +46,7 @@ def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: f
         resources = resources_for(cluster, stage, pipeline.stages[stage].resources)
         say(_request(stage, len(tasks), resources))
         problems += [f"{stage}: {text}" for text in never_starts(resources, offered)] if offered else []
-        if tasks[0].stage.trains:
+        if tasks[0].stage.trains and isinstance(tasks[0].config, TrainingConfig):
             problems += _show_training(plan, tasks[0], resources, offered or {}, gpu_gb, say)
     if problems:
         raise PipelineError(
