@@ -174,7 +174,7 @@ def _draw_values(
 def chunks(ends: Tensor, num_draws: int, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Samples and draws to run together, with their common number of tokens.
 
-    Only rows of equal length share a chunk: LLaDA's code ignores attention masks, so nothing may be padded.
+    Only rows of equal length share a chunk: versions of LLaDA's code ignore attention masks, so nothing may be padded.
     """
     lengths = ends.tolist()
     for end in sorted(set(lengths)):

@@ -208,3 +208,38 @@ def test_mask_token_and_shift_come_from_the_model_unless_given(tiny_folder: Path
     assert not predicts_next(SimpleNamespace(config=SimpleNamespace(model_type="llada")))
     with pytest.raises(InputError, match="no mask token"):
         mask_token_of(SimpleNamespace(config=SimpleNamespace(model_type="x")), SimpleNamespace(mask_token_id=None))
+
+
+class Deep(RemoteLike):
+    """The same with layers, and no checkpointing of its own: what LLaDA's code has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, use_cache: bool | None = None) -> Any:
+        hidden = self.embed(input_ids)
+        for block in self.blocks:
+            hidden = hidden + block(hidden + hidden.mean(1, keepdim=True))
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+def test_layers_of_models_without_checkpointing_are_recomputed_to_the_same_gradients() -> None:
+    from prefmill.mdlm.training import checkpoint_layers
+
+    torch.manual_seed(0)
+    model, batch, gradients = Deep().double(), batch_of(samples(2), num_draws=2), []
+    install(model, mask_token_id=MASK)
+    runs = [0, 0]
+    for recompute in (False, True):
+        if recompute:
+            checkpoint_layers(model)
+        watched: Any = model.blocks[1]
+        handle = watched[0].register_forward_hook(lambda *_, n=int(recompute): runs.__setitem__(n, runs[n] + 1))
+        model.zero_grad()
+        score_batch(model, batch).sum().backward()
+        handle.remove()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert runs[1] > runs[0]
+    assert len(gradients[0]) > 8
+    assert all((one - two).abs().max() < 1e-12 for one, two in zip(*gradients, strict=True))
