@@ -1,0 +1,100 @@
+"""Requests against partitions; the memory model against what autograd really keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.pipeline.cluster import Resources
+from prefmill.pipeline.estimate import never_starts
+from prefmill.pipeline.memory import ModelSize, gpu_memory, layer_bytes, model_size
+from prefmill.pipeline.slurm import Partition
+from prefmill.training import LoraConfig, TrainingConfig
+
+GPU = Partition("gpu", nodes=4, max_minutes=2880, max_nodes=2, cpus=96, memory_gb=1000, gpus=8)
+SIZE = ModelSize(
+    parameters=10**9, linear_parameters=8 * 10**8, linear_widths=10**6, layers=10, hidden=1000, intermediate=4000,
+    key_value=500, vocabulary=1000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"nodes": 2, "gpus": 8, "cpus": 96, "minutes": 2880, "memory_gb": 1000}, None),
+        ({"nodes": 3}, "nodes: 3 asked for, gpu has 2"), ({"gpus": 9}, "gpus: 9 asked for, gpu has 8 a node"),
+        ({"minutes": 2881}, "minutes: 2881"), ({"cpus": 97}, "cpus: 97"), ({"memory_gb": 1001}, "memory_gb: 1001"),
+        ({"partition": "gpus"}, "there is no partition 'gpus': gpu"),
+    ],
+)  # fmt: skip
+def test_what_can_never_start_is_named(asked: dict[str, Any], said: str | None) -> None:
+    problems = list(never_starts(Resources.model_validate({"partition": "gpu", **asked}), {"gpu": GPU, "": GPU}))
+    assert [problem.startswith(said) for problem in problems] == [True] if said else problems == []
+
+
+def training(**keys: Any) -> TrainingConfig:
+    return TrainingConfig(learning_rate=1e-5, num_train_epochs=1, max_length=1000, **keys)
+
+
+def zero(folder: Path, stage: int) -> str:
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return str(path)
+
+
+def test_weights_gradients_and_adams_state_are_divided_as_zero_divides_them(tmp_path: Path) -> None:
+    def gigabytes(config: TrainingConfig, world: int = 8) -> list[float]:
+        memory = gpu_memory(SIZE, config, world, 1, 1)
+        return [round(part * 2**30 / 1e9, 3) for part in (memory.weights, memory.gradients, memory.optimizer)]
+
+    assert gigabytes(training(precision="fp32"), 1) == [4, 4, 8]
+    assert gigabytes(training(), 1) == [5.6, 4, 8]  # bf16 copies of the linear layers under autocast
+    assert gigabytes(training()) == [5.6, 8, 8]  # DDP's buckets
+    assert gigabytes(training(deepspeed=zero(tmp_path, 1))) == [2, 2, 1.5]
+    assert gigabytes(training(deepspeed=zero(tmp_path, 2))) == [2, 0.25, 1.5]
+    assert gigabytes(training(deepspeed=zero(tmp_path, 3))) == [0.25, 0.25, 1.5]
+    assert gigabytes(training(lora=LoraConfig(r=10)), 1) == [2, 0.04, 0.08]
+
+
+def test_checkpointing_keeps_one_layer_and_the_boundaries() -> None:
+    whole = gpu_memory(SIZE, training(), 1, 2, 1).activations
+    less = gpu_memory(SIZE, training(activation_checkpointing=True), 1, 2, 1).activations
+    assert whole == pytest.approx(10 * layer_bytes(SIZE, "bf16", 4) * 2000 / 2**30)
+    assert less == pytest.approx(whole / 10 + 10 * 1000 * 4 * 2000 / 2**30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "residual"), [("bf16", 4), ("bf16", 2), ("fp32", 4)])
+def test_the_activations_of_a_layer_are_what_autograd_keeps(precision: str, residual: int, tmp_path: Path) -> None:
+    counted = [_kept_bytes(tmp_path, layers, precision, residual) for layers in (2, 3)]
+    size = model_size(str(tmp_path))
+    assert size.layers == 3
+    assert counted[1] - counted[0] == pytest.approx(layer_bytes(size, precision, residual), rel=0.01)
+
+
+def _kept_bytes(folder: Path, layers: int, precision: str, residual: int) -> float:
+    """Bytes that autograd keeps for one token, weights and their copies left out."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        num_hidden_layers=layers,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = model.to(torch.bfloat16) if residual == 2 else model
+    tokens, kept = 510, {}  # no weight has a side of 510
+
+    def note(tensor: Any) -> Any:
+        if tokens in tensor.shape:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16" and residual == 4)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+        model.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)[0].sum()
+    return sum(size for size, _ in kept.values()) / tokens
