@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,55 @@ def test_a_storm_over_one_array_and_a_parent_that_slurm_has_forgotten(site: Site
     site.wait()
     assert len(digests(site.workspace, "forgotten")) == 7, site.logs()
     assert digests(site.workspace, "forgotten") == digests(site.workspace, "remembered")
+
+
+@pytest.fixture
+def small_disk(site: Site) -> Iterator[Path]:
+    """A disk of 2 MB for the site's checkpoints, seen from here and from node n4."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small disk: run this test as root")
+    folder = site.workspace / "checkpoints"
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
+    restart(site, "n4")  # a node sees what was mounted when it started
+    yield folder
+    restart(site, "n4")
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(b"x" * 4096)
+
+
+def restart(site: Site, node: str) -> None:
+    site.cluster.power_cut(node)
+    site.cluster.power_on(node)
+    site.wait(lambda: node in (site.cluster.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N") or ""))
+
+
+def test_a_full_disk_is_waited_for_and_when_it_is_freed_training_goes_on(site: Site, small_disk: Path) -> None:
+    (site.checkout / "configs/clusters/disk.yaml").write_text(
+        "resources: {partition: main, minutes: 10, options: {nodelist: n4}}\n"
+        "stages: {advance: {options: {nodelist: n4}}}\n"
+    )
+    train(site, "calm", "train.step_seconds=0", cluster="disk")
+    train(site, "full", cluster="disk")
+    site.wait(reached(site, "full", 7))
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        fill(filler)
+    site.wait(lambda: decisions(site, "full"))
+    assert [(row["kind"], row["action"]) for row in decisions(site, "full")] == [("disk", "wait")]
+    assert "still full" in site.prefmill("status", "full", "--workspace", str(site.workspace)).stdout
+    site.wait(lambda: [line for line in site.queue("%j %r") if line == "full.advance BeginTime"])  # it looks again
+    filler.unlink()
+    done = site.prefmill("advance", "full", "--workspace", str(site.workspace))
+    assert "train:all retry: disk" in done.stdout, done.stdout + done.stderr
+    site.wait(lambda: len(digests(site.workspace, "full")) == 1)
+    assert digests(site.workspace, "full") == digests(site.workspace, "calm")
+    check_steps(site, "full")
 
 
 def forget_ended_jobs_after(site: Site, seconds: int) -> None:
