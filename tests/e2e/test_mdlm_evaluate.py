@@ -61,6 +61,17 @@ def test_before_and_after(tmp_path: Path, models: tuple[Artifact, Artifact], dat
     assert all(row["standard_error"] >= 0 for row in rows if row["kind"] == "likelihood")
 
 
+def test_answers_to_one_prompt_are_drawn_anew_in_every_batch(
+    tmp_path: Path, models: tuple[Artifact, Artifact], datasets: Artifact
+) -> None:
+    keys = {**KEYS, "samples_per_prompt": 8, "num_pairs": 1, "batch_size": 4, "exact_chain": False}
+    run_stage("mdlm_evaluate", tmp_path, keys, before=models[0], datasets=datasets)
+    rows = [row for row in read_jsonl(tmp_path / "out" / "rows.jsonl") if row["kind"] == "generation"]
+    texts = [row["text"] for row in rows]
+    assert len(texts) == 8
+    assert texts[:4] != texts[4:]
+
+
 def test_what_it_refuses(tmp_path: Path, models: tuple[Artifact, Artifact], datasets: Artifact) -> None:
     with pytest.raises(ConfigError, match="no model to evaluate"):
         run_stage("mdlm_evaluate", tmp_path, KEYS, datasets=datasets)

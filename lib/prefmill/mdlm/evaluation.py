@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -63,7 +63,8 @@ class Loaded:
                 continue
             length = len(encoded[places[start]])
             batch = [place for place in places[start:] if len(encoded[place]) == length][: self.config.batch_size]
-            ids = generate(self.model, [encoded[p] for p in batch], how, self.mask_token_id, self.shifted)
+            own = replace(how, seed=how.seed * 1_000_003 + start)  # or every batch would be drawn alike
+            ids = generate(self.model, [encoded[p] for p in batch], own, self.mask_token_id, self.shifted)
             written |= {place: self._text(tokens) for place, tokens in zip(batch, ids, strict=True)}
         return [written[place] for place in range(len(prompts))]
 
