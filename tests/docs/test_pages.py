@@ -41,7 +41,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("name", stage_names())
 def test_a_stages_page_lists_its_keys(name: str) -> None:
     """Every key of the configuration is on the page, or on that of a stage it refers to."""
-    page = (REPOSITORY / "docs" / "stages" / f"{name}.md").read_text()
-    referred = re.findall(r"\]\((\w+)\.md\)", page)
-    text = page + "".join((REPOSITORY / "docs" / "stages" / f"{other}.md").read_text() for other in referred)
+    pages, text = [name], ""
+    for other in pages:  # grows as it is read: a page it refers to may refer to a third
+        page = (REPOSITORY / "docs" / "stages" / f"{other}.md").read_text()
+        pages += [found for found in re.findall(r"\]\((\w+)\.md\)", page) if found not in pages]
+        text += page
     assert [key for key in load_stage(name).config.model_fields if f"`{key}" not in text] == []
