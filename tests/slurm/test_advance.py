@@ -51,8 +51,12 @@ def test_two_at_once_resubmit_the_failed_element_once_and_its_siblings_not_at_al
 
 
 def test_a_parent_that_fails_for_good_stops_what_reads_from_it_and_says_what_to_do(site: Site) -> None:
+    with (site.checkout / "configs/clusters/heal.yaml").open("a") as stream:
+        stream.write("webhook: TOY_HOOK\n")
     site.submit("toy", "run=bad", "make.fail=true", cluster="heal")
     site.wait(lambda: "stop" in _decisions(site.workspace, "bad") and not _running(site))
+    told = [path.read_text() for path in site.workspace.glob("logs/bad/advance/*.out")]
+    assert sum("no webhook called: TOY_HOOK" in text for text in told) == 1, told  # at the end, and only then
     shown = site.prefmill("status", "bad", *where(site))
     assert shown.returncode == 1
     assert "stopped" in shown.stdout

@@ -15,11 +15,12 @@ from prefmill.config import validate
 from prefmill.errors import PipelineError
 from prefmill.pipeline import slurm
 from prefmill.pipeline.batches import Batch, dependency
-from prefmill.pipeline.cluster import Resources
+from prefmill.pipeline.cluster import ClusterFile, Resources
 from prefmill.pipeline.decisions import AGAIN, CANCEL, RETRY, STOP, WAIT, Decisions, alone, show
 from prefmill.pipeline.elements import Tried, gather, has_room, newest
 from prefmill.pipeline.failures import POLICIES, Decision, Evidence, Failure, Means, classify, decide
 from prefmill.pipeline.launch import ADVANCE, Say
+from prefmill.pipeline.notify import announce
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 from prefmill.pipeline.script import array_spec, sbatch
 from prefmill.pipeline.slurm import Element, JobState, Partition, element_name
@@ -57,11 +58,6 @@ class View:
         makers = [self.live.get(other.key) for other in self.plan.upstream(task) if other.key in self.open]
         return None if None in makers else frozenset(maker for maker in makers if maker is not None)
 
-    @property
-    def ended(self) -> bool:
-        """Whether nothing of this run is queued or running any more."""
-        return not self.live
-
 
 def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] = ()) -> View:
     """Mend what can be mended in `run`; tasks in `again` are submitted anew whatever was decided about them.
@@ -77,6 +73,7 @@ def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] 
         ids = _submit(view, retries, say)
         _repoint(view, say)
         _look_again(view, ids, say)
+        _tell(view, say)
         say(f"run {run}: {len(view.open)} tasks open, {len(view.live)} queued or running, {len(retries)} resubmitted")
     return view
 
@@ -247,6 +244,32 @@ def _look_again(view: View, ids: list[str], say: Say) -> None:
     if waiting and not _is_due(view):
         _submit_advance(view, script, [f"--begin=now+{WAIT_MINUTES}minutes"], "")
         say(f"{', '.join(waiting)}: looked at again in {WAIT_MINUTES} minutes")
+
+
+def _tell(view: View, say: Say) -> None:
+    """Announce the end of the run, well or not, where the cluster file asks for it."""
+    latest = view.submissions[-1]
+    waiting = any(view.decisions.last(key).get("action") == WAIT for key in view.open)
+    if waiting or not _only_held(view):
+        return
+    stopped = sorted(key for key in view.decisions.stopped() if key in view.open)
+    outcome = {
+        "run": view.plan.run, "submission": latest.number, "state": "stopped" if view.open else "complete",
+        "tasks": len(view.plan.tasks), "open": len(view.open), "stopped": stopped,
+    }  # fmt: skip
+    said = announce(latest.folder.parent, validate(ClusterFile, latest.cluster, where=latest.folder), outcome)
+    if said is not None:
+        say(said)
+
+
+def _only_held(view: View) -> bool:
+    """Whether all that is left in the queue, if anything, waits for what nobody is going to make."""
+    going: set[str] = set()
+    for key, task in view.open.items():  # upstream first
+        needed = {other.key for other in view.plan.upstream(task) if other.key in view.open}
+        if key in view.live and needed <= going:
+            going.add(key)
+    return not going
 
 
 def _submit_advance(view: View, script: Path, options: list[str], after: str) -> None:

@@ -70,6 +70,7 @@ class ClusterFile(StrictConfig):
     A pipeline's own `resources` are laid over both. `export` names variables that jobs take along from the shell
     that submits; secrets do not belong there. `signal_seconds` is how long before its end a task is told to save.
     `advance` adds a small job after each stage that classifies failures and resubmits what can be mended.
+    `webhook` names the secret or variable that holds an address to tell when a run has ended.
     """
 
     account: str | None = None
@@ -81,6 +82,7 @@ class ClusterFile(StrictConfig):
     export: list[str] = []
     secrets: Secrets | None = None
     advance: bool = True
+    webhook: str | None = None
     resources: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
 
@@ -88,6 +90,11 @@ class ClusterFile(StrictConfig):
     @classmethod
     def _are_names(cls, names: list[str]) -> list[str]:
         return _variable_names(names)
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        return _variable_names([name])[0] if name is not None else None
 
     @property
     def exported(self) -> list[str]:
