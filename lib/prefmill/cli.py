@@ -142,12 +142,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.cluster import read_cluster
+    from prefmill.pipeline.estimate import check_requests
     from prefmill.pipeline.launch import submit
     from prefmill.pipeline.plan import make_plan, read_pipeline
 
     pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
     plan = make_plan(pipeline, arguments.pipeline)
-    submit(pipeline, plan, arguments.pipeline, read_cluster(arguments.cluster), arguments.only, arguments.dry_run)
+    cluster = read_cluster(arguments.cluster)
+    if not arguments.dry_run:  # one may print scripts for another site
+        check_requests(pipeline, plan, cluster)
+    submit(pipeline, plan, arguments.pipeline, cluster, arguments.only, arguments.dry_run)
     return 0
 
 

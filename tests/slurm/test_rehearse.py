@@ -31,5 +31,8 @@ def test_what_can_never_start_is_refused_before_anything_is_submitted(site: Site
     assert done.returncode == 2
     assert "nodes: 9 asked for, main has 4" in done.stderr
     assert "minutes: 100000 asked for, main has 2880" in done.stderr
+    refused = site.prefmill("submit", *files, "stages.train.resources={nodes: 9}")
+    assert refused.returncode == 2
+    assert "nodes: 9 asked for, main has 4" in refused.stderr
     assert site.prefmill("estimate", *files).returncode == 0
     assert site.queue() == []

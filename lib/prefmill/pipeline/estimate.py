@@ -56,6 +56,22 @@ def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: f
     say("every request can start" if offered else "nothing against it that can be known without Slurm")
 
 
+def check_requests(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile) -> None:
+    """Raise PipelineError for stages that Slurm would accept and never start; nothing is checked where it is silent."""
+    offered = slurm.partitions() or {}
+    stages = dict.fromkeys(task.stage.name for task in plan.tasks) if offered else {}
+    problems = [
+        f"{stage}: {text}"
+        for stage in stages
+        for text in never_starts(resources_for(cluster, stage, pipeline.stages[stage].resources), offered)
+    ]
+    if problems:
+        raise PipelineError(
+            "this would never start", got="\n".join(["", *(f"    {line}" for line in problems)]),
+            fix="correct these in the cluster file or the pipeline's `resources`",
+        )  # fmt: skip
+
+
 def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iterator[str]:
     """Why a task with these resources would wait for ever; Slurm itself accepts such jobs."""
     partition = offered.get(resources.partition or "")
