@@ -147,7 +147,6 @@ def small_disk(site: Site) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
     restart(site, "n4")  # a node sees what was mounted when it started
     yield folder
-    restart(site, "n4")
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
