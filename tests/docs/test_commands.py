@@ -62,7 +62,7 @@ def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user in the checkout would, the environment active."""
     environment = {
         **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{folder}/lib:{folder}", "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": f"{folder}/lib:{folder}", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
