@@ -2,7 +2,7 @@
 
 What is expected was written down before the runs, for three seeds, by the checklist and by the generator's own quality
 factors alike. Base to SFT: the 95 % interval (bootstrap over held-out papers) lies above zero for every seed. SFT to
-DPO, a step of a tenth of that size: up for every seed, and the interval of the mean over the seeds lies above zero. With
+DPO, a step of a tenth of that size: up for every seed, and the interval of the mean over seeds lies above zero. With
 labels shuffled by a coin DPO's change of the checklist score stays within `SHUFFLED_WITHIN` of its 24 points (training
 on noise can cost a little, a quarter of what SFT gains at most, but must not help), and below that of true labels.
 """
