@@ -33,7 +33,7 @@ def make_tokenizer(words: list[str], vocab_size: int) -> Any:
     return tokenizer
 
 
-def save_tiny_model(folder: Path, tokenizer: Any, max_position_embeddings: int = 1024, hidden_size: int = 64) -> Path:
+def save_tiny_model(folder: Path, tokenizer: Any, max_position_embeddings: int = 1024) -> Path:
     """A random two-layer Qwen2 with grouped heads, whose answers are far from 0.5, and its tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -41,7 +41,7 @@ def save_tiny_model(folder: Path, tokenizer: Any, max_position_embeddings: int =
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
+        hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -65,13 +65,6 @@ def tiny_judge(tmp_path_factory: pytest.TempPathFactory, corpus_texts: list[str]
     """A model folder whose tokenizer has Yes and No as single tokens."""
     tokenizer = make_tokenizer([*corpus_texts, *["Yes No"] * 50, *["No Yes"] * 50], 600)
     return save_tiny_model(tmp_path_factory.mktemp("judge"), tokenizer)
-
-
-@pytest.fixture(scope="session")
-def wide_judge(tmp_path_factory: pytest.TempPathFactory, corpus_texts: list[str]) -> Path:
-    """As `tiny_judge`, with heads of 32 numbers: the fewest that vLLM's CPU attention takes."""
-    tokenizer = make_tokenizer([*corpus_texts, *["Yes No"] * 50, *["No Yes"] * 50], 600)
-    return save_tiny_model(tmp_path_factory.mktemp("wide_judge"), tokenizer, hidden_size=128)
 
 
 @pytest.fixture(scope="session")
