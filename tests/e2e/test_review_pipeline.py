@@ -78,7 +78,7 @@ def test_a_touched_key_reruns_exactly_what_depends_on_it(copied: Path) -> None:
 @pytest.mark.slow
 def test_killed_anywhere_it_resumes_to_the_same_content(finished: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL of the whole process tree at moments drawn beforehand, wherever they fall, until a run gets through."""
-    moments = random.Random(20).sample(range(6, 24), k=6)
+    moments = random.Random(20).choices(range(6, 11), k=8)
     kills = 0
     for attempt in itertools.count():
         process = subprocess.Popen(
