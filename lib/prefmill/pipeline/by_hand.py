@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -69,9 +70,11 @@ def training_task(
 def give_back_until_ready(me: str, waits_for: Sequence[str]) -> None:
     """Requeue this element behind those it waits for; Slurm ends this process while it does so.
 
-    Held first, so that it cannot start again before the dependency is there, and released last. TERM must be caught.
+    Held first, so that it cannot start again before the dependency is there, and released last.
     """
     print(f"prefmill: {me} waits for {', '.join(waits_for)}", flush=True)
+    # Slurm's TERM reaches every process of the job; unlike a handler, this is inherited by the commands below.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _scontrol("requeuehold", me)
     for _ in range(_UPDATE_TRIES):  # accepted as soon as Slurm counts the job as pending again
         if _scontrol("update", f"jobid={me}", f"dependency=afterok:{':'.join(waits_for)}", check=False):
