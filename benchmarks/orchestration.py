@@ -2,7 +2,7 @@
 
     python -m benchmarks.orchestration [--stages 10] [--tasks 1000] [--repeats 3] [--port PORT]
 
-Needs the programs of `make slurm-up`; a cluster is started for it and ended. The partition is down, so that jobs are
+Needs the programs of `make slurm-up`; a cluster is started for it and ended. The nodes are drained, so that jobs are
 queued but none runs: submission alone is measured, for prefmill with its interpreter, imports, copy of the code and
 one `advance` job a stage. The others are called in a process that has imported them.
 Compared, in this order and again in the next repeat: bare submitit `map_array`, plain sbatch, datatrove where it is
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure_all(cluster: Cluster, root: Path, stages: int, tasks: int, repeats: int) -> None:
-    cluster.ask("scontrol", "update", "PartitionName=main", "State=down")  # accepted, queued, never started
+    nodes = ",".join(cluster.node_names)  # drained: jobs are accepted and queued, and none starts
+    cluster.ask("scontrol", "update", f"NodeName={nodes}", "State=drain", "Reason=benchmark")
     ways: dict[str, Callable[[Path], None]] = {
         "submitit map_array": lambda folder: submitit_map(folder, stages, tasks),
         "plain sbatch": lambda folder: plain_sbatch(folder, stages, tasks),
