@@ -77,7 +77,8 @@ def _meet() -> int:
     dist.init_process_group("gloo")
     ones = torch.ones(1)
     dist.all_reduce(ones)
-    print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}", flush=True)
+    # One write: print's own newline is a second one, and another rank's line may come between them.
+    os.write(1, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}\n".encode())
     dist.destroy_process_group()
     return int(ones.item())
 
