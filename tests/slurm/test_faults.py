@@ -68,14 +68,15 @@ def test_processes_that_die_are_started_again_where_they_had_saved(site: Site) -
     train(site, "hungry", small, "train.eat_gb=0.3", "train.step_seconds=0.4")
     train(site, "torn")
     train(site, "preempted", low, "train.step_seconds=0.4")
+    # First, while nothing that was started again has been given the same node.
+    site.wait(reached(site, "preempted", 3))
+    higher = ("-p", "main", "--exclusive", "-w", "n3", "-o", "/dev/null", "--wrap", "sleep 2")
+    assert site.cluster.ask("sbatch", *higher)
     site.wait(reached(site, "killed", 12))
     kill_trainer(site, "killed")
     site.wait(reached(site, "torn", 17))
     (site.workspace / "checkpoints/torn/train/all/checkpoint-15/weights.txt").write_text("")
     kill_trainer(site, "torn")
-    site.wait(reached(site, "preempted", 3))
-    higher = ("-p", "main", "--exclusive", "-w", "n3", "-o", "/dev/null", "--wrap", "sleep 2")
-    assert site.cluster.ask("sbatch", *higher)
     site.wait()
     for run in ("killed", "hungry", "torn", "preempted"):
         assert digests(site.workspace, run) == digests(site.workspace, "calm"), site.logs()

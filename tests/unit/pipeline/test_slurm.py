@@ -14,13 +14,13 @@ from prefmill.pipeline.slurm import JobState, clean_state, expand, waits_for
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is the whole PATH, for programs that pretend to be Slurm's."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
     return tmp_path
 
 
 def pretend(folder: Path, name: str, text: str, error: str = "", code: int = 0) -> None:
     script = folder / name
-    script.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\necho '{error}' >&2\nexit {code}\n")
+    script.write_text(f"#!/bin/sh\n/bin/cat <<'END'\n{text}\nEND\necho '{error}' >&2\nexit {code}\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
 
