@@ -1,0 +1,1 @@
+"""The image pipeline: prompts, generated images, ratings, pairs."""

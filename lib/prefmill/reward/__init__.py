@@ -1,0 +1,1 @@
+"""The reward model family: a backbone, one head a dimension, its scores."""

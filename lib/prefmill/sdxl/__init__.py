@@ -1,0 +1,1 @@
+"""The SDXL family: cached latents, denoising errors as scores, and export."""

@@ -1,0 +1,1 @@
+"""Trials of any training stage, by parallel workers."""
