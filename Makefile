@@ -16,6 +16,9 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_PYTHON := $(BIN)/python
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
+# Two processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another.
+IN_TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
 .PHONY: help install demo test test-quick lint vllm lock slurm-up slurm-down
 .DEFAULT_GOAL := help
 
@@ -29,10 +32,10 @@ demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE ta
 
 test: $(VENV)/.installed-vllm lint ## Every test this machine can run
 	bash tests/system_packages.sh
-	$(BIN)/pytest
+	$(BIN)/pytest $(IN_TWO)
 
 test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
-	$(BIN)/pytest -q -x -m "not slow"
+	$(BIN)/pytest -q -x -m "not slow" $(IN_TWO)
 
 lint: $(VENV)/.installed ## ruff, mypy
 	$(BIN)/ruff check .

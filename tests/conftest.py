@@ -25,6 +25,27 @@ def shared_data() -> Path:
     return folder
 
 
+FOLDERS_BY_COST = ("slurm", "e2e", "docs", "vllm", "unit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where two processes share the tests: a file's run in one of them, all of the one cluster's too, the dear first.
+
+    Short files at the end keep both processes busy to the last.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        group = "slurm" if _folder(item) == "slurm" else item.path.relative_to(REPOSITORY).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: FOLDERS_BY_COST.index(_folder(item)))
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(REPOSITORY).parts[1]
+
+
 def left_out(component: str, missing: str) -> None:
     """Skip a test whose program is missing where PREFMILL_TEST_WITHOUT names its component; fail it elsewhere."""
     reason = f"not installed: {missing}; as root on Debian: bash tests/system_packages.sh"
