@@ -22,7 +22,9 @@ class PairScores:
     """What an objective sees of N pairs, whatever the model family; every tensor is [N], float32 or float64.
 
     A score is the family's: a log-likelihood summed over tokens, an ELBO, a negative denoising error. Lengths count
-    what it sums over. `soft_label` is the probability, in [0, 1], that the chosen side is the better one.
+    what it sums over. `soft_label` is the probability, in [0, 1], that the chosen side is the better one. `weight`
+    is what a pair counts, 1 where there is none. Residuals, [N, D], are what the chosen side's score is the negative
+    mean square of, under the policy and the reference.
     """
 
     chosen: Tensor
@@ -32,6 +34,9 @@ class PairScores:
     ref_chosen: Tensor | None = None
     ref_rejected: Tensor | None = None
     soft_label: Tensor | None = None
+    weight: Tensor | None = None
+    chosen_residual: Tensor | None = None
+    ref_chosen_residual: Tensor | None = None
 
     @property
     def margin(self) -> Tensor:
