@@ -1,0 +1,72 @@
+"""What the stage generate_images does with a shard of the prompts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefmill.artifacts import write_atomic
+from prefmill.errors import ConfigError
+from prefmill.images.generation import ImageSampling, cut_prompts, make_images, plan_jobs
+from prefmill.images.prompts import read_prompts
+from prefmill.images.rows import Prompt
+from prefmill.records import write_jsonl
+from prefmill.stage import Metrics, Task
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerateImages:
+    """What is to be made: which prompts with which seeds, how, and by what."""
+
+    prompts: Path
+    num_prompts: int | None
+    seeds: Sequence[int]
+    sampling: ImageSampling
+    label: str
+    open_model: Callable[[], Any]
+    batch_size: int | None
+
+
+def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
+    """Make the images of this shard's prompts and write the payload; the metrics are the summary's counts."""
+    _require_seeds(wanted.seeds)
+    prompts = [row for row in read_prompts(wanted.prompts)[: wanted.num_prompts] if task.shard.holds(row["prompt_id"])]
+    jobs = plan_jobs(prompts, wanted.seeds)
+    cut_file = task.work / "cut_prompts.json"
+
+    def open_model() -> Any:
+        model = wanted.open_model()
+        write_atomic(cut_file, json.dumps(_warned(cut_prompts(model, prompts), prompts)))
+        return model
+
+    rows = make_images(
+        open_model, jobs, wanted.sampling, wanted.label, task.output, task.work, wanted.batch_size, task.progress
+    )
+    write_jsonl(task.output / "images.jsonl", rows)
+    write_jsonl(task.output / "prompts.jsonl", prompts)
+    summary = {
+        "num_prompts": len(prompts),
+        "num_images": len(rows),
+        "seeds": sorted(wanted.seeds),
+        "model": wanted.label,
+        "cut_prompts": json.loads(cut_file.read_text()) if cut_file.is_file() else [],
+    }
+    write_atomic(task.output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return {"num_prompts": len(prompts), "num_images": len(rows), "num_cut_prompts": len(summary["cut_prompts"])}
+
+
+def _require_seeds(seeds: Sequence[int]) -> None:
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigError("seeds must differ and not be negative", got=list(seeds), fix="correct seeds")
+
+
+def _warned(cut: list[str], prompts: Sequence[Prompt]) -> list[str]:
+    if cut:
+        _log.warning("%d of %d prompts are longer than the text encoders read, as %s", len(cut), len(prompts), cut[0])
+    return cut

@@ -1,0 +1,277 @@
+"""Making images so that one depends on its own prompt and seed, not on its batch, and each is kept once it is made."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefmill.artifacts import write_atomic
+from prefmill.blocks import Progress, silent
+from prefmill.errors import InputError
+from prefmill.images.files import inspect_image
+from prefmill.images.rows import GeneratedImage, Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
+
+_LARGEST_BATCH = 64
+_SHARE_OF_FREE_MEMORY = 0.8
+_CPU_BYTES_PER_PIXEL = 5_000  # of an SDXL-sized UNet in fp32 with guidance, rounded up
+_LARGEST_CPU_BATCH = 16
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """An image to make."""
+
+    prompt_id: str
+    prompt: str
+    seed: int
+
+    @property
+    def image_id(self) -> str:
+        """`<prompt_id>/<seed>`."""
+        return f"{self.prompt_id}/{self.seed}"
+
+    @property
+    def file(self) -> str:
+        """Where the image lies below the artifact."""
+        return f"images/{self.image_id}.png"
+
+
+@dataclass(frozen=True)
+class ImageSampling:
+    """How images are drawn, in diffusers' terms; a size of None is the model's own."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+def plan_jobs(prompts: Iterable[Prompt], seeds: Iterable[int]) -> list[ImageJob]:
+    """Every prompt with every seed, sorted."""
+    ordered = sorted(set(seeds))
+    return [
+        ImageJob(prompt["prompt_id"], prompt["prompt"], seed)
+        for prompt in sorted(prompts, key=lambda item: item["prompt_id"])
+        for seed in ordered
+    ]
+
+
+def make_images(
+    open_model: Callable[[], Any],
+    jobs: Sequence[ImageJob],
+    sampling: ImageSampling,
+    label: str,
+    output: Path,
+    work: Path,
+    batch_size: int | None = None,
+    progress: Progress = silent,
+) -> list[GeneratedImage]:
+    """Make what is missing of `jobs` below `output`, in batches that fit in memory; returns the rows, in their order.
+
+    `open_model` returns a pipeline as `prefmill.images.generator.open_pipeline` does; it is not called when nothing
+    is missing. `label` names the model in the files. A batch that does not fit is halved. Batches are blocks of the
+    whole list, so that an interrupted call and an undisturbed one compute the same; between batch sizes images
+    differ by rounding alone. Raises InputError where the latents are not finite.
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=len(jobs), desc="generate", unit="image") as bar:
+        if any(not (output / job.file).is_file() for job in jobs):
+            model = open_model()
+            size = _BatchSize(work / "batch_size", batch_size, lambda: fitting_batch(model, jobs[0], sampling))
+            for num_done in _batches(model, jobs, sampling, label, output, work, size):
+                bar.update(num_done - bar.n)
+                progress(num_done, len(jobs), "images")
+    return [_row(job, output) for job in jobs]
+
+
+def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) -> torch.Tensor:
+    """The denoised latents [B, C, h, w] of a batch; noise comes from a CPU generator of each image's own seed."""
+    import torch
+
+    negative = None if sampling.negative_prompt is None else [sampling.negative_prompt] * len(jobs)
+    with torch.inference_mode():
+        latents: torch.Tensor = model(
+            prompt=[job.prompt for job in jobs],
+            negative_prompt=negative,
+            height=sampling.height,
+            width=sampling.width,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
+            output_type="latent",
+        ).images
+    return latents
+
+
+def decode(model: Any, latents: torch.Tensor) -> Image:
+    """One image of latents [C, h, w], decoded in the VAE's own precision."""
+    import torch
+
+    vae = model.vae
+    scaled = latents[None].to(vae.dtype) / vae.config.scaling_factor
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        shape = (1, -1, 1, 1)
+        scaled = scaled * scaled.new_tensor(std).view(shape) + scaled.new_tensor(mean).view(shape)
+    with torch.inference_mode():
+        pixels = vae.decode(scaled, return_dict=False)[0]
+    image: Image = model.image_processor.postprocess(pixels, output_type="pil")[0]
+    return image
+
+
+def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
+    """How many images go through the UNet at once: what one needs, measured on a GPU, in the memory that is free."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return _fitting_cpu_batch(model, sampling)
+    once = ImageSampling(1, sampling.guidance_scale, sampling.negative_prompt, sampling.height, sampling.width)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    draw_latents(model, [job], once)
+    needed = max(torch.cuda.max_memory_allocated() - before, 1)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return _power_of_two(min(_SHARE_OF_FREE_MEMORY * free / needed, _LARGEST_BATCH))
+
+
+def cut_prompts(model: Any, prompts: Iterable[Prompt]) -> list[str]:
+    """The ids of prompts longer than the model's text encoders read: their ends have no effect."""
+    longest = min(tokenizer.model_max_length for tokenizer in (model.tokenizer, model.tokenizer_2))
+    lengths = {prompt["prompt_id"]: len(model.tokenizer(prompt["prompt"])["input_ids"]) for prompt in prompts}
+    return sorted(prompt_id for prompt_id, length in lengths.items() if length > longest)
+
+
+class _BatchSize:
+    """The batch size of a task: given or found, halved when it does not fit, and the same again after a kill."""
+
+    def __init__(self, path: Path, given: int | None, find: Callable[[], int]) -> None:
+        self._path = path
+        kept = int(path.read_text()) if path.is_file() else None
+        self.value = min(kept or given or find(), given or _LARGEST_BATCH)
+        self._keep()
+
+    def halve(self) -> None:
+        self.value = (self.value + 1) // 2
+        self._keep()
+
+    def _keep(self) -> None:
+        write_atomic(self._path, str(self.value))
+
+
+def _batches(
+    model: Any,
+    jobs: Sequence[ImageJob],
+    sampling: ImageSampling,
+    label: str,
+    output: Path,
+    work: Path,
+    size: _BatchSize,
+) -> Iterator[int]:
+    """Work through `jobs`; yields how many are done. A batch of which an image is missing is made again whole."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    start = 0
+    while start < len(jobs):
+        batch = jobs[start : start + size.value]
+        if any(not (output / job.file).is_file() for job in batch):
+            try:
+                latents = draw_latents(model, batch, sampling)
+            except RuntimeError as error:
+                if size.value == 1 or not should_reduce_batch_size(error):
+                    raise
+                latents = None
+            if latents is None:  # outside the handler, where the failed call's tensors are free
+                size.halve()
+                _free_memory()
+                continue
+            _store(model, batch, latents, sampling, label, output, work)
+        start += len(batch)
+        yield start
+
+
+def _store(
+    model: Any,
+    batch: Sequence[ImageJob],
+    latents: torch.Tensor,
+    sampling: ImageSampling,
+    label: str,
+    output: Path,
+    work: Path,
+) -> None:
+    for job, item in zip(batch, latents, strict=True):
+        _require_finite(item, job, model)
+        image = decode(model, item)
+        partial = work / "partial.png"
+        with partial.open("wb") as stream:
+            image.save(stream, format="PNG", pnginfo=metadata(job, sampling, label))
+            stream.flush()
+            os.fsync(stream.fileno())
+        target = output / job.file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, target)
+
+
+def metadata(job: ImageJob, sampling: ImageSampling, label: str) -> PngInfo:
+    """What a file says about its making, as PNG text."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    facts = {
+        "prompt": job.prompt,
+        "negative_prompt": sampling.negative_prompt or "",
+        "seed": str(job.seed),
+        "model": label,
+        "steps": str(sampling.num_inference_steps),
+        "guidance": str(sampling.guidance_scale),
+    }
+    for key, value in facts.items():
+        info.add_itxt(key, value)
+    return info
+
+
+def _row(job: ImageJob, output: Path) -> GeneratedImage:
+    facts = inspect_image(output / job.file)
+    return GeneratedImage(
+        image_id=job.image_id, prompt_id=job.prompt_id, prompt=job.prompt, seed=job.seed, file=job.file,
+        width=facts.width, height=facts.height, sha256=facts.sha256,
+    )  # fmt: skip
+
+
+def _require_finite(latents: torch.Tensor, job: ImageJob, model: Any) -> None:
+    if not bool(latents.isfinite().all()):
+        raise InputError(
+            "the model made latents that are not finite", where=f"prompt {job.prompt_id}, seed {job.seed}",
+            got=f"NaN or infinity at {latents.dtype}",
+            fix="set precision to bf16 or fp32; if it stays, the weights are damaged",
+        )  # fmt: skip
+
+
+def _fitting_cpu_batch(model: Any, sampling: ImageSampling) -> int:
+    side = model.unet.config.sample_size * model.vae_scale_factor
+    pixels = (sampling.height or side) * (sampling.width or side)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _power_of_two(min(free / 2 / (pixels * _CPU_BYTES_PER_PIXEL), _LARGEST_CPU_BATCH))
+
+
+def _power_of_two(limit: float) -> int:
+    return 1 << (max(int(limit), 1).bit_length() - 1)
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

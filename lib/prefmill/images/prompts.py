@@ -1,0 +1,89 @@
+"""Reading prompts: CSV with a header, TSV as PartiPrompts writes it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefmill.errors import InputError
+from prefmill.images.rows import Prompt
+
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_NOT_WORD = re.compile(r"[^a-z0-9]+")
+_SLUG_LENGTH = 40
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a .csv or .tsv file with a column `prompt` and, if it has one, `prompt_id`; sorted by id.
+
+    Column names are read without case (PartiPrompts writes `Prompt`), other columns are left alone. Raises
+    InputError naming the line of an empty prompt, an unsafe id, or an id or prompt that stands there twice.
+    """
+    seen: dict[str, int] = {}
+    prompts = []
+    for number, row in _rows(path):
+        text = " ".join((row.get("prompt") or "").split())
+        if not text:
+            raise _bad(path, number, "a prompt is empty", repr(row.get("prompt")), "write a prompt or delete the line")
+        prompt_id = (row.get("prompt_id") or "").strip() or prompt_id_of(text)
+        if not is_safe(prompt_id):
+            raise _bad(path, number, "a prompt_id cannot be a file name", repr(prompt_id), "use letters, digits, - _ .")
+        if prompt_id.lower() in seen:  # some file systems do not tell A from a
+            got = f"{prompt_id}, first on line {seen[prompt_id.lower()]}"
+            raise _bad(path, number, "a prompt stands here twice", got, "delete one, or give each a prompt_id")
+        seen[prompt_id.lower()] = number
+        prompts.append(Prompt(prompt_id=prompt_id, prompt=text))
+    if not prompts:
+        raise InputError("no prompt in the file", where=path, fix="write a line with `prompt`, then a prompt a line")
+    return sorted(prompts, key=lambda prompt: prompt["prompt_id"])
+
+
+def prompt_id_of(text: str) -> str:
+    """A readable id that follows from the prompt alone, so that adding prompts changes no other's images."""
+    slug = _NOT_WORD.sub("-", text.lower()).strip("-")[:_SLUG_LENGTH].rstrip("-")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{slug}-{digest}" if slug else f"prompt-{digest}"
+
+
+def is_safe(name: str) -> bool:
+    """Whether `name` can be one file's or folder's name on any disk and in any archive."""
+    return _SAFE.fullmatch(name) is not None and not name.endswith(".") and ".." not in name
+
+
+def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and fields of every row of a .csv or .tsv file, names in lower case, lines without any text left out.
+
+    Raises InputError when it cannot be read as UTF-8 or lacks a `required` column.
+    """
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, **form)
+            header = [name.strip().lower() for name in next(reader, [])]
+            missing = [name for name in required if name not in header]
+            if missing:
+                raise InputError(
+                    f"no column {', '.join(missing)}", where=f"{path}:1", got=", ".join(header) or "an empty file",
+                    expected=", ".join(required), fix="name the columns on the first line",
+                )  # fmt: skip
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    yield reader.line_num, dict(zip(header, row, strict=False))
+    except FileNotFoundError:
+        raise InputError("no such file", where=path, fix="check the path") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError("cannot read the table", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    if path.suffix not in (".csv", ".tsv"):
+        raise InputError("prompts are read from .csv or .tsv", where=path, got=path.suffix or "no suffix")
+    return read_table(path, ("prompt",))
+
+
+def _bad(path: Path, line: int, what: str, got: str, fix: str) -> InputError:
+    return InputError(what, where=f"{path}:{line}", got=got, fix=fix)

@@ -1,0 +1,69 @@
+"""Makes images of prompts with a diffusers SDXL checkpoint or adapter, one for every prompt and seed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pydantic import Field
+
+from prefmill.causal.loading import Precision
+from prefmill.config import ExternalPath, StrictConfig, runtime
+from prefmill.stage import Metrics, Reads, Stage, Task
+
+
+class GenerateImagesConfig(StrictConfig):
+    """Which prompts, which model, how images are drawn."""
+
+    prompts: ExternalPath = Field(description=".csv or .tsv with a column prompt and, if you like, prompt_id")
+    num_prompts: int | None = Field(None, ge=1, description="take the first so many, by prompt_id; none: all")
+    seeds: list[int] = Field([0, 1], min_length=1, description="an image of each prompt for every seed")
+    model_name_or_path: str | None = Field(None, description="folder or hub name, where no checkpoint is given")
+    revision: str | None = Field(None, description="of a hub model")
+    variant: str | None = Field(None, description="of a hub model's weights, such as fp16")
+    adapter: ExternalPath | None = Field(None, description="folder of a LoRA or DoRA that diffusers can load")
+    adapter_scale: float = Field(1.0, description="how much of the adapter is added")
+    num_inference_steps: int = Field(30, ge=1, description="denoising steps")
+    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; up to 1: none")
+    negative_prompt: str | None = Field(None, description="what guidance leads away from")
+    height: int | None = Field(None, ge=8, multiple_of=8, description="in pixels; none: the model's")
+    width: int | None = Field(None, ge=8, multiple_of=8, description="in pixels; none: the model's")
+    precision: Precision = Field("fp16", description="of UNet and text encoders; the VAE decodes in fp32")
+    batch_size: int | None = runtime(None, ge=1, description="images at once; none: found from memory")
+
+
+def run(config: GenerateImagesConfig, task: Task) -> Metrics:
+    """Write `images/`, `images.jsonl`, `prompts.jsonl` and `summary.json`; interrupted, it makes what is missing."""
+    from prefmill.images.generate import GenerateImages, generate_images
+    from prefmill.images.generation import ImageSampling
+    from prefmill.images.generator import choose_source, open_pipeline
+
+    source = choose_source(config, task.optional_input("model"), f"{task.stage}:{task.name}")
+    sampling = ImageSampling(
+        config.num_inference_steps, config.guidance_scale, config.negative_prompt, config.height, config.width
+    )
+    wanted = GenerateImages(
+        prompts=config.prompts,
+        num_prompts=config.num_prompts,
+        seeds=config.seeds,
+        sampling=sampling,
+        label=source.label,
+        open_model=partial(open_pipeline, source),
+        batch_size=config.batch_size,
+    )
+    return generate_images(wanted, task)
+
+
+STAGE = Stage(
+    name="generate_images",
+    config=GenerateImagesConfig,
+    run=run,
+    root="data",
+    writes="generated_images",
+    reads={"model": Reads("checkpoint", optional=True)},
+    preload=("torch", "transformers", "diffusers"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

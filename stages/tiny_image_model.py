@@ -1,0 +1,40 @@
+"""Builds a tiny SDXL or CLIP with random weights, for demos and tests of the image pipeline without downloads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from prefmill.config import StrictConfig
+from prefmill.stage import Metrics, Stage, Task
+
+
+class TinyImageModelConfig(StrictConfig):
+    """Which model."""
+
+    architecture: Literal["sdxl", "clip"] = Field("sdxl", description="sdxl makes images, clip judges them")
+    seed: int = Field(0, description="of the random weights")
+
+
+def run(config: TinyImageModelConfig, task: Task) -> Metrics:
+    """Write a plain diffusers or Hugging Face folder."""
+    from prefmill.tiny import build
+
+    build(config.architecture, task.output, config.seed)
+    return {"architecture": config.architecture}
+
+
+STAGE = Stage(
+    name="tiny_image_model",
+    config=TinyImageModelConfig,
+    run=run,
+    root="checkpoints",
+    writes="checkpoint",
+    preload=("torch", "transformers", "diffusers"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

@@ -1,0 +1,58 @@
+"""Image files: what is wrong with one is said before anything is decoded from it."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from prefmill.images.files import ImageError, inspect_image, place
+from tests.e2e.image_artifacts import bomb, draw
+
+
+def test_a_good_image(tmp_path: Path) -> None:
+    for name, suffix in (("a.png", ".png"), ("a.jpeg", ".jpg"), ("a.webp", ".webp")):
+        facts = inspect_image(draw(tmp_path / name, 0, side=40))
+        assert (facts.width, facts.height, facts.suffix) == (40, 40, suffix)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_a_cut_file_is_damaged_wherever_it_is_cut(tmp_path: Path, name: str) -> None:
+    whole = draw(tmp_path / name, 0).read_bytes()
+    for length in {0, 1, 10, len(whole) // 3, len(whole) // 2, len(whole) - 20}:
+        (tmp_path / name).write_bytes(whole[:length])
+        with pytest.raises(ImageError, match=r"damaged image|not an image"):
+            inspect_image(tmp_path / name)
+
+
+def test_a_bomb_is_not_decoded(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for side in (50_000, 9_000):  # above and below the bound at which Pillow itself refuses
+        with pytest.raises(ImageError, match="image too large to decode"):
+            inspect_image(bomb(tmp_path / "b.png", side, side))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_missing_foreign_and_other_formats(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="missing image"):
+        inspect_image(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="missing image"):
+        inspect_image(tmp_path)
+    (tmp_path / "a.png").write_text("<svg onload='x'/>")
+    with pytest.raises(ImageError, match="not an image"):
+        inspect_image(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
+    with pytest.raises(ImageError, match="not an image"):
+        inspect_image(tmp_path / "a.tiff")
+
+
+def test_ours_are_linked_and_others_copied(tmp_path: Path) -> None:
+    source = draw(tmp_path / "a.png", 0)
+    place(source, tmp_path / "x" / "ours.png", is_ours=True)
+    place(source, tmp_path / "x" / "theirs.png", is_ours=False)
+    assert (tmp_path / "x" / "ours.png").samefile(source)
+    assert not (tmp_path / "x" / "theirs.png").samefile(source)
+    assert (tmp_path / "x" / "theirs.png").read_bytes() == source.read_bytes()
+    place(source, tmp_path / "x" / "theirs.png", is_ours=False)  # done again after a kill
