@@ -10,18 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prefmill.preference.objectives import Loss, Objective, PairScores, Settings
+from prefmill.sdxl.names import NEEDS_REFERENCE, DiffusionObjective
 
-DiffusionObjective = Literal["dpo", "dspo", "dspo_official_sdxl", "dspo_rm", "mapo", "sft"]
-NAMES: tuple[DiffusionObjective, ...] = get_args(DiffusionObjective)
-NEEDS_REFERENCE = frozenset({"dpo", "dspo", "dspo_official_sdxl", "dspo_rm"})
-NEEDS_RESIDUALS = frozenset({"dspo", "dspo_official_sdxl"})
 OFFICIAL_DIVERGENCE = 0.1
 _SMALL_ERROR = 1e-4  # below it l / (e^l - 1) is 1 - l / 2 to within 1e-9, and its gradient is a number
 

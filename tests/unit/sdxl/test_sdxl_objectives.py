@@ -10,10 +10,9 @@ from torch import Tensor
 
 from prefmill.preference.objectives import PairScores, Settings
 from prefmill.preference.telemetry import gradient_coefficient
+from prefmill.sdxl.names import NAMES, DiffusionObjective
 from prefmill.sdxl.objectives import (
     LOSSES,
-    NAMES,
-    DiffusionObjective,
     DspoFactors,
     choose,
     cosine_to_sft,
