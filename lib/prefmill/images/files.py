@@ -52,9 +52,11 @@ def inspect_image(content: bytes | Path, where: object = None, max_pixels: int =
             image.load()
     except Image.DecompressionBombError as error:
         raise _too_large(str(error), where, max_pixels) from None
+    except UnidentifiedImageError:
+        expected = "a whole PNG, JPEG or WebP file"
+        raise ImageError("not an image", where=where, got=f"{len(data)} bytes", expected=expected) from None
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files that are cut or damaged
-        what = "not an image" if isinstance(error, UnidentifiedImageError) else "damaged image"
-        raise ImageError(what, where=where, got=f"{len(data)} bytes: {_first_line(error)}") from None
+        raise ImageError("damaged image", where=where, got=f"{len(data)} bytes: {_first_line(error)}") from None
     suffix = FORMATS[str(image.format)]
     return ImageFacts(image.width, image.height, hashlib.sha256(data).hexdigest(), suffix)
 

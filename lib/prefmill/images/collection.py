@@ -1,0 +1,120 @@
+"""Images and ratings from every source in one form, and a list of what could not be used."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefmill.errors import InputError
+from prefmill.images.files import ImageError, inspect_image
+from prefmill.images.rows import Rating
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image of a source, not looked at yet; `listed_as` is its file as the source names it.
+
+    Files of finished artifacts are ours.
+    """
+
+    image_id: str
+    prompt_id: str
+    prompt: str
+    path: Path
+    listed_as: str
+    where: str
+    is_ours: bool = False
+
+
+@dataclass(frozen=True)
+class GoodImage:
+    """An image that can be decoded; `file` is where it belongs below an artifact."""
+
+    source: SourceImage
+    width: int
+    height: int
+    sha256: str
+    suffix: str
+
+    @property
+    def file(self) -> str:
+        """`images/<prompt_id>/<name>` with the suffix of its format."""
+        return f"images/{self.source.image_id}{self.suffix}"
+
+
+@dataclass
+class Quarantine:
+    """Rows that were set aside, in the order they were met: what, where, why."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, what: str, where: str, reason: str, **details: Any) -> None:
+        """Set one aside; `reason` is a few words that can be counted."""
+        self.rows.append({"what": what, "where": where, "reason": reason, **details})
+
+    def counts(self) -> dict[str, int]:
+        """How many for every reason."""
+        return dict(sorted(Counter(f"{row['what']}: {row['reason']}" for row in self.rows).items()))
+
+
+@dataclass
+class Collection:
+    """What the sources hold: images by id, and ratings with where they stand."""
+
+    images: dict[str, SourceImage] = field(default_factory=dict)
+    ratings: list[tuple[str, Rating]] = field(default_factory=list)
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    _prompts: dict[str, SourceImage] = field(default_factory=dict)
+
+    def add_image(self, image: SourceImage) -> None:
+        """Add an image; raises InputError where an id means two prompts, or an image id two files.
+
+        The same file again, as when two people rated the same images, is no matter.
+        """
+        first = self._prompts.setdefault(image.prompt_id, image)
+        if first.prompt != image.prompt:
+            raise _two_meanings("prompt_id", image.prompt_id, first, image, (first.prompt, image.prompt))
+        known = self.images.setdefault(image.image_id, image)
+        if known is not image and not _same_file(known.path, image.path):
+            raise _two_meanings("image id", image.image_id, known, image, (str(known.path), str(image.path)))
+
+
+def check_images(images: list[SourceImage], quarantine: Quarantine) -> dict[str, GoodImage]:
+    """Those of `images` that can be decoded, by id; the others are set aside. As many threads as cores decode."""
+    from tqdm import tqdm
+
+    good = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        looked_at = tqdm(pool.map(_look, images), total=len(images), desc="check", unit="image")
+        for image, found in zip(images, looked_at, strict=True):
+            if isinstance(found, GoodImage):
+                good[image.image_id] = found
+            else:
+                got = str(found.details["got"] or "")
+                quarantine.add("image", image.where, found.what, image_id=image.image_id, got=got)
+    return good
+
+
+def _look(image: SourceImage) -> GoodImage | ImageError:
+    try:
+        facts = inspect_image(image.path, image.where)
+    except ImageError as error:
+        return error
+    return GoodImage(image, facts.width, facts.height, facts.sha256, facts.suffix)
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    if not (first.is_file() and second.is_file()):
+        return first == second
+    return first.samefile(second) or first.read_bytes() == second.read_bytes()
+
+
+def _two_meanings(what: str, name: str, first: SourceImage, second: SourceImage, got: tuple[str, str]) -> InputError:
+    return InputError(
+        f"one {what} means two things", where=f"{first.where} and {second.where}",
+        got=f"{name}: {got[0]!r}, {got[1]!r}", fix=f"give each its own {what}",
+    )  # fmt: skip

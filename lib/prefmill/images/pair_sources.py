@@ -1,0 +1,189 @@
+"""Where preferences between images come from: ratings.csv, Pick-a-Pic's rows, ImageReward's rankings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from prefmill.artifacts import Artifact
+from prefmill.config import ExternalPath, StrictConfig
+from prefmill.errors import InputError
+from prefmill.images.collection import Collection, SourceImage
+from prefmill.images.own import read_artifact, read_own_images, read_ratings
+from prefmill.images.prompts import is_safe, prompt_id_of
+from prefmill.images.rows import Rating
+from prefmill.records import read_jsonl
+
+_RANKING = "ranking"  # the rater of a published ranking
+_PICKAPIC_KEYS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
+
+
+class RatingsSource(StrictConfig):
+    """A ratings.csv about the images that `images`/images.csv (or .jsonl) lists."""
+
+    format: Literal["ratings"]
+    ratings: ExternalPath
+    images: ExternalPath
+
+
+class PickAPicSource(StrictConfig):
+    """Pick-a-Pic's rows: a .parquet or .jsonl file, or a folder of them; in .jsonl `jpg_0` is the path of a file."""
+
+    format: Literal["pickapic"]
+    path: ExternalPath
+
+
+class ImageRewardSource(StrictConfig):
+    """ImageReward's .json of prompts with `generations` and their `ranking` (1 is best); files are below `images`."""
+
+    format: Literal["imagereward"]
+    rankings: ExternalPath
+    images: ExternalPath
+
+
+PairSource = Annotated[RatingsSource | PickAPicSource | ImageRewardSource, Field(discriminator="format")]
+
+
+def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: Path) -> Collection:
+    """Everything that sources and image_ratings artifacts hold; images that come as bytes are written below `work`."""
+    collection = Collection()
+    for artifact in artifacts:
+        read_artifact(artifact.path, artifact.manifest.task, collection)
+    for source in sources:
+        if isinstance(source, RatingsSource):
+            for image in read_own_images(source.images):
+                collection.add_image(image)
+            collection.ratings += read_ratings(source.ratings, collection)
+        elif isinstance(source, PickAPicSource):
+            _read_pickapic(source.path, work / "images", collection)
+        else:
+            _read_rankings(source, collection)
+    return collection
+
+
+def _read_rankings(source: ImageRewardSource, collection: Collection) -> None:
+    """Every two images of a ranking as a rating on the dimension `overall`; equal ranks are ties."""
+    for number, row in enumerate(_json_list(source.rankings)):
+        where = f"{source.rankings.name}[{number}]"
+        if reason := _ranking_fault(row):
+            collection.quarantine.add("ranking", where, reason, row={key: row.get(key) for key in ("id", "ranking")})
+            continue
+        prompt_id, prompt = row["id"], " ".join(row["prompt"].split())
+        ranked = []
+        for file, rank in zip(row["generations"], row["ranking"], strict=True):
+            image_id = f"{prompt_id}/{Path(file).stem}"
+            collection.add_image(SourceImage(image_id, prompt_id, prompt, source.images / file, file, where))
+            ranked.append((image_id, rank))
+        for (left, left_rank), (right, right_rank) in itertools.combinations(ranked, 2):
+            choice = _choice(right_rank - left_rank)
+            collection.ratings.append((where, _overall(prompt_id, left, right, _RANKING, choice)))
+
+
+def _ranking_fault(row: Any) -> str | None:
+    """Why a row of a ranking cannot be used."""
+    if not isinstance(row, dict) or any(key not in row for key in ("id", "prompt", "generations", "ranking")):
+        return "not a ranking"
+    files = row["generations"]
+    if not isinstance(files, list) or not isinstance(row["ranking"], list):
+        return "not a ranking"
+    if len(files) != len(row["ranking"]):
+        return "as many ranks as images are needed"
+    if not is_safe(str(row["id"])) or not str(row["prompt"]).strip():
+        return "no usable id and prompt"
+    stems = {Path(file).stem for file in files}
+    if len(stems) < len(files) or not all(map(is_safe, stems)) or any(".." in Path(file).parts for file in files):
+        return "images' names cannot be used"
+    return None
+
+
+def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
+    """Every row as a user's rating on the dimension `overall`; 0.5 : 0.5 is a tie, a row without a label a skip."""
+    for where, base, row in _pickapic_rows(path):
+        prompt = " ".join(str(row["caption"] or "").split())
+        uids = [str(row[f"image_{side}_uid"]) for side in (0, 1)]
+        if not prompt or not all(map(is_safe, uids)):
+            collection.quarantine.add("row", where, "no usable caption and uids")
+            continue
+        prompt_id = prompt_id_of(prompt)
+        for side, uid in enumerate(uids):
+            image_id = f"{prompt_id}/{uid}"
+            if image_id not in collection.images:
+                file = _stored(row[f"jpg_{side}"], base, folder / image_id)
+                collection.add_image(SourceImage(image_id, prompt_id, prompt, file, file.name, where))
+        left, right = (f"{prompt_id}/{uid}" for uid in uids)
+        labelled = row.get("has_label", True)
+        choice = _choice(float(row["label_0"]) - float(row["label_1"])) if labelled else "skip"
+        rater = str(row.get("user_id") or "pickapic")
+        collection.ratings.append((where, _overall(prompt_id, left, right, rater, choice)))
+
+
+def _pickapic_rows(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Rows with where they stand and the folder that their paths are relative to."""
+    files = (
+        sorted(item for item in path.rglob("*") if item.suffix in (".parquet", ".jsonl")) if path.is_dir() else [path]
+    )
+    if not files:
+        raise InputError("no .parquet or .jsonl file in the folder", where=path, fix="give Pick-a-Pic's files")
+    for file in files:
+        for number, row in enumerate(_file_rows(file), 1):
+            missing = [key for key in _PICKAPIC_KEYS if key not in row]
+            if missing:
+                raise InputError(
+                    "not a row of Pick-a-Pic", where=f"{file}:{number}", got=f"no {', '.join(missing)}",
+                    expected=", ".join(_PICKAPIC_KEYS), fix="give the files as published",
+                )  # fmt: skip
+            yield f"{file.name}:{number}", file.parent, row
+
+
+def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
+    if file.suffix != ".parquet":
+        yield from read_jsonl(file)
+        return
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+
+    try:
+        wanted = {*_PICKAPIC_KEYS, "has_label", "user_id"}
+        table = parquet.ParquetFile(file)
+        columns = [name for name in table.schema_arrow.names if name in wanted]
+        for batch in table.iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, ArrowException) as error:
+        raise InputError("cannot read the table", where=file, got=str(error).splitlines()[0]) from None
+
+
+def _stored(content: Any, base: Path, target: Path) -> Path:
+    """Where an image lies that a row gives as bytes, as `datasets`' {bytes, path}, or as a path."""
+    if isinstance(content, dict):
+        content = content.get("bytes") or content.get("path")
+    if isinstance(content, bytes):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return target
+    return base / str(content)
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError("no such file", where=path, fix="check the path") from None
+    except ValueError as error:
+        raise InputError("not JSON", where=path, got=str(error), fix="give ImageReward's file as published") from None
+    if not isinstance(rows, list):
+        raise InputError("not a list of rankings", where=path, got=type(rows).__name__)
+    return rows
+
+
+def _choice(margin: float) -> Literal["left", "right", "tie"]:
+    return "left" if margin > 0 else "right" if margin < 0 else "tie"
+
+
+def _overall(
+    prompt_id: str, left: str, right: str, rater: str, choice: Literal["left", "right", "tie", "skip"]
+) -> Rating:
+    return Rating(prompt_id=prompt_id, left=left, right=right, rater=rater, dimension="overall", choice=choice)

@@ -1,0 +1,118 @@
+"""Ratings as votes: one a rater, pair and dimension; what a rater said twice or both ways is set aside."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefmill.images.collection import GoodImage, Quarantine
+from prefmill.images.rows import DIMENSIONS, Dimension, Rating
+
+PairKey = tuple[str, str]  # image ids, the smaller first
+_BIAS_VOTES, _BIAS_Z = 20, 4.0  # so many votes and standard errors before a rater's side counts as a habit
+
+
+@dataclass
+class RaterFigures:
+    """How one rater answered."""
+
+    num_left: int = 0
+    num_right: int = 0
+    num_ties: int = 0
+    num_skips: int = 0
+
+    @property
+    def prefers_a_side(self) -> bool:
+        """Whether the side an image stood on tells the answer, far beyond chance."""
+        decided = self.num_left + self.num_right
+        return decided >= _BIAS_VOTES and abs(self.num_left - self.num_right) > _BIAS_Z * decided**0.5
+
+
+@dataclass
+class Votes:
+    """By dimension and pair, each rater's vote for the first image: 1, 0, or 1/2 for a tie."""
+
+    of: dict[Dimension, dict[PairKey, dict[str, float]]] = field(
+        default_factory=lambda: {name: defaultdict(dict) for name in DIMENSIONS}
+    )
+    raters: dict[str, RaterFigures] = field(default_factory=lambda: defaultdict(RaterFigures))
+
+    def pairs(self) -> list[PairKey]:
+        """Every pair with a vote, sorted."""
+        return sorted({pair for pairs in self.of.values() for pair, votes in pairs.items() if votes})
+
+    def share(self, pair: PairKey, dimension: Dimension) -> float | None:
+        """The share of the votes for the first image, ties half each; None where nobody voted."""
+        votes = self.of[dimension].get(pair)
+        return sum(votes.values()) / len(votes) if votes else None
+
+    def agreement(self, dimension: Dimension) -> float | None:
+        """The share of two raters' answers to the same question that are equal; None where there are no two."""
+        same = total = 0
+        for votes in self.of[dimension].values():
+            counts = Counter(votes.values())
+            total += len(votes) * (len(votes) - 1) // 2
+            same += sum(count * (count - 1) // 2 for count in counts.values())
+        return same / total if total else None
+
+
+def count_votes(
+    ratings: Iterable[tuple[str, Rating]], images: Mapping[str, GoodImage], quarantine: Quarantine
+) -> Votes:
+    """The votes of all ratings; what cannot count is set aside, both answers of a rater who gave two."""
+    votes = Votes()
+    first: dict[tuple[str, Dimension, PairKey], tuple[str, Rating]] = {}
+    for where, rating in ratings:
+        pair = _pair(rating)
+        bad = next((name for name in pair if name not in images), None)
+        asked = (rating["rater"], rating["dimension"], pair)
+        if bad is not None:
+            quarantine.add("rating", where, "its image cannot be used", image_id=bad)
+        elif asked not in first:
+            first[asked] = (where, rating)
+        elif _vote(first[asked][1]) == _vote(rating):
+            quarantine.add("rating", where, "duplicate row", first=first[asked][0], row=dict(rating))
+        else:
+            quarantine.add("rating", where, "the rater said otherwise", first=first[asked][0], row=dict(rating))
+            first[asked] = (first[asked][0], {**rating, "choice": "skip"})
+    for (rater, dimension, pair), (_, rating) in first.items():
+        vote = _vote(rating)
+        _figure(votes.raters[rater], rating)
+        if vote is not None:
+            votes.of[dimension][pair][rater] = vote
+    return votes
+
+
+def figures(votes: Votes) -> dict[str, Any]:
+    """What a summary says of votes: per dimension their number, ties and agreement; per rater the answers."""
+    dimensions = {}
+    for name in DIMENSIONS:
+        values = list(itertools.chain.from_iterable(item.values() for item in votes.of[name].values()))
+        agreement = votes.agreement(name)
+        dimensions[name] = {
+            "num_votes": len(values),
+            "num_ties": values.count(0.5),
+            "agreement": None if agreement is None else round(agreement, 6),
+        }
+    raters = {name: vars(votes.raters[name]) for name in sorted(votes.raters)}
+    return {"dimensions": dimensions, "raters": raters}
+
+
+def _pair(rating: Rating) -> PairKey:
+    return min(rating["left"], rating["right"]), max(rating["left"], rating["right"])
+
+
+def _vote(rating: Rating) -> float | None:
+    """For the pair's first image."""
+    chosen = {"left": rating["left"], "right": rating["right"]}.get(rating["choice"])
+    if chosen is None:
+        return 0.5 if rating["choice"] == "tie" else None
+    return float(chosen == _pair(rating)[0])
+
+
+def _figure(found: RaterFigures, rating: Rating) -> None:
+    name = {"left": "num_left", "right": "num_right", "tie": "num_ties", "skip": "num_skips"}[rating["choice"]]
+    setattr(found, name, getattr(found, name) + 1)
