@@ -20,7 +20,7 @@ from prefmill import tiny
 from prefmill.artifacts import Artifact, payload
 from prefmill.config import validate
 from prefmill.errors import ConfigError, InputError
-from prefmill.images.generator import ADAPTER_FILE, open_pipeline
+from prefmill.images.generator import ADAPTER_FILE, add_adapter, open_pipeline
 from prefmill.records import read_jsonl
 from prefmill.stage import Task
 
@@ -57,7 +57,7 @@ def prompts(tmp_path: Path) -> Path:
 def stage_source(task: Task) -> Any:
     from prefmill.images.generator import choose_source
 
-    return choose_source(settings(prompts="x"), task.input("model"), "test")
+    return choose_source(settings(prompts="x"), task.input("model"), None, "test")
 
 
 def settings(**given: Any) -> stage.GenerateImagesConfig:
@@ -272,28 +272,31 @@ def test_an_adapter_changes_the_images_by_its_scale(
     assert (found["base"] == found["none"]).all()
     assert (found["base"] != found["one"]).any()
     artifact = publish_as(folder, "checkpoint")
-    task = task_for(tmp_path / "as_input", "generate_images", model=artifact)
-    generate(task, prompts, seeds=[0], model_name_or_path=str(model.path))
+    task = task_for(tmp_path / "as_input", "generate_images", model=model, adapter=artifact)
+    generate(task, prompts, seeds=[0])
     assert (pixels(task) == found["one"]).all()
     label = json.loads((task.output / "summary.json").read_text())["model"]
-    assert label == f"{model.path.name} + test@{artifact.manifest.content_digest[:12]}"
+    assert label == " + ".join(f"test@{item.manifest.content_digest[:12]}" for item in (model, artifact))
 
 
 def test_which_model_must_be_clear(tmp_path: Path, model: Artifact, prompts: Path) -> None:
     with pytest.raises(ConfigError, match="no model to make images with"):
         generate(task_for(tmp_path / "a", "generate_images"), prompts)
-    with pytest.raises(ConfigError, match="not clear"):
+    with pytest.raises(ConfigError, match="two models to make images with"):
         generate(task_for(tmp_path / "b", "generate_images", model=model), prompts, model_name_or_path="x/y")
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "x").write_text("x")
-    with pytest.raises(ConfigError, match="not clear"):
-        generate(task_for(tmp_path / "d", "generate_images", model=publish_as(tmp_path / "c", "checkpoint")), prompts)
+    with pytest.raises(ConfigError, match="two adapters to make images with"):
+        generate(task_for(tmp_path / "c", "generate_images", model=model, adapter=model), prompts, adapter="x")
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"no diffusers pipeline[\s\S]*model_index.json"):
         generate(task_for(tmp_path / "a", "generate_images"), prompts, model_name_or_path=str(tmp_path))
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path: Path, model: Artifact, opened: Any) -> None:
+    with pytest.raises(InputError, match=r"no adapter in this folder[\s\S]*pytorch_lora_weights"):
+        add_adapter(opened, model.path, 1.0)
 
 
 @pytest.mark.parametrize(

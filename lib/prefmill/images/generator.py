@@ -50,31 +50,27 @@ class GeneratorSource:
     adapter_scale: float = 1.0
 
 
-def choose_source(keys: ModelKeys, artifact: Artifact | None, where: str) -> GeneratorSource:
-    """The model of a configuration and of the `checkpoint` given as input: a whole pipeline, or an adapter on a base.
+def choose_source(keys: ModelKeys, model: Artifact | None, adapter: Artifact | None, where: str) -> GeneratorSource:
+    """The model of a configuration and of the `checkpoint` artifacts given as input: a pipeline, an adapter on it.
 
-    Raises ConfigError when there is no model, or two.
+    Raises ConfigError when there is no pipeline, or two of either.
     """
-    base, adapter = keys.model_name_or_path, keys.adapter
-    label = None if base is None else base if not Path(base).is_dir() else Path(base).name
-    if artifact is not None:
-        given = f"{artifact.manifest.stage}@{artifact.manifest.content_digest[:12]}"
-        if (artifact.path / PIPELINE_FILE).is_file() and base is None:
-            base, label = str(artifact.path), given
-        elif (artifact.path / ADAPTER_FILE).is_file() and base is not None and adapter is None:
-            adapter, label = artifact.path, f"{label} + {given}"
-        else:
-            raise _unclear(keys, artifact, where)
-    elif adapter is not None:
-        label = f"{label} + {adapter.name}"
-    if base is None or label is None:
+    if model is not None and keys.model_name_or_path is not None:
+        raise _two("models", where, f"inputs.model={model.path} and model_name_or_path={keys.model_name_or_path}")
+    if adapter is not None and keys.adapter is not None:
+        raise _two("adapters", where, f"inputs.adapter={adapter.path} and adapter={keys.adapter}")
+    base = str(model.path) if model is not None else keys.model_name_or_path
+    if base is None:
         raise ConfigError(
             "no model to make images with", where=where,
             fix="give model_name_or_path, or inputs.model=FOLDER of a finished diffusers pipeline",
         )  # fmt: skip
+    name = _label(model) if model is not None else Path(base).name if Path(base).is_dir() else base
+    folder = adapter.path if adapter is not None else keys.adapter
+    added = _label(adapter) if adapter is not None else keys.adapter.name if keys.adapter is not None else None
     return GeneratorSource(
-        model=base, label=label, precision=keys.precision, revision=keys.revision, variant=keys.variant,
-        adapter=adapter, adapter_scale=keys.adapter_scale,
+        model=base, label=name if added is None else f"{name} + {added}", precision=keys.precision,
+        revision=keys.revision, variant=keys.variant, adapter=folder, adapter_scale=keys.adapter_scale,
     )  # fmt: skip
 
 
@@ -123,13 +119,12 @@ def _require_folder(name_or_path: str) -> None:
         )  # fmt: skip
 
 
-def _unclear(keys: ModelKeys, artifact: Artifact, where: str) -> ConfigError:
-    return ConfigError(
-        "the model to make images with is not clear", where=where,
-        got=f"inputs.model={artifact.path}, model_name_or_path={keys.model_name_or_path}, adapter={keys.adapter}",
-        expected=f"an input with {PIPELINE_FILE} and no model_name_or_path, or one with {ADAPTER_FILE} and its base",
-        fix="leave one out, or name the adapter's base as model_name_or_path",
-    )  # fmt: skip
+def _label(artifact: Artifact) -> str:
+    return f"{artifact.manifest.stage}@{artifact.manifest.content_digest[:12]}"
+
+
+def _two(what: str, where: str, got: str) -> ConfigError:
+    return ConfigError(f"two {what} to make images with", where=where, got=got, fix="leave one out")
 
 
 def _unloadable(what: str, where: object, error: Exception) -> InputError:
