@@ -23,11 +23,12 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Need(StrictConfig):
-    """Which stage makes an input: `stage`, or by the value of array key `by` one of `stages`."""
+    """Which stage makes an input: `stage`, or one of `stages` by array key `by`; `where` picks of its elements."""
 
     stage: str | None = None
     by: str | None = None
     stages: dict[str, str] = {}
+    where: dict[str, str | int] = {}
     match: Match | None = None
 
 
@@ -263,10 +264,10 @@ class _Planner:
         need = self._need(name, key, reads)
         producer = need.stages.get(str(values.get(need.by))) if need.by else need.stage
         if producer in self.stages:
-            found = self._planned(producer, values, need.match)
+            found = self._planned(producer, values, need)
         else:
             found = self._on_disk(producer, task, need.match) if producer in stage_names() else []
-        if not found and not reads.optional:
+        if not found and (need.where or not reads.optional):
             raise PipelineError(
                 f"nothing makes input '{key}' ({reads.kind}) of {name}:{task}", where=self.source,
                 expected=f"stage {reads.stage} in the pipeline, or finished in run {self.run}",
@@ -274,8 +275,12 @@ class _Planner:
             )  # fmt: skip
         return tuple(found)
 
-    def _planned(self, producer: str, values: Mapping[str, str | int], match: Match | None) -> list[Path]:
-        keys = () if match == "all" else tuple(key for key in self.pipeline.stages[producer].array if key in values)
+    def _planned(self, producer: str, values: Mapping[str, str | int], need: Need) -> list[Path]:
+        array = self.pipeline.stages[producer].array
+        for key in need.where.keys() - array:
+            raise PipelineError(f"stage {producer} has no array key '{key}'", where=self.source, fix="correct `where`")
+        values = need.where if need.match == "all" else {**values, **need.where}
+        keys = tuple(key for key in array if key in values)
         if (producer, keys) not in self.outputs:  # a plan of thousands of tasks asks thousands of times
             by_values: dict[tuple[str | int, ...], list[Path]] = {}
             for task, theirs in self.elements[producer].items():

@@ -66,11 +66,16 @@ class MultiHeadReward(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Rewards [B, K] of `pixel_values` [B, 3, H, W] for the prompts' `input_ids`, `attention_mask` [B, T]."""
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, prompt_of: Tensor | None = None
+    ) -> Tensor:
+        """Rewards [B, K] of `pixel_values` [B, 3, H, W] for the prompts' `input_ids`, `attention_mask` [P, T].
+
+        `prompt_of` [B] says which of the P prompts an image is of; None: the first is of the first, and so on.
+        """
         image = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
         text = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        return self.rewards(image, text)
+        return self.rewards(image, text if prompt_of is None else text[prompt_of])
 
     def rewards(self, image: Tensor, text: Tensor) -> Tensor:
         """Rewards [B, K] from the projected embeddings of images and prompts, [B, D] each."""

@@ -43,9 +43,29 @@ def test_need_by_array_value(tmp_path: Path) -> None:
     assert task(plan.tasks, "pair:b").inputs["same"] == (task(plan.tasks, "use:all").output,)
 
 
+def test_need_of_some_elements(tmp_path: Path) -> None:
+    array = {"array": {"modality": ["a", "b"]}}
+    pairs = {**array, "needs": {"same": {"stage": "use", "where": {"modality": "b"}}}}
+    plan = toy_plan(tmp_path, make={"array": {"shard": 3}}, use=array, pair=pairs)
+    for name in ("a", "b"):
+        assert task(plan.tasks, f"pair:{name}").inputs["same"] == (task(plan.tasks, "use:b").output,)
+    one = {"needs": {"numbers": {"stage": "make", "where": {"shard": 1}}}}
+    plan = toy_plan(tmp_path, make={"array": {"shard": 3}}, use=one)
+    assert task(plan.tasks, "use:all").inputs["numbers"] == (task(plan.tasks, "make:shard1").output,)
+
+
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
+        ({"make": {}, "use": {"needs": {"numbers": {"stage": "make", "where": {"shard": 1}}}}}, "no array key 'shard'"),
+        (
+            {
+                "make": {},
+                "use": {"array": {"modality": ["a"]}},
+                "pair": {"needs": {"same": {"stage": "use", "where": {"modality": "b"}}}},
+            },
+            "nothing makes input 'same'",
+        ),
         ({"use": {}}, "nothing makes input 'numbers'"),
         ({"make": {"set": {"row": 1}}}, "did you mean 'rows'"),
         ({"make": {"array": {"colour": ["a"]}}}, "array key 'colour' is no key"),

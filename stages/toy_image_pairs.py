@@ -1,0 +1,34 @@
+"""Draws sample pictures with ratings and pairs whose better side is known, one fault a pair, on five dimensions."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from prefmill.config import StrictConfig
+from prefmill.stage import Metrics, Stage, Task
+
+
+class ToyImagePairsConfig(StrictConfig):
+    """How much to draw."""
+
+    num_prompts: int = Field(60, ge=4, description="prompts, each of two things side by side")
+    pairs_per_prompt: int = Field(5, ge=1, description="pairs of a good picture and one with a fault")
+    held_out_share: float = Field(0.3, gt=0, lt=1, description="of the prompts: half for validation, half for testing")
+    seed: int = Field(0, description="of what is drawn")
+
+
+def run(config: ToyImagePairsConfig, task: Task) -> Metrics:
+    """Write the pictures, `ratings.csv` and `pairs.jsonl`; the metrics are their counts."""
+    from prefmill.reward.samples import write_samples
+
+    return dict(
+        write_samples(task.output, config.num_prompts, config.pairs_per_prompt, config.held_out_share, config.seed)
+    )
+
+
+STAGE = Stage(name="toy_image_pairs", config=ToyImagePairsConfig, run=run, root="data", writes="image_pairs")
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

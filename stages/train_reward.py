@@ -1,0 +1,73 @@
+"""Trains a reward model on rated image pairs: CLIP with a head for each dimension that people judged."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.training import TrainingConfig, start_model
+
+
+class TrainRewardConfig(TrainingConfig):
+    """`effective_batch_size` counts pairs.
+
+    `half` leaves a model half of the training prompts: what `judge` learns from, `policy` has never seen.
+    """
+
+    learning_rate: float = Field(1e-5, gt=0)
+    num_train_epochs: int = Field(3, ge=1)
+    per_device_train_batch_size: int = Field(16, ge=1)
+    effective_batch_size: int = Field(64, ge=1)
+    half: Literal["all", "policy", "judge"] = "all"
+    hidden_size: int = Field(64, ge=1)
+    trainable: Literal["all", "vision", "heads"] = "all"
+    crop_scale: float = Field(1.0, gt=0, le=1)
+    overall_for_missing: bool = False
+    shuffle_labels: bool = False
+    num_resamples: int = Field(2000, ge=1000, le=1_000_000)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @model_validator(mode="after")
+    def _whole_weights(self) -> TrainRewardConfig:
+        if self.lora is not None:
+            raise ValueError("a reward model is trained without an adapter: leave out lora, or set trainable=heads")
+        return self
+
+
+def run(config: TrainRewardConfig, task: Task) -> Metrics:
+    """Train, measure on the held-out prompts, and write a plain Hugging Face folder."""
+    from prefmill.reward.train import RewardTraining, train_reward
+
+    wanted = RewardTraining(
+        half=config.half,
+        hidden_size=config.hidden_size,
+        trainable=config.trainable,
+        crop_scale=config.crop_scale,
+        overall_for_missing=config.overall_for_missing,
+        shuffle_labels=config.shuffle_labels,
+        num_resamples=config.num_resamples,
+        confidence=config.confidence,
+    )
+    return train_reward(config, wanted, task, start_model(config, task, "clip"), task.input("pairs").path)
+
+
+STAGE = Stage(
+    name="train_reward",
+    config=TrainRewardConfig,
+    run=run,
+    root="checkpoints",
+    trains=True,
+    writes="reward_model",
+    reads={
+        "pairs": Reads("image_pairs", "build_image_pairs"),
+        "clip": Reads("checkpoint", optional=True),
+    },
+    preload=("torch", "transformers", "transformers.trainer", "safetensors.torch"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)
