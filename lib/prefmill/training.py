@@ -185,17 +185,20 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
         return model
     import peft
 
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora.r,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=0.0,
-            use_dora=config.lora.use_dora,
-            target_modules=config.lora.target_modules,
-        ),
-    )
+    from prefmill.tiny.seeding import seeded
+
+    with seeded(config.seed):  # an adapter begins at random weights
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.lora.r,
+                lora_alpha=config.lora.alpha,
+                lora_dropout=0.0,
+                use_dora=config.lora.use_dora,
+                target_modules=config.lora.target_modules,
+            ),
+        )
 
 
 def train_and_save(trainer: Any, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task) -> None:

@@ -39,7 +39,7 @@ def make_pairs(folder: Path, train: int = 12, val: int = 4, size: tuple[int, int
                 "labels": {"overall": 1.0},
                 "weight": 1.0,
                 "split": "train" if number < train else "val",
-            }  # fmt: skip
+            }
         )
     write_jsonl(folder / "pairs.jsonl", rows)
     return publish_as(folder, "image_pairs")

@@ -98,6 +98,13 @@ class PreferenceTrainer(Trainer):
         if self._val is not None:
             self._val.data = replace(self._val.data, reference=val)
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """The run's precision for whatever runs the model: reference and evaluation see what training sees.
+
+        accelerate does this only to the model it was given, when training begins: too late for the reference.
+        """
+        return self.accelerator.autocast()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 

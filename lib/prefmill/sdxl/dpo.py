@@ -15,12 +15,13 @@ from prefmill.artifacts import Artifact
 from prefmill.callbacks import StageCallback
 from prefmill.causal.loading import torch_dtype
 from prefmill.causal.resuming import resume_strictly
-from prefmill.errors import InputError
+from prefmill.errors import ConfigError, InputError
 from prefmill.images.rows import ImageSplit
 from prefmill.preference.batches import Microbatch, one_by_one, plan_batches
 from prefmill.preference.objectives import Settings
 from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from prefmill.sdxl.cache import TensorCache, cache_folder
+from prefmill.sdxl.callbacks import Ema, SampleGrid, Sampling
 from prefmill.sdxl.config import SdxlPreferenceConfig
 from prefmill.sdxl.data import PairImages, read_image_pairs, swap_by_coin
 from prefmill.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
@@ -53,6 +54,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     references = [_references(config, folder, reader, given) for given in (train, held_out)]
     residuals = config.objective in NEEDS_RESIDUALS
     objective = choose(config.objective, config.sft_weight, _factors(config))
+    ema = Ema(config.ema_decay) if config.use_ema else None
     trainer = PreferenceTrainer(
         model=model,
         args=args,
@@ -62,12 +64,14 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         objective=objective,
         settings=Settings(config.beta),
         telemetry=ErrorTelemetry(task.logs, int(os.environ.get("RANK", "0")), _factors(config) if residuals else None),
-        callbacks=[StageCallback(task)],
+        callbacks=[*([ema] if ema else []), StageCallback(task)],  # the average is part of a complete checkpoint
     )
+    if config.sample_steps is not None:
+        trainer.add_callback(_samples(config, task, folder, reader, held_out or train, trainer))
     if objective.needs_reference:
         _compute(trainer, references, (plan, held_plan))
         trainer.set_reference(references[0].scores, references[1].scores)
-    _train_and_save(trainer, config, task, folder)
+    _train_and_save(trainer, ema, config, task, folder)
     return _metrics(trainer, train, held_out)
 
 
@@ -96,6 +100,10 @@ def _plan(pairs: Sequence[PairImages], config: SdxlPreferenceConfig) -> list[Mic
 
 def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
     args = plan_arguments(config, task, plan)
+    if config.precision == "fp16" and args.use_cpu:
+        raise ConfigError(
+            "fp16 needs a GPU", where="precision", got="no GPU that torch sees", fix="set precision: bf16 or fp32"
+        )
     args.gradient_checkpointing = False  # transformers would ask the UNet in a language model's words
     args.optim = OptimizerNames(optimizer_name(config))
     args.ddp_find_unused_parameters = False  # every weight that is trained has a part in every loss
@@ -121,7 +129,7 @@ def _encode(
         for path, digest in zip(pair.images, pair.digests, strict=True)
     }
     encode_images(sorted(files), folder, images, cache, config.vae_batch_size, device)
-    encode_texts(sorted({pair.prompt for pair in [*train, *held_out]}), folder, texts, cache, device)
+    encode_texts(sorted({"", *(pair.prompt for pair in [*train, *held_out])}), folder, texts, cache, device)
     return reader
 
 
@@ -162,11 +170,24 @@ def _factors(config: SdxlPreferenceConfig) -> DspoFactors:
     return DspoFactors(config.dspo_lambda, config.dspo_stop_gradient)
 
 
-def _train_and_save(trainer: PreferenceTrainer, config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder) -> None:
+def _samples(
+    config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, reader: PairReader, pairs: Sequence[PairImages],
+    trainer: PreferenceTrainer,
+) -> SampleGrid:  # fmt: skip
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.num_samples]
+    sampling = Sampling(prompts, config.sample_steps or 1, config.sample_inference_steps, config.resolution)
+    return SampleGrid(sampling, folder, reader.cache, reader.texts, task.logs, trainer.accelerator.autocast)
+
+
+def _train_and_save(
+    trainer: PreferenceTrainer, ema: Ema | None, config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder
+) -> None:
     resume_strictly(trainer)
     with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
         checkpoint = newest_checkpoint(task.output)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if ema is not None:
+        ema.copy_to(trainer.model)
     if trainer.is_world_process_zero():
         save_finished(trainer.model, config, task, folder)
     trainer.accelerator.wait_for_everyone()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from prefmill.artifacts import write_atomic
@@ -60,7 +60,7 @@ def save_diffusers(state: Mapping[str, Tensor], settings: Any, path: Path) -> No
         "unet.target_modules": sorted(target_modules(state)),
     }  # fmt: skip
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(said, sort_keys=True)}
-    save_file({f"unet.{name}": value for name, value in state.items()}, path, metadata)
+    save_with_metadata({f"unet.{name}": value for name, value in state.items()}, path, metadata)
 
 
 def save_comfyui(
@@ -81,7 +81,16 @@ def save_comfyui(
             tensors[f"{key}.dora_scale"] = scales[module].contiguous()
     rank = min(value.shape[0] for name, value in tensors.items() if name.endswith("lora_down.weight"))
     metadata = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank)}
-    save_file(tensors, path, {**metadata, "ss_network_alpha": str(float(alpha))})
+    save_with_metadata(tensors, path, {**metadata, "ss_network_alpha": str(float(alpha))})
+
+
+def save_with_metadata(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file whose metadata are in order: safetensors itself writes them in one of its own each time."""
+    data = save(dict(tensors))
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8 : 8 + length])})
+    padded = header.encode().ljust(-(-len(header.encode()) // 8) * 8)
+    path.write_bytes(len(padded).to_bytes(8, "little") + padded + data[8 + length :])
 
 
 def comfyui_scale(layer: Any, adapter: str = "default") -> Tensor:
@@ -148,7 +157,7 @@ def save_pipeline(unet: Mapping[str, Tensor], output: Path, folder: SdxlFolder, 
     state = {name: value.detach().to("cpu", dtype) for name, value in unet.items()}
     model.load_state_dict(state, assign=True)
     model.register_to_config(_name_or_path="")  # a path of this machine is no part of the content
-    model.save_pretrained(output / "unet")
+    model.save_pretrained(output / "unet", variant=folder.variant)
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor, float]:

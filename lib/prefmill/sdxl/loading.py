@@ -72,6 +72,7 @@ def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
     import peft
 
     from prefmill.sdxl.dora import make_exact
+    from prefmill.tiny.seeding import seeded
 
     given = config.lora
     targets = given.target_modules
@@ -80,7 +81,8 @@ def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
     )  # fmt: skip
     try:
-        model = peft.get_peft_model(unet, settings)
+        with seeded(config.seed):  # an adapter begins at random weights
+            model = peft.get_peft_model(unet, settings)
     except ValueError as error:
         raise ConfigError(
             "the adapter does not fit this UNet", where="lora.target_modules", got=str(error).splitlines()[0],

@@ -1,0 +1,56 @@
+"""Tunes SDXL on pairs of images, by DPO, DSPO or MaPO, with LoRA, DoRA or as a whole."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from prefmill.errors import PipelineError
+from prefmill.sdxl.config import SdxlPreferenceConfig
+from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.training import start_model
+
+
+class SdxlDpoConfig(SdxlPreferenceConfig):
+    """Which objective, which adapter, and how it is trained."""
+
+    @model_validator(mode="after")
+    def _reward_keys(self) -> SdxlDpoConfig:
+        given = sorted(self.model_fields_set & {"reward_temperature", "reward_weights"})
+        if given and self.objective != "dspo_rm":
+            raise ValueError(f"{', '.join(given)}: only objective dspo_rm asks a reward model")
+        return self
+
+
+def run(config: SdxlDpoConfig, task: Task) -> Metrics:
+    """Train, and write the adapter as diffusers and ComfyUI read it, or the whole pipeline."""
+    from prefmill.sdxl.dpo import train_sdxl_dpo
+
+    reward = task.optional_input("reward")
+    if (config.objective == "dspo_rm") != (reward is not None):
+        raise PipelineError(
+            "no reward model" if reward is None else "a reward model that nothing asks for",
+            where=f"{task.stage}:{task.name}", got=f"objective={config.objective}",
+            fix="give inputs.reward=FOLDER" if reward is None else "set objective=dspo_rm, or leave out inputs.reward",
+        )  # fmt: skip
+    return train_sdxl_dpo(config, task, start_model(config, task, "model"), task.input("pairs"))
+
+
+STAGE = Stage(
+    name="sdxl_dpo",
+    config=SdxlDpoConfig,
+    run=run,
+    root="checkpoints",
+    trains=True,
+    writes="image_checkpoint",
+    reads={
+        "pairs": Reads("image_pairs", "build_image_pairs"),
+        "model": Reads("checkpoint", optional=True),
+        "reward": Reads("reward_model", "train_reward", optional=True),
+    },
+    preload=("torch", "transformers.trainer", "diffusers", "peft", "safetensors.torch"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

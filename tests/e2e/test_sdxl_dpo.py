@@ -1,0 +1,242 @@
+"""sdxl_dpo: its start, its caches, what it leaves, resuming, samples, a reward's labels, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_pair_artifacts import make_pairs, make_sdxl
+from mdlm_artifacts import run_stage
+from safetensors.torch import load_file
+from training_artifacts import content, executed_steps, kill_after, publish_as
+
+from prefmill.artifacts import Artifact
+from prefmill.config import load, validate
+from prefmill.errors import ArtifactError, ConfigError, InputError, PipelineError
+from prefmill.records import read_jsonl
+from prefmill.training import STEPS, read_curve
+from stages.sdxl_dpo import STAGE, SdxlDpoConfig
+from tests.conftest import REPOSITORY
+
+KEYS: dict[str, Any] = {
+    "objective": "dpo", "resolution": 32, "precision": "fp32", "lora": {"r": 4}, "learning_rate": 1e-3,
+    "num_train_epochs": 2, "per_device_train_batch_size": 2, "effective_batch_size": 4, "logging_steps": 1,
+    "save_steps": 2, "report_to": [], "use_ema": True, "random_flip": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_sdxl(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Artifact, pairs: Artifact, cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    keys = {"save_merged": True, "sample_steps": 3, "num_samples": 2, "sample_inference_steps": 2}
+    run_stage("sdxl_dpo", folder, {**KEYS, **keys, "cache_dir": str(cache)}, model=model, pairs=pairs)
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in read_curve(folder / "logs" / STEPS) if "loss" in row]
+
+
+def test_the_shipped_dspo_is_the_issues() -> None:
+    config = load(SdxlDpoConfig, REPOSITORY / "configs" / "sdxl_dpo" / "dspo.yaml")
+    assert (config.objective, config.max_steps, config.effective_batch_size) == ("dspo", 2000, 8)
+    assert (config.logging_steps, config.resolution, config.model_name_or_path) == (
+        500, 1024, "stabilityai/stable-diffusion-xl-base-1.0",
+    )  # fmt: skip
+    assert config.lora is not None
+    assert (config.lora.use_dora, config.lora.alpha) == (True, 4.0 * config.lora.r)
+    assert STAGE.reads["pairs"].stage == "build_image_pairs"
+
+
+def test_it_starts_at_the_reference_and_leaves_what_it_says(undisturbed: Path) -> None:
+    from PIL import Image
+
+    first = rows_of(undisturbed)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (first["margin"], first["accuracy"], first["winner_error_change"]) == (0.0, 0.5, 0.0)
+    files = set(content(undisturbed))
+    assert {"pytorch_lora_weights.safetensors", "comfyui.safetensors", "README.md"} <= files
+    assert {"merged/model_index.json", "merged/unet/config.json", "merged/vae/config.json"} <= files
+    assert not any(b"/tmp" in data for name, data in content(undisturbed).items() if name.endswith((".json", ".md")))
+    grids = sorted((undisturbed / "logs" / "samples").iterdir())
+    assert [grid.name for grid in grids] == ["step_00003.png", "step_00006.png"]
+    assert Image.open(grids[0]).size == (64, 32)
+
+
+def test_the_merged_pipeline_loads_and_draws(undisturbed: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(undisturbed / "out" / "merged", add_watermarker=False)
+    pipeline.load_lora_weights(undisturbed / "out", weight_name="pytorch_lora_weights.safetensors")
+    image = pipeline("a red square", height=32, width=32, num_inference_steps=1, output_type="pil").images[0]
+    assert image.size == (32, 32)
+
+
+def test_cached_references_are_those_computed_anew(
+    undisturbed: Path, model: Artifact, pairs: Artifact, cache: Path
+) -> None:
+    """Every reference error of every step: anew, one pair at a time, from the checkpoint, the image and the prompt."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from prefmill.sdxl.data import read_image_pairs
+    from prefmill.sdxl.encoding import encode_pixels, encode_prompt, load_encoders, load_pixels
+    from prefmill.sdxl.family import SdxlBatch, errors, predict
+    from prefmill.sdxl.loading import SdxlFolder
+    from prefmill.sdxl.noise import draw, load_schedule
+
+    folder, device = SdxlFolder(model.path), torch.device("cpu")
+    schedule, encoder = load_schedule(model.path, None), load_encoders(folder, "fp32")
+    vae, unet = folder.load(AutoencoderKL, "vae", "fp32"), folder.load(UNet2DConditionModel, "unet", "fp32")
+    by_id = {pair.pair_id: pair for pair in read_image_pairs(pairs, "train")}
+    rows = list(read_jsonl(undisturbed / "logs" / "margins" / "margins_log.jsonl"))
+    assert len(rows) == 24
+    flips = set()
+    for row in rows:
+        pair, epoch = by_id[row["pair_id"]], row["epoch"]
+        flip = bool(draw(43, pair.pair_id, epoch, (1,), 2).timestep)
+        flips.add(flip)
+        read = [load_pixels(path, 32, flip) for path in pair.images]
+        noise = draw(42, pair.pair_id, epoch, (4, 16, 16), 1000)
+        text, pooled = encode_prompt(encoder, [pair.prompt] * 2, device)
+        batch = SdxlBatch(
+            encode_pixels(vae, torch.stack([pixels for pixels, _ in read])), torch.stack([noise.noise] * 2),
+            torch.tensor([noise.timestep] * 2), text, pooled, torch.stack([ids for _, ids in read]), torch.ones(1),
+        )  # fmt: skip
+        with torch.no_grad():
+            found = errors(*predict(unet, batch, schedule))
+        logged = (-row["ref_chosen_logps"], -row["ref_rejected_logps"])
+        assert found.tolist() == pytest.approx(logged, abs=1e-5)
+    assert flips == {True, False}
+
+
+def test_a_second_trial_computes_no_reference(
+    tmp_path: Path, undisturbed: Path, model: Artifact, pairs: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rate and rank, the same cache; and no VAE or text encoder is loaded."""
+    monkeypatch.setattr("prefmill.sdxl.reference.ReferenceErrors._values", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("prefmill.sdxl.encoding.load_encoders", lambda *_: pytest.fail("encoded again"))
+    keys = {**KEYS, "learning_rate": 3e-3, "lora": {"r": 2, "use_dora": False}, "cache_dir": str(cache)}
+    run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)
+    assert rows_of(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_cache_of_another_reference_is_refused(tmp_path: Path, model: Artifact, pairs: Artifact) -> None:
+    from safetensors.torch import save_file
+
+    keys = {**KEYS, "max_steps": 1, "cache_dir": str(tmp_path / "c")}
+    run_stage("sdxl_dpo", tmp_path / "a", keys, model=model, pairs=pairs)
+    for path in (tmp_path / "c").rglob("*-reference.safetensors"):
+        save_file({name: value * 1.1 for name, value in load_file(path).items()}, path)
+    with pytest.raises(ArtifactError, match="not those of this reference"):
+        run_stage("sdxl_dpo", tmp_path / "b", keys, model=model, pairs=pairs)
+
+
+@pytest.mark.slow
+def test_killed_and_rerun_it_ends_with_the_same_bytes(
+    tmp_path: Path, undisturbed: Path, model: Artifact, pairs: Artifact, cache: Path
+) -> None:
+    """Adapter, average and samples included."""
+    keys = {"save_merged": True, "sample_steps": 3, "num_samples": 2, "sample_inference_steps": 2}
+    given = {**KEYS, **keys, "cache_dir": str(cache)}
+    kill_after(3, tmp_path, lambda: run_stage("sdxl_dpo", tmp_path, given, model=model, pairs=pairs))
+    run_stage("sdxl_dpo", tmp_path, given, model=model, pairs=pairs)
+    assert content(tmp_path) == content(undisturbed)
+    assert [row["loss"] for row in rows_of(tmp_path)] == [row["loss"] for row in rows_of(undisturbed)]
+    assert sorted(set(executed_steps(tmp_path))) == list(range(1, 7))
+
+
+def test_the_average_is_what_is_saved(undisturbed: Path) -> None:
+    last = undisturbed / "out" / "checkpoint-6"
+    average, weights = load_file(last / "ema.safetensors"), load_file(last / "adapter_model.safetensors")
+    saved = load_file(undisturbed / "out" / "pytorch_lora_weights.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith("lora_B.weight"))
+    key = f"unet.{name.removeprefix('base_model.model.')}"
+    assert torch.equal(saved[key], average[name.replace("lora_B", "lora_B.default")])
+    assert not torch.equal(saved[key], weights[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dspo", "dspo_official_sdxl", "mapo"])
+def test_the_whole_unet_and_the_other_objectives(
+    objective: str, tmp_path: Path, model: Artifact, pairs: Artifact, cache: Path
+) -> None:
+    keys = {**KEYS, "objective": objective, "lora": None, "max_steps": 2, "use_ema": False, "min_snr_gamma": 5.0}
+    keys |= {"beta": 1.0 if objective == "mapo" else 5000.0, "cache_dir": str(cache), "activation_checkpointing": True}
+    run_stage("sdxl_dpo", tmp_path, {**keys, "precision": "bf16"}, model=model, pairs=pairs)
+    first = rows_of(tmp_path)[0]
+    if objective == "dspo_official_sdxl":
+        assert first["loss"] == 0.25  # (1 - s(0))^2
+    if objective == "dspo":
+        assert (first["margin"], first["sft_cosine"]) == (0.0, pytest.approx(1.0))
+    unet = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    before = load_file(model.path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert set(unet) == set(before)
+    assert {value.dtype for value in unet.values()} == {torch.bfloat16}
+
+
+def test_latents_that_are_no_numbers(tmp_path: Path, pairs: Artifact) -> None:
+    from safetensors.torch import save_file
+
+    broken = make_sdxl(tmp_path / "model").path
+    file = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["encoder.conv_in.bias"] = weights["encoder.conv_in.bias"] * math.nan
+    save_file(weights, file, {"format": "pt"})
+    keys = {**KEYS, "model_name_or_path": str(broken), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(InputError, match="latents are not numbers") as raised:
+        run_stage("sdxl_dpo", tmp_path / "run", keys, pairs=pairs)
+    assert "images/p" in str(raised.value)
+
+
+def test_pairs_it_refuses(tmp_path: Path, model: Artifact) -> None:
+    keys = {**KEYS, "cache_dir": str(tmp_path / "cache")}
+    cut = make_pairs(tmp_path / "cut", train=2, val=0)
+    image = cut.path / "images" / "p1" / "good.png"
+    image.write_bytes(image.read_bytes()[:300])
+    with pytest.raises(InputError, match="cannot read an image"):
+        run_stage("sdxl_dpo", tmp_path / "a", keys, model=model, pairs=cut)
+    gone = make_pairs(tmp_path / "gone", train=2, val=0)
+    (gone.path / "images" / "p0" / "bad.png").unlink()
+    with pytest.raises(InputError, match=r"pairs.jsonl:1"):
+        run_stage("sdxl_dpo", tmp_path / "b", keys, model=model, pairs=publish_as(gone.path, "image_pairs"))
+    none = make_pairs(tmp_path / "none", train=0, val=2)
+    with pytest.raises(InputError, match="no pairs to train on"):
+        run_stage("sdxl_dpo", tmp_path / "c", keys, model=model, pairs=none)
+
+
+def test_configurations_it_refuses(tmp_path: Path, model: Artifact, pairs: Artifact) -> None:
+    for values, message in (
+        ({"max_length": 10}, "a key of text models"),
+        ({"reward_temperature": 2.0}, "only objective dspo_rm"),
+        ({"attn_implementation": "flash"}, "sdpa, xformers, sliced"),
+        ({"deepspeed": "zero3.json", "use_ema": True}, "no rank holds the whole model"),
+        ({"lora": None, "save_merged": True}, "always saved as a pipeline"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            validate(SdxlDpoConfig, values)
+    keys = {**KEYS, "cache_dir": str(tmp_path / "cache")}
+    for more, message in (({"optim": "adamw_bnb_8bit"}, "bitsandbytes"), ({"precision": "fp16"}, "fp16 needs a GPU")):
+        with pytest.raises(ConfigError, match=message):
+            run_stage("sdxl_dpo", tmp_path / "run", {**keys, **more}, model=model, pairs=pairs)
+    with pytest.raises(PipelineError, match="no reward model"):
+        run_stage("sdxl_dpo", tmp_path / "run", {**keys, "objective": "dspo_rm"}, model=model, pairs=pairs)
+    with pytest.raises(InputError, match="no SDXL pipeline"):
+        run_stage("sdxl_dpo", tmp_path / "run", {**keys, "model_name_or_path": str(tmp_path)}, pairs=pairs)
