@@ -1,0 +1,241 @@
+"""Evaluating a tuned SDXL: its images beside the base's, on held-out prompts, under a scorer that had no part in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefmill.artifacts import Artifact, write_atomic
+from prefmill.causal.loading import Precision
+from prefmill.errors import ConfigError, InputError
+from prefmill.evaluation.bootstrap import Resampling, holm, means
+from prefmill.images.generation import ImageSampling, make_images, plan_jobs
+from prefmill.images.generator import ADAPTER_FILE, PIPELINE_FILE, GeneratorSource, open_pipeline
+from prefmill.images.grids import write_grids
+from prefmill.images.prompts import read_prompts
+from prefmill.images.rows import HEADS, GeneratedImage, ImageSplit, Prompt
+from prefmill.records import read_jsonl, write_jsonl
+from prefmill.reward.scoring import score_images
+from prefmill.stage import Metrics, Task
+
+METRICS, SCORES, GRIDS = "metrics.json", "scores.jsonl", "grids"
+SIDES = ("base", "tuned")
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """What is asked for; see stages/evaluate_images.py."""
+
+    base: str
+    base_label: str
+    precision: Precision
+    revision: str | None
+    variant: str | None
+    prompts: Path | None
+    splits: Sequence[ImageSplit]
+    num_prompts: int | None
+    seeds: Sequence[int]
+    sampling: ImageSampling
+    batch_size: int | None
+    num_grid_prompts: int
+    drift_draws: int
+    resolution: int | None
+    resampling: Resampling
+
+
+def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
+    """Make the images of both models, score them, and write what `docs/stages/evaluate_images.md` lists.
+
+    Interrupted, it makes the images that are missing. Raises ConfigError when the scorer has seen a prompt that it is
+    to judge, or rewarded the tuning.
+    """
+    tuned, scorer = task.input("tuned"), task.input("scorer")
+    prompts = held_out_prompts(wanted, task)
+    require_independent(scorer, tuned, prompts)
+    images = {side: _images(wanted, side, tuned, prompts, task) for side in SIDES}
+    scores = {side: _scores(images[side], task, scorer) for side in SIDES}
+    write_jsonl(task.output / SCORES, _score_rows(images, scores))
+    shown = images["base"][: wanted.num_grid_prompts * len(wanted.seeds)]
+    num_grids = write_grids(task.output, GRIDS, shown, SIDES, len(wanted.seeds))
+    measured: dict[str, Any] = {
+        "scorer": scorer.manifest.content_digest,
+        "base": wanted.base_label,
+        "tuned": tuned.manifest.content_digest,
+        "num_prompts": len(prompts),
+        "num_images": len(images["base"]),
+        "seeds": sorted(wanted.seeds),
+        "confidence": wanted.resampling.confidence,
+        "dimensions": compare([row["prompt_id"] for row in images["base"]], scores, wanted.resampling),
+        "drift": _drift(wanted, tuned, task),
+        "num_grids": num_grids,
+    }
+    write_atomic(task.output / METRICS, json.dumps(measured, indent=1, allow_nan=False) + "\n")
+    overall = measured["dimensions"]["mean"]
+    return {
+        "win_rate": overall["win_rate"]["value"],
+        "win_rate_low": overall["win_rate"]["low"],
+        "win_rate_high": overall["win_rate"]["high"],
+        "num_prompts": len(prompts),
+        "winner_drift": (measured["drift"] or {}).get("winner", {}).get("value"),
+        "conclusion": [conclusion(measured)],
+    }
+
+
+def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[Prompt]:
+    """The prompts of the configured file, else those of the pairs' held-out splits, sorted; at most `num_prompts`."""
+    pairs = task.optional_input("pairs")
+    if wanted.prompts is not None:
+        found = {row["prompt_id"]: row for row in read_prompts(wanted.prompts)}
+    elif pairs is not None:
+        rows = [row for row in read_jsonl(pairs.file("pairs.jsonl")) if row["split"] in wanted.splits]
+        found = {row["prompt_id"]: Prompt(prompt_id=row["prompt_id"], prompt=row["prompt"]) for row in rows}
+    else:
+        raise ConfigError(
+            "no prompts to evaluate on", where=f"{task.stage}:{task.name}",
+            fix="give prompts=FILE, or inputs.pairs=FOLDER whose held-out prompts are taken",
+        )  # fmt: skip
+    chosen = [found[name] for name in sorted(found)][: wanted.num_prompts]
+    if len(chosen) < 2:
+        raise InputError(
+            "too few held-out prompts for an interval", where=wanted.prompts or (pairs.path if pairs else None),
+            got=len(chosen), expected="at least 2", fix="rate more prompts, or give prompts=FILE",
+        )  # fmt: skip
+    return chosen
+
+
+def require_independent(scorer: Artifact, tuned: Artifact, prompts: Sequence[Prompt]) -> None:
+    """Raise ConfigError for a scorer that learnt from one of these prompts, or that the tuning was rewarded by."""
+    trained_on = json.loads(scorer.file("trained_on.json").read_text())["prompt_ids"]
+    seen = sorted({row["prompt_id"] for row in prompts} & set(trained_on))
+    if seen:
+        raise ConfigError(
+            "the scorer was trained on prompts that it is to judge", where=scorer.path,
+            got=f"{len(seen)} of {len(prompts)}, such as {seen[0]}",
+            fix="evaluate on splits: [val, test], or on other prompts",
+        )  # fmt: skip
+    if scorer.manifest.content_digest in tuned.manifest.inputs.get("reward", ()):
+        raise ConfigError(
+            "the scorer is the reward that the model was tuned by", where=scorer.path,
+            got=scorer.manifest.content_digest, fix="train another with half=judge, and tune by the one of half=policy",
+        )  # fmt: skip
+
+
+def source_of(wanted: ImageEvaluation, side: str, tuned: Artifact) -> GeneratorSource:
+    """What makes the images of a side: the base, the base with the tuned adapter, or the tuned pipeline itself."""
+    label = f"{tuned.manifest.stage}@{tuned.manifest.content_digest[:12]}"
+    options: dict[str, Any] = {"precision": wanted.precision, "revision": wanted.revision, "variant": wanted.variant}
+    if side == "base":
+        return GeneratorSource(wanted.base, wanted.base_label, **options)
+    if (tuned.path / ADAPTER_FILE).is_file():
+        return GeneratorSource(wanted.base, f"{wanted.base_label} + {label}", **options, adapter=tuned.path)
+    if (tuned.path / PIPELINE_FILE).is_file():
+        return GeneratorSource(str(tuned.path), label, wanted.precision)
+    raise InputError(
+        "neither an adapter nor a pipeline", where=tuned.path, expected=f"{ADAPTER_FILE} or {PIPELINE_FILE}",
+        fix="give the output of sdxl_dpo as inputs.tuned",
+    )  # fmt: skip
+
+
+def compare(
+    prompt_ids: Sequence[str], scores: Mapping[str, NDArray[np.float32]], resampling: Resampling
+) -> dict[str, Any]:
+    """Win rate and mean difference of tuned over base on each dimension and on their mean, from scores [N, K].
+
+    An image is compared with the base's of the same prompt and seed; a tie is half a win. Intervals and p-values (of
+    a win rate of 1/2, Holm's for the number of dimensions) are over prompts: images of one prompt are alike.
+    """
+    both = {side: np.column_stack([values, values.mean(axis=1)]).astype(np.float64) for side, values in scores.items()}
+    difference = both["tuned"] - both["base"]
+    wins = (difference > 0) + (difference == 0) / 2
+    rates = means(_by_prompt(wins - 0.5, prompt_ids), resampling)
+    gains = means(_by_prompt(difference, prompt_ids), resampling)
+    adjusted = [*holm([rate.p_value for rate in rates[:-1]]), rates[-1].p_value]
+    names = [*HEADS, "mean"]
+    return {
+        name: {
+            "win_rate": {
+                "value": round(rate.value + 0.5, _DIGITS),
+                "low": round(max(0.0, rate.low + 0.5), _DIGITS),
+                "high": round(min(1.0, rate.high + 0.5), _DIGITS),
+            },
+            "p_value": round(rate.p_value, _DIGITS),
+            "p_holm": round(p_holm, _DIGITS),
+            "difference": {end: round(getattr(gain, end), _DIGITS) for end in ("value", "low", "high")},
+        }
+        for name, rate, gain, p_holm in zip(names, rates, gains, adjusted, strict=True)
+    }
+
+
+def conclusion(measured: Mapping[str, Any]) -> str:
+    """What a reader is told first."""
+    rate = measured["dimensions"]["mean"]["win_rate"]
+    interval = f"{rate['value']:.0%} ({rate['low']:.0%} to {rate['high']:.0%}) of {measured['num_prompts']} prompts"
+    if rate["low"] > 0.5:
+        return f"The tuned model is preferred to the base under the held-out scorer: {interval}."
+    if rate["high"] < 0.5:
+        return f"The tuned model is WORSE than the base under the held-out scorer: {interval}."
+    return f"No difference between the tuned model and the base is shown under the held-out scorer: {interval}."
+
+
+def _images(
+    wanted: ImageEvaluation, side: str, tuned: Artifact, prompts: Sequence[Prompt], task: Task
+) -> list[GeneratedImage]:
+    """A side's images, below a folder of its own; rows name files from the artifact on."""
+    source = source_of(wanted, side, tuned)
+    work = task.work / side
+    work.mkdir(exist_ok=True)
+    rows = make_images(
+        lambda: open_pipeline(source), plan_jobs(prompts, wanted.seeds), wanted.sampling, source.label,
+        task.output / side, work, wanted.batch_size, task.progress,
+    )  # fmt: skip
+    return [{**row, "file": f"{side}/{row['file']}"} for row in rows]
+
+
+def _scores(rows: Sequence[GeneratedImage], task: Task, scorer: Artifact) -> NDArray[np.float32]:
+    return score_images(scorer.path, [row["prompt"] for row in rows], [task.output / row["file"] for row in rows])
+
+
+def _score_rows(
+    images: Mapping[str, Sequence[GeneratedImage]], scores: Mapping[str, NDArray[np.float32]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_id": row["prompt_id"],
+            "prompt": row["prompt"],
+            "seed": row["seed"],
+            "files": {side: images[side][index]["file"] for side in SIDES},
+            **{side: _by_head(scores[side][index]) for side in SIDES},
+        }
+        for index, row in enumerate(images["base"])
+    ]
+
+
+def _by_head(rewards: NDArray[np.float32]) -> dict[str, float]:
+    return {name: round(float(value), _DIGITS) for name, value in zip(HEADS, rewards, strict=True)}
+
+
+def _by_prompt(values: NDArray[np.float64], prompt_ids: Sequence[str]) -> NDArray[np.float64]:
+    """Means over each prompt's images, [P, K], in the order of the prompts' names."""
+    names = sorted(set(prompt_ids))
+    return np.stack([values[[one == name for one in prompt_ids]].mean(axis=0) for name in names])
+
+
+def _drift(wanted: ImageEvaluation, tuned: Artifact, task: Task) -> dict[str, Any] | None:
+    """How far the error of denoising winners and losers has moved; None without held-out pairs."""
+    pairs = task.optional_input("pairs")
+    if pairs is None or wanted.drift_draws == 0:
+        return None
+    from prefmill.sdxl.drift import denoising_drift
+
+    base = source_of(wanted, "base", tuned)
+    return denoising_drift(
+        base, source_of(wanted, "tuned", tuned), pairs, wanted.splits, wanted.drift_draws, wanted.resolution,
+        task.work / "cache", wanted.resampling,
+    )  # fmt: skip

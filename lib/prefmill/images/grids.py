@@ -1,0 +1,71 @@
+"""Images side by side on one picture: a row a prompt, a column a model and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefmill.images.rows import GeneratedImage
+from prefmill.reward.scoring import open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PROMPTS_A_GRID = 6
+_CELL, _GAP, _LINE = 192, 6, 16
+_CHARACTERS = 28  # of the font's, in the width of a cell
+
+
+def write_grids(output: Path, folder: str, rows: Sequence[GeneratedImage], sides: Sequence[str], num_seeds: int) -> int:
+    """Write `folder`/000.png ... of images whose files lie below `output` as `<side>/images/...`; returns how many.
+
+    `rows` are the first side's, sorted by prompt and seed.
+    """
+    prompts = [rows[start : start + num_seeds] for start in range(0, len(rows), num_seeds)]
+    pages = [prompts[start : start + PROMPTS_A_GRID] for start in range(0, len(prompts), PROMPTS_A_GRID)]
+    for number, page in enumerate(pages):
+        target = output / folder / f"{number:03}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        draw_grid(output, page, sides).save(partial, format="PNG")
+        partial.replace(target)
+    return len(pages)
+
+
+def draw_grid(output: Path, prompts: Sequence[Sequence[GeneratedImage]], sides: Sequence[str]) -> Image:
+    """The images of some prompts, the sides of a seed next to each other; each prompt stands above its row."""
+    from PIL import Image, ImageDraw
+
+    columns = [(row["seed"], side) for row in prompts[0] for side in sides]
+    height = _CELL + _LINE + _GAP
+    page = Image.new("RGB", (len(columns) * (_CELL + _GAP) + _GAP, len(prompts) * height + _LINE + _GAP), "white")
+    pen = ImageDraw.Draw(page)
+    for column, (seed, side) in enumerate(columns):
+        pen.text((_GAP + column * (_CELL + _GAP), 2), f"{side}, seed {seed}", fill="black")
+    for place, rows in enumerate(prompts):
+        top = _LINE + _GAP + place * height
+        pen.text((_GAP, top), _shortened(rows[0]["prompt"], len(columns) * _CHARACTERS), fill="black")
+        cells = [(row, side) for row in rows for side in sides]
+        for column, (row, side) in enumerate(cells):
+            file = row["file"].partition("/")[2]
+            page.paste(_fitted(open_image(output / side / file)), (_GAP + column * (_CELL + _GAP), top + _LINE))
+    return page
+
+
+def _fitted(image: Image) -> Image:
+    """As large as its cell allows, in the middle of a square; small pictures keep their pixels."""
+    from PIL import Image as Images
+
+    scale = _CELL / max(image.size)
+    method = Images.Resampling.NEAREST if scale >= 1 else Images.Resampling.LANCZOS
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    square = Images.new("RGB", (_CELL, _CELL), "white")
+    square.paste(image.resize(size, method), ((_CELL - size[0]) // 2, (_CELL - size[1]) // 2))
+    return square
+
+
+def _shortened(text: str, limit: int) -> str:
+    """What the built-in font can show of `text`."""
+    plain = text.encode("latin-1", "replace").decode("latin-1")
+    return plain if len(plain) <= limit else f"{plain[: limit - 3]}..."

@@ -1,0 +1,93 @@
+"""Compares a tuned SDXL with its base on held-out prompts: win rates under a scorer that had no part in the tuning."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from prefmill.causal.loading import Precision
+from prefmill.config import ExternalPath, StrictConfig, runtime
+from prefmill.images.rows import ImageSplit
+from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.training import start_model
+
+
+class EvaluateImagesConfig(StrictConfig):
+    """Which prompts, how images are drawn, how they are compared."""
+
+    model_name_or_path: str | None = Field(None, description="the base: folder or hub name, where no model is given")
+    revision: str | None = Field(None, description="of a hub model")
+    variant: str | None = Field(None, description="of a hub model's weights, such as fp16")
+    precision: Precision = Field("fp16", description="of UNet and text encoders; the VAE decodes in fp32")
+    prompts: ExternalPath | None = Field(None, description=".csv or .tsv of prompts; none: the pairs' held-out ones")
+    splits: list[ImageSplit] = Field(["val", "test"], min_length=1, description="of the pairs: held out")
+    num_prompts: int | None = Field(None, ge=2, description="take the first so many, by prompt_id; none: all")
+    seeds: list[int] = Field([0, 1], min_length=1, description="an image of each prompt for every seed and model")
+    num_inference_steps: int = Field(30, ge=1, description="denoising steps")
+    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; up to 1: none")
+    negative_prompt: str | None = Field(None, description="what guidance leads away from")
+    height: int | None = Field(None, ge=8, multiple_of=8, description="in pixels; none: the model's")
+    width: int | None = Field(None, ge=8, multiple_of=8, description="in pixels; none: the model's")
+    batch_size: int | None = runtime(None, ge=1, description="images at once; none: found from memory")
+    num_grid_prompts: int = Field(12, ge=0, description="prompts whose images are shown side by side")
+    drift_draws: int = Field(2, ge=0, description="noise draws a held-out pair for the denoising drift; 0: none")
+    resolution: int | None = Field(None, ge=8, multiple_of=8, description="of pairs for the drift; none: the model's")
+    num_resamples: int = Field(10_000, ge=1000, le=1_000_000, description="bootstrap samples of the prompts")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
+    seed: int = Field(0, ge=0, description="of the bootstrap")
+
+
+def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
+    """Write the images of both models, `scores.jsonl`, `metrics.json` and `grids/`."""
+    from pathlib import Path
+
+    from prefmill.evaluation.bootstrap import Resampling
+    from prefmill.images.evaluate import ImageEvaluation, evaluate_images
+    from prefmill.images.generation import ImageSampling
+
+    model = task.optional_input("model")
+    base = start_model(config, task, "model")  # type: ignore[arg-type]
+    label = Path(base).name if Path(base).is_dir() else base
+    if model is not None:
+        label = f"{model.manifest.stage}@{model.manifest.content_digest[:12]}"
+    sampling = ImageSampling(
+        config.num_inference_steps, config.guidance_scale, config.negative_prompt, config.height, config.width
+    )
+    wanted = ImageEvaluation(
+        base=base,
+        base_label=label,
+        precision=config.precision,
+        revision=config.revision,
+        variant=config.variant,
+        prompts=config.prompts,
+        splits=config.splits,
+        num_prompts=config.num_prompts,
+        seeds=config.seeds,
+        sampling=sampling,
+        batch_size=config.batch_size,
+        num_grid_prompts=config.num_grid_prompts,
+        drift_draws=config.drift_draws,
+        resolution=config.resolution,
+        resampling=Resampling(config.num_resamples, config.seed, config.confidence),
+    )
+    return evaluate_images(wanted, task)
+
+
+STAGE = Stage(
+    name="evaluate_images",
+    config=EvaluateImagesConfig,
+    run=run,
+    root="data",
+    writes="image_evaluation",
+    reads={
+        "tuned": Reads("image_checkpoint", "sdxl_dpo", match="elementwise"),
+        "model": Reads("checkpoint", optional=True),
+        "scorer": Reads("reward_model", "train_reward"),
+        "pairs": Reads("image_pairs", "build_image_pairs", optional=True),
+    },
+    preload=("torch", "transformers", "diffusers", "peft"),
+)
+
+if __name__ == "__main__":
+    from prefmill.pipeline.worker import main
+
+    main(STAGE)

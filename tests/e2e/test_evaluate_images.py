@@ -1,0 +1,130 @@
+"""evaluate_images: win rates by hand, what it writes, going on after a kill, and scorers that may not judge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_pair_artifacts import make_sdxl
+from PIL import Image
+from reward_artifacts import make_clip, make_reward, make_samples, run_stage
+from training_artifacts import content, make_task
+
+from prefmill.artifacts import Artifact, Provenance, publish
+from prefmill.config import validate
+from prefmill.errors import ConfigError, InputError, PipelineError
+from prefmill.evaluation.bootstrap import Resampling
+from prefmill.images.evaluate import compare, conclusion
+from prefmill.images.rows import HEADS
+from prefmill.records import read_jsonl
+from stages.evaluate_images import STAGE, EvaluateImagesConfig
+
+TUNING: dict[str, Any] = {
+    "objective": "dpo", "resolution": 32, "precision": "fp32", "lora": {"r": 4}, "learning_rate": 1e-2, "max_steps": 4,
+    "per_device_train_batch_size": 4, "effective_batch_size": 8, "logging_steps": 1, "save_steps": 100, "report_to": [],
+}  # fmt: skip
+KEYS: dict[str, Any] = {
+    "precision": "fp32", "num_inference_steps": 2, "guidance_scale": 1.0, "num_resamples": 1000, "batch_size": 4,
+    "num_grid_prompts": 2, "drift_draws": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
+    """A base, pairs, two reward models of disjoint prompts, and the base tuned on the pairs by the first of them."""
+    folder = tmp_path_factory.mktemp("given")
+    model, clip = make_sdxl(folder / "sdxl"), make_clip(folder)
+    pairs = make_samples(folder / "pairs", num_prompts=14)
+    rewards = {half: make_reward(folder / half, pairs, clip, half=half) for half in ("policy", "judge")}
+    tuning = {**TUNING, "objective": "dspo_rm"}
+    run_stage("sdxl_dpo", folder / "tuned", tuning, model=model, pairs=pairs, reward=rewards["policy"])
+    inputs = {"reward": [rewards["policy"].manifest.content_digest]}
+    origin = Provenance("sdxl_dpo", "all", "f", {}, {}, "0", inputs)
+    tuned = publish(folder / "tuned" / "out", "image_checkpoint", origin, {})
+    return {"model": model, "pairs": pairs, "tuned": tuned, "scorer": rewards["judge"], "policy": rewards["policy"]}
+
+
+def evaluate(folder: Path, given: Mapping[str, Artifact], **keys: Any) -> dict[str, Any]:
+    inputs = {name: artifact for name, artifact in given.items() if name in STAGE.reads}
+    task = make_task("evaluate_images", folder, **inputs)
+    return dict(STAGE.run(validate(EvaluateImagesConfig, {**KEYS, **keys}), task))
+
+
+@pytest.mark.slow
+def test_what_it_writes_and_that_it_goes_on_after_a_kill(tmp_path: Path, given: Mapping[str, Artifact]) -> None:
+    told = evaluate(tmp_path / "a", given)
+    out = tmp_path / "a" / "out"
+    measured = json.loads((out / "metrics.json").read_text())
+    rows = list(read_jsonl(out / "scores.jsonl"))
+    held_out = {row["prompt_id"] for row in read_jsonl(given["pairs"].file("pairs.jsonl")) if row["split"] != "train"}
+    assert {row["prompt_id"] for row in rows} == held_out
+    assert len(rows) == 2 * len(held_out)
+    assert list(measured["dimensions"]) == [*HEADS, "mean"]
+    wins = np.mean([[row["tuned"][name] > row["base"][name] for name in HEADS] for row in rows], axis=0)
+    found = [measured["dimensions"][name]["win_rate"]["value"] for name in HEADS]
+    np.testing.assert_allclose(found, wins, atol=1e-6)
+    assert told["win_rate"] == measured["dimensions"]["mean"]["win_rate"]["value"]
+    assert any((out / "base" / name).read_bytes() != (out / "tuned" / name).read_bytes() for name in _images(out))
+    for side in ("winner", "loser"):
+        drift = measured["drift"][side]
+        assert drift["low"] <= drift["value"] <= drift["high"]
+        assert drift["value"] != 0
+    with Image.open(out / "grids" / "000.png") as grid:
+        assert grid.width > 4 * 192
+        assert grid.height > 2 * 192
+
+    whole = content(tmp_path / "a")
+    for name in ("metrics.json", "scores.jsonl", "grids/000.png", "tuned/" + _images(out)[0]):
+        (out / name).unlink()
+    shutil.rmtree(out / "work")
+    evaluate(tmp_path / "a", given)
+    assert content(tmp_path / "a") == whole
+
+
+def _images(out: Path) -> list[str]:
+    return sorted(path.relative_to(out / "base").as_posix() for path in (out / "base").rglob("*.png"))
+
+
+@pytest.mark.slow
+def test_scorers_that_may_not_judge_are_refused(tmp_path: Path, given: Mapping[str, Artifact]) -> None:
+    with pytest.raises(ConfigError, match="the reward that the model was tuned by"):
+        evaluate(tmp_path / "a", {**given, "scorer": given["policy"]})
+    with pytest.raises(ConfigError, match="trained on prompts that it is to judge"):
+        evaluate(tmp_path / "b", given, splits=["train", "val"])
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt_id,prompt\none,a red circle\n")
+    with pytest.raises(InputError, match="too few held-out prompts"):
+        evaluate(tmp_path / "c", given, prompts=str(prompts))
+    with pytest.raises(PipelineError, match="no model to start from"):
+        evaluate(tmp_path / "d", {name: item for name, item in given.items() if name != "model"})
+    assert not list(tmp_path.glob("*/out/base")), "nothing was drawn before it was refused"
+
+
+def scores(values: list[float]) -> np.ndarray[Any, Any]:
+    return np.tile(np.array(values, dtype=np.float32)[:, None], (1, len(HEADS)))
+
+
+def test_win_rates_by_hand() -> None:
+    """Two prompts of two images: three wins and a tie of four."""
+    sides = {"base": scores([0.0, 1.0, 2.0, 3.0]), "tuned": scores([1.0, 1.0, 3.0, 4.0])}
+    found = compare(["a", "a", "b", "b"], sides, Resampling(1000))
+    assert found["mean"]["win_rate"]["value"] == pytest.approx(7 / 8)
+    assert found["style"]["difference"]["value"] == pytest.approx(3 / 4)
+
+
+def test_the_same_images_are_a_tie_and_better_ones_a_win() -> None:
+    generator = np.random.default_rng(0)
+    base, prompts = generator.normal(size=(60, 5)).astype(np.float32), [f"p{n // 2}" for n in range(60)]
+    same = compare(prompts, {"base": base, "tuned": base}, Resampling(1000))["mean"]
+    assert same["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert same["p_value"] == 1.0
+    for shift, words in ((1.0, "preferred"), (-1.0, "WORSE"), (0.0, "No difference")):
+        noise = generator.normal(size=base.shape).astype(np.float32)
+        measured = compare(prompts, {"base": base, "tuned": base + shift + noise}, Resampling(1000))
+        assert words in conclusion({"dimensions": measured, "num_prompts": 30})
+        assert (measured["spatial"]["p_holm"] < 0.05) == (shift != 0)
