@@ -1,4 +1,4 @@
-"""The commands of `prefmill` about data: import, pair, pairs."""
+"""The commands of `prefmill` about data: import, pair, pairs, rate."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ def add_data_commands(commands: Any) -> None:
     pairs.add_argument("--suspect", action="store_true", help="never learned, forgotten, explained by length alone")
     pairs.add_argument("--export", type=Path, metavar="FILE", help="write suspects as an exclude file")
     pairs.set_defaults(command=_pairs)
+    rate = commands.add_parser("rate", help="the address of the page on which a run's images are rated")
+    rate.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    rate.set_defaults(command=_rate)
+    for command in (pair, pairs, rate):
+        command.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
     for command in (pair, pairs):
         command.add_argument("--task", help="TASK or STAGE:TASK, where a run trains on preferences more than once")
-        command.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -81,6 +85,15 @@ def _pairs(arguments: argparse.Namespace) -> int:
     if arguments.export:
         write_exclude(arguments.export, found)
         print(f"wrote {arguments.export}: give it to build_datasets as exclude")
+    return 0
+
+
+def _rate(arguments: argparse.Namespace) -> int:
+    from prefmill.images.rate import open_pages
+
+    logs, _ = _run_logs(arguments)
+    for lines in open_pages(logs):
+        print(lines, end="")
     return 0
 
 

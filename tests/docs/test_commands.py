@@ -19,7 +19,10 @@ from tests.e2e.pipeline_runs import SMALL
 
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
 RUN_BY_CI = ("make demo", "make test")  # the two set-up commands: the first is measured, the second runs this
-ENDLESS = ("tail -f",)  # ended after a second: what counts is that it starts
+ENDLESS = (  # ended after a second: what counts is that it starts
+    "tail -f",
+    "python -m stages.rate_images configs/rate_images/own_images.yaml run=",  # waits for people
+)
 _COMMAND = re.compile(r"(prefmill|python|make|tail|ls|cat)\b")
 
 

@@ -46,9 +46,8 @@ def make_ratings(folder: Path, ratings: Rows, num_prompts: int = NUM_PROMPTS, nu
     for index, seed in itertools.product(range(num_prompts), range(num_seeds)):
         prompt_id, name = f"p{index:02}", f"images/p{index:02}/{seed}.png"
         draw(folder / name, 100 * index + seed)
-        rows.append(
-            {"image_id": f"{prompt_id}/{seed}", "prompt_id": prompt_id, "prompt": f"bars {index}", "file": name}
-        )
+        ids = {"image_id": f"{prompt_id}/{seed}", "prompt_id": prompt_id, "seed": seed}
+        rows.append({**ids, "prompt": f"bars {index}", "file": name})
     write_jsonl(folder / "images.jsonl", rows)
     write_ratings(folder / "ratings.csv", ratings)
     return publish_as(folder, "image_ratings")

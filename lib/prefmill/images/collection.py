@@ -11,7 +11,7 @@ from typing import Any
 
 from prefmill.errors import InputError
 from prefmill.images.files import ImageError, inspect_image
-from prefmill.images.rows import Rating
+from prefmill.images.rows import GeneratedImage, Rating
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class SourceImage:
     listed_as: str
     where: str
     is_ours: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class GoodImage:
     def file(self) -> str:
         """`images/<prompt_id>/<name>` with the suffix of its format."""
         return f"images/{self.source.image_id}{self.suffix}"
+
+    @property
+    def row(self) -> GeneratedImage:
+        """The image as a row of images.jsonl."""
+        source = self.source
+        return GeneratedImage(
+            image_id=source.image_id, prompt_id=source.prompt_id, prompt=source.prompt, seed=source.seed,
+            file=self.file, width=self.width, height=self.height, sha256=self.sha256,
+        )  # fmt: skip
 
 
 @dataclass

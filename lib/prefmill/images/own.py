@@ -44,8 +44,8 @@ def read_own_images(folder: Path) -> Iterator[SourceImage]:
 
 def image_of_row(folder: Path, row: GeneratedImage, where: str) -> SourceImage:
     """A row of an artifact's images.jsonl."""
-    path = folder / row["file"]
-    return SourceImage(row["image_id"], row["prompt_id"], row["prompt"], path, row["file"], where, is_ours=True)
+    path, seed = folder / row["file"], row["seed"]
+    return SourceImage(row["image_id"], row["prompt_id"], row["prompt"], path, row["file"], where, True, seed)
 
 
 def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rating]]:

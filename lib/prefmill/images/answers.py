@@ -1,0 +1,237 @@
+"""What people answered: a file that every answer is on before the next question is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from prefmill.errors import InputError
+from prefmill.images.collection import GoodImage
+from prefmill.images.rating import Matchup, draw
+from prefmill.images.rows import Dimension, Rating
+from prefmill.records import to_json
+
+Choice = Literal["left", "right", "tie", "skip"]
+
+
+class Answer(TypedDict):
+    """A line of the file; the digests tell whether the images are still those that were seen."""
+
+    rater: str
+    matchup: str
+    dimension: Dimension
+    choice: Choice
+    left: str
+    right: str
+    left_sha256: str
+    right_sha256: str
+
+
+class AnswerBook:
+    """The answers of all raters. A line is an answer, or takes a rater's last one back.
+
+    Raises InputError where a line other than the last cannot be read: nothing that people did is thrown away.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._answers: dict[str, list[Answer]] = defaultdict(list)
+        for line in _whole_lines(path):
+            self._replay(line)
+        self._stream = path.open("ab", buffering=0)
+        _sync_folder(path.parent)
+
+    def of(self, rater: str) -> Sequence[Answer]:
+        """A rater's answers, in the order they were given."""
+        return self._answers.get(rater, [])
+
+    def raters(self) -> list[str]:
+        """Everybody who has answered."""
+        return sorted(name for name, answers in self._answers.items() if answers)
+
+    def add(self, answer: Answer) -> None:
+        """Add an answer; it is on disk when this returns."""
+        self._append(dict(answer))
+        self._answers[answer["rater"]].append(answer)
+
+    def undo(self, rater: str) -> None:
+        """Take a rater's last answer back, if there is one; that is on disk when this returns."""
+        if self._answers.get(rater):
+            self._append({"rater": rater, "undo": True})
+            self._answers[rater].pop()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._stream.close()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        size = self._path.stat().st_size
+        try:
+            self._stream.write(to_json(row).encode() + b"\n")
+            os.fsync(self._stream.fileno())
+        except OSError:  # a full disk takes part of a line: what was not kept must not stand in the way of the next
+            os.truncate(self._path, size)
+            raise
+
+    def _replay(self, row: dict[str, Any]) -> None:
+        answers = self._answers[row["rater"]]
+        if row.get("undo"):
+            answers.pop()
+        else:
+            answers.append(Answer(**row))  # type: ignore[typeddict-item]
+
+
+class Session:
+    """Who is asked what: each rater's pairs in an order of their own, until every pair has raters enough."""
+
+    def __init__(
+        self,
+        book: AnswerBook,
+        matchups: Sequence[Matchup],
+        dimensions: Sequence[Dimension],
+        raters_per_pair: int,
+        seed: int,
+    ) -> None:
+        self.book, self.dimensions, self._seed = book, tuple(dimensions), seed
+        self._matchups = {item.matchup_id: item for item in matchups}
+        self._needed = raters_per_pair
+        self._done: dict[str, dict[str, set[Dimension]]] = defaultdict(lambda: defaultdict(set))
+        self._complete: Counter[str] = Counter()  # for every pair, the raters who answered all of its questions
+        self._order: dict[str, list[str]] = {}
+        for rater in book.raters():
+            for row in filter(self._is_valid, book.of(rater)):
+                self._count(row, 1)
+
+    def question(self, rater: str) -> tuple[Matchup, Dimension] | None:
+        """What `rater` is asked next: first what they began, then pairs that lack raters; None when that is all."""
+        open_pairs = [name for name in self._ordered(rater) if self._is_open(rater, name)]
+        if not open_pairs:
+            return None
+        done = self._done[rater]
+        name = next((name for name in open_pairs if done[name]), open_pairs[0])
+        return self._matchups[name], next(item for item in self.dimensions if item not in done[name])
+
+    def after(self, rater: str) -> Matchup | None:
+        """The pair that will probably be asked after this one, to have its images fetched."""
+        open_pairs = [
+            name for name in self._ordered(rater) if self._is_open(rater, name) and not self._done[rater][name]
+        ]
+        asked = self.question(rater)
+        return next((self._matchups[name] for name in open_pairs if asked and name != asked[0].matchup_id), None)
+
+    def placed(self, matchup: Matchup, rater: str) -> tuple[GoodImage, GoodImage]:
+        """Left and right, as `rater` is shown them."""
+        return matchup.placed(self._seed, rater)
+
+    def answer(self, rater: str, choice: Choice) -> None:
+        """Record `choice` as the answer to what `rater` is asked."""
+        asked = self.question(rater)
+        assert asked is not None
+        matchup, dimension = asked
+        left, right = self.placed(matchup, rater)
+        row = Answer(
+            rater=rater, matchup=matchup.matchup_id, dimension=dimension, choice=choice,
+            left=left.source.image_id, right=right.source.image_id,
+            left_sha256=left.sha256, right_sha256=right.sha256,
+        )  # fmt: skip
+        self.book.add(row)
+        self._count(row, 1)
+
+    def undo(self, rater: str) -> None:
+        """Take the last answer of `rater` back, so that it is asked again."""
+        given = self.book.of(rater)
+        if given:
+            row = given[-1]
+            self.book.undo(rater)
+            if self._is_valid(row):
+                self._count(row, -1)
+
+    def number(self, rater: str) -> int:
+        """How many answers `rater` has given: tells a page that is behind from one that is not."""
+        return len(self.book.of(rater))
+
+    def progress(self, rater: str) -> tuple[int, int]:
+        """Pairs this rater has completed, and those they have completed or may still be asked."""
+        complete = sum(len(done) == len(self.dimensions) for done in self._done[rater].values())
+        return complete, complete + sum(self._is_open(rater, name) for name in self._matchups)
+
+    def num_rated(self) -> int:
+        """Pairs that have raters enough."""
+        return sum(count >= self._needed for count in self._complete.values())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every pair has."""
+        return self.num_rated() == len(self._matchups)
+
+    def ratings(self) -> list[Rating]:
+        """Every answer about the images of this session, as rows of ratings.csv."""
+        rows = [row for rater in self.book.raters() for row in self.book.of(rater) if self._is_valid(row)]
+        return [
+            Rating(
+                prompt_id=self._matchups[row["matchup"]].prompt_id, left=row["left"], right=row["right"],
+                rater=row["rater"], dimension=row["dimension"], choice=row["choice"],
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def _is_valid(self, row: Answer) -> bool:
+        """Whether an answer is about these images, as they are now; others stay in the file."""
+        matchup = self._matchups.get(row["matchup"])
+        if matchup is None or row["dimension"] not in self.dimensions:
+            return False
+        seen = {row["left"]: row["left_sha256"], row["right"]: row["right_sha256"]}
+        return seen == {image.source.image_id: image.sha256 for image in (matchup.first, matchup.second)}
+
+    def _count(self, row: Answer, by: Literal[1, -1]) -> None:
+        answered = self._done[row["rater"]][row["matchup"]]
+        before = len(answered) == len(self.dimensions)
+        answered.add(row["dimension"]) if by == 1 else answered.discard(row["dimension"])
+        self._complete[row["matchup"]] += (len(answered) == len(self.dimensions)) - before
+
+    def _is_open(self, rater: str, name: str) -> bool:
+        answered = len(self._done[rater][name])
+        return answered < len(self.dimensions) and (answered > 0 or self._complete[name] < self._needed)
+
+    def _ordered(self, rater: str) -> list[str]:
+        if rater not in self._order:
+            self._order[rater] = sorted(self._matchups, key=lambda name: draw(self._seed, "order", rater, name))
+        return self._order[rater]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The file's rows; an end that a killed process left torn is cut off."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows: list[dict[str, Any]] = []
+    good = 0
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            assert isinstance(row, dict)
+            assert isinstance(row["rater"], str)
+        except (ValueError, AssertionError, KeyError, UnicodeDecodeError):
+            if any(rest.strip(b"\0") for rest in lines[number:]):
+                raise InputError(
+                    "unreadable answer", where=f"{path}:{number}", got=repr(line[:80]),
+                    fix="correct or delete that line: the answers behind it are kept",
+                ) from None  # fmt: skip
+            break
+        rows.append(row)
+        good += len(line) + 1
+    os.truncate(path, good)
+    return rows
+
+
+def _sync_folder(folder: Path) -> None:
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,254 @@
+"""What the stage rate_images does: read the images, have them compared by people or a program, write the ratings."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from prefmill.artifacts import write_atomic
+from prefmill.config import StrictConfig, runtime
+from prefmill.errors import ConfigError, InputError
+from prefmill.images.collection import Collection, GoodImage, check_images
+from prefmill.images.files import place
+from prefmill.images.own import image_of_row, read_own_images
+from prefmill.images.rating import Matchup, in_order, plan_matchups, rate_by_scores, score_all, sharpness
+from prefmill.images.rows import Dimension, Rating
+from prefmill.records import read_jsonl, write_jsonl
+from prefmill.stage import Metrics, Task
+
+PAGE_FILE = "page.url"  # in the task's logs: the address with its token, for the owner's eyes only
+_COLUMNS = ("prompt_id", "left", "right", "rater", "dimension", "choice")
+_LAST_REPLY_SECONDS = 0.5
+_log = logging.getLogger(__name__)
+
+
+class PeopleConfig(StrictConfig):
+    """People, on a web page; a pair is rated when `raters_per_pair` of them have answered all of its questions."""
+
+    by: Literal["people"]
+    raters_per_pair: int = Field(1, ge=1)
+    port: int = runtime(0, ge=0, le=65535)
+
+
+class RewardConfig(StrictConfig):
+    """The reward model given as input `reward`; rewards that differ by `tie_margin` or less are a tie."""
+
+    by: Literal["reward"]
+    tie_margin: float = Field(0.0, ge=0)
+
+
+class SharpnessConfig(StrictConfig):
+    """The sharper image, whatever the prompt: a stand-in for demos."""
+
+    by: Literal["sharpness"]
+    tie_margin: float = Field(0.0, ge=0)
+
+
+RaterConfig = Annotated[PeopleConfig | RewardConfig | SharpnessConfig, Field(discriminator="by")]
+
+
+@dataclass(frozen=True)
+class RateImages:
+    """What is compared, on which dimensions, by whom."""
+
+    rater: PeopleConfig | RewardConfig | SharpnessConfig
+    images: Path | None
+    dimensions: Sequence[Dimension]
+    max_pairs_per_prompt: int | None
+    seed: int
+
+
+def rate_images(wanted: RateImages, task: Task) -> Metrics:
+    """Write `ratings.csv`, `images/`, `images.jsonl`, `quarantine.jsonl` and `summary.json`; the metrics are counts."""
+    collection = _read_images(wanted, task)
+    good = check_images([image for _, image in sorted(collection.images.items())], collection.quarantine)
+    matchups = plan_matchups(good.values(), wanted.max_pairs_per_prompt, wanted.seed)
+    compared = {image.source.image_id: image for pair in matchups for image in (pair.first, pair.second)}
+    if isinstance(wanted.rater, PeopleConfig):
+        ratings = _ask_people(wanted, wanted.rater, matchups, compared, task)
+    else:
+        ratings = _ask_program(wanted, wanted.rater, matchups, compared, task)
+    summary = _summary(wanted, matchups, compared, ratings, collection)
+    for image in compared.values():
+        place(image.source.path, task.output / image.file, image.source.is_ours)
+    write_jsonl(task.output / "images.jsonl", [image.row for _, image in sorted(compared.items())])
+    write_jsonl(task.output / "quarantine.jsonl", collection.quarantine.rows)
+    write_atomic(task.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(task.output / "ratings.csv", ratings_csv(ratings))
+    return {key: summary[key] for key in ("num_pairs", "num_rated_pairs", "num_ratings", "raters")}
+
+
+def ratings_csv(ratings: Sequence[Rating]) -> str:
+    """The table of all ratings, in order."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(in_order(ratings))
+    return stream.getvalue()
+
+
+def answers_file(task: Task) -> Path:
+    """Where people's answers are kept: outside the output, so that no rerun and no --force throws them away."""
+    return task.output.parents[1] / ".answers" / task.stage / f"{task.name}.jsonl"
+
+
+def open_pages(logs: Path) -> list[str]:
+    """Address, and tunnel to it, of every page that waits for people in a run; raises InputError where none does."""
+    found = [path.read_text() for path in sorted(logs.glob(f"*/*/{PAGE_FILE}"))]
+    if not found:
+        raise InputError(
+            "no page is open in this run", where=logs, fix="start it: python -m stages.rate_images CONFIG run=NAME"
+        )
+    return found
+
+
+def _read_images(wanted: RateImages, task: Task) -> Collection:
+    artifacts = task.inputs.get("images", ())
+    if bool(artifacts) == (wanted.images is not None):
+        raise ConfigError(
+            "no images to rate" if not artifacts else "images from two places", where=f"{task.stage}:{task.name}",
+            fix="give either inputs.images=FOLDER of generate_images, or images=FOLDER of your own",
+        )  # fmt: skip
+    collection = Collection()
+    for artifact in artifacts:
+        for row in read_jsonl(artifact.file("images.jsonl")):
+            collection.add_image(image_of_row(artifact.path, row, f"{artifact.manifest.task}/images.jsonl"))
+    for image in read_own_images(wanted.images) if wanted.images is not None else ():
+        collection.add_image(image)
+    return collection
+
+
+def _ask_program(
+    wanted: RateImages,
+    rater: RewardConfig | SharpnessConfig,
+    matchups: Sequence[Matchup],
+    images: dict[str, GoodImage],
+    task: Task,
+) -> list[Rating]:
+    if isinstance(rater, SharpnessConfig):
+        scorer = sharpness
+    else:
+        model = task.optional_input("reward")
+        if model is None:
+            raise ConfigError(
+                "no reward model to rate with", where=f"{task.stage}:{task.name}",
+                fix="give inputs.reward=FOLDER of train_reward, or another rater.by",
+            )  # fmt: skip
+        from functools import partial
+
+        from prefmill.reward.scoring import score_images
+
+        scorer = partial(score_images, model.path)
+    scores = score_all([image for _, image in sorted(images.items())], scorer, task.work, task.progress)
+    return rate_by_scores(matchups, scores, rater.by, wanted.dimensions, rater.tie_margin, wanted.seed)
+
+
+def _ask_people(
+    wanted: RateImages,
+    rater: PeopleConfig,
+    matchups: Sequence[Matchup],
+    images: dict[str, GoodImage],
+    task: Task,
+) -> list[Rating]:
+    """Serve the page until it is finished; a killed server's successor goes on behind the last answer."""
+    from prefmill.images.answers import AnswerBook, Session
+    from prefmill.images.rating_server import RatingServer
+
+    done = task.work / "finished"
+    with contextlib.closing(AnswerBook(answers_file(task))) as book:
+        session = Session(book, matchups, wanted.dimensions, rater.raters_per_pair, wanted.seed)
+        if not done.is_file() and not session.is_complete:
+            token, port = _address(task.work / "server.json", rater.port)
+
+            def report() -> None:
+                task.progress(session.num_rated(), len(matchups), "pairs rated")
+
+            try:
+                server = RatingServer(session, images, token, port, report)
+            except OSError as error:
+                if not rater.port:  # the port of the attempt before is taken by now
+                    server = RatingServer(session, images, token, 0, report)
+                else:
+                    raise ConfigError(
+                        "cannot open the page's port", where=f"rater.port={rater.port}", got=error.strerror,
+                        fix="choose another, or leave it out",
+                    ) from None  # fmt: skip
+            _keep(task.work / "server.json", json.dumps({"token": server.token, "port": server.port}))
+            with _announced(server.url, server.port, task), server:
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                report()
+                server.finished.wait()
+                time.sleep(_LAST_REPLY_SECONDS)  # the page that finished is told so
+                server.shutdown()
+            write_atomic(done, "")
+        return session.ratings()
+
+
+def _address(path: Path, port: int) -> tuple[str, int]:
+    """Token and port of the attempt before, so that open pages go on; new ones at first."""
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        return kept["token"], port or kept["port"]
+    return secrets.token_urlsafe(24), port
+
+
+@contextlib.contextmanager
+def _announced(url: str, port: int, task: Task) -> Iterator[None]:
+    """Tell the owner where the page is: on their terminal, and in a file that only they can read."""
+    tunnel = f"ssh -N -L {port}:127.0.0.1:{port} {socket.gethostname()}"
+    path = task.logs / PAGE_FILE
+    _keep(path, f"{url}\n{tunnel}\n")
+    lines = f"Rate at  {url}\nfrom another machine first:  {tunnel}\n"
+    with contextlib.suppress(OSError), Path("/dev/tty").open("w") as terminal:
+        terminal.write(lines)
+    _log.warning("waiting for ratings: `prefmill rate %s` shows the page's address", task.run)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _keep(path: Path, text: str) -> None:
+    """Write a file that nobody else can read, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(text)
+    os.replace(partial, path)
+
+
+def _summary(
+    wanted: RateImages,
+    matchups: Sequence[Matchup],
+    images: dict[str, GoodImage],
+    ratings: Sequence[Rating],
+    collection: Collection,
+) -> dict[str, Any]:
+    if not ratings:
+        raise InputError("nothing was rated", fix="rate at least one pair before finishing")
+    choices = Counter(f"{row['dimension']}: {row['choice']}" for row in ratings)
+    return {
+        "by": wanted.rater.by,
+        "num_images": len(images),
+        "num_pairs": len(matchups),
+        "num_rated_pairs": len({tuple(sorted((row["left"], row["right"]))) for row in ratings}),
+        "num_ratings": len(ratings),
+        "raters": len({row["rater"] for row in ratings}),
+        "choices": dict(sorted(choices.items())),
+        "quarantine": collection.quarantine.counts(),
+    }

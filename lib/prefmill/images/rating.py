@@ -1,0 +1,153 @@
+"""Which images are compared, and the ratings that a program gives them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from prefmill.blocks import Progress, resumable_blocks
+from prefmill.errors import InputError
+from prefmill.images.collection import GoodImage
+from prefmill.images.rows import DIMENSIONS, HEADS, Dimension, Rating
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Scorer = Callable[[Sequence[str], Sequence[Path]], NDArray[np.float32]]
+
+_BLOCK = 64  # images scored between two that are kept
+
+
+@dataclass(frozen=True)
+class Matchup:
+    """Two images of a prompt to compare, the smaller id first."""
+
+    first: GoodImage
+    second: GoodImage
+
+    @property
+    def prompt_id(self) -> str:
+        return self.first.source.prompt_id
+
+    @property
+    def prompt(self) -> str:
+        return self.first.source.prompt
+
+    @property
+    def matchup_id(self) -> str:
+        """Names the two images."""
+        return f"{self.first.source.image_id}:{self.second.source.image_id}"
+
+    def placed(self, seed: int, rater: str) -> tuple[GoodImage, GoodImage]:
+        """Left and right for one rater: at random, and the same whenever that rater is shown the pair."""
+        return (self.first, self.second) if draw(seed, rater, self.matchup_id) % 2 else (self.second, self.first)
+
+
+def draw(seed: int, *names: str) -> int:
+    """A random number that follows from its arguments alone."""
+    return int.from_bytes(hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()[:8])
+
+
+def plan_matchups(images: Iterable[GoodImage], most_per_prompt: int | None, seed: int) -> list[Matchup]:
+    """Every two different images of a prompt, or `most_per_prompt` of them drawn at random; sorted.
+
+    Raises InputError when there are none.
+    """
+    by_prompt: dict[str, list[GoodImage]] = defaultdict(list)
+    for image in images:
+        by_prompt[image.source.prompt_id].append(image)
+    found = []
+    for prompt_id in sorted(by_prompt):
+        ordered = sorted(by_prompt[prompt_id], key=lambda image: image.source.image_id)
+        every = [Matchup(a, b) for a, b in itertools.combinations(ordered, 2) if a.sha256 != b.sha256]
+        drawn = sorted(every, key=lambda item: draw(seed, item.matchup_id))[:most_per_prompt]
+        found += sorted(drawn, key=lambda item: item.matchup_id)
+    if not found:
+        raise InputError(
+            "no two images of one prompt",
+            got=f"{sum(map(len, by_prompt.values()))} images of {len(by_prompt)} prompts",
+            fix="make at least two images a prompt: `seeds` of generate_images",
+        )  # fmt: skip
+    return found
+
+
+def rate_by_scores(
+    matchups: Sequence[Matchup],
+    scores: Mapping[str, Mapping[Dimension, float]],
+    rater: str,
+    dimensions: Sequence[Dimension],
+    tie_margin: float,
+    seed: int,
+) -> list[Rating]:
+    """The ratings of a program whose `scores` by image id are given; `overall` is the mean of the others.
+
+    The side an image stands on is random, as for people. Scores that differ by `tie_margin` or less are a tie.
+    """
+    ratings = []
+    for matchup in matchups:
+        left, right = (image.source.image_id for image in matchup.placed(seed, rater))
+        for dimension in dimensions:
+            margin = scores[left][dimension] - scores[right][dimension]
+            choice = _choice(margin, tie_margin)
+            ratings.append(Rating(
+                prompt_id=matchup.prompt_id, left=left, right=right, rater=rater, dimension=dimension, choice=choice
+            ))  # fmt: skip
+    return ratings
+
+
+def score_all(
+    images: Sequence[GoodImage], scorer: Scorer, folder: Path, progress: Progress
+) -> dict[str, dict[Dimension, float]]:
+    """Each image's scores by dimension, `overall` their mean; kept in `folder` as they come, to resume from."""
+    blocks = [images[start : start + _BLOCK] for start in range(0, len(images), _BLOCK)]
+
+    def compute(index: int) -> list[list[float]]:
+        block = blocks[index]
+        found = scorer([image.source.prompt for image in block], [image.source.path for image in block])
+        return [[float(value) for value in row] for row in found]
+
+    scores: dict[str, dict[Dimension, float]] = {}
+    for block, rows in zip(blocks, resumable_blocks(folder, "scores", len(blocks), compute), strict=True):
+        for image, row in zip(block, rows, strict=True):
+            by_head: dict[Dimension, float] = dict(zip(HEADS, row, strict=True))
+            scores[image.source.image_id] = {**by_head, "overall": sum(row) / len(row)}
+        progress(len(scores), len(images), "images scored")
+    return scores
+
+
+def sharpness(prompts: Sequence[str], paths: Sequence[Path]) -> NDArray[np.float32]:
+    """[N, 5]: the logarithm of the variance of each image's Laplacian, on every dimension alike.
+
+    It tells a picture from a blurred copy of it, and knows nothing of prompts: a stand-in for a rater in demos.
+    """
+    import numpy as np
+    from PIL import Image
+
+    assert len(prompts) == len(paths)
+    values = []
+    for path in paths:
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L"), dtype=np.float64)
+        edges = np.pad(grey, 1, mode="edge")
+        around = edges[:-2, 1:-1] + edges[2:, 1:-1] + edges[1:-1, :-2] + edges[1:-1, 2:]
+        values.append(np.log1p((around - 4 * grey).var()))
+    return np.repeat(np.array(values, dtype=np.float32)[:, None], len(HEADS), axis=1)
+
+
+def in_order(ratings: Iterable[Rating]) -> list[Rating]:
+    """Ratings as a file holds them: by prompt, images, rater and dimension."""
+    return sorted(ratings, key=lambda row: (
+        row["prompt_id"], *sorted((row["left"], row["right"])), row["rater"], DIMENSIONS.index(row["dimension"])
+    ))  # fmt: skip
+
+
+def _choice(margin: float, tie_margin: float) -> Literal["left", "right", "tie"]:
+    if abs(margin) <= tie_margin:
+        return "tie"
+    return "left" if margin > 0 else "right"

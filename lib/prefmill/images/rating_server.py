@@ -1,0 +1,260 @@
+"""The web page on which people rate: a small server on the loopback interface, behind a token."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from http.cookies import CookieError, SimpleCookie
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import parse_qs, urlsplit
+
+from prefmill.images.answers import Choice, Session
+from prefmill.images.collection import GoodImage
+
+HOST = "127.0.0.1"
+_PAGE = Path(__file__).with_name("rating_page.html")
+_RATER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,39}")
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_LARGEST_BODY = 4_096
+_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+
+
+class RefusalError(Exception):
+    """A request that is answered with a status and a sentence."""
+
+    def __init__(self, status: HTTPStatus, why: str) -> None:
+        self.status, self.why = status, why
+        super().__init__(why)
+
+
+class RatingServer(ThreadingHTTPServer):
+    """Serves a session's questions; `finished` is set when every pair has its raters, or somebody pressed finish."""
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        session: Session,
+        images: Mapping[str, GoodImage],
+        token: str,
+        port: int = 0,
+        on_answer: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.session, self.token, self._on_answer = session, token, on_answer
+        self.lock = threading.Lock()
+        self.finished = threading.Event()
+        self.was_asked_to_finish = False
+        self._images = {self.image_name(name): image for name, image in images.items()}
+        super().__init__((HOST, port), _Handler)
+        if session.is_complete:
+            self.finished.set()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.server_address[1])
+
+    @property
+    def url(self) -> str:
+        """The address to open, with the token."""
+        return f"http://{HOST}:{self.port}/?token={self.token}"
+
+    def image_name(self, image_id: str) -> str:
+        """An image's name on the page, which tells nothing of its seed or model."""
+        return hmac.new(self.token.encode(), image_id.encode(), hashlib.sha256).hexdigest()[:24]
+
+    def image(self, name: str) -> GoodImage:
+        """The image of that name."""
+        if name not in self._images:
+            raise RefusalError(HTTPStatus.NOT_FOUND, "no such image")
+        return self._images[name]
+
+    def state(self, rater: str) -> dict[str, Any]:
+        """What the page of `rater` shows; under the lock."""
+        asked = self.session.question(rater)
+        done, total = self.session.progress(rater)
+        shown: dict[str, Any] = {"number": self.session.number(rater), "done": done, "total": total, "question": None}
+        if asked is None or self.finished.is_set():
+            return {**shown, "closed": self.finished.is_set(), "ahead": []}
+        left, right = self.session.placed(asked[0], rater)
+        following = self.session.after(rater)
+        ahead = [] if following is None else [following.first, following.second]
+        shown["question"] = {
+            "prompt": asked[0].prompt, "dimension": asked[1], "left": self._address(left), "right": self._address(right)
+        }  # fmt: skip
+        return {**shown, "closed": False, "ahead": [self._address(image) for image in ahead]}
+
+    def act(self, action: str, rater: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Do what a page asks for and say what it shows next; a page that is behind is only brought up to date."""
+        with self.lock:
+            if body.get("number") == self.session.number(rater) and not self.finished.is_set():
+                try:
+                    self._do(action, rater, body)
+                except OSError as error:
+                    why = f"The answer could not be kept: {error.strerror}. Mend that, then answer again."
+                    raise RefusalError(HTTPStatus.INSUFFICIENT_STORAGE, why) from error
+            return self.state(rater)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away in the middle is no error; anything else is reported."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    def _do(self, action: str, rater: str, body: Mapping[str, Any]) -> None:
+        if action == "answer":
+            if body.get("choice") not in get_args(Choice):
+                raise RefusalError(HTTPStatus.BAD_REQUEST, "no such choice")
+            if self.session.question(rater) is not None:
+                self.session.answer(rater, body["choice"])
+        elif action == "undo":
+            self.session.undo(rater)
+        else:
+            if not self.session.ratings():
+                raise RefusalError(HTTPStatus.BAD_REQUEST, "Nothing is rated yet: there is nothing to finish.")
+            self.was_asked_to_finish = True
+        self._on_answer()
+        if self.was_asked_to_finish or self.session.is_complete:
+            self.finished.set()
+
+    def _address(self, image: GoodImage) -> str:
+        return f"/image/{self.image_name(image.source.image_id)}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Lets requests through that carry the token and come from a page of this server."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "prefmill", ""
+    timeout = 30
+    server: RatingServer
+
+    def do_GET(self) -> None:
+        self._guarded(self._get)
+
+    def do_POST(self) -> None:
+        self._guarded(self._post)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: addresses hold the token."""
+
+    def _get(self) -> None:
+        url = urlsplit(self.path)
+        query = parse_qs(url.query)
+        if "token" in query:
+            self._enter(query["token"][0])
+            return
+        self._require_token()
+        if url.path == "/":
+            self._page()
+        elif url.path == "/state":
+            rater = _rater(query.get("rater", [""])[0])
+            with self.server.lock:
+                state = self.server.state(rater)
+            self._reply(HTTPStatus.OK, json.dumps(state).encode(), "application/json")
+        elif url.path.startswith("/image/"):
+            image = self.server.image(url.path.removeprefix("/image/"))
+            self._reply(
+                HTTPStatus.OK, image.source.path.read_bytes(), _TYPES[image.suffix], cache="private, max-age=3600"
+            )
+        else:
+            raise RefusalError(HTTPStatus.NOT_FOUND, "no such page")
+
+    def _post(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > _LARGEST_BODY:
+            raise RefusalError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too long")
+        raw = self.rfile.read(int(length))
+        self._require_token()
+        origin = self.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+            raise RefusalError(HTTPStatus.FORBIDDEN, "from another page")
+        if self.headers.get_content_type() != "application/json":
+            raise RefusalError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JSON is expected")
+        action = self.path.removeprefix("/")
+        if action not in ("answer", "undo", "finish"):
+            raise RefusalError(HTTPStatus.NOT_FOUND, "no such page")
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            raise RefusalError(HTTPStatus.BAD_REQUEST, "not JSON") from None
+        if not isinstance(body, dict):
+            raise RefusalError(HTTPStatus.BAD_REQUEST, "not an object")
+        state = self.server.act(action, _rater(body.get("rater")), body)
+        self._reply(HTTPStatus.OK, json.dumps(state).encode(), "application/json")
+
+    def _guarded(self, handle: Callable[[], None]) -> None:
+        try:
+            self._require_loopback()
+            handle()
+        except RefusalError as refusal:
+            self.close_connection = True
+            self._reply(refusal.status, refusal.why.encode(), "text/plain; charset=utf-8")
+
+    def _require_loopback(self) -> None:
+        """A name that an attacker's page had resolved to this machine is not let in."""
+        host = re.sub(r":\d+$", "", self.headers.get("Host", ""))
+        if host not in _LOOPBACK:
+            raise RefusalError(HTTPStatus.FORBIDDEN, "ask for 127.0.0.1")
+
+    @property
+    def _cookie(self) -> str:
+        return f"prefmill_{self.server.port}"
+
+    def _enter(self, token: str) -> None:
+        """Exchange the token in the address for a cookie, so that it stands in no history or referrer."""
+        self._require_equal(token)
+        self.send_response(HTTPStatus.SEE_OTHER)
+        self.send_header("Location", "/")
+        self.send_header("Set-Cookie", f"{self._cookie}={token}; HttpOnly; SameSite=Strict; Path=/")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _require_token(self) -> None:
+        try:
+            morsel = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie)
+        except CookieError:
+            morsel = None
+        self._require_equal("" if morsel is None else morsel.value)
+
+    def _require_equal(self, token: str) -> None:
+        if not hmac.compare_digest(token.encode(), self.server.token.encode()):
+            raise RefusalError(HTTPStatus.FORBIDDEN, "open the address with the token that was printed")
+
+    def _page(self) -> None:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        page = _PAGE.read_text("utf-8").replace("{{nonce}}", nonce).encode()
+        self._reply(HTTPStatus.OK, page, "text/html; charset=utf-8", policy)
+
+    def _reply(
+        self, status: HTTPStatus, body: bytes, kind: str, policy: str = "default-src 'none'", cache: str = "no-store"
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Security-Policy", policy)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Cache-Control", cache)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _rater(name: object) -> str:
+    """A rater's name; it comes into a table that people open, so nothing in it may act there."""
+    if not isinstance(name, str) or _RATER.fullmatch(name.strip()) is None:
+        raise RefusalError(HTTPStatus.BAD_REQUEST, "A name begins with a letter or digit; then also . _ - and spaces.")
+    return name.strip()

@@ -1,0 +1,121 @@
+"""A real Chromium, driven over its DevTools protocol: pages are opened, keys pressed, what is shown is read."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+PATIENCE_SECONDS = 30.0
+
+
+class Page:
+    """A tab."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
+        self._numbers = itertools.count(1)
+        self.events: list[dict[str, Any]] = []
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """The result of a DevTools command."""
+        number = next(self._numbers)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=PATIENCE_SECONDS))
+            if message.get("id") == number:
+                assert "error" not in message, message
+                result: dict[str, Any] = message["result"]
+                return result
+            self.events.append(message)
+
+    def open(self, url: str) -> None:
+        """Go to `url`."""
+        self.call("Page.navigate", url=url)
+
+    def read(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait(self, expression: str) -> None:
+        """Until the expression is true in the page."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            with contextlib.suppress(AssertionError):  # between two pages there is nothing to ask
+                if self.read(expression):
+                    return
+            assert time.monotonic() < deadline, f"{expression}: {self.read('document.body.innerText')}"
+            time.sleep(0.02)
+
+    def press(self, key: str) -> None:
+        """A key, down and up."""
+        text = {"text": key} if len(key) == 1 else {}
+        code = {"ArrowLeft": 37, "ArrowDown": 40, "ArrowRight": 39, "Backspace": 8}.get(key, ord(key[0].upper()))
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def console(self) -> list[str]:
+        """What the page complained of: errors, and what its policy refused."""
+        found = []
+        for event in self.events:
+            if event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
+                found.append(str(event["params"]["entry"]["text"]))
+            elif event["method"] == "Runtime.exceptionThrown":
+                found.append(str(event["params"]["exceptionDetails"]))
+        return found
+
+    def requested(self) -> set[str]:
+        """Every address that was asked for."""
+        return {
+            event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
+        }
+
+
+@contextlib.contextmanager
+def started(program: str, profile: Path) -> Iterator[Browser]:
+    """A browser of its own, ended at the end."""
+    command = [
+        program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-extensions", "--disable-background-networking", "--disable-component-update",
+        "--remote-debugging-port=0", f"--user-data-dir={profile}", "--window-size=1200,800", "about:blank",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield Browser(profile)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class Browser:
+    """Opens tabs."""
+
+    def __init__(self, profile: Path) -> None:
+        path = profile / "DevToolsActivePort"
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not path.is_file() or len(path.read_text().splitlines()) < 2:
+            assert time.monotonic() < deadline, "the browser did not start"
+            time.sleep(0.05)
+        self._base = f"http://127.0.0.1:{path.read_text().splitlines()[0]}"
+
+    @contextlib.contextmanager
+    def tab(self) -> Iterator[Page]:
+        """A new tab, closed at the end."""
+        request = urllib.request.Request(f"{self._base}/json/new?about:blank", method="PUT")
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as reply:
+            target = json.loads(reply.read())
+        with connect(target["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
+            yield Page(socket)
+        urllib.request.urlopen(f"{self._base}/json/close/{target['id']}", timeout=PATIENCE_SECONDS).close()
