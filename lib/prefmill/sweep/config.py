@@ -1,0 +1,94 @@
+"""The configuration of a sweep: which stage, over what, judged by what."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from prefmill.config import ExternalPath, StrictConfig, runtime
+
+
+class Choices(StrictConfig):
+    """One of these values."""
+
+    choices: list[bool | int | float | str] = Field(min_length=2)
+
+
+class Interval(StrictConfig):
+    """A number from `low` to `high`, both included; uniform, or log-uniform with `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+    integer: bool = False
+
+    @model_validator(mode="after")
+    def _is_an_interval(self) -> Interval:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be below high, and above 0 with log")
+        if self.integer and (self.low % 1 or self.high % 1):
+            raise ValueError("an integer lies between integers")
+        return self
+
+
+class Judge(StrictConfig):
+    """A stage that runs on every trial's output, given to it as `input`; the metric is then one of its own."""
+
+    stage: str = Field(min_length=1)
+    config: ExternalPath | None = None
+    set: dict[str, Any] = {}
+    input: str = Field(min_length=1)
+
+
+class StudyConfig(StrictConfig):
+    """Keys of the stage sweep; `stage`, `config`, `set`, `space`, `metric`, `judge` and `seed` define a study."""
+
+    stage: str = Field(min_length=1, description="the training stage that every trial runs")
+    config: ExternalPath | None = Field(None, description="its configuration file")
+    set: dict[str, Any] = Field({}, description="keys laid over that file")
+    space: dict[str, Choices | Interval] = Field(min_length=1, description="what a trial draws, by the stage's key")
+    metric: str = Field(min_length=1, description="of the finished stage, or of the judge: what is to be best")
+    direction: Literal["maximize", "minimize"] = Field("maximize", description="which way is best")
+    judge: Judge | None = Field(None, description="a stage that evaluates what a trial trained")
+    study_name: str = Field("study", pattern=r"[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the study's folder")
+    n_trials: int = Field(20, ge=1, description="trials of the study, over all workers; raise it to go on")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="tpe learns from the trials that have ended")
+    seed: int = Field(0, ge=0, description="of what trials draw")
+    worker: int = runtime(0, ge=0, description="array key: which of the workers this is")
+    heartbeat_seconds: float = runtime(10.0, gt=0, description="between signs of life of a running trial")
+    stale_seconds: float = runtime(120.0, gt=0, description="without one before others take the trial over")
+    max_attempts: int = runtime(3, ge=1, description="of a trial whose worker dies")
+
+    @model_validator(mode="after")
+    def _comparable(self) -> StudyConfig:
+        if "loss" in self.metric:
+            raise ValueError("metric: losses of different beta or learning rate cannot be compared; use a held-out F1")
+        if self.stale_seconds < 2 * self.heartbeat_seconds:
+            raise ValueError("stale_seconds must be at least 2 x heartbeat_seconds")
+        return self
+
+    def definition(self) -> dict[str, Any]:
+        """What every trial of a study has in common."""
+        from prefmill.config import identity
+
+        shared = ("stage", "config", "set", "space", "metric", "direction", "judge", "seed", "sampler")
+        return {name: value for name, value in identity(self).items() if name in shared}
+
+
+def corners(space: dict[str, Choices | Interval]) -> list[dict[str, Any]]:
+    """Parameters that together take every end and choice of the space, to see that the stage accepts them."""
+    ends = {name: _ends(item) for name, item in space.items()}
+    return [
+        {name: values[min(place, len(values) - 1)] for name, values in ends.items()}
+        for place in range(max(map(len, ends.values())))
+    ]
+
+
+def _ends(item: Choices | Interval) -> list[Any]:
+    if isinstance(item, Choices):
+        return list(item.choices)
+    if item.integer:
+        return [math.floor(item.low), math.floor(item.high)]
+    return [item.low, item.high]

@@ -1,0 +1,176 @@
+"""A sweep's worker: takes trials until the study has all it is to have, and those of workers that died."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefmill.artifacts import write_atomic
+from prefmill.config import flatten
+from prefmill.errors import PipelineError
+from prefmill.records import write_jsonl
+from prefmill.stage import Metrics, Task
+from prefmill.sweep import study as studies
+from prefmill.sweep.claims import Watch, beating, claim, read_claim
+from prefmill.sweep.config import StudyConfig
+from prefmill.sweep.page import sweep_page
+from prefmill.sweep.trial import TrialError, TrialInterrupted, check_space, independent, run_trial, stage_values
+
+if TYPE_CHECKING:
+    import optuna
+
+TRIALS, BEST, PAGE = "trials.jsonl", "best.yaml", "sweep.html"
+_HOPELESS = 3  # trials that fail before any has succeeded
+_POLL_SECONDS, _DYING_SECONDS = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a worker does next: run a trial, wait for those of others, or finish."""
+
+    does: Literal["run", "wait", "finish"]
+    number: int = -1
+    params: Mapping[str, Any] | None = None
+
+
+def sweep(config: StudyConfig, task: Task) -> Metrics:
+    """Work until the study has `n_trials`, then write what they have shown; every worker writes the same.
+
+    The study lies beside the workers' outputs and outlives them: a worker that comes back goes on with the trial it
+    had, others take over a trial whose worker gives no sign of life, and a trial that has ended never runs again.
+    """
+    where = f"{task.stage}:{task.name}"
+    check_space(config, where)
+    independent(config, task.inputs)
+    folder = study_folder(task, config.study_name)
+    with studies.locked(folder):
+        digests = {name: item.manifest.content_digest for name, items in task.inputs.items() for item in items}
+        study = studies.open_study(config, folder, dict(sorted(digests.items())))
+    watch = Watch(config.stale_seconds)
+    while (turn := _next_turn(study, config, folder, task.name, watch)).does != "finish":
+        _report(study, config, task)
+        if turn.does == "run":
+            _work(study, config, folder, task, turn)
+        else:
+            time.sleep(min(_POLL_SECONDS, config.heartbeat_seconds))
+    return _finish(study, config, task)
+
+
+def study_folder(task: Task, name: str) -> Path:
+    """Where all workers of a study meet: beside their outputs."""
+    folder = task.output.parent / f"study-{name}"
+    (folder / "trials").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def trial_folder(study: Path, number: int) -> Path:
+    """Where a trial's stages work."""
+    folder = study / "trials" / f"{number:04}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _next_turn(study: optuna.Study, config: StudyConfig, folder: Path, worker: str, watch: Watch) -> Turn:
+    """Decided, and claimed, with the lock held: no two workers are given the same trial."""
+    with studies.locked(folder):
+        trials = studies.rows(study)
+        running = [trial for trial in trials if trial["state"] == "running"]
+        for trial in running:
+            place = trial_folder(folder, trial["number"])
+            if not _is_free(place, worker, watch):
+                continue
+            if len(claim(place, worker).attempts) > config.max_attempts:
+                studies.fail(study, trial["number"], f"its worker died {config.max_attempts} times")
+                continue
+            return Turn("run", trial["number"], trial["params"])
+        if len(trials) < config.n_trials:
+            new = studies.ask(study, config)
+            claim(trial_folder(folder, new.number), worker)
+            return Turn("run", new.number, new.params)
+    return Turn("wait" if running else "finish")
+
+
+def _is_free(trial: Path, worker: str, watch: Watch) -> bool:
+    """A running trial that nobody runs: mine from before I was killed, without a claim, or one whose worker is dead."""
+    known = read_claim(trial)
+    return known is None or known.worker == worker or watch.is_stale(trial)
+
+
+def _work(study: optuna.Study, config: StudyConfig, folder: Path, task: Task, turn: Turn) -> None:
+    """Run a trial and tell its value, unless somebody else has taken it over in the meantime."""
+    assert turn.params is not None
+    place = trial_folder(folder, turn.number)
+    value, reason = None, ""
+    with beating(place, config.heartbeat_seconds):
+        try:
+            value = run_trial(config, place, turn.params, task.inputs)
+        except TrialError as error:
+            reason = str(error)
+        except TrialInterrupted as error:
+            print(f"trial {turn.number}: {error}; it goes on where it stopped", flush=True)
+            time.sleep(_DYING_SECONDS)  # what ended it may be about to end this worker
+            return
+    with studies.locked(folder):
+        known = read_claim(place)
+        if known is None or known.worker != task.name or studies.rows(study)[turn.number]["state"] != "running":
+            return
+        if value is not None:
+            study.tell(turn.number, value)
+        else:
+            studies.fail(study, turn.number, reason)
+    print(
+        f"trial {turn.number}: {config.metric} = {value} with {json.dumps(turn.params)} {reason}".rstrip(), flush=True
+    )
+    _require_hope(study, place)
+
+
+def _require_hope(study: optuna.Study, place: Path) -> None:
+    states = [trial["state"] for trial in studies.rows(study)]
+    if states.count("fail") >= _HOPELESS and "complete" not in states:
+        raise PipelineError(
+            f"the first {states.count('fail')} trials have all failed", where=place, got=studies.last_reason(study),
+            fix="mend what that says, and give the study a new study_name",
+        )  # fmt: skip
+
+
+def _report(study: optuna.Study, config: StudyConfig, task: Task) -> None:
+    ended = sum(trial["state"] != "running" for trial in studies.rows(study))
+    task.progress(ended, config.n_trials, "trials")
+
+
+def _finish(study: optuna.Study, config: StudyConfig, task: Task) -> Metrics:
+    """Write the trials, the best one's configuration and the page."""
+    from omegaconf import OmegaConf
+
+    rows = studies.rows(study)
+    complete = [row for row in rows if row["state"] == "complete"]
+    if not complete:
+        raise PipelineError(
+            "no trial of the study has a value", where=study_folder(task, config.study_name),
+            got=studies.last_reason(study), fix="mend what that says, and give the study a new study_name",
+        )  # fmt: skip
+    sign = 1 if config.direction == "maximize" else -1
+    best = max(complete, key=lambda row: (sign * row["value"], -row["number"]))
+    write_jsonl(task.output / TRIALS, rows)
+    values = stage_values(config.config, config.set, best["params"])
+    write_atomic(task.output / BEST, OmegaConf.to_yaml(OmegaConf.create(values)))
+    write_atomic(task.output / PAGE, sweep_page(rows, best, config))
+    shown = ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in flatten(best["params"])
+    )
+    told = (
+        f"Best of {len(complete)} trials: {config.metric} = {best['value']:.4f} with {shown} (trial {best['number']})."
+    )
+    return {
+        "trials": len(rows),
+        "complete": len(complete),
+        "failed": sum(row["state"] == "fail" for row in rows),
+        "best_value": best["value"],
+        "best_trial": best["number"],
+        "best_params": best["params"],
+        "conclusion": [told],
+    }

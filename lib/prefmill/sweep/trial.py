@@ -1,0 +1,156 @@
+"""One trial: the stage's own entrypoint in a folder of the trial's, then its judge's; the value is a metric."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefmill.artifacts import Artifact, read, read_manifest, write_atomic
+from prefmill.config import ExternalPath, load, read_yaml
+from prefmill.errors import ConfigError, PrefmillError
+from prefmill.pipeline.worker import end_with_parent, read_status
+from prefmill.stage import Stage, load_stage
+from prefmill.sweep.config import StudyConfig, corners
+
+RUN = "trial"
+LOG = "log.txt"
+
+
+class TrialError(PrefmillError):
+    """A trial that ended without a value."""
+
+
+class TrialInterrupted(Exception):  # noqa: N818 - nothing is wrong with the trial
+    """The trial's process was ended by a signal: perhaps this worker's next, or memory has run out."""
+
+
+def check_space(config: StudyConfig, where: object) -> None:
+    """Raise ConfigError before any trial runs when the stage, or the judge, does not accept what they will get."""
+    stage = load_stage(config.stage)
+    if not stage.trains:
+        raise ConfigError("not a stage that trains", where=where, got=config.stage, fix="sweep over a training stage")
+    for parameters in corners(config.space):
+        load(stage.config, stage_values(config.config, config.set, parameters), where=f"{where} ({config.stage})")
+    if config.judge is not None:
+        judge = load_stage(config.judge.stage)
+        load(judge.config, stage_values(config.judge.config, config.judge.set), where=f"{where} ({judge.name})")
+        if config.judge.input not in judge.reads:
+            raise ConfigError(
+                f"stage {judge.name} has no input '{config.judge.input}'", where=where,
+                expected=", ".join(judge.reads), fix="correct judge.input",
+            )  # fmt: skip
+
+
+def stage_values(
+    file: ExternalPath | None, given: Mapping[str, Any], parameters: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A stage's configuration: its file, keys laid over it, and a trial's parameters by dotted key."""
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.merge(OmegaConf.create(read_yaml(file) if file else {}), OmegaConf.create(dict(given)))
+    for key, value in (parameters or {}).items():
+        OmegaConf.update(merged, key, value)
+    values = OmegaConf.to_container(merged, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def run_trial(
+    config: StudyConfig, folder: Path, parameters: Mapping[str, Any], inputs: Mapping[str, tuple[Artifact, ...]]
+) -> float:
+    """The value of a trial in `folder`; what an earlier attempt finished is not done again, the rest is resumed.
+
+    Raises TrialError when a stage fails or its metric is not a number, TrialInterrupted when it is killed, and
+    ConfigError when there is no such metric.
+    """
+    stage = load_stage(config.stage)
+    values = stage_values(config.config, config.set, parameters)
+    if "cache_dir" in stage.config.model_fields and "cache_dir" not in values:
+        values["cache_dir"] = str(folder.parent.parent / "cache")  # what does not hang on the parameters, once for all
+    output = _run_stage(stage, values, folder, {name: item for name, item in inputs.items() if name in stage.reads})
+    metrics, last = output.manifest.metrics, stage
+    if config.judge is not None:
+        last = load_stage(config.judge.stage)
+        given = {name: item for name, item in inputs.items() if name in last.reads} | {config.judge.input: (output,)}
+        judged = _run_stage(last, stage_values(config.judge.config, config.judge.set), folder, given)
+        metrics = judged.manifest.metrics
+    return _value(metrics, config.metric, last, folder)
+
+
+def independent(config: StudyConfig, inputs: Mapping[str, tuple[Artifact, ...]]) -> None:
+    """Raise ConfigError when the judge's reward model is the one that trials are trained by."""
+    if config.judge is None:
+        return
+    trained_by = {
+        item.manifest.content_digest: name
+        for name in load_stage(config.stage).reads
+        for item in inputs.get(name, ())
+        if item.manifest.kind == "reward_model"
+    }
+    for name in load_stage(config.judge.stage).reads:
+        for item in inputs.get(name, ()):
+            if item.manifest.content_digest in trained_by:
+                raise ConfigError(
+                    "the judge is the reward that trials are trained by", where=item.path, got=f"inputs.{name}",
+                    fix="give the judge a reward model of half=judge, the trials one of half=policy",
+                )  # fmt: skip
+
+
+def _run_stage(
+    stage: Stage[Any], values: Mapping[str, Any], folder: Path, inputs: Mapping[str, tuple[Artifact, ...]]
+) -> Artifact:
+    """What the stage makes below `folder`, in a process of its own that dies with this one."""
+    config = folder / f"{stage.name}.yaml"
+    write_atomic(config, _to_yaml(values))
+    given = [f"inputs.{name}=[{','.join(str(item.path) for item in items)}]" for name, items in inputs.items() if items]
+    command = [sys.executable, "-m", f"stages.{stage.name}", str(config), f"run={RUN}", f"workspace={folder}", *given]
+    with (folder / LOG).open("ab") as log:
+        code = subprocess.run(
+            command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent,
+            check=False,
+        ).returncode  # fmt: skip
+    if code < 0:
+        raise TrialInterrupted(f"stage {stage.name} was ended by signal {-code}")
+    output = folder / stage.root / RUN / stage.name / "all"
+    if code or read_manifest(output) is None:
+        reason = str(read_status(folder / "logs" / RUN / stage.name / "all").get("error", "")).strip()
+        raise TrialError(
+            f"stage {stage.name} failed with exit code {code}", where=folder / LOG,
+            got=reason.splitlines()[0] if reason else None, fix="see the end of its log",
+        )  # fmt: skip
+    return read(output, stage.writes)
+
+
+def _value(metrics: Mapping[str, Any], name: str, stage: Stage[Any], folder: Path) -> float:
+    if name not in metrics:
+        numbers = [key for key, value in metrics.items() if isinstance(value, (int, float)) and "loss" not in key]
+        raise ConfigError(
+            f"stage {stage.name} has no metric '{name}'", where=folder, expected=", ".join(numbers),
+            fix="correct metric, and give the study a new study_name",
+        )  # fmt: skip
+    value = metrics[name]
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TrialError(f"metric {name} is no number", where=folder, got=value, fix="see that it has held-out data")
+    return float(value)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, but that the stage does not take itself for the Slurm job around it."""
+    import stages
+
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    repository = str(Path(stages.__path__[0]).parent)
+    paths = [repository, *filter(None, [outside.get("PYTHONPATH")])]
+    return {**outside, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _to_yaml(values: Mapping[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    text: str = OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+    return text
