@@ -60,7 +60,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         args=args,
         train=PreferenceData(train, None, plan),
         val=PreferenceData(held_out, None, held_plan) if held_out else None,
-        family=sdxl_family(reader, _predictions(references) if residuals else None),
+        family=sdxl_family(reader, _predictions(references) if residuals else None, _winner_alone(config)),
         objective=objective,
         settings=Settings(config.beta),
         telemetry=ErrorTelemetry(task.logs, int(os.environ.get("RANK", "0")), _factors(config) if residuals else None),
@@ -141,7 +141,9 @@ def _references(
         "attention": config.attn_implementation, "compile": config.torch_compile,
     }  # fmt: skip
     at_once, residuals = config.per_device_train_batch_size, config.objective in NEEDS_RESIDUALS
-    return ReferenceErrors(pairs, reader, settings, at_once, torch_dtype(config.precision), residuals)
+    return ReferenceErrors(
+        pairs, reader, settings, at_once, torch_dtype(config.precision), residuals, _winner_alone(config)
+    )
 
 
 def _compute(
@@ -164,6 +166,11 @@ def _predictions(references: Sequence[ReferenceErrors]) -> Callable[[PairImages,
         return holder.prediction(pair, epoch)
 
     return prediction
+
+
+def _winner_alone(config: SdxlPreferenceConfig) -> bool:
+    """Whether the loser's prediction has no part in the gradient."""
+    return config.objective == "sft" or (config.objective == "dspo" and config.dspo_stop_gradient)
 
 
 def _factors(config: SdxlPreferenceConfig) -> DspoFactors:

@@ -56,6 +56,11 @@ class SdxlBatch:
         """Ones: an error is a mean already."""
         return torch.ones(len(self.latents), device=self.latents.device)
 
+    def side(self, places: Tensor) -> SdxlBatch:
+        """The samples at these places, which are no pairs any more."""
+        names = ("latents", "noise", "timesteps", "embeddings", "pooled", "time_ids")
+        return replace(self, **{name: getattr(self, name)[places] for name in names})
+
     def to(self, device: torch.device) -> SdxlBatch:
         """The batch on `device`."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -110,16 +115,20 @@ class PairReader:
 
 @dataclass(frozen=True)
 class SdxlFamily(Family):
-    """Scores pairs by their weighted errors; with `residuals` the winner's residuals go along."""
+    """Scores pairs by their weighted errors; with `residuals` the winner's residuals go along.
+
+    Where the gradient goes through the `winner_alone`, the losers run without one, which saves their backward pass.
+    """
 
     schedule: NoiseSchedule
     residuals: bool = False
+    winner_alone: bool = False
 
     def pair_scores(
         self, model: Any, batch: Any, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
     ) -> PairScores:
         """As `Family.pair_scores`; the reference's scores are -m, min-SNR's weights fall on both alike."""
-        predictions, target = predict(model, batch, self.schedule)
+        predictions, target = predict_pairs(model, batch, self.schedule, self.winner_alone)
         weights = self.schedule.weights(batch.timesteps[: batch.num_pairs])
         chosen, rejected = (-errors(predictions, target)).chunk(2)
         given = [chosen, rejected, ref_chosen, ref_rejected]
@@ -142,7 +151,9 @@ class SdxlFamily(Family):
         return replace(scores, chosen_residual=residual, ref_chosen_residual=reference)
 
 
-def sdxl_family(reader: PairReader, predictions: Callable[[PairImages, int], Tensor] | None) -> SdxlFamily:
+def sdxl_family(
+    reader: PairReader, predictions: Callable[[PairImages, int], Tensor] | None, winner_alone: bool = False
+) -> SdxlFamily:
     """The family whose pairs `reader` encodes; with the reference's `predictions` the winners have residuals."""
 
     def encode(groups: Sequence[PairImages], parts: Sequence[GroupPart], epoch: int) -> SdxlBatch:
@@ -155,7 +166,19 @@ def sdxl_family(reader: PairReader, predictions: Callable[[PairImages, int], Ten
     def score(model: Any, batch: SdxlBatch) -> Tensor:
         return -errors(*predict(model, batch, reader.schedule))
 
-    return SdxlFamily(encode, score, reader.schedule, predictions is not None)
+    return SdxlFamily(encode, score, reader.schedule, predictions is not None, winner_alone)
+
+
+def predict_pairs(
+    model: Any, batch: SdxlBatch, schedule: NoiseSchedule, one_side_at_once: bool
+) -> tuple[Tensor, Tensor]:
+    """As `predict`; or the winners first and then, without a gradient, the losers."""
+    if not one_side_at_once:
+        return predict(model, batch, schedule)
+    winners = predict(model, batch.side(batch.chosen), schedule)
+    with torch.no_grad():
+        losers = predict(model, batch.side(batch.rejected), schedule)
+    return torch.cat([winners[0], losers[0]]), torch.cat([winners[1], losers[1]])
 
 
 def predict(model: Any, batch: SdxlBatch, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:

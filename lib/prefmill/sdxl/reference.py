@@ -15,7 +15,7 @@ from prefmill.artifacts import digest_json
 from prefmill.errors import ArtifactError, InputError
 from prefmill.sdxl.data import PairImages
 from prefmill.sdxl.encoding import wait_for_all
-from prefmill.sdxl.family import PairReader, errors, predict
+from prefmill.sdxl.family import PairReader, errors, predict_pairs
 
 CHUNK = 32  # pairs a file: a killed run loses no more than that
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the error
@@ -36,6 +36,7 @@ class ReferenceErrors:
     at_once: int
     dtype: torch.dtype
     with_predictions: bool = False
+    one_side_at_once: bool = False
     _places: dict[str, int] = field(init=False)
     _scores: dict[Chunk, Tensor] = field(init=False, default_factory=dict)
 
@@ -67,7 +68,15 @@ class ReferenceErrors:
         epoch, part = chunk
         pairs = self.pairs[part * CHUNK : (part + 1) * CHUNK]
         content = [[pair.pair_id, self.reader.texts.of(pair.prompt), *self.reader.keys(pair, epoch)] for pair in pairs]
-        said = [content, epoch, self.reader.seed, self.at_once, self.with_predictions, self.settings]
+        said = [
+            content,
+            epoch,
+            self.reader.seed,
+            self.at_once,
+            self.with_predictions,
+            self.one_side_at_once,
+            self.settings,
+        ]
         return f"{digest_json(said)}-reference"
 
     def compute(self, model: Any, used: Iterable[tuple[int, int]], device: torch.device) -> int:
@@ -105,7 +114,7 @@ class ReferenceErrors:
         filled = [*pairs, *[pairs[-1]] * (self.at_once - n)]
         batch = self.reader.batch(filled, [epoch] * len(filled)).to(device)
         with torch.no_grad(), adapter_off(model):
-            predictions, target = predict(model, batch, self.reader.schedule)
+            predictions, target = predict_pairs(model, batch, self.reader.schedule, self.one_side_at_once)
         scores = torch.stack((-errors(predictions, target)).chunk(2), dim=1)
         return scores[:n].cpu(), predictions[:n].to(self.dtype).cpu()
 

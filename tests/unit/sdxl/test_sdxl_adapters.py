@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,25 @@ def test_every_adapter_parameter_receives_a_gradient(sdxl: SdxlFolder, lora: str
     assert [name for name, value in trained.items() if value.grad is None or not value.grad.abs().max() > 0] == []
     frozen = [name for name, value in model.named_parameters() if not value.requires_grad and value.grad is not None]
     assert frozen == []
+
+
+def test_losers_without_a_gradient_change_no_gradient_of_dspo(sdxl: SdxlFolder) -> None:
+    model, batch = disturb(make_policy(sdxl)), make_batch()
+    with torch.no_grad(), adapter_off(model):
+        reference = predict(model, batch, SCHEDULE)[0]
+        ref_scores = (-errors(reference, batch.noise)).chunk(2)
+    batch = replace(batch, ref_predictions=reference[:2])
+    found = []
+    for alone in (False, True):
+        model.zero_grad()
+        family = SdxlFamily(FAMILY.encode, FAMILY.score, SCHEDULE, residuals=True, winner_alone=alone)
+        scores = family.pair_scores(model, batch, *ref_scores)
+        trained = [value for value in model.parameters() if value.requires_grad]
+        through_losers = torch.autograd.grad(scores.rejected.sum(), trained, retain_graph=True)
+        assert any(bool(gradient.any()) for gradient in through_losers) is not alone
+        choose("dspo", 0.0, DspoFactors()).loss(scores, BETA).sum().backward()
+        found.append([value.grad.clone() for value in trained])
+    assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(*found, strict=True))
 
 
 def test_the_reference_is_the_same_after_training(sdxl: SdxlFolder) -> None:
