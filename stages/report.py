@@ -6,6 +6,7 @@ from pydantic import Field
 
 from prefmill.artifacts import write_atomic
 from prefmill.config import StrictConfig
+from prefmill.errors import PipelineError
 from prefmill.stage import Metrics, Reads, Stage, Task
 
 
@@ -21,6 +22,34 @@ class ReportConfig(StrictConfig):
 
 def run(config: ReportConfig, task: Task) -> Metrics:
     """Write `report.html` and `comparison.json`, and print the conclusion and what the run has cost."""
+    has_reviews, has_images = bool(task.inputs.get("evaluations")), bool(task.inputs.get("images"))
+    if has_reviews == has_images:
+        raise PipelineError(
+            "a report is on one kind of evaluation", where=f"{task.stage}:{task.name}",
+            got="evaluations and images" if has_reviews else "neither evaluations nor images",
+            fix="give inputs.evaluations=[FOLDER, ...] or inputs.images=[FOLDER, ...]",
+        )  # fmt: skip
+    return _report_images(config, task) if has_images else _report_reviews(config, task)
+
+
+def _report_images(config: ReportConfig, task: Task) -> Metrics:
+    """On tuned image models."""
+    import json
+
+    from prefmill.evaluation.image_sections import ImageReportInputs, build_image_report
+    from prefmill.evaluation.telemetry import cost_lines
+
+    given = {name: task.inputs.get(name, ()) for name in ("images", "rewards", "tuned", "sweeps")}
+    inputs = ImageReportInputs(given["images"], given["rewards"], given["tuned"], given["sweeps"])
+    report = build_image_report(inputs, config.title or task.run)
+    write_atomic(task.output / "report.html", report.html)
+    write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
+    print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
+    return {"conclusion": report.conclusions}
+
+
+def _report_reviews(config: ReportConfig, task: Task) -> Metrics:
+    """On models that write reviews."""
     import json
 
     from prefmill.evaluation.bootstrap import Resampling
@@ -51,12 +80,16 @@ STAGE = Stage(
     writes="report",
     result="report.html",
     reads={
-        "evaluations": Reads("evaluation", "evaluate", match="all"),
+        "evaluations": Reads("evaluation", "evaluate", match="all", optional=True),
         "corpus": Reads("review_corpus", "ingest_reviews", optional=True),
         "datasets": Reads("preference_datasets", "build_datasets", optional=True),
         "validation": Reads("validation", "validate_datasets", optional=True),
         "sft": Reads("checkpoint", "sft", match="all", optional=True),
         "dpo": Reads("checkpoint", "dpo", match="all", optional=True),
+        "images": Reads("image_evaluation", "evaluate_images", match="all", optional=True),
+        "rewards": Reads("reward_model", "train_reward", match="all", optional=True),
+        "tuned": Reads("image_checkpoint", "sdxl_dpo", match="all", optional=True),
+        "sweeps": Reads("sweep", "sweep", match="all", optional=True),
     },
 )
 

@@ -83,7 +83,7 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
             }
         )
     lineage = background.lineage_section(artifacts, missing)
-    page = _environment().get_template("report.html.jinja")
+    page = page_environment().get_template("report.html.jinja")
     html = page.render(
         title=title,
         resampling=resampling,
@@ -158,7 +158,8 @@ def _absent(inputs: ReportInputs) -> list[str]:
     return [name for name, value in given.items() if not value]
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Renders the pages: escapes everything, knows no undefined names."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,  # reviews are other people's text: shown, never run

@@ -176,7 +176,8 @@ def compare(
 def conclusion(measured: Mapping[str, Any]) -> str:
     """What a reader is told first."""
     rate = measured["dimensions"]["mean"]["win_rate"]
-    interval = f"{rate['value']:.0%} ({rate['low']:.0%} to {rate['high']:.0%}) of {measured['num_prompts']} prompts"
+    over = f"on {measured['num_prompts']} prompts"
+    interval = f"win rate {rate['value']:.0%} ({rate['low']:.0%} to {rate['high']:.0%}) {over}"
     if rate["low"] > 0.5:
         return f"The tuned model is preferred to the base under the held-out scorer: {interval}."
     if rate["high"] < 0.5:

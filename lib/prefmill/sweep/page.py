@@ -27,7 +27,6 @@ _STYLE = Markup(
 def sweep_page(rows: Sequence[Row], best: Row, config: StudyConfig) -> str:
     """One self-contained HTML page of a finished study."""
     complete = [row for row in rows if row["state"] == "complete"]
-    charts = [_history(complete, config), *(_over(name, complete, best, config) for name in config.space)]
     judged = f", judged by {config.judge.stage}" if config.judge else ""
     title = f"Sweep {config.study_name}: {config.stage}"
     return str(
@@ -38,9 +37,15 @@ def sweep_page(rows: Sequence[Row], best: Row, config: StudyConfig) -> str:
             "<h2>Trials</h2>{}</html>\n"
         ).format(
             title, _STYLE, title, len(rows), len(complete), config.direction, config.metric, judged, best["number"],
-            Markup("").join(charts), _table(rows, best, config),
+            Markup("").join(sweep_charts(rows, best, config)), _table(rows, best, config),
         )
     )  # fmt: skip
+
+
+def sweep_charts(rows: Sequence[Row], best: Row, config: StudyConfig) -> list[Markup]:
+    """The values in the order of the trials, then over each parameter."""
+    complete = [row for row in rows if row["state"] == "complete"]
+    return [_history(complete, config), *(_over(name, complete, best, config) for name in config.space)]
 
 
 def _history(complete: Sequence[Row], config: StudyConfig) -> Markup:
