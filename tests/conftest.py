@@ -25,25 +25,33 @@ def shared_data() -> Path:
     return folder
 
 
-FOLDERS_BY_COST = ("slurm", "e2e", "docs", "vllm", "unit")
+# The dear first; vLLM last, as a process that has run it can no longer fork ranks that train.
+FOLDERS_IN_ORDER = ("slurm", "e2e", "docs", "unit", "vllm")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where two processes share the tests: a file's run in one of them, all of the one cluster's too, the dear first.
+    """Where two processes share the tests: a file's run in one of them, and all of the one cluster's.
 
-    Short files at the end keep both processes busy to the last.
+    Short files near the end keep both processes busy to the last.
     """
     if not hasattr(config, "workerinput"):
         return
     for item in items:
         group = "slurm" if _folder(item) == "slurm" else item.path.relative_to(REPOSITORY).as_posix()
         item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: FOLDERS_BY_COST.index(_folder(item)))
+    items.sort(key=lambda item: FOLDERS_IN_ORDER.index(_folder(item)))
 
 
 def _folder(item: pytest.Item) -> str:
     return item.path.relative_to(REPOSITORY).parts[1]
+
+
+@pytest.fixture(autouse=True)
+def _own_cluster_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the cluster's own tests see the cluster, which stays up until the last test has run."""
+    if _folder(request.node) != "slurm":
+        monkeypatch.delenv("SLURM_CONF", raising=False)
 
 
 def left_out(component: str, missing: str) -> None:
