@@ -7,6 +7,7 @@ import csv
 import http.client
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -139,13 +140,16 @@ def test_own_images_are_checked_and_copied(tmp_path: Path) -> None:
     draw(folder / "c.png", 1)
     (folder / "d.png").write_bytes((folder / "c.png").read_bytes()[:70])
     bomb(folder / "e.png")
-    (folder / "images.csv").write_text("prompt,file\nx,a.png\nx,b.jpg\nx,c.png\nx,d.png\nx,e.png\nx,none.png\n")
+    shutil.copy(folder / "c.png", folder / "again.png")
+    names = ("a.png", "b.jpg", "c.png", "d.png", "e.png", "none.png", "again.png")
+    (folder / "images.csv").write_text("prompt,file\n" + "".join(f"x,{name}\n" for name in names))
     task = task_for(tmp_path / "x" / "t", "rate_images")
-    assert rate(task, rater={"by": "sharpness"}, images=str(folder))["num_pairs"] == 3
+    # Of four that can be shown, nobody is asked to tell an image from itself.
+    assert rate(task, rater={"by": "sharpness"}, images=str(folder))["num_pairs"] == 5
     reasons = [row["reason"] for row in read_jsonl(task.output / "quarantine.jsonl")]
     assert reasons == ["damaged image", "image too large to decode", "missing image"]
     rows = list(read_jsonl(task.output / "images.jsonl"))
-    assert [Path(row["file"]).name for row in rows] == ["a.png", "b.jpg", "c.png"]
+    assert [Path(row["file"]).name for row in rows] == ["a.png", "again.png", "b.jpg", "c.png"]
     assert not (task.output / rows[0]["file"]).samefile(folder / "a.png")
 
 
@@ -428,7 +432,12 @@ def test_a_torn_answer_is_cut_off_and_a_damaged_one_is_named(tmp_path: Path, ima
         for torn in (whole[:-5], whole + b'{"rater": "a', whole + b"\0" * 50):
             path.write_bytes(torn)
             people.start()
-            assert people.state("ann")["number"] == (2 if torn == whole[:-5] else 3)
+            number = 2 if torn == whole[:-5] else 3
+            assert people.state("ann")["number"] == number
+            people.act("answer", "ann", choice="tie")
+            people.kill()
+            people.start()
+            assert people.state("ann")["number"] == number + 1
             people.kill()
         lines = whole.splitlines(keepends=True)
         path.write_bytes(lines[0] + b"garbage\n" + lines[2])

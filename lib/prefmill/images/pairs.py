@@ -96,13 +96,9 @@ def split_pairs(
     digests = {image.file: image.sha256 for image in images.values()}
     owners = _Owners()
     for pair in pairs:
-        text = " ".join(pair["prompt"].casefold().split())
         for name in (pair["preferred"], pair["rejected"]):
-            owners.join(f"prompt {text}", f"image {digests[name]}")
-    return [
-        {**pair, "split": _split_of(owners.find(f"prompt {' '.join(pair['prompt'].casefold().split())}"), config)}
-        for pair in pairs
-    ]
+            owners.join(_words(pair["prompt"]), f"image {digests[name]}")
+    return [{**pair, "split": _split_of(owners.find(_words(pair["prompt"])), config)} for pair in pairs]
 
 
 class _Owners:
@@ -121,6 +117,11 @@ class _Owners:
         # The larger stays: a prompt, not an image, so that a split follows from the prompt's text where it can.
         kept, given = sorted((self.find(first), self.find(second)), reverse=True)
         self._parents[given] = kept
+
+
+def _words(prompt: str) -> str:
+    """What two spellings of a prompt have in common, as a name in `_Owners`."""
+    return f"prompt {' '.join(prompt.casefold().split())}"
 
 
 def _split_of(name: str, config: ImageSplitConfig) -> ImageSplit:

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from prefmill.images import davidson
 from prefmill.images.davidson import STRENGTH_SCALE, TIE_SCALE, Comparison, Strengths, fit
 
 
@@ -50,6 +51,16 @@ def test_the_fit_is_the_maximum() -> None:
         for name in found.of:
             moved = {**found.of, name: found.of[name] + step}
             assert log_posterior(groups, moved, found.eta) < best
+
+
+def test_it_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newton's method with the true curvature squares its error at every step."""
+    steps = []
+    step = davidson._Votes.newton_step
+    monkeypatch.setattr(davidson._Votes, "newton_step", lambda *given: steps.append(0) or step(*given))
+    groups, _ = simulate(2, num_prompts=30, num_images=4, votes=50, eta=1.5)
+    fit(groups)
+    assert len(steps) <= 5
 
 
 def test_known_strengths_are_found_again() -> None:
