@@ -37,8 +37,8 @@ def run(config: GenerateImagesConfig, task: Task) -> Metrics:
     from prefmill.images.generation import ImageSampling
     from prefmill.images.generator import choose_source, open_pipeline
 
-    model, adapter = (task.optional_input(name) for name in ("model", "adapter"))
-    source = choose_source(config, model, adapter, f"{task.stage}:{task.name}")
+    model, tuned = (task.optional_input(name) for name in ("model", "tuned"))
+    source = choose_source(config, model, tuned, f"{task.stage}:{task.name}")
     sampling = ImageSampling(
         config.num_inference_steps, config.guidance_scale, config.negative_prompt, config.height, config.width
     )
@@ -60,7 +60,7 @@ STAGE = Stage(
     run=run,
     root="data",
     writes="generated_images",
-    reads={"model": Reads("checkpoint", optional=True), "adapter": Reads("checkpoint", optional=True)},
+    reads={"model": Reads("checkpoint", optional=True), "tuned": Reads("image_checkpoint", optional=True)},
     preload=("torch", "transformers", "diffusers"),
 )
 

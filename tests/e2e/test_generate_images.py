@@ -271,8 +271,8 @@ def test_an_adapter_changes_the_images_by_its_scale(
     found["base"] = pixels(base)
     assert (found["base"] == found["none"]).all()
     assert (found["base"] != found["one"]).any()
-    artifact = publish_as(folder, "checkpoint")
-    task = task_for(tmp_path / "as_input", "generate_images", model=model, adapter=artifact)
+    artifact = publish_as(folder, "image_checkpoint")
+    task = task_for(tmp_path / "as_input", "generate_images", model=model, tuned=artifact)
     generate(task, prompts, seeds=[0])
     assert (pixels(task) == found["one"]).all()
     label = json.loads((task.output / "summary.json").read_text())["model"]
@@ -284,8 +284,15 @@ def test_which_model_must_be_clear(tmp_path: Path, model: Artifact, prompts: Pat
         generate(task_for(tmp_path / "a", "generate_images"), prompts)
     with pytest.raises(ConfigError, match="two models to make images with"):
         generate(task_for(tmp_path / "b", "generate_images", model=model), prompts, model_name_or_path="x/y")
+    with pytest.raises(ConfigError, match="two models to make images with"):
+        generate(task_for(tmp_path / "c", "generate_images", model=model, tuned=model), prompts)
+    whole = task_for(tmp_path / "d", "generate_images", tuned=model)  # a tuned UNet is a pipeline of its own
+    assert generate(whole, prompts)["num_images"] == 2 * NUM_PROMPTS
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / ADAPTER_FILE).touch()
+    adapter = publish_as(tmp_path / "adapter", "image_checkpoint")
     with pytest.raises(ConfigError, match="two adapters to make images with"):
-        generate(task_for(tmp_path / "c", "generate_images", model=model, adapter=model), prompts, adapter="x")
+        generate(task_for(tmp_path / "e", "generate_images", model=model, tuned=adapter), prompts, adapter="x")
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

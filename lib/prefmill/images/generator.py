@@ -50,15 +50,20 @@ class GeneratorSource:
     adapter_scale: float = 1.0
 
 
-def choose_source(keys: ModelKeys, model: Artifact | None, adapter: Artifact | None, where: str) -> GeneratorSource:
-    """The model of a configuration and of the `checkpoint` artifacts given as input: a pipeline, an adapter on it.
+def choose_source(keys: ModelKeys, model: Artifact | None, tuned: Artifact | None, where: str) -> GeneratorSource:
+    """The model of a configuration and of artifacts: a pipeline, and an adapter on it.
 
-    Raises ConfigError when there is no pipeline, or two of either.
+    `model` is a `checkpoint`; `tuned`, of sdxl_dpo, is an adapter on that, or a pipeline of its own. Raises ConfigError
+    when there is no pipeline, or two of either.
     """
+    if tuned is not None and not (tuned.path / ADAPTER_FILE).is_file():
+        if model is not None:
+            raise _two("models", where, f"inputs.model={model.path} and inputs.tuned={tuned.path}, a whole pipeline")
+        model, tuned = tuned, None
     if model is not None and keys.model_name_or_path is not None:
-        raise _two("models", where, f"inputs.model={model.path} and model_name_or_path={keys.model_name_or_path}")
-    if adapter is not None and keys.adapter is not None:
-        raise _two("adapters", where, f"inputs.adapter={adapter.path} and adapter={keys.adapter}")
+        raise _two("models", where, f"inputs: {model.path} and model_name_or_path={keys.model_name_or_path}")
+    if tuned is not None and keys.adapter is not None:
+        raise _two("adapters", where, f"inputs.tuned={tuned.path} and adapter={keys.adapter}")
     base = str(model.path) if model is not None else keys.model_name_or_path
     if base is None:
         raise ConfigError(
@@ -66,8 +71,8 @@ def choose_source(keys: ModelKeys, model: Artifact | None, adapter: Artifact | N
             fix="give model_name_or_path, or inputs.model=FOLDER of a finished diffusers pipeline",
         )  # fmt: skip
     name = _label(model) if model is not None else Path(base).name if Path(base).is_dir() else base
-    folder = adapter.path if adapter is not None else keys.adapter
-    added = _label(adapter) if adapter is not None else keys.adapter.name if keys.adapter is not None else None
+    folder = tuned.path if tuned is not None else keys.adapter
+    added = _label(tuned) if tuned is not None else keys.adapter.name if keys.adapter is not None else None
     return GeneratorSource(
         model=base, label=name if added is None else f"{name} + {added}", precision=keys.precision,
         revision=keys.revision, variant=keys.variant, adapter=folder, adapter_scale=keys.adapter_scale,
