@@ -19,7 +19,14 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Two processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another.
 IN_TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
+# What `make all`, `make generate` and so on run; for SDXL itself: IMAGES=configs/pipelines/sdxl.yaml
+IMAGES ?= configs/pipelines/images.yaml
+SWEEP ?= configs/pipelines/sweep.yaml
+ARGS ?=
+RUN_IMAGES = $(BIN)/prefmill run $(IMAGES) $(ARGS)
+
 .PHONY: help install demo test test-quick lint vllm lock slurm-up slurm-down
+.PHONY: all generate annotate build-pairs train-reward train-dspo sweep
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
@@ -43,6 +50,28 @@ lint: $(VENV)/.installed ## ruff, mypy
 	$(BIN)/mypy
 
 vllm: $(VENV)/.installed-vllm ## Add the CPU build of vLLM to the environment
+
+all: $(VENV)/.installed ## The image pipeline, from prompts to a report; IMAGES=FILE for another, ARGS for keys
+	$(RUN_IMAGES)
+
+generate: $(VENV)/.installed ## Its images alone, with what they need
+	$(RUN_IMAGES) $(if $(findstring images.yaml,$(IMAGES)),--only tiny_image_model)
+	$(RUN_IMAGES) --only generate_images
+
+annotate: $(VENV)/.installed ## Rate them: by people on a local page, or as the pipeline says
+	$(RUN_IMAGES) --only rate_images
+
+build-pairs: $(VENV)/.installed ## Pairs of the ratings
+	$(RUN_IMAGES) --only build_image_pairs
+
+train-reward: $(VENV)/.installed ## The reward models
+	$(RUN_IMAGES) --only train_reward
+
+train-dspo: $(VENV)/.installed ## SDXL's preference tuning
+	$(RUN_IMAGES) --only sdxl_dpo
+
+sweep: $(VENV)/.installed ## A sweep over a training stage's keys; SWEEP=FILE for another
+	$(BIN)/prefmill run $(SWEEP) $(ARGS)
 
 slurm-up: $(VENV)/.installed ## A real Slurm on this machine: four nodes that pretend to eight GPUs each
 	bash tests/system_packages.sh

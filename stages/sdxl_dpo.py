@@ -45,7 +45,7 @@ STAGE = Stage(
     reads={
         "pairs": Reads("image_pairs", "build_image_pairs"),
         "model": Reads("checkpoint", optional=True),
-        "reward": Reads("reward_model", "train_reward", optional=True),
+        "reward": Reads("reward_model", optional=True),  # named by who wants it: dspo_rm alone does
     },
     preload=("torch", "transformers.trainer", "diffusers", "peft", "safetensors.torch"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import random
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,34 @@ def make_photo_pairs(
         row["split"] = "test" if row["prompt_id"].rpartition("-")[0] in held_out else "train"
     write_jsonl(folder / "pairs.jsonl", rows)
     return publish_as(folder, "image_pairs")
+
+
+def write_photo_ratings(
+    folder: Path, photos: Mapping[str, tuple[Path, str]], crops: int, kinds: Sequence[str], seed: int = 0
+) -> None:
+    """The same crops as a folder of somebody's own: images.csv, and ratings.csv of one rater who sees what was done.
+
+    All crops of a photograph have its description as their prompt, so that they come into one split.
+    """
+    images: list[tuple[str, str]] = []
+    ratings: list[tuple[str, str, str, str, str]] = []
+    for name, (path, prompt) in sorted(photos.items()):
+        photo = Image.open(path).convert("RGB")
+        for number in range(crops):
+            crop = _crop(photo, name, number, seed)
+            made = [_pair(folder, name, prompt, number, kind, crop, seed) for kind in kinds]
+            images += [(prompt, file) for file in (made[0]["preferred"], *(row["rejected"] for row in made))]
+            for row in made:
+                turned = random.Random(f"{seed}:{row['pair_id']}").random() < 0.5
+                sides = (row["rejected"], row["preferred"]) if turned else (row["preferred"], row["rejected"])
+                choice = "right" if turned else "left"
+                ratings += [(*sides, "ada", dimension, choice) for dimension in (*HEADS, "overall")]
+    for file, header, rows in (
+        ("images.csv", ("prompt", "file"), images),
+        ("ratings.csv", ("left", "right", "rater", "dimension", "choice"), ratings),
+    ):
+        with (folder / file).open("w", newline="") as stream:
+            csv.writer(stream).writerows([header, *rows])
 
 
 def _crop(photo: Image.Image, name: str, number: int, seed: int) -> Image.Image:

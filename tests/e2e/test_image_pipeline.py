@@ -1,0 +1,120 @@
+"""The image pipeline in one command: tiny models, generated images, and photographs whose better copy is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from photo_pairs import write_photo_ratings
+from test_report import browse
+
+from prefmill.artifacts import Artifact, read_manifest
+from prefmill.records import read_jsonl
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.slow
+STAGES = {
+    "tiny_image_model": 2, "generate_images": 2, "rate_images": 1, "build_image_pairs": 1, "train_reward": 2,
+    "sdxl_dpo": 1, "evaluate_images": 1, "report": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(shared_data: Path) -> dict[str, tuple[Path, str]]:
+    listed = json.loads((shared_data / "images" / "manifest.json").read_text())
+    return {
+        Path(row["file"]).stem: (shared_data / "images" / row["file"], row["prompt_by_scout"])
+        for row in listed
+        if row["file"].startswith("photos/")
+    }
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, photos: dict[str, tuple[Path, str]]) -> Path:
+    """A finished run, some of whose pairs are photographs against degraded copies."""
+    folder = tmp_path_factory.mktemp("images")
+    given = folder / "photos"
+    write_photo_ratings(given, photos, crops=12, kinds=["blur"])  # the sharper one is better, as in the other ratings
+    sources = f'build_image_pairs.sources=[{{format: ratings, ratings: "{given}/ratings.csv", images: "{given}"}}]'
+    arguments = [
+        "configs/pipelines/images.yaml", f"workspace={folder}", sources, "sdxl_dpo.max_steps=8",
+        "sdxl_dpo.sample_steps=null",
+    ]  # fmt: skip
+    done = prefmill("run", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "plan.txt").write_text(prefmill("plan", *arguments).stdout)
+    return folder
+
+
+def prefmill(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "prefmill.cli", *arguments], cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def artifact(workspace: Path, stage: str, name: str = "all") -> Artifact:
+    (path,) = workspace.glob(f"*/images/{stage}/{name}/manifest.json")
+    manifest = read_manifest(path.parent)
+    assert manifest is not None
+    return Artifact(path.parent, manifest)
+
+
+def test_every_stage_is_done_and_a_second_run_does_nothing(workspace: Path) -> None:
+    found = {stage: len(list(workspace.glob(f"*/images/{stage}/*/manifest.json"))) for stage in STAGES}
+    assert found == STAGES
+    assert (workspace / "plan.txt").read_text().count("  complete  ") == sum(STAGES.values())
+
+
+def test_the_two_halves_and_the_held_out_prompts_stay_apart(workspace: Path) -> None:
+    seen = {
+        half: set(
+            json.loads(artifact(workspace, "train_reward", half).file("trained_on.json").read_text())["prompt_ids"]
+        )
+        for half in ("policy", "judge")
+    }
+    judged = {row["prompt_id"] for row in read_jsonl(artifact(workspace, "evaluate_images").file("scores.jsonl"))}
+    assert seen["policy"]
+    assert seen["judge"]
+    assert not seen["policy"] & seen["judge"]
+    assert not judged & (seen["policy"] | seen["judge"])
+    tuned, judge = artifact(workspace, "sdxl_dpo"), artifact(workspace, "train_reward", "judge")
+    assert tuned.manifest.inputs["reward"] == [artifact(workspace, "train_reward", "policy").manifest.content_digest]
+    metrics = json.loads(artifact(workspace, "evaluate_images").file("metrics.json").read_text())
+    assert metrics["scorer"] == judge.manifest.content_digest
+
+
+def test_photographs_are_preferred_to_their_degraded_copies(
+    workspace: Path, photos: dict[str, tuple[Path, str]]
+) -> None:
+    """Held-out pictures by both reward models: the one thing in this run of which the right answer is known."""
+    descriptions = {prompt: name for name, (_, prompt) in photos.items()}
+    pairs = {row["pair_id"]: row for row in read_jsonl(artifact(workspace, "build_image_pairs").file("pairs.jsonl"))}
+    right: list[bool] = []
+    for half in ("policy", "judge"):
+        for row in read_jsonl(artifact(workspace, "train_reward", half).file("predictions.jsonl")):
+            if pairs[row["pair_id"]]["prompt"] in descriptions:
+                right.append(float(np.mean(list(row["margins"].values()))) > 0)
+    assert len(right) >= 2 * 2 * 12
+    assert np.mean(right) > 0.65
+
+
+def test_the_report_opens_in_a_browser_without_a_complaint(workspace: Path, chromium: str, tmp_path: Path) -> None:
+    html = artifact(workspace, "report").file("report.html").read_text()
+    page = tmp_path / "page.html"
+    page.write_text(html)
+    shot = tmp_path / "page.png"
+    done = browse(chromium, page, "--window-size=1280,2000", f"--screenshot={shot}")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert shot.stat().st_size > 20_000
+    dumped = browse(chromium, page, "--dump-dom").stdout
+    for words in ("What to doubt", "Win rate", "Drift of the denoising error", "train_reward:judge", "data:image/png"):
+        assert words in dumped
+    comparison: dict[str, Any] = json.loads(artifact(workspace, "report").file("comparison.json").read_text())
+    assert set(comparison) == {"evaluations", "reward_models"}
