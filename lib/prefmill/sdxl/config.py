@@ -71,6 +71,10 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError(f"{', '.join(ignored)}: a key of text models, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
             raise ValueError(f"attn_implementation is one of {', '.join(ATTENTION)}")
+        if self.deepspeed is not None and self.lora is not None:
+            raise ValueError(
+                "deepspeed shards a whole UNet: set lora: null, or leave it out, an adapter needs no shards"
+            )
         if self.deepspeed is not None and (self.use_ema or self.sample_steps is not None):
             raise ValueError("with deepspeed no rank holds the whole model: leave out use_ema and sample_steps")
         if self.save_merged and self.lora is None:

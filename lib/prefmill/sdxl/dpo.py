@@ -25,9 +25,16 @@ from prefmill.sdxl.callbacks import Ema, SampleGrid, Sampling
 from prefmill.sdxl.config import SdxlPreferenceConfig
 from prefmill.sdxl.data import PairImages, read_image_pairs, swap_by_coin
 from prefmill.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
-from prefmill.sdxl.export import save_finished
+from prefmill.sdxl.export import save_finished, whole_weights
 from prefmill.sdxl.family import PairReader, sdxl_family
-from prefmill.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name
+from prefmill.sdxl.loading import (
+    SdxlFolder,
+    compute_as_without_shards,
+    load_policy,
+    open_folder,
+    optimizer_name,
+    whole_models,
+)
 from prefmill.sdxl.names import NEEDS_RESIDUALS
 from prefmill.sdxl.noise import load_schedule
 from prefmill.sdxl.objectives import DspoFactors, choose
@@ -49,8 +56,9 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     plan = _plan(train, config)
     held_plan = one_by_one(held_out, config.per_device_train_batch_size, config.seed) if held_out else []
     args = _arguments(config, task, plan)
-    reader = _encode(config, task, folder, args.device, train, held_out, plan)
-    model = load_policy(folder, config)
+    with whole_models():
+        reader = _encode(config, task, folder, args.device, train, held_out, plan)
+        model = load_policy(folder, config)
     references = [_references(config, folder, reader, given) for given in (train, held_out)]
     residuals = config.objective in NEEDS_RESIDUALS
     objective = choose(config.objective, config.sft_weight, _factors(config))
@@ -104,6 +112,8 @@ def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbat
         raise ConfigError(
             "fp16 needs a GPU", where="precision", got="no GPU that torch sees", fix="set precision: bf16 or fp32"
         )
+    if config.deepspeed is not None:
+        compute_as_without_shards(args.hf_deepspeed_config.config)
     args.gradient_checkpointing = False  # transformers would ask the UNet in a language model's words
     args.optim = OptimizerNames(optimizer_name(config))
     args.ddp_find_unused_parameters = False  # every weight that is trained has a part in every loss
@@ -195,8 +205,10 @@ def _train_and_save(
     trainer.train(resume_from_checkpoint=checkpoint)
     if ema is not None:
         ema.copy_to(trainer.model)
-    if trainer.is_world_process_zero():
-        save_finished(trainer.model, config, task, folder)
+    first = trainer.is_world_process_zero()
+    weights = whole_weights(trainer.model, keep=first) if config.lora is None else None  # every rank has a part
+    if first:
+        save_finished(trainer.model, weights, config, task, folder)
     trainer.accelerator.wait_for_everyone()
 
 

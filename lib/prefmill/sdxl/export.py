@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,16 @@ MERGED = "merged"
 _PEFT_PREFIX = "base_model.model."
 
 
-def save_finished(model: Any, config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder) -> None:
-    """Write the artifact: the adapter in both forms and, where asked for, merged; a whole UNet as a pipeline."""
-    if config.lora is None:
-        save_pipeline(model.state_dict(), task.output, folder, config)
-    else:
+def save_finished(
+    model: Any, weights: Mapping[str, Tensor] | None, config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder
+) -> None:
+    """Write the artifact: the adapter in both forms and, where asked for, merged; a whole UNet as a pipeline.
+
+    `weights` are the whole UNet's, where that is what was trained.
+    """
+    if weights is not None:
+        save_pipeline(weights, task.output, folder, config)
+    elif config.lora is not None:
         modules = adapted_modules(model)
         state = adapter_state(model)
         save_diffusers(state, model.peft_config["default"], task.output / ADAPTER_FILE)
@@ -42,6 +48,19 @@ def save_finished(model: Any, config: SdxlPreferenceConfig, task: Task, folder: 
             merged = {**base, **{f"{name}.weight": merged_weight(layer) for name, layer in modules.items()}}
             save_pipeline(merged, task.output / MERGED, folder, config)
     write_atomic(task.output / "README.md", model_card(task, config).replace("transformers", "diffusers", 1))
+
+
+def whole_weights(model: Any, keep: bool) -> dict[str, Tensor]:
+    """A UNet's weights on the CPU, one gathered after the other where ranks hold parts of them; every rank must ask.
+
+    Those that do not `keep` them get an empty dictionary.
+    """
+    weights = {}
+    for name, value in model.named_parameters():
+        with _gathered(value):
+            if keep:
+                weights[name] = value.detach().cpu().clone()
+    return weights
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
@@ -164,6 +183,15 @@ def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor, float]:
     """W, A, B in fp32, and s."""
     a, b = (getattr(layer, side)[adapter].weight.detach().float() for side in ("lora_A", "lora_B"))
     return layer.get_base_layer().weight.detach().float(), a, b, float(layer.scaling[adapter])
+
+
+def _gathered(value: Tensor) -> AbstractContextManager[Any]:
+    if not hasattr(value, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([value])
+    return gathered
 
 
 def _is_part(folder: Path) -> bool:

@@ -184,11 +184,12 @@ def predict_pairs(
 def predict(model: Any, batch: SdxlBatch, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
     """What the UNet predicts for the noised samples and what it should, [S, C, H, W] fp32 both."""
     noised = schedule.add(batch.latents, batch.noise, batch.timesteps)
+    dtype = next(model.parameters()).dtype
     prediction = model(
-        noised,
+        noised.to(dtype),
         batch.timesteps,
-        batch.embeddings,
-        added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
+        batch.embeddings.to(dtype),
+        added_cond_kwargs={"text_embeds": batch.pooled.to(dtype), "time_ids": batch.time_ids},
         return_dict=False,
     )[0]
     return prediction.float(), schedule.target(batch.latents, batch.noise, batch.timesteps)
