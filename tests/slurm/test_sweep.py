@@ -30,7 +30,7 @@ stages:
       metric: accuracy
       n_trials: {NUM_TRIALS}
       heartbeat_seconds: 0.5
-      stale_seconds: 4.0
+      stale_seconds: 6.0
 """
 
 

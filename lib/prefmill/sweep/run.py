@@ -18,7 +18,15 @@ from prefmill.sweep import study as studies
 from prefmill.sweep.claims import Watch, beating, claim, read_claim
 from prefmill.sweep.config import StudyConfig
 from prefmill.sweep.page import sweep_page
-from prefmill.sweep.trial import TrialError, TrialInterrupted, check_space, independent, run_trial, stage_values
+from prefmill.sweep.trial import (
+    TrialError,
+    TrialInterrupted,
+    check_space,
+    independent,
+    run_trial,
+    stage_values,
+    still_runs,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -81,7 +89,7 @@ def _next_turn(study: optuna.Study, config: StudyConfig, folder: Path, worker: s
         running = [trial for trial in trials if trial["state"] == "running"]
         for trial in running:
             place = trial_folder(folder, trial["number"])
-            if not _is_free(place, worker, watch):
+            if not _is_free(config, place, worker, watch):
                 continue
             if len(claim(place, worker).attempts) > config.max_attempts:
                 studies.fail(study, trial["number"], f"its worker died {config.max_attempts} times")
@@ -94,10 +102,12 @@ def _next_turn(study: optuna.Study, config: StudyConfig, folder: Path, worker: s
     return Turn("wait" if running else "finish")
 
 
-def _is_free(trial: Path, worker: str, watch: Watch) -> bool:
+def _is_free(config: StudyConfig, trial: Path, worker: str, watch: Watch) -> bool:
     """A running trial that nobody runs: mine from before I was killed, without a claim, or one whose worker is dead."""
     known = read_claim(trial)
-    return known is None or known.worker == worker or watch.is_stale(trial)
+    if known is None or known.worker == worker:
+        return True
+    return watch.is_stale(trial) and not still_runs(config, trial)
 
 
 def _work(study: optuna.Study, config: StudyConfig, folder: Path, task: Task, turn: Turn) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from prefmill.artifacts import Artifact, read, read_manifest, write_atomic
 from prefmill.config import ExternalPath, load, read_yaml
 from prefmill.errors import ConfigError, PrefmillError
-from prefmill.pipeline.worker import end_with_parent, read_status
+from prefmill.pipeline.worker import end_with_parent, is_running, read_status
 from prefmill.stage import Stage, load_stage
 from prefmill.sweep.config import StudyConfig, corners
 
@@ -116,14 +116,26 @@ def _run_stage(
         ).returncode  # fmt: skip
     if code < 0:
         raise TrialInterrupted(f"stage {stage.name} was ended by signal {-code}")
-    output = folder / stage.root / RUN / stage.name / "all"
+    output, logs = folder / stage.root / RUN / stage.name / "all", _logs(folder, stage.name)
+    if code and is_running(logs):
+        raise TrialInterrupted(f"stage {stage.name} still runs in another worker")
     if code or read_manifest(output) is None:
-        reason = str(read_status(folder / "logs" / RUN / stage.name / "all").get("error", "")).strip()
+        reason = str(read_status(logs).get("error", "")).strip()
         raise TrialError(
             f"stage {stage.name} failed with exit code {code}", where=folder / LOG,
             got=reason.splitlines()[0] if reason else None, fix="see the end of its log",
         )  # fmt: skip
     return read(output, stage.writes)
+
+
+def still_runs(config: StudyConfig, folder: Path) -> bool:
+    """Whether a process holds one of the trial's stages: a file lock tells, as far as the disk passes it on."""
+    names = [config.stage, *([config.judge.stage] if config.judge else [])]
+    return any(is_running(_logs(folder, name)) for name in names)
+
+
+def _logs(folder: Path, stage: str) -> Path:
+    return folder / "logs" / RUN / stage / "all"
 
 
 def _value(metrics: Mapping[str, Any], name: str, stage: Stage[Any], folder: Path) -> float:
