@@ -149,6 +149,18 @@ def test_a_cache_of_another_reference_is_refused(tmp_path: Path, model: Artifact
         run_stage("sdxl_dpo", tmp_path / "b", keys, model=model, pairs=pairs)
 
 
+def test_half_of_the_prompts_are_left_to_the_judge(
+    tmp_path: Path, model: Artifact, pairs: Artifact, cache: Path
+) -> None:
+    from prefmill.reward.data import in_half
+
+    keys = {**KEYS, "half": "policy", "num_train_epochs": 1, "cache_dir": str(cache)}
+    run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)
+    seen = {row["pair_id"] for row in read_jsonl(tmp_path / "logs" / "margins" / "margins_log.jsonl")}
+    assert seen == {f"pair{number}" for number in range(12) if in_half(f"p{number}", "policy")}
+    assert 0 < len(seen) < 12
+
+
 @pytest.mark.slow
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
     tmp_path: Path, undisturbed: Path, model: Artifact, pairs: Artifact, cache: Path

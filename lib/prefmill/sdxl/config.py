@@ -44,6 +44,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     reward_temperature: float = Field(1.0, gt=0)
     reward_weights: dict[str, float] | None = None
     min_snr_gamma: float | None = Field(None, gt=0)
+    half: Literal["all", "policy"] = "all"
     shuffle_labels: bool = False
 
     learning_rate: float = Field(5e-5, gt=0)

@@ -20,6 +20,7 @@ from prefmill.images.rows import ImageSplit
 from prefmill.preference.batches import Microbatch, one_by_one, plan_batches
 from prefmill.preference.objectives import Settings
 from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
+from prefmill.reward.data import Half, in_half
 from prefmill.sdxl.cache import TensorCache, cache_folder
 from prefmill.sdxl.callbacks import Ema, SampleGrid, Sampling
 from prefmill.sdxl.config import SdxlPreferenceConfig
@@ -85,7 +86,8 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
 
 def _pairs(config: SdxlPreferenceConfig, task: Task, artifact: Artifact, split: ImageSplit) -> list[PairImages]:
     """The pairs of a split, as the configuration has them; raises InputError when there are none to train on."""
-    pairs = read_image_pairs(artifact, split)
+    half: Half = config.half if split == "train" else "all"
+    pairs = [pair for pair in read_image_pairs(artifact, split) if in_half(pair.prompt_id, half)]
     if split == "train" and not pairs:
         raise InputError(
             "no pairs to train on", where=artifact.path, expected="rows with split: train",
