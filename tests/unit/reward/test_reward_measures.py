@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prefmill.evaluation.bootstrap import Resampling
 from prefmill.preference.objectives import Settings
-from prefmill.reward.data import coin, in_half
+from prefmill.reward.data import PixelReader, coin, in_half
 from prefmill.reward.family import HeadScores, reward_loss
 from prefmill.reward.measures import calibration_error, fit_temperature, fit_tie_band, measure_head, tie_aware
 
@@ -105,3 +107,28 @@ def test_halves_and_coins_follow_from_names() -> None:
     assert all(in_half(name, "all") for name in names)
     assert 150 < sum(coin(0, name) for name in names) < 250
     assert [coin(0, name) for name in names] != [coin(1, name) for name in names]
+
+
+def test_a_crop_is_the_same_for_a_prompts_images_and_another_in_each_epoch(tmp_path: Path) -> None:
+    class Processor:
+        """Returns the pixels as they are."""
+
+        def image_processor(self, images: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:
+            return {"pixel_values": torch.from_numpy(np.asarray(images).transpose(2, 0, 1).copy())[None]}
+
+    picture = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(picture).save(tmp_path / name)
+    reader = PixelReader(Processor(), crop_scale=0.5, seed=3)
+    boxes = [reader.crop("p", epoch) for epoch in range(4)]
+    assert len(set(boxes)) == 4
+    assert boxes == [reader.crop("p", epoch) for epoch in range(4)]
+    assert reader.crop("q", 0) != boxes[0]
+    for box in boxes:
+        assert box is not None
+        assert 0 <= box[0] < box[2] <= 1
+        assert 0.5 <= box[2] - box[0] <= 1
+        first, second = (reader.read(tmp_path / name, box) for name in ("a.png", "b.png"))
+        assert torch.equal(first, second)
+        assert first.shape[1] < 40
+    assert PixelReader(Processor()).crop("p", 0) is None
