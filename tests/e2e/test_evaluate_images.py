@@ -65,6 +65,7 @@ def test_what_it_writes_and_that_it_goes_on_after_a_kill(tmp_path: Path, given: 
     assert {row["prompt_id"] for row in rows} == held_out
     assert len(rows) == 2 * len(held_out)
     assert list(measured["dimensions"]) == [*HEADS, "mean"]
+    assert measured["scorer_shares_training_prompts"], "the model was tuned on all prompts"
     wins = np.mean([[row["tuned"][name] > row["base"][name] for name in HEADS] for row in rows], axis=0)
     found = [measured["dimensions"][name]["win_rate"]["value"] for name in HEADS]
     np.testing.assert_allclose(found, wins, atol=1e-6)

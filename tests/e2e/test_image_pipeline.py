@@ -88,6 +88,7 @@ def test_the_two_halves_and_the_held_out_prompts_stay_apart(workspace: Path) -> 
     assert tuned.manifest.inputs["reward"] == [artifact(workspace, "train_reward", "policy").manifest.content_digest]
     metrics = json.loads(artifact(workspace, "evaluate_images").file("metrics.json").read_text())
     assert metrics["scorer"] == judge.manifest.content_digest
+    assert not metrics["scorer_shares_training_prompts"]
 
 
 def test_photographs_are_preferred_to_their_degraded_copies(

@@ -110,6 +110,11 @@ def _win_rates(metrics: Row) -> Markup:
 def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:
     """What a careful reader would ask first."""
     doubts = [_of_the_scorer(scorer)]
+    if metrics["scorer_shares_training_prompts"]:
+        doubts.append(
+            "The scorer has learnt from prompts that the model was tuned on, so both may share the taste of those "
+            "ratings: half=policy for sdxl_dpo and half=judge for the scorer keep them apart."
+        )
     if metrics["num_prompts"] < MIN_PROMPTS:
         doubts.append(f"Only {metrics['num_prompts']} prompts: the intervals can be trusted, but they are wide.")
     winner = (metrics["drift"] or {}).get("winner")

@@ -66,6 +66,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     num_grids = write_grids(task.output, GRIDS, shown, SIDES, len(wanted.seeds))
     measured: dict[str, Any] = {
         "scorer": scorer.manifest.content_digest,
+        "scorer_shares_training_prompts": shares_training_prompts(scorer, tuned),
         "base": wanted.base_label,
         "tuned": tuned.manifest.content_digest,
         "num_prompts": len(prompts),
@@ -125,6 +126,12 @@ def require_independent(scorer: Artifact, tuned: Artifact, prompts: Sequence[Pro
             "the scorer is the reward that the model was tuned by", where=scorer.path,
             got=scorer.manifest.content_digest, fix="train another with half=judge, and tune by the one of half=policy",
         )  # fmt: skip
+
+
+def shares_training_prompts(scorer: Artifact, tuned: Artifact) -> bool:
+    """Whether the scorer may have learnt from prompts that the model was tuned on: not where each had its half."""
+    half = json.loads(scorer.file("trained_on.json").read_text())["half"]
+    return not (half == "judge" and tuned.manifest.config.get("half") == "policy")
 
 
 def source_of(wanted: ImageEvaluation, side: str, tuned: Artifact) -> GeneratorSource:
