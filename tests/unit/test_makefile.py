@@ -1,0 +1,36 @@
+"""The Makefile's shortcuts run the stages they are named after."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+RUN = ".venv/bin/prefmill run configs/pipelines/"
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("all", f"{RUN}images.yaml "),
+        ("generate", f"{RUN}images.yaml  --only generate_images"),
+        ("annotate", f"{RUN}images.yaml  --only rate_images"),
+        ("build-pairs", f"{RUN}images.yaml  --only build_image_pairs"),
+        ("train-reward", f"{RUN}images.yaml  --only train_reward"),
+        ("train-dspo", f"{RUN}images.yaml  --only sdxl_dpo"),
+        ("sweep", f"{RUN}sweep.yaml "),
+    ],
+)
+def test_a_shortcut_runs_its_stage(target: str, command: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert command in done.stdout.splitlines()
+
+
+def test_another_pipeline_and_keys_can_be_given() -> None:
+    given = ["IMAGES=configs/pipelines/sdxl.yaml", "ARGS=run=mine"]
+    done = subprocess.run(
+        ["make", "-n", "train-dspo", *given], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert f"{RUN}sdxl.yaml run=mine --only sdxl_dpo" in done.stdout.splitlines()
