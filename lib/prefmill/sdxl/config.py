@@ -54,7 +54,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     lora: AdapterConfig | None = Field(default_factory=AdapterConfig)
     use_ema: bool = False
     ema_decay: float = Field(0.9999, gt=0, lt=1)
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "sgd"] = "adamw_torch"
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "sgd"] = "adamw_torch_fused"
     torch_compile: bool = False
 
     logging_steps: int = runtime(50, ge=1)
