@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from prefmill.artifacts import CHECKPOINT_PREFIX, write_atomic
 from prefmill.causal.loading import Precision
-from prefmill.config import StrictConfig, runtime
+from prefmill.config import ExternalPath, StrictConfig, identity, runtime
 from prefmill.errors import ConfigError, PipelineError
 from prefmill.stage import Task
 
@@ -58,7 +58,8 @@ class TrainingConfig(StrictConfig):
     max_grad_norm: float = Field(1.0, gt=0)
     lora: LoraConfig | None = None
     activation_checkpointing: bool = False
-    deepspeed: str | None = None
+    deepspeed: ExternalPath | None = None
+    fsdp: bool = False
     seed: int = 42
 
     logging_steps: int = runtime(10, ge=1)
@@ -66,6 +67,12 @@ class TrainingConfig(StrictConfig):
     save_total_limit: int = runtime(2, ge=2)  # while one is written, the one before it is what a kill leaves
     dataloader_num_workers: int = runtime(0, ge=0)
     report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(["tensorboard"])
+
+    @model_validator(mode="after")
+    def _one_strategy(self) -> TrainingConfig:
+        if self.fsdp and self.deepspeed:
+            raise ValueError("fsdp and deepspeed both shard the model: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _curves_survive_a_restart(self) -> TrainingConfig:
@@ -113,7 +120,7 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.activation_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.activation_checkpointing else None,
-        "deepspeed": config.deepspeed,
+        **sharding_arguments(config),
         "bf16": config.precision == "bf16",
         "fp16": config.precision == "fp16",
         "use_cpu": on_cpu,
@@ -131,6 +138,29 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "report_to": list(config.report_to) or "none",
         "disable_tqdm": False,
     }
+
+
+def sharding_arguments(config: TrainingConfig) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments for the strategy asked for; raises ConfigError for an unreadable file."""
+    if config.fsdp:
+        return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    if config.deepspeed is None:
+        return {}
+    from prefmill.strategies import compute_as_without_shards
+
+    return {"deepspeed": compute_as_without_shards(deepspeed_settings(config.deepspeed))}
+
+
+def deepspeed_settings(path: Path) -> dict[str, Any]:
+    """What a DeepSpeed file says; raises ConfigError where it cannot be read."""
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "cannot read the DeepSpeed file", where=path, got=str(error), expected="a JSON file",
+            fix="give deepspeed the path of one, such as configs/deepspeed/zero3.json",
+        ) from None  # fmt: skip
+    return settings
 
 
 def newest_checkpoint(folder: Path) -> str | None:
@@ -175,8 +205,11 @@ def start_model(config: TrainingConfig, task: Task, name: str) -> str:
 
 
 def weights_precision(config: TrainingConfig) -> Precision:
-    """The precision weights are kept in: a frozen base as computed in, trained weights in fp32 under autocast."""
-    return config.precision if config.lora else "fp32"
+    """The precision weights are kept in: a frozen base as computed in, trained weights in fp32 under autocast.
+
+    DeepSpeed computes in the weights' own precision, and keeps copies in fp32 that it trains.
+    """
+    return config.precision if config.lora or config.deepspeed else "fp32"
 
 
 def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
@@ -203,10 +236,14 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
 
 def train_and_save(trainer: Any, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task) -> None:
     """Train from the newest complete checkpoint on, then have one rank write the finished folder."""
+    from prefmill.strategies import make_whole
+
     with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
         checkpoint = newest_checkpoint(task.output)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    make_whole(trainer.model, keep=first)  # every rank has a part
+    if first:
         save_finished(trainer.model, tokenizer, task.output, config, task)
     trainer.accelerator.wait_for_everyone()
 
@@ -230,7 +267,7 @@ def model_card(task: Task, config: StrictConfig) -> str:
         for name, items in task.inputs.items()
         for item in items
     ]
-    keys = config.model_dump(mode="json", exclude=_runtime_keys(config))
+    keys = identity(config)
     return "\n".join(
         [
             "---",
@@ -301,11 +338,6 @@ def _is_complete(checkpoint: Path) -> bool:
     return all(
         (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
     )
-
-
-def _runtime_keys(config: StrictConfig) -> set[str]:
-    fields = type(config).model_fields.items()
-    return {name for name, field in fields if isinstance(field.json_schema_extra, dict)}
 
 
 def _point_trackers(task: Task) -> None:

@@ -32,6 +32,7 @@ from prefmill.preference.reference import reference_key, reference_scores
 from prefmill.preference.telemetry import Telemetry
 from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from prefmill.stage import Metrics, Task
+from prefmill.strategies import scoring_context
 from prefmill.training import (
     TrainingConfig,
     accumulation,
@@ -206,7 +207,8 @@ def _reference(
         return torch.cat([score_batch(trainer.model, batch) for batch in batches])
 
     trainer.model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    trainer.model.to(trainer.args.device)  # a strategy that shards leaves it where it was loaded
+    with torch.no_grad(), scoring_context(trainer, config):
         path = task.work / "reference_scores.safetensors"
         scores = reference_scores(groups, score, path, reference_key(groups, weights, settings), config.precision)
     return scores[: len(train)], scores[len(train) :]

@@ -17,6 +17,7 @@ from prefmill.causal.vision import embed
 from prefmill.errors import InputError
 from prefmill.preference.batches import GroupPart
 from prefmill.preference.data import Group
+from prefmill.strategies import pad_chunks
 
 LOGITS_AT_ONCE = 256  # rows of [vocabulary] in fp32 that exist at a time: 0.16 GB for 150,000 words
 
@@ -146,7 +147,9 @@ def _forward(
 
 def token_logps(hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:
     """log p(target) from hidden states [C, H] and token ids [C], [C] fp32, in chunks forward and backward."""
-    chunks = zip(torch.split(hidden, LOGITS_AT_ONCE), torch.split(target, LOGITS_AT_ONCE), strict=True)
+    weight = head.weight
+    states = pad_chunks(torch.split(hidden, LOGITS_AT_ONCE), weight)
+    chunks = list(zip(states, pad_chunks(torch.split(target, LOGITS_AT_ONCE), weight), strict=True))
     if not torch.is_grad_enabled():
         return torch.cat([_chunk_logps(*chunk, head) for chunk in chunks])
     return torch.cat([checkpoint(_chunk_logps, *chunk, head, use_reentrant=False) for chunk in chunks])

@@ -6,13 +6,10 @@ counts them. What is predicted is a training's need at its longest rows, so that
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-from prefmill.config import read_yaml
 from prefmill.errors import ConfigError
-from prefmill.training import TrainingConfig, weights_precision
+from prefmill.training import TrainingConfig, deepspeed_settings, weights_precision
 
 GIGABYTE = 2.0**30
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -120,14 +117,9 @@ def layer_bytes(size: ModelSize, precision: str, residual: int) -> int:
 
 
 def zero_stage(config: TrainingConfig) -> int:
-    """The ZeRO stage of the DeepSpeed file, 0 where there is none; raises ConfigError for an unreadable file."""
+    """The ZeRO stage of the DeepSpeed file, 3 for FSDP, 0 for neither; raises ConfigError for an unreadable file."""
+    if config.fsdp:
+        return 3
     if config.deepspeed is None:
         return 0
-    path = Path(config.deepspeed).expanduser()
-    try:
-        values = json.loads(path.read_text()) if path.suffix == ".json" else read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "cannot read the DeepSpeed file", where=path, got=str(error), fix="correct `deepspeed`"
-        ) from None
-    return int(values.get("zero_optimization", {}).get("stage", 0))
+    return int(deepspeed_settings(config.deepspeed).get("zero_optimization", {}).get("stage", 0))

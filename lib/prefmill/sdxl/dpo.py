@@ -26,15 +26,13 @@ from prefmill.sdxl.callbacks import Ema, SampleGrid, Sampling
 from prefmill.sdxl.config import SdxlPreferenceConfig
 from prefmill.sdxl.data import PairImages, read_image_pairs, swap_by_coin
 from prefmill.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
-from prefmill.sdxl.export import save_finished, whole_weights
+from prefmill.sdxl.export import save_finished
 from prefmill.sdxl.family import PairReader, sdxl_family
 from prefmill.sdxl.loading import (
     SdxlFolder,
-    compute_as_without_shards,
     load_policy,
     open_folder,
     optimizer_name,
-    whole_models,
 )
 from prefmill.sdxl.names import NEEDS_RESIDUALS
 from prefmill.sdxl.noise import load_schedule
@@ -43,6 +41,7 @@ from prefmill.sdxl.reference import ReferenceErrors, used_by
 from prefmill.sdxl.soft_labels import with_soft_labels
 from prefmill.sdxl.telemetry import ErrorTelemetry
 from prefmill.stage import Metrics, Task
+from prefmill.strategies import whole_models, whole_weights
 from prefmill.training import accumulation, newest_checkpoint, world_size
 
 
@@ -114,8 +113,6 @@ def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbat
         raise ConfigError(
             "fp16 needs a GPU", where="precision", got="no GPU that torch sees", fix="set precision: bf16 or fp32"
         )
-    if config.deepspeed is not None:
-        compute_as_without_shards(args.hf_deepspeed_config.config)
     args.gradient_checkpointing = False  # transformers would ask the UNet in a language model's words
     args.optim = OptimizerNames(optimizer_name(config))
     args.ddp_find_unused_parameters = False  # every weight that is trained has a part in every loss

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +47,6 @@ def save_finished(
             merged = {**base, **{f"{name}.weight": merged_weight(layer) for name, layer in modules.items()}}
             save_pipeline(merged, task.output / MERGED, folder, config)
     write_atomic(task.output / "README.md", model_card(task, config).replace("transformers", "diffusers", 1))
-
-
-def whole_weights(model: Any, keep: bool) -> dict[str, Tensor]:
-    """A UNet's weights on the CPU, one gathered after the other where ranks hold parts of them; every rank must ask.
-
-    Those that do not `keep` them get an empty dictionary.
-    """
-    weights = {}
-    for name, value in model.named_parameters():
-        with _gathered(value):
-            if keep:
-                weights[name] = value.detach().cpu().clone()
-    return weights
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
@@ -183,15 +169,6 @@ def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor, float]:
     """W, A, B in fp32, and s."""
     a, b = (getattr(layer, side)[adapter].weight.detach().float() for side in ("lora_A", "lora_B"))
     return layer.get_base_layer().weight.detach().float(), a, b, float(layer.scaling[adapter])
-
-
-def _gathered(value: Tensor) -> AbstractContextManager[Any]:
-    if not hasattr(value, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([value])
-    return gathered
 
 
 def _is_part(folder: Path) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,30 +36,6 @@ class SdxlFolder:
         return digest_json([[part, self.variant, digest_path(self.path / part)] for part in parts])
 
 
-@contextmanager
-def whole_models() -> Iterator[None]:
-    """Within, models are loaded whole, though DeepSpeed is to shard what is trained: transformers would shard them all.
-
-    The reference is computed with the whole UNet, and the text encoders are never trained.
-    """
-    from transformers.integrations import deepspeed
-
-    planned = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = planned
-
-
-def compute_as_without_shards(deepspeed: dict[str, Any]) -> None:
-    """Keep ZeRO-3 from its own linear, in place: it rounds before it adds the bias.
-
-    In bf16 the policy would then differ at step 0 from the reference, which was computed before the shards were made.
-    """
-    deepspeed.setdefault("zero_optimization", {})["memory_efficient_linear"] = False
-
-
 def open_folder(name: str, revision: str | None, variant: str | None) -> SdxlFolder:
     """The pipeline called `name`, fetched from the hub where it is no folder; raises InputError for anything else."""
     path = Path(name)
@@ -78,9 +53,7 @@ def load_policy(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
     """The UNet to train, with its adapter: a frozen base in the precision of the run, what is trained in fp32."""
     from diffusers import UNet2DConditionModel
 
-    # DeepSpeed brings its own copies in fp32, and computes in the weights' precision without autocast.
-    precision = weights_precision(config) if config.deepspeed is None else config.precision
-    unet = folder.load(UNet2DConditionModel, "unet", precision)
+    unet = folder.load(UNet2DConditionModel, "unet", weights_precision(config))
     for module in unet.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # policy and reference must agree
@@ -99,6 +72,7 @@ def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
     import peft
 
     from prefmill.sdxl.dora import make_exact
+    from prefmill.sdxl.lora import make_lean
     from prefmill.tiny.seeding import seeded
 
     given = config.lora
@@ -116,6 +90,7 @@ def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
             fix="name linear layers of the UNet, such as to_q, to_k, to_v, to_out.0",
         ) from None  # fmt: skip
     make_exact(model)
+    make_lean(model)
     return model
 
 

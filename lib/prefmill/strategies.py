@@ -1,0 +1,104 @@
+"""How weights are spread over ranks: DeepSpeed's ZeRO and torch's FSDP2, and what stays the same under them.
+
+Trainings load and score with the whole model and shard it when training starts; the finished weights are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from prefmill.training import TrainingConfig
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Within, models are loaded whole, though DeepSpeed is to shard what is trained: transformers would shard them all.
+
+    References are computed with the whole model, and frozen helpers are never sharded.
+    """
+    from transformers.integrations import deepspeed
+
+    planned = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = planned
+
+
+def compute_as_without_shards(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed settings with which ZeRO-3 does not put in its own linear: that rounds before it adds the bias.
+
+    In bf16 the policy would then differ at step 0 from the reference, which was computed before the shards were made.
+    """
+    zero = {**deepspeed.get("zero_optimization", {}), "memory_efficient_linear": False}
+    return {**deepspeed, "zero_optimization": zero}
+
+
+def scoring_context(trainer: Any, config: TrainingConfig) -> AbstractContextManager[Any]:
+    """What the reference is scored in, so that it computes as the policy will: DeepSpeed trains without autocast."""
+    context: AbstractContextManager[Any] = nullcontext() if config.deepspeed else trainer.compute_loss_context_manager()
+    return context
+
+
+def is_sharded(weight: Any) -> bool:
+    """Whether ranks hold parts of this weight: ZeRO-3's or FSDP2's."""
+    return hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
+
+
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A model's weights on the CPU, one gathered after the other where ranks hold parts; every rank must ask.
+
+    Those that do not `keep` them get an empty dictionary.
+    """
+    weights = {}
+    for name, value in model.named_parameters():
+        with _gathered(value) as whole:
+            if keep:
+                weights[name] = whole.detach().cpu().clone()
+    return weights
+
+
+def make_whole(model: nn.Module, keep: bool) -> None:
+    """Put whole weights in the place of the shards, on the CPU, on the rank that is to `keep` them; all ranks call.
+
+    A model without shards is left as it is. Weights that are tied stay tied.
+    """
+    if not any(map(is_sharded, model.parameters())):
+        return
+    shared = {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)}
+    first = {id(value): name for name, value in reversed(list(model.named_parameters()))}
+    weights = whole_weights(model, keep)
+    made = {name: nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
+    for name, known in shared.items() if keep else ():
+        module, _, leaf = name.rpartition(".")
+        model.get_submodule(module)._parameters[leaf] = made[first[known]]
+
+
+def pad_chunks(chunks: Sequence[Tensor], weight: Any) -> list[Tensor]:
+    """`chunks` [n, ...] with empty ones after them, as many as the rank with the most needs where `weight` is sharded.
+
+    ZeRO-3 gathers a layer whenever it runs: ranks that run it unequally often would wait for each other forever.
+    """
+    if not is_sharded(weight):
+        return list(chunks)
+    most = torch.tensor(len(chunks), device=chunks[0].device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return [*chunks, *[chunks[0][:0]] * (int(most) - len(chunks))]
+
+
+@contextmanager
+def _gathered(value: Any) -> Iterator[Tensor]:
+    if hasattr(value, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value]):
+            yield value
+    else:
+        yield value.full_tensor() if hasattr(value, "full_tensor") else value
