@@ -15,7 +15,9 @@ class SdxlDpoConfig(SdxlPreferenceConfig):
 
     @model_validator(mode="after")
     def _reward_keys(self) -> SdxlDpoConfig:
-        given = sorted(self.model_fields_set & {"reward_temperature", "reward_weights"})
+        fields = type(self).model_fields
+        keys = ("reward_temperature", "reward_weights")
+        given = [name for name in keys if getattr(self, name) != fields[name].default]
         if given and self.objective != "dspo_rm":
             raise ValueError(f"{', '.join(given)}: only objective dspo_rm asks a reward model")
         return self

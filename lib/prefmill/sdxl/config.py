@@ -67,7 +67,9 @@ class SdxlPreferenceConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        ignored = sorted(self.model_fields_set.intersection(_OF_TEXT_MODELS))
+        # By value: a job is handed every key of the configuration it was planned with.
+        fields = type(self).model_fields
+        ignored = sorted(name for name in _OF_TEXT_MODELS if getattr(self, name) != fields[name].default)
         if ignored:
             raise ValueError(f"{', '.join(ignored)}: a key of text models, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
