@@ -10,6 +10,9 @@ from prefmill.stage import Metrics, Reads, Stage, Task
 from prefmill.training import TrainingConfig, start_model
 
 
+_OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
+
+
 class TrainRewardConfig(TrainingConfig):
     """`effective_batch_size` counts pairs.
 
@@ -31,6 +34,10 @@ class TrainRewardConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _whole_weights(self) -> TrainRewardConfig:
+        fields = type(self).model_fields
+        foreign = [name for name in _OF_TEXT_MODELS if getattr(self, name) != fields[name].default]
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)}: a key of text models, leave it out")
         if self.lora is not None:
             raise ValueError("a reward model is trained without an adapter: leave out lora, or set trainable=heads")
         return self

@@ -164,6 +164,8 @@ def test_bad_pairs_are_refused(
 def test_an_adapter_and_a_model_that_is_not_there_are_refused(tmp_path: Path, pairs: Artifact) -> None:
     with pytest.raises(ConfigError, match="trained without an adapter"):
         validate(TrainRewardConfig, {"lora": {"r": 4}})
+    with pytest.raises(ConfigError, match="max_length: a key of text models"):
+        validate(TrainRewardConfig, {"max_length": 77})
     with pytest.raises(InputError, match="cannot load the CLIP processor"):
         run_stage("train_reward", tmp_path, {**SMALL, "model_name_or_path": str(tmp_path / "absent")}, pairs=pairs)
 

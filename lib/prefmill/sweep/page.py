@@ -33,7 +33,7 @@ def sweep_page(rows: Sequence[Row], best: Row, config: StudyConfig) -> str:
         Markup(
             '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             '<link rel="icon" href="data:,"><title>{}</title><style>{}</style><h1>{}</h1>'
-            "<p>{} trials, {} with a value; {} of {}{}. Best: trial {}.</p><div class=charts>{}</div>"
+            "<p>{} trials, {} with a value; to {} {}{}. Best: trial {}.</p><div class=charts>{}</div>"
             "<h2>Trials</h2>{}</html>\n"
         ).format(
             title, _STYLE, title, len(rows), len(complete), config.direction, config.metric, judged, best["number"],
