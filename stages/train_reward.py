@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from prefmill.stage import Metrics, Reads, Stage, Task
 from prefmill.training import TrainingConfig, start_model
 
-
 _OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
 
 
