@@ -22,6 +22,7 @@ from prefmill.sdxl import export
 from prefmill.sdxl.dora import ExactDora, row_norms
 from prefmill.sdxl.family import SdxlFamily, errors, predict
 from prefmill.sdxl.loading import SdxlFolder
+from prefmill.sdxl.lora import LeanLinear
 from prefmill.sdxl.objectives import DspoFactors, choose, implicit_reward
 from prefmill.sdxl.reference import adapter_off
 
@@ -68,17 +69,24 @@ def test_step_zero_of_pefts_own_dora_is_not(sdxl: SdxlFolder, monkeypatch: pytes
     assert implicit_reward(start(make_policy(sdxl, "bf16"), "bf16"), BETA).abs().max() > 0.01
 
 
-def test_dora_in_fp32_is_pefts(sdxl: SdxlFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = disturb(make_policy(sdxl))
-    assert sum(isinstance(module, ExactDora) for module in ours.modules()) > 10
+@pytest.mark.parametrize("lora", ["lora", "dora"])
+def test_outputs_and_gradients_in_fp32_are_pefts(lora: str, sdxl: SdxlFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = disturb(make_policy(sdxl, lora=lora))
+    assert sum(isinstance(module, LeanLinear) for module in ours.modules()) > 10
+    assert any(isinstance(module, ExactDora) for module in ours.modules()) is (lora == "dora")
     with monkeypatch.context() as patch:
-        patch.setattr("prefmill.sdxl.dora.make_exact", lambda model: None)
-        theirs = make_policy(sdxl)
+        for name in ("dora.make_exact", "lora.make_lean"):
+            patch.setattr(f"prefmill.sdxl.{name}", lambda model: None)
+        theirs = make_policy(sdxl, lora=lora)
     theirs.load_state_dict(ours.state_dict())
-    batch = make_batch()
-    found, expected = (predict(model, batch, SCHEDULE)[0] for model in (ours, theirs))
-    assert torch.allclose(found, expected, atol=2e-5)
-    assert not torch.allclose(found, predict(make_policy(sdxl), batch, SCHEDULE)[0], atol=1e-2)
+    outputs, gradients = [], []
+    for model in (ours, theirs):
+        outputs.append(predict(model, make_batch(), SCHEDULE)[0])
+        (outputs[-1] ** 2).mean().backward()
+        gradients.append([value.grad for value in model.parameters() if value.requires_grad])
+    assert torch.allclose(*outputs, atol=2e-5)
+    assert not torch.allclose(outputs[0], predict(make_policy(sdxl), make_batch(), SCHEDULE)[0], atol=1e-2)
+    assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-6) for one, two in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
