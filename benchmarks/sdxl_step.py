@@ -16,11 +16,12 @@ from memory. Targets: 2.3 times fewer operations, 2 times less time. The last li
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -228,7 +229,7 @@ def run_stage(folder: Path, name: str, objective: str, model: Artifact, pairs: A
         (folder / name / part).mkdir(parents=True)
     inputs = {"model": (model,), "pairs": (pairs,)}
     task = Task("r", "sdxl_dpo", "all", {}, {}, inputs, folder / name / "out", folder / name / "logs")
-    with step_times() as times:
+    with step_times() as times, redirect_stdout(io.StringIO()):  # its log lines
         stage.run(validate(stage.config, keys), task)
     return [(after - before) / PAIRS_A_STEP for before, after in pairwise(times[WARM_UP - 1 :])]
 
