@@ -192,12 +192,14 @@ def test_the_whole_unet_and_the_other_objectives(
 ) -> None:
     keys = {**KEYS, "objective": objective, "lora": None, "max_steps": 2, "use_ema": False, "min_snr_gamma": 5.0}
     keys |= {"beta": 1.0 if objective == "mapo" else 5000.0, "cache_dir": str(cache), "activation_checkpointing": True}
+    keys |= {"sample_steps": 2, "num_samples": 1, "sample_inference_steps": 1}
     run_stage("sdxl_dpo", tmp_path, {**keys, "precision": "bf16"}, model=model, pairs=pairs)
     first = rows_of(tmp_path)[0]
     if objective == "dspo_official_sdxl":
         assert first["loss"] == 0.25  # (1 - s(0))^2
     if objective == "dspo":
         assert (first["margin"], first["sft_cosine"]) == (0.0, pytest.approx(1.0))
+    assert (tmp_path / "logs" / "samples" / "step_00002.png").is_file()
     unet = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     before = load_file(model.path / "unet" / "diffusion_pytorch_model.safetensors")
     assert set(unet) == set(before)

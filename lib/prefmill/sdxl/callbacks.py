@@ -118,14 +118,22 @@ class SampleGrid(TrainerCallback):
                 negative_prompt_embeds=nothing["embeddings"], negative_pooled_prompt_embeds=nothing["pooled"],
                 height=self.sampling.resolution, width=self.sampling.resolution, guidance_scale=_GUIDANCE,
                 num_inference_steps=self.sampling.inference_steps,
-                generator=torch.Generator().manual_seed(number),
+                generator=torch.Generator().manual_seed(number), output_type="latent",
             )  # fmt: skip
-            images += drawn.images
+            images += decode(pipeline, drawn.images)
         return images
 
     def _embeddings(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
         kept = self.cache.load(self.texts.of(prompt))
         return {name: value[None].to(device) for name, value in kept.items()}
+
+
+def decode(pipeline: Any, latents: Tensor) -> list[Any]:
+    """Images of latents, by the pipeline's VAE in fp32: in fp16 it overflows."""
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    images: list[Any] = pipeline.image_processor.postprocess(pixels, output_type="pil")
+    return images
 
 
 def save_grid(images: Sequence[Any], path: Path) -> None:
