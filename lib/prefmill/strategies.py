@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from prefmill.training import TrainingConfig
 
 
+_PATCHED = "_prefmill_fsdp_on_cpu"
+
+
 @contextmanager
 def whole_models() -> Iterator[None]:
     """Within, models are loaded whole, though DeepSpeed is to shard what is trained: transformers would shard them all.
@@ -81,12 +84,14 @@ def make_whole(model: nn.Module, keep: bool) -> None:
         model.get_submodule(module)._parameters[leaf] = made[first[known]]
 
 
-def pad_chunks(chunks: Sequence[Tensor], weight: Any) -> list[Tensor]:
-    """`chunks` [n, ...] with empty ones after them, as many as the rank with the most needs where `weight` is sharded.
+def pad_chunks(chunks: Sequence[Tensor], layer: Any) -> list[Tensor]:
+    """`chunks` [n, ...] with empty ones after them, as many as the rank with the most needs where `layer` is sharded.
 
-    ZeRO-3 gathers a layer whenever it runs: ranks that run it unequally often would wait for each other forever.
+    A sharded layer is gathered whenever it runs: ranks that run it unequally often would wait for each other forever.
     """
-    if not is_sharded(weight):
+    from torch.distributed.fsdp import FSDPModule
+
+    if not (isinstance(layer, FSDPModule) or is_sharded(layer.weight)):  # while it runs FSDP2 shows plain weights
         return list(chunks)
     most = torch.tensor(len(chunks), device=chunks[0].device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -102,3 +107,24 @@ def _gathered(value: Any) -> Iterator[Tensor]:
             yield value
     else:
         yield value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Have accelerate shard on a CPU what it shards on GPUs: it would take DDP, and say nothing."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    if hasattr(AcceleratorState, _PATCHED):
+        return
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+    setattr(AcceleratorState, _PATCHED, True)

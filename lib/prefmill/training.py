@@ -143,6 +143,9 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
 def sharding_arguments(config: TrainingConfig) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments for the strategy asked for; raises ConfigError for an unreadable file."""
     if config.fsdp:
+        from prefmill.strategies import allow_fsdp_on_cpu
+
+        allow_fsdp_on_cpu()
         return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     if config.deepspeed is None:
         return {}

@@ -6,7 +6,6 @@ import importlib
 import math
 import multiprocessing
 import os
-import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from safetensors.torch import load_file
 
 from prefmill.artifacts import digest_path
 from prefmill.config import validate
-from prefmill.errors import ConfigError
 from prefmill.preference.config import PreferenceConfig
-from prefmill.records import read_jsonl, write_jsonl
+from prefmill.records import write_jsonl
 from prefmill.stage import Task
-from prefmill.training import EXECUTED, STEPS, TrainingConfig, read_curve, sharding_arguments
+from prefmill.training import STEPS, TrainingConfig, read_curve
 from tests.conftest import REPOSITORY
 from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 
@@ -112,12 +110,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
     save_tiny_qwen2(folder / "model")
     # Answers of very different lengths: a rank then runs the head more often than the other.
-    rows = pair_rows(8, 2)
+    rows: list[Any] = pair_rows(8, 2)
     rows[0]["chosen"] = {"from": "gpt", "value": sentence(5, 290)}
     write_jsonl(folder / "pairs.jsonl", rows)
-    turns = [({"role": "user", "content": sentence(n, 6)}, {"role": "assistant", "content": sentence(50 + n, 5 + n % 4)})
-             for n in range(12)]  # fmt: skip
-    write_jsonl(folder / "chats.jsonl", [{"id": f"r{n}", "messages": list(pair)} for n, pair in enumerate(turns)])
+    for row in rows:
+        row["messages"] = [
+            {"role": "user", "content": row["conversations"][0]["value"]},
+            {"role": "assistant", "content": row["chosen"]["value"]},
+        ]
+    write_jsonl(folder / "chats.jsonl", [{"id": row["id"], "messages": row["messages"]} for row in rows])
     train_on(1, folder / "one", KEYS)
     return folder
 

@@ -147,9 +147,8 @@ def _forward(
 
 def token_logps(hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:
     """log p(target) from hidden states [C, H] and token ids [C], [C] fp32, in chunks forward and backward."""
-    weight = head.weight
-    states = pad_chunks(torch.split(hidden, LOGITS_AT_ONCE), weight)
-    chunks = list(zip(states, pad_chunks(torch.split(target, LOGITS_AT_ONCE), weight), strict=True))
+    states = pad_chunks(torch.split(hidden, LOGITS_AT_ONCE), head)
+    chunks = list(zip(states, pad_chunks(torch.split(target, LOGITS_AT_ONCE), head), strict=True))
     if not torch.is_grad_enabled():
         return torch.cat([_chunk_logps(*chunk, head) for chunk in chunks])
     return torch.cat([checkpoint(_chunk_logps, *chunk, head, use_reentrant=False) for chunk in chunks])
