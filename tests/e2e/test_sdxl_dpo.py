@@ -241,6 +241,7 @@ def test_configurations_it_refuses(tmp_path: Path, model: Artifact, pairs: Artif
         ({"max_length": 10}, "a key of text models"),
         ({"reward_temperature": 2.0}, "only objective dspo_rm"),
         ({"attn_implementation": "flash"}, "sdpa, xformers, sliced"),
+        ({"fsdp": True, "lora": None}, "shard it with deepspeed"),
         ({"deepspeed": "zero3.json"}, "deepspeed shards a whole UNet"),
         ({"deepspeed": "zero3.json", "lora": None, "use_ema": True}, "no rank holds the whole model"),
         ({"lora": None, "save_merged": True}, "always saved as a pipeline"),

@@ -74,6 +74,8 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError(f"{', '.join(ignored)}: a key of text models, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
             raise ValueError(f"attn_implementation is one of {', '.join(ATTENTION)}")
+        if self.fsdp:
+            raise ValueError("fsdp does not know a UNet's blocks: shard it with deepspeed")
         if self.deepspeed is not None and self.lora is not None:
             raise ValueError(
                 "deepspeed shards a whole UNet: set lora: null, or leave it out, an adapter needs no shards"
