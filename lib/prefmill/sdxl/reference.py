@@ -39,6 +39,7 @@ class ReferenceErrors:
     one_side_at_once: bool = False
     _places: dict[str, int] = field(init=False)
     _scores: dict[Chunk, Tensor] = field(init=False, default_factory=dict)
+    _keys: dict[Chunk, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._places = {pair.pair_id: place for place, pair in enumerate(self.pairs)}
@@ -65,7 +66,11 @@ class ReferenceErrors:
 
     def key(self, chunk: Chunk) -> str:
         """What a chunk's values are determined by, in one name."""
-        epoch, part = chunk
+        if chunk not in self._keys:
+            self._keys[chunk] = self._key(*chunk)
+        return self._keys[chunk]
+
+    def _key(self, epoch: int, part: int) -> str:
         pairs = self.pairs[part * CHUNK : (part + 1) * CHUNK]
         content = [[pair.pair_id, self.reader.texts.of(pair.prompt), *self.reader.keys(pair, epoch)] for pair in pairs]
         said = [
