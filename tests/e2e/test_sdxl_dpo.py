@@ -138,6 +138,22 @@ def test_a_second_trial_computes_no_reference(
     assert rows_of(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_checkpointing_and_accumulation_change_no_loss(
+    tmp_path: Path, undisturbed: Path, model: Artifact, pairs: Artifact
+) -> None:
+    keys = {
+        **KEYS,
+        "activation_checkpointing": True,
+        "per_device_train_batch_size": 4,
+        "cache_dir": str(tmp_path / "c"),
+    }
+    run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)
+    expected = [row["loss"] for row in rows_of(undisturbed)]
+    assert [row["loss"] for row in rows_of(tmp_path)] == pytest.approx(expected, abs=2e-3)
+    norms = [rows_of(folder)[0]["grad_norm"] for folder in (tmp_path, undisturbed)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def test_a_cache_of_another_reference_is_refused(tmp_path: Path, model: Artifact, pairs: Artifact) -> None:
     from safetensors.torch import save_file
 
