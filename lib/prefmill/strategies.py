@@ -5,17 +5,23 @@ Trainings load and score with the whole model and shard it when training starts;
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from prefmill.causal.loading import torch_dtype
+
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from prefmill.training import TrainingConfig
 
 
+ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
 _PATCHED = "_prefmill_fsdp_on_cpu"
 
 
@@ -44,10 +50,36 @@ def compute_as_without_shards(deepspeed: dict[str, Any]) -> dict[str, Any]:
     return {**deepspeed, "zero_optimization": zero}
 
 
+def exact_outputs(arguments: ArgumentsT, config: TrainingConfig) -> ArgumentsT:
+    """Keep FSDP2 from rounding what the model returns, and sums of gradients: accelerate would have both in bf16.
+
+    A response's log-likelihood, several hundred nats, would be off by one or two.
+    """
+    if config.fsdp and config.precision != "fp32":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(param_dtype=torch_dtype(config.precision), reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+    return arguments
+
+
 def scoring_context(trainer: Any, config: TrainingConfig) -> AbstractContextManager[Any]:
     """What the reference is scored in, so that it computes as the policy will: DeepSpeed trains without autocast."""
     context: AbstractContextManager[Any] = nullcontext() if config.deepspeed else trainer.compute_loss_context_manager()
     return context
+
+
+def scoring_model(trainer: Any, config: TrainingConfig) -> Any:
+    """The model that the reference is scored with, on the trainer's device: as the policy will compute.
+
+    FSDP2 computes with weights rounded to the run's precision, of which it keeps no copy.
+    """
+    model = trainer.model.to(trainer.args.device)  # a strategy that shards leaves it where it was loaded
+    if config.fsdp and config.precision != "fp32":
+        model = copy.deepcopy(model)
+        for weight in model.parameters():  # and no buffer: positions stay exact
+            weight.data = weight.data.to(torch_dtype(config.precision))
+    return model
 
 
 def is_sharded(weight: Any) -> bool:
@@ -73,6 +105,11 @@ def make_whole(model: nn.Module, keep: bool) -> None:
 
     A model without shards is left as it is. Weights that are tied stay tied.
     """
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # the last forward left some parts whole, in storage that is not theirs
     if not any(map(is_sharded, model.parameters())):
         return
     shared = {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)}

@@ -6,6 +6,7 @@ import importlib
 import math
 import multiprocessing
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 
 from prefmill.artifacts import digest_path
 from prefmill.config import validate
+from prefmill.errors import ConfigError
 from prefmill.preference.config import PreferenceConfig
-from prefmill.records import write_jsonl
+from prefmill.records import read_jsonl, write_jsonl
 from prefmill.stage import Task
-from prefmill.training import STEPS, TrainingConfig, read_curve
+from prefmill.training import EXECUTED, STEPS, TrainingConfig, read_curve, sharding_arguments
 from tests.conftest import REPOSITORY
 from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 
@@ -29,7 +31,7 @@ KEYS: dict[str, Any] = {
     "effective_batch_size": 8, "logging_steps": 1, "save_steps": 2, "max_length": 400, "report_to": [],
     "lr_scheduler_type": "constant", "layout": "group",
 }  # fmt: skip
-SHARDS = "shards.txt"
+SHARDS, KILL = "shards.txt", "kill"
 
 
 def train(folder: Path, keys: dict[str, Any]) -> None:
@@ -41,6 +43,8 @@ def train(folder: Path, keys: dict[str, Any]) -> None:
     task = Task("r", "train", "clean", {}, {}, {}, folder / "out", folder / "logs")
     model, rows = folder.parent / "model", folder.parent / ("pairs.jsonl" if "layout" in keys else "chats.jsonl")
     note_shards(folder)
+    if keys.pop(KILL, False):
+        kill_at(3 * microbatches(keys) + 2)
     if "layout" in keys:
         train_dpo(validate(PreferenceConfig, keys), task, str(model), rows, rows)
     else:
@@ -61,6 +65,26 @@ def note_shards(folder: Path) -> None:
         original(model, keep)
 
     strategies.make_whole = make_whole
+
+
+def microbatches(keys: dict[str, Any]) -> int:
+    """Of each rank, in a step."""
+    return int(keys["effective_batch_size"]) // keys["per_device_train_batch_size"] // int(os.environ["WORLD_SIZE"])
+
+
+def kill_at(call: int) -> None:
+    """Have this process killed as it comes to its n-th microbatch."""
+    from prefmill.preference.trainer import PreferenceTrainer
+
+    original, calls = PreferenceTrainer.training_step, []
+
+    def training_step(self: Any, *given: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *given, **more)
+
+    PreferenceTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
 def _local(weight: Any) -> int:
@@ -148,3 +172,63 @@ def test_two_processes_train_what_one_does(folder: Path, name: str) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(two / "out")
     assert torch.equal(model.state_dict()["lm_head.weight"], weights[1]["lm_head.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp"])
+def test_bf16_begins_at_the_reference(folder: Path, name: str) -> None:
+    two = train_on(2, folder / f"bf16-{name}", {**KEYS, **STRATEGIES[name], "precision": "bf16"})
+    assert losses(two)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(two, "margin")[0] == 0.0
+    assert losses(two, "eval_loss")[-1] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp"])
+def test_supervised_training_is_the_same_too(folder: Path, name: str) -> None:
+    keys = {key: value for key, value in KEYS.items() if key != "layout"}
+    one = train_on(1, folder / f"sft-{name}-one", keys)
+    two = train_on(2, folder / f"sft-{name}", {**keys, **STRATEGIES[name]})
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    weights = [load_file(path / "out" / "model.safetensors") for path in (one, two)]
+    assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp"])
+def test_an_adapter_is_merged_into_whole_weights(folder: Path, name: str) -> None:
+    keys = {**KEYS, "lora": {"r": 4, "alpha": 8, "use_dora": True}}
+    one = train_on(1, folder / f"lora-{name}-one", keys)
+    two = train_on(2, folder / f"lora-{name}", {**keys, **STRATEGIES[name]})
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    weights = [load_file(path / "out" / "model.safetensors") for path in (one, two)]
+    assert set(weights[0]) == set(weights[1])
+    assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [("zero3", 2), ("fsdp", 2), ("plain", 1)])
+def test_killed_in_the_middle_of_an_accumulation_it_ends_the_same(folder: Path, name: str, ranks: int) -> None:
+    """SIGKILL of every rank in the second epoch, between the microbatches of step 4."""
+    keys = {**KEYS, **STRATEGIES.get(name, {}), "save_steps": 1}
+    calm = train_on(ranks, folder / f"calm-{name}", keys)
+    killed = folder / f"killed-{name}"
+    children = start(ranks, killed, {**keys, KILL: True})
+    for child in children:
+        child.join(150)
+    assert [child.exitcode for child in children] == [-signal.SIGKILL] * ranks
+    executed = [row["step"] for row in read_jsonl(killed / "logs" / EXECUTED)]
+    assert executed == [1, 2, 3]
+    train_on(ranks, killed, keys)
+    assert [row["step"] for row in read_jsonl(killed / "logs" / EXECUTED)] == [1, 2, 3, 4]
+    finished = [(path / "out" / "model.safetensors").read_bytes() for path in (calm, killed)]
+    assert finished[0] == finished[1]
+    assert losses(killed) == losses(calm)
+
+
+def test_a_strategy_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one of them"):
+        validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": "a.json", "fsdp": True})
+    absent = validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": str(tmp_path / "no")})
+    with pytest.raises(ConfigError, match="cannot read the DeepSpeed file"):
+        sharding_arguments(absent)

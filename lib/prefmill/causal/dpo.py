@@ -32,7 +32,7 @@ from prefmill.preference.reference import reference_key, reference_scores
 from prefmill.preference.telemetry import Telemetry
 from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from prefmill.stage import Metrics, Task
-from prefmill.strategies import scoring_context
+from prefmill.strategies import scoring_context, scoring_model
 from prefmill.training import (
     TrainingConfig,
     accumulation,
@@ -204,10 +204,9 @@ def _reference(
         batches = [
             batch.to(trainer.args.device) for batch in _response_batches(group, config, tokenizer.pad_token_id, reader)
         ]
-        return torch.cat([score_batch(trainer.model, batch) for batch in batches])
+        return torch.cat([score_batch(reference, batch) for batch in batches])
 
-    trainer.model.eval()
-    trainer.model.to(trainer.args.device)  # a strategy that shards leaves it where it was loaded
+    reference = scoring_model(trainer, config).eval()
     with torch.no_grad(), scoring_context(trainer, config):
         path = task.work / "reference_scores.safetensors"
         scores = reference_scores(groups, score, path, reference_key(groups, weights, settings), config.precision)

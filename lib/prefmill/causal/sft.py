@@ -24,6 +24,7 @@ from prefmill.causal.vision import ImageReader, open_reader, with_images
 from prefmill.errors import InputError
 from prefmill.records import read_jsonl
 from prefmill.stage import Metrics, Task
+from prefmill.strategies import exact_outputs
 from prefmill.training import (
     TrainingConfig,
     add_adapter,
@@ -71,7 +72,7 @@ def train_sft(
     )
     trainer = SFTTrainer(
         model=add_adapter(model, config),
-        args=arguments,
+        args=exact_outputs(arguments, config),
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("val"),
         processing_class=tokenizer,

@@ -16,6 +16,7 @@ from prefmill.preference.family import Family, Reference, reference_of_pairs
 from prefmill.preference.objectives import Objective, PairScores, Settings
 from prefmill.preference.telemetry import Telemetry
 from prefmill.stage import Task
+from prefmill.strategies import exact_outputs
 from prefmill.training import TrainingConfig, trainer_arguments, world_size
 
 
@@ -177,14 +178,12 @@ def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch
     """The Trainer sees the plan of all epochs as one epoch of microbatches; the plan says where an epoch ends."""
     given = trainer_arguments(config, task, world_size())
     num_microbatches = sum(item.step == 0 for item in plan) // world_size()
-    return TrainingArguments(
-        **given
-        | {
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": num_microbatches,
-        }
-    )
+    one_epoch = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": num_microbatches,
+    }
+    return exact_outputs(TrainingArguments(**given | one_epoch), config)
 
 
 class _StepTelemetry(TrainerCallback):
