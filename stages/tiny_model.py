@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 
 from prefmill.causal.loading import Precision
@@ -12,6 +14,8 @@ from prefmill.training import TrainingConfig
 
 class TinyModelConfig(TrainingConfig):
     """`shape` is the model's size, `vocab_size` its tokenizer's at most; `train_on_prompt` teaches it to copy."""
+
+    can_shard: ClassVar[bool] = False
 
     shape: Shape = Field(default_factory=Shape)
     vocab_size: int = Field(1536, ge=300)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ class TrainRewardConfig(TrainingConfig):
 
     `half` leaves a model half of the training prompts: what `judge` learns from, `policy` has never seen.
     """
+
+    can_shard: ClassVar[bool] = False
 
     learning_rate: float = Field(1e-5, gt=0)
     num_train_epochs: int = Field(3, ge=1)

@@ -6,14 +6,17 @@ Trainings load and score with the whole model and shard it when training starts;
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from prefmill.causal.loading import torch_dtype
+from prefmill.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -48,6 +51,28 @@ def compute_as_without_shards(deepspeed: dict[str, Any]) -> dict[str, Any]:
     """
     zero = {**deepspeed.get("zero_optimization", {}), "memory_efficient_linear": False}
     return {**deepspeed, "zero_optimization": zero}
+
+
+def sharding_arguments(config: TrainingConfig) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments for the strategy asked for; raises ConfigError for an unreadable file."""
+    if config.fsdp:
+        allow_fsdp_on_cpu()
+        return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    if config.deepspeed is None:
+        return {}
+    return {"deepspeed": compute_as_without_shards(deepspeed_settings(config.deepspeed))}
+
+
+def deepspeed_settings(path: Path) -> dict[str, Any]:
+    """What a DeepSpeed file says; raises ConfigError where it cannot be read."""
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "cannot read the DeepSpeed file", where=path, got=str(error), expected="a JSON file",
+            fix="give deepspeed the path of one, such as configs/deepspeed/zero3.json",
+        ) from None  # fmt: skip
+    return settings
 
 
 def exact_outputs(arguments: ArgumentsT, config: TrainingConfig) -> ArgumentsT:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,7 +38,10 @@ class TrainingConfig(StrictConfig):
     """Keys of every training stage, under the names transformers and TRL give them.
 
     `effective_batch_size` counts what one optimizer step sees over all ranks; accumulation follows from it.
+    A stage that saves what ranks hold together sets `can_shard`.
     """
+
+    can_shard: ClassVar[bool] = True
 
     model_name_or_path: str | None = None
     revision: str | None = None
@@ -72,6 +75,8 @@ class TrainingConfig(StrictConfig):
     def _one_strategy(self) -> TrainingConfig:
         if self.fsdp and self.deepspeed:
             raise ValueError("fsdp and deepspeed both shard the model: give one of them")
+        if (self.fsdp or self.deepspeed) and not self.can_shard:
+            raise ValueError("this stage trains whole models: leave out fsdp and deepspeed")
         return self
 
     @model_validator(mode="after")
@@ -103,6 +108,8 @@ def accumulation(config: TrainingConfig, world_size: int) -> int:
 def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> dict[str, Any]:
     """Keyword arguments for transformers' TrainingArguments or TRL's SFTConfig; the tracker writes below the logs."""
     import torch
+
+    from prefmill.strategies import sharding_arguments
 
     on_cpu = not torch.cuda.is_available()
     _point_trackers(task)
@@ -138,32 +145,6 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "report_to": list(config.report_to) or "none",
         "disable_tqdm": False,
     }
-
-
-def sharding_arguments(config: TrainingConfig) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments for the strategy asked for; raises ConfigError for an unreadable file."""
-    if config.fsdp:
-        from prefmill.strategies import allow_fsdp_on_cpu
-
-        allow_fsdp_on_cpu()
-        return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
-    if config.deepspeed is None:
-        return {}
-    from prefmill.strategies import compute_as_without_shards
-
-    return {"deepspeed": compute_as_without_shards(deepspeed_settings(config.deepspeed))}
-
-
-def deepspeed_settings(path: Path) -> dict[str, Any]:
-    """What a DeepSpeed file says; raises ConfigError where it cannot be read."""
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "cannot read the DeepSpeed file", where=path, got=str(error), expected="a JSON file",
-            fix="give deepspeed the path of one, such as configs/deepspeed/zero3.json",
-        ) from None  # fmt: skip
-    return settings
 
 
 def newest_checkpoint(folder: Path) -> str | None:
@@ -271,27 +252,14 @@ def model_card(task: Task, config: StrictConfig) -> str:
         for item in items
     ]
     keys = identity(config)
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            f"tags: [prefmill, {task.stage}]",
-            "---",
-            f"# {task.stage}",
-            "",
-            f"Made by prefmill's stage `{task.stage}`.",
-            "",
-            "## Made from",
-            "",
-            *(inputs or ["- nothing of this pipeline"]),
-            "",
-            "## Configuration",
-            "",
-            "```json",
-            json.dumps(keys, indent=1, sort_keys=True),
-            "```",
-            "",
-        ]
+    made_from, settings = (
+        "\n".join(inputs or ["- nothing of this pipeline"]),
+        json.dumps(keys, indent=1, sort_keys=True),
+    )
+    return (
+        f"---\nlibrary_name: transformers\ntags: [prefmill, {task.stage}]\n---\n"
+        f"# {task.stage}\n\nMade by prefmill's stage `{task.stage}`.\n\n"
+        f"## Made from\n\n{made_from}\n\n## Configuration\n\n```json\n{settings}\n```\n"
     )
 
 

@@ -21,7 +21,8 @@ from prefmill.errors import ConfigError
 from prefmill.preference.config import PreferenceConfig
 from prefmill.records import read_jsonl, write_jsonl
 from prefmill.stage import Task
-from prefmill.training import EXECUTED, STEPS, TrainingConfig, read_curve, sharding_arguments
+from prefmill.strategies import sharding_arguments
+from prefmill.training import EXECUTED, STEPS, TrainingConfig, read_curve
 from tests.conftest import REPOSITORY
 from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,8 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     `per_device_train_batch_size` is `effective_batch_size`: what one GPU would take, however many there are.
     `diffusion_steps` counts the draws of a row, `auto` follows the live variance up to `max_diffusion_steps`.
     """
+
+    can_shard: ClassVar[bool] = False
 
     per_device_train_batch_size: int = Field(1, ge=1)
     num_train_epochs: int = Field(3, ge=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from prefmill.errors import ConfigError
-from prefmill.training import TrainingConfig, deepspeed_settings, weights_precision
+from prefmill.training import TrainingConfig, weights_precision
 
 GIGABYTE = 2.0**30
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -122,4 +122,6 @@ def zero_stage(config: TrainingConfig) -> int:
         return 3
     if config.deepspeed is None:
         return 0
+    from prefmill.strategies import deepspeed_settings
+
     return int(deepspeed_settings(config.deepspeed).get("zero_optimization", {}).get("stage", 0))
