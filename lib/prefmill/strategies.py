@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,11 +19,10 @@ from torch import Tensor, nn
 
 from prefmill.causal.loading import torch_dtype
 from prefmill.errors import ConfigError
+from prefmill.training import TrainingConfig, world_size
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-    from prefmill.training import TrainingConfig
 
 
 ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
@@ -55,12 +56,19 @@ def compute_as_without_shards(deepspeed: dict[str, Any]) -> dict[str, Any]:
 
 def sharding_arguments(config: TrainingConfig) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments for the strategy asked for; raises ConfigError for an unreadable file."""
-    if config.fsdp:
+    if uses_fsdp(config):
         allow_fsdp_on_cpu()
         return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     if config.deepspeed is None:
         return {}
+    if world_size() == 1:
+        _rendezvous_alone()
     return {"deepspeed": compute_as_without_shards(deepspeed_settings(config.deepspeed))}
+
+
+def uses_fsdp(config: TrainingConfig) -> bool:
+    """Whether FSDP2 shards this training: a process that trains alone has nobody to share with."""
+    return config.fsdp and world_size() > 1
 
 
 def deepspeed_settings(path: Path) -> dict[str, Any]:
@@ -80,7 +88,7 @@ def exact_outputs(arguments: ArgumentsT, config: TrainingConfig) -> ArgumentsT:
 
     A response's log-likelihood, several hundred nats, would be off by one or two.
     """
-    if config.fsdp and config.precision != "fp32":
+    if uses_fsdp(config) and config.precision != "fp32":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         policy = MixedPrecisionPolicy(param_dtype=torch_dtype(config.precision), reduce_dtype=torch.float32)
@@ -100,7 +108,7 @@ def scoring_model(trainer: Any, config: TrainingConfig) -> Any:
     FSDP2 computes with weights rounded to the run's precision, of which it keeps no copy.
     """
     model = trainer.model.to(trainer.args.device)  # a strategy that shards leaves it where it was loaded
-    if config.fsdp and config.precision != "fp32":
+    if uses_fsdp(config) and config.precision != "fp32":
         model = copy.deepcopy(model)
         for weight in model.parameters():  # and no buffer: positions stay exact
             weight.data = weight.data.to(torch_dtype(config.precision))
@@ -190,3 +198,13 @@ def allow_fsdp_on_cpu() -> None:
 
     AcceleratorState.__init__ = init
     setattr(AcceleratorState, _PATCHED, True)
+
+
+def _rendezvous_alone() -> None:
+    """What a launcher would say to the one process there is: without it DeepSpeed looks for MPI."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))

@@ -32,7 +32,7 @@ KEYS: dict[str, Any] = {
     "effective_batch_size": 8, "logging_steps": 1, "save_steps": 2, "max_length": 400, "report_to": [],
     "lr_scheduler_type": "constant", "layout": "group",
 }  # fmt: skip
-SHARDS, KILL = "shards.txt", "kill"
+SHARDS, KILL, ALONE = "shards.txt", "kill", "alone"
 
 
 def train(folder: Path, keys: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ def note_shards(folder: Path) -> None:
         weights = list(model.parameters())
         held = sum(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else _local(weight) for weight in weights)
         total = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
-        (folder / f"{os.environ['RANK']}-{SHARDS}").write_text(str(held / total))
+        (folder / f"{os.environ.get('RANK', 0)}-{SHARDS}").write_text(str(held / total))
         original(model, keep)
 
     strategies.make_whole = make_whole
@@ -96,6 +96,9 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path, keys: dict[str
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     os.environ.update({name: str(value) for name, value in ranks.items()})
+    if keys.pop(ALONE, False):
+        for name in (*ranks, "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
     train(folder, keys)
 
 
@@ -233,3 +236,10 @@ def test_a_strategy_that_cannot_be_is_refused(tmp_path: Path) -> None:
     absent = validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": str(tmp_path / "no")})
     with pytest.raises(ConfigError, match="cannot read the DeepSpeed file"):
         sharding_arguments(absent)
+
+
+@pytest.mark.slow
+def test_one_process_alone_needs_no_launcher(folder: Path) -> None:
+    for name in ("zero3", "fsdp"):
+        alone = train_on(1, folder / f"alone-{name}", {**KEYS, **STRATEGIES[name], ALONE: True})
+        assert losses(alone) == pytest.approx(losses(folder / "one"), abs=1e-5)
