@@ -114,10 +114,10 @@ def test_a_reference_of_another_model_is_refused(tmp_path: Path, policy: Artifac
     from safetensors.torch import safe_open, save_file
 
     kill_after(2, tmp_path, lambda: run_stage("mdlm_dpo", tmp_path, KEYS, policy=policy, datasets=datasets))
-    path = tmp_path / "out" / "work" / "reference_train.safetensors"
-    with safe_open(path, "pt") as stored:
-        said = stored.metadata()
-    save_file({name: value - 0.5 for name, value in load_file(path).items()}, path, said)
+    for path in (tmp_path / "out").rglob("reference/*/*.safetensors"):
+        with safe_open(path, "pt") as stored:
+            said = stored.metadata()
+        save_file({name: value - 0.5 for name, value in load_file(path).items()}, path, said)
     with pytest.raises(ArtifactError, match="not those of this reference"):
         run_stage("mdlm_dpo", tmp_path, KEYS, policy=policy, datasets=datasets)
 

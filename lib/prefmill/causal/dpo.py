@@ -28,11 +28,12 @@ from prefmill.preference.config import PreferenceConfig
 from prefmill.preference.data import Group, PreferencePair, gather, read_pairs, swap_by_coin
 from prefmill.preference.family import Family, by_group
 from prefmill.preference.objectives import Settings, mix
-from prefmill.preference.reference import reference_key, reference_scores
+from prefmill.preference.reference import reference_key, reference_scores, start_weights
 from prefmill.preference.telemetry import Telemetry
 from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from prefmill.stage import Metrics, Task
-from prefmill.strategies import scoring_context, scoring_model
+from prefmill.strategies import scoring_context, scoring_model, uses_fsdp
+from prefmill.tensor_cache import TensorCache, cache_folder
 from prefmill.training import (
     TrainingConfig,
     accumulation,
@@ -193,10 +194,11 @@ def _reference(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The reference's scores of all responses, train and val; called while the policy still is the reference."""
     groups = [*train, *val]
-    policy = task.optional_input("policy")
-    weights = policy.manifest.content_digest if policy else f"{config.model_name_or_path}@{config.revision}"
-    settings = {"precision": config.precision, "layout": config.layout, "attention": config.attn_implementation}
-
+    settings: dict[str, Any] = {
+        "precision": config.precision, "weights": weights_precision(config), "layout": config.layout,
+        "attention": config.attn_implementation, "fsdp": uses_fsdp(config), "deepspeed": config.deepspeed is not None,
+        "at_once": [config.per_device_train_batch_size, config.max_tokens_per_microbatch],
+    }  # fmt: skip
     if reader:
         settings["images"] = reader.digest([group.images for group in groups])
 
@@ -208,8 +210,9 @@ def _reference(
 
     reference = scoring_model(trainer, config).eval()
     with torch.no_grad(), scoring_context(trainer, config):
-        path = task.work / "reference_scores.safetensors"
-        scores = reference_scores(groups, score, path, reference_key(groups, weights, settings), config.precision)
+        cache = TensorCache(cache_folder(task, None) / "reference")
+        key = reference_key(groups, start_weights(task, config), settings)
+        scores = reference_scores(groups, score, cache, key, config.precision)
     return scores[: len(train)], scores[len(train) :]
 
 

@@ -20,10 +20,11 @@ from prefmill.mdlm.training import DiffusionTrainer, FollowOnResume, load_scorin
 from prefmill.preference.batches import one_by_one, plan_batches
 from prefmill.preference.data import Group
 from prefmill.preference.objectives import Settings, mix
-from prefmill.preference.reference import content_key, reference_scores
+from prefmill.preference.reference import content_key, reference_scores, start_weights
 from prefmill.preference.telemetry import Telemetry
 from prefmill.preference.trainer import PreferenceData, plan_arguments
 from prefmill.stage import Metrics, Task
+from prefmill.tensor_cache import TensorCache, cache_folder
 from prefmill.training import accumulation, world_size
 
 
@@ -59,8 +60,8 @@ def train_diffusion_dpo(
     )
     trainer.live = live
     if objective.needs_reference:
-        values = reference_values(trainer, task, groups, config.num_train_epochs, tokenizer, config, "train")
-        held = reference_values(trainer, task, held_out, 1, tokenizer, config, "val") if held_out else []
+        values = reference_values(trainer, task, groups, config.num_train_epochs, tokenizer, config)
+        held = reference_values(trainer, task, held_out, 1, tokenizer, config) if held_out else []
         trainer.set_reference(by_epoch(values), by_epoch(held))
     train_and_finish(trainer, tokenizer, config, task, policy)
     rows = trainer.state.log_history
@@ -87,11 +88,8 @@ def reference_values(
     num_epochs: int,
     tokenizer: PreTrainedTokenizerBase,
     config: DiffusionPreferenceConfig,
-    name: str,
 ) -> list[Tensor]:
     """The reference's value of every draw of every response, [S, E, n] a group; while the policy is the reference."""
-    policy = task.optional_input("policy")
-    weights = policy.manifest.content_digest if policy else f"{config.model_name_or_path}@{config.revision}"
     drawing = drawing_of(config)
     said = {key: getattr(config, key) for key in ("precision", "quantization", "mask_token_id", "shifted_logits")}
     settings = {**said, "attention": config.attn_implementation, "epochs": num_epochs, "drawing": repr(drawing)}
@@ -103,5 +101,6 @@ def reference_values(
 
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        path = task.work / f"reference_{name}.safetensors"
-        return reference_scores(groups, values, path, content_key(content, weights, settings), config.precision)
+        cache = TensorCache(cache_folder(task, None) / "reference")
+        key = content_key(content, start_weights(task, config), settings)
+        return reference_scores(groups, values, cache, key, config.precision)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from prefmill.artifacts import digest_json
+from prefmill.artifacts import digest_json, digest_path
 from prefmill.errors import ArtifactError
 from prefmill.preference.data import Group
+from prefmill.stage import Task
+from prefmill.tensor_cache import TensorCache
+from prefmill.training import TrainingConfig
 
 GroupT = TypeVar("GroupT")
 SPOT_CHECK_SHARE = 0.01
@@ -31,45 +32,63 @@ def content_key(content: Any, weights: str, settings: Mapping[str, Any]) -> str:
     return digest_json({"groups": digest_json(content), "weights": weights, "settings": dict(settings)})
 
 
-def reference_scores(
-    groups: Sequence[GroupT], score: Callable[[GroupT], Tensor], path: Path, key: str, precision: str
-) -> list[Tensor]:
-    """The reference's scores of a group's samples, [S, ...] fp32 for each group, from `path` or computed and kept.
+def start_weights(task: Task, config: TrainingConfig) -> str:
+    """What the reference's weights are, by content where they lie on this machine."""
+    policy = task.optional_input("policy")
+    if policy is not None:
+        return policy.manifest.content_digest
+    name = str(config.model_name_or_path)
+    return digest_path(Path(name)) if Path(name).is_dir() else f"{name}@{config.revision}"
 
-    `score` must still be the reference. Cached scores are recomputed for one group in a hundred; raises
-    ArtifactError when one differs by more than the precision allows.
+
+def reference_scores(
+    groups: Sequence[GroupT], score: Callable[[GroupT], Tensor], cache: TensorCache, key: str, precision: str
+) -> list[Tensor]:
+    """The reference's scores of a group's samples, [S, ...] fp32 for each group, from the cache or computed and kept.
+
+    `score` must still be the reference. Ranks share the work. Cached scores are recomputed for one group in a
+    hundred; raises ArtifactError when one differs by more than the precision allows.
     """
-    cached = _load(path, key, len(groups))
-    if cached is None:
-        cached = [score(group).cpu() for group in tqdm(groups, desc="reference scores", unit=" groups")]
-        _save(path, key, cached)
-        return cached
+    key = key.removeprefix("sha256:")
+    if not _rank_zero_says(cache.holds(key)):
+        scores = _computed(groups, score)
+        if _rank() == 0:
+            cache.save(key, {str(index): values for index, values in enumerate(scores)})
+        return scores
+    stored = cache.load(key)
+    cached = [stored[str(index)] for index in range(len(groups))]
     every = max(1, round(1 / SPOT_CHECK_SHARE))
     for index in range(0, len(groups), every):
         worst = (score(groups[index]).cpu() - cached[index]).abs().max().item()
         if not worst <= _TOLERANCE[precision]:
             raise ArtifactError(
-                "cached reference scores are not those of this reference", where=path,
+                "cached reference scores are not those of this reference", where=cache.path(key),
                 got=f"a difference of {worst:.3g} nats in group {index}",
                 expected=f"at most {_TOLERANCE[precision]}", fix="delete that file and run again",
             )  # fmt: skip
     return cached
 
 
-def _load(path: Path, key: str, num_groups: int) -> list[Tensor] | None:
-    """The cached scores, or None where there are none for `key`."""
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as stored:
-        if (stored.metadata() or {}).get("key") != key:
-            return None
-        return [stored.get_tensor(str(index)) for index in range(num_groups)]
+def _computed(groups: Sequence[GroupT], score: Callable[[GroupT], Tensor]) -> list[Tensor]:
+    """Scores of all groups, every rank having computed its share."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    own = range(_rank(), len(groups), ranks)
+    share = {index: score(groups[index]).cpu() for index in tqdm(own, desc="reference scores", unit=" groups")}
+    shares = [share]
+    if ranks > 1:
+        shares = [{} for _ in range(ranks)]
+        dist.all_gather_object(shares, share)
+    together = {index: values for share in shares for index, values in share.items()}
+    return [together[index] for index in range(len(groups))]
 
 
-def _save(path: Path, key: str, scores: Sequence[Tensor]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # every rank writes one, all of the same content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {str(index): score.contiguous() for index, score in enumerate(scores)}, partial, {"key": key, "format": "pt"}
-    )
-    partial.replace(path)
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _rank_zero_says(decision: bool) -> bool:
+    """The same answer on every rank: another run may be writing the file between two looks."""
+    said = [decision]
+    if dist.is_initialized():
+        dist.broadcast_object_list(said)
+    return said[0]

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from prefmill.sdxl.cache import TensorCache
 from prefmill.sdxl.encoding import TextKeys
 from prefmill.sdxl.loading import SdxlFolder
+from prefmill.tensor_cache import TensorCache
 
 EMA_FILE = "ema.safetensors"
 SAMPLES = "samples"

@@ -21,7 +21,6 @@ from prefmill.preference.batches import Microbatch, one_by_one, plan_batches
 from prefmill.preference.objectives import Settings
 from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from prefmill.reward.data import Half, in_half
-from prefmill.sdxl.cache import TensorCache, cache_folder
 from prefmill.sdxl.callbacks import Ema, SampleGrid, Sampling
 from prefmill.sdxl.config import SdxlPreferenceConfig
 from prefmill.sdxl.data import PairImages, read_image_pairs, swap_by_coin
@@ -42,6 +41,7 @@ from prefmill.sdxl.soft_labels import with_soft_labels
 from prefmill.sdxl.telemetry import ErrorTelemetry
 from prefmill.stage import Metrics, Task
 from prefmill.strategies import whole_models, whole_weights
+from prefmill.tensor_cache import TensorCache, cache_folder
 from prefmill.training import accumulation, newest_checkpoint, world_size
 
 

@@ -13,12 +13,12 @@ from prefmill.artifacts import Artifact
 from prefmill.evaluation.bootstrap import MIN_PAPERS, Resampling, means
 from prefmill.images.generator import GeneratorSource, open_pipeline
 from prefmill.images.rows import ImageSplit
-from prefmill.sdxl.cache import TensorCache
 from prefmill.sdxl.data import PairImages, read_image_pairs
 from prefmill.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
 from prefmill.sdxl.family import PairReader, errors, predict
 from prefmill.sdxl.loading import SdxlFolder, open_folder
 from prefmill.sdxl.noise import load_schedule
+from prefmill.tensor_cache import TensorCache
 
 _SEED = 0
 _VAE_BATCH, _PAIRS_AT_ONCE = 4, 4

@@ -15,8 +15,8 @@ from prefmill.artifacts import digest_bytes, digest_json
 from prefmill.causal.loading import Precision, torch_dtype
 from prefmill.errors import InputError
 from prefmill.reward.scoring import open_image
-from prefmill.sdxl.cache import TensorCache
 from prefmill.sdxl.loading import SdxlFolder
+from prefmill.tensor_cache import TensorCache
 
 _VERSION = 1
 

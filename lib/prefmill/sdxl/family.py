@@ -12,10 +12,10 @@ from torch import Tensor
 from prefmill.preference.batches import GroupPart
 from prefmill.preference.family import Family
 from prefmill.preference.objectives import PairScores
-from prefmill.sdxl.cache import TensorCache
 from prefmill.sdxl.data import PairImages
 from prefmill.sdxl.encoding import ImageKeys, TextKeys
 from prefmill.sdxl.noise import NoiseSchedule, draw
+from prefmill.tensor_cache import TensorCache
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from prefmill.preference.config import PreferenceConfig
 from prefmill.records import read_jsonl, write_jsonl
 from prefmill.stage import Task
 from prefmill.training import COMPLETE, EXECUTED, STEPS, newest_checkpoint, read_curve
-from tests.tiny import pair_rows
+from tests.tiny import pair_rows, save_tiny_qwen2
 
 SMALL: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -183,12 +184,47 @@ def test_a_cache_of_another_reference_is_refused(tmp_path: Path, tiny_qwen2: Pat
     from safetensors.torch import save_file
 
     train(tmp_path, tiny_qwen2, pairs_file, num_train_epochs=1)
-    path = tmp_path / "out" / "work" / "reference_scores.safetensors"
+    (path,) = (tmp_path / "out").rglob("reference/*/*.safetensors")
     with safe_open(path, framework="pt") as stored:
         metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) + 1 for name in stored.keys()}  # noqa: SIM118
     save_file(tensors, path, metadata)
     with pytest.raises(ArtifactError, match="not those of this reference"):
         train(tmp_path, tiny_qwen2, pairs_file, num_train_epochs=1)
+
+
+@pytest.mark.slow
+def test_runs_of_a_workspace_share_reference_scores(
+    tmp_path: Path, tiny_qwen2: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another beta computes one group anew, to check; other weights at the same path compute all again."""
+    from prefmill.causal import dpo
+
+    scored: list[int] = []
+    compute = dpo.score_batch
+
+    def counted(model: Any, batch: Any) -> Any:
+        if not torch.is_grad_enabled() and not model.training:
+            scored.append(1)
+        return compute(model, batch)
+
+    def scores(run: str, **keys: Any) -> int:
+        scored.clear()
+        folder = tmp_path / "checkpoints" / run / "dpo" / "all"
+        folder.mkdir(parents=True)
+        task = Task(run, "dpo", "all", {}, {}, {}, folder, tmp_path / "logs" / run)
+        given = {**SMALL, "num_train_epochs": 1, "model_name_or_path": str(tmp_path / "model"), **keys}
+        dpo.train_dpo(PreferenceConfig(**given), task, str(tmp_path / "model"), pairs_file, None)
+        return len(scored)
+
+    monkeypatch.setattr(dpo, "score_batch", counted)
+    shutil.copytree(tiny_qwen2, tmp_path / "model")
+    everything = scores("first")
+    assert everything == 8  # groups, of two responses' rows a batch
+    assert scores("second", beta=0.7) == 1
+    assert scores("third", layout="group") == 8
+    shutil.rmtree(tmp_path / "model")
+    save_tiny_qwen2(tmp_path / "model", seed=1)
+    assert scores("fourth") == everything
 
 
 def test_equal_sides_are_refused(tmp_path: Path, tiny_qwen2: Path) -> None:
