@@ -83,6 +83,7 @@ def _rank_zero_says(decision: bool, device: torch.device) -> bool:
 
 _CURVE_KEYS = {
     "loss", "learning_rate", "grad_norm", "margin", "accuracy", "length_accuracy", "chosen_logps", "rejected_logps",
+    "chosen_change", "length_correlation",
     "mean_token_accuracy", "draw_variance", "recommended_draws", "draws", "winner_error_change", "sft_cosine",
 }  # fmt: skip
 _TIMING_SUFFIXES = ("runtime", "per_second")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import numpy as np
 import torch
 
 from prefmill.preference.objectives import Objective, PairScores, Settings
+from prefmill.preference.speed import Speed
+from prefmill.training import append_row
 
 MARGINS = "margins"
 LOG = "margins_log.jsonl"
+ALARMS = "alarms.jsonl"
+CHOSEN_DROP = 0.5  # nats a token: e^-0.5 of the likelihood at every token
 
 
 class Telemetry:
@@ -22,6 +27,8 @@ class Telemetry:
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder / MARGINS
         self._name = LOG if rank == 0 else f"margins_log.rank{rank}.jsonl"
+        self._alarms = folder / ALARMS
+        self.speed = Speed(folder, rank)
         self._rows: list[dict[str, Any]] = []
         self._window: list[dict[str, Any]] = []
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -53,21 +60,54 @@ class Telemetry:
         folder = self._folder / f"epoch_{epoch:03}"
         folder.mkdir(exist_ok=True)
         np.save(folder / f"step_{step:05}.npy", np.array([row["margin"] for row in self._rows], dtype=np.float32))
-        self._window += self._rows
+        self._window += [{**row, "step": step} for row in self._rows]
         self._rows = []
 
     def means(self) -> dict[str, float]:
-        """Means over the pairs since the last call: margin, accuracy, accuracy of "longer wins", log-likelihoods."""
+        """Means over the pairs since the last call: margin, accuracy, accuracy of "longer wins", log-likelihoods.
+
+        `chosen_change` is how much likelier the chosen side is than under the reference, in nats a token;
+        `length_correlation` is that of margin and length difference: near 1 in a model that learns lengths alone.
+        """
         rows, self._window = self._window, []
         if not rows:
             return {}
+        change = _mean([_chosen_change(row) for row in rows])
+        if change < -CHOSEN_DROP:
+            self._alarm(rows[-1]["step"], change)
         return {
             "margin": _mean([row["margin"] for row in rows]),
             "accuracy": _mean([_wins(row["margin"]) for row in rows]),
             "length_accuracy": _mean([_wins(row["chosen_length"] - row["rejected_length"]) for row in rows]),
             "chosen_logps": _mean([row["chosen_logps"] for row in rows]),
             "rejected_logps": _mean([row["rejected_logps"] for row in rows]),
+            "chosen_change": change,
+            "length_correlation": correlation(
+                [row["margin"] for row in rows], [row["chosen_length"] - row["rejected_length"] for row in rows]
+            ),
         }
+
+    def _alarm(self, step: int, change: float) -> None:
+        """Say that the model unlearns what it is to prefer."""
+        said = f"chosen responses are {-change:.2f} nats a token less likely than under the reference"
+        append_row(
+            self._alarms, {"step": step, "alarm": said, "fix": "lower learning_rate, or mix in sft by loss_type"}
+        )
+        logging.getLogger(__name__).warning("step %d: %s", step, said)
+
+
+def correlation(left: list[float], right: list[float]) -> float:
+    """Pearson's correlation, 0 where either side is constant."""
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def _chosen_change(row: dict[str, Any]) -> float:
+    if "ref_chosen_logps" not in row:
+        return 0.0
+    change: float = (row["chosen_logps"] - row["ref_chosen_logps"]) / row["chosen_length"]
+    return change
 
 
 def gradient_coefficient(scores: PairScores, objective: Objective, settings: Settings) -> torch.Tensor:

@@ -138,6 +138,7 @@ class PreferenceTrainer(Trainer):
         if inputs["num_pairs"] == 0:
             return losses.sum() * 0.0
         if model.training:
+            self.telemetry.speed.add(num_tokens(inputs["batch"]))
             self.telemetry.add(inputs["pair_ids"], scores, self.objective, self.settings)
         return losses.sum() * (self.args.world_size / inputs["step_pairs"])
 
@@ -146,8 +147,10 @@ class PreferenceTrainer(Trainer):
         return self.family.pair_scores(model, inputs["batch"], inputs["ref_chosen"], inputs["ref_rejected"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means over the pairs since the last log."""
-        super().log({**logs, **(self.telemetry.means() if "loss" in logs else {})}, start_time)
+        """Add the means over the pairs since the last log, and how fast this rank was."""
+        if "loss" in logs:
+            logs = {**logs, **self.telemetry.means(), **self.telemetry.speed.window(self.state.global_step)}
+        super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, margin and accuracy over the validation pairs."""
@@ -172,6 +175,12 @@ class PreferenceTrainer(Trainer):
             "eval_margin": margins.mean().item(),
             "eval_accuracy": ((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
         }
+
+
+def num_tokens(batch: Any) -> int:
+    """Tokens that the model runs over for a batch; 0 for families without tokens."""
+    tokens = getattr(batch, "input_ids", None)
+    return 0 if tokens is None else int(tokens.numel())
 
 
 def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
