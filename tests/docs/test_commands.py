@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from prefmill.reviews.generated import generate
+from prefmill.stage import load_stage
 from tests.conftest import REPOSITORY
 from tests.e2e.pipeline_runs import SMALL
 
@@ -82,6 +83,21 @@ def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
 
 def test_there_are_commands_to_run() -> None:
     assert len(FOUND) > 15
+
+
+@pytest.mark.slow
+def test_the_way_of_a_row_is_the_one_a_run_took(checkout: Path) -> None:
+    """Every file of the table lies in the run `mine`, in the artifact it is said to be of, and its stages are drawn."""
+    page = (REPOSITORY / "docs" / "row-flow.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(rows) > 6
+    for name, kind, file in rows:
+        stage = load_stage(name)
+        assert stage.writes == kind
+        assert list((checkout / stage.root / "mine" / name).glob(f"*/{file}")), f"{name} wrote no {file}"
+        assert f"-- {file} -->" in page
+    drawn = set(re.findall(r"^  (\w+)(?:\[.*?\])? -", page, re.MULTILINE)) - {"sources"}
+    assert drawn == {name for name, _, _ in rows}
 
 
 @pytest.mark.slow
