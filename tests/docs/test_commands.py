@@ -34,7 +34,7 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"\s+# .*", "", line) for line in lines if _COMMAND.match(line)]
 
 
-# Tried where they can work: on the real Slurm by tests/slurm, or nowhere here for want of the model's weights.
+# Tried where they can work: by tests/slurm/test_documented_commands.py, or nowhere here for want of the weights.
 NEEDS_SLURM = re.compile(r"prefmill (submit|rehearse|advance|rerun|cancel|logs|status .*--watch|status --watch)")
 NEEDS_WEIGHTS = ("llada-8b", "FOLDER")
 
