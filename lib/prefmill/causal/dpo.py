@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefmill.callbacks import StageCallback
 from prefmill.causal.chat import encode
+from prefmill.causal.desensitized import DesensitizedFamily, per_token, reference_sums
 from prefmill.causal.group_attention import use_group_attention
 from prefmill.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.causal.image_batches import add_images
@@ -171,6 +172,8 @@ def causal_family(config: PreferenceConfig, pad: int, reader: ImageReader | None
             shown = [groups[part.group] for part in parts for _ in part.pairs for _side in range(2)]
         return add_images(batch, shown, reader) if reader else batch
 
+    if config.ld_alpha is not None:
+        return DesensitizedFamily(encode_parts, score_batch, config.ld_alpha)
     return Family(encode_parts, score_batch)
 
 
@@ -199,6 +202,9 @@ def _reference(
         "attention": config.attn_implementation, "fsdp": uses_fsdp(config), "deepspeed": config.deepspeed is not None,
         "at_once": [config.per_device_train_batch_size, config.max_tokens_per_microbatch],
     }  # fmt: skip
+    if config.ld_alpha is not None:  # then a side's sum depends on the other one
+        pairs = [[(pair.chosen, pair.rejected) for pair in group.pairs] for group in groups]
+        settings |= {"ld_alpha": config.ld_alpha, "pairs": pairs}
     if reader:
         settings["images"] = reader.digest([group.images for group in groups])
 
@@ -206,7 +212,10 @@ def _reference(
         batches = [
             batch.to(trainer.args.device) for batch in _response_batches(group, config, tokenizer.pad_token_id, reader)
         ]
-        return torch.cat([score_batch(reference, batch) for batch in batches])
+        if config.ld_alpha is None:
+            return torch.cat([score_batch(reference, batch) for batch in batches])
+        tokens = torch.cat([score_batch(reference, per_token(batch)) for batch in batches])
+        return reference_sums(tokens, list(map(len, group.responses)), group.pairs, config.ld_alpha)
 
     reference = scoring_model(trainer, config).eval()
     with torch.no_grad(), scoring_context(trainer, config):

@@ -23,6 +23,7 @@ class PreferenceConfig(TrainingConfig):
     loss_weights: list[float] = [1.0]
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     simpo_gamma: float = 0.5
+    ld_alpha: float | None = Field(None, ge=0, le=1)
     layout: Literal["group", "pairwise"] = "pairwise"
     max_tokens_per_microbatch: int | None = Field(None, ge=2)
     shuffle_labels: bool = False

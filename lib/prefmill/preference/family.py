@@ -57,6 +57,10 @@ class Family:
             ref_rejected,
         )
 
+    def reference_sides(self, scores: Tensor, index: int, pair: Any) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected of a group's pair number `index` in the reference's scores of the group."""
+        return scores[pair.chosen], scores[pair.rejected]
+
 
 def by_group(scores: Sequence[Tensor]) -> Reference:
     """A reference whose scores, [S] a group, are the same in every epoch."""
@@ -64,14 +68,14 @@ def by_group(scores: Sequence[Tensor]) -> Reference:
 
 
 def reference_of_pairs(
-    reference: Reference, groups: Sequence[AnyGroup], parts: Sequence[GroupPart], epoch: int
+    family: Family, reference: Reference, groups: Sequence[AnyGroup], parts: Sequence[GroupPart], epoch: int
 ) -> tuple[Tensor, Tensor]:
     """The reference's scores of chosen and rejected, each [N, ...], in the order of the parts' pairs."""
     chosen, rejected = [], []
     for part in parts:
         scores = reference(part.group, epoch)
         for index in part.pairs:
-            pair = groups[part.group].pairs[index]
-            chosen.append(scores[pair.chosen])
-            rejected.append(scores[pair.rejected])
+            sides = family.reference_sides(scores, index, groups[part.group].pairs[index])
+            chosen.append(sides[0])
+            rejected.append(sides[1])
     return torch.stack(chosen), torch.stack(rejected)

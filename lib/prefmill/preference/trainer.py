@@ -45,7 +45,9 @@ class PlannedBatches(Dataset[dict[str, Any]]):
         # A rank without pairs still runs the model, on a pair whose loss is then left out.
         parts = microbatch.parts or (GroupPart(0, (0,)),)
         groups, reference = self.data.groups, self.data.reference
-        sides = reference_of_pairs(reference, groups, parts, microbatch.epoch) if reference else (None, None)
+        sides: tuple[Tensor | None, Tensor | None] = (None, None)
+        if reference:
+            sides = reference_of_pairs(self.family, reference, groups, parts, microbatch.epoch)
         return {
             "batch": self.family.encode(groups, parts, microbatch.epoch),
             "pair_ids": [groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs],
