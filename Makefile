@@ -17,7 +17,7 @@ export UV_PYTHON := $(BIN)/python
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 # Two processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another.
-IN_TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # What `make all`, `make generate` and so on run; for SDXL itself: IMAGES=configs/pipelines/sdxl.yaml
 IMAGES ?= configs/pipelines/images.yaml

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported: tests on a shared machine are steadier with one thread, and forked ranks need it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,18 +31,23 @@ def shared_data() -> Path:
 FOLDERS_IN_ORDER = ("slurm", "e2e", "docs", "unit", "vllm")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where two processes share the tests: a file's run in one of them, and all of the one cluster's.
+    """Where two processes share the tests, short files near the end keep both busy to the last."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: FOLDERS_IN_ORDER.index(_folder(item)))
 
-    Short files near the end keep both processes busy to the last.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        group = "slurm" if _folder(item) == "slurm" else item.path.relative_to(REPOSITORY).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: FOLDERS_IN_ORDER.index(_folder(item)))
+
+class _ByFile(LoadScopeScheduling):
+    """A file's tests run in one process, with its fixtures, and all of those of the one cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """How files go to processes, where there are several."""
+    return _ByFile(config, log)
 
 
 def _folder(item: pytest.Item) -> str:
