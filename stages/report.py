@@ -22,14 +22,33 @@ class ReportConfig(StrictConfig):
 
 def run(config: ReportConfig, task: Task) -> Metrics:
     """Write `report.html` and `comparison.json`, and print the conclusion and what the run has cost."""
-    has_reviews, has_images = bool(task.inputs.get("evaluations")), bool(task.inputs.get("images"))
-    if has_reviews == has_images:
+    reports = {"evaluations": _report_reviews, "images": _report_images, "diffusion": _report_diffusion}
+    given = [name for name in reports if task.inputs.get(name)]
+    if len(given) != 1:
         raise PipelineError(
             "a report is on one kind of evaluation", where=f"{task.stage}:{task.name}",
-            got="evaluations and images" if has_reviews else "neither evaluations nor images",
-            fix="give inputs.evaluations=[FOLDER, ...] or inputs.images=[FOLDER, ...]",
+            got=" and ".join(given) or f"none of {', '.join(reports)}",
+            fix="give one of inputs.evaluations=[FOLDER, ...], inputs.images=[...] and inputs.diffusion=[...]",
         )  # fmt: skip
-    return _report_images(config, task) if has_images else _report_reviews(config, task)
+    return reports[given[0]](config, task)
+
+
+def _report_diffusion(config: ReportConfig, task: Task) -> Metrics:
+    """On masked-diffusion models."""
+    import json
+
+    from prefmill.evaluation.bootstrap import Resampling
+    from prefmill.evaluation.diffusion_sections import build_diffusion_report
+    from prefmill.evaluation.telemetry import cost_lines
+
+    checkpoints = (*task.inputs.get("mdlm_sft", ()), *task.inputs.get("mdlm_dpo", ()))
+    resampling = Resampling(config.num_resamples, config.seed, config.confidence)
+    title, examples = config.title or task.run, config.num_examples
+    report = build_diffusion_report(task.inputs["diffusion"], checkpoints, title, resampling, examples)
+    write_atomic(task.output / "report.html", report.html)
+    write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
+    print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
+    return {"conclusion": report.conclusions}
 
 
 def _report_images(config: ReportConfig, task: Task) -> Metrics:
@@ -89,6 +108,9 @@ STAGE = Stage(
         "images": Reads("image_evaluation", "evaluate_images", match="all", optional=True),
         "rewards": Reads("reward_model", "train_reward", match="all", optional=True),
         "tuned": Reads("image_checkpoint", "sdxl_dpo", match="all", optional=True),
+        "diffusion": Reads("diffusion_evaluation", "mdlm_evaluate", match="all", optional=True),
+        "mdlm_sft": Reads("checkpoint", "mdlm_sft", match="all", optional=True),
+        "mdlm_dpo": Reads("checkpoint", "mdlm_dpo", match="all", optional=True),
         "sweeps": Reads("sweep", "sweep", match="all", optional=True),
     },
 )

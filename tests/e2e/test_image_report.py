@@ -128,7 +128,7 @@ def test_sweeps_are_drawn_and_nothing_given_is_run(tmp_path: Path) -> None:
 
 
 def test_a_report_is_on_one_kind_of_evaluation(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="neither evaluations nor images"):
+    with pytest.raises(PipelineError, match="one kind of evaluation"):
         report(tmp_path)
     evaluation = make_evaluation(tmp_path / "e", make_reward(tmp_path / "reward"), 1.0)
     with pytest.raises(PipelineError, match="evaluations and images"):

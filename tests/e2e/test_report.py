@@ -241,10 +241,10 @@ def test_in_a_browser_nothing_fails_nothing_is_fetched_and_nothing_overflows(
     shot = tmp_path / "page.png"
     done = browse(chromium, page, f"--window-size={width},2000", f"--log-net-log={log}", f"--screenshot={shot}")
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert _requested(log) == set()
+    assert requested(log) == set()
     assert shot.stat().st_size > 20_000
     # An outer page, which may run scripts, measures the report in a frame: it must not be wider than the window.
-    assert _inner_width(chromium, tmp_path, html, width) <= width
+    assert inner_width(chromium, tmp_path, html, width) <= width
 
 
 @pytest.mark.slow
@@ -258,17 +258,17 @@ def test_the_browser_checks_can_fail(chromium: str, tmp_path: Path) -> None:
     log = tmp_path / "net.json"
     done = browse(chromium, page, f"--log-net-log={log}", f"--screenshot={tmp_path / 'page.png'}")
     assert "CONSOLE" in done.stderr
-    assert "http://127.0.0.1:9/x.png" in _requested(log)
-    assert _inner_width(chromium, tmp_path, page.read_text(), 390) >= 3000
+    assert "http://127.0.0.1:9/x.png" in requested(log)
+    assert inner_width(chromium, tmp_path, page.read_text(), 390) >= 3000
 
 
-def _requested(log: Path) -> set[str]:
+def requested(log: Path) -> set[str]:
     """Every address that the page had fetched; what the browser asks for itself has no origin as its initiator."""
     starts = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
     return {start["url"] for start in starts if start.get("initiator", "not an origin") != "not an origin"}
 
 
-def _inner_width(chromium: str, folder: Path, html: str, width: int) -> int:
+def inner_width(chromium: str, folder: Path, html: str, width: int) -> int:
     framed = folder / "framed.html"
     escaped = html.replace("&", "&amp;").replace('"', "&quot;")
     framed.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def train_diffusion_sft(
         family=sft_family(Drawing(config.num_draws, config.sampling, config.seed), tokenizer.eos_token_id),
         objective=mix(["sft"], [1.0], settings),
         settings=settings,
-        telemetry=NoMargins(),
+        telemetry=NoMargins(task.logs, int(os.environ.get("RANK", "0"))),
         callbacks=[StageCallback(task)],
     )
     train_and_finish(trainer, tokenizer, config, task, start)

@@ -17,6 +17,7 @@ from prefmill.mdlm.family import LiveVariance
 from prefmill.mdlm.loading import load_diffusion_model, mask_token_of, predicts_next
 from prefmill.mdlm.scorer import install, uninstall
 from prefmill.preference.objectives import Objective, PairScores, Settings
+from prefmill.preference.speed import Speed
 from prefmill.preference.telemetry import Telemetry
 from prefmill.preference.trainer import PreferenceTrainer
 from prefmill.stage import Task
@@ -47,7 +48,8 @@ class SftTrainer(PreferenceTrainer):
 class NoMargins(Telemetry):
     """Logs nothing: there are no pairs."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.speed = Speed(folder, rank)
 
     def add(self, pair_ids: list[str], scores: PairScores, objective: Objective, settings: Settings) -> None: ...
 
