@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prefmill.artifacts import CHECKPOINT_PREFIX, write_atomic
 from prefmill.causal.loading import Precision
@@ -70,6 +70,16 @@ class TrainingConfig(StrictConfig):
     save_total_limit: int = runtime(2, ge=2)  # while one is written, the one before it is what a kill leaves
     dataloader_num_workers: int = runtime(0, ge=0)
     report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(["tensorboard"])
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _shipped_with_the_repository(cls, given: Any) -> Any:
+        if not isinstance(given, str) or Path(given).expanduser().exists():
+            return given
+        from prefmill.pipeline.plan import default_workspace
+
+        shipped = default_workspace() / given  # an absolute path stays what it is
+        return str(shipped) if shipped.exists() else given
 
     @model_validator(mode="after")
     def _one_strategy(self) -> TrainingConfig:

@@ -238,6 +238,16 @@ def test_a_strategy_that_cannot_be_is_refused(tmp_path: Path) -> None:
         sharding_arguments(absent)
 
 
+def test_a_shipped_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": "configs/deepspeed/zero3.json"}
+    assert validate(TrainingConfig, keys).deepspeed == DEEPSPEED / "zero3.json"
+    own = tmp_path / "configs" / "deepspeed" / "zero3.json"  # the folder the command is given in comes first
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    assert validate(TrainingConfig, keys).deepspeed == own
+
+
 @pytest.mark.slow
 def test_one_process_alone_needs_no_launcher(folder: Path) -> None:
     for name in ("zero3", "fsdp"):
