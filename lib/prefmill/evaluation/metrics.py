@@ -136,7 +136,14 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     """Spearman's rank correlation, ties at their mean rank; None below 3 values or where one side is constant."""
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
-    return round(float(np.corrcoef(_ranks(first), _ranks(second))[0, 1]), DIGITS)
+    return round(float(np.corrcoef(ranks(first), ranks(second))[0, 1]), DIGITS)
+
+
+def ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Ranks from 0, [N], equal values at the mean of their ranks."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return ((ends - counts + ends - 1) / 2)[inverse]
 
 
 def rating_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -208,10 +215,3 @@ def _human_rating(review: Scored, paper: PaperFacts) -> float | None:
         assert rating is not None
         ratings.remove(rating)
     return float(np.mean(ratings)) if ratings else None
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Ranks from 0, equal values at the mean of their ranks."""
-    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return ((ends - counts + ends - 1) / 2)[inverse]

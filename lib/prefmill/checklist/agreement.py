@@ -1,0 +1,110 @@
+"""How far two raters' yes and no agree, and what moves a score, with intervals from a bootstrap over papers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefmill.evaluation.bootstrap import MIN_PAPERS, Resampling, means, statistic
+from prefmill.evaluation.metrics import ranks
+
+Array = NDArray[np.float64]
+Found = dict[str, Any]
+_DIGITS = 6
+
+
+def agreement(papers: Sequence[str], judge: Array, other: Array, resampling: Resampling) -> Found:
+    """Kappa, F1 and accuracy of `judge` against `other`, yes as 1 and no as 0, [N] each, pooled over the answers.
+
+    Kappa (Cohen 1960) and F1 of yes are 1 where both say one and the same thing throughout. A paper, named by
+    `papers` [N], is drawn with all its answers; intervals are None below 2 papers. N is at least 1.
+    """
+    cells = np.stack([judge * other, judge * (1 - other), (1 - judge) * other, (1 - judge) * (1 - other)], axis=1)
+    sums = _per_paper(papers, cells)
+    return {
+        "num_answers": len(judge),
+        "num_papers": len(sums),
+        "yes_share": round(float(judge.mean()), _DIGITS),
+        "other_yes_share": round(float(other.mean()), _DIGITS),
+        "kappa": _interval(sums, resampling, _kappa, -1.0),
+        "f1": _interval(sums, resampling, _f1, 0.0),
+        "accuracy": _interval(sums, resampling, _accuracy, 0.0),
+    }
+
+
+def mean_shift(papers: Sequence[str], shifts: Array, resampling: Resampling) -> Found:
+    """The mean of `shifts` [N] over papers, every paper counting the same, with its interval; N is at least 1."""
+    sums = _per_paper(papers, np.column_stack([shifts, np.ones(len(shifts))]))
+    per_paper = sums[:, :1] / sums[:, 1:]
+    if len(per_paper) < MIN_PAPERS:
+        return {"value": round(float(per_paper.mean()), _DIGITS), "low": None, "high": None}
+    (found,) = means(per_paper, resampling)
+    return {key: round(getattr(found, key), _DIGITS) for key in ("value", "low", "high")}
+
+
+def rank_correlation(papers: Sequence[str], first: Array, second: Array, resampling: Resampling) -> Found | None:
+    """Spearman's correlation of `first` and `second` [N], with an interval over papers; None where one is constant.
+
+    The ranks are those in the whole sample: they are not ranked anew in each draw.
+    """
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    a, b = (ranks(values.tolist()) for values in (first, second))
+    a, b = a - a.mean(), b - b.mean()
+    sums = _per_paper(papers, np.column_stack([a, b, a * a, b * b, a * b, np.ones(len(a))]))
+    return _interval(sums, resampling, _correlation, -1.0)
+
+
+def _per_paper(papers: Sequence[str], values: Array) -> Array:
+    """The sums over each paper's rows of `values` [N, K]: [P, K]."""
+    names, index = np.unique(np.asarray(papers, dtype=str), return_inverse=True)
+    sums = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, index, values)
+    return sums
+
+
+def _interval(sums: Array, resampling: Resampling, function: Any, lowest: float) -> Found:
+    """`function` of the sums' means, its interval cut at `lowest` and 1."""
+    if len(sums) < MIN_PAPERS:
+        (value,) = function(sums.mean(axis=0, keepdims=True))
+        return {"value": round(float(value), _DIGITS), "low": None, "high": None}
+    found = statistic(sums, resampling, function)
+    low, high = (float(np.clip(bound, lowest, 1.0)) for bound in (found.low, found.high))
+    return {"value": round(found.value, _DIGITS), "low": round(low, _DIGITS), "high": round(high, _DIGITS)}
+
+
+def _accuracy(cells: Array) -> Array:
+    result: Array = (cells[:, 0] + cells[:, 3]) / cells.sum(axis=1)
+    return result
+
+
+def _kappa(cells: Array) -> Array:
+    shares = cells / cells.sum(axis=1, keepdims=True)
+    judge, other = shares[:, 0] + shares[:, 1], shares[:, 0] + shares[:, 2]
+    chance = judge * other + (1 - judge) * (1 - other)
+    observed = shares[:, 0] + shares[:, 3]
+    return _ratio(observed - chance, 1 - chance)
+
+
+def _f1(cells: Array) -> Array:
+    return _ratio(2 * cells[:, 0], 2 * cells[:, 0] + cells[:, 1] + cells[:, 2])
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    """1 where there is nothing to get wrong."""
+    empty = whole <= 1e-12
+    result: Array = np.where(empty, 1.0, part / np.where(empty, 1.0, whole))
+    return result
+
+
+def _correlation(moments: Array) -> Array:
+    """From mean sums of a, b, a², b², ab and the count, for each row; 0 where a draw leaves nothing to vary."""
+    a, b, aa, bb, ab, count = (moments[:, index] for index in range(6))
+    variances = np.clip(aa / count - (a / count) ** 2, 0, None) * np.clip(bb / count - (b / count) ** 2, 0, None)
+    empty = variances <= 1e-12
+    covariance = ab / count - a * b / count**2
+    result: Array = np.where(empty, 0.0, covariance / np.sqrt(np.where(empty, 1.0, variances)))
+    return result

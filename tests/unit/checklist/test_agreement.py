@@ -1,0 +1,83 @@
+"""Agreement of two raters, shifts and rank correlations: by hand, under clustering, and at the edges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from prefmill.checklist.agreement import agreement, mean_shift, rank_correlation
+from prefmill.checklist.optimize.screening import kappa
+from prefmill.evaluation.bootstrap import Resampling
+
+RESAMPLING = Resampling(2000)
+
+
+def test_kappa_f1_and_accuracy_by_hand() -> None:
+    judge = np.array([1.0] * 20 + [1.0] * 5 + [0.0] * 10 + [0.0] * 15)
+    people = np.array([1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15)
+    papers = [f"p{number % 10}" for number in range(50)]
+    found = agreement(papers, judge, people, RESAMPLING)
+    assert found["kappa"]["value"] == pytest.approx(0.4)  # 0.7 observed, 0.5 by chance
+    assert found["kappa"]["value"] == pytest.approx(kappa(judge, people))
+    assert found["f1"]["value"] == pytest.approx(40 / 55, abs=1e-6)
+    assert found["accuracy"]["value"] == pytest.approx(0.7)
+    assert (found["num_answers"], found["num_papers"]) == (50, 10)
+    assert (found["yes_share"], found["other_yes_share"]) == (0.5, 0.6)
+    for name in ("kappa", "f1", "accuracy"):
+        assert found[name]["low"] < found[name]["value"] < found[name]["high"] <= 1
+
+
+def test_answers_of_a_paper_are_one_piece_of_evidence() -> None:
+    rng = np.random.default_rng(0)
+    right = np.repeat(rng.random(30) < 0.7, 20)  # a paper's answers are all right or all wrong
+    people = (rng.random(600) < 0.5).astype(float)
+    judge = np.where(right, people, 1 - people)
+    clustered = agreement([f"p{number // 20}" for number in range(600)], judge, people, RESAMPLING)["accuracy"]
+    singly = agreement([f"p{number}" for number in range(600)], judge, people, RESAMPLING)["accuracy"]
+    assert clustered["high"] - clustered["low"] > 3 * (singly["high"] - singly["low"])
+
+
+def test_the_interval_covers_the_truth() -> None:
+    """Twenty answers a paper that are alike: 95 % intervals hold the true accuracy in about 95 % of 200 studies."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        level = rng.beta(4, 2, 20)
+        right = (rng.random((20, 20)) < level[:, None]).astype(float).ravel()
+        found = agreement([str(number // 20) for number in range(400)], right, np.ones(400), Resampling(1000))
+        held += found["accuracy"]["low"] <= 4 / 6 <= found["accuracy"]["high"]
+    assert 0.90 <= held / 200 <= 0.99
+
+
+def test_the_edges() -> None:
+    ones = np.ones(6)
+    same = agreement(["a", "a", "b", "b", "c", "c"], ones, ones, RESAMPLING)
+    assert [same[name]["value"] for name in ("kappa", "f1", "accuracy")] == [1, 1, 1]
+    none = agreement(["a", "a", "b", "b", "c", "c"], 1 - ones, 1 - ones, RESAMPLING)
+    assert none["f1"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    single = agreement(["a"] * 6, ones, np.array([1.0, 0, 1, 0, 1, 1]), RESAMPLING)
+    assert single["accuracy"] == {"value": 0.666667, "low": None, "high": None}
+    opposite = agreement(["a", "b", "c", "d"], np.array([1.0, 0, 1, 0]), np.array([0.0, 1, 0, 1]), RESAMPLING)
+    assert opposite["kappa"]["value"] == opposite["kappa"]["low"] == -1
+
+
+def test_papers_count_the_same_in_a_mean_shift() -> None:
+    found = mean_shift(["a", "a", "a", "b"], np.array([0.1, 0.1, 0.1, 0.3]), RESAMPLING)
+    assert found["value"] == pytest.approx(0.2)
+    assert found["low"] < 0.2 < found["high"]
+    assert mean_shift(["a", "a"], np.array([0.1, 0.3]), RESAMPLING) == {"value": 0.2, "low": None, "high": None}
+
+
+def test_rank_correlation_is_spearmans_with_an_interval() -> None:
+    rng = np.random.default_rng(2)
+    lengths = rng.lognormal(5, 0.5, 400)
+    scores = np.round(np.log(lengths) * 3 + rng.normal(0, 1.5, 400))
+    papers = [f"p{number // 4}" for number in range(400)]
+    found = rank_correlation(papers, scores, lengths, RESAMPLING)
+    assert found is not None
+    order = [np.argsort(np.argsort(values + rng.normal(0, 1e-9, 400))) for values in (scores, lengths)]
+    assert found["value"] == pytest.approx(float(np.corrcoef(*order)[0, 1]), abs=0.02)
+    assert 0.5 < found["low"] < found["value"] < found["high"] < 0.9
+    assert rank_correlation(papers, scores, lengths**3, RESAMPLING) == found
+    assert rank_correlation(papers, np.ones(400), lengths, RESAMPLING) is None
+    assert rank_correlation(papers[:2], scores[:2], lengths[:2], RESAMPLING) is None
