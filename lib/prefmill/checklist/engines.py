@@ -11,7 +11,7 @@ from pydantic import Field
 
 from prefmill.causal.loading import Precision
 from prefmill.checklist.items import Checklist
-from prefmill.config import StrictConfig
+from prefmill.config import StrictConfig, runtime
 from prefmill.errors import InputError
 from prefmill.records import Answer, Paper, Review, ReviewEvaluation
 
@@ -25,39 +25,50 @@ class LexicalConfig(StrictConfig):
     evidence: bool = Field(True, description="quote the sentence behind each yes")
 
 
-class TransformersConfig(StrictConfig):
+class _JudgeConfig(StrictConfig):
+    """What every engine with a model is told: whose tokens prompts are made of, and what stands in a prompt."""
+
+    model_name_or_path: str = Field(description="folder or hub name of a model with a chat template")
+    revision: str | None = Field(None, description="of a hub model")
+    trust_remote_code: bool = Field(False, description="run the hub model's own code")
+    include_paper: IncludePaper = Field("none", description="what of the paper stands before the review")
+    max_length: int | None = Field(None, ge=1, description="tokens of a whole prompt; none: the model's context")
+    truncate_reviews: bool = Field(False, description="cut over-long reviews at their end, and report them")
+
+
+class TransformersConfig(_JudgeConfig):
     """A causal language model's next-token probabilities of yes and no, through transformers."""
 
     engine: Literal["transformers"] = "transformers"
-    model_name_or_path: str = Field(description="folder or hub name of a model with a chat template")
-    revision: str | None = Field(None, description="of a hub model")
-    trust_remote_code: bool = Field(False, description="run the hub model's own code")
     attn_implementation: str | None = Field(None, description="as transformers names it; none: its choice")
     precision: Precision = Field("fp32", description="bf16 is faster on a GPU, and moves probabilities a little")
-    include_paper: IncludePaper = Field("none", description="what of the paper stands before the review")
-    max_length: int | None = Field(None, ge=1, description="tokens of a whole prompt; none: the model's context")
-    truncate_reviews: bool = Field(False, description="cut over-long reviews at their end, and report them")
     item_batch_size: int = Field(32, ge=1, description="items asked together; lower it when memory runs out")
 
 
-class VllmConfig(StrictConfig):
+class VllmConfig(_JudgeConfig):
     """As `transformers`, through vLLM: on GPUs, or in its CPU build. More GPUs: more shards, or tensor parallel."""
 
     engine: Literal["vllm"] = "vllm"
-    model_name_or_path: str = Field(description="folder or hub name of a model with a chat template")
-    revision: str | None = Field(None, description="of a hub model")
-    trust_remote_code: bool = Field(False, description="run the hub model's own code")
     precision: Precision = Field("bf16", description="fp32 where a result must not depend on its neighbours at all")
-    include_paper: IncludePaper = Field("none", description="what of the paper stands before the review")
-    max_length: int | None = Field(None, ge=1, description="tokens of a whole prompt; none: the model's context")
-    truncate_reviews: bool = Field(False, description="cut over-long reviews at their end, and report them")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model")
     kv_cache_gb: float | None = Field(None, gt=0, description="memory of the cache; none: what vLLM finds free")
     enforce_eager: bool = Field(False, description="no graphs: a quicker start, slower steps")
-    reviews_in_flight: int = Field(64, ge=1, description="reviews asked about at a time, and redone after a kill")
+    reviews_in_flight: int = Field(64, ge=1, description="reviews asked about at a time")
 
 
-AnyEngineConfig = LexicalConfig | TransformersConfig | VllmConfig
+class OpenAIConfig(_JudgeConfig):
+    """The same prompts and answers through a server that speaks OpenAI's completions; its tokenizer is read here."""
+
+    engine: Literal["openai"] = "openai"
+    served_model_name: str | None = Field(None, min_length=1, description="the server's name for the model, if another")
+    base_url_env: str = runtime("OPENAI_BASE_URL", min_length=1, description="the variable that holds the server's URL")
+    api_key_env: str = runtime("OPENAI_API_KEY", min_length=1, description="the variable that holds its key")
+    reviews_in_flight: int = runtime(16, ge=1, description="reviews asked about at a time, each with all its items")
+    num_retries: int = runtime(8, ge=0, description="of a request, with growing waits, where the server has trouble")
+    timeout_seconds: float = runtime(600.0, gt=0, description="for an answer, the time in the server's queue included")
+
+
+AnyEngineConfig = LexicalConfig | TransformersConfig | VllmConfig | OpenAIConfig
 EngineConfig = Annotated[AnyEngineConfig, Field(discriminator="engine")]
 
 
@@ -79,6 +90,9 @@ class Engine(ABC):
 
     def __init__(self, checklist: Checklist) -> None:
         self.checklist = checklist
+        self.num_requests = 0  # an item asked about a review
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0  # of the prompts' tokens, those that were not read again
 
     @abstractmethod
     def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
@@ -86,6 +100,15 @@ class Engine(ABC):
 
         A review's outcome depends on that review, its paper and the checklist alone, not on its neighbours.
         """
+
+    def score_as_done(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+        """The same outcomes as soon as each is there, in any order: for a caller who keeps what is done."""
+        return self.score(papers)
+
+    @property
+    def cache_hit_rate(self) -> float | None:
+        """The share of the prompts' tokens that came from a cache, in [0, 1]; None where nobody knows."""
+        return self.num_cached_tokens / self.num_prompt_tokens if self.num_prompt_tokens else None
 
     def evaluate(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewEvaluation]:
         """The evaluation of every review, in the order given; raises InputError on the first that failed."""
@@ -120,6 +143,10 @@ def open_engine(config: AnyEngineConfig, checklist: Checklist) -> Engine:
         from prefmill.checklist.vllm_engine import VllmEngine
 
         return VllmEngine(config, checklist)
+    if isinstance(config, OpenAIConfig):
+        from prefmill.checklist.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(config, checklist)
     from prefmill.checklist.transformers_engine import TransformersEngine
 
     return TransformersEngine(config, checklist)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,10 +28,14 @@ class Request:
     def outcome(self, ids: Sequence[str], probabilities: Sequence[float]) -> Outcome:
         """What became of it: P(yes) by item, or the failure it started with."""
         if self.failure is not None:
-            return Outcome(self.review_id, self.paper_id, {}, failure=self.failure)
+            return self.refused(self.failure)
         rounded = [round(value, _DECIMALS) for value in probabilities]
         answers: dict[str, Answer] = {name: {"yes": p > 0.5, "p_yes": p} for name, p in zip(ids, rounded, strict=True)}
         return Outcome(self.review_id, self.paper_id, answers, num_cut_tokens=self.num_cut_tokens)
+
+    def refused(self, reason: str) -> Outcome:
+        """The outcome of a review that cannot be scored."""
+        return Outcome(self.review_id, self.paper_id, {}, failure=reason)
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,19 @@ def longest_prompt(context: int | None, wanted: int | None) -> int | None:
             fix="lower max_length, or leave it out to use the whole context",
         )  # fmt: skip
     return context if wanted is None else wanted
+
+
+def in_order(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[Outcome]:
+    """Outcomes numbered from 0, which come as they are done, in the order of their numbers."""
+    early: dict[int, Outcome] = {}
+    due = 0
+    for number, outcome in numbered:
+        early[number] = outcome
+        while due in early:
+            yield early.pop(due)
+            due += 1
+
+
+def p_of(log_odds: float) -> float:
+    """The probability with these log-odds."""
+    return 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0

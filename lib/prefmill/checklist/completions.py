@@ -1,0 +1,152 @@
+"""A server that speaks OpenAI's completions: requests with retries, and which trouble is whose."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from prefmill.checklist.engines import OpenAIConfig
+from prefmill.errors import ConfigError, InputError, PrefmillError
+
+LONGEST_WAIT_SECONDS = 60.0
+_TRANSIENT = {408, 409, 425, 429}  # and every 5xx
+_SHOWN_CHARACTERS = 300
+_log = logging.getLogger(__name__)
+
+
+class RefusedError(Exception):
+    """The server will not answer this very request, however often it is asked."""
+
+
+@dataclass
+class Completions:
+    """Asks one server; `key` goes into no message. `giving_up` makes the attempts under way the last ones."""
+
+    url: str
+    key: str | None = field(repr=False)
+    config: OpenAIConfig
+    giving_up: bool = False
+    _told: int = 0
+
+    @classmethod
+    def from_environment(cls, config: OpenAIConfig) -> Completions:
+        """The server whose URL and key are in the variables that `config` names; no key is sent where there is none.
+
+        Raises ConfigError where the URL's variable is not set or holds no URL.
+        """
+        url = os.environ.get(config.base_url_env, "").rstrip("/")
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(
+                "no server to score with", got=f"{config.base_url_env} is {'no URL' if url else 'not set'}",
+                expected="http://HOST:PORT/v1 or https://HOST/v1",
+                fix=f"set {config.base_url_env} where the stage runs, or name another variable in engine.base_url_env",
+            )  # fmt: skip
+        return cls(url, os.environ.get(config.api_key_env) or None, config)
+
+    def client(self) -> httpx.AsyncClient:
+        """A client for one event loop; redirects are not followed, so that the key goes to no other host."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        # As many connections as reviews in flight, and a long queue at the server is no failure to connect.
+        timeout = httpx.Timeout(self.config.timeout_seconds, connect=min(30.0, self.config.timeout_seconds))
+        limits = httpx.Limits(max_connections=self.config.reviews_in_flight)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The answer to one GET, with retries."""
+
+        async def ask() -> dict[str, Any]:
+            async with self.client() as client:
+                return await self.ask(client, "GET", path)
+
+        return asyncio.run(ask())
+
+    async def ask(self, client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """The JSON that the server answers.
+
+        Raises RefusedError where it will not answer this request, ConfigError where it would answer none, and
+        PrefmillError where it cannot be reached or has trouble for longer than `num_retries` attempts.
+        """
+        attempt = 0
+        while True:
+            wait: float | None = None
+            try:
+                response = await client.request(method, f"{self.url}/{path}", json=body)
+                if not self._is_transient(response.status_code):
+                    self._told = 0
+                    return self._content(response)
+                trouble, wait = self._said(response), _retry_after(response)
+            except httpx.TransportError as error:
+                trouble = f"{type(error).__name__} {error}".strip()
+            if attempt >= self.config.num_retries or self.giving_up:
+                raise self._unreachable(trouble, attempt + 1)
+            wait = min(LONGEST_WAIT_SECONDS, wait if wait is not None else 2.0**attempt)
+            attempt += 1
+            self._tell(attempt, trouble, wait)
+            await asyncio.sleep(wait)
+
+    @staticmethod
+    def _is_transient(status: int) -> bool:
+        return status in _TRANSIENT or status >= 500
+
+    def _content(self, response: httpx.Response) -> dict[str, Any]:
+        status, said = response.status_code, self._said(response)
+        if status in (401, 403):
+            raise ConfigError(
+                "the server refuses the key", where=self.shown_url, got=said,
+                expected=f"its key in {self.config.api_key_env}, which is {'set' if self.key else 'not set'}",
+                fix=f"set {self.config.api_key_env} where the stage runs, or name another in engine.api_key_env",
+            )  # fmt: skip
+        if status == 404 or 300 <= status < 400:
+            raise ConfigError(
+                "the server has nothing at this address", where=self.shown_url, got=said,
+                expected="OpenAI's /models and /completions below the URL",
+                fix=f"correct {self.config.base_url_env} (it usually ends in /v1)",
+            )  # fmt: skip
+        if status >= 400:
+            raise RefusedError(said)
+        try:
+            content = response.json()
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise InputError("the server did not answer with JSON", where=self.shown_url, got=said)
+        return content
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without the user and password that may stand in it."""
+        return str(httpx.URL(self.url).copy_with(username=None, password=None))
+
+    def _said(self, response: httpx.Response) -> str:
+        """The status and the start of what the server said, on one line and without the key."""
+        text = " ".join(response.text.split())
+        if self.key:
+            text = text.replace(self.key, "***")
+        return f"{response.status_code} {response.reason_phrase}: {text[:_SHOWN_CHARACTERS]}"
+
+    def _tell(self, attempt: int, trouble: str, wait: float) -> None:
+        """One line for all requests that wait for the same thing."""
+        if attempt > self._told:
+            self._told = attempt
+            _log.warning(
+                "the server has trouble (%s), attempt %d of %d in %g s",
+                trouble, attempt + 1, self.config.num_retries + 1, wait,
+            )  # fmt: skip
+
+    def _unreachable(self, trouble: str, attempts: int) -> PrefmillError:
+        return PrefmillError(
+            "the server did not answer", where=self.shown_url, got=f"{trouble} (attempt {attempts})",
+            expected=f"an answer within {self.config.num_retries + 1} attempts (engine.num_retries)",
+            fix="look at the server's log, start it again and rerun: what is scored is kept",
+        )  # fmt: skip
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """The seconds a server asks to wait, where it gives a number."""
+    value = response.headers.get("retry-after", "")
+    return float(value) if value.isdigit() else None

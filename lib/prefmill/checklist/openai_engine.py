@@ -1,0 +1,186 @@
+"""The openai engine: the prompts of the other engines, as token ids, to a server that speaks OpenAI's completions."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prefmill.causal.loading import load_tokenizer
+from prefmill.checklist.completions import Completions, RefusedError
+from prefmill.checklist.engines import Engine, OpenAIConfig, Outcome
+from prefmill.checklist.items import Checklist
+from prefmill.checklist.prompted import Fit, Request, in_order, longest_prompt, p_of
+from prefmill.checklist.prompts import Prompts
+from prefmill.errors import ConfigError, InputError, PrefmillError
+from prefmill.records import Paper, Review
+
+if TYPE_CHECKING:
+    import httpx
+
+_Task = asyncio.Task[tuple[int, Outcome]]
+
+
+class OpenAIEngine(Engine):
+    """Asks every item of a review in one request of many prompts, so that a review is answered as a whole or not.
+
+    Prompts are token ids made here: a server that applied its chat template to text would read a marker in a hostile
+    review as one. It must know vLLM's `allowed_token_ids`, and give the log-probabilities of both answers: vLLM does
+    so by `logprob_token_ids`, or when started with `--logprobs-mode processed_logprobs`. A missing one is an error.
+    """
+
+    name = "openai"
+
+    def __init__(self, config: OpenAIConfig, checklist: Checklist) -> None:
+        super().__init__(checklist)
+        self._config = config
+        self._model = config.served_model_name or config.model_name_or_path
+        self._server = Completions.from_environment(config)
+        self._tells_cached = True
+        tokenizer = load_tokenizer(
+            config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        self.prompts = Prompts(tokenizer, checklist, config.include_paper)
+        answers = self.prompts.answers
+        if not answers.single:
+            raise InputError(
+                "this tokenizer spells yes or no in several tokens", where=config.model_name_or_path,
+                got=f"yes {answers.yes}, no {answers.no}", expected="one token each, for the engine openai",
+                fix="use engine transformers or vllm, which sum over them, or another model",
+            )  # fmt: skip
+        self._yes, self._no = ((ids[0], tokenizer.decode([ids[0]])) for ids in (answers.yes, answers.no))
+        self._fit = Fit(self.prompts, longest_prompt(self._context(), config.max_length), config.truncate_reviews)
+
+    def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+        """The answers to every review, in the order given; raises PrefmillError when the server stays away."""
+        return in_order(self._numbered(papers))
+
+    def score_as_done(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+        """The same in the order in which the server answers; what it still answers comes before the error."""
+        return (outcome for _, outcome in self._numbered(papers))
+
+    @property
+    def cache_hit_rate(self) -> float | None:
+        """As the server tells it, rather too low than too high; None where it does not (vLLM: see the stage's page)."""
+        return super().cache_hit_rate if self._tells_cached else None
+
+    def _context(self) -> int | None:
+        """The prompt tokens that the server's model takes, where it says; ConfigError where it serves no such model."""
+        models = self._server.get("models").get("data")
+        found = {model.get("id"): model for model in models or [] if isinstance(model, dict)}
+        if self._model not in found:
+            raise ConfigError(
+                "the server does not serve this model", where=self._server.shown_url, got=self._model,
+                expected=", ".join(map(str, found)) or "the name of a model it serves",
+                fix="set engine.served_model_name to the server's name for the model in engine.model_name_or_path",
+            )  # fmt: skip
+        longest = found[self._model].get("max_model_len")
+        return longest - 1 if isinstance(longest, int) else None  # the answer's token has its place too
+
+    def _numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[tuple[int, Outcome]]:
+        """Outcomes as they come, each with its place in the order given."""
+        rest = enumerate(self._fit.requests(papers))
+        waiting: set[_Task] = set()
+        failure: PrefmillError | None = None
+        with asyncio.Runner() as runner:  # its end cancels what a caller that stops early has left
+            client = self._server.client()
+            try:
+                while True:
+                    while failure is None and len(waiting) < self._config.reviews_in_flight:
+                        number, request = next(rest, (0, None))
+                        if request is None:
+                            break
+                        waiting.add(runner.get_loop().create_task(self._outcome(client, number, request)))
+                    if not waiting:
+                        break
+                    done, waiting = runner.run(_first_done(waiting))
+                    for task in done:
+                        try:
+                            yield task.result()
+                        except PrefmillError as error:
+                            failure, self._server.giving_up = failure or error, True
+                if failure is not None:
+                    raise failure
+            finally:
+                self._server.giving_up = False
+                runner.run(client.aclose())
+
+    async def _outcome(self, client: httpx.AsyncClient, number: int, request: Request) -> tuple[int, Outcome]:
+        if request.failure is not None:
+            return number, request.outcome((), ())
+        before = request.shared + request.review
+        prompts = [[*before, *question] for question in self.prompts.questions]
+        try:
+            content = await self._server.ask(client, "POST", "completions", self._body(prompts))
+        except RefusedError as refusal:
+            return number, request.refused(str(refusal))
+        self._count(prompts, content.get("usage") or {})
+        return number, request.outcome(self.checklist.ids, self._probabilities(content, len(prompts)))
+
+    def _body(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """One token for each prompt, yes or no, with the log-probabilities of both."""
+        both = [self._yes[0], self._no[0]]
+        return {
+            "model": self._model,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": len(both),
+            "allowed_token_ids": both,
+            "logprob_token_ids": both,
+            "return_tokens_as_token_ids": True,
+        }
+
+    def _count(self, prompts: list[list[int]], usage: dict[str, Any]) -> None:
+        """Add a request's tokens; raises InputError where the server has read others than were sent.
+
+        vLLM gives the cached tokens of the last prompt alone; the first of a review has fewer and is not counted, so
+        that the hit rate is never shown too high. A number longer than a prompt is the sum over all.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        sent = sum(lengths)
+        if usage.get("prompt_tokens", sent) != sent:
+            raise InputError(
+                "the server read other prompts than were sent", where=self._server.shown_url,
+                got=f"{usage['prompt_tokens']} tokens", expected=f"{sent} tokens",
+                fix="use a server that takes token ids as they are, as vLLM does",
+            )  # fmt: skip
+        self.num_requests += len(prompts)
+        self.num_prompt_tokens += sent
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        self._tells_cached &= cached is not None
+        if cached is not None:
+            self.num_cached_tokens += cached if cached > max(lengths) else cached * (len(lengths) - 1)
+
+    def _probabilities(self, content: dict[str, Any], num_prompts: int) -> list[float]:
+        """P(yes) of every item; raises InputError where an answer or a log-probability is missing."""
+        choices = content.get("choices") or []
+        by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, dict)}
+        if by_index.keys() != set(range(num_prompts)):
+            raise InputError(
+                "the server did not answer every prompt", where=self._server.shown_url, got=f"{len(choices)} answers",
+                expected=f"{num_prompts} answers", fix="use a server that takes a list of prompts, as vLLM does",
+            )  # fmt: skip
+        return [self._p_yes(by_index[index]) for index in range(num_prompts)]
+
+    def _p_yes(self, choice: dict[str, Any]) -> float:
+        if choice.get("text") not in (self._yes[1], self._no[1]):
+            raise InputError(
+                "the server answered something else than was allowed", where=self._server.shown_url,
+                got=repr(choice.get("text")), expected=f"{self._yes[1]} or {self._no[1]}",
+                fix="engine.model_name_or_path must be the served model, and the server must know allowed_token_ids",
+            )  # fmt: skip
+        found = ((choice.get("logprobs") or {}).get("top_logprobs") or [{}])[0] or {}
+        yes, no = (found.get(f"token_id:{index}", found.get(text)) for index, text in (self._yes, self._no))
+        if not (isinstance(yes, int | float) and isinstance(no, int | float) and math.isfinite(yes - no)):
+            raise InputError(
+                "an answer's log-probability is missing", where=self._server.shown_url, got=f"{found}",
+                expected=f"those of {self._yes[1]} and {self._no[1]}",
+                fix="start the server with --logprobs-mode processed_logprobs (vLLM)",
+            )  # fmt: skip
+        return p_of(yes - no)
+
+
+async def _first_done(tasks: set[_Task]) -> tuple[set[_Task], set[_Task]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
