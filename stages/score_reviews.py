@@ -14,7 +14,7 @@ from prefmill.stage import Metrics, Reads, Stage, Task
 class ScoreReviewsConfig(StrictConfig):
     """Which checklist to score with, by which engine."""
 
-    engine: EngineConfig = Field(LexicalConfig(), description="how items are answered: lexical, transformers or vllm")
+    engine: EngineConfig = Field(LexicalConfig(), description="how items are answered: lexical, or by a model")
     checklist: ExternalPath | None = Field(None, description="a checklist of yours; none: the shipped 24 items")
     debug: int | None = Field(None, ge=1, description="score the first so many reviews of each shard only")
     max_failed_share: float = runtime(0.0, ge=0, le=1, description="fail when more of the reviews cannot be scored")
@@ -22,6 +22,7 @@ class ScoreReviewsConfig(StrictConfig):
 
 def run(config: ScoreReviewsConfig, task: Task) -> Metrics:
     """Write `review_evaluations.jsonl`, `checklist.json`, `summary.json` and the lists of failed and cut reviews."""
+    from prefmill.checklist.calibration import read_temperature
     from prefmill.checklist.score import Scoring, choose_checklist, score_shard
 
     checklist = choose_checklist(config.checklist, task.optional_input("checklist"))
@@ -30,6 +31,7 @@ def run(config: ScoreReviewsConfig, task: Task) -> Metrics:
         open_engine=partial(open_engine, config.engine, checklist),
         debug=config.debug,
         max_failed_share=config.max_failed_share,
+        temperature=read_temperature(task.optional_input("calibration"), config.engine.model_dump(mode="json")),
     )
     return score_shard(task.input("corpus"), scoring, task)
 
@@ -43,6 +45,8 @@ STAGE = Stage(
     reads={
         "corpus": Reads("review_corpus", "ingest_reviews"),
         "checklist": Reads("checklist", "optimize_checklist", optional=True),
+        # Made from scores of this stage: it is given as a folder, since a pipeline has no stage twice.
+        "calibration": Reads("judge_quality", optional=True),
     },
 )
 

@@ -23,7 +23,7 @@ _EDGE = 5e-7  # half of the last decimal of a stored probability: 0 and 1 stand 
 _LOWEST, _HIGHEST = 0.02, 50.0
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _TOLERANCE = 1e-6  # of the logarithm of the temperature
-_JUDGE_KEYS = ("model_name_or_path", "model", "revision", "include_paper")
+_JUDGE_KEYS = ("model_name_or_path", "revision", "include_paper")
 Array = NDArray[np.float64]
 
 
@@ -55,10 +55,9 @@ def tempered(p_yes: Array, temperature: float) -> Array:
 
 def temper(outcome: Outcome, temperature: float) -> Outcome:
     """`outcome` with every p_yes tempered, to 6 decimals; its yes and no are those of the judge, untouched."""
-    answers = {
-        name: {**answer, "p_yes": round(float(tempered(np.array(answer["p_yes"]), temperature)), 6)}
-        for name, answer in outcome.answers.items()
-    }
+    answers = {name: answer.copy() for name, answer in outcome.answers.items()}
+    for answer in answers.values():
+        answer["p_yes"] = round(float(tempered(np.array(answer["p_yes"]), temperature)), 6)
     return replace(outcome, answers=answers)
 
 

@@ -1,4 +1,4 @@
-"""Scoring one shard of a review corpus: stream, skip what an earlier attempt did, journal, then write the payload."""
+"""Scoring a shard of a review corpus: skip what earlier attempts did, journal the rest, write the payload in order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from prefmill.artifacts import Artifact, write_atomic
+from prefmill.checklist.calibration import temper
 from prefmill.checklist.engines import Engine, Outcome
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.checklist.journal import Journal
@@ -29,12 +29,16 @@ PaperReviews = tuple[Paper, list[Review]]
 
 @dataclass(frozen=True)
 class Scoring:
-    """What to score with: `open_engine` is called only if a review is left to score."""
+    """What to score with: `open_engine` is called only if a review is left to score.
+
+    Every P(yes) is tempered with `temperature` where there is one; yes and no stay.
+    """
 
     checklist: Checklist
     open_engine: Callable[[], Engine]
     debug: int | None
     max_failed_share: float
+    temperature: float | None = None
 
 
 @dataclass
@@ -48,7 +52,6 @@ class Tally:
     p_yes_sum: float = 0.0
     yes: Counter[str] = field(default_factory=Counter)
     engine: str | None = None
-    last: tuple[str, str] | None = None
 
     @property
     def num_done(self) -> int:
@@ -57,7 +60,6 @@ class Tally:
 
     def add(self, row: Any, num_cut_tokens: int, failed: bool) -> None:
         """Count one outcome, given as its journal row."""
-        self.last = (row["paper_id"], row["review_id"])
         if failed:
             self.num_failed += 1
             return
@@ -80,23 +82,25 @@ def choose_checklist(path: Path | None, artifact: Artifact | None) -> Checklist:
 
 
 def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
-    """Score the shard's reviews in the corpus's order and write the payload; returns the counts.
+    """Score the shard's reviews and write the payload in the corpus's order; returns the counts.
 
-    Resumes behind the last review an interrupted attempt journaled. Raises InputError when the corpus has no
-    reviews, or as soon as more than `max_failed_share` of the reviews cannot be scored.
+    What an interrupted attempt journaled is not scored again. Raises InputError when the corpus has no reviews, or as
+    soon as more than `max_failed_share` of the reviews cannot be scored.
     """
     num_rows = _num_reviews(corpus)
     with Journal(task.work / _JOURNAL) as journal:
-        tally = Tally()
+        tally, done = Tally(), set()
         for entry in journal.entries():
-            tally.add(entry.row(), entry.num_cut_tokens, entry.failed)
+            row = entry.row()
+            tally.add(row, entry.num_cut_tokens, entry.failed)
+            done.add(_place(row))
         reviews = _in_shard(papers_with_reviews(corpus), task.shard)
         if scoring.debug is not None:
             reviews = _first(reviews, scoring.debug)
         upper_bound = min(num_rows, scoring.debug or num_rows)
-        _score_rest(_behind(reviews, tally), scoring, journal, tally, upper_bound, task)
+        _score_rest(_left(reviews, done), scoring, journal, tally, upper_bound, task)
         _require_few_failures(tally, scoring.max_failed_share, tally.num_done)
-        _write_rows(journal, task.output)
+        tally = _write_rows(journal, task.output)
     save_checklist(scoring.checklist, task.output / CHECKLIST)
     summary = _summary(tally, scoring, task.shard)
     write_atomic(task.output / SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -106,7 +110,7 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
 def _score_rest(
     reviews: Iterator[PaperReviews], scoring: Scoring, journal: Journal, tally: Tally, upper_bound: int, task: Task
 ) -> None:
-    """Score `reviews` and journal each outcome before the next is asked for."""
+    """Score `reviews` and journal each outcome as soon as it is there, whichever comes first."""
     from tqdm import tqdm
 
     expected = _expected(upper_bound, task.shard, scoring.debug)
@@ -130,9 +134,10 @@ def _outcomes(reviews: Iterator[PaperReviews], scoring: Scoring) -> Iterator[tup
     if first is None:
         return
     engine = scoring.open_engine()
-    for outcome in engine.score(_chain(first, reviews)):
+    for outcome in engine.score_as_done(_chain(first, reviews)):
         if outcome.failure is None:
-            yield outcome, engine.evaluation(outcome)
+            tempered = outcome if scoring.temperature is None else temper(outcome, scoring.temperature)
+            yield outcome, engine.evaluation(tempered)
         else:
             yield outcome, {"review_id": outcome.review_id, "paper_id": outcome.paper_id, "reason": outcome.failure}
 
@@ -155,15 +160,17 @@ def _first(papers: Iterator[PaperReviews], count: int) -> Iterator[PaperReviews]
             return
 
 
-def _behind(papers: Iterator[PaperReviews], tally: Tally) -> Iterator[PaperReviews]:
-    """What comes behind the reviews that were already scored; order is the same in every attempt."""
-    left = tally.num_done
+def _left(papers: Iterator[PaperReviews], done: set[tuple[str, str]]) -> Iterator[PaperReviews]:
+    """The reviews that no earlier attempt has done."""
     for paper, reviews in papers:
-        if 0 < left <= len(reviews):
-            assert tally.last == (paper["paper_id"], reviews[left - 1]["review_id"]), "the journal is of other reviews"
-        if left < len(reviews):
-            yield paper, list(islice(reviews, left, None))
-        left = max(0, left - len(reviews))
+        left = [review for review in reviews if _place(review) not in done]
+        if left:
+            yield paper, left
+
+
+def _place(row: Any) -> tuple[str, str]:
+    """Where a review stands: a corpus rises strictly by these."""
+    return row["paper_id"], row["review_id"]
 
 
 def _require_few_failures(tally: Tally, share: float, num_reviews: int, latest: Outcome | None = None) -> None:
@@ -178,19 +185,25 @@ def _require_few_failures(tally: Tally, share: float, num_reviews: int, latest: 
     )  # fmt: skip
 
 
-def _write_rows(journal: Journal, output: Path) -> None:
-    """The journal's entries as the payload's files, each all or nothing."""
+def _write_rows(journal: Journal, output: Path) -> Tally:
+    """The journal's entries as the payload's files, each all or nothing, and counted.
+
+    In the corpus's order, whatever order they were done in: files and sums come out the same to the last bit.
+    """
+    tally = Tally()
     with ExitStack() as stack:
         evaluations, failures, truncated = (
             stack.enter_context(JsonlWriter(output / name)) for name in (EVALUATIONS, FAILURES, TRUNCATED)
         )
-        for entry in journal.entries():
+        for entry in journal.ordered(_place):
+            row = entry.row()
+            tally.add(row, entry.num_cut_tokens, entry.failed)
             (failures if entry.failed else evaluations).write_line(entry.json.decode())
             if entry.num_cut_tokens:
-                row = entry.row()
                 truncated.write(
                     {**{key: row[key] for key in ("review_id", "paper_id")}, "num_cut_tokens": entry.num_cut_tokens}
                 )
+    return tally
 
 
 def _summary(tally: Tally, scoring: Scoring, shard: Shard) -> dict[str, Any]:
@@ -199,6 +212,7 @@ def _summary(tally: Tally, scoring: Scoring, shard: Shard) -> dict[str, Any]:
         "engine": tally.engine,
         "checklist": scoring.checklist.name,
         "shard": {"index": shard.index, "count": shard.count},
+        **({} if scoring.temperature is None else {"temperature": scoring.temperature}),
         "num_reviews": tally.num_done,
         "num_scored": tally.num_scored,
         "num_failed": tally.num_failed,

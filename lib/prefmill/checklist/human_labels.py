@@ -1,0 +1,80 @@
+"""People's answers to checklist items, from a CSV file: what a judge is held against."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefmill.config import nearest
+from prefmill.errors import InputError
+
+COLUMNS = ("review_id", "item_id", "label")
+_ANSWERS = {"yes": True, "1": True, "true": True, "no": False, "0": False, "false": False}
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a person answered to one item about one review."""
+
+    review_id: str
+    item_id: str
+    yes: bool
+
+
+def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collection[str]) -> list[Label]:
+    """The labels in a CSV file with the columns review_id, item_id and label (yes or no, 1 or 0, true or false).
+
+    Raises InputError naming the line of a missing column or value, an unknown review or item, a label that is neither
+    yes nor no, or an answer given twice; and where there is no label at all.
+    """
+    labels: dict[tuple[str, str], Label] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            columns = tuple(reader.fieldnames or ())
+            if absent := [name for name in COLUMNS if name not in columns]:
+                raise _error(path, 1, f"columns {', '.join(columns)}", f"name the column {absent[0]} in line 1")
+            for row in reader:
+                label = _label(row, f"{path}:{reader.line_num}", review_ids, item_ids)
+                key = (label.review_id, label.item_id)
+                if key in labels:
+                    raise _error(path, reader.line_num, f"{key[1]} of review {key[0]} again", "keep one answer to each")
+                labels[key] = label
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError("unreadable CSV", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
+    except FileNotFoundError:
+        raise InputError("no such file", where=path, fix="correct `labels`") from None
+    if not labels:
+        raise InputError("the file of labels holds none", where=path, fix="label some answers, or leave out `labels`")
+    return list(labels.values())
+
+
+def _label(row: dict[str, str | None], where: str, review_ids: Collection[str], item_ids: Collection[str]) -> Label:
+    values = {name: (row[name] or "").strip() for name in COLUMNS}
+    for name in COLUMNS:
+        if not values[name]:
+            raise InputError(
+                f"a label without its {name}", where=where, got=", ".join(f"{key}={values[key]!r}" for key in COLUMNS),
+                expected="a value in each column", fix="fill it in, or delete the line",
+            )  # fmt: skip
+    for name, known in (("review_id", review_ids), ("item_id", item_ids)):
+        if values[name] not in known:
+            hint = nearest(values[name], list(known)) if name == "item_id" else ""
+            raise InputError(
+                f"a label with an unknown {name}{hint}", where=where, got=values[name],
+                expected="a review of the corpus" if name == "review_id" else ", ".join(sorted(known)),
+                fix="correct it, or delete the line",
+            )  # fmt: skip
+    answer = _ANSWERS.get(values["label"].lower())
+    if answer is None:
+        raise InputError(
+            "a label that is neither yes nor no", where=where, got=values["label"],
+            expected="yes or no, 1 or 0, true or false", fix="correct it, or delete the line",
+        )  # fmt: skip
+    return Label(values["review_id"], values["item_id"], answer)
+
+
+def _error(path: Path, line: int, got: str, fix: str) -> InputError:
+    return InputError("unusable item labels", where=f"{path}:{line}", got=got, expected=", ".join(COLUMNS), fix=fix)
