@@ -43,6 +43,21 @@ def test_two_nodes_of_two_processes_meet(site: Site) -> None:
     assert metrics["metrics"]["ranks"] == 4
 
 
+def test_the_node_whose_gpu_fails_is_left_out_and_not_the_one_that_was_with_it(site: Site) -> None:
+    where = "stages.train.resources={nodes: 2, processes: 2}"
+    site.submit("train", "run=broken", "train.meet=true", "train.break_gpu_of_rank=3", where, cluster="heal")
+    site.wait(lambda: len(attempts(site, "broken")) == 2)
+    first, second = attempts(site, "broken")
+    (decision,) = rows(site.workspace / "logs" / "broken" / "submissions" / "decisions.jsonl")
+    assert (decision["kind"], decision["action"]) == ("gpu", "retry"), site.logs()
+    nodes = site.cluster.ask("sacct", "-XnP", "-o", "NodeList", "-j", decision["element"])
+    assert nodes == "n[1-2]\n"
+    assert decision["exclude"] == "n2" != first["node"]  # rank 3 was there; the batch script was on n1
+    again = (site.cluster.ask("sacct", "-XnP", "-o", "NodeList", "-j", decision["job"]) or "").strip()
+    assert "n2" not in (site.cluster.ask("scontrol", "show", "hostnames", again) or "n2").split()
+    assert second["outcome"] == "complete"
+
+
 def test_a_time_limit_saves_and_requeues_that_element_alone(site: Site) -> None:
     keys = ["train.steps=40", "train.step_seconds=1.0", "stages.train.array={shard: 3}"]
     site.submit("train", "run=limit", *keys)

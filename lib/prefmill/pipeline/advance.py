@@ -18,7 +18,7 @@ from prefmill.pipeline.batches import Batch, dependency
 from prefmill.pipeline.cluster import ClusterFile, Resources
 from prefmill.pipeline.decisions import AGAIN, CANCEL, RETRY, STOP, WAIT, Decisions, alone, show
 from prefmill.pipeline.elements import Tried, gather, has_room, newest
-from prefmill.pipeline.failures import POLICIES, Decision, Evidence, Failure, Means, classify, decide
+from prefmill.pipeline.failures import POLICIES, Decision, Evidence, Failure, Means, classify, decide, several
 from prefmill.pipeline.launch import ADVANCE, Say
 from prefmill.pipeline.notify import announce
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
@@ -152,7 +152,7 @@ def _decide(
 
 
 def _row(failure: Failure, decision: Decision) -> dict[str, object]:
-    node = failure.node if POLICIES[failure.kind].excludes_node and "[" not in failure.node else ""
+    node = failure.node if POLICIES[failure.kind].excludes_node and not several(failure.node) else ""
     values = {"kind": failure.kind, "why": failure.why, "source": failure.source, "signature": failure.signature}
     asked = {key: value for key, value in asdict(decision).items() if key not in ("action", "why") and value}
     return {**values, "node": failure.node, "exclude": node, "reason": decision.why, **asked}

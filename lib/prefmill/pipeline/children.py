@@ -25,7 +25,8 @@ from prefmill.stopping import clear_request, request_stop
 REQUEUED, TERMINATED = "requeued", "terminated"
 _POLL_SECONDS, _KILL_SECONDS, _TERM_SECONDS = 0.1, 3.0, 20.0
 _SAVING_SHARE = 0.85  # of the warning's time may pass before a training that is still saving is ended
-_EXIT_CODE = re.compile(r"exitcode\s*: (-?\d+)")  # how torchrun reports the process that failed first
+# How every node's torchrun reports the process that failed first there.
+_FIRST_FAILURE = re.compile(r"time\s*: (\S+)\s+host\s*: (\S+)\s+rank\s*: .*\s+exitcode\s*: (-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,10 @@ def _collect(folder: Path, code: int, warnings: Warnings, log: Path, offset: int
         return metrics
     if warnings.received and not failure:
         raise _interrupted(warnings, result)
-    exit_code = code if code < 0 else _first_exit_code(log, offset, code)
+    first, host = _first_failure(log, offset) or (code, failure.get("host"))
+    exit_code = code if code < 0 else first
     name = signal.Signals(-exit_code).name if exit_code < 0 else None
-    record = {"exit_code": exit_code, "signal": name, "kind": failure.get("kind", "ProcessEnded")}
+    record = {"exit_code": exit_code, "signal": name, "kind": failure.get("kind", "ProcessEnded"), "failed_on": host}
     if failure:
         raise AttemptError(failure["error"], record=record)
     raise AttemptError(
@@ -157,15 +159,21 @@ def _interrupted(warnings: Warnings, result: Mapping[str, Any]) -> AttemptError:
     return AttemptError(f"warned by {name}: {how}", state=state, record={"signal": name, "kind": state})
 
 
-def _first_exit_code(log: Path, offset: int, code: int) -> int:
-    """The exit code of the process that torchrun names as the first to fail; negative for a signal."""
+def _first_failure(log: Path, offset: int) -> tuple[int, str] | None:
+    """The exit code, negative for a signal, and the node of the process that failed first on any node.
+
+    The others fail of it: within the same second one that was killed comes before one that lost its peer.
+    """
     try:
         with log.open("rb") as stream:
             stream.seek(offset)
-            found = _EXIT_CODE.findall(stream.read().decode(errors="replace"))
+            found = _FIRST_FAILURE.findall(stream.read().decode(errors="replace"))
     except FileNotFoundError:
-        return code
-    return int(found[-1]) if found else code
+        return None
+    if not found:
+        return None
+    _, host, code = min(found, key=lambda item: (item[0], int(item[2]) >= 0))
+    return int(code), host
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -131,6 +131,11 @@ def decide(
     return Decision("retry", f"retry {len(charged) + 1} of {policy.retries}")
 
 
+def several(nodes: str) -> bool:
+    """Whether Slurm's text names more nodes than one: n[1-2], a1,b7."""
+    return bool(re.search(r"[\[,]", nodes))
+
+
 def signature(error: str) -> str:
     """The same for the same error, whatever the addresses, numbers and times in it."""
     last = [line.strip() for line in error.strip().splitlines() if line.strip()][-3:]
@@ -164,6 +169,7 @@ _SIGNATURES: Sequence[tuple[Kind, re.Pattern[str]]] = [
     ("nccl", re.compile(r"NCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|DistBackendError|"
                         r"Watchdog caught collective operation timeout")),
 ]  # fmt: skip
+_NAMED_NODE = re.compile(r"Node failure on ([\w.-]+)|srun: error: ([\w.-]+): task")
 _STATES: Mapping[str, Kind] = {
     "OUT_OF_MEMORY": "host_memory", "TIMEOUT": "time_limit", "DEADLINE": "time_limit", "NODE_FAIL": "node",
     "BOOT_FAIL": "node", "PREEMPTED": "preempted", "CANCELLED": "cancelled", "REVOKED": "cancelled",
@@ -233,10 +239,14 @@ def _by_traces(evidence: Evidence) -> Failure:
 
 
 def _node(evidence: Evidence) -> str:
-    for job in (evidence.account, evidence.queued):
-        if job is not None and job.node:
-            return job.node
-    return str(evidence.status.get("host", ""))
+    """The node that failed; of a job with several the one where it began, or all of them where nothing says which."""
+    nodes = next((job.node for job in (evidence.account, evidence.queued) if job is not None and job.node), "")
+    if nodes and not several(nodes):
+        return nodes
+    named = _NAMED_NODE.search(evidence.log)
+    culprit = str(evidence.status.get("failed_on") or (named and (named[1] or named[2])) or "")
+    short = culprit.partition(".")[0]  # Slurm's names are mostly without a domain
+    return (culprit if culprit in nodes.split(",") else short) or nodes or str(evidence.status.get("host", ""))
 
 
 def _first(error: str) -> str:

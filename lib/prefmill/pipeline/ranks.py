@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ def run_rank(path: Path) -> int:
         shown = (explain_os_error(error) if isinstance(error, OSError) else None) or error
         mendable = isinstance(shown, PrefmillError)
         text = str(shown) if mendable else traceback.format_exc()
-        _leave(path.with_name(FAILURE), {"kind": type(shown).__name__, "error": text}, anyone=True)
+        failure = {"kind": type(shown).__name__, "error": text, "host": socket.gethostname()}
+        _leave(path.with_name(FAILURE), failure, anyone=True)
         return EXIT_USER_ERROR if mendable else EXIT_BUG
     _leave(path.with_name(RESULT), {"metrics": metrics, "peak_gpu_memory_gb": _peak_gpu_memory_gb()})
     return 0

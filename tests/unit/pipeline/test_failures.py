@@ -61,6 +61,25 @@ def test_the_node_is_the_one_slurm_names() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("nodes", "status", "log", "node"),
+    [
+        ("n2", {"failed_on": "n9"}, "", "n2"),
+        ("n[1-2]", {"failed_on": "n2.cluster.example"}, "", "n2"),
+        ("a.b,c.d", {"failed_on": "c.d"}, "", "c.d"),
+        ("n[1-2]", {}, "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Terminated", "n2"),
+        ("n[1-2]", {}, "slurmctld: Node failure on n1", "n1"),
+        ("n[1-2]", {}, "", "n[1-2]"),  # nobody says which: none is excluded
+    ],
+)
+def test_of_several_nodes_the_one_where_it_began_is_found(
+    nodes: str, status: dict[str, str], log: str, node: str
+) -> None:
+    text = f"NVRM: Xid (PCI:0000:1b:00): 79\n{log}"
+    failure = classify(Evidence(failed("RuntimeError", "x") | status, text, JobState("FAILED", node=nodes)))
+    assert (failure.kind, failure.node) == ("gpu", node)
+
+
 def past(kind: str, times: int, **more: Any) -> list[dict[str, Any]]:
     return [{"kind": kind, "action": "retry", **more}] * times
 

@@ -84,11 +84,34 @@ def test_the_stages_own_explanation_is_passed_on(tmp_path: Path) -> None:
     assert caught.value.record["kind"] == "ConfigError"
 
 
-@pytest.mark.parametrize(("code", "log"), [(-9, ""), (1, "  exitcode  : -9 (pid: 41)\n")])
-def test_a_signal_is_named_also_beneath_torchrun(tmp_path: Path, code: int, log: str) -> None:
+def reported(second: int, host: str, code: int) -> str:
+    """A failure as torchrun's own formatter shows it."""
+    from string import Template
+
+    from torch.distributed.elastic.multiprocessing import errors
+
+    return Template(errors._FAILURE_FORMAT_TEMPLATE).substitute(
+        idx=0, time=f"2026-11-21_07:00:{second:02}", hostname=host, rank=3, local_rank=1, exitcode=code, pid=41,
+        signal_name="", error_file="<N/A>", message="",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "host"),
+    [
+        (-9, "", None),
+        (1, reported(5, "n1", -9), "n1"),
+        # Each node's torchrun tells of its own first failure: the one that lost its peer is not the one that failed.
+        (1, reported(5, "n2", -9) + reported(7, "n1", 1), "n2"),
+        (1, reported(7, "n1", 1) + reported(5, "n2", -9), "n2"),
+        (1, reported(5, "n1", 1) + reported(5, "n2", -9), "n2"),
+    ],
+)
+def test_a_signal_is_named_also_beneath_torchrun(tmp_path: Path, code: int, log: str, host: str | None) -> None:
     with pytest.raises(AttemptError, match="SIGKILL") as caught:
         collect(tmp_path, code, log=log)
-    assert caught.value.record == {"exit_code": -9, "signal": "SIGKILL", "kind": "ProcessEnded"}
+    record = {"exit_code": -9, "signal": "SIGKILL", "kind": "ProcessEnded", "failed_on": host}
+    assert caught.value.record == record
     assert caught.value.state == "failed"
 
 

@@ -10,6 +10,7 @@ class TrainConfig(StrictConfig):
     """`steps` of `step_seconds` each; `meet` has all ranks add up their numbers over gloo.
 
     Saved every `save_steps`, through `disk` where one is given; `eat_gb` of memory are held all the while.
+    The GPU of one rank breaks once, where `break_gpu_of_rank` says which.
     """
 
     steps: int = 10
@@ -19,6 +20,7 @@ class TrainConfig(StrictConfig):
     save_steps: int = runtime(1000)
     disk: str = runtime("")
     eat_gb: float = runtime(0.0)
+    break_gpu_of_rank: int = runtime(-1)
 
 
 def run(config: TrainConfig, task: Task) -> Metrics:
@@ -46,6 +48,9 @@ def run(config: TrainConfig, task: Task) -> Metrics:
         if stops:
             raise Stopped(f"saved at step {step}")
     del eaten
+    if os.environ.get("RANK") == str(config.break_gpu_of_rank) and not (task.logs / "broken").exists():
+        (task.logs / "broken").touch()
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
     total = _meet() if config.meet else 1
     if os.environ.get("RANK", "0") == "0":
         (task.output / "weights.txt").write_text(json.dumps({"steps": config.steps, "ranks": total}))
