@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ class CountingEngine(LexicalEngine):
                 (outcome,) = super().score([(paper, [review])])
                 failed = review["review_id"] in self.fails
                 yield dataclasses.replace(outcome, answers={}, failure="no answer") if failed else outcome
+
+
+class UnorderedEngine(CountingEngine):
+    """The same, done with five reviews at a time, the last first."""
+
+    def score_as_done(self, papers: Papers) -> Iterator[Outcome]:
+        outcomes = self.score(papers)
+        while window := list(islice(outcomes, 5)):
+            yield from reversed(window)
 
 
 @pytest.fixture
@@ -178,6 +188,30 @@ def test_resuming_repeats_nothing_but_the_torn_row(
         assert counting.opened == (num_kept < len(asked))  # no model is loaded when nothing is left
         assert contents(again) == expected
         shutil.rmtree(again.output)
+
+
+def test_whatever_is_done_first_is_kept_and_files_are_the_same(
+    tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordered = task_of(tmp_path / "ordered", corpus)
+    score(ordered)
+    kind = type("Unordered", (UnorderedEngine,), {"asked": []})
+    monkeypatch.setattr(stage, "open_engine", kind)
+    ids = [review["review_id"] for review in rows[1]]
+    task = task_of(tmp_path / "t", corpus)
+    score(task)
+    journal = task.work / "outcomes.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert contents(task) == contents(ordered)
+    for num_kept in (1, 3, 7, len(ids) - 1):
+        again = task_of(tmp_path / f"t{num_kept}", corpus)
+        (again.work / journal.name).write_bytes(b"".join(lines[:num_kept]))
+        kind.asked.clear()
+        score(again)
+        kept = [json.loads(line.split(b"\t")[1])["review_id"] for line in lines[:num_kept]]
+        assert kept != ids[:num_kept]
+        assert kind.asked == [name for name in ids if name not in kept]
+        assert contents(again) == contents(ordered)
 
 
 def test_garbage_behind_the_journal_is_discarded(

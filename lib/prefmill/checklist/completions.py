@@ -25,7 +25,7 @@ class RefusedError(Exception):
 
 @dataclass
 class Completions:
-    """Asks one server; `key` goes into no message. `giving_up` makes the attempts under way the last ones."""
+    """Asks the server at `url`; `key` goes into no message. `giving_up` makes the attempts under way the last ones."""
 
     url: str
     key: str | None = field(repr=False)
@@ -37,7 +37,7 @@ class Completions:
     def from_environment(cls, config: OpenAIConfig) -> Completions:
         """The server whose URL and key are in the variables that `config` names; no key is sent where there is none.
 
-        Raises ConfigError where the URL's variable is not set or holds no URL.
+        Raises ConfigError where the URL's variable is not set or holds no URL, or one with a secret in it.
         """
         url = os.environ.get(config.base_url_env, "").rstrip("/")
         if not url.startswith(("http://", "https://")):
@@ -45,6 +45,11 @@ class Completions:
                 "no server to score with", got=f"{config.base_url_env} is {'no URL' if url else 'not set'}",
                 expected="http://HOST:PORT/v1 or https://HOST/v1",
                 fix=f"set {config.base_url_env} where the stage runs, or name another variable in engine.base_url_env",
+            )  # fmt: skip
+        if set("@?#") & set(url):  # httpx logs URLs
+            raise ConfigError(
+                "the server's URL holds more than its address", got=f"a user or query in {config.base_url_env}",
+                expected="http://HOST:PORT/v1 or https://HOST/v1", fix=f"give the key in {config.api_key_env}",
             )  # fmt: skip
         return cls(url, os.environ.get(config.api_key_env) or None, config)
 
@@ -97,13 +102,13 @@ class Completions:
         status, said = response.status_code, self._said(response)
         if status in (401, 403):
             raise ConfigError(
-                "the server refuses the key", where=self.shown_url, got=said,
+                "the server refuses the key", where=self.url, got=said,
                 expected=f"its key in {self.config.api_key_env}, which is {'set' if self.key else 'not set'}",
                 fix=f"set {self.config.api_key_env} where the stage runs, or name another in engine.api_key_env",
             )  # fmt: skip
         if status == 404 or 300 <= status < 400:
             raise ConfigError(
-                "the server has nothing at this address", where=self.shown_url, got=said,
+                "the server has nothing at this address", where=self.url, got=said,
                 expected="OpenAI's /models and /completions below the URL",
                 fix=f"correct {self.config.base_url_env} (it usually ends in /v1)",
             )  # fmt: skip
@@ -114,13 +119,8 @@ class Completions:
         except ValueError:
             content = None
         if not isinstance(content, dict):
-            raise InputError("the server did not answer with JSON", where=self.shown_url, got=said)
+            raise InputError("the server did not answer with JSON", where=self.url, got=said)
         return content
-
-    @property
-    def shown_url(self) -> str:
-        """The URL without the user and password that may stand in it."""
-        return str(httpx.URL(self.url).copy_with(username=None, password=None))
 
     def _said(self, response: httpx.Response) -> str:
         """The status and the start of what the server said, on one line and without the key."""
@@ -140,7 +140,7 @@ class Completions:
 
     def _unreachable(self, trouble: str, attempts: int) -> PrefmillError:
         return PrefmillError(
-            "the server did not answer", where=self.shown_url, got=f"{trouble} (attempt {attempts})",
+            "the server did not answer", where=self.url, got=f"{trouble} (attempt {attempts})",
             expected=f"an answer within {self.config.num_retries + 1} attempts (engine.num_retries)",
             fix="look at the server's log, start it again and rerun: what is scored is kept",
         )  # fmt: skip

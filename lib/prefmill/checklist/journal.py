@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +46,17 @@ class Journal(AbstractContextManager["Journal"]):
         """Every entry, from the first."""
         with self._path.open("rb") as stream:
             yield from map(_entry, stream)
+
+    def ordered(self, key: Callable[[Any], Any]) -> Iterator[Entry]:
+        """Every entry, by the key of its row; only keys are held in memory."""
+        with self._path.open("rb") as stream:
+            places, start = [], 0
+            for line in stream:
+                places.append((key(_entry(line).row()), start))
+                start += len(line)
+            for _, place in sorted(places):
+                stream.seek(place)
+                yield _entry(stream.readline())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

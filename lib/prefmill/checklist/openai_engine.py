@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefmill.causal.loading import load_tokenizer
 from prefmill.checklist.completions import Completions, RefusedError
-from prefmill.checklist.engines import Engine, OpenAIConfig, Outcome
+from prefmill.checklist.engines import OpenAIConfig, Outcome
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, Request, in_order, longest_prompt, p_of
+from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of
 from prefmill.checklist.prompts import Prompts
 from prefmill.errors import ConfigError, InputError, PrefmillError
 from prefmill.records import Paper, Review
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _Task = asyncio.Task[tuple[int, Outcome]]
 
 
-class OpenAIEngine(Engine):
+class OpenAIEngine(ConcurrentEngine):
     """Asks every item of a review in one request of many prompts, so that a review is answered as a whole or not.
 
     Prompts are token ids made here: a server that applied its chat template to text would read a marker in a hostile
@@ -52,14 +52,6 @@ class OpenAIEngine(Engine):
         self._yes, self._no = ((ids[0], tokenizer.decode([ids[0]])) for ids in (answers.yes, answers.no))
         self._fit = Fit(self.prompts, longest_prompt(self._context(), config.max_length), config.truncate_reviews)
 
-    def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
-        """The answers to every review, in the order given; raises PrefmillError when the server stays away."""
-        return in_order(self._numbered(papers))
-
-    def score_as_done(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
-        """The same in the order in which the server answers; what it still answers comes before the error."""
-        return (outcome for _, outcome in self._numbered(papers))
-
     @property
     def cache_hit_rate(self) -> float | None:
         """As the server tells it, rather too low than too high; None where it does not (vLLM: see the stage's page)."""
@@ -71,15 +63,15 @@ class OpenAIEngine(Engine):
         found = {model.get("id"): model for model in models or [] if isinstance(model, dict)}
         if self._model not in found:
             raise ConfigError(
-                "the server does not serve this model", where=self._server.shown_url, got=self._model,
+                "the server does not serve this model", where=self._server.url, got=self._model,
                 expected=", ".join(map(str, found)) or "the name of a model it serves",
                 fix="set engine.served_model_name to the server's name for the model in engine.model_name_or_path",
             )  # fmt: skip
         longest = found[self._model].get("max_model_len")
         return longest - 1 if isinstance(longest, int) else None  # the answer's token has its place too
 
-    def _numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[tuple[int, Outcome]]:
-        """Outcomes as they come, each with its place in the order given."""
+    def numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Generator[tuple[int, Outcome], None, None]:
+        """Outcomes as the server answers. What it still answers comes before the PrefmillError of its trouble."""
         rest = enumerate(self._fit.requests(papers))
         waiting: set[_Task] = set()
         failure: PrefmillError | None = None
@@ -142,7 +134,7 @@ class OpenAIEngine(Engine):
         sent = sum(lengths)
         if usage.get("prompt_tokens", sent) != sent:
             raise InputError(
-                "the server read other prompts than were sent", where=self._server.shown_url,
+                "the server read other prompts than were sent", where=self._server.url,
                 got=f"{usage['prompt_tokens']} tokens", expected=f"{sent} tokens",
                 fix="use a server that takes token ids as they are, as vLLM does",
             )  # fmt: skip
@@ -159,7 +151,7 @@ class OpenAIEngine(Engine):
         by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, dict)}
         if by_index.keys() != set(range(num_prompts)):
             raise InputError(
-                "the server did not answer every prompt", where=self._server.shown_url, got=f"{len(choices)} answers",
+                "the server did not answer every prompt", where=self._server.url, got=f"{len(choices)} answers",
                 expected=f"{num_prompts} answers", fix="use a server that takes a list of prompts, as vLLM does",
             )  # fmt: skip
         return [self._p_yes(by_index[index]) for index in range(num_prompts)]
@@ -167,7 +159,7 @@ class OpenAIEngine(Engine):
     def _p_yes(self, choice: dict[str, Any]) -> float:
         if choice.get("text") not in (self._yes[1], self._no[1]):
             raise InputError(
-                "the server answered something else than was allowed", where=self._server.shown_url,
+                "the server answered something else than was allowed", where=self._server.url,
                 got=repr(choice.get("text")), expected=f"{self._yes[1]} or {self._no[1]}",
                 fix="engine.model_name_or_path must be the served model, and the server must know allowed_token_ids",
             )  # fmt: skip
@@ -175,7 +167,7 @@ class OpenAIEngine(Engine):
         yes, no = (found.get(f"token_id:{index}", found.get(text)) for index, text in (self._yes, self._no))
         if not (isinstance(yes, int | float) and isinstance(no, int | float) and math.isfinite(yes - no)):
             raise InputError(
-                "an answer's log-probability is missing", where=self._server.shown_url, got=f"{found}",
+                "an answer's log-probability is missing", where=self._server.url, got=f"{found}",
                 expected=f"those of {self._yes[1]} and {self._no[1]}",
                 fix="start the server with --logprobs-mode processed_logprobs (vLLM)",
             )  # fmt: skip

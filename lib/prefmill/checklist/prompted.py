@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
-from prefmill.checklist.engines import Outcome
+from prefmill.checklist.engines import Engine, Outcome
 from prefmill.checklist.prompts import Prompts, TokenIds
 from prefmill.errors import ConfigError
 from prefmill.records import Answer, Paper, Review
@@ -68,6 +70,24 @@ class Fit:
         return 10**9 if self.max_length is None else self.max_length - len(shared) - question
 
 
+class ConcurrentEngine(Engine):
+    """An engine that asks about several reviews at a time and is done with them in any order."""
+
+    @abstractmethod
+    def numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Generator[tuple[int, Outcome], None, None]:
+        """Outcomes as soon as they are there, each with its number, from 0 in the order given."""
+
+    def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+        """The answers to every review, in the order given."""
+        with closing(self.numbered(papers)) as outcomes:
+            yield from _in_order(outcomes)
+
+    def score_as_done(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+        """The same in the order in which they are done."""
+        with closing(self.numbered(papers)) as outcomes:
+            yield from (outcome for _, outcome in outcomes)
+
+
 def longest_prompt(context: int | None, wanted: int | None) -> int | None:
     """The configured limit, else the model's context; raises ConfigError where the one exceeds the other."""
     if wanted is not None and context is not None and wanted > context:
@@ -78,7 +98,7 @@ def longest_prompt(context: int | None, wanted: int | None) -> int | None:
     return context if wanted is None else wanted
 
 
-def in_order(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[Outcome]:
+def _in_order(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[Outcome]:
     """Outcomes numbered from 0, which come as they are done, in the order of their numbers."""
     early: dict[int, Outcome] = {}
     due = 0

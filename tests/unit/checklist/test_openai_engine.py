@@ -1,0 +1,263 @@
+"""The openai engine's manners: what is retried, what is an error, whose failure it is, and a key that stays hidden."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.checklist import completions
+from prefmill.checklist.engines import OpenAIConfig as Config
+from prefmill.checklist.engines import Outcome, TransformersConfig, open_engine
+from prefmill.checklist.items import load_checklist
+from prefmill.config import identity
+from prefmill.errors import ConfigError, InputError, PrefmillError
+from tests.loopback import Loopback, Reply, serving
+
+CHECKLIST = load_checklist()
+KEY = "sk-very-secret-0815"
+PAPER: Any = {"paper_id": "p0", "title": "Sparse masks", "abstract": "We study masks.", "text": ""}
+
+
+def reviews(texts: list[str]) -> list[Any]:
+    return [{"review_id": f"r{n}", "paper_id": "p0", "text": text} for n, text in enumerate(texts)]
+
+
+def reply(status: int, content: Any, **headers: str) -> Reply:
+    return status, headers, json.dumps(content).encode()
+
+
+class Judge:
+    """Answers as a completions server does, with log-odds that follow from a prompt's tokens; `trouble` comes first."""
+
+    def __init__(self) -> None:
+        self.trouble: list[Reply | None] = []
+        self.max_model_len: int | None = 1500
+        self.change = lambda content: content
+        self.bodies: list[dict[str, Any]] = []
+
+    def __call__(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Reply | None:
+        if method == "GET":
+            return reply(200, {"data": [{"id": "judge", "max_model_len": self.max_model_len}, {"id": "other"}]})
+        if self.trouble:
+            return self.trouble.pop(0)
+        asked = json.loads(body)
+        self.bodies.append(asked)
+        yes, no = asked["allowed_token_ids"]
+        choices = [
+            {
+                "index": index,
+                "text": "Yes",
+                "logprobs": {"top_logprobs": [{f"token_id:{yes}": -1.0, f"token_id:{no}": -1.0 - sum(ids) % 97 / 40}]},
+            }
+            for index, ids in enumerate(asked["prompt"])
+        ]
+        tokens = {"prompt_tokens": sum(map(len, asked["prompt"]))}
+        return reply(200, self.change({"choices": choices[::-1], "usage": tokens}))
+
+
+@pytest.fixture
+def judge() -> Judge:
+    return Judge()
+
+
+@pytest.fixture
+def server(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
+    with serving(judge) as loopback:
+        monkeypatch.setenv("OPENAI_BASE_URL", loopback.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield loopback
+
+
+def engine(model: Path, **settings: Any) -> Any:
+    settings = {"served_model_name": "judge", "num_retries": 2, "reviews_in_flight": 3, **settings}
+    return open_engine(Config(model_name_or_path=str(model), **settings), CHECKLIST)
+
+
+def p_yes(outcomes: list[Outcome]) -> list[list[float]]:
+    return [[answer["p_yes"] for answer in outcome.answers.values()] for outcome in outcomes]
+
+
+def test_prompts_are_those_of_the_transformers_engine(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
+) -> None:
+    ours = engine(tiny_judge, include_paper="title_abstract")
+    found = list(ours.score([(PAPER, reviews(corpus_texts[:5]))]))
+    assert [outcome.review_id for outcome in found] == [f"r{n}" for n in range(5)]
+    prompts = open_engine(
+        TransformersConfig(model_name_or_path=str(tiny_judge), include_paper="title_abstract"), CHECKLIST
+    ).prompts  # type: ignore[attr-defined]
+    expected = [
+        [[*prompts.shared(PAPER), *prompts.foreign(text), *question] for question in prompts.questions]
+        for text in corpus_texts[:5]
+    ]
+    assert sorted(body["prompt"] for body in judge.bodies) == sorted(expected)
+    assert all((body["max_tokens"], body["temperature"], body["model"]) == (1, 0, "judge") for body in judge.bodies)
+    assert ours.num_requests == 5 * 24
+    assert ours.cache_hit_rate is None  # this server does not tell
+    assert server.authorizations == {f"Bearer {KEY}"}
+
+
+def test_passing_trouble_is_retried_and_forgotten(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
+) -> None:
+    work = [(PAPER, reviews(corpus_texts[:4]))]
+    expected = p_yes(list(engine(tiny_judge).score(work)))
+    now = {"Retry-After": "0"}
+    judge.trouble = [reply(503, {}, **now), reply(429, {}, **now), None, reply(500, "boom", **now)]
+    assert p_yes(list(engine(tiny_judge).score(work))) == expected
+    assert sum(server.asked.values()) == 4 + 4 + 4
+
+
+def test_waits_grow_and_the_server_may_ask_for_one(monkeypatch: pytest.MonkeyPatch, tiny_judge: Path) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(completions.asyncio, "sleep", sleep)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")  # nobody listens there
+    with pytest.raises(PrefmillError, match=r"the server did not answer[\s\S]*ConnectError[\s\S]*attempt 9"):
+        engine(tiny_judge, num_retries=8)
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+    asks = iter([reply(429, {}, **{"Retry-After": "7"})] * 2)
+    with serving(lambda *_: next(asks)) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        waits.clear()
+        with pytest.raises(PrefmillError, match="429"):
+            engine(tiny_judge, num_retries=1)
+    assert waits == [7]
+
+
+def test_what_was_still_answered_comes_before_the_error(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
+) -> None:
+    ours = engine(tiny_judge, num_retries=0, reviews_in_flight=4)
+    judge.trouble = [reply(500, "boom")]
+    found = []
+    with pytest.raises(PrefmillError, match=r"the server did not answer[\s\S]*500") as error:  # noqa: PT012
+        for outcome in ours.score_as_done([(PAPER, reviews(corpus_texts[:12]))]):
+            found.append(outcome.review_id)
+    assert not isinstance(error.value, InputError | ConfigError)
+    assert len(found) == sum(server.answered.values()) == len(set(found)) > 0
+    assert all(outcome.failure is None for outcome in ours.score([(PAPER, reviews(corpus_texts[:4]))]))
+
+
+def test_a_request_the_server_refuses_fails_alone(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
+) -> None:
+    judge.trouble = [reply(400, {"message": "too long, says " + KEY})]
+    found = list(engine(tiny_judge, reviews_in_flight=1).score([(PAPER, reviews(corpus_texts[:3]))]))
+    assert [outcome.failure is None for outcome in found] == [False, True, True]
+    assert "400" in (found[0].failure or "")
+    assert KEY not in str(found)
+
+
+def test_a_review_too_long_for_the_servers_model_is_not_sent(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
+) -> None:
+    judge.max_model_len = 300
+    (outcome,) = engine(tiny_judge).score([(PAPER, reviews([" ".join(corpus_texts)]))])
+    assert "of 299 beside" in (outcome.failure or "")
+    assert not server.asked
+    cut = engine(tiny_judge, truncate_reviews=True)
+    (outcome,) = cut.score([(PAPER, reviews([" ".join(corpus_texts)]))])
+    assert outcome.num_cut_tokens > 0
+    assert max(len(ids) for ids in judge.bodies[0]["prompt"]) == 299
+
+
+def without(index: int) -> Any:
+    def change(content: Any) -> Any:
+        logprobs = content["choices"][-1]["logprobs"]["top_logprobs"][0]
+        del logprobs[list(logprobs)[index]]
+        return content
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(0), "log-probability is missing"),
+        (without(1), "log-probability is missing"),
+        (lambda content: {**content, "choices": content["choices"][1:]}, "did not answer every prompt"),
+        (lambda content: {**content, "usage": {"prompt_tokens": 5}}, "read other prompts than were sent"),
+        (
+            lambda content: {**content, "choices": [{**c, "text": " the"} for c in content["choices"]]},
+            "than was allowed",
+        ),
+        (lambda content: {**content, "choices": [{**c, "logprobs": None} for c in content["choices"]]}, "is missing"),
+        (lambda content: [], "did not answer with JSON"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_an_error(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str], change: Any, message: str
+) -> None:
+    judge.change = change
+    with pytest.raises(InputError, match=message):
+        list(engine(tiny_judge).score([(PAPER, reviews(corpus_texts[:1]))]))
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (reply(401, {"error": KEY}), r"refuses the key[\s\S]*OPENAI_API_KEY, which is set"),
+        (reply(404, {}), "nothing at this address"),
+        (reply(302, {}, Location="http://127.0.0.1:9/"), "nothing at this address"),
+    ],
+)
+def test_what_no_retry_mends_stops_at_once(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str], first: Reply, message: str
+) -> None:
+    ours = engine(tiny_judge)
+    judge.trouble = [first]
+    with pytest.raises(ConfigError, match=message) as error:
+        list(ours.score([(PAPER, reviews(corpus_texts[:1]))]))
+    assert KEY not in str(error.value)
+    assert sum(server.asked.values()) == 1
+
+
+def test_settings_are_explained(
+    server: Loopback, tiny_judge: Path, spelling_judge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"does not serve this model[\s\S]*judge, other"):
+        engine(tiny_judge, served_model_name="another")
+    with pytest.raises(InputError, match="in several tokens"):
+        engine(spelling_judge)
+    with pytest.raises(ConfigError, match="max_length exceeds"):
+        engine(tiny_judge, max_length=1500)
+    with pytest.raises(ConfigError, match="ELSEWHERE is not set"):
+        engine(tiny_judge, base_url_env="ELSEWHERE")
+    for secret in (f"http://user:{KEY}@127.0.0.1/v1", f"http://127.0.0.1/v1?key={KEY}"):
+        monkeypatch.setenv("ELSEWHERE", secret)
+        with pytest.raises(ConfigError, match="holds more than its address") as error:
+            engine(tiny_judge, base_url_env="ELSEWHERE")
+        assert KEY not in str(error.value)
+    monkeypatch.setenv("ELSEWHERE", "localhost:8000")
+    with pytest.raises(ConfigError, match="ELSEWHERE is no URL"):
+        engine(tiny_judge, base_url_env="ELSEWHERE")
+
+
+def test_the_key_stands_in_no_message(
+    judge: Judge, tiny_judge: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with caplog.at_level(logging.DEBUG), serving(judge) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        ours = engine(tiny_judge, num_retries=1)
+        judge.trouble = [reply(500, {"echo": KEY})] * 2
+        with pytest.raises(PrefmillError) as error:
+            list(ours.score([(PAPER, reviews(["Fine."]))]))
+        shown = f"{error.value} {error.value.__cause__} {ours._server}"
+    assert "has trouble" in caplog.text
+    assert KEY not in shown + caplog.text
+
+
+def test_where_the_server_is_does_not_make_other_scores() -> None:
+    here = Config(model_name_or_path="m", base_url_env="A", api_key_env="B", reviews_in_flight=1, num_retries=0)
+    assert identity(here) == identity(Config(model_name_or_path="m"))
+    assert identity(here) != identity(Config(model_name_or_path="n"))
