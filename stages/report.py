@@ -81,6 +81,7 @@ def _report_reviews(config: ReportConfig, task: Task) -> Metrics:
         datasets=task.optional_input("datasets"),
         validation=task.optional_input("validation"),
         checkpoints=(*task.inputs.get("sft", ()), *task.inputs.get("dpo", ())),
+        quality=task.inputs.get("quality", ()),
     )
     resampling = Resampling(config.num_resamples, config.seed, config.confidence)
     report = build_report(inputs, config.title or task.run, resampling, config.num_examples)
@@ -103,6 +104,7 @@ STAGE = Stage(
         "corpus": Reads("review_corpus", "ingest_reviews", optional=True),
         "datasets": Reads("preference_datasets", "build_datasets", optional=True),
         "validation": Reads("validation", "validate_datasets", optional=True),
+        "quality": Reads("judge_quality", "judge_quality", match="all", optional=True),
         "sft": Reads("checkpoint", "sft", match="all", optional=True),
         "dpo": Reads("checkpoint", "dpo", match="all", optional=True),
         "images": Reads("image_evaluation", "evaluate_images", match="all", optional=True),

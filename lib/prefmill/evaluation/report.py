@@ -19,6 +19,7 @@ from prefmill.evaluation.charts import key_marker, series_class
 from prefmill.evaluation.comparison import compare, model_order
 from prefmill.evaluation.examples import choose_papers, read_examples
 from prefmill.evaluation.graph import lineage_graph
+from prefmill.evaluation.judge_section import judge_section
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.evaluation.metrics import MEASURES
 from prefmill.evaluation.optimisation import optimisation_section
@@ -38,10 +39,11 @@ class ReportInputs:
     datasets: Artifact | None
     validation: Artifact | None
     checkpoints: Sequence[Artifact]
+    quality: Sequence[Artifact] = ()
 
     def all(self) -> list[Artifact]:
         """Every artifact given."""
-        given = [self.corpus, self.datasets, self.validation, *self.checkpoints, *self.evaluations]
+        given = [self.corpus, self.datasets, self.validation, *self.checkpoints, *self.quality, *self.evaluations]
         return [item for item in given if item is not None]
 
 
@@ -93,6 +95,7 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
         data=background.data_section(inputs.corpus, inputs.datasets),
         validation=validation,
         optimisation=optimisation_section(artifacts),
+        judge=judge_section(artifacts),
         lineage=lineage,
         graph=lineage_graph(lineage["levels"], lineage["edges"]),
         absent=_absent(inputs),
