@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
+from prefmill.causal.image_limits import ImageLimits
 from prefmill.causal.loading import Precision
 from prefmill.checklist.engines import EngineConfig, LexicalConfig, open_engine
-from prefmill.config import ExternalPath, StrictConfig
+from prefmill.config import ExternalPath
 from prefmill.errors import ConfigError
+from prefmill.evaluation.generators import GenerationEngine, TransformersGeneration
 from prefmill.evaluation.rows import HUMAN
 from prefmill.records import Modality
 from prefmill.stage import Metrics, Reads, Stage, Task
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 TRAINED = ("sft", "dpo")
 
 
-class EvaluateConfig(StrictConfig):
+class EvaluateConfig(ImageLimits):
     """Which model to evaluate, how it writes and how its reviews are judged."""
 
     model: str = Field(
@@ -41,6 +43,7 @@ class EvaluateConfig(StrictConfig):
     temperature: float = Field(0.7, ge=0, description="0 takes the likeliest token")
     top_p: float = Field(0.95, gt=0, le=1, description="draw from the smallest set of tokens with this mass")
     batch_size: int = Field(8, ge=1, description="reviews generated together")
+    generation: GenerationEngine = Field(TransformersGeneration(), description="what writes: transformers or vllm")
     seed: int = Field(0, description="of the papers drawn and of the tokens")
     engine: EngineConfig = Field(LexicalConfig(), description="the checklist engine; see score_reviews")
     checklist: ExternalPath | None = Field(None, description="as in score_reviews; none: the shipped 24 items")
@@ -48,8 +51,8 @@ class EvaluateConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _can_generate(self) -> Self:
-        if self.modality != "clean" and self.model != HUMAN:
-            raise ValueError("reviews are generated from text only so far: set modality to clean")
+        if self.modality != "clean" and self.model != HUMAN and self.generation.engine == "vllm":
+            raise ValueError(f"vllm writes from text alone: set generation.engine to transformers for {self.modality}")
         return self
 
 
@@ -60,7 +63,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     from prefmill.evaluation.lineage import check_training
     from prefmill.evaluation.record import write_evaluation
 
-    held_out = read_held_out(task.input("corpus"), config.num_papers, config.seed)
+    held_out = read_held_out(task.input("corpus"), config.num_papers, config.seed, config.modality)
     training = check_training(task.optional_input("checkpoint"), held_out.papers, task.output)
     is_human = config.model == HUMAN
     generations = human_generations(held_out) if is_human else _write_reviews(config, task, held_out)
@@ -70,6 +73,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     heading = {
         "model": config.model,
         "modality": config.modality,
+        "generated_with": None if is_human else config.generation.engine,
         "engine": engine.name,
         "training": training,
         "num_papers_left_out": len(held_out.papers) - len({row["paper_id"] for row in generations}),
@@ -92,10 +96,13 @@ def _write_reviews(config: EvaluateConfig, task: Task, held_out: HeldOut) -> lis
     )
     writing = Writing(
         modality=config.modality,
+        images=task.input("corpus").path,
+        limits=ImageLimits(min_pixels=config.min_pixels, max_pixels=config.max_pixels),
         samples_per_paper=config.samples_per_paper,
         max_prompt_tokens=config.max_prompt_tokens,
         batch_size=config.batch_size,
         sampling=Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
+        generation=config.generation,
     )
     return write_reviews(source, held_out.papers, writing, task.work, task.progress)
 

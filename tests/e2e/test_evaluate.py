@@ -148,7 +148,7 @@ def _wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
 
 
 def test_human_reviews_are_a_reference_point_without_a_model(corpus: Artifact, tmp_path: Path) -> None:
-    metrics = evaluate(corpus, folder_of(tmp_path, "human"), model="human", modality="vision")
+    metrics = evaluate(corpus, folder_of(tmp_path, "human"), model="human")
     reviews = {row["paper_id"]: row for row in read_jsonl(corpus.file("reviews.jsonl"))}
     rows = list(read_jsonl(folder_of(tmp_path, "human") / "generations.jsonl"))
     assert {row["paper_id"] for row in rows} <= set(reviews)
@@ -209,7 +209,8 @@ def _prompt_lengths(corpus: Artifact, base: Artifact) -> list[int]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model": "base", "modality": "vision"}, "text only so far"),
+        ({"model": "base", "modality": "vision", "generation": {"engine": "vllm"}}, "vllm writes from text alone"),
+        ({"model": "base", "generation": {"engine": "vlm"}}, "generation"),
         ({"model": "a/b"}, "model = 'a/b'"),
         ({"model": "base", "temprature": 1.0}, r"unknown key \(did you mean 'temperature'"),
         ({"model": "base", "top_p": 0.0}, "top_p"),

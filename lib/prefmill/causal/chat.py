@@ -17,6 +17,12 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     return text
 
 
+def image_paths(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The images that stand in `messages` as parts, in their order."""
+    return [part["path"] for turn in messages if isinstance(turn["content"], list)
+            for part in turn["content"] if part["type"] == "image"]  # fmt: skip
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], answer: str
 ) -> tuple[list[int], list[int]]:

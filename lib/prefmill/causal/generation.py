@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from prefmill.blocks import Progress, resumable_blocks, silent
+from prefmill.causal.chat import image_paths, prompt_text
 from prefmill.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from prefmill.causal.vision import ImageReader
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to generate: `key` (here a paper) and `sample` name its random stream; the prompt as token ids."""
+    """One sample to generate: `key` (here a paper) and `sample` name its random stream; the prompt as token ids.
+
+    `images` are the files of its images, in the order of their tokens.
+    """
 
     key: str
     sample: int
     prompt_ids: tuple[int, ...]
+    images: tuple[str, ...] = ()
 
 
 class Completion(TypedDict):
@@ -49,20 +56,29 @@ class Completion(TypedDict):
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, chats: Mapping[str, Sequence[Mapping[str, Any]]], num_samples: int
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Mapping[str, Sequence[Mapping[str, Any]]],
+    num_samples: int,
+    reader: ImageReader | None = None,
 ) -> list[Request]:
-    """The requests for `num_samples` answers to each chat, by the tokenizer's chat template."""
+    """The requests for `num_samples` answers to each chat, by the tokenizer's chat template.
+
+    Chats with images need the model's `reader`; see `vision.with_images`.
+    """
     requests = []
     for key, messages in chats.items():
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the special tokens
-        requests += [Request(key, sample, ids) for sample in range(num_samples)]
+        if reader is not None:
+            ids, images = tuple(reader.encode_prompt(messages)), tuple(image_paths(messages))
+        else:  # the template wrote the special tokens
+            text = prompt_text(tokenizer, messages)
+            ids, images = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), ()
+        requests += [Request(key, sample, ids, images) for sample in range(num_samples)]
     return requests
 
 
-def max_prompt_tokens(model: PreTrainedModel, max_new_tokens: int) -> int | None:
+def max_prompt_tokens(config: PreTrainedConfig, max_new_tokens: int) -> int | None:
     """The longest prompt that leaves room for the answer; None where the model states no limit."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return None
     if context <= max_new_tokens:
@@ -90,18 +106,20 @@ def generate_reviews(
     batch_size: int,
     folder: Path,
     progress: Progress = silent,
+    reader: ImageReader | None = None,
 ) -> dict[tuple[str, int], Completion]:
     """A completion for every request, by (key, sample); finished batches are kept in `folder` to resume from.
 
-    In float32 a completion does not depend on the batch size but for rounding; at a lower precision padding moves
-    logits by enough to change a token now and then.
+    `reader` reads the images of requests that have any. In float32 a completion does not depend on the batch size but
+    for rounding; at a lower precision padding moves logits by enough to change a token now and then.
     """
     from tqdm import tqdm
 
     batches = plan_batches(requests, batch_size)
     blocks = resumable_blocks(
-        folder, "generated", len(batches), lambda index: generate_batch(model, tokenizer, batches[index], sampling)
-    )
+        folder, "generated", len(batches),
+        lambda index: generate_batch(model, tokenizer, batches[index], sampling, reader),
+    )  # fmt: skip
     completions: dict[tuple[str, int], Completion] = {}
     with tqdm(total=len(requests), desc="generate", unit="review") as bar:
         for block in blocks:
@@ -112,27 +130,33 @@ def generate_reviews(
 
 
 def generate_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Request], sampling: Sampling
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Request],
+    sampling: Sampling,
+    reader: ImageReader | None = None,
 ) -> list[Completion]:
     """The completions of one left-padded batch, in its order."""
     import torch
 
-    end_ids = _end_token_ids(model, tokenizer)
+    end_ids = end_token_ids(model.generation_config, tokenizer)
     length = max(len(request.prompt_ids) for request in batch)
     assert tokenizer.pad_token_id is not None
     padded = [[tokenizer.pad_token_id] * (length - len(item.prompt_ids)) + [*item.prompt_ids] for item in batch]
     mask = [[0] * (length - len(item.prompt_ids)) + [1] * len(item.prompt_ids) for item in batch]
+    tokens = torch.tensor(padded, device=model.device)
     with torch.inference_mode(), _plain_generation(model, tokenizer, end_ids):
         output = model.generate(
             use_cache=True,  # training may have left it off
-            input_ids=torch.tensor(padded, device=model.device),
+            **_images(batch, tokens, reader),
+            input_ids=tokens,
             attention_mask=torch.tensor(mask, device=model.device),
             logits_processor=_processors(batch, sampling, length),
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
         )
     answers = [row[length:] for row in output.tolist()]
-    return [_completion(item, ids, end_ids, tokenizer, sampling) for item, ids in zip(batch, answers, strict=True)]
+    return [as_completion(item, ids, end_ids, tokenizer, sampling) for item, ids in zip(batch, answers, strict=True)]
 
 
 class KeyedSampler:
@@ -209,6 +233,19 @@ def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         model.train(training)
 
 
+def _images(batch: Sequence[Request], tokens: torch.Tensor, reader: ImageReader | None) -> dict[str, torch.Tensor]:
+    """What the model needs of the batch's images; nothing where there are none."""
+    paths = [path for request in batch for path in request.images]
+    if not paths:
+        return {}
+    assert reader is not None, "requests with images come with their reader"
+    pixels, grids = reader.pixels(paths)
+    kinds = (tokens == reader.image_token).int()
+    return {
+        "pixel_values": pixels.to(tokens.device), "image_grid_thw": grids.to(tokens.device), "mm_token_type_ids": kinds,
+    }  # fmt: skip
+
+
 def _processors(batch: Sequence[Request], sampling: Sampling, prompt_length: int) -> list[KeyedSampler]:
     if sampling.temperature == 0:
         return []
@@ -216,18 +253,19 @@ def _processors(batch: Sequence[Request], sampling: Sampling, prompt_length: int
     return [KeyedSampler(np.stack(rows), prompt_length, sampling)]
 
 
-def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(stated: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Chat models often end a turn with another token than a document: either ends the answer."""
-    stated = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = stated if isinstance(stated, list) else [stated]
+    of_model = stated.eos_token_id if stated is not None else None
+    ids = of_model if isinstance(of_model, list) else [of_model]
     return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
 
 
-def _completion(
-    request: Request, ids: list[int], end_ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+def as_completion(
+    request: Request, ids: Sequence[int], end_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling
 ) -> Completion:
+    """The completion that the generated `ids` are, up to the first that ends it."""
     end = next((index for index, token in enumerate(ids) if token in end_ids), None)
-    answer = ids if end is None else ids[:end]
+    answer = list(ids if end is None else ids[:end])
     return {
         "key": request.key,
         "sample": request.sample,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from prefmill.causal.chat import encode
+from prefmill.causal.chat import encode, image_paths, prompt_text
 from prefmill.causal.image_limits import ImageLimits
 from prefmill.errors import InputError
 from prefmill.reviews.prompt import IMAGE_MARKER
@@ -45,17 +45,23 @@ class ImageReader:
 
         Images stand in `messages` as parts `{"type": "image", "path": ...}`: see `with_images`.
         """
-        paths = [part["path"] for turn in messages if isinstance(turn["content"], list)
-                 for part in turn["content"] if part["type"] == "image"]  # fmt: skip
         prompt, completion = encode(self.tokenizer, messages, answer)
-        if prompt.count(self.image_token) != len(paths) or self.image_token in completion:
-            raise InputError(
-                "the text holds image tokens of its own", got=prompt.count(self.image_token), expected=len(paths),
-                fix="remove the model's image token from the texts, or use the model's own chat template",
-            )  # fmt: skip
+        if self.image_token in completion:
+            raise _own_image_tokens(prompt.count(self.image_token), len(image_paths(messages)))
+        return self._expanded(prompt, messages), completion
+
+    def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of the prompt alone, as `encode` gives them."""
+        ids = self.tokenizer(prompt_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"]
+        return self._expanded(ids, messages)
+
+    def _expanded(self, prompt: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        paths = image_paths(messages)
+        if prompt.count(self.image_token) != len(paths):
+            raise _own_image_tokens(prompt.count(self.image_token), len(paths))
         counts = iter([self.num_tokens(self.grid(path)) for path in paths])
         expanded = [[token] * (next(counts) if token == self.image_token else 1) for token in prompt]
-        return [token for run in expanded for token in run], completion
+        return [token for run in expanded for token in run]
 
     def num_tokens(self, grid: Grid) -> int:
         """Tokens of an image in the prompt."""
@@ -166,6 +172,13 @@ def embed(model: Any, input_ids: Tensor, pixels: Tensor | None, grids: Tensor | 
 def prompt_positions(reader: ImageReader) -> Callable[[Sequence[int], Sequence[str]], Tensor]:
     """Rotary positions [3, P] of a prompt with these images."""
     return lambda prompt, images: reader.positions(prompt, [reader.grid(path) for path in images])
+
+
+def _own_image_tokens(found: int, expected: int) -> InputError:
+    return InputError(
+        "the text holds image tokens of its own", got=found, expected=expected,
+        fix="remove the model's image token from the texts, or use the model's own chat template",
+    )  # fmt: skip
 
 
 def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> Tensor:

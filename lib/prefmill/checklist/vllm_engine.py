@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import math
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefmill.causal.loading import load_tokenizer
-from prefmill.checklist.engines import Engine, Outcome, VllmConfig
+from prefmill.causal.vllm_loading import open_vllm
+from prefmill.checklist.engines import Outcome, VllmConfig
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, Request, longest_prompt
+from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of
 from prefmill.checklist.prompts import Prompts, TokenIds
-from prefmill.errors import ConfigError
 from prefmill.records import Paper, Review
-
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_GB = 1 << 30
 
 
 @dataclass
 class _Asked:
-    """A review in flight: the log-probabilities that have come back, by item and answer."""
+    """A review in flight, with its number: the log-probabilities that have come back, by item and answer."""
 
+    number: int
     request: Request
-    waiting: int
+    waiting: int = 0
     logps: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
-class VllmEngine(Engine):
+_ById = dict[str, tuple[_Asked, tuple[int, int]]]  # vLLM's name for a request: the review, and which item and answer
+
+
+class VllmEngine(ConcurrentEngine):
     """Asks a causal language model every item of every review, through vLLM in this process.
 
     Prompts go in paper by paper, review by review, with the item last: vLLM's prefix cache then reads paper and
@@ -50,31 +49,33 @@ class VllmEngine(Engine):
         self._llm = _open(config, over_answers_alone=self.prompts.answers.single)
         context = self._llm.llm_engine.model_config.max_model_len - 1  # the answer's token has its place too
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
-        self.num_requests = 0
-        self.num_prompt_tokens = 0
-        self.num_cached_tokens = 0
 
-    def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
-        """The answers to every review, in the order given, `reviews_in_flight` of them being asked about at a time."""
-        pending: deque[_Asked] = deque()
-        by_id: dict[str, tuple[_Asked, tuple[int, int]]] = {}
+    def numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Generator[tuple[int, Outcome], None, None]:
+        """Outcomes as they are done, `reviews_in_flight` of them being asked about at a time."""
+        rest = enumerate(self._fit.requests(papers))
+        by_id: _ById = {}
+        num_asked = 0
         try:
-            for request in self._fit.requests(papers):
-                pending.append(self._ask(request, by_id))
-                while len(pending) >= self._config.reviews_in_flight:
-                    yield self._first(pending, by_id)
-            while pending:
-                yield self._first(pending, by_id)
+            while True:
+                while num_asked < self._config.reviews_in_flight and (due := next(rest, None)):
+                    number, request = due
+                    if request.failure is not None:
+                        yield number, request.refused(request.failure)
+                    else:
+                        self._ask(_Asked(number, request), by_id)
+                        num_asked += 1
+                if not num_asked:
+                    break
+                for asked in self._answered(by_id):
+                    num_asked -= 1
+                    yield asked.number, asked.request.outcome(self.checklist.ids, self._probabilities(asked))
         finally:  # a caller that stops early must leave nothing behind for the next one
             if by_id:
                 self._llm.llm_engine.abort_request(list(by_id))
 
-    def _ask(self, request: Request, by_id: dict[str, tuple[_Asked, tuple[int, int]]]) -> _Asked:
+    def _ask(self, asked: _Asked, by_id: _ById) -> None:
         """Hand a review's items to vLLM."""
-        asked = _Asked(request, 0)
-        if request.failure is not None:
-            return asked
-        before = request.shared + request.review
+        before = asked.request.shared + asked.request.review
         for item, question in enumerate(self.prompts.questions):
             for place, (prefix, allowed) in enumerate(self._steps()):
                 name = str(self.num_requests)
@@ -83,7 +84,6 @@ class VllmEngine(Engine):
                 self._llm.llm_engine.add_request(name, prompt, _one_token(allowed))
                 self.num_requests += 1
                 asked.waiting += 1
-        return asked
 
     def _steps(self) -> list[tuple[TokenIds, TokenIds]]:
         """What to read after a question, and the tokens whose log-probability is wanted there."""
@@ -92,19 +92,19 @@ class VllmEngine(Engine):
             return [((), answers.yes + answers.no)]
         return [(ids[:index], (ids[index],)) for ids in (answers.yes, answers.no) for index in range(len(ids))]
 
-    def _first(self, pending: deque[_Asked], by_id: dict[str, tuple[_Asked, tuple[int, int]]]) -> Outcome:
-        """The outcome of the review that was asked about first, when all of its items are there."""
-        while pending[0].waiting:
-            for output in self._llm.llm_engine.step():
-                if output.finished:
-                    asked, place = by_id.pop(output.request_id)
-                    asked.logps[place] = self._log_odds_or_logp(output)
-                    asked.waiting -= 1
-                    self.num_prompt_tokens += len(output.prompt_token_ids)
-                    self.num_cached_tokens += output.num_cached_tokens or 0
-        asked = pending.popleft()
-        fits = asked.request.failure is None
-        return asked.request.outcome(self.checklist.ids, self._probabilities(asked) if fits else ())
+    def _answered(self, by_id: _ById) -> list[_Asked]:
+        """Let vLLM take one step; the reviews whose items are all there after it."""
+        done = []
+        for output in self._llm.llm_engine.step():
+            if output.finished:
+                asked, place = by_id.pop(output.request_id)
+                asked.logps[place] = self._log_odds_or_logp(output)
+                asked.waiting -= 1
+                self.num_prompt_tokens += len(output.prompt_token_ids)
+                self.num_cached_tokens += output.num_cached_tokens or 0
+                if not asked.waiting:
+                    done.append(asked)
+        return done
 
     def _log_odds_or_logp(self, output: Any) -> float:
         (found,) = output.outputs[0].logprobs
@@ -121,40 +121,23 @@ class VllmEngine(Engine):
         for item in range(len(self.prompts.questions)):
             logps = [asked.logps[item, place] for place in range(steps)]
             odds = logps[0] if steps == 1 else math.fsum(logps[:num_yes]) - math.fsum(logps[num_yes:])
-            values.append(1 / (1 + math.exp(-odds)) if odds > -700 else 0.0)
+            values.append(p_of(odds))
         return values
 
 
 def _open(config: VllmConfig, over_answers_alone: bool) -> Any:
     """vLLM's engine, its log-probabilities over the allowed tokens or over all; ConfigError without vLLM."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: seconds less to start, and to end
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not os.path.exists("/dev/nvidia0"):
-        # On a CPU the first log-probabilities would compile C++; and one of two cores would stay idle.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise ConfigError(
-            "vLLM is not installed", got=str(error),
-            fix="`make vllm` for the CPU build, pip install 'prefmill[vllm]' on a GPU machine, or engine: transformers",
-        ) from error  # fmt: skip
-    memory = {} if config.kv_cache_gb is None else {"kv_cache_memory_bytes": int(config.kv_cache_gb * _GB)}
-    return LLM(
-        model=config.model_name_or_path,
+    return open_vllm(
+        config.model_name_or_path,
+        precision=config.precision,
         revision=config.revision,
-        tokenizer_revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        dtype=_DTYPES[config.precision],
         tensor_parallel_size=config.tensor_parallel_size,
-        max_model_len=None if config.max_length is None else config.max_length + 1,
-        enable_prefix_caching=True,
+        kv_cache_gb=config.kv_cache_gb,
         enforce_eager=config.enforce_eager,
+        max_model_len=None if config.max_length is None else config.max_length + 1,
         logprobs_mode="processed_logprobs" if over_answers_alone else "raw_logprobs",
         max_logprobs=2,
-        seed=0,
-        **memory,
     )
 
 

@@ -15,7 +15,8 @@ from prefmill.blocks import Progress, resumable_blocks, silent
 from prefmill.errors import InputError
 from prefmill.evaluation.rows import Generation, PaperFacts
 from prefmill.evaluation.text_statistics import words
-from prefmill.records import Paper, Review, ReviewEvaluation, read_jsonl
+from prefmill.records import Modality, Paper, Review, ReviewEvaluation, read_jsonl
+from prefmill.reviews.prompt import review_images
 
 PAPERS_PER_BLOCK = 32
 
@@ -46,16 +47,19 @@ class HeldOut:
         }
 
 
-def read_held_out(corpus: Artifact, num_papers: int | None, seed: int) -> HeldOut:
+def read_held_out(corpus: Artifact, num_papers: int | None, seed: int, modality: Modality = "clean") -> HeldOut:
     """The corpus's test papers, or `num_papers` of them drawn by a hash of (seed, id): the same for every model.
 
-    Raises InputError when there are none, or fewer than `num_papers`.
+    Of an image modality they are those with images for it. Raises InputError when there are none, or fewer than
+    `num_papers`.
     """
     path = corpus.file("papers.jsonl")
-    ids = [paper["paper_id"] for paper in read_jsonl(path) if paper["split"] == "test"]
+    ids = [paper["paper_id"] for paper in read_jsonl(path) if paper["split"] == "test" and _shows(paper, modality)]
     if not ids or (num_papers is not None and len(ids) < num_papers):
+        with_images = "" if modality == "clean" else f" with images for the modality {modality}"
         raise InputError(
-            "the corpus has too few test papers", where=path, got=len(ids), expected=num_papers or "at least one",
+            f"the corpus has too few test papers{with_images}", where=path, got=len(ids),
+            expected=num_papers or "at least one",
             fix="give `test` a larger share in ingest_reviews, ingest more papers, or lower num_papers",
         )  # fmt: skip
     chosen = set(sorted(ids, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())[:num_papers])
@@ -108,6 +112,10 @@ def score_generations(
             bar.update(len(block))
             progress(len(evaluations), len(generations), "reviews scored")
     return evaluations
+
+
+def _shows(paper: Paper, modality: Modality) -> bool:
+    return modality == "clean" or bool(review_images(paper, modality))
 
 
 def _is_generated(corpus: Artifact) -> bool:

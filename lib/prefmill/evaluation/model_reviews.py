@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefmill.blocks import Progress, silent
 from prefmill.causal.generation import (
@@ -13,15 +13,26 @@ from prefmill.causal.generation import (
     Request,
     Sampling,
     encode_prompts,
+    end_token_ids,
     generate_reviews,
     max_prompt_tokens,
     require_fitting,
 )
+from prefmill.causal.image_limits import ImageLimits
 from prefmill.causal.loading import Precision, load_model, load_tokenizer
+from prefmill.causal.vision import ImageReader, open_reader, with_images
+from prefmill.causal.vllm_loading import open_vllm, require_vllm
 from prefmill.errors import InputError
+from prefmill.evaluation.generators import TransformersGeneration, VllmGeneration
 from prefmill.evaluation.rows import Generation
-from prefmill.records import Modality, Paper
-from prefmill.reviews.prompt import review_messages, split_completion
+from prefmill.isolation import in_own_process
+from prefmill.records import Modality, Paper, read_jsonl, write_jsonl
+from prefmill.reviews.prompt import review_images, review_messages, split_completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WRITTEN = "written.jsonl"
 
 
 @dataclass(frozen=True)
@@ -34,16 +45,27 @@ class ModelSource:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What says which files of the hub are meant."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
 
 @dataclass(frozen=True)
 class Writing:
-    """How the model is to write; papers whose prompt has more than `max_prompt_tokens` are left out."""
+    """How the model is to write; papers whose prompt has more than `max_prompt_tokens` are left out.
+
+    `images` is the folder that papers name their images in, `limits` bounds their pixels.
+    """
 
     modality: Modality
+    images: Path
+    limits: ImageLimits
     samples_per_paper: int
     max_prompt_tokens: int | None
     batch_size: int
     sampling: Sampling
+    generation: TransformersGeneration | VllmGeneration
 
 
 def write_reviews(
@@ -53,28 +75,104 @@ def write_reviews(
     folder: Path,
     progress: Progress = silent,
 ) -> list[Generation]:
-    """The model's reviews, sorted by paper and sample; batches are kept in `folder` to resume from.
+    """The model's reviews, sorted by paper and sample; what is finished is kept in `folder` to resume from.
 
-    Raises InputError when a prompt does not fit the model and no limit leaves it out, or when none is left.
+    They are written in a process of their own: whatever scores them finds the GPU free. Raises InputError when a
+    prompt does not fit the model and no limit leaves it out, or when none is left; ConfigError without vLLM where it
+    is asked for.
     """
-    tokenizer = load_tokenizer(
-        source.name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
-    chats: dict[str, Sequence[Mapping[str, Any]]] = {
-        key: [dict(message) for message in review_messages(paper, writing.modality)] for key, paper in papers.items()
-    }
-    requests = _within(encode_prompts(tokenizer, chats, writing.samples_per_paper), writing.max_prompt_tokens)
+    path = folder / WRITTEN
+    if not path.is_file():
+        if isinstance(writing.generation, VllmGeneration):
+            require_vllm()
+        in_own_process(folder, _write, source, papers, writing, folder, progress)
+    return list(read_jsonl(path))
+
+
+def _write(
+    source: ModelSource, papers: Mapping[str, Paper], writing: Writing, folder: Path, progress: Progress
+) -> None:
+    tokenizer = load_tokenizer(source.name_or_path, **source.origin)
+    reader = _reader(source, tokenizer, writing) if writing.modality != "clean" else None
+    chats = {key: _chat(paper, writing) for key, paper in papers.items()}
+    requests = _within(encode_prompts(tokenizer, chats, writing.samples_per_paper, reader), writing.max_prompt_tokens)
+    if isinstance(writing.generation, VllmGeneration):
+        completions = _with_vllm(source, tokenizer, requests, writing, writing.generation, folder, progress)
+    else:
+        completions = _with_transformers(source, tokenizer, requests, writing, reader, folder, progress)
+    ordered = sorted(completions.values(), key=lambda row: (row["key"], row["sample"]))
+    write_jsonl(folder / WRITTEN, [_as_generation(row, papers[row["key"]]) for row in ordered])
+
+
+def _chat(paper: Paper, writing: Writing) -> list[dict[str, Any]]:
+    messages = [dict(message) for message in review_messages(paper, writing.modality)]
+    return with_images(messages, [str(writing.images / name) for name in review_images(paper, writing.modality)])
+
+
+def _reader(source: ModelSource, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> ImageReader:
+    reader = open_reader(source.name_or_path, tokenizer, writing.limits, **source.origin)
+    if reader is None:
+        raise InputError(
+            "a model of text alone cannot see these images", where=source.name_or_path, got=writing.modality,
+            fix="evaluate a vision-language model such as Qwen2.5-VL, or use modality: clean",
+        )  # fmt: skip
+    return reader
+
+
+def _with_transformers(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    writing: Writing,
+    reader: ImageReader | None,
+    folder: Path,
+    progress: Progress,
+) -> dict[tuple[str, int], Completion]:
+    attention = source.attn_implementation
     model = load_model(
+        source.name_or_path, precision=source.precision, attn_implementation=attention, **source.origin
+    ).to(_device())
+    require_fitting(requests, max_prompt_tokens(model.config, writing.sampling.max_new_tokens))
+    return generate_reviews(
+        model, tokenizer, requests, writing.sampling, writing.batch_size, folder, progress, reader=reader
+    )
+
+
+def _with_vllm(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    writing: Writing,
+    generation: VllmGeneration,
+    folder: Path,
+    progress: Progress,
+) -> dict[tuple[str, int], Completion]:
+    """vLLM is told of no longer texts than there will be: its cache must have room for one of the longest."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(source.name_or_path, **source.origin)
+    sampling = writing.sampling
+    require_fitting(requests, max_prompt_tokens(config, sampling.max_new_tokens))
+    llm = open_vllm(
         source.name_or_path,
         precision=source.precision,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        attn_implementation=source.attn_implementation,
-    ).to(_device())
-    require_fitting(requests, max_prompt_tokens(model, writing.sampling.max_new_tokens))
-    completions = generate_reviews(model, tokenizer, requests, writing.sampling, writing.batch_size, folder, progress)
-    ordered = sorted(completions.values(), key=lambda row: (row["key"], row["sample"]))
-    return [_as_generation(row, papers[row["key"]]) for row in ordered]
+        tensor_parallel_size=generation.tensor_parallel_size,
+        kv_cache_gb=generation.kv_cache_gb,
+        enforce_eager=generation.enforce_eager,
+        max_model_len=max(len(request.prompt_ids) for request in requests) + sampling.max_new_tokens,
+        max_num_seqs=writing.batch_size,
+        async_scheduling=False,  # the draws must know what was drawn before
+        generation_config="vllm",  # the model's own defaults are set aside
+        logits_processors=["prefmill.causal.vllm_generation:KeyedDraws"],
+        **source.origin,
+    )
+    from prefmill.causal.vllm_generation import generate_with_vllm  # vLLM's settings must stand before its import
+
+    try:
+        stated = GenerationConfig.from_pretrained(source.name_or_path, **source.origin)
+    except OSError:  # as transformers does for a model that states none
+        stated = GenerationConfig.from_model_config(config)
+    return generate_with_vllm(llm, tokenizer, end_token_ids(stated, tokenizer), requests, sampling, folder, progress)
 
 
 def _within(requests: Sequence[Request], limit: int | None) -> list[Request]:

@@ -177,10 +177,10 @@ def test_blocks_come_from_their_files(tmp_path: Path) -> None:
 
 
 def test_prompts_that_do_not_fit_are_refused_by_name(model: Any, requests: list[Request]) -> None:
-    assert max_prompt_tokens(model, 60) == 4
+    assert max_prompt_tokens(model.config, 60) == 4
     with pytest.raises(InputError, match=r"5 prompts do not fit(.|\n)*paper6(.|\n)*9 tokens(.|\n)*max_prompt_tokens=4"):
         require_fitting(requests, 4)
     require_fitting(requests, 9)
     require_fitting(requests, None)
     with pytest.raises(ConfigError, match="leaves no room"):
-        max_prompt_tokens(model, 64)
+        max_prompt_tokens(model.config, 64)

@@ -113,7 +113,7 @@ def _generate(
     model = load_model(engine.model_name_or_path, precision=engine.precision, attn_implementation=attention, **shared)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     requests = encode_prompts(tokenizer, {"proposals": [{"role": "user", "content": prompt}]}, 1)
-    require_fitting(requests, max_prompt_tokens(model, config.max_new_tokens))
+    require_fitting(requests, max_prompt_tokens(model.config, config.max_new_tokens))
     sampling = Sampling(config.max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)
     done = generate_reviews(model, tokenizer, requests, sampling, 1, work, progress)
     return done["proposals", 0]["text"]
