@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from prefmill.errors import ConfigError
@@ -62,19 +63,35 @@ def group_attention(
             )
         )  # fmt: skip
         for response in segment.responses:
-            keys = torch.cat([prompt_key, _rows(key, response)], dim=2)
-            values = torch.cat([prompt_value, _rows(value, response)], dim=2)
-            queries = _rows(query, response)
-            # On a GPU this is a flag of the kernel; on a CPU a mask of response x (prompt + response) at most.
-            bias = causal_lower_right(queries.shape[2], keys.shape[2])
-            parts.append(
-                scaled_dot_product_attention(
-                    queries, keys, values, attn_mask=bias, scale=scaling, enable_gqa=grouped
-                )
-            )  # fmt: skip
-    attended = torch.cat(parts, dim=2)
-    assert attended.shape[2] == query.shape[2], "segments must cover the sequence"
-    return attended.transpose(1, 2).contiguous(), None
+            states = (_rows(query, response), _rows(key, response), _rows(value, response))
+            parts.append(_respond(*states, prompt_key, prompt_value, scaling, grouped))
+    # Rows first: kernels lay their results out so, and a copy is saved.
+    attended = torch.cat([part.transpose(1, 2) for part in parts], dim=1)
+    assert attended.shape[1] == query.shape[2], "segments must cover the sequence"
+    return attended, None
+
+
+def _respond(
+    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor,
+    scaling: float | None, grouped: bool,
+) -> Tensor:  # fmt: skip
+    """Attention of one response, causal from the bottom right against [prompt, itself], [1, heads, R, D].
+
+    Autograd would keep a copy of the prompt's keys and values for every response of every layer, on a CPU its mask
+    too; so a response shorter than its prompt is computed anew in the backward pass, which costs little.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> Tensor:
+        keys, values = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
+        # On a GPU this is a flag of the kernel; on a CPU a mask of response x (prompt + response) at most.
+        bias = causal_lower_right(query.shape[2], keys.shape[2])
+        return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scaling, enable_gqa=grouped)
+
+    states = (query, key, value, prompt_key, prompt_value)
+    if torch.is_grad_enabled() and query.shape[2] < prompt_key.shape[2]:
+        again: Tensor = checkpoint(attend, *states, use_reentrant=False, preserve_rng_state=False)
+        return again
+    return attend(*states)
 
 
 def use_group_attention(model: Any) -> None:

@@ -157,6 +157,30 @@ def test_no_mask_over_the_packed_sequence(groups: list[Group], shared: Any, monk
     assert max(keys for _, keys in sizes) <= longest < batch.input_ids.shape[1]
 
 
+def test_no_copy_of_the_prompt_is_kept_for_each_response() -> None:
+    """What autograd keeps grows with the tokens, not with responses times the prompt."""
+
+    def attend(num_responses: int) -> int:
+        prompt, length = 500, 4
+        tokens = prompt + num_responses * length
+        query, key, value = (torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2))
+        spans = tuple((prompt + n * length, prompt + (n + 1) * length) for n in range(num_responses))
+        storages: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (
+                storages.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor
+            ),
+            lambda tensor: tensor,
+        ):
+            group_attention.group_attention(
+                None, query, key, value, None, segments=[group_attention.Segment((0, prompt), spans)]
+            )
+        return sum(storages.values())
+
+    kept = [attend(num_responses) for num_responses in (1, 6)]
+    assert kept[1] < 1.1 * kept[0]
+
+
 def test_the_models_own_mask_is_not_built(groups: list[Group], shared: Any) -> None:
     """transformers makes no mask for an attention implementation that has not registered one."""
     seen = []
