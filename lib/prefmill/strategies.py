@@ -102,12 +102,12 @@ def scoring_context(trainer: Any, config: TrainingConfig) -> AbstractContextMana
     return context
 
 
-def scoring_model(trainer: Any, config: TrainingConfig) -> Any:
+def scoring_model(model: Any, trainer: Any, config: TrainingConfig) -> Any:
     """The model that the reference is scored with, on the trainer's device: as the policy will compute.
 
     FSDP2 computes with weights rounded to the run's precision, of which it keeps no copy.
     """
-    model = trainer.model.to(trainer.args.device)  # a strategy that shards leaves it where it was loaded
+    model = model.to(trainer.args.device)  # a strategy that shards leaves the policy where it was loaded
     if uses_fsdp(config) and config.precision != "fp32":
         model = copy.deepcopy(model)
         for weight in model.parameters():  # and no buffer: positions stay exact

@@ -20,6 +20,7 @@ from prefmill.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.causal.image_batches import add_images
 from prefmill.causal.image_limits import ImageLimits
 from prefmill.causal.loading import load_model, load_tokenizer
+from prefmill.causal.other_reference import check_reference, reference_name
 from prefmill.causal.resuming import resume_strictly
 from prefmill.causal.scorer import Batch, encode_pairwise, encode_sequences, install, score_batch, uninstall
 from prefmill.causal.vision import ImageReader, open_reader, with_images
@@ -29,11 +30,11 @@ from prefmill.preference.config import PreferenceConfig
 from prefmill.preference.data import Group, PreferencePair, gather, read_pairs, swap_by_coin
 from prefmill.preference.family import Family, by_group
 from prefmill.preference.objectives import Settings, mix
-from prefmill.preference.reference import reference_key, reference_scores, start_weights
+from prefmill.preference.reference import reference_key, reference_scores, start_weights, weights_of
 from prefmill.preference.telemetry import Telemetry
 from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from prefmill.stage import Metrics, Task
-from prefmill.strategies import scoring_context, scoring_model, uses_fsdp
+from prefmill.strategies import scoring_context, scoring_model, uses_fsdp, whole_models
 from prefmill.tensor_cache import TensorCache, cache_folder
 from prefmill.training import (
     TrainingConfig,
@@ -56,8 +57,8 @@ def train_dpo(
 ) -> Metrics:
     """Tune `policy` on the pairs in `train`, the reference being `policy` itself as it was before the first step.
 
-    Resumes from the newest complete checkpoint; the reference's scores come from their cache or from `policy`
-    loaded afresh, never from the policy in training.
+    Or the checkpoint that `config.ref_name` names. Resumes from the newest complete checkpoint; the reference's scores
+    come from their cache or from a checkpoint loaded afresh, never from the policy in training.
     """
     tokenizer = load_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -66,9 +67,10 @@ def train_dpo(
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings)
+    check_reference(config, objective, policy, tokenizer)
     plan = _plan(groups, config)
     trainer = PreferenceTrainer(
-        model=add_adapter(load_policy(policy, config), config),
+        model=add_adapter(load_policy(policy, config, config.revision), config),
         args=plan_arguments(config, task, plan),
         train=PreferenceData(groups, None, plan),
         val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
@@ -132,12 +134,12 @@ def _placed(pair: PreferencePair, reader: ImageReader | None) -> PreferencePair:
     return replace(pair, messages=with_images(pair.messages, pair.images))
 
 
-def load_policy(name: str, config: PreferenceConfig) -> Any:
+def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> Any:
     """The model to tune, scoring instead of returning logits, its dropout off: reference and policy must agree."""
     model = load_model(
         name,
         precision=weights_precision(config),
-        revision=config.revision,
+        revision=revision,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
@@ -195,7 +197,7 @@ def _reference(
     config: PreferenceConfig,
     reader: ImageReader | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The reference's scores of all responses, train and val; called while the policy still is the reference."""
+    """The reference's scores of all responses, train and val; called while the policy still is as it starts."""
     groups = [*train, *val]
     settings: dict[str, Any] = {
         "precision": config.precision, "weights": weights_precision(config), "layout": config.layout,
@@ -217,10 +219,14 @@ def _reference(
         tokens = torch.cat([score_batch(reference, per_token(batch)) for batch in batches])
         return reference_sums(tokens, list(map(len, group.responses)), group.pairs, config.ld_alpha)
 
-    reference = scoring_model(trainer, config).eval()
+    other = reference_name(config)
+    with whole_models():
+        model = trainer.model if other is None else load_policy(other, config, config.ref_revision)
+    reference = scoring_model(model, trainer, config).eval()
     with torch.no_grad(), scoring_context(trainer, config):
         cache = TensorCache(cache_folder(task, None) / "reference")
-        key = reference_key(groups, start_weights(task, config), settings)
+        weights = start_weights(task, config) if other is None else weights_of(other, config.ref_revision)
+        key = reference_key(groups, weights, settings)
         scores = reference_scores(groups, score, cache, key, config.precision)
     return scores[: len(train)], scores[len(train) :]
 

@@ -33,12 +33,16 @@ def content_key(content: Any, weights: str, settings: Mapping[str, Any]) -> str:
 
 
 def start_weights(task: Task, config: TrainingConfig) -> str:
-    """What the reference's weights are, by content where they lie on this machine."""
+    """What the weights are that training starts from, by content where they lie on this machine."""
     policy = task.optional_input("policy")
     if policy is not None:
         return policy.manifest.content_digest
-    name = str(config.model_name_or_path)
-    return digest_path(Path(name)) if Path(name).is_dir() else f"{name}@{config.revision}"
+    return weights_of(str(config.model_name_or_path), config.revision)
+
+
+def weights_of(name: str, revision: str | None) -> str:
+    """What a checkpoint's weights are: by content where it is a folder, else its name on the hub."""
+    return digest_path(Path(name)) if Path(name).is_dir() else f"{name}@{revision}"
 
 
 def reference_scores(
