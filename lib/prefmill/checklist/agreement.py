@@ -73,7 +73,8 @@ def _interval(sums: Array, resampling: Resampling, function: Any, lowest: float)
         return {"value": round(float(value), _DIGITS), "low": None, "high": None}
     found = statistic(sums, resampling, function)
     low, high = (float(np.clip(bound, lowest, 1.0)) for bound in (found.low, found.high))
-    return {"value": round(found.value, _DIGITS), "low": round(low, _DIGITS), "high": round(high, _DIGITS)}
+    # Adding 0 makes a zero of the rounding's minus zero.
+    return {name: round(value, _DIGITS) + 0.0 for name, value in (("value", found.value), ("low", low), ("high", high))}
 
 
 def _accuracy(cells: Array) -> Array:

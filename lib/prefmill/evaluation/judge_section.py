@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.artifacts import Artifact
+from prefmill.checklist.quality_story import with_interval
 from prefmill.evaluation.charts import Interval, interval_chart
 
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ def _moves_chart(judge: Found) -> Markup | None:
 def _interval(label: str, series: str, found: Found, decimals: int) -> Interval:
     """A value without an interval, from one paper, is drawn as a point."""
     low, high = (found["value"] if found[end] is None else found[end] for end in ("low", "high"))
-    return Interval(label, series, found["value"], low, high, _text(found, decimals))
+    return Interval(label, series, found["value"], low, high, with_interval(found, decimals))
 
 
 def _item_rows(quality: Found) -> list[Row]:
@@ -102,10 +103,3 @@ def _cell(item: Found | None) -> Row | None:
 
 def _gap(item: Found | None) -> str:
     return "–" if item is None else f"{item['max_gap']:.4f}"
-
-
-def _text(found: Found, decimals: int) -> str:
-    text = f"{found['value']:.{decimals}f}"
-    if found["low"] is not None:
-        text += f" ({found['low']:.{decimals}f} to {found['high']:.{decimals}f})"
-    return text.replace("-", "−")
