@@ -407,6 +407,7 @@ def test_rules_have_no_temperature(tmp_path: Path, corpus: Artifact, scores: Art
         measure(tmp_path / "t", {"corpus": corpus, "scores": scores}, labels=str(path), calibrate=True)
 
 
+@pytest.mark.slow
 def test_what_is_cut_or_fails_is_left_out_and_counted(
     tmp_path: Path, tiny_judge: Path, rows: tuple[Rows, Rows]
 ) -> None:

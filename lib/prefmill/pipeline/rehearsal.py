@@ -23,6 +23,8 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "build_datasets": {"min_checkmark_diff": 0.01, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
     "validate_datasets": {"max_length": LENGTH},
     "optimize_checklist": {"max_reviews": 100},
+    # People's labels name reviews that the slice may not hold.
+    "judge_quality": {"num_probed": 8, "labels": None, "calibrate": False},
     "evaluate": {"num_papers": 4, "samples_per_paper": 1, "max_new_tokens": 16, "max_prompt_tokens": LENGTH},
     "mdlm_evaluate": {"num_papers": 4},
 }
@@ -37,6 +39,7 @@ def rehearsal_of(pipeline: PipelineFile, plan: Plan, source: Path, cluster: Clus
         resources = resources_for(cluster, name, pipeline.stages[name].resources)
         entry["resources"] = {**pipeline.stages[name].resources, "minutes": min(resources.minutes, MINUTES)}
         entry["set"] = _small(name, plan, entry["set"], resources, folder)
+        entry["inputs"].pop("calibration", None)  # fitted for the real judge
     small = validate(PipelineFile, values, where=source)
     return small, make_plan(small, source)
 
