@@ -10,13 +10,16 @@ from prefmill.checklist.engines import EngineConfig, LexicalConfig, open_engine
 from prefmill.config import ExternalPath, StrictConfig, runtime
 from prefmill.stage import Metrics, Reads, Stage, Task
 
+DEBUG_REVIEWS = 3  # of each shard, where no limit is given
+
 
 class ScoreReviewsConfig(StrictConfig):
     """Which checklist to score with, by which engine."""
 
     engine: EngineConfig = Field(LexicalConfig(), description="how items are answered: lexical, or by a model")
     checklist: ExternalPath | None = Field(None, description="a checklist of yours; none: the shipped 24 items")
-    debug: int | None = Field(None, ge=1, description="score the first so many reviews of each shard only")
+    limit: int | None = Field(None, ge=1, description="score the first so many reviews of each shard only")
+    debug: bool = Field(False, description=f"print prompts and answers; without a limit, of {DEBUG_REVIEWS} reviews")
     max_failed_share: float = runtime(0.0, ge=0, le=1, description="fail when more of the reviews cannot be scored")
 
 
@@ -29,6 +32,7 @@ def run(config: ScoreReviewsConfig, task: Task) -> Metrics:
     scoring = Scoring(
         checklist=checklist,
         open_engine=partial(open_engine, config.engine, checklist),
+        limit=DEBUG_REVIEWS if config.debug and config.limit is None else config.limit,
         debug=config.debug,
         max_failed_share=config.max_failed_share,
         temperature=read_temperature(task.optional_input("calibration"), config.engine.model_dump(mode="json")),

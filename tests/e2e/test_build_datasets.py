@@ -285,9 +285,9 @@ def test_unscored_reviews_are_refused_or_counted(tmp_path: Path) -> None:
     papers, reviews = make_rows(200)
     corpus = make_corpus(tmp_path / "corpus", papers, reviews)
     some = [evaluate(review) for review in reviews[:600]]
-    inputs = {"corpus": (corpus,), "scores": make_scores(tmp_path / "scores", corpus, some, config={"debug": 600})}
+    inputs = {"corpus": (corpus,), "scores": make_scores(tmp_path / "scores", corpus, some, config={"limit": 600})}
     with pytest.raises(
-        ArtifactError, match=rf"{len(reviews) - 600} reviews have no evaluation(.|\n)*debug(.|\n)*allow_"
+        ArtifactError, match=rf"{len(reviews) - 600} reviews have no evaluation(.|\n)*limit(.|\n)*allow_"
     ):
         build(tmp_path, inputs)
     task = build(tmp_path, inputs, allow_unscored=True)

@@ -156,12 +156,38 @@ def test_a_shard_without_papers_is_empty_but_done(tmp_path: Path, rows: tuple[Ro
     assert max(counts) >= 3
 
 
-def test_debug_takes_the_first_reviews(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
+def test_a_limit_takes_the_first_reviews(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
     for count in (1, 5, 10_000):
         task = task_of(tmp_path / f"t{count}", corpus)
-        score(task, debug=count)
+        score(task, limit=count)
         expected = [review["review_id"] for review in rows[1][:count]]
         assert [row["review_id"] for row in evaluations(task)] == expected
+
+
+def test_debugging_shows_the_first_answers_and_steers_no_terminal(
+    tmp_path: Path, rows: tuple[Rows, Rows], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = [{**row, "text": "\x1b[2J Table 3 shows p-values."} for row in rows[1]]
+    task = task_of(tmp_path / "t", make_corpus(tmp_path / "c", rows[0], changed))
+    assert score(task, debug=True)["num_scored"] == 3
+    shown = capsys.readouterr().out
+    assert shown.count("--- answers: review") == 3
+    assert '1.000000 yes statistics  "\\x1b[2J Table 3 shows p-values."' in shown
+    assert "\x1b" not in shown
+    assert score(task_of(tmp_path / "five", make_corpus(tmp_path / "d", *rows)), debug=True, limit=5)["num_scored"] == 5
+
+
+def test_the_pace_is_told_and_not_part_of_the_payload(
+    tmp_path: Path, corpus: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = task_of(tmp_path / "t", corpus)
+    metrics = score(task)
+    assert metrics["items_per_second"] > 24
+    assert "cache_hit_rate" not in metrics  # rules have no prompts
+    assert b"per_second" not in b"".join(contents(task).values())
+    assert "items/s" in capsys.readouterr().err
+    assert json.loads((task.logs / "progress.json").read_text())["unit"] == "reviews"
+    assert "items_per_second" not in score(task)  # nothing was left
 
 
 @pytest.mark.slow
@@ -362,9 +388,9 @@ def test_a_full_disk_keeps_what_is_scored(tmp_path: Path, corpus: Artifact, monk
         ({"engine": {"engine": "lexicla"}}, "lexical"),
         ({"engine": {"engine": "lexical", "model_name_or_path": "x"}}, "model_name_or_path: unknown key"),
         ({"engine": {"engine": "transformers"}}, "model_name_or_path: required"),
-        ({"debug": 0}, "debug = 0"),
+        ({"limit": 0}, "limit = 0"),
+        ({"debug": 5}, "debug = 5"),
         ({"max_failed_share": 1.5}, "max_failed_share = 1.5"),
-        ({"limit": 5}, "limit: unknown key"),
     ],
 )
 def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> None:

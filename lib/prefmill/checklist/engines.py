@@ -105,6 +105,10 @@ class Engine(ABC):
         """The same outcomes as soon as each is there, in any order: for a caller who keeps what is done."""
         return self.score(papers)
 
+    def prompt(self, paper: Paper, review: Review) -> str | None:
+        """What a model is shown to answer the first item, for people to read; None where there is no model."""
+        return None
+
     @property
     def cache_hit_rate(self) -> float | None:
         """The share of the prompts' tokens that came from a cache, in [0, 1]; None where nobody knows."""

@@ -70,7 +70,17 @@ class Fit:
         return 10**9 if self.max_length is None else self.max_length - len(shared) - question
 
 
-class ConcurrentEngine(Engine):
+class PromptedEngine(Engine):
+    """An engine whose model is shown `prompts`."""
+
+    prompts: Prompts
+
+    def prompt(self, paper: Paper, review: Review) -> str:
+        """What the model is shown to answer the first item of a review that is not cut."""
+        return self.prompts.text(paper, review["text"])
+
+
+class ConcurrentEngine(PromptedEngine):
     """An engine that asks about several reviews at a time and is done with them in any order."""
 
     @abstractmethod

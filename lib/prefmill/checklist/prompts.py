@@ -72,6 +72,11 @@ class Prompts:
         text = _paper_text(paper, self._include_paper)
         return self._opening + (self.foreign(f"\n\n{text}") if text else ()) + self._before_review
 
+    def text(self, paper: Paper, review: str) -> str:
+        """The whole prompt of the first item, as the model reads it."""
+        ids = self.shared(paper) + self.foreign(review) + self.questions[0]
+        return str(self._tokenizer.decode(list(ids)))
+
     def foreign(self, text: str) -> TokenIds:
         """The tokens of text that others wrote: no special or added token of the vocabulary is among them.
 

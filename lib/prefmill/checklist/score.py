@@ -15,6 +15,8 @@ from prefmill.checklist.calibration import temper
 from prefmill.checklist.engines import Engine, Outcome
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.checklist.journal import Journal
+from prefmill.checklist.pace import Pace
+from prefmill.checklist.shown import show_outcome, show_prompts
 from prefmill.errors import ConfigError, InputError
 from prefmill.records import JsonlWriter, Paper, Review
 from prefmill.reviews.join import REVIEWS, papers_with_reviews
@@ -31,13 +33,15 @@ PaperReviews = tuple[Paper, list[Review]]
 class Scoring:
     """What to score with: `open_engine` is called only if a review is left to score.
 
+    `limit` takes the first so many reviews of the shard. `debug` prints what the engine is shown and answers.
     Every P(yes) is tempered with `temperature` where there is one; yes and no stay.
     """
 
     checklist: Checklist
     open_engine: Callable[[], Engine]
-    debug: int | None
+    limit: int | None
     max_failed_share: float
+    debug: bool = False
     temperature: float | None = None
 
 
@@ -95,46 +99,61 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
             tally.add(row, entry.num_cut_tokens, entry.failed)
             done.add(_place(row))
         reviews = _in_shard(papers_with_reviews(corpus), task.shard)
-        if scoring.debug is not None:
-            reviews = _first(reviews, scoring.debug)
-        upper_bound = min(num_rows, scoring.debug or num_rows)
-        _score_rest(_left(reviews, done), scoring, journal, tally, upper_bound, task)
+        if scoring.limit is not None:
+            reviews = _first(reviews, scoring.limit)
+        upper_bound = min(num_rows, scoring.limit or num_rows)
+        pace = Pace()
+        _score_rest(_left(reviews, done), scoring, journal, tally, upper_bound, task, pace)
         _require_few_failures(tally, scoring.max_failed_share, tally.num_done)
         tally = _write_rows(journal, task.output)
     save_checklist(scoring.checklist, task.output / CHECKLIST)
     summary = _summary(tally, scoring, task.shard)
     write_atomic(task.output / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    return {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
+    counts = {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
+    return counts | pace.figures()
 
 
 def _score_rest(
-    reviews: Iterator[PaperReviews], scoring: Scoring, journal: Journal, tally: Tally, upper_bound: int, task: Task
+    reviews: Iterator[PaperReviews],
+    scoring: Scoring,
+    journal: Journal,
+    tally: Tally,
+    upper_bound: int,
+    task: Task,
+    pace: Pace,
 ) -> None:
     """Score `reviews` and journal each outcome as soon as it is there, whichever comes first."""
     from tqdm import tqdm
 
-    expected = _expected(upper_bound, task.shard, scoring.debug)
+    expected = _expected(upper_bound, task.shard, scoring.limit)
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=expected, initial=tally.num_done, desc="score", unit="review"))
-        for outcome, row in _outcomes(reviews, scoring):
+        for outcome, row in _outcomes(reviews, scoring, pace):
             failed = outcome.failure is not None
             tally.add(row, outcome.num_cut_tokens, failed)
             if failed:
                 _require_few_failures(tally, scoring.max_failed_share, upper_bound, outcome)
             journal.append(row, outcome.num_cut_tokens, failed)
+            pace.add(len(outcome.answers))
+            bar.set_postfix_str(str(pace), refresh=False)
             bar.update()
-            task.progress(tally.num_done, max(expected, tally.num_done + 1), "reviews")
+            unit = ", ".join(filter(None, ["reviews", str(pace)]))
+            task.progress(tally.num_done, max(expected, tally.num_done + 1), unit)
         bar.total = tally.num_done
     task.progress(tally.num_done, tally.num_done, "reviews")
 
 
-def _outcomes(reviews: Iterator[PaperReviews], scoring: Scoring) -> Iterator[tuple[Outcome, Any]]:
+def _outcomes(reviews: Iterator[PaperReviews], scoring: Scoring, pace: Pace) -> Iterator[tuple[Outcome, Any]]:
     """Each outcome with its journal row; the engine, which may take minutes to load, only where one is due."""
     first = next(reviews, None)
     if first is None:
         return
     engine = scoring.open_engine()
-    for outcome in engine.score_as_done(_chain(first, reviews)):
+    pace.start(engine)
+    papers = _chain(first, reviews)
+    for outcome in engine.score_as_done(show_prompts(papers, engine) if scoring.debug else papers):
+        if scoring.debug:
+            show_outcome(outcome)
         if outcome.failure is None:
             tempered = outcome if scoring.temperature is None else temper(outcome, scoring.temperature)
             yield outcome, engine.evaluation(tempered)
@@ -231,6 +250,6 @@ def _num_reviews(corpus: Artifact) -> int:
     return rows
 
 
-def _expected(upper_bound: int, shard: Shard, debug: int | None) -> int:
-    """About how many reviews the shard has: exact for one shard, or in debugging."""
-    return upper_bound if debug is not None else -(-upper_bound // shard.count)
+def _expected(upper_bound: int, shard: Shard, limit: int | None) -> int:
+    """About how many reviews the shard has: exact for one shard, or with a limit below its size."""
+    return upper_bound if limit is not None else -(-upper_bound // shard.count)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.checklist.engines import Engine, Outcome, TransformersConfig
+from prefmill.checklist.engines import Outcome, TransformersConfig
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, longest_prompt
+from prefmill.checklist.prompted import Fit, PromptedEngine, longest_prompt
 from prefmill.checklist.prompts import Answers, Prompts, TokenIds
 from prefmill.records import Paper, Review
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(PromptedEngine):
     """Asks a causal language model every item of every review.
 
     A prompt is read in three pieces, always cut at the same places, so that a result does not depend on what was
@@ -58,6 +58,7 @@ class TransformersEngine(Engine):
 
     def _answers(self, shared: TokenIds, review: TokenIds) -> list[float]:
         """P(yes) of every item."""
+        self._count(shared, review)
         cache = (
             read(self.model, review, copy.deepcopy(self._shared_cache(shared)))
             if review
@@ -69,6 +70,13 @@ class TransformersEngine(Engine):
         for start in range(0, len(questions), size):
             probabilities += p_yes(self.model, cache, questions[start : start + size], self.prompts.answers)
         return probabilities
+
+    def _count(self, shared: TokenIds, review: TokenIds) -> None:
+        """Add a review's tokens: the first item reads the review, and what is shared where no review did before."""
+        questions, before = self.prompts.questions, len(shared) + len(review)
+        self.num_requests += len(questions)
+        self.num_prompt_tokens += len(questions) * before + sum(map(len, questions))
+        self.num_cached_tokens += (len(questions) - 1) * before + (len(shared) if self._shared[0] == shared else 0)
 
     def _shared_cache(self, shared: TokenIds) -> Cache:
         """The cache of what stands before the review, kept for the next review."""

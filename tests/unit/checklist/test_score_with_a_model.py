@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import stages.score_reviews as stage
-from prefmill.artifacts import Artifact, Provenance, payload, publish
+from prefmill.artifacts import Artifact, Provenance, payload, publish, write_atomic
+from prefmill.checklist import engines
 from prefmill.config import validate
 from prefmill.errors import InputError
 from prefmill.records import read_jsonl, write_jsonl
 from prefmill.stage import Task
+
+METRICS = "metrics.json"
 
 
 @pytest.fixture
@@ -29,12 +33,13 @@ def corpus(tmp_path: Path, corpus_texts: list[str]) -> Artifact:
     return publish(folder, "review_corpus", Provenance("s", "all", "f", {}, {}, "0", {}), {})
 
 
-def run(folder: Path, corpus: Artifact, journal: bytes | None = None, **engine: Any) -> Task:
+def run(folder: Path, corpus: Artifact, journal: bytes | None = None, debug: bool = False, **engine: Any) -> Task:
     folder.mkdir()
     task = Task("r", "score_reviews", "all", {}, {}, {"corpus": (corpus,)}, folder / "output", folder)
     if journal is not None:
         (task.work / "outcomes.journal").write_bytes(journal)
-    stage.run(validate(stage.ScoreReviewsConfig, {"engine": {"engine": "transformers", **engine}}), task)
+    settings = {"engine": {"engine": "transformers", **engine}, "debug": debug}
+    write_atomic(task.logs / METRICS, json.dumps(stage.run(validate(stage.ScoreReviewsConfig, settings), task)))
     return task
 
 
@@ -55,6 +60,37 @@ def test_cut_reviews_are_reported_and_resuming_ends_the_same(
     for num_kept in (0, 2, 5, 6):  # in the middle of a paper too: what the cache held must not matter
         again = run(tmp_path / f"again{num_kept}", corpus, b"".join(lines[:num_kept]) + b"0\t{torn", **engine)
         assert {path.name: path.read_bytes() for path in payload(again.output)} == expected
+
+
+def test_a_resumed_shard_asks_only_for_what_is_missing(
+    tmp_path: Path, tiny_judge: Path, corpus: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = {"model_name_or_path": str(tiny_judge), "truncate_reviews": True}
+    opened: list[Any] = []
+
+    def open_engine(*arguments: Any) -> Any:
+        opened.append(engines.open_engine(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(stage, "open_engine", open_engine)
+    whole = run(tmp_path / "whole", corpus, **engine)
+    lines = (whole.work / "outcomes.journal").read_bytes().splitlines(keepends=True)
+    for num_kept in (2, 5):
+        run(tmp_path / f"again{num_kept}", corpus, b"".join(lines[:num_kept]), **engine)
+    assert [judge.num_requests for judge in opened] == [6 * 24, 4 * 24, 24]
+    metrics = json.loads((whole.logs / METRICS).read_text())
+    assert 0.5 < metrics["cache_hit_rate"] == round(opened[0].num_cached_tokens / opened[0].num_prompt_tokens, 4) < 1
+    assert json.loads((whole.logs / "progress.json").read_text())["done"] == 6
+
+
+def test_debugging_shows_what_the_model_reads(
+    tmp_path: Path, tiny_judge: Path, corpus: Artifact, corpus_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "t", corpus, debug=True, model_name_or_path=str(tiny_judge))
+    shown = capsys.readouterr().out
+    assert shown.count("--- prompt: review") == shown.count("--- answers: review") == 3
+    assert "<|im_start|>user\nYou judge" in shown
+    assert corpus_texts[0] in shown
 
 
 def test_an_over_long_review_is_an_error_by_default(tmp_path: Path, tiny_judge: Path, corpus: Artifact) -> None:
