@@ -145,4 +145,6 @@ def _one_token(allowed: TokenIds) -> Any:
     """Ask for one of these tokens, with the log-probability of each."""
     from vllm import SamplingParams
 
-    return SamplingParams(max_tokens=1, temperature=0.0, allowed_token_ids=list(allowed), logprobs=len(allowed))
+    return SamplingParams(
+        max_tokens=1, temperature=0.0, allowed_token_ids=list(allowed), logprobs=len(allowed), detokenize=False
+    )
