@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -96,8 +97,35 @@ def test_rerun_makes_finished_work_again_and_cancel_ends_it_for_good(site: Site)
     assert "cancelled" in site.prefmill("status", "ended", *where(site)).stdout
 
 
+def test_a_gpu_too_small_gets_smaller_microbatches_until_it_fits_or_nothing_is_left(site: Site) -> None:
+    site.submit("hungry", "run=fits", "hungry.per_device_train_batch_size=6", cluster="heal")
+    site.submit("hungry", "run=never", "hungry.per_device_train_batch_size=2", "hungry.fits=0", cluster="heal")
+    site.wait()
+    given = [row.get("smaller") for row in _rows(site.workspace, "fits")]
+    assert given == [
+        {"per_device_train_batch_size": 3}, {"per_device_train_batch_size": 1},
+        {"per_device_train_batch_size": 1, "activation_checkpointing": True},
+    ]  # fmt: skip
+    manifest = json.loads((site.workspace / "checkpoints/fits/hungry/all/manifest.json").read_text())
+    assert manifest["config"]["per_device_train_batch_size"] == 6  # what was asked for: nothing downstream is stale
+    assert manifest["metrics"]["per_device_train_batch_size"] == 1  # what it ran with
+    assert manifest["metrics"]["activation_checkpointing"] is True
+    steps = rows(site.workspace / "logs/fits/hungry/all/executed_steps.jsonl")
+    # Each from the beginning: the saved random states are those of other microbatches.
+    assert [(row["step"], row["rows"]) for row in steps] == [(s, n) for n in (6, 3, 1, 1) for s in (1, 2)]
+    assert [row["action"] for row in _rows(site.workspace, "never")] == ["retry", "retry", "stop"]
+    shown = site.prefmill("status", "never", *where(site)).stdout
+    assert "nothing is left that would make it smaller by itself" in shown
+    assert "to do: lower" in shown
+    assert "nothing to submit" in site.submit("hungry", "run=fits", "hungry.per_device_train_batch_size=6")
+
+
+def _rows(workspace: Path, run: str) -> list[dict[str, Any]]:
+    return rows(workspace / "logs" / run / "submissions" / "decisions.jsonl")
+
+
 def _decisions(workspace: Path, run: str) -> set[str]:
-    return {row["action"] for row in rows(workspace / "logs" / run / "submissions" / "decisions.jsonl")}
+    return {row["action"] for row in _rows(workspace, run)}
 
 
 def _running(site: Site) -> bool:

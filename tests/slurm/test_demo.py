@@ -26,7 +26,7 @@ def test_the_review_pipeline_gives_what_a_local_run_gives(site: Site, tmp_path: 
     near = far.prefmill("run", *here)
     assert near.returncode == 0, near.stdout
     assert digests(tmp_path / "far", "demo") == digests(tmp_path / "near", "demo"), far.logs()
-    assert len(digests(tmp_path / "far", "demo")) == 13
+    assert len(digests(tmp_path / "far", "demo")) == 14
 
 
 def test_a_warning_stops_a_real_training_on_two_nodes_and_it_goes_on(site: Site, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prefmill.config import validate
 from prefmill.errors import PipelineError
@@ -23,6 +24,7 @@ from prefmill.pipeline.launch import ADVANCE, Say
 from prefmill.pipeline.notify import announce
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 from prefmill.pipeline.script import array_spec, sbatch
+from prefmill.pipeline.shrinking import needs_less, read_smaller, write_smaller
 from prefmill.pipeline.slurm import Element, JobState, Partition, element_name
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.submission import ARRAYS, Submission, submissions
@@ -140,7 +142,7 @@ def _decide(
         return Retry(task, tried, frozenset(), {"kind": "again", "reason": why}, memory)
     evidence = gather(tried, task.logs, accounts.get(tried.element), view.queue.get(tried.element))
     failure = classify(evidence)
-    means = _means(task, tried, evidence, memory, limits)
+    means = _means(task, tried, evidence, memory, limits, read_smaller(task.logs, tried.submission.number))
     decision = decide(task.key, failure, evidence, past, means)
     row = _row(failure, decision)
     if decision.action == RETRY:
@@ -159,13 +161,20 @@ def _row(failure: Failure, decision: Decision) -> dict[str, object]:
 
 
 def _means(
-    task: PlannedTask, tried: Tried, evidence: Evidence, raised: float | None, limits: Mapping[str, Partition]
+    task: PlannedTask,
+    tried: Tried,
+    evidence: Evidence,
+    raised: float | None,
+    limits: Mapping[str, Partition],
+    shrunk: Mapping[str, Any],
 ) -> Means:
     resources = Resources.model_validate(tried.array.resources)
     seen = evidence.account.memory_gb if evidence.account else None
     known = raised or resources.memory_gb or (seen / resources.nodes if seen else None)
     partition = limits.get(resources.partition or "")
-    return Means(known, partition.memory_gb if partition else None, has_room(task.output))
+    further = needs_less(task.config.model_copy(update=shrunk))
+    limit = partition.memory_gb if partition else None
+    return Means(known, limit, has_room(task.output), {**shrunk, **further} if further else {})
 
 
 def _submit(view: View, retries: Iterable[Retry], say: Say) -> list[str]:
@@ -192,6 +201,9 @@ def _submit_group(view: View, group: list[Retry], say: Say) -> str:
     excluded = _excluded(view, resources, group)
     options += [f"--exclude={','.join(excluded)}"] if excluded else []
     options += [f"--dependency={waits}"] if waits else []
+    for retry in group:
+        if isinstance(keys := retry.row.get("smaller"), Mapping):
+            write_smaller(retry.task.logs, first.submission.number, keys)
     job_id = sbatch(first.array.script, options)
     record = first.submission.record_job("array", batch.stage, batch.chunk, job_id, indices, waits)
     for retry in group:

@@ -12,7 +12,7 @@ from prefmill.errors import PipelineError, PrefmillError
 from prefmill.pipeline import slurm
 from prefmill.pipeline.cluster import ClusterFile, Resources, resources_for
 from prefmill.pipeline.launch import Say
-from prefmill.pipeline.memory import GpuMemory, gpu_memory, model_size, zero_stage
+from prefmill.pipeline.memory import GpuMemory, gpu_memory, host_memory, model_size, sharding
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.slurm import Partition
 from prefmill.preference.config import PreferenceConfig
@@ -112,6 +112,9 @@ def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Train
         size = model_size(name, revision, config.trust_remote_code)
     except PrefmillError as error:
         return Training(task, world, name, None, steps, (*notes, f"memory: {error.what}: {error.details['got']}"))
+    offloaded = host_memory(size, config, world)
+    if offloaded:
+        notes.append(f"{offloaded * world:.0f} GB are offloaded to the hosts' memory, {offloaded:.1f} GB by each GPU")
     memory = gpu_memory(size, config, world, rows, _SCORER_LOGITS if pairs else _TRL_LOGITS)
     return Training(task, world, f"{name} ({size.parameters / 1e9:.2f}B)", memory, steps, tuple(notes))
 
@@ -132,7 +135,7 @@ def _show_training(
     config = task.config
     assert isinstance(config, TrainingConfig)
     say(
-        f"  {needs.model or 'model'}, {needs.world} GPUs, ZeRO {zero_stage(config)}, up to {config.max_length} tokens, "
+        f"  {needs.model or 'model'}, {needs.world} GPUs, {sharding(config).name}, up to {config.max_length} tokens, "
         f"batch {config.effective_batch_size}: {needs.steps if needs.steps is not None else '?'} steps"
     )
     for note in needs.notes:

@@ -26,7 +26,7 @@ MISSING = "no finished artifact here"  # how artifacts.read begins
 
 @dataclass(frozen=True)
 class Policy:
-    """How often a kind of failure is retried (None: as long as the task gets further), and what to do after that."""
+    """How often a kind of failure is retried (None: as long as that leads on), and what to do after that."""
 
     retries: int | None
     todo: str
@@ -43,7 +43,7 @@ POLICIES: Mapping[Kind, Policy] = {
     "nccl": Policy(1, f"check the network settings (NCCL_* in the cluster file's `setup`), {AGAIN}"),
     "host_memory": Policy(4, f"raise memory_gb, or lower what the stage keeps in memory, {AGAIN}"),
     "gpu_memory": Policy(
-        0, "lower per_device_train_batch_size or max_length, set activation_checkpointing or a higher ZeRO stage "
+        None, "lower per_device_train_batch_size or max_length, set activation_checkpointing or a higher ZeRO stage "
         "(`prefmill estimate` says what fits), then submit again",
     ),
     "disk": Policy(3, f"free space or raise the quota, {AGAIN}"),
@@ -92,15 +92,20 @@ class Decision:
     why: str
     todo: str = ""
     memory_gb: float | None = None
+    smaller: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Means:
-    """What a retry could get: memory asked for so far and the partition's limit; whether the disk has room again."""
+    """What a retry could get: memory asked for so far and the partition's limit; whether the disk has room again.
+
+    `smaller` are the keys with which a training would need less GPU memory; empty where nothing is left.
+    """
 
     memory_gb: float | None = None
     memory_limit_gb: float | None = None
     has_room: bool = True
+    smaller: Mapping[str, Any] = field(default_factory=dict)
 
 
 def classify(evidence: Evidence) -> Failure:
@@ -116,6 +121,8 @@ def decide(
     policy = POLICIES[failure.kind]
     todo = policy.todo.format(task=task)
     charged = [row for row in past if row["kind"] == failure.kind and row["action"] == "retry"]
+    if failure.kind == "gpu_memory":
+        return _smaller(means.smaller, todo)
     if policy.retries is None:
         if evidence.progressed or evidence.idle < MAX_IDLE_ATTEMPTS:
             return Decision("retry", "goes on from its newest checkpoint")
@@ -144,6 +151,12 @@ def signature(error: str) -> str:
 
 def _exhausted(retries: int) -> str:
     return f"retried {retries} times" if retries else "a retry would end the same way"
+
+
+def _smaller(keys: Mapping[str, Any], todo: str) -> Decision:
+    if not keys:
+        return Decision("stop", "nothing is left that would make it smaller by itself", todo)
+    return Decision("retry", "with " + ", ".join(f"{key}={value}" for key, value in keys.items()), smaller=keys)
 
 
 def _with_more_memory(means: Means, todo: str) -> Decision:

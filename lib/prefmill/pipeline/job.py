@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prefmill.config import validate
 from prefmill.errors import PipelineError, PrefmillError
@@ -23,6 +24,7 @@ from prefmill.pipeline.by_hand import give_back_until_ready, stage_task, trainin
 from prefmill.pipeline.children import REQUEUED, TERMINATED, Layout, Warnings, run_elsewhere
 from prefmill.pipeline.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
 from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
+from prefmill.pipeline.shrinking import read_smaller, start_over_when_smaller
 from prefmill.pipeline.submission import read_array, read_submission
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, AttemptError, execute, write_status
 from prefmill.stage import Metrics, Task
@@ -33,12 +35,16 @@ _REQUEUE_PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class JobTask:
-    """A task as its job knows it; `secrets` are read only when its processes start."""
+    """A task as its job knows it; `secrets` are read only when its processes start.
+
+    `smaller` are keys with which it runs instead of its own, since its GPU's memory ran out; its identity stays.
+    """
 
     task: PlannedTask
     signal_seconds: int = SIGNAL_SECONDS
     processes: int | None = None
     secrets: Callable[[], Mapping[str, str]] = dict
+    smaller: Mapping[str, Any] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +68,10 @@ def run(job: JobTask, warnings: Warnings) -> int:
     layout = Layout.of_job(os.environ, job.task.stage.trains, job.processes)
 
     def in_children(context: Task) -> Metrics:
-        return run_elsewhere(job.task, context, layout, warnings, job.secrets())
+        config = job.task.config.model_copy(update=job.smaller)
+        start_over_when_smaller(context, job.smaller)
+        metrics = run_elsewhere(replace(job.task, config=config), context, layout, warnings, job.secrets())
+        return {**metrics, **job.smaller}
 
     try:
         execute(job.task, run=in_children)
@@ -117,11 +126,13 @@ def submitted_task(path: Path, environment: Mapping[str, str]) -> JobTask:
     pipeline = validate(PipelineFile, submission.pipeline, where=submission.folder)
     cluster = validate(ClusterFile, submission.cluster, where=submission.folder)
     resources = validate(Resources, array.resources, where=path)
+    task = plan_task(pipeline, Path(submission.source), array.stage, array.tasks[index])
     return JobTask(
-        plan_task(pipeline, Path(submission.source), array.stage, array.tasks[index]),
+        task,
         cluster.signal_seconds,
         resources.processes,
         partial(read_secrets, cluster.secrets) if cluster.secrets else dict,
+        read_smaller(task.logs, submission.number),
     )
 
 

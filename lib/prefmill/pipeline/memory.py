@@ -1,4 +1,4 @@
-"""How much memory a GPU needs for training: weights, gradients and Adam's state, sharded as ZeRO does, and activations.
+"""How much memory a GPU needs for training: weights, gradients and Adam's state as they are sharded, and activations.
 
 The activations of a decoder layer are those that autograd keeps for Qwen2 and Llama with fused attention: a unit test
 counts them. What is predicted is a training's need at its longest rows, so that what fits, fits to the end.
@@ -41,6 +41,7 @@ class GpuMemory:
     optimizer: float
     activations: float
     logits: float
+    gathered: float = 0.0
     runtime: float = _RUNTIME_GB
 
     @property
@@ -48,6 +49,16 @@ class GpuMemory:
         """All of it, and what the allocator loses between."""
         parts: list[float] = [getattr(self, field.name) for field in fields(self)]
         return sum(parts) * (1 + _FRAGMENTS)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ranks share a model: from stage 1 on the optimizer's state, from 2 the gradients, from 3 the weights."""
+
+    name: str
+    stage: int
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
 
 
 def model_size(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSize:
@@ -83,25 +94,61 @@ def model_size(name_or_path: str, revision: str | None = None, trust_remote_code
 def gpu_memory(size: ModelSize, config: TrainingConfig, world: int, rows: int, logits_at_once: int) -> GpuMemory:
     """What each of `world` GPUs needs for microbatches of `rows` sequences of `max_length` tokens.
 
-    `logits_at_once` is how many tokens' logits exist together, in fp32 with their gradient.
+    `logits_at_once` is how many tokens' logits exist together, in fp32 with their gradient. What DeepSpeed offloads is
+    not counted: see `host_memory`.
     """
-    stage = zero_stage(config)
-    kept = _BYTES["bf16" if stage else weights_precision(config)]
-    trained = size.parameters if config.lora is None else config.lora.r * size.linear_widths
-    # Under ZeRO the optimizer keeps the fp32 weights; without it they are the weights.
-    optimizer = trained * (_ADAM_BYTES + (4 if stage else 0)) / (world if stage >= 1 else 1)
-    gradients = trained * (2 if stage else 4) / (world if stage >= 2 else 1)
-    buckets = trained * 4 if world > 1 and not stage else 0  # DDP sends copies
-    copies = 0 if stage or kept == _BYTES[config.precision] else size.linear_parameters * _BYTES[config.precision]
-    weights = size.parameters * kept / (world if stage >= 3 else 1)
-    per_layer = layer_bytes(size, config.precision, residual=kept) * config.max_length * rows
-    boundaries = size.layers * size.hidden * kept * config.max_length * rows
+    shards, number, kept = sharding(config), _BYTES[config.precision], _BYTES[weights_precision(config)]
+    trained = trained_parameters(size, config)
+    # DeepSpeed trains fp32 copies of what it computes with; without it the weights are fp32 themselves.
+    by_deepspeed = shards.stage > 0 and not config.fsdp
+    optimizer = trained * (_ADAM_BYTES + (4 if by_deepspeed and kept < 4 else 0)) / (world if shards.stage >= 1 else 1)
+    gradients = trained * (kept if by_deepspeed else 4) / (world if shards.stage >= 2 else 1)
+    buckets = trained * 4 if world > 1 and not shards.stage else 0  # DDP sends copies
+    copies = 0 if shards.stage or kept == number else size.linear_parameters * number
+    weights = size.parameters * kept / (world if shards.stage >= 3 else 1)
+    per_layer = layer_bytes(size, config.precision, residual=number if config.fsdp else kept) * config.max_length * rows
+    boundaries = size.layers * size.hidden * (number if config.fsdp else kept) * config.max_length * rows
     activations = boundaries + per_layer if config.activation_checkpointing else size.layers * per_layer
     return GpuMemory(
-        weights=(weights + copies) / GIGABYTE, gradients=(gradients + buckets) / GIGABYTE,
-        optimizer=optimizer / GIGABYTE, activations=activations / GIGABYTE,
-        logits=logits_at_once * size.vocabulary * (4 + 4 + _BYTES[config.precision]) / GIGABYTE,
+        weights=(0 if shards.offloads_weights else weights + copies) / GIGABYTE,
+        gradients=(0 if shards.offloads_optimizer else gradients + buckets) / GIGABYTE,
+        optimizer=(0 if shards.offloads_optimizer else optimizer) / GIGABYTE, activations=activations / GIGABYTE,
+        logits=logits_at_once * size.vocabulary * (4 + 4 + number) / GIGABYTE,
+        gathered=_gathered_bytes(size, config, world) / GIGABYTE if shards.stage >= 3 else 0.0,
     )  # fmt: skip
+
+
+def host_memory(size: ModelSize, config: TrainingConfig, world: int) -> float:
+    """What each of `world` ranks keeps in the host's memory for its GPU, in GB of 2^30 bytes; 0 without offload.
+
+    16 bytes a trained parameter (Adam's moments, weights and gradients in fp32), and its weights as computed with where
+    they are offloaded too: 18, as DeepSpeed's estimate_zero3_model_states_mem_needs counts.
+    """
+    shards = sharding(config)
+    optimizer = trained_parameters(size, config) * (_ADAM_BYTES + 4 + 4) if shards.offloads_optimizer else 0
+    weights = size.parameters * _BYTES[weights_precision(config)] if shards.offloads_weights else 0
+    return (optimizer + weights) / world / GIGABYTE
+
+
+def trained_parameters(size: ModelSize, config: TrainingConfig) -> int:
+    """Numbers that the optimizer changes: all, or an adapter's."""
+    return size.parameters if config.lora is None else config.lora.r * size.linear_widths
+
+
+def _gathered_bytes(size: ModelSize, config: TrainingConfig, world: int) -> float:
+    """What a sharded model holds whole at a time.
+
+    ZeRO-3: its largest layer, and that layer's gradient. FSDP2: embeddings and head with their gradient for all of the
+    backward pass, a layer with its gradient, which is summed in fp32, and the layer fetched ahead.
+    """
+    if world == 1:
+        return 0.0
+    number, layer = _BYTES[config.precision], size.linear_parameters / size.layers
+    share = 1 if config.lora is None else 0  # frozen weights have no gradients
+    if not config.fsdp:
+        return max(layer, size.vocabulary * size.hidden) * number * (1 + share)
+    root = size.parameters - size.linear_parameters
+    return root * number * (1 + share) + layer * (2 * number + share * (number + 4))
 
 
 def layer_bytes(size: ModelSize, precision: str, residual: int) -> int:
@@ -116,12 +163,17 @@ def layer_bytes(size: ModelSize, precision: str, residual: int) -> int:
     return size.hidden * (norms + attention) + number * (2 * size.key_value + 4 * size.intermediate)
 
 
-def zero_stage(config: TrainingConfig) -> int:
-    """The ZeRO stage of the DeepSpeed file, 3 for FSDP, 0 for neither; raises ConfigError for an unreadable file."""
+def sharding(config: TrainingConfig) -> Sharding:
+    """How the strategy asked for spreads a model; raises ConfigError for an unreadable DeepSpeed file."""
     if config.fsdp:
-        return 3
+        return Sharding("FSDP2", 3)
     if config.deepspeed is None:
-        return 0
+        return Sharding("ZeRO 0", 0)
     from prefmill.strategies import deepspeed_settings
 
-    return int(deepspeed_settings(config.deepspeed).get("zero_optimization", {}).get("stage", 0))
+    zero = deepspeed_settings(config.deepspeed).get("zero_optimization", {})
+    stage = int(zero.get("stage", 0))
+    away = {
+        key: (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
+    }
+    return Sharding(f"ZeRO {stage}", stage, away["offload_optimizer"], away["offload_param"])

@@ -84,12 +84,15 @@ def _follow(plan: Plan, drills: list[Drill], say: Say) -> bool:
 def _strike(view: View, drills: list[Drill], say: Say) -> None:
     """Inject the next drill into a training that runs and has saved; one at a time, each into another if there is."""
     waiting = [drill for drill in drills if drill.task is None]
-    struck = [drill.task.key for drill in drills if drill.task is not None]
-    for key in sorted(view.live, key=lambda key: (key in struck, key)):
+    struck = {drill.task.stage.name for drill in drills if drill.task is not None}
+    to_come = {task.stage.name for task in view.open.values() if task.stage.trains} - struck
+    for key in sorted(view.live):
         task = view.open[key]
         job = view.queue[view.live[key]]
         status = read_status(task.logs)
         if not waiting or not task.stage.trains or job.state != "RUNNING" or status.get("state") != "running":
+            continue
+        if task.stage.name in struck and len(to_come) >= len(waiting):  # SFT has had its fault: the next is for DPO
             continue
         if (
             _recovering(task, drills)

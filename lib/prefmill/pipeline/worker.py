@@ -21,6 +21,7 @@ from prefmill.artifacts import MANIFEST, RUN_RECORD, WORK, Artifact, publish, re
 from prefmill.errors import PipelineError, PrefmillError, explain_os_error
 from prefmill.pipeline import attempts
 from prefmill.pipeline.plan import PlannedTask
+from prefmill.pipeline.shrinking import SMALLER
 from prefmill.pipeline.state import inspect_task, provenance, read_inputs
 from prefmill.stage import Metrics, Stage, Task
 
@@ -182,7 +183,7 @@ def _clear_telemetry(logs: Path) -> None:
     for path in logs.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in ("lock", STATUS, attempts.ATTEMPTS):
+        elif path.name not in ("lock", STATUS, attempts.ATTEMPTS, SMALLER):
             path.unlink()
 
 

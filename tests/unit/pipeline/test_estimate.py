@@ -10,9 +10,10 @@ import pytest
 
 from prefmill.pipeline.cluster import Resources
 from prefmill.pipeline.estimate import never_starts
-from prefmill.pipeline.memory import ModelSize, gpu_memory, layer_bytes, model_size
+from prefmill.pipeline.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size
 from prefmill.pipeline.slurm import Partition
 from prefmill.training import LoraConfig, TrainingConfig
+from tests.conftest import REPOSITORY
 
 GPU = Partition("gpu", nodes=4, max_minutes=2880, max_nodes=2, cpus=96, memory_gb=1000, gpus=8)
 SIZE = ModelSize(
@@ -57,6 +58,38 @@ def test_weights_gradients_and_adams_state_are_divided_as_zero_divides_them(tmp_
     assert gigabytes(training(deepspeed=zero(tmp_path, 2))) == [2, 0.25, 1.5]
     assert gigabytes(training(deepspeed=zero(tmp_path, 3))) == [0.25, 0.25, 1.5]
     assert gigabytes(training(lora=LoraConfig(r=10)), 1) == [2, 0.04, 0.08]
+
+
+def test_fsdp_shards_weights_gradients_and_moments_in_fp32() -> None:
+    memory = gpu_memory(SIZE, training(fsdp=True), 8, 1, 1)
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.gathered)
+    # Embeddings and head, 0.2e9, with gradients in bf16; two layers of 0.08e9 and one's gradient in bf16 and fp32.
+    assert [part * 2**30 / 1e9 for part in parts] == pytest.approx([0.5, 0.5, 1, 0.2 * 4 + 0.08 * (4 + 6)])
+    frozen = gpu_memory(SIZE, training(fsdp=True, lora=LoraConfig(r=10)), 8, 1, 1)
+    parts = (frozen.weights, frozen.gradients, frozen.optimizer, frozen.gathered)
+    assert [part * 2**30 / 1e9 for part in parts] == pytest.approx([0.25, 0.005, 0.01, 0.2 * 2 + 0.08 * 4])
+
+
+def test_what_is_offloaded_is_the_hosts(tmp_path: Path) -> None:
+    shipped = REPOSITORY / "configs" / "deepspeed"
+    away, here = (training(deepspeed=str(shipped / name)) for name in ("zero3_offload.json", "zero3.json"))
+    memory = gpu_memory(SIZE, away, 8, 1, 1)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (0, 0, 0)
+    assert memory.gathered * 2**30 == pytest.approx(8e8 / 10 * 4)  # the largest layer and its gradient
+    assert memory.activations == gpu_memory(SIZE, here, 8, 1, 1).activations
+    assert host_memory(SIZE, away, 8) * 2**30 == pytest.approx(18e9 / 8)
+    assert host_memory(SIZE, here, 8) == 0
+    optimizer = tmp_path / "optimizer.json"
+    optimizer.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    memory = gpu_memory(SIZE, training(deepspeed=str(optimizer)), 8, 1, 1)
+    assert (round(memory.weights * 2**30 / 1e9, 3), memory.gradients, memory.optimizer) == (2, 0, 0)
+    assert host_memory(SIZE, training(deepspeed=str(optimizer)), 8) * 2**30 == pytest.approx(16e9 / 8)
+
+
+def test_deepspeed_in_fp32_keeps_no_second_copy(tmp_path: Path) -> None:
+    memory = gpu_memory(SIZE, training(deepspeed=zero(tmp_path, 3), precision="fp32"), 8, 1, 1)
+    parts = (memory.weights, memory.gradients, memory.optimizer)
+    assert [round(part * 2**30 / 1e9, 3) for part in parts] == [0.5, 0.5, 1]
 
 
 def test_checkpointing_keeps_one_layer_and_the_boundaries() -> None:

@@ -137,3 +137,28 @@ def test_a_full_disk_is_waited_for_and_not_charged() -> None:
     failure = Failure("disk", "", "")
     assert decide("a:b", failure, Evidence(), past("disk", 9), Means(has_room=False)).action == "wait"
     assert decide("a:b", failure, Evidence(), [], Means(has_room=True)).action == "retry"
+
+
+def test_a_gpu_that_is_too_small_is_tried_with_less_until_nothing_is_left() -> None:
+    failure = Failure("gpu_memory", "CUDA out of memory", "log")
+    again = decide("a:b", failure, Evidence(), past("gpu_memory", 9), Means(smaller={"per_device_train_batch_size": 2}))
+    assert (again.action, again.why, again.smaller) == (
+        "retry", "with per_device_train_batch_size=2", {"per_device_train_batch_size": 2},
+    )  # fmt: skip
+    last = decide("a:b", failure, Evidence(progressed=True), [], Means())
+    assert last.action == "stop"
+    assert "max_length" in last.todo
+
+
+def test_smaller_microbatches_divide_the_effective_batch_and_end() -> None:
+    from prefmill.pipeline.shrinking import needs_less
+    from prefmill.training import TrainingConfig
+
+    config, seen = TrainingConfig(learning_rate=1, num_train_epochs=1, per_device_train_batch_size=12), []
+    while keys := needs_less(config):
+        seen.append(keys)
+        config = config.model_copy(update=keys)
+    sizes = [keys["per_device_train_batch_size"] for keys in seen[:-1]]
+    assert sizes == [6, 3, 1]
+    assert seen[-1] == {"activation_checkpointing": True}
+    assert needs_less(object()) == {}  # a stage that does not train
