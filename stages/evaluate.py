@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from prefmill.causal.image_limits import ImageLimits
 from prefmill.causal.loading import Precision
-from prefmill.checklist.engines import EngineConfig, LexicalConfig, open_engine
+from prefmill.checklist.engines import EngineConfig, LexicalConfig
 from prefmill.config import ExternalPath
 from prefmill.errors import ConfigError
 from prefmill.evaluation.generators import GenerationEngine, TransformersGeneration
@@ -17,8 +17,12 @@ from prefmill.records import Modality
 from prefmill.stage import Metrics, Reads, Stage, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from prefmill.checklist.items import Checklist
     from prefmill.evaluation.held_out import HeldOut
     from prefmill.evaluation.rows import Generation
+    from prefmill.records import ReviewEvaluation
 
 TRAINED = ("sft", "dpo")
 
@@ -46,8 +50,15 @@ class EvaluateConfig(ImageLimits):
     generation: GenerationEngine = Field(TransformersGeneration(), description="what writes: transformers or vllm")
     seed: int = Field(0, description="of the papers drawn and of the tokens")
     engine: EngineConfig = Field(LexicalConfig(), description="the checklist engine; see score_reviews")
+    second_engine: EngineConfig | None = Field(None, description="scores them too, to see how far engines agree")
     checklist: ExternalPath | None = Field(None, description="as in score_reviews; none: the shipped 24 items")
     accept_rating: float = Field(6.0, description="a rating from here on recommends acceptance")
+
+    @model_validator(mode="after")
+    def _two_engines(self) -> Self:
+        if self.second_engine == self.engine:
+            raise ValueError("second_engine is the same as engine: it would agree with itself")
+        return self
 
     @model_validator(mode="after")
     def _can_generate(self) -> Self:
@@ -57,8 +68,11 @@ class EvaluateConfig(ImageLimits):
 
 
 def run(config: EvaluateConfig, task: Task) -> Metrics:
-    """Write `generations.jsonl`, `evaluations.jsonl` and `metrics.json`; the metrics are the overall figures."""
+    """Write `generations.jsonl`, the engines' answers and `metrics.json`; the metrics are the overall figures."""
+    from prefmill.checklist.engines import open_engine
     from prefmill.checklist.score import choose_checklist
+    from prefmill.evaluation.bootstrap import Resampling
+    from prefmill.evaluation.engine_agreement import engine_agreement
     from prefmill.evaluation.held_out import human_generations, read_held_out, score_generations
     from prefmill.evaluation.lineage import check_training
     from prefmill.evaluation.record import write_evaluation
@@ -68,6 +82,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     is_human = config.model == HUMAN
     generations = human_generations(held_out) if is_human else _write_reviews(config, task, held_out)
     checklist = choose_checklist(config.checklist, task.optional_input("checklist"))
+    second = _score_again(config, task, held_out, generations, checklist) if config.second_engine else None
     engine = open_engine(config.engine, checklist)
     evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, task.work, task.progress)
     heading = {
@@ -75,12 +90,25 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
         "modality": config.modality,
         "generated_with": None if is_human else config.generation.engine,
         "engine": engine.name,
+        "agreement": second and engine_agreement(generations, evaluations, second, Resampling(seed=config.seed)),
         "training": training,
         "num_papers_left_out": len(held_out.papers) - len({row["paper_id"] for row in generations}),
     }
     accept = config.accept_rating
     metrics = write_evaluation(task.output, heading, generations, evaluations, held_out, checklist, accept)
     return {"num_papers": metrics["num_papers"], "num_reviews": metrics["num_reviews"], **metrics["overall"]}
+
+
+def _score_again(
+    config: EvaluateConfig, task: Task, held_out: HeldOut, generations: Sequence[Generation], checklist: Checklist
+) -> list[ReviewEvaluation]:
+    from prefmill.evaluation.engine_agreement import SECOND_EVALUATIONS, score_again
+    from prefmill.records import write_jsonl
+
+    assert config.second_engine is not None
+    rows = score_again(generations, held_out.papers, config.second_engine, checklist, task.work, task.progress)
+    write_jsonl(task.output / SECOND_EVALUATIONS, rows)
+    return rows
 
 
 def _write_reviews(config: EvaluateConfig, task: Task, held_out: HeldOut) -> list[Generation]:

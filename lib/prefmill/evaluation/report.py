@@ -14,6 +14,7 @@ from markupsafe import Markup
 from prefmill.artifacts import Artifact
 from prefmill.errors import InputError
 from prefmill.evaluation import background, sections
+from prefmill.evaluation.agreement_section import agreement_doubts, agreement_rows
 from prefmill.evaluation.bootstrap import Resampling
 from prefmill.evaluation.charts import key_marker, series_class
 from prefmill.evaluation.comparison import compare, model_order
@@ -79,7 +80,9 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
         chosen = _choose_examples(compared, metrics, num_examples, resampling.seed)
         parts.append(
             {
-                "story": tell(compared, metrics, resampling.confidence, doubts),
+                "story": tell(
+                    compared, metrics, resampling.confidence, [*agreement_doubts(compared, metrics), *doubts]
+                ),
                 "examples": read_examples(group, chosen, inputs.corpus),
                 **_tables(compared, metrics, resampling.confidence),
             }
@@ -119,6 +122,7 @@ def _tables(compared: Compared, metrics: Sequence[Mapping[str, Any]], confidence
         "difference_chart": sections.difference_chart(compared),
         "measures": sections.measure_table(compared),
         "pairs": sections.pair_table(compared),
+        "agreement": agreement_rows(metrics),
         "items": sections.item_rows(compared, questions, confidence),
         "factors": sections.factor_rows(compared, confidence),
         "length_chart": sections.length_chart(metrics),
