@@ -18,6 +18,7 @@ class ReportConfig(StrictConfig):
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval; differences are called at 1 - this")
     seed: int = Field(0, ge=0, description="of the bootstrap and of the examples drawn")
     num_examples: int = Field(6, ge=0, description="papers whose reviews are shown side by side")
+    show_cost: bool = Field(True, description="what the run took and what failed; false: a page that is the same bytes")
 
 
 def run(config: ReportConfig, task: Task) -> Metrics:
@@ -44,7 +45,9 @@ def _report_diffusion(config: ReportConfig, task: Task) -> Metrics:
     checkpoints = (*task.inputs.get("mdlm_sft", ()), *task.inputs.get("mdlm_dpo", ()))
     resampling = Resampling(config.num_resamples, config.seed, config.confidence)
     title, examples = config.title or task.run, config.num_examples
-    report = build_diffusion_report(task.inputs["diffusion"], checkpoints, title, resampling, examples)
+    report = build_diffusion_report(
+        task.inputs["diffusion"], checkpoints, title, resampling, examples, config.show_cost
+    )
     write_atomic(task.output / "report.html", report.html)
     write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
     print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
@@ -60,7 +63,7 @@ def _report_images(config: ReportConfig, task: Task) -> Metrics:
 
     given = {name: task.inputs.get(name, ()) for name in ("images", "rewards", "tuned", "sweeps")}
     inputs = ImageReportInputs(given["images"], given["rewards"], given["tuned"], given["sweeps"])
-    report = build_image_report(inputs, config.title or task.run)
+    report = build_image_report(inputs, config.title or task.run, config.show_cost)
     write_atomic(task.output / "report.html", report.html)
     write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
     print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
@@ -84,7 +87,7 @@ def _report_reviews(config: ReportConfig, task: Task) -> Metrics:
         quality=task.inputs.get("quality", ()),
     )
     resampling = Resampling(config.num_resamples, config.seed, config.confidence)
-    report = build_report(inputs, config.title or task.run, resampling, config.num_examples)
+    report = build_report(inputs, config.title or task.run, resampling, config.num_examples, config.show_cost)
     write_atomic(task.output / "report.html", report.html)
     write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
     conclusion = [f"[{story.modality}] {story.helped} {story.how_sure}" for story in report.stories]

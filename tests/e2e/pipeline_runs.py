@@ -23,7 +23,7 @@ SMALL = (
     "sft.logging_steps=1", "sft.save_steps=3",
     "dpo.logging_steps=1", "dpo.save_steps=3", "dpo.num_train_epochs=1",
     "evaluate.num_papers=10", "evaluate.samples_per_paper=1", "evaluate.max_new_tokens=32",
-    "report.num_resamples=1000",
+    "report.num_resamples=1000", "report.show_cost=false",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from evaluation_artifacts import make_corpus, make_evaluation, make_task, make_t
 from prefmill.artifacts import RUN_RECORD, Artifact, publish
 from prefmill.checklist.items import load_checklist
 from prefmill.errors import ArtifactError, InputError
+from prefmill.records import write_jsonl
 from stages.report import ReportConfig, run
 
 HOSTILE = '</p><script>document.title="owned"</script>"><img src=x onerror="document.title=\'owned\'"><style>*{}</style>{{ 7*7 }}'  # noqa: E501
@@ -103,22 +104,66 @@ def test_the_same_inputs_give_the_same_bytes_wherever_they_are(inputs: Inputs, t
     for item in elsewhere["evaluations"]:  # what a run cost differs from run to run, and is no content
         (item.path / RUN_RECORD).write_text(json.dumps({"seconds": 12.5, "peak_memory_gb": 0.5}))
     shuffled = {name: items[::-1] for name, items in elsewhere.items()}
-    assert write_report(shuffled, tmp_path / "second") == first
+    second, numbers = write_report(shuffled, tmp_path / "second")
+    assert without_cost(second) == without_cost(first[0])
+    assert second != first[0]
+    assert numbers == first[1]
+    same = [write_report(given, tmp_path / f"{n}", show_cost=False)[0] for n, given in enumerate((inputs, shuffled))]
+    assert same[0] == same[1]
+    assert 'id="cost"' not in same[0]
     assert str(tmp_path) not in first[0]
     assert str(moved) not in first[0]
 
 
-def test_the_cost_is_printed_and_not_published(
-    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record = inputs["datasets"][0].path / RUN_RECORD
-    record.write_text(json.dumps({"seconds": 4321.5, "peak_memory_gb": 1.25}))
+def without_cost(html: str) -> str:
+    return re.sub(r'<section id="cost">.*?</section>', "", html, flags=re.DOTALL)
+
+
+def write_attempts(artifact: Artifact, rows: Sequence[dict[str, Any]]) -> None:
+    """As the worker logs them."""
+    logs = artifact.path.parents[3] / "logs" / "run" / artifact.path.parent.name / artifact.path.name
+    common = {"node": "n3", "first_step": None, "last_step": None, "progressed": True}
+    write_jsonl(logs / "attempts.jsonl", [common | row for row in rows])
+
+
+def test_cost_and_failures_are_printed_and_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A training on 8 GPUs that was warned after half an hour and then took another, and what had failed before."""
+    corpus = make_corpus(tmp_path, 24)
+    inputs = {
+        "evaluations": [make_evaluation(tmp_path, corpus, model, FACTORS[model]) for model in ("base", "dpo")],
+        **make_training(tmp_path, corpus),
+    }
+    (inputs["datasets"][0].path / RUN_RECORD).write_text(json.dumps({"seconds": 4321.0, "peak_memory_gb": 1.25}))
+    rows = [
+        {"gpus": 8, "started": 0.0, "ended": 60.0, "outcome": "failed", "kind": "OutOfMemoryError"},
+        {"gpus": 8, "started": 100.0, "ended": 1900.0, "outcome": "requeued", "signal": "SIGUSR1", "last_step": 40},
+        {"gpus": 8, "started": 2000.0, "ended": 3740.0, "outcome": "complete"},
+    ]
+    write_attempts(inputs["dpo"][0], rows)
+    decided = {
+        "task": "dpo:clean",
+        "element": "dpo:clean",
+        "action": "retry",
+        "kind": "gpu",
+        "reason": f"Xid {HOSTILE}",
+    }
+    folder = tmp_path / "logs" / "run" / "submissions"
+    write_jsonl(folder / "decisions.jsonl", [{"time": 1.0, **decided, "why": "retry 1 of 3"}])
     html, _ = write_report(inputs, tmp_path)
-    printed = capsys.readouterr().out
-    assert re.search(r"build_datasets:all +4321\.5 s +1\.25 GB", printed)
-    assert "[clean] Yes:" in printed
-    assert "4321" not in html
-    record.unlink()
+    assert re.search(r"build_datasets:all +4321\.0 s +1\.25 GB", capsys.readouterr().out)
+    page = text_of(html[html.index('<section id="cost">') :])
+    assert (
+        "2 tasks took 2:12:01 of work and 8.00 GPU-hours, attempts that failed included. 2 attempts ended early."
+        in page
+    )
+    assert "dpo:clean: failed (OutOfMemoryError), 0:01:00 on n3" in page
+    assert "dpo:clean: requeued (SIGUSR1) after step 40, 0:30:00 on n3" in page
+    assert "dpo:clean retry gpu Xid </p><script>" in page
+    assert "retry 1 of 3" in page
+    assert "dpo:clean 3 1:00:00 8.00" in page
+    assert "build_datasets:all 1 1:12:01 0.00 1.25" in page
+    assert "<script>" not in html
+    assert re.search(r"What \d other tasks took is not recorded here", page)
 
 
 def test_curves_that_were_not_logged_are_said_to_be_missing(inputs: Inputs, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from prefmill.errors import InputError
 from prefmill.evaluation import background
 from prefmill.evaluation.bootstrap import Array, Resampling, means
 from prefmill.evaluation.charts import Interval, interval_chart
+from prefmill.evaluation.costs import cost_section
 from prefmill.evaluation.graph import lineage_graph
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.evaluation.report import page_environment
@@ -41,9 +42,14 @@ class DiffusionReport:
 
 
 def build_diffusion_report(
-    evaluations: Sequence[Artifact], checkpoints: Sequence[Artifact], title: str, resampling: Resampling, examples: int
+    evaluations: Sequence[Artifact],
+    checkpoints: Sequence[Artifact],
+    title: str,
+    resampling: Resampling,
+    examples: int,
+    show_cost: bool,
 ) -> DiffusionReport:
-    """One self-contained page; the same inputs give the same bytes."""
+    """One self-contained page; the same inputs give the same bytes but for what they cost."""
     artifacts, missing = everything_behind([*checkpoints, *evaluations])
     parts = [_evaluation(item, resampling, examples) for item in evaluations]
     lineage = background.lineage_section(artifacts, missing)
@@ -55,6 +61,7 @@ def build_diffusion_report(
         training=background.training_section(checkpoints),
         lineage=lineage,
         graph=lineage_graph(lineage["levels"], lineage["edges"]),
+        cost=cost_section(artifacts) if show_cost else None,
     )
     comparison = {part["name"]: {"models": part["models"], "changes": part["changes"]} for part in parts}
     return DiffusionReport(html, {"evaluations": comparison}, [part["conclusion"] for part in parts], artifacts)

@@ -14,6 +14,7 @@ from prefmill.artifacts import Artifact
 from prefmill.config import validate
 from prefmill.evaluation import background
 from prefmill.evaluation.charts import Interval, interval_chart
+from prefmill.evaluation.costs import cost_section
 from prefmill.evaluation.graph import lineage_graph
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.evaluation.report import page_environment
@@ -49,8 +50,8 @@ class ImageReport:
     artifacts: Sequence[Artifact]
 
 
-def build_image_report(inputs: ImageReportInputs, title: str) -> ImageReport:
-    """One self-contained page, images included; the same inputs give the same bytes."""
+def build_image_report(inputs: ImageReportInputs, title: str, show_cost: bool) -> ImageReport:
+    """One self-contained page, images included; the same inputs give the same bytes but for what they cost."""
     artifacts, missing = everything_behind(inputs.all())
     known = {item.manifest.content_digest: item for item in artifacts}
     parts = [_evaluation(item, known) for item in inputs.evaluations]
@@ -68,6 +69,7 @@ def build_image_report(inputs: ImageReportInputs, title: str) -> ImageReport:
             sweeps=[_sweep(item) for item in sweeps.values()],
             lineage=lineage,
             graph=lineage_graph(lineage["levels"], lineage["edges"]),
+            cost=cost_section(artifacts) if show_cost else None,
         )
     )
     comparison = {

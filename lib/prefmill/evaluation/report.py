@@ -18,6 +18,7 @@ from prefmill.evaluation.agreement_section import agreement_doubts, agreement_ro
 from prefmill.evaluation.bootstrap import Resampling
 from prefmill.evaluation.charts import key_marker, series_class
 from prefmill.evaluation.comparison import compare, model_order
+from prefmill.evaluation.costs import clock, cost_section
 from prefmill.evaluation.examples import choose_papers, read_examples
 from prefmill.evaluation.graph import lineage_graph
 from prefmill.evaluation.judge_section import judge_section
@@ -58,8 +59,10 @@ class Report:
     artifacts: Sequence[Artifact]
 
 
-def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_examples: int) -> Report:
-    """Compare the evaluations and render the page; the same inputs give the same bytes.
+def build_report(
+    inputs: ReportInputs, title: str, resampling: Resampling, num_examples: int, show_cost: bool
+) -> Report:
+    """Compare the evaluations and render the page; the same inputs give the same bytes but for what they cost.
 
     Raises InputError where evaluations cannot be compared.
     """
@@ -102,6 +105,7 @@ def build_report(inputs: ReportInputs, title: str, resampling: Resampling, num_e
         lineage=lineage,
         graph=lineage_graph(lineage["levels"], lineage["edges"]),
         absent=_absent(inputs),
+        cost=cost_section(artifacts) if show_cost else None,
     )
     return Report(html, comparison, tuple(part["story"] for part in parts), artifacts)
 
@@ -179,6 +183,7 @@ def page_environment() -> Environment:
     environment.filters["thousands"] = _thousands
     environment.filters["count"] = lambda number, noun: f"{_thousands(number)} {noun}{'' if number == 1 else 's'}"
     environment.filters["percent"] = lambda share: f"{share:.0%}"
+    environment.filters["clock"] = clock
     environment.filters["words"] = lambda name: str(name).replace("_", " ")
     return environment
 

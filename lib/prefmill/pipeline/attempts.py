@@ -26,6 +26,16 @@ def this_job() -> dict[str, str]:
     return {key: os.environ[name] for key, name in _VARIABLES.items() if name in os.environ}
 
 
+def held_gpus() -> int:
+    """The GPUs that this task's job holds on all of its nodes; outside Slurm those this process can see."""
+    if "SLURM_JOB_ID" in os.environ:
+        return int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) * int(os.environ.get("SLURM_NNODES", "1"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return sum(name.strip() not in ("", "-1") for name in visible.split(","))
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def begin(logs: Path, before: dict[str, Any]) -> dict[str, Any]:
     """What is known when an attempt starts; `before` is the status left by the last one, recorded if it was lost.
 
@@ -34,7 +44,7 @@ def begin(logs: Path, before: dict[str, Any]) -> dict[str, Any]:
     if before.get("state") == "running" and "attempt" in before:
         _append(logs, before["attempt"], "lost", ended=_last_sign(logs, before["time"]))
     return {
-        "job": this_job(), "node": socket.gethostname(), "started": time.time(),
+        "job": this_job(), "node": socket.gethostname(), "gpus": held_gpus(), "started": time.time(),
         "steps_before": _count(logs / EXECUTED), "done_before": _done(logs),
     }  # fmt: skip
 
@@ -79,7 +89,8 @@ def _own_steps(logs: Path, attempt: dict[str, Any]) -> tuple[list[int], list[int
 def _append(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -> None:
     _, own = _own_steps(logs, attempt)
     row = {
-        **attempt["job"], "node": attempt["node"], "started": attempt["started"], "outcome": outcome, **details,
+        **attempt["job"], "node": attempt["node"], "gpus": attempt.get("gpus", 0), "started": attempt["started"],
+        "outcome": outcome, **details,
         "first_step": own[0] if own else None, "last_step": own[-1] if own else None,
         "progressed": progressed(logs, attempt),
     }  # fmt: skip

@@ -27,6 +27,10 @@ class Decisions:
         self.path = submissions_folder(workspace, run) / DECISIONS
         self._rows = _read(self.path)
 
+    def all(self) -> list[dict[str, Any]]:
+        """Every decision ever taken on the run, oldest first."""
+        return list(self._rows)
+
     def of(self, task: str, submission: int | None = None) -> list[dict[str, Any]]:
         """The decisions on a task that still count, oldest first; of one submission where its number is given."""
         rows = [row for row in self._rows if row["task"] == task and submission in (None, row.get("submission"))]
