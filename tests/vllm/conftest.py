@@ -40,10 +40,15 @@ def judge(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(judge: Path) -> Any:
-    """vLLM in float32 with a cache of an eighth of a gigabyte."""
+def vllm() -> None:
+    """That it is installed."""
     if importlib.util.find_spec("vllm") is None:
         left_out("vllm", "vllm (make vllm)")
+
+
+@pytest.fixture(scope="session")
+def engine(judge: Path, vllm: None) -> Any:
+    """vLLM in float32 with a cache of an eighth of a gigabyte."""
     config = VllmConfig(
         model_name_or_path=str(judge), precision="fp32", kv_cache_gb=0.125, enforce_eager=True, max_length=1500,
         truncate_reviews=False, reviews_in_flight=8,
