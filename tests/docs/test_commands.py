@@ -24,7 +24,7 @@ ENDLESS = (  # ended after a second: what counts is that it starts
     "tail -f",
     "python -m stages.rate_images configs/rate_images/own_images.yaml run=",  # waits for people
 )
-_COMMAND = re.compile(r"(prefmill|python|make|tail|ls|cat)\b")
+_COMMAND = re.compile(r"(prefmill|python|make|tail|ls|cat|cp|sinfo|sacctmgr)\b")
 
 
 def commands(page: Path) -> list[str]:
@@ -35,7 +35,9 @@ def commands(page: Path) -> list[str]:
 
 
 # Tried where they can work: by tests/slurm/test_documented_commands.py, or nowhere here for want of the weights.
-NEEDS_SLURM = re.compile(r"prefmill (submit|rehearse|advance|rerun|cancel|logs|status .*--watch|status --watch)")
+NEEDS_SLURM = re.compile(
+    r"sinfo|sacctmgr|prefmill (submit|rehearse|advance|rerun|cancel|logs|status .*--watch|status --watch)"
+)
 NEEDS_WEIGHTS = ("llada-8b", "FOLDER")
 
 FOUND = [
