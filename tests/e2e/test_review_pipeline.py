@@ -41,7 +41,7 @@ def test_it_ends_with_the_conclusion_and_the_reports_path(finished: tuple[Path, 
     assert conclusion.startswith("[clean] ")
     assert path == str(workspace / "data" / "demo" / "report" / "all" / "report.html")
     assert "<html" in Path(path).read_text()
-    assert len(digests(workspace)) == 13
+    assert len(digests(workspace)) == 14
     for root in ("data", "checkpoints", "logs"):
         assert (workspace / root / "latest").readlink() == Path("demo")
 
@@ -52,7 +52,7 @@ def test_a_second_run_does_nothing_and_says_why(finished: tuple[Path, str]) -> N
     before = {path: path.stat().st_mtime_ns for path in workspace.rglob(MANIFEST)}
     printed = run(workspace, *SMALL)
     assert ran(printed) == set()
-    assert printed.count("up to date: content ") == 13
+    assert printed.count("up to date: content ") == 14
     assert {path: path.stat().st_mtime_ns for path in workspace.rglob(MANIFEST)} == before
 
 
