@@ -280,6 +280,13 @@ def test_a_judge_that_likes_length_is_seen_through(tmp_path: Path, corpus: Artif
     assert biased["error"]["low"] > 0.3
     assert fair["score"]["low"] < 0 < fair["score"]["high"]
     assert fair["error"]["low"] < 0 < fair["error"]["high"]
+    # Where people say yes to what is long as well, it errs nowhere, and the other one the more the longer a review is.
+    agreeing = write_labels(
+        tmp_path / "m.csv", as_rows({key: {"kind": row["kind"] > 0.5} for key, row in long.items()})
+    )
+    quality, _ = measure(tmp_path / "u", inputs, labels=str(agreeing))
+    assert quality["judges"][0]["length"]["error"] is None
+    assert quality["judges"][1]["length"]["error"]["high"] < -0.3
 
 
 def test_rules_are_moved_by_nothing_but_words(tmp_path: Path, corpus: Artifact, scores: Artifact) -> None:
