@@ -1,17 +1,21 @@
-"""Fine-tunes a model on the best reviews, on their completions only."""
+"""Fine-tunes a model on the best reviews, or on other chats, on their completions only."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from pydantic import Field
 
 from prefmill.causal.image_limits import ImageLimits
+from prefmill.errors import PipelineError
+from prefmill.preference.chats import ChatSource, write_chats
 from prefmill.records import Modality
 from prefmill.stage import Metrics, Reads, Stage, Task
 from prefmill.training import TrainingConfig, start_model
 
 
-class SftConfig(TrainingConfig, ImageLimits):
-    """`modality` says which of the datasets to train on."""
+class SftConfig(TrainingConfig, ChatSource, ImageLimits):
+    """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one."""
 
     modality: Modality = "clean"
     learning_rate: float = Field(1e-5, gt=0)
@@ -22,11 +26,24 @@ def run(config: SftConfig, task: Task) -> Metrics:
     """Train, and write the model as a plain Hugging Face folder."""
     from prefmill.causal.sft import train_sft
 
-    datasets = task.input("datasets")
+    model = start_model(config, task, "model")
+    train, val = _chats(config, task)
+    return train_sft(config, task, model, train, val, config)
+
+
+def _chats(config: SftConfig, task: Task) -> tuple[Path, Path | None]:
+    """The rows to train on and those to validate on: of the dataset that the configuration names, or of the input."""
+    datasets = task.optional_input("datasets")
+    if (datasets is None) != config.has_source:
+        raise PipelineError(
+            "no dataset to fine-tune on" if datasets is None else "two datasets to fine-tune on",
+            where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or dataset=NAME_OR_FILE",
+        )  # fmt: skip
+    if datasets is None:
+        return write_chats(config, task.work / "chats", task.logs / "bad_rows.json")
     train = datasets.file(f"sft_{config.modality}_train/data.jsonl")
     val = datasets.path / f"sft_{config.modality}_val" / "data.jsonl"
-    model = start_model(config, task, "model")
-    return train_sft(config, task, model, train, val if val.is_file() and val.stat().st_size else None, config)
+    return train, val if val.is_file() and val.stat().st_size else None
 
 
 STAGE = Stage(
@@ -38,7 +55,7 @@ STAGE = Stage(
     writes="checkpoint",
     reads={
         "model": Reads("checkpoint", match="elementwise", optional=True),
-        "datasets": Reads("preference_datasets", "build_datasets"),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
         "validation": Reads("validation", "validate_datasets", optional=True),
     },
     preload=("torch", "transformers", "trl", "trl.trainer.sft_trainer", "datasets"),

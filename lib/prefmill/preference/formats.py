@@ -93,6 +93,11 @@ def instruction_responses(row: Row, tags: Tags) -> Preference:
 
 def alpaca(row: Row, tags: Tags) -> Preference:
     """`{instruction, input, chosen, rejected}`, `system` and `history: [[said, answered], ...]` where there are any."""
+    return _preference(row, Chat(alpaca_prompt(row)), row["chosen"], row["rejected"])
+
+
+def alpaca_prompt(row: Row) -> list[Turn]:
+    """The turns of Alpaca's `instruction`, `input`, `system`, `history`; raises BadRowError for a bad history."""
     asked = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
     turns: list[Turn] = []
     for exchange in row.get("history") or []:
@@ -100,8 +105,7 @@ def alpaca(row: Row, tags: Tags) -> Preference:
             raise BadRowError("history is a list of [what was said, what was answered]")
         turns += [{"role": role, "content": said} for role, said in zip(("user", "assistant"), exchange, strict=True)]
     system = _with_system(row, asked)
-    prompt = [*system[:-1], *turns, system[-1]]
-    return _preference(row, Chat(prompt), row["chosen"], row["rejected"])
+    return [*system[:-1], *turns, system[-1]]
 
 
 def sharegpt(row: Row, tags: Tags) -> Preference:
@@ -179,13 +183,13 @@ FORMS: Mapping[str, Form] = {
 }
 
 
-def detect(row: Row, where: object) -> str:
+def detect(row: Row, where: object, known: Mapping[str, Form] = FORMS) -> str:
     """The name of the one form that `row` has; raises InputError with the keys seen where none or several fit."""
-    found = [name for name, form in FORMS.items() if form.fits(row)]
+    found = [name for name, form in known.items() if form.fits(row)]
     if len(found) == 1:
         return found[0]
     keys = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items() if value is not None)
-    forms = "; ".join(f"{name}: {', '.join(FORMS[name].needs)}" for name in found or FORMS)
+    forms = "; ".join(f"{name}: {', '.join(known[name].needs)}" for name in found or known)
     raise InputError(
         "this form of preference data is not known" if not found else "this row has the keys of several forms",
         where=where, got=keys, expected=forms,
@@ -196,12 +200,13 @@ def detect(row: Row, where: object) -> str:
     )  # fmt: skip
 
 
-def parse(row: Row, form: str, tags: Tags) -> Preference | Judgement:
-    """`row` read as `form`; raises BadRowError saying what is wrong with it."""
-    if not FORMS[form].fits(row):
-        needs = ", ".join(f"{key} ({kind})" for key, kind in FORMS[form].needs.items())
-        raise BadRowError(f"not of the form {form}, which has {needs}; keys are {', '.join(map(str, row))}")
-    found = FORMS[form].parse(row, tags)
+def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) -> Preference | Judgement:
+    """`row` read as the form `name`; raises BadRowError saying what is wrong with it."""
+    form = known[name]
+    if not form.fits(row):
+        needs = ", ".join(f"{key} ({kind})" for key, kind in form.needs.items())
+        raise BadRowError(f"not of the form {name}, which has {needs}; keys are {', '.join(map(str, row))}")
+    found = form.parse(row, tags)
     if not found.messages or found.messages[-1]["role"] != "user":
         raise BadRowError("the prompt does not end with a user turn")
     if any(not isinstance(turn["content"], str) for turn in found.messages):

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
@@ -17,12 +17,13 @@ from tqdm import tqdm
 from prefmill.artifacts import digest_json
 from prefmill.config import ExternalPath, StrictConfig, nearest
 from prefmill.errors import InputError
-from prefmill.preference.formats import FORMS, Judgement, Preference, detect, parse
+from prefmill.preference.formats import FORMS, Form, Judgement, Preference, detect, parse
 from prefmill.preference.row_files import SUFFIXES, SourceRow, file_rows, hub_rows
 from prefmill.preference.turns import BadRowError
 from prefmill.records import to_json
 
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+FoundT = TypeVar("FoundT")
 _TAGS = ("role", "content", "user", "assistant", "system")
 
 
@@ -35,6 +36,8 @@ class PairSource(StrictConfig):
     own, `tags` (role, content, user, assistant, system) the keys and speakers inside messages. `val_fraction` of the
     prompts are held out, with all their pairs.
     """
+
+    forms: ClassVar[Mapping[str, Form]] = FORMS
 
     dataset: str | None = None
     dataset_file: ExternalPath | None = None
@@ -63,8 +66,8 @@ class PairSource(StrictConfig):
     @field_validator("pair_format")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        if name is not None and name not in FORMS:
-            raise ValueError(f"no such form{nearest(name, list(FORMS))}; forms are {', '.join(FORMS)}")
+        if name is not None and name not in cls.forms:
+            raise ValueError(f"no such form{nearest(name, list(cls.forms))}; forms are {', '.join(cls.forms)}")
         return name
 
     @model_validator(mode="after")
@@ -104,25 +107,42 @@ def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, P
     """
     problems: list[Problem] = []
     rows = list(tqdm(_preferences(source, problems), desc="reading pairs", unit=" pairs"))
+    write_problems(problems, report)
+    if not rows:
+        raise InputError("no pairs to train on", where=source.source_name, fix=f"see the rows in {report}")
+    keyed = ((prompt_key(pair.messages, pair.images), pair_id, pair) for pair_id, pair in identified(rows))
+    own = [(group, _own_row(pair_id, group, pair, source, folder)) for group, pair_id, pair in keyed]
+    return write_split(own, source, folder, "dpo")
+
+
+def write_problems(problems: list[Problem], report: Path) -> None:
+    """List rows that are left out in `report`, and say so."""
     if problems:
         _write_text(report, json.dumps([problem._asdict() for problem in problems], indent=1))
         print(f"{len(problems):,} rows left out, listed in {report}", flush=True)
-    if not rows:
-        raise InputError("no pairs to train on", where=source.source_name, fix=f"see the rows in {report}")
+
+
+def write_split(
+    rows: Iterable[tuple[str, dict[str, Any]]], source: PairSource, folder: Path, kind: str
+) -> tuple[Path, Path | None]:
+    """Write rows, each with the key of its prompt, as `kind`_train and `kind`_val; None where nothing is held out."""
     files: dict[bool, list[str]] = {False: [], True: []}
-    for pair_id, preference in _identified(rows):
-        group = digest_json([preference.messages, [_image_key(image) for image in preference.images]])
-        held_out = _coin(group, source.seed) < source.val_fraction
-        files[held_out].append(to_json(_own_row(pair_id, group, preference, source, folder)))
+    for prompt, row in rows:
+        files[_coin(prompt, source.seed) < source.val_fraction].append(to_json(row))
     if not files[False] or (source.val_fraction and not files[True]):
         raise InputError(
-            "too few prompts to hold some out", got=len(rows), where=source.source_name,
+            "too few prompts to hold some out", got=sum(map(len, files.values())), where=source.source_name,
             fix="change val_fraction or seed",
         )  # fmt: skip
-    train, val = folder / "dpo_train" / "data.jsonl", folder / "dpo_val" / "data.jsonl"
+    train, val = folder / f"{kind}_train" / "data.jsonl", folder / f"{kind}_val" / "data.jsonl"
     for path, lines in ((train, files[False]), (val, files[True])):
         _write_text(path, "".join(line + "\n" for line in lines))
     return train, val if files[True] else None
+
+
+def prompt_key(messages: Any, images: Iterable[Any]) -> str:
+    """What a prompt is: its turns and its images."""
+    return digest_json([messages, [_image_key(image) for image in images]])
 
 
 def read_rows(source: PairSource) -> Iterator[SourceRow]:
@@ -138,8 +158,7 @@ def pair_up(judgements: Iterable[tuple[SourceRow, Judgement]], problems: list[Pr
     """Every good answer against every bad one to the same chat; prompts with only one kind become problems."""
     chats: dict[str, list[tuple[SourceRow, Judgement]]] = {}
     for row, judgement in judgements:
-        key = digest_json([judgement.messages, [_image_key(image) for image in judgement.images]])
-        chats.setdefault(key, []).append((row, judgement))
+        chats.setdefault(prompt_key(judgement.messages, judgement.images), []).append((row, judgement))
     for answers in chats.values():
         good = [item for item in answers if item[1].is_good]
         bad = [item for item in answers if not item[1].is_good]
@@ -150,19 +169,29 @@ def pair_up(judgements: Iterable[tuple[SourceRow, Judgement]], problems: list[Pr
             for loser_row, loser in bad:
                 if winner.answer != loser.answer:
                     pair = Preference(winner.messages, winner.answer, loser.answer, winner.images)
-                    yield f"{_name(winner_row)}:{_name(loser_row)}", pair
+                    yield f"{row_name(winner_row)}:{row_name(loser_row)}", pair
 
 
 def _preferences(source: PairSource, problems: list[Problem]) -> Iterator[tuple[str, Preference]]:
     """Names and preferences; bad rows are raised, or added to `problems`."""
     judgements: list[tuple[SourceRow, Judgement]] = []
+    for row, found in parsed_rows(source, problems):
+        if isinstance(found, Judgement):
+            judgements.append((row, found))
+        else:
+            yield row_name(row), found
+    yield from pair_up(judgements, problems)
+
+
+def parsed_rows(source: PairSource, problems: list[Problem]) -> Iterator[tuple[SourceRow, Preference | Judgement]]:
+    """The rows that `source` asks for, read as their form; bad ones are raised, or added to `problems`."""
     form = source.pair_format
     for row in _drawn(read_rows(source), source):
         row.values.update({ours: row.values.pop(theirs) for ours, theirs in source.columns.items()
                            if theirs in row.values and ours != theirs})  # fmt: skip
-        form = form or detect(row.values, row.where)
+        form = form or detect(row.values, row.where, source.forms)
         try:
-            found = parse(row.values, form, source.tags)
+            yield row, parse(row.values, form, source.tags, source.forms)
         except BadRowError as error:
             if source.on_bad_row == "fail":
                 raise InputError(
@@ -170,12 +199,6 @@ def _preferences(source: PairSource, problems: list[Problem]) -> Iterator[tuple[
                     fix="correct or remove it, or leave such rows out with on_bad_row=drop",
                 ) from None  # fmt: skip
             problems.append(Problem(row.where, str(error)))
-            continue
-        if isinstance(found, Judgement):
-            judgements.append((row, found))
-        else:
-            yield _name(row), found
-    yield from pair_up(judgements, problems)
 
 
 def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]:
@@ -194,17 +217,18 @@ def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]
     yield from (everything[place] for place in sorted(places))
 
 
-def _name(row: SourceRow) -> str:
+def row_name(row: SourceRow) -> str:
+    """Its own id, or its number."""
     given = row.values.get("id", row.values.get("pair_id"))
     return str(given) if isinstance(given, (str, int)) and str(given) else f"row-{row.number}"
 
 
-def _identified(rows: Iterable[tuple[str, Preference]]) -> Iterator[tuple[str, Preference]]:
-    """Pairs by names that are all different: a name met again gets a number."""
+def identified(rows: Iterable[tuple[str, FoundT]]) -> Iterator[tuple[str, FoundT]]:
+    """Rows by names that are all different: a name met again gets a number."""
     seen: dict[str, int] = {}
-    for name, preference in rows:
+    for name, found in rows:
         seen[name] = seen.get(name, 0) + 1
-        yield (name if seen[name] == 1 else f"{name}~{seen[name]}"), preference
+        yield (name if seen[name] == 1 else f"{name}~{seen[name]}"), found
 
 
 def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, folder: Path) -> dict[str, Any]:
@@ -216,11 +240,11 @@ def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, fol
         "rejected": {"from": "gpt", "value": pair.rejected},
     }
     if pair.images:
-        row["images"] = [_image_path(image, pair_id, source, folder) for image in pair.images]
+        row["images"] = [image_path(image, pair_id, source, folder) for image in pair.images]
     return row
 
 
-def _image_path(image: Any, pair_id: str, source: PairSource, folder: Path) -> str:
+def image_path(image: Any, row_id: str, source: PairSource, folder: Path) -> str:
     """Where an image is, relative to `folder` or absolute; bytes are written there first."""
     data = image.get("bytes") if isinstance(image, Mapping) else image
     if isinstance(data, bytes):
@@ -233,7 +257,7 @@ def _image_path(image: Any, pair_id: str, source: PairSource, folder: Path) -> s
     found = (base / str(named).removeprefix("file://")).absolute()
     if not isinstance(named, str) or "://" in named.removeprefix("file://") or not found.is_file():
         raise InputError(
-            "no such image", where=f"pair {pair_id}", got=named, expected=f"a file below {base}, or the image's bytes",
+            "no such image", where=f"row {row_id}", got=named, expected=f"a file below {base}, or the image's bytes",
             fix="set image_folder to the folder that image paths are relative to; download what is only a URL",
         )  # fmt: skip
     return found.as_posix()
