@@ -1,0 +1,156 @@
+"""Training on processes that this one forks, by any strategy, and what each rank held when it ended."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from prefmill.config import validate
+from prefmill.preference.config import PreferenceConfig
+from prefmill.stage import Task
+from prefmill.training import STEPS, TrainingConfig, read_curve
+from tests.conftest import REPOSITORY
+
+DEEPSPEED = REPOSITORY / "configs" / "deepspeed"
+KEYS: dict[str, Any] = {
+    "learning_rate": 1e-3, "num_train_epochs": 2, "precision": "fp32", "per_device_train_batch_size": 2,
+    "effective_batch_size": 8, "logging_steps": 1, "save_steps": 2, "max_length": 400, "report_to": [],
+    "lr_scheduler_type": "constant", "layout": "group",
+}  # fmt: skip
+STRATEGIES = {
+    "zero1": {"deepspeed": str(DEEPSPEED / "zero1.json")},
+    "zero2": {"deepspeed": str(DEEPSPEED / "zero2.json")},
+    "zero3": {"deepspeed": str(DEEPSPEED / "zero3.json")},
+    "zero3_offload": {"deepspeed": str(DEEPSPEED / "zero3_offload.json")},
+    "fsdp": {"fsdp": True},
+}
+SHARDS, KILL, ALONE = "shards.json", "kill", "alone"
+
+
+def import_before_the_forks() -> None:
+    """The slow imports, once for all ranks; and DeepSpeed is not to compile its kernels for ranks on one CPU."""
+    for name in ("prefmill.causal.dpo", "prefmill.causal.sft", "deepspeed", "torch.distributed.fsdp"):
+        importlib.import_module(name)
+    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def train(folder: Path, keys: dict[str, Any]) -> None:
+    """Preference training, or supervised training without a layout; says how much of the model this rank held."""
+    from prefmill.causal.dpo import train_dpo
+    from prefmill.causal.sft import train_sft
+
+    (folder / "out").mkdir(parents=True, exist_ok=True)
+    task = Task("r", "train", "clean", {}, {}, {}, folder / "out", folder / "logs")
+    model, rows = folder.parent / "model", folder.parent / ("pairs.jsonl" if "layout" in keys else "chats.jsonl")
+    note_shards(folder)
+    if keys.pop(KILL, False):
+        kill_at(3 * microbatches(keys) + 2)
+    if "layout" in keys:
+        train_dpo(validate(PreferenceConfig, keys), task, str(model), rows, rows)
+    else:
+        train_sft(validate(TrainingConfig, keys), task, str(model), rows, rows)
+
+
+def note_shards(folder: Path) -> None:
+    """Write down the shares of the weights and of Adam's first moments that this process holds when training ends."""
+    from transformers import Trainer
+
+    original = Trainer.train
+
+    def train(self: Any, *given: Any, **more: Any) -> Any:
+        done = original(self, *given, **more)
+        weights = list(self.model.parameters())
+        held = sum(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else _local(weight) for weight in weights)
+        total = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's hold the one that is asked for
+            optimizer = optimizer.optimizer
+        moments = sum(_local(state["exp_avg"]) for state in optimizer.state.values())
+        shares = {"weights": held / total, "moments": moments / total}
+        (folder / f"{os.environ.get('RANK', 0)}-{SHARDS}").write_text(json.dumps(shares))
+        return done
+
+    Trainer.train = train
+
+
+def shares(folder: Path, what: str) -> list[float]:
+    """Of each rank, what `note_shards` noted."""
+    return [json.loads(path.read_text())[what] for path in sorted(folder.glob(f"*-{SHARDS}"))]
+
+
+def microbatches(keys: dict[str, Any]) -> int:
+    """Of each rank, in a step."""
+    return int(keys["effective_batch_size"]) // keys["per_device_train_batch_size"] // int(os.environ["WORLD_SIZE"])
+
+
+def kill_at(call: int) -> None:
+    """Have this process killed as it comes to its n-th microbatch."""
+    from prefmill.preference.trainer import PreferenceTrainer
+
+    original, calls = PreferenceTrainer.training_step, []
+
+    def training_step(self: Any, *given: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *given, **more)
+
+    PreferenceTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def _local(weight: Any) -> int:
+    return int((weight.to_local() if hasattr(weight, "to_local") else weight).numel())
+
+
+def one_rank(rank: int, world_size: int, port: int, folder: Path, keys: dict[str, Any]) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    if keys.pop(ALONE, False):
+        for name in (*ranks, "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+    train(folder, keys)
+
+
+def start(world_size: int, folder: Path, keys: dict[str, Any]) -> list[Any]:
+    """The ranks as forks of this process, which must have started no process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    children = [
+        fork.Process(target=one_rank, args=(rank, world_size, port, folder, keys)) for rank in range(world_size)
+    ]
+    for child in children:
+        child.start()
+    return children
+
+
+def train_on(world_size: int, folder: Path, keys: dict[str, Any]) -> Path:
+    children = start(world_size, folder, keys)
+    for child in children:
+        child.join(150)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    assert codes == [0] * world_size
+    return folder
+
+
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    return [row[key] for row in read_curve(folder / "logs" / STEPS) if key in row]
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Of any weight of two finished folders, which must have the same ones."""
+    weights = [load_file(path / "out" / "model.safetensors") for path in (one, other)]
+    assert {key: value.shape for key, value in weights[0].items()} == {k: v.shape for k, v in weights[1].items()}
+    return max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0])
