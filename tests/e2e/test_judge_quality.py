@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from review_artifacts import Rows, make_artifact, make_corpus, make_rows, make_task
 
+import prefmill.checklist.quality as quality_module
 import stages.judge_quality as stage
 import stages.score_reviews as score_reviews
 from prefmill.artifacts import Artifact, payload
 from prefmill.checklist.engines import LexicalConfig, TransformersConfig
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.checklist.judge_probes import CONTROL, END, FRONT, INJECTIONS, PADDED, UNCHANGED
+from prefmill.checklist.lexical import LexicalEngine
 from prefmill.config import validate
 from prefmill.errors import ConfigError, InputError
-from prefmill.records import read_jsonl, write_jsonl
+from prefmill.records import Answer, read_jsonl, write_jsonl
 from prefmill.reviews.generated import generate
 from prefmill.stage import Task
 from tests.unit.checklist.conftest import make_tokenizer, save_tiny_model
@@ -303,6 +305,31 @@ def test_rules_are_moved_by_nothing_but_words(tmp_path: Path, corpus: Artifact, 
     rows = list(read_jsonl(task.output / "probes.jsonl"))
     assert {row["variant"] for row in rows} == {UNCHANGED, FRONT, END, PADDED, CONTROL, *INJECTIONS}
     assert len(rows) == probes["num_asked"]
+
+
+class FirstAsked(LexicalEngine):
+    """Rules that say yes to whatever is asked first."""
+
+    def answers(self, text: str) -> dict[str, Answer]:
+        return {**super().answers(text), self.checklist.ids[0]: {"yes": True, "p_yes": 1.0}}
+
+
+def test_a_judge_that_minds_the_order_of_items_is_seen_through(
+    tmp_path: Path, corpus: Artifact, scores: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked again backwards, it says yes to the item that comes last in the checklist."""
+    monkeypatch.setattr(quality_module, "open_engine", FirstAsked)
+    inputs = {"corpus": corpus, "scores": scores}
+    quality, task = measure(tmp_path / "t", inputs, num_probed=20)
+    last = load_checklist().ids[-1]
+    asked = {row["review_id"]: row for row in read_jsonl(task.output / "probes.jsonl") if row["variant"] == UNCHANGED}
+    stored = {row["review_id"]: row["answers"] for row in read_jsonl(scores.file("review_evaluations.jsonl"))}
+    turned = [key for key in asked if not stored[key][last]["yes"]]
+    repeat = quality["judges"][0]["probes"]["repeat"]
+    assert all(row["answers"][last] == [1, 1.0] for row in asked.values())
+    assert repeat["flips"] == pytest.approx(len(turned) / (20 * 24), abs=1e-6)
+    assert repeat["max_answer"] == 1.0
+    assert any("no P(yes) moves by more than 1.0000" in line for line in quality["conclusion"])
 
 
 def test_an_instruction_that_works_is_measured(tmp_path: Path, corpus: Artifact) -> None:
