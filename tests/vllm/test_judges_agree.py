@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import stages.judge_quality as stage
 from prefmill.artifacts import Artifact
 from prefmill.checklist.calibration import judge_of
@@ -15,6 +17,8 @@ from prefmill.checklist.items import load_checklist, save_checklist
 from prefmill.config import validate
 from prefmill.records import read_jsonl, write_jsonl
 from tests.e2e.review_artifacts import make_artifact, make_corpus, make_rows, make_task
+
+pytestmark = pytest.mark.slow
 
 
 def scores_of(engine: Engine, corpus: Artifact, folder: Path, settings: dict[str, Any]) -> Artifact:
