@@ -20,8 +20,8 @@ from prefmill.pipeline.worker import AttemptError, end_with_parent
 def in_own_process(folder: Path, work: Callable[..., None], *arguments: object) -> None:
     """Run `work(*arguments)` in a child of this process; what it makes, it leaves on disk.
 
-    The child is forked, so that imports are not paid again, or started anew where this process already uses a GPU
-    (`arguments` must then be picklable). It ends with this process. A PrefmillError is raised here as it was there;
+    The child is forked, so that imports are not paid again, or started anew on a machine with GPUs (`arguments` must
+    be picklable). It ends with this process. A PrefmillError is raised here as it was there;
     raises AttemptError, with the child's traceback or signal, when it fails otherwise: what is then done about it
     depends on these. `folder` takes the error on its way.
     """
@@ -40,9 +40,9 @@ def in_own_process(folder: Path, work: Callable[..., None], *arguments: object) 
 
 
 def _start_method() -> str:
-    """CUDA cannot be used in a fork of a process that has begun to use it."""
-    torch = sys.modules.get("torch")
-    return "spawn" if torch is not None and torch.cuda.is_initialized() else "fork"
+    """CUDA cannot be used in a fork of a process that has as much as counted the GPUs."""
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    return "spawn" if has_gpu else "fork"
 
 
 def _run(failure: Path, work: Callable[..., None], *arguments: object) -> None:

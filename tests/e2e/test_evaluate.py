@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from evaluation_artifacts import make_corpus, make_task, publish_as
 
+from prefmill import isolation
 from prefmill.artifacts import Artifact
 from prefmill.config import load
 from prefmill.errors import ConfigError, InputError, PipelineError
@@ -97,6 +98,17 @@ def test_batches_do_not_matter_in_float32(corpus: Artifact, base: Artifact, tmp_
     evaluate(corpus, folder_of(tmp_path, "six"), base, model="base")
     evaluate(corpus, folder_of(tmp_path, "one"), base, model="base", batch_size=1)
     assert contents(folder_of(tmp_path, "six")) == contents(folder_of(tmp_path, "one"))
+
+
+@pytest.mark.slow
+def test_a_writing_process_started_anew_writes_the_same(
+    corpus: Artifact, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with GPUs, where it is not forked."""
+    evaluate(corpus, folder_of(tmp_path, "forked"), base, model="base")
+    monkeypatch.setattr(isolation, "_start_method", lambda: "spawn")
+    evaluate(corpus, folder_of(tmp_path, "anew"), base, model="base")
+    assert contents(folder_of(tmp_path, "anew")) == contents(folder_of(tmp_path, "forked"))
 
 
 @pytest.mark.slow

@@ -280,16 +280,19 @@ def test_in_a_browser_nothing_fails_nothing_is_fetched_and_nothing_overflows(
     chromium: str, inputs: Inputs, hostile_inputs: Inputs, tmp_path: Path, which: str, width: int
 ) -> None:
     html, _ = write_report(inputs if which == "plain" else hostile_inputs, tmp_path)
-    page = tmp_path / "page.html"
+    opens_cleanly(chromium, tmp_path, html, width)
+
+
+def opens_cleanly(chromium: str, folder: Path, html: str, width: int) -> None:
+    """No message on the console, nothing fetched, nothing wider than a window of `width`."""
+    page, log, shot = (folder / name for name in ("page.html", "net.json", "page.png"))
     page.write_text(html)
-    log = tmp_path / "net.json"
-    shot = tmp_path / "page.png"
     done = browse(chromium, page, f"--window-size={width},2000", f"--log-net-log={log}", f"--screenshot={shot}")
     assert "CONSOLE" not in done.stderr, done.stderr
     assert requested(log) == set()
     assert shot.stat().st_size > 20_000
     # An outer page, which may run scripts, measures the report in a frame: it must not be wider than the window.
-    assert inner_width(chromium, tmp_path, html, width) <= width
+    assert inner_width(chromium, folder, html, width) <= width
 
 
 @pytest.mark.slow

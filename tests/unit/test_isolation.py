@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from prefmill import isolation
 from prefmill.errors import InputError, PrefmillError
 from prefmill.isolation import in_own_process
 from prefmill.pipeline.worker import AttemptError
@@ -36,9 +37,14 @@ def be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_it_runs_in_another_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_it_runs_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Forked where there is no GPU, started anew where there is one."""
+    monkeypatch.setattr(isolation, "_start_method", lambda: method)
     in_own_process(tmp_path, note_process, tmp_path / "pid")
     assert int((tmp_path / "pid").read_text()) != os.getpid()
+    with pytest.raises(InputError, match="no good"):
+        in_own_process(tmp_path, refuse, tmp_path)
 
 
 def test_an_error_a_user_can_mend_comes_back_whole(tmp_path: Path) -> None:
