@@ -42,15 +42,21 @@ class Site:
     checkout: Path
     workspace: Path
 
-    def prefmill(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def prefmill(self, *arguments: str, seconds: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of prefmill with this checkout's code."""
-        return self.run([sys.executable, "-m", "prefmill.cli", *arguments], **environment)
+        return self.run([sys.executable, "-m", "prefmill.cli", *arguments], seconds, **environment)
 
-    def run(self, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, command: list[str], seconds: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the checkout."""
         given = {"PYTHONPATH": f"{self.checkout}/lib:{self.checkout}", "PYTHONSAFEPATH": "1", **environment}
         return subprocess.run(
-            command, cwd=self.checkout, env=os.environ | given, capture_output=True, text=True, timeout=300, check=False
+            command,
+            cwd=self.checkout,
+            env=os.environ | given,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
 
     def submit(self, pipeline: str, *arguments: str, cluster: str = "test") -> str:

@@ -262,7 +262,7 @@ def _tell(view: View, say: Say) -> None:
     """Announce the end of the run, well or not, where the cluster file asks for it."""
     latest = view.submissions[-1]
     waiting = any(view.decisions.last(key).get("action") == WAIT for key in view.open)
-    if waiting or not _only_held(view):
+    if waiting or not only_held(view):
         return
     stopped = sorted(key for key in view.decisions.stopped() if key in view.open)
     outcome = {
@@ -274,7 +274,7 @@ def _tell(view: View, say: Say) -> None:
         say(said)
 
 
-def _only_held(view: View) -> bool:
+def only_held(view: View) -> bool:
     """Whether all that is left in the queue, if anything, waits for what nobody is going to make."""
     going: set[str] = set()
     for key, task in view.open.items():  # upstream first

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -221,7 +222,12 @@ def _by_log(evidence: Evidence) -> Failure | None:
 
 
 def _by_accounting(evidence: Evidence) -> Failure | None:
-    return _by_state(evidence, evidence.account, "sacct")
+    job = evidence.account
+    if job is not None and job.signal == signal.SIGKILL and (job.peak_gb or 0.0) > (job.memory_gb or math.inf):
+        # Without cgroups Slurm kills what outgrows its memory, but calls the job FAILED.
+        why = f"held {job.peak_gb:.2g} GB of {job.memory_gb:.2g} when it was killed"
+        return Failure("host_memory", why, "sacct", _node(evidence))
+    return _by_state(evidence, job, "sacct")
 
 
 def _by_queue(evidence: Evidence) -> Failure | None:

@@ -16,7 +16,7 @@ from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
 from prefmill.training import TrainingConfig
 
 MINUTES = 20
-ROWS, PAPERS = 1000, 60  # of the user's file, or of the generated corpus in place of what cannot be cut
+ROWS, PAPERS = 400, 60  # of the user's file, or of the generated corpus in place of what cannot be cut
 SAVE_STEPS, LOGGING_STEPS, LENGTH = 20, 5, 1024
 # Keys of stages that do not train; those a stage does not have are left out.
 SMALL: Mapping[str, Mapping[str, Any]] = {
@@ -93,6 +93,8 @@ def _with_tiny_models(values: Any, folder: Path, model: str) -> Any:
     if replaced.get("model_name_or_path"):
         replaced["model_name_or_path"] = str(_tiny(model, folder))
         replaced.pop("revision", None)
+    if replaced.get("engine") == "vllm":  # which takes all the memory there is, and minutes for its graphs
+        replaced |= {"kv_cache_gb": 0.5, "enforce_eager": True}
     return replaced
 
 

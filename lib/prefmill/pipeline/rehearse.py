@@ -11,7 +11,7 @@ from typing import Any
 
 from prefmill.artifacts import CHECKPOINT_PREFIX
 from prefmill.pipeline import slurm
-from prefmill.pipeline.advance import View, advance, look
+from prefmill.pipeline.advance import View, advance, look, only_held
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.cluster import ClusterFile
 from prefmill.pipeline.estimate import estimate
@@ -72,7 +72,7 @@ def _follow(plan: Plan, drills: list[Drill], say: Say) -> bool:
         if time.monotonic() - advanced > _ADVANCE_SECONDS or not view.live:
             view = advance(plan.workspace, plan.run, say=_quietly(say))
             advanced = time.monotonic()
-            if not view.live:
+            if only_held(view):
                 return not view.open
         if time.monotonic() - shown > _TABLE_SECONDS:
             say(render(plan.run, *read_rows(plan.workspace, plan.run)))

@@ -20,7 +20,7 @@ LIVE_STATES = {
 }  # fmt: skip
 UNKNOWN = "UNKNOWN"
 _QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%S|%E"
-_ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,Start,ReqMem"
+_ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,Start,ReqMem,MaxRSS"
 _ARRAY_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^]%]*)(?:%\d+)?\]?.*))?")
 _DEPENDENCY = re.compile(r"(\d+)(_\d+|_\*)?(?:\+\d+)?(?:\((\w+)\))?")
 _SECONDS = 60.0
@@ -31,8 +31,8 @@ _IDS_AT_ONCE = 500
 class JobState:
     """One element as squeue or sacct shows it; `dependency` are the jobs it still waits for, as squeue writes them.
 
-    `memory_gb` is what the accounting says it had asked for, over all its nodes; `started` is in seconds since the
-    epoch, and of a pending job when it may start.
+    `memory_gb` is what the accounting says it had asked for, over all its nodes, and `peak_gb` what the largest of
+    its steps' tasks held; `started` is in seconds since the epoch, and of a pending job when it may start.
     """
 
     state: str
@@ -43,6 +43,7 @@ class JobState:
     dependency: str = ""
     raw_id: str = ""
     memory_gb: float | None = None
+    peak_gb: float | None = None
     started: float | None = None
 
     @property
@@ -77,7 +78,7 @@ def accounting(job_ids: Sequence[str]) -> dict[Element, JobState] | None:
     found: dict[Element, JobState] = {}
     for start in range(0, len(job_ids), _IDS_AT_ONCE):
         ids = ",".join(job_ids[start : start + _IDS_AT_ONCE])
-        text = ask(["sacct", "-XnP", "-j", ids, "-o", _ACCOUNT_FIELDS])
+        text = ask(["sacct", "-nP", "-j", ids, "-o", _ACCOUNT_FIELDS])
         if text is None:
             return None
         found |= dict(_account_rows(text))
@@ -165,12 +166,21 @@ def _queue_rows(text: str) -> Iterator[tuple[Element, JobState]]:
 
 
 def _account_rows(text: str) -> Iterator[tuple[Element, JobState]]:
-    for line in text.splitlines():
-        job_id, state, exit_code, node, started, memory = line.split("|", 5)
+    """Of every job its own line; those of its steps, which follow it, say what it held."""
+    lines = [line.split("|", 6) for line in text.splitlines()]
+    peaks: dict[str, float] = {}
+    for job_id, *_, held in lines:
+        owner, _, step = job_id.partition(".")
+        if step:
+            peaks[owner] = max(peaks.get(owner, 0.0), _gigabytes(held) or 0.0)
+    for job_id, state, exit_code, node, started, memory, _ in lines:
+        if "." in job_id:
+            continue
         code, _, number = exit_code.partition(":")
         job = JobState(
             clean_state(state), exit_code=int(code or 0), signal=int(number or 0),
-            node="" if node == "None assigned" else node, memory_gb=_gigabytes(memory), started=_seconds(started),
+            node="" if node == "None assigned" else node, memory_gb=_gigabytes(memory), peak_gb=peaks.get(job_id),
+            started=_seconds(started),
         )  # fmt: skip
         yield from ((element, job) for element in expand(job_id))
 

@@ -57,7 +57,8 @@ def create_qwen2(
 def build_qwen2(folder: Path, texts: Sequence[str], seed: int) -> None:
     """Save a tiny Qwen2 and its tokenizer to `folder`."""
     tokenizer = train_chat_tokenizer(texts, vocab_size=1024)
-    save(create_qwen2(tokenizer, Shape(), seed), tokenizer, folder)
+    shape = Shape(hidden_size=128)  # heads of 32: vLLM has none smaller
+    save(create_qwen2(tokenizer, shape, seed), tokenizer, folder)
 
 
 def create_masked_diffusion(

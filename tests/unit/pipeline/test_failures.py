@@ -39,6 +39,11 @@ def failed(kind: str, error: str, **more: Any) -> dict[str, Any]:
         (Evidence({"state": "running"}, "NVRM: Xid 94\nncclRemoteError: a peer has gone"), "gpu", "log"),
         # A status that says running says only that nobody could say more: then Slurm knows.
         (Evidence({"state": "running"}, account=JobState("OUT_OF_MEMORY", node="n1")), "host_memory", "sacct"),
+        # Without cgroups Slurm writes FAILED for a job that it has killed for its memory: what it held says so.
+        (Evidence({"state": "running"}, account=JobState("FAILED", signal=9, memory_gb=0.25, peak_gb=0.5)),
+         "host_memory", "sacct"),
+        (Evidence({"state": "running"}, account=JobState("FAILED", signal=9, memory_gb=0.25, peak_gb=0.2)),
+         "killed", "status file"),
         (Evidence({"state": "running"}, account=JobState("TIMEOUT")), "time_limit", "sacct"),
         (Evidence({"state": "terminated"}, account=JobState("TIMEOUT")), "time_limit", "sacct"),
         (Evidence({"state": "terminated"}, account=JobState("CANCELLED")), "cancelled", "sacct"),

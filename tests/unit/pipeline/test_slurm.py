@@ -59,12 +59,14 @@ def test_squeue_is_read(program: Path) -> None:
 
 
 def test_sacct_is_read_by_state_as_the_exit_code_of_a_time_limit_is_zero(program: Path) -> None:
-    lines = ["41_0|TIMEOUT|0:0|n1|1700000000|512M", "41_[2-3]|CANCELLED by 0|0:0|None assigned|Unknown|0"]
-    lines.append("41_1|FAILED|2:0|n2|1700000000|")
+    lines = ["41_0|TIMEOUT|0:0|n1|1700000000|512M|", "41_[2-3]|CANCELLED by 0|0:0|None assigned|Unknown|0|"]
+    lines += ["41_0.batch|CANCELLED|0:15|n1|1700000000||262144K", "41_0.0|CANCELLED|0:15|n1|1700000000||524288K"]
+    lines.append("41_1|FAILED|2:0|n2|1700000000||")
     pretend(program, "sacct", "\n".join(lines))
     found = slurm.accounting(["41"])
     assert found is not None
     assert [found["41", index].memory_gb for index in (0, 1, 2)] == [0.5, None, None]
+    assert [found["41", index].peak_gb for index in (0, 1, 2)] == [0.5, None, None]  # the largest step's
     assert {element[1]: (job.state, job.exit_code, job.node) for element, job in found.items()} == {
         0: ("TIMEOUT", 0, "n1"), 1: ("FAILED", 2, "n2"), 2: ("CANCELLED", 0, ""), 3: ("CANCELLED", 0, ""),
     }  # fmt: skip
