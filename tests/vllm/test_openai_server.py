@@ -21,7 +21,7 @@ from prefmill.checklist.items import load_checklist
 from prefmill.errors import ConfigError
 from prefmill.records import read_jsonl, write_jsonl
 from tests.conftest import REPOSITORY
-from tests.loopback import Loopback, forward, serving
+from tests.loopback import Loopback, Reply, forward, serving
 from tests.vllm.judging import HOSTILE, close, p_yes, papers
 from tests.vllm.vllm_server import KEY, NAME, VllmServer
 
@@ -100,6 +100,29 @@ def test_another_key_is_refused(engine: Any, judge: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("OPENAI_API_KEY", "another")
     with pytest.raises(ConfigError, match="refuses the key"):
         open_engine(OpenAIConfig(model_name_or_path=str(judge), served_model_name=NAME), load_checklist())
+
+
+def test_evidence_is_json_of_the_schema(
+    engine: Any, proxy: Loopback, judge: Path, texts: list[str], expected: dict[str, list[float]]
+) -> None:
+    written: list[str] = []
+    passed_on = proxy.respond
+
+    def respond(method: str, path: str, headers: dict[str, str], body: bytes) -> Reply | None:
+        reply = passed_on(method, path, headers, body)
+        if b"structured_outputs" in body and reply is not None:
+            assert reply[0] == 200, reply
+            written.extend(choice["text"] for choice in json.loads(reply[2])["choices"])
+        return reply
+
+    proxy.respond = respond
+    config = OpenAIConfig(model_name_or_path=str(judge), served_model_name=NAME, evidence=True, evidence_max_tokens=200)
+    found = list(open_engine(config, load_checklist()).score(papers(texts[:2])))
+    assert all(close(values, expected[name]) for name, values in p_yes(found).items())
+    assert len(written) == sum(answer["yes"] for outcome in found for answer in outcome.answers.values()) > 0
+    assert all(text.startswith('{"quote":') for text in written)
+    whole = [json.loads(text) for text in written if text.endswith("}")]
+    assert all(list(content) == ["quote"] and len(content["quote"]) <= 300 for content in whole)
 
 
 class Shard:

@@ -19,7 +19,7 @@ _ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind
 class VllmServer:
     """`model` served in float32 on a port of the loopback."""
 
-    def __init__(self, model: Path, port: int, log: Path, *options: str) -> None:
+    def __init__(self, model: Path, port: int, log: Path) -> None:
         self.url = f"http://127.0.0.1:{port}/v1"
         self._health = f"http://127.0.0.1:{port}/health"
         self._log = log
@@ -27,7 +27,8 @@ class VllmServer:
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name",
             NAME, "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY, "--dtype", "float32", "--enforce-eager",
             "--max-model-len", "1501", "--kv-cache-memory-bytes", str(1 << 27), "--logprobs-mode", "processed_logprobs",
-            "--enable-prompt-tokens-details", *options,
+            "--enable-prompt-tokens-details", "--structured-outputs-config",
+            '{"backend": "xgrammar", "disable_any_whitespace": true}',
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -34,6 +34,13 @@ class _JudgeConfig(StrictConfig):
     include_paper: IncludePaper = Field("none", description="what of the paper stands before the review")
     max_length: int | None = Field(None, ge=1, description="tokens of a whole prompt; none: the model's context")
     truncate_reviews: bool = Field(False, description="cut over-long reviews at their end, and report them")
+    evidence: bool = Field(False, description="a second pass in which the model quotes what shows each yes")
+    evidence_max_tokens: int = Field(128, ge=1, description="of a quote's JSON; a longer one is no evidence")
+
+    @property
+    def quote_tokens(self) -> int | None:
+        """Tokens of a quote; None where none is asked for."""
+        return self.evidence_max_tokens if self.evidence else None
 
 
 class TransformersConfig(_JudgeConfig):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from prefmill.causal.loading import load_tokenizer
 from prefmill.checklist.completions import Completions, RefusedError
 from prefmill.checklist.engines import OpenAIConfig, Outcome
+from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of
-from prefmill.checklist.prompts import Prompts
+from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of, yes_places
+from prefmill.checklist.prompts import Prompts, TokenIds
 from prefmill.errors import ConfigError, InputError, PrefmillError
 from prefmill.records import Paper, Review
 
@@ -41,7 +42,7 @@ class OpenAIEngine(ConcurrentEngine):
         tokenizer = load_tokenizer(
             config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-        self.prompts = Prompts(tokenizer, checklist, config.include_paper)
+        self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
         answers = self.prompts.answers
         if not answers.single:
             raise InputError(
@@ -101,28 +102,42 @@ class OpenAIEngine(ConcurrentEngine):
     async def _outcome(self, client: httpx.AsyncClient, number: int, request: Request) -> tuple[int, Outcome]:
         if request.failure is not None:
             return number, request.outcome((), ())
-        before = request.shared + request.review
-        prompts = [[*before, *question] for question in self.prompts.questions]
         try:
-            content = await self._server.ask(client, "POST", "completions", self._body(prompts))
+            choices = await self._ask(client, request, self.prompts.questions, self._one_token())
+            probabilities = [self._p_yes(choice) for choice in choices]
+            places = yes_places(probabilities) if self._config.evidence else []
+            quotes = [self.prompts.quotes[place] for place in places]
+            written = await self._ask(client, request, quotes, self._json()) if quotes else []
         except RefusedError as refusal:
             return number, request.refused(str(refusal))
-        self._count(prompts, content.get("usage") or {})
-        return number, request.outcome(self.checklist.ids, self._probabilities(content, len(prompts)))
+        texts = {place: str(choice.get("text")) for place, choice in zip(places, written, strict=True)}
+        return number, request.outcome(self.checklist.ids, probabilities, texts)
 
-    def _body(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """One token for each prompt, yes or no, with the log-probabilities of both."""
+    async def _ask(
+        self, client: httpx.AsyncClient, request: Request, behind: Sequence[TokenIds], sampling: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The server's choices for a review with each of `behind` after it, as one request, in order."""
+        before = request.shared + request.review
+        prompts = [[*before, *ids] for ids in behind]
+        body = {"model": self._model, "prompt": prompts, "temperature": 0, **sampling}
+        content = await self._server.ask(client, "POST", "completions", body)
+        self._count(prompts, content.get("usage") or {})
+        return self._choices(content, len(prompts))
+
+    def _one_token(self) -> dict[str, Any]:
+        """Ask for one token, yes or no, with the log-probabilities of both."""
         both = [self._yes[0], self._no[0]]
         return {
-            "model": self._model,
-            "prompt": prompts,
             "max_tokens": 1,
-            "temperature": 0,
             "logprobs": len(both),
             "allowed_token_ids": both,
             "logprob_token_ids": both,
             "return_tokens_as_token_ids": True,
         }
+
+    def _json(self) -> dict[str, Any]:
+        """Ask for a quote as JSON."""
+        return {"max_tokens": self._config.evidence_max_tokens, "structured_outputs": {"json": SCHEMA}}
 
     def _count(self, prompts: list[list[int]], usage: dict[str, Any]) -> None:
         """Add a request's tokens; raises InputError where the server has read others than were sent.
@@ -143,10 +158,11 @@ class OpenAIEngine(ConcurrentEngine):
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         self._tells_cached &= cached is not None
         if cached is not None:
-            self.num_cached_tokens += cached if cached > max(lengths) else cached * (len(lengths) - 1)
+            is_whole = len(lengths) == 1 or cached > max(lengths)
+            self.num_cached_tokens += cached if is_whole else cached * (len(lengths) - 1)
 
-    def _probabilities(self, content: dict[str, Any], num_prompts: int) -> list[float]:
-        """P(yes) of every item; raises InputError where an answer or a log-probability is missing."""
+    def _choices(self, content: dict[str, Any], num_prompts: int) -> list[dict[str, Any]]:
+        """What the server answers to each prompt; raises InputError where an answer is missing."""
         choices = content.get("choices") or []
         by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, dict)}
         if by_index.keys() != set(range(num_prompts)):
@@ -154,9 +170,10 @@ class OpenAIEngine(ConcurrentEngine):
                 "the server did not answer every prompt", where=self._server.url, got=f"{len(choices)} answers",
                 expected=f"{num_prompts} answers", fix="use a server that takes a list of prompts, as vLLM does",
             )  # fmt: skip
-        return [self._p_yes(by_index[index]) for index in range(num_prompts)]
+        return [by_index[index] for index in range(num_prompts)]
 
     def _p_yes(self, choice: dict[str, Any]) -> float:
+        """P(yes) over yes and no; raises InputError where the answer is another or a log-probability is missing."""
         if choice.get("text") not in (self._yes[1], self._no[1]):
             raise InputError(
                 "the server answered something else than was allowed", where=self._server.url,

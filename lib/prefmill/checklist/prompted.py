@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 from prefmill.checklist.engines import Engine, Outcome
+from prefmill.checklist.evidence import verified_quote
 from prefmill.checklist.prompts import Prompts, TokenIds
 from prefmill.errors import ConfigError
 from prefmill.records import Answer, Paper, Review
@@ -24,15 +25,28 @@ class Request:
     paper_id: str
     shared: TokenIds
     review: TokenIds
+    text: str
     num_cut_tokens: int = 0
     failure: str | None = None
 
-    def outcome(self, ids: Sequence[str], probabilities: Sequence[float]) -> Outcome:
-        """What became of it: P(yes) by item, or the failure it started with."""
+    def outcome(
+        self, ids: Sequence[str], probabilities: Sequence[float], quotes: Mapping[int, str] | None = None
+    ) -> Outcome:
+        """What became of it: P(yes) by item, or the failure it started with.
+
+        `quotes` is what the model wrote when asked for evidence, by the item's place; only what stands in the review
+        becomes evidence.
+        """
         if self.failure is not None:
             return self.refused(self.failure)
         rounded = [round(value, _DECIMALS) for value in probabilities]
-        answers: dict[str, Answer] = {name: {"yes": p > 0.5, "p_yes": p} for name, p in zip(ids, rounded, strict=True)}
+        answers: dict[str, Answer] = {
+            name: {"yes": _is_yes(p), "p_yes": p} for name, p in zip(ids, rounded, strict=True)
+        }
+        for place, written in (quotes or {}).items():
+            passage = verified_quote(written, self.text)
+            if passage is not None:
+                answers[ids[place]]["evidence"] = passage
         return Outcome(self.review_id, self.paper_id, answers, num_cut_tokens=self.num_cut_tokens)
 
     def refused(self, reason: str) -> Outcome:
@@ -62,12 +76,13 @@ class Fit:
         if room < 1 or (cut and not self.truncate):
             left = max(0, room)
             failure = f"{len(ids)} tokens, with room for {left} of {self.max_length} beside the rest of the prompt"
-        return Request(review["review_id"], review["paper_id"], shared, ids[: len(ids) - cut], cut, failure)
+        kept = ids[: len(ids) - cut]
+        return Request(review["review_id"], review["paper_id"], shared, kept, review["text"], cut, failure)
 
     def _room(self, shared: TokenIds) -> int:
         """Tokens left for a review; very many where the model states no limit."""
-        question = max(map(len, self.prompts.questions)) + self.prompts.answers.num_read_tokens
-        return 10**9 if self.max_length is None else self.max_length - len(shared) - question
+        behind = self.prompts.num_tokens_behind
+        return 10**9 if self.max_length is None else self.max_length - len(shared) - behind
 
 
 class PromptedEngine(Engine):
@@ -96,6 +111,15 @@ class ConcurrentEngine(PromptedEngine):
         """The same in the order in which they are done."""
         with closing(self.numbered(papers)) as outcomes:
             yield from (outcome for _, outcome in outcomes)
+
+
+def yes_places(probabilities: Sequence[float]) -> list[int]:
+    """The items that are answered with yes: evidence is asked for these."""
+    return [place for place, value in enumerate(probabilities) if _is_yes(round(value, _DECIMALS))]
+
+
+def _is_yes(p_yes: float) -> bool:
+    return p_yes > 0.5
 
 
 def longest_prompt(context: int | None, wanted: int | None) -> int | None:

@@ -7,10 +7,12 @@ all reviews of a paper, so that a cache of the prefix does most of the work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefmill.checklist.engines import IncludePaper
+from prefmill.checklist.evidence import OPENING, REQUEST
 from prefmill.checklist.items import Checklist
 from prefmill.errors import InputError
 from prefmill.records import Paper
@@ -51,10 +53,17 @@ class Answers:
 class Prompts:
     """Encodes prompts for one tokenizer and checklist. A whole prompt is `shared(paper) + review(text) + questions[i]`.
 
+    With `quote_tokens`, `quotes[i]` in the place of the question asks for item i's evidence, in so many tokens.
     Raises InputError where the chat template drops or changes its content, or the tokenizer cannot tell yes from no.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, checklist: Checklist, include_paper: IncludePaper) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        checklist: Checklist,
+        include_paper: IncludePaper,
+        quote_tokens: int | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._include_paper = include_paper
         self._markers = _markers(tokenizer)
@@ -66,6 +75,22 @@ class Prompts:
             after + self.foreign(item.question + _ANSWER_FORM) + end for item in checklist.items
         )
         self.answers = self._encode_answers()
+        self.quotes: tuple[TokenIds, ...] = ()
+        if quote_tokens is not None:
+            self.quotes = tuple(after + self.foreign(item.question + REQUEST) + end for item in checklist.items)
+        self.quote_opening = self.foreign(OPENING)
+        self._quote_tokens = quote_tokens or 0
+
+    @property
+    def num_tokens_behind(self) -> int:
+        """The most that a model reads and writes behind a review."""
+        asked = max(map(len, self.questions)) + self.answers.num_read_tokens
+        quoted = [len(ids) + len(self.quote_opening) + self._quote_tokens for ids in self.quotes]
+        return max(asked, *quoted) if quoted else asked
+
+    def written(self, ids: Sequence[int]) -> str:
+        """The text of what a model wrote."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def shared(self, paper: Paper) -> TokenIds:
         """What comes before the review: the same for all reviews of `paper`; for all papers where none is included."""

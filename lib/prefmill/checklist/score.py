@@ -55,6 +55,7 @@ class Tally:
     checkmark_sum: float = 0.0
     p_yes_sum: float = 0.0
     yes: Counter[str] = field(default_factory=Counter)
+    num_with_evidence: int = 0
     engine: str | None = None
 
     @property
@@ -72,6 +73,7 @@ class Tally:
         self.checkmark_sum += row["checkmark_score"]
         self.p_yes_sum += row["mean_p_yes"]
         self.engine = row["engine"]
+        self.num_with_evidence += sum("evidence" in answer for answer in row["answers"].values())
         self.yes.update([name for name, answer in row["answers"].items() if answer["yes"]])
 
 
@@ -236,6 +238,8 @@ def _summary(tally: Tally, scoring: Scoring, shard: Shard) -> dict[str, Any]:
         "num_scored": tally.num_scored,
         "num_failed": tally.num_failed,
         "num_truncated": tally.num_truncated,
+        "num_yes": tally.yes.total(),
+        "num_yes_with_evidence": tally.num_with_evidence,
         "mean_checkmark_score": round(tally.checkmark_sum / count, 6),
         "mean_p_yes": round(tally.p_yes_sum / count, 6),
         "yes_rates": {name: round(tally.yes[name] / count, 6) for name in scoring.checklist.ids},

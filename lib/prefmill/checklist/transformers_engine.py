@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prefmill.causal.loading import load_model, load_tokenizer
 from prefmill.checklist.engines import Outcome, TransformersConfig
+from prefmill.checklist.evidence import OPENING, is_closed
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, PromptedEngine, longest_prompt
+from prefmill.checklist.prompted import Fit, PromptedEngine, longest_prompt, yes_places
 from prefmill.checklist.prompts import Answers, Prompts, TokenIds
 from prefmill.records import Paper, Review
 
@@ -36,7 +37,7 @@ class TransformersEngine(PromptedEngine):
         tokenizer = load_tokenizer(
             config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-        self.prompts = Prompts(tokenizer, checklist, config.include_paper)
+        self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
         self.model = load_model(
             config.model_name_or_path,
             precision=config.precision,
@@ -53,23 +54,42 @@ class TransformersEngine(PromptedEngine):
     def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
         """The answers to every review, in the order given; a review that does not fit fails, or is cut."""
         for request in self._fit.requests(papers):
-            fits = request.failure is None
-            yield request.outcome(self.checklist.ids, self._answers(request.shared, request.review) if fits else ())
+            if request.failure is not None:
+                yield request.refused(request.failure)
+                continue
+            cache = self._cache(request.shared, request.review)
+            probabilities = self._answers(cache)
+            quotes = self._quotes(cache, yes_places(probabilities)) if self._config.evidence else {}
+            yield request.outcome(self.checklist.ids, probabilities, quotes)
 
-    def _answers(self, shared: TokenIds, review: TokenIds) -> list[float]:
-        """P(yes) of every item."""
+    def _cache(self, shared: TokenIds, review: TokenIds) -> Cache:
+        """The cache of a review and what stands before it."""
         self._count(shared, review)
-        cache = (
-            read(self.model, review, copy.deepcopy(self._shared_cache(shared)))
-            if review
-            else self._shared_cache(shared)
-        )
+        before = self._shared_cache(shared)
+        return read(self.model, review, copy.deepcopy(before)) if review else before
+
+    def _answers(self, cache: Cache) -> list[float]:
+        """P(yes) of every item."""
         size = self._config.item_batch_size
         questions = self.prompts.questions
         probabilities: list[float] = []
         for start in range(0, len(questions), size):
             probabilities += p_yes(self.model, cache, questions[start : start + size], self.prompts.answers)
         return probabilities
+
+    def _quotes(self, cache: Cache, places: Sequence[int]) -> dict[int, str]:
+        """What the model writes when asked for the evidence of these items; its answer is opened for it."""
+        opening, quotes = self.prompts.quote_opening, {}
+
+        def text(ids: Sequence[int]) -> str:
+            return OPENING + self.prompts.written(ids)
+
+        for start in range(0, len(places), self._config.item_batch_size):
+            some = places[start : start + self._config.item_batch_size]
+            rows = [self.prompts.quotes[place] + opening for place in some]
+            written = write(self.model, cache, rows, self._config.evidence_max_tokens, lambda ids: is_closed(text(ids)))
+            quotes.update({place: text(ids) for place, ids in zip(some, written, strict=True)})
+        return quotes
 
     def _count(self, shared: TokenIds, review: TokenIds) -> None:
         """Add a review's tokens: the first item reads the review, and what is shared where no review did before."""
@@ -115,7 +135,7 @@ def answer_logps(
     """
     answer = answers[0]
     rows = [question + answer[:-1] for question in questions]
-    logits = _continue(model, cache, rows, num_kept=len(answer))
+    logits, _, _ = _continue(model, cache, rows, num_kept=len(answer))
     logps = logits.double().log_softmax(dim=-1)
     if len(answers) > 1:
         return logps[:, 0, [ids[0] for ids in answers]]
@@ -123,8 +143,46 @@ def answer_logps(
     return logps.gather(2, targets[:, :, None])[:, :, 0].sum(1, keepdim=True)
 
 
-def _continue(model: PreTrainedModel, cache: Cache, rows: Sequence[TokenIds], num_kept: int) -> torch.Tensor:
+def write(
+    model: PreTrainedModel,
+    cache: Cache,
+    rows: Sequence[TokenIds],
+    max_tokens: int,
+    is_done: Callable[[Sequence[int]], bool],
+) -> list[list[int]]:
+    """The likeliest tokens after each of `rows` on top of `cache`, until they are done or the model ends its turn."""
+    logits, mask, repeated = _continue(model, cache, rows, num_kept=1)
+    ends = model.generation_config.eos_token_id
+    ends = {*ends} if isinstance(ends, list) else {ends}
+    written: list[list[int]] = [[] for _ in rows]
+    going = set(range(len(rows)))
+    for step in range(max_tokens):
+        chosen = logits[:, -1].argmax(-1)
+        for row in sorted(going):
+            token = int(chosen[row])
+            written[row] += [] if token in ends else [token]
+            if token in ends or is_done(written[row]):
+                going.discard(row)
+        if not going or step + 1 == max_tokens:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        output = model(
+            input_ids=chosen[:, None],
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=repeated,
+            use_cache=True,
+        )
+        logits = output.logits
+    return written
+
+
+def _continue(
+    model: PreTrainedModel, cache: Cache, rows: Sequence[TokenIds], num_kept: int
+) -> tuple[torch.Tensor, torch.Tensor, Cache]:
     """Logits [N, num_kept, V] at the last positions of `rows`, each of which continues `cache` by itself.
+
+    With them the mask [N, past + L] and the cache after `rows`.
 
     Rows are padded on the left, between cache and question, so that the last position is the same for all.
     """
@@ -142,5 +200,4 @@ def _continue(model: PreTrainedModel, cache: Cache, rows: Sequence[TokenIds], nu
         use_cache=True,
         logits_to_keep=num_kept,
     )
-    logits: torch.Tensor = output.logits
-    return logits
+    return output.logits, mask, output.past_key_values

@@ -10,23 +10,30 @@ from typing import Any
 from prefmill.causal.loading import load_tokenizer
 from prefmill.causal.vllm_loading import open_vllm
 from prefmill.checklist.engines import Outcome, VllmConfig
+from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of
+from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of, yes_places
 from prefmill.checklist.prompts import Prompts, TokenIds
 from prefmill.records import Paper, Review
+
+# Else a model may write spaces until its tokens are spent.
+_COMPACT_JSON = {"backend": "xgrammar", "disable_any_whitespace": True}
 
 
 @dataclass
 class _Asked:
-    """A review in flight, with its number: the log-probabilities that have come back, by item and answer."""
+    """A review in flight, with its number: what has come back, log-probabilities by item and answer, quotes by item."""
 
     number: int
     request: Request
     waiting: int = 0
     logps: dict[tuple[int, int], float] = field(default_factory=dict)
+    probabilities: list[float] = field(default_factory=list)
+    quotes: dict[int, str] = field(default_factory=dict)
 
 
-_ById = dict[str, tuple[_Asked, tuple[int, int]]]  # vLLM's name for a request: the review, and which item and answer
+# vLLM's name for a request: the review, the item, and which answer; None where a quote is asked for.
+_ById = dict[str, tuple[_Asked, int, int | None]]
 
 
 class VllmEngine(ConcurrentEngine):
@@ -45,7 +52,7 @@ class VllmEngine(ConcurrentEngine):
         tokenizer = load_tokenizer(
             config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-        self.prompts = Prompts(tokenizer, checklist, config.include_paper)
+        self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
         self._llm = _open(config, over_answers_alone=self.prompts.answers.single)
         context = self._llm.llm_engine.model_config.max_model_len - 1  # the answer's token has its place too
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
@@ -68,22 +75,30 @@ class VllmEngine(ConcurrentEngine):
                     break
                 for asked in self._answered(by_id):
                     num_asked -= 1
-                    yield asked.number, asked.request.outcome(self.checklist.ids, self._probabilities(asked))
+                    outcome = asked.request.outcome(self.checklist.ids, asked.probabilities, asked.quotes)
+                    yield asked.number, outcome
         finally:  # a caller that stops early must leave nothing behind for the next one
             if by_id:
                 self._llm.llm_engine.abort_request(list(by_id))
 
     def _ask(self, asked: _Asked, by_id: _ById) -> None:
         """Hand a review's items to vLLM."""
-        before = asked.request.shared + asked.request.review
         for item, question in enumerate(self.prompts.questions):
             for place, (prefix, allowed) in enumerate(self._steps()):
-                name = str(self.num_requests)
-                by_id[name] = (asked, (item, place))
-                prompt = {"prompt_token_ids": [*before, *question, *prefix]}
-                self._llm.llm_engine.add_request(name, prompt, _one_token(allowed))
-                self.num_requests += 1
-                asked.waiting += 1
+                self._add(asked, question + prefix, _one_token(allowed), (item, place), by_id)
+
+    def _ask_for_quotes(self, asked: _Asked, by_id: _ById) -> None:
+        """Hand the items that were answered with yes to vLLM once more."""
+        for item in yes_places(asked.probabilities):
+            self._add(asked, self.prompts.quotes[item], _json(self._config.evidence_max_tokens), (item, None), by_id)
+
+    def _add(self, asked: _Asked, behind: TokenIds, sampling: Any, place: tuple[int, int | None], by_id: _ById) -> None:
+        name = str(self.num_requests)
+        by_id[name] = (asked, *place)
+        prompt = {"prompt_token_ids": [*asked.request.shared, *asked.request.review, *behind]}
+        self._llm.llm_engine.add_request(name, prompt, sampling)
+        self.num_requests += 1
+        asked.waiting += 1
 
     def _steps(self) -> list[tuple[TokenIds, TokenIds]]:
         """What to read after a question, and the tokens whose log-probability is wanted there."""
@@ -93,15 +108,22 @@ class VllmEngine(ConcurrentEngine):
         return [(ids[:index], (ids[index],)) for ids in (answers.yes, answers.no) for index in range(len(ids))]
 
     def _answered(self, by_id: _ById) -> list[_Asked]:
-        """Let vLLM take one step; the reviews whose items are all there after it."""
+        """Let vLLM take one step; the reviews that are done after it."""
         done = []
         for output in self._llm.llm_engine.step():
             if output.finished:
-                asked, place = by_id.pop(output.request_id)
-                asked.logps[place] = self._log_odds_or_logp(output)
+                asked, item, place = by_id.pop(output.request_id)
+                if place is None:
+                    asked.quotes[item] = output.outputs[0].text
+                else:
+                    asked.logps[item, place] = self._log_odds_or_logp(output)
                 asked.waiting -= 1
                 self.num_prompt_tokens += len(output.prompt_token_ids)
                 self.num_cached_tokens += output.num_cached_tokens or 0
+                if not asked.waiting and not asked.probabilities:
+                    asked.probabilities = self._probabilities(asked)
+                    if self._config.evidence:
+                        self._ask_for_quotes(asked, by_id)
                 if not asked.waiting:
                     done.append(asked)
         return done
@@ -138,6 +160,7 @@ def _open(config: VllmConfig, over_answers_alone: bool) -> Any:
         max_model_len=None if config.max_length is None else config.max_length + 1,
         logprobs_mode="processed_logprobs" if over_answers_alone else "raw_logprobs",
         max_logprobs=2,
+        **({"structured_outputs_config": _COMPACT_JSON} if config.evidence else {}),
     )
 
 
@@ -148,3 +171,12 @@ def _one_token(allowed: TokenIds) -> Any:
     return SamplingParams(
         max_tokens=1, temperature=0.0, allowed_token_ids=list(allowed), logprobs=len(allowed), detokenize=False
     )
+
+
+def _json(max_tokens: int) -> Any:
+    """Ask for a quote as JSON, of the likeliest tokens."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    form = StructuredOutputsParams(json=SCHEMA)
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, structured_outputs=form)

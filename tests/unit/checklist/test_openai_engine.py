@@ -39,6 +39,7 @@ class Judge:
         self.max_model_len: int | None = 1500
         self.change = lambda content: content
         self.bodies: list[dict[str, Any]] = []
+        self.quote: str | Reply = ""
 
     def __call__(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Reply | None:
         if method == "GET":
@@ -47,6 +48,8 @@ class Judge:
             return self.trouble.pop(0)
         asked = json.loads(body)
         self.bodies.append(asked)
+        if "structured_outputs" in asked:
+            return self.quote if isinstance(self.quote, tuple) else reply(200, self._quotes(asked["prompt"]))
         yes, no = asked["allowed_token_ids"]
         choices = [
             {
@@ -58,6 +61,10 @@ class Judge:
         ]
         tokens = {"prompt_tokens": sum(map(len, asked["prompt"]))}
         return reply(200, self.change({"choices": choices[::-1], "usage": tokens}))
+
+    def _quotes(self, prompts: list[list[int]]) -> Any:
+        written = json.dumps({"quote": self.quote})
+        return {"choices": [{"index": index, "text": written} for index in range(len(prompts))]}
 
 
 @pytest.fixture
@@ -168,6 +175,29 @@ def test_a_review_too_long_for_the_servers_model_is_not_sent(
     (outcome,) = cut.score([(PAPER, reviews([" ".join(corpus_texts)]))])
     assert outcome.num_cut_tokens > 0
     assert max(len(ids) for ids in judge.bodies[0]["prompt"]) == 299
+
+
+def test_evidence_is_a_second_request_for_each_yes(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
+) -> None:
+    judge.quote = "TABLE 3 shows  it"
+    texts = [f"{corpus_texts[0]} Table 3 shows it.", corpus_texts[1]]
+    plain = list(engine(tiny_judge).score([(PAPER, reviews(texts))]))
+    judge.bodies.clear()
+    ours = engine(tiny_judge, evidence=True, evidence_max_tokens=40)
+    found = list(ours.score([(PAPER, reviews(texts))]))
+    assert p_yes(found) == p_yes(plain)
+    num_yes = [sum(answer["yes"] for answer in outcome.answers.values()) for outcome in found]
+    assert min(num_yes) > 0
+    quotes = [body for body in judge.bodies if "structured_outputs" in body]
+    assert sorted(len(body["prompt"]) for body in quotes) == sorted(num_yes)
+    assert all((body["max_tokens"], body["temperature"]) == (40, 0) for body in quotes)
+    evidence = [[a.get("evidence") for a in outcome.answers.values() if a["yes"]] for outcome in found]
+    assert evidence == [["Table 3 shows it"] * num_yes[0], [None] * num_yes[1]]
+    assert not any("evidence" in a for outcome in found for a in outcome.answers.values() if not a["yes"])
+    judge.quote = reply(400, {"message": "no structured outputs here"})
+    (refused, *_) = ours.score([(PAPER, reviews(texts))])
+    assert "no structured outputs here" in (refused.failure or "")  # told, not passed over
 
 
 def without(index: int) -> Any:
