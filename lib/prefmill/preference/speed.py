@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from prefmill.preference.ranks import from_all_ranks
 from prefmill.training import append_row
 
 SPEED = "speed"
@@ -25,12 +26,22 @@ class Speed:
         self._tokens += tokens
 
     def window(self, step: int) -> dict[str, float]:
-        """`tokens_per_second` since the last call and `peak_memory_gb` since the start, written to the rank's file."""
+        """`tokens_per_second` since the last call and `peak_memory_gb` since the start, written to the rank's file.
+
+        Returns them for the tracker: the sum and the highest over ranks, and each rank's as `rank0/...` where there are
+        several. Every rank must call.
+        """
         seconds = max(time.monotonic() - self._since, 1e-9)
-        values = {"tokens_per_second": self._tokens / seconds, "peak_memory_gb": peak_memory_gb()}
-        append_row(self._path, {"step": step, **values})
+        own = {"tokens_per_second": self._tokens / seconds, "peak_memory_gb": peak_memory_gb()}
+        append_row(self._path, {"step": step, **own})
         self._tokens, self._since = 0, time.monotonic()
-        return values
+        ranks = from_all_ranks(own)
+        each = {f"rank{n}/{name}": value for n, values in enumerate(ranks) for name, value in values.items()}
+        return {
+            "tokens_per_second": sum(values["tokens_per_second"] for values in ranks),
+            "peak_memory_gb": max(values["peak_memory_gb"] for values in ranks),
+            **(each if len(ranks) > 1 else {}),
+        }
 
 
 def peak_memory_gb() -> float:

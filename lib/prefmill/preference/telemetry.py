@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from prefmill.preference.objectives import Objective, PairScores, Settings
+from prefmill.preference.ranks import from_all_ranks
 from prefmill.preference.speed import Speed
 from prefmill.training import append_row
 
@@ -22,11 +23,11 @@ CHOSEN_DROP = 0.5  # nats a token: e^-0.5 of the likelihood at every token
 
 
 class Telemetry:
-    """Collects the pairs of an optimizer step over its microbatches; writes them when the step is taken."""
+    """Collects the pairs of an optimizer step over its microbatches and ranks; rank 0 writes them when it is taken."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder / MARGINS
-        self._name = LOG if rank == 0 else f"margins_log.rank{rank}.jsonl"
+        self._rank = rank
         self._alarms = folder / ALARMS
         self.speed = Speed(folder, rank)
         self._rows: list[dict[str, Any]] = []
@@ -53,18 +54,23 @@ class Telemetry:
             self._rows.append({"pair_id": pair_id, **{name: column[index] for name, column in values.items()}})
 
     def step(self, step: int, epoch: int) -> None:
-        """Write the pairs of optimizer step `step` (from 1) of `epoch` (from 0); a repeated step writes them again."""
-        with (self._folder / self._name).open("a", encoding="utf-8") as stream:
-            for row in self._rows:
-                stream.write(json.dumps({"step": step, "epoch": epoch, **row}) + "\n")
-        folder = self._folder / f"epoch_{epoch:03}"
-        folder.mkdir(exist_ok=True)
-        np.save(folder / f"step_{step:05}.npy", np.array([row["margin"] for row in self._rows], dtype=np.float32))
-        self._window += [{**row, "step": step} for row in self._rows]
+        """Write the pairs of optimizer step `step` (from 1) of `epoch` (from 0), those of the first rank first.
+
+        A repeated step writes them again. Every rank must call.
+        """
+        rows = [row for rows in from_all_ranks(self._rows) for row in rows]
+        if self._rank == 0:
+            with (self._folder / LOG).open("a", encoding="utf-8") as stream:
+                for row in rows:
+                    stream.write(json.dumps({"step": step, "epoch": epoch, **row}) + "\n")
+            folder = self._folder / f"epoch_{epoch:03}"
+            folder.mkdir(exist_ok=True)
+            np.save(folder / f"step_{step:05}.npy", np.array([row["margin"] for row in rows], dtype=np.float32))
+        self._window += [{**row, "step": step} for row in rows]
         self._rows = []
 
     def means(self) -> dict[str, float]:
-        """Means over the pairs since the last call: margin, accuracy, accuracy of "longer wins", log-likelihoods.
+        """Means over the pairs of all ranks since the last call: margin, accuracy, that of "longer wins", likelihoods.
 
         `chosen_change` is how much likelier the chosen side is than under the reference, in nats a token;
         `length_correlation` is that of margin and length difference: near 1 in a model that learns lengths alone.
@@ -73,7 +79,7 @@ class Telemetry:
         if not rows:
             return {}
         change = _mean([_chosen_change(row) for row in rows])
-        if change < -CHOSEN_DROP:
+        if change < -CHOSEN_DROP and self._rank == 0:
             self._alarm(rows[-1]["step"], change)
         return {
             "margin": _mean([row["margin"] for row in rows]),

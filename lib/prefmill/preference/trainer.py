@@ -149,7 +149,7 @@ class PreferenceTrainer(Trainer):
         return self.family.pair_scores(model, inputs["batch"], inputs["ref_chosen"], inputs["ref_rejected"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means over the pairs since the last log, and how fast this rank was."""
+        """Add the means over the pairs since the last log, and how fast the ranks were; every rank logs."""
         if "loss" in logs:
             logs = {**logs, **self.telemetry.means(), **self.telemetry.speed.window(self.state.global_step)}
         super().log(logs, start_time)
