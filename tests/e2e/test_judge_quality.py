@@ -310,6 +310,10 @@ def test_rules_are_moved_by_nothing_but_words(tmp_path: Path, corpus: Artifact, 
 class FirstAsked(LexicalEngine):
     """Rules that say yes to whatever is asked first."""
 
+    def __init__(self, config: LexicalConfig, checklist: Checklist) -> None:
+        assert not config.evidence, "quotes cost a second pass, and no probe reads them"
+        super().__init__(config, checklist)
+
     def answers(self, text: str) -> dict[str, Answer]:
         return {**super().answers(text), self.checklist.ids[0]: {"yes": True, "p_yes": 1.0}}
 

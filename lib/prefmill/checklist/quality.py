@@ -249,7 +249,7 @@ def _probe(
     num_paraphrases = config.max_paraphrases if judge.has_probabilities else 0
     asked, restated = with_paraphrases(judge.checklist, num_paraphrases)
     backwards = Checklist(name=asked.name, items=asked.items[::-1])
-    engine = judge.engine_config()
+    engine = judge.engine_config().model_copy(update={"evidence": False})  # a second pass that nothing here reads
 
     def opened() -> Engine:
         return open_engine(engine, backwards)
