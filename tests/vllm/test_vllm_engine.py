@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import stages.score_reviews as stage
+from benchmarks.scoring_work import distinct_tokens
 from prefmill.artifacts import Provenance, publish
 from prefmill.checklist.engines import TransformersConfig, open_engine
 from prefmill.checklist.items import load_checklist
@@ -70,6 +71,19 @@ def test_the_cache_reads_shared_prefixes_once(engine: Any, texts: list[str]) -> 
     list(engine.score(papers([f"{text} Again." for text in texts[:8]])))
     assert engine.num_requests - requests == 8 * 24
     assert (engine.num_cached_tokens - cached) / (engine.num_prompt_tokens - tokens) > 0.5
+
+
+def test_an_item_rereads_less_than_the_smallest_block(engine: Any, texts: list[str]) -> None:
+    rows = papers(texts)
+    prompts = [
+        engine.prompts.shared(paper) + engine.prompts.foreign(review["text"]) + question
+        for paper, reviews in rows for review in reviews for question in engine.prompts.questions
+    ]  # fmt: skip
+    engine._llm.reset_prefix_cache()
+    before = engine.num_prompt_tokens - engine.num_cached_tokens
+    assert len(list(engine.score(rows))) * 24 == len(prompts)
+    read = engine.num_prompt_tokens - engine.num_cached_tokens - before
+    assert distinct_tokens(prompts) <= read <= distinct_tokens(prompts) + 32 * len(prompts)
 
 
 def test_a_caller_that_stops_leaves_nothing_behind(
