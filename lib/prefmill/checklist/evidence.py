@@ -18,6 +18,7 @@ REQUEST = (
     f"{MAX_CHARACTERS} characters, as JSON: {OPENING}..."
     '"}'
 )
+_JSON = json.JSONDecoder(strict=False)  # grammars let control characters through, tabs among them
 _PLAIN = str.maketrans("‘’“”–—\u00a0", "''\"\"-- ")
 
 
@@ -28,7 +29,7 @@ def verified_quote(answer: str, review: str) -> str | None:
     review's own text.
     """
     try:
-        content, _ = json.JSONDecoder().raw_decode(answer.strip())
+        content, _ = _JSON.raw_decode(answer.strip())
     except ValueError:
         return None
     quote = content.get("quote") if isinstance(content, dict) else None
@@ -53,7 +54,7 @@ def find_passage(quote: str, review: str) -> str | None:
 def is_closed(answer: str) -> bool:
     """Whether `answer` holds a whole JSON value."""
     try:
-        json.JSONDecoder().raw_decode(answer.strip())
+        _JSON.raw_decode(answer.strip())
     except ValueError:
         return False
     return True

@@ -57,7 +57,8 @@ def test_what_is_no_whole_json_of_the_form_is_no_evidence(answer: str) -> None:
     assert verified_quote(answer, REVIEW) is None
 
 
-def test_text_behind_the_json_does_no_harm() -> None:
+def test_text_behind_the_json_does_no_harm_and_a_tab_within_neither() -> None:
+    assert verified_quote('{"quote":"Table 3\tshows the gain"}', REVIEW) == "Table 3 shows the gain"
     assert verified_quote('\n{"quote":"Table 3 shows the gain"} I hope', REVIEW) == "Table 3 shows the gain"
 
 
