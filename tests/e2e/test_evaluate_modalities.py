@@ -12,6 +12,7 @@ import torch
 from evaluation_artifacts import make_task, publish_as
 from PIL import Image
 from pipeline_runs import REPOSITORY, executed, ran, run
+from test_report import opens_cleanly
 
 from prefmill.artifacts import Artifact
 from prefmill.causal.loading import load_model
@@ -141,7 +142,7 @@ def test_what_cannot_see_is_refused(corpus: Artifact, tmp_path: Path) -> None:
         evaluate(corpus, blind, tmp_path, modality="vision", generation={"engine": "vllm"})
 
 
-def test_a_pipeline_evaluates_every_model_on_every_modality(base: Path, tmp_path: Path) -> None:
+def test_a_pipeline_evaluates_every_model_on_every_modality(base: Path, tmp_path: Path, chromium: str) -> None:
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     file = tmp_path / "configs" / "pipelines" / "modalities.yaml"
     file.write_text(PIPELINE.format(workspace=tmp_path, model=base))
@@ -159,3 +160,4 @@ def test_a_pipeline_evaluates_every_model_on_every_modality(base: Path, tmp_path
     comparison = json.loads((data / "report" / "all" / "comparison.json").read_text())
     assert [part["modality"] for part in comparison["modalities"]] == list(MODALITIES)
     assert executed(tmp_path)
+    opens_cleanly(chromium, tmp_path, (data / "report" / "all" / "report.html").read_text(), width=390)
