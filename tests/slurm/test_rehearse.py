@@ -37,7 +37,7 @@ def test_the_review_pipeline_rehearses_with_its_real_stages(site: Site, tmp_path
     files = ["configs/pipelines/demo.yaml", "--cluster", str(cluster), f"workspace={far.workspace}", *SMALL]
     done = far.prefmill("rehearse", *files, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", seconds=1200)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    assert len(digests(far.workspace, "demo-rehearsal")) == 13
+    assert len(digests(far.workspace, "demo-rehearsal")) == 14
     drilled = {}
     for stage in ("sft", "dpo"):
         first, second = rows(far.workspace / "logs" / "demo-rehearsal" / stage / "clean" / "attempts.jsonl")
