@@ -10,7 +10,8 @@ way has a process of its own and they take turns; vLLM's cache is emptied before
 
 - vllm engine, transformers engine: as score_reviews opens them.
 - usual script: a text prompt for every item, the item first and 16 tokens through `LLM.generate` of the same vLLM.
-  Nothing is shared, so its cache cannot help. With --paper-first title and abstract follow the item: it can, a little.
+  Prompts share no more than an item and the task (some 50 tokens) with another review's, so its cache hardly helps.
+  With --paper-first title and abstract follow the item, and a paper's reviews share them as well.
 - usual, review first: the same with the item last, which is what the prefix cache alone does for a usual script.
 - one by one: transformers' `generate` of 16 tokens, one prompt of the usual script at a time. A review is asked one
   item (in turn), so items a second are extrapolated from a 24th of the work. One forward: 1 token instead of 16.
