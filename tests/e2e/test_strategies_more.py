@@ -73,6 +73,16 @@ def test_zero3_adds_biases_before_it_rounds(text: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["zero3", "fsdp"])
+def test_another_reference_is_scored_whole(text: Path, name: str, tmp_path: Path) -> None:
+    """Losses are those of one process; the cache is each run's own, so that every run scores."""
+    keys = {**KEYS, "num_train_epochs": 1, "ref_folder": str(save_tiny_qwen2(tmp_path / "other", seed=7))}
+    one = train_on(1, text / f"reference-of-{name}-one", keys)
+    two = train_on(2, text / f"reference-of-{name}", {**keys, **STRATEGIES[name]})
+    assert abs(losses(one)[0] - math.log(2)) > 0.01
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp"])
 def test_a_vision_language_model_trains_the_same(images: Path, name: str) -> None:
     two = train_on(2, images / name, {**KEYS, **STRATEGIES[name]})
     assert losses(two)[0] == pytest.approx(math.log(2), abs=1e-5)
