@@ -66,10 +66,11 @@ def test_processes_that_die_are_started_again_where_they_had_saved(site: Site) -
     small = "stages.train.resources={memory_gb: 0.25}"
     low = "stages.train.resources={partition: low, options: {nodelist: n3}}"
     train(site, "calm", "train.step_seconds=0")
-    train(site, "killed")
-    train(site, "hungry", small, "train.eat_gb=0.3", "train.step_seconds=0.4")
-    train(site, "torn")
-    train(site, "preempted", low, "train.step_seconds=0.4")
+    slowly = "train.step_seconds=0.4"  # so that it still trains when the fault comes, on a busy machine too
+    train(site, "killed", slowly)
+    train(site, "hungry", small, "train.eat_gb=0.3", slowly)
+    train(site, "torn", slowly)
+    train(site, "preempted", low, slowly)
     # First, while nothing that was started again has been given the same node.
     site.wait(reached(site, "preempted", 3))
     higher = ("-p", "main", "--exclusive", "-w", "n3", "-o", "/dev/null", "--wrap", "sleep 2")

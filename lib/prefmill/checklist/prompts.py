@@ -29,7 +29,7 @@ _INSTRUCTIONS = (
     "review itself shows it."
 )
 _BEFORE_REVIEW, _AFTER_REVIEW = "\n\nBEGIN REVIEW\n", "\nEND REVIEW\n\n"
-_ANSWER_FORM = f"\nAnswer with one word, {YES} or {NO}."
+_ANSWER_FORM = f"Answer with one word, {YES} or {NO}.\n"  # before the item: the cache then holds it as well
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class Prompts:
         self._opening = self._own(opening + _INSTRUCTIONS)
         self._before_review = self._own(_BEFORE_REVIEW)
         after, end = self._own(_AFTER_REVIEW), self._own(ending)
+        form = self._own(_ANSWER_FORM)
         self.questions: tuple[TokenIds, ...] = tuple(
-            after + self.foreign(item.question + _ANSWER_FORM) + end for item in checklist.items
+            after + form + self.foreign(item.question) + end for item in checklist.items
         )
         self.answers = self._encode_answers()
         self.quotes: tuple[TokenIds, ...] = ()
