@@ -1,13 +1,17 @@
-"""A rehearsal leaves out what belongs to the real corpus and the real judge: labels and a temperature."""
+"""A rehearsal leaves out what belongs to the real corpus and judge, and has models of the same architectures."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from prefmill.config import validate
 from prefmill.pipeline.cluster import ClusterFile
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.pipeline.rehearsal import rehearsal_of
+from tests.conftest import REPOSITORY
 
 
 def test_labels_and_a_temperature_are_left_out(tmp_path: Path) -> None:
@@ -26,3 +30,21 @@ def test_labels_and_a_temperature_are_left_out(tmp_path: Path) -> None:
     assert small.stages["judge_quality"].set["labels"] is None
     assert small.stages["judge_quality"].set["calibrate"] is False
     assert [task.stage.name for task in plan.tasks] == ["ingest_reviews", "score_reviews", "judge_quality"]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "stage", "architecture"),
+    [
+        ("review", "sft", "Qwen2ForCausalLM"),
+        ("review_images", "sft", "Qwen2_5_VLForConditionalGeneration"),
+        ("review_images", "evaluate", "Qwen2_5_VLForConditionalGeneration"),
+    ],
+)
+def test_tiny_models_are_of_the_real_ones_architecture(
+    pipeline: str, stage: str, architecture: str, tmp_path: Path
+) -> None:
+    source = REPOSITORY / "configs" / "pipelines" / f"{pipeline}.yaml"
+    real = read_pipeline(source).model_copy(update={"workspace": str(tmp_path)})
+    small, _ = rehearsal_of(real, make_plan(real, source), source, validate(ClusterFile, {}))
+    model = Path(small.stages[stage].set["model_name_or_path"])
+    assert json.loads((model / "config.json").read_text())["architectures"] == [architecture]

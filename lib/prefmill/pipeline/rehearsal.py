@@ -18,6 +18,7 @@ from prefmill.training import TrainingConfig
 MINUTES = 20
 ROWS, PAPERS = 400, 60  # of the user's file, or of the generated corpus in place of what cannot be cut
 SAVE_STEPS, LOGGING_STEPS, LENGTH = 20, 5, 1024
+_ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dpo": "sdxl", "train_reward": "clip"}
 # Keys of stages that do not train; those a stage does not have are left out.
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "build_datasets": {"min_checkmark_diff": 0.01, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
@@ -53,8 +54,7 @@ def _small(name: str, plan: Plan, given: dict[str, Any], resources: Resources, f
     if "sources" in small:
         small["sources"] = [_slice(one, number, folder) for number, one in enumerate(small["sources"])]
         small = {key: value for key, value in small.items() if key != "pdfs"}
-    model = "masked_diffusion" if name.startswith("mdlm") else "qwen2"
-    tiny: dict[str, Any] = _with_tiny_models(small, folder, model)
+    tiny: dict[str, Any] = _with_tiny_models(small, folder, name)
     return tiny
 
 
@@ -83,23 +83,33 @@ def _slice(source: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
     return {"format": "generated", "num_papers": PAPERS, **images}
 
 
-def _with_tiny_models(values: Any, folder: Path, model: str) -> Any:
+def _with_tiny_models(values: Any, folder: Path, stage: str) -> Any:
     """`values` with a tiny model of the same architecture for every model that is named in them."""
     if isinstance(values, list):
-        return [_with_tiny_models(item, folder, model) for item in values]
+        return [_with_tiny_models(item, folder, stage) for item in values]
     if not isinstance(values, dict):
         return values
-    replaced = {key: _with_tiny_models(item, folder, model) for key, item in values.items()}
-    if replaced.get("model_name_or_path"):
-        replaced["model_name_or_path"] = str(_tiny(model, folder))
+    replaced = {key: _with_tiny_models(item, folder, stage) for key, item in values.items()}
+    name = replaced.get("model_name_or_path")
+    if name and replaced.get("engine") != "openai":  # a server goes on serving what it serves
+        replaced["model_name_or_path"] = str(_tiny(_architecture(stage, name), folder))
         replaced.pop("revision", None)
     if replaced.get("engine") == "vllm":  # which takes all the memory there is, and minutes for its graphs
         replaced |= {"kv_cache_gb": 0.5, "enforce_eager": True}
     return replaced
 
 
+def _architecture(stage: str, model: str) -> str:
+    """Which tiny model stands in: what the stage trains says it, or that a language model's name has VL in it."""
+    if stage in _ARCHITECTURES:
+        return _ARCHITECTURES[stage]
+    if stage.startswith("mdlm"):
+        return "masked_diffusion"
+    return "qwen2_5_vl" if "-VL-" in model else "qwen2"
+
+
 def _tiny(model: str, folder: Path) -> Path:
     from prefmill.tiny import build
 
     path = folder / "models" / model
-    return path if (path / "config.json").is_file() else build(model, path)
+    return path if any(path.glob("*.json")) else build(model, path)
