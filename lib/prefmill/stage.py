@@ -18,6 +18,7 @@ from prefmill.errors import PipelineError
 
 Metrics = dict[str, Any]
 Match = Literal["all", "elementwise"]
+PROGRESS = "progress.json"  # of a task, in its logs
 PROGRESS_INTERVAL_SECONDS = 1.0
 
 
@@ -91,7 +92,7 @@ class Task:
             return
         self._last_progress[0] = now
         record = {"done": done, "total": total, "unit": unit, "time": time.time()}
-        write_atomic(self.logs / "progress.json", json.dumps(record))
+        write_atomic(self.logs / PROGRESS, json.dumps(record))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prefmill.stage import PROGRESS
 from prefmill.training import EXECUTED, append_row
 
 ATTEMPTS = "attempts.jsonl"
@@ -109,13 +110,13 @@ def _count(path: Path) -> int:
 
 def _done(logs: Path) -> int:
     try:
-        return int(json.loads((logs / "progress.json").read_text())["done"])
+        return int(json.loads((logs / PROGRESS).read_text())["done"])
     except (FileNotFoundError, ValueError):
         return 0
 
 
 def _last_sign(logs: Path, default: float) -> float:
-    path = logs / "progress.json"
+    path = logs / PROGRESS
     return max(default, path.stat().st_mtime) if path.is_file() else default
 
 

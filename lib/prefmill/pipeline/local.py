@@ -22,6 +22,7 @@ from prefmill.errors import PrefmillError
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.state import TaskState, inspect_task
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, end_with_parent, execute, write_status
+from prefmill.stage import PROGRESS
 
 _POLL_SECONDS = 0.2
 Say = Callable[[str], None]
@@ -149,7 +150,7 @@ def _end_with_command() -> None:
 
 def _wait(process: ForkServerProcess, task: PlannedTask) -> int:
     """Show the task's progress until its process ends; an interrupt ends the process first, then passes on."""
-    progress = task.logs / "progress.json"
+    progress = task.logs / PROGRESS
     try:
         with tqdm(desc=task.key, leave=False, disable=not sys.stderr.isatty()) as bar:
             while process.is_alive():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import CHECKPOINT_PREFIX
+from prefmill.artifacts import CHECKPOINT_PREFIX, read_manifest
 from prefmill.pipeline import slurm
 from prefmill.pipeline.advance import View, advance, look, only_held
 from prefmill.pipeline.attempts import read_attempts
@@ -19,7 +19,8 @@ from prefmill.pipeline.launch import Say, submit
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.rehearsal import SAVE_STEPS, rehearsal_of
 from prefmill.pipeline.status import read_rows, render
-from prefmill.pipeline.worker import read_status
+from prefmill.pipeline.worker import read_status, set_aside
+from prefmill.stage import PROGRESS
 from prefmill.training import COMPLETE
 
 _POLL_SECONDS, _TABLE_SECONDS, _ADVANCE_SECONDS = 0.5, 15.0, 20.0
@@ -42,6 +43,10 @@ def rehearse(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterF
     """Run the whole pipeline small, interrupt it, check that it resumes; returns 0 where all is well, else 1."""
     small, small_plan = rehearsal_of(pipeline, plan, source, cluster)
     estimate(small, small_plan, cluster, None, say)
+    for task in small_plan.tasks:  # what an earlier rehearsal has finished cannot be interrupted
+        if task.stage.trains and read_manifest(task.output) is not None:
+            set_aside(task.output)
+            (task.logs / PROGRESS).unlink(missing_ok=True)  # or the new one seems to get nowhere
     submit(small, small_plan, source, cluster, say=say)
     drills = [
         Drill("warning before a time limit", _warn, ("requeued",)),
@@ -112,7 +117,7 @@ def _strike(view: View, drills: list[Drill], say: Say) -> None:
 def _steps_taken(task: PlannedTask, status: dict[str, Any]) -> bool:
     """Whether this attempt has got somewhere itself."""
     try:
-        done = json.loads((task.logs / "progress.json").read_text())["done"]
+        done = json.loads((task.logs / PROGRESS).read_text())["done"]
     except (FileNotFoundError, ValueError):
         return False
     return bool(done > status["attempt"]["done_before"])

@@ -23,6 +23,7 @@ from prefmill.pipeline.elements import Tried, newest
 from prefmill.pipeline.slurm import Element, JobState
 from prefmill.pipeline.submission import submissions
 from prefmill.pipeline.worker import is_running, read_status
+from prefmill.stage import PROGRESS
 
 _COLUMNS = ("TASK", "STATE", "PROGRESS", "NODE", "TIME", "GPU-H", "RESTARTS", "REASON")
 _ROWS_OF_A_STAGE = 12  # a stage with more tasks is summed up in a row, and only what needs a look is listed
@@ -186,7 +187,7 @@ def _blocked(row: Row, upstream: Sequence[Row]) -> Row:
 
 def _progress(logs: Path, status: Mapping[str, Any]) -> str:
     try:
-        progress = json.loads((logs / "progress.json").read_text())
+        progress = json.loads((logs / PROGRESS).read_text())
     except (FileNotFoundError, ValueError):
         return ""
     shown = f"{progress['done']}{'/' + str(progress['total']) if progress['total'] else ''} {progress['unit']}"
