@@ -109,7 +109,9 @@ def _architecture(stage: str, model: str) -> str:
 
 
 def _tiny(model: str, folder: Path) -> Path:
-    from prefmill.tiny import build
+    from prefmill.tiny import build, build_served
 
     path = folder / "models" / model
-    return path if any(path.glob("*.json")) else build(model, path)
+    if any(path.glob("*.json")):
+        return path
+    return build_served(path) if model == "qwen2" else build(model, path)

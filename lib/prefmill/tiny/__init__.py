@@ -44,6 +44,14 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def build_served(folder: Path, seed: int = 0) -> Path:
+    """Save the tiny Qwen2 with heads of 32, the smallest that vLLM serves, to `folder`."""
+    from prefmill.tiny.text import build_qwen2
+
+    build_qwen2(folder, _texts(seed), seed, hidden_size=128)
+    return folder
+
+
 def _texts(seed: int) -> list[str]:
     """What the tokenizers learn from: generated papers and their reviews."""
     from prefmill.reviews.generated import generate

@@ -54,10 +54,10 @@ def create_qwen2(
     return model
 
 
-def build_qwen2(folder: Path, texts: Sequence[str], seed: int) -> None:
+def build_qwen2(folder: Path, texts: Sequence[str], seed: int, hidden_size: int | None = None) -> None:
     """Save a tiny Qwen2 and its tokenizer to `folder`."""
     tokenizer = train_chat_tokenizer(texts, vocab_size=1024)
-    shape = Shape(hidden_size=128)  # heads of 32: vLLM has none smaller
+    shape = Shape() if hidden_size is None else Shape(hidden_size=hidden_size)
     save(create_qwen2(tokenizer, shape, seed), tokenizer, folder)
 
 
