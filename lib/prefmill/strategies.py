@@ -61,9 +61,10 @@ def sharding_arguments(config: TrainingConfig) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     if config.deepspeed is None:
         return {}
+    settings = deepspeed_settings(config.deepspeed)
     if world_size() == 1:
         _rendezvous_alone()
-    return {"deepspeed": compute_as_without_shards(deepspeed_settings(config.deepspeed))}
+    return {"deepspeed": compute_as_without_shards(settings)}
 
 
 def uses_fsdp(config: TrainingConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,10 @@ def test_a_strategy_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one of them"):
         validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": "a.json", "fsdp": True})
     absent = validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": str(tmp_path / "no")})
+    before = dict(os.environ)
     with pytest.raises(ConfigError, match="cannot read the DeepSpeed file"):
         sharding_arguments(absent)
+    assert dict(os.environ) == before  # or whatever this process trains next would open a group of ranks
 
 
 def test_a_shipped_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
