@@ -12,7 +12,7 @@ from tests.slurm.conftest import Site
 from tests.slurm.test_job import attempts, rows, steps
 from tests.slurm.test_submit import digests
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def test_the_fire_drill_is_survived_and_reported(site: Site) -> None:
