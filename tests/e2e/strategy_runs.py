@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from prefmill.preference.config import PreferenceConfig
 from prefmill.stage import Task
 from prefmill.training import STEPS, TrainingConfig, read_curve
 from tests.conftest import REPOSITORY
+from tests.forked_ranks import forget_ranks, run_ranks, start_ranks
 
 DEEPSPEED = REPOSITORY / "configs" / "deepspeed"
 KEYS: dict[str, Any] = {
@@ -110,38 +109,18 @@ def _local(weight: Any) -> int:
     return int((weight.to_local() if hasattr(weight, "to_local") else weight).numel())
 
 
-def one_rank(rank: int, world_size: int, port: int, folder: Path, keys: dict[str, Any]) -> None:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    os.environ.update({name: str(value) for name, value in ranks.items()})
+def one_rank(folder: Path, keys: dict[str, Any]) -> None:
     if keys.pop(ALONE, False):
-        for name in (*ranks, "MASTER_ADDR", "MASTER_PORT"):
-            del os.environ[name]
+        forget_ranks()
     train(folder, keys)
 
 
 def start(world_size: int, folder: Path, keys: dict[str, Any]) -> list[Any]:
-    """The ranks as forks of this process, which must have started no process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    children = [
-        fork.Process(target=one_rank, args=(rank, world_size, port, folder, keys)) for rank in range(world_size)
-    ]
-    for child in children:
-        child.start()
-    return children
+    return start_ranks(world_size, one_rank, folder, keys)
 
 
 def train_on(world_size: int, folder: Path, keys: dict[str, Any]) -> Path:
-    children = start(world_size, folder, keys)
-    for child in children:
-        child.join(150)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    assert codes == [0] * world_size
+    run_ranks(world_size, one_rank, folder, keys)
     return folder
 
 

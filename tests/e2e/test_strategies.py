@@ -31,6 +31,7 @@ from prefmill.errors import ConfigError
 from prefmill.records import read_jsonl, write_jsonl
 from prefmill.strategies import sharding_arguments
 from prefmill.training import EXECUTED, TrainingConfig
+from tests.forked_ranks import end_codes
 from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 
 
@@ -110,9 +111,7 @@ def test_killed_in_the_middle_of_an_accumulation_it_ends_the_same(folder: Path, 
     calm = train_on(ranks, folder / f"calm-{name}", keys)
     killed = folder / f"killed-{name}"
     children = start(ranks, killed, {**keys, KILL: True})
-    for child in children:
-        child.join(150)
-    assert [child.exitcode for child in children] == [-signal.SIGKILL] * ranks
+    assert end_codes(children) == [-signal.SIGKILL] * ranks
     executed = [row["step"] for row in read_jsonl(killed / "logs" / EXECUTED)]
     assert executed == [1, 2, 3]
     train_on(ranks, killed, keys)

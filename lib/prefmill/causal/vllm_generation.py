@@ -22,7 +22,7 @@ from prefmill.causal.generation import (
     keep_top_p,
     uniforms,
 )
-from prefmill.checklist.journal import Journal
+from prefmill.journal import Journal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefmill.checklist.label_files import LabelFile
 from prefmill.config import nearest
 from prefmill.errors import InputError
 
@@ -29,23 +29,14 @@ def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collecti
     Raises InputError naming the line of a missing column or value, an unknown review or item, a label that is neither
     yes nor no, or an answer given twice; and where there is no label at all.
     """
+    file = LabelFile(path, "item labels", COLUMNS, ", ".join(COLUMNS))
     labels: dict[tuple[str, str], Label] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            columns = tuple(reader.fieldnames or ())
-            if absent := [name for name in COLUMNS if name not in columns]:
-                raise _error(path, 1, f"columns {', '.join(columns)}", f"name the column {absent[0]} in line 1")
-            for row in reader:
-                label = _label(row, f"{path}:{reader.line_num}", review_ids, item_ids)
-                key = (label.review_id, label.item_id)
-                if key in labels:
-                    raise _error(path, reader.line_num, f"{key[1]} of review {key[0]} again", "keep one answer to each")
-                labels[key] = label
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError("unreadable CSV", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
-    except FileNotFoundError:
-        raise InputError("no such file", where=path, fix="correct `labels`") from None
+    for line, row in file.rows():
+        label = _label(row, f"{path}:{line}", review_ids, item_ids)
+        key = (label.review_id, label.item_id)
+        if key in labels:
+            raise file.unusable(line, f"{key[1]} of review {key[0]} again", "keep one answer to each")
+        labels[key] = label
     if not labels:
         raise InputError("the file of labels holds none", where=path, fix="label some answers, or leave out `labels`")
     return list(labels.values())
@@ -74,7 +65,3 @@ def _label(row: dict[str, str | None], where: str, review_ids: Collection[str], 
             expected="yes or no, 1 or 0, true or false", fix="correct it, or delete the line",
         )  # fmt: skip
     return Label(values["review_id"], values["item_id"], answer)
-
-
-def _error(path: Path, line: int, got: str, fix: str) -> InputError:
-    return InputError("unusable item labels", where=f"{path}:{line}", got=got, expected=", ".join(COLUMNS), fix=fix)

@@ -14,10 +14,10 @@ from prefmill.artifacts import Artifact, write_atomic
 from prefmill.checklist.calibration import temper
 from prefmill.checklist.engines import Engine, Outcome
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
-from prefmill.checklist.journal import Journal
 from prefmill.checklist.pace import Pace
 from prefmill.checklist.shown import show_outcome, show_prompts
 from prefmill.errors import ConfigError, InputError
+from prefmill.journal import Journal
 from prefmill.records import JsonlWriter, Paper, Review
 from prefmill.reviews.join import REVIEWS, papers_with_reviews
 from prefmill.stage import Metrics, Shard, Task
@@ -137,9 +137,10 @@ def _score_rest(
                 _require_few_failures(tally, scoring.max_failed_share, upper_bound, outcome)
             journal.append(row, outcome.num_cut_tokens, failed)
             pace.add(len(outcome.answers))
-            bar.set_postfix_str(str(pace), refresh=False)
+            shown = str(pace)
+            bar.set_postfix_str(shown, refresh=False)
             bar.update()
-            unit = ", ".join(filter(None, ["reviews", str(pace)]))
+            unit = f"reviews, {shown}" if shown else "reviews"
             task.progress(tally.num_done, max(expected, tally.num_done + 1), unit)
         bar.total = tally.num_done
     task.progress(tally.num_done, tally.num_done, "reviews")

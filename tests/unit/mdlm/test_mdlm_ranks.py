@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from prefmill.mdlm.config import DiffusionPreferenceConfig
 from prefmill.mdlm.toy import write_toy
 from prefmill.stage import Task
 from prefmill.training import STEPS, read_curve
+from tests.forked_ranks import run_ranks
 
 
 def train(folder: Path, model: Path, rows: Path) -> None:
@@ -30,34 +28,15 @@ def train(folder: Path, model: Path, rows: Path) -> None:
     train_diffusion_dpo(validate(DiffusionPreferenceConfig, keys), task, str(model), rows, None)
 
 
-def one_rank(rank: int, world_size: int, port: int, folder: Path, model: Path, rows: Path) -> None:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    train(folder, model, rows)
-
-
 @pytest.mark.slow
 def test_two_ranks_tune_as_one_does(tmp_path: Path, tiny_folder: Path) -> None:
     importlib.import_module("prefmill.mdlm.dpo")  # once, before the forks
     write_toy(tmp_path, 2, 22, 5, seed=0)
     rows = tmp_path / "dpo_clean_train" / "data.jsonl"
-    fork, curves = multiprocessing.get_context("fork"), {}
+    curves = {}
     for world_size in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         folder = tmp_path / str(world_size)
-        ranks = [(rank, world_size, port, folder, tiny_folder, rows) for rank in range(world_size)]
-        children = [fork.Process(target=one_rank, args=given) for given in ranks]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(150)
-        codes = [child.exitcode for child in children]
-        for child in children:
-            child.kill()
-        assert codes == [0] * world_size
+        run_ranks(world_size, train, folder, tiny_folder, rows)
         curves[world_size] = [row for row in read_curve(folder / "logs" / STEPS) if "loss" in row]
     one, two = curves[1], curves[2]
     assert [row["draws"] for row in one] == [row["draws"] for row in two]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from prefmill.preference.config import PreferenceConfig
 from prefmill.records import read_jsonl, write_jsonl
 from prefmill.stage import Task
 from prefmill.training import EXECUTED, STEPS, TrainingConfig, read_curve
+from tests.forked_ranks import run_ranks
 from tests.tiny import pair_rows, sentence
 
 SMALL: dict[str, Any] = {
@@ -38,28 +36,8 @@ def train(folder: Path, model: Path, rows: Path, layout: str | None) -> None:
         train_dpo(validate(PreferenceConfig, {**SMALL, "layout": layout}), task, str(model), rows, rows)
 
 
-def one_rank(rank: int, world_size: int, port: int, *given: Any) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({**address, **{name: str(value) for name, value in ranks.items()}})
-    train(*given)
-
-
 def train_on(world_size: int, *given: Any) -> None:
-    """Run the ranks as forks of this process, which must have started no process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=one_rank, args=(rank, world_size, port, *given)) for rank in range(world_size)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(150)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    assert codes == [0] * world_size
+    run_ranks(world_size, train, *given)
 
 
 @pytest.fixture(scope="module", autouse=True)

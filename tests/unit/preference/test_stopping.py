@@ -13,6 +13,7 @@ from test_training import curve, make_task, train, weights
 from prefmill.records import read_jsonl
 from prefmill.stopping import STOP, Stopped, StopWatch, clear_request, request_stop
 from prefmill.training import EXECUTED
+from tests.forked_ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("_import_once")
 
@@ -111,29 +112,17 @@ def test_a_watch_waits_for_a_logged_step_while_there_is_time(tmp_path: Path) -> 
 
 def until_stopped(*given: Any) -> None:
     """A rank that ends well only if it was stopped."""
-    from test_ranks import one_rank
+    from test_ranks import train
 
     with pytest.raises(Stopped, match="step 1 of"):
-        one_rank(*given)
+        train(*given)
 
 
 @pytest.mark.slow
 def test_all_ranks_stop_at_the_step_that_rank_zero_names(tmp_path: Path, tiny_qwen2: Path, pairs_file: Path) -> None:
-    import socket
-    from multiprocessing import get_context
-
     from prefmill.training import newest_checkpoint
 
     request_stop(tmp_path / "logs", 100.0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = (2, port, tmp_path, tiny_qwen2, pairs_file, "pairwise")
-    children = [get_context("fork").Process(target=until_stopped, args=(rank, *given)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(150)
-    assert [child.exitcode for child in children] == [0, 0]
+    run_ranks(2, until_stopped, tmp_path, tiny_qwen2, pairs_file, "pairwise")
     assert steps(tmp_path) == [1]
     assert newest_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")

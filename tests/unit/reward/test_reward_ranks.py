@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -14,39 +12,24 @@ from safetensors.torch import load_file
 
 from prefmill.training import STEPS, read_curve
 from tests.conftest import REPOSITORY
+from tests.forked_ranks import run_ranks
 
 sys.path.append(str(REPOSITORY / "tests" / "e2e"))
 
 
-def train(rank: int, world_size: int, port: int, folder: Path) -> None:
+def train(folder: Path) -> None:
     from reward_artifacts import SMALL, run_stage
 
     from prefmill.artifacts import read
 
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    os.environ.update({name: str(value) for name, value in ranks.items()})
     given = {name: read(folder.parent / name) for name in ("pairs", "clip")}
     keys = {**SMALL, "per_device_train_batch_size": 4, "effective_batch_size": 8}
     metrics = run_stage("train_reward", folder, keys, **given)
-    assert bool(metrics) == (rank == 0)
+    assert bool(metrics) == (os.environ["RANK"] == "0")
 
 
 def train_on(world_size: int, folder: Path) -> Path:
-    """Run the ranks as forks of this process, which must have started no process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=train, args=(rank, world_size, port, folder)) for rank in range(world_size)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(150)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    assert codes == [0] * world_size
+    run_ranks(world_size, train, folder)
     return folder
 
 

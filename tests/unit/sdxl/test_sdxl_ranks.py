@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from safetensors.torch import load_file
 from prefmill.config import validate
 from prefmill.training import STEPS, read_curve
 from tests.conftest import REPOSITORY
+from tests.forked_ranks import run_ranks
 
 sys.path.append(str(REPOSITORY / "tests" / "e2e"))
 
@@ -39,30 +37,8 @@ def train(folder: Path, keys: dict[str, Any]) -> None:
     run(config, make_task("sdxl_dpo", folder, **given))
 
 
-def one_rank(rank: int, world_size: int, port: int, folder: Path, keys: dict[str, Any]) -> None:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    train(folder, keys)
-
-
 def train_on(world_size: int, folder: Path, keys: dict[str, Any]) -> Path:
-    """Run the ranks as forks of this process, which must have started no process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    children = [
-        fork.Process(target=one_rank, args=(rank, world_size, port, folder, keys)) for rank in range(world_size)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(150)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    assert codes == [0] * world_size
+    run_ranks(world_size, train, folder, keys)
     return folder
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from prefmill.artifacts import Artifact
 from prefmill.blocks import Progress
 from prefmill.checklist.engines import Engine, Outcome
-from prefmill.checklist.journal import Journal
 from prefmill.errors import InputError
+from prefmill.journal import Journal
 from prefmill.records import JsonlWriter, Paper, Review
 from prefmill.reviews.join import PAPERS, papers_with_reviews
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from prefmill.checklist.label_files import LabelFile
 from prefmill.errors import InputError
 
 Target = Literal["confidence", "decision_agreement", "labels"]
@@ -37,24 +37,15 @@ def read_labels(path: Path) -> dict[str, float]:
 
     Raises InputError naming the line of a missing column, a label that is no finite number, or a repeated review.
     """
+    file = LabelFile(path, "labels", COLUMNS, " and ".join(COLUMNS) + " (a number)")
     labels: dict[str, float] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise _error(path, 1, f"columns {', '.join(reader.fieldnames or ())}", "name the columns in line 1")
-            for row in reader:
-                review_id, label = row["review_id"], _number(row["label"])
-                if label is None:
-                    raise _error(path, reader.line_num, f"label {row['label']!r}", "write a number")
-                if review_id in labels:
-                    raise _error(path, reader.line_num, f"review {review_id} again", "keep one label a review")
-                labels[review_id] = label
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError("unreadable CSV", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
-    except FileNotFoundError:
-        raise InputError("no such file", where=path, fix="correct `labels`") from None
+    for line, row in file.rows():
+        review_id, label = str(row["review_id"]), _number(row["label"])
+        if label is None:
+            raise file.unusable(line, f"label {row['label']!r}", "write a number")
+        if review_id in labels:
+            raise file.unusable(line, f"review {review_id} again", "keep one label a review")
+        labels[review_id] = label
     return labels
 
 
@@ -87,9 +78,3 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _error(path: Path, line: int, got: str, fix: str) -> InputError:
-    return InputError(
-        "unusable labels", where=f"{path}:{line}", got=got, expected=" and ".join(COLUMNS) + " (a number)", fix=fix
-    )

@@ -1,4 +1,4 @@
-"""The journal of a shard being scored: one line an outcome, appended as it comes, so that a kill costs at most one."""
+"""A journal of finished work: one line an outcome, appended as it comes, so that a kill costs at most one."""
 
 from __future__ import annotations
 

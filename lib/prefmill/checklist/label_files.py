@@ -1,0 +1,40 @@
+"""CSV files in which people have labelled reviews: what is the same for every kind of label."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefmill.errors import InputError
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """A file of `labels`, as the errors call them, with a header line that has at least `columns`."""
+
+    path: Path
+    labels: str
+    columns: tuple[str, ...]
+    expected: str
+
+    def rows(self) -> Iterator[tuple[int, dict[str, str | None]]]:
+        """Every row with its line; raises InputError for no such file, no UTF-8, no CSV, or a missing column."""
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as stream:
+                reader = csv.DictReader(stream)
+                header = tuple(reader.fieldnames or ())
+                if absent := [name for name in self.columns if name not in header]:
+                    raise self.unusable(1, f"columns {', '.join(header)}", f"name the column {absent[0]} in line 1")
+                for row in reader:
+                    yield reader.line_num, row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError("unreadable CSV", where=self.path, got=str(error), fix="save it as UTF-8 CSV") from None
+        except FileNotFoundError:
+            raise InputError("no such file", where=self.path, fix="correct `labels`") from None
+
+    def unusable(self, line: int, got: str, fix: str) -> InputError:
+        """The error for a line that cannot be used."""
+        where = f"{self.path}:{line}"
+        return InputError(f"unusable {self.labels}", where=where, got=got, expected=self.expected, fix=fix)
