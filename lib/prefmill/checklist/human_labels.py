@@ -29,7 +29,7 @@ def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collecti
     Raises InputError naming the line of a missing column or value, an unknown review or item, a label that is neither
     yes nor no, or an answer given twice; and where there is no label at all.
     """
-    file = LabelFile(path, "item labels", COLUMNS, ", ".join(COLUMNS))
+    file = LabelFile(path, "unusable item labels", COLUMNS, ", ".join(COLUMNS))
     labels: dict[tuple[str, str], Label] = {}
     for line, row in file.rows():
         label = _label(row, f"{path}:{line}", review_ids, item_ids)

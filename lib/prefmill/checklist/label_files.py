@@ -12,10 +12,13 @@ from prefmill.errors import InputError
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A file of `labels`, as the errors call them, with a header line that has at least `columns`."""
+    """A file with a header line that has at least `columns`; `problem` is what an error of its lines says first.
+
+    A caller gives `problem` in full, so that a message seen on a terminal is found in the code as it stands.
+    """
 
     path: Path
-    labels: str
+    problem: str
     columns: tuple[str, ...]
     expected: str
 
@@ -36,5 +39,4 @@ class LabelFile:
 
     def unusable(self, line: int, got: str, fix: str) -> InputError:
         """The error for a line that cannot be used."""
-        where = f"{self.path}:{line}"
-        return InputError(f"unusable {self.labels}", where=where, got=got, expected=self.expected, fix=fix)
+        return InputError(self.problem, where=f"{self.path}:{line}", got=got, expected=self.expected, fix=fix)
