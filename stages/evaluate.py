@@ -69,6 +69,7 @@ class EvaluateConfig(ImageLimits):
 
 def run(config: EvaluateConfig, task: Task) -> Metrics:
     """Write `generations.jsonl`, the engines' answers and `metrics.json`; the metrics are the overall figures."""
+    from prefmill.checklist.calibration import read_temperature
     from prefmill.checklist.engines import open_engine
     from prefmill.checklist.score import choose_checklist
     from prefmill.evaluation.bootstrap import Resampling
@@ -77,19 +78,22 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     from prefmill.evaluation.lineage import check_training
     from prefmill.evaluation.record import write_evaluation
 
+    settings = config.engine.model_dump(mode="json")
+    temperature = read_temperature(task.optional_input("calibration"), settings)
     held_out = read_held_out(task.input("corpus"), config.num_papers, config.seed, config.modality)
     training = check_training(task.optional_input("checkpoint"), held_out.papers, task.output)
     is_human = config.model == HUMAN
     generations = human_generations(held_out) if is_human else _write_reviews(config, task, held_out)
     checklist = choose_checklist(config.checklist, task.optional_input("checklist"))
     second = _score_again(config, task, held_out, generations, checklist) if config.second_engine else None
-    engine = open_engine(config.engine, checklist)
+    engine = open_engine(config.engine, checklist, temperature)
     evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, task.work, task.progress)
     heading = {
         "model": config.model,
         "modality": config.modality,
         "generated_with": None if is_human else config.generation.engine,
         "engine": engine.name,
+        "engine_temperature": temperature,
         "agreement": second and engine_agreement(generations, evaluations, second, Resampling(seed=config.seed)),
         "training": training,
         "num_papers_left_out": len(held_out.papers) - len({row["paper_id"] for row in generations}),
@@ -160,6 +164,7 @@ STAGE = Stage(
         "corpus": Reads("review_corpus", "ingest_reviews"),
         "checkpoint": Reads("checkpoint", match="elementwise", optional=True),
         "checklist": Reads("checklist", "optimize_checklist", optional=True),
+        "calibration": Reads("judge_quality", optional=True),  # named by a pipeline that fits one
     },
     preload=("torch", "transformers"),
 )

@@ -29,13 +29,15 @@ def run(config: ScoreReviewsConfig, task: Task) -> Metrics:
     from prefmill.checklist.score import Scoring, choose_checklist, score_shard
 
     checklist = choose_checklist(config.checklist, task.optional_input("checklist"))
+    settings = config.engine.model_dump(mode="json")
+    temperature = read_temperature(task.optional_input("calibration"), settings)
     scoring = Scoring(
         checklist=checklist,
-        open_engine=partial(open_engine, config.engine, checklist),
+        open_engine=partial(open_engine, config.engine, checklist, temperature),
         limit=DEBUG_REVIEWS if config.debug and config.limit is None else config.limit,
         debug=config.debug,
         max_failed_share=config.max_failed_share,
-        temperature=read_temperature(task.optional_input("calibration"), config.engine.model_dump(mode="json")),
+        temperature=temperature,
     )
     return score_shard(task.input("corpus"), scoring, task)
 

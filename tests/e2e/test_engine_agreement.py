@@ -11,6 +11,7 @@ from evaluation_artifacts import make_corpus, make_evaluation, make_task, publis
 from test_report import text_of, write_report
 
 from prefmill.artifacts import Artifact
+from prefmill.checklist.calibration import Calibration, judge_of, write_calibration
 from prefmill.config import load
 from prefmill.errors import ConfigError, InputError
 from prefmill.evaluation.bootstrap import Resampling
@@ -79,6 +80,33 @@ def test_a_second_engine_scores_the_same_reviews(corpus: Artifact, tmp_path: Pat
     task = make_task("evaluate", tmp_path / "data" / "run" / "evaluate" / "other", {"corpus": [corpus]})
     with pytest.raises(InputError, match="no such model folder"):  # as it was said in the other process
         run(config, task)
+
+
+def test_a_temperature_moves_probabilities_and_turns_no_answer(corpus: Artifact, tmp_path: Path) -> None:
+    judge = {"engine": "transformers", "model_name_or_path": str(save_tiny_qwen2(tmp_path / "judge"))}
+    config = load(STAGE.config, {"model": "human", "num_papers": 3, "engine": {**judge, "truncate_reviews": True}})
+    fitted = tmp_path / "data" / "run" / "judge_quality" / "all"
+    fitted.mkdir(parents=True)
+    of_judge = judge_of(config.engine.model_dump(mode="json"))
+    write_calibration(Calibration(2.0, of_judge, 100, 10, 5, 0.7, 0.6, 0.2, 0.1), fitted)
+    quality = publish_as(fitted, "judge_quality")
+    found = {}
+    for name, more in {"plain": {}, "tempered": {"calibration": [quality]}}.items():
+        output = tmp_path / "data" / "run" / "evaluate" / name
+        run(config, make_task("evaluate", output, {"corpus": [corpus], **more}))
+        found[name] = list(read_jsonl(output / "evaluations.jsonl"))
+        assert json.loads((output / "metrics.json").read_text())["engine_temperature"] == (2.0 if more else None)
+    for plain, tempered in zip(*found.values(), strict=True):
+        assert tempered["checkmark_score"] == plain["checkmark_score"]
+        for item, answer in plain["answers"].items():
+            odds = answer["p_yes"] / (1 - answer["p_yes"])
+            assert tempered["answers"][item]["p_yes"] == pytest.approx(odds**0.5 / (1 + odds**0.5), abs=1e-5)
+            assert tempered["answers"][item]["yes"] == answer["yes"]
+    assert found["plain"] != found["tempered"]
+    other = load(STAGE.config, {"model": "human", "num_papers": 3})
+    output = tmp_path / "data" / "run" / "evaluate" / "other"
+    with pytest.raises(ConfigError, match="the temperature was fitted for another judge"):
+        run(other, make_task("evaluate", output, {"corpus": [corpus], "calibration": [quality]}))
 
 
 def with_agreement(evaluation: Artifact, mean_score: float) -> Artifact:

@@ -23,13 +23,15 @@ def test_labels_and_a_temperature_are_left_out(tmp_path: Path) -> None:
         "  ingest_reviews: {set: {sources: [{format: generated, num_papers: 20}]}}\n"
         f"  score_reviews: {{inputs: {{calibration: {tmp_path}/fitted}}}}\n"
         f"  judge_quality: {{set: {{labels: {tmp_path}/labels.csv, calibrate: true}}}}\n"
+        "  evaluate: {set: {model: human}, needs: {calibration: judge_quality}}\n"
     )
     pipeline = read_pipeline(source)
     small, plan = rehearsal_of(pipeline, make_plan(pipeline, source), source, validate(ClusterFile, {}))
     assert small.stages["score_reviews"].inputs == {}
     assert small.stages["judge_quality"].set["labels"] is None
     assert small.stages["judge_quality"].set["calibrate"] is False
-    assert [task.stage.name for task in plan.tasks] == ["ingest_reviews", "score_reviews", "judge_quality"]
+    assert small.stages["evaluate"].needs == {}
+    assert {task.stage.name for task in plan.tasks} == set(small.stages)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefmill.artifacts import Artifact, write_atomic
-from prefmill.checklist.engines import Outcome
 from prefmill.checklist.optimize.selection import assign_folds
 from prefmill.errors import ConfigError, InputError
+from prefmill.records import Answer
 
 CALIBRATION = "calibration.json"
 NUM_BINS = 10
@@ -53,12 +53,12 @@ def tempered(p_yes: Array, temperature: float) -> Array:
     return result
 
 
-def temper(outcome: Outcome, temperature: float) -> Outcome:
-    """`outcome` with every p_yes tempered, to 6 decimals; its yes and no are those of the judge, untouched."""
-    answers = {name: answer.copy() for name, answer in outcome.answers.items()}
-    for answer in answers.values():
+def temper(answers: Mapping[str, Answer], temperature: float) -> dict[str, Answer]:
+    """`answers` with every p_yes tempered, to 6 decimals; yes and no are those of the judge, untouched."""
+    copies = {name: answer.copy() for name, answer in answers.items()}
+    for answer in copies.values():
         answer["p_yes"] = round(float(tempered(np.array(answer["p_yes"]), temperature)), 6)
-    return replace(outcome, answers=answers)
+    return copies
 
 
 def negative_log_likelihood(p_yes: Array, labels: Array) -> float:

@@ -97,6 +97,7 @@ class Engine(ABC):
 
     def __init__(self, checklist: Checklist) -> None:
         self.checklist = checklist
+        self.temperature: float | None = None  # of judge_quality; yes and no do not depend on it
         self.num_requests = 0  # an item asked about a review
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0  # of the prompts' tokens, those that were not read again
@@ -132,8 +133,8 @@ class Engine(ABC):
             yield self.evaluation(outcome)
 
     def evaluation(self, outcome: Outcome) -> ReviewEvaluation:
-        """The row of a review that was scored."""
-        answers = dict(outcome.answers)
+        """The row of a review that was scored, every p_yes tempered where there is a temperature."""
+        answers = self._tempered(outcome.answers)
         return {
             "review_id": outcome.review_id,
             "paper_id": outcome.paper_id,
@@ -143,9 +144,22 @@ class Engine(ABC):
             "engine": self.name,
         }
 
+    def _tempered(self, answers: Mapping[str, Answer]) -> dict[str, Answer]:
+        if self.temperature is None:
+            return dict(answers)
+        from prefmill.checklist.calibration import temper
 
-def open_engine(config: AnyEngineConfig, checklist: Checklist) -> Engine:
+        return temper(answers, self.temperature)
+
+
+def open_engine(config: AnyEngineConfig, checklist: Checklist, temperature: float | None = None) -> Engine:
     """The engine of `config`, ready to answer `checklist`; raises ConfigError or InputError where it cannot."""
+    engine = _open(config, checklist)
+    engine.temperature = temperature
+    return engine
+
+
+def _open(config: AnyEngineConfig, checklist: Checklist) -> Engine:
     if isinstance(config, LexicalConfig):
         from prefmill.checklist.lexical import LexicalEngine
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.artifacts import Artifact, write_atomic
-from prefmill.checklist.calibration import temper
 from prefmill.checklist.engines import Engine, Outcome
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.checklist.pace import Pace
@@ -34,7 +33,7 @@ class Scoring:
     """What to score with: `open_engine` is called only if a review is left to score.
 
     `limit` takes the first so many reviews of the shard. `debug` prints what the engine is shown and answers.
-    Every P(yes) is tempered with `temperature` where there is one; yes and no stay.
+    `temperature` is the engine's, for the summary.
     """
 
     checklist: Checklist
@@ -158,8 +157,7 @@ def _outcomes(reviews: Iterator[PaperReviews], scoring: Scoring, pace: Pace) -> 
         if scoring.debug:
             show_outcome(outcome)
         if outcome.failure is None:
-            tempered = outcome if scoring.temperature is None else temper(outcome, scoring.temperature)
-            yield outcome, engine.evaluation(tempered)
+            yield outcome, engine.evaluation(outcome)
         else:
             yield outcome, {"review_id": outcome.review_id, "paper_id": outcome.paper_id, "reason": outcome.failure}
 

@@ -40,7 +40,8 @@ def rehearsal_of(pipeline: PipelineFile, plan: Plan, source: Path, cluster: Clus
         resources = resources_for(cluster, name, pipeline.stages[name].resources)
         entry["resources"] = {**pipeline.stages[name].resources, "minutes": min(resources.minutes, MINUTES)}
         entry["set"] = _small(name, plan, entry["set"], resources, folder)
-        entry["inputs"].pop("calibration", None)  # fitted for the real judge
+        for given in ("inputs", "needs"):
+            entry[given].pop("calibration", None)  # fitted for the real judge
     small = validate(PipelineFile, values, where=source)
     return small, make_plan(small, source)
 

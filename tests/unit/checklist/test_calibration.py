@@ -12,8 +12,8 @@ import pytest
 
 from prefmill.artifacts import Artifact, Provenance, publish
 from prefmill.checklist import calibration
-from prefmill.checklist.engines import Outcome
 from prefmill.errors import ConfigError, InputError
+from prefmill.records import Answer
 
 MODEL = {"engine": "vllm", "model_name_or_path": "some/model", "include_paper": "none", "precision": "bf16"}
 
@@ -67,14 +67,15 @@ def test_yes_and_no_stay_and_the_order_of_reviews_does() -> None:
         assert ((tempered > 0.5) == (p_yes > 0.5)).all()
         assert (np.diff(tempered) >= 0).all()
     assert calibration.tempered(p_yes, 1.0) == pytest.approx(p_yes, abs=1e-6)
-    outcome = Outcome(
-        "r", "p", {"a": {"yes": True, "p_yes": 0.500001, "evidence": "so"}, "b": {"yes": False, "p_yes": 0.1}}
-    )
-    after = calibration.temper(outcome, 2.0)
-    assert after.answers["a"]["yes"] is True
-    assert after.answers["a"]["evidence"] == "so"
-    assert after.answers["b"]["p_yes"] == pytest.approx(1 / (1 + math.exp(math.log(9) / 2)), abs=1e-6)
-    assert outcome.answers["b"]["p_yes"] == 0.1
+    answers: dict[str, Answer] = {
+        "a": {"yes": True, "p_yes": 0.500001, "evidence": "so"},
+        "b": {"yes": False, "p_yes": 0.1},
+    }
+    after = calibration.temper(answers, 2.0)
+    assert after["a"]["yes"] is True
+    assert after["a"]["evidence"] == "so"
+    assert after["b"]["p_yes"] == pytest.approx(1 / (1 + math.exp(math.log(9) / 2)), abs=1e-6)
+    assert answers["b"]["p_yes"] == 0.1
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
