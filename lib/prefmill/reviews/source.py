@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from prefmill.records import to_json
 from prefmill.reviews.rows import Item, Problem, Row, RowError, excerpt
 
 
-class SourceConfig(StrictConfig):
+class SourceConfig(StrictConfig, ABC):
     """A source: `rows` reads what its file holds, `items` says what one row means.
 
     `venue` names the venue of rows that name none, `id_prefix` goes before every id, so that sources that number
@@ -36,13 +37,13 @@ class SourceConfig(StrictConfig):
         """The lowest and the highest rating."""
         return self.rating_min, self.rating_max
 
+    @abstractmethod
     def rows(self, source: int) -> Iterator[Row | Problem]:
         """The raw rows; `source` is this source's position in the configuration."""
-        raise NotImplementedError
 
+    @abstractmethod
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The papers, decisions and reviews in one raw row; raises RowError when it cannot be used."""
-        raise NotImplementedError
 
 
 class FileSource(SourceConfig):
