@@ -1,0 +1,93 @@
+"""The page on which people rate lets in nobody without its token, nor another machine or user, and says where it is."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_artifacts import make_images, task_for
+from rating_pages import Asking, asking, rate
+
+from prefmill.artifacts import Artifact
+from prefmill.cli import main
+from prefmill.errors import ConfigError
+from prefmill.images.rate import PAGE_FILE
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_images(tmp_path_factory.mktemp("images"), num_prompts=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status"),
+    [
+        ("GET", "/", None, {"Cookie": ""}, 403),
+        ("GET", "/", None, {"Cookie": "prefmill_{port}=wrong"}, 403),
+        ("GET", "/?token=", None, {"Cookie": ""}, 403),
+        ("GET", "/?token=%ff%fe", None, {}, 403),
+        ("GET", "/state?rater=ann", None, {"Cookie": ""}, 403),
+        ("GET", "/image/00", None, {"Cookie": ""}, 403),
+        ("GET", "/image/../../etc/passwd", None, {}, 404),
+        ("GET", "/", None, {"Host": "evil.example:80"}, 403),
+        ("POST", "/answer", {"rater": "ann"}, {"Cookie": ""}, 403),
+        ("POST", "/answer", {"rater": "ann"}, {"Origin": "http://evil.example"}, 403),
+        ("POST", "/answer", {"rater": "ann"}, {"Content_Type": "text/plain"}, 415),
+        ("POST", "/answer", {"rater": "=1+1", "number": 0}, {}, 400),
+        ("POST", "/answer", {"rater": "ann", "number": 0, "choice": "both"}, {}, 400),
+        ("POST", "/answer", b"not json", {}, 400),
+        ("POST", "/answer", b"[]", {}, 400),
+        ("POST", "/answer", b"x" * 5000, {}, 413),
+        ("POST", "/shutdown", {"rater": "ann"}, {}, 404),
+        ("GET", "/state?rater=ann", None, {}, 200),
+        ("GET", "/", None, {}, 200),
+    ],
+)
+def test_what_is_let_in(door: Asking, method: str, path: str, body: Any, headers: dict[str, str], status: int) -> None:
+    given = {key: value.replace("{port}", str(door.port)) for key, value in headers.items()}
+    found, sent, text = door.request(method, path, body, **given)
+    assert found == status, text
+    assert "default-src 'none'" in sent["Content-Security-Policy"]
+    assert door.token.encode() not in text
+    if path == "/" and status == 200:
+        assert "unsafe-inline" not in sent["Content-Security-Policy"]
+        assert (sent["Referrer-Policy"], sent["X-Content-Type-Options"]) == ("no-referrer", "nosniff")
+
+
+@pytest.fixture(scope="module")
+def door(images: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
+    with asking(tmp_path_factory.mktemp("door"), images) as people:
+        yield people
+
+
+def test_the_command_line_shows_the_address(
+    tmp_path: Path, images: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "logs" / "mine" / "rate_images" / "all"
+    logs.mkdir(parents=True)
+    assert main(["rate", "mine", "--workspace", str(tmp_path)]) == 2
+    assert "no page is open in this run" in capsys.readouterr().err
+    (logs / PAGE_FILE).write_text("http://127.0.0.1:1/?token=t\nssh -N\n")
+    assert main(["rate", "mine", "--workspace", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "http://127.0.0.1:1/?token=t\nssh -N\n"
+
+
+def test_only_this_machine_and_this_user_get_at_it(door: Asking) -> None:
+    sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = [row[1].split(":") for row in sockets if row[3] == "0A"]
+    assert [address for address, port in listening if int(port, 16) == door.port] == ["0100007F"]
+    for path in (door.task.logs / PAGE_FILE, door.task.work / "server.json"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert door.token not in (door.task.logs / "log").read_text()
+    status, sent, _ = door.request("GET", f"/?token={door.token}", Cookie="")
+    assert (status, sent["Location"]) == (303, "/")
+    assert all(word in sent["Set-Cookie"] for word in ("HttpOnly", "SameSite=Strict"))
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path, images: Artifact, door: Asking) -> None:
+    task = task_for(tmp_path / "run" / "rate", "rate_images", images=images)
+    with pytest.raises(ConfigError, match=rf"cannot open the page's port[\s\S]*rater.port={door.port}"):
+        rate(task, rater={"by": "people", "port": door.port})

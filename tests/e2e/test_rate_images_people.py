@@ -1,0 +1,287 @@
+"""People rate images: the page in a real browser, kills and crashes, and answers that are kept through them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser, Page, started
+from image_artifacts import draw, make_images, publish_as, task_for
+from rating_pages import Asking, answers, asking, rate, ratings
+
+from prefmill.artifacts import Artifact, payload
+from prefmill.errors import InputError
+from prefmill.images.rate import PAGE_FILE, answers_file
+from prefmill.images.rows import DIMENSIONS
+from prefmill.records import read_jsonl
+
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> & </main>"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_images(tmp_path_factory.mktemp("images"), num_prompts=3)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with started(chromium, tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+def shows(page: Page, rater: str, number: int) -> None:
+    """Wait until the page asks `rater` for the answer after the first `number`, both images on the screen."""
+    page.wait(f"document.body.dataset.state === '{rater}/{number}'")
+
+
+def asked(page: Page) -> tuple[str, str]:
+    """The prompt and the dimension."""
+    prompt, dimension = page.read("['prompt', 'dimension'].map(name => document.getElementById(name).textContent)")
+    return prompt, dimension
+
+
+@pytest.mark.slow
+def test_in_a_browser_by_keyboard_through_reloads_and_crashes(
+    tmp_path: Path, images: Artifact, browser: Browser
+) -> None:
+    """Two raters give every answer; the server is killed twice on the way. Nothing is lost, nothing asked twice."""
+    settings = {"rater": {"by": "people", "raters_per_pair": 2}, "dimensions": ["fidelity", "overall"]}
+    with asking(tmp_path, images, **settings) as people, browser.tab() as ann, browser.tab() as ben:
+        ann.open(people.url)
+        ann.wait("!document.getElementById('who').hidden")
+        assert "token" not in ann.read("location.href")
+        ann.read("document.getElementById('name').value = 'ann'; document.querySelector('form button').click()")
+        shows(ann, "ann", 0)
+        seen = [asked(ann)]
+        for number, key in enumerate(["ArrowLeft", "t", "ArrowRight"], 1):
+            ann.press(key)
+            shows(ann, "ann", number)
+            seen.append(asked(ann))
+        assert [row["choice"] for row in answers(people.task)] == ["left", "tie", "right"]
+        assert len(set(seen)) == 4
+        ann.call("Page.reload")
+        ann.wait("document.readyState === 'complete'")
+        shows(ann, "ann", 3)
+        assert asked(ann) == seen[3]
+        ann.press("u")
+        shows(ann, "ann", 2)
+        assert asked(ann) == seen[2]
+
+        people.kill()
+        ann.press("s")
+        ann.wait("document.body.dataset.state === 'lost'")
+        port = people.port
+        people.start()
+        assert people.port == port
+        shows(ann, "ann", 2)  # the open page goes on by itself
+        ann.press("s")
+        shows(ann, "ann", 3)
+
+        ben.open(f"{people.url}#ben")
+        shows(ben, "ben", 0)
+        for number in range(1, 7):
+            ben.press("ArrowDown")
+            ben.wait(
+                f"document.body.dataset.state === 'ben/{number}'"
+                if number < 6
+                else "document.body.dataset.state === 'done'"
+            )
+            if number == 4:
+                people.kill()
+                people.start()
+        assert "every pair you are needed for" in ben.read("document.getElementById('message').textContent")
+        for number in range(4, 7):
+            ann.wait("document.body.dataset.state !== 'lost'")
+            shows(ann, "ann", number - 1)
+            ann.press("ArrowLeft")
+        ann.wait("document.body.dataset.state === 'done'")
+        assert people.wait() == 0
+        assert [line for line in ann.console() + ben.console() if "ERR_CONNECTION" not in line] == []
+        assert {url.split("/")[2] for url in ann.requested() if url.startswith("http")} == {f"127.0.0.1:{port}"}
+    rows = ratings(people.task)
+    assert Counter(row["rater"] for row in rows) == {"ann": 6, "ben": 6}
+    assert {row["choice"] for row in rows if row["rater"] == "ben"} == {"tie"}
+    assert len({(row["rater"], row["left"], row["right"], row["dimension"]) for row in rows}) == 12
+    assert sorted(row["choice"] for row in rows if row["rater"] == "ann") == ["left"] * 4 + ["skip", "tie"]
+    assert not (people.task.logs / PAGE_FILE).exists()
+
+
+@pytest.mark.slow
+def test_a_prompt_with_html_is_shown_not_run(tmp_path: Path, browser: Browser) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    draw(folder / "a.png", 0)
+    draw(folder / "b.png", 1)
+    row = {"prompt_id": "p", "prompt": HOSTILE}
+    lines = [{**row, "file": "a.png"}, {**row, "file": "b.png"}]
+    (folder / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = task_for(tmp_path / "run" / "rate", "rate_images")
+    people = Asking(task, images=str(folder))
+    try:
+        with browser.tab() as page:
+            page.open(f"{people.url}#ann")
+            shows(page, "ann", 0)
+            assert page.read("document.getElementById('prompt').textContent") == HOSTILE
+            assert page.read("document.querySelectorAll('#prompt *').length") == 0
+            assert page.read("document.title") == "Which image is better?"
+            # The control: even markup that got in would not run, as the page's policy refuses it.
+            page.read("document.getElementById('prompt').innerHTML = '<img src=x onerror=\"document.title=1\">'")
+            time.sleep(0.3)
+            assert page.read("document.title") == "Which image is better?"
+            assert any("Content Security Policy" in line for line in page.console())
+    finally:
+        people.end()
+
+
+@pytest.mark.slow
+def test_without_the_token_a_browser_is_refused(tmp_path: Path, images: Artifact, browser: Browser) -> None:
+    with asking(tmp_path, images) as people, browser.tab() as page:
+        for url in (f"http://127.0.0.1:{people.port}/", f"http://127.0.0.1:{people.port}/?token=wrong"):
+            page.open(url)
+            page.wait("document.body !== null && document.body.innerText.includes('token')")
+            assert page.read("document.querySelectorAll('img, form').length") == 0
+
+
+def test_finishing_early_takes_what_there_is_and_a_rerun_goes_on(tmp_path: Path, images: Artifact) -> None:
+    with asking(tmp_path, images, dimensions=["overall"]) as people:
+        task = people.task
+        status, _, text = people.request("POST", "/finish", {"rater": "ann", "number": 0})
+        assert (status, text) == (400, b"Nothing is rated yet: there is nothing to finish.")
+        people.act("answer", "ann", choice="left")
+        assert people.act("finish", "ann")["closed"]
+        assert people.wait() == 0
+    assert len(ratings(task)) == 1
+    kept = answers_file(task).read_bytes()
+    for path in payload(task.output):
+        path.unlink()
+    rate(task, dimensions=["overall"])  # killed before it had published: finished all the same
+    assert len(ratings(task)) == 1
+    (task.work / "finished").unlink()  # as the worker does with the whole folder, here for --force
+    (task.work / "server.json").unlink()
+    with asking(tmp_path, images, dimensions=["overall"]) as again:
+        assert again.state("ann")["number"] == 1
+        assert again.token != people.token
+        again.act("answer", "ann", choice="tie")
+        assert again.act("answer", "ann", choice="tie")["closed"]
+        assert again.wait() == 0
+    assert answers_file(task).read_bytes().startswith(kept)
+    assert len(ratings(task)) == 3
+
+
+def test_answers_about_images_that_have_changed_do_not_count_but_stay(tmp_path: Path, images: Artifact) -> None:
+    with asking(tmp_path, images, dimensions=["overall"]) as people:
+        people.act("answer", "ann", choice="left")
+    other = make_images(tmp_path / "other", num_prompts=3)
+    rows = list(read_jsonl(other.path / "images.jsonl"))
+    for row in rows:
+        draw(other.path / row["file"], 77 + row["seed"])
+    changed = publish_as(other.path, "generated_images")
+    with asking(tmp_path, changed, dimensions=["overall"]) as people:
+        assert people.state("ann")["done"] == 0
+        for _ in range(3):
+            people.act("answer", "ann", choice="right")
+        assert people.wait() == 0
+    assert len(ratings(people.task)) == 3
+    assert len(answers(people.task)) == 4
+
+
+def test_a_torn_answer_is_cut_off_and_a_damaged_one_is_named(tmp_path: Path, images: Artifact) -> None:
+    with asking(tmp_path, images) as people:
+        for _ in range(3):
+            people.act("answer", "ann", choice="left")
+        people.kill()
+        path = answers_file(people.task)
+        whole = path.read_bytes()
+        for torn in (whole[:-5], whole + b'{"rater": "a', whole + b"\0" * 50):
+            path.write_bytes(torn)
+            people.start()
+            number = 2 if torn == whole[:-5] else 3
+            assert people.state("ann")["number"] == number
+            people.act("answer", "ann", choice="tie")
+            people.kill()
+            people.start()
+            assert people.state("ann")["number"] == number + 1
+            people.kill()
+        lines = whole.splitlines(keepends=True)
+        path.write_bytes(lines[0] + b"garbage\n" + lines[2])
+    with pytest.raises(InputError, match=r"unreadable answer[\s\S]*all.jsonl:2"):
+        rate(people.task)
+    assert path.read_bytes().endswith(lines[2])
+
+
+def test_a_page_that_is_behind_changes_nothing(tmp_path: Path, images: Artifact) -> None:
+    """A second tab, or a request sent twice because its reply was lost."""
+    with asking(tmp_path, images) as people:
+        for _ in range(2):
+            body = {"rater": "ann", "number": 0, "choice": "left"}
+            status, _, text = people.request("POST", "/answer", body)
+            assert (status, json.loads(text)["number"]) == (200, 1)
+        assert people.act("undo", "ann")["number"] == 0
+        assert people.act("undo", "ann")["number"] == 0
+        assert [row.get("choice") for row in answers(people.task)] == ["left", None]
+
+
+def test_two_raters_share_the_pairs_when_one_is_enough(tmp_path: Path, images: Artifact) -> None:
+    with asking(tmp_path, images, dimensions=["overall"]) as people:
+        first = people.state("ann")["question"]["prompt"]
+        people.act("answer", "ann", choice="left")
+        assert people.state("ben")["total"] == 2
+        prompts = [first]
+        while not (shown := people.state("ben"))["closed"]:
+            prompts.append(shown["question"]["prompt"])
+            if people.act("answer", "ben", choice="right")["closed"]:
+                break
+        assert len(set(prompts)) == 3
+        assert people.wait() == 0
+
+
+def test_sides_are_drawn_for_each_rater_and_stay(tmp_path: Path, images: Artifact) -> None:
+    with asking(tmp_path, images) as people:
+        shown = {}
+        for rater in "abcdefghijklmnop":
+            question = people.state(rater)["question"]
+            assert people.state(rater)["question"] == question
+            shown.setdefault(question["prompt"], set()).add((question["left"], question["right"]))
+        assert len(shown) == 3  # everybody has an order of their own
+        assert any(len(sides) == 2 for sides in shown.values())
+        name = question["left"].removeprefix("/image/")
+        assert len(name) == 24
+        assert not any(part in json.dumps(shown, default=list) for part in ("seed", ".png", "p00"))
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_answer(tmp_path: Path, images: Artifact) -> None:
+    from prefmill.images.answers import AnswerBook, Session
+    from prefmill.images.collection import check_images
+    from prefmill.images.own import image_of_row
+    from prefmill.images.rating import plan_matchups
+    from prefmill.images.rating_server import RatingServer, RefusalError
+
+    sources = [image_of_row(images.path, row, "x") for row in read_jsonl(images.path / "images.jsonl")]
+    good = check_images(sources, _quarantine())
+    book = AnswerBook(tmp_path / "answers.jsonl")
+    session = Session(book, plan_matchups(good.values(), None, 0), DIMENSIONS, 1, 0)
+    with RatingServer(session, good, "t") as server:
+        server.act("answer", "ann", {"number": 0, "choice": "left"})
+        before = (tmp_path / "answers.jsonl").read_bytes()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("prefmill.images.answers.os.fsync", _full)
+            with pytest.raises(RefusalError, match="could not be kept: No space left"):
+                server.act("answer", "ann", {"number": 1, "choice": "left"})
+        assert (tmp_path / "answers.jsonl").read_bytes() == before
+        assert server.act("answer", "ann", {"number": 1, "choice": "tie"})["number"] == 2
+    book.close()
+
+
+def _quarantine() -> Any:
+    from prefmill.images.collection import Quarantine
+
+    return Quarantine()
+
+
+def _full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
