@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact, Provenance, publish
+from prefmill.artifacts import Artifact, Provenance, payload, publish
 from prefmill.records import write_jsonl
 from prefmill.reviews.generated import generate, quality_factors
 from prefmill.stage import Shard, Task
@@ -97,6 +97,11 @@ def make_task(folder: Path, stage: str, inputs: Mapping[str, Sequence[Artifact]]
     logs.mkdir(parents=True, exist_ok=True)
     given = {name: tuple(items) for name, items in inputs.items()}
     return Task(run=run, stage=stage, name="all", values={}, sizes={}, inputs=given, output=output, logs=logs)
+
+
+def contents(task: Task) -> dict[str, bytes]:
+    """The payload's files."""
+    return {path.relative_to(task.output).as_posix(): path.read_bytes() for path in payload(task.output)}
 
 
 def read_rows(path: Path) -> Rows:
