@@ -6,9 +6,9 @@ import dataclasses
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-from prefmill.checklist.engines import Outcome
+from prefmill.checklist.engines import LexicalConfig, Outcome
+from prefmill.checklist.items import Checklist
 from prefmill.checklist.lexical import LexicalEngine
 from prefmill.records import Paper, Review
 
@@ -23,8 +23,9 @@ class CountingEngine(LexicalEngine):
     fails: frozenset[str] = frozenset()
     kill_before: str | None = None
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, config: LexicalConfig, checklist: Checklist, temperature: float | None = None) -> None:
+        super().__init__(config, checklist)
+        self.temperature = temperature
         type(self).opened += 1
 
     def score(self, papers: Papers) -> Iterator[Outcome]:
