@@ -15,6 +15,8 @@ endif
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_PYTHON := $(BIN)/python
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+# Where bytecode is not kept, every process compiles torch and transformers anew: 12 s of a training's start.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Two processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another.
 IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder

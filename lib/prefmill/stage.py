@@ -100,10 +100,10 @@ class Stage(Generic[ConfigT]):
     """A step of a pipeline. Its `run` writes payload files below `task.output` and returns metrics.
 
     `root` is where outputs live (`data` or `checkpoints`), `writes` the kind of artifact. Raise `version`
-    when the same configuration would make different content. `preload` names slow imports, done once for
-    all tasks of a local run. `result` is the payload file a user opens; a finished run prints where it is,
-    with the lines of the metric `conclusion` where the stage returns one. A stage that `trains` runs once for
-    every GPU under torchrun, and saves and stops when asked to (prefmill.stopping).
+    when the same configuration would make different content. `preload` names slow imports, done before
+    `run`, and once for all tasks of a local run. `result` is the payload file a user opens; a finished run
+    prints where it is, with the lines of the metric `conclusion` where the stage returns one. A stage that
+    `trains` runs once for every GPU under torchrun, and saves and stops when asked to (prefmill.stopping).
     """
 
     name: str

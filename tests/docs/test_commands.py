@@ -40,14 +40,20 @@ NEEDS_SLURM = re.compile(
 )
 NEEDS_WEIGHTS = ("llada-8b", "FOLDER")
 
-FOUND = [
-    (page, command)
-    for page in PAGES
-    for command in commands(page)
-    if not command.startswith(RUN_BY_CI)
-    and not NEEDS_SLURM.match(command)
-    and not any(word in command for word in NEEDS_WEIGHTS)
-]
+
+def to_run() -> list[tuple[Path, str]]:
+    """Every command with its page; what stands on several stages' pages, which do not build on each other, once."""
+    found: dict[tuple[Path, str], tuple[Path, str]] = {}
+    for page in PAGES:
+        for command in commands(page):
+            is_run_elsewhere = command.startswith(RUN_BY_CI) or NEEDS_SLURM.match(command)
+            if not is_run_elsewhere and not any(word in command for word in NEEDS_WEIGHTS):
+                walk = page.parent if page.parent.name == "stages" else page
+                found.setdefault((walk, command), (page, command))
+    return list(found.values())
+
+
+FOUND = to_run()
 
 
 @pytest.fixture(scope="module")

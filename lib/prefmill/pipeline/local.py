@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from prefmill.artifacts import read_manifest, write_atomic
 from prefmill.errors import PrefmillError
+from prefmill.pipeline.imports import collect_from_now_on
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.state import TaskState, inspect_task
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, end_with_parent, execute, write_status
@@ -121,6 +122,7 @@ def _show_results(plan: Plan, tasks: Iterable[PlannedTask], say: Say) -> None:
 
 def _child(task: PlannedTask, force: bool) -> None:
     """The process of one task: its output goes to the task's log, and it does not outlive its parent."""
+    collect_from_now_on()
     end_with_parent()
     _end_with_command()
     log_path(task).parent.mkdir(parents=True, exist_ok=True)
@@ -194,4 +196,4 @@ def _why(state: TaskState, force: bool) -> str:
 
 def _preload(tasks: Iterable[PlannedTask]) -> list[str]:
     modules = {module for task in tasks for module in task.stage.preload}
-    return ["prefmill.pipeline.worker", *sorted(modules)]
+    return ["prefmill.pipeline.collect_nothing", "prefmill.pipeline.worker", *sorted(modules)]

@@ -17,7 +17,7 @@ from typing import Any
 from prefmill.artifacts import read, write_atomic
 from prefmill.config import validate
 from prefmill.errors import PrefmillError, explain_os_error
-from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, end_with_parent
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, end_with_parent, import_and_run
 from prefmill.stage import Stage, Task, load_stage
 from prefmill.stopping import Stopped
 
@@ -60,7 +60,7 @@ def run_rank(path: Path) -> int:
     """Run the stage described in `path`; returns the exit code, with the explanation in a file beside it."""
     try:
         stage, config, task = read_spec(path)
-        metrics = stage.run(config, task)
+        metrics = import_and_run(stage, config, task)
     except Stopped as stopped:
         _leave(path.with_name(RESULT), {"stopped": str(stopped)})
         return 0

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from prefmill.artifacts import MANIFEST, RUN_RECORD, WORK, Artifact, publish, read_manifest, superseded, write_atomic
 from prefmill.errors import PipelineError, PrefmillError, explain_os_error
 from prefmill.pipeline import attempts
+from prefmill.pipeline.imports import import_now
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.shrinking import SMALLER
 from prefmill.pipeline.state import inspect_task, provenance, read_inputs
@@ -55,10 +56,16 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
         _prepare(task, origin.fingerprint, force)
         started = time.time()
         context = task_context(task, inputs)
-        metrics = run(context) if run else task.stage.run(task.config, context)
+        metrics = run(context) if run else import_and_run(task.stage, task.config, context)
         publish(task.output, task.stage.writes, origin, metrics)
         write_atomic(task.output / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
         _clear_work(task.output)
+
+
+def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
+    """The stage's own work, its slow imports first."""
+    import_now(stage.preload)
+    return stage.run(config, task)
 
 
 def task_context(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> Task:
