@@ -9,6 +9,7 @@ import pytest
 
 from prefmill.stage import load_stage, stage_names
 from tests.conftest import REPOSITORY
+from tests.docs import messages
 
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
 _PLACEHOLDER = re.compile(r"\b[A-Z]+\b|…|\.\.\.|\d+|'[^']*'|<[^>]*>|\{[^}]*\}")
@@ -29,6 +30,11 @@ def test_explained_messages_are_those_of_the_code(page: Path) -> None:
                 pieces = [piece.strip(" ,:;.") for piece in _PLACEHOLDER.split(message)]
                 told = [piece for piece in pieces if len(piece) > 3] or [message]
                 assert [piece for piece in told if piece not in code] == [], f"{page.name}: {message}"
+
+
+def test_the_page_of_messages_is_the_codes_and_each_has_a_remedy() -> None:
+    assert messages.PAGE.read_text() == messages.page(), "run: python -m tests.docs.messages"
+    assert [line for line in messages.page().splitlines() if line.endswith("|  |")] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

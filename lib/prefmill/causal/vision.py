@@ -140,7 +140,10 @@ def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[str]) ->
         parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
         for text in others:
             if not left:
-                raise InputError("more image markers than images", got=turn["content"][:80], expected=len(images))
+                raise InputError(
+                    "more image markers than images", got=turn["content"][:80], expected=len(images),
+                    fix="write one <image> for each image",
+                )  # fmt: skip
             parts += [{"type": "image", "path": left.pop(0)}, {"type": "text", "text": text}]
         turns.append({**turn, "content": [part for part in parts if part.get("text") != ""]})
     if left:

@@ -119,7 +119,10 @@ class Completions:
         except ValueError:
             content = None
         if not isinstance(content, dict):
-            raise InputError("the server did not answer with JSON", where=self.url, got=said)
+            raise InputError(
+                "the server did not answer with JSON", where=self.url, got=said,
+                fix="check the URL in the variable that base_url_env names: it mostly ends in /v1",
+            )  # fmt: skip
         return content
 
     def _said(self, response: httpx.Response) -> str:

@@ -101,5 +101,8 @@ def read_registry(folder: Path) -> dict[str, dict[str, Any]]:
             "unreadable dataset registry", where=path, got=str(error), fix="rerun build_datasets"
         ) from None
     if not isinstance(entries, dict):
-        raise InputError("a dataset registry holds entries by name", where=path, got=type(entries).__name__)
+        raise InputError(
+            "a dataset registry holds entries by name", where=path, got=type(entries).__name__,
+            fix="rerun build_datasets",
+        )  # fmt: skip
     return entries

@@ -115,7 +115,10 @@ def _entry(folder: Path, name: str) -> dict[str, Any]:
             fix="run this in the folder llamafactory-cli is run in, or set dataset_dir",
         ) from None  # fmt: skip
     if name not in info:
-        raise ConfigError(f"no dataset '{name}' in the registry", where=folder / _INFO, expected=", ".join(info))
+        raise ConfigError(
+            f"no dataset '{name}' in the registry", where=folder / _INFO, expected=", ".join(info),
+            fix="name one of these under `dataset`, or add it to the registry",
+        )  # fmt: skip
     entry: dict[str, Any] = info[name]
     if not entry.get("ranking"):
         raise ConfigError(
@@ -132,7 +135,10 @@ def _where(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     formatting = entry.get("formatting", "alpaca")
     known = _COLUMNS.get(formatting)
     if known is None or entry.get("script_url") or (entry.get("ms_hub_url") and not entry.get("hf_hub_url")):
-        raise ConfigError("this kind of dataset is not known", got=dict(entry), expected="a file or the hub")
+        raise ConfigError(
+            "this kind of dataset is not known", got=dict(entry), expected="a file or the hub",
+            fix="give the entry a file_name or an hf_hub_url",
+        )  # fmt: skip
     found: dict[str, Any] = {"pair_format": formatting}
     if "hf_hub_url" in entry:
         found |= {"dataset": entry["hf_hub_url"], "dataset_revision": entry.get("revision")}

@@ -153,7 +153,9 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
         for batch in table.iter_batches(batch_size=64, columns=columns):
             yield from batch.to_pylist()
     except (OSError, ArrowException) as error:
-        raise InputError("cannot read the table", where=file, got=str(error).splitlines()[0]) from None
+        raise InputError(
+            "cannot read the table", where=file, got=str(error).splitlines()[0], fix="download or write the file again"
+        ) from None
 
 
 def _stored(content: Any, base: Path, target: Path) -> Path:
@@ -175,7 +177,10 @@ def _json_list(path: Path) -> list[Any]:
     except ValueError as error:
         raise InputError("not JSON", where=path, got=str(error), fix="give ImageReward's file as published") from None
     if not isinstance(rows, list):
-        raise InputError("not a list of rankings", where=path, got=type(rows).__name__)
+        raise InputError(
+            "not a list of rankings", where=path, got=type(rows).__name__,
+            fix="give ImageReward's JSON of rankings, a list of objects",
+        )  # fmt: skip
     return rows
 
 

@@ -81,7 +81,10 @@ def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     if path.suffix not in (".csv", ".tsv"):
-        raise InputError("prompts are read from .csv or .tsv", where=path, got=path.suffix or "no suffix")
+        raise InputError(
+            "prompts are read from .csv or .tsv", where=path, got=path.suffix or "no suffix",
+            fix="name the file by what it holds: .csv with commas, .tsv with tabs",
+        )  # fmt: skip
     return read_table(path, ("prompt",))
 
 

@@ -82,7 +82,10 @@ def alone(workspace: Path, run: str) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise PipelineError("another prefmill is at work on this run", where=folder / "lock") from None
+                    raise PipelineError(
+                        "another prefmill is at work on this run", where=folder / "lock",
+                        fix="wait until it has ended, and give the command again",
+                    ) from None  # fmt: skip
                 time.sleep(0.1)
         yield
 

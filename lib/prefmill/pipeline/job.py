@@ -122,7 +122,10 @@ def submitted_task(path: Path, environment: Mapping[str, str]) -> JobTask:
     submission = read_submission(array.submission)
     index = int(environment["SLURM_ARRAY_TASK_ID"])
     if index >= len(array.tasks):
-        raise PipelineError("this array has no such element", where=path, got=index, expected=f"0-{len(array.tasks)}")
+        raise PipelineError(
+            "this array has no such element", where=path, got=index, expected=f"0-{len(array.tasks) - 1}",
+            fix="submit this script with an --array inside that range",
+        )  # fmt: skip
     pipeline = validate(PipelineFile, submission.pipeline, where=submission.folder)
     cluster = validate(ClusterFile, submission.cluster, where=submission.folder)
     resources = validate(Resources, array.resources, where=path)

@@ -152,7 +152,10 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 return
-            raise InputError("not a row of a margins log", where=f"{path}:{number}", got=error) from None
+            raise InputError(
+                "not a row of a margins log", where=f"{path}:{number}", got=error,
+                fix="name the run of a dpo training; a damaged file is written anew by training again",
+            ) from None  # fmt: skip
 
 
 def _history(pair_id: str, rows: Sequence[Mapping[str, Any]]) -> History:

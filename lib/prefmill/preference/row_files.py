@@ -25,13 +25,19 @@ class SourceRow(NamedTuple):
 def file_rows(path: Path) -> Iterator[SourceRow]:
     """The rows of a .jsonl, .json, .jsonl.gz, .parquet or .csv file; raises InputError where it is not readable."""
     if not path.name.endswith(SUFFIXES):
-        raise InputError("this kind of file is not known", where=path, expected=", ".join(SUFFIXES))
+        raise InputError(
+            "this kind of file is not known", where=path, expected=", ".join(SUFFIXES),
+            fix="convert it, or name it by what it holds",
+        )  # fmt: skip
     if not path.is_file():
         raise InputError("no such file", where=path, fix="check the path; a hub dataset is given as name")
     read = {".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}.get(path.suffix, _jsonl_rows)
     for number, (place, values) in enumerate(read(path)):
         if not isinstance(values, dict):
-            raise InputError("a row is an object with keys", where=f"{path}:{place}", got=type(values).__name__)
+            raise InputError(
+                "a row is an object with keys", where=f"{path}:{place}", got=type(values).__name__,
+                fix="correct or delete that row",
+            )  # fmt: skip
         yield SourceRow(f"{path}:{place}", number, values)
 
 
