@@ -52,8 +52,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
+        beside = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise ConfigError(
-            "no such configuration file", where=path, fix="check the path; shipped ones are under configs/"
+            f"no such configuration file{beside}", where=path, fix="check the path; shipped ones are under configs/"
         ) from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError("unreadable YAML", where=path, got=str(error), fix="correct the file at that line") from None

@@ -26,7 +26,6 @@ from prefmill.errors import ConfigError, InputError
 from prefmill.records import read_jsonl
 from prefmill.stage import Task
 
-STEPS = ("propose", "score", "select", "refit", "export")
 FILES = [
     "export/optimal_checklist.json", "export/step.json", "export/summary.json", "optimal_checklist.json",
     "propose/candidates.json", "propose/step.json", "refit/held_out.json", "refit/step.json", "refit/weights.json",

@@ -61,6 +61,9 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such configuration file"):
         load(Example, tmp_path / "none.yaml")
+    (tmp_path / "demo.yaml").touch()
+    with pytest.raises(ConfigError, match=r"no such configuration file \(did you mean 'demo.yaml'\?\)"):
+        load(Example, tmp_path / "dmo.yaml")
 
 
 def test_identity_follows_content_not_paths_or_runtime_keys(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def inspect_task(task: PlannedTask) -> TaskState:
     """A task's state, given that its inputs are complete; raises ArtifactError when one is missing or damaged."""
     manifest = read_manifest(task.output)
     if manifest is None:
-        return TaskState("missing", ("no manifest: it has never finished",))
+        return TaskState("missing", ("not made yet: there is no manifest",))
     wanted = task_identity(task, read_inputs(task))
     if manifest.fingerprint != digest_json(wanted):
         return TaskState("stale", tuple(differences(manifest.identity, wanted)))
