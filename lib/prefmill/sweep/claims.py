@@ -33,9 +33,13 @@ def read_claim(trial: Path) -> Claim | None:
 
 
 def claim(trial: Path, worker: str) -> Claim:
-    """Put `worker` in charge of the trial; call it with the study's lock held."""
+    """Put `worker` in charge of the trial; call it with the study's lock held.
+
+    A claim is a sign of life itself: the next to look must not take for dead who has not come to its first beat.
+    """
     before = read_claim(trial)
     mine = Claim(worker, (*(before.attempts if before else ()), worker))
+    _beat(trial)
     write_atomic(trial / CLAIM, json.dumps(asdict(mine)))
     return mine
 
@@ -47,7 +51,7 @@ def beating(trial: Path, seconds: float) -> Iterator[None]:
 
     def beat() -> None:
         while True:
-            write_atomic(trial / HEARTBEAT, str(time.time_ns()))
+            _beat(trial)
             if stopped.wait(seconds):
                 return
 
@@ -58,6 +62,10 @@ def beating(trial: Path, seconds: float) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join()
+
+
+def _beat(trial: Path) -> None:
+    write_atomic(trial / HEARTBEAT, str(time.time_ns()))
 
 
 @dataclass

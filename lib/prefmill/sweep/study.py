@@ -49,10 +49,14 @@ def open_study(config: StudyConfig, folder: Path, inputs: dict[str, str]) -> opt
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the study's lock: a symbolic link, which is atomic on network file systems too."""
-    from optuna.storages.journal import JournalFileSymlinkLock
+    """Hold the study's lock: a file that only one can create, on network file systems too (NFS version 3 and later).
 
-    lock = JournalFileSymlinkLock(str(folder / "claims"), grace_period=_LOCK_GRACE_SECONDS)
+    Not Optuna's symbolic link: it is as old as the file it points to, so who waits cannot tell one holder from the
+    next, and where that file is missing waits for a dead one for ever, on a whole processor.
+    """
+    from optuna.storages.journal import JournalFileOpenLock
+
+    lock = JournalFileOpenLock(str(folder / "claims"), grace_period=_LOCK_GRACE_SECONDS)
     lock.acquire()
     try:
         yield

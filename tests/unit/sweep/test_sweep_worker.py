@@ -20,6 +20,7 @@ from prefmill.errors import ConfigError, PipelineError
 from prefmill.records import read_jsonl
 from prefmill.stage import Task
 from prefmill.sweep import run as worker
+from prefmill.sweep import study as studies
 from prefmill.sweep.claims import Watch, beating, claim, read_claim
 from prefmill.sweep.config import StudyConfig, corners
 from prefmill.sweep.run import BEST, PAGE, TRIALS, sweep, trial_folder
@@ -225,6 +226,28 @@ def test_a_heart_that_stops_is_noticed_by_the_observers_own_clock(tmp_path: Path
     assert not Watch(1.0).is_stale(tmp_path), "whoever has just come has heard nothing yet"
     assert json.loads((tmp_path / "claim.json").read_text()) == {"worker": "a", "attempts": ["a"]}
     assert trial_folder(tmp_path, 7).name == "0007"
+
+
+def test_who_takes_over_a_trial_is_not_taken_for_dead_before_its_first_beat(tmp_path: Path) -> None:
+    claim(tmp_path, "dead")
+    watches = [Watch(0.1), Watch(0.1)]
+    assert [watch.is_stale(tmp_path) for watch in watches] == [False, False]
+    time.sleep(0.2)
+    assert watches[0].is_stale(tmp_path)
+    claim(tmp_path, "worker0")
+    assert not watches[1].is_stale(tmp_path), "both would run it"
+
+
+def test_a_lock_whose_holder_was_killed_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for it costs a look now and then, not a processor."""
+    monkeypatch.setattr(studies, "_LOCK_GRACE_SECONDS", 3)
+    held = studies.locked(tmp_path)
+    held.__enter__()
+    begun = time.monotonic(), time.process_time()
+    with studies.locked(tmp_path):
+        waited, used = time.monotonic() - begun[0], time.process_time() - begun[1]
+    assert 3 < waited < 30
+    assert used < waited / 3
 
 
 def test_a_silent_heart_is_no_death_while_the_trials_process_lives(tmp_path: Path, ran: list[int]) -> None:
