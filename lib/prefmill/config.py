@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,8 +77,7 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
     from yaml import YAMLError
 
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError("an override is written key=value", got=repr(override), fix=f"write {override}=VALUE")
+        split_override(override)
     if "${oc.env" in json.dumps([base, list(overrides)], default=str):
         raise ConfigError(
             "environment values are not allowed in configs", where=where, got="${oc.env:...}",
@@ -93,6 +93,28 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
         ) from None  # fmt: skip
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """The key of `key=value` and the text after it; raises ConfigError where there is none."""
+    key, sign, text = override.partition("=")
+    if not sign:
+        raise ConfigError("an override is written key=value", got=repr(override), fix=f"write {override}=VALUE")
+    return key, text
+
+
+def lay_over(base: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `keys` laid over it: `lora.r` sets that key and leaves its neighbours, `lora` replaces them all."""
+    laid = copy.deepcopy(dict(base))
+    for dotted, value in keys.items():
+        *path, last = dotted.split(".")
+        inner = laid
+        for part in path:
+            if not isinstance(inner.get(part), dict):
+                inner[part] = {}
+            inner = inner[part]
+        inner[last] = value
+    return laid
 
 
 def validate(schema: type[ConfigT], values: Mapping[str, Any], where: object = None) -> ConfigT:

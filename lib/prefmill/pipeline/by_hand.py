@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from prefmill.artifacts import read_manifest
-from prefmill.config import merge, validate
+from prefmill.config import merge, split_override, validate
 from prefmill.errors import ConfigError, PipelineError
+from prefmill.pipeline.overrides import with_stage_keys
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan, read_pipeline
 from prefmill.stage import load_stage
 
@@ -36,8 +37,8 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
         given = {"workspace": given.pop("mount_dir"), **given}
     array = given.pop("array", None) or (_modalities(stage) if is_array else {})
     entry = {"config": config, "array": array, "inputs": given.pop("inputs", {})}
-    keys = [f"stages.{stage}.set.{item}" for item in overrides if item not in where]
-    values = merge({"name": stage, "stages": {stage: entry}, **given}, keys)
+    keys = ["{}.{}={}".format(stage, *split_override(item)) for item in overrides if item not in where]
+    values = with_stage_keys({"name": stage, "stages": {stage: entry}, **given}, keys)
     plan = make_plan(validate(PipelineFile, values, where="the command line"), Path(config or "."))
     return plan, names[-1] if names else None
 

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from prefmill.artifacts import MANIFEST
-from prefmill.config import ConfigT, StrictConfig, load, merge, nearest, read_yaml, validate
+from prefmill.config import ConfigT, StrictConfig, lay_over, load, merge, nearest, read_yaml, validate
 from prefmill.errors import ConfigError, PipelineError
+from prefmill.pipeline.overrides import names_stage_key, with_stage_keys
 from prefmill.stage import Match, Reads, Stage, load_stage, stage_names
 
 SINGLE_TASK = "all"
@@ -35,9 +36,10 @@ class Need(StrictConfig):
 class StageEntry(StrictConfig):
     """A stage in a pipeline: its configuration, its array and where its inputs come from.
 
-    `config` names a file: `demo` means configs/<stage>/demo.yaml beside the pipeline's folder. `set` is laid
-    over it. `array` gives an element for every combination of its keys' values; a number means 0 to n-1.
-    `resources` are what a task of it gets on a cluster, laid over the cluster file's.
+    `config` names a file: `demo` means configs/<stage>/demo.yaml beside the pipeline's folder. `set` is laid over
+    it: `lora.r` sets that key alone, `lora` all that stands under it. `array` gives an element for every
+    combination of its keys' values; a number means 0 to n-1. `resources` are what a task of it gets on a
+    cluster, laid over the cluster file's.
     """
 
     config: str | None = None
@@ -135,12 +137,9 @@ def default_workspace() -> Path:
 def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineFile:
     """The pipeline in `path`; an override `dpo.beta=0.2` sets a key of that stage, others one of the pipeline."""
     values = read_yaml(path)
-    stages = values.get("stages") or {}
-    dotted = [
-        f"stages.{item.split('.', 1)[0]}.set.{item.split('.', 1)[1]}" if _names_stage_key(item, stages) else item
-        for item in overrides
-    ]
-    return validate(PipelineFile, merge(values, dotted, path), path)
+    own = [item for item in overrides if names_stage_key(item, values.get("stages") or {})]
+    others = [item for item in overrides if item not in own]
+    return validate(PipelineFile, with_stage_keys(merge(values, others, path), own), path)
 
 
 def make_plan(pipeline: PipelineFile, source: Path) -> Plan:
@@ -227,7 +226,8 @@ class _Planner:
                 f"array key '{stray[0]}' is no key of stage {stage.name}{nearest(stray[0], list(fields))}",
                 where=self.source, expected=", ".join(["shard", *fields]), fix="correct the stage's `array`",
             )  # fmt: skip
-        return load(stage.config, {**given, **entry.set, **element}, where=f"{path or self.source} ({stage.name})")
+        values = {**lay_over(given, entry.set), **element}
+        return load(stage.config, values, where=f"{path or self.source} ({stage.name})")
 
     def _config_path(self, stage: str, name: str) -> Path:
         if name.endswith((".yaml", ".yml")):
@@ -300,11 +300,6 @@ class _Planner:
         if stage.name not in self.folders:
             self.folders[stage.name] = self.workspace / stage.root / self.run / stage.name
         return self.folders[stage.name] / task
-
-
-def _names_stage_key(override: str, stages: Mapping[str, Any]) -> bool:
-    key = override.split("=", 1)[0]
-    return "." in key and key.split(".", 1)[0] in stages
 
 
 def _elements(stage: str, entry: StageEntry) -> Iterator[tuple[str, dict[str, str | int]]]:

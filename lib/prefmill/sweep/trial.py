@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.artifacts import Artifact, read, read_manifest, write_atomic
-from prefmill.config import ExternalPath, load, read_yaml
+from prefmill.config import ExternalPath, lay_over, load, merge, read_yaml
 from prefmill.errors import ConfigError, PrefmillError
 from prefmill.pipeline.worker import end_with_parent, is_running, read_status
 from prefmill.stage import Stage, load_stage
@@ -50,14 +50,8 @@ def stage_values(
     file: ExternalPath | None, given: Mapping[str, Any], parameters: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """A stage's configuration: its file, keys laid over it, and a trial's parameters by dotted key."""
-    from omegaconf import OmegaConf
-
-    merged = OmegaConf.merge(OmegaConf.create(read_yaml(file) if file else {}), OmegaConf.create(dict(given)))
-    for key, value in (parameters or {}).items():
-        OmegaConf.update(merged, key, value)
-    values = OmegaConf.to_container(merged, resolve=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    merged = lay_over(lay_over(read_yaml(file) if file else {}, given), parameters or {})
+    return merge(merged, where=file)
 
 
 def run_trial(
