@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
-from prefmill.records import to_json
+from prefmill.records import parse_json, to_json
 
 _FAILED = b"failed"  # in the place of the number of tokens that were cut
 
@@ -23,7 +24,7 @@ class Entry(NamedTuple):
 
     def row(self) -> Any:
         """The row itself."""
-        return json.loads(self.json)
+        return parse_json(self.json)
 
 
 class Journal(AbstractContextManager["Journal"]):
@@ -47,21 +48,28 @@ class Journal(AbstractContextManager["Journal"]):
         with self._path.open("rb") as stream:
             yield from map(_entry, stream)
 
-    def ordered(self, key: Callable[[Any], Any]) -> Iterator[Entry]:
-        """Every entry, by the key of its row; only keys are held in memory."""
-        with self._path.open("rb") as stream:
-            places, start = [], 0
-            for line in stream:
-                places.append((key(_entry(line).row()), start))
-                start += len(line)
-            for _, place in sorted(places):
-                stream.seek(place)
+    def ordered(self, key: Callable[[Any], tuple[str, str]]) -> Iterator[Entry]:
+        """Every entry, by the key of its row; sorted on disk, so that memory does not grow with their number."""
+        with contextlib.closing(sqlite3.connect("")) as places, self._path.open("rb") as stream:
+            places.execute("CREATE TABLE places (first BLOB, second BLOB, start INTEGER)")
+            places.executemany("INSERT INTO places VALUES (?, ?, ?)", _places(stream, key))
+            for (start,) in places.execute("SELECT start FROM places ORDER BY first, second"):
+                stream.seek(start)
                 yield _entry(stream.readline())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
+
+
+def _places(lines: Iterable[bytes], key: Callable[[Any], tuple[str, str]]) -> Iterator[tuple[bytes, bytes, int]]:
+    """A line's key, in bytes that sort as the text does whatever it holds, and where it starts."""
+    start = 0
+    for line in lines:
+        first, second = (part.encode("utf-8", "surrogatepass") for part in key(_entry(line).row()))
+        yield first, second, start
+        start += len(line)
 
 
 def _entry(line: bytes) -> Entry:

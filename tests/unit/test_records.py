@@ -1,0 +1,42 @@
+"""Rows are read as `json.loads` reads them, whatever they hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import struct
+
+import pytest
+
+from prefmill.records import parse_json
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1, "a": 2}', "123456789012345678901234567890", "-0", "-0.0", "1.0", "1e5", "1e400", "5e-324", "NaN",
+        "-Infinity", '"\\ud83d\\ude00"', '"\\ud800"', "\ufeff[1]", '"é\u2028"', "[[[[]]]]", "[" * 400 + "]" * 400,
+    ],
+)  # fmt: skip
+def test_what_is_sound_or_suffered_comes_out_the_same(text: str) -> None:
+    found, expected = parse_json(text.encode()), json.loads(text.encode())
+    assert repr(found) == repr(expected)
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("text", [b"01", b"[1,]", b'"\x01"', b"\xff", b"", b"{'a': 1}", b"1 2", b'"\\x"'])
+def test_what_is_not_json_is_refused_in_the_same_words(text: bytes) -> None:
+    with pytest.raises(ValueError) as expected:  # noqa: PT011 - whichever it is
+        json.loads(text)
+    with pytest.raises(type(expected.value)) as found:
+        parse_json(text)
+    assert str(found.value) == str(expected.value)
+
+
+def test_numbers_keep_every_bit() -> None:
+    draw = random.Random(0)
+    for _ in range(20_000):
+        (number,) = struct.unpack("<d", struct.pack("<Q", draw.getrandbits(64)))
+        if math.isfinite(number):
+            assert parse_json(repr(number).encode()) == number
