@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -241,8 +244,13 @@ def test_who_takes_over_a_trial_is_not_taken_for_dead_before_its_first_beat(tmp_
 def test_a_lock_whose_holder_was_killed_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for it costs a look now and then, not a processor."""
     monkeypatch.setattr(studies, "_LOCK_GRACE_SECONDS", 3)
-    held = studies.locked(tmp_path)
-    held.__enter__()
+    code = f"""
+import os, pathlib, signal
+from prefmill.sweep.study import locked
+with locked(pathlib.Path({str(tmp_path)!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     begun = time.monotonic(), time.process_time()
     with studies.locked(tmp_path):
         waited, used = time.monotonic() - begun[0], time.process_time() - begun[1]
