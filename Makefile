@@ -18,8 +18,8 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Where bytecode is not kept, every process compiles torch and transformers anew: 12 s of a training's start.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Two processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another.
-IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three processes share the tests, file by file (tests/conftest.py): on two cores, as those of Slurm mostly wait.
+SHARED := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # What `make all`, `make generate` and so on run; for SDXL itself: IMAGES=configs/pipelines/sdxl.yaml
 IMAGES ?= configs/pipelines/images.yaml
@@ -41,10 +41,10 @@ demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE ta
 
 test: $(VENV)/.installed-vllm lint ## Every test this machine can run
 	bash tests/system_packages.sh
-	$(BIN)/pytest $(IN_TWO)
+	$(BIN)/pytest $(SHARED)
 
 test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
-	$(BIN)/pytest -q -x -m "not slow" $(IN_TWO)
+	$(BIN)/pytest -q -x -m "not slow" $(SHARED)
 
 lint: $(VENV)/.installed ## ruff, mypy
 	$(BIN)/ruff check .

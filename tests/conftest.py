@@ -10,6 +10,8 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+pytest_plugins = ["tests.documented_demo"]
+
 # Before torch is imported: tests on a shared machine are steadier with one thread, and forked ranks need it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,9 +34,15 @@ FOLDERS_IN_ORDER = ("slurm", "e2e", "docs", "unit", "vllm")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, short files near the end keep both busy to the last."""
+    """Where several processes share the tests, short files near the end keep all busy to the last."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: FOLDERS_IN_ORDER.index(_folder(item)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Slurm's tests, which the first process gets, wait for a clock: the others, which compute, make way for them."""
+    if getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0":
+        os.nice(5)
 
 
 class _ByFile(LoadScopeScheduling):

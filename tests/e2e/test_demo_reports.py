@@ -25,7 +25,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     base = folder / "checkpoints" / "demo" / "tiny_model" / "all"
     keys = [*SMALL, "report.show_cost=true", f"{second}{base}, truncate_reviews: true}}"]
     run(folder, *keys, pipeline=DEMO)
-    run(folder, pipeline=MDLM)
+    run(folder, "toy_preferences.num_sft=400", "toy_preferences.num_pairs=200", pipeline=MDLM)
     return {name: (folder / "data" / name / "report" / "all" / "report.html").read_text() for name in EXPECTED}
 
 

@@ -204,7 +204,7 @@ def test_real_reviews_go_all_the_way(reviews_file: Path, tmp_path: Path) -> None
         tmp_path / "workspace",
         f'ingest_reviews.sources=[{{format: jsonl, path: "{sample}"}}]',
         "tiny_model.vocab_size=2048", "tiny_model.max_length=640", "evaluate.num_papers=10",
-        "evaluate.max_new_tokens=64", "report.num_resamples=1000",
+        "evaluate.max_new_tokens=64", "report.num_resamples=1000", SMALL[1],
         pipeline=REPOSITORY / "configs" / "pipelines" / "demo_reviews.yaml",
     )  # fmt: skip
     assert printed.splitlines()[-1].endswith("report.html")
