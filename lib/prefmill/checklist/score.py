@@ -26,6 +26,7 @@ FAILURES, TRUNCATED = "failures.jsonl", "truncated.jsonl"
 OPTIMAL_CHECKLIST = "optimal_checklist.json"  # of the artifact that optimize_checklist writes
 _JOURNAL = "outcomes.journal"
 PaperReviews = tuple[Paper, list[Review]]
+Place = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,10 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
     """
     num_rows = _num_reviews(corpus)
     with Journal(task.work / _JOURNAL) as journal:
-        tally, done = Tally(), set()
+        tally = Tally()
         for entry in journal.entries():
-            row = entry.row()
-            tally.add(row, entry.num_cut_tokens, entry.failed)
-            done.add(_place(row))
+            tally.add(entry.row(), entry.num_cut_tokens, entry.failed)
+        done = (_place(entry.row()) for entry in journal.ordered(_place))
         reviews = _in_shard(papers_with_reviews(corpus), task.shard)
         if scoring.limit is not None:
             reviews = _first(reviews, scoring.limit)
@@ -180,15 +180,22 @@ def _first(papers: Iterator[PaperReviews], count: int) -> Iterator[PaperReviews]
             return
 
 
-def _left(papers: Iterator[PaperReviews], done: set[tuple[str, str]]) -> Iterator[PaperReviews]:
-    """The reviews that no earlier attempt has done."""
+def _left(papers: Iterator[PaperReviews], done: Iterator[Place]) -> Iterator[PaperReviews]:
+    """The reviews that no earlier attempt has done: both come in the corpus's order, so neither is held in memory."""
+    next_done = next(done, None)
     for paper, reviews in papers:
-        left = [review for review in reviews if _place(review) not in done]
+        left = []
+        for review in reviews:
+            place = _place(review)
+            while next_done is not None and next_done < place:
+                next_done = next(done, None)
+            if next_done != place:
+                left.append(review)
         if left:
             yield paper, left
 
 
-def _place(row: Any) -> tuple[str, str]:
+def _place(row: Any) -> Place:
     """Where a review stands: a corpus rises strictly by these."""
     return row["paper_id"], row["review_id"]
 
