@@ -18,8 +18,8 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Where bytecode is not kept, every process compiles torch and transformers anew: 12 s of a training's start.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Three processes share the tests, file by file (tests/conftest.py): on two cores, as those of Slurm mostly wait.
-SHARED := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Two processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another.
+SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # What `make all`, `make generate` and so on run; for SDXL itself: IMAGES=configs/pipelines/sdxl.yaml
 IMAGES ?= configs/pipelines/images.yaml

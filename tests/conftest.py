@@ -39,12 +39,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: FOLDERS_IN_ORDER.index(_folder(item)))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Slurm's tests, which the first process gets, wait for a clock: the others, which compute, make way for them."""
-    if getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0":
-        os.nice(5)
-
-
 class _ByFile(LoadScopeScheduling):
     """A file's tests run in one process, with its fixtures, and all of those of the one cluster."""
 

@@ -55,5 +55,5 @@ def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": f"{folder}/lib:{folder}", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=850, check=False
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )

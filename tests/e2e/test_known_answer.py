@@ -21,15 +21,13 @@ from tests.documented_demo import DocumentedDemo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-SEEDS = (None, 1, 2)  # the first: those of the demo as the README runs it
+SEEDS = (0, 1, 2)  # the first is that of the demo itself
 SHUFFLED_WITHIN = (-1.5, 0.5)
 MEASURES = ("checkmark_score", "num_factors")
 
 
-def overrides(seed: int | None) -> list[str]:
+def overrides(seed: int) -> list[str]:
     """Everything that is drawn, drawn anew."""
-    if seed is None:
-        return []
     return [
         f"ingest_reviews.sources=[{{format: generated, num_papers: 800, seed: {seed}}}]",
         *(f"{stage}.seed={seed}" for stage in ("tiny_model", "sft", "dpo", "evaluate")),
@@ -45,12 +43,12 @@ def step(compared: dict[str, Any], baseline: str, candidate: str) -> dict[str, A
 @pytest.fixture(scope="module")
 def true_labels(
     documented_demo: DocumentedDemo, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int | None, tuple[Path, str, dict[str, Any]]]:
+) -> dict[int, tuple[Path, str, dict[str, Any]]]:
     """By seed the workspace of a demo, what it printed and its comparison."""
     found = {}
     for seed in SEEDS:
         workspace = tmp_path_factory.mktemp(f"seed{seed}")
-        if seed is None:
+        if seed == SEEDS[0]:
             shutil.copytree(documented_demo.checkout, workspace, symlinks=True, dirs_exist_ok=True)
             printed = documented_demo.printed
         else:
@@ -60,13 +58,13 @@ def true_labels(
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_sft_improves_for_every_seed(true_labels: dict[int | None, Any], measure: str) -> None:
+def test_sft_improves_for_every_seed(true_labels: dict[int, Any], measure: str) -> None:
     for _, _, compared in true_labels.values():
         assert step(compared, "base", "sft")[measure]["low"] > 0
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_dpo_improves_on_sft(true_labels: dict[int | None, Any], measure: str) -> None:
+def test_dpo_improves_on_sft(true_labels: dict[int, Any], measure: str) -> None:
     gains = [step(compared, "sft", "dpo")[measure] for _, _, compared in true_labels.values()]
     print(measure, [(gain["value"], gain["low"], gain["high"]) for gain in gains])
     assert all(gain["value"] > 0 for gain in gains)
@@ -75,7 +73,7 @@ def test_dpo_improves_on_sft(true_labels: dict[int | None, Any], measure: str) -
     assert mean - 1.96 * error > 0
 
 
-def test_the_report_says_so_with_its_interval(true_labels: dict[int | None, Any]) -> None:
+def test_the_report_says_so_with_its_interval(true_labels: dict[int, Any]) -> None:
     for workspace, printed, compared in true_labels.values():
         assert "[clean] Yes: on held-out papers, reviews by dpo fulfil more of the checklist than base" in printed
         gain = step(compared, "base", "dpo")["checkmark_score"]
@@ -84,7 +82,7 @@ def test_the_report_says_so_with_its_interval(true_labels: dict[int | None, Any]
         assert f"+{gain['low']:.2f}" in page
 
 
-def test_shuffled_labels_teach_nothing(true_labels: dict[int | None, Any]) -> None:
+def test_shuffled_labels_teach_nothing(true_labels: dict[int, Any]) -> None:
     for seed, (workspace, _, compared) in true_labels.items():
         control = run(workspace, *overrides(seed), "dpo.shuffle_labels=true")
         assert ran(control) == {"dpo:clean", "evaluate:dpo-clean", "report:all"}
