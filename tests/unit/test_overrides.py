@@ -38,3 +38,13 @@ def test_a_dotted_key_is_set_alone_and_a_mapping_replaces_the_whole(tmp_path: Pa
         lora("sft.lora.alpa=8")
     with pytest.raises(ConfigError, match=r"report_to = .*: Input should be"):
         lora("sft.report_to.0=wandb")
+
+
+@pytest.mark.parametrize("entry", ["own", "[own]", "{set: 5}", "{set: [a]}"])
+def test_an_override_of_a_stage_that_is_written_wrongly_is_answered_with_what_is_wrong(
+    tmp_path: Path, entry: str
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(f"name: toy\nstages: {{sft: {entry}}}\n")
+    with pytest.raises(ConfigError, match=r"stages\.sft.*Input should be"):
+        read_pipeline(path, ["sft.seed=1"])
