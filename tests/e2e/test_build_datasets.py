@@ -9,42 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from review_artifacts import (
-    add_images,
-    evaluate,
-    make_corpus,
-    make_rows,
-    make_scores,
-    make_task,
-    read_rows,
-)
+from dataset_builds import Inputs, build, make_inputs, summary_of
+from review_artifacts import add_images, evaluate, make_rows, read_rows
 
-from prefmill.artifacts import Artifact
-from prefmill.config import load
-from prefmill.errors import ArtifactError, ConfigError, InputError, PrefmillError
-from prefmill.records import write_jsonl
+from prefmill.errors import InputError
 from prefmill.reviews.prompt import IMAGE_MARKER
 from prefmill.stage import Task
-from stages.build_datasets import BuildDatasetsConfig, run
 
 LLAMAFACTORY_TAGS = ("role", "content", "user", "assistant", "observation", "function", "system")
-TEXT = {"modalities": ["clean"]}
-Inputs = dict[str, tuple[Artifact, ...]]
-
-
-def make_inputs(folder: Path, papers: list[Any], reviews: list[Any], **scores: Any) -> Inputs:
-    corpus = make_corpus(folder / "corpus", papers, reviews)
-    return {"corpus": (corpus,), "scores": make_scores(folder / "scores", corpus, map(evaluate, reviews), **scores)}
-
-
-def build(folder: Path, inputs: Inputs, run_name: str = "r", **config: Any) -> Task:
-    task = make_task(folder, "build_datasets", inputs, run_name)
-    run(load(BuildDatasetsConfig, {**TEXT, **config}), task)
-    return task
-
-
-def summary_of(task: Task) -> dict[str, Any]:
-    return json.loads((task.output / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -231,100 +203,6 @@ def test_max_pairs_per_paper_keeps_the_clearest(tmp_path: Path, inputs: Inputs, 
     rows = read_rows(build(tmp_path, inputs, max_pairs_per_paper=1).output / "dpo_clean_train/data.jsonl")
     assert {row["group"]: row["checkmark_diff"] for row in rows} == clearest
     assert len(rows) == len(clearest)
-
-
-def test_no_pair_left_says_what_dropped_them(tmp_path: Path, inputs: Inputs) -> None:
-    with pytest.raises(InputError) as caught:
-        build(tmp_path, inputs, min_checkmark_diff=30)
-    message = str(caught.value)
-    assert "no pair is left for dpo_clean_train" in message
-    assert "checkmark_diff_too_small" in message
-    assert "rating_diff_too_small" in message
-    assert not list(tmp_path.rglob("data.jsonl")), "half-written datasets must not stay"
-    with pytest.raises(InputError, match=r"fix: .*lower min_rating_diff"):
-        build(tmp_path, inputs, min_rating_diff=9.5)
-
-
-def test_no_accepted_papers(tmp_path: Path) -> None:
-    papers, reviews = make_rows(30)
-    for paper in papers:
-        paper["decision"] = "rejected"
-    inputs = make_inputs(tmp_path, papers, reviews)
-    with pytest.raises(InputError, match=r"no accepted papers in split 'train'.*\n.*'rejected': 30"):
-        build(tmp_path, inputs)
-    build(tmp_path, inputs, decisions=["rejected"], splits=["train"])
-
-
-def test_no_reviews(tmp_path: Path) -> None:
-    papers, _ = make_rows(30)
-    with pytest.raises(InputError, match="no scored reviews in split 'train'"):
-        build(tmp_path, make_inputs(tmp_path, papers, []))
-
-
-def test_no_val_papers_unless_left_out(tmp_path: Path) -> None:
-    papers, reviews = make_rows(30)
-    for paper in papers:
-        paper["split"] = "train"
-    inputs = make_inputs(tmp_path, papers, reviews)
-    with pytest.raises(InputError, match=r"split 'val'(.|\n)*splits: \['train'\]"):
-        build(tmp_path, inputs)
-    task = build(tmp_path, inputs, splits=["train"])
-    assert sorted(json.loads((task.output / "dataset_info.json").read_text())) == [
-        "r_dpo_clean_train",
-        "r_sft_clean_train",
-    ]
-
-
-@pytest.mark.parametrize(("modality", "fix"), [("clean_images", "figures"), ("vision", "page images")])
-def test_modality_without_images(tmp_path: Path, inputs: Inputs, modality: str, fix: str) -> None:
-    with pytest.raises(ConfigError, match=rf"no paper has {fix}(.|\n)*modalities: \[clean\]"):
-        build(tmp_path, inputs, modalities=["clean", modality])
-
-
-def test_unscored_reviews_are_refused_or_counted(tmp_path: Path) -> None:
-    papers, reviews = make_rows(200)
-    corpus = make_corpus(tmp_path / "corpus", papers, reviews)
-    some = [evaluate(review) for review in reviews[:600]]
-    inputs = {"corpus": (corpus,), "scores": make_scores(tmp_path / "scores", corpus, some, config={"limit": 600})}
-    with pytest.raises(
-        ArtifactError, match=rf"{len(reviews) - 600} reviews have no evaluation(.|\n)*limit(.|\n)*allow_"
-    ):
-        build(tmp_path, inputs)
-    task = build(tmp_path, inputs, allow_unscored=True)
-    assert summary_of(task)["unscored_reviews"] == len(reviews) - 600
-    assert sum(summary_of(task)["reviews"].values()) == 600
-
-
-def test_reviews_the_engine_failed_on_are_named_as_such(tmp_path: Path) -> None:
-    papers, reviews = make_rows(200)
-    corpus = make_corpus(tmp_path / "corpus", papers, reviews)
-    failed = [{key: reviews[3][key] for key in ("review_id", "paper_id")}]
-    write_jsonl(tmp_path / "scores" / "shard0" / "failures.jsonl", failed)
-    some = [evaluate(review) for review in reviews if review is not reviews[3]]
-    inputs = {"corpus": (corpus,), "scores": make_scores(tmp_path / "scores", corpus, some, num_shards=1)}
-    with pytest.raises(ArtifactError, match=r"1 reviews have no evaluation(.|\n)*engine failed(.|\n)*allow_unscored"):
-        build(tmp_path, inputs)
-    build(tmp_path, inputs, allow_unscored=True)
-
-
-def test_a_missing_shard_is_noticed(tmp_path: Path, inputs: Inputs) -> None:
-    with pytest.raises(ArtifactError, match=r"have no evaluation(.|\n)*every shard"):
-        build(tmp_path, {"corpus": inputs["corpus"], "scores": inputs["scores"][:1]})
-
-
-def test_scores_of_another_corpus_are_refused(tmp_path: Path, inputs: Inputs) -> None:
-    other = make_corpus(tmp_path / "corpus", *make_rows(30))
-    with pytest.raises(ArtifactError, match="made from another corpus"):
-        build(tmp_path, {"corpus": (other,), "scores": inputs["scores"]})
-
-
-BAD_CONFIGS = [{"splits": ["val"]}, {"splits": ["train", "test"]}, {"modality": ["clean"]}, {"min_rating_diff": 0}]
-
-
-@pytest.mark.parametrize("values", BAD_CONFIGS)
-def test_config_refuses(values: dict[str, Any]) -> None:
-    with pytest.raises(PrefmillError, match="invalid configuration"):
-        load(BuildDatasetsConfig, values)
 
 
 def llamafactory_examples(folder: Path, name: str) -> list[tuple[list[Any], list[Any], list[str] | None]]:
