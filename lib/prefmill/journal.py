@@ -48,8 +48,8 @@ class Journal(AbstractContextManager["Journal"]):
         with self._path.open("rb") as stream:
             yield from map(_entry, stream)
 
-    def ordered(self, key: Callable[[Any], tuple[str, str]]) -> Iterator[Entry]:
-        """Every entry, by the key of its row; sorted on disk, so that memory does not grow with their number."""
+    def ordered(self, key: Callable[[Entry], tuple[str, str]]) -> Iterator[Entry]:
+        """Every entry, by its key; sorted on disk, so that memory does not grow with their number."""
         with contextlib.closing(sqlite3.connect("")) as places, self._path.open("rb") as stream:
             places.execute("CREATE TABLE places (first BLOB, second BLOB, start INTEGER)")
             places.executemany("INSERT INTO places VALUES (?, ?, ?)", _places(stream, key))
@@ -63,11 +63,11 @@ class Journal(AbstractContextManager["Journal"]):
         self._stream.close()
 
 
-def _places(lines: Iterable[bytes], key: Callable[[Any], tuple[str, str]]) -> Iterator[tuple[bytes, bytes, int]]:
+def _places(lines: Iterable[bytes], key: Callable[[Entry], tuple[str, str]]) -> Iterator[tuple[bytes, bytes, int]]:
     """A line's key, in bytes that sort as the text does whatever it holds, and where it starts."""
     start = 0
     for line in lines:
-        first, second = (part.encode("utf-8", "surrogatepass") for part in key(_entry(line).row()))
+        first, second = (part.encode("utf-8", "surrogatepass") for part in key(_entry(line)))
         yield first, second, start
         start += len(line)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, NotRequired, TypedDict
+from typing import IO, Any, Literal, NotRequired
 
-from pydantic_core import from_json
+import pydantic_core
+from typing_extensions import TypedDict  # what pydantic can check rows against before Python 3.12
 
 from prefmill.errors import InputError
 
@@ -53,23 +54,41 @@ class Answer(TypedDict):
     evidence: NotRequired[str]
 
 
-class ReviewEvaluation(TypedDict):
-    """A review's answers by item id; `checkmark_score` is the weighted number of yes, `mean_p_yes` their mean."""
+class ReviewIds(TypedDict):
+    """Which review a row is about."""
 
     review_id: str
     paper_id: str
-    answers: dict[str, Answer]
+
+
+class EvaluationScores(ReviewIds):
+    """What a review's answers come to: `checkmark_score` is the weighted number of yes, `mean_p_yes` their mean."""
+
     checkmark_score: float
     mean_p_yes: float
+
+
+class ReviewEvaluation(EvaluationScores):
+    """A review's answers by item id, and what they come to."""
+
+    answers: dict[str, Answer]
     engine: str
 
 
-def read_jsonl(path: Path) -> Iterator[Any]:
-    """The rows of a .jsonl file; raises InputError naming the line that is not JSON."""
+def parse_json(text: bytes) -> Any:
+    """What `json.loads` gives and raises, in a third of the time where there is nothing to object to."""
+    try:
+        return pydantic_core.from_json(text, cache_strings="keys")
+    except ValueError:  # a byte order mark and halves of surrogate pairs are no error; what is one is said as ever
+        return json.loads(text)
+
+
+def read_jsonl(path: Path, parse: Callable[[bytes], Any] = parse_json) -> Iterator[Any]:
+    """The rows of a .jsonl file as `parse` gives them; raises InputError naming the line where it raises ValueError."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
-                yield parse_json(line)
+                yield parse(line)
             except ValueError as error:
                 raise InputError(
                     "not a JSON row", where=f"{path}:{number}", got=str(error), expected="one JSON object a line",
@@ -118,14 +137,14 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
     return writer.num_rows
 
 
-def parse_json(text: bytes) -> Any:
-    """What `json.loads` gives and raises, in a third of the time where there is nothing to object to."""
-    try:
-        return from_json(text, cache_strings="keys")
-    except ValueError:  # a byte order mark and halves of surrogate pairs are no error; what is one is said as ever
-        return json.loads(text)
-
-
 def to_json(row: Any) -> str:
-    """A row as one line of JSON; NaN and infinity are refused with ValueError."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """A row as one line of JSON, a third as long in the making as `json.dumps`; ValueError for NaN and infinity."""
+    try:
+        line = pydantic_core.to_json(row).decode()
+    except ValueError:  # halves of surrogate pairs, and what json.dumps refuses in its own words
+        return _encode(row)
+    # Written as such they would be read back; a text may hold these words too.
+    return _encode(row) if "NaN" in line or "Infinity" in line else line
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode

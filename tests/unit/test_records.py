@@ -7,9 +7,10 @@ import math
 import random
 import struct
 
+import numpy as np
 import pytest
 
-from prefmill.records import parse_json
+from prefmill.records import parse_json, to_json
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,27 @@ def test_numbers_keep_every_bit() -> None:
         (number,) = struct.unpack("<d", struct.pack("<Q", draw.getrandbits(64)))
         if math.isfinite(number):
             assert parse_json(repr(number).encode()) == number
+            assert json.loads(to_json(number)) == number
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"a": [1, -0.0, 1.5, True, None, (2, 3)], "b": {"c": "é\u2028\x00\"\\\n"}, "d": 10**30},
+        "NaN", {"Infinity": "-Infinity"}, "half \ud83d of a pair",
+    ],
+)  # fmt: skip
+def test_rows_are_written_as_json_dumps_writes_them(row: object) -> None:
+    assert to_json(row) == json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+
+
+@pytest.mark.parametrize("row", [math.nan, {"a": {"b": [math.inf]}}, {"NaN": -math.inf}])
+def test_numbers_that_are_none_are_refused(row: object) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json(row)
+
+
+@pytest.mark.parametrize("row", [object(), {"a": np.float32(1)}])
+def test_what_is_no_row_is_refused(row: object) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        to_json(row)

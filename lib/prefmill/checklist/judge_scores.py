@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from prefmill.checklist.judge_probes import Sampled
 from prefmill.datasets.scored import CHECKLIST, check_inputs, scored_papers
 from prefmill.errors import InputError
 from prefmill.evaluation.text_statistics import words
-from prefmill.records import Answer, Split
+from prefmill.records import Answer, ReviewEvaluation, Split
 
 SUMMARY = "summary.json"
 Array = NDArray[np.float64]
@@ -95,9 +95,10 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
     reviews: list[Scored] = []
     unscored: set[str] = set()
     engines: set[str] = set()
-    for paper, scored, missing in scored_papers(corpus, shards):
+    for paper, scored, missing in scored_papers(corpus, shards, with_answers=True):
         unscored |= set(missing)
-        for review, evaluation in scored:
+        for review, found in scored:
+            evaluation = cast("ReviewEvaluation", found)
             answers = [evaluation["answers"][key] for key in checklist.ids]
             engines.add(evaluation["engine"])
             reviews.append(
@@ -118,10 +119,10 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
 
 def sampled_reviews(corpus: Artifact, shards: Sequence[Artifact], ids: set[str]) -> Iterator[Sampled]:
     """The reviews named by `ids` with their papers and the evidence that was quoted, in the corpus's order."""
-    for paper, scored, _ in scored_papers(corpus, shards):
+    for paper, scored, _ in scored_papers(corpus, shards, with_answers=True):
         for review, evaluation in scored:
             if review["review_id"] in ids:
-                yield Sampled(paper, review, _quotes(evaluation["answers"]))
+                yield Sampled(paper, review, _quotes(cast("ReviewEvaluation", evaluation)["answers"]))
 
 
 def _quotes(answers: Mapping[str, Answer]) -> dict[str, str]:

@@ -42,8 +42,9 @@ class LexicalEngine(Engine):
                 got=", ".join(without), fix="give these items a `rule`, or use another engine",
             )  # fmt: skip
         self._evidence = config.evidence
-        self._rules = [(item.id, CompiledRule.of(item.rule)) for item in checklist.items if item.rule is not None]
-        self._words = WordMasks([rule.leading.literals for _, rule in self._rules])
+        rules = [(item.id, CompiledRule.of(item.rule)) for item in checklist.items if item.rule is not None]
+        self._rules = [(name, 1 << number, rule) for number, (name, rule) in enumerate(rules)]
+        self._words = WordMasks([rule.leading.literals for _, rule in rules])
 
     def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
         """The answers to every review, in the order given."""
@@ -55,9 +56,10 @@ class LexicalEngine(Engine):
         """The answer to every item for a review's text."""
         review = Sentences(text)
         masks = [self._words.of(sentence) for sentence in review.sentences]
+        held = reduce(or_, masks, 0)
         return {
-            name: self._answer(rule.first(review.sentences, masks, 1 << number), review)
-            for number, (name, rule) in enumerate(self._rules)
+            name: self._answer(rule.first(review.sentences, masks, bit) if held & bit else None, review)
+            for name, bit, rule in self._rules
         }
 
     def _answer(self, sentence: int | None, review: Sentences) -> Answer:

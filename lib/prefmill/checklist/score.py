@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from prefmill.artifacts import Artifact, write_atomic
 from prefmill.checklist.engines import Engine, Outcome
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.checklist.pace import Pace
 from prefmill.checklist.shown import show_outcome, show_prompts
 from prefmill.errors import ConfigError, InputError
-from prefmill.journal import Journal
-from prefmill.records import JsonlWriter, Paper, Review
+from prefmill.journal import Entry, Journal
+from prefmill.records import JsonlWriter, Paper, Review, ReviewIds
 from prefmill.reviews.join import REVIEWS, papers_with_reviews
 from prefmill.stage import Metrics, Shard, Task
 
@@ -27,6 +29,7 @@ OPTIMAL_CHECKLIST = "optimal_checklist.json"  # of the artifact that optimize_ch
 _JOURNAL = "outcomes.journal"
 PaperReviews = tuple[Paper, list[Review]]
 Place = tuple[str, str]
+_parse_ids = TypeAdapter(ReviewIds).validate_json  # passes over the rest of a row
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,27 @@ class Scoring:
 
 
 @dataclass
-class Tally:
-    """Counts over the outcomes so far."""
+class Counts:
+    """How many reviews have an outcome so far."""
 
     num_scored: int = 0
     num_failed: int = 0
+
+    @property
+    def num_done(self) -> int:
+        """Outcomes so far."""
+        return self.num_scored + self.num_failed
+
+    def count(self, failed: bool) -> None:
+        """Count one outcome."""
+        self.num_failed += failed
+        self.num_scored += not failed
+
+
+@dataclass
+class Tally(Counts):
+    """What the outcomes come to."""
+
     num_truncated: int = 0
     checkmark_sum: float = 0.0
     p_yes_sum: float = 0.0
@@ -58,17 +77,11 @@ class Tally:
     num_with_evidence: int = 0
     engine: str | None = None
 
-    @property
-    def num_done(self) -> int:
-        """Outcomes so far."""
-        return self.num_scored + self.num_failed
-
     def add(self, row: Any, num_cut_tokens: int, failed: bool) -> None:
-        """Count one outcome, given as its journal row."""
+        """Take in one outcome, given as its journal row."""
+        self.count(failed)
         if failed:
-            self.num_failed += 1
             return
-        self.num_scored += 1
         self.num_truncated += num_cut_tokens > 0
         self.checkmark_sum += row["checkmark_score"]
         self.p_yes_sum += row["mean_p_yes"]
@@ -95,30 +108,30 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
     """
     num_rows = _num_reviews(corpus)
     with Journal(task.work / _JOURNAL) as journal:
-        tally = Tally()
+        counts = Counts()
         for entry in journal.entries():
-            tally.add(entry.row(), entry.num_cut_tokens, entry.failed)
-        done = (_place(entry.row()) for entry in journal.ordered(_place))
+            counts.count(entry.failed)
+        done = (_journaled_place(entry) for entry in journal.ordered(_journaled_place))
         reviews = _in_shard(papers_with_reviews(corpus), task.shard)
         if scoring.limit is not None:
             reviews = _first(reviews, scoring.limit)
         upper_bound = min(num_rows, scoring.limit or num_rows)
         pace = Pace()
-        _score_rest(_left(reviews, done), scoring, journal, tally, upper_bound, task, pace)
-        _require_few_failures(tally, scoring.max_failed_share, tally.num_done)
+        _score_rest(_left(reviews, done), scoring, journal, counts, upper_bound, task, pace)
+        _require_few_failures(counts, scoring.max_failed_share, counts.num_done)
         tally = _write_rows(journal, task.output)
     save_checklist(scoring.checklist, task.output / CHECKLIST)
     summary = _summary(tally, scoring, task.shard)
     write_atomic(task.output / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    counts = {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
-    return counts | pace.figures()
+    metrics = {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
+    return metrics | pace.figures()
 
 
 def _score_rest(
     reviews: Iterator[PaperReviews],
     scoring: Scoring,
     journal: Journal,
-    tally: Tally,
+    counts: Counts,
     upper_bound: int,
     task: Task,
     pace: Pace,
@@ -128,21 +141,21 @@ def _score_rest(
 
     expected = _expected(upper_bound, task.shard, scoring.limit)
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=expected, initial=tally.num_done, desc="score", unit="review"))
+        bar = stack.enter_context(tqdm(total=expected, initial=counts.num_done, desc="score", unit="review"))
         for outcome, row in _outcomes(reviews, scoring, pace):
             failed = outcome.failure is not None
-            tally.add(row, outcome.num_cut_tokens, failed)
+            counts.count(failed)
             if failed:
-                _require_few_failures(tally, scoring.max_failed_share, upper_bound, outcome)
+                _require_few_failures(counts, scoring.max_failed_share, upper_bound, outcome)
             journal.append(row, outcome.num_cut_tokens, failed)
             pace.add(len(outcome.answers))
             shown = str(pace)
             bar.set_postfix_str(shown, refresh=False)
             bar.update()
             unit = f"reviews, {shown}" if shown else "reviews"
-            task.progress(tally.num_done, max(expected, tally.num_done + 1), unit)
-        bar.total = tally.num_done
-    task.progress(tally.num_done, tally.num_done, "reviews")
+            task.progress(counts.num_done, max(expected, counts.num_done + 1), unit)
+        bar.total = counts.num_done
+    task.progress(counts.num_done, counts.num_done, "reviews")
 
 
 def _outcomes(reviews: Iterator[PaperReviews], scoring: Scoring, pace: Pace) -> Iterator[tuple[Outcome, Any]]:
@@ -200,12 +213,16 @@ def _place(row: Any) -> Place:
     return row["paper_id"], row["review_id"]
 
 
-def _require_few_failures(tally: Tally, share: float, num_reviews: int, latest: Outcome | None = None) -> None:
-    if tally.num_failed <= share * num_reviews:
+def _journaled_place(entry: Entry) -> Place:
+    return _place(_parse_ids(entry.json))
+
+
+def _require_few_failures(counts: Counts, share: float, num_reviews: int, latest: Outcome | None = None) -> None:
+    if counts.num_failed <= share * num_reviews:
         return
     example = f", the latest {latest.review_id} of paper {latest.paper_id}: {latest.failure}" if latest else ""
     raise InputError(
-        "too many reviews could not be scored", got=f"{tally.num_failed} failed{example}",
+        "too many reviews could not be scored", got=f"{counts.num_failed} failed{example}",
         expected=f"at most {share:g} of the reviews (max_failed_share)",
         fix="over-long reviews: set engine.truncate_reviews=true; to go on without such reviews: raise "
         "max_failed_share. What is scored is kept",
@@ -222,7 +239,7 @@ def _write_rows(journal: Journal, output: Path) -> Tally:
         evaluations, failures, truncated = (
             stack.enter_context(JsonlWriter(output / name)) for name in (EVALUATIONS, FAILURES, TRUNCATED)
         )
-        for entry in journal.ordered(_place):
+        for entry in journal.ordered(_journaled_place):
             row = entry.row()
             tally.add(row, entry.num_cut_tokens, entry.failed)
             (failures if entry.failed else evaluations).write_line(entry.json.decode())

@@ -8,12 +8,15 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from prefmill.artifacts import Artifact
 from prefmill.errors import ArtifactError
-from prefmill.records import Paper, Review, ReviewEvaluation, read_jsonl
+from prefmill.records import EvaluationScores, Paper, Review, parse_json, read_jsonl
 from prefmill.reviews.join import papers_with_reviews
 
 EVALUATIONS, FAILURES, CHECKLIST = "review_evaluations.jsonl", "failures.jsonl", "checklist.json"
+_parse_scores = TypeAdapter(EvaluationScores).validate_json  # passes over the answers, which are most of a row
 _RESCORE = "rerun score_reviews on this corpus and give all of its shards"
 
 
@@ -21,7 +24,7 @@ class ScoredReview(NamedTuple):
     """A review and what the checklist made of it."""
 
     review: Review
-    evaluation: ReviewEvaluation
+    evaluation: EvaluationScores
 
 
 class ScoredPaper(NamedTuple):
@@ -67,20 +70,22 @@ class Groups:
         )  # fmt: skip
 
 
-def scored_papers(corpus: Artifact, scores: Sequence[Artifact]) -> Iterator[ScoredPaper]:
+def scored_papers(corpus: Artifact, scores: Sequence[Artifact], with_answers: bool = False) -> Iterator[ScoredPaper]:
     """Every paper of `corpus` in its order, joined with the evaluations of all shards in `scores`.
 
-    Raises ArtifactError where an evaluation has no review, a review has two, or an input is out of order.
+    `with_answers` reads whole evaluations, in place of what they come to. Raises ArtifactError where an evaluation has
+    no review, a review has two, or an input is out of order.
     """
-    evaluations = evaluations_by_paper(scores)
+    evaluations = evaluations_by_paper(scores, with_answers)
     for paper, reviews in papers_with_reviews(corpus):
         yield _match(paper, reviews, evaluations.take(paper["paper_id"]))
     evaluations.close()
 
 
-def evaluations_by_paper(scores: Sequence[Artifact]) -> Groups:
+def evaluations_by_paper(scores: Sequence[Artifact], with_answers: bool = False) -> Groups:
     """The evaluations of all shards in `scores`, to be taken paper by paper."""
-    shards = [read_jsonl(shard.file(EVALUATIONS)) for shard in scores]
+    parse = parse_json if with_answers else _parse_scores
+    shards = [read_jsonl(shard.file(EVALUATIONS), parse) for shard in scores]
     merged = shards[0] if len(shards) == 1 else heapq.merge(*shards, key=itemgetter("paper_id", "review_id"))
     return Groups(merged, " and ".join(str(shard.path / EVALUATIONS) for shard in scores))
 
@@ -102,7 +107,7 @@ def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> None:
         )  # fmt: skip
 
 
-def _match(paper: Paper, reviews: list[Review], evaluations: list[ReviewEvaluation]) -> ScoredPaper:
+def _match(paper: Paper, reviews: list[Review], evaluations: list[EvaluationScores]) -> ScoredPaper:
     by_id = {evaluation["review_id"]: evaluation for evaluation in evaluations}
     if len(by_id) < len(evaluations):
         raise _mismatch("a review was evaluated twice", paper, "one evaluation a review: the same shard given twice?")

@@ -7,7 +7,7 @@ import math
 from array import array
 from typing import NamedTuple
 
-from prefmill.records import ReviewEvaluation
+from prefmill.records import EvaluationScores
 
 
 class Rank(NamedTuple):
@@ -18,7 +18,7 @@ class Rank(NamedTuple):
     id_hash: int
 
 
-def rank(evaluation: ReviewEvaluation) -> Rank:
+def rank(evaluation: EvaluationScores) -> Rank:
     """The place of a review; smaller is better, and no two reviews are equal."""
     digest = hashlib.sha256(evaluation["review_id"].encode()).digest()
     return Rank(-evaluation["checkmark_score"], -evaluation["mean_p_yes"], int.from_bytes(digest[:8]))

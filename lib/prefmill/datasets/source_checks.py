@@ -21,7 +21,7 @@ from prefmill.datasets.occurrences import fingerprint
 from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.scored import evaluations_by_paper
 from prefmill.datasets.selection import Rank, rank
-from prefmill.records import Paper, Review, ReviewEvaluation
+from prefmill.records import EvaluationScores, Paper, Review
 from prefmill.reviews.join import PAPERS, REVIEWS, papers_with_reviews
 from prefmill.reviews.prompt import review_completion
 
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
     paper: Paper
     reviews: Mapping[str, Review]
-    evaluations: Mapping[str, ReviewEvaluation] | None
+    evaluations: Mapping[str, EvaluationScores] | None
 
 
 def check_against_source(
@@ -114,7 +114,7 @@ def _unequal(name: str, recorded: float | None, derived: float) -> Iterator[str]
         yield f"{name} is {recorded}, but the source gives {derived:g}"
 
 
-def _cut_problems(evaluation: ReviewEvaluation | None, cut: Rank) -> Iterator[str]:
+def _cut_problems(evaluation: EvaluationScores | None, cut: Rank) -> Iterator[str]:
     if evaluation is None:
         yield "the review has no evaluation"
     elif rank(evaluation) > cut:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from prefmill.artifacts import write_atomic
 from prefmill.config import StrictConfig
 from prefmill.errors import InputError
-from prefmill.records import JsonlWriter, Paper, Review
+from prefmill.records import JsonlWriter, Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
-from prefmill.reviews.rows import Item, PaperRow, Problem, ReviewRow, Row, RowError, Skipped
+from prefmill.reviews.rows import Item, PaperRow, Problem, Row, RowError, Skipped
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
 from prefmill.reviews.store import CorpusStore
@@ -135,8 +135,8 @@ def write_corpus(
             papers.write(row)
             num_before = reviews.num_rows
             for review in store.reviews_of(paper.paper_id):
-                reviews.write(_review(review))
-                tally.ratings[review.rating] += 1
+                reviews.write(review)
+                tally.ratings[review["rating"]] += 1
             _count(tally, row, document, reviews.num_rows - num_before)
         rejects.check_share(tally.rows)
         if not reviews.num_rows:
@@ -176,18 +176,6 @@ def _paper(paper: PaperRow, document: Document, split: Any) -> Paper:
         "split": split,
         "pages": document.pages,
         "figures": document.figures,
-    }
-
-
-def _review(review: ReviewRow) -> Review:
-    return {
-        "review_id": review.review_id,
-        "paper_id": review.paper_id,
-        "text": review.text,
-        "rating": review.rating,
-        "confidence": review.confidence,
-        "venue": review.venue,
-        "sub_scores": dict(review.sub_scores),
     }
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def clean_text(value: object, name: str) -> str:
     if _CONTROL.search(value):
         value = _CONTROL.sub("", value)
     try:
-        value.encode()
+        value.isascii() or value.encode()
     except UnicodeEncodeError:
         raise RowError(f"{name} holds half of a surrogate pair", "write the character whole, as UTF-8") from None
     return value.strip()
@@ -226,6 +227,7 @@ def parse_decision(value: Any) -> Decision | None:
     return decision
 
 
+@lru_cache(maxsize=128)
 def decision_in(text: str) -> Decision | None:
     """The decision that `text` speaks of, if any: `ICLR 2024 poster` is accepted."""
     return next((decision for pattern, decision in _DECISION_WORDS if pattern.search(text)), None)

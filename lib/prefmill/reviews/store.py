@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from prefmill.records import Decision
+from prefmill.records import Decision, Review, parse_json, to_json
 from prefmill.reviews.rows import DecisionRow, PaperRow, Place, Problem, ReviewRow, RowError
 from prefmill.reviews.splits import title_key
 
@@ -29,7 +28,8 @@ CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
 CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
 """
 _PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn"
-_REVIEW_COLUMNS = "review_id, paper_id, text, rating, confidence, venue, sub_scores"
+_REVIEW_FIELDS = ("review_id", "paper_id", "text", "rating", "confidence", "venue")
+_REVIEW_COLUMNS = ", ".join([*_REVIEW_FIELDS, "sub_scores"])
 _MERGED_FIELDS = ("abstract", "text", "decision", "venue")
 
 
@@ -87,11 +87,12 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         for file, line, item, key, *paper in self._database.execute(query):
             yield self._place(file, line, item), _paper(paper), key
 
-    def reviews_of(self, paper_id: str) -> Iterator[ReviewRow]:
+    def reviews_of(self, paper_id: str) -> Iterator[Review]:
         """A paper's reviews, in order of their ids."""
         query = f"SELECT {_REVIEW_COLUMNS} FROM reviews WHERE paper_id = ? ORDER BY review_id"  # noqa: S608
-        for values in self._database.execute(query, (paper_id,)):
-            yield ReviewRow(*[*values[:-1], json.loads(values[-1])])
+        for *values, sub_scores in self._database.execute(query, (paper_id,)):
+            row: Any = {**dict(zip(_REVIEW_FIELDS, values, strict=True)), "sub_scores": parse_json(sub_scores)}
+            yield row
 
     def find_paper(self, identifier: str, key: str) -> str | None:
         """The id of the paper with that id, with an id that was merged into it, or with that title key."""
@@ -156,7 +157,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
     def _add_review(self, place: Place, review: ReviewRow) -> None:
         values = (
             review.review_id, review.paper_id, review.text, review.rating, review.confidence, review.venue,
-            json.dumps(review.sub_scores) if review.sub_scores else "{}", *self._located(place),
+            to_json(review.sub_scores) if review.sub_scores else "{}", *self._located(place),
         )  # fmt: skip
         with contextlib.suppress(sqlite3.IntegrityError):
             self._database.execute("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)

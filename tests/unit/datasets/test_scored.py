@@ -8,12 +8,17 @@ import pytest
 
 from prefmill.artifacts import Artifact
 from prefmill.datasets.scored import check_inputs, scored_papers
-from prefmill.errors import ArtifactError
+from prefmill.errors import ArtifactError, InputError
 
 
 def ids(*names: str) -> list[dict[str, Any]]:
     """Rows by review id, `a1` being a review of paper `a`."""
     return [{"paper_id": name[0], "review_id": name} for name in names]
+
+
+def scores(*names: str) -> list[dict[str, Any]]:
+    """What a scored review comes to, beside whatever else an evaluation holds."""
+    return [{**row, "answers": {}, "checkmark_score": 1.0, "mean_p_yes": 0.5, "engine": "test"} for row in ids(*names)]
 
 
 def papers(*names: str) -> list[dict[str, Any]]:
@@ -33,30 +38,36 @@ def join(corpus: Artifact, *shards: Artifact) -> list[tuple[str, list[tuple[str,
 
 
 def test_join_over_shards(artifact: Any, corpus: Artifact) -> None:
-    first = artifact("s0", "review_scores", review_evaluations=ids("c1"))
-    second = artifact("s1", "review_scores", review_evaluations=ids("a1", "a2"))
+    first = artifact("s0", "review_scores", review_evaluations=scores("c1"))
+    second = artifact("s1", "review_scores", review_evaluations=scores("a1", "a2"))
     expected = [("a", [("a1", "a1"), ("a2", "a2")], []), ("b", [], []), ("c", [("c1", "c1")], [])]
     assert join(corpus, first, second) == expected
 
 
 def test_reviews_without_evaluation_are_named(artifact: Any, corpus: Artifact) -> None:
-    shard = artifact("s", "review_scores", review_evaluations=ids("a2"))
+    shard = artifact("s", "review_scores", review_evaluations=scores("a2"))
     assert join(corpus, shard) == [("a", [("a2", "a2")], ["a1"]), ("b", [], []), ("c", [], ["c1"])]
 
 
 @pytest.mark.parametrize(
     ("evaluations", "message"),
     [
-        (ids("a1", "a3"), "not in the corpus: a3"),
-        (ids("a1", "b1"), "not in the corpus: b1"),
-        (ids("a1", "d1"), "not in the corpus, or the rows are out of order"),
-        (ids("c1", "a1"), "not in the corpus, or the rows are out of order"),
-        (ids("a1", "a1"), "evaluated twice"),
+        (scores("a1", "a3"), "not in the corpus: a3"),
+        (scores("a1", "b1"), "not in the corpus: b1"),
+        (scores("a1", "d1"), "not in the corpus, or the rows are out of order"),
+        (scores("c1", "a1"), "not in the corpus, or the rows are out of order"),
+        (scores("a1", "a1"), "evaluated twice"),
     ],
 )
 def test_evaluations_that_do_not_fit(artifact: Any, corpus: Artifact, evaluations: list[Any], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         join(corpus, artifact("s", "review_scores", review_evaluations=evaluations))
+
+
+def test_an_evaluation_without_its_scores_is_named_by_its_line(artifact: Any, corpus: Artifact) -> None:
+    shard = artifact("s", "review_scores", review_evaluations=[*scores("a1"), *ids("a2")])
+    with pytest.raises(InputError, match=r"(?s)review_evaluations\.jsonl:2.*checkmark_score.*Field required"):
+        join(corpus, shard)
 
 
 def test_inputs_must_belong_together(artifact: Any, corpus: Artifact) -> None:

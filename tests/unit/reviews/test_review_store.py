@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def review(identifier: str, paper_id: str, **values: Any) -> ReviewRow:
 
 def contents(store: CorpusStore) -> dict[str, list[str]]:
     papers = [paper.paper_id for _, paper, _ in store.papers()]
-    return {paper_id: [row.review_id for row in store.reviews_of(paper_id)] for paper_id in papers}
+    return {paper_id: [row["review_id"] for row in store.reviews_of(paper_id)] for paper_id in papers}
 
 
 def test_rows_come_out_whole_and_in_order_of_their_ids(store: CorpusStore) -> None:
@@ -41,7 +42,7 @@ def test_rows_come_out_whole_and_in_order_of_their_ids(store: CorpusStore) -> No
         store.add(at(line), item)
     assert list(store.link()) == []
     assert list(store.papers()) == [(at(4), PaperRow("B", "Other"), "other"), (at(1), paper, "title b")]
-    assert list(store.reviews_of("b")) == [review("r1", "b"), row]
+    assert list(store.reviews_of("b")) == [asdict(review("r1", "b")), asdict(row)]
 
 
 def test_a_repeated_review_id_names_the_earlier_line(store: CorpusStore) -> None:
