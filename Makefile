@@ -18,8 +18,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Where bytecode is not kept, every process compiles torch and transformers anew: 12 s of a training's start.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Two processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another.
-SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another. Three for
+# all tests on two cores, as the one that has Slurm's waits for jobs most of its time.
+SHARED := --dist loadfile --no-loadscope-reorder --numprocesses
 
 # What `make all`, `make generate` and so on run; for SDXL itself: IMAGES=configs/pipelines/sdxl.yaml
 IMAGES ?= configs/pipelines/images.yaml
@@ -41,10 +42,10 @@ demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE ta
 
 test: $(VENV)/.installed-vllm lint ## Every test this machine can run
 	bash tests/system_packages.sh
-	$(BIN)/pytest $(SHARED)
+	$(BIN)/pytest $(SHARED) 3
 
 test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
-	$(BIN)/pytest -q -x -m "not slow" $(SHARED)
+	$(BIN)/pytest -q -x -m "not slow" $(SHARED) 2
 
 lint: $(VENV)/.installed ## ruff, mypy
 	$(BIN)/ruff check .

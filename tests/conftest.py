@@ -10,7 +10,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["tests.documented_demo"]
+pytest_plugins = ["tests.documented_runs"]
 
 # Before torch is imported: tests on a shared machine are steadier with one thread, and forked ranks need it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -13,12 +13,12 @@ import pytest
 from prefmill.reviews.generated import generate
 from prefmill.stage import load_stage
 from tests.conftest import REPOSITORY
-from tests.documented_demo import COMMAND as DEMO
-from tests.documented_demo import DocumentedDemo, shell
+from tests.documented_runs import DEMO, MDLM, DocumentedRun, shell
 from tests.e2e.pipeline_runs import SMALL
 
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
 RUN_BY_CI = ("make demo", "make test")  # the two set-up commands: the first is measured, the second runs this
+RUN_ONCE = {DEMO: "documented_demo", MDLM: "documented_mdlm"}  # for other tests too
 ENDLESS = (  # ended after a second: what counts is that it starts
     "tail -f",
     "python -m stages.rate_images configs/rate_images/own_images.yaml run=",  # waits for people
@@ -56,7 +56,7 @@ FOUND = to_run()
 
 
 @pytest.fixture(scope="module")
-def checkout(documented_demo: DocumentedDemo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(documented_demo: DocumentedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What git holds, with the README's demo, a finished small run called `mine` and a file of reviews."""
     copy = Path(shutil.copytree(documented_demo.checkout, tmp_path_factory.mktemp("copy") / "demo", symlinks=True))
     with gzip.open(copy / "reviews.jsonl.gz", "wt") as stream:
@@ -93,10 +93,11 @@ def test_the_way_of_a_row_is_the_one_a_run_took(checkout: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), FOUND, ids=lambda value: value.name if isinstance(value, Path) else None)
-def test_it_runs(page: Path, command: str, checkout: Path, documented_demo: DocumentedDemo, tmp_path: Path) -> None:
+def test_it_runs(page: Path, command: str, checkout: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A page's commands find the run `mine` as it was made; those of the README and of a walk-through build on it."""
-    if command == DEMO:
-        assert documented_demo.returncode == 0, documented_demo.printed
+    if command in RUN_ONCE:
+        found: DocumentedRun = request.getfixturevalue(RUN_ONCE[command])
+        assert found.returncode == 0, found.printed
         return
     if page.parent.name == "stages":
         checkout = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pipeline_runs import DEMO, REPOSITORY, SMALL, run
+from pipeline_runs import DEMO, SMALL, run
 from test_report import opens_cleanly, text_of
+
+from tests.documented_runs import DocumentedRun
 
 pytestmark = pytest.mark.slow
 
-MDLM = REPOSITORY / "configs" / "pipelines" / "mdlm.yaml"
 EXPECTED = {
     "demo": ("Two scoring engines", "What to doubt", "Length-bias audit", "Margins in the last epoch", "dpo:clean"),
     "mdlm": ("Before and after", "kind", "mdlm_dpo:all", "Curves as the trainer logged them"),
@@ -18,15 +19,15 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def reports(documented_mdlm: DocumentedRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The pages, costs included, and of reviews with a second engine."""
     folder = tmp_path_factory.mktemp("runs")
     second = "evaluate.second_engine={engine: transformers, model_name_or_path: "
     base = folder / "checkpoints" / "demo" / "tiny_model" / "all"
     keys = [*SMALL, "report.show_cost=true", f"{second}{base}, truncate_reviews: true}}"]
     run(folder, *keys, pipeline=DEMO)
-    run(folder, "toy_preferences.num_sft=400", "toy_preferences.num_pairs=200", pipeline=MDLM)
-    return {name: (folder / "data" / name / "report" / "all" / "report.html").read_text() for name in EXPECTED}
+    folders = {"demo": folder, "mdlm": documented_mdlm.checkout}
+    return {name: (at / "data" / name / "report" / "all" / "report.html").read_text() for name, at in folders.items()}
 
 
 @pytest.mark.parametrize("width", [1280, 390])

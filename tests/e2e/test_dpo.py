@@ -85,6 +85,7 @@ def test_the_model_card_names_policy_and_datasets(
     assert datasets.manifest.content_digest in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
     layout: str, tmp_path: Path, undisturbed: dict[str, Path], policy: Artifact, datasets: Artifact
@@ -99,6 +100,7 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
     assert len(steps) - len(set(steps)) <= SETTINGS["save_steps"]
 
 
+@pytest.mark.slow
 def test_a_lost_reference_cache_is_made_from_the_checkpoint_not_the_policy(
     tmp_path: Path, undisturbed: dict[str, Path], policy: Artifact, datasets: Artifact
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_lost_reference_cache_is_made_from_the_checkpoint_not_the_policy(
     assert content(tmp_path) == content(undisturbed["pairwise"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_torn_by_the_kill_is_passed_over(
     tmp_path: Path, undisturbed: dict[str, Path], policy: Artifact, datasets: Artifact
 ) -> None:
@@ -129,6 +132,7 @@ def test_shuffled_labels_are_part_of_the_identity_and_train_otherwise(
     assert any((shuffled[name] != plain[name]).any() for name in plain)
 
 
+@pytest.mark.slow
 def test_validation_pairs_are_never_shuffled(tmp_path: Path, policy: Artifact) -> None:
     """Where validation repeats the training pairs, learning shuffled labels does not raise its accuracy to 1."""
     rows = pair_rows(10, pairs=2)

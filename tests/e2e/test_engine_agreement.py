@@ -59,6 +59,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_corpus(tmp_path_factory.mktemp("workspace"), 24)
 
 
+@pytest.mark.slow
 def test_a_second_engine_scores_the_same_reviews(corpus: Artifact, tmp_path: Path) -> None:
     output = tmp_path / "data" / "run" / "evaluate" / "human-clean"
     judge = {"engine": "transformers", "model_name_or_path": str(save_tiny_qwen2(tmp_path / "judge"))}
@@ -82,6 +83,7 @@ def test_a_second_engine_scores_the_same_reviews(corpus: Artifact, tmp_path: Pat
         run(config, task)
 
 
+@pytest.mark.slow
 def test_a_temperature_moves_probabilities_and_turns_no_answer(corpus: Artifact, tmp_path: Path) -> None:
     judge = {"engine": "transformers", "model_name_or_path": str(save_tiny_qwen2(tmp_path / "judge"))}
     config = load(STAGE.config, {"model": "human", "num_papers": 3, "engine": {**judge, "truncate_reviews": True}})

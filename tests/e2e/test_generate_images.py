@@ -180,6 +180,7 @@ def _dying(function: Callable[..., Any], after: int, seen: list[str]) -> Callabl
     return call
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_for_good(
     tmp_path: Path, model: Artifact, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from pipeline_runs import comparison, ran, run
 
-from tests.documented_demo import DocumentedDemo
+from tests.documented_runs import DocumentedRun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -42,7 +42,7 @@ def step(compared: dict[str, Any], baseline: str, candidate: str) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def true_labels(
-    documented_demo: DocumentedDemo, tmp_path_factory: pytest.TempPathFactory
+    documented_demo: DocumentedRun, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, tuple[Path, str, dict[str, Any]]]:
     """By seed the workspace of a demo, what it printed and its comparison."""
     found = {}

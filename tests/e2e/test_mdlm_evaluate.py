@@ -22,6 +22,9 @@ KEYS: dict[str, Any] = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_toy(tmp_path_factory.mktemp("toy"))

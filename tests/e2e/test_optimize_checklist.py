@@ -121,6 +121,7 @@ def test_a_corpus_without_dev_papers_is_refused(tmp_path: Path, rows: tuple[Rows
         optimize(task_of(tmp_path / "t", make_corpus(tmp_path / "c", papers, rows[1])))
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_resumed_without_scoring_a_review_twice(
     tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows], counting: type[CountingEngine], finished: Task
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_killed_process_is_resumed_without_scoring_a_review_twice(
     assert contents(task) == contents(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "expected"),
     [

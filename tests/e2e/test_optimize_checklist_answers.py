@@ -36,6 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, rows: tuple[Rows, Rows]) ->
     return make_corpus(tmp_path_factory.mktemp("corpus"), *rows)
 
 
+@pytest.mark.slow
 def test_an_unreliable_item_is_found_by_its_paraphrase(
     tmp_path: Path, corpus: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ def write_weighted_labels(path: Path, reviews: Rows, weights: dict[str, float], 
     return {"target": "labels", "labels": str(path)}
 
 
+@pytest.mark.slow
 def test_where_all_items_count_the_same_none_is_dropped(
     tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]
 ) -> None:
@@ -102,6 +104,7 @@ def test_where_all_items_count_the_same_none_is_dropped(
     assert set(summary["dropped"]) <= {"constant", "redundant"}
 
 
+@pytest.mark.slow
 def test_weights_are_fitted_and_worth_it_where_items_count_differently(
     tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]
 ) -> None:
@@ -118,6 +121,7 @@ def test_weights_are_fitted_and_worth_it_where_items_count_differently(
     assert fitted["correlation"]["value"] > equal["correlation"]["value"] + 0.02
 
 
+@pytest.mark.slow
 def test_shuffled_labels_report_no_signal(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
     path = tmp_path / "labels.csv"
     values = [f"{number % 5}" for number in range(len(rows[1]))]

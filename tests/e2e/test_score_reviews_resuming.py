@@ -102,6 +102,7 @@ def test_whatever_is_done_first_is_kept_and_files_are_the_same(
         assert contents(again) == contents(ordered)
 
 
+@pytest.mark.slow
 def test_garbage_behind_the_journal_is_discarded(
     tmp_path: Path, corpus: Artifact, counting: type[CountingEngine]
 ) -> None:
@@ -126,6 +127,7 @@ def test_garbage_behind_the_journal_is_discarded(
         assert contents(task) == expected
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_resumed(tmp_path: Path, corpus: Artifact, counting: type[CountingEngine]) -> None:
     reviews = [row["review_id"] for row in read_jsonl(corpus.file("reviews.jsonl"))]
     undisturbed = task_of(tmp_path / "whole", corpus)

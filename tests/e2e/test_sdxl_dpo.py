@@ -66,6 +66,7 @@ def test_the_shipped_dspo_is_the_issues() -> None:
     assert STAGE.reads["pairs"].stage == "build_image_pairs"
 
 
+@pytest.mark.slow
 def test_it_starts_at_the_reference_and_leaves_what_it_says(undisturbed: Path) -> None:
     from PIL import Image
 
@@ -81,6 +82,7 @@ def test_it_starts_at_the_reference_and_leaves_what_it_says(undisturbed: Path) -
     assert Image.open(grids[0]).size == (64, 32)
 
 
+@pytest.mark.slow
 def test_the_merged_pipeline_loads_and_draws(undisturbed: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
@@ -90,6 +92,7 @@ def test_the_merged_pipeline_loads_and_draws(undisturbed: Path) -> None:
     assert image.size == (32, 32)
 
 
+@pytest.mark.slow
 def test_cached_references_are_those_computed_anew(
     undisturbed: Path, model: Artifact, pairs: Artifact, cache: Path
 ) -> None:
@@ -127,6 +130,7 @@ def test_cached_references_are_those_computed_anew(
     assert flips == {True, False}
 
 
+@pytest.mark.slow
 def test_a_second_trial_computes_no_reference(
     tmp_path: Path, undisturbed: Path, model: Artifact, pairs: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +142,7 @@ def test_a_second_trial_computes_no_reference(
     assert rows_of(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_accumulation_change_no_loss(
     tmp_path: Path, undisturbed: Path, model: Artifact, pairs: Artifact
 ) -> None:
@@ -154,6 +159,7 @@ def test_checkpointing_and_accumulation_change_no_loss(
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_reference_is_refused(tmp_path: Path, model: Artifact, pairs: Artifact) -> None:
     from safetensors.torch import save_file
 
@@ -165,6 +171,7 @@ def test_a_cache_of_another_reference_is_refused(tmp_path: Path, model: Artifact
         run_stage("sdxl_dpo", tmp_path / "b", keys, model=model, pairs=pairs)
 
 
+@pytest.mark.slow
 def test_half_of_the_prompts_are_left_to_the_judge(
     tmp_path: Path, model: Artifact, pairs: Artifact, cache: Path
 ) -> None:
@@ -191,6 +198,7 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
     assert sorted(set(executed_steps(tmp_path))) == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_saved(undisturbed: Path) -> None:
     last = undisturbed / "out" / "checkpoint-6"
     average, weights = load_file(last / "ema.safetensors"), load_file(last / "adapter_model.safetensors")

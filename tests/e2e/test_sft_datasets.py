@@ -99,6 +99,7 @@ def sft(folder: Path, base: Artifact, **keys: Any) -> dict[str, Any]:
     return run(validate(SftConfig, {**SETTINGS, **keys}), make_task("sft", folder, model=base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llamafactory_dpo_en_demo.json", "llamafactory_v1_dpo_demo.jsonl"])
 def test_it_trains_on_shared_pairs(name: str, shared_data: Path, base: Artifact, tmp_path: Path) -> None:
     """The rows trained on are the distinct chosen answers among the shortest, by a count of the test's own."""

@@ -98,6 +98,7 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
     assert sorted(set(executed_steps(folder))) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_halves_share_no_prompt(tmp_path: Path, pairs: Artifact, clip: Artifact) -> None:
     seen = {}
     for half in ("policy", "judge"):
@@ -108,6 +109,7 @@ def test_halves_share_no_prompt(tmp_path: Path, pairs: Artifact, clip: Artifact)
     assert len(seen["policy"] | seen["judge"]) == 14
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays(tmp_path: Path, pairs: Artifact, clip: Artifact) -> None:
     from safetensors.torch import load_file
 
@@ -121,6 +123,7 @@ def test_what_is_frozen_stays(tmp_path: Path, pairs: Artifact, clip: Artifact) -
         assert all(name.startswith(("vision_model", "visual_projection")) for name in moved)
 
 
+@pytest.mark.slow
 def test_missing_and_overall_labels(tmp_path: Path, pairs: Artifact, clip: Artifact) -> None:
     def only(name: str) -> Any:
         return lambda row: {**row, "labels": {**dict.fromkeys(row["labels"]), name: row["labels"][name]}}

@@ -94,6 +94,7 @@ def read_real(path: Path) -> tuple[Rows, Rows, Rows]:
     return list(papers.values()), reviews, evaluations
 
 
+@pytest.mark.slow
 @pytest.mark.reviews
 def test_real_reviews_build_and_validate(tmp_path: Path, reviews_file: Path) -> None:
     """The known count: 1,325 same-paper pairs of accepted papers differ by 2 rating points or more."""

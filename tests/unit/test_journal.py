@@ -7,6 +7,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from prefmill.journal import Entry, Journal
 
 NAMES = ["a", "b" * 3, "é", "\uffff", "\U0001f600", "Z", "", "a\x00b", "10", "9"]
@@ -35,6 +37,7 @@ def test_entries_come_in_the_order_of_their_keys_as_python_has_it(tmp_path: Path
     assert found == sorted(((row, number) for number, row in enumerate(given)), key=lambda pair: place(pair[0]))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_their_number(tmp_path: Path) -> None:
     peaks = []
     for count in (2_000, 40_000):

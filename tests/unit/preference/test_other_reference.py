@@ -68,6 +68,7 @@ def cached(workspace: Path) -> list[Path]:
     return sorted((workspace / "data" / "cache" / "reference").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["whole", "adapter"])
 def test_its_scores_are_those_of_a_fresh_process(
     tmp_path: Path, tiny_qwen2: Path, other: Path, pairs_file: Path, lora: Any
@@ -86,6 +87,7 @@ def test_its_scores_are_those_of_a_fresh_process(
     assert abs(loss - math.log(2)) > 0.01
 
 
+@pytest.mark.slow
 def test_runs_share_scores_by_what_the_reference_is(
     tmp_path: Path, tiny_qwen2: Path, other: Path, pairs_file: Path
 ) -> None:

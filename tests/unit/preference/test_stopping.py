@@ -42,6 +42,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StageCallback, "on_step_end", asks)
 
 
+@pytest.mark.slow
 def test_it_saves_stops_and_ends_as_if_undisturbed(
     tmp_path: Path, tiny_qwen2: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def test_the_language_is_small(rows: list[dict[str, Any]]) -> None:
     assert 60 <= statistics.mean(lengths) <= 100
 
 
+@pytest.mark.slow
 def test_factors_spread_and_length_is_only_a_rough_sign_of_them(rows: list[dict[str, Any]]) -> None:
     counts, lengths = [num_factors(row) for row in rows], [len(row["review_text"].split()) for row in rows]
     assert set(counts) == set(range(len(FACTOR_NAMES) + 1))
@@ -80,6 +81,7 @@ def test_factors_spread_and_length_is_only_a_rough_sign_of_them(rows: list[dict[
     assert any(count <= 2 and length > 85 for count, length in zip(counts, lengths, strict=True))
 
 
+@pytest.mark.slow
 def test_decisions_ratings_and_pairs_are_as_promised(rows: list[dict[str, Any]]) -> None:
     papers = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["paper_id"])]
     assert {len(paper) for paper in papers} == {3, 4, 5}

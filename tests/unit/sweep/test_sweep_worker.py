@@ -136,6 +136,7 @@ def test_a_worker_that_was_killed_goes_on_with_the_trial_it_had(
     assert content(tmp_path) == content(calm), "the kill changes nothing of the study"
 
 
+@pytest.mark.slow
 def test_four_workers_share_a_study_and_take_over_from_one_that_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +217,7 @@ def test_another_space_is_another_study(tmp_path: Path, ran: list[int]) -> None:
     assert len(ran) == 2
 
 
+@pytest.mark.slow
 def test_a_heart_that_stops_is_noticed_by_the_observers_own_clock(tmp_path: Path) -> None:
     watch = Watch(stale_seconds=1.0)
     claim(tmp_path, "a")
@@ -241,6 +243,7 @@ def test_who_takes_over_a_trial_is_not_taken_for_dead_before_its_first_beat(tmp_
     assert not watches[1].is_stale(tmp_path), "both would run it"
 
 
+@pytest.mark.slow
 def test_a_lock_whose_holder_was_killed_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for it costs a look now and then, not a processor."""
     monkeypatch.setattr(studies, "_LOCK_GRACE_SECONDS", 3)

@@ -1,4 +1,4 @@
-"""The demo as the README has it, in a clean copy of the repository: run once for all tests that start from it."""
+"""Pipelines as the documentation has them, in clean copies of the repository, run once for all tests."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-COMMAND = "prefmill run configs/pipelines/demo.yaml"
+DEMO = "prefmill run configs/pipelines/demo.yaml"
+MDLM = "prefmill run configs/pipelines/mdlm.yaml"
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class DocumentedDemo:
+class DocumentedRun:
     """Its folder, to be copied and not touched, and how the command ended."""
 
     checkout: Path
@@ -26,17 +27,28 @@ class DocumentedDemo:
 
 
 @pytest.fixture(scope="session")
-def documented_demo(tmp_path_factory: pytest.TempPathFactory) -> DocumentedDemo:
-    """The one run, whichever of pytest's processes asks first: it takes minutes, and the others wait."""
+def documented_demo(tmp_path_factory: pytest.TempPathFactory) -> DocumentedRun:
+    """The README's demo."""
+    return _run_once(tmp_path_factory, DEMO)
+
+
+@pytest.fixture(scope="session")
+def documented_mdlm(tmp_path_factory: pytest.TempPathFactory) -> DocumentedRun:
+    """The pipeline of masked diffusion."""
+    return _run_once(tmp_path_factory, MDLM)
+
+
+def _run_once(tmp_path_factory: pytest.TempPathFactory, command: str) -> DocumentedRun:
+    """The one run, by whichever of pytest's processes asks first: it takes minutes, and the others wait."""
     base = tmp_path_factory.getbasetemp()
-    checkout = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "documented_demo"
+    checkout = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"documented_{Path(command).stem}"
     told = checkout.with_suffix(".json")
     with FileLock(checkout.with_suffix(".lock")):
         if not told.exists():
             clean_copy(checkout)
-            done = shell(checkout, COMMAND)
+            done = shell(checkout, command)
             told.write_text(json.dumps([done.returncode, done.stdout + done.stderr]))
-    return DocumentedDemo(checkout, *json.loads(told.read_text()))
+    return DocumentedRun(checkout, *json.loads(told.read_text()))
 
 
 def clean_copy(folder: Path) -> None:
