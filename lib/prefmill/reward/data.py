@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,6 +24,7 @@ from prefmill.reward.scoring import open_image
 PAIRS = "pairs.jsonl"
 Half = Literal["all", "policy", "judge"]
 Labelled = tuple[str, Tensor, Tensor, Tensor]
+Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the image
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,13 @@ class PixelReader:
     def __init__(self, processor: Any, crop_scale: float = 1.0, seed: int = 0) -> None:
         self.processor, self.crop_scale, self.seed = processor, crop_scale, seed
 
-    def read(self, path: Path, box: tuple[float, float, float, float] | None = None) -> Tensor:
-        """The image at `path`, of which `box` (left, top, right, bottom as shares) is kept."""
-        image = open_image(path)
-        if box is not None:
-            width, height = image.size
-            left, top, right, bottom = box
-            image = image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
-        pixels: Tensor = self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    def read(self, parts: Sequence[tuple[Path, Box | None]]) -> Tensor:
+        """Images [N, 3, H, W]: of each path the part `box`, together, as every call of a processor has its price."""
+        images = [_part(open_image(path), box) for path, box in parts]
+        pixels: Tensor = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return pixels
 
-    def crop(self, prompt_id: str, epoch: int) -> tuple[float, float, float, float] | None:
+    def crop(self, prompt_id: str, epoch: int) -> Box | None:
         """The part of a prompt's images that an epoch shows: `crop_scale` to 1 of each side; None is all."""
         if self.crop_scale >= 1:
             return None
@@ -149,7 +147,16 @@ class PairPreferenceDataset(Dataset[Labelled]):
     def __getitem__(self, index: int) -> Labelled:
         row = self.rows[index]
         labels = torch.tensor(row.labels, dtype=torch.float32)
-        return row.prompt, self.reader.read(row.preferred), self.reader.read(row.rejected), labels
+        preferred, rejected = self.reader.read([(row.preferred, None), (row.rejected, None)])
+        return row.prompt, preferred, rejected, labels
+
+
+def _part(image: Image, box: Box | None) -> Image:
+    if box is None:
+        return image
+    width, height = image.size
+    left, top, right, bottom = box
+    return image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
 
 
 def _group(rows: Sequence[LabelledPair]) -> ImageGroup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from prefmill.preference.batches import GroupPart
 from prefmill.preference.family import Family
 from prefmill.preference.objectives import Objective, PairScores, Settings
-from prefmill.reward.data import ImageGroup, PixelReader
+from prefmill.reward.data import Box, ImageGroup, PixelReader
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def encode_pairs(
     groups: Sequence[ImageGroup], parts: Sequence[GroupPart], epoch: int, reader: PixelReader
 ) -> RewardBatch:
     """The parts' pairs, in their order, with each of their images once and each prompt once."""
-    images: list[Tensor] = []
+    images: list[tuple[Path, Box | None]] = []
     prompt_of: list[int] = []
     sides: list[tuple[int, int]] = []
     for number, part in enumerate(parts):
@@ -120,13 +121,13 @@ def encode_pairs(
         box = reader.crop(group.prompt_id, epoch)
         shown = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
         moved = {place: len(images) + count for count, place in enumerate(shown)}
-        images += [reader.read(group.images[place], box) for place in shown]
+        images += [(group.images[place], box) for place in shown]
         prompt_of += [number] * len(shown)
         sides += [(moved[pair.chosen], moved[pair.rejected]) for pair in pairs]
     rows = [groups[part.group].rows[index] for part in parts for index in part.pairs]
     places = torch.tensor(sides)
     return RewardBatch(
-        torch.stack(images), **reader.tokens([groups[part.group].prompt for part in parts]),
+        reader.read(images), **reader.tokens([groups[part.group].prompt for part in parts]),
         prompt_of=torch.tensor(prompt_of), chosen=places[:, 0], rejected=places[:, 1],
         labels=torch.tensor([row.labels for row in rows], dtype=torch.float32),
         weights=torch.tensor([row.weight for row in rows], dtype=torch.float32),

@@ -113,8 +113,9 @@ def test_a_crop_is_the_same_for_a_prompts_images_and_another_in_each_epoch(tmp_p
     class Processor:
         """Returns the pixels as they are."""
 
-        def image_processor(self, images: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:
-            return {"pixel_values": torch.from_numpy(np.asarray(images).transpose(2, 0, 1).copy())[None]}
+        def image_processor(self, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+            pixels = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
+            return {"pixel_values": torch.from_numpy(pixels)}
 
     picture = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
     for name in ("a.png", "b.png"):
@@ -128,7 +129,7 @@ def test_a_crop_is_the_same_for_a_prompts_images_and_another_in_each_epoch(tmp_p
         assert box is not None
         assert 0 <= box[0] < box[2] <= 1
         assert 0.5 <= box[2] - box[0] <= 1
-        first, second = (reader.read(tmp_path / name, box) for name in ("a.png", "b.png"))
+        first, second = reader.read([(tmp_path / name, box) for name in ("a.png", "b.png")])
         assert torch.equal(first, second)
         assert first.shape[1] < 40
     assert PixelReader(Processor()).crop("p", 0) is None
