@@ -28,10 +28,10 @@ def test_kind_answers_rise_from_half_to_nine_in_ten_and_only_by_right_labels(tmp
         run_stage("mdlm_dpo", folder, keys, policy=before, datasets=datasets)
         after = publish_as(folder / "out", "checkpoint")
         keys = demo("mdlm_evaluate", seed=seed, samples_per_prompt=75, diffusion_steps=8)
-        run_stage("mdlm_evaluate", folder / "evaluation", keys, before=before, after=after, datasets=datasets)
-        models = metrics_of(folder / "evaluation")["models"]
-        shares[shuffled] = models["after"]["wanted_share"]
-        shares["before"] = models["before"]["wanted_share"]
+        models = {"after": after} if shuffled else {"before": before, "after": after}
+        run_stage("mdlm_evaluate", folder / "evaluation", keys, **models, datasets=datasets)
+        found = metrics_of(folder / "evaluation")["models"]
+        shares |= {shuffled if name == "after" else name: found[name]["wanted_share"] for name in models}
     print(f"kind answers, seed {seed}: {shares}")
     assert shares["before"] == pytest.approx(0.5, abs=0.05)
     assert shares[False] >= 0.9
