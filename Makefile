@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # Processes share the tests, file by file (tests/conftest.py); without these `pytest` runs them one after another. Three for
 # all tests on two cores, as the one that has Slurm's waits for jobs most of its time.
-SHARED := --dist loadfile --no-loadscope-reorder --numprocesses
+SHARED := --dist loadfile --no-loadscope-reorder
 
 # What `make all`, `make generate` and so on run; for SDXL itself: IMAGES=configs/pipelines/sdxl.yaml
 IMAGES ?= configs/pipelines/images.yaml
@@ -42,10 +42,10 @@ demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE ta
 
 test: $(VENV)/.installed-vllm lint ## Every test this machine can run
 	bash tests/system_packages.sh
-	$(BIN)/pytest $(SHARED) 3
+	$(BIN)/pytest --numprocesses 3 $(SHARED)
 
 test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
-	$(BIN)/pytest -q -x -m "not slow" $(SHARED) 2
+	$(BIN)/pytest -q -x -m "not slow" --numprocesses 2 $(SHARED)
 
 lint: $(VENV)/.installed ## ruff, mypy
 	$(BIN)/ruff check .

@@ -33,11 +33,14 @@ def test_no_pair_left_says_what_dropped_them(tmp_path: Path, inputs: Inputs) -> 
         build(tmp_path, inputs, min_rating_diff=9.5)
 
 
-def test_no_accepted_papers(tmp_path: Path) -> None:
+def make_alike(folder: Path, **values: str) -> Inputs:
+    """Inputs whose papers all have these values."""
     papers, reviews = make_rows(30)
-    for paper in papers:
-        paper["decision"] = "rejected"
-    inputs = make_inputs(tmp_path, papers, reviews)
+    return make_inputs(folder, [{**paper, **values} for paper in papers], reviews)
+
+
+def test_no_accepted_papers(tmp_path: Path) -> None:
+    inputs = make_alike(tmp_path, decision="rejected")
     with pytest.raises(InputError, match=r"no accepted papers in split 'train'.*\n.*'rejected': 30"):
         build(tmp_path, inputs)
     build(tmp_path, inputs, decisions=["rejected"], splits=["train"])
@@ -50,10 +53,7 @@ def test_no_reviews(tmp_path: Path) -> None:
 
 
 def test_no_val_papers_unless_left_out(tmp_path: Path) -> None:
-    papers, reviews = make_rows(30)
-    for paper in papers:
-        paper["split"] = "train"
-    inputs = make_inputs(tmp_path, papers, reviews)
+    inputs = make_alike(tmp_path, split="train")
     with pytest.raises(InputError, match=r"split 'val'(.|\n)*splits: \['train'\]"):
         build(tmp_path, inputs)
     task = build(tmp_path, inputs, splits=["train"])

@@ -19,7 +19,7 @@ from prefmill.checklist.judge_probes import Sampled
 from prefmill.datasets.scored import CHECKLIST, check_inputs, scored_papers
 from prefmill.errors import InputError
 from prefmill.evaluation.text_statistics import words
-from prefmill.records import Answer, ReviewEvaluation, Split
+from prefmill.records import Answer, Paper, Review, ReviewEvaluation, Split
 
 SUMMARY = "summary.json"
 Array = NDArray[np.float64]
@@ -95,10 +95,9 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
     reviews: list[Scored] = []
     unscored: set[str] = set()
     engines: set[str] = set()
-    for paper, scored, missing in scored_papers(corpus, shards, with_answers=True):
+    for paper, scored, missing in _answered_papers(corpus, shards):
         unscored |= set(missing)
-        for review, found in scored:
-            evaluation = cast("ReviewEvaluation", found)
+        for review, evaluation in scored:
             answers = [evaluation["answers"][key] for key in checklist.ids]
             engines.add(evaluation["engine"])
             reviews.append(
@@ -119,10 +118,17 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
 
 def sampled_reviews(corpus: Artifact, shards: Sequence[Artifact], ids: set[str]) -> Iterator[Sampled]:
     """The reviews named by `ids` with their papers and the evidence that was quoted, in the corpus's order."""
-    for paper, scored, _ in scored_papers(corpus, shards, with_answers=True):
+    for paper, scored, _ in _answered_papers(corpus, shards):
         for review, evaluation in scored:
             if review["review_id"] in ids:
-                yield Sampled(paper, review, _quotes(cast("ReviewEvaluation", evaluation)["answers"]))
+                yield Sampled(paper, review, _quotes(evaluation["answers"]))
+
+
+def _answered_papers(
+    corpus: Artifact, shards: Sequence[Artifact]
+) -> Iterator[tuple[Paper, list[tuple[Review, ReviewEvaluation]], list[str]]]:
+    papers = scored_papers(corpus, shards, with_answers=True)
+    return cast("Iterator[tuple[Paper, list[tuple[Review, ReviewEvaluation]], list[str]]]", papers)
 
 
 def _quotes(answers: Mapping[str, Answer]) -> dict[str, str]:

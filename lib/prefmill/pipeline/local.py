@@ -40,19 +40,22 @@ def run_plan(plan: Plan, only: str | None = None, force: bool = False, say: Say 
     write_plan(plan)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_preload(selected))
-    failed: dict[str, int] = {}
+    codes: list[int] = []
+    lost: dict[str, list[str]] = {}  # for each task that is not done, the tasks whose failure that is due to
     for task in selected:
-        blockers = [other.key for other in plan.upstream(task) if other.key in failed]
-        if blockers:
-            failed[task.key] = EXIT_USER_ERROR
-            say(f"- {task.key} left out: {', '.join(blockers)} failed")
+        causes = sorted({cause for other in plan.upstream(task) for cause in lost.get(other.key, ())})
+        if causes:
+            lost[task.key] = causes
+            codes.append(EXIT_USER_ERROR)
+            say(f"- {task.key} left out: {', '.join(causes)} failed")
             continue
         code = _run_task(task, force, server, say)
         if code:
-            failed[task.key] = code
-    if not failed:
+            lost[task.key] = [task.key]
+            codes.append(code)
+    if not lost:
         _show_results(plan, selected, say)
-    return max(failed.values(), default=0)
+    return max(codes, default=0)
 
 
 def point_latest(plan: Plan) -> None:

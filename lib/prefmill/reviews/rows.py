@@ -156,7 +156,7 @@ def clean_text(value: object, name: str) -> str:
     if _CONTROL.search(value):
         value = _CONTROL.sub("", value)
     try:
-        value.isascii() or value.encode()
+        value.isascii() or value.encode()  # nearly all is ASCII, and that is known without a copy
     except UnicodeEncodeError:
         raise RowError(f"{name} holds half of a surrogate pair", "write the character whole, as UTF-8") from None
     return value.strip()
@@ -227,7 +227,7 @@ def parse_decision(value: Any) -> Decision | None:
     return decision
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=128)  # every row asks, and a venue has a handful of them
 def decision_in(text: str) -> Decision | None:
     """The decision that `text` speaks of, if any: `ICLR 2024 poster` is accepted."""
     return next((decision for pattern, decision in _DECISION_WORDS if pattern.search(text)), None)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from prefmill.errors import InputError
 from prefmill.images.rows import HEADS
+from prefmill.reward.data import PixelReader
 from prefmill.reward.model import MultiHeadReward, create_reward
 from prefmill.reward.scoring import score_images
 from prefmill.tiny import build
@@ -38,6 +39,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         paths.append(tmp_path_factory.mktemp("pictures") / f"{number}.png")
         image.save(paths[-1])
     return paths
+
+
+def test_pictures_read_together_are_those_read_alone(folder: Path, pictures: list[Path]) -> None:
+    from transformers import CLIPProcessor
+
+    reader = PixelReader(CLIPProcessor.from_pretrained(folder))
+    parts = [(path, box) for path in pictures for box in (None, (0.1, 0.2, 0.9, 1.0))]
+    together = reader.read(parts)
+    assert not torch.equal(together[0], together[1])
+    for number, part in enumerate(parts):
+        assert torch.equal(together[number], reader.read([part])[0])
 
 
 def test_it_is_saved_and_loaded_as_any_pretrained_model(folder: Path) -> None:
