@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -32,13 +31,7 @@ STRATEGIES = {
     "fsdp": {"fsdp": True},
 }
 SHARDS, KILL, ALONE = "shards.json", "kill", "alone"
-
-
-def import_before_the_forks() -> None:
-    """The slow imports, once for all ranks; and DeepSpeed is not to compile its kernels for ranks on one CPU."""
-    for name in ("prefmill.causal.dpo", "prefmill.causal.sft", "deepspeed", "torch.distributed.fsdp"):
-        importlib.import_module(name)
-    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+SLOW_IMPORTS = ("prefmill.causal.dpo", "prefmill.causal.sft", "torch.distributed.fsdp")
 
 
 def train(folder: Path, keys: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from strategy_runs import (
     DEEPSPEED,
     KEYS,
     KILL,
+    SLOW_IMPORTS,
     STRATEGIES,
-    import_before_the_forks,
     largest_difference,
     losses,
     shares,
@@ -31,13 +31,13 @@ from prefmill.errors import ConfigError
 from prefmill.records import read_jsonl, write_jsonl
 from prefmill.strategies import sharding_arguments
 from prefmill.training import EXECUTED, TrainingConfig
-from tests.forked_ranks import end_codes
+from tests.forked_ranks import end_codes, import_before_the_forks
 from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import_before_the_forks()
+    import_before_the_forks(*SLOW_IMPORTS)
     folder = tmp_path_factory.mktemp("strategies")
     save_tiny_qwen2(folder / "model")
     # Answers of very different lengths: a rank then runs the head more often than the other.

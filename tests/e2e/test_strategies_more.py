@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from strategy_runs import KEYS, STRATEGIES, import_before_the_forks, largest_difference, losses, shares, train_on
+from strategy_runs import KEYS, SLOW_IMPORTS, STRATEGIES, largest_difference, losses, shares, train_on
 
 from prefmill.records import write_jsonl
+from tests.forked_ranks import import_before_the_forks
 from tests.tiny import pair_rows, save_tiny_qwen2
 
 pytestmark = pytest.mark.slow
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def _once_before_the_forks() -> None:
-    import_before_the_forks()
+    import_before_the_forks(*SLOW_IMPORTS)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import sys
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from prefmill.config import validate
 from prefmill.training import STEPS, read_curve
 from tests.conftest import REPOSITORY
-from tests.forked_ranks import run_ranks
+from tests.forked_ranks import import_before_the_forks, run_ranks
 
 sys.path.append(str(REPOSITORY / "tests" / "e2e"))
 
@@ -46,8 +45,7 @@ def train_on(world_size: int, folder: Path, keys: dict[str, Any]) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from image_pair_artifacts import make_pairs, make_sdxl
 
-    for name in ("prefmill.sdxl.dpo", "deepspeed"):  # once, before the forks
-        importlib.import_module(name)
+    import_before_the_forks("prefmill.sdxl.dpo")
     folder = tmp_path_factory.mktemp("ranks")
     make_sdxl(folder / "model")
     make_pairs(folder / "pairs", train=11, val=2)  # the last step of an epoch leaves a rank with less

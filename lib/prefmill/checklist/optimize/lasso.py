@@ -16,26 +16,30 @@ def solve(gram: Array, cross: Array, penalty: Array, start: Array | None = None,
     `gram` [Q, K, K] is shared by the P versions of `cross` [P, Q, K]; `penalty` [P, Q]; items that are not `allowed`
     [P, Q, K] stay at zero. Friedman, Hastie and Tibshirani 2010, equation 8, with the sign constraint.
     """
+    num_items = cross.shape[2]
     curvature = np.maximum(np.diagonal(gram, axis1=1, axis2=2), 1e-12)
-    coefficients = np.zeros_like(cross) if start is None else start.copy()
-    if allowed is not None:
-        coefficients = coefficients * allowed
-    slope = cross - np.einsum("qkl,pql->pqk", gram, coefficients)
     limit = _TOLERANCE * float(np.max(np.abs(cross) / curvature, initial=1e-12))
+    found = np.zeros_like(cross) if start is None else start.copy()
+    free = np.ones_like(cross) if allowed is None else allowed
+    found *= free
+    slope = (cross - np.einsum("qkl,pql->pqk", gram, found) - penalty[..., None]).reshape(-1, num_items)
+    solutions, free = found.reshape(-1, num_items), free.reshape(-1, num_items)
+    sets = np.tile(np.arange(cross.shape[1]), len(cross))
+    left, coefficients = np.arange(len(sets)), solutions.copy()
     for _ in range(_MAX_SWEEPS):
-        largest = 0.0
-        for item in range(cross.shape[2]):
-            old = coefficients[:, :, item]
-            new = np.maximum(0.0, old + (slope[:, :, item] - penalty) / curvature[:, item])
-            change = new - old if allowed is None else (new - old) * allowed[:, :, item]
-            size = float(np.abs(change).max())
-            if size > 0:
-                coefficients[:, :, item] = old + change
-                slope -= change[:, :, None] * gram[None, :, item, :]
-                largest = max(largest, size)
-        if largest <= limit:
+        largest = np.zeros(len(left))
+        for item in range(num_items):
+            change = np.maximum(-coefficients[:, item], slope[:, item] / curvature[sets, item]) * free[:, item]
+            coefficients[:, item] += change
+            slope -= change[:, None] * gram[sets, item]
+            np.maximum(largest, np.abs(change), out=largest)
+        solutions[left] = coefficients
+        moving = largest > limit  # most problems stand still long before the last does
+        if not moving.any():
             break
-    return coefficients
+        left, sets, free = left[moving], sets[moving], free[moving]
+        coefficients, slope = coefficients[moving], slope[moving]
+    return solutions.reshape(cross.shape)
 
 
 def path(gram: Array, cross: Array, penalties: Array) -> Array:
