@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MethodType
 from typing import Any
@@ -149,9 +149,20 @@ def token_logps(hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:
     """log p(target) from hidden states [C, H] and token ids [C], [C] fp32, in chunks forward and backward."""
     states = pad_chunks(torch.split(hidden, LOGITS_AT_ONCE), head)
     chunks = list(zip(states, pad_chunks(torch.split(target, LOGITS_AT_ONCE), head), strict=True))
+    return torch.cat(recomputed(_chunk_logps, [(*chunk, head) for chunk in chunks]))
+
+
+def recomputed(work: Callable[..., Tensor], chunks: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """`work` of every chunk's arguments, which holds no activations but the last chunk's: others run again backward.
+
+    The backward pass begins with the last chunk, and would run it again at once: holding it costs nothing at the peak.
+    `work` draws nothing at random.
+    """
     if not torch.is_grad_enabled():
-        return torch.cat([_chunk_logps(*chunk, head) for chunk in chunks])
-    return torch.cat([checkpoint(_chunk_logps, *chunk, head, use_reentrant=False) for chunk in chunks])
+        return [work(*chunk) for chunk in chunks]
+    *others, last = chunks
+    again = [checkpoint(work, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in others]
+    return [*again, work(*last)]
 
 
 def _chunk_logps(hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:

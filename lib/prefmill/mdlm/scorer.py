@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from prefmill.causal.scorer import token_logps
+from prefmill.causal.scorer import recomputed, token_logps
 from prefmill.errors import InputError
 from prefmill.mdlm.estimator import Draws
 
@@ -159,15 +158,9 @@ def _draw_values(
         return torch.zeros(len(sample), dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
 
     num_samples, num_draws = weights.shape
-    pieces, places = [], []
-    for sample, draw, end in chunks(ends, num_draws, rows_at_once):
-        arguments = (sample.to(ids.device), draw.to(ids.device), end)
-        if torch.is_grad_enabled():
-            pieces.append(checkpoint(sums, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            pieces.append(sums(*arguments))
-        places.append(sample * num_draws + draw)
-    order = torch.argsort(torch.cat(places)).to(ids.device)
+    together = list(chunks(ends, num_draws, rows_at_once))
+    pieces = recomputed(sums, [(sample.to(ids.device), draw.to(ids.device), end) for sample, draw, end in together])
+    order = torch.argsort(torch.cat([sample * num_draws + draw for sample, draw, _ in together])).to(ids.device)
     return weights * torch.cat(pieces)[order].view(num_samples, num_draws)
 
 
