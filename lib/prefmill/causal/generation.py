@@ -148,6 +148,8 @@ def generate_batch(
     with torch.inference_mode(), _plain_generation(model, tokenizer, end_ids):
         output = model.generate(
             use_cache=True,  # training may have left it off
+            cache_implementation="static",  # one that grows is copied whole at every token
+            disable_compile=True,
             **_images(batch, tokens, reader),
             input_ids=tokens,
             attention_mask=torch.tensor(mask, device=model.device),

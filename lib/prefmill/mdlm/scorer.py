@@ -75,7 +75,7 @@ def score_batch(model: Any, batch: DiffusionBatch) -> Tensor:
 def install(model: Any, *, mask_token_id: int, shifted: bool = False, rows_at_once: int = 8) -> Any:
     """Make `model(...)` return the value of every draw, [S, n] fp32: weight x masked tokens' log-probabilities.
 
-    `rows_at_once` maskings run through the model together; their activations are recomputed in the backward pass, so
+    `rows_at_once` maskings run through the model together; activations are recomputed in the backward pass, so that
     memory does not depend on how many draws there are. `shifted`: the output at a place is for the token after it
     (Dream). Done to `forward` itself, so that DDP, ZeRO-3 and adapters wrap it as they wrap any model. Raises
     InputError for models whose head does more than project.
