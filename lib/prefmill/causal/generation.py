@@ -136,8 +136,12 @@ def generate_batch(
     sampling: Sampling,
     reader: ImageReader | None = None,
 ) -> list[Completion]:
-    """The completions of one left-padded batch, in its order."""
+    """The completions of one left-padded batch, in its order.
+
+    Keys and values have their whole room from the start: what grows is copied at every token.
+    """
     import torch
+    from transformers import StaticCache
 
     end_ids = end_token_ids(model.generation_config, tokenizer)
     length = max(len(request.prompt_ids) for request in batch)
@@ -148,7 +152,7 @@ def generate_batch(
     with torch.inference_mode(), _plain_generation(model, tokenizer, end_ids):
         output = model.generate(
             use_cache=True,  # training may have left it off
-            cache_implementation="static",  # one that grows is copied whole at every token
+            past_key_values=StaticCache(model.config, max_cache_len=length + sampling.max_new_tokens),
             disable_compile=True,
             **_images(batch, tokens, reader),
             input_ids=tokens,
