@@ -20,6 +20,7 @@ from tests.documented_runs import DocumentedRun
 def tuned(seed: int, folder: Path, documented: DocumentedRun) -> tuple[Artifact, Artifact, Artifact]:
     """The toy's datasets, the model fine-tuned on them and the one tuned by their preferences; seed 0 is the demo's."""
     if seed == 0:
+        assert documented.returncode == 0, documented.printed
         made = documented.checkout
         names = ("data/mdlm/toy_preferences", "checkpoints/mdlm/mdlm_sft", "checkpoints/mdlm/mdlm_dpo")
         datasets, before, after = (read(next((made / name).iterdir())) for name in names)
