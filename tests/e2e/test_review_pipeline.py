@@ -199,7 +199,7 @@ def test_real_reviews_go_all_the_way(reviews_file: Path, tmp_path: Path) -> None
     """A slice of the real ICLR reviews through the configuration of `make demo REVIEWS=FILE`."""
     sample = tmp_path / "slice.jsonl.gz"
     with gzip.open(reviews_file, "rt") as whole, gzip.open(sample, "wt") as part:
-        part.writelines(itertools.islice(whole, 1200))
+        part.writelines(itertools.islice(whole, 800))
     printed = run(
         tmp_path / "workspace",
         f'ingest_reviews.sources=[{{format: jsonl, path: "{sample}"}}]',
