@@ -25,7 +25,7 @@ def tuned(seed: int, folder: Path, documented: DocumentedRun) -> tuple[Artifact,
         names = ("data/mdlm/toy_preferences", "checkpoints/mdlm/mdlm_sft", "checkpoints/mdlm/mdlm_dpo")
         datasets, before, after = (read(next((made / name).iterdir())) for name in names)
         return datasets, before, after
-    datasets = make_toy(folder / "toy", seed=seed, num_sft=1600, num_pairs=800, num_prompts_held_out=20)
+    datasets = make_toy(folder / "toy", **demo("toy_preferences", seed=seed))
     run_stage("mdlm_sft", folder / "sft", demo("mdlm_sft", seed=seed), datasets=datasets)
     before = publish_as(folder / "sft" / "out", "checkpoint")
     run_stage("mdlm_dpo", folder / "dpo", demo("mdlm_dpo", seed=seed), policy=before, datasets=datasets)

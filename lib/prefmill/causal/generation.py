@@ -136,12 +136,8 @@ def generate_batch(
     sampling: Sampling,
     reader: ImageReader | None = None,
 ) -> list[Completion]:
-    """The completions of one left-padded batch, in its order.
-
-    Keys and values have their whole room from the start: what grows is copied at every token.
-    """
+    """The completions of one left-padded batch, in its order."""
     import torch
-    from transformers import StaticCache
 
     end_ids = end_token_ids(model.generation_config, tokenizer)
     length = max(len(request.prompt_ids) for request in batch)
@@ -152,8 +148,7 @@ def generate_batch(
     with torch.inference_mode(), _plain_generation(model, tokenizer, end_ids):
         output = model.generate(
             use_cache=True,  # training may have left it off
-            past_key_values=StaticCache(model.config, max_cache_len=length + sampling.max_new_tokens),
-            disable_compile=True,
+            **_room(model, length + sampling.max_new_tokens),
             **_images(batch, tokens, reader),
             input_ids=tokens,
             attention_mask=torch.tensor(mask, device=model.device),
@@ -237,6 +232,18 @@ def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     finally:
         model.generation_config = own
         model.train(training)
+
+
+def _room(model: PreTrainedModel, num_tokens: int) -> dict[str, Any]:
+    """Room for all keys and values from the start, as what grows is copied at every token; nothing for other models.
+
+    transformers itself goes by this attribute; compiling a model for a few batches would take longer than they do.
+    """
+    from transformers import StaticCache
+
+    if not model._can_compile_fullgraph:
+        return {}
+    return {"past_key_values": StaticCache(model.config, max_cache_len=num_tokens), "disable_compile": True}
 
 
 def _images(batch: Sequence[Request], tokens: torch.Tensor, reader: ImageReader | None) -> dict[str, torch.Tensor]:

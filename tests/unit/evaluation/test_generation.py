@@ -129,6 +129,20 @@ def test_greedy_takes_the_likeliest_token(model: Any, requests: list[Request], t
     assert rows["paper0", 0]["text"] == str(int(logits.argmax()))
 
 
+def test_a_model_without_keys_and_values_writes_too(requests: list[Request], tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    model = MambaForCausalLM(config).eval()
+    rows = completed(model, requests[:1], tmp_path, 1, Sampling(3, 0.0, 1.0, 0))
+    ids = list(requests[0].prompt_ids)
+    with torch.inference_mode():
+        for _ in range(3):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert rows["paper0", 0]["text"] == " ".join(map(str, ids[-3:]))
+
+
 def test_an_end_token_ends_the_text_and_the_limit_truncates_it(model: Any, tmp_path: Path) -> None:
     class EndsSoon(WordTokenizer):
         eos_token_id = 7
