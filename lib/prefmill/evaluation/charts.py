@@ -194,8 +194,8 @@ def _interval_row(row: Interval, x: Scale, top: float) -> Markup:
     y = top + 33
     return element(
         "g",
-        text(_shortened(row.label), 8, top + 17, "row-label"),
-        text(row.text, WIDTH - 8, top + 17, "row-value", "end"),
+        text(_shortened(row.label), 14, top + 17, "row-label"),  # clear of the lines at the plot's edges
+        text(row.text, WIDTH - 14, top + 17, "row-value", "end"),
         element("line", x1=x(row.low), x2=x(row.high), y1=y, y2=y, class_="whisker"),
         marker(row.series, x(row.value), y),
         class_=series_class(row.series),

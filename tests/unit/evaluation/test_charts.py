@@ -68,6 +68,17 @@ def charts(label: str) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("values", [(1.0, 2.0), (-2.0, -1.0)])
+def test_no_words_stand_on_the_line_of_no_difference(values: tuple[float, float]) -> None:
+    low, high = values
+    chart = interval_chart([Interval("dpo", "dpo", low, low, high, "+1")], "t", "a", zero=True)
+    tree = ElementTree.fromstring(chart)
+    (zero,) = (float(line.get("x1", "")) for line in tree.iter("line") if line.get("class") == "zero")
+    words = [float(part.get("x", "")) for part in tree.iter("text") if str(part.get("class")).startswith("row-")]
+    assert len(words) == 2
+    assert all(abs(x - zero) >= 5 for x in words)
+
+
 def test_no_text_can_become_markup() -> None:
     for chart in charts(HOSTILE):
         tree = ElementTree.fromstring(chart)
