@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefmill.artifacts import read
-from prefmill.config import validate
+from prefmill.core.config import validate
 from prefmill.pipeline.plan import PipelineFile as Pipeline
 from prefmill.pipeline.plan import Plan, PlannedTask, make_plan
 from prefmill.pipeline.worker import execute
+from prefmill.store.artifacts import read
 
 _REVIEWS_PER_PAPER = 4.0  # the generator's mean
 _STAGES = ("ingest_reviews", "score_reviews", "build_datasets", "validate_datasets")

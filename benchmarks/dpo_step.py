@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefmill.preference.data import Group, Pair
+from prefmill.training.data import Group, Pair
 
 MIN_RATING_DIFF = 2
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
@@ -154,17 +154,17 @@ def open_runner(setting: Setting, name: str) -> Runner:
 
 def own_runner(setting: Setting, groups: list[Group]) -> Runner:
     """The preference trainer's own batches, scores and loss."""
-    from prefmill.causal.group_attention import use_group_attention
-    from prefmill.causal.group_layout import cut_responses, encode_groups, pack
-    from prefmill.causal.scorer import install, score_batch
-    from prefmill.preference.batches import GroupPart
-    from prefmill.preference.objectives import PairScores, Settings, sigmoid
+    from prefmill.families.causal.group_attention import use_group_attention
+    from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
+    from prefmill.families.causal.scorer import patch_forward, score_batch
+    from prefmill.training.batches import GroupPart
+    from prefmill.training.objectives import PairScores, Settings, sigmoid
 
     model = create_model(setting)
     if setting.gpu:
         model.gradient_checkpointing_enable()
     use_group_attention(model)
-    install(model)
+    patch_forward(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
     references: list[Tensor] = []
 
@@ -197,7 +197,7 @@ def trl_runner(setting: Setting, groups: list[Group], keys: dict[str, Any]) -> R
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
-    from prefmill.tiny.tokenizer import train_chat_tokenizer
+    from prefmill.demo.tokenizer import train_chat_tokenizer
 
     tokenizer: PreTrainedTokenizerFast = train_chat_tokenizer(["a b c"] * 2, 300)
     rows = [{"prompt_ids": group.prompt, "chosen_ids": group.responses[pair.chosen],

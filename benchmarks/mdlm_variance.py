@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from prefmill.config import read_yaml, validate
-from prefmill.mdlm.estimator import draw
-from prefmill.mdlm.exact import Floats, allocation_variances, estimate, exact_variances, near, random_joint
-from prefmill.stage import Task, load_stage
+from prefmill.core.config import read_yaml, validate
+from prefmill.core.stage import Task, load_stage
+from prefmill.families.mdlm.estimator import draw
+from prefmill.families.mdlm.exact import Floats, allocation_variances, estimate, exact_variances, near, random_joint
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _SAMPLES = 4000
@@ -78,10 +78,10 @@ def _joint_differences(tilt: float) -> list[tuple[Floats, Floats]]:
 
 def _trained_differences(folder: Path) -> list[tuple[Floats, Floats]]:
     """Every masked sum of held-out answers under the demo's tuned model and its reference."""
-    from prefmill.causal.chat import encode
-    from prefmill.mdlm.likelihood import all_masked_sums
-    from prefmill.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
-    from prefmill.preference.data import read_pairs
+    from prefmill.families.causal.chat import encode
+    from prefmill.families.mdlm.likelihood import all_masked_sums
+    from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
+    from prefmill.training.data import read_pairs
 
     toy = _run("toy_preferences", folder)
     sft = _run("mdlm_sft", folder, datasets=toy)
@@ -99,7 +99,8 @@ def _trained_differences(folder: Path) -> list[tuple[Floats, Floats]]:
 
 def _run(name: str, folder: Path, **inputs: Any) -> Any:
     """A stage of the demo, by hand."""
-    from prefmill.artifacts import Provenance, publish
+    from prefmill.core.artifact import Provenance
+    from prefmill.store.artifacts import publish
 
     stage = load_stage(name)
     output = folder / name

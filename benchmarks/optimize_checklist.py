@@ -30,22 +30,22 @@ from typing import Any
 
 import numpy as np
 
-from prefmill.artifacts import read
-from prefmill.checklist.engines import LexicalConfig
+from prefmill.checklist.engine import LexicalConfig
 from prefmill.checklist.items import Checklist, Item, Rule, save_checklist
 from prefmill.checklist.lexical import LexicalEngine
 from prefmill.checklist.optimize.held_out import checklist_scores as held_out_scores
 from prefmill.checklist.optimize.held_out import correlation, outer_training, permutation_test, permuted
 from prefmill.checklist.optimize.moments import Array
 from prefmill.checklist.optimize.selection import Design, SelectionRules, select
-from prefmill.config import validate
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.config import validate
+from prefmill.core.statistics import Resampling
 from prefmill.pipeline.plan import PipelineFile as Pipeline
 from prefmill.pipeline.plan import Plan, make_plan
 from prefmill.pipeline.worker import execute
-from prefmill.records import read_jsonl
-from prefmill.reviews import phrases
+from prefmill.reviews import synthetic_text as phrases
 from prefmill.reviews.generated import generate_paper
+from prefmill.store.artifacts import read
+from prefmill.store.jsonl import read_jsonl
 
 USEFUL = tuple(phrases.FACTORS)
 NOISE = {

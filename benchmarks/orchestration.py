@@ -32,7 +32,7 @@ from tests.slurm.cluster import Cluster
 # A stage that does nothing; a shard of it reads the same shard of the stage before.
 STAGE = '''"""Stage {number} of the benchmark."""
 from prefmill.config import StrictConfig
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 class Config(StrictConfig):
     """Nothing to choose."""
@@ -149,7 +149,7 @@ def prefmill_submit(folder: Path, stages: int, tasks: int) -> None:
     command = ["submit", "configs/pipelines/bench.yaml", "--cluster", "cluster.yaml", f"workspace={folder}/work"]
     environment = {"PYTHONPATH": f"{checkout}/lib:{checkout}", "PYTHONSAFEPATH": "1"}
     subprocess.run(
-        [sys.executable, "-m", "prefmill.cli", *command],
+        [sys.executable, "-m", "prefmill.cli.main", *command],
         cwd=checkout, env=os.environ | environment, check=True, capture_output=True,
     )  # fmt: skip
 

@@ -23,19 +23,19 @@ from datasets import Dataset
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
-from prefmill.causal.group_attention import use_group_attention
-from prefmill.causal.group_layout import encode_groups
-from prefmill.causal.image_batches import add_images
-from prefmill.causal.image_limits import ImageLimits
-from prefmill.causal.processing import load_processor
-from prefmill.causal.scorer import install, score_batch
-from prefmill.causal.vision import open_reader, with_images
-from prefmill.doors.group_dpo_trainer import GroupDPOTrainer
-from prefmill.preference.batches import GroupPart
-from prefmill.preference.data import PreferencePair, gather
-from prefmill.tiny.text import Shape, create_qwen2
-from prefmill.tiny.tokenizer import VISION_TOKENS, train_chat_tokenizer
-from prefmill.tiny.vision import create_qwen2_5_vl
+from prefmill.demo.text import Shape, create_qwen2
+from prefmill.demo.tokenizer import VISION_TOKENS, train_chat_tokenizer
+from prefmill.demo.vision import create_qwen2_5_vl
+from prefmill.families.causal.group_attention import use_group_attention
+from prefmill.families.causal.group_layout import encode_groups
+from prefmill.families.causal.image_batches import add_images
+from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.processing import load_processor
+from prefmill.families.causal.scorer import patch_forward, score_batch
+from prefmill.families.causal.vision import open_reader, with_images
+from prefmill.integrations.group_dpo_trainer import GroupDPOTrainer
+from prefmill.training.batches import GroupPart
+from prefmill.training.data import PreferencePair, gather
 
 SHAPE = Shape(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=768)
 RESPONSE, PAIRS = 150, ((0, 1), (0, 2), (0, 3))  # tokens; pairs by their responses
@@ -124,7 +124,7 @@ def _own_images(model: Any, base: Path, tokenizer: Any, question: str, answers: 
         reader.encode,
     )
     use_group_attention(model)
-    install(model)
+    patch_forward(model)
     model.train()
 
     def step() -> float:

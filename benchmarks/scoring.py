@@ -105,7 +105,8 @@ def main() -> None:
 
 def open_vllm(work: Work) -> Any:
     """The engine as score_reviews opens it."""
-    from prefmill.checklist.engines import VllmConfig, open_engine
+    from prefmill.checklist.engine import VllmConfig
+    from prefmill.checklist.engines import open_engine
     from prefmill.checklist.items import load_checklist
 
     config = VllmConfig(model_name_or_path=work.model, precision="fp32", include_paper="title_abstract",
@@ -142,7 +143,8 @@ def usual_script(work: Work, item_first: bool = True) -> Way:
 
 def transformers_engine(work: Work) -> Way:
     """This project's engine without vLLM."""
-    from prefmill.checklist.engines import TransformersConfig, open_engine
+    from prefmill.checklist.engine import TransformersConfig
+    from prefmill.checklist.engines import open_engine
     from prefmill.checklist.items import load_checklist
 
     config = TransformersConfig(model_name_or_path=work.model, precision="fp32", include_paper="title_abstract")

@@ -63,8 +63,8 @@ def _paper(rows: Sequence[Any]) -> tuple[Any, list[Any]]:
 def save_model(folder: Path, texts: Sequence[str]) -> None:
     """The model and a tokenizer of 4,000 words that spells yes and no in one token each."""
     from prefmill.checklist.items import load_checklist
-    from prefmill.tiny.text import Shape, create_qwen2, save
-    from prefmill.tiny.tokenizer import train_chat_tokenizer
+    from prefmill.demo.text import Shape, create_qwen2, save
+    from prefmill.demo.tokenizer import train_chat_tokenizer
 
     # A large vocabulary holds the prompt's own words whole; so must this one, or items would be too long.
     own = ["Yes No", "No Yes", "assistant Answer with one word, BEGIN REVIEW END REVIEW Title: Abstract:"]
@@ -78,9 +78,9 @@ def save_model(folder: Path, texts: Sequence[str]) -> None:
 
 def open_prompts(work: Work) -> Any:
     """The engines' own prompts for the model."""
-    from prefmill.causal.loading import load_tokenizer
     from prefmill.checklist.items import load_checklist
     from prefmill.checklist.prompts import Prompts
+    from prefmill.families.causal.loading import load_tokenizer
 
     return Prompts(load_tokenizer(work.model), load_checklist(), "title_abstract")
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.records import write_jsonl
-from prefmill.sdxl.family import SdxlBatch
-from prefmill.sdxl.noise import NoiseSchedule
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.families.sdxl.family import SdxlBatch
+from prefmill.families.sdxl.noise import NoiseSchedule
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
@@ -122,7 +123,7 @@ def make_pipeline(folder: Path) -> Artifact:
     """The small models as a pipeline's folder."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    from prefmill.tiny.tokenizer import train_clip_tokenizer
+    from prefmill.demo.tokenizer import train_clip_tokenizer
 
     tokenizer = train_clip_tokenizer([f"a picture, number {number}" for number in range(99)], 1000, 77)
     encoders = make_encoders(SMALL, len(tokenizer))

@@ -48,14 +48,14 @@ from benchmarks.sdxl_models import (
     run_unet,
     with_lora,
 )
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.preference.objectives import Settings
-from prefmill.sdxl.family import SdxlBatch, SdxlFamily
-from prefmill.sdxl.names import DiffusionObjective
-from prefmill.sdxl.noise import NoiseSchedule
-from prefmill.sdxl.objectives import DspoFactors, choose
-from prefmill.stage import Task, load_stage
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.stage import Task, load_stage
+from prefmill.families.sdxl.family import SdxlBatch, SdxlFamily
+from prefmill.families.sdxl.names import DiffusionObjective
+from prefmill.families.sdxl.noise import NoiseSchedule
+from prefmill.families.sdxl.objectives import DspoFactors, choose
+from prefmill.training.objectives import Settings
 
 BETA = 5000.0
 PAIRS_A_STEP, STEPS, WARM_UP, TURNS = 2, 4, 2, 3
@@ -147,7 +147,7 @@ class Recipe:
         from peft import LoraConfig
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-        from prefmill.sdxl.encoding import load_pixels
+        from prefmill.families.sdxl.encoding import load_pixels
 
         self.unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
         self.unet.add_adapter(
@@ -227,7 +227,7 @@ def run_stage(folder: Path, name: str, objective: str, model: Artifact, pairs: A
 @contextmanager
 def step_times() -> Iterator[list[float]]:
     """When each optimizer step ended."""
-    from prefmill.callbacks import StageCallback
+    from prefmill.training.callbacks import StageCallback
 
     original, times = StageCallback.on_step_end, []
 

@@ -4,5 +4,5 @@ set -euo pipefail
 cd "${PREFMILL_HOME:-${SLURM_SUBMIT_DIR:-.}}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 # In place of this shell, so that Slurm's warning reaches it.
-job() { exec "${PREFMILL_PYTHON:-.venv/bin/python}" -m prefmill.pipeline.job "$@"; }
+job() { exec "${PREFMILL_PYTHON:-.venv/bin/python}" -m prefmill.slurm.job "$@"; }
 stage() { job --stage "$@"; }

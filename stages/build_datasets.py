@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from prefmill.config import ExternalPath, StrictConfig
+from prefmill.core.config import ExternalPath, StrictConfig
+from prefmill.core.records import Decision, Modality
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.datasets.build import BuildRules, build_datasets
 from prefmill.datasets.pairs import PairRules, read_exclude
 from prefmill.datasets.registry import DatasetSplit
-from prefmill.records import Decision, Modality
-from prefmill.stage import Metrics, Reads, Stage, Task
 
 
 class BuildDatasetsConfig(StrictConfig):
@@ -68,6 +68,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

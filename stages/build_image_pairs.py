@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.config import StrictConfig
+from prefmill.core.config import StrictConfig
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.images.pair_sources import PairSource
 from prefmill.images.pairs import ImageSplitConfig, Labels
-from prefmill.stage import Metrics, Reads, Stage, Task
 
 
 class BuildImagePairsConfig(StrictConfig):
@@ -48,6 +48,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

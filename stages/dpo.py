@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import model_validator
 
-from prefmill.causal.image_limits import ImageLimits
-from prefmill.errors import PipelineError
-from prefmill.preference.config import PreferenceConfig
-from prefmill.preference.sources import PairSource, write_pairs
-from prefmill.records import Modality
-from prefmill.stage import Metrics, Reads, Stage, Task
-from prefmill.training import start_model
+from prefmill.core.errors import PipelineError
+from prefmill.core.records import Modality
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.training.loop import start_model
+from prefmill.training.preference_config import PreferenceConfig
 
 
 class DpoConfig(PreferenceConfig, PairSource, ImageLimits):
@@ -36,7 +36,7 @@ class DpoConfig(PreferenceConfig, PairSource, ImageLimits):
 
 def run(config: DpoConfig, task: Task) -> Metrics:
     """Train, and write the model as a plain Hugging Face folder."""
-    from prefmill.causal.dpo import train_dpo
+    from prefmill.families.causal.dpo import train_dpo
 
     policy = start_model(config, task, "policy")
     train, val = _pairs(config, task)
@@ -74,6 +74,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.causal.image_limits import ImageLimits
-from prefmill.causal.loading import Precision
-from prefmill.checklist.engines import EngineConfig, LexicalConfig
-from prefmill.config import ExternalPath
-from prefmill.errors import ConfigError
+from prefmill.checklist.engine import EngineConfig, LexicalConfig
+from prefmill.core.config import ExternalPath
+from prefmill.core.errors import ConfigError
+from prefmill.core.precision import Precision
+from prefmill.core.records import Modality
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.evaluation.generators import GenerationEngine, TransformersGeneration
 from prefmill.evaluation.rows import HUMAN
-from prefmill.records import Modality
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.families.causal.image_limits import ImageLimits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prefmill.checklist.items import Checklist
+    from prefmill.core.records import ReviewEvaluation
     from prefmill.evaluation.held_out import HeldOut
     from prefmill.evaluation.rows import Generation
-    from prefmill.records import ReviewEvaluation
 
 TRAINED = ("sft", "dpo")
 
@@ -72,7 +72,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     from prefmill.checklist.calibration import read_temperature
     from prefmill.checklist.engines import open_engine
     from prefmill.checklist.score import choose_checklist
-    from prefmill.evaluation.bootstrap import Resampling
+    from prefmill.core.statistics import Resampling
     from prefmill.evaluation.engine_agreement import engine_agreement
     from prefmill.evaluation.held_out import human_generations, read_held_out, score_generations
     from prefmill.evaluation.lineage import check_training
@@ -107,7 +107,7 @@ def _score_again(
     config: EvaluateConfig, task: Task, held_out: HeldOut, generations: Sequence[Generation], checklist: Checklist
 ) -> list[ReviewEvaluation]:
     from prefmill.evaluation.engine_agreement import SECOND_EVALUATIONS, score_again
-    from prefmill.records import write_jsonl
+    from prefmill.store.jsonl import write_jsonl
 
     assert config.second_engine is not None
     rows = score_again(generations, held_out.papers, config.second_engine, checklist, task.work, task.progress)
@@ -116,8 +116,8 @@ def _score_again(
 
 
 def _write_reviews(config: EvaluateConfig, task: Task, held_out: HeldOut) -> list[Generation]:
-    from prefmill.causal.generation import Sampling
     from prefmill.evaluation.model_reviews import ModelSource, Writing, write_reviews
+    from prefmill.families.causal.generation import Sampling
 
     source = ModelSource(
         name_or_path=_model_of(config, task),
@@ -170,6 +170,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.causal.loading import Precision
-from prefmill.config import ExternalPath, StrictConfig, runtime
-from prefmill.images.rows import ImageSplit
-from prefmill.stage import Metrics, Reads, Stage, Task
-from prefmill.training import start_model
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.image_rows import ImageSplit
+from prefmill.core.precision import Precision
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.training.loop import start_model
 
 
 class EvaluateImagesConfig(StrictConfig):
@@ -40,7 +40,7 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
     """Write the images of both models, `scores.jsonl`, `metrics.json` and `grids/`."""
     from pathlib import Path
 
-    from prefmill.evaluation.bootstrap import Resampling
+    from prefmill.core.statistics import Resampling
     from prefmill.images.evaluate import ImageEvaluation, evaluate_images
     from prefmill.images.generation import ImageSampling
 
@@ -88,6 +88,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -6,9 +6,9 @@ from functools import partial
 
 from pydantic import Field
 
-from prefmill.causal.loading import Precision
-from prefmill.config import ExternalPath, StrictConfig, runtime
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.precision import Precision
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 
 class GenerateImagesConfig(StrictConfig):
@@ -33,9 +33,9 @@ class GenerateImagesConfig(StrictConfig):
 
 def run(config: GenerateImagesConfig, task: Task) -> Metrics:
     """Write `images/`, `images.jsonl`, `prompts.jsonl` and `summary.json`; interrupted, it makes what is missing."""
+    from prefmill.families.sdxl.generator import choose_source, open_pipeline
     from prefmill.images.generate import GenerateImages, generate_images
     from prefmill.images.generation import ImageSampling
-    from prefmill.images.generator import choose_source, open_pipeline
 
     model, tuned = (task.optional_input(name) for name in ("model", "tuned"))
     source = choose_source(config, model, tuned, f"{task.stage}:{task.name}")
@@ -65,6 +65,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

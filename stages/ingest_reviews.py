@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.reviews.ingest import BadRowConfig, Rejects, collect, link, write_corpus
 from prefmill.reviews.papers import DocumentReader, PaperConfig, check_folders
 from prefmill.reviews.sources import Source
 from prefmill.reviews.splits import SplitConfig
 from prefmill.reviews.store import CorpusStore
-from prefmill.stage import Metrics, Stage, Task
 
 
 class IngestReviewsConfig(BadRowConfig, PaperConfig):
@@ -40,6 +40,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from prefmill.checklist.quality_config import JudgeQualityConfig
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 
 def run(config: JudgeQualityConfig, task: Task) -> Metrics:
     """Write `quality.json`, the rows behind it and, where one is fitted, `calibration.json`; print the conclusion."""
     from prefmill.checklist.quality import measure_quality
+    from prefmill.report.judge_story import tell_quality
 
-    return measure_quality(config, task)
+    return measure_quality(config, task, tell_quality)
 
 
 STAGE = Stage(
@@ -27,6 +28,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

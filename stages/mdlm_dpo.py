@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import model_validator
 
-from prefmill.errors import PipelineError
-from prefmill.mdlm.config import DiffusionPreferenceConfig
-from prefmill.preference.sources import PairSource, write_pairs
-from prefmill.records import Modality
-from prefmill.stage import Metrics, Reads, Stage, Task
-from prefmill.training import start_model
+from prefmill.core.errors import PipelineError
+from prefmill.core.records import Modality
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.families.mdlm.config import DiffusionPreferenceConfig
+from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.training.loop import start_model
 
 
 class MdlmDpoConfig(DiffusionPreferenceConfig, PairSource):
@@ -37,7 +37,7 @@ class MdlmDpoConfig(DiffusionPreferenceConfig, PairSource):
 
 def run(config: MdlmDpoConfig, task: Task) -> Metrics:
     """Train, and write the model as a plain Hugging Face folder."""
-    from prefmill.mdlm.dpo import train_diffusion_dpo
+    from prefmill.families.mdlm.dpo import train_diffusion_dpo
 
     policy = start_model(config, task, "policy")
     train, val = _pairs(config, task)
@@ -74,6 +74,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefmill.config import ExternalPath
-from prefmill.errors import ConfigError
-from prefmill.mdlm.evaluate_config import DiffusionEvaluationConfig
-from prefmill.records import Modality
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.config import ExternalPath
+from prefmill.core.errors import ConfigError
+from prefmill.core.records import Modality
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 
 
 class MdlmEvaluateConfig(DiffusionEvaluationConfig):
@@ -20,7 +20,7 @@ class MdlmEvaluateConfig(DiffusionEvaluationConfig):
 
 def run(config: MdlmEvaluateConfig, task: Task) -> Metrics:
     """Write `metrics.json`, `rows.jsonl` and `report.md`; the metrics are every figure of every model."""
-    from prefmill.mdlm.evaluation import evaluate_models
+    from prefmill.families.mdlm.evaluation import evaluate_models
 
     checkpoints = {name: task.optional_input(name) for name in ("before", "after")}
     models = {name: str(artifact.path) for name, artifact in checkpoints.items() if artifact is not None}
@@ -58,6 +58,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

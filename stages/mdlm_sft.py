@@ -6,13 +6,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from prefmill.config import ExternalPath
-from prefmill.errors import PipelineError
-from prefmill.mdlm.config import DiffusionTrainingConfig
-from prefmill.records import Modality
-from prefmill.stage import Metrics, Reads, Stage, Task
-from prefmill.tiny.text import Shape
-from prefmill.training import start_model
+from prefmill.core.config import ExternalPath
+from prefmill.core.errors import PipelineError
+from prefmill.core.records import Modality
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.demo.text import Shape
+from prefmill.families.mdlm.config import DiffusionTrainingConfig
+from prefmill.training.loop import start_model
 
 
 class MdlmSftConfig(DiffusionTrainingConfig):
@@ -30,7 +30,8 @@ class MdlmSftConfig(DiffusionTrainingConfig):
 
 def run(config: MdlmSftConfig, task: Task) -> Metrics:
     """Train, and write the model as a plain Hugging Face folder."""
-    from prefmill.mdlm.sft import new_model, train_diffusion_sft
+    from prefmill.demo.toy_language import new_model
+    from prefmill.families.mdlm.sft import train_diffusion_sft
 
     train, val = _chats(config, task)
     if config.new_model is None:
@@ -75,6 +76,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

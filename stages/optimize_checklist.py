@@ -12,8 +12,8 @@ from prefmill.checklist.optimize.config import (
     SelectConfig,
     StepName,
 )
-from prefmill.config import StrictConfig, runtime
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 
 class OptimizeChecklistConfig(StrictConfig):
@@ -48,6 +48,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.config import ExternalPath, StrictConfig
+from prefmill.core.config import ExternalPath, StrictConfig
+from prefmill.core.image_rows import DIMENSIONS, Dimension
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.images.rate import PeopleConfig, RateImages, RaterConfig, rate_images
-from prefmill.images.rows import DIMENSIONS, Dimension
-from prefmill.stage import Metrics, Reads, Stage, Task
 
 
 class RateImagesConfig(StrictConfig):
@@ -45,6 +45,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.artifacts import write_atomic
-from prefmill.config import StrictConfig
-from prefmill.errors import PipelineError
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.config import StrictConfig
+from prefmill.core.errors import PipelineError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 
 class ReportConfig(StrictConfig):
@@ -38,9 +38,9 @@ def _report_diffusion(config: ReportConfig, task: Task) -> Metrics:
     """On masked-diffusion models."""
     import json
 
-    from prefmill.evaluation.bootstrap import Resampling
-    from prefmill.evaluation.diffusion_sections import build_diffusion_report
-    from prefmill.evaluation.telemetry import cost_lines
+    from prefmill.core.statistics import Resampling
+    from prefmill.report.diffusion_sections import build_diffusion_report
+    from prefmill.report.training_logs import cost_lines
 
     checkpoints = (*task.inputs.get("mdlm_sft", ()), *task.inputs.get("mdlm_dpo", ()))
     resampling = Resampling(config.num_resamples, config.seed, config.confidence)
@@ -58,8 +58,8 @@ def _report_images(config: ReportConfig, task: Task) -> Metrics:
     """On tuned image models."""
     import json
 
-    from prefmill.evaluation.image_sections import ImageReportInputs, build_image_report
-    from prefmill.evaluation.telemetry import cost_lines
+    from prefmill.report.image_sections import ImageReportInputs, build_image_report
+    from prefmill.report.training_logs import cost_lines
 
     given = {name: task.inputs.get(name, ()) for name in ("images", "rewards", "tuned", "sweeps")}
     inputs = ImageReportInputs(given["images"], given["rewards"], given["tuned"], given["sweeps"])
@@ -74,9 +74,9 @@ def _report_reviews(config: ReportConfig, task: Task) -> Metrics:
     """On models that write reviews."""
     import json
 
-    from prefmill.evaluation.bootstrap import Resampling
-    from prefmill.evaluation.report import ReportInputs, build_report
-    from prefmill.evaluation.telemetry import cost_lines
+    from prefmill.core.statistics import Resampling
+    from prefmill.report.report import ReportInputs, build_report
+    from prefmill.report.training_logs import cost_lines
 
     inputs = ReportInputs(
         evaluations=task.inputs["evaluations"],
@@ -121,6 +121,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

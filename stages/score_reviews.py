@@ -6,9 +6,10 @@ from functools import partial
 
 from pydantic import Field
 
-from prefmill.checklist.engines import EngineConfig, LexicalConfig, open_engine
-from prefmill.config import ExternalPath, StrictConfig, runtime
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.checklist.engine import EngineConfig, LexicalConfig
+from prefmill.checklist.engines import open_engine
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 DEBUG_REVIEWS = 3  # of each shard, where no limit is given
 
@@ -57,6 +58,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from prefmill.errors import PipelineError
-from prefmill.sdxl.config import SdxlPreferenceConfig
-from prefmill.stage import Metrics, Reads, Stage, Task
-from prefmill.training import start_model
+from prefmill.core.errors import PipelineError
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.training.loop import start_model
 
 
 class SdxlDpoConfig(SdxlPreferenceConfig):
@@ -25,7 +25,7 @@ class SdxlDpoConfig(SdxlPreferenceConfig):
 
 def run(config: SdxlDpoConfig, task: Task) -> Metrics:
     """Train, and write the adapter as diffusers and ComfyUI read it, or the whole pipeline."""
-    from prefmill.sdxl.dpo import train_sdxl_dpo
+    from prefmill.families.sdxl.dpo import train_sdxl_dpo
 
     reward = task.optional_input("reward")
     if (config.objective == "dspo_rm") != (reward is not None):
@@ -53,6 +53,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from prefmill.causal.image_limits import ImageLimits
-from prefmill.errors import PipelineError
-from prefmill.preference.chats import ChatSource, write_chats
-from prefmill.records import Modality
-from prefmill.stage import Metrics, Reads, Stage, Task
-from prefmill.training import TrainingConfig, start_model
+from prefmill.core.errors import PipelineError
+from prefmill.core.records import Modality
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.pairs.chats import ChatSource, write_chats
+from prefmill.training.config import TrainingConfig
+from prefmill.training.loop import start_model
 
 
 class SftConfig(TrainingConfig, ChatSource, ImageLimits):
@@ -24,7 +25,7 @@ class SftConfig(TrainingConfig, ChatSource, ImageLimits):
 
 def run(config: SftConfig, task: Task) -> Metrics:
     """Train, and write the model as a plain Hugging Face folder."""
-    from prefmill.causal.sft import train_sft
+    from prefmill.families.causal.sft import train_sft
 
     model = start_model(config, task, "model")
     train, val = _chats(config, task)
@@ -62,6 +63,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.sweep.config import StudyConfig
 
 
@@ -12,9 +12,10 @@ class SweepConfig(StudyConfig):
 
 def run(config: SweepConfig, task: Task) -> Metrics:
     """Take trials until the study has all, then write `trials.jsonl`, `best.yaml` and `sweep.html`."""
+    from prefmill.report.sweep_page import sweep_page
     from prefmill.sweep.run import sweep
 
-    return sweep(config, task)
+    return sweep(config, task, sweep_page)
 
 
 STAGE = Stage(
@@ -37,6 +38,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from prefmill.config import StrictConfig
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.core.config import StrictConfig
+from prefmill.core.stage import Metrics, Stage, Task
 
 
 class TinyImageModelConfig(StrictConfig):
@@ -19,7 +19,7 @@ class TinyImageModelConfig(StrictConfig):
 
 def run(config: TinyImageModelConfig, task: Task) -> Metrics:
     """Write a plain diffusers or Hugging Face folder."""
-    from prefmill.tiny import build
+    from prefmill.demo.tiny_models import build
 
     build(config.architecture, task.output, config.seed)
     return {"architecture": config.architecture}
@@ -35,6 +35,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

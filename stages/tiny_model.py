@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from prefmill.causal.loading import Precision
-from prefmill.stage import Metrics, Reads, Stage, Task
-from prefmill.tiny.text import Shape
-from prefmill.training import TrainingConfig
+from prefmill.core.precision import Precision
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.demo.text import Shape
+from prefmill.training.config import TrainingConfig
 
 
 class TinyModelConfig(TrainingConfig):
@@ -35,9 +35,9 @@ class TinyModelConfig(TrainingConfig):
 
 def run(config: TinyModelConfig, task: Task) -> Metrics:
     """Learn a tokenizer, build a Qwen2, train it, and write both as a plain Hugging Face folder."""
-    from prefmill.tiny.pretrain import chat_texts, encode_chats, pretrain, training_chats
-    from prefmill.tiny.text import create_qwen2
-    from prefmill.tiny.tokenizer import train_chat_tokenizer
+    from prefmill.demo.pretrain import chat_texts, encode_chats, pretrain, training_chats
+    from prefmill.demo.text import create_qwen2
+    from prefmill.demo.tokenizer import train_chat_tokenizer
 
     chats = training_chats(task.input("corpus"))
     tokenizer = train_chat_tokenizer(chat_texts(chats), config.vocab_size)
@@ -57,6 +57,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.config import StrictConfig
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.core.config import StrictConfig
+from prefmill.core.stage import Metrics, Stage, Task
 
 
 class ToyImagePairsConfig(StrictConfig):
@@ -19,7 +19,7 @@ class ToyImagePairsConfig(StrictConfig):
 
 def run(config: ToyImagePairsConfig, task: Task) -> Metrics:
     """Write the pictures, `ratings.csv` and `pairs.jsonl`; the metrics are their counts."""
-    from prefmill.reward.samples import write_samples
+    from prefmill.demo.sample_pictures import write_samples
 
     return dict(
         write_samples(task.output, config.num_prompts, config.pairs_per_prompt, config.held_out_share, config.seed)
@@ -29,6 +29,6 @@ def run(config: ToyImagePairsConfig, task: Task) -> Metrics:
 STAGE = Stage(name="toy_image_pairs", config=ToyImagePairsConfig, run=run, root="data", writes="image_pairs")
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.config import StrictConfig
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.core.config import StrictConfig
+from prefmill.core.stage import Metrics, Stage, Task
 
 
 class ToyConfig(StrictConfig):
@@ -19,7 +19,7 @@ class ToyConfig(StrictConfig):
 
 def run(config: ToyConfig, task: Task) -> Metrics:
     """Write the datasets; the metrics are their rows."""
-    from prefmill.mdlm.toy import write_toy
+    from prefmill.demo.toy_language import write_toy
 
     return dict(write_toy(task.output, config.num_sft, config.num_pairs, config.num_prompts_held_out, config.seed))
 
@@ -27,6 +27,6 @@ def run(config: ToyConfig, task: Task) -> Metrics:
 STAGE = Stage(name="toy_preferences", config=ToyConfig, run=run, root="data", writes="preference_datasets")
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

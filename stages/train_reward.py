@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from prefmill.stage import Metrics, Reads, Stage, Task
-from prefmill.training import TrainingConfig, start_model
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.training.config import TrainingConfig
+from prefmill.training.loop import start_model
 
 _OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
 
@@ -46,7 +47,7 @@ class TrainRewardConfig(TrainingConfig):
 
 def run(config: TrainRewardConfig, task: Task) -> Metrics:
     """Train, measure on the held-out prompts, and write a plain Hugging Face folder."""
-    from prefmill.reward.train import RewardTraining, train_reward
+    from prefmill.families.reward.train import RewardTraining, train_reward
 
     wanted = RewardTraining(
         half=config.half,
@@ -76,6 +77,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -6,12 +6,12 @@ import json
 
 from pydantic import Field
 
-from prefmill.artifacts import write_atomic
-from prefmill.config import StrictConfig
+from prefmill.core.config import StrictConfig
+from prefmill.core.errors import PrefmillError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.datasets.validate import Limits, Part, Validation, validate_datasets
-from prefmill.datasets.validation_report import describe, error_table, to_markdown
-from prefmill.errors import PrefmillError
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.report.validation_report import describe, error_table, to_markdown
 
 
 class ValidateDatasetsConfig(StrictConfig):
@@ -75,6 +75,6 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -14,12 +14,12 @@ from typing import Any, get_args
 import pytest
 from PIL import Image
 
-from prefmill.config import validate
-from prefmill.errors import InputError
-from prefmill.images.rows import Dimension
-from prefmill.preference.formats import FORMS, detect
-from prefmill.records import read_jsonl
-from prefmill.stage import Task, load_stage
+from prefmill.core.config import validate
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import Dimension
+from prefmill.core.stage import Task, load_stage
+from prefmill.pairs.formats import FORMS, detect
+from prefmill.store.jsonl import read_jsonl
 from tests.conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from prefmill.core.stage import load_stage
 from prefmill.reviews.generated import generate
-from prefmill.stage import load_stage
 from tests.conftest import REPOSITORY
 from tests.documented_runs import DEMO, MDLM, DocumentedRun, shell
 from tests.e2e.pipeline_runs import SMALL

@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prefmill.preference import objectives
-from prefmill.preference.batches import GroupPart, plan_batches
-from prefmill.preference.data import Group, Pair
-from prefmill.preference.family import Family
-from prefmill.preference.objectives import PairScores, Settings, mix
-from prefmill.preference.telemetry import Telemetry
-from prefmill.preference.trainer import PreferenceData, PreferenceTrainer, plan_arguments
-from prefmill.records import read_jsonl
-from prefmill.stage import Task
+from prefmill.core.stage import Task
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training import objectives
+from prefmill.training.batches import GroupPart, plan_batches
+from prefmill.training.data import Group, Pair
+from prefmill.training.family import Family
+from prefmill.training.objectives import PairScores, Settings, mix
+from prefmill.training.telemetry import Telemetry
+from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 from tests.conftest import REPOSITORY
 
 _, OBJECTIVE, STAGE, FAMILY = re.split(r"^## ", (REPOSITORY / "docs" / "extending.md").read_text(), flags=re.MULTILINE)
@@ -71,7 +71,7 @@ def test_the_stage(tmp_path: Path) -> None:
         "  count_words: { set: { min_letters: 3 } }\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}/lib:{tmp_path}"}
-    command = [sys.executable, "-m", "prefmill.cli", "run", "pipeline.yaml"]
+    command = [sys.executable, "-m", "prefmill.cli.main", "run", "pipeline.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = {
@@ -92,7 +92,7 @@ def toy_pairs(count: int) -> list[Group]:
 
 
 def test_the_family(tmp_path: Path) -> None:
-    from prefmill.preference.config import PreferenceConfig
+    from prefmill.training.preference_config import PreferenceConfig
 
     names: dict[str, Any] = {
         "torch": torch, "Tensor": Tensor, "nn": nn, "dataclass": dataclass, "fields": fields, "Sequence": Sequence,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.stage import load_stage, stage_names
+from prefmill.core.stage import load_stage, stage_names
 from tests.conftest import REPOSITORY
 from tests.docs import messages
 

@@ -7,10 +7,10 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 
-from prefmill.checklist.engines import LexicalConfig, Outcome
+from prefmill.checklist.engine import LexicalConfig, Outcome
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.lexical import LexicalEngine
-from prefmill.records import Paper, Review
+from prefmill.core.records import Paper, Review
 
 Papers = Iterable[tuple[Paper, Sequence[Review]]]
 

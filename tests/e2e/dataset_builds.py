@@ -8,9 +8,9 @@ from typing import Any
 
 from review_artifacts import evaluate, make_corpus, make_scores, make_task
 
-from prefmill.artifacts import Artifact
-from prefmill.config import load
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import load
+from prefmill.core.stage import Task
 from stages.build_datasets import BuildDatasetsConfig, run
 
 TEXT = {"modalities": ["clean"]}

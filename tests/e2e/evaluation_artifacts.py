@@ -12,16 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.checklist.engines import LexicalConfig, open_engine
+from prefmill.checklist.engine import LexicalConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.stage import Task
 from prefmill.evaluation.held_out import HeldOut, human_generations, read_held_out, score_generations
 from prefmill.evaluation.record import write_evaluation
 from prefmill.evaluation.rows import HUMAN, Generation
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.reviews import phrases
+from prefmill.reviews import synthetic_text as phrases
 from prefmill.reviews.generated import compose, generate
-from prefmill.stage import Task
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from stages import build_datasets, validate_datasets
 
 WORDS = {slot: choices[0] for slot, choices in phrases.TITLE_SLOTS.items()} | {

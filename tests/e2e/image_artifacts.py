@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact, Provenance, publish
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.image_rows import GeneratedImage
+from prefmill.core.stage import Task
 from prefmill.images.files import inspect_image
-from prefmill.images.rows import GeneratedImage
-from prefmill.records import write_jsonl
-from prefmill.stage import Task
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 
 
 def draw(path: Path, seed: int, blur: float = 0.0, side: int = 32) -> Path:

@@ -7,16 +7,16 @@ from typing import Any
 
 from training_artifacts import publish_as
 
-from prefmill.artifacts import Artifact
-from prefmill.images.rows import ImagePair
-from prefmill.records import write_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.image_rows import ImagePair
+from prefmill.store.jsonl import write_jsonl
 
 PROMPTS = ("a red square on the left", "a blue circle", "two green lines", "a yellow sun over a hill")
 
 
 def make_sdxl(folder: Path, seed: int = 0) -> Artifact:
     """A tiny SDXL pipeline with random weights."""
-    from prefmill.tiny import build
+    from prefmill.demo.tiny_models import build
 
     build("sdxl", folder, seed)
     return publish_as(folder, "checkpoint")

@@ -12,10 +12,10 @@ from typing import Any
 from image_artifacts import draw, publish_as, task_for
 
 import stages.build_image_pairs as stage
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.stage import Task
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 Rows = list[dict[str, Any]]
 FIELDS = ["prompt_id", "left", "right", "rater", "dimension", "choice"]

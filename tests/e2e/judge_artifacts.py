@@ -13,11 +13,11 @@ from review_artifacts import Rows, make_artifact, make_rows, make_task
 
 import stages.judge_quality as stage
 import stages.score_reviews as score_reviews
-from prefmill.artifacts import Artifact
 from prefmill.checklist.items import Checklist, save_checklist
-from prefmill.config import validate
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.stage import Task
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 QUICK = {"num_probed": 0, "num_resamples": 1000}
 NUM_PAPERS = 40

@@ -8,9 +8,9 @@ from typing import Any
 
 from training_artifacts import make_task, publish_as
 
-from prefmill.artifacts import Artifact
-from prefmill.config import read_yaml, validate
-from prefmill.stage import load_stage
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import read_yaml, validate
+from prefmill.core.stage import load_stage
 from tests.conftest import REPOSITORY
 
 TOY: dict[str, Any] = {"num_sft": 64, "num_pairs": 48, "num_prompts_held_out": 6}

@@ -8,9 +8,9 @@ from typing import Any
 from review_artifacts import Rows, make_rows, make_task
 
 import stages.optimize_checklist as stage
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.stage import Task
 
 QUICK = {
     "select": {"min_labels": 40, "num_bootstrap": 10, "num_penalties": 8, "inner_folds": 3},

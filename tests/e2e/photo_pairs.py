@@ -13,9 +13,9 @@ import numpy as np
 from image_artifacts import publish_as
 from PIL import Image, ImageFilter
 
-from prefmill.artifacts import Artifact
-from prefmill.images.rows import HEADS, ImagePair
-from prefmill.records import write_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.image_rows import HEADS, ImagePair
+from prefmill.store.jsonl import write_jsonl
 
 SIDE = 32  # what the tiny CLIP sees: a smaller picture of the whole would hide what was done to it
 

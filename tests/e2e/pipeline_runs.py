@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import MANIFEST
-from prefmill.records import read_jsonl
-from prefmill.training import EXECUTED
+from prefmill.core.artifact import MANIFEST
+from prefmill.pipeline.attempts import EXECUTED
+from prefmill.store.jsonl import read_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "configs" / "pipelines" / "demo.yaml"
@@ -34,7 +34,7 @@ def prefmill(*arguments: str | Path, threads: int = 1) -> subprocess.CompletedPr
 
 def command(*arguments: str | Path) -> list[str]:
     """The words of `prefmill ARGUMENTS` in this very environment."""
-    return [sys.executable, "-m", "prefmill.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "prefmill.cli.main", *map(str, arguments)]
 
 
 def environment(threads: int = 1) -> dict[str, str]:

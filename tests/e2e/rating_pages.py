@@ -17,11 +17,11 @@ from typing import Any
 from image_artifacts import task_for
 
 import stages.rate_images as stage
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.stage import Task
 from prefmill.images.rate import PAGE_FILE, answers_file
-from prefmill.records import read_jsonl
-from prefmill.stage import Task
+from prefmill.store.jsonl import read_jsonl
 
 PATIENCE_SECONDS = 30.0
 

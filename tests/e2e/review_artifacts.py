@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact, Provenance, payload, publish
-from prefmill.records import write_jsonl
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.stage import Shard, Task
 from prefmill.reviews.generated import generate, quality_factors
-from prefmill.stage import Shard, Task
+from prefmill.store.artifacts import payload, publish
+from prefmill.store.jsonl import write_jsonl
 
 Rows = list[dict[str, Any]]
 SPLITS = ("train",) * 6 + ("val", "val", "dev", "test")

@@ -7,10 +7,10 @@ from typing import Any
 
 from training_artifacts import make_task, publish_as
 
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.stage import load_stage
-from prefmill.tiny import build
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.stage import load_stage
+from prefmill.demo.tiny_models import build
 
 SMALL: dict[str, Any] = {
     "precision": "fp32", "learning_rate": 3e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8,

@@ -9,10 +9,10 @@ from typing import Any
 from review_artifacts import Rows, make_task
 
 import stages.score_reviews as stage
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.records import read_jsonl
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.stage import Task
+from prefmill.store.jsonl import read_jsonl
 
 FILES = ["checklist.json", "failures.jsonl", "review_evaluations.jsonl", "summary.json", "truncated.jsonl"]
 NUM_PAPERS = 24

@@ -10,10 +10,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from prefmill.config import validate
-from prefmill.preference.config import PreferenceConfig
-from prefmill.stage import Task
-from prefmill.training import STEPS, TrainingConfig, read_curve
+from prefmill.core.config import validate
+from prefmill.core.stage import Task
+from prefmill.training.checkpoints import STEPS, read_curve
+from prefmill.training.config import TrainingConfig
+from prefmill.training.preference_config import PreferenceConfig
 from tests.conftest import REPOSITORY
 from tests.forked_ranks import forget_ranks, run_ranks, start_ranks
 
@@ -31,13 +32,13 @@ STRATEGIES = {
     "fsdp": {"fsdp": True},
 }
 SHARDS, KILL, ALONE = "shards.json", "kill", "alone"
-SLOW_IMPORTS = ("prefmill.causal.dpo", "prefmill.causal.sft", "torch.distributed.fsdp")
+SLOW_IMPORTS = ("prefmill.families.causal.dpo", "prefmill.families.causal.sft", "torch.distributed.fsdp")
 
 
 def train(folder: Path, keys: dict[str, Any]) -> None:
     """Preference training, or supervised training without a layout; says how much of the model this rank held."""
-    from prefmill.causal.dpo import train_dpo
-    from prefmill.causal.sft import train_sft
+    from prefmill.families.causal.dpo import train_dpo
+    from prefmill.families.causal.sft import train_sft
 
     (folder / "out").mkdir(parents=True, exist_ok=True)
     task = Task("r", "train", "clean", {}, {}, {}, folder / "out", folder / "logs")
@@ -85,7 +86,7 @@ def microbatches(keys: dict[str, Any]) -> int:
 
 def kill_at(call: int) -> None:
     """Have this process killed as it comes to its n-th microbatch."""
-    from prefmill.preference.trainer import PreferenceTrainer
+    from prefmill.training.trainer import PreferenceTrainer
 
     original, calls = PreferenceTrainer.training_step, []
 

@@ -12,9 +12,9 @@ import pytest
 from dataset_builds import Inputs, build, make_inputs, summary_of
 from review_artifacts import add_images, evaluate, make_rows, read_rows
 
-from prefmill.errors import InputError
-from prefmill.reviews.prompt import IMAGE_MARKER
-from prefmill.stage import Task
+from prefmill.core.errors import InputError
+from prefmill.core.records import IMAGE_MARKER
+from prefmill.core.stage import Task
 
 LLAMAFACTORY_TAGS = ("role", "content", "user", "assistant", "observation", "function", "system")
 

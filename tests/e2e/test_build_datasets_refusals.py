@@ -10,9 +10,9 @@ import pytest
 from dataset_builds import Inputs, build, make_inputs, summary_of
 from review_artifacts import evaluate, make_corpus, make_rows, make_scores
 
-from prefmill.config import load
-from prefmill.errors import ArtifactError, ConfigError, InputError, PrefmillError
-from prefmill.records import write_jsonl
+from prefmill.core.config import load
+from prefmill.core.errors import ArtifactError, ConfigError, InputError, PrefmillError
+from prefmill.store.jsonl import write_jsonl
 from stages.build_datasets import BuildDatasetsConfig
 
 

@@ -13,12 +13,12 @@ from image_artifacts import publish_as, task_for
 from image_rating_artifacts import NUM_PROMPTS, build, make_ratings, pairs, quarantine, rating, summary, sure
 
 import stages.build_image_pairs as stage
-from prefmill.artifacts import payload
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.images.rows import DIMENSIONS, HEADS
-from prefmill.records import read_jsonl
-from prefmill.stage import Task
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.image_rows import DIMENSIONS, HEADS
+from prefmill.core.stage import Task
+from prefmill.store.artifacts import payload
+from prefmill.store.jsonl import read_jsonl
 
 
 def test_the_preferred_image_does_not_depend_on_the_side(tmp_path: Path) -> None:

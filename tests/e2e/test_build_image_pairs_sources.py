@@ -24,8 +24,8 @@ from image_rating_artifacts import (
     write_ratings,
 )
 
-from prefmill.errors import InputError
-from prefmill.records import write_jsonl
+from prefmill.core.errors import InputError
+from prefmill.store.jsonl import write_jsonl
 
 
 def own_images(folder: Path, header: str = "prompt_id,prompt,file") -> Path:

@@ -10,10 +10,11 @@ import pytest
 from test_report import opens_cleanly
 from training_artifacts import make_task
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.config import validate
-from prefmill.errors import PipelineError
-from prefmill.records import write_jsonl
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.config import validate
+from prefmill.core.errors import PipelineError
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 from stages.report import STAGE, ReportConfig
 
 HOSTILE = "<script>alert(1)</script>{{ 7*7 }}<img src='http://127.0.0.1:9/x.png'>"

@@ -12,11 +12,11 @@ import pytest
 from safetensors.torch import load_file
 from training_artifacts import content, executed_steps, kill_after, make_checkpoint, make_datasets, make_task
 
-from prefmill.artifacts import Artifact
-from prefmill.config import identity, validate
-from prefmill.errors import ConfigError, InputError, PipelineError
-from prefmill.records import read_jsonl
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import identity, validate
+from prefmill.core.errors import ConfigError, InputError, PipelineError
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
 from stages.dpo import STAGE, DpoConfig, run
 from tests.tiny import pair_rows
 

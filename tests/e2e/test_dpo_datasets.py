@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from training_artifacts import make_datasets, make_task, publish_as
 
-from prefmill.artifacts import Artifact
-from prefmill.causal.chat import encode
-from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.config import validate
-from prefmill.errors import ConfigError, PipelineError
-from prefmill.preference.data import gather, read_pairs
-from prefmill.preference.sources import PairSource, write_pairs
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.families.causal.chat import encode
+from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
+from prefmill.training.data import gather, read_pairs
 from stages.dpo import DpoConfig, run
-from tests.unit.preference.test_formats import SAME
+from tests.unit.pairs.test_formats import SAME
 
 SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3, "num_train_epochs": 1, "precision": "fp32", "effective_batch_size": 4,
@@ -30,7 +30,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    from prefmill.tiny import build
+    from prefmill.demo.tiny_models import build
 
     return publish_as(build("qwen2", tmp_path_factory.mktemp("policy")), "checkpoint")
 
@@ -137,7 +137,7 @@ def test_what_it_refuses(policy: Artifact, tmp_path: Path) -> None:
 
 
 def test_mount_dir_takes_outputs_and_logs(tmp_path: Path) -> None:
-    from prefmill.pipeline.by_hand import stage_plan
+    from prefmill.pipeline.manual_submission import stage_plan
 
     write_jsonl(tmp_path / "rows.jsonl", [SAME["trl_messages"]])
     keys = [

@@ -10,13 +10,13 @@ import pytest
 from evaluation_artifacts import make_corpus, make_evaluation, make_task, publish_as
 from test_report import text_of, write_report
 
-from prefmill.artifacts import Artifact
 from prefmill.checklist.calibration import Calibration, judge_of, write_calibration
-from prefmill.config import load
-from prefmill.errors import ConfigError, InputError
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import load
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.statistics import Resampling
 from prefmill.evaluation.engine_agreement import SECOND_EVALUATIONS, engine_agreement
-from prefmill.records import read_jsonl
+from prefmill.store.jsonl import read_jsonl
 from stages.evaluate import STAGE, run
 from tests.tiny import save_tiny_qwen2
 

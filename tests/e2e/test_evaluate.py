@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from evaluation_artifacts import make_corpus, make_task, publish_as
 
-from prefmill import isolation
-from prefmill.artifacts import Artifact
-from prefmill.config import load
-from prefmill.errors import ConfigError, InputError, PipelineError
-from prefmill.records import read_jsonl, write_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import load
+from prefmill.core.errors import ConfigError, InputError, PipelineError
+from prefmill.distributed import isolation
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from stages.evaluate import STAGE, EvaluateConfig, run
 from tests.tiny import save_tiny_qwen2
 
@@ -119,7 +119,7 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(corpus: Artifact, base:
     child = (
         "import sys; sys.path[:0] = sys.argv[4:6]\n"
         "from pathlib import Path\n"
-        "from prefmill.artifacts import read\n"
+        "from prefmill.store.artifacts import read\n"
         "from test_evaluate import evaluate\n"
         "evaluate(read(Path(sys.argv[1])), Path(sys.argv[2]), read(Path(sys.argv[3])), model='base', batch_size=2)\n"
     )
@@ -209,8 +209,8 @@ def test_prompts_too_long_are_refused_or_left_out_and_counted(corpus: Artifact, 
 
 
 def _prompt_lengths(corpus: Artifact, base: Artifact) -> list[int]:
-    from prefmill.causal.generation import encode_prompts
-    from prefmill.causal.loading import load_tokenizer
+    from prefmill.families.causal.generation import encode_prompts
+    from prefmill.families.causal.loading import load_tokenizer
     from prefmill.reviews.prompt import review_messages
 
     papers = [row for row in read_jsonl(corpus.file("papers.jsonl")) if row["split"] == "test"]

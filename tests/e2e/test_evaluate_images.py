@@ -15,13 +15,14 @@ from PIL import Image
 from reward_artifacts import make_clip, make_reward, make_samples, run_stage
 from training_artifacts import content, make_task
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError, PipelineError
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError, PipelineError
+from prefmill.core.image_rows import HEADS
+from prefmill.core.statistics import Resampling
 from prefmill.images.evaluate import compare, conclusion
-from prefmill.images.rows import HEADS
-from prefmill.records import read_jsonl
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import read_jsonl
 from stages.evaluate_images import STAGE, EvaluateImagesConfig
 
 TUNING: dict[str, Any] = {

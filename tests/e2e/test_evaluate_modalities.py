@@ -14,14 +14,15 @@ from PIL import Image
 from pipeline_runs import REPOSITORY, executed, ran, run
 from test_report import opens_cleanly
 
-from prefmill.artifacts import Artifact
-from prefmill.causal.loading import load_model
-from prefmill.causal.processing import load_processor
-from prefmill.config import load, validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.records import Modality, read_jsonl, write_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import load, validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.records import Modality
+from prefmill.core.stage import load_stage
+from prefmill.families.causal.loading import load_model
+from prefmill.families.causal.processing import load_processor
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
-from prefmill.stage import load_stage
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from stages.evaluate import STAGE
 from stages.evaluate import run as evaluate_stage
 from tests.tiny import save_tiny_qwen2
@@ -69,7 +70,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny vision-language model with larger weights: as it comes, it says the same of every picture."""
-    from prefmill.tiny import build
+    from prefmill.demo.tiny_models import build
 
     folder = build("qwen2_5_vl", tmp_path_factory.mktemp("vl"))
     model = load_model(str(folder), precision="fp32")

@@ -16,13 +16,14 @@ from PIL import Image
 
 import prefmill.images.generation as generation
 import stages.generate_images as stage
-from prefmill import tiny
-from prefmill.artifacts import Artifact, payload
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.images.generator import ADAPTER_FILE, add_adapter, open_pipeline
-from prefmill.records import read_jsonl
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.stage import Task
+from prefmill.demo import tiny_models as tiny
+from prefmill.families.sdxl.generator import ADAPTER_FILE, add_adapter, open_pipeline
+from prefmill.store.artifacts import payload
+from prefmill.store.jsonl import read_jsonl
 
 NUM_PROMPTS = 5
 
@@ -44,7 +45,7 @@ def opened(model: Artifact) -> Any:
 @pytest.fixture(autouse=True)
 def open_once(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run of the same checkpoint takes the pipeline that is open already."""
-    monkeypatch.setattr("prefmill.images.generator.open_pipeline", lambda source: opened)
+    monkeypatch.setattr("prefmill.families.sdxl.generator.open_pipeline", lambda source: opened)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def stage_source(task: Task) -> Any:
-    from prefmill.images.generator import choose_source
+    from prefmill.families.sdxl.generator import choose_source
 
     return choose_source(settings(prompts="x"), task.input("model"), None, "test")
 

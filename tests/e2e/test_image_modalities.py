@@ -11,12 +11,14 @@ import torch
 from training_artifacts import content, kill_after, make_checkpoint, publish_as
 from training_artifacts import make_task as training_task
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.config import validate
-from prefmill.errors import InputError
-from prefmill.records import Modality, read_jsonl
-from prefmill.stage import Task, load_stage
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.config import validate
+from prefmill.core.errors import InputError
+from prefmill.core.records import Modality
+from prefmill.core.stage import Task, load_stage
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
 
 pytestmark = pytest.mark.slow
 MODALITIES: tuple[Modality, ...] = ("clean_images", "vision")
@@ -49,7 +51,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    from prefmill.tiny import build
+    from prefmill.demo.tiny_models import build
 
     return publish_as(build("qwen2_5_vl", tmp_path_factory.mktemp("vl")), "checkpoint")
 
@@ -80,7 +82,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, base: Artifact, datasets: Ar
 def test_sft_learns_and_writes_a_folder_that_transformers_loads(modality: str, tuned: dict[str, Path]) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from prefmill.causal.processing import load_processor
+    from prefmill.families.causal.processing import load_processor
 
     out = tuned[modality] / "out"
     assert losses(tuned[modality])[-1] < losses(tuned[modality])[0]
@@ -97,9 +99,9 @@ def test_the_first_loss_is_that_of_rows_one_at_a_time(
     tmp_path: Path, base: Artifact, datasets: Artifact, tuned: dict[str, Path]
 ) -> None:
     """The mean over the completions' tokens of a whole epoch in one step, by transformers' own forward."""
-    from prefmill.causal.image_limits import ImageLimits
-    from prefmill.causal.loading import load_model, load_tokenizer
-    from prefmill.causal.vision import open_reader, with_images
+    from prefmill.families.causal.image_limits import ImageLimits
+    from prefmill.families.causal.loading import load_model, load_tokenizer
+    from prefmill.families.causal.vision import open_reader, with_images
 
     path = datasets.path / "sft_vision_train" / "data.jsonl"
     rows = list(read_jsonl(path))
@@ -172,9 +174,9 @@ def test_dpo_killed_and_rerun_ends_with_the_same_bytes(
 def test_another_picture_makes_another_reference_key(base: Artifact, tmp_path: Path) -> None:
     from PIL import Image
 
-    from prefmill.causal.image_limits import ImageLimits
-    from prefmill.causal.loading import load_tokenizer
-    from prefmill.causal.vision import open_reader
+    from prefmill.families.causal.image_limits import ImageLimits
+    from prefmill.families.causal.loading import load_tokenizer
+    from prefmill.families.causal.vision import open_reader
 
     for name, colour in (("a.png", 1), ("b.png", 2)):
         Image.new("RGB", (60, 60), (colour, 0, 0)).save(tmp_path / name)
@@ -197,9 +199,9 @@ def test_the_loss_on_image_pairs_is_that_of_trl(tmp_path: Path, base: Artifact, 
     from PIL import Image
     from trl import DPOConfig, DPOTrainer
 
-    from prefmill.causal.loading import load_model
-    from prefmill.causal.processing import load_processor
-    from prefmill.records import write_jsonl
+    from prefmill.families.causal.loading import load_model
+    from prefmill.families.causal.processing import load_processor
+    from prefmill.store.jsonl import write_jsonl
 
     rows = list(read_jsonl(datasets.path / "dpo_vision_train" / "data.jsonl"))[:12]
     own = tmp_path / "own" / "dpo"

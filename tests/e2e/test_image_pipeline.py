@@ -14,8 +14,9 @@ import pytest
 from photo_pairs import write_photo_ratings
 from test_report import browse, opens_cleanly
 
-from prefmill.artifacts import Artifact, read_manifest
-from prefmill.records import read_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.store.artifacts import read_manifest
+from prefmill.store.jsonl import read_jsonl
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, photos: dict[str, tuple[
 
 def prefmill(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "prefmill.cli", *arguments], cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "prefmill.cli.main", *arguments], cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 

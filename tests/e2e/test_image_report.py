@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 from training_artifacts import make_task
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.config import identity, validate
-from prefmill.errors import PipelineError
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.config import identity, validate
+from prefmill.core.errors import PipelineError
+from prefmill.core.image_rows import HEADS
+from prefmill.core.statistics import Resampling
+from prefmill.families.reward.measures import measure_head
 from prefmill.images.evaluate import compare, conclusion
-from prefmill.images.rows import HEADS
-from prefmill.records import write_jsonl
-from prefmill.reward.measures import measure_head
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 from prefmill.sweep.config import StudyConfig
 from stages.report import STAGE, ReportConfig
 

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
-from prefmill.artifacts import Artifact, read, read_manifest, verify
-from prefmill.config import load
-from prefmill.errors import InputError, PrefmillError
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import load
+from prefmill.core.errors import InputError, PrefmillError
+from prefmill.core.stage import load_stage
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.worker import execute
-from prefmill.records import read_jsonl
 from prefmill.reviews.generated import generate
 from prefmill.reviews.join import papers_with_reviews
 from prefmill.reviews.store import CorpusStore
-from prefmill.stage import load_stage
+from prefmill.store.artifacts import read, read_manifest, verify
+from prefmill.store.jsonl import read_jsonl
 
 
 def planned(folder: Path, **config: Any) -> PlannedTask:

@@ -22,11 +22,12 @@ from judge_artifacts import (
 from review_artifacts import Rows, make_artifact, make_corpus, make_task
 
 import stages.judge_quality as stage
-from prefmill.artifacts import Artifact, payload
 from prefmill.checklist.items import Checklist, load_checklist
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.records import read_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.store.artifacts import payload
+from prefmill.store.jsonl import read_jsonl
 
 
 @pytest.fixture(scope="module")

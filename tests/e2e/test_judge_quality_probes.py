@@ -13,16 +13,18 @@ from review_artifacts import Rows, make_artifact, make_corpus, make_task
 
 import prefmill.checklist.quality as quality_module
 import stages.judge_quality as stage
-from prefmill.artifacts import Artifact, payload
-from prefmill.checklist.engines import LexicalConfig, TransformersConfig
+from prefmill.checklist.engine import LexicalConfig, TransformersConfig
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.checklist.judge_probes import CONTROL, END, FRONT, INJECTIONS, PADDED, UNCHANGED
 from prefmill.checklist.lexical import LexicalEngine
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.records import Answer, read_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.records import Answer
+from prefmill.core.stage import Task
 from prefmill.reviews.generated import generate
-from prefmill.stage import Task
+from prefmill.store.artifacts import payload
+from prefmill.store.jsonl import read_jsonl
 from tests.unit.checklist.conftest import make_tokenizer, save_tiny_model
 
 

@@ -11,11 +11,11 @@ from mdlm_artifacts import SMALL, make_model, make_toy, run_stage
 from safetensors.torch import load_file
 from training_artifacts import content, executed_steps, kill_after, make_task
 
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.errors import ArtifactError, ConfigError, PipelineError
-from prefmill.records import read_jsonl
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ArtifactError, ConfigError, PipelineError
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
 from stages.mdlm_dpo import STAGE, MdlmDpoConfig
 
 KEYS: dict[str, Any] = {**SMALL, "learning_rate": 2e-3, "diffusion_steps": 4}
@@ -63,14 +63,14 @@ def test_cached_references_are_those_computed_beside_the_policy(
     undisturbed: Path, policy: Artifact, datasets: Artifact
 ) -> None:
     """The reference's score of every pair of every step, anew from the checkpoint with the draws of that epoch."""
-    from prefmill.causal.dpo import load_groups
-    from prefmill.mdlm.family import Drawing, encode_responses
-    from prefmill.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
-    from prefmill.mdlm.scorer import install, score_batch
+    from prefmill.families.causal.dpo import load_groups
+    from prefmill.families.mdlm.family import Drawing, encode_responses
+    from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
+    from prefmill.families.mdlm.scorer import patch_forward, score_batch
 
     tokenizer = load_diffusion_tokenizer(str(policy.path))
     model = load_diffusion_model(str(policy.path), precision="fp32")
-    install(model, mask_token_id=mask_token_of(model, tokenizer))
+    patch_forward(model, mask_token_id=mask_token_of(model, tokenizer))
     config = validate(MdlmDpoConfig, KEYS)
     groups = load_groups(
         datasets.file("dpo_clean_train/data.jsonl"), tokenizer, config, make_task("x", undisturbed / "anew")

@@ -9,11 +9,11 @@ import pytest
 from mdlm_artifacts import make_model, make_toy, metrics_of, run_stage
 from training_artifacts import content
 
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.mdlm.toy import KIND_PATTERN
-from prefmill.records import read_jsonl, write_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.demo.toy_language import KIND_PATTERN
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from stages.mdlm_evaluate import MdlmEvaluateConfig
 
 KEYS: dict[str, Any] = {

@@ -9,11 +9,11 @@ import pytest
 from mdlm_artifacts import SHAPE, SMALL, make_toy, run_stage
 from training_artifacts import content, executed_steps, kill_after, publish_as
 
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError, PipelineError
-from prefmill.records import write_jsonl
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError, PipelineError
+from prefmill.store.jsonl import write_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
 from stages.mdlm_sft import MdlmSftConfig
 
 KEYS: dict[str, Any] = {**SMALL, "new_model": SHAPE, "learning_rate": 3e-3}
@@ -32,7 +32,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, datasets: Artifact) ->
 
 
 def test_it_learns_and_writes_a_plain_folder_that_still_attends_both_ways(undisturbed: Path) -> None:
-    from prefmill.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
+    from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
 
     evaluated = [row["eval_loss"] for row in read_curve(undisturbed / "logs" / STEPS) if "eval_loss" in row]
     assert len(evaluated) == 2

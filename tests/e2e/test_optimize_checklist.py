@@ -17,14 +17,15 @@ from review_artifacts import Rows, contents, make_artifact, make_corpus, make_ta
 
 import stages.optimize_checklist as stage
 import stages.score_reviews as score_reviews
-from prefmill.artifacts import Artifact, superseded
-from prefmill.checklist.engines import LexicalConfig
+from prefmill.checklist.engine import LexicalConfig
 from prefmill.checklist.items import load_checklist
 from prefmill.checklist.optimize import run as optimize_run
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.records import read_jsonl
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.stage import Task
+from prefmill.store.artifacts import superseded
+from prefmill.store.jsonl import read_jsonl
 
 FILES = [
     "export/optimal_checklist.json", "export/step.json", "export/summary.json", "optimal_checklist.json",

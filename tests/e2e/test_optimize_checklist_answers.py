@@ -14,16 +14,17 @@ from optimize_runs import dev_ids, make_half_dev_rows, optimize, task_of
 from review_artifacts import Rows, make_corpus
 
 from benchmarks.optimize_checklist import NOISE, USEFUL, draw, least_covered, run_stage, sample, shuffled_p_value
-from prefmill.artifacts import Artifact
-from prefmill.checklist.engines import LexicalConfig, Outcome
+from prefmill.checklist.engine import LexicalConfig, Outcome
 from prefmill.checklist.items import load_checklist
 from prefmill.checklist.lexical import LexicalEngine
 from prefmill.checklist.optimize import run as optimize_run
 from prefmill.checklist.optimize.config import ExportConfig
 from prefmill.checklist.optimize.export_step import write_export
-from prefmill.config import validate
-from prefmill.errors import InputError
-from prefmill.records import Paper, Review, read_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import InputError
+from prefmill.core.records import Paper, Review
+from prefmill.store.jsonl import read_jsonl
 
 
 @pytest.fixture(scope="module")

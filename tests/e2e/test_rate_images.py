@@ -12,12 +12,12 @@ from image_artifacts import bomb, draw, make_images, publish_as, task_for
 from rating_pages import rate, ratings
 
 import stages.rate_images as stage
-from prefmill.artifacts import payload
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.images.rows import DIMENSIONS
-from prefmill.records import read_jsonl
-from prefmill.stage import Task
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.image_rows import DIMENSIONS
+from prefmill.core.stage import Task
+from prefmill.store.artifacts import payload
+from prefmill.store.jsonl import read_jsonl
 
 
 def contents(task: Task) -> dict[str, bytes]:
@@ -68,7 +68,7 @@ def test_a_program_resumes_behind_the_blocks_it_has_scored(tmp_path: Path, monke
 def test_a_reward_model_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    import prefmill.reward.scoring as scoring
+    import prefmill.families.reward.scoring as scoring
 
     def score_images(folder: Path, prompts: list[str], paths: list[Path]) -> Any:
         assert folder == reward.path

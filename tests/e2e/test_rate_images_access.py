@@ -11,9 +11,9 @@ import pytest
 from image_artifacts import make_images, task_for
 from rating_pages import Asking, asking, rate
 
-from prefmill.artifacts import Artifact
-from prefmill.cli import main
-from prefmill.errors import ConfigError
+from prefmill.cli.main import main
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ConfigError
 from prefmill.images.rate import PAGE_FILE
 
 

@@ -14,11 +14,12 @@ from browser import Browser, Page, started
 from image_artifacts import draw, make_images, publish_as, task_for
 from rating_pages import Asking, answers, asking, rate, ratings
 
-from prefmill.artifacts import Artifact, payload
-from prefmill.errors import InputError
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import DIMENSIONS
 from prefmill.images.rate import PAGE_FILE, answers_file
-from prefmill.images.rows import DIMENSIONS
-from prefmill.records import read_jsonl
+from prefmill.store.artifacts import payload
+from prefmill.store.jsonl import read_jsonl
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> & </main>"
 
@@ -257,7 +258,7 @@ def test_sides_are_drawn_for_each_rater_and_stay(tmp_path: Path, images: Artifac
 def test_a_full_disk_is_said_and_leaves_no_half_answer(tmp_path: Path, images: Artifact) -> None:
     from prefmill.images.answers import AnswerBook, Session
     from prefmill.images.collection import check_images
-    from prefmill.images.own import image_of_row
+    from prefmill.images.custom_images import image_of_row
     from prefmill.images.rating import plan_matchups
     from prefmill.images.rating_server import RatingServer, RefusalError
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.config import validate
-from prefmill.pipeline.cluster import ClusterFile
+from prefmill.core.config import validate
 from prefmill.pipeline.plan import make_plan, read_pipeline
-from prefmill.pipeline.rehearsal import rehearsal_of
+from prefmill.slurm.cluster import ClusterFile
+from prefmill.slurm.rehearsal_plan import rehearsal_of
 from tests.conftest import REPOSITORY
 
 

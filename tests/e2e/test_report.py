@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from evaluation_artifacts import make_corpus, make_evaluation, make_task, make_training
 
-from prefmill.artifacts import RUN_RECORD, Artifact, publish
 from prefmill.checklist.items import load_checklist
-from prefmill.errors import ArtifactError, InputError
-from prefmill.records import write_jsonl
+from prefmill.core.artifact import RUN_RECORD, Artifact
+from prefmill.core.errors import ArtifactError, InputError
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 from stages.report import ReportConfig, run
 
 HOSTILE = '</p><script>document.title="owned"</script>"><img src=x onerror="document.title=\'owned\'"><style>*{}</style>{{ 7*7 }}'  # noqa: E501

@@ -13,12 +13,12 @@ from evaluation_artifacts import make_corpus, make_evaluation, make_task, publis
 
 import stages.judge_quality as judge_quality
 import stages.score_reviews as score_reviews
-from prefmill.artifacts import Artifact
 from prefmill.checklist.items import load_checklist, save_checklist
-from prefmill.config import validate
-from prefmill.evaluation.judge_section import judge_section
-from prefmill.evaluation.report import page_environment
-from prefmill.records import read_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.report.judge_section import judge_section
+from prefmill.report.report import page_environment
+from prefmill.store.jsonl import read_jsonl
 from stages.report import STAGE, ReportConfig, run
 
 HOSTILE = "</th><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -142,7 +142,7 @@ def test_every_measure_may_be_missing_or_hostile() -> None:
         "num_reviews": 1, "num_papers": 1, "num_unscored": 2, "labels": None, "probes": None,
     }  # fmt: skip
     full = {**bare, "settings": {"model_name_or_path": HOSTILE}, "temperature": 2.5, "labels": table, "probes": probes}
-    from prefmill.evaluation import judge_section as module
+    from prefmill.report import judge_section as module
 
     shared = {"conclusion": [HOSTILE], "confidence": 0.95, "num_unscored_labels": 1}
     made = [

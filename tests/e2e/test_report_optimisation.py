@@ -10,10 +10,10 @@ import pytest
 from evaluation_artifacts import make_corpus, make_evaluation, make_task, publish_as
 
 import stages.optimize_checklist as optimize_checklist
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.evaluation.optimisation import optimisation_section
-from prefmill.records import read_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.report.optimisation import optimisation_section
+from prefmill.store.jsonl import read_jsonl
 from stages.report import ReportConfig, run
 
 QUICK = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pipeline_runs import DEMO, REPOSITORY, SMALL, command, digests, environment, executed, prefmill, ran, run
 
-from prefmill.artifacts import MANIFEST
+from prefmill.core.artifact import MANIFEST
 from prefmill.pipeline.worker import is_running
 
 SAVE_STEPS = {"tiny_model": 10, "sft": 3, "dpo": 3}

@@ -11,12 +11,13 @@ from review_artifacts import Rows, contents, make_artifact, make_corpus, make_ro
 from score_runs import FILES, NUM_PAPERS, evaluations, score, task_of
 
 import stages.score_reviews as stage
-from prefmill.artifacts import Artifact, payload
-from prefmill.checklist.engines import LexicalConfig
+from prefmill.checklist.engine import LexicalConfig
 from prefmill.checklist.items import load_checklist, save_checklist
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.reviews.generated import quality_factors
+from prefmill.store.artifacts import payload
 
 
 @pytest.fixture(scope="module")

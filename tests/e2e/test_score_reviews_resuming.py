@@ -19,10 +19,11 @@ from review_artifacts import Rows, contents, make_corpus, make_rows
 from score_runs import FILES, NUM_PAPERS, evaluations, score, task_of
 
 import stages.score_reviews as stage
-from prefmill.artifacts import Artifact, payload
-from prefmill.checklist.engines import Outcome
-from prefmill.errors import InputError
-from prefmill.records import read_jsonl
+from prefmill.checklist.engine import Outcome
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.store.artifacts import payload
+from prefmill.store.jsonl import read_jsonl
 
 
 class UnorderedEngine(CountingEngine):
@@ -184,7 +185,7 @@ def test_a_full_disk_keeps_what_is_scored(tmp_path: Path, corpus: Artifact, monk
 
     task = task_of(tmp_path / "t", corpus)
     with monkeypatch.context() as patch:
-        patch.setattr("prefmill.records.os.fsync", full)
+        patch.setattr("prefmill.store.jsonl.os.fsync", full)
         with pytest.raises(OSError, match="No space"):
             score(task)
     assert payload(task.output) == []

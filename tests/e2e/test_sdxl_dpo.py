@@ -13,11 +13,11 @@ from mdlm_artifacts import run_stage
 from safetensors.torch import load_file
 from training_artifacts import content, executed_steps, kill_after, publish_as
 
-from prefmill.artifacts import Artifact
-from prefmill.config import load, validate
-from prefmill.errors import ArtifactError, ConfigError, InputError, PipelineError
-from prefmill.records import read_jsonl
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import load, validate
+from prefmill.core.errors import ArtifactError, ConfigError, InputError, PipelineError
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
 from stages.sdxl_dpo import STAGE, SdxlDpoConfig
 from tests.conftest import REPOSITORY
 
@@ -99,11 +99,11 @@ def test_cached_references_are_those_computed_anew(
     """Every reference error of every step: anew, one pair at a time, from the checkpoint, the image and the prompt."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from prefmill.sdxl.data import read_image_pairs
-    from prefmill.sdxl.encoding import encode_pixels, encode_prompt, load_encoders, load_pixels
-    from prefmill.sdxl.family import SdxlBatch, errors, predict
-    from prefmill.sdxl.loading import SdxlFolder
-    from prefmill.sdxl.noise import draw, load_schedule
+    from prefmill.families.sdxl.data import read_image_pairs
+    from prefmill.families.sdxl.encoding import encode_pixels, encode_prompt, load_encoders, load_pixels
+    from prefmill.families.sdxl.family import SdxlBatch, errors, predict
+    from prefmill.families.sdxl.loading import SdxlFolder
+    from prefmill.families.sdxl.noise import draw, load_schedule
 
     folder, device = SdxlFolder(model.path), torch.device("cpu")
     schedule, encoder = load_schedule(model.path, None), load_encoders(folder, "fp32")
@@ -135,8 +135,10 @@ def test_a_second_trial_computes_no_reference(
     tmp_path: Path, undisturbed: Path, model: Artifact, pairs: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another rate and rank, the same cache; and no VAE or text encoder is loaded."""
-    monkeypatch.setattr("prefmill.sdxl.reference.ReferenceErrors._values", lambda *_: pytest.fail("computed again"))
-    monkeypatch.setattr("prefmill.sdxl.encoding.load_encoders", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(
+        "prefmill.families.sdxl.reference.ReferenceErrors._values", lambda *_: pytest.fail("computed again")
+    )
+    monkeypatch.setattr("prefmill.families.sdxl.encoding.load_encoders", lambda *_: pytest.fail("encoded again"))
     keys = {**KEYS, "learning_rate": 3e-3, "lora": {"r": 2, "use_dora": False}, "cache_dir": str(cache)}
     run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)
     assert rows_of(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -175,7 +177,7 @@ def test_a_cache_of_another_reference_is_refused(tmp_path: Path, model: Artifact
 def test_half_of_the_prompts_are_left_to_the_judge(
     tmp_path: Path, model: Artifact, pairs: Artifact, cache: Path
 ) -> None:
-    from prefmill.reward.data import in_half
+    from prefmill.families.reward.data import in_half
 
     keys = {**KEYS, "half": "policy", "num_train_epochs": 1, "cache_dir": str(cache)}
     run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)

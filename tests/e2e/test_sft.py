@@ -11,12 +11,12 @@ import pytest
 import torch
 from training_artifacts import content, executed_steps, kill_after, make_checkpoint, make_datasets, make_task, sft_rows
 
-from prefmill.artifacts import Artifact
-from prefmill.causal.chat import encode
-from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.config import validate
-from prefmill.errors import ConfigError, PipelineError
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.families.causal.chat import encode
+from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.training.checkpoints import STEPS, read_curve
 from stages.sft import STAGE, SftConfig, run
 
 SETTINGS: dict[str, Any] = {

@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 from training_artifacts import make_datasets, make_task, publish_as
 
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError, PipelineError
-from prefmill.preference.chats import CHAT_FORMS, ChatSource, write_chats
-from prefmill.preference.formats import FORMS, detect
-from prefmill.preference.row_files import file_rows
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError, PipelineError
+from prefmill.pairs.chats import CHAT_FORMS, ChatSource, write_chats
+from prefmill.pairs.formats import FORMS, detect
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.store.row_files import file_rows
+from prefmill.training.checkpoints import STEPS, read_curve
 from stages.sft import SftConfig, run
 from tests.conftest import REPOSITORY
-from tests.unit.preference.test_formats import SAME
+from tests.unit.pairs.test_formats import SAME
 
 USER, SYSTEM = {"role": "user", "content": "Q?"}, {"role": "system", "content": "Be brief."}
 GOOD = {"role": "assistant", "content": "good"}
@@ -90,7 +90,7 @@ def test_images_of_shared_chats(shared_data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    from prefmill.tiny import build
+    from prefmill.demo.tiny_models import build
 
     return publish_as(build("qwen2", tmp_path_factory.mktemp("base")), "checkpoint")
 
@@ -120,7 +120,7 @@ def test_it_trains_on_shared_pairs(name: str, shared_data: Path, base: Artifact,
 
 
 def test_the_examples_configuration_trains(base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefmill.config import load
+    from prefmill.core.config import load
 
     monkeypatch.chdir(REPOSITORY)
     config = load(SftConfig, REPOSITORY / "configs" / "sft" / "own_chats.yaml")

@@ -25,12 +25,13 @@ from strategy_runs import (
     train_on,
 )
 
-from prefmill.artifacts import digest_path
-from prefmill.config import validate
-from prefmill.errors import ConfigError
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.strategies import sharding_arguments
-from prefmill.training import EXECUTED, TrainingConfig
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError
+from prefmill.core.files import digest_path
+from prefmill.distributed.sharding import sharding_arguments
+from prefmill.pipeline.attempts import EXECUTED
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.training.config import TrainingConfig
 from tests.forked_ranks import end_codes, import_before_the_forks
 from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from strategy_runs import KEYS, SLOW_IMPORTS, STRATEGIES, largest_difference, losses, shares, train_on
 
-from prefmill.records import write_jsonl
+from prefmill.store.jsonl import write_jsonl
 from tests.forked_ranks import import_before_the_forks
 from tests.tiny import pair_rows, save_tiny_qwen2
 
@@ -42,7 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts of which half have an image."""
-    from prefmill.tiny import build
+    from prefmill.demo.tiny_models import build
 
     folder = tmp_path_factory.mktemp("images")
     build("qwen2_5_vl", folder / "model")

@@ -15,12 +15,13 @@ import yaml
 from reward_artifacts import make_clip, make_reward, make_samples
 from training_artifacts import make_task
 
-from prefmill.artifacts import Artifact, read
-from prefmill.config import load, validate
-from prefmill.errors import ConfigError
-from prefmill.pipeline.worker import end_with_parent
-from prefmill.records import read_jsonl
-from prefmill.stage import load_stage, stage_names
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import load, validate
+from prefmill.core.errors import ConfigError
+from prefmill.core.stage import load_stage, stage_names
+from prefmill.distributed.isolation import end_with_parent
+from prefmill.store.artifacts import read
+from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep.claims import read_claim
 from stages.sweep import STAGE, SweepConfig
 from tests.conftest import REPOSITORY

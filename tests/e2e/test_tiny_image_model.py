@@ -8,7 +8,7 @@ import pytest
 from image_artifacts import publish_as, task_for
 
 import stages.tiny_image_model as stage
-from prefmill.config import validate
+from prefmill.core.config import validate
 
 
 @pytest.mark.slow

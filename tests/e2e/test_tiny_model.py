@@ -10,11 +10,11 @@ import torch
 from review_artifacts import make_corpus, make_rows
 from training_artifacts import content, executed_steps, kill_after, make_task
 
-from prefmill.artifacts import Artifact
-from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.training.checkpoints import STEPS, read_curve
 from stages.tiny_model import TinyModelConfig, run
 
 SETTINGS: dict[str, Any] = {

@@ -10,8 +10,8 @@ from PIL import Image
 from reward_artifacts import make_samples
 from training_artifacts import content
 
-from prefmill.images.rows import DIMENSIONS, HEADS
-from prefmill.records import read_jsonl
+from prefmill.core.image_rows import DIMENSIONS, HEADS
+from prefmill.store.jsonl import read_jsonl
 
 
 def test_what_it_writes(tmp_path: Path) -> None:

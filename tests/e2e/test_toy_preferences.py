@@ -8,9 +8,9 @@ from pathlib import Path
 from mdlm_artifacts import make_toy
 from training_artifacts import content
 
-from prefmill.mdlm.toy import KIND_PATTERN
-from prefmill.preference.data import read_pairs
-from prefmill.records import read_jsonl
+from prefmill.demo.toy_language import KIND_PATTERN
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.data import read_pairs
 
 
 def test_what_it_writes(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from photo_pairs import make_photo_pairs
 from reward_artifacts import SMALL, make_clip, make_samples, run_stage
 from training_artifacts import content, executed_steps, kill_after, publish_as
 
-from prefmill.artifacts import Artifact
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
-from prefmill.images.rows import HEADS
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.training import STEPS, read_curve
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.image_rows import HEADS
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
 from stages.train_reward import TrainRewardConfig
 
 KNOWN: dict[str, Any] = {
@@ -75,7 +75,7 @@ def test_it_learns_from_ln_2_on_and_writes_what_the_page_says(undisturbed: Path,
 
 
 def test_scores_are_those_it_was_measured_by(undisturbed: Path, pairs: Artifact) -> None:
-    from prefmill.reward.scoring import score_images
+    from prefmill.families.reward.scoring import score_images
 
     rows = {row["pair_id"]: row for row in read_jsonl(pairs.file("pairs.jsonl"))}
     predicted = list(read_jsonl(undisturbed / "out" / "predictions.jsonl"))[:4]

@@ -10,7 +10,7 @@ import pytest
 from review_artifacts import Rows, make_artifact, make_corpus, make_scores, make_task, read_rows
 from validation_runs import Inputs, build_all, failures, report_of, validate
 
-from prefmill.config import load
+from prefmill.core.config import load
 from stages import build_datasets
 
 

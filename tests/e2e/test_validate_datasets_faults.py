@@ -12,7 +12,7 @@ import pytest
 from review_artifacts import Rows, edit_rows, make_artifact, make_corpus, make_rows, read_rows
 from validation_runs import Inputs, build, build_all, failures, report_of, validate
 
-from prefmill.errors import PrefmillError
+from prefmill.core.errors import PrefmillError
 
 
 @pytest.fixture(scope="module")

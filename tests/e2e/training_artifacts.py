@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact, Provenance, payload, publish
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Task
-from prefmill.training import EXECUTED
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.stage import Task
+from prefmill.pipeline.attempts import EXECUTED
+from prefmill.store.artifacts import payload, publish
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 
 Rows = list[dict[str, Any]]
@@ -91,7 +92,7 @@ def kill_after(steps: int, folder: Path, work: Callable[[], object]) -> None:
 
 
 def _slowed(work: Callable[[], object]) -> None:
-    from prefmill.callbacks import StageCallback
+    from prefmill.training.callbacks import StageCallback
 
     original = StageCallback.on_step_end
 

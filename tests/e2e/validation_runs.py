@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from review_artifacts import Rows, add_images, evaluate, make_artifact, make_corpus, make_rows, make_scores, make_task
 
-from prefmill.artifacts import Artifact
-from prefmill.config import load
-from prefmill.errors import PrefmillError
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import load
+from prefmill.core.errors import PrefmillError
+from prefmill.core.stage import Task
 from stages import build_datasets, validate_datasets
 
 Inputs = dict[str, tuple[Artifact, ...]]

@@ -44,7 +44,7 @@ class Site:
 
     def prefmill(self, *arguments: str, seconds: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of prefmill with this checkout's code."""
-        return self.run([sys.executable, "-m", "prefmill.cli", *arguments], seconds, **environment)
+        return self.run([sys.executable, "-m", "prefmill.cli.main", *arguments], seconds, **environment)
 
     def run(self, command: list[str], seconds: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the checkout."""

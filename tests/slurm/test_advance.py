@@ -29,7 +29,7 @@ def test_two_at_once_resubmit_the_failed_element_once_and_its_siblings_not_at_al
     site.submit("toy", "run=twice", "make.fail_first=1")  # with no job that looks after it
     site.submit("toy", "run=calm")
     site.wait(lambda: len(site.queue()) == 2 and "DependencyNeverSatisfied" in "".join(site.queue()))  # use_1, join
-    command = [sys.executable, "-m", "prefmill.cli", "advance", "twice", *where(site)]
+    command = [sys.executable, "-m", "prefmill.cli.main", "advance", "twice", *where(site)]
     environment = {"PYTHONPATH": f"{site.checkout}/lib:{site.checkout}", "PATH": "/usr/bin:/bin"}
     both = [
         subprocess.Popen(

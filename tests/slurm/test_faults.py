@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from prefmill.pipeline.failures import Evidence, classify
-from prefmill.pipeline.slurm import accounting
+from prefmill.slurm.failures import Evidence, classify
+from prefmill.slurm.jobs import accounting
 from tests.slurm.conftest import Site
 from tests.slurm.test_job import attempts, rows, steps
 from tests.slurm.test_submit import digests, jobs

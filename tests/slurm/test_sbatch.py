@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.pipeline.cluster import SIGNAL_SECONDS
+from prefmill.slurm.cluster import SIGNAL_SECONDS
 from tests.conftest import REPOSITORY
 from tests.slurm.conftest import Site
 from tests.slurm.test_job import go_on, rows, warn

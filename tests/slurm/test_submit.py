@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.artifacts import read_manifest
+from prefmill.store.artifacts import read_manifest
 from tests.slurm.conftest import Site
 
 pytestmark = pytest.mark.slow

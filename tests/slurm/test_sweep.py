@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.artifacts import read_manifest
-from prefmill.records import read_jsonl
+from prefmill.store.artifacts import read_manifest
+from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep.claims import read_claim
 from tests.conftest import REPOSITORY
 from tests.slurm.conftest import Site

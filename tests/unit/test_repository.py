@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.config import load, read_yaml
+from prefmill.core.config import load, read_yaml
+from prefmill.core.stage import describe_stages, load_stage, stage_names
 from prefmill.pipeline.plan import make_plan, read_pipeline
-from prefmill.stage import describe_stages, load_stage, stage_names
 from tests.conftest import left_out
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,7 +58,8 @@ def test_every_config_loads() -> None:
 
 def test_stages_and_the_command_line_import_nothing_heavy() -> None:
     code = (
-        "import sys, prefmill.cli, prefmill.pipeline.local, prefmill.pipeline.status; from prefmill.stage import *\n"
+        "import sys, prefmill.cli.main, prefmill.pipeline.local, prefmill.slurm.status\n"
+        "from prefmill.core.stage import *\n"
         "for name in stage_names(): load_stage(name)\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
@@ -74,7 +75,7 @@ def test_help_and_status_answer_at_once(command: list[str], tmp_path: Path) -> N
     seconds = []  # of processor time, which is what passes on a machine with nothing else to do
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "prefmill.cli", *arguments], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "prefmill.cli.main", *arguments], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefmill.checklist.engines import VllmConfig, open_engine
+from prefmill.checklist.engine import VllmConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
 from prefmill.reviews.generated import generate
 from tests.conftest import left_out

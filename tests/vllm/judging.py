@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefmill.checklist.engines import Outcome
+from prefmill.checklist.engine import Outcome
 
 TOLERANCE = 1e-4
 HOSTILE = {

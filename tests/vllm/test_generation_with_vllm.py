@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from prefmill.artifacts import Artifact
-from prefmill.causal.generation import Sampling
-from prefmill.causal.image_limits import ImageLimits
-from prefmill.errors import ConfigError, InputError
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.evaluation.generators import GenerationEngine, TransformersGeneration, VllmGeneration
 from prefmill.evaluation.held_out import read_held_out
 from prefmill.evaluation.model_reviews import WRITTEN, ModelSource, Writing, write_reviews
-from prefmill.records import read_jsonl
+from prefmill.families.causal.generation import Sampling
+from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.store.jsonl import read_jsonl
 from stages.evaluate import EvaluateConfig, run
 from tests.conftest import left_out
 from tests.e2e.evaluation_artifacts import make_corpus, make_task

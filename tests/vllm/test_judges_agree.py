@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 import stages.judge_quality as stage
-from prefmill.artifacts import Artifact
 from prefmill.checklist.calibration import judge_of
-from prefmill.checklist.engines import Engine, TransformersConfig, open_engine
+from prefmill.checklist.engine import Engine, TransformersConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist, save_checklist
-from prefmill.config import validate
-from prefmill.records import read_jsonl, write_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.e2e.review_artifacts import make_artifact, make_corpus, make_rows, make_task
 
 pytestmark = pytest.mark.slow

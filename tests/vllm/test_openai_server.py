@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from prefmill.artifacts import Provenance, publish
-from prefmill.checklist.engines import OpenAIConfig, TransformersConfig, open_engine
+from prefmill.checklist.engine import OpenAIConfig, TransformersConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
-from prefmill.errors import ConfigError
-from prefmill.records import read_jsonl, write_jsonl
+from prefmill.core.artifact import Provenance
+from prefmill.core.errors import ConfigError
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.conftest import REPOSITORY
 from tests.loopback import Loopback, Reply, forward, serving
 from tests.vllm.judging import HOSTILE, close, p_yes, papers

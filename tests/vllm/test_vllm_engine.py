@@ -10,12 +10,14 @@ import pytest
 
 import stages.score_reviews as stage
 from benchmarks.scoring_work import distinct_tokens
-from prefmill.artifacts import Provenance, publish
-from prefmill.checklist.engines import TransformersConfig, open_engine
+from prefmill.checklist.engine import TransformersConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
-from prefmill.config import validate
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Task
+from prefmill.core.artifact import Provenance
+from prefmill.core.config import validate
+from prefmill.core.stage import Task
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.vllm.judging import HOSTILE, TOLERANCE, close, p_yes, papers
 
 pytestmark = pytest.mark.slow

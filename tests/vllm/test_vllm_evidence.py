@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from prefmill.checklist.engines import TransformersConfig, VllmConfig, open_engine
+from prefmill.checklist.engine import TransformersConfig, VllmConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
 from tests.quoting import QUOTED, TRAINING_WORDS, save_quoting_model
 from tests.unit.checklist.conftest import make_tokenizer

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.evaluation.bootstrap import MIN_PAPERS, Resampling, means, statistic
-from prefmill.evaluation.metrics import ranks
+from prefmill.core.statistics import MIN_PAPERS, Resampling, means, ranks, statistic
 
 Array = NDArray[np.float64]
 Found = dict[str, Any]

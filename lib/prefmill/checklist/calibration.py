@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.artifacts import Artifact, write_atomic
 from prefmill.checklist.optimize.selection import assign_folds
-from prefmill.errors import ConfigError, InputError
-from prefmill.records import Answer
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.records import Answer
 
 CALIBRATION = "calibration.json"
 NUM_BINS = 10

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
-from prefmill.checklist.engines import OpenAIConfig
-from prefmill.errors import ConfigError, InputError, PrefmillError
+from prefmill.checklist.engine import OpenAIConfig
+from prefmill.core.errors import ConfigError, InputError, PrefmillError
 
 LONGEST_WAIT_SECONDS = 60.0
 _TRANSIENT = {408, 409, 425, 429}  # and every 5xx

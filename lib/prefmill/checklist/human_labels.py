@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefmill.checklist.label_files import LabelFile
-from prefmill.config import nearest
-from prefmill.errors import InputError
+from prefmill.core.config import nearest
+from prefmill.core.errors import InputError
 
 COLUMNS = ("review_id", "item_id", "label")
 _ANSWERS = {"yes": True, "1": True, "true": True, "no": False, "0": False, "false": False}

@@ -8,9 +8,9 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from prefmill.artifacts import write_atomic
 from prefmill.checklist.patterns import compile_patterns
-from prefmill.config import StrictConfig, read_yaml, validate
+from prefmill.core.config import StrictConfig, read_yaml, validate
+from prefmill.core.files import write_atomic
 
 SHIPPED = Path(__file__).with_name("default.yaml")
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.blocks import Progress, resumable_blocks
-from prefmill.checklist.engines import Engine
+from prefmill.checklist.engine import Engine
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.lexical import CompiledRule, Sentences
-from prefmill.records import Paper, Review
+from prefmill.core.records import Paper, Review
+from prefmill.store.resumable import Progress, resumable_blocks
 
 UNCHANGED, FRONT, END, PADDED, CONTROL = "unchanged", "evidence_first", "evidence_last", "padded", "neutral_line"
 # Written at the end of a review, next to the question that comes after it. Ours, and meant to be crude.

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from prefmill.artifacts import Artifact
-from prefmill.checklist.engines import AnyEngineConfig, EngineConfig
+from prefmill.checklist.engine import AnyEngineConfig, EngineConfig
 from prefmill.checklist.items import Checklist, load_checklist
 from prefmill.checklist.judge_probes import Sampled
-from prefmill.datasets.scored import CHECKLIST, check_inputs, scored_papers
-from prefmill.errors import InputError
-from prefmill.evaluation.text_statistics import words
-from prefmill.records import Answer, Paper, Review, ReviewEvaluation, Split
+from prefmill.checklist.scored import CHECKLIST, check_inputs, scored_papers
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.records import Answer, Paper, Review, ReviewEvaluation, Split
+from prefmill.reviews.text_statistics import words
 
 SUMMARY = "summary.json"
 Array = NDArray[np.float64]

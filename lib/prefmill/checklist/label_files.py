@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from functools import reduce
 from itertools import pairwise
 from operator import or_
 
-from prefmill.checklist.engines import Engine, LexicalConfig, Outcome
+from prefmill.checklist.engine import Engine, LexicalConfig, Outcome
 from prefmill.checklist.items import Checklist, Rule
 from prefmill.checklist.patterns import Pattern, compile_patterns
-from prefmill.errors import ConfigError
-from prefmill.records import Answer, Paper, Review
+from prefmill.core.errors import ConfigError
+from prefmill.core.records import Answer, Paper, Review
 
 EVIDENCE_CHARACTERS = 160
 MAX_SENTENCE_CHARACTERS = 1000  # text without full stops is cut here, which bounds the time a pattern can take

@@ -7,15 +7,15 @@ import math
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefmill.causal.loading import load_tokenizer
 from prefmill.checklist.completions import Completions, RefusedError
-from prefmill.checklist.engines import OpenAIConfig, Outcome
+from prefmill.checklist.engine import OpenAIConfig, Outcome
 from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of, yes_places
 from prefmill.checklist.prompts import Prompts, TokenIds
-from prefmill.errors import ConfigError, InputError, PrefmillError
-from prefmill.records import Paper, Review
+from prefmill.core.errors import ConfigError, InputError, PrefmillError
+from prefmill.core.records import Paper, Review
+from prefmill.families.causal.loading import load_tokenizer
 
 if TYPE_CHECKING:
     import httpx

@@ -13,7 +13,7 @@ from prefmill.checklist.agreement import agreement, mean_shift
 from prefmill.checklist.calibration import tempered
 from prefmill.checklist.judge_probes import CONTROL, END, FRONT, INJECTIONS, PADDED, UNCHANGED
 from prefmill.checklist.judge_scores import Judge
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.statistics import Resampling
 
 Array = NDArray[np.float64]
 Found = dict[str, Any]

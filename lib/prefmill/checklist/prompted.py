@@ -8,11 +8,11 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from prefmill.checklist.engines import Engine, Outcome
+from prefmill.checklist.engine import Engine, Outcome
 from prefmill.checklist.evidence import verified_quote
 from prefmill.checklist.prompts import Prompts, TokenIds
-from prefmill.errors import ConfigError
-from prefmill.records import Answer, Paper, Review
+from prefmill.core.errors import ConfigError
+from prefmill.core.records import Answer, Paper, Review
 
 _DECIMALS = 6  # of a probability in a row: float32 gives no more
 

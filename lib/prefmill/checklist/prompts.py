@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefmill.checklist.engines import IncludePaper
+from prefmill.checklist.engine import IncludePaper
 from prefmill.checklist.evidence import OPENING, REQUEST
 from prefmill.checklist.items import Checklist
-from prefmill.errors import InputError
-from prefmill.records import Paper
+from prefmill.core.errors import InputError
+from prefmill.core.records import Paper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from prefmill.artifacts import Artifact, write_atomic
 from prefmill.checklist.agreement import agreement, rank_correlation
 from prefmill.checklist.calibration import Calibration, calibrate, judge_of, write_calibration
-from prefmill.checklist.engines import Engine, open_engine
+from prefmill.checklist.engine import Engine
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.human_labels import Label, read_item_labels
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.judge_probes import ask, sample
@@ -20,11 +20,12 @@ from prefmill.checklist.judge_scores import Judge, Scored, read_judge, sampled_r
 from prefmill.checklist.optimize.candidates import with_paraphrases
 from prefmill.checklist.probe_measures import measure_probes, probability_gaps
 from prefmill.checklist.quality_config import JudgeQualityConfig
-from prefmill.checklist.quality_story import tell_quality
-from prefmill.errors import InputError
-from prefmill.evaluation.bootstrap import Resampling
-from prefmill.records import write_jsonl
-from prefmill.stage import Metrics, Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Metrics, Task
+from prefmill.core.statistics import Resampling
+from prefmill.store.jsonl import write_jsonl
 
 QUALITY, LABELLED, BETWEEN, PROBES = "quality.json", "labelled.jsonl", "between.jsonl", "probes.jsonl"
 FITTED_ON = "dev"
@@ -32,8 +33,10 @@ Found = dict[str, Any]
 Row = dict[str, Any]
 
 
-def measure_quality(config: JudgeQualityConfig, task: Task) -> Metrics:
+def measure_quality(config: JudgeQualityConfig, task: Task, conclude: Callable[[Found], list[str]]) -> Metrics:
     """Write `quality.json`, the rows behind it, and `calibration.json` where a temperature is fitted.
+
+    `conclude` puts what was found into sentences.
 
     Raises InputError or ArtifactError where labels, scores and corpus do not belong together.
     """
@@ -67,7 +70,7 @@ def measure_quality(config: JudgeQualityConfig, task: Task) -> Metrics:
         "between": between,
         "calibration": None if fitted is None else asdict(fitted),
     }
-    quality["conclusion"] = tell_quality(quality)
+    quality["conclusion"] = conclude(quality)
     write_atomic(task.output / QUALITY, json.dumps(quality, indent=1, allow_nan=False) + "\n")
     write_jsonl(task.output / LABELLED, [row for rows in labelled for row in rows])
     write_jsonl(task.output / BETWEEN, differences)

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from prefmill.config import ExternalPath, StrictConfig
+from prefmill.core.config import ExternalPath, StrictConfig
 
 
 class JudgeQualityConfig(StrictConfig):

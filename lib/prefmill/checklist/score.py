@@ -12,16 +12,18 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from prefmill.artifacts import Artifact, write_atomic
-from prefmill.checklist.engines import Engine, Outcome
+from prefmill.checklist.debug_prompts import show_outcome, show_prompts
+from prefmill.checklist.engine import Engine, Outcome
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
-from prefmill.checklist.pace import Pace
-from prefmill.checklist.shown import show_outcome, show_prompts
-from prefmill.errors import ConfigError, InputError
-from prefmill.journal import Entry, Journal
-from prefmill.records import JsonlWriter, Paper, Review, ReviewIds
+from prefmill.checklist.throughput import Pace
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.records import Paper, Review, ReviewIds
+from prefmill.core.stage import Metrics, Shard, Task
 from prefmill.reviews.join import REVIEWS, papers_with_reviews
-from prefmill.stage import Metrics, Shard, Task
+from prefmill.store.journal import Entry, Journal
+from prefmill.store.jsonl import JsonlWriter
 
 EVALUATIONS, CHECKLIST, SUMMARY = "review_evaluations.jsonl", "checklist.json", "summary.json"
 FAILURES, TRUNCATED = "failures.jsonl", "truncated.jsonl"

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefmill.causal.loading import load_model, load_tokenizer
-from prefmill.checklist.engines import Outcome, TransformersConfig
+from prefmill.checklist.engine import Outcome, TransformersConfig
 from prefmill.checklist.evidence import OPENING, is_closed
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import Fit, PromptedEngine, longest_prompt, yes_places
 from prefmill.checklist.prompts import Answers, Prompts, TokenIds
-from prefmill.records import Paper, Review
+from prefmill.core.records import Paper, Review
+from prefmill.families.causal.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

@@ -7,14 +7,14 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefmill.causal.loading import load_tokenizer
-from prefmill.causal.vllm_loading import open_vllm
-from prefmill.checklist.engines import Outcome, VllmConfig
+from prefmill.checklist.engine import Outcome, VllmConfig
 from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of, yes_places
 from prefmill.checklist.prompts import Prompts, TokenIds
-from prefmill.records import Paper, Review
+from prefmill.core.records import Paper, Review
+from prefmill.families.causal.loading import load_tokenizer
+from prefmill.families.causal.vllm_loading import open_vllm
 
 # Else a model may write spaces until its tokens are spent.
 _COMPACT_JSON = {"backend": "xgrammar", "disable_any_whitespace": True}

@@ -14,16 +14,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prefmill.artifacts import Artifact, write_atomic
+from prefmill.checklist.scored import ScoredPaper, check_inputs, scored_papers
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ArtifactError, InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.records import Decision, Modality, Paper
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
 from prefmill.datasets.registry import SPLITS, SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
 from prefmill.datasets.rows import IMAGES, Prompt, dpo_row, make_prompt, sft_row
-from prefmill.datasets.scored import ScoredPaper, check_inputs, scored_papers
 from prefmill.datasets.selection import Rank, rank
 from prefmill.datasets.survey import Survey, check_buildable, check_scored, survey
-from prefmill.errors import ArtifactError, InputError
-from prefmill.records import Decision, JsonlWriter, Modality, Paper
 from prefmill.reviews.join import REVIEWS
+from prefmill.store.jsonl import JsonlWriter
 
 Progress = Callable[[int, int | None, str], None]
 

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from prefmill.core.records import Split
 from prefmill.datasets.examples import Example
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import Files, Occurrences, fingerprint
-from prefmill.records import Split
 from prefmill.reviews.prompt import prompt_title
 
 _MIN_ROWS_FOR_RATINGS = 20

@@ -9,8 +9,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from prefmill.datasets.scored import ScoredReview
-from prefmill.errors import InputError
+from prefmill.checklist.scored import ScoredReview
+from prefmill.core.errors import InputError
 
 Dropped = Literal[
     "rating_diff_too_small",

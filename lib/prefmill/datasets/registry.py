@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from prefmill.artifacts import write_atomic
-from prefmill.errors import InputError
-from prefmill.records import Modality
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.records import Modality
 
 REGISTRY, SUMMARY, ROWS = "dataset_info.json", "summary.json", "data.jsonl"
 Kind = Literal["sft", "dpo"]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from prefmill.core.records import IMAGE_MARKER
 from prefmill.datasets.examples import Example
-from prefmill.reviews.prompt import IMAGE_MARKER
 
 
 def rating_problems(example: Example) -> Iterator[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from prefmill.checklist.scored import ScoredReview
+from prefmill.core.records import Modality, Paper
 from prefmill.datasets.pairs import Pair
-from prefmill.datasets.scored import ScoredReview
-from prefmill.records import Modality, Paper
 from prefmill.reviews.prompt import Message, review_completion, review_images, review_messages
 
 IMAGES = "images"

@@ -7,7 +7,7 @@ import math
 from array import array
 from typing import NamedTuple
 
-from prefmill.records import EvaluationScores
+from prefmill.core.records import EvaluationScores
 
 
 class Rank(NamedTuple):

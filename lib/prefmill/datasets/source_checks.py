@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from prefmill.artifacts import Artifact
+from prefmill.checklist.scored import evaluations_by_paper
+from prefmill.core.artifact import Artifact
+from prefmill.core.records import EvaluationScores, Paper, Review
 from prefmill.datasets.cross_checks import Leaks
 from prefmill.datasets.examples import Example, read_examples
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import fingerprint
 from prefmill.datasets.registry import DatasetKey
-from prefmill.datasets.scored import evaluations_by_paper
 from prefmill.datasets.selection import Rank, rank
-from prefmill.records import EvaluationScores, Paper, Review
 from prefmill.reviews.join import PAPERS, REVIEWS, papers_with_reviews
 from prefmill.reviews.prompt import review_completion
 

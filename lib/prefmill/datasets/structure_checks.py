@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefmill.core.errors import InputError
 from prefmill.datasets.registry import KINDS, SPLITS, SUMMARY, DatasetKey, dataset_keys, entry
-from prefmill.errors import InputError
 from prefmill.reviews.prompt import MODALITIES
 
 ALL_KEYS = {key.folder: key for key in dataset_keys(MODALITIES, SPLITS)}

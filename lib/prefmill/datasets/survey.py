@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from prefmill.artifacts import Artifact
+from prefmill.checklist.scored import FAILURES, ScoredPaper
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ArtifactError, ConfigError, InputError
+from prefmill.core.records import Decision, Modality
 from prefmill.datasets.registry import DatasetSplit
-from prefmill.datasets.scored import FAILURES, ScoredPaper
 from prefmill.datasets.selection import Ranking, rank
-from prefmill.errors import ArtifactError, ConfigError, InputError
-from prefmill.records import Decision, Modality
 from prefmill.reviews.prompt import review_images
 
 CUT_SPLIT: DatasetSplit = "train"  # the cut is taken here and applied to every split

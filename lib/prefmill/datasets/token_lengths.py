@@ -6,9 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from prefmill.core.errors import ConfigError
+from prefmill.core.records import IMAGE_MARKER
 from prefmill.datasets.examples import Example
-from prefmill.errors import ConfigError
-from prefmill.reviews.prompt import IMAGE_MARKER
 
 _IMAGE_FRAME_TOKENS = 2  # one before and one after an image's own
 
@@ -58,7 +58,7 @@ def open_counter(name_or_path: str, folder: Path) -> TokenCounter:
     """The counter of a model's folder or hub name; raises InputError when its tokenizer cannot be loaded."""
     from transformers import AutoImageProcessor
 
-    from prefmill.causal.loading import load_tokenizer
+    from prefmill.families.causal.loading import load_tokenizer
 
     tokenizer = load_tokenizer(name_or_path)
     try:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from prefmill.artifacts import Artifact
+from prefmill.core.artifact import Artifact
 from prefmill.datasets.cross_checks import Distribution, Leaks, Repeats, order_problems, rating_problems_of
 from prefmill.datasets.examples import Example, read_examples
 from prefmill.datasets.findings import Findings
@@ -18,13 +18,7 @@ from prefmill.datasets.registry import KINDS, REGISTRY, SUMMARY, DatasetKey, rea
 from prefmill.datasets.row_checks import contrast_problems, image_problems, marker_problems, rating_problems
 from prefmill.datasets.selection import Rank
 from prefmill.datasets.source_checks import Claims, check_against_source
-from prefmill.datasets.structure_checks import (
-    count_problems,
-    grid_problems,
-    keys_in,
-    read_summary,
-    registry_problems,
-)
+from prefmill.datasets.structure_checks import count_problems, grid_problems, keys_in, read_summary, registry_problems
 from prefmill.datasets.token_lengths import TokenCounter, context_of, open_counter
 
 Part = Literal["all", "sft", "dpo"]

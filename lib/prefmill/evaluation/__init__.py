@@ -1,1 +1,1 @@
-"""Metrics, comparisons and the report."""
+"""Metrics and comparisons."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from prefmill.errors import InputError
-from prefmill.evaluation.bootstrap import Array, Estimate, Resampling, holm, means, statistic
+from prefmill.core.errors import InputError
+from prefmill.core.statistics import Array, Estimate, Resampling, holm, means, statistic
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, DIGITS, MEASURES, rank_correlation, rating_rank_correlation
 from prefmill.evaluation.rows import HUMAN
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from prefmill.blocks import Progress, silent
 from prefmill.checklist.agreement import agreement, mean_shift, rank_correlation
-from prefmill.checklist.engines import AnyEngineConfig, open_engine
+from prefmill.checklist.engine import AnyEngineConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import Checklist
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.records import Paper, ReviewEvaluation
+from prefmill.core.statistics import Resampling
+from prefmill.distributed.isolation import in_own_process
 from prefmill.evaluation.held_out import score_generations
 from prefmill.evaluation.rows import Generation
-from prefmill.evaluation.text_statistics import words
-from prefmill.isolation import in_own_process
-from prefmill.records import Paper, ReviewEvaluation, read_jsonl, write_jsonl
+from prefmill.reviews.text_statistics import words
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.store.resumable import Progress, silent
 
 SECOND_EVALUATIONS = "second_evaluations.jsonl"
 

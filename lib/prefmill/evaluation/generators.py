@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from prefmill.config import StrictConfig
+from prefmill.core.config import StrictConfig
 
 
 class TransformersGeneration(StrictConfig):

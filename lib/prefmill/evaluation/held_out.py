@@ -10,13 +10,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
-from prefmill.artifacts import Artifact
-from prefmill.blocks import Progress, resumable_blocks, silent
-from prefmill.errors import InputError
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.records import Modality, Paper, Review, ReviewEvaluation
 from prefmill.evaluation.rows import Generation, PaperFacts
-from prefmill.evaluation.text_statistics import words
-from prefmill.records import Modality, Paper, Review, ReviewEvaluation, read_jsonl
 from prefmill.reviews.prompt import review_images
+from prefmill.reviews.text_statistics import words
+from prefmill.store.jsonl import read_jsonl
+from prefmill.store.resumable import Progress, resumable_blocks, silent
 
 PAPERS_PER_BLOCK = 32
 

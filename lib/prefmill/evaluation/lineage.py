@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefmill.artifacts import MANIFEST, Artifact, read_manifest
-from prefmill.errors import ArtifactError, PipelineError
-from prefmill.records import read_jsonl
+from prefmill.core.artifact import MANIFEST, Artifact
+from prefmill.core.errors import ArtifactError, PipelineError
+from prefmill.store.artifacts import read_manifest
+from prefmill.store.jsonl import read_jsonl
 
 ROOTS = ("data", "checkpoints")
 

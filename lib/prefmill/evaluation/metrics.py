@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prefmill.core.records import Decision
+from prefmill.core.statistics import ranks
 from prefmill.evaluation.rows import PaperFacts, Scored
-from prefmill.evaluation.text_statistics import distinct_share, repeated_share, words
-from prefmill.records import Decision
+from prefmill.reviews.text_statistics import distinct_share, repeated_share, words
 
 DIGITS = 6  # below this, the order of additions shows
 Values = dict[str, float]
@@ -137,13 +138,6 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
     return round(float(np.corrcoef(ranks(first), ranks(second))[0, 1]), DIGITS)
-
-
-def ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Ranks from 0, [N], equal values at the mean of their ranks."""
-    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return ((ends - counts + ends - 1) / 2)[inverse]
 
 
 def rating_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:

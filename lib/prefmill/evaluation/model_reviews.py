@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.blocks import Progress, silent
-from prefmill.causal.generation import (
+from prefmill.core.errors import InputError
+from prefmill.core.precision import Precision
+from prefmill.core.records import Modality, Paper
+from prefmill.distributed.isolation import in_own_process
+from prefmill.evaluation.generators import TransformersGeneration, VllmGeneration
+from prefmill.evaluation.rows import Generation
+from prefmill.families.causal.generation import (
     Completion,
     Request,
     Sampling,
@@ -18,16 +23,13 @@ from prefmill.causal.generation import (
     max_prompt_tokens,
     require_fitting,
 )
-from prefmill.causal.image_limits import ImageLimits
-from prefmill.causal.loading import Precision, load_model, load_tokenizer
-from prefmill.causal.vision import ImageReader, open_reader, with_images
-from prefmill.causal.vllm_loading import open_vllm, require_vllm
-from prefmill.errors import InputError
-from prefmill.evaluation.generators import TransformersGeneration, VllmGeneration
-from prefmill.evaluation.rows import Generation
-from prefmill.isolation import in_own_process
-from prefmill.records import Modality, Paper, read_jsonl, write_jsonl
+from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vllm_loading import open_vllm, require_vllm
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.store.resumable import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,10 +165,12 @@ def _with_vllm(
         max_num_seqs=writing.batch_size,
         async_scheduling=False,  # the draws must know what was drawn before
         generation_config="vllm",  # the model's own defaults are set aside
-        logits_processors=["prefmill.causal.vllm_generation:KeyedDraws"],
+        logits_processors=["prefmill.families.causal.vllm_generation:KeyedDraws"],
         **source.origin,
     )
-    from prefmill.causal.vllm_generation import generate_with_vllm  # vLLM's settings must stand before its import
+    from prefmill.families.causal.vllm_generation import (
+        generate_with_vllm,  # vLLM's settings must stand before its import
+    )
 
     try:
         stated = GenerationConfig.from_pretrained(source.name_or_path, **source.origin)

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import digest_json, write_atomic
 from prefmill.checklist.items import Checklist
+from prefmill.core.files import digest_json, write_atomic
+from prefmill.core.records import ReviewEvaluation
 from prefmill.evaluation.held_out import HeldOut
 from prefmill.evaluation.metrics import measure
 from prefmill.evaluation.rows import HUMAN, Generation, Scored
-from prefmill.records import ReviewEvaluation, write_jsonl
 from prefmill.reviews.generated import quality_factors
+from prefmill.store.jsonl import write_jsonl
 
 GENERATIONS, EVALUATIONS, METRICS = "generations.jsonl", "evaluations.jsonl", "metrics.json"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
-from prefmill.records import Decision, ReviewEvaluation
+from prefmill.core.records import Decision, ReviewEvaluation
 
 HUMAN = "human"  # the label of the reviews that people wrote
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import Dimension, Rating
 from prefmill.images.collection import GoodImage
 from prefmill.images.rating import Matchup, draw
-from prefmill.images.rows import Dimension, Rating
-from prefmill.records import to_json
+from prefmill.store.jsonl import to_json
 
 Choice = Literal["left", "right", "tie", "skip"]
 

@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prefmill.artifacts import Artifact, write_atomic
-from prefmill.errors import InputError
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.image_rows import DIMENSIONS, Dimension, ImagePair
+from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
 from prefmill.images.files import place
 from prefmill.images.pair_sources import PairSource, collect
 from prefmill.images.pairs import ImageSplitConfig, Labels, choose_pairs, fit_strengths, split_pairs
-from prefmill.images.rows import DIMENSIONS, Dimension, ImagePair
 from prefmill.images.votes import Votes, count_votes, figures
-from prefmill.records import write_jsonl
-from prefmill.stage import Metrics, Task
+from prefmill.store.jsonl import write_jsonl
 
 if TYPE_CHECKING:
     from prefmill.images.davidson import Strengths

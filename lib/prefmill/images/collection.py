@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import GeneratedImage, Rating
 from prefmill.images.files import ImageError, inspect_image
-from prefmill.images.rows import GeneratedImage, Rating
 
 
 @dataclass(frozen=True)

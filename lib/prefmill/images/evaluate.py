@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.artifacts import Artifact, write_atomic
-from prefmill.causal.loading import Precision
-from prefmill.errors import ConfigError, InputError
-from prefmill.evaluation.bootstrap import Resampling, holm, means
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.image_rows import HEADS, GeneratedImage, ImageSplit, Prompt
+from prefmill.core.precision import Precision
+from prefmill.core.stage import Metrics, Task
+from prefmill.core.statistics import Resampling, holm, means
+from prefmill.families.reward.scoring import score_images
+from prefmill.families.sdxl.generator import ADAPTER_FILE, PIPELINE_FILE, GeneratorSource, open_pipeline
 from prefmill.images.generation import ImageSampling, make_images, plan_jobs
-from prefmill.images.generator import ADAPTER_FILE, PIPELINE_FILE, GeneratorSource, open_pipeline
 from prefmill.images.grids import write_grids
 from prefmill.images.prompts import read_prompts
-from prefmill.images.rows import HEADS, GeneratedImage, ImageSplit, Prompt
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.reward.scoring import score_images
-from prefmill.stage import Metrics, Task
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 METRICS, SCORES, GRIDS = "metrics.json", "scores.jsonl", "grids"
 SIDES = ("base", "tuned")
@@ -240,7 +241,7 @@ def _drift(wanted: ImageEvaluation, tuned: Artifact, task: Task) -> dict[str, An
     pairs = task.optional_input("pairs")
     if pairs is None or wanted.drift_draws == 0:
         return None
-    from prefmill.sdxl.drift import denoising_drift
+    from prefmill.families.sdxl.denoising_error_shift import denoising_drift
 
     base = source_of(wanted, "base", tuned)
     return denoising_drift(

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefmill.errors import PrefmillError
+from prefmill.core.errors import PrefmillError
 
 MAX_PIXELS = 40_000_000  # a file of some kilobytes can claim more than a machine's memory holds
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}

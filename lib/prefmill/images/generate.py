@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import write_atomic
-from prefmill.errors import ConfigError
+from prefmill.core.errors import ConfigError
+from prefmill.core.files import write_atomic
+from prefmill.core.image_rows import Prompt
+from prefmill.core.stage import Metrics, Task
 from prefmill.images.generation import ImageSampling, cut_prompts, make_images, plan_jobs
 from prefmill.images.prompts import read_prompts
-from prefmill.images.rows import Prompt
-from prefmill.records import write_jsonl
-from prefmill.stage import Metrics, Task
+from prefmill.store.jsonl import write_jsonl
 
 _log = logging.getLogger(__name__)
 

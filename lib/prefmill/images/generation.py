@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.artifacts import write_atomic
-from prefmill.blocks import Progress, silent
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.image_rows import GeneratedImage, Prompt
 from prefmill.images.files import inspect_image
-from prefmill.images.rows import GeneratedImage, Prompt
+from prefmill.store.resumable import Progress, silent
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def make_images(
 ) -> list[GeneratedImage]:
     """Make what is missing of `jobs` below `output`, in batches that fit in memory; returns the rows, in their order.
 
-    `open_model` returns a pipeline as `prefmill.images.generator.open_pipeline` does; it is not called when nothing
+    `open_model` returns a pipeline as `sdxl.generator.open_pipeline` does; it is not called when nothing
     is missing. `label` names the model in the files. A batch that does not fit is halved. Batches are blocks of the
     whole list, so that an interrupted call and an undisturbed one compute the same; between batch sizes images
     differ by rounding alone. Raises InputError where the latents are not finite.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmill.images.rows import GeneratedImage
-from prefmill.reward.scoring import open_image
+from prefmill.core.image_rows import GeneratedImage
+from prefmill.families.reward.scoring import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from prefmill.artifacts import Artifact
-from prefmill.config import ExternalPath, StrictConfig
-from prefmill.errors import InputError
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import ExternalPath, StrictConfig
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import Rating
 from prefmill.images.collection import Collection, SourceImage
-from prefmill.images.own import read_artifact, read_own_images, read_ratings
+from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings
 from prefmill.images.prompts import is_safe, prompt_id_of
-from prefmill.images.rows import Rating
-from prefmill.records import read_jsonl
+from prefmill.store.jsonl import read_jsonl
 
 _RANKING = "ranking"  # the rater of a published ranking
 _PICKAPIC_KEYS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")

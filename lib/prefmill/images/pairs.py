@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.config import StrictConfig
+from prefmill.core.config import StrictConfig
+from prefmill.core.image_rows import DIMENSIONS, HEADS, Dimension, ImagePair, ImageSplit
 from prefmill.images.collection import GoodImage, Quarantine
-from prefmill.images.rows import DIMENSIONS, HEADS, Dimension, ImagePair, ImageSplit
 from prefmill.images.votes import PairKey, Votes
 
 if TYPE_CHECKING:

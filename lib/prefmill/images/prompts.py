@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefmill.errors import InputError
-from prefmill.images.rows import Prompt
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import Prompt
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")

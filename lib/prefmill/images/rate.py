@@ -20,16 +20,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from prefmill.artifacts import write_atomic
-from prefmill.config import StrictConfig, runtime
-from prefmill.errors import ConfigError, InputError
+from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.image_rows import Dimension, Rating
+from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
+from prefmill.images.custom_images import image_of_row, read_own_images
 from prefmill.images.files import place
-from prefmill.images.own import image_of_row, read_own_images
 from prefmill.images.rating import Matchup, in_order, plan_matchups, rate_by_scores, score_all, sharpness
-from prefmill.images.rows import Dimension, Rating
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Metrics, Task
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 PAGE_FILE = "page.url"  # in the task's logs: the address with its token, for the owner's eyes only
 _COLUMNS = ("prompt_id", "left", "right", "rater", "dimension", "choice")
@@ -151,7 +151,7 @@ def _ask_program(
             )  # fmt: skip
         from functools import partial
 
-        from prefmill.reward.scoring import score_images
+        from prefmill.families.reward.scoring import score_images
 
         scorer = partial(score_images, model.path)
     scores = score_all([image for _, image in sorted(images.items())], scorer, task.work, task.progress)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prefmill.blocks import Progress, resumable_blocks
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import DIMENSIONS, HEADS, Dimension, Rating
 from prefmill.images.collection import GoodImage
-from prefmill.images.rows import DIMENSIONS, HEADS, Dimension, Rating
+from prefmill.store.resumable import Progress, resumable_blocks
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import GoodImage, Quarantine
-from prefmill.images.rows import DIMENSIONS, Dimension, Rating
 
 PairKey = tuple[str, str]  # image ids, the smaller first
 _BIAS_VOTES, _BIAS_Z = 20, 4.0  # so many votes and standard errors before a rater's side counts as a habit

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefmill.stage import PROGRESS
-from prefmill.training import EXECUTED, append_row
+from prefmill.core.stage import PROGRESS
+from prefmill.store.jsonl import append_row
 
+EXECUTED = "executed_steps.jsonl"  # one row for every optimizer step this task ever took, repeats included
 ATTEMPTS = "attempts.jsonl"
 MAX_IDLE_ATTEMPTS = 5
 _VARIABLES = {

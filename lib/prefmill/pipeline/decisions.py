@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefmill.errors import PipelineError
-from prefmill.pipeline.submission import submissions_folder
-from prefmill.training import append_row
+from prefmill.core.errors import PipelineError
+from prefmill.store.jsonl import append_row
 
 DECISIONS = "decisions.jsonl"
 AGAIN, CANCEL, STOP, RETRY, WAIT = "again", "cancel", "stop", "retry", "wait"
@@ -103,3 +102,8 @@ def _parse(line: str) -> dict[str, Any] | None:
     except ValueError:  # torn by a crash
         return None
     return row
+
+
+def submissions_folder(workspace: Path, run: str) -> Path:
+    """Where a run's submissions are."""
+    return workspace / "logs" / run / "submissions"

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import write_atomic
-from prefmill.config import validate
-from prefmill.errors import PipelineError
+from prefmill.core.config import validate
+from prefmill.core.errors import PipelineError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import stages_folder
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.state import CODE_VERSION, code_version
 
@@ -37,11 +38,11 @@ def freeze(pipeline: PipelineFile, plan: Plan, source: Path) -> dict[str, Any]:
 def snapshot(target: Path) -> None:
     """Copy the code this process runs to `target`: library, stages, configs and scripts, with its version."""
     import prefmill
-    import stages
 
-    repository = Path(stages.__path__[0]).resolve().parent
+    stages = stages_folder()
+    repository = stages.resolve().parent
     sources = {
-        "lib/prefmill": Path(prefmill.__path__[0]), "stages": Path(stages.__path__[0]),
+        "lib/prefmill": Path(prefmill.__path__[0]), "stages": stages,
         "configs": repository / "configs", "sbatch": repository / "sbatch",
     }  # fmt: skip
     for name, folder in sources.items():

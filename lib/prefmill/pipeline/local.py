@@ -17,13 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prefmill.artifacts import read_manifest, write_atomic
-from prefmill.errors import PrefmillError
-from prefmill.pipeline.imports import collect_from_now_on
+from prefmill.core.errors import PrefmillError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import PROGRESS
+from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.plan import Plan, PlannedTask
+from prefmill.pipeline.preload import collect_from_now_on
 from prefmill.pipeline.state import TaskState, inspect_task
-from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, end_with_parent, execute, write_status
-from prefmill.stage import PROGRESS
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, execute, write_status
+from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2
 Say = Callable[[str], None]
@@ -199,4 +201,4 @@ def _why(state: TaskState, force: bool) -> str:
 
 def _preload(tasks: Iterable[PlannedTask]) -> list[str]:
     modules = {module for task in tasks for module in task.stage.preload}
-    return ["prefmill.pipeline.collect_nothing", "prefmill.pipeline.worker", *sorted(modules)]
+    return ["prefmill.pipeline.preload_without_gc", "prefmill.pipeline.worker", *sorted(modules)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefmill.config import merge, split_override
+from prefmill.core.config import merge, split_override
 
 
 def names_stage_key(override: str, stages: Mapping[str, Any]) -> bool:

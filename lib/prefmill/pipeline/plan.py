@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from prefmill.artifacts import MANIFEST
-from prefmill.config import ConfigT, StrictConfig, lay_over, load, merge, nearest, read_yaml, validate
-from prefmill.errors import ConfigError, PipelineError
+from prefmill.core.artifact import MANIFEST
+from prefmill.core.config import ConfigT, StrictConfig, lay_over, load, merge, nearest, read_yaml, validate
+from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.core.stage import Match, Reads, Stage, load_stage, stage_names, stages_folder
 from prefmill.pipeline.overrides import names_stage_key, with_stage_keys
-from prefmill.stage import Match, Reads, Stage, load_stage, stage_names
 
 SINGLE_TASK = "all"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -128,9 +128,7 @@ class Plan:
 
 def default_workspace() -> Path:
     """The repository that holds `stages`, or the current folder when prefmill is installed as a package."""
-    import stages
-
-    repository = Path(stages.__path__[0]).resolve().parent
+    repository = stages_folder().resolve().parent
     return repository if (repository / "pyproject.toml").is_file() else Path.cwd()
 
 

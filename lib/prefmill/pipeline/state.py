@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefmill import __version__
-from prefmill.artifacts import Artifact, Manifest, Provenance, digest_json, read, read_manifest
-from prefmill.config import flatten, identity
-from prefmill.errors import ArtifactError
+from prefmill.core.artifact import Artifact, Manifest, Provenance
+from prefmill.core.config import flatten, identity
+from prefmill.core.errors import ArtifactError
+from prefmill.core.files import digest_json
 from prefmill.pipeline.plan import Plan, PlannedTask
+from prefmill.store.artifacts import read, read_manifest
 
 CODE_VERSION = "code_version.txt"  # in the copy of the code that a submission keeps
 Freshness = Literal["complete", "stale", "missing", "waiting"]

@@ -8,36 +8,28 @@ import json
 import os
 import resource
 import shutil
-import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from prefmill.artifacts import MANIFEST, RUN_RECORD, WORK, Artifact, publish, read_manifest, superseded, write_atomic
-from prefmill.errors import PipelineError, PrefmillError, explain_os_error
+from prefmill.core.artifact import MANIFEST, RUN_RECORD, WORK, Artifact
+from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.pipeline import attempts
-from prefmill.pipeline.imports import import_now
+from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
-from prefmill.pipeline.shrinking import SMALLER
+from prefmill.pipeline.preload import import_now
 from prefmill.pipeline.state import inspect_task, provenance, read_inputs
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.store.artifacts import publish, read_manifest, superseded
 
 STATUS = "status.json"
 EXIT_USER_ERROR, EXIT_BUG = 2, 1
 _STARTED = "started.json"
 _LOCK_PATIENCE_SECONDS = 15.0
-
-
-class AttemptError(PrefmillError):
-    """An attempt that ended without a result in another process; `state` and `record` go into the status file."""
-
-    def __init__(self, what: str, state: str = "failed", record: dict[str, Any] | None = None, **details: Any) -> None:
-        self.state, self.record = state, record or {}
-        super().__init__(what, **details)
 
 
 def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metrics] | None = None) -> None:
@@ -108,13 +100,6 @@ def is_running(logs: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def main(stage: Stage[Any]) -> NoReturn:
-    """`python -m stages.<stage> CONFIG [key=value ...]`: run one stage by hand or from a job script."""
-    from prefmill.cli import run_stage
-
-    sys.exit(run_stage(stage.name, sys.argv[1:]))
 
 
 @contextlib.contextmanager
@@ -215,12 +200,3 @@ def _usage() -> dict[str, float]:
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest process, children that have ended included
     kilobytes = max(resource.getrusage(item).ru_maxrss for item in who)
     return {"peak_memory_gb": round(kilobytes / 2**20, 3)}
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that no orphan holds a task's lock."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
 from prefmill.reviews.rows import Place, Problem, Row, excerpt
 
 _GZIP_MAGIC = b"\x1f\x8b"

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefmill.errors import ConfigError
-from prefmill.reviews import phrases
+from prefmill.core.errors import ConfigError
+from prefmill.reviews import synthetic_text as phrases
 
 # Chosen so that about 40 % of the papers are accepted and, on those, the two halves of a pair mostly agree.
 ACCEPTANCE_MEAN_RATING = 5.6

@@ -15,15 +15,16 @@ from typing import Any, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from prefmill.artifacts import write_atomic
-from prefmill.config import StrictConfig
-from prefmill.errors import InputError
-from prefmill.records import JsonlWriter, Paper
+from prefmill.core.config import StrictConfig
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
 from prefmill.reviews.rows import Item, PaperRow, Problem, Row, RowError, Skipped
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
 from prefmill.reviews.store import CorpusStore
+from prefmill.store.jsonl import JsonlWriter
 
 _SHOWN_PROBLEMS = 5
 _log = logging.getLogger(__name__)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact
-from prefmill.errors import InputError
-from prefmill.records import Paper, Review, read_jsonl
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.records import Paper, Review
+from prefmill.store.jsonl import read_jsonl
 
 PAPERS, REVIEWS = "papers.jsonl", "reviews.jsonl"
 

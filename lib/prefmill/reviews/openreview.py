@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from prefmill.records import Decision
+from prefmill.core.records import Decision
 from prefmill.reviews.files import as_row, json_rows
 from prefmill.reviews.rows import (
     DecisionRow,

@@ -15,9 +15,9 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from prefmill.artifacts import write_atomic
-from prefmill.config import ExternalPath, StrictConfig, runtime
-from prefmill.errors import InputError
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
 from prefmill.reviews.pdf import PdfConfig, PdfContent, extract_pdf, save_image
 from prefmill.reviews.rows import PaperRow, RowError, clean_text
 
@@ -143,7 +143,7 @@ def read_documents(
     if reader.config.workers == 1 or reader.config.pdfs is None:
         yield from ((tag, paper, reader(paper)) for tag, paper in papers)
         return
-    from prefmill.pipeline.worker import end_with_parent
+    from prefmill.distributed.isolation import end_with_parent
 
     # Spawned, as this process may hold threads; ended with it, so that none goes on writing beside a resumed run.
     context = multiprocessing.get_context("spawn")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefmill.config import StrictConfig
+from prefmill.core.config import StrictConfig
 from prefmill.reviews.rows import RowError, clean_text
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
 from prefmill.reviews.files import as_row, json_file_row
 from prefmill.reviews.rows import (
     Item,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from typing import Literal, TypedDict
 
-from prefmill.errors import InputError
-from prefmill.records import Modality, Paper, Review
+from prefmill.core.errors import InputError
+from prefmill.core.records import IMAGE_MARKER, Modality, Paper, Review
 
-IMAGE_MARKER = "<image>"
 MODALITIES: tuple[Modality, ...] = ("clean", "clean_images", "vision")
 MAX_RATING = 10
 

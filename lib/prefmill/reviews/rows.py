@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from prefmill.config import nearest
-from prefmill.records import Decision
+from prefmill.core.config import nearest
+from prefmill.core.records import Decision
 
 _EXCERPT_CHARS = 200
 _MAX_ID_CHARS = 200

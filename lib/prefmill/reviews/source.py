@@ -8,9 +8,9 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.config import ExternalPath, StrictConfig
-from prefmill.records import to_json
+from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.reviews.rows import Item, Problem, Row, RowError, excerpt
+from prefmill.store.jsonl import to_json
 
 
 class SourceConfig(StrictConfig, ABC):

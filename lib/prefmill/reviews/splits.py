@@ -10,9 +10,9 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from prefmill.config import ExternalPath, StrictConfig
-from prefmill.errors import InputError
-from prefmill.records import Split
+from prefmill.core.config import ExternalPath, StrictConfig
+from prefmill.core.errors import InputError
+from prefmill.core.records import Split
 from prefmill.reviews.files import read_lines
 from prefmill.reviews.rows import RowError, excerpt
 

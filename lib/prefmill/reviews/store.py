@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from prefmill.records import Decision, Review, parse_json, to_json
+from prefmill.core.records import Decision, Review
 from prefmill.reviews.rows import DecisionRow, PaperRow, Place, Problem, ReviewRow, RowError
 from prefmill.reviews.splits import title_key
+from prefmill.store.jsonl import parse_json, to_json
 
 _CACHE_KILOBYTES = 65536
 _SCHEMA = """

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from prefmill.artifacts import write_atomic
+from prefmill.core.files import write_atomic
 
 CLAIM, HEARTBEAT = "claim.json", "heartbeat"
 

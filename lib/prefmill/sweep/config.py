@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from prefmill.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
 
 
 class Choices(StrictConfig):
@@ -71,7 +71,7 @@ class StudyConfig(StrictConfig):
 
     def definition(self) -> dict[str, Any]:
         """What every trial of a study has in common."""
-        from prefmill.config import identity
+        from prefmill.core.config import identity
 
         shared = ("stage", "config", "set", "space", "metric", "direction", "judge", "seed", "sampler")
         return {name: value for name, value in identity(self).items() if name in shared}

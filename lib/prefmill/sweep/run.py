@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefmill.artifacts import write_atomic
-from prefmill.config import flatten
-from prefmill.errors import PipelineError
-from prefmill.records import write_jsonl
-from prefmill.stage import Metrics, Task
+from prefmill.core.config import flatten
+from prefmill.core.errors import PipelineError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Metrics, Task
+from prefmill.store.jsonl import write_jsonl
 from prefmill.sweep import study as studies
 from prefmill.sweep.claims import Watch, beating, claim, read_claim
 from prefmill.sweep.config import StudyConfig
-from prefmill.sweep.page import sweep_page
 from prefmill.sweep.trial import (
     TrialError,
     TrialInterrupted,
@@ -30,6 +29,8 @@ from prefmill.sweep.trial import (
 
 if TYPE_CHECKING:
     import optuna
+
+Draw = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any], StudyConfig], str]  # the page of a finished study
 
 TRIALS, BEST, PAGE = "trials.jsonl", "best.yaml", "sweep.html"
 _HOPELESS = 3  # trials that fail before any has succeeded
@@ -45,7 +46,7 @@ class Turn:
     params: Mapping[str, Any] | None = None
 
 
-def sweep(config: StudyConfig, task: Task) -> Metrics:
+def sweep(config: StudyConfig, task: Task, draw: Draw) -> Metrics:
     """Work until the study has `n_trials`, then write what they have shown; every worker writes the same.
 
     The study lies beside the workers' outputs and outlives them: a worker that comes back goes on with the trial it
@@ -65,7 +66,7 @@ def sweep(config: StudyConfig, task: Task) -> Metrics:
             _work(study, config, folder, task, turn)
         else:
             time.sleep(min(_POLL_SECONDS, config.heartbeat_seconds))
-    return _finish(study, config, task)
+    return _finish(study, config, task, draw)
 
 
 def study_folder(task: Task, name: str) -> Path:
@@ -152,7 +153,7 @@ def _report(study: optuna.Study, config: StudyConfig, task: Task) -> None:
     task.progress(ended, config.n_trials, "trials")
 
 
-def _finish(study: optuna.Study, config: StudyConfig, task: Task) -> Metrics:
+def _finish(study: optuna.Study, config: StudyConfig, task: Task, draw: Draw) -> Metrics:
     """Write the trials, the best one's configuration and the page."""
     from omegaconf import OmegaConf
 
@@ -168,7 +169,7 @@ def _finish(study: optuna.Study, config: StudyConfig, task: Task) -> Metrics:
     write_jsonl(task.output / TRIALS, rows)
     values = stage_values(config.config, config.set, best["params"])
     write_atomic(task.output / BEST, OmegaConf.to_yaml(OmegaConf.create(values)))
-    write_atomic(task.output / PAGE, sweep_page(rows, best, config))
+    write_atomic(task.output / PAGE, draw(rows, best, config))
     shown = ", ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in flatten(best["params"])
     )

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.artifacts import digest_json
-from prefmill.errors import ConfigError
+from prefmill.core.errors import ConfigError
+from prefmill.core.files import digest_json
 from prefmill.sweep.config import Choices, Interval, StudyConfig
 
 if TYPE_CHECKING:

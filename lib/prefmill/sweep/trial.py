@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact, read, read_manifest, write_atomic
-from prefmill.config import ExternalPath, lay_over, load, merge, read_yaml
-from prefmill.errors import ConfigError, PrefmillError
-from prefmill.pipeline.worker import end_with_parent, is_running, read_status
-from prefmill.stage import Stage, load_stage
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import ExternalPath, lay_over, load, merge, read_yaml
+from prefmill.core.errors import ConfigError, PrefmillError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Stage, load_stage, stages_folder
+from prefmill.distributed.isolation import end_with_parent
+from prefmill.pipeline.worker import is_running, read_status
+from prefmill.store.artifacts import read, read_manifest
 from prefmill.sweep.config import StudyConfig, corners
 
 RUN = "trial"
@@ -147,10 +150,8 @@ def _value(metrics: Mapping[str, Any], name: str, stage: Stage[Any], folder: Pat
 
 def _environment() -> dict[str, str]:
     """This process's, but that the stage does not take itself for the Slurm job around it."""
-    import stages
-
     outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    repository = str(Path(stages.__path__[0]).parent)
+    repository = str(stages_folder().parent)
     paths = [repository, *filter(None, [outside.get("PYTHONPATH")])]
     return {**outside, "PYTHONPATH": os.pathsep.join(paths)}
 

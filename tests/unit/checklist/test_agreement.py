@@ -7,7 +7,7 @@ import pytest
 
 from prefmill.checklist.agreement import agreement, mean_shift, rank_correlation
 from prefmill.checklist.optimize.screening import kappa
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.statistics import Resampling
 
 RESAMPLING = Resampling(2000)
 

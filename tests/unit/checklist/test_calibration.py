@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefmill.artifacts import Artifact, Provenance, publish
 from prefmill.checklist import calibration
-from prefmill.errors import ConfigError, InputError
-from prefmill.records import Answer
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.records import Answer
+from prefmill.store.artifacts import publish
 
 MODEL = {"engine": "vllm", "model_name_or_path": "some/model", "include_paper": "none", "precision": "bf16"}
 

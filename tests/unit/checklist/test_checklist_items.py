@@ -10,7 +10,7 @@ import yaml
 
 from prefmill.checklist.items import load_checklist, save_checklist
 from prefmill.checklist.patterns import compile_patterns
-from prefmill.errors import ConfigError
+from prefmill.core.errors import ConfigError
 
 GOOD: dict[str, Any] = {"id": "one", "question": "Is it?", "source": "test", "rule": {"any_of": ["\\bone\\b"]}}
 

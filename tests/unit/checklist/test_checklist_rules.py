@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.checklist.engines import LexicalConfig
+from prefmill.checklist.engine import LexicalConfig
 from prefmill.checklist.items import load_checklist
 from prefmill.checklist.lexical import LexicalEngine
 from prefmill.reviews.generated import generate, quality_factors
-from prefmill.reviews.phrases import VAGUE
+from prefmill.reviews.synthetic_text import VAGUE
 
 CHECKLIST = load_checklist()
 KNOWN = {

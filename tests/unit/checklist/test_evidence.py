@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefmill.checklist.engines import Outcome, TransformersConfig, open_engine
+from prefmill.checklist.engine import Outcome, TransformersConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.evidence import MAX_CHARACTERS, MIN_CHARACTERS, find_passage, verified_quote
 from prefmill.checklist.items import load_checklist
 from tests.quoting import QUOTED, TRAINING_WORDS, save_quoting_model

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefmill.checklist.engines import LexicalConfig, open_engine
+from prefmill.checklist.engine import LexicalConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import Checklist, load_checklist
 from prefmill.checklist.lexical import EVIDENCE_CHARACTERS, LexicalEngine, Sentences
-from prefmill.config import validate
-from prefmill.errors import ConfigError
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError
 from prefmill.reviews.generated import generate
 
 SHIPPED = load_checklist()

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from prefmill.checklist import completions
-from prefmill.checklist.engines import OpenAIConfig as Config
-from prefmill.checklist.engines import Outcome, TransformersConfig, open_engine
+from prefmill.checklist.engine import OpenAIConfig as Config
+from prefmill.checklist.engine import Outcome, TransformersConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
-from prefmill.config import identity
-from prefmill.errors import ConfigError, InputError, PrefmillError
+from prefmill.core.config import identity
+from prefmill.core.errors import ConfigError, InputError, PrefmillError
 from tests.loopback import Loopback, Reply, serving
 
 CHECKLIST = load_checklist()

@@ -12,8 +12,8 @@ from prefmill.checklist.optimize import proposals
 from prefmill.checklist.optimize.candidates import gather, with_paraphrases
 from prefmill.checklist.optimize.config import ProposeConfig, SelectConfig
 from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
 
 
 def review(name: str, rating: float, decision: str | None, confidence: float | None = 3.0) -> dict[str, Any]:

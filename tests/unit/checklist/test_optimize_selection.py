@@ -25,7 +25,7 @@ from prefmill.checklist.optimize.selection import (
     one_standard_error,
     select,
 )
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.statistics import Resampling
 
 RULES = SelectionRules(num_folds=4, num_penalties=12, num_bootstrap=20, min_stability=0.9, seed=0)
 USEFUL = 5

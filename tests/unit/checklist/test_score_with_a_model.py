@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 import stages.score_reviews as stage
-from prefmill.artifacts import Artifact, Provenance, payload, publish, write_atomic
 from prefmill.checklist import engines
-from prefmill.config import validate
-from prefmill.errors import InputError
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Task
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.config import validate
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Task
+from prefmill.store.artifacts import payload, publish
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 METRICS = "metrics.json"
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from prefmill.checklist.engines import Outcome, TransformersConfig, open_engine
+from prefmill.checklist.engine import Outcome, TransformersConfig
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
-from prefmill.errors import ConfigError, InputError, PrefmillError
+from prefmill.core.errors import ConfigError, InputError, PrefmillError
 
 CHECKLIST = load_checklist()
 TOLERANCE = 1e-5  # float32

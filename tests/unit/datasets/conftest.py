@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.datasets.scored import ScoredReview
-from prefmill.records import Paper, write_jsonl
+from prefmill.checklist.scored import ScoredReview
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.records import Paper
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 
 MakeArtifact = Callable[..., Artifact]
 MakeScored = Callable[..., ScoredReview]

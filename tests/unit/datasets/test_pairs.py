@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from prefmill.core.errors import InputError
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, fault, orient, pairs_of, read_exclude
-from prefmill.errors import InputError
 
 
 def rules(**changes: Any) -> PairRules:

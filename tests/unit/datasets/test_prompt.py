@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefmill.errors import InputError
-from prefmill.records import Paper, Review
+from prefmill.core.errors import InputError
+from prefmill.core.records import IMAGE_MARKER, Paper, Review
 from prefmill.reviews.prompt import (
-    IMAGE_MARKER,
     neutralise,
     prompt_title,
     review_completion,

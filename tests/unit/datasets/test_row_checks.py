@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from prefmill.core.records import Modality, Paper
 from prefmill.datasets.examples import Example, read_examples
 from prefmill.datasets.pairs import orient
 from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.row_checks import contrast_problems, image_problems, marker_problems, rating_problems
 from prefmill.datasets.rows import dpo_row, make_prompt, sft_row
-from prefmill.records import Modality, Paper
 
 Row = dict[str, Any]
 SFT, DPO = DatasetKey("sft", "clean", "train"), DatasetKey("dpo", "clean", "train")

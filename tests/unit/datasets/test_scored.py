@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from prefmill.artifacts import Artifact
-from prefmill.datasets.scored import check_inputs, scored_papers
-from prefmill.errors import ArtifactError, InputError
+from prefmill.checklist.scored import check_inputs, scored_papers
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ArtifactError, InputError
 
 
 def ids(*names: str) -> list[dict[str, Any]]:

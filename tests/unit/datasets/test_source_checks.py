@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from prefmill.core.records import Paper
 from prefmill.datasets.examples import Answered, Example
 from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.selection import rank
 from prefmill.datasets.source_checks import Claims, Source, source_problems
-from prefmill.records import Paper
 from prefmill.reviews.prompt import review_completion
 
 

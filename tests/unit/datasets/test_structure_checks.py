@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from prefmill.core.errors import InputError
 from prefmill.datasets.registry import dataset_keys, entry, read_registry, write_registry
 from prefmill.datasets.structure_checks import count_problems, grid_problems, registry_problems
-from prefmill.errors import InputError
 
 KEYS = dataset_keys(["clean", "vision"], ["train", "val"])
 

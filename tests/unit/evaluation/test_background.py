@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.evaluation.background import lineage_section, training_section
-from prefmill.evaluation.examples import choose_papers, read_examples
+from prefmill.core.artifact import Artifact, Provenance
 from prefmill.evaluation.lineage import everything_behind
-from prefmill.evaluation.telemetry import cost_lines, read_curves, read_margins
-from prefmill.records import write_jsonl
+from prefmill.report.background import lineage_section, training_section
+from prefmill.report.examples import choose_papers, read_examples
+from prefmill.report.training_logs import cost_lines, read_curves, read_margins
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 
 
 def make(workspace: Path, stage: str, task: str = "all", config: Any = None, **inputs: Artifact) -> Artifact:

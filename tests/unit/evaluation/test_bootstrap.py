@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from prefmill.errors import InputError
-from prefmill.evaluation.bootstrap import Array, Resampling, holm, means, statistic, student_quantile
+from prefmill.core.errors import InputError
+from prefmill.core.statistics import Array, Resampling, holm, means, statistic, student_quantile
 
 LEVEL = 0.05
 NUM_STUDIES = 1000
@@ -85,8 +85,8 @@ def test_the_seed_decides() -> None:
 def test_many_papers_are_drawn_in_chunks_without_changing_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=(30, 2))
     whole = means(values, QUICK)
-    monkeypatch.setattr("prefmill.evaluation.bootstrap._CHUNK_CELLS", 1000)
-    monkeypatch.setattr("prefmill.evaluation.bootstrap._KEPT_CELLS", 0)
+    monkeypatch.setattr("prefmill.core.statistics._CHUNK_CELLS", 1000)
+    monkeypatch.setattr("prefmill.core.statistics._KEPT_CELLS", 0)
     for before, after in zip(whole, means(values, QUICK), strict=True):
         assert (after.low, after.high, after.p_value) == pytest.approx((before.low, before.high, before.p_value))
 

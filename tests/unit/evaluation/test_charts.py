@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from prefmill.evaluation.charts import (
+from prefmill.report.charts import (
     WIDTH,
     Interval,
     Line,
@@ -22,8 +22,8 @@ from prefmill.evaluation.charts import (
     thin,
     tick_label,
 )
-from prefmill.evaluation.graph import lineage_graph
-from prefmill.evaluation.telemetry import bins
+from prefmill.report.graph import lineage_graph
+from prefmill.report.training_logs import bins
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&"
 

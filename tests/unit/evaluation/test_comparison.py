@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefmill.errors import InputError
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.errors import InputError
+from prefmill.core.statistics import Resampling
 from prefmill.evaluation.comparison import compare, difference_at_equal_length, win_rates
 
 QUICK = Resampling(2000)

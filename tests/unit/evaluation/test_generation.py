@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from prefmill.blocks import resumable_blocks
-from prefmill.causal.generation import (
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.generation import (
     KeyedSampler,
     Request,
     Sampling,
@@ -23,7 +23,7 @@ from prefmill.causal.generation import (
     require_fitting,
     uniforms,
 )
-from prefmill.errors import ConfigError, InputError
+from prefmill.store.resumable import resumable_blocks
 
 VOCABULARY = 40
 SAMPLING = Sampling(max_new_tokens=12, temperature=1.0, top_p=1.0, seed=3)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.errors import InputError, PipelineError
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.errors import InputError, PipelineError
+from prefmill.core.records import Paper, Review, ReviewEvaluation
 from prefmill.evaluation.held_out import human_generations, read_held_out, score_generations
 from prefmill.evaluation.lineage import Lineage, check_training, training_papers
-from prefmill.records import Paper, Review, ReviewEvaluation, write_jsonl
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 
 TEST_IDS = [f"p{index:02}" for index in range(0, 20, 2)]
 

@@ -6,16 +6,9 @@ from typing import Any
 
 import pytest
 
-from prefmill.evaluation.metrics import (
-    MEASURES,
-    average,
-    f1_score,
-    measure,
-    measure_review,
-    rank_correlation,
-)
+from prefmill.evaluation.metrics import MEASURES, average, f1_score, measure, measure_review, rank_correlation
 from prefmill.evaluation.rows import PaperFacts, Scored
-from prefmill.evaluation.text_statistics import distinct_share, ngrams, repeated_share, words
+from prefmill.reviews.text_statistics import distinct_share, ngrams, repeated_share, words
 
 
 def review(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefmill.evaluation.story import data_doubts, judge, p_text, signed, tell
+from prefmill.report.story import data_doubts, judge, p_text, signed, tell
 
 
 def found(value: float, p_value: float, p_holm: float | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
 from prefmill.images.prompts import is_safe, prompt_id_of, read_prompts
 from tests.conftest import REPOSITORY
 

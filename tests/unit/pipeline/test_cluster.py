@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.config import validate
-from prefmill.errors import ConfigError
-from prefmill.pipeline.cluster import ClusterFile, read_cluster, read_secrets, resources_for
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError
+from prefmill.slurm.cluster import ClusterFile, read_cluster, read_secrets, resources_for
 from tests.conftest import REPOSITORY
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from prefmill.pipeline.cluster import Resources
-from prefmill.pipeline.estimate import never_starts
-from prefmill.pipeline.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size
-from prefmill.pipeline.slurm import Partition
-from prefmill.training import LoraConfig, TrainingConfig
+from prefmill.slurm.cluster import Resources
+from prefmill.slurm.estimate import never_starts
+from prefmill.slurm.jobs import Partition
+from prefmill.slurm.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size
+from prefmill.training.config import LoraConfig, TrainingConfig
 from tests.conftest import REPOSITORY
 
 GPU = Partition("gpu", nodes=4, max_minutes=2880, max_nodes=2, cpus=96, memory_gb=1000, gpus=8)

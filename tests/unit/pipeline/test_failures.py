@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS
-from prefmill.pipeline.failures import POLICIES, Evidence, Failure, Means, classify, decide, signature
-from prefmill.pipeline.slurm import JobState
+from prefmill.slurm.failures import POLICIES, Evidence, Failure, Means, classify, decide, signature
+from prefmill.slurm.jobs import JobState
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 3, in run\nValueError: bad value 17\n'
 
@@ -156,8 +156,7 @@ def test_a_gpu_that_is_too_small_is_tried_with_less_until_nothing_is_left() -> N
 
 
 def test_smaller_microbatches_divide_the_effective_batch_and_end() -> None:
-    from prefmill.pipeline.shrinking import needs_less
-    from prefmill.training import TrainingConfig
+    from prefmill.training.config import TrainingConfig, needs_less
 
     config, seen = TrainingConfig(learning_rate=1, num_train_epochs=1, per_device_train_batch_size=12), []
     while keys := needs_less(config):

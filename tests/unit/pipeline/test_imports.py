@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from toys import STAGES, MakeConfig, toy_plan
 
-from prefmill.artifacts import read_manifest
-from prefmill.pipeline.imports import import_now
+from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.pipeline.local import run_plan
-from prefmill.records import write_jsonl
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.pipeline.preload import import_now
+from prefmill.store.artifacts import read_manifest
+from prefmill.store.jsonl import write_jsonl
 
 SLOW = "import gc\nfound = gc.isenabled()\n"
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from prefmill.errors import PrefmillError
-from prefmill.pipeline import attempts, children
-from prefmill.pipeline.by_hand import stage_plan
-from prefmill.pipeline.children import Layout, Warnings
-from prefmill.pipeline.job import element_id
-from prefmill.pipeline.torchrun import arguments
-from prefmill.pipeline.worker import AttemptError
+from prefmill.core.errors import AttemptError, PrefmillError
+from prefmill.distributed.torchrun import arguments
+from prefmill.pipeline import attempts
+from prefmill.pipeline import subprocess_runner as children
+from prefmill.pipeline.manual_submission import stage_plan
+from prefmill.pipeline.subprocess_runner import Layout, Warnings
+from prefmill.slurm.job import element_id
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "10"}
 
@@ -39,7 +39,7 @@ def test_a_layout_follows_from_what_the_job_has(
 
 def test_one_process_needs_no_torchrun_and_one_node_no_srun() -> None:
     spec = Path("/w/spec.json")
-    assert Layout().command(spec) == [sys.executable, "-m", "prefmill.pipeline.ranks", "/w/spec.json"]
+    assert Layout().command(spec) == [sys.executable, "-m", "prefmill.pipeline.rank_entrypoint", "/w/spec.json"]
     assert "srun" not in Layout(1, 8, 8).command(spec)
     wide = Layout(2, 8, 96).command(spec)
     assert wide[0] == "srun"
@@ -171,7 +171,7 @@ def test_a_job_is_named_as_slurm_names_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_array_by_hand_is_over_the_modalities_and_a_task_can_be_named(tmp_path: Path) -> None:
-    from prefmill.pipeline.by_hand import element, stage_task
+    from prefmill.pipeline.manual_submission import element, stage_task
 
     keys = [f"workspace={tmp_path}", "run=r", "array.shard=3"]
     plan, name = stage_plan("make", [*keys, "task=shard1"])

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from toys import STAGES, UseConfig, toy_plan, use
 
-from prefmill.config import validate
-from prefmill.errors import ConfigError, PipelineError
-from prefmill.pipeline.batches import Batch, dependency, make_batches
-from prefmill.pipeline.cluster import ClusterFile, Resources
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.core.stage import Reads, Stage
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
-from prefmill.pipeline.launch import submit
 from prefmill.pipeline.plan import PipelineFile, make_plan, plan_task
-from prefmill.pipeline.script import array_script, array_spec
-from prefmill.pipeline.submission import Submission, claim_folder, submissions
-from prefmill.stage import Reads, Stage
+from prefmill.slurm.cluster import ClusterFile, Resources
+from prefmill.slurm.script import array_script, array_spec
+from prefmill.slurm.submission import Submission, claim_folder, submissions
+from prefmill.slurm.submit import submit
+from prefmill.slurm.task_batches import Batch, dependency, make_batches
 
 EACH = Stage(
     "each", UseConfig, use, "data", "review_scores", {"numbers": Reads("review_corpus", "make", "elementwise")}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.errors import PipelineError
-from prefmill.pipeline.logs import read_end, read_on, select_logs, show_logs
+from prefmill.core.errors import PipelineError
+from prefmill.slurm.logs import read_end, read_on, select_logs, show_logs
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from prefmill.pipeline.cluster import ClusterFile
-from prefmill.pipeline.notify import announce
+from prefmill.slurm.cluster import ClusterFile
+from prefmill.slurm.notify import announce
 
 OUTCOME = {"run": "r", "submission": 1, "state": "stopped", "tasks": 3, "open": 1, "stopped": ["sft:clean"]}
 

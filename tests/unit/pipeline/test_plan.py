@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from toys import toy_plan
 
-from prefmill.errors import ConfigError, PipelineError
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.pipeline.plan import PlannedTask, read_pipeline
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.pipeline import slurm
-from prefmill.pipeline.slurm import JobState, clean_state, expand, waits_for
+from prefmill.slurm import jobs as slurm
+from prefmill.slurm.jobs import JobState, clean_state, expand, waits_for
 
 
 @pytest.fixture

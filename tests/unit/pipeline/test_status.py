@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from prefmill.pipeline import slurm, status
-from prefmill.pipeline.slurm import JobState
-from prefmill.pipeline.status import Row, read_rows, render
+from prefmill.slurm import jobs as slurm
+from prefmill.slurm import status
+from prefmill.slurm.jobs import JobState
+from prefmill.slurm.status import Row, read_rows, render
 
 
 def write(path: Path, value: Any) -> None:

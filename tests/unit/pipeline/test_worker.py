@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from toys import RUNS, toy_plan
 
-from prefmill.artifacts import MANIFEST, read, read_manifest
-from prefmill.errors import PrefmillError
+from prefmill.core.artifact import MANIFEST
+from prefmill.core.errors import PrefmillError
 from prefmill.pipeline import worker
 from prefmill.pipeline.plan import Plan
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.worker import execute
+from prefmill.store.artifacts import read, read_manifest
 
 
 def run(plan: Plan) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefmill.config import StrictConfig, runtime
+from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 
 class MakeConfig(StrictConfig):

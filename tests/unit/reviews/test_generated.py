@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefmill.errors import ConfigError
-from prefmill.reviews import phrases
+from prefmill.core.errors import ConfigError
+from prefmill.reviews import synthetic_text as phrases
 from prefmill.reviews.generated import NUM_TITLES, compose, generate, generate_paper, quality_factors
 
 FACTOR_NAMES = list(phrases.FACTORS)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from prefmill.artifacts import Artifact, Provenance, publish
-from prefmill.errors import InputError
-from prefmill.records import write_jsonl
+from prefmill.core.artifact import Artifact, Provenance
+from prefmill.core.errors import InputError
 from prefmill.reviews.join import papers_with_reviews
+from prefmill.store.artifacts import publish
+from prefmill.store.jsonl import write_jsonl
 
 
 def corpus(folder: Path, papers: list[str], reviews: list[tuple[str, str]]) -> Artifact:

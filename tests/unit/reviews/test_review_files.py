@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
 from prefmill.reviews import files
 from prefmill.reviews.files import csv_rows, json_file_row, json_rows, jsonl_rows
 from prefmill.reviews.rows import Problem, Row

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from read_sources import Holder, items_of, read, source, write
 
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.reviews.generated import generate
 from prefmill.reviews.rows import PaperRow, ReviewRow, Skipped
 

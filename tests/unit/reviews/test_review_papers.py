@@ -9,8 +9,8 @@ import pytest
 from pdf_files import write_pdf
 from PIL import Image
 
-from prefmill.config import validate
-from prefmill.errors import InputError
+from prefmill.core.config import validate
+from prefmill.core.errors import InputError
 from prefmill.reviews import papers
 from prefmill.reviews.papers import Document, DocumentReader, PaperConfig, check_folders, read_documents
 from prefmill.reviews.pdf import PdfConfig, extract_pdf

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefmill.config import validate
-from prefmill.errors import ConfigError, InputError
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.reviews.rows import RowError
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of, title_key
 

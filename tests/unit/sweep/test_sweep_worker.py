@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from prefmill.artifacts import payload
-from prefmill.config import validate
-from prefmill.errors import ConfigError, PipelineError
-from prefmill.records import read_jsonl
-from prefmill.stage import Task
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.core.stage import Task
+from prefmill.report.sweep_page import sweep_page
+from prefmill.store.artifacts import payload
+from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep import run as worker
 from prefmill.sweep import study as studies
 from prefmill.sweep.claims import Watch, beating, claim, read_claim
@@ -72,7 +73,7 @@ def task(folder: Path, name: str = "worker0") -> Task:
 
 
 def go(folder: Path, name: str = "worker0", **keys: Any) -> dict[str, Any]:
-    return dict(sweep(validate(StudyConfig, {**KEYS, **keys}), task(folder, name)))
+    return dict(sweep(validate(StudyConfig, {**KEYS, **keys}), task(folder, name), sweep_page))
 
 
 def content(folder: Path, name: str = "worker0") -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefmill.checklist.items import Checklist, Item, load_checklist
-from prefmill.errors import ConfigError
+from prefmill.core.errors import ConfigError
 
 PARAPHRASE = "paraphrase_{item}_{number}"
 

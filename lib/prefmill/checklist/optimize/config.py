@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.checklist.engines import EngineConfig, LexicalConfig
+from prefmill.checklist.engine import EngineConfig, LexicalConfig
 from prefmill.checklist.optimize.targets import Target
-from prefmill.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
 
 StepName = Literal["propose", "score", "select", "refit", "export"]
 

@@ -13,7 +13,7 @@ from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.moments import Array
 from prefmill.checklist.optimize.selection import Design
 from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
-from prefmill.records import read_jsonl
+from prefmill.store.jsonl import read_jsonl
 
 Row = Mapping[str, Any]
 

@@ -8,13 +8,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact
-from prefmill.blocks import Progress
-from prefmill.checklist.engines import Engine, Outcome
-from prefmill.errors import InputError
-from prefmill.journal import Journal
-from prefmill.records import JsonlWriter, Paper, Review
+from prefmill.checklist.engine import Engine, Outcome
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.records import Paper, Review
 from prefmill.reviews.join import PAPERS, papers_with_reviews
+from prefmill.store.journal import Journal
+from prefmill.store.jsonl import JsonlWriter
+from prefmill.store.resumable import Progress
 
 SPLIT = "dev"
 PaperReviews = tuple[Paper, list[Review]]

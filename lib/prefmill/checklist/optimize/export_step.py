@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import write_atomic
 from prefmill.checklist.items import Checklist, save_checklist
 from prefmill.checklist.optimize.config import ExportConfig
 from prefmill.checklist.score import OPTIMAL_CHECKLIST
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
 
 SUMMARY = "summary.json"
 ALL_EQUAL = "all_items_equal"

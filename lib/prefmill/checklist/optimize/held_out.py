@@ -9,7 +9,7 @@ import numpy as np
 
 from prefmill.checklist.optimize.moments import Array, variance, weighted_moments
 from prefmill.checklist.optimize.selection import Design, Papers, SelectionRules, assign_folds, select
-from prefmill.evaluation.bootstrap import Estimate, Resampling, statistic
+from prefmill.core.statistics import Estimate, Resampling, statistic
 
 Progress = Callable[[int, int], None]
 _PERMUTED_AT_ONCE = 50  # permuted targets solved together: tens of megabytes

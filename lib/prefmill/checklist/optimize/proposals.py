@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefmill.blocks import Progress
-from prefmill.checklist.engines import TransformersConfig, VllmConfig
+from prefmill.checklist.engine import TransformersConfig, VllmConfig
 from prefmill.checklist.items import Item, load_checklist
 from prefmill.checklist.optimize.config import ProposeConfig
-from prefmill.errors import ConfigError, InputError
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.store.resumable import Progress
 
 MIN_CHARACTERS, MAX_CHARACTERS = 15, 200
 MAX_SAME_WORDS = 0.7  # of two questions' words: above it they ask the same
@@ -98,14 +98,14 @@ def _generate(
     """The model's answer to `prompt`, drawn at temperature 0.7 from `seed`; one answer needs no serving engine."""
     import torch
 
-    from prefmill.causal.generation import (
+    from prefmill.families.causal.generation import (
         Sampling,
         encode_prompts,
         generate_reviews,
         max_prompt_tokens,
         require_fitting,
     )
-    from prefmill.causal.loading import load_model, load_tokenizer
+    from prefmill.families.causal.loading import load_model, load_tokenizer
 
     shared: dict[str, Any] = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
     tokenizer = load_tokenizer(engine.model_name_or_path, **shared)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from prefmill.artifacts import write_atomic
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.optimize.config import RefitConfig, SelectConfig
 from prefmill.checklist.optimize.dev_data import answers, baseline_features, design_of, with_target
@@ -28,7 +27,8 @@ from prefmill.checklist.optimize.lasso import solve
 from prefmill.checklist.optimize.moments import Array, weighted_moments
 from prefmill.checklist.optimize.select_step import selection_rules
 from prefmill.checklist.optimize.selection import Design
-from prefmill.evaluation.bootstrap import Resampling
+from prefmill.core.files import write_atomic
+from prefmill.core.statistics import Resampling
 
 WEIGHTS, HELD_OUT = "weights.json", "held_out.json"
 _SMALLEST_WEIGHT = 0.001

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import Artifact, superseded, write_atomic
-from prefmill.checklist.engines import Engine, open_engine
+from prefmill.checklist.engine import Engine
+from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import Checklist, Item, save_checklist
 from prefmill.checklist.optimize import dev_data, export_step, refit_step, select_step
 from prefmill.checklist.optimize.candidates import gather, with_paraphrases
@@ -27,8 +27,11 @@ from prefmill.checklist.optimize.dev_scores import dev_papers, score_dev
 from prefmill.checklist.optimize.proposals import propose
 from prefmill.checklist.optimize.steps import Step, run_steps
 from prefmill.checklist.score import OPTIMAL_CHECKLIST
-from prefmill.config import identity
-from prefmill.stage import Metrics, Task
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import identity
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Metrics, Task
+from prefmill.store.artifacts import superseded
 
 CANDIDATES, ANSWER, PARAPHRASES = "candidates.json", "proposals.txt", "paraphrases.json"
 _JOURNAL = "score.journal"

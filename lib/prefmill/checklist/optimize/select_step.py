@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from prefmill.artifacts import write_atomic
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.dev_data import answers, design_of, with_target
@@ -18,8 +17,9 @@ from prefmill.checklist.optimize.lasso import path
 from prefmill.checklist.optimize.moments import Array, weighted_moments
 from prefmill.checklist.optimize.screening import Screened, ScreenRules, screen
 from prefmill.checklist.optimize.selection import Selection, SelectionRules, select
-from prefmill.errors import InputError
-from prefmill.records import write_jsonl
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.store.jsonl import write_jsonl
 
 ITEMS, PATH, SUMMARY = "items.jsonl", "path.jsonl", "summary.json"
 Row = Mapping[str, Any]

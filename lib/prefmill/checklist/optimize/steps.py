@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.artifacts import digest_json, digest_path, write_atomic
+from prefmill.core.files import digest_json, digest_path, write_atomic
 
 RECORD = "step.json"
 _VERSION = 1  # raise it when the same settings would give other content

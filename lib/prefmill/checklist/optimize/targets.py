@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefmill.checklist.label_files import LabelFile
-from prefmill.errors import InputError
+from prefmill.core.errors import InputError
 
 Target = Literal["confidence", "decision_agreement", "labels"]
 COLUMNS = ("review_id", "label")

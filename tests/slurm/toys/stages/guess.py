@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.config import StrictConfig, runtime
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.stage import Metrics, Stage, Task
 
 
 class GuessConfig(StrictConfig):
@@ -20,7 +20,7 @@ def run(config: GuessConfig, task: Task) -> Metrics:
     """Take the steps that are left, each noted in the logs."""
     import time
 
-    from prefmill.training import append_row
+    from prefmill.store.jsonl import append_row
 
     done = task.work / "steps"
     first = int(done.read_text()) if done.is_file() else 0
@@ -35,6 +35,6 @@ def run(config: GuessConfig, task: Task) -> Metrics:
 STAGE = Stage("guess", GuessConfig, run, "checkpoints", "checkpoint", trains=True)
 
 if __name__ == "__main__":
-    from prefmill.pipeline.worker import main
+    from prefmill.cli.stage import main
 
     main(STAGE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.stage import Metrics, Stage, Task
-from prefmill.training import TrainingConfig
+from prefmill.core.stage import Metrics, Stage, Task
+from prefmill.training.config import TrainingConfig
 
 
 class HungryConfig(TrainingConfig):
@@ -18,7 +18,9 @@ class HungryConfig(TrainingConfig):
 
 def run(config: HungryConfig, task: Task) -> Metrics:
     """Save a checkpoint, then run out of memory as torch does, until it is small enough."""
-    from prefmill.training import EXECUTED, append_row, mark_complete, newest_checkpoint
+    from prefmill.pipeline.attempts import EXECUTED
+    from prefmill.store.jsonl import append_row
+    from prefmill.training.checkpoints import mark_complete, newest_checkpoint
 
     first = 1 if newest_checkpoint(task.output) is None else 2
     for step in range(first, 3):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prefmill.config import StrictConfig
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.config import StrictConfig
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 
 class JoinConfig(StrictConfig):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prefmill.config import StrictConfig, runtime
-from prefmill.records import write_jsonl
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.stage import Metrics, Stage, Task
+from prefmill.store.jsonl import write_jsonl
 
 
 class MakeConfig(StrictConfig):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from prefmill.records import Modality
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.core.records import Modality
+from prefmill.core.stage import Metrics, Stage, Task
 from stages.train import TrainConfig
 from stages.train import run as train
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from prefmill.config import StrictConfig, runtime
-from prefmill.stage import Metrics, Stage, Task
+from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.stage import Metrics, Stage, Task
 
 
 class TrainConfig(StrictConfig):
@@ -29,8 +29,10 @@ def run(config: TrainConfig, task: Task) -> Metrics:
     import os
     import time
 
-    from prefmill.stopping import Stopped, StopWatch
-    from prefmill.training import EXECUTED, append_row, newest_checkpoint
+    from prefmill.pipeline.attempts import EXECUTED
+    from prefmill.pipeline.graceful_stop import Stopped, StopWatch
+    from prefmill.store.jsonl import append_row
+    from prefmill.training.checkpoints import newest_checkpoint
 
     newest = newest_checkpoint(task.output)
     first = int(newest.rpartition("-")[2]) if newest else 0
@@ -61,7 +63,7 @@ def _save(task: Task, step: int, disk: str) -> None:
     """A checkpoint as the Trainer writes it; on `disk` first, where that is another one."""
     from pathlib import Path
 
-    from prefmill.training import mark_complete
+    from prefmill.training.checkpoints import mark_complete
 
     if disk:
         Path(disk).write_bytes(b"x" * 200_000)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prefmill.config import StrictConfig, runtime
-from prefmill.records import read_jsonl, write_jsonl
-from prefmill.stage import Metrics, Reads, Stage, Task
+from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 
 class UseConfig(StrictConfig):

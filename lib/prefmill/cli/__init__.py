@@ -1,0 +1,1 @@
+"""The `prefmill` command and `python -m stages.STAGE`."""

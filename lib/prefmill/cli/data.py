@@ -1,0 +1,109 @@
+"""The commands of `prefmill` about data: import, pair, pairs, rate."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_data_commands(commands: Any) -> None:
+    """Add every command of this module to the parser's commands."""
+    imports = commands.add_parser("import", help="turn another tool's configuration into prefmill's")
+    imports.add_argument("tool", choices=["llamafactory"], help="whose configuration it is")
+    imports.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the file to import")
+    imports.add_argument("--output", type=Path, help="where to write (default: configs/dpo/<name of the file>)")
+    imports.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that file is run with (default: 1)")
+    imports.set_defaults(command=_import)
+
+    pair = commands.add_parser("pair", help="all that a run knows of one pair: texts, checklist, margins")
+    pair.add_argument("pair_id", metavar="ID", help="CHOSEN_ID:REJECTED_ID, as in the dpo datasets")
+    pair.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    pair.set_defaults(command=_pair)
+    pairs = commands.add_parser("pairs", help="the pairs of a preference training, or those that look wrong")
+    pairs.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    pairs.add_argument("--suspect", action="store_true", help="never learned, forgotten, explained by length alone")
+    pairs.add_argument("--export", type=Path, metavar="FILE", help="write suspects as an exclude file")
+    pairs.set_defaults(command=_pairs)
+    rate = commands.add_parser("rate", help="the address of the page on which a run's images are rated")
+    rate.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    rate.set_defaults(command=_rate)
+    for command in (pair, pairs, rate):
+        command.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+    for command in (pair, pairs):
+        command.add_argument("--task", help="TASK or STAGE:TASK, where a run trains on preferences more than once")
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from prefmill.core.config import validate
+    from prefmill.core.files import write_atomic
+    from prefmill.core.stage import load_stage
+    from prefmill.integrations.llamafactory import import_config
+
+    imported = import_config(arguments.config, arguments.gpus)
+    validate(load_stage("dpo").config, imported.config, where=arguments.config)
+    output = arguments.output or Path("configs") / "dpo" / f"{arguments.config.stem}.yaml"
+    header = f"# Imported from LLaMA-Factory's {arguments.config.name}.\n"
+    notes = "".join(f"# {note}.\n" for note in imported.notes)
+    write_atomic(output, header + notes + yaml.safe_dump(imported.config, sort_keys=False))
+    print(f"wrote {output}", *imported.notes, f"next: python -m stages.dpo {output} run=NAME", sep="\n  ")
+    return 0
+
+
+def _pair(arguments: argparse.Namespace) -> int:
+    from prefmill.pairs.forensics import margins_logs, read_histories
+    from prefmill.report.pair_report import tell
+
+    logs, run = _run_logs(arguments)
+    trained = any(logs.glob("*/*/margins"))
+    histories = read_histories(margins_logs(logs, arguments.task)) if trained else {}
+    print(tell(logs.parents[1], run, arguments.pair_id, histories))
+    return 0
+
+
+def _pairs(arguments: argparse.Namespace) -> int:
+    from prefmill.pairs.forensics import length_effect, margins_logs, read_histories, suspects, write_exclude
+
+    logs, _ = _run_logs(arguments)
+    histories = read_histories(margins_logs(logs, arguments.task))
+    effect = length_effect(histories.values())
+    found = suspects(histories)
+    learned = sum(item.last > 0 for item in histories.values())
+    print(
+        f"{len(histories):,} pairs, {learned:,} with a last margin above 0, {len(found):,} suspect; "
+        f"length predicts {effect.slope:.4g} a token (correlation {effect.correlation:.2f})"
+    )
+    if not any(len(item.sightings) > 1 for item in histories.values()):
+        print("every pair was seen once: whether one is learned shows from the second epoch on")
+    reasons = {item.history.pair_id: ", ".join(item.reasons) for item in found}
+    listed = [item.history for item in found] if arguments.suspect else list(histories.values())
+    for history in listed:
+        margins = " ".join(f"{sighting.margin:8.3f}" for sighting in history.sightings)
+        print(f"{history.pair_id}  {margins}  {reasons.get(history.pair_id, '')}".rstrip())
+    if arguments.export:
+        write_exclude(arguments.export, found)
+        print(f"wrote {arguments.export}: give it to build_datasets as exclude")
+    return 0
+
+
+def _rate(arguments: argparse.Namespace) -> int:
+    from prefmill.images.rate import open_pages
+
+    logs, _ = _run_logs(arguments)
+    for lines in open_pages(logs):
+        print(lines, end="")
+    return 0
+
+
+def _run_logs(arguments: argparse.Namespace) -> tuple[Path, str]:
+    """The folder of a run's logs, and its name."""
+    from prefmill.core.errors import InputError
+    from prefmill.pipeline.plan import default_workspace
+
+    workspace = arguments.workspace or default_workspace()
+    logs = (workspace / "logs" / arguments.run).resolve()
+    if not logs.is_dir():
+        raise InputError("no such run", where=logs, fix="list runs: ls logs/")
+    return logs, logs.name

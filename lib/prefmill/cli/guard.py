@@ -1,0 +1,30 @@
+"""What every command does about errors: explained ones are printed, bugs keep their traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from prefmill.core.errors import PrefmillError, explain_os_error
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run `command`; returns its exit code: 2 for what the user can mend, 130 when interrupted."""
+    try:
+        return command()
+    except PrefmillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `prefmill status | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run again to resume", file=sys.stderr)
+        return 130

@@ -1,0 +1,124 @@
+"""The commands of `prefmill` before a run on a cluster (estimate, rehearse) and while it is under way."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_commands(commands: Any) -> None:
+    """Add every command of this module to the parser's commands."""
+    status = _command(commands, "status", "show a run, task by task", _status, positional_run=True)
+    status.add_argument("--watch", action="store_true", help="again and again until nothing is left to happen")
+    status.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch (default: 10)")
+
+    logs = _command(commands, "logs", "print the end of the logs of a stage or task", _logs, selects="STAGE[:TASK]")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is written from now on")
+    logs.add_argument("-n", "--lines", type=int, default=10, help="lines of each log (default: 10)")
+
+    _command(
+        commands, "advance", "resubmit failed tasks that can be mended; safe at any time", _advance, positional_run=True
+    )
+    _command(commands, "rerun", "submit a stage or task again", _rerun, selects="STAGE[:TASK]")
+    cancel = _command(commands, "cancel", "end the jobs of a run, a stage or a task", _cancel)
+    cancel.add_argument("selector", nargs="?", metavar="STAGE[:TASK]", help="default: everything")
+
+    estimate = _planned(commands, "estimate", "memory, steps and limits before anything is submitted", _estimate)
+    estimate.add_argument("--gpu-memory", type=float, metavar="GB", help="of a GPU, where Slurm does not name its type")
+    _planned(commands, "rehearse", "the whole pipeline on the cluster, tiny, with a fire drill", _rehearse)
+
+
+def _planned(commands: Any, name: str, summary: str, command: Command) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE")
+    parser.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, summary: str, command: Command, selects: str | None = None, positional_run: bool = False
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    if selects:
+        parser.add_argument("selector", metavar=selects, help="which stage or task")
+    if positional_run:
+        parser.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    else:
+        parser.add_argument("--run", default="latest", help="the run's name (default: the newest)")
+    parser.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _where(arguments: argparse.Namespace) -> tuple[Path, str]:
+    """The workspace and the run's own name, where `latest` was given."""
+    from prefmill.pipeline.plan import default_workspace
+
+    workspace: Path = (arguments.workspace or default_workspace()).absolute()
+    link = workspace / "logs" / arguments.run
+    return workspace, link.resolve().name if link.is_symlink() else arguments.run
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from prefmill.slurm.status import show_status, watch_status
+
+    workspace, run = _where(arguments)
+    return watch_status(workspace, run, arguments.every) if arguments.watch else show_status(workspace, run)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from prefmill.slurm.logs import show_logs
+
+    show_logs(*_where(arguments), arguments.selector, arguments.lines, arguments.follow)
+    return 0
+
+
+def _advance(arguments: argparse.Namespace) -> int:
+    from prefmill.slurm.advance import advance
+
+    advance(*_where(arguments))
+    return 0
+
+
+def _rerun(arguments: argparse.Namespace) -> int:
+    from prefmill.slurm.rerun import rerun
+
+    rerun(*_where(arguments), arguments.selector)
+    return 0
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from prefmill.slurm.rerun import cancel
+
+    cancel(*_where(arguments), arguments.selector)
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from prefmill.slurm.cluster import read_cluster
+    from prefmill.slurm.estimate import estimate
+
+    pipeline, plan = _plan(arguments)
+    estimate(pipeline, plan, read_cluster(arguments.cluster), arguments.gpu_memory)
+    return 0
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    from prefmill.slurm.cluster import read_cluster
+    from prefmill.slurm.rehearse import rehearse
+
+    return rehearse(*_plan(arguments), arguments.pipeline, read_cluster(arguments.cluster))
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The pipeline and its plan."""
+    from prefmill.pipeline.plan import make_plan, read_pipeline
+
+    pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
+    return pipeline, make_plan(pipeline, arguments.pipeline)

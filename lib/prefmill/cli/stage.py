@@ -1,0 +1,62 @@
+"""`python -m stages.STAGE`: one stage by hand, through the same worker as a pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from prefmill.cli.guard import guarded
+from prefmill.core.stage import Stage
+
+
+def main(stage: Stage[Any]) -> NoReturn:
+    """`python -m stages.<stage> CONFIG [key=value ...]`: run one stage by hand or from a job script."""
+    sys.exit(run_stage(stage.name, sys.argv[1:]))
+
+
+def run_stage(stage: str, argv: Sequence[str]) -> int:
+    """`python -m stages.<stage> [CONFIG] [key=value ...]`: one stage through the same worker as a pipeline.
+
+    `run=`, `task=`, `workspace=`, `array.KEY=` and `inputs.NAME=` say where and what; other keys are the stage's.
+    Inside a Slurm array, without `task=`, the element is SLURM_ARRAY_TASK_ID.
+    """
+    from prefmill.core.stage import load_stage
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage}", description=load_stage(stage).summary, epilog=_stage_help(stage),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("config", nargs="?", help="YAML file with the stage's keys")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
+    parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
+    arguments = parser.parse_args(argv)
+    return guarded(lambda: _run_stage(stage, arguments))
+
+
+def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.local import run_plan
+    from prefmill.pipeline.manual_submission import element, stage_plan
+
+    config = [arguments.config] if arguments.config else []
+    plan, name = stage_plan(stage, [*config, *arguments.overrides])
+    only = f"{stage}:{name}" if name else None
+    if only is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        only = element(plan.tasks, os.environ).key
+    return run_plan(plan, only, arguments.force, say=lambda line: print(line, flush=True))
+
+
+def _stage_help(name: str) -> str:
+    from prefmill.core.stage import load_stage
+
+    stage = load_stage(name)
+    lines = ["keys:"]
+    for key, item in stage.config.model_fields.items():
+        default = "required" if item.is_required() else repr(item.get_default(call_default_factory=True))
+        lines.append(f"  {key:<32} {default:<24} {item.description or ''}".rstrip())
+    lines += ["", "inputs:"]
+    for key, reads in stage.reads.items():
+        lines.append(f"  inputs.{key:<25} {reads.kind}{' (optional)' if reads.optional else ''}")
+    return "\n".join([*lines, "", "example:", f"  python -m stages.{name} configs/{name}/demo.yaml run=mine"])

@@ -1,0 +1,211 @@
+"""Configuration: YAML merged with `key=value` by OmegaConf, checked by pydantic, reduced to an identity."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PosixPath
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
+
+from prefmill.core.errors import ConfigError
+from prefmill.core.files import digest_path
+
+
+class StrictConfig(BaseModel):
+    """Base of every configuration: frozen, no unknown keys, no silent coercion, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+
+class ExternalPath(PosixPath):
+    """A file or folder from outside the pipeline: its content, not its path, is part of a task's identity.
+
+    A relative path is read from the folder the command was given in.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            lambda text: cls(Path(text).expanduser().absolute()),
+            core_schema.str_schema(min_length=1),
+            serialization=core_schema.to_string_ser_schema(),
+        )
+
+
+def runtime(default: Any = ..., **constraints: Any) -> Any:
+    """A field that changes how a task runs but not what it makes; it is left out of the identity."""
+    return Field(default, json_schema_extra={"identity": False}, **constraints)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, before interpolation; raises ConfigError naming the line otherwise."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError:
+        beside = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        raise ConfigError(
+            f"no such configuration file{beside}", where=path, fix="check the path; shipped ones are under configs/"
+        ) from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError("unreadable YAML", where=path, got=str(error), fix="correct the file at that line") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            "a configuration file holds keys and values", where=path, got=type(loaded).__name__,
+            fix="write `key: value` lines, as in the files under configs/",
+        )  # fmt: skip
+    return {str(key): value for key, value in loaded.items()}
+
+
+def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object = None) -> dict[str, Any]:
+    """`base` with dotted `key=value` overrides laid over it and its interpolations resolved.
+
+    Environment values are refused: configs are recorded in manifests, and secrets must not be.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for override in overrides:
+        split_override(override)
+    if "${oc.env" in json.dumps([base, list(overrides)], default=str):
+        raise ConfigError(
+            "environment values are not allowed in configs", where=where, got="${oc.env:...}",
+            fix="write the value itself; for a secret, give the variable's name and let the stage read it",
+        )  # fmt: skip
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.from_dotlist(list(overrides)))
+        resolved = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(
+            "cannot merge the configuration", where=where, got=str(error).splitlines()[0],
+            fix="check the overrides and ${...} references",
+        ) from None  # fmt: skip
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """The key of `key=value` and the text after it; raises ConfigError where there is none."""
+    key, sign, text = override.partition("=")
+    if not sign:
+        raise ConfigError("an override is written key=value", got=repr(override), fix=f"write {override}=VALUE")
+    return key, text
+
+
+def lay_over(base: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `keys` laid over it: `lora.r` sets that key and leaves its neighbours, `lora` replaces them all."""
+    laid = copy.deepcopy(dict(base))
+    for dotted, value in keys.items():
+        *path, last = dotted.split(".")
+        inner = laid
+        for part in path:
+            if not isinstance(inner.get(part), dict):
+                inner[part] = {}
+            inner = inner[part]
+        inner[last] = value
+    return laid
+
+
+def validate(schema: type[ConfigT], values: Mapping[str, Any], where: object = None) -> ConfigT:
+    """`values` as a `schema`; raises ConfigError naming every wrong key, its value and what was expected."""
+    try:
+        # JSON mode keeps strictness while text may become a path and a list a tuple.
+        return schema.model_validate_json(json.dumps(dict(values), default=str))
+    except ValidationError as error:
+        problems = [_explain(schema, detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(
+            f"invalid configuration ({schema.__name__})", where=where, got="\n".join(["", *problems]),
+            fix="correct these keys in the file or on the command line",
+        ) from None  # fmt: skip
+
+
+def load(
+    schema: type[ConfigT], source: Path | Mapping[str, Any], overrides: Sequence[str] = (), where: object = None
+) -> ConfigT:
+    """A YAML file or mapping, with overrides, as a checked `schema`."""
+    values = read_yaml(source) if isinstance(source, Path) else source
+    where = where or (source if isinstance(source, Path) else None)
+    return validate(schema, merge(values, overrides, where), where)
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """What decides a task's content: every field but the runtime ones, external files by their digest."""
+    fields = type(config).model_fields
+    return {name: _identity_value(getattr(config, name)) for name, field in fields.items() if not _is_runtime(field)}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf, for comparing two configurations."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def nearest(word: str, candidates: Sequence[str]) -> str:
+    """` (did you mean 'x'?)` for the closest candidate, or nothing."""
+    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def _is_runtime(field: Any) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get("identity") is False
+
+
+def _identity_value(value: Any) -> Any:
+    if isinstance(value, ExternalPath):
+        return digest_path(value)
+    if isinstance(value, BaseModel):
+        return identity(value)
+    if isinstance(value, dict):
+        return {str(key): _identity_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_identity_value(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
+    location = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
+    if detail["type"] == "extra_forbidden":
+        valid = sorted(_keys_at(schema, detail["loc"][:-1]))
+        hint = nearest(str(detail["loc"][-1]), valid)
+        return f"    {location}: unknown key{hint}; valid keys: {', '.join(valid) or '(none)'}"
+    if detail["type"] == "missing":
+        return f"    {location}: required, but not given"
+    return f"    {location} = {detail['input']!r}: {detail['msg']}"
+
+
+def _keys_at(schema: Any, location: Sequence[str | int]) -> set[str]:
+    """The field names a configuration has at `location`, looking through lists, dicts, unions and tags."""
+    schemas = {schema}
+    for part in location:
+        inner = {step for item in schemas for step in _step_into(item, part)}
+        schemas = inner or schemas  # a union's tag is part of the location but not of the data
+    return {name for item in schemas for name in getattr(item, "model_fields", {})}
+
+
+def _step_into(schema: Any, part: str | int) -> Iterator[Any]:
+    field = getattr(schema, "model_fields", {}).get(part)
+    if field is not None:
+        yield from _models_in(field.annotation)
+
+
+def _models_in(annotation: Any) -> Iterator[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

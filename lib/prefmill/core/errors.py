@@ -1,0 +1,70 @@
+"""Errors a user can act on: what happened, what was got, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+
+class PrefmillError(Exception):
+    """A failure explained to the user; anything else that escapes is a bug in prefmill.
+
+    `what` names the thing and the fault, `where` the file and line, `got` and `expected` the values,
+    `fix` the next thing to do. The command line prints it without a traceback and exits with 2.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        got: object = None,
+        expected: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.details = {"where": where, "got": got, "expected": expected, "fix": fix}
+        lines = [what]
+        lines += [f"  {name + ':':<10}{value}" for name, value in self.details.items() if value is not None]
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(PrefmillError):
+    """A configuration that cannot be used."""
+
+
+class InputError(PrefmillError):
+    """Data from outside the pipeline that cannot be read or trusted."""
+
+
+class ArtifactError(PrefmillError):
+    """An artifact that is missing, incomplete, damaged or of another kind."""
+
+
+class PipelineError(PrefmillError):
+    """A pipeline that cannot be planned, or a task that cannot go on."""
+
+
+class AttemptError(PrefmillError):
+    """An attempt that ended without a result in another process; `state` and `record` go into the status file."""
+
+    def __init__(self, what: str, state: str = "failed", record: dict[str, Any] | None = None, **details: Any) -> None:
+        self.state, self.record = state, record or {}
+        super().__init__(what, **details)
+
+
+_DISK_FIXES = {
+    errno.ENOSPC: "free space on that disk, or set `workspace` to a larger one, and run again: finished work is kept",
+    errno.EDQUOT: "raise the quota or set `workspace` to another disk, and run again: finished work is kept",
+    errno.EROFS: "set `workspace` to a folder on a writable disk",
+    errno.EACCES: "give yourself write access, or set `workspace` to a folder of yours",
+    errno.EPERM: "give yourself write access, or set `workspace` to a folder of yours",
+}
+
+
+def explain_os_error(error: OSError) -> PrefmillError | None:
+    """A disk's refusal (full, quota, read-only, no access) as an error with its fix; None for any other."""
+    fix = _DISK_FIXES.get(error.errno or 0)
+    if fix is None:
+        return None
+    return PrefmillError(f"cannot write: {error.strerror}", where=error.filename or "(file not named)", fix=fix)

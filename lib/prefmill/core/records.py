@@ -1,0 +1,69 @@
+"""The rows that stages exchange, one JSON object a line, and how they are read and written."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict  # what pydantic can check rows against before Python 3.12
+
+Split = Literal["train", "val", "dev", "test"]
+Modality = Literal["clean", "clean_images", "vision"]
+Decision = Literal["accepted", "rejected", "withdrawn", "desk_rejected"]
+
+
+class Paper(TypedDict):
+    """A paper; image paths are relative to the artifact that holds the row."""
+
+    paper_id: str
+    title: str
+    abstract: str
+    text: str
+    decision: Decision | None
+    venue: str
+    split: Split
+    pages: list[str]
+    figures: list[str]
+
+
+class Review(TypedDict):
+    """A review; `rating` on its venue's scale (1 to 10 at most), `confidence` 1 to 5 or None."""
+
+    review_id: str
+    paper_id: str
+    text: str
+    rating: float
+    confidence: float | None
+    venue: str
+    sub_scores: dict[str, float]
+
+
+class Answer(TypedDict):
+    """A checklist item's answer for one review; `p_yes` in [0, 1]."""
+
+    yes: bool
+    p_yes: float
+    evidence: NotRequired[str]
+
+
+class ReviewIds(TypedDict):
+    """Which review a row is about."""
+
+    review_id: str
+    paper_id: str
+
+
+class EvaluationScores(ReviewIds):
+    """What a review's answers come to: `checkmark_score` is the weighted number of yes, `mean_p_yes` their mean."""
+
+    checkmark_score: float
+    mean_p_yes: float
+
+
+class ReviewEvaluation(EvaluationScores):
+    """A review's answers by item id, and what they come to."""
+
+    answers: dict[str, Answer]
+    engine: str
+
+
+IMAGE_MARKER = "<image>"

@@ -1,0 +1,173 @@
+"""The stage contract: what a stage reads, what it writes, its configuration and its `run`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any, Generic, Literal
+
+from prefmill.core.artifact import WORK, Artifact
+from prefmill.core.config import ConfigT, nearest
+from prefmill.core.errors import PipelineError
+from prefmill.core.files import write_atomic
+
+Metrics = dict[str, Any]
+Match = Literal["all", "elementwise"]
+PROGRESS = "progress.json"  # of a task, in its logs
+PROGRESS_INTERVAL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Reads:
+    """An input: the kind of artifact, and the stage that makes it unless the pipeline names another.
+
+    `match="elementwise"` takes the tasks of that stage that agree on every array key both have; `all` takes all.
+    """
+
+    kind: str
+    stage: str | None = None
+    match: Match = "all"
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` of the rows."""
+
+    index: int
+    count: int
+
+    def holds(self, key: str) -> bool:
+        """Whether the row or group named `key` belongs here; stable across runs, machines and row order."""
+        import hashlib
+
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Task:
+    """One element of a stage's array, as its `run` sees it."""
+
+    run: str
+    stage: str
+    name: str
+    values: Mapping[str, str | int]
+    sizes: Mapping[str, int]
+    inputs: Mapping[str, tuple[Artifact, ...]]
+    output: Path
+    logs: Path
+    _last_progress: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
+
+    def input(self, name: str) -> Artifact:
+        """The one artifact given as input `name`."""
+        (artifact,) = self.inputs[name]
+        return artifact
+
+    def optional_input(self, name: str) -> Artifact | None:
+        """The one artifact given as input `name`, or None."""
+        artifacts = self.inputs.get(name, ())
+        return artifacts[0] if artifacts else None
+
+    @property
+    def work(self) -> Path:
+        """Scratch below the output: kept when the task is interrupted, removed when it is done."""
+        folder = self.output / WORK
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def shard(self) -> Shard:
+        """This task's share of the rows, by the array key `shard`; everything where there is none."""
+        return Shard(int(self.values.get("shard", 0)), self.sizes.get("shard", 1))
+
+    def progress(self, done: int, total: int | None, unit: str) -> None:
+        """Publish how far the task is for `prefmill status`; cheap enough to call for every row."""
+        now = time.monotonic()
+        if done != total and now - self._last_progress[0] < PROGRESS_INTERVAL_SECONDS:
+            return
+        self._last_progress[0] = now
+        record = {"done": done, "total": total, "unit": unit, "time": time.time()}
+        write_atomic(self.logs / PROGRESS, json.dumps(record))
+
+
+@dataclass(frozen=True)
+class Stage(Generic[ConfigT]):
+    """A step of a pipeline. Its `run` writes payload files below `task.output` and returns metrics.
+
+    `root` is where outputs live (`data` or `checkpoints`), `writes` the kind of artifact. Raise `version`
+    when the same configuration would make different content. `preload` names slow imports, done before
+    `run`, and once for all tasks of a local run. `result` is the payload file a user opens; a finished run
+    prints where it is, with the lines of the metric `conclusion` where the stage returns one. A stage that
+    `trains` runs once per GPU under torchrun, and saves and stops when asked to (prefmill.pipeline.graceful_stop).
+    """
+
+    name: str
+    config: type[ConfigT]
+    run: Callable[[ConfigT, Task], Metrics]
+    root: Literal["data", "checkpoints"]
+    writes: str
+    reads: Mapping[str, Reads] = field(default_factory=dict)
+    version: int = 1
+    preload: tuple[str, ...] = ()
+    result: str | None = None
+    trains: bool = False
+
+    @property
+    def summary(self) -> str:
+        """The first line of the stage's module documentation."""
+        module = importlib.import_module(self.run.__module__)
+        return (module.__doc__ or "").strip().splitlines()[0]
+
+
+def stage_names() -> list[str]:
+    """Every stage's name, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(stages_folder())]))
+
+
+def stages_folder() -> Path:
+    """The folder of the package `stages`, in the checkout or where prefmill is installed."""
+    return Path(importlib.import_module("stages").__path__[0])
+
+
+def load_stage(name: str) -> Stage[Any]:
+    """The stage called `name`; raises PipelineError listing the stages there are."""
+    names = stage_names()
+    if name not in names:
+        raise PipelineError(
+            f"no stage '{name}'{nearest(name, names)}", expected=", ".join(names), fix="correct the stage's name"
+        )
+    stage = importlib.import_module(f"stages.{name}").STAGE
+    assert isinstance(stage, Stage), f"stages/{name}.py must define STAGE"
+    assert stage.name == name, f"stages/{name}.py defines a STAGE named {stage.name}"
+    return stage
+
+
+def describe_stages(markdown: bool = False) -> str:
+    """Every stage with its purpose, what it reads and what it writes, each after those it usually reads from."""
+    stages = {name: load_stage(name) for name in stage_names()}
+    graph = {
+        name: sorted({reads.stage for reads in stage.reads.values() if reads.stage in stages} - {name})
+        for name, stage in stages.items()
+    }
+    ordered = [stages[str(name)] for name in TopologicalSorter(graph).static_order()]
+    if markdown:
+        rows = [
+            f"| [{stage.name}](docs/stages/{stage.name}.md) | {stage.summary} | {_inputs(stage)} | `{stage.writes}` |"
+            for stage in ordered
+        ]
+        return "\n".join(["| stage | what it does | reads | writes |", "|---|---|---|---|", *rows])
+    return "\n".join(
+        f"{stage.name:<20} {stage.summary}\n{'':<20} reads {_inputs(stage)}; writes {stage.writes}" for stage in ordered
+    )
+
+
+def _inputs(stage: Stage[Any]) -> str:
+    kinds = dict.fromkeys(reads.kind for reads in stage.reads.values() if not reads.optional)
+    optional = dict.fromkeys(reads.kind for reads in stage.reads.values() if reads.optional and reads.kind not in kinds)
+    return ", ".join([*kinds, *(f"({kind})" for kind in optional)]) or "files"

@@ -1,0 +1,134 @@
+"""The bootstrap over papers: intervals and p-values that respect that the reviews of one paper are alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefmill.core.errors import InputError
+
+Array = NDArray[np.float64]
+Statistic = Callable[[Array], Array]
+MIN_PAPERS = 2
+_CHUNK_CELLS = 4_000_000  # drawn at a time: 32 MB
+_KEPT_CELLS = 128_000_000  # draws up to 128 MB are kept: a comparison asks for the same ones a hundred times
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How to resample: the same seed gives the same papers, so quantities stay comparable; `confidence` in (0, 1)."""
+
+    num_resamples: int = 10_000
+    seed: int = 0
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval, and the two-sided p-value of its being zero."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    num_papers: int
+
+
+def means(values: Array, resampling: Resampling) -> list[Estimate]:
+    """The mean over papers of each column of `values` [P, K], one row a paper.
+
+    A paper is drawn with all its reviews (cluster bootstrap, Davison and Hinkley 1997, section 3.8). Percentile
+    intervals are too short for few papers, so they are stretched by the t-quantile and the small-sample factor
+    (Hesterberg 2015, "expanded percentile"); the p-value inverts the same interval. Raises InputError below 2 papers.
+    """
+    return _estimates(values, resampling, lambda drawn: drawn)
+
+
+def statistic(values: Array, resampling: Resampling, function: Statistic) -> Estimate:
+    """A function of column means: `function` takes means [R, K] and gives a number for each of the R rows, [R]."""
+    (estimate,) = _estimates(values, resampling, lambda drawn: function(drawn)[:, None])
+    return estimate
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number by Holm's step-down method (1979), in the order given."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+@cache
+def student_quantile(probability: float, degrees: int) -> float:
+    """The quantile of Student's t; with t = sqrt(degrees) tan(a), its density in the angle a is cos(a)^(degrees-1)."""
+    if degrees > 2000:
+        return NormalDist().inv_cdf(probability)
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    density = np.cos(angles).clip(0) ** (degrees - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(degrees) * math.tan(float(np.interp(probability, mass / mass[-1], angles)))
+
+
+def _estimates(values: Array, resampling: Resampling, function: Callable[[Array], Array]) -> list[Estimate]:
+    num_papers = len(values)
+    if num_papers < MIN_PAPERS:
+        raise InputError(
+            "too few papers to compare", got=num_papers, expected=f"at least {MIN_PAPERS} papers with this measure",
+            fix="evaluate more papers: raise num_papers, or give the test split a larger share in ingest_reviews",
+        )  # fmt: skip
+    value = function(values.mean(axis=0, keepdims=True))[0]
+    drawn = np.concatenate([function(weights @ values) for weights in _weights(num_papers, resampling)])
+    draws = value + (drawn - value) * _stretch(num_papers, resampling.confidence)
+    tail = (1 - resampling.confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
+    columns = np.stack([value, low, high, _two_sided(draws)], axis=1)
+    return [Estimate(mean, lower, upper, p_value, num_papers) for mean, lower, upper, p_value in columns.tolist()]
+
+
+def _two_sided(draws: Array) -> Array:
+    """[K] p-values of zero; one is added to each count, as the sample itself is one of the possible draws."""
+    below, above = (draws <= 0).sum(axis=0), (draws >= 0).sum(axis=0)
+    p_values: Array = np.minimum(1.0, 2 * (np.minimum(below, above) + 1) / (len(draws) + 1))
+    return p_values
+
+
+def _stretch(num_papers: int, confidence: float) -> float:
+    probability = (1 + confidence) / 2
+    normal = NormalDist().inv_cdf(probability)
+    return student_quantile(probability, num_papers - 1) / normal * math.sqrt(num_papers / (num_papers - 1))
+
+
+def _weights(num_papers: int, resampling: Resampling) -> Iterator[Array]:
+    """How often each paper is drawn, as shares [r, P], a chunk at a time."""
+    fits = num_papers * resampling.num_resamples <= _KEPT_CELLS
+    for counts in (_kept_counts if fits else _draw_counts)(num_papers, resampling):
+        yield counts / num_papers
+
+
+@lru_cache(maxsize=2)
+def _kept_counts(num_papers: int, resampling: Resampling) -> tuple[NDArray[np.uint8], ...]:
+    return tuple(_draw_counts(num_papers, resampling))
+
+
+def _draw_counts(num_papers: int, resampling: Resampling) -> Iterator[NDArray[np.uint8]]:
+    """Each paper is drawn once on average, so that a count never comes near the 255 that a byte holds."""
+    generator = np.random.default_rng(resampling.seed)
+    chunk = max(1, _CHUNK_CELLS // num_papers)
+    for start in range(0, resampling.num_resamples, chunk):
+        rows = min(chunk, resampling.num_resamples - start)
+        yield generator.multinomial(num_papers, np.full(num_papers, 1 / num_papers), size=rows).astype(np.uint8)
+
+
+def ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Ranks from 0, [N], equal values at the mean of their ranks."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return ((ends - counts + ends - 1) / 2)[inverse]

@@ -1,0 +1,1 @@
+"""Tiny models, toy languages and pictures for demos and tests."""

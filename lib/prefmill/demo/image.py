@@ -1,0 +1,105 @@
+"""A tiny CLIP and a tiny SDXL, for the image pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefmill.core.seeding import seeded
+from prefmill.demo.tokenizer import train_clip_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_VOCAB_SIZE = 1000
+_MAX_TEXT_LENGTH = 77  # as in every CLIP
+_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_PROJECTION_DIM = 32
+_IMAGE_SIZE = 32
+_TIME_EMBED_DIM = 8
+_SDXL_TIME_IDS = 6  # original size, crop, target size: height and width of each
+
+
+def build_clip(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny CLIP and its processor to `folder`."""
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = train_clip_tokenizer(texts, _VOCAB_SIZE, _MAX_TEXT_LENGTH)
+    vision = {**_TEXT, "image_size": _IMAGE_SIZE, "patch_size": 8, "projection_dim": _PROJECTION_DIM}
+    config = CLIPConfig(text_config=_text_config(tokenizer), vision_config=vision, projection_dim=_PROJECTION_DIM)
+    with seeded(seed):
+        model = CLIPModel(config)
+    size = {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
+    images = CLIPImageProcessorPil(size={"shortest_edge": _IMAGE_SIZE}, crop_size=size)
+    model.save_pretrained(folder)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+
+
+def build_sdxl(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny Stable Diffusion XL pipeline to `folder`: two text encoders, UNet, VAE, scheduler."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer = train_clip_tokenizer(texts, _VOCAB_SIZE, _MAX_TEXT_LENGTH)
+    text_config = CLIPTextConfig(**_text_config(tokenizer))
+    with seeded(seed):
+        pipeline = StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=CLIPTextModel(text_config),
+            text_encoder_2=CLIPTextModelWithProjection(text_config),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=_unet(),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
+            ),
+        )
+    pipeline.save_pretrained(folder)
+
+
+def _text_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {
+        **_TEXT,
+        **ids,
+        "vocab_size": len(tokenizer),
+        "projection_dim": _PROJECTION_DIM,
+        "max_position_embeddings": _MAX_TEXT_LENGTH,
+    }
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        sample_size=_IMAGE_SIZE,
+        scaling_factor=0.13025,
+        force_upcast=False,
+    )
+
+
+def _unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=_IMAGE_SIZE // 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=2 * _TEXT["hidden_size"],
+        addition_embed_type="text_time",
+        addition_time_embed_dim=_TIME_EMBED_DIM,
+        projection_class_embeddings_input_dim=_SDXL_TIME_IDS * _TIME_EMBED_DIM + _PROJECTION_DIM,
+    )

@@ -1,0 +1,118 @@
+"""Pre-training a small causal model on chats, prompt and answer alike, with transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.stage import Metrics, Task
+from prefmill.families.causal.chat import encode
+from prefmill.reviews.join import papers_with_reviews
+from prefmill.reviews.prompt import Message, review_completion, review_messages
+from prefmill.training.arguments import trainer_arguments
+from prefmill.training.callbacks import StageCallback
+from prefmill.training.checkpoints import newest_checkpoint
+from prefmill.training.config import TrainingConfig
+from prefmill.training.loop import report_dropped, save_finished
+
+_IGNORED = -100  # a label that takes no part in the loss
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A request for a review and the review that answers it."""
+
+    review_id: str
+    messages: list[Message]
+    answer: str
+
+
+class Rows(Dataset[dict[str, list[int]]]):
+    """Encoded chats, in memory: `input_ids` and `labels`."""
+
+    def __init__(self, rows: Sequence[dict[str, list[int]]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+def training_chats(corpus: Artifact) -> list[Chat]:
+    """Every review of the corpus' train split, good or bad, in the form later stages train on.
+
+    Raises InputError when there is none.
+    """
+    chats = [
+        Chat(review["review_id"], review_messages(paper, "clean"), review_completion(review))
+        for paper, reviews in papers_with_reviews(corpus)
+        if paper["split"] == "train"
+        for review in reviews
+        if review["text"].strip()
+    ]
+    if not chats:
+        raise InputError(
+            "the corpus has no reviews to train on", where=corpus.path, expected="papers of the split 'train'",
+            fix="raise the train share of ingest_reviews' splits, or add sources",
+        )  # fmt: skip
+    return chats
+
+
+def chat_texts(chats: Iterable[Chat]) -> Iterator[str]:
+    """What a tokenizer for these chats learns from: every prompt once, every answer."""
+    seen: set[str] = set()
+    for chat in chats:
+        for message in chat.messages:
+            if message["content"] not in seen:
+                seen.add(message["content"])
+                yield message["content"]
+        yield chat.answer
+
+
+def encode_chats(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task, on_prompt: bool
+) -> Rows:
+    """The chats as `input_ids` and `labels`; over-long ones are reported and dropped, or refused."""
+    rows, dropped = [], []
+    for chat in tqdm(chats, desc="tokenising reviews", unit=" rows"):
+        prompt, answer = encode(tokenizer, chat.messages, chat.answer)
+        if len(prompt) + len(answer) > config.max_length:
+            dropped.append({"id": chat.review_id, "num_tokens": len(prompt) + len(answer)})
+        else:
+            labels = (prompt if on_prompt else [_IGNORED] * len(prompt)) + answer
+            rows.append({"input_ids": prompt + answer, "labels": labels})
+    report_dropped(task, dropped, len(rows), config)
+    return Rows(rows)
+
+
+def pretrain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, config: TrainingConfig, task: Task
+) -> Metrics:
+    """Train `model` on `rows`, resuming from the newest complete checkpoint, and write it as a Hugging Face folder."""
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            **trainer_arguments(config, task, world_size=1), train_sampling_strategy="group_by_length"
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED),
+        processing_class=tokenizer,
+        callbacks=[StageCallback(task)],
+    )
+    trainer.train(resume_from_checkpoint=newest_checkpoint(task.output))
+    save_finished(trainer.model, tokenizer, task.output, config, task)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {
+        "steps": trainer.state.global_step,
+        "train_rows": len(rows),
+        "parameters": model.num_parameters(),
+        "final_loss": losses[-1],
+    }

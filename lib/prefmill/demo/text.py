@@ -1,0 +1,107 @@
+"""Small causal and masked-diffusion language models with the architectures of Qwen2.5 and LLaDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from prefmill.core.config import StrictConfig
+from prefmill.core.seeding import seeded
+from prefmill.demo.tokenizer import MASK, train_chat_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Shape(StrictConfig):
+    """The size of a transformer; `num_key_value_heads` below `num_attention_heads` is grouped-query attention."""
+
+    hidden_size: int = Field(64, ge=8)
+    num_hidden_layers: int = Field(2, ge=1)
+    num_attention_heads: int = Field(4, ge=1)
+    num_key_value_heads: int = Field(2, ge=1)
+    intermediate_size: int = Field(128, ge=8)
+    max_position_embeddings: int = Field(32_768, ge=2)  # as the real ones: a whole paper fits
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Shape:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("hidden_size must be a multiple of 2 x num_attention_heads: rotary embeddings pair up")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        return self
+
+
+def create_qwen2(
+    tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int, initializer_range: float = 0.02
+) -> PreTrainedModel:
+    """A Qwen2 with random fp32 weights that follow from its arguments, embeddings tied as in Qwen2.5-3B.
+
+    `initializer_range` is the standard deviation of the weights.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=initializer_range,
+        **special_ids(tokenizer), **shape.model_dump(),
+    )  # fmt: skip
+    with seeded(seed):
+        model = Qwen2ForCausalLM(config)
+    model.generation_config = generation_defaults(tokenizer)
+    return model
+
+
+def build_qwen2(folder: Path, texts: Sequence[str], seed: int, hidden_size: int | None = None) -> None:
+    """Save a tiny Qwen2 and its tokenizer to `folder`."""
+    tokenizer = train_chat_tokenizer(texts, vocab_size=1024)
+    shape = Shape() if hidden_size is None else Shape(hidden_size=hidden_size)
+    save(create_qwen2(tokenizer, shape, seed), tokenizer, folder)
+
+
+def create_masked_diffusion(
+    tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int, initializer_range: float = 0.02
+) -> PreTrainedModel:
+    """A stand-in for LLaDA: a Llama that attends both ways, with random fp32 weights that follow from its arguments.
+
+    `config.mask_token_id` names the mask token, as in LLaDA's configuration.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), initializer_range=initializer_range, **special_ids(tokenizer), **shape.model_dump()
+    )
+    config.is_causal = False
+    config.mask_token_id = tokenizer.mask_token_id
+    with seeded(seed):
+        model = LlamaForCausalLM(config)
+    model.generation_config = generation_defaults(tokenizer)
+    return model
+
+
+def build_masked_diffusion(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny stand-in for LLaDA and a tokenizer with a mask token to `folder`."""
+    tokenizer = train_chat_tokenizer(texts, vocab_size=1024, mask_token=MASK)
+    save(create_masked_diffusion(tokenizer, Shape(), seed), tokenizer, folder)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The ids of the special tokens a model's configuration states."""
+    return {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
+def generation_defaults(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Generation ends at the end of a turn or of a document."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a plain Hugging Face folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,84 @@
+"""Work in a process of its own, whose memory, a GPU's included, is free again when it ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefmill.core import errors
+from prefmill.core.errors import AttemptError, PrefmillError, explain_os_error
+from prefmill.core.files import write_atomic
+
+
+def in_own_process(folder: Path, work: Callable[..., None], *arguments: object) -> None:
+    """Run `work(*arguments)` in a child of this process; what it makes, it leaves on disk.
+
+    The child is forked, so that imports are not paid again, or started anew on a machine with GPUs (`arguments` must
+    be picklable). It ends with this process. A PrefmillError is raised here as it was there;
+    raises AttemptError, with the child's traceback or signal, when it fails otherwise: what is then done about it
+    depends on these. `folder` takes the error on its way.
+    """
+    failure = folder / "failure.json"
+    failure.unlink(missing_ok=True)
+    context: Any = multiprocessing.get_context(_start_method())
+    child = context.Process(target=_run, args=(failure, work, *arguments))
+    child.start()
+    try:
+        child.join()
+    finally:  # an interrupt here must not leave it behind
+        child.kill()
+        child.join()
+    if child.exitcode:
+        raise _explain(failure, child.exitcode)
+
+
+def _start_method() -> str:
+    """CUDA cannot be used in a fork of a process that has as much as counted the GPUs."""
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    return "spawn" if has_gpu else "fork"
+
+
+def _run(failure: Path, work: Callable[..., None], *arguments: object) -> None:
+    end_with_parent()
+    try:
+        work(*arguments)
+    except Exception as error:
+        shown = (explain_os_error(error) if isinstance(error, OSError) else None) or error
+        if isinstance(shown, PrefmillError):
+            details = {name: str(value) for name, value in shown.details.items() if value is not None}
+            record = {"mendable": True, "kind": type(shown).__name__, "what": shown.what, "details": details}
+        else:
+            record = {"mendable": False, "kind": type(shown).__name__, "what": traceback.format_exc(), "details": {}}
+        write_atomic(failure, json.dumps(record))
+        sys.exit(1)
+
+
+def _explain(failure: Path, exit_code: int) -> PrefmillError:
+    if failure.is_file():
+        record = json.loads(failure.read_text())
+        failure.unlink()
+        if record["mendable"]:
+            known: PrefmillError = getattr(errors, record["kind"], PrefmillError)(record["what"], **record["details"])
+            return known
+        return AttemptError(record["what"], record={"kind": record["kind"]})
+    name = signal.Signals(-exit_code).name if exit_code < 0 else None
+    return AttemptError(
+        f"a process of this task ended by {name}" if name else f"a process of this task ended with code {exit_code}",
+        record={"exit_code": exit_code, "signal": name, "kind": "ProcessEnded"},
+        fix="see the end of its log; SIGKILL is often memory running out",
+    )  # fmt: skip
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, so that no orphan holds a task's lock."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

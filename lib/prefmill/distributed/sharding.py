@@ -1,0 +1,222 @@
+"""How weights are spread over ranks: DeepSpeed's ZeRO and torch's FSDP2, and what stays the same under them.
+
+Trainings load and score with the whole model and shard it when training starts; the finished weights are gathered.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prefmill.core.errors import ConfigError
+from prefmill.core.precision import Precision, torch_dtype
+from prefmill.distributed.collectives import world_size
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+class Sharded(Protocol):
+    """The keys of a training's configuration that say how its weights are spread."""
+
+    @property
+    def fsdp(self) -> bool: ...
+    @property
+    def deepspeed(self) -> Path | None: ...
+    @property
+    def precision(self) -> Precision: ...
+
+
+ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
+_PATCHED = "_prefmill_fsdp_on_cpu"
+
+
+@contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Within, models are loaded whole, though DeepSpeed is to shard what is trained: transformers would shard them all.
+
+    References are computed with the whole model, and frozen helpers are never sharded.
+    """
+    from transformers.integrations import deepspeed
+
+    planned = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = planned
+
+
+def compute_as_without_shards(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed settings with which ZeRO-3 does not put in its own linear: that rounds before it adds the bias.
+
+    In bf16 the policy would then differ at step 0 from the reference, which was computed before the shards were made.
+    """
+    zero = {**deepspeed.get("zero_optimization", {}), "memory_efficient_linear": False}
+    return {**deepspeed, "zero_optimization": zero}
+
+
+def sharding_arguments(config: Sharded) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments for the strategy asked for; raises ConfigError for an unreadable file."""
+    if uses_fsdp(config):
+        allow_fsdp_on_cpu()
+        return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    if config.deepspeed is None:
+        return {}
+    settings = deepspeed_settings(config.deepspeed)
+    if world_size() == 1:
+        _rendezvous_alone()
+    return {"deepspeed": compute_as_without_shards(settings)}
+
+
+def uses_fsdp(config: Sharded) -> bool:
+    """Whether FSDP2 shards this training: a process that trains alone has nobody to share with."""
+    return config.fsdp and world_size() > 1
+
+
+def deepspeed_settings(path: Path) -> dict[str, Any]:
+    """What a DeepSpeed file says; raises ConfigError where it cannot be read."""
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "cannot read the DeepSpeed file", where=path, got=str(error), expected="a JSON file",
+            fix="give deepspeed the path of one, such as configs/deepspeed/zero3.json",
+        ) from None  # fmt: skip
+    return settings
+
+
+def fsdp_mixed_precision(arguments: ArgumentsT, config: Sharded) -> ArgumentsT:
+    """Keep FSDP2 from rounding what the model returns, and sums of gradients: accelerate would have both in bf16.
+
+    A response's log-likelihood, several hundred nats, would be off by one or two.
+    """
+    if uses_fsdp(config) and config.precision != "fp32":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(param_dtype=torch_dtype(config.precision), reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+    return arguments
+
+
+def scoring_context(trainer: Any, config: Sharded) -> AbstractContextManager[Any]:
+    """What the reference is scored in, so that it computes as the policy will: DeepSpeed trains without autocast."""
+    context: AbstractContextManager[Any] = nullcontext() if config.deepspeed else trainer.compute_loss_context_manager()
+    return context
+
+
+def scoring_model(model: Any, trainer: Any, config: Sharded) -> Any:
+    """The model that the reference is scored with, on the trainer's device: as the policy will compute.
+
+    FSDP2 computes with weights rounded to the run's precision, of which it keeps no copy.
+    """
+    model = model.to(trainer.args.device)  # a strategy that shards leaves the policy where it was loaded
+    if uses_fsdp(config) and config.precision != "fp32":
+        model = copy.deepcopy(model)
+        for weight in model.parameters():  # and no buffer: positions stay exact
+            weight.data = weight.data.to(torch_dtype(config.precision))
+    return model
+
+
+def is_sharded(weight: Any) -> bool:
+    """Whether ranks hold parts of this weight: ZeRO-3's or FSDP2's."""
+    return hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
+
+
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A model's weights on the CPU, one gathered after the other where ranks hold parts; every rank must ask.
+
+    Those that do not `keep` them get an empty dictionary.
+    """
+    weights = {}
+    for name, value in model.named_parameters():
+        with _gathered(value) as whole:
+            if keep:
+                weights[name] = whole.detach().cpu().clone()
+    return weights
+
+
+def gather_model(model: nn.Module, keep: bool) -> None:
+    """Put whole weights in the place of the shards, on the CPU, on the rank that is to `keep` them; all ranks call.
+
+    A model without shards is left as it is. Weights that are tied stay tied.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # the last forward left some parts whole, in storage that is not theirs
+    if not any(map(is_sharded, model.parameters())):
+        return
+    shared = {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)}
+    first = {id(value): name for name, value in reversed(list(model.named_parameters()))}
+    weights = whole_weights(model, keep)
+    made = {name: nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
+    for name, known in shared.items() if keep else ():
+        module, _, leaf = name.rpartition(".")
+        model.get_submodule(module)._parameters[leaf] = made[first[known]]
+
+
+def pad_chunks(chunks: Sequence[Tensor], layer: Any) -> list[Tensor]:
+    """`chunks` [n, ...] with empty ones after them, as many as the rank with the most needs where `layer` is sharded.
+
+    A sharded layer is gathered whenever it runs: ranks that run it unequally often would wait for each other forever.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not (isinstance(layer, FSDPModule) or is_sharded(layer.weight)):  # while it runs FSDP2 shows plain weights
+        return list(chunks)
+    most = torch.tensor(len(chunks), device=chunks[0].device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return [*chunks, *[chunks[0][:0]] * (int(most) - len(chunks))]
+
+
+@contextmanager
+def _gathered(value: Any) -> Iterator[Tensor]:
+    if hasattr(value, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value]):
+            yield value
+    else:
+        yield value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Have accelerate shard on a CPU what it shards on GPUs: it would take DDP, and say nothing."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    if hasattr(AcceleratorState, _PATCHED):
+        return
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+    setattr(AcceleratorState, _PATCHED, True)
+
+
+def _rendezvous_alone() -> None:
+    """What a launcher would say to the one process there is: without it DeepSpeed looks for MPI."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))

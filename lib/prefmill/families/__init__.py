@@ -1,0 +1,1 @@
+"""Model families: each loads, batches, scores and generates."""

@@ -1,0 +1,245 @@
+"""Preference training of causal language models: pairs to groups, the reference, the trainer, the finished folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prefmill.core.errors import InputError
+from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.collectives import world_size
+from prefmill.distributed.sharding import scoring_context, scoring_model, unsharded_loading, uses_fsdp
+from prefmill.families.causal.chat import encode
+from prefmill.families.causal.group_attention import use_group_attention
+from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
+from prefmill.families.causal.image_batches import add_images
+from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
+from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.other_reference import check_reference, reference_name
+from prefmill.families.causal.scorer import (
+    Batch,
+    encode_pairwise,
+    encode_sequences,
+    patch_forward,
+    restore_forward,
+    score_batch,
+)
+from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.store.tensor_cache import TensorCache, cache_folder
+from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
+from prefmill.training.callbacks import StageCallback
+from prefmill.training.checkpoints import resume_strictly
+from prefmill.training.config import TrainingConfig, accumulation, weights_precision
+from prefmill.training.data import Group, PreferencePair, gather, read_pairs, swap_by_coin
+from prefmill.training.family import Family, by_group
+from prefmill.training.loop import add_adapter, report_dropped, train_and_save
+from prefmill.training.objectives import Settings, mix
+from prefmill.training.preference_config import PreferenceConfig
+from prefmill.training.reference import reference_key, reference_scores, start_weights, weights_of
+from prefmill.training.telemetry import Telemetry
+from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
+
+
+def train_dpo(
+    config: PreferenceConfig,
+    task: Task,
+    policy: str,
+    train: Path,
+    val: Path | None,
+    limits: ImageLimits = ImageLimits(),  # noqa: B008
+) -> Metrics:
+    """Tune `policy` on the pairs in `train`, the reference being `policy` itself as it was before the first step.
+
+    Or the checkpoint that `config.ref_name` names. Resumes from the newest complete checkpoint; the reference's scores
+    come from their cache or from a checkpoint loaded afresh, never from the policy in training.
+    """
+    tokenizer = load_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    reader = open_reader(policy, tokenizer, limits, **options)
+    groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
+    held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
+    settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
+    objective = mix(config.loss_type, config.loss_weights, settings)
+    check_reference(config, objective, policy, tokenizer)
+    plan = _plan(groups, config)
+    trainer = PreferenceTrainer(
+        model=add_adapter(load_policy(policy, config, config.revision), config),
+        args=plan_arguments(config, task, plan),
+        train=PreferenceData(groups, None, plan),
+        val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
+        family=causal_family(config, tokenizer.pad_token_id, reader),
+        objective=objective,
+        settings=settings,
+        telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
+        callbacks=[StageCallback(task)],
+    )
+    if objective.needs_reference:
+        scores = _reference(trainer, task, groups, held_out, tokenizer, config, reader)
+        trainer.set_reference(*map(by_group, scores))
+    resume_strictly(trainer)
+    train_and_save(trainer, reader or tokenizer, config, task)
+    restore_forward(trainer.model)
+    history = [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{}]
+    return {
+        "steps": trainer.state.global_step,
+        "pairs": sum(len(group.pairs) for group in groups),
+        "groups": len(groups),
+        "val_accuracy": history[-1].get("eval_accuracy"),
+        "val_margin": history[-1].get("eval_margin"),
+    }
+
+
+def load_groups(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainingConfig,
+    task: Task,
+    shuffle: bool = False,
+    reader: ImageReader | None = None,
+) -> list[Group]:
+    """The pairs in `path` as groups; those with a side over max_length are reported and dropped, or refused.
+
+    Raises InputError for images that no `reader` is there for.
+    """
+    pairs = (_placed(pair, reader) for pair in read_pairs(path))
+    chosen = swap_by_coin(pairs, config.seed) if shuffle else pairs
+    groups = gather(chosen, reader.encode if reader else lambda messages, answer: encode(tokenizer, messages, answer))
+    dropped = [
+        {"id": pair.pair_id, "file": path.parent.name, "num_tokens": group.tokens_of(pair)}
+        for group in groups
+        for pair in group.pairs
+        if group.tokens_of(pair) > config.max_length
+    ]
+    kept = [group for group in (group.up_to(config.max_length) for group in groups) if group.pairs]
+    report_dropped(task, dropped, sum(len(group.pairs) for group in kept), config)
+    if not kept:
+        raise InputError("no pairs to train on", where=path, fix="lower the thresholds of build_datasets")
+    return kept
+
+
+def _placed(pair: PreferencePair, reader: ImageReader | None) -> PreferencePair:
+    """`pair` with its images where their markers stand."""
+    if pair.images and reader is None:
+        raise InputError(
+            "a model of text alone cannot see these images", where=f"pair {pair.pair_id}", got=pair.images[0],
+            fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
+        )  # fmt: skip
+    return replace(pair, messages=with_images(pair.messages, pair.images))
+
+
+def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> Any:
+    """The model to tune, scoring instead of returning logits, its dropout off: reference and policy must agree."""
+    model = load_model(
+        name,
+        precision=weights_precision(config),
+        revision=revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if config.layout == "group":
+        use_group_attention(model)
+    return patch_forward(model)
+
+
+def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:
+    """The microbatches of all epochs, as the layout cuts them."""
+    epochs, target, ranks = config.num_train_epochs, config.effective_batch_size, world_size()
+    per_step = accumulation(config, ranks) * ranks
+    if config.layout == "pairwise":
+        return plan_batches(groups, epochs, target, per_step, config.seed)
+    at_once, max_tokens = config.per_device_train_batch_size, config.max_tokens_per_microbatch
+    return plan_group_batches(groups, epochs, target, at_once, ranks, max_tokens, config.seed)
+
+
+def causal_family(config: PreferenceConfig, pad: int, reader: ImageReader | None = None) -> Family:
+    """Log-likelihoods of responses, the same in every epoch."""
+
+    def encode_parts(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> Batch:
+        if config.layout == "group":
+            batch, shown = encode_groups(groups, parts), [groups[part.group] for part in parts]
+        else:
+            batch = encode_pairwise(groups, parts, pad)
+            shown = [groups[part.group] for part in parts for _ in part.pairs for _side in range(2)]
+        return add_images(batch, shown, reader) if reader else batch
+
+    if config.ld_alpha is not None:
+        return DesensitizedFamily(encode_parts, score_batch, config.ld_alpha)
+    return Family(encode_parts, score_batch)
+
+
+def _one_by_one(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:
+    """Every validation pair once, in microbatches of the training size."""
+    at_once = config.per_device_train_batch_size
+    if config.layout == "pairwise":
+        return one_by_one(groups, at_once, config.seed)
+    num_pairs = sum(len(group.pairs) for group in groups)
+    return plan_group_batches(groups, 1, num_pairs, at_once, 1, config.max_tokens_per_microbatch, config.seed)
+
+
+def _reference(
+    trainer: PreferenceTrainer,
+    task: Task,
+    train: Sequence[Group],
+    val: Sequence[Group],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreferenceConfig,
+    reader: ImageReader | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The reference's scores of all responses, train and val; called while the policy still is as it starts."""
+    groups = [*train, *val]
+    settings: dict[str, Any] = {
+        "precision": config.precision, "weights": weights_precision(config), "layout": config.layout,
+        "attention": config.attn_implementation, "fsdp": uses_fsdp(config), "deepspeed": config.deepspeed is not None,
+        "at_once": [config.per_device_train_batch_size, config.max_tokens_per_microbatch],
+    }  # fmt: skip
+    if config.ld_alpha is not None:  # then a side's sum depends on the other one
+        pairs = [[(pair.chosen, pair.rejected) for pair in group.pairs] for group in groups]
+        settings |= {"ld_alpha": config.ld_alpha, "pairs": pairs}
+    if reader:
+        settings["images"] = reader.digest([group.images for group in groups])
+
+    def score(group: Group) -> Tensor:
+        batches = [
+            batch.to(trainer.args.device) for batch in _response_batches(group, config, tokenizer.pad_token_id, reader)
+        ]
+        if config.ld_alpha is None:
+            return torch.cat([score_batch(reference, batch) for batch in batches])
+        tokens = torch.cat([score_batch(reference, per_token(batch)) for batch in batches])
+        return reference_sums(tokens, list(map(len, group.responses)), group.pairs, config.ld_alpha)
+
+    other = reference_name(config)
+    with unsharded_loading():
+        model = trainer.model if other is None else load_policy(other, config, config.ref_revision)
+    reference = scoring_model(model, trainer, config).eval()
+    with torch.no_grad(), scoring_context(trainer, config):
+        cache = TensorCache(cache_folder(task, None) / "reference")
+        weights = start_weights(task, config) if other is None else weights_of(other, config.ref_revision)
+        key = reference_key(groups, weights, settings)
+        scores = reference_scores(groups, score, cache, key, config.precision)
+    return scores[: len(train)], scores[len(train) :]
+
+
+def _response_batches(
+    group: Group, config: PreferenceConfig, pad: int, reader: ImageReader | None = None
+) -> list[Batch]:
+    """All responses of a group in batches of the training layout and size."""
+    if config.layout == "group":
+        batches = [pack([cut]) for cut in cut_responses(group, config.max_tokens_per_microbatch)]
+        return [add_images(batch, [group], reader) if reader else batch for batch in batches]
+    at_once = 2 * config.per_device_train_batch_size
+    sequences = [(group.prompt, response) for response in group.responses]
+    batches = [encode_sequences(sequences[n : n + at_once], pad) for n in range(0, len(sequences), at_once)]
+    return [add_images(batch, [group] * len(batch.lengths), reader) if reader else batch for batch in batches]

@@ -1,0 +1,288 @@
+"""Generating with a causal language model so that a sample depends on its own key, not on its batch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.chat import image_paths, prompt_text
+from prefmill.store.resumable import Progress, resumable_blocks, silent
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from prefmill.families.causal.vision import ImageReader
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens; `temperature` 0 takes the likeliest, `top_p` keeps the smallest set of that mass."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to generate: `key` (here a paper) and `sample` name its random stream; the prompt as token ids.
+
+    `images` are the files of its images, in the order of their tokens.
+    """
+
+    key: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+    images: tuple[str, ...] = ()
+
+
+class Completion(TypedDict):
+    """What came out, without the end token; `truncated` when the token limit came first."""
+
+    key: str
+    sample: int
+    text: str
+    num_tokens: int
+    truncated: bool
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Mapping[str, Sequence[Mapping[str, Any]]],
+    num_samples: int,
+    reader: ImageReader | None = None,
+) -> list[Request]:
+    """The requests for `num_samples` answers to each chat, by the tokenizer's chat template.
+
+    Chats with images need the model's `reader`; see `vision.with_images`.
+    """
+    requests = []
+    for key, messages in chats.items():
+        if reader is not None:
+            ids, images = tuple(reader.encode_prompt(messages)), tuple(image_paths(messages))
+        else:  # the template wrote the special tokens
+            text = prompt_text(tokenizer, messages)
+            ids, images = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), ()
+        requests += [Request(key, sample, ids, images) for sample in range(num_samples)]
+    return requests
+
+
+def max_prompt_tokens(config: PreTrainedConfig, max_new_tokens: int) -> int | None:
+    """The longest prompt that leaves room for the answer; None where the model states no limit."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return None
+    if context <= max_new_tokens:
+        raise ConfigError(
+            "max_new_tokens leaves no room for a prompt", got=max_new_tokens,
+            expected=f"less than the model's context of {context} tokens", fix="lower max_new_tokens",
+        )  # fmt: skip
+    return int(context) - max_new_tokens
+
+
+def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
+    """Batches of similar prompt length, the longest first (a batch too large for memory fails at once).
+
+    Deterministic: an interrupted run plans the same batches again.
+    """
+    ordered = sorted(requests, key=lambda request: (-len(request.prompt_ids), request.key, request.sample))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def generate_reviews(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    batch_size: int,
+    folder: Path,
+    progress: Progress = silent,
+    reader: ImageReader | None = None,
+) -> dict[tuple[str, int], Completion]:
+    """A completion for every request, by (key, sample); finished batches are kept in `folder` to resume from.
+
+    `reader` reads the images of requests that have any. In float32 a completion does not depend on the batch size but
+    for rounding; at a lower precision padding moves logits by enough to change a token now and then.
+    """
+    from tqdm import tqdm
+
+    batches = plan_batches(requests, batch_size)
+    blocks = resumable_blocks(
+        folder, "generated", len(batches),
+        lambda index: generate_batch(model, tokenizer, batches[index], sampling, reader),
+    )  # fmt: skip
+    completions: dict[tuple[str, int], Completion] = {}
+    with tqdm(total=len(requests), desc="generate", unit="review") as bar:
+        for block in blocks:
+            completions |= {(row["key"], row["sample"]): row for row in block}
+            bar.update(len(block))
+            progress(len(completions), len(requests), "reviews generated")
+    return completions
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Request],
+    sampling: Sampling,
+    reader: ImageReader | None = None,
+) -> list[Completion]:
+    """The completions of one left-padded batch, in its order."""
+    import torch
+
+    end_ids = end_token_ids(model.generation_config, tokenizer)
+    length = max(len(request.prompt_ids) for request in batch)
+    assert tokenizer.pad_token_id is not None
+    padded = [[tokenizer.pad_token_id] * (length - len(item.prompt_ids)) + [*item.prompt_ids] for item in batch]
+    mask = [[0] * (length - len(item.prompt_ids)) + [1] * len(item.prompt_ids) for item in batch]
+    tokens = torch.tensor(padded, device=model.device)
+    with torch.inference_mode(), _plain_generation(model, tokenizer, end_ids):
+        output = model.generate(
+            use_cache=True,  # training may have left it off
+            **_room(model, length + sampling.max_new_tokens),
+            **_images(batch, tokens, reader),
+            input_ids=tokens,
+            attention_mask=torch.tensor(mask, device=model.device),
+            logits_processor=_processors(batch, sampling, length),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+        )
+    answers = [row[length:] for row in output.tolist()]
+    return [as_completion(item, ids, end_ids, tokenizer, sampling) for item, ids in zip(batch, answers, strict=True)]
+
+
+class KeyedSampler:
+    """A logits processor that draws each row's token from the row's own stream of uniform numbers.
+
+    It leaves the drawn token as the only possible one, so that greedy decoding takes it. The cumulative
+    distribution runs in the vocabulary's order, not by probability: rounding that swaps two equally likely tokens
+    then changes nothing, and a sample differs between batches only where a number falls within rounding of a bound.
+    """
+
+    def __init__(self, uniforms: np.ndarray[Any, np.dtype[np.float64]], prompt_length: int, sampling: Sampling) -> None:
+        self._uniforms, self._prompt_length, self._sampling = uniforms, prompt_length, sampling
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` [B, V] with everything but each row's draw at minus infinity; `input_ids` [B, prompt + done]."""
+        import torch
+
+        step = input_ids.shape[1] - self._prompt_length
+        uniform = torch.as_tensor(self._uniforms[:, step : step + 1], device=scores.device)
+        probabilities = torch.softmax(scores.double() / self._sampling.temperature, dim=-1)
+        chosen = inverse_cdf(keep_top_p(probabilities, self._sampling.top_p), uniform)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def keep_top_p(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`probabilities` [B, V] with zeros outside the smallest set of tokens whose mass reaches `top_p`."""
+    if top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return probabilities.scatter(1, order, ordered.masked_fill(before >= top_p, 0.0))
+
+
+def inverse_cdf(masses: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token [B, 1] at which the cumulative mass of `masses` [B, V] first exceeds its share `uniform` [B, 1]."""
+    import torch
+
+    cumulative = masses.cumsum(dim=-1)
+    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    last = masses.shape[-1] - 1 - (masses.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
+    return torch.minimum(chosen, last)  # a product rounded up to the whole mass stays on the last token that has any
+
+
+def uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """`count` numbers in [0, 1) that follow from (seed, key, sample) alone, on every machine."""
+    digest = hashlib.sha256(f"{seed}/{key}/{sample}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16]))).random(count)
+
+
+def require_fitting(requests: Sequence[Request], limit: int | None) -> None:
+    """Raises InputError naming the longest prompt when it has more than `limit` tokens: nothing is cut silently."""
+    longest = max(requests, key=lambda request: len(request.prompt_ids))
+    if limit is not None and len(longest.prompt_ids) > limit:
+        count = len({request.key for request in requests if len(request.prompt_ids) > limit})
+        raise InputError(
+            f"{count} prompts do not fit the model's context", where=f"paper {longest.key}",
+            got=f"{len(longest.prompt_ids)} tokens", expected=f"at most {limit} beside the answer",
+            fix=f"set max_prompt_tokens={limit} to leave such papers out (they are counted), or lower max_new_tokens",
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> Iterator[None]:
+    """Set the model's own generation defaults aside: a shipped top_k or repetition penalty would bias a comparison."""
+    from transformers import GenerationConfig
+
+    own, training = model.generation_config, model.training
+    model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)
+
+
+def _room(model: PreTrainedModel, num_tokens: int) -> dict[str, Any]:
+    """Room for all keys and values from the start, as what grows is copied at every token; nothing for other models.
+
+    transformers itself goes by this attribute; compiling a model for a few batches would take longer than they do.
+    """
+    from transformers import StaticCache
+
+    if not model._can_compile_fullgraph:
+        return {}
+    return {"past_key_values": StaticCache(model.config, max_cache_len=num_tokens), "disable_compile": True}
+
+
+def _images(batch: Sequence[Request], tokens: torch.Tensor, reader: ImageReader | None) -> dict[str, torch.Tensor]:
+    """What the model needs of the batch's images; nothing where there are none."""
+    paths = [path for request in batch for path in request.images]
+    if not paths:
+        return {}
+    assert reader is not None, "requests with images come with their reader"
+    pixels, grids = reader.pixels(paths)
+    kinds = (tokens == reader.image_token).int()
+    return {
+        "pixel_values": pixels.to(tokens.device), "image_grid_thw": grids.to(tokens.device), "mm_token_type_ids": kinds,
+    }  # fmt: skip
+
+
+def _processors(batch: Sequence[Request], sampling: Sampling, prompt_length: int) -> list[KeyedSampler]:
+    if sampling.temperature == 0:
+        return []
+    rows = [uniforms(sampling.seed, item.key, item.sample, sampling.max_new_tokens) for item in batch]
+    return [KeyedSampler(np.stack(rows), prompt_length, sampling)]
+
+
+def end_token_ids(stated: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Chat models often end a turn with another token than a document: either ends the answer."""
+    of_model = stated.eos_token_id if stated is not None else None
+    ids = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+
+
+def as_completion(
+    request: Request, ids: Sequence[int], end_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> Completion:
+    """The completion that the generated `ids` are, up to the first that ends it."""
+    end = next((index for index, token in enumerate(ids) if token in end_ids), None)
+    answer = list(ids if end is None else ids[:end])
+    return {
+        "key": request.key,
+        "sample": request.sample,
+        "text": str(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
+        "num_tokens": len(answer),
+        "truncated": end is None and len(ids) >= sampling.max_new_tokens,
+    }

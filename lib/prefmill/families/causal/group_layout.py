@@ -1,0 +1,90 @@
+"""Batches in which a prompt is encoded once for all of its responses: packed groups, no padding, one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from prefmill.families.causal.group_attention import Segment
+from prefmill.families.causal.scorer import Batch
+from prefmill.training.batches import GroupPart
+from prefmill.training.data import Group
+
+Prompted = tuple[list[int], list[list[int]]]  # a prompt's token ids, and those of responses to it
+
+
+def encode_groups(groups: Sequence[Group], parts: Sequence[GroupPart]) -> Batch:
+    """The parts of a microbatch packed into one row: each prompt once, then each distinct response of its pairs."""
+    packed: list[Prompted] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    num_responses = 0
+    for part in parts:
+        group = groups[part.group]
+        pairs = [group.pairs[index] for index in part.pairs]
+        places = {place: num_responses + n for n, place in enumerate(responses_of(group, part.pairs))}
+        packed.append((group.prompt, [group.responses[place] for place in places]))
+        chosen += [places[pair.chosen] for pair in pairs]
+        rejected += [places[pair.rejected] for pair in pairs]
+        num_responses += len(places)
+    return replace(pack(packed), chosen=torch.tensor(chosen), rejected=torch.tensor(rejected))
+
+
+def responses_of(group: Group, pairs: Sequence[int]) -> list[int]:
+    """The responses that these pairs of `group` compare, by their places in it, in order, each once."""
+    return sorted({place for index in pairs for place in (group.pairs[index].chosen, group.pairs[index].rejected)})
+
+
+def pack(groups: Sequence[Prompted]) -> Batch:
+    """[prompt | r1 | r2 | ... | prompt | ...] as one row of T tokens; no preferences yet.
+
+    A response's positions go on where its prompt ended, and its first token is predicted by the prompt's last one.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    columns: list[int] = []
+    segments: list[Segment] = []
+    for prompt, responses in groups:
+        start = len(tokens)
+        tokens += prompt
+        positions += range(len(prompt))
+        last = len(tokens) - 1
+        ranges = []
+        for response in responses:
+            begin = len(tokens)
+            tokens += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            columns += [last, *range(begin, len(tokens) - 1)]
+            ranges.append((begin, len(tokens)))
+        segments.append(Segment((start, start + len(prompt)), tuple(ranges)))
+    answers = [response for _, responses in groups for response in responses]
+    lengths = torch.tensor([len(response) for response in answers])
+    none = torch.empty(0, dtype=torch.long)
+    return Batch(
+        input_ids=torch.tensor([tokens]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+        row=torch.zeros(len(columns), dtype=torch.long),
+        column=torch.tensor(columns),
+        target=torch.tensor([token for response in answers for token in response]),
+        owner=torch.arange(len(answers)).repeat_interleave(lengths),
+        lengths=lengths,
+        chosen=none,
+        rejected=none,
+        position_ids=torch.tensor([positions]),
+        segments=tuple(segments),
+    )
+
+
+def cut_responses(group: Group, max_tokens: int | None) -> Iterator[Prompted]:
+    """All responses of a group in as few packs of at most `max_tokens` as their order gives, its prompt in each."""
+    held: list[list[int]] = []
+    size = len(group.prompt)
+    for response in group.responses:
+        if held and max_tokens is not None and size + len(response) > max_tokens:
+            yield group.prompt, held
+            held, size = [], len(group.prompt)
+        held.append(response)
+        size += len(response)
+    yield group.prompt, held

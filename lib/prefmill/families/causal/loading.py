@@ -1,0 +1,79 @@
+"""Loading a causal language model and its tokenizer, from a Hugging Face folder or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefmill.core.errors import InputError
+from prefmill.core.precision import Precision, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name_or_path`, with a pad token and a chat template.
+
+    Raises InputError when it is missing or has no chat template: prompts are chats throughout.
+    """
+    from transformers import AutoTokenizer
+
+    _require_folder(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unloadable("tokenizer", name_or_path, error) from error
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "the model has no chat template", where=name_or_path,
+            fix="use an instruction-tuned model, or save a tokenizer with a chat template beside the weights",
+        )  # fmt: skip
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    precision: Precision,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The causal LM of `name_or_path` in `precision`, from safetensors only; raises InputError when it cannot load.
+
+    A model that also takes images is loaded with its vision part.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    _require_folder(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        return kind.from_pretrained(
+            name_or_path,
+            dtype=torch_dtype(precision),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable("model", name_or_path, error) from error
+
+
+def _require_folder(name_or_path: str) -> None:
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).is_dir():
+        raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")
+
+
+def _unloadable(what: str, name_or_path: str, error: Exception) -> InputError:
+    return InputError(
+        f"cannot load the {what}", where=name_or_path, got=str(error).splitlines()[0],
+        fix="check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)",
+    )  # fmt: skip

@@ -1,0 +1,62 @@
+"""A reference that is another checkpoint than the policy starts from: which one, and whether it can be one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.loading import load_tokenizer
+from prefmill.training.objectives import Objective
+from prefmill.training.preference_config import PreferenceConfig
+
+
+def reference_name(config: PreferenceConfig) -> str | None:
+    """Hub name or folder of the reference; None where it is the policy as it starts."""
+    return str(config.ref_folder) if config.ref_folder is not None else config.ref_name
+
+
+def check_reference(
+    config: PreferenceConfig, objective: Objective, policy: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a reference that does not read the policy's tokens, or that no objective would ask.
+
+    Its size and shape are its own. Raises ConfigError and InputError.
+    """
+    name = reference_name(config)
+    if name is None:
+        return
+    if not objective.needs_reference:
+        raise ConfigError(
+            "ref_name is given, but no objective here has a reference", got=", ".join(config.loss_type),
+            fix="leave ref_name out, or add an objective with a reference, such as sigmoid",
+        )  # fmt: skip
+    trust, revision = config.trust_remote_code, config.ref_revision
+    other = load_tokenizer(name, revision=revision, trust_remote_code=trust)
+    _same_vocabulary(name, tokenizer.get_vocab(), other.get_vocab())
+    mine = AutoConfig.from_pretrained(policy, revision=config.revision, trust_remote_code=trust)
+    theirs = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    rows = theirs.get_text_config().vocab_size
+    if rows <= max(tokenizer.get_vocab().values()):
+        raise InputError(
+            "the reference has no embedding for some tokens", where=name, got=f"{rows} embeddings",
+            expected=f"at least {max(tokenizer.get_vocab().values()) + 1}", fix="name another checkpoint in ref_name",
+        )  # fmt: skip
+    if hasattr(mine, "vision_config") and theirs.model_type != mine.model_type:
+        raise InputError(
+            "the reference does not see images as the policy does", where=name, got=theirs.model_type,
+            expected=mine.model_type, fix="name a checkpoint of the policy's family in ref_name",
+        )  # fmt: skip
+
+
+def _same_vocabulary(name: str, mine: Mapping[str, int], theirs: Mapping[str, int]) -> None:
+    """Raises InputError naming a token that is not the same number in both."""
+    other = sorted((item for item in mine.items() if theirs.get(item[0]) != item[1]), key=lambda item: item[1])
+    if other:
+        token, number = other[0]
+        raise InputError(
+            "the reference reads other tokens than the policy", where=name,
+            got=f"{len(other)} tokens differ, such as {token!r}: {theirs.get(token)}", expected=number,
+            fix="name a checkpoint with the policy's tokenizer in ref_name",
+        )  # fmt: skip

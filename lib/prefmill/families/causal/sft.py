@@ -1,0 +1,142 @@
+"""Supervised fine-tuning with TRL's SFTTrainer, on completions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+
+from prefmill.core.errors import InputError
+from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.collectives import world_size
+from prefmill.distributed.sharding import fsdp_mixed_precision
+from prefmill.families.causal.chat import encode
+from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.arguments import trainer_arguments
+from prefmill.training.callbacks import StageCallback
+from prefmill.training.checkpoints import resume_strictly
+from prefmill.training.config import TrainingConfig, weights_precision
+from prefmill.training.loop import add_adapter, report_dropped, train_and_save
+
+_IGNORED = -100  # a label that takes no part in the loss
+
+
+def train_sft(
+    config: TrainingConfig,
+    task: Task,
+    model_name: str,
+    train: Path,
+    val: Path | None,
+    limits: ImageLimits = ImageLimits(),  # noqa: B008
+) -> Metrics:
+    """Fine-tune `model_name` on the chats in `train`, resuming where an earlier attempt stopped.
+
+    The loss is that of the completions' tokens, averaged over an optimizer step. Raises ConfigError for over-long
+    rows unless they are to be dropped.
+    """
+    tokenizer = load_tokenizer(model_name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    reader = open_reader(model_name, tokenizer, limits, **options)
+    datasets = {"train": load_chats(train, tokenizer, config, task, reader)}
+    if val is not None:
+        datasets["val"] = load_chats(val, tokenizer, config, task, reader)
+    model = load_model(
+        model_name,
+        precision=weights_precision(config),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+    )
+    arguments = TrlConfig(
+        **trainer_arguments(config, task, world_size()),
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        eval_strategy="epoch" if val is not None else "no",
+    )
+    trainer = SFTTrainer(
+        model=add_adapter(model, config),
+        args=fsdp_mixed_precision(arguments, config),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("val"),
+        processing_class=tokenizer,
+        data_collator=partial(collate_images, reader=reader) if reader else None,
+        callbacks=[StageCallback(task)],
+    )
+    # Qwen2.5-VL says that it takes no count of tokens, but it is TRL that divides by it: the mean is over the step.
+    trainer.model_accepts_loss_kwargs = True
+    resume_strictly(trainer)
+    train_and_save(trainer, reader or tokenizer, config, task)
+    val_losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    return {
+        "steps": trainer.state.global_step,
+        "train_rows": len(datasets["train"]),
+        "val_loss": val_losses[-1] if val_losses else None,
+    }
+
+
+def load_chats(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainingConfig,
+    task: Task,
+    reader: ImageReader | None = None,
+) -> Dataset:
+    """The rows of an SFT dataset as `input_ids` and `labels`, prompt tokens ignored; over-long rows reported.
+
+    With a `reader` rows also have the paths of their images; without one raises InputError for a row with images.
+    """
+    rows, dropped = [], []
+    for row in tqdm(read_jsonl(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
+        images = [str(path.parent.parent / name) for name in row.get("images", ())]
+        if images and reader is None:
+            raise InputError(
+                "a model of text alone cannot see these images", where=f"{path}, row {row['id']}", got=images[0],
+                fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
+            )  # fmt: skip
+        encoded = _encode_row(row, tokenizer, reader, images)
+        if len(encoded["input_ids"]) > config.max_length:
+            dropped.append({"id": row["id"], "file": path.parent.name, "num_tokens": len(encoded["input_ids"])})
+        else:
+            rows.append(encoded)
+    report_dropped(task, dropped, len(rows), config)
+    return Dataset.from_list(rows)
+
+
+def collate_images(rows: Sequence[Mapping[str, Any]], reader: ImageReader) -> dict[str, Tensor]:
+    """Rows padded on the right, [R, T], with the pixels of their images; transformers places the images itself."""
+    width = max(len(row["input_ids"]) for row in rows)
+    padding = {"input_ids": int(reader.tokenizer.pad_token_id or 0), "labels": _IGNORED, "attention_mask": 0}
+    filled = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    batch = {
+        key: torch.tensor([[*row[key], *[value] * (width - len(row[key]))] for row in filled])
+        for key, value in padding.items()
+    }
+    paths = [path for row in rows for path in row["image_paths"]]
+    if paths:
+        batch["pixel_values"], batch["image_grid_thw"] = reader.pixels(paths)
+        batch["mm_token_type_ids"] = (batch["input_ids"] == reader.image_token).int()
+    return batch
+
+
+def _encode_row(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, reader: ImageReader | None, images: Sequence[str]
+) -> dict[str, Any]:
+    *messages, answer = row["messages"]
+    if reader is None:
+        prompt, completion = encode(tokenizer, messages, answer["content"])
+    else:
+        prompt, completion = reader.encode(with_images(messages, images), answer["content"])
+    encoded: dict[str, Any] = {"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion}
+    return encoded if reader is None else {**encoded, "image_paths": list(images)}

@@ -1,0 +1,211 @@
+"""Images in prompts of vision-language models: their tokens, their places in 3-D rotary positions, their pixels.
+
+Qwen2-VL and Qwen2.5-VL: an image of h x w patches is h/2 x w/2 tokens, and its positions are (time, row, column).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from prefmill.core.errors import InputError
+from prefmill.core.records import IMAGE_MARKER
+from prefmill.families.causal.chat import encode, image_paths, prompt_text
+from prefmill.families.causal.image_limits import ImageLimits
+
+Grid = tuple[int, int, int]  # patches of an image: time (1), height, width
+_FAMILIES = {"qwen2_vl", "qwen2_5_vl"}
+
+
+class ImageReader:
+    """Reads images as a model's processor does; `limits` replace the processor's own bounds on pixels."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits, **options: Any) -> None:
+        self.tokenizer = tokenizer
+        config = AutoConfig.from_pretrained(name, **options)
+        self.image_token: int = config.image_token_id
+        self.processor = AutoImageProcessor.from_pretrained(name, **options)
+        size = dict(self.processor.size)
+        bounds = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
+        self.processor.size = {key: bounds[key] or size[key] for key in bounds}
+        self.merge: int = self.processor.merge_size
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of prompt and completion as `chat.encode`, with as many image tokens as each image has.
+
+        Images stand in `messages` as parts `{"type": "image", "path": ...}`: see `with_images`.
+        """
+        prompt, completion = encode(self.tokenizer, messages, answer)
+        if self.image_token in completion:
+            raise _own_image_tokens(prompt.count(self.image_token), len(image_paths(messages)))
+        return self._expanded(prompt, messages), completion
+
+    def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of the prompt alone, as `encode` gives them."""
+        ids = self.tokenizer(prompt_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"]
+        return self._expanded(ids, messages)
+
+    def _expanded(self, prompt: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        paths = image_paths(messages)
+        if prompt.count(self.image_token) != len(paths):
+            raise _own_image_tokens(prompt.count(self.image_token), len(paths))
+        counts = iter([self.num_tokens(self.grid(path)) for path in paths])
+        expanded = [[token] * (next(counts) if token == self.image_token else 1) for token in prompt]
+        return [token for run in expanded for token in run]
+
+    def num_tokens(self, grid: Grid) -> int:
+        """Tokens of an image in the prompt."""
+        return grid[1] * grid[2] // self.merge**2
+
+    def grid(self, path: str) -> Grid:
+        """The patches that an image will have, from its size alone."""
+        return _grid(path, self.processor.patch_size, self.merge, *self._bounds)
+
+    def pixels(self, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Pixel values [patches, 3 x 2 x patch x patch] fp32 of images one after another, and their grids [n, 3]."""
+        images = [_open(path).convert("RGB") for path in paths]
+        read = self.processor(images=images, return_tensors="pt")
+        return read["pixel_values"], read["image_grid_thw"]
+
+    def positions(self, prompt: Sequence[int], grids: Sequence[Grid]) -> Tensor:
+        """The rotary positions of a prompt's tokens, [3, P] int64: time, row, column."""
+        runs: list[Tensor] = []
+        place, start, images = 0, 0, iter(grids)
+        while place < len(prompt):
+            if prompt[place] == self.image_token:
+                _, height, width = next(images)
+                rows, columns = height // self.merge, width // self.merge
+                runs.append(start + torch.stack([
+                    torch.zeros(rows * columns, dtype=torch.long),
+                    torch.arange(rows).repeat_interleave(columns),
+                    torch.arange(columns).repeat(rows),
+                ]))  # fmt: skip
+                place, start = place + rows * columns, start + max(rows, columns)
+            else:
+                end = place
+                while end < len(prompt) and prompt[end] != self.image_token:
+                    end += 1
+                runs.append((start + torch.arange(end - place)).expand(3, -1))
+                place, start = end, start + end - place
+        return torch.cat(runs, dim=1)
+
+    def digest(self, images: Sequence[Sequence[str]]) -> str:
+        """What the pixels of these prompts' images are: of every file's bytes, and the bounds they are resized to."""
+        content = [[_file_digest(path) for path in paths] for paths in images]
+        return hashlib.sha256(json.dumps([content, self._bounds]).encode()).hexdigest()
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write tokenizer and image processor as a vision-language model's folder has them."""
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        return self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
+
+
+def open_reader(
+    name: str, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits, **options: Any
+) -> ImageReader | None:
+    """The reader of the model `name`; None for a model of text alone."""
+    config = AutoConfig.from_pretrained(name, **options)
+    if not hasattr(config, "vision_config"):
+        return None
+    if config.model_type not in _FAMILIES:
+        raise InputError(
+            "vision-language models of this family are not known", where=name, got=config.model_type,
+            expected=", ".join(sorted(_FAMILIES)), fix="use Qwen2.5-VL",
+        )  # fmt: skip
+    return ImageReader(name, tokenizer, limits, **options)
+
+
+def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[str]) -> list[dict[str, Any]]:
+    """`messages` with every `<image>` marker replaced by the image that it stands for; unchanged without images."""
+    if not images:
+        return [dict(turn) for turn in messages]
+    left = list(images)
+    turns = []
+    for turn in messages:
+        first, *others = turn["content"].split(IMAGE_MARKER)
+        parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
+        for text in others:
+            if not left:
+                raise InputError(
+                    "more image markers than images", got=turn["content"][:80], expected=len(images),
+                    fix="write one <image> for each image",
+                )  # fmt: skip
+            parts += [{"type": "image", "path": left.pop(0)}, {"type": "text", "text": text}]
+        turns.append({**turn, "content": [part for part in parts if part.get("text") != ""]})
+    if left:
+        raise InputError("more images than image markers", got=len(images), fix="write one <image> for each image")
+    return turns
+
+
+def embed(model: Any, input_ids: Tensor, pixels: Tensor | None, grids: Tensor | None) -> Tensor:
+    """Input embeddings [R, T, H] with the images' features at their tokens.
+
+    Without images the vision part still runs, on one blank image that counts for nothing: under ZeRO-3 and DDP every
+    rank must run every part.
+    """
+    backbone = model.base_model
+    embedded: Tensor = model.get_input_embeddings()(input_ids)
+    vision = backbone.visual
+    if pixels is None or grids is None:
+        side = vision.spatial_merge_size
+        blank = torch.zeros(side * side, vision.patch_embed.in_channels * vision.patch_embed.temporal_patch_size
+                            * vision.patch_embed.patch_size**2, device=input_ids.device)  # fmt: skip
+        grid = torch.tensor([[1, side, side]], device=input_ids.device)
+        return embedded + 0.0 * _features(backbone, blank, grid).sum().to(embedded.dtype)
+    features = _features(backbone, pixels, grids).to(embedded.dtype)
+    at_images = (input_ids == model.config.image_token_id)[..., None].expand_as(embedded)
+    assert at_images.sum() == features.numel(), "as many image tokens as features"
+    return embedded.masked_scatter(at_images, features)
+
+
+def prompt_positions(reader: ImageReader) -> Callable[[Sequence[int], Sequence[str]], Tensor]:
+    """Rotary positions [3, P] of a prompt with these images."""
+    return lambda prompt, images: reader.positions(prompt, [reader.grid(path) for path in images])
+
+
+def _own_image_tokens(found: int, expected: int) -> InputError:
+    return InputError(
+        "the text holds image tokens of its own", got=found, expected=expected,
+        fix="remove the model's image token from the texts, or use the model's own chat template",
+    )  # fmt: skip
+
+
+def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> Tensor:
+    return torch.cat(tuple(backbone.get_image_features(pixels, grids, return_dict=True).pooler_output))
+
+
+@lru_cache(maxsize=65536)
+def _grid(path: str, patch: int, merge: int, least: int, most: int) -> Grid:
+    width, height = _open(path).size
+    try:
+        height, width = smart_resize(height, width, factor=patch * merge, min_pixels=least, max_pixels=most)
+    except ValueError as error:
+        raise InputError("this image cannot be used", where=path, got=error, fix="leave it out") from None
+    return 1, height // patch, width // patch
+
+
+@lru_cache(maxsize=65536)
+def _file_digest(path: str) -> str:
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError("cannot read the image", where=path, got=error, fix="replace or leave it out") from None

@@ -1,0 +1,97 @@
+"""The configuration of masked-diffusion training, under the names that users of this field know."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.families.mdlm.loading import Quantization
+from prefmill.training.config import TrainingConfig
+
+Sampling = Literal["balanced", "systematic", "iid", "inverse_t"]
+
+
+class DiffusionModelConfig(StrictConfig):
+    """Which masked-diffusion model, and how its outputs are read.
+
+    `mask_token_id` defaults to that of the model's configuration or tokenizer, `shifted_logits` to true for Dream only.
+    """
+
+    mask_token_id: int | None = Field(None, ge=0)
+    shifted_logits: bool | None = None
+    quantization: Quantization | None = None
+
+
+class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
+    """Keys of mdlm_sft and mdlm_dpo.
+
+    Three keys are other names of TrainingConfig's: `use_mixed_precision` of `precision` (bf16 or fp32),
+    `gradient_checkpointing` of `activation_checkpointing`, and `gradient_accumulation_steps`, which times
+    `per_device_train_batch_size` is `effective_batch_size`: what one GPU would take, however many there are.
+    `diffusion_steps` counts the draws of a row, `auto` follows the live variance up to `max_diffusion_steps`.
+    """
+
+    can_shard: ClassVar[bool] = False
+
+    per_device_train_batch_size: int = Field(1, ge=1)
+    num_train_epochs: int = Field(3, ge=1)
+    diffusion_steps: int | Literal["auto"] = 20
+    max_diffusion_steps: int = Field(32, ge=2)
+    variance_tolerance: float = Field(0.05, gt=0)
+    sampling: Sampling = "balanced"
+    rows_at_once: int = runtime(8, ge=1)
+
+    save_steps: int = runtime(500, ge=1)
+    logging_steps: int = runtime(50, ge=1)
+    output_dir: ExternalPath | None = runtime(None)
+    resume_from_checkpoint: bool | ExternalPath = runtime(True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, values: Any) -> Any:
+        """What this field's users write, as TrainingConfig calls it."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        _rename(values, "gradient_checkpointing", "activation_checkpointing", lambda value: value)
+        _rename(values, "use_mixed_precision", "precision", lambda value: "bf16" if value is True else "fp32")
+        at_once = values.get("per_device_train_batch_size", 1)
+        _rename(values, "gradient_accumulation_steps", "effective_batch_size", lambda value: value * at_once)
+        return values
+
+    @model_validator(mode="after")
+    def _halving_draws(self) -> Self:
+        if self.diffusion_steps != "auto" and self.diffusion_steps < 1:
+            raise ValueError("diffusion_steps is a number from 1 on, or auto")
+        if self.diffusion_steps == "auto" and self.max_diffusion_steps & (self.max_diffusion_steps - 1):
+            raise ValueError("max_diffusion_steps must be a power of two: auto halves and doubles the draws")
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("a quantized model cannot be trained itself: add a lora section")
+        return self
+
+    @property
+    def num_draws(self) -> int:
+        """Draws that are made of every row; with `auto` the first of them are used."""
+        return self.max_diffusion_steps if self.diffusion_steps == "auto" else self.diffusion_steps
+
+
+class DiffusionPreferenceConfig(DiffusionTrainingConfig):
+    """Keys of mdlm_dpo, those of preference training among them."""
+
+    learning_rate: float = Field(5e-6, gt=0)
+    beta: float = Field(0.1, gt=0)
+    loss_type: list[str] = ["sigmoid"]
+    loss_weights: list[float] = [1.0]
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    simpo_gamma: float = 0.5
+    shuffle_labels: bool = False
+
+
+def _rename(values: dict[str, Any], alias: str, name: str, convert: Any) -> None:
+    if alias not in values:
+        return
+    if name in values:
+        raise ValueError(f"{alias} is another name of {name}: give one of them")
+    values[name] = convert(values.pop(alias))

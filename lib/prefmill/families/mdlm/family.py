@@ -1,0 +1,174 @@
+"""The masked-diffusion family of the preference trainer: a value for every draw, and their live variance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefmill.families.causal.group_layout import responses_of
+from prefmill.families.mdlm.config import Sampling
+from prefmill.families.mdlm.estimator import Draws, draws_of, recommend_draws
+from prefmill.families.mdlm.scorer import DiffusionBatch, encode_samples, score_batch
+from prefmill.training.batches import GroupPart
+from prefmill.training.data import Group
+from prefmill.training.family import Family, Reference
+from prefmill.training.objectives import PairScores
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How rows are drawn: the number of draws, which kind, from which seed; `nested` where a part may be used."""
+
+    num_draws: int
+    sampling: Sampling
+    seed: int
+    nested: bool = False
+
+    def of(self, prompt: list[int], response: list[int], epoch: int) -> Draws:
+        """The draws of a row in an epoch."""
+        tokens, length = [*prompt, *response], len(response)
+        return draws_of(tokens, length, self.num_draws, self.sampling, self.seed, epoch, self.nested)
+
+
+@dataclass
+class LiveVariance:
+    """The variance that one draw has in a pair's margin, and how many draws it asks for.
+
+    `in_use` of the `most` draws that were made are scored; where `adaptive` they follow the recommendation.
+    """
+
+    most: int
+    beta: float
+    tolerance: float
+    adaptive: bool = False
+    in_use: int = field(init=False)
+    _sum: float = field(default=0.0, init=False)
+    _count: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.in_use = min(4, self.most) if self.adaptive else self.most
+
+    def add(self, variances: Tensor) -> None:
+        """Take in the variance of one draw's margin for each pair, [N], squared nats."""
+        self._sum += float(variances.sum())
+        self._count += len(variances)
+
+    def report(self) -> dict[str, float]:
+        """The mean since the last report and what follows from it, the same on every rank; empty without draws."""
+        total, count = _over_ranks(self._sum, self._count)
+        self._sum, self._count = 0.0, 0
+        if count == 0:
+            return {}
+        variance = total / count
+        recommended = recommend_draws(variance, self.beta, self.tolerance, max(self.most, 1024))
+        return {"draw_variance": variance, "recommended_draws": recommended, "draws": self.in_use}
+
+    def follow(self, report: dict[str, Any]) -> None:
+        """Use what a report recommends from now on: at least 2 draws, so that there still is a variance."""
+        if self.adaptive and "recommended_draws" in report:
+            self.in_use = int(min(self.most, max(2, report["recommended_draws"])))
+
+
+@dataclass(frozen=True)
+class DiffusionFamily(Family):
+    """Scores a sample by the mean over its draws; references are [N, n], a value for each of the same draws."""
+
+    live: LiveVariance | None = None
+
+    def pair_scores(
+        self, model: Any, batch: Any, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
+    ) -> PairScores:
+        """As `Family.pair_scores`; in training with the draws in use, and with their variance noted."""
+        num_draws = self.live.in_use if self.live and model.training else batch.weights.shape[1]
+        batch = batch.first(num_draws)
+        values = self.score(model, batch)
+        sides = [values[batch.chosen], values[batch.rejected]]
+        references = [None if ref is None else ref[:, :num_draws] for ref in (ref_chosen, ref_rejected)]
+        if self.live and model.training and num_draws > 1:
+            self.live.add(margin_variance(sides, references))
+        lengths = batch.lengths.to(values.dtype)
+        means = [None if ref is None else ref.mean(1) for ref in references]
+        return PairScores(
+            sides[0].mean(1), sides[1].mean(1), lengths[batch.chosen], lengths[batch.rejected], means[0], means[1]
+        )
+
+
+def preference_family(drawing: Drawing, live: LiveVariance) -> DiffusionFamily:
+    """The family whose rows are drawn by `drawing`."""
+
+    def encode(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> DiffusionBatch:
+        return encode_pairs(groups, parts, epoch, drawing)
+
+    return DiffusionFamily(encode, score_batch, live)
+
+
+def sft_family(drawing: Drawing, eos_token_id: int) -> DiffusionFamily:
+    """The family of fine-tuning: every group is one response, filled up to the longest of its microbatch.
+
+    As LLaDA's guidelines have it: what fills up are end tokens, masked and learnt like any other, so that the model
+    learns where answers end; prompts are never masked.
+    """
+
+    def encode(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> DiffusionBatch:
+        members = [groups[part.group] for part in parts]
+        width = max(len(group.responses[0]) for group in members)
+        samples = [(group.prompt, fill(group.responses[0], width, eos_token_id)) for group in members]
+        places = range(len(samples))
+        return encode_samples(samples, [drawing.of(*sample, epoch) for sample in samples], places, places)
+
+    return DiffusionFamily(encode, score_batch)
+
+
+def fill(response: list[int], width: int, eos_token_id: int) -> list[int]:
+    """`response` and end tokens, `width` in all."""
+    return response + [eos_token_id] * (width - len(response))
+
+
+def encode_pairs(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int, drawing: Drawing) -> DiffusionBatch:
+    """Every distinct response of the parts' pairs as a sample with its draws in `epoch`."""
+    samples: list[tuple[list[int], list[int]]] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    for part in parts:
+        group = groups[part.group]
+        places = {place: len(samples) + n for n, place in enumerate(responses_of(group, part.pairs))}
+        samples += [(group.prompt, group.responses[place]) for place in places]
+        chosen += [places[group.pairs[index].chosen] for index in part.pairs]
+        rejected += [places[group.pairs[index].rejected] for index in part.pairs]
+    return encode_samples(samples, [drawing.of(*sample, epoch) for sample in samples], chosen, rejected)
+
+
+def encode_responses(group: Group, epoch: int, drawing: Drawing) -> DiffusionBatch:
+    """All responses of a group, with the draws they have in `epoch`; no preferences."""
+    samples = [(group.prompt, response) for response in group.responses]
+    return encode_samples(samples, [drawing.of(*sample, epoch) for sample in samples])
+
+
+def by_epoch(values: Sequence[Tensor]) -> Reference:
+    """The reference of groups whose draws' values are [S, E, n]: [S, n] in each of E epochs."""
+    return lambda group, epoch: values[group][:, epoch]
+
+
+def margin_variance(sides: Sequence[Tensor], references: Sequence[Tensor | None]) -> Tensor:
+    """The variance of one draw's share of each pair's margin, [N], from values [N, n] of both sides; n > 1.
+
+    The sides' draws are independent of each other, so their variances add.
+    """
+    total = torch.zeros(len(sides[0]), device=sides[0].device)
+    for values, reference in zip(sides, references, strict=True):
+        difference = values if reference is None else values - reference
+        total = total + difference.detach().var(1)
+    return total
+
+
+def _over_ranks(total: float, count: int) -> tuple[float, int]:
+    if not torch.distributed.is_initialized():
+        return total, count
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    values = torch.tensor([total, float(count)], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(values)
+    return values[0].item(), int(values[1].item())

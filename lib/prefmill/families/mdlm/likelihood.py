@@ -1,0 +1,84 @@
+"""Conditional likelihoods under a masked-diffusion model: the bound by draws, and the chain one token after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefmill.families.mdlm.family import Drawing
+from prefmill.families.mdlm.scorer import encode_samples, masked_logps, score_batch
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a response of `num_tokens`: its bound in nats, the mean of `values` (one a draw)."""
+
+    num_tokens: int
+    values: tuple[float, ...]
+
+    @property
+    def bound(self) -> float:
+        """B(y|x), in nats."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the bound as if draws were independent: at least what systematic draws have; None for one draw."""
+        n = len(self.values)
+        if n < 2:
+            return None
+        return float((sum((value - self.bound) ** 2 for value in self.values) / (n - 1) / n) ** 0.5)
+
+
+@torch.no_grad()
+def bounds(scorer: Any, samples: Iterable[tuple[list[int], list[int]]], drawing: Drawing) -> Iterator[Likelihood]:
+    """The likelihood of every (prompt, response), under a model that is installed to score; the same draws for all."""
+    device = next(scorer.parameters()).device
+    for prompt, response in samples:
+        batch = encode_samples([(prompt, response)], [drawing.of(prompt, response, 0)]).to(device)
+        yield Likelihood(len(response), tuple(score_batch(scorer, batch)[0].tolist()))
+
+
+@torch.no_grad()
+def chain(
+    model: Any, prompt: Sequence[int], response: Sequence[int], mask_token_id: int, shifted: bool, rows_at_once: int
+) -> float:
+    """sum_i log p(y_i | x, y_<i, the rest masked), in nats: exact for this order, one forward a token.
+
+    The bound is this chain's mean over all orders. `model` has its own forward.
+    """
+    ids = torch.tensor([*prompt, *response], device=next(model.parameters()).device)
+    places = torch.arange(len(prompt), len(ids), device=ids.device)
+    total = 0.0
+    for chunk in torch.split(places, rows_at_once):
+        clean = ids.expand(len(chunk), -1)
+        noisy = clean.masked_fill(torch.arange(len(ids), device=ids.device) >= chunk[:, None], mask_token_id)
+        asked = torch.arange(len(ids), device=ids.device) == chunk[:, None]
+        total += masked_logps(model, model.forward, noisy, asked, clean, shifted).double().sum().item()
+    return total
+
+
+@torch.no_grad()
+def all_masked_sums(
+    model: Any, prompt: Sequence[int], response: Sequence[int], mask_token_id: int, shifted: bool = False
+) -> NDArray[np.float64]:
+    """For every set of masked tokens of a short response, by its bits, the sum of their log-probabilities: [2^L].
+
+    What `prefmill.families.mdlm.exact` has for a joint, for a model. `model` has its own forward.
+    """
+    length = len(response)
+    ids = torch.tensor([*prompt, *response])
+    bits = torch.arange(2**length)
+    sums = torch.zeros(2**length, dtype=torch.float64)
+    for chunk in torch.split(bits, 1024):
+        masked = torch.zeros(len(chunk), len(ids), dtype=torch.bool)
+        masked[:, len(prompt) :] = (chunk[:, None] >> torch.arange(length)) & 1 == 1
+        clean = ids.expand(len(chunk), -1)
+        logps = masked_logps(model, model.forward, clean.masked_fill(masked, mask_token_id), masked, clean, shifted)
+        sums[chunk] = sums[chunk].index_add(0, masked.nonzero(as_tuple=True)[0], logps.double())
+    return sums.numpy()

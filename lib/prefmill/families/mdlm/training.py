@@ -1,0 +1,161 @@
+"""What the masked-diffusion training stages share: the model, the trainer, resuming and the finished folder."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefmill.core.artifact import CHECKPOINT_PREFIX
+from prefmill.core.stage import Task
+from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
+from prefmill.families.mdlm.family import LiveVariance
+from prefmill.families.mdlm.loading import load_diffusion_model, mask_token_of, predicts_next
+from prefmill.families.mdlm.scorer import patch_forward, restore_forward
+from prefmill.store.artifacts import payload
+from prefmill.training.checkpoints import newest_checkpoint
+from prefmill.training.config import weights_precision
+from prefmill.training.loop import add_adapter, save_finished
+from prefmill.training.objectives import Objective, PairScores, Settings
+from prefmill.training.speed import Speed
+from prefmill.training.telemetry import Telemetry
+from prefmill.training.trainer import PreferenceTrainer
+
+
+class DiffusionTrainer(PreferenceTrainer):
+    """The preference trainer, with the live variance of the draws in its log."""
+
+    live: LiveVariance | None = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the draws' variance, and from then on use as many draws as it asks for."""
+        report = self.live.report() if self.live and "loss" in logs else {}
+        super().log({**logs, **report}, start_time)
+        if self.live:
+            self.live.follow(report)
+
+
+class SftTrainer(PreferenceTrainer):
+    """Fine-tuning as the preference trainer sees it: an objective of one side, nothing to prefer."""
+
+    def eval_metrics(self, losses: Tensor, margins: Tensor) -> dict[str, float]:
+        """The loss alone."""
+        return {"eval_loss": losses.mean().item()}
+
+
+class NoMargins(Telemetry):
+    """Logs nothing: there are no pairs."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.speed = Speed(folder, rank)
+
+    def add(self, pair_ids: list[str], scores: PairScores, objective: Objective, settings: Settings) -> None: ...
+
+    def step(self, step: int, epoch: int) -> None: ...
+
+    def means(self) -> dict[str, float]:
+        """Nothing to report."""
+        return {}
+
+
+class FollowOnResume(TrainerCallback):
+    """Takes up the number of draws where the resumed run's log left it."""
+
+    def __init__(self, live: LiveVariance) -> None:
+        self.live = live
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The log is restored with the checkpoint: the last recommendation in it holds."""
+        for row in state.log_history:
+            self.live.follow(row)
+
+
+def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model to train, with its adapter, returning the values of draws instead of logits."""
+    model = load_diffusion_model(
+        name,
+        precision=weights_precision(config),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+        quantization=config.quantization,
+    )
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        model.gradient_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)
+    return add_adapter(install_for(model, config, tokenizer, config.rows_at_once), config)
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute each layer in the backward pass, for models whose own code does not offer it (LLaDA).
+
+    The layers are the longest list of modules in the model.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for layer in max(lists, key=len, default=()):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, rows_at_once: int) -> Any:
+    """`model` scoring, as the configuration says how its outputs are read."""
+    mask = mask_token_of(model, tokenizer, config.mask_token_id)
+    shifted = predicts_next(model, config.shifted_logits)
+    return patch_forward(model, mask_token_id=mask, shifted=shifted, rows_at_once=rows_at_once)
+
+
+def train_and_finish(
+    trainer: Any, tokenizer: PreTrainedTokenizerBase, config: DiffusionTrainingConfig, task: Task, start: str
+) -> None:
+    """Train from the newest complete checkpoint on, then have one rank write the finished folder, `output_dir` too."""
+    with trainer.args.main_process_first(local=False):
+        checkpoint = choose_checkpoint(config, task.output)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    restore_forward(trainer.model)
+    if trainer.is_world_process_zero():
+        model = trainer.model if config.quantization is None else _on_full_weights(trainer.model, config, start)
+        save_finished(model, tokenizer, task.output, config, task)
+        if config.output_dir is not None:
+            export(task.output, config.output_dir)
+    trainer.accelerator.wait_for_everyone()
+
+
+def choose_checkpoint(config: DiffusionTrainingConfig, output: Path) -> str | None:
+    """Where to resume: the newest complete checkpoint of this task, or the folder that the configuration names.
+
+    With `resume_from_checkpoint: false` checkpoints of this task are deleted.
+    """
+    if config.resume_from_checkpoint is False:
+        for path in output.glob(f"{CHECKPOINT_PREFIX}*"):
+            shutil.rmtree(path)
+    newest = newest_checkpoint(output)
+    if newest is None and isinstance(config.resume_from_checkpoint, Path):
+        return str(config.resume_from_checkpoint)
+    return newest
+
+
+def export(output: Path, folder: Path) -> None:
+    """Copy the finished files to a folder of the user's."""
+    for path in payload(output):
+        target = folder / path.relative_to(output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _on_full_weights(model: Any, config: DiffusionTrainingConfig, start: str) -> Any:
+    """The trained adapter on the base's own weights, on the CPU: merging into 4-bit weights would round it away."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    base = load_diffusion_model(
+        start,
+        precision=config.precision,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    adapted = add_adapter(base, config)
+    trained = {name: value.cpu() for name, value in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(adapted, trained)
+    return adapted

@@ -1,0 +1,1 @@
+"""Reward models: CLIP with a head for each dimension that people judge."""

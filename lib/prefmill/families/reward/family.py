@@ -1,0 +1,134 @@
+"""The reward models' family of the preference trainer: a sample's scores are its rewards, and the loss is per head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from prefmill.families.reward.data import Box, ImageGroup, PixelReader
+from prefmill.training.batches import GroupPart
+from prefmill.training.family import Family
+from prefmill.training.objectives import Objective, PairScores, Settings
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """S images of P prompts and N pairs among them; `labels` [N, K] are NaN where nobody said, `weights` [N] > 0."""
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt_of: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    labels: Tensor
+    weights: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """A reward sums over nothing: 1 for each of the S images."""
+        return torch.ones(len(self.prompt_of), device=self.prompt_of.device)
+
+    def to(self, device: torch.device) -> RewardBatch:
+        """The batch on `device`."""
+        return replace(self, **{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+
+
+@dataclass(frozen=True)
+class HeadScores(PairScores):
+    """`chosen` and `rejected` are means over the heads; `deviations` [N, K] is what each head's margin adds to theirs.
+
+    So the common telemetry sees one score a side, and the margin of head k is `margin + deviations[:, k]`.
+    """
+
+    deviations: Tensor | None = None
+    labels: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RewardFamily(Family):
+    """Scores [S, K]: a reward for every image and head. There is no reference."""
+
+    def pair_scores(
+        self, model: Any, batch: Any, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
+    ) -> HeadScores:
+        """As `Family.pair_scores`, with the heads' own margins, labels and weights."""
+        assert ref_chosen is None
+        assert ref_rejected is None
+        rewards = self.score(model, batch).float()
+        chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]
+        margins = chosen - rejected
+        lengths = torch.ones(len(margins), device=margins.device)
+        deviations = margins - margins.mean(1, keepdim=True)
+        return HeadScores(
+            chosen.mean(1), rejected.mean(1), lengths, lengths,
+            deviations=deviations, labels=batch.labels, weights=batch.weights,
+        )  # fmt: skip
+
+
+def reward_loss(scores: PairScores, settings: Settings) -> Tensor:
+    """-p log s(r+ - r-) - (1 - p) log s(r- - r+) of each head, averaged over those with a label; times the weight.
+
+    Bradley-Terry (1952) as in Ouyang et al. 2022 (arXiv 2203.02155, eq. 1), with a soft label p; [N]. Turning a pair
+    round, with 1 - p, gives the same loss.
+    """
+    assert isinstance(scores, HeadScores)
+    assert scores.deviations is not None
+    assert scores.labels is not None
+    assert scores.weights is not None
+    margins = scores.margin[:, None] + scores.deviations
+    known = ~scores.labels.isnan()
+    p = scores.labels.nan_to_num(0.0)
+    losses = (-p * logsigmoid(margins) - (1 - p) * logsigmoid(-margins)) * known
+    return scores.weights * losses.sum(1) / known.sum(1).clamp(min=1)
+
+
+REWARD_OBJECTIVE = Objective(reward_loss, needs_reference=False)
+
+
+def reward_family(reader: PixelReader) -> RewardFamily:
+    """The family whose images are read by `reader`."""
+
+    def encode(groups: Sequence[ImageGroup], parts: Sequence[GroupPart], epoch: int) -> RewardBatch:
+        return encode_pairs(groups, parts, epoch, reader)
+
+    return RewardFamily(encode, score_batch)
+
+
+def score_batch(model: Any, batch: RewardBatch) -> Tensor:
+    """Rewards [S, K] of a batch's images."""
+    rewards: Tensor = model(batch.pixel_values, batch.input_ids, batch.attention_mask, batch.prompt_of)
+    return rewards
+
+
+def encode_pairs(
+    groups: Sequence[ImageGroup], parts: Sequence[GroupPart], epoch: int, reader: PixelReader
+) -> RewardBatch:
+    """The parts' pairs, in their order, with each of their images once and each prompt once."""
+    images: list[tuple[Path, Box | None]] = []
+    prompt_of: list[int] = []
+    sides: list[tuple[int, int]] = []
+    for number, part in enumerate(parts):
+        group = groups[part.group]
+        pairs = [group.pairs[index] for index in part.pairs]
+        box = reader.crop(group.prompt_id, epoch)
+        shown = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
+        moved = {place: len(images) + count for count, place in enumerate(shown)}
+        images += [(group.images[place], box) for place in shown]
+        prompt_of += [number] * len(shown)
+        sides += [(moved[pair.chosen], moved[pair.rejected]) for pair in pairs]
+    rows = [groups[part.group].rows[index] for part in parts for index in part.pairs]
+    places = torch.tensor(sides)
+    return RewardBatch(
+        reader.read(images), **reader.tokens([groups[part.group].prompt for part in parts]),
+        prompt_of=torch.tensor(prompt_of), chosen=places[:, 0], rejected=places[:, 1],
+        labels=torch.tensor([row.labels for row in rows], dtype=torch.float32),
+        weights=torch.tensor([row.weight for row in rows], dtype=torch.float32),
+    )  # fmt: skip

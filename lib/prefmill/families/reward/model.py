@@ -1,0 +1,110 @@
+"""A reward model: CLIP sees an image and reads its prompt, and every head turns what it makes of them into a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
+
+from prefmill.core.image_rows import HEADS
+
+INPUTS = ("pixel_values", "input_ids", "attention_mask")
+"""What `forward` takes, as a CLIP processor gives it."""
+
+
+class MultiHeadRewardConfig(PreTrainedConfig):
+    """CLIP's configuration, the names of the heads, and each head's calibration.
+
+    `temperatures[k]` > 0 divides a difference of two rewards of head k before it is read as a log-odds.
+    """
+
+    model_type = "prefmill_reward"
+    sub_configs = {"clip_config": CLIPConfig}
+
+    clip_config: dict[str, Any] | CLIPConfig | None = None
+    heads: list[str] | None = None
+    hidden_size: int = 64
+    temperatures: list[float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = self.clip_config
+        self.clip_config = given if isinstance(given, CLIPConfig) else CLIPConfig(**(given or {}))
+        self.heads = list(HEADS) if self.heads is None else list(self.heads)
+        self.temperatures = self.temperatures or [1.0] * len(self.heads)
+        super().__post_init__(**kwargs)
+
+
+class MultiHeadReward(PreTrainedModel):
+    """Rewards [B, K] of B images and their prompts, one for every head.
+
+    A head is a small network on the two embeddings of unit length and their product, as both what is seen and how it
+    agrees with the prompt may please. Rewards are only comparable between images of one prompt.
+    """
+
+    config_class = MultiHeadRewardConfig
+    base_model_prefix = "reward"
+    supports_gradient_checkpointing = True
+    config: Any
+
+    def __init__(self, config: MultiHeadRewardConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config.clip_config, CLIPConfig)
+        assert config.heads is not None
+        self.clip = CLIPModel(config.clip_config)
+        width = 3 * int(config.clip_config.projection_dim or 0)
+        self.heads = nn.ModuleDict({name: _head(width, config.hidden_size) for name in config.heads})
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only the heads are new; CLIP's weights are its own."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, prompt_of: Tensor | None = None
+    ) -> Tensor:
+        """Rewards [B, K] of `pixel_values` [B, 3, H, W] for the prompts' `input_ids`, `attention_mask` [P, T].
+
+        `prompt_of` [B] says which of the P prompts an image is of; None: the first is of the first, and so on.
+        """
+        image = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
+        text = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return self.rewards(image, text if prompt_of is None else text[prompt_of])
+
+    def rewards(self, image: Tensor, text: Tensor) -> Tensor:
+        """Rewards [B, K] from the projected embeddings of images and prompts, [B, D] each."""
+        seen, read = normalize(image.float(), dim=-1), normalize(text.float(), dim=-1)
+        scale = seen.shape[-1] ** 0.5  # back to entries of about 1, which is what the heads' weights expect
+        features = torch.cat([seen, read, seen * read * scale], dim=-1) * scale
+        return torch.cat([head(features) for head in self.heads.values()], dim=-1)
+
+
+def create_reward(clip: CLIPModel, hidden_size: int, seed: int) -> MultiHeadReward:
+    """A reward model on the weights of `clip`, its heads drawn from `seed`."""
+    from prefmill.core.seeding import seeded
+
+    given = {**clip.config.to_dict(), "_name_or_path": ""}  # a path of this machine, and no part of the content
+    config = MultiHeadRewardConfig(clip_config=given, hidden_size=hidden_size)
+    with seeded(seed):
+        model = MultiHeadReward(config)
+    model.clip.load_state_dict(clip.state_dict())
+    return model
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The arguments of `forward` among what a processor returns."""
+    return {name: batch[name] for name in INPUTS}
+
+
+def _head(width: int, hidden_size: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, 1))
+
+
+AutoConfig.register(MultiHeadRewardConfig.model_type, MultiHeadRewardConfig)
+AutoModel.register(MultiHeadRewardConfig, MultiHeadReward)

@@ -1,0 +1,86 @@
+"""Scoring images with a trained reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import HEADS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+
+def score_images(
+    folder: Path, prompts: Sequence[str], paths: Sequence[Path], batch_size: int = 16
+) -> NDArray[np.float32]:
+    """Rewards [N, 5] (the columns are `rows.HEADS`) of N images for their prompts, by the reward model in `folder`.
+
+    They are logits divided by the head's temperature: of two images of one prompt, s(a - b) is the probability that
+    the first is the better one. Raises InputError when the folder holds no reward model or an image cannot be read.
+    """
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    assert len(prompts) == len(paths)
+    model, processor = load_reward(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
+    temperatures = np.array(model.config.temperatures, dtype=np.float32)
+    rows = []
+    for start in tqdm(range(0, len(paths), batch_size), desc="scoring images", unit=" batches"):
+        end = start + batch_size
+        batch = encode(processor, prompts[start:end], [open_image(path) for path in paths[start:end]])
+        with torch.inference_mode():
+            rewards = model(**{name: value.to(device) for name, value in batch.items()})
+        rows.append(rewards.cpu().numpy() / temperatures)
+    return np.concatenate(rows) if rows else np.zeros((0, len(HEADS)), dtype=np.float32)
+
+
+def load_reward(folder: Path) -> tuple[Any, Any]:
+    """The reward model in `folder` and its processor; raises InputError where there is none."""
+    from transformers import CLIPProcessor
+
+    from prefmill.families.reward.model import MultiHeadReward, MultiHeadRewardConfig
+
+    if not (folder / "config.json").is_file():
+        raise InputError("no reward model here", where=folder, fix="give the output of the stage train_reward")
+    config = MultiHeadRewardConfig.from_pretrained(folder)
+    if config.heads != list(HEADS):
+        raise InputError(
+            "no reward model with this project's heads", where=folder, got=f"{config.model_type}: {config.heads}",
+            expected=", ".join(HEADS), fix="give the output of the stage train_reward",
+        )  # fmt: skip
+    return MultiHeadReward.from_pretrained(folder, dtype="float32"), CLIPProcessor.from_pretrained(folder)
+
+
+def encode(processor: Any, prompts: Sequence[str], images: Sequence[Image]) -> dict[str, Any]:
+    """What the model takes of these images and prompts; prompts are filled up or cut to what CLIP reads.
+
+    The same width for every prompt: a reward does not depend on what else is in the batch.
+    """
+    from prefmill.families.reward.model import inputs_of
+
+    batch = processor(
+        text=list(prompts), images=list(images), padding="max_length", truncation=True, return_tensors="pt"
+    )
+    return inputs_of(batch)
+
+
+def open_image(path: Path) -> Image:
+    """The image at `path` in RGB; raises InputError naming it when it cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise InputError(
+            "cannot read an image", where=path, got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="make the image again, or rebuild the pairs: build_image_pairs sets damaged images aside",
+        ) from None  # fmt: skip

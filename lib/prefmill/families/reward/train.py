@@ -1,0 +1,284 @@
+"""Training a reward model: the common preference trainer over image pairs, calibration, measures, finished folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import CLIPModel, CLIPProcessor
+
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.image_rows import HEADS
+from prefmill.core.stage import Metrics, Task
+from prefmill.core.statistics import Resampling
+from prefmill.distributed.collectives import world_size
+from prefmill.families.reward.data import (
+    Half,
+    LabelledPair,
+    PairPreferenceDataset,
+    PixelReader,
+    coin,
+    flip_by_coin,
+    gather,
+    in_half,
+    read_pairs,
+)
+from prefmill.families.reward.family import REWARD_OBJECTIVE, reward_family
+from prefmill.families.reward.measures import DIGITS, fit_temperature, fit_tie_band, measure_head
+from prefmill.families.reward.model import MultiHeadReward, create_reward
+from prefmill.store.jsonl import write_jsonl
+from prefmill.training.batches import one_by_one, plan_batches
+from prefmill.training.callbacks import StageCallback
+from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
+from prefmill.training.config import TrainingConfig, accumulation
+from prefmill.training.loop import save_finished
+from prefmill.training.objectives import Settings
+from prefmill.training.telemetry import Telemetry
+from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
+
+METRICS, PREDICTIONS, TRAINED_ON = "metrics.json", "predictions.jsonl", "trained_on.json"
+HELD_OUT = ("val", "test")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewardTraining:
+    """What the stage asks for beside TrainingConfig's keys; see stages/train_reward.py."""
+
+    half: Half
+    hidden_size: int
+    trainable: Literal["all", "vision", "heads"]
+    crop_scale: float
+    overall_for_missing: bool
+    shuffle_labels: bool
+    num_resamples: int
+    confidence: float
+
+
+def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, clip: str, pairs: Path) -> Metrics:
+    """Tune `clip` with new heads on the pairs of the folder `pairs`, and measure it on the held-out prompts.
+
+    Resumes from the newest complete checkpoint. Temperatures and tie bands come from the val split alone.
+    """
+    processor = load_processor(clip, config.revision)
+    rows = read_pairs(pairs, wanted.overall_for_missing)
+    train, held_out = split_rows(rows, wanted.half, pairs)
+    learnt = flip_by_coin(train, config.seed) if wanted.shuffle_labels else train
+    num_cut = _count_cut(processor, rows)
+    trainer = _trainer(config, wanted, task, load_clip(clip, config), processor, learnt, held_out)
+    with trainer.args.main_process_first(local=False):
+        checkpoint = newest_checkpoint(task.output)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics: Metrics = {}
+    if trainer.is_world_process_zero():
+        measured = _measure_and_save(trainer.model, processor, config, wanted, task, train, held_out)
+        metrics = {
+            "steps": trainer.state.global_step,
+            "pairs": len(train),
+            "prompts": len({row.prompt_id for row in train}),
+            "num_cut_prompts": num_cut,
+            **summarise(measured),
+        }
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def split_rows(
+    rows: Sequence[LabelledPair], half: Half, where: Path
+) -> tuple[list[LabelledPair], dict[str, list[LabelledPair]]]:
+    """The pairs to train on, of one half of their prompts, and the held-out ones by split.
+
+    Raises InputError when a prompt is on both sides, or nothing is left to train on.
+    """
+    train = [row for row in rows if row.split == "train" and in_half(row.prompt_id, half)]
+    held_out = {split: [row for row in rows if row.split == split] for split in HELD_OUT}
+    known = {row.prompt_id for row in rows if row.split == "train"}
+    leaked = sorted({row.prompt_id for part in held_out.values() for row in part} & known)
+    if leaked:
+        raise InputError(
+            "a prompt is held out and trained on", where=where, got=leaked[0], fix="split pairs by prompt",
+        )  # fmt: skip
+    if not train:
+        raise InputError(
+            "no pairs to train on", where=where, got=f"{len(rows)} pairs, half: {half}",
+            expected="pairs of split train", fix="rate more prompts, or set half=all",
+        )  # fmt: skip
+    return train, held_out
+
+
+def load_clip(name: str, config: TrainingConfig) -> CLIPModel:
+    """The CLIP to start from, in fp32 from safetensors; raises InputError when it cannot be loaded."""
+    try:
+        return CLIPModel.from_pretrained(
+            name, dtype=torch.float32, revision=config.revision, attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise _unloadable("the CLIP model", name, error) from error
+
+
+def load_processor(name: str, revision: str | None) -> Any:
+    """CLIP's tokenizer and image processor."""
+    try:
+        return CLIPProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unloadable("the CLIP processor", name, error) from error
+
+
+def predict(model: Any, rows: Sequence[LabelledPair], reader: PixelReader, batch_size: int) -> np.ndarray[Any, Any]:
+    """Margins r(preferred) - r(rejected) [N, K], float64, of pairs on the model's device, images shown whole."""
+    model.eval()
+    found = [np.zeros((0, len(HEADS)))]
+    loader = DataLoader(PairPreferenceDataset(rows, reader), batch_size=batch_size, shuffle=False)
+    for prompts, preferred, rejected, _ in tqdm(loader, desc="held-out pairs", unit=" batches"):
+        text = {name: value.to(model.device) for name, value in reader.tokens(prompts).items()}
+        with torch.inference_mode():
+            sides = [model(pixels.to(model.device), **text) for pixels in (preferred, rejected)]
+        found.append((sides[0] - sides[1]).double().cpu().numpy())
+    return np.concatenate(found)
+
+
+def summarise(measured: dict[str, Any]) -> Metrics:
+    """Means over the heads that could be measured, for each split: what a sweep may choose by."""
+    summary: Metrics = {}
+    for split in HELD_OUT:
+        heads = [found for found in measured["splits"][split].values() if found is not None]
+        for name in ("f1", "accuracy", "tie_aware_accuracy"):
+            values = [found[name]["value"] for found in heads if found[name]["value"] is not None]
+            summary[f"{split}_{name}"] = round(sum(values) / len(values), DIGITS) if values else None
+    return summary
+
+
+def _trainer(
+    config: TrainingConfig,
+    wanted: RewardTraining,
+    task: Task,
+    clip: CLIPModel,
+    processor: Any,
+    train: Sequence[LabelledPair],
+    held_out: dict[str, list[LabelledPair]],
+) -> PreferenceTrainer:
+    model = create_reward(clip, wanted.hidden_size, config.seed)
+    freeze(model, wanted.trainable)
+    groups, val = gather(train), gather(held_out["val"])
+    ranks = world_size()
+    per_step = accumulation(config, ranks) * ranks
+    plan = plan_batches(groups, config.num_train_epochs, config.effective_batch_size, per_step, config.seed)
+    at_once = config.per_device_train_batch_size
+    trainer = PreferenceTrainer(
+        model=model,
+        args=plan_arguments(config, task, plan),
+        train=PreferenceData(groups, None, plan),
+        val=PreferenceData(val, None, one_by_one(val, at_once, config.seed)) if val else None,
+        family=reward_family(PixelReader(processor, wanted.crop_scale, config.seed)),
+        objective=REWARD_OBJECTIVE,
+        settings=Settings(beta=1.0),
+        telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
+        callbacks=[StageCallback(task)],
+    )
+    resume_strictly(trainer)
+    return trainer
+
+
+def freeze(model: MultiHeadReward, trainable: Literal["all", "vision", "heads"]) -> None:
+    """Leave gradients to the parts that are to be trained; CLIP's own logit scale takes no part in a reward."""
+    frozen: list[Any] = []
+    if trainable == "heads":
+        frozen = [model.clip]
+    elif trainable == "vision":
+        frozen = [model.clip.text_model, model.clip.text_projection]
+    for part in frozen:
+        part.requires_grad_(False)
+    model.clip.logit_scale.requires_grad_(False)
+
+
+def _measure_and_save(
+    model: Any,
+    processor: Any,
+    config: TrainingConfig,
+    wanted: RewardTraining,
+    task: Task,
+    train: Sequence[LabelledPair],
+    held_out: dict[str, list[LabelledPair]],
+) -> dict[str, Any]:
+    """Write the folder: weights with the fitted temperatures, measures, predictions, and the prompts trained on."""
+    reader = PixelReader(processor)
+    margins = {
+        split: predict(model, rows, reader, config.per_device_train_batch_size) for split, rows in held_out.items()
+    }
+    labels = {split: np.array([row.labels for row in rows]).reshape(-1, len(HEADS)) for split, rows in held_out.items()}
+    heads = range(len(HEADS))
+    temperatures = [fit_temperature(margins["val"][:, k], labels["val"][:, k]) for k in heads]
+    bands = [fit_tie_band(margins["val"][:, k] / temperatures[k], labels["val"][:, k]) for k in heads]
+    resampling = Resampling(wanted.num_resamples, config.seed, wanted.confidence)
+    splits: dict[str, Any] = {}
+    for split, rows in held_out.items():
+        flipped = np.array([coin(config.seed, row.pair_id) for row in rows], dtype=bool)
+        prompts = [row.prompt_id for row in rows]
+        splits[split] = {
+            HEADS[k]: measure_head(
+                margins[split][:, k], labels[split][:, k], flipped, prompts, temperatures[k], bands[k], resampling
+            )
+            for k in heads
+        }
+    measured = {
+        "heads": list(HEADS),
+        "confidence": wanted.confidence,
+        "temperatures": dict(zip(HEADS, temperatures, strict=True)),
+        "tie_bands": dict(zip(HEADS, bands, strict=True)),
+        "splits": splits,
+    }
+    model.config.temperatures = temperatures
+    save_finished(model, processor, task.output, config, task)
+    write_atomic(task.output / METRICS, json.dumps(measured, indent=1, allow_nan=False) + "\n")
+    write_jsonl(task.output / PREDICTIONS, _predictions(held_out, margins))
+    prompts_seen = {"half": wanted.half, "prompt_ids": sorted({row.prompt_id for row in train})}
+    write_atomic(task.output / TRAINED_ON, json.dumps(prompts_seen, indent=1) + "\n")
+    return measured
+
+
+def _predictions(
+    held_out: dict[str, list[LabelledPair]], margins: dict[str, np.ndarray[Any, Any]]
+) -> list[dict[str, Any]]:
+    """Every held-out pair with its margins, uncalibrated, and its labels."""
+    return [
+        {
+            "pair_id": row.pair_id,
+            "prompt_id": row.prompt_id,
+            "split": split,
+            "margins": {name: round(float(value), DIGITS) for name, value in zip(HEADS, values, strict=True)},
+            "labels": {
+                name: None if math.isnan(label) else label for name, label in zip(HEADS, row.labels, strict=True)
+            },
+        }
+        for split, rows in held_out.items()
+        for row, values in zip(rows, margins[split], strict=True)
+    ]
+
+
+def _count_cut(processor: Any, rows: Sequence[LabelledPair]) -> int:
+    """How many prompts are longer than CLIP reads: their ends have no effect."""
+    prompts = {row.prompt_id: row.prompt for row in rows}
+    lengths = {name: len(processor.tokenizer(prompt)["input_ids"]) for name, prompt in prompts.items()}
+    cut = sorted(name for name, length in lengths.items() if length > processor.tokenizer.model_max_length)
+    if cut:
+        _log.warning("%d of %d prompts are longer than CLIP reads, such as %s", len(cut), len(prompts), cut[0])
+    return len(cut)
+
+
+def _unloadable(what: str, where: str, error: Exception) -> InputError:
+    return InputError(
+        f"cannot load {what}", where=where, got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        fix="check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)",
+    )  # fmt: skip

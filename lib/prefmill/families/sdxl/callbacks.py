@@ -1,0 +1,155 @@
+"""What SDXL training hangs into the Trainer: the moving average of the weights, and samples as a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from prefmill.families.sdxl.encoding import TextKeys
+from prefmill.families.sdxl.loading import SdxlFolder
+from prefmill.store.tensor_cache import TensorCache
+
+EMA_FILE = "ema.safetensors"
+SAMPLES = "samples"
+_GUIDANCE = 5.0
+
+
+class Ema(TrainerCallback):
+    """The exponential moving average of what is trained, kept in every checkpoint; the finished model is the average.
+
+    The decay grows as (1 + n) / (10 + n) with the steps n up to its final value, so that the first weights fade.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._average: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Begin with the weights, or go on from the checkpoint."""
+        self._average = {name: value.detach().clone() for name, value in _trained(model)}
+        if state.global_step:
+            kept = load_file(self._path(args, state))
+            for name, value in self._average.items():
+                value.copy_(kept[name])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Take in the new weights."""
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        for name, value in _trained(model):
+            self._average[name].lerp_(value.detach(), 1 - decay)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the average beside the weights; must come before the checkpoint is marked as complete."""
+        if state.is_world_process_zero:
+            save_file({name: value.cpu() for name, value in self._average.items()}, self._path(args, state))
+
+    def copy_to(self, model: Any) -> None:
+        """Give `model` the average for its weights."""
+        with torch.no_grad():
+            for name, value in _trained(model):
+                value.copy_(self._average[name])
+
+    def _path(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / EMA_FILE
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which prompts are drawn, how often, in how many denoising steps, of what size in pixels."""
+
+    prompts: Sequence[str]
+    every: int
+    inference_steps: int
+    resolution: int
+
+
+class SampleGrid(TrainerCallback):
+    """Draws the prompts every so many steps, each from its own fixed noise, side by side in one picture in the logs."""
+
+    def __init__(
+        self, sampling: Sampling, folder: SdxlFolder, cache: TensorCache, texts: TextKeys, logs: Path,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:  # fmt: skip
+        self.sampling, self.folder, self.cache, self.texts = sampling, folder, cache, texts
+        self.logs, self.autocast = logs, autocast
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Draw them; nothing random of the training is used up."""
+        if not state.is_world_process_zero or state.global_step % self.sampling.every:
+            return
+        model.eval()
+        with torch.no_grad(), self.autocast():
+            images = self._draw(model.get_base_model() if hasattr(model, "get_base_model") else model, args.device)
+        model.train()
+        save_grid(images, self.logs / SAMPLES / f"step_{state.global_step:05}.png")
+
+    def _draw(self, unet: Any, device: torch.device) -> list[Any]:
+        """An image of every prompt; one at a time, as training leaves little memory."""
+        from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+        pipeline = StableDiffusionXLPipeline(
+            vae=self.folder.load(AutoencoderKL, "vae", "fp32").to(device),
+            text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
+            scheduler=EulerDiscreteScheduler.from_pretrained(self.folder.path, subfolder="scheduler"),
+            add_watermarker=False,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        nothing = self._embeddings("", device)
+        images = []
+        for number, prompt in enumerate(self.sampling.prompts):
+            given = self._embeddings(prompt, device)
+            drawn = pipeline(
+                prompt_embeds=given["embeddings"], pooled_prompt_embeds=given["pooled"],
+                negative_prompt_embeds=nothing["embeddings"], negative_pooled_prompt_embeds=nothing["pooled"],
+                height=self.sampling.resolution, width=self.sampling.resolution, guidance_scale=_GUIDANCE,
+                num_inference_steps=self.sampling.inference_steps,
+                generator=torch.Generator().manual_seed(number), output_type="latent",
+            )  # fmt: skip
+            images += decode(pipeline, drawn.images)
+        return images
+
+    def _embeddings(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        kept = self.cache.load(self.texts.of(prompt))
+        return {name: value[None].to(device) for name, value in kept.items()}
+
+
+def decode(pipeline: Any, latents: Tensor) -> list[Any]:
+    """Images of latents, by the pipeline's VAE in fp32: in fp16 it overflows."""
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    images: list[Any] = pipeline.image_processor.postprocess(pixels, output_type="pil")
+    return images
+
+
+def save_grid(images: Sequence[Any], path: Path) -> None:
+    """Images of one size side by side, in rows of four."""
+    from PIL import Image
+
+    width, height = images[0].size
+    columns = min(4, len(images))
+    grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for number, image in enumerate(images):
+        grid.paste(image, (number % columns * width, number // columns * height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    grid.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def _trained(model: Any) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in model.named_parameters() if value.requires_grad]

@@ -1,0 +1,87 @@
+"""The configuration of SDXL preference training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from prefmill.core.config import ExternalPath, runtime
+from prefmill.families.sdxl.names import DiffusionObjective
+from prefmill.training.config import LoraConfig, TrainingConfig
+
+ATTENTION = ("sdpa", "xformers", "sliced")
+_OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
+
+
+class AdapterConfig(LoraConfig):
+    """LoRA or DoRA on the UNet's attention; alpha defaults to 4 x rank, the scale then being 4 at every rank."""
+
+    use_dora: bool = True
+    target_modules: str | list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_follows_rank(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("alpha") is not None:
+            return values
+        return {**values, "alpha": 4.0 * values.get("r", cls.model_fields["r"].default)}
+
+
+class SdxlPreferenceConfig(TrainingConfig):
+    """Keys of sdxl_dpo; `max_steps` takes the place of `num_train_epochs`, `lora: null` trains the whole UNet."""
+
+    variant: str | None = None
+    resolution: int = Field(1024, ge=8, multiple_of=8)
+    random_flip: bool = False
+    vae_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+    objective: DiffusionObjective = "dspo"
+    beta: float = Field(5000.0, gt=0)
+    dspo_lambda: float = Field(1.0, ge=0)
+    dspo_stop_gradient: bool = True
+    sft_weight: float = Field(0.0, ge=0)
+    reward_temperature: float = Field(1.0, gt=0)
+    reward_weights: dict[str, float] | None = None
+    min_snr_gamma: float | None = Field(None, gt=0)
+    half: Literal["all", "policy"] = "all"
+    shuffle_labels: bool = False
+
+    learning_rate: float = Field(5e-5, gt=0)
+    num_train_epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    effective_batch_size: int = Field(8, ge=1)
+    lora: AdapterConfig | None = Field(default_factory=AdapterConfig)
+    use_ema: bool = False
+    ema_decay: float = Field(0.9999, gt=0, lt=1)
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "sgd"] = "adamw_torch_fused"
+    torch_compile: bool = False
+
+    logging_steps: int = runtime(50, ge=1)
+    sample_steps: int | None = runtime(None, ge=1)
+    num_samples: int = runtime(4, ge=1)
+    sample_inference_steps: int = runtime(25, ge=1)
+    vae_batch_size: int = runtime(4, ge=1)
+    cache_dir: ExternalPath | None = runtime(None)
+    save_merged: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        # By value: a job is handed every key of the configuration it was planned with.
+        fields = type(self).model_fields
+        ignored = sorted(name for name in _OF_TEXT_MODELS if getattr(self, name) != fields[name].default)
+        if ignored:
+            raise ValueError(f"{', '.join(ignored)}: a key of text models, leave it out")
+        if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
+            raise ValueError(f"attn_implementation is one of {', '.join(ATTENTION)}")
+        if self.fsdp:
+            raise ValueError("fsdp does not know a UNet's blocks: shard it with deepspeed")
+        if self.deepspeed is not None and self.lora is not None:
+            raise ValueError(
+                "deepspeed shards a whole UNet: set lora: null, or leave it out, an adapter needs no shards"
+            )
+        if self.deepspeed is not None and (self.use_ema or self.sample_steps is not None):
+            raise ValueError("with deepspeed no rank holds the whole model: leave out use_ema and sample_steps")
+        if self.save_merged and self.lora is None:
+            raise ValueError("the whole UNet is always saved as a pipeline: leave out save_merged")
+        return self

@@ -1,0 +1,82 @@
+"""Image pairs to train on: read, weighted, and as the one group a pair is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import ImagePair, ImageSplit
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.data import Pair
+
+PAIRS = "pairs.jsonl"
+
+
+@dataclass(frozen=True)
+class PairImages:
+    """A pair as a group of two samples: `images` are the winner's and the loser's files and their sha256.
+
+    `weight` averages 1 over the pairs that train together.
+    """
+
+    pair_id: str
+    prompt_id: str
+    prompt: str
+    images: tuple[Path, Path]
+    digests: tuple[str, str]
+    weight: float = 1.0
+    soft_label: float | None = None
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        """The pair, by the places of its images."""
+        return (Pair(self.pair_id, 0, 1),)
+
+    @property
+    def swapped(self) -> PairImages:
+        """The pair with winner and loser exchanged."""
+        return replace(self, images=self.images[::-1], digests=self.digests[::-1])
+
+
+def read_image_pairs(artifact: Artifact, split: ImageSplit) -> list[PairImages]:
+    """The pairs of a split, their weights averaging 1; raises InputError naming the row for an image that is missing.
+
+    Raises InputError too for a weight that is not above 0.
+    """
+    digests = {entry.path: entry.sha256 for entry in artifact.manifest.files}
+    rows = enumerate(read_jsonl(artifact.file(PAIRS)), 1)
+    where = str(artifact.path / PAIRS)
+    pairs = [
+        _pair(row, artifact.path, digests, f"{where}:{number}") for number, row in rows if row.get("split") == split
+    ]
+    mean = sum(pair.weight for pair in pairs) / max(1, len(pairs))
+    return [replace(pair, weight=pair.weight / mean) for pair in pairs]
+
+
+def swap_by_coin(pairs: Sequence[PairImages], seed: int) -> Iterator[PairImages]:
+    """The pairs, winner and loser exchanged where a coin of (seed, pair) says so: nothing is left to learn."""
+    for pair in pairs:
+        yield pair.swapped if random.Random(f"{seed}:{pair.pair_id}").random() < 0.5 else pair
+
+
+def _pair(row: ImagePair, folder: Path, digests: dict[str, str], where: str) -> PairImages:
+    try:
+        files = (row["preferred"], row["rejected"])
+        absent = [name for name in files if name not in digests]
+        weight = float(row["weight"])
+        named = (str(row["pair_id"]), str(row["prompt_id"]), str(row["prompt"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError("not an image pair", where=where, got=repr(error), fix="rerun build_image_pairs") from None
+    if absent:
+        raise InputError(
+            "a pair's image is not in the artifact", where=where, got=absent[0], expected="a file of its manifest",
+            fix="rerun build_image_pairs",
+        )  # fmt: skip
+    if not weight > 0:
+        raise InputError("a pair's weight must be above 0", where=where, got=weight, fix="correct the row")
+    paths = (folder / files[0], folder / files[1])
+    return PairImages(*named, paths, (digests[files[0]], digests[files[1]]), weight)

@@ -1,0 +1,112 @@
+"""Drift: how far tuning has moved the error with which held-out winners and losers are denoised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefmill.core.artifact import Artifact
+from prefmill.core.image_rows import ImageSplit
+from prefmill.core.statistics import MIN_PAPERS, Resampling, means
+from prefmill.families.sdxl.data import PairImages, read_image_pairs
+from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
+from prefmill.families.sdxl.family import PairReader, errors, predict
+from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
+from prefmill.families.sdxl.loading import SdxlFolder, open_folder
+from prefmill.families.sdxl.noise import load_schedule
+from prefmill.store.tensor_cache import TensorCache
+
+_SEED = 0
+_VAE_BATCH, _PAIRS_AT_ONCE = 4, 4
+_DIGITS = 8
+
+
+def denoising_drift(
+    base: GeneratorSource,
+    tuned: GeneratorSource,
+    pairs: Artifact,
+    splits: Sequence[ImageSplit],
+    num_draws: int,
+    resolution: int | None,
+    cache: Path,
+    resampling: Resampling,
+) -> dict[str, Any] | None:
+    """m(tuned) - m(base), m the mean squared error of the predicted noise, of `winner` and `loser`; over prompts.
+
+    Both models see the same timestep and noise, `num_draws` of them a pair. A winner's drift above 0 says that the
+    tuned model explains preferred images worse than before, whatever its margin says (Diffusion-DPO can lower both
+    sides' likelihood). None where the splits hold no pairs.
+    """
+    held_out = [pair for split in splits for pair in read_image_pairs(pairs, split)]
+    if not held_out:
+        return None
+    folder = open_folder(base.model, base.revision, base.variant)
+    reader = _encoded(base, folder, held_out, resolution, cache)
+    before, after = (_errors(source, reader, held_out, num_draws) for source in (base, tuned))
+    difference = after - before
+    names = sorted({pair.prompt_id for pair in held_out})
+    rows = np.stack([difference[[pair.prompt_id == name for pair in held_out]].mean(axis=0) for name in names])
+    return {
+        "num_pairs": len(held_out),
+        "num_prompts": len(names),
+        **{side: _estimate(rows[:, place], before[:, place], resampling) for place, side in enumerate(_SIDES)},
+    }
+
+
+_SIDES = ("winner", "loser")
+
+
+def _encoded(
+    base: GeneratorSource, folder: SdxlFolder, pairs: Sequence[PairImages], resolution: int | None, cache: Path
+) -> PairReader:
+    """Latents and embeddings of the pairs, by the base's VAE in fp32 and its text encoders."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    store = TensorCache(cache)
+    images = ImageKeys(folder.digest("vae"), resolution or _native_resolution(folder), "fp32")
+    encoders = folder.digest("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    texts = TextKeys(encoders, base.precision)
+    files = {(path, digest, False) for pair in pairs for path, digest in zip(pair.images, pair.digests, strict=True)}
+    encode_images(sorted(files), folder, images, store, _VAE_BATCH, device)
+    encode_texts(sorted({pair.prompt for pair in pairs}), folder, texts, store, device)
+    return PairReader(store, images, texts, load_schedule(folder.path, None), _SEED)
+
+
+def _native_resolution(folder: SdxlFolder) -> int:
+    """The size in pixels that the UNet was made for."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.load_config(folder.path, subfolder="unet")
+    blocks = AutoencoderKL.load_config(folder.path, subfolder="vae")["block_out_channels"]
+    scale: int = 2 ** (len(blocks) - 1)
+    return int(unet["sample_size"]) * scale
+
+
+def _errors(
+    source: GeneratorSource, reader: PairReader, pairs: Sequence[PairImages], num_draws: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """m of winner and loser, [N, 2], the mean over the draws."""
+    unet = open_pipeline(source).unet.eval()
+    device = next(unet.parameters()).device
+    totals = np.zeros((len(pairs), 2))
+    for epoch in range(num_draws):
+        for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+            part = pairs[start : start + _PAIRS_AT_ONCE]
+            batch = reader.batch(part, [epoch] * len(part)).to(device)
+            with torch.no_grad(), torch.autocast(device.type, unet.dtype, enabled=unet.dtype != torch.float32):
+                found = errors(*predict(unet, batch, reader.schedule))
+            totals[start : start + len(part)] += torch.stack(found.chunk(2), dim=1).double().cpu().numpy()
+    return totals / num_draws
+
+
+def _estimate(
+    rows: np.ndarray[Any, np.dtype[np.float64]], before: np.ndarray[Any, np.dtype[np.float64]], resampling: Resampling
+) -> dict[str, float | None]:
+    found = {"base": round(float(before.mean()), _DIGITS), "value": round(float(rows.mean()), _DIGITS)}
+    if len(rows) < MIN_PAPERS:
+        return {**found, "low": None, "high": None}
+    (estimate,) = means(rows[:, None], resampling)
+    return {**found, "low": round(estimate.low, _DIGITS), "high": round(estimate.high, _DIGITS)}

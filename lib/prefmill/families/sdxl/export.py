@@ -1,0 +1,176 @@
+"""The finished model: an adapter for diffusers, one for ComfyUI and kohya's tools, and whole pipelines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from prefmill.core.files import write_atomic
+from prefmill.core.precision import torch_dtype
+from prefmill.core.stage import Task
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.families.sdxl.dora import row_norms
+from prefmill.families.sdxl.loading import SdxlFolder
+from prefmill.training.loop import model_card
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "comfyui.safetensors"  # by kohya's key names
+MERGED = "merged"
+_PEFT_PREFIX = "base_model.model."
+
+
+def save_finished(
+    model: Any, weights: Mapping[str, Tensor] | None, config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder
+) -> None:
+    """Write the artifact: the adapter in both forms and, where asked for, merged; a whole UNet as a pipeline.
+
+    `weights` are the whole UNet's, where that is what was trained.
+    """
+    if weights is not None:
+        save_pipeline(weights, task.output, folder, config)
+    elif config.lora is not None:
+        modules = adapted_modules(model)
+        state = adapter_state(model)
+        save_diffusers(state, model.peft_config["default"], task.output / ADAPTER_FILE)
+        scales = {name: comfyui_scale(layer) for name, layer in modules.items() if layer.lora_magnitude_vector}
+        per_block = model.get_base_model().config.layers_per_block
+        save_comfyui(state, config.lora.alpha, scales, per_block, task.output / COMFYUI_FILE)
+        if config.save_merged:
+            base = folder.load(type(model.get_base_model()), "unet", "fp32").state_dict()
+            merged = {**base, **{f"{name}.weight": merged_weight(layer) for name, layer in modules.items()}}
+            save_pipeline(merged, task.output / MERGED, folder, config)
+    write_atomic(task.output / "README.md", model_card(task, config).replace("transformers", "diffusers", 1))
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """The adapter's tensors on the CPU, by the UNet's module names; magnitudes end in `.lora_magnitude_vector`."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model)
+    return {name.removeprefix(_PEFT_PREFIX): value.detach().cpu().contiguous() for name, value in sorted(state.items())}
+
+
+def save_diffusers(state: Mapping[str, Tensor], settings: Any, path: Path) -> None:
+    """An adapter that `pipeline.load_lora_weights` reads, with the metadata without which it takes alpha for rank."""
+    said = {
+        "unet.r": settings.r, "unet.lora_alpha": settings.lora_alpha, "unet.use_dora": settings.use_dora,
+        "unet.lora_dropout": 0.0, "unet.bias": "none",
+        "unet.target_modules": sorted(target_modules(state)),
+    }  # fmt: skip
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(said, sort_keys=True)}
+    save_with_metadata({f"unet.{name}": value for name, value in state.items()}, path, metadata)
+
+
+def save_comfyui(
+    state: Mapping[str, Tensor], alpha: float, scales: Mapping[str, Tensor], layers_per_block: int, path: Path
+) -> None:
+    """An adapter by kohya's keys, alpha as it is; `scales` are what DoRA's modules have for `dora_scale`, [out, 1]."""
+    modules = sorted(target_modules(state))
+    names = {name: original_name(name, layers_per_block) for name in modules}
+    if None in names.values():  # one file holds one kind of names
+        names = dict(zip(modules, modules, strict=True))
+    tensors: dict[str, Tensor] = {}
+    for module, name in names.items():
+        key = f"lora_unet_{str(name).replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = state[f"{module}.lora_A.weight"]
+        tensors[f"{key}.lora_up.weight"] = state[f"{module}.lora_B.weight"]
+        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+        if module in scales:
+            tensors[f"{key}.dora_scale"] = scales[module].contiguous()
+    rank = min(value.shape[0] for name, value in tensors.items() if name.endswith("lora_down.weight"))
+    metadata = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank)}
+    save_with_metadata(tensors, path, {**metadata, "ss_network_alpha": str(float(alpha))})
+
+
+def save_with_metadata(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file whose metadata are in order: safetensors itself writes them in one of its own each time."""
+    data = save(dict(tensors))
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8 : 8 + length])})
+    padded = header.encode().ljust(-(-len(header.encode()) // 8) * 8)
+    path.write_bytes(len(padded).to_bytes(8, "little") + padded + data[8 + length :])
+
+
+def comfyui_scale(layer: Any, adapter: str = "default") -> Tensor:
+    """m |W| / |W + s B A| by row, [out, 1], fp32, on the CPU.
+
+    ComfyUI multiplies the rows of W + s B A by dora_scale / |W|, not by dora_scale / |W + s B A| as DoRA is defined:
+    given m itself it would make a model that nobody trained.
+    """
+    weight, a, b, scaling = _factors(layer, adapter)
+    squares = weight.square().sum(1)
+    magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
+    scale: Tensor = magnitude * squares.sqrt() / row_norms(weight, a, b, scaling, squares)
+    return scale[:, None].cpu()
+
+
+def original_name(module: str, layers_per_block: int) -> str | None:
+    """An attention's name in SDXL's original code, `input_blocks.4.1...`; None for other modules."""
+    parts = module.split(".")
+    per_block = layers_per_block + 1
+    if parts[0] == "mid_block" and parts[1] == "attentions":
+        return ".".join(["middle_block.1", *parts[3:]])
+    if parts[0] not in ("down_blocks", "up_blocks") or parts[2] != "attentions":
+        return None
+    place = int(parts[1]) * per_block + int(parts[3])
+    block = f"input_blocks.{place + 1}" if parts[0] == "down_blocks" else f"output_blocks.{place}"
+    return ".".join([block, "1", *parts[4:]])
+
+
+def target_modules(state: Mapping[str, Tensor]) -> set[str]:
+    """The names of the modules that an adapter's tensors belong to."""
+    return {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
+
+
+def adapted_modules(model: Any) -> dict[str, Any]:
+    """The UNet's layers with an adapter, by their names."""
+    named = model.get_base_model().named_modules()
+    return {name: layer for name, layer in named if len(getattr(layer, "lora_A", ()))}
+
+
+def merged_weight(layer: Any, adapter: str = "default") -> Tensor:
+    """W + s B A, for DoRA with every row brought to its magnitude; fp32, on the CPU."""
+    weight, a, b, scaling = _factors(layer, adapter)
+    merged = weight + scaling * (b @ a)
+    if layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
+        merged = (magnitude / row_norms(weight, a, b, scaling, weight.square().sum(1)))[:, None] * merged
+    result: Tensor = merged.cpu()
+    return result
+
+
+def save_pipeline(unet: Mapping[str, Tensor], output: Path, folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:
+    """A whole pipeline: this UNet in the run's precision, and all else as it is in `folder`."""
+    from diffusers import UNet2DConditionModel
+
+    output.mkdir(parents=True, exist_ok=True)
+    for part in sorted(folder.path.iterdir()):
+        if part.is_dir() and part.name != "unet" and _is_part(part):
+            shutil.copytree(part, output / part.name, dirs_exist_ok=True)
+    shutil.copyfile(folder.path / "model_index.json", output / "model_index.json")
+    settings = UNet2DConditionModel.load_config(folder.path, subfolder="unet")
+    with torch.device("meta"):
+        model = UNet2DConditionModel.from_config(settings)
+    dtype = torch_dtype(config.precision)
+    state = {name: value.detach().to("cpu", dtype) for name, value in unet.items()}
+    model.load_state_dict(state, assign=True)
+    model.register_to_config(_name_or_path="")  # a path of this machine is no part of the content
+    model.save_pretrained(output / "unet", variant=folder.variant)
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor, float]:
+    """W, A, B in fp32, and s."""
+    a, b = (getattr(layer, side)[adapter].weight.detach().float() for side in ("lora_A", "lora_B"))
+    return layer.get_base_layer().weight.detach().float(), a, b, float(layer.scaling[adapter])
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether this is a component of a pipeline, and no folder that someone left there."""
+    return any((folder / name).is_file() for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"))

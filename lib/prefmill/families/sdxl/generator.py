@@ -1,0 +1,139 @@
+"""Loading a diffusers SDXL pipeline, whole or as an adapter on a base, for making images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.precision import Precision, torch_dtype
+
+if TYPE_CHECKING:
+    from prefmill.core.artifact import Artifact
+
+PIPELINE_FILE = "model_index.json"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+_ADAPTER_NAME = "adapter"
+
+
+class ModelKeys(Protocol):
+    """The configuration keys that name a model; see the stage generate_images."""
+
+    @property
+    def model_name_or_path(self) -> str | None: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def variant(self) -> str | None: ...
+    @property
+    def adapter(self) -> Path | None: ...
+    @property
+    def adapter_scale(self) -> float: ...
+    @property
+    def precision(self) -> Precision: ...
+
+
+@dataclass(frozen=True)
+class GeneratorSource:
+    """What makes images: a pipeline's folder or hub name and, on top of it, an adapter's folder.
+
+    `label` names them in the images' metadata, without a path of this machine.
+    """
+
+    model: str
+    label: str
+    precision: Precision
+    revision: str | None = None
+    variant: str | None = None
+    adapter: Path | None = None
+    adapter_scale: float = 1.0
+
+
+def choose_source(keys: ModelKeys, model: Artifact | None, tuned: Artifact | None, where: str) -> GeneratorSource:
+    """The model of a configuration and of artifacts: a pipeline, and an adapter on it.
+
+    `model` is a `checkpoint`; `tuned`, of sdxl_dpo, is an adapter on that, or a pipeline of its own. Raises ConfigError
+    when there is no pipeline, or two of either.
+    """
+    if tuned is not None and not (tuned.path / ADAPTER_FILE).is_file():
+        if model is not None:
+            raise _two("models", where, f"inputs.model={model.path} and inputs.tuned={tuned.path}, a whole pipeline")
+        model, tuned = tuned, None
+    if model is not None and keys.model_name_or_path is not None:
+        raise _two("models", where, f"inputs: {model.path} and model_name_or_path={keys.model_name_or_path}")
+    if tuned is not None and keys.adapter is not None:
+        raise _two("adapters", where, f"inputs.tuned={tuned.path} and adapter={keys.adapter}")
+    base = str(model.path) if model is not None else keys.model_name_or_path
+    if base is None:
+        raise ConfigError(
+            "no model to make images with", where=where,
+            fix="give model_name_or_path, or inputs.model=FOLDER of a finished diffusers pipeline",
+        )  # fmt: skip
+    name = _label(model) if model is not None else Path(base).name if Path(base).is_dir() else base
+    folder = tuned.path if tuned is not None else keys.adapter
+    added = _label(tuned) if tuned is not None else keys.adapter.name if keys.adapter is not None else None
+    return GeneratorSource(
+        model=base, label=name if added is None else f"{name} + {added}", precision=keys.precision,
+        revision=keys.revision, variant=keys.variant, adapter=folder, adapter_scale=keys.adapter_scale,
+    )  # fmt: skip
+
+
+def open_pipeline(source: GeneratorSource) -> Any:
+    """diffusers' StableDiffusionXLPipeline on this machine's device; the VAE is in fp32, where it cannot overflow.
+
+    Raises InputError when it cannot be loaded or is no SDXL.
+    """
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    _require_folder(source.model)
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            source.model, dtype={"default": torch_dtype(source.precision), "vae": torch.float32},
+            revision=source.revision, variant=source.variant, use_safetensors=True, add_watermarker=False,
+        )  # fmt: skip
+    except (OSError, ValueError, TypeError) as error:
+        raise _unloadable("the SDXL pipeline", source.model, error) from error
+    if source.adapter is not None:
+        add_adapter(pipeline, source.adapter, source.adapter_scale)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline
+
+
+def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
+    """Put the adapter of `folder` (diffusers' form, its alpha in the file's metadata) on the pipeline."""
+    if not (folder / ADAPTER_FILE).is_file():
+        raise InputError(
+            "no adapter in this folder", where=folder, expected=ADAPTER_FILE, fix="give the folder it was saved to"
+        )
+    try:
+        pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE, adapter_name=_ADAPTER_NAME)
+        pipeline.set_adapters(_ADAPTER_NAME, scale)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unloadable("the adapter", folder, error) from error
+
+
+def _require_folder(name_or_path: str) -> None:
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not (Path(name_or_path) / PIPELINE_FILE).is_file():
+        raise InputError(
+            "no diffusers pipeline in this folder", where=name_or_path, expected=PIPELINE_FILE,
+            fix="check the path, or give a hub name",
+        )  # fmt: skip
+
+
+def _label(artifact: Artifact) -> str:
+    return f"{artifact.manifest.stage}@{artifact.manifest.content_digest[:12]}"
+
+
+def _two(what: str, where: str, got: str) -> ConfigError:
+    return ConfigError(f"two {what} to make images with", where=where, got=got, fix="leave one out")
+
+
+def _unloadable(what: str, where: object, error: Exception) -> InputError:
+    return InputError(
+        f"cannot load {what}", where=where, got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        fix="check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)",
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+"""The reference's errors: computed before the first step, with the adapter off, and kept for every trial and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prefmill.core.errors import ArtifactError, InputError
+from prefmill.core.files import digest_json
+from prefmill.families.sdxl.data import PairImages
+from prefmill.families.sdxl.encoding import wait_for_all
+from prefmill.families.sdxl.family import PairReader, errors, predict_pairs
+
+CHUNK = 32  # pairs a file: a killed run loses no more than that
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the error
+
+Chunk = tuple[int, int]  # epoch, and which CHUNK of the pairs
+
+
+@dataclass
+class ReferenceErrors:
+    """-m of winner and loser of every pair in every epoch, [2]; `settings` say what else a value hangs on.
+
+    `at_once` pairs go through the UNet together, as in training: the same shapes give the same numbers.
+    """
+
+    pairs: Sequence[PairImages]
+    reader: PairReader
+    settings: dict[str, Any]
+    at_once: int
+    dtype: torch.dtype
+    with_predictions: bool = False
+    one_side_at_once: bool = False
+    _places: dict[str, int] = field(init=False)
+    _scores: dict[Chunk, Tensor] = field(init=False, default_factory=dict)
+    _keys: dict[Chunk, str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._places = {pair.pair_id: place for place, pair in enumerate(self.pairs)}
+        if len(self._places) < len(self.pairs):
+            raise InputError(
+                "two pairs have one pair_id", got=f"{len(self.pairs)} pairs", fix="rerun build_image_pairs"
+            )
+
+    def scores(self, group: int, epoch: int) -> Tensor:
+        """The scores of a pair's two images, [2] fp32; what the trainer takes for a reference."""
+        chunk = (epoch, group // CHUNK)
+        if chunk not in self._scores:
+            self._scores[chunk] = self.reader.cache.load(self.key(chunk), "scores")["scores"]
+        return self._scores[chunk][group % CHUNK]
+
+    def holds(self, pair: PairImages) -> bool:
+        """Whether this is one of the pairs."""
+        return pair.pair_id in self._places
+
+    def prediction(self, pair: PairImages, epoch: int) -> Tensor:
+        """What the reference predicts for a pair's winner, [C, H, W]."""
+        place = self._places[pair.pair_id]
+        return self.reader.cache.row(self.key((epoch, place // CHUNK)), "predictions", place % CHUNK)
+
+    def key(self, chunk: Chunk) -> str:
+        """What a chunk's values are determined by, in one name."""
+        if chunk not in self._keys:
+            self._keys[chunk] = self._key(*chunk)
+        return self._keys[chunk]
+
+    def _key(self, epoch: int, part: int) -> str:
+        pairs = self.pairs[part * CHUNK : (part + 1) * CHUNK]
+        content = [[pair.pair_id, self.reader.texts.of(pair.prompt), *self.reader.keys(pair, epoch)] for pair in pairs]
+        said = [
+            content,
+            epoch,
+            self.reader.seed,
+            self.at_once,
+            self.with_predictions,
+            self.one_side_at_once,
+            self.settings,
+        ]
+        return f"{digest_json(said)}-reference"
+
+    def compute(self, model: Any, used: Iterable[tuple[int, int]], device: torch.device) -> int:
+        """Have the values of all (pair, epoch) in `used` kept, computing those that are not; returns how many were.
+
+        `model` is on `device`, with its adapter off or still the reference. In a distributed run each rank does its
+        share. Raises ArtifactError when what is kept is not what this model gives.
+        """
+        wanted = sorted({(epoch, group // CHUNK) for group, epoch in used})
+        cache = self.reader.cache
+        known = [chunk for chunk in wanted if cache.holds(self.key(chunk))]
+        missing = [chunk for chunk in _own_share(wanted) if not cache.holds(self.key(chunk))]
+        for chunk in tqdm(missing, desc="reference errors", unit=f" x {CHUNK} pairs", disable=not missing):
+            cache.save(self.key(chunk), self._values(model, chunk, device))
+        wait_for_all()
+        if known:
+            self._spot_check(model, known[0], device)
+        return len(missing)
+
+    def _values(self, model: Any, chunk: Chunk, device: torch.device) -> dict[str, Tensor]:
+        found = [self._run(model, pairs, chunk[0], device) for pairs in self._batches(chunk)]
+        values = {"scores": torch.cat([scores for scores, _ in found])}
+        if self.with_predictions:
+            values["predictions"] = torch.cat([predictions for _, predictions in found])
+        return values
+
+    def _batches(self, chunk: Chunk) -> Iterator[Sequence[PairImages]]:
+        pairs = self.pairs[chunk[1] * CHUNK : (chunk[1] + 1) * CHUNK]
+        for start in range(0, len(pairs), self.at_once):
+            yield pairs[start : start + self.at_once]
+
+    def _run(self, model: Any, pairs: Sequence[PairImages], epoch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scores [n, 2] and the winners' predictions [n, C, H, W]; a short batch is filled up with its last pair."""
+        n = len(pairs)
+        filled = [*pairs, *[pairs[-1]] * (self.at_once - n)]
+        batch = self.reader.batch(filled, [epoch] * len(filled)).to(device)
+        with torch.no_grad(), adapter_off(model):
+            predictions, target = predict_pairs(model, batch, self.reader.schedule, self.one_side_at_once)
+        scores = torch.stack((-errors(predictions, target)).chunk(2), dim=1)
+        return scores[:n].cpu(), predictions[:n].to(self.dtype).cpu()
+
+    def _spot_check(self, model: Any, chunk: Chunk, device: torch.device) -> None:
+        pairs = next(self._batches(chunk))
+        kept = self.reader.cache.load(self.key(chunk), "scores")["scores"][: len(pairs)]
+        again, _ = self._run(model, pairs, chunk[0], device)
+        worst = ((again - kept).abs() / kept.abs().clamp_min(1e-6)).max().item()
+        if not worst <= _TOLERANCE[self.dtype]:
+            raise ArtifactError(
+                "cached reference errors are not those of this reference",
+                where=self.reader.cache.path(self.key(chunk)), got=f"a relative difference of {worst:.3g}",
+                expected=f"at most {_TOLERANCE[self.dtype]}", fix="delete that file and run again",
+            )  # fmt: skip
+
+
+def adapter_off(model: Any) -> AbstractContextManager[Any]:
+    """The base alone while this is entered; never run a backward pass inside, it would miss the adapter."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+def _own_share(chunks: list[Chunk]) -> list[Chunk]:
+    if not torch.distributed.is_initialized():
+        return chunks
+    return chunks[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+def used_by(plan: Iterable[Any]) -> set[tuple[int, int]]:
+    """The (pair, epoch) that a plan's microbatches ask for; a rank without pairs runs pair 0."""
+    return {(part.group, item.epoch) for item in plan for part in item.parts} | {(0, item.epoch) for item in plan}

@@ -1,0 +1,44 @@
+"""Labels from a reward model: how surely it prefers a pair's winner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from prefmill.core.errors import ConfigError
+from prefmill.core.image_rows import HEADS
+from prefmill.core.stage import Task
+from prefmill.families.reward.scoring import score_images
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.families.sdxl.data import PairImages
+
+
+def with_soft_labels(pairs: Sequence[PairImages], config: SdxlPreferenceConfig, task: Task) -> list[PairImages]:
+    """The pairs with p = s((R_w - R_l) / tau), R the weighted sum of the input `reward`'s heads."""
+    weights = head_weights(config.reward_weights)
+    folder = task.input("reward").path
+    prompts = [pair.prompt for pair in pairs for _ in pair.images]
+    rewards = score_images(folder, prompts, [path for pair in pairs for path in pair.images]) @ weights
+    return [
+        replace(pair, soft_label=soft_label(float(winner - loser), config.reward_temperature))
+        for pair, (winner, loser) in zip(pairs, rewards.reshape(-1, 2), strict=True)
+    ]
+
+
+def soft_label(difference: float, temperature: float) -> float:
+    """s(difference / temperature), without overflow."""
+    return float(0.5 * (1 + np.tanh(difference / temperature / 2)))
+
+
+def head_weights(given: dict[str, float] | None) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """A weight for every head, their mean by default; raises ConfigError for a head that there is none of."""
+    unknown = sorted(set(given or {}) - set(HEADS))
+    if unknown:
+        raise ConfigError(
+            "no such head of the reward model", where="reward_weights", got=", ".join(unknown),
+            expected=", ".join(HEADS), fix="correct the names",
+        )  # fmt: skip
+    weights = {head: 1 / len(HEADS) for head in HEADS} if given is None else given
+    return np.array([weights.get(head, 0.0) for head in HEADS], dtype=np.float32)

@@ -1,0 +1,114 @@
+"""Images and ratings as people have them: a folder with images.csv, and ratings.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from prefmill.core.errors import InputError
+from prefmill.core.image_rows import Dimension, GeneratedImage, Rating
+from prefmill.images.collection import Collection, SourceImage
+from prefmill.images.prompts import is_safe, prompt_id_of, read_table
+from prefmill.store.jsonl import read_jsonl
+
+IMAGES_FILES = ("images.csv", "images.jsonl")
+RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
+_CHOICES = ("left", "right", "tie", "skip")
+
+
+def read_own_images(folder: Path) -> Iterator[SourceImage]:
+    """The images that `folder`/images.csv or images.jsonl lists: columns `prompt` and `file`, perhaps `prompt_id`.
+
+    An image's id is its `image_id` where given, else `<prompt_id>/<name of the file>`. Raises InputError naming the
+    line that lacks a prompt or a file, has an unsafe id, or whose file lies outside the folder.
+    """
+    listing = next((folder / name for name in IMAGES_FILES if (folder / name).is_file()), None)
+    if listing is None:
+        raise InputError(
+            "no list of the images", where=folder, expected=" or ".join(IMAGES_FILES),
+            fix="write images.csv with a line `prompt,file`, then a line an image",
+        )  # fmt: skip
+    seen: dict[str, str] = {}
+    for number, row in _rows(listing):
+        where = f"{listing}:{number}"
+        image = _own_image(folder, row, where, f"{listing.name}:{number}")
+        if image.image_id in seen:
+            raise InputError(
+                "two images have one id", where=where, got=f"{image.image_id}, first at {seen[image.image_id]}",
+                fix="rename a file, or give the rows a prompt_id",
+            )  # fmt: skip
+        seen[image.image_id] = where
+        yield image
+
+
+def image_of_row(folder: Path, row: GeneratedImage, where: str) -> SourceImage:
+    """A row of an artifact's images.jsonl."""
+    path, seed = folder / row["file"], row["seed"]
+    return SourceImage(row["image_id"], row["prompt_id"], row["prompt"], path, row["file"], where, True, seed)
+
+
+def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rating]]:
+    """The rows of a ratings.csv with where they stand; those that cannot be used are set aside.
+
+    Images are named by their id or, in a listing of one's own, by their file. Raises InputError where a column is
+    missing.
+    """
+    known = {image.listed_as: image for image in collection.images.values()} | collection.images
+    for number, row in read_table(path, RATING_COLUMNS):
+        where = f"{path.name}:{number}"
+        given = {key: (row.get(key) or "").strip() for key in ("prompt_id", *RATING_COLUMNS)}
+        left, right = known.get(given["left"]), known.get(given["right"])
+        if left is None or right is None:
+            unknown = given["left"] if left is None else given["right"]
+            collection.quarantine.add("rating", where, "unknown image", image_id=unknown)
+        elif reason := _fault(given, left, right):
+            collection.quarantine.add("rating", where, reason, row=given)
+        else:
+            ids = {"prompt_id": left.prompt_id, "left": left.image_id, "right": right.image_id}
+            yield where, Rating(**{**given, **ids})  # type: ignore[typeddict-item]
+
+
+def _fault(given: dict[str, str], left: SourceImage, right: SourceImage) -> str | None:
+    """Why a rating of two known images cannot be used."""
+    if left.prompt_id != right.prompt_id or given["prompt_id"] not in ("", left.prompt_id):
+        return "images of two prompts"
+    if left.image_id == right.image_id:
+        return "an image against itself"
+    if given["choice"] not in _CHOICES:
+        return "unknown choice"
+    if given["dimension"] not in get_args(Dimension):
+        return "unknown dimension"
+    return None if given["rater"] else "no rater"
+
+
+def read_artifact(folder: Path, name: str, collection: Collection) -> None:
+    """Add what an image_ratings artifact holds."""
+    for row in read_jsonl(folder / "images.jsonl"):
+        collection.add_image(image_of_row(folder, row, f"{name}/images.jsonl"))
+    collection.ratings += read_ratings(folder / "ratings.csv", collection)
+
+
+def _rows(listing: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if listing.suffix == ".csv":
+        yield from read_table(listing, ("prompt", "file"))
+    else:
+        yield from enumerate(read_jsonl(listing), 1)
+
+
+def _own_image(folder: Path, row: dict[str, Any], where: str, short: str) -> SourceImage:
+    prompt, file = (" ".join(str(row.get(key) or "").split()) for key in ("prompt", "file"))
+    if not prompt or not file:
+        raise InputError(f"an image without a {'file' if prompt else 'prompt'}", where=where, fix="complete the line")
+    prompt_id = str(row.get("prompt_id") or "") or prompt_id_of(prompt)
+    image_id = str(row.get("image_id") or "") or f"{prompt_id}/{Path(file).stem}"
+    safe = all(is_safe(part) for part in (prompt_id, *image_id.split("/"))) and image_id.startswith(f"{prompt_id}/")
+    path = folder / file
+    if not safe or image_id.count("/") != 1:
+        raise InputError(
+            "an id cannot be a file name", where=where, got=f"{prompt_id}, {image_id}",
+            expected="letters, digits, - _ . in prompt_id, and image_id = prompt_id/name", fix="rename it",
+        )  # fmt: skip
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError("an image outside its folder", where=where, got=file, fix="put it below the folder")
+    return SourceImage(image_id, prompt_id, prompt, path, file, short)

@@ -1,0 +1,1 @@
+"""Other trainers and their files: TRL, LLaMA-Factory."""

@@ -1,0 +1,215 @@
+"""TRL's DPOTrainer, running a prompt once for all of its answers in a batch.
+
+    from prefmill.integrations.group_dpo_trainer import GroupDPOTrainer as DPOTrainer
+
+is all that a script changes. Arguments, losses, metrics and checkpoints are TRL's; only the model's pass over a batch,
+and which pairs stand in a batch together, are not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from trl import DPOTrainer
+
+from prefmill.core.errors import ConfigError
+from prefmill.families.causal.group_attention import use_group_attention
+from prefmill.families.causal.group_layout import pack
+
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_MARK = "_prefmill_shares_prompts"
+
+
+class GroupDPOTrainer(DPOTrainer):
+    """A DPOTrainer whose losses and gradients equal TRL's, from fewer tokens where pairs share prompts.
+
+    Pairs of one prompt are drawn into the same batch where it has room (`train_sampling_strategy="sequential"` keeps
+    the dataset's order). Raises ConfigError for images, whose door is the stage `dpo`, for mixtures of experts with
+    a balancing loss, and for models without full attention in every layer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._share_prompts()
+
+    def _share_prompts(self) -> None:
+        if self._is_vision_dataset or self.aux_loss_enabled:
+            raise ConfigError(
+                "GroupDPOTrainer trains dense text models", got="images" if self._is_vision_dataset else "a mixture",
+                fix="images: use prefmill's stage dpo; mixtures with a balancing loss: use TRL's DPOTrainer",
+            )  # fmt: skip
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                share_prompts(self.accelerator.unwrap_model(model))
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._share_prompts()
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(dataset, "__len__") or self.args.train_sampling_strategy != "random":
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PromptSampler([hash(tuple(ids)) for ids in dataset["prompt_ids"]], self._train_batch_size, seed)
+
+
+class PromptSampler(Sampler[int]):
+    """All rows in random order, with the rows of one prompt in one batch where a batch holds them.
+
+    `prompts` has one key a row. The order follows from the seed and the epoch alone.
+    """
+
+    def __init__(self, prompts: Sequence[int], batch_size: int, seed: int) -> None:
+        self.prompts, self.batch_size, self.seed, self.epoch = list(prompts), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[int]:
+        return (row for batch in self._batches() for row in batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the next pass be that of `epoch`; accelerate calls this."""
+        self.epoch = epoch
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Batches that begin with the next group and go on with the largest that fits; if none fits, one is split."""
+        waiting = self._groups()
+        by_size: dict[int, deque[int]] = {}
+        for place, group in waiting.items():
+            by_size.setdefault(len(group), deque()).append(place)
+        batch: list[int] = []
+        while waiting:
+            room = self.batch_size - len(batch)
+            place = next(iter(waiting))
+            for size in range(room if batch else 0, 0, -1):
+                queue = by_size.get(size, deque())
+                while queue and len(waiting.get(queue[0], ())) != size:
+                    queue.popleft()  # taken or cut since
+                if queue:
+                    place = queue[0]
+                    break
+            group = waiting[place]
+            batch += group[:room]
+            waiting[place] = group[room:]
+            if not waiting[place]:
+                del waiting[place]
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _groups(self) -> dict[int, list[int]]:
+        """The rows of each prompt in shuffled order, by a number."""
+        order = list(range(len(self.prompts)))
+        random.Random(f"{self.seed}:{self.epoch}").shuffle(order)
+        groups: dict[int, list[int]] = {}
+        for row in order:
+            groups.setdefault(self.prompts[row], []).append(row)
+        return dict(enumerate(groups.values()))
+
+
+def share_prompts(model: Any) -> None:
+    """Have TRL's fused forward of `model` run each distinct prompt, and each distinct answer to it, once.
+
+    Other calls, such as generation, run as they did, with the attention that the model came with.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, _MARK, False):
+        return
+    own_attention, own_forward = base.config._attn_implementation, base.forward
+    use_group_attention(base)
+    base.base_model.forward = MethodType(_pick_rows(base.base_model.forward), base.base_model)
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if fused_lm_head:
+            return _shared(own_forward, *args, **kwargs)
+        shared_attention = self.config._attn_implementation
+        self.set_attn_implementation(own_attention)
+        try:
+            return own_forward(*args, **kwargs)
+        finally:
+            self.set_attn_implementation(shared_attention)
+
+    forward.__signature__ = getattr(own_forward, "__signature__", None)  # type: ignore[attr-defined]
+    base.forward = MethodType(forward, base)
+    setattr(base, _MARK, True)
+
+
+def _shared(
+    forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **kwargs: Any
+) -> Any:
+    """TRL's output for rows [N, T] and labels [N, T] (-100 for what is not scored), from their packed form."""
+    packed, cells = pack_rows(input_ids, attention_mask, labels)
+    device = input_ids.device
+    output = forward(
+        input_ids=packed.input_ids.to(device),
+        attention_mask=packed.attention_mask.to(device),
+        position_ids=None if packed.position_ids is None else packed.position_ids.to(device),
+        segments=packed.segments,
+        predicts=packed.column.to(device),
+        shift_labels=packed.target[None].to(device),
+        fused_lm_head=True,
+        **kwargs,
+    )
+    row, column, source = (part.to(device) for part in cells)
+    for name in _PER_TOKEN:
+        values = getattr(output, name)
+        if values is not None:
+            spread = values.new_zeros(input_ids.shape[0], input_ids.shape[1] - 1)
+            setattr(output, name, spread.index_put((row, column), values[0][source]))
+    return output
+
+
+def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """Rows of prompt and answer as one packed batch, and where each scored token of a row stands in it.
+
+    The second part is (row, column, source), [M] each: the label after `column` of `row` is the packed batch's
+    completion token `source`.
+    """
+    ids, masks, scored = input_ids.tolist(), attention_mask.bool().tolist(), (labels != -100).tolist()
+    groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+    placed: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+    for tokens, mask, wanted in zip(ids, masks, scored, strict=True):
+        length, first = sum(mask), max(1, wanted.index(True) if True in wanted else 0)
+        assert all(mask[:length]), "TRL pads on the right"
+        prompt, answer = tuple(tokens[:first]), tuple(tokens[first:length])
+        groups.setdefault(prompt, {}).setdefault(answer, 0)
+        placed.append((first, prompt, answer))
+    start = 0
+    for answers in groups.values():
+        for answer in answers:
+            answers[answer] = start
+            start += len(answer)
+    cells = [
+        (row, first - 1 + offset, groups[prompt][answer] + offset)
+        for row, (first, prompt, answer) in enumerate(placed)
+        for offset in range(len(answer))
+        if scored[row][first + offset]
+    ]
+    packed = pack([(list(prompt), [list(answer) for answer in answers]) for prompt, answers in groups.items()])
+    row, column, source = torch.tensor(cells, dtype=torch.long).reshape(-1, 3).T.contiguous()
+    return packed, (row, column, source)
+
+
+def _pick_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backbone's forward that returns the hidden states which predict something, [1, C, H], when told which."""
+
+    def picked(self: Any, *args: Any, predicts: Tensor | None = None, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if predicts is None:
+            return output
+        return BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state[:, predicts])
+
+    return picked

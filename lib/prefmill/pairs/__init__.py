@@ -1,0 +1,1 @@
+"""Preference data from anywhere: formats, chats, sources, forensics."""

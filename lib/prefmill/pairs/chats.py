@@ -1,0 +1,117 @@
+"""Chats from elsewhere to fine-tune on: turns, prompts with completions, and the chosen side of preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tqdm import tqdm
+
+from prefmill.core.errors import InputError
+from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, Row, Tags, alpaca_prompt, place_images
+from prefmill.pairs.sources import (
+    PairSource,
+    Problem,
+    identified,
+    image_path,
+    parsed_rows,
+    prompt_key,
+    row_name,
+    write_problems,
+    write_split,
+)
+from prefmill.pairs.turns import Chat, answer_to, as_chat
+
+_PREFERENCE_KEYS = ("chosen", "rejected", "label")
+
+
+def messages(row: Row, tags: Tags) -> Judgement:
+    """`{messages: [{role, content}]}`: a chat that ends with the answer."""
+    return _chat(row, as_chat(row["messages"], "messages", tags), "messages")
+
+
+def conversations(row: Row, tags: Tags) -> Judgement:
+    """`{conversations: [{from, value}]}`, `system` where there is one: ShareGPT."""
+    chat = as_chat(row["conversations"], "conversations", tags)
+    if row.get("system"):
+        chat.turns.insert(0, {"role": "system", "content": row["system"]})
+    return _chat(row, chat, "conversations")
+
+
+def prompt_completion(row: Row, tags: Tags) -> Judgement:
+    """`{prompt, completion}` as text or messages: `unpaired` without its label."""
+    found = FORMS["unpaired"].parse({**row, "label": True}, tags)
+    assert isinstance(found, Judgement)
+    return found
+
+
+def instruction_output(row: Row, tags: Tags) -> Judgement:
+    """`{instruction, input, output}`, `system` and `history` where there are any: Alpaca."""
+    turns, images = place_images(Chat(alpaca_prompt(row)), row)
+    return Judgement(turns, row["output"], True, images)
+
+
+CHAT_FORMS: Mapping[str, Form] = {
+    **FORMS,
+    "messages": Form({"messages": "list"}, messages, [*_PREFERENCE_KEYS, "completion"]),
+    "conversations": Form({"conversations": "list"}, conversations, _PREFERENCE_KEYS),
+    "prompt_completion": Form(
+        {"prompt": "text or list", "completion": "text or list"}, prompt_completion, _PREFERENCE_KEYS
+    ),
+    "instruction_output": Form({"instruction": "text", "output": "text"}, instruction_output, _PREFERENCE_KEYS),
+}
+
+
+class ChatSource(PairSource):
+    """A dataset to fine-tune on that build_datasets did not make: chats, or preferences, of which the chosen side."""
+
+    forms: ClassVar[Mapping[str, Form]] = CHAT_FORMS
+
+
+def write_chats(source: ChatSource, folder: Path, report: Path) -> tuple[Path, Path | None]:
+    """Write the source's answers as prefmill's own rows into `folder`; returns the train file, and val where asked for.
+
+    An answer that several pairs choose is written once, one that a label calls bad is left out. Raises InputError
+    naming the first bad row, or with `on_bad_row: drop` lists them in `report` and raises where no answer is left.
+    """
+    problems: list[Problem] = []
+    rows = list(tqdm(_distinct(_good(source, problems)), desc="reading chats", unit=" chats"))
+    write_problems(problems, report)
+    if not rows:
+        raise InputError("no answers to train on", where=source.source_name, fix=f"see the rows in {report}")
+    own = [
+        (prompt_key(chat.messages, chat.images), _own_row(name, chat, source, folder))
+        for name, chat in identified(rows)
+    ]
+    return write_split(own, source, folder, "sft")
+
+
+def _good(source: ChatSource, problems: list[Problem]) -> Iterator[tuple[str, Judgement]]:
+    for row, found in parsed_rows(source, problems):
+        if isinstance(found, Preference):
+            yield row_name(row), Judgement(found.messages, found.chosen, True, found.images)
+        elif found.is_good:
+            yield row_name(row), found
+
+
+def _distinct(chats: Iterable[tuple[str, Judgement]]) -> Iterator[tuple[str, Judgement]]:
+    seen: set[tuple[str, str]] = set()
+    for name, chat in chats:
+        key = (prompt_key(chat.messages, chat.images), chat.answer)
+        if key not in seen:
+            seen.add(key)
+            yield name, chat
+
+
+def _own_row(name: str, chat: Judgement, source: PairSource, folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": name, "messages": [*chat.messages, {"role": "assistant", "content": chat.answer}]}
+    if chat.images:
+        row["images"] = [image_path(image, name, source, folder) for image in chat.images]
+    return row
+
+
+def _chat(row: Row, chat: Chat, what: str) -> Judgement:
+    answer = answer_to([], chat.turns[-1:], what)
+    turns, images = place_images(Chat(chat.turns[:-1], chat.images), row)
+    return Judgement(turns, answer, True, images)

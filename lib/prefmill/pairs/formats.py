@@ -1,0 +1,281 @@
+"""The forms that preference data comes in: each one a pure function from a row to a preference, found by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prefmill.core.errors import InputError
+from prefmill.core.records import IMAGE_MARKER
+from prefmill.pairs.turns import BadRowError, Chat, Turn, answer_to, as_chat, as_turn, parse_dialogue, split_prompt
+
+Row = Mapping[str, Any]
+Tags = Mapping[str, str]
+Kind = Literal["text", "list", "dict", "label", "text or list"]
+_TYPES: dict[Kind, tuple[type, ...]] = {
+    "text": (str,), "list": (list, tuple), "dict": (dict,), "label": (bool, int), "text or list": (str, list, tuple)
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one chat; `images` stand for the `<image>` markers in it, in order: a path, a URL or bytes."""
+
+    messages: list[Turn]
+    chosen: str
+    rejected: str
+    images: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One answer to a chat, and whether it is a good one; `pair_up` makes preferences of them."""
+
+    messages: list[Turn]
+    answer: str
+    is_good: bool
+    images: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form by its keys: those it needs, with what they hold, and those that would make it another form."""
+
+    needs: Mapping[str, Kind]
+    parse: Callable[[Row, Tags], Preference | Judgement]
+    without: Sequence[str] = ()
+
+    def fits(self, row: Row) -> bool:
+        """Whether `row` has this form's keys, holding what they should."""
+        return all(isinstance(row.get(key), _TYPES[kind]) for key, kind in self.needs.items()) and not any(
+            row.get(key) is not None for key in self.without
+        )
+
+
+def trl_messages(row: Row, tags: Tags) -> Preference:
+    """`{prompt: [...], chosen: [...], rejected: [...]}`; chosen and rejected may repeat the prompt."""
+    prompt = as_chat(row["prompt"], "prompt", tags)
+    return _preference(row, prompt, *_sides(row, prompt.turns, tags))
+
+
+def prompt_and_messages(row: Row, tags: Tags) -> Preference:
+    """`{prompt: "...", chosen: [...], rejected: [...]}` with or without the prompt repeated (UltraFeedback)."""
+    chats = [as_chat(row[side], side, tags) for side in ("chosen", "rejected")]
+    if all(len(chat.turns) == 1 for chat in chats):
+        prompt = Chat(_with_system(row, row["prompt"]))
+        return _preference(row, prompt, *_sides(row, prompt.turns, tags))
+    turns, chosen, rejected = split_prompt(*(chat.turns for chat in chats))
+    if turns[-1]["content"].strip() != row["prompt"].strip():
+        raise BadRowError("the prompt is not the last user turn before chosen and rejected")
+    return _preference(row, _prompt_of(chats[0], turns), chosen, rejected)
+
+
+def prompt_strings(row: Row, tags: Tags) -> Preference:
+    """`{prompt, chosen, rejected}` as strings, and `system` where there is one: one turn each."""
+    return _strings(row, row["prompt"])
+
+
+def system_question(row: Row, tags: Tags) -> Preference:
+    """`{system, question, chosen, rejected}`: orca_dpo_pairs."""
+    return _strings(row, row["question"])
+
+
+def system_input(row: Row, tags: Tags) -> Preference:
+    """`{system, input, chosen, rejected}`."""
+    return _strings(row, row["input"])
+
+
+def instruction_responses(row: Row, tags: Tags) -> Preference:
+    """`{system, instruction, chosen_response, rejected_response}`."""
+    return _strings(row, row["instruction"], "chosen_response", "rejected_response")
+
+
+def alpaca(row: Row, tags: Tags) -> Preference:
+    """`{instruction, input, chosen, rejected}`, `system` and `history: [[said, answered], ...]` where there are any."""
+    return _preference(row, Chat(alpaca_prompt(row)), row["chosen"], row["rejected"])
+
+
+def alpaca_prompt(row: Row) -> list[Turn]:
+    """The turns of Alpaca's `instruction`, `input`, `system`, `history`; raises BadRowError for a bad history."""
+    asked = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    turns: list[Turn] = []
+    for exchange in row.get("history") or []:
+        if len(exchange) != 2:
+            raise BadRowError("history is a list of [what was said, what was answered]")
+        turns += [{"role": role, "content": said} for role, said in zip(("user", "assistant"), exchange, strict=True)]
+    system = _with_system(row, asked)
+    return [*system[:-1], *turns, system[-1]]
+
+
+def sharegpt(row: Row, tags: Tags) -> Preference:
+    """`{conversations: [{from, value}], chosen: {from, value}, rejected: {from, value}}`: LLaMA-Factory, prefmill."""
+    prompt = as_chat(row["conversations"], "conversations", tags)
+    if row.get("system"):
+        prompt.turns.insert(0, {"role": "system", "content": row["system"]})
+    answers = [answer_to([], [as_turn(row[side], side, tags)[0]], side) for side in ("chosen", "rejected")]
+    return _preference(row, prompt, *answers)
+
+
+def openai(row: Row, tags: Tags) -> Preference:
+    """`{input: {messages}, preferred_output, non_preferred_output}`: OpenAI and Azure."""
+    prompt = as_chat(row["input"].get("messages"), "input.messages", tags)
+    return _preference(row, prompt, *_sides(row, prompt.turns, tags, "preferred_output", "non_preferred_output"))
+
+
+def llamafactory_v1(row: Row, tags: Tags) -> Preference:
+    """`{chosen_messages, rejected_messages: [{role, content: [{type, value}], loss_weight}]}`."""
+    return _implicit(row, tags, "chosen_messages", "rejected_messages")
+
+
+def implicit_messages(row: Row, tags: Tags) -> Preference:
+    """`{chosen: [...], rejected: [...]}`: whole chats that begin alike."""
+    return _implicit(row, tags, "chosen", "rejected")
+
+
+def implicit_strings(row: Row, tags: Tags) -> Preference:
+    """`{chosen, rejected}` as transcripts with `Human:` and `Assistant:` that begin alike: HH-RLHF."""
+    turns, chosen, rejected = split_prompt(
+        parse_dialogue(row["chosen"], "chosen"), parse_dialogue(row["rejected"], "rejected")
+    )
+    return _preference(row, Chat(turns), chosen, rejected)
+
+
+def unpaired(row: Row, tags: Tags) -> Judgement:
+    """`{prompt, completion, label}`: text or messages, good or not."""
+    if isinstance(row["prompt"], str):
+        chat = Chat(_with_system(row, row["prompt"]))
+    else:
+        chat = as_chat(row["prompt"], "prompt", tags)
+    completion = row["completion"]
+    answer = completion if isinstance(completion, str) else answer_to(
+        chat.turns, as_chat(completion, "completion", tags).turns, "completion"
+    )  # fmt: skip
+    return _judgement(row, chat, answer)
+
+
+def unpaired_messages(row: Row, tags: Tags) -> Judgement:
+    """`{messages, label}`: a chat that ends with the answer, good or not."""
+    chat = as_chat(row["messages"], "messages", tags)
+    answer = answer_to([], chat.turns[-1:], "messages")
+    return _judgement(row, Chat(chat.turns[:-1], chat.images), answer)
+
+
+_PROMPTS = ("prompt", "question", "instruction", "input", "conversations", "messages")
+_OLD = ("chosen_messages", "rejected_messages")
+FORMS: Mapping[str, Form] = {
+    "trl_messages": Form({"prompt": "list", "chosen": "list", "rejected": "list"}, trl_messages),
+    "prompt_and_messages": Form({"prompt": "text", "chosen": "list", "rejected": "list"}, prompt_and_messages),
+    "prompt_strings": Form({"prompt": "text", "chosen": "text", "rejected": "text"}, prompt_strings),
+    "system_question": Form({"question": "text", "chosen": "text", "rejected": "text"}, system_question),
+    "system_input": Form({"input": "text", "chosen": "text", "rejected": "text"}, system_input, ["instruction"]),
+    "instruction_responses": Form(
+        {"instruction": "text", "chosen_response": "text", "rejected_response": "text"}, instruction_responses
+    ),
+    "alpaca": Form({"instruction": "text", "chosen": "text", "rejected": "text"}, alpaca),
+    "sharegpt": Form({"conversations": "list", "chosen": "dict", "rejected": "dict"}, sharegpt),
+    "openai": Form({"input": "dict", "preferred_output": "list", "non_preferred_output": "list"}, openai),
+    "llamafactory_v1": Form({"chosen_messages": "list", "rejected_messages": "list"}, llamafactory_v1),
+    "implicit_messages": Form({"chosen": "list", "rejected": "list"}, implicit_messages, [*_PROMPTS[:-1], *_OLD]),
+    "implicit_strings": Form({"chosen": "text", "rejected": "text"}, implicit_strings, _PROMPTS),
+    "unpaired": Form({"prompt": "text or list", "completion": "text or list", "label": "label"}, unpaired),
+    "unpaired_messages": Form({"label": "label", "messages": "list"}, unpaired_messages),
+}
+
+
+def detect(row: Row, where: object, known: Mapping[str, Form] = FORMS) -> str:
+    """The name of the one form that `row` has; raises InputError with the keys seen where none or several fit."""
+    found = [name for name, form in known.items() if form.fits(row)]
+    if len(found) == 1:
+        return found[0]
+    keys = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items() if value is not None)
+    forms = "; ".join(f"{name}: {', '.join(known[name].needs)}" for name in found or known)
+    raise InputError(
+        "this form of preference data is not known" if not found else "this row has the keys of several forms",
+        where=where, got=keys, expected=forms,
+        fix=(
+            "rename columns with columns={OURS: THEIRS}; rows without a preference cannot be used, image pairs go to "
+            "sdxl_dpo" if not found else f"say which it is: pair_format={found[0]}"
+        ),
+    )  # fmt: skip
+
+
+def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) -> Preference | Judgement:
+    """`row` read as the form `name`; raises BadRowError saying what is wrong with it."""
+    form = known[name]
+    if not form.fits(row):
+        needs = ", ".join(f"{key} ({kind})" for key, kind in form.needs.items())
+        raise BadRowError(f"not of the form {name}, which has {needs}; keys are {', '.join(map(str, row))}")
+    found = form.parse(row, tags)
+    if not found.messages or found.messages[-1]["role"] != "user":
+        raise BadRowError("the prompt does not end with a user turn")
+    if any(not isinstance(turn["content"], str) for turn in found.messages):
+        raise BadRowError("a turn of the prompt is not text")
+    answers = [found.chosen, found.rejected] if isinstance(found, Preference) else [found.answer]
+    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise BadRowError("an answer is empty")
+    if isinstance(found, Preference) and found.chosen == found.rejected:
+        raise BadRowError("chosen and rejected are the same")
+    return found
+
+
+def _implicit(row: Row, tags: Tags, good: str, bad: str) -> Preference:
+    chats = [as_chat(row[side], side, tags) for side in (good, bad)]
+    turns, chosen, rejected = split_prompt(*(chat.turns for chat in chats))
+    return _preference(row, _prompt_of(chats[0], turns), chosen, rejected)
+
+
+def _prompt_of(chat: Chat, turns: Sequence[Turn]) -> Chat:
+    if chat.images and sum(turn["content"].count(IMAGE_MARKER) for turn in turns) != len(chat.images):
+        raise BadRowError("answers cannot hold images")
+    return Chat(turns, chat.images)
+
+
+def _strings(row: Row, asked: str, chosen: str = "chosen", rejected: str = "rejected") -> Preference:
+    return _preference(row, Chat(_with_system(row, asked)), row[chosen], row[rejected])
+
+
+def _with_system(row: Row, asked: str) -> list[Turn]:
+    system = row.get("system")
+    before: list[Turn] = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": asked}]
+
+
+def _sides(row: Row, prompt: Sequence[Turn], tags: Tags, good: str = "chosen", bad: str = "rejected") -> list[str]:
+    return [answer_to(prompt, as_chat(row[side], side, tags).turns, side) for side in (good, bad)]
+
+
+def _preference(row: Row, prompt: Chat, chosen: str, rejected: str) -> Preference:
+    turns, images = place_images(prompt, row)
+    return Preference(turns, chosen, rejected, images)
+
+
+def _judgement(row: Row, prompt: Chat, answer: str) -> Judgement:
+    turns, images = place_images(prompt, row)
+    return Judgement(turns, answer, bool(row["label"]), images)
+
+
+def place_images(prompt: Chat, row: Row) -> tuple[list[Turn], tuple[Any, ...]]:
+    """The prompt with one marker for each image, and the images.
+
+    Images without markers go before the first user turn's text, as TRL does; any other difference is a bad row.
+    """
+    column = next((row[key] for key in ("images", "image") if row.get(key) is not None), None)
+    listed = list(column) if isinstance(column, (list, tuple)) else [] if column is None else [column]
+    images = [image for image in prompt.images if image is not None]
+    if images and listed:
+        raise BadRowError("images stand both in the messages and in a column of their own")
+    images = images or listed
+    markers = sum(turn["content"].count(IMAGE_MARKER) for turn in prompt.turns)
+    if not images and prompt.images:
+        raise BadRowError("an image part has no image")
+    if not images or markers == len(images):
+        return prompt.turns, tuple(images)
+    if markers:
+        raise BadRowError(f"{markers} {IMAGE_MARKER} markers for {len(images)} images")
+    first = next((n for n, turn in enumerate(prompt.turns) if turn["role"] == "user"), None)
+    if first is None:
+        raise BadRowError("images, but no user turn to put them into")
+    turns = [dict(turn) for turn in prompt.turns]
+    turns[first]["content"] = IMAGE_MARKER * len(images) + turns[first]["content"]
+    return turns, tuple(images)

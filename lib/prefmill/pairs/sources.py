@@ -1,0 +1,286 @@
+"""Preference datasets from outside: a file or a hub name, read row by row, checked, and written as prefmill's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+from tqdm import tqdm
+
+from prefmill.core.config import ExternalPath, StrictConfig, nearest
+from prefmill.core.errors import InputError
+from prefmill.core.files import digest_json
+from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse
+from prefmill.pairs.turns import BadRowError
+from prefmill.store.jsonl import to_json
+from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows
+
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+FoundT = TypeVar("FoundT")
+_TAGS = ("role", "content", "user", "assistant", "system")
+
+
+class PairSource(StrictConfig):
+    """A preference dataset that build_datasets did not make: a hub name, or the path of a file.
+
+    `subset` is the name of the hub dataset's configuration, or a number of rows to draw by `seed`; `max_rows` takes
+    the first rows and no more. `pair_format`
+    settles which form the rows have where their keys leave it open; `columns` maps this form's keys to the data's
+    own, `tags` (role, content, user, assistant, system) the keys and speakers inside messages. `val_fraction` of the
+    prompts are held out, with all their pairs.
+    """
+
+    forms: ClassVar[Mapping[str, Form]] = FORMS
+
+    dataset: str | None = None
+    dataset_file: ExternalPath | None = None
+    dataset_revision: str | None = None
+    split: str = "train"
+    subset: str | int | None = None
+    max_rows: int | None = Field(None, ge=1)
+    pair_format: str | None = None
+    columns: dict[str, str] = {}
+    tags: dict[str, str] = {}
+    image_folder: Path | None = None
+    val_fraction: float = Field(0.0, ge=0, lt=1)
+    on_bad_row: Literal["fail", "drop"] = "fail"
+    seed: int = 42
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_or_name(cls, values: Any) -> Any:
+        """`dataset: x.jsonl` is a file, whose content counts, not its path."""
+        if isinstance(values, dict) and str(values.get("dataset") or "").endswith(SUFFIXES):
+            if values.get("dataset_file") is not None:
+                raise ValueError("give dataset or dataset_file, not both")
+            return {**values, "dataset": None, "dataset_file": values["dataset"]}
+        return values
+
+    @field_validator("pair_format")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in cls.forms:
+            raise ValueError(f"no such form{nearest(name, list(cls.forms))}; forms are {', '.join(cls.forms)}")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PairSource:
+        if self.dataset is not None and self.dataset_file is not None:
+            raise ValueError("give dataset or dataset_file, not both")
+        if isinstance(self.subset, str) and self.dataset_file is not None:
+            raise ValueError("subset names a configuration of a hub dataset; of a file it is a number of rows")
+        unknown = sorted(set(self.tags) - set(_TAGS))
+        if unknown:
+            raise ValueError(f"unknown tags {', '.join(unknown)}; tags are {', '.join(_TAGS)}")
+        return self
+
+    @property
+    def has_source(self) -> bool:
+        """Whether a dataset is named here at all."""
+        return self.dataset is not None or self.dataset_file is not None
+
+    @property
+    def source_name(self) -> str:
+        """What to call the dataset in messages."""
+        return str(self.dataset_file or self.dataset)
+
+
+class Problem(NamedTuple):
+    """A row that cannot be used."""
+
+    where: str
+    what: str
+
+
+def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, Path | None]:
+    """Write the source's pairs as prefmill's own rows into `folder`; returns the train file, and val where asked for.
+
+    Images that came as bytes are written below `folder` too. Raises InputError naming the first bad row, or with
+    `on_bad_row: drop` lists them in `report` and raises where no pair is left.
+    """
+    problems: list[Problem] = []
+    rows = list(tqdm(_preferences(source, problems), desc="reading pairs", unit=" pairs"))
+    write_problems(problems, report)
+    if not rows:
+        raise InputError("no pairs to train on", where=source.source_name, fix=f"see the rows in {report}")
+    keyed = ((prompt_key(pair.messages, pair.images), pair_id, pair) for pair_id, pair in identified(rows))
+    own = [(group, _own_row(pair_id, group, pair, source, folder)) for group, pair_id, pair in keyed]
+    return write_split(own, source, folder, "dpo")
+
+
+def write_problems(problems: list[Problem], report: Path) -> None:
+    """List rows that are left out in `report`, and say so."""
+    if problems:
+        _write_text(report, json.dumps([problem._asdict() for problem in problems], indent=1))
+        print(f"{len(problems):,} rows left out, listed in {report}", flush=True)
+
+
+def write_split(
+    rows: Iterable[tuple[str, dict[str, Any]]], source: PairSource, folder: Path, kind: str
+) -> tuple[Path, Path | None]:
+    """Write rows, each with the key of its prompt, as `kind`_train and `kind`_val; None where nothing is held out."""
+    files: dict[bool, list[str]] = {False: [], True: []}
+    for prompt, row in rows:
+        files[_coin(prompt, source.seed) < source.val_fraction].append(to_json(row))
+    if not files[False] or (source.val_fraction and not files[True]):
+        raise InputError(
+            "too few prompts to hold some out", got=sum(map(len, files.values())), where=source.source_name,
+            fix="change val_fraction or seed",
+        )  # fmt: skip
+    train, val = folder / f"{kind}_train" / "data.jsonl", folder / f"{kind}_val" / "data.jsonl"
+    for path, lines in ((train, files[False]), (val, files[True])):
+        _write_text(path, "".join(line + "\n" for line in lines))
+    return train, val if files[True] else None
+
+
+def prompt_key(messages: Any, images: Iterable[Any]) -> str:
+    """What a prompt is: its turns and its images."""
+    return digest_json([messages, [_image_key(image) for image in images]])
+
+
+def read_rows(source: PairSource) -> Iterator[SourceRow]:
+    """The rows of a file or hub dataset, in order; raises InputError where it cannot be read."""
+    if source.dataset_file is not None:
+        yield from file_rows(source.dataset_file)
+    elif source.dataset is not None:
+        configuration = source.subset if isinstance(source.subset, str) else None
+        yield from hub_rows(source.dataset, configuration, source.split, source.dataset_revision)
+
+
+def pair_up(judgements: Iterable[tuple[SourceRow, Judgement]], problems: list[Problem]) -> Iterator[tuple[str, Any]]:
+    """Every good answer against every bad one to the same chat; prompts with only one kind become problems."""
+    chats: dict[str, list[tuple[SourceRow, Judgement]]] = {}
+    for row, judgement in judgements:
+        chats.setdefault(prompt_key(judgement.messages, judgement.images), []).append((row, judgement))
+    for answers in chats.values():
+        good = [item for item in answers if item[1].is_good]
+        bad = [item for item in answers if not item[1].is_good]
+        if not good or not bad:
+            kind = "good" if good else "bad"
+            problems += [Problem(row.where, f"its prompt has {kind} answers only: no pair") for row, _ in answers]
+        for winner_row, winner in good:
+            for loser_row, loser in bad:
+                if winner.answer != loser.answer:
+                    pair = Preference(winner.messages, winner.answer, loser.answer, winner.images)
+                    yield f"{row_name(winner_row)}:{row_name(loser_row)}", pair
+
+
+def _preferences(source: PairSource, problems: list[Problem]) -> Iterator[tuple[str, Preference]]:
+    """Names and preferences; bad rows are raised, or added to `problems`."""
+    judgements: list[tuple[SourceRow, Judgement]] = []
+    for row, found in parsed_rows(source, problems):
+        if isinstance(found, Judgement):
+            judgements.append((row, found))
+        else:
+            yield row_name(row), found
+    yield from pair_up(judgements, problems)
+
+
+def parsed_rows(source: PairSource, problems: list[Problem]) -> Iterator[tuple[SourceRow, Preference | Judgement]]:
+    """The rows that `source` asks for, read as their form; bad ones are raised, or added to `problems`."""
+    form = source.pair_format
+    for row in _drawn(read_rows(source), source):
+        row.values.update({ours: row.values.pop(theirs) for ours, theirs in source.columns.items()
+                           if theirs in row.values and ours != theirs})  # fmt: skip
+        form = form or detect(row.values, row.where, source.forms)
+        try:
+            yield row, parse(row.values, form, source.tags, source.forms)
+        except BadRowError as error:
+            if source.on_bad_row == "fail":
+                raise InputError(
+                    "this row cannot be used", where=row.where, got=error,
+                    fix="correct or remove it, or leave such rows out with on_bad_row=drop",
+                ) from None  # fmt: skip
+            problems.append(Problem(row.where, str(error)))
+
+
+def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]:
+    """All rows, or as many as `subset` says, drawn by the seed and in their order."""
+    rows = islice(rows, source.max_rows)
+    if not isinstance(source.subset, int):
+        yield from rows
+        return
+    everything = list(rows)
+    if not 0 < source.subset <= len(everything):
+        raise InputError(
+            "subset asks for rows that are not there", got=source.subset, expected=f"1 to {len(everything)}",
+            where=source.source_name, fix="correct subset",
+        )  # fmt: skip
+    places = random.Random(source.seed).sample(range(len(everything)), source.subset)
+    yield from (everything[place] for place in sorted(places))
+
+
+def row_name(row: SourceRow) -> str:
+    """Its own id, or its number."""
+    given = row.values.get("id", row.values.get("pair_id"))
+    return str(given) if isinstance(given, (str, int)) and str(given) else f"row-{row.number}"
+
+
+def identified(rows: Iterable[tuple[str, FoundT]]) -> Iterator[tuple[str, FoundT]]:
+    """Rows by names that are all different: a name met again gets a number."""
+    seen: dict[str, int] = {}
+    for name, found in rows:
+        seen[name] = seen.get(name, 0) + 1
+        yield (name if seen[name] == 1 else f"{name}~{seen[name]}"), found
+
+
+def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": pair_id,
+        "group": group,
+        "conversations": [{"from": _SPEAKERS[turn["role"]], "value": turn["content"]} for turn in pair.messages],
+        "chosen": {"from": "gpt", "value": pair.chosen},
+        "rejected": {"from": "gpt", "value": pair.rejected},
+    }
+    if pair.images:
+        row["images"] = [image_path(image, pair_id, source, folder) for image in pair.images]
+    return row
+
+
+def image_path(image: Any, row_id: str, source: PairSource, folder: Path) -> str:
+    """Where an image is, relative to `folder` or absolute; bytes are written there first."""
+    data = image.get("bytes") if isinstance(image, Mapping) else image
+    if isinstance(data, bytes):
+        path = folder / "images" / hashlib.sha256(data).hexdigest()
+        if not path.is_file():
+            _write_bytes(path, data)
+        return path.relative_to(folder).as_posix()
+    named = image.get("path") if isinstance(image, Mapping) else image
+    base = source.image_folder or (source.dataset_file.parent if source.dataset_file else Path())
+    found = (base / str(named).removeprefix("file://")).absolute()
+    if not isinstance(named, str) or "://" in named.removeprefix("file://") or not found.is_file():
+        raise InputError(
+            "no such image", where=f"row {row_id}", got=named, expected=f"a file below {base}, or the image's bytes",
+            fix="set image_folder to the folder that image paths are relative to; download what is only a URL",
+        )  # fmt: skip
+    return found.as_posix()
+
+
+def _image_key(image: Any) -> str:
+    data = image.get("bytes") if isinstance(image, Mapping) else image
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    return str(image.get("path") if isinstance(image, Mapping) else image)
+
+
+def _coin(key: str, seed: int) -> float:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8]) / 2**64
+
+
+def _write_text(path: Path, text: str) -> None:
+    _write_bytes(path, text.encode())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """Write by rename under a name of this rank's own: all ranks write the same content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)

@@ -1,0 +1,131 @@
+"""Chats of other people's datasets as prefmill's turns: `{"role", "content"}`, images as markers in the text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefmill.core.records import IMAGE_MARKER
+
+Turn = dict[str, str]
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+}  # fmt: skip
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+class BadRowError(ValueError):
+    """A row that is not what its form says; whoever reads the file adds where it stands."""
+
+
+class Chat:
+    """Turns, and the images that the markers in them stand for, in order."""
+
+    def __init__(self, turns: Sequence[Turn], images: Sequence[Any] = ()) -> None:
+        self.turns, self.images = list(turns), list(images)
+
+
+def as_chat(messages: Any, what: str, tags: Mapping[str, str]) -> Chat:
+    """A list of messages under `role`/`content`, `from`/`value`, or the names that `tags` gives.
+
+    Content is text, or a list of text and image parts. Raises BadRowError naming `what` for anything else.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise BadRowError(f"{what} is not a list of messages: {_shown(messages)}")
+    chat = Chat([])
+    for message in messages:
+        turn, images = as_turn(message, what, tags)
+        chat.turns.append(turn)
+        chat.images += images
+    return chat
+
+
+def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, list[Any]]:
+    """One message and its images; raises BadRowError for a role nobody knows or content that is not text or images."""
+    if not isinstance(message, Mapping):
+        raise BadRowError(f"{what} holds something that is not a message: {_shown(message)}")
+    role_key = tags.get("role") or ("role" if "role" in message else "from")
+    content_key = tags.get("content") or ("content" if "content" in message else "value")
+    said = message.get(role_key)
+    roles = {tags[role]: role for role in ("user", "assistant", "system") if role in tags} or ROLES
+    if said not in roles or content_key not in message:
+        raise BadRowError(f"{what}: no known role and content in {_shown(message)}; roles are {', '.join(roles)}")
+    if message.get("tool_calls"):
+        raise BadRowError(f"{what}: tool calls are not supported")
+    text, images = _content(message[content_key], what)
+    return {"role": roles[said], "content": text}, images
+
+
+def parse_dialogue(text: str, what: str) -> list[Turn]:
+    r"""The turns of a transcript of `\n\nHuman: ...\n\nAssistant: ...`; raises BadRowError where it is none."""
+    pieces = _SPEAKER.split(text)
+    if len(pieces) < 3 or pieces[0].strip():
+        raise BadRowError(f"{what} has no prompt of its own, and no 'Human:' and 'Assistant:' turns that hold one")
+    speakers, said = pieces[1::2], pieces[2::2]
+    return [{"role": ROLES[speaker.lower()], "content": words.strip()} for speaker, words in zip(speakers, said)]  # noqa: B905
+
+
+def split_prompt(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> tuple[list[Turn], str, str]:
+    """The turns that both chats begin with, and the one answer that each goes on with."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected):
+        raise BadRowError("chosen and rejected are the same")
+    prompt = list(chosen[:shared])
+    if not prompt:
+        raise BadRowError("chosen and rejected share no prompt")
+    return prompt, sole_answer(chosen[shared:], "chosen"), sole_answer(rejected[shared:], "rejected")
+
+
+def answer_to(prompt: Sequence[Turn], side: Sequence[Turn], what: str) -> str:
+    """The answer in `side`, which may repeat the prompt before it."""
+    repeats = len(side) > len(prompt) and list(side[: len(prompt)]) == list(prompt)
+    return sole_answer(side[len(prompt) :] if repeats else side, what)
+
+
+def sole_answer(turns: Sequence[Turn], what: str) -> str:
+    """The text of what must be one turn of the assistant."""
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        found = ", ".join(turn["role"] for turn in turns) or "nothing"
+        raise BadRowError(f"after the shared prompt {what} must be one assistant turn, but is: {found}")
+    return turns[0]["content"]
+
+
+def _content(content: Any, what: str) -> tuple[str, list[Any]]:
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, Sequence):
+        raise BadRowError(f"{what}: content is neither text nor a list of parts: {_shown(content)}")
+    texts, images = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            value = part.get("text") if part.get("text") is not None else part.get("value")
+            texts.append(_text(value, what))
+        elif kind in ("image", "image_url"):
+            texts.append(IMAGE_MARKER)
+            images.append(_image(part))
+        else:
+            raise BadRowError(f"{what}: parts are text or images, not {_shown(part)}")
+    return "".join(texts), images
+
+
+def _image(part: Mapping[str, Any]) -> Any:
+    """What a part says of its image; None where the row's `images` says it."""
+    values = (part.get(key) for key in ("image", "image_url", "value", "url", "path"))
+    value = next((item for item in values if item is not None), None)
+    return value.get("url") if isinstance(value, Mapping) and "url" in value else value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise BadRowError(f"{what}: a text part without text: {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

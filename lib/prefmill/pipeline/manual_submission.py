@@ -1,0 +1,127 @@
+"""Jobs submitted by hand: which task an element of `sbatch --array=... sbatch/X.sbatch` is."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from prefmill.core.config import merge, split_override, validate
+from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.core.stage import load_stage
+from prefmill.pipeline.overrides import with_stage_keys
+from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan, read_pipeline
+from prefmill.store.artifacts import read_manifest
+
+_OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.")
+_DEFAULT_PIPELINE = Path("configs/pipelines/train.yaml")
+_UPDATE_TRIES = 40
+
+
+def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> tuple[Plan, str | None]:
+    """The plan that `[CONFIG] [key=value ...]` gives for one stage, and the task it names, if any.
+
+    An array without `array.KEY=` is over the modalities, in their order, where the stage has any. `mount_dir` is
+    another name of `workspace`.
+    """
+    config, overrides = (arguments[0], arguments[1:]) if arguments else (None, [])
+    if config is not None and "=" in config and not Path(config).exists():
+        config, overrides = None, arguments
+    where = [item for item in overrides if item.startswith(_OWN_KEYS)]
+    names = [item.removeprefix("task=") for item in where if item.startswith("task=")]
+    given = merge({}, [item for item in where if not item.startswith("task=")])
+    if "mount_dir" in given:
+        given = {"workspace": given.pop("mount_dir"), **given}
+    array = given.pop("array", None) or (_modalities(stage) if is_array else {})
+    entry = {"config": config, "array": array, "inputs": given.pop("inputs", {})}
+    keys = ["{}.{}={}".format(stage, *split_override(item)) for item in overrides if item not in where]
+    values = with_stage_keys({"name": stage, "stages": {stage: entry}, **given}, keys)
+    plan = make_plan(validate(PipelineFile, values, where="the command line"), Path(config or "."))
+    return plan, names[-1] if names else None
+
+
+def stage_task(stage: str, arguments: Sequence[str], environment: Mapping[str, str]) -> PlannedTask:
+    """The element of one stage that this job is."""
+    plan, name = stage_plan(stage, arguments, int(environment.get("SLURM_ARRAY_TASK_COUNT", "1")) > 1)
+    if name is not None:
+        return plan.select(f"{stage}:{name}")[0]
+    return element(plan.tasks, environment)
+
+
+def training_task(
+    stages: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]
+) -> tuple[PlannedTask, list[str]]:
+    """The element of several stages' tasks, one stage after the other, and the elements it has to wait for.
+
+    Raises PipelineError where what it reads is missing and no element of this array is going to make it.
+    """
+    pipeline, overrides = (Path(arguments[0]), arguments[1:]) if arguments else (_DEFAULT_PIPELINE, [])
+    if "=" in pipeline.name and not pipeline.exists():
+        pipeline, overrides = _DEFAULT_PIPELINE, arguments
+    plan = make_plan(read_pipeline(pipeline, overrides), pipeline)
+    tasks = [task for stage in stages for task in plan.tasks if task.stage.name == stage]
+    task = element(tasks, environment)
+    missing = [tasks.index(other) for other in plan.upstream(task) if other in tasks and not _made(other)]
+    return task, _queued_elements(missing, environment) if missing else []
+
+
+def give_back_until_ready(me: str, waits_for: Sequence[str]) -> None:
+    """Requeue this element behind those it waits for; Slurm ends this process while it does so.
+
+    Held first, so that it cannot start again before the dependency is there, and released last.
+    """
+    print(f"prefmill: {me} waits for {', '.join(waits_for)}", flush=True)
+    # Slurm's TERM reaches every process of the job; unlike a handler, this is inherited by the commands below.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _scontrol("requeuehold", me)
+    for _ in range(_UPDATE_TRIES):  # accepted as soon as Slurm counts the job as pending again
+        if _scontrol("update", f"jobid={me}", f"dependency=afterok:{':'.join(waits_for)}", check=False):
+            break
+        time.sleep(0.1)
+    else:
+        raise PipelineError(f"{me} is held: Slurm did not take its dependency", fix=f"scontrol release {me}")
+    _scontrol("release", me)
+
+
+def element(tasks: Sequence[PlannedTask], environment: Mapping[str, str]) -> PlannedTask:
+    """The task whose place SLURM_ARRAY_TASK_ID names; raises ConfigError where there is none."""
+    index = int(environment.get("SLURM_ARRAY_TASK_ID", "0"))
+    if index >= len(tasks) or ("SLURM_ARRAY_TASK_ID" not in environment and len(tasks) > 1):
+        raise ConfigError(
+            "this array has no such element", got=f"SLURM_ARRAY_TASK_ID={environment.get('SLURM_ARRAY_TASK_ID')}",
+            expected=f"0 to {len(tasks) - 1}: {', '.join(task.key for task in tasks)}",
+            fix="submit with a matching --array, or give the array's keys, for example array.shard=8",
+        )  # fmt: skip
+    return tasks[index]
+
+
+def _modalities(stage: str) -> dict[str, Any]:
+    field = load_stage(stage).config.model_fields.get("modality")
+    return {"modality": list(get_args(field.annotation))} if field is not None else {}
+
+
+def _made(task: PlannedTask) -> bool:
+    return read_manifest(task.output) is not None
+
+
+def _queued_elements(indices: Sequence[int], environment: Mapping[str, str]) -> list[str]:
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    shown = subprocess.run(["squeue", "-h", "-r", "-j", str(array), "-o", "%K"], capture_output=True, text=True)
+    alive = {line.strip() for line in shown.stdout.splitlines()}
+    lost = [index for index in indices if str(index) not in alive]
+    if array is None or lost:
+        raise PipelineError(
+            f"what this element reads is missing, and element {lost[0] if lost else indices[0]} is not queued",
+            fix="see why that one ended, then submit it and this one again",
+        )  # fmt: skip
+    return [f"{array}_{index}" for index in indices]
+
+
+def _scontrol(*arguments: str, check: bool = True) -> bool:
+    done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    if check and done.returncode:
+        raise PipelineError(f"scontrol {arguments[0]} failed", got=done.stderr.strip(), fix="submit this element again")
+    return done.returncode == 0

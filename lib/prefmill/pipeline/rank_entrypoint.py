@@ -1,0 +1,97 @@
+"""One process of a task: `python -m prefmill.pipeline.rank_entrypoint SPEC.json` leaves its result beside SPEC.json.
+
+Under torchrun there are several; the parent (prefmill.slurm.job) holds the lock, checks and publishes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.config import validate
+from prefmill.core.errors import PrefmillError, explain_os_error
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Stage, Task, load_stage
+from prefmill.distributed.isolation import end_with_parent
+from prefmill.pipeline.graceful_stop import Stopped
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, import_and_run
+from prefmill.store.artifacts import read
+
+SPEC, RESULT, FAILURE = "spec.json", "result.json", "failure.json"
+
+
+def write_spec(folder: Path, stage: Stage[Any], config: Any, task: Task) -> Path:
+    """Write what another process needs to run `task`."""
+    spec = {
+        "stage": stage.name, "config": config.model_dump(mode="json"), "run": task.run, "name": task.name,
+        "values": dict(task.values), "sizes": dict(task.sizes), "output": str(task.output), "logs": str(task.logs),
+        "inputs": {name: [str(item.path) for item in items] for name, items in task.inputs.items()},
+    }  # fmt: skip
+    write_atomic(folder / SPEC, json.dumps(spec, indent=1))
+    return folder / SPEC
+
+
+def read_spec(path: Path) -> tuple[Stage[Any], Any, Task]:
+    """The stage, its configuration and the task written by `write_spec`."""
+    spec = json.loads(path.read_text())
+    stage = load_stage(spec["stage"])
+    inputs = {
+        name: tuple(read(Path(folder), stage.reads[name].kind) for folder in folders)
+        for name, folders in spec["inputs"].items()
+    }
+    task = Task(
+        run=spec["run"],
+        stage=stage.name,
+        name=spec["name"],
+        values=spec["values"],
+        sizes=spec["sizes"],
+        inputs=inputs,
+        output=Path(spec["output"]),
+        logs=Path(spec["logs"]),
+    )
+    return stage, validate(stage.config, spec["config"], where=path), task
+
+
+def run_rank(path: Path) -> int:
+    """Run the stage described in `path`; returns the exit code, with the explanation in a file beside it."""
+    try:
+        stage, config, task = read_spec(path)
+        metrics = import_and_run(stage, config, task)
+    except Stopped as stopped:
+        _leave(path.with_name(RESULT), {"stopped": str(stopped)})
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        shown = (explain_os_error(error) if isinstance(error, OSError) else None) or error
+        mendable = isinstance(shown, PrefmillError)
+        text = str(shown) if mendable else traceback.format_exc()
+        failure = {"kind": type(shown).__name__, "error": text, "host": socket.gethostname()}
+        _leave(path.with_name(FAILURE), failure, anyone=True)
+        return EXIT_USER_ERROR if mendable else EXIT_BUG
+    _leave(path.with_name(RESULT), {"metrics": metrics, "peak_gpu_memory_gb": _peak_gpu_memory_gb()})
+    return 0
+
+
+def _leave(path: Path, record: Mapping[str, Any], anyone: bool = False) -> None:
+    """Rank 0 writes results; whichever rank fails first says why."""
+    if os.environ.get("RANK", "0") == "0" or (anyone and not path.exists()):
+        write_atomic(path, json.dumps(record))
+
+
+def _peak_gpu_memory_gb() -> float | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    peak: float = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return peak
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    sys.exit(run_rank(Path(sys.argv[1])))

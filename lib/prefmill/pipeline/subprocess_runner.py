@@ -1,0 +1,184 @@
+"""Runs a task's stage in processes of its own: one, or one for every GPU on every node of the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.errors import AttemptError
+from prefmill.core.stage import Metrics, Task
+from prefmill.pipeline.graceful_stop import clear_request, request_stop
+from prefmill.pipeline.plan import PlannedTask
+from prefmill.pipeline.rank_entrypoint import FAILURE, RESULT, write_spec
+
+REQUEUED, TERMINATED = "requeued", "terminated"
+_POLL_SECONDS, _KILL_SECONDS, _TERM_SECONDS = 0.1, 3.0, 20.0
+_SAVING_SHARE = 0.85  # of the warning's time may pass before a training that is still saving is ended
+# How every node's torchrun reports the process that failed first there.
+_FIRST_FAILURE = re.compile(r"time\s*: (\S+)\s+host\s*: (\S+)\s+rank\s*: .*\s+exitcode\s*: (-?\d+)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the job has: its nodes, and processes and CPUs on each."""
+
+    nodes: int = 1
+    processes: int = 1
+    cpus: int = 1
+
+    @classmethod
+    def of_job(cls, environment: Mapping[str, str], trains: bool, processes: int | None = None) -> Layout:
+        """From Slurm's variables: a training has a process for every GPU unless told otherwise, other stages one."""
+        cpus = int(environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE") or "1")
+        if not trains:
+            return cls(cpus=cpus)
+        gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+        return cls(int(environment.get("SLURM_NNODES", "1")), processes or max(gpus, 1), cpus)
+
+    def command(self, spec: Path) -> list[str]:
+        """The command that runs every process."""
+        worker = ["-m", "prefmill.pipeline.rank_entrypoint", str(spec)]
+        if self.nodes * self.processes == 1:
+            return [sys.executable, *worker]
+        torchrun = [sys.executable, "-m", "prefmill.distributed.torchrun", str(self.processes), *worker]
+        if self.nodes == 1:
+            return torchrun
+        # srun takes neither the CPUs nor the whole environment of the job by itself.
+        spread = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--export=ALL"]
+        return ["srun", *spread, f"--cpus-per-task={self.cpus}", "--kill-on-bad-exit=1", *torchrun]
+
+
+@dataclass
+class Warnings:
+    """The signals a job gets before it is ended: USR1 by its own --signal or by preemption, TERM by scancel."""
+
+    seconds: float
+    received: list[signal.Signals] = field(default_factory=list)
+
+    def listen(self) -> None:
+        """Note the signals from now on instead of dying of them."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, lambda caught, _: self.received.append(signal.Signals(caught)))
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody ends the job for good, or Slurm because its time is over."""
+        return signal.SIGTERM in self.received
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a training has for saving."""
+        return _TERM_SECONDS if self.cancelled else self.seconds * _SAVING_SHARE
+
+
+def run_elsewhere(
+    task: PlannedTask, context: Task, layout: Layout, warnings: Warnings, extra: Mapping[str, str]
+) -> Metrics:
+    """The metrics of the stage, run in child processes; raises AttemptError when they fail, stop or are ended."""
+    folder = context.work / "attempt"
+    shutil.rmtree(folder, ignore_errors=True)
+    clear_request(context.logs)
+    spec = write_spec(folder, task.stage, task.config, context)
+    threads = {"OMP_NUM_THREADS": str(max(1, layout.cpus // layout.processes))}
+    log = task.logs.parent / f"{task.name}.log"
+    offset = log.stat().st_size if log.is_file() else 0
+    process = subprocess.Popen(
+        layout.command(spec), env={**threads, **os.environ, **extra},
+        preexec_fn=partial(_shield, task.stage.trains),
+    )  # fmt: skip
+    code = _wait(process, warnings, context.logs, task.stage.trains)
+    return _collect(folder, code, warnings, log, offset)
+
+
+def _shield(trains: bool) -> None:
+    """Slurm warns every process of a job: those that are to save must not die of it, and their parent asks them."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if trains:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _wait(process: subprocess.Popen[bytes], warnings: Warnings, logs: Path, trains: bool) -> int:
+    """The exit code; after a warning a training is asked to save, anything else is ended to be resumed."""
+    deadline, told = None, 0
+    while (code := process.poll()) is None:
+        if len(warnings.received) > told:
+            told = len(warnings.received)
+            patience = warnings.patience if trains else 0.0
+            deadline = min(deadline or time.monotonic() + patience, time.monotonic() + patience)
+            if trains:
+                request_stop(logs, patience)
+        if deadline is not None and time.monotonic() > deadline:
+            return _end(process)
+        time.sleep(_POLL_SECONDS)
+    return code
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    process.terminate()
+    try:
+        return process.wait(_KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _collect(folder: Path, code: int, warnings: Warnings, log: Path, offset: int) -> Metrics:
+    result, failure = _read(folder / RESULT), _read(folder / FAILURE)
+    if code == 0 and "metrics" in result:
+        metrics: Metrics = result["metrics"]
+        return metrics
+    if warnings.received and not failure:
+        raise _interrupted(warnings, result)
+    first, host = _first_failure(log, offset) or (code, failure.get("host"))
+    exit_code = code if code < 0 else first
+    name = signal.Signals(-exit_code).name if exit_code < 0 else None
+    record = {"exit_code": exit_code, "signal": name, "kind": failure.get("kind", "ProcessEnded"), "failed_on": host}
+    if failure:
+        raise AttemptError(failure["error"], record=record)
+    raise AttemptError(
+        f"the stage's process ended by {name}" if name else f"the stage's process ended with exit code {code}",
+        record=record, where=log, fix="see the end of its log; SIGKILL is often memory running out",
+    )  # fmt: skip
+
+
+def _interrupted(warnings: Warnings, result: Mapping[str, Any]) -> AttemptError:
+    state = TERMINATED if warnings.cancelled else REQUEUED
+    name = warnings.received[-1].name
+    how = result.get("stopped", "ended before it had saved")
+    return AttemptError(f"warned by {name}: {how}", state=state, record={"signal": name, "kind": state})
+
+
+def _first_failure(log: Path, offset: int) -> tuple[int, str] | None:
+    """The exit code, negative for a signal, and the node of the process that failed first on any node.
+
+    The others fail of it: within the same second one that was killed comes before one that lost its peer.
+    """
+    try:
+        with log.open("rb") as stream:
+            stream.seek(offset)
+            found = _FIRST_FAILURE.findall(stream.read().decode(errors="replace"))
+    except FileNotFoundError:
+        return None
+    if not found:
+        return None
+    _, host, code = min(found, key=lambda item: (item[0], int(item[2]) >= 0))
+    return int(code), host
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return record

@@ -1,1 +1,0 @@
-"""Preference objectives, the trainer and its telemetry."""

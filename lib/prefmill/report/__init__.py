@@ -1,0 +1,1 @@
+"""Pages: templates over numbers, charts, sentences."""

@@ -1,0 +1,158 @@
+"""The report of masked-diffusion models before and after a tuning: what changed, how sure that is, answers, lineage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.statistics import Array, Resampling, means
+from prefmill.evaluation.lineage import everything_behind
+from prefmill.report import background
+from prefmill.report.charts import Interval, interval_chart
+from prefmill.report.costs import cost_section
+from prefmill.report.graph import lineage_graph
+from prefmill.report.report import page_environment
+from prefmill.store.jsonl import read_jsonl
+
+Row = dict[str, Any]
+MEASURES = {
+    "preference_accuracy": "pairs whose chosen answer is the likelier one",
+    "chosen_nats_per_token": "log-likelihood of chosen answers, nats a token",
+    "rejected_nats_per_token": "log-likelihood of rejected answers, nats a token",
+    "wanted_share": "answers of the wanted kind",
+}
+SHARES = {"preference_accuracy": "preference", "wanted_share": "wanted kind"}
+
+
+@dataclass(frozen=True)
+class DiffusionReport:
+    """The finished page, its numbers, its first sentence for every evaluation, and what it leads back to."""
+
+    html: str
+    comparison: Row
+    conclusions: list[str]
+    artifacts: Sequence[Artifact]
+
+
+def build_diffusion_report(
+    evaluations: Sequence[Artifact],
+    checkpoints: Sequence[Artifact],
+    title: str,
+    resampling: Resampling,
+    examples: int,
+    show_cost: bool,
+) -> DiffusionReport:
+    """One self-contained page; the same inputs give the same bytes but for what they cost."""
+    artifacts, missing = everything_behind([*checkpoints, *evaluations])
+    parts = [_evaluation(item, resampling, examples) for item in evaluations]
+    lineage = background.lineage_section(artifacts, missing)
+    page = page_environment().get_template("diffusion.html.jinja")
+    html = page.render(
+        title=title,
+        parts=parts,
+        measures=MEASURES,
+        training=background.training_section(checkpoints),
+        lineage=lineage,
+        graph=lineage_graph(lineage["levels"], lineage["edges"]),
+        cost=cost_section(artifacts) if show_cost else None,
+    )
+    comparison = {part["name"]: {"models": part["models"], "changes": part["changes"]} for part in parts}
+    return DiffusionReport(html, {"evaluations": comparison}, [part["conclusion"] for part in parts], artifacts)
+
+
+def _evaluation(evaluation: Artifact, resampling: Resampling, examples: int) -> Row:
+    models: dict[str, Row] = json.loads(evaluation.file("metrics.json").read_text())["models"]
+    rows = list(read_jsonl(evaluation.file("rows.jsonl")))
+    columns = {label: measured_by_unit([row for row in rows if row["model"] == label]) for label in models}
+    first, last = next(iter(models)), list(models)[-1]
+    changes = _changes(columns[first], columns[last], resampling) if len(models) > 1 else {}
+    told = changes.get("preference_accuracy") or changes.get("wanted_share")
+    return {
+        "name": f"{evaluation.manifest.stage}:{evaluation.manifest.task}",
+        "models": models,
+        "first": first,
+        "last": last,
+        "names": list(dict.fromkeys(name for figures in models.values() for name in figures)),
+        "changes": changes,
+        "verdict": "unclear" if told is None else _verdict(told),
+        "conclusion": _conclusion(first, last, models, told),
+        "chart": _chart(changes),
+        "answers": _answers(rows, list(models), examples),
+    }
+
+
+def measured_by_unit(rows: Sequence[Row]) -> dict[str, Array]:
+    """Each measure of one model by what it is measured on: pairs, [P, 1], or prompts with all their answers, [Q, 1]."""
+    chosen, rejected = (
+        {row["pair_id"]: row for row in rows if row["kind"] == "likelihood" and row["side"] == side}
+        for side in ("chosen", "rejected")
+    )
+    found: dict[str, list[float]] = {}
+    if chosen:
+        margins = [chosen[pair]["bound"] - rejected[pair]["bound"] for pair in chosen]
+        found["preference_accuracy"] = [0.5 + 0.5 * float(np.sign(margin)) for margin in margins]
+        for side, of in (("chosen", chosen), ("rejected", rejected)):
+            found[f"{side}_nats_per_token"] = [row["bound"] / row["num_tokens"] for row in of.values()]
+    wanted: dict[str, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "generation" and row["wanted"] is not None:
+            wanted.setdefault(row["prompt"], []).append(float(row["wanted"]))
+    if wanted:
+        found["wanted_share"] = [float(np.mean(answers)) for answers in wanted.values()]
+    return {name: np.array(values)[:, None] for name, values in found.items()}
+
+
+def _changes(before: Mapping[str, Array], after: Mapping[str, Array], resampling: Resampling) -> dict[str, Row]:
+    """After minus before, paired, with intervals over pairs or prompts."""
+    changes = {}
+    for name in MEASURES:
+        if name in before and name in after and len(before[name]) > 1:
+            if before[name].shape != after[name].shape:
+                raise InputError(
+                    "the models were evaluated on different rows", got=name, fix="run mdlm_evaluate again on both"
+                )
+            (estimate,) = means(after[name] - before[name], resampling)
+            changes[name] = {"of": MEASURES[name], **asdict(estimate)}
+    return changes
+
+
+def _verdict(change: Row) -> str:
+    return "helped" if change["low"] > 0 else "hurt" if change["high"] < 0 else "unclear"
+
+
+def _conclusion(first: str, last: str, models: Mapping[str, Row], change: Row | None) -> str:
+    if change is None:
+        return f"One model, {last}, was evaluated: there is nothing to compare."
+    name = next(key for key, words in MEASURES.items() if words == change["of"])
+    low, high = (f"{100 * change[bound]:+.0f}" for bound in ("low", "high"))
+    verb = {"helped": "rose", "hurt": "fell", "unclear": "did not clearly change"}[_verdict(change)]
+    said = f"from {models[first][name]:.0%} ({first}) to {models[last][name]:.0%} ({last})"
+    return f"The share of {change['of']} {verb}: {said}, {low} to {high} points, over {change['num_papers']} rows."
+
+
+def _chart(changes: Mapping[str, Row]) -> Markup | None:
+    rows = [
+        Interval(
+            label=SHARES[name], series="dpo", value=change["value"], low=change["low"], high=change["high"],
+            text="{value:+.2f} ({low:+.2f} to {high:+.2f})".format(**change),
+        )
+        for name, change in changes.items() if name in SHARES
+    ]  # fmt: skip
+    return interval_chart(rows, "What changed, after minus before", "share", zero=True) if rows else None
+
+
+def _answers(rows: Sequence[Row], labels: Sequence[str], count: int) -> list[Row]:
+    """The first answer of each model to the first prompts."""
+    first: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["kind"] == "generation":
+            first.setdefault(row["prompt"], {}).setdefault(row["model"], row["text"])
+    shown = list(first.items())[:count]
+    return [{"prompt": prompt, "texts": [(label, texts.get(label, "")) for label in labels]} for prompt, texts in shown]

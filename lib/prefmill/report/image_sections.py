@@ -1,0 +1,177 @@
+"""The report of tuned image models: win rates, drift, images side by side, the reward models, sweeps and lineage."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import validate
+from prefmill.evaluation.lineage import everything_behind
+from prefmill.report import background
+from prefmill.report.charts import Interval, interval_chart
+from prefmill.report.costs import cost_section
+from prefmill.report.graph import lineage_graph
+from prefmill.report.report import page_environment
+from prefmill.report.sweep_page import sweep_charts
+from prefmill.store.jsonl import read_jsonl
+from prefmill.sweep.config import StudyConfig
+
+Row = dict[str, Any]
+MIN_PROMPTS = 20  # below this an interval over prompts is wide, whatever it shows
+
+
+@dataclass(frozen=True)
+class ImageReportInputs:
+    """What is reported on; everything but the evaluations may be absent."""
+
+    evaluations: Sequence[Artifact]
+    rewards: Sequence[Artifact]
+    checkpoints: Sequence[Artifact]
+    sweeps: Sequence[Artifact]
+
+    def all(self) -> list[Artifact]:
+        """Every artifact given."""
+        return [*self.rewards, *self.checkpoints, *self.sweeps, *self.evaluations]
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """The finished page, its numbers, its first sentence for every evaluation, and what it leads back to."""
+
+    html: str
+    comparison: Row
+    conclusions: list[str]
+    artifacts: Sequence[Artifact]
+
+
+def build_image_report(inputs: ImageReportInputs, title: str, show_cost: bool) -> ImageReport:
+    """One self-contained page, images included; the same inputs give the same bytes but for what they cost."""
+    artifacts, missing = everything_behind(inputs.all())
+    known = {item.manifest.content_digest: item for item in artifacts}
+    parts = [_evaluation(item, known) for item in inputs.evaluations]
+    lineage = background.lineage_section(artifacts, missing)
+    rewards = [_reward(item) for item in inputs.rewards]
+    sweeps = {item.manifest.content_digest: item for item in inputs.sweeps}
+    html = (
+        page_environment()
+        .get_template("images.html.jinja")
+        .render(
+            title=title,
+            parts=parts,
+            rewards=rewards,
+            training=background.training_section(inputs.checkpoints),
+            sweeps=[_sweep(item) for item in sweeps.values()],
+            lineage=lineage,
+            graph=lineage_graph(lineage["levels"], lineage["edges"]),
+            cost=cost_section(artifacts) if show_cost else None,
+        )
+    )
+    comparison = {
+        "evaluations": {part["name"]: part["metrics"] for part in parts},
+        "reward_models": {row["name"]: row["metrics"] for row in rewards},
+    }
+    return ImageReport(html, comparison, [part["conclusion"] for part in parts], artifacts)
+
+
+def _evaluation(evaluation: Artifact, known: Mapping[str, Artifact]) -> Row:
+    metrics = json.loads(evaluation.file("metrics.json").read_text())
+    scorer = known.get(metrics["scorer"])
+    grids = [entry.path for entry in evaluation.manifest.files if entry.path.startswith("grids/")]
+    rate = metrics["dimensions"]["mean"]["win_rate"]
+    return {
+        "name": f"{evaluation.manifest.stage}:{evaluation.manifest.task}",
+        "metrics": metrics,
+        "conclusion": evaluation.manifest.metrics["conclusion"][0],
+        "verdict": "helped" if rate["low"] > 0.5 else "hurt" if rate["high"] < 0.5 else "unclear",
+        "chart": _win_rates(metrics),
+        "rows": [{"name": name, **found} for name, found in metrics["dimensions"].items()],
+        "drift": metrics["drift"],
+        "doubts": _doubts(metrics, scorer),
+        "grids": [_data_uri(evaluation, name) for name in grids],
+    }
+
+
+def _win_rates(metrics: Row) -> Markup:
+    rows = [
+        Interval(
+            label=name, series="dpo" if name == "mean" else "base", value=found["win_rate"]["value"] - 0.5,
+            low=found["win_rate"]["low"] - 0.5, high=found["win_rate"]["high"] - 0.5,
+            text="{value:.0%} ({low:.0%} to {high:.0%})".format(**found["win_rate"]),
+        )
+        for name, found in metrics["dimensions"].items()
+    ]  # fmt: skip
+    return interval_chart(rows, "Win rate of the tuned model over its base", "win rate − 1/2", zero=True)
+
+
+def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:
+    """What a careful reader would ask first."""
+    doubts = [_of_the_scorer(scorer)]
+    if metrics["scorer_shares_training_prompts"]:
+        doubts.append(
+            "The scorer has learnt from prompts that the model was tuned on, so both may share the taste of those "
+            "ratings: half=policy for sdxl_dpo and half=judge for the scorer keep them apart."
+        )
+    if metrics["num_prompts"] < MIN_PROMPTS:
+        doubts.append(f"Only {metrics['num_prompts']} prompts: the intervals can be trusted, but they are wide.")
+    winner = (metrics["drift"] or {}).get("winner")
+    if winner is None:
+        doubts.append("The drift of the denoising error was not measured.")
+    elif winner["value"] > 0 and (winner["low"] is None or winner["low"] > 0):
+        doubts.append(
+            f"The tuned model denoises held-out winners worse than its base, by {winner['value']:.2g} on "
+            f"{winner['base']:.2g}: a margin may have grown only because losers got worse still."
+        )
+    doubts.append("A scorer is no person: a model can please it by what people do not care for. Look at the images.")
+    return doubts
+
+
+def _of_the_scorer(scorer: Artifact | None) -> str:
+    if scorer is None:
+        return "The scorer was not found among the artifacts, so how well it predicts choices is not known."
+    heads = json.loads(scorer.file("metrics.json").read_text())["splits"]["test"]
+    found = {name: head["accuracy"] for name, head in heads.items() if head and head["accuracy"]["value"] is not None}
+    if not found:
+        return "The scorer has never been measured on test pairs: its judgement may be worth nothing."
+    worst = min(found, key=lambda name: found[name]["value"])
+    value, low = found[worst]["value"], found[worst]["low"]
+    at_least = "" if low is None else f" (from {low:.0%})"
+    return f"On test pairs the scorer agrees with raters in {value:.0%}{at_least} on its weakest dimension, {worst}."
+
+
+def _reward(reward: Artifact) -> Row:
+    metrics = json.loads(reward.file("metrics.json").read_text())
+    return {
+        "name": f"{reward.manifest.stage}:{reward.manifest.task}",
+        "metrics": metrics,
+        "pairs": reward.manifest.metrics["pairs"],
+        "rows": [
+            {"split": split, "head": name, **found, "temperature": metrics["temperatures"][name]}
+            for split, heads in metrics["splits"].items()
+            for name, found in heads.items()
+            if found is not None
+        ],
+    }
+
+
+def _sweep(sweep: Artifact) -> Row:
+    config = validate(StudyConfig, sweep.manifest.config)
+    rows = list(read_jsonl(sweep.file("trials.jsonl")))
+    best = rows[sweep.manifest.metrics["best_trial"]]
+    return {
+        "name": config.study_name,
+        "stage": config.stage,
+        "conclusion": sweep.manifest.metrics["conclusion"][0],
+        "failed": sweep.manifest.metrics["failed"],
+        "charts": sweep_charts(rows, best, config),
+    }
+
+
+def _data_uri(evaluation: Artifact, name: str) -> str:
+    content = base64.b64encode(evaluation.file(name).read_bytes()).decode()
+    return f"data:image/png;base64,{content}"

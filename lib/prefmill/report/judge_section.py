@@ -1,0 +1,105 @@
+"""The report's section on the judge: its agreement with people and other judges, and what moves its scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from prefmill.core.artifact import Artifact
+from prefmill.report.charts import Interval, interval_chart
+from prefmill.report.judge_story import with_interval
+
+Row = dict[str, Any]
+Found = Mapping[str, Any]
+STRONG, FAINT = "dpo", "base"  # the looks that the charts borrow
+_MEASURES = {"kappa": "kappa", "f1": "F1", "accuracy": "accuracy"}
+
+
+def judge_section(artifacts: Iterable[Artifact]) -> list[Row]:
+    """What every judge_quality behind the report found; empty where there is none."""
+    found = [item for item in artifacts if item.manifest.kind == "judge_quality"]
+    return [_describe(json.loads(item.file("quality.json").read_text())) for item in found]
+
+
+def _describe(quality: Found) -> Row:
+    return {
+        "conclusion": quality["conclusion"],
+        "confidence": quality["confidence"],
+        "num_unscored_labels": quality["num_unscored_labels"],
+        "judges": [_judge(judge) for judge in quality["judges"]],
+        "rows": _item_rows(quality),
+    }
+
+
+def _judge(judge: Found) -> Row:
+    return {
+        **{name: judge[name] for name in ("name", "engine", "temperature", "checklist", "num_items")},
+        **{name: judge[name] for name in ("num_reviews", "num_papers", "num_unscored")},
+        "model": (judge["settings"] or {}).get("model_name_or_path"),
+        "people": _people_chart(judge),
+        "moves": _moves_chart(judge),
+        "num_probed": judge["probes"]["num_reviews"] if judge["probes"] else 0,
+    }
+
+
+def _people_chart(judge: Found) -> Markup | None:
+    """Overall agreement with people; None without labels."""
+    if judge["labels"] is None:
+        return None
+    rows = [_interval(label, STRONG, judge["labels"][name], 2) for name, label in _MEASURES.items()]
+    return interval_chart(rows, f"Agreement of {judge['name']} with people", "1 is complete agreement", zero=True)
+
+
+def _moves_chart(judge: Found) -> Markup | None:
+    """How far each change of a review moves the score; None without probes."""
+    probes = judge["probes"]
+    if probes is None:
+        return None
+    shifts = {name.replace("_", " "): (STRONG, found) for name, found in probes["injections"].items()}
+    shifts |= {"a neutral line": (FAINT, probes["control"]), "twice the words": (FAINT, probes["padding"])}
+    rows = [_interval(name, look, found["score"], 2) for name, (look, found) in shifts.items() if found is not None]
+    if not rows:
+        return None
+    return interval_chart(rows, f"What moves a score of {judge['name']}", "change of the checklist score", zero=True)
+
+
+def _interval(label: str, series: str, found: Found, decimals: int) -> Interval:
+    """A value without an interval, from one paper, is drawn as a point."""
+    low, high = (found["value"] if found[end] is None else found[end] for end in ("low", "high"))
+    return Interval(label, series, found["value"], low, high, with_interval(found, decimals))
+
+
+def _item_rows(quality: Found) -> list[Row]:
+    """Every item that anything was measured of, in the checklist's order as far as the tables have it."""
+    judge = quality["judges"][0]
+    columns = {
+        "people": judge["labels"],
+        "between": quality["between"],
+        "paraphrases": judge["probes"]["paraphrases"] if judge["probes"] else None,
+    }
+    found = {name: {item["id"]: item for item in table["items"]} if table else {} for name, table in columns.items()}
+    questions = {key: item["question"] for items in found.values() for key, item in items.items()}
+    return [
+        {
+            "question": question,
+            **{name: _cell(items.get(key)) for name, items in found.items()},
+            "gap": _gap(found["between"].get(key)),
+        }
+        for key, question in questions.items()
+    ]
+
+
+def _cell(item: Found | None) -> Row | None:
+    """Kappa of one item, with what it rests on."""
+    if item is None:
+        return None
+    kappa = item["kappa"]
+    interval = None if kappa["low"] is None else f"{kappa['low']:.2f} to {kappa['high']:.2f}".replace("-", "−")
+    return {"kappa": f"{kappa['value']:.2f}".replace("-", "−"), "interval": interval, "answers": item["num_answers"]}
+
+
+def _gap(item: Found | None) -> str:
+    return "–" if item is None else f"{item['max_gap']:.4f}"

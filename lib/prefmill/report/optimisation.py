@@ -1,0 +1,100 @@
+"""The report's section on how the checklist was chosen: held-out numbers, the path, and the verdict on each item."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from prefmill.core.artifact import Artifact
+from prefmill.report.charts import Interval, Line, interval_chart, line_chart
+from prefmill.store.jsonl import read_jsonl
+
+Row = dict[str, Any]
+CHOSEN, BASELINE = "dpo", "base"  # the looks that the charts borrow, for the checklist and its baselines
+_ORDER = ("kept", "not_chosen", "redundant", "unreliable", "constant")
+
+
+def optimisation_section(artifacts: Iterable[Artifact]) -> list[Row]:
+    """What every optimised checklist behind the report came from; empty where the checklist was not optimised."""
+    return [_describe(item) for item in artifacts if item.manifest.kind == "checklist"]
+
+
+def _describe(checklist: Artifact) -> Row:
+    summary: Row = json.loads(checklist.file("summary.json").read_text())
+    items = list(read_jsonl(checklist.file("select/items.jsonl")))
+    return {
+        "conclusion": summary["conclusion"],
+        "num_reviews": summary["num_reviews"],
+        "num_papers": summary["num_papers"],
+        "confidence": summary["confidence"],
+        "p_value": summary["p_value"],
+        "num_permutations": summary["num_permutations"],
+        "chart": _held_out_chart(summary),
+        "path": _path_chart(checklist.file("select/path.jsonl")),
+        "rows": _item_rows(items, summary["weights"]),
+    }
+
+
+def _held_out_chart(summary: Mapping[str, Any]) -> Markup:
+    found = {"the optimised checklist": (CHOSEN, summary["correlation"])}
+    found |= {
+        name.replace("_", " "): (BASELINE, baseline["correlation"]) for name, baseline in summary["baselines"].items()
+    }
+    rows = [
+        Interval(
+            label=label, series=series, value=item["value"], low=item["low"], high=item["high"],
+            text=f"{item['value']:.2f} ({item['low']:.2f} to {item['high']:.2f})".replace("-", "−"),
+        )
+        for label, (series, item) in found.items()
+    ]  # fmt: skip
+    target = summary["target"].replace("_", " ")
+    return interval_chart(
+        rows, f"Correlation with {target} on held-out papers", f"correlation with {target}", zero=True
+    )
+
+
+def _path_chart(path: Path) -> Markup | None:
+    """Cross-validation error against the number of items a penalty keeps; None where the path has one length only."""
+    best: dict[int, float] = {}
+    for row in read_jsonl(path):
+        size = len(row["weights"])
+        best[size] = min(row["error"], best.get(size, row["error"]))
+    if len(best) < 2:
+        return None
+    points = [(float(size), error) for size, error in sorted(best.items())]
+    line = Line("lasso", CHOSEN, points)
+    return line_chart([line], "Error of the checklists on the regularisation path", "items", "mean squared error")
+
+
+def _item_rows(items: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> list[Row]:
+    """Every candidate, what is kept first, the steadiest on top."""
+    ordered = sorted(items, key=lambda item: (_ORDER.index(item["status"]), -(item["stability"] or 0)))
+    return [
+        {
+            "question": item["question"],
+            "status": item["status"].replace("_", " "),
+            "why": _why(item),
+            "weight": "–" if item["id"] not in weights else f"{weights[item['id']]:.2f}",
+            "yes": f"{item['yes_share']:.0%}",
+            "stability": "–" if item["stability"] is None else f"{item['stability']:.0%}",
+            "correlation": _plain(item["target_correlation"]),
+        }
+        for item in ordered
+    ]
+
+
+def _why(item: Mapping[str, Any]) -> str:
+    if item["status"] == "redundant":
+        return f"says what {item['redundant_with']} says"
+    if item["status"] == "unreliable":
+        measured = {"paraphrases": item["paraphrase_kappa"], "seeds": item["seed_kappa"]}
+        return ", ".join(f"kappa over {name} {_plain(value)}" for name, value in measured.items() if value is not None)
+    return ""
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")

@@ -1,0 +1,192 @@
+"""The report: one self-contained page, and all its numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
+from prefmill.core.statistics import Resampling
+from prefmill.evaluation.comparison import compare, model_order
+from prefmill.evaluation.lineage import everything_behind
+from prefmill.evaluation.metrics import MEASURES
+from prefmill.evaluation.record import METRICS
+from prefmill.report import background, sections
+from prefmill.report.agreement_section import agreement_doubts, agreement_rows
+from prefmill.report.charts import key_marker, series_class
+from prefmill.report.costs import clock, cost_section
+from prefmill.report.examples import choose_papers, read_examples
+from prefmill.report.graph import lineage_graph
+from prefmill.report.judge_section import judge_section
+from prefmill.report.optimisation import optimisation_section
+from prefmill.report.story import Compared, Story, data_doubts, main_pair, tell
+
+TEMPLATES = Path(__file__).parent / "templates"
+Evaluated = tuple[Mapping[str, Any], Artifact]  # metrics.json, and the artifact that holds it
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """What is reported on; everything but the evaluations may be absent."""
+
+    evaluations: Sequence[Artifact]
+    corpus: Artifact | None
+    datasets: Artifact | None
+    validation: Artifact | None
+    checkpoints: Sequence[Artifact]
+    quality: Sequence[Artifact] = ()
+
+    def all(self) -> list[Artifact]:
+        """Every artifact given."""
+        given = [self.corpus, self.datasets, self.validation, *self.checkpoints, *self.quality, *self.evaluations]
+        return [item for item in given if item is not None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The finished page, the numbers behind it, its first sentences, and every artifact it leads back to."""
+
+    html: str
+    comparison: dict[str, Any]
+    stories: tuple[Story, ...]
+    artifacts: Sequence[Artifact]
+
+
+def build_report(
+    inputs: ReportInputs, title: str, resampling: Resampling, num_examples: int, show_cost: bool
+) -> Report:
+    """Compare the evaluations and render the page; the same inputs give the same bytes but for what they cost.
+
+    Raises InputError where evaluations cannot be compared.
+    """
+    evaluated = _read(inputs.evaluations)
+    comparison = compare([metrics for metrics, _ in evaluated], resampling)
+    validation = background.validation_section(inputs.validation)
+    training = background.training_section(inputs.checkpoints)
+    artifacts, missing = everything_behind(inputs.all())
+    doubts = data_doubts(
+        validation,
+        is_control=any(task["is_control"] for task in training),
+        other_checklist=bool(background.training_checklists(artifacts) - {item["checklist"] for item, _ in evaluated}),
+    )
+    parts = []
+    for compared in comparison["modalities"]:
+        group = [item for item in evaluated if item[0]["modality"] == compared["modality"]]
+        metrics = [item[0] for item in group]
+        chosen = _choose_examples(compared, metrics, num_examples, resampling.seed)
+        parts.append(
+            {
+                "story": tell(
+                    compared, metrics, resampling.confidence, [*agreement_doubts(compared, metrics), *doubts]
+                ),
+                "examples": read_examples(group, chosen, inputs.corpus),
+                **_tables(compared, metrics, resampling.confidence),
+            }
+        )
+    lineage = background.lineage_section(artifacts, missing)
+    page = page_environment().get_template("report.html.jinja")
+    html = page.render(
+        title=title,
+        resampling=resampling,
+        measures=(*MEASURES, *sections.EXTRA_MEASURES),
+        modalities=parts,
+        training=training,
+        data=background.data_section(inputs.corpus, inputs.datasets),
+        validation=validation,
+        optimisation=optimisation_section(artifacts),
+        judge=judge_section(artifacts),
+        lineage=lineage,
+        graph=lineage_graph(lineage["levels"], lineage["edges"]),
+        absent=_absent(inputs),
+        cost=cost_section(artifacts) if show_cost else None,
+    )
+    return Report(html, comparison, tuple(part["story"] for part in parts), artifacts)
+
+
+def _read(evaluations: Sequence[Artifact]) -> list[Evaluated]:
+    """In the order in which models are shown; raises InputError where the engines' settings differ."""
+    read: list[Evaluated] = [(json.loads(item.file(METRICS).read_text()), item) for item in evaluations]
+    _require_same_engine(read)
+    return sorted(read, key=lambda item: model_order(item[0]["model"]))
+
+
+def _tables(compared: Compared, metrics: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, Any]:
+    """The tables and charts of one modality."""
+    questions = {item["id"]: item["question"] for item in metrics[0]["items"]}
+    return {
+        "compared": compared,
+        "score_chart": sections.score_chart(compared),
+        "difference_chart": sections.difference_chart(compared),
+        "measures": sections.measure_table(compared),
+        "pairs": sections.pair_table(compared),
+        "agreement": agreement_rows(metrics),
+        "items": sections.item_rows(compared, questions, confidence),
+        "factors": sections.factor_rows(compared, confidence),
+        "length_chart": sections.length_chart(metrics),
+        "lengths": sections.length_rows(compared),
+    }
+
+
+def _choose_examples(compared: Compared, metrics: Sequence[Mapping[str, Any]], count: int, seed: int) -> dict[str, str]:
+    """Papers to show, by what the last model gained on them over the first."""
+    pair = main_pair(compared)
+    first, last = (pair["baseline"], pair["candidate"]) if pair else (compared["models"][-1]["model"],) * 2
+    scores = {
+        item["model"]: {row["paper_id"]: row["measures"]["checkmark_score"] for row in item["papers"]}
+        for item in metrics
+    }
+    return choose_papers(scores[first], scores[last], count, seed)
+
+
+def _require_same_engine(evaluated: Sequence[Evaluated]) -> None:
+    """The engine's name is in metrics.json; its settings, such as its model, are known from the manifests."""
+    settings = {
+        artifact.path.name: artifact.manifest.identity.get("config", {}).get("engine") for _, artifact in evaluated
+    }
+    if len({json.dumps(value, sort_keys=True) for value in settings.values()}) > 1:
+        raise InputError(
+            "the evaluations were scored by engines with different settings: their scores cannot be compared",
+            got="; ".join(f"{name}: {value}" for name, value in settings.items()),
+            fix="evaluate every model with the same `engine`",
+        )  # fmt: skip
+
+
+def _absent(inputs: ReportInputs) -> list[str]:
+    """What the page has to do without."""
+    given = {
+        "the corpus (paper titles, counts by split)": inputs.corpus,
+        "the datasets (how they were selected)": inputs.datasets,
+        "the validation of the datasets": inputs.validation,
+        "the trained checkpoints (their curves)": inputs.checkpoints,
+    }
+    return [name for name, value in given.items() if not value]
+
+
+def page_environment() -> Environment:
+    """Renders the pages: escapes everything, knows no undefined names."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,  # reviews are other people's text: shown, never run
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals |= {"key_marker": key_marker, "series_class": series_class, "break": Markup("<wbr>")}
+    environment.filters["thousands"] = _thousands
+    environment.filters["count"] = lambda number, noun: f"{_thousands(number)} {noun}{'' if number == 1 else 's'}"
+    environment.filters["percent"] = lambda share: f"{share:.0%}"
+    environment.filters["clock"] = clock
+    environment.filters["words"] = lambda name: str(name).replace("_", " ")
+    return environment
+
+
+def _thousands(number: int) -> str:
+    return f"{number:,}".replace(",", "\u202f")

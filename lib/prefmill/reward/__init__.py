@@ -1,1 +1,0 @@
-"""The reward model family: a backbone, one head a dimension, its scores."""

@@ -1,0 +1,1 @@
+"""Submitting to Slurm, and repairing what fails there."""

@@ -1,0 +1,162 @@
+"""The cluster file: what differs between sites, and what a stage's tasks are given there."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from prefmill.core.config import ExternalPath, StrictConfig, load, merge, validate
+from prefmill.core.errors import ConfigError
+
+SIGNAL_SECONDS = 120  # a batch script submitted by hand asks for the same: sbatch/*.sbatch
+_BASIC_EXPORTS = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[a-z][a-z-]*")
+# What prefmill decides itself; an option of the site must not undo it.
+_OWN_OPTIONS = {
+    "array", "dependency", "export", "export-file", "get-user-env", "kill-on-invalid-dep", "output", "error",
+    "open-mode", "requeue", "no-requeue", "signal", "ntasks", "ntasks-per-node", "job-name", "wrap", "parsable",
+}  # fmt: skip
+
+
+class Resources(StrictConfig):
+    """What one task gets; counts of GPUs, CPUs and memory are for each of its nodes.
+
+    `processes` is how many of a training stage's processes run on a node: by default one for every GPU it has.
+    """
+
+    partition: str | None = None
+    nodes: int = Field(1, ge=1)
+    gpus: int = Field(0, ge=0)
+    cpus: int = Field(1, ge=1)
+    memory_gb: float | None = Field(None, gt=0)
+    minutes: int = Field(60, ge=1)
+    processes: int | None = Field(None, ge=1)
+    max_running: int | None = Field(None, ge=1)
+    python: str | None = None
+    setup: list[str] = []
+    options: dict[str, str | int | bool] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _leave_ours_alone(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        wrong = [name for name in options if not _OPTION.fullmatch(name) or name in _OWN_OPTIONS]
+        if wrong:
+            raise ValueError(f"'{wrong[0]}' is decided by prefmill or is no long option of sbatch")
+        return options
+
+
+class Secrets(StrictConfig):
+    """Names of secrets, and the file of NAME=value lines they are read from when a task starts, never before."""
+
+    file: ExternalPath
+    names: list[str] = Field(min_length=1)
+
+    @field_validator("names")
+    @classmethod
+    def _are_names(cls, names: list[str]) -> list[str]:
+        return _variable_names(names)
+
+
+class ClusterFile(StrictConfig):
+    """A site: `resources` are every stage's defaults and `stages` those of single ones (`advance` is the repair job).
+
+    A pipeline's own `resources` are laid over both. `export` names variables that jobs take along from the shell
+    that submits; secrets do not belong there. `signal_seconds` is how long before its end a task is told to save.
+    `advance` adds a small job after each stage that classifies failures and resubmits what can be mended.
+    `webhook` names the secret or variable that holds an address to tell when a run has ended.
+    """
+
+    account: str | None = None
+    qos: str | None = None
+    max_array_size: int | None = Field(None, ge=2)
+    signal_seconds: int = Field(SIGNAL_SECONDS, ge=1)
+    python: str | None = None
+    setup: list[str] = []
+    export: list[str] = []
+    secrets: Secrets | None = None
+    advance: bool = True
+    webhook: str | None = None
+    resources: dict[str, Any] = {}
+    stages: dict[str, dict[str, Any]] = {}
+
+    @field_validator("export")
+    @classmethod
+    def _are_names(cls, names: list[str]) -> list[str]:
+        return _variable_names(names)
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        return _variable_names([name])[0] if name is not None else None
+
+    @property
+    def exported(self) -> list[str]:
+        """Every variable a job takes along."""
+        secret = self.secrets.names if self.secrets else []
+        return [name for name in dict.fromkeys([*_BASIC_EXPORTS, *self.export]) if name not in secret]
+
+
+def read_cluster(path: Path) -> ClusterFile:
+    """The cluster file at `path`, its stages' resources checked; raises ConfigError."""
+    cluster = load(ClusterFile, path)
+    for stage in ["(defaults)", *cluster.stages]:
+        resources_for(cluster, stage, where=path)
+    if cluster.secrets is not None:
+        clash = sorted(set(cluster.export) & set(cluster.secrets.names))
+        if clash:
+            raise ConfigError(
+                f"'{clash[0]}' is exported and a secret", where=path, fix="take it out of `export`: values exported to "
+                "jobs are kept by Slurm",
+            )  # fmt: skip
+        read_secrets(cluster.secrets)
+    return cluster
+
+
+def resources_for(
+    cluster: ClusterFile, stage: str, given: Mapping[str, Any] | None = None, where: object = None
+) -> Resources:
+    """What a task of `stage` gets: the site's defaults, then the site's for that stage, then the pipeline's."""
+    layered = merge(cluster.resources)
+    for layer in (cluster.stages.get(stage, {}), given or {}):
+        layered = {**layered, **merge(layer)}
+    return validate(Resources, layered, where=f"{where or 'the cluster file'}: resources of {stage}")
+
+
+def read_secrets(secrets: Secrets) -> dict[str, str]:
+    """The values of the named secrets; raises ConfigError for a file others can read or a name it does not hold."""
+    try:
+        status = secrets.file.stat()
+        text = secrets.file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            "cannot read the secrets", where=secrets.file, got=error.strerror,
+            fix="write NAME=value lines into that file, then chmod 600 it",
+        ) from None  # fmt: skip
+    if stat.S_IMODE(status.st_mode) & 0o077 or status.st_uid != os.getuid():
+        raise ConfigError(
+            "others can read the secrets", where=secrets.file, got=stat.filemode(status.st_mode),
+            expected="-rw------- and owned by you", fix=f"chmod 600 '{secrets.file}'",
+        )  # fmt: skip
+    pairs = [line.strip().removeprefix("export ").split("=", 1) for line in text.splitlines() if "=" in line]
+    values = {name.strip(): value.strip().strip("'\"") for name, value in pairs if not name.strip().startswith("#")}
+    missing = [name for name in secrets.names if name not in values]
+    if missing:
+        raise ConfigError(
+            f"the secrets file holds no {missing[0]}", where=secrets.file, expected=", ".join(secrets.names),
+            fix=f"add a line {missing[0]}=value, or take the name out of the cluster file",
+        )  # fmt: skip
+    return {name: values[name] for name in secrets.names}
+
+
+def _variable_names(names: list[str]) -> list[str]:
+    wrong = [name for name in names if not _NAME.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"'{wrong[0]}' is no name of an environment variable (names only, never values)")
+    return names

@@ -1,0 +1,122 @@
+"""Which element of which job is a task's newest, and what it left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefmill.pipeline.attempts import idle_attempts, progressed, read_attempts
+from prefmill.pipeline.worker import read_status
+from prefmill.slurm import jobs as slurm
+from prefmill.slurm.failures import Evidence
+from prefmill.slurm.jobs import Element, JobState
+from prefmill.slurm.submission import ArrayFile, JobRecord, Submission
+
+_LOG_BYTES = 20_000
+_CLOCKS_DIFFER_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The newest element of a task: where it was submitted, in which job, under which index."""
+
+    submission: Submission
+    array: ArrayFile
+    job: JobRecord
+    index: int
+
+    @property
+    def element(self) -> Element:
+        """As Slurm knows it."""
+        return (self.job.job_id, self.index)
+
+    @property
+    def name(self) -> str:
+        """As Slurm's commands name it."""
+        return slurm.element_name(self.element)
+
+    @property
+    def slurm_log(self) -> Path:
+        """What the job printed before the task had a log of its own, and what Slurm said of it."""
+        logs = self.submission.workspace / "logs" / self.submission.run
+        return logs / self.array.stage / "slurm" / f"{self.name}.out"
+
+
+def newest(submissions: Sequence[Submission]) -> dict[str, Tried]:
+    """The newest element of every task that has ever had one."""
+    found: dict[str, Tried] = {}
+    arrays: dict[tuple[int, str, int], ArrayFile] = {}
+    jobs = [(job, one) for one in submissions for job in one.jobs() if job.kind == "array"]
+    for job, submission in sorted(jobs, key=lambda pair: pair[0].time):
+        key = (submission.number, job.stage, job.chunk)
+        array = arrays.setdefault(key, submission.array(job.stage, job.chunk)) if key not in arrays else arrays[key]
+        for index in job.indices:
+            found[f"{job.stage}:{array.tasks[index]}"] = Tried(submission, array, job, index)
+    return found
+
+
+def gather(tried: Tried, logs: Path, account: JobState | None, queued: JobState | None) -> Evidence:
+    """What is known of a task's newest element, now that it has ended; `logs` are the task's."""
+    started = next((job.started for job in (account, queued) if job is not None and job.started), None)
+    status = read_status(logs)
+    if not _is_of(status, tried.element, started):
+        status = {}
+    further, idle = _progress(logs, status)
+    log = _own_part(logs.parent / f"{logs.name}.log", tried.name) + "\n" + _tail(tried.slurm_log)
+    return Evidence(status, log, account, queued, further, idle)
+
+
+def has_room(folder: Path) -> bool:
+    """Whether something can be written there again: room for 64 MiB, or a twentieth of a smaller disk."""
+    while not folder.is_dir():
+        folder = folder.parent
+    disk = os.statvfs(folder)
+    wanted = min(64 << 20, disk.f_blocks * disk.f_frsize // 20)
+    if disk.f_bavail * disk.f_frsize < wanted:
+        return False
+    probe = folder / f".room.{os.getpid()}"
+    try:  # a quota is seen by trying only
+        with probe.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, max(wanted, 1))
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
+
+
+def _is_of(status: Mapping[str, Any], element: Element, started: float | None) -> bool:
+    """Whether a status was written by the last start of this element, and not by an earlier one or another job."""
+    job = status.get("job", {})
+    same = (job.get("array_job_id"), job.get("array_task_id")) == (element[0], str(element[1]))
+    return same and (started is None or status["time"] >= started - _CLOCKS_DIFFER_SECONDS)
+
+
+def _progress(logs: Path, status: Mapping[str, Any]) -> tuple[bool, int]:
+    """Whether the attempt got further, and how many in a row did not, this one included."""
+    idle = idle_attempts(logs)
+    if status.get("state") == "running" and "attempt" in status:  # it ended without a word: nobody has judged it yet
+        further = progressed(logs, status["attempt"])
+        return further, 0 if further else idle + 1
+    ended = read_attempts(logs)
+    return bool(status and ended and ended[-1]["progressed"]), idle if status else idle + 1
+
+
+def _own_part(path: Path, name: str) -> str:
+    """The end of a task's log, from where this very job began to write."""
+    text = _tail(path)
+    begin = text.rfind(f" in job {name} on ")
+    return text[begin:] if begin >= 0 or text.count("\n--- ") == 0 else ""
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, stream.tell() - _LOG_BYTES))
+            return stream.read().decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""

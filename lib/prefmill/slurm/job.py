@@ -1,0 +1,169 @@
+"""Inside a job: one task from beginning to end, its warnings, its requeue.
+
+python -m prefmill.slurm.job ARRAY.json                                 an element of a submission
+python -m prefmill.slurm.job --stage NAME [CONFIG] [key=value ...]      sbatch/NAME.sbatch, by hand
+python -m prefmill.slurm.job --stages A,B PIPELINE [key=value ...]      sbatch/train_pipeline.sbatch
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.config import validate
+from prefmill.core.errors import AttemptError, PipelineError, PrefmillError
+from prefmill.core.stage import Metrics, Task
+from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS, idle_attempts
+from prefmill.pipeline.manual_submission import give_back_until_ready, stage_task, training_task
+from prefmill.pipeline.oom_backoff import read_smaller, start_over_when_smaller
+from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
+from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, Warnings, run_elsewhere
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, write_status
+from prefmill.slurm.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
+from prefmill.slurm.submission import read_array, read_submission
+
+EXIT_TERMINATED, EXIT_NOT_REQUEUED = 143, 3
+_REQUEUE_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class JobTask:
+    """A task as its job knows it; `secrets` are read only when its processes start.
+
+    `smaller` are keys with which it runs instead of its own, since its GPU's memory ran out; its identity stays.
+    """
+
+    task: PlannedTask
+    signal_seconds: int = SIGNAL_SECONDS
+    processes: int | None = None
+    secrets: Callable[[], Mapping[str, str]] = dict
+    smaller: Mapping[str, Any] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the element this job is; returns its exit code: 0 done, 1 a bug, 2 something the user can mend."""
+    warnings = Warnings(SIGNAL_SECONDS)
+    warnings.listen()
+    try:
+        job = _find(argv)
+        if job is None:
+            return 0
+        warnings.seconds = job.signal_seconds
+        redirect(job.task)
+        return run(job, warnings)
+    except PrefmillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def run(job: JobTask, warnings: Warnings) -> int:
+    """Bring the task to completion, or save and requeue this very element when the job is about to end."""
+    layout = Layout.of_job(os.environ, job.task.stage.trains, job.processes)
+
+    def in_children(context: Task) -> Metrics:
+        config = job.task.config.model_copy(update=job.smaller)
+        start_over_when_smaller(context, job.smaller)
+        metrics = run_elsewhere(replace(job.task, config=config), context, layout, warnings, job.secrets())
+        return {**metrics, **job.smaller}
+
+    try:
+        execute(job.task, run=in_children)
+    except AttemptError as error:
+        print(f"prefmill: {error}", file=sys.stderr, flush=True)
+        if error.state == REQUEUED:
+            return _requeue(job.task)
+        if error.state == TERMINATED:
+            return EXIT_TERMINATED
+        return EXIT_BUG if error.record.get("kind") not in _MENDABLE else EXIT_USER_ERROR
+    return 0
+
+
+def element_id(environment: Mapping[str, str]) -> str | None:
+    """The id of this very element: with SLURM_JOB_ID alone, requeueing one may requeue its whole array."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID")
+
+
+def redirect(task: PlannedTask) -> None:
+    """Have this process and its children print into the task's log; Slurm's own file says where that is."""
+    log = task.logs.parent / f"{task.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{task.key}: see {log}", flush=True)
+    with log.open("ab", buffering=0) as stream:
+        os.dup2(stream.fileno(), sys.stdout.fileno())
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+    print(f"--- {task.key} in job {element_id(os.environ)} on {os.uname().nodename}", flush=True)
+
+
+def _find(argv: Sequence[str]) -> JobTask | None:
+    """The task this job is to run; None where it has given its node back to wait for another task."""
+    if argv[0] == "--stage":
+        return JobTask(stage_task(argv[1], argv[2:], os.environ))
+    if argv[0] == "--stages":
+        task, waits_for = training_task(argv[1].split(","), argv[2:], os.environ)
+        if waits_for:
+            give_back_until_ready(str(element_id(os.environ)), waits_for)
+            return None
+        return JobTask(task)
+    return submitted_task(Path(argv[0]), os.environ)
+
+
+def submitted_task(path: Path, environment: Mapping[str, str]) -> JobTask:
+    """The element of a submission's array that SLURM_ARRAY_TASK_ID names."""
+    array = read_array(path)
+    submission = read_submission(array.submission)
+    index = int(environment["SLURM_ARRAY_TASK_ID"])
+    if index >= len(array.tasks):
+        raise PipelineError(
+            "this array has no such element", where=path, got=index, expected=f"0-{len(array.tasks) - 1}",
+            fix="submit this script with an --array inside that range",
+        )  # fmt: skip
+    pipeline = validate(PipelineFile, submission.pipeline, where=submission.folder)
+    cluster = validate(ClusterFile, submission.cluster, where=submission.folder)
+    resources = validate(Resources, array.resources, where=path)
+    task = plan_task(pipeline, Path(submission.source), array.stage, array.tasks[index])
+    return JobTask(
+        task,
+        cluster.signal_seconds,
+        resources.processes,
+        partial(read_secrets, cluster.secrets) if cluster.secrets else dict,
+        read_smaller(task.logs, submission.number),
+    )
+
+
+def _requeue(task: PlannedTask) -> int:
+    """Have Slurm start this element again; not when that has led nowhere so often that it never will."""
+    me = element_id(os.environ)
+    if idle_attempts(task.logs) >= MAX_IDLE_ATTEMPTS:
+        text = f"stopped {MAX_IDLE_ATTEMPTS} times in a row without getting further"
+        error = PipelineError(text, where=task.key, fix="raise its `minutes`, or lower save_steps, and submit again")
+        write_status(task, "failed", error=str(error), kind="NoProgress")
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NOT_REQUEUED
+    if me is None:
+        return EXIT_NOT_REQUEUED
+    done = subprocess.run(["scontrol", "requeue", me], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        error = PipelineError(
+            "Slurm does not requeue this job", got=done.stderr.strip(), fix="submit again: it resumes"
+        )
+        write_status(task, "failed", error=str(error), kind="NotRequeued")
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NOT_REQUEUED
+    print(f"prefmill: requeued {me}", flush=True)
+    time.sleep(_REQUEUE_PATIENCE_SECONDS)  # Slurm ends this process
+    return 0
+
+
+_MENDABLE = {"ConfigError", "InputError", "ArtifactError", "PipelineError", "PrefmillError"}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""`prefmill logs`: the end of the logs of one task or of all tasks of a stage, followed where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefmill.core.config import nearest
+from prefmill.core.errors import PipelineError
+from prefmill.slurm.elements import newest
+from prefmill.slurm.submission import submissions
+from prefmill.slurm.submit import Say
+
+_POLL_SECONDS = 0.5
+_BYTES = 1 << 20  # of a log's end are read for its last lines
+
+
+def show_logs(workspace: Path, run: str, selector: str, lines: int, follow: bool, say: Say = print) -> None:
+    """Print the last `lines` of each selected task's log, then what is added until interrupted.
+
+    Every line is preceded by the task's name where there are several. A task that has no log yet, because its job
+    broke off before, shows its Slurm log. Raises PipelineError where nothing is selected.
+    """
+    logs = select_logs(workspace, run, selector)
+    width = max(map(len, logs)) if len(logs) > 1 else 0
+    places: dict[str, int] = {}
+    for task, path in logs.items():
+        text, places[task] = read_end(path, lines)
+        _say(text, task if width else "", width, say)
+        if not path.is_file() and not follow:
+            say(f"{task}: no log yet ({path})")
+    while follow:
+        time.sleep(_POLL_SECONDS)
+        for task, path in logs.items():
+            text, places[task] = read_on(path, places[task])
+            _say(text, task if width else "", width, say)
+
+
+def select_logs(workspace: Path, run: str, selector: str) -> dict[str, Path]:
+    """The log of every selected task, by `stage:task`."""
+    plan = workspace / "logs" / run / "plan.json"
+    keys = [task["key"] for task in json.loads(plan.read_text())["tasks"]] if plan.is_file() else []
+    stage, _, name = selector.partition(":")
+    found = [key for key in keys if key.partition(":")[0] == stage and name in ("", key.partition(":")[2])]
+    if not found:
+        raise PipelineError(
+            f"no task '{selector}' in run {run}{nearest(selector, keys)}", expected=", ".join(keys[:20]),
+            fix="name a stage, or a task as STAGE:TASK, and the run with --run",
+        )  # fmt: skip
+    tried = newest(submissions(workspace, run))
+    logs = {key: plan.parent / stage / f"{key.partition(':')[2]}.log" for key in found}
+    return {
+        key: tried[key].slurm_log if not path.is_file() and key in tried and tried[key].slurm_log.is_file() else path
+        for key, path in logs.items()
+    }
+
+
+def read_end(path: Path, lines: int) -> tuple[Sequence[str], int]:
+    """The last whole lines of a file, and where the next one begins; nothing of a file that is not there."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _BYTES))
+            start = stream.tell()
+            data = stream.read()
+    except FileNotFoundError:
+        return [], 0
+    whole = data[: data.rfind(b"\n") + 1]
+    return _split(whole)[-lines:] if lines else [], start + len(whole)
+
+
+def read_on(path: Path, place: int) -> tuple[Sequence[str], int]:
+    """The whole lines added since `place`, and where the next one begins; a file begun anew is read from its start."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            place = place if place <= size else 0
+            stream.seek(place)
+            data = stream.read()
+    except FileNotFoundError:
+        return [], 0
+    whole = data[: data.rfind(b"\n") + 1]
+    return _split(whole), place + len(whole)
+
+
+def _split(data: bytes) -> list[str]:
+    """Lines as a terminal would leave them: of a progress bar only its last state."""
+    lines = data.decode(errors="replace").split("\n")[:-1]
+    return [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+
+
+def _say(lines: Sequence[str], task: str, width: int, say: Say) -> None:
+    for line in lines:
+        say(f"{task:<{width}} | {line}" if task else line)

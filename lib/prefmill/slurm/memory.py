@@ -1,0 +1,179 @@
+"""How much memory a GPU needs for training: weights, gradients and Adam's state as they are sharded, and activations.
+
+The activations of a decoder layer are those that autograd keeps for Qwen2 and Llama with fused attention: a unit test
+counts them. What is predicted is a training's need at its longest rows, so that what fits, fits to the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from prefmill.core.errors import ConfigError
+from prefmill.training.config import TrainingConfig, weights_precision
+
+GIGABYTE = 2.0**30
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_ADAM_BYTES = 8  # two moments in fp32
+_RUNTIME_GB = 1.5  # CUDA context, kernels, NCCL's buffers
+_FRAGMENTS = 0.05  # of everything: what the allocator cannot use
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A decoder's shape; `linear_widths` is the sum of inputs and outputs of its linear layers, the head left out."""
+
+    parameters: int
+    linear_parameters: int
+    linear_widths: int
+    layers: int
+    hidden: int
+    intermediate: int
+    key_value: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """What one GPU holds at its fullest, in GB of 2^30 bytes."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    gathered: float = 0.0
+    runtime: float = _RUNTIME_GB
+
+    @property
+    def total(self) -> float:
+        """All of it, and what the allocator loses between."""
+        parts: list[float] = [getattr(self, field.name) for field in fields(self)]
+        return sum(parts) * (1 + _FRAGMENTS)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ranks share a model: from stage 1 on the optimizer's state, from 2 the gradients, from 3 the weights."""
+
+    name: str
+    stage: int
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+
+
+def model_size(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSize:
+    """The shape of a causal language model, from its config alone; raises ConfigError where that cannot be read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        try:  # what is here already is not asked for again
+            config = AutoConfig.from_pretrained(name_or_path, local_files_only=True, **options)
+        except OSError:
+            config = AutoConfig.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "cannot read the model's config", where=name_or_path, got=str(error).splitlines()[0],
+            fix="download the model first, or give its folder",
+        ) from None  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    linears = [layer for layer in model.get_decoder().modules() if isinstance(layer, torch.nn.Linear)]
+    text = config.get_text_config()
+    heads = text.num_key_value_heads or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ModelSize(
+        parameters=model.num_parameters(), linear_parameters=sum(layer.weight.numel() for layer in linears),
+        linear_widths=sum(layer.in_features + layer.out_features for layer in linears),
+        layers=text.num_hidden_layers, hidden=text.hidden_size, intermediate=text.intermediate_size,
+        key_value=heads * width, vocabulary=text.vocab_size,
+    )  # fmt: skip
+
+
+def gpu_memory(size: ModelSize, config: TrainingConfig, world: int, rows: int, logits_at_once: int) -> GpuMemory:
+    """What each of `world` GPUs needs for microbatches of `rows` sequences of `max_length` tokens.
+
+    `logits_at_once` is how many tokens' logits exist together, in fp32 with their gradient. What DeepSpeed offloads is
+    not counted: see `host_memory`.
+    """
+    shards, number, kept = sharding(config), _BYTES[config.precision], _BYTES[weights_precision(config)]
+    trained = trained_parameters(size, config)
+    # DeepSpeed trains fp32 copies of what it computes with; without it the weights are fp32 themselves.
+    by_deepspeed = shards.stage > 0 and not config.fsdp
+    optimizer = trained * (_ADAM_BYTES + (4 if by_deepspeed and kept < 4 else 0)) / (world if shards.stage >= 1 else 1)
+    gradients = trained * (kept if by_deepspeed else 4) / (world if shards.stage >= 2 else 1)
+    buckets = trained * 4 if world > 1 and not shards.stage else 0  # DDP sends copies
+    copies = 0 if shards.stage or kept == number else size.linear_parameters * number
+    weights = size.parameters * kept / (world if shards.stage >= 3 else 1)
+    per_layer = layer_bytes(size, config.precision, residual=number if config.fsdp else kept) * config.max_length * rows
+    boundaries = size.layers * size.hidden * (number if config.fsdp else kept) * config.max_length * rows
+    activations = boundaries + per_layer if config.activation_checkpointing else size.layers * per_layer
+    return GpuMemory(
+        weights=(0 if shards.offloads_weights else weights + copies) / GIGABYTE,
+        gradients=(0 if shards.offloads_optimizer else gradients + buckets) / GIGABYTE,
+        optimizer=(0 if shards.offloads_optimizer else optimizer) / GIGABYTE, activations=activations / GIGABYTE,
+        logits=logits_at_once * size.vocabulary * (4 + 4 + number) / GIGABYTE,
+        gathered=_gathered_bytes(size, config, world) / GIGABYTE if shards.stage >= 3 else 0.0,
+    )  # fmt: skip
+
+
+def host_memory(size: ModelSize, config: TrainingConfig, world: int) -> float:
+    """What each of `world` ranks keeps in the host's memory for its GPU, in GB of 2^30 bytes; 0 without offload.
+
+    16 bytes a trained parameter (Adam's moments, weights and gradients in fp32), and its weights as computed with where
+    they are offloaded too: 18, as DeepSpeed's estimate_zero3_model_states_mem_needs counts.
+    """
+    shards = sharding(config)
+    optimizer = trained_parameters(size, config) * (_ADAM_BYTES + 4 + 4) if shards.offloads_optimizer else 0
+    weights = size.parameters * _BYTES[weights_precision(config)] if shards.offloads_weights else 0
+    return (optimizer + weights) / world / GIGABYTE
+
+
+def trained_parameters(size: ModelSize, config: TrainingConfig) -> int:
+    """Numbers that the optimizer changes: all, or an adapter's."""
+    return size.parameters if config.lora is None else config.lora.r * size.linear_widths
+
+
+def _gathered_bytes(size: ModelSize, config: TrainingConfig, world: int) -> float:
+    """What a sharded model holds whole at a time.
+
+    ZeRO-3: its largest layer, and that layer's gradient. FSDP2: embeddings and head with their gradient for all of the
+    backward pass, a layer with its gradient, which is summed in fp32, and the layer fetched ahead.
+    """
+    if world == 1:
+        return 0.0
+    number, layer = _BYTES[config.precision], size.linear_parameters / size.layers
+    share = 1 if config.lora is None else 0  # frozen weights have no gradients
+    if not config.fsdp:
+        return max(layer, size.vocabulary * size.hidden) * number * (1 + share)
+    root = size.parameters - size.linear_parameters
+    return root * number * (1 + share) + layer * (2 * number + share * (number + 4))
+
+
+def layer_bytes(size: ModelSize, precision: str, residual: int) -> int:
+    """Bytes that one layer keeps for one token; `residual` are those of a number of the residual stream.
+
+    The norms' inputs and fp32 intermediates; inputs and outputs of the attention, which are kept again as cast where
+    the stream is wider than what is computed in; keys and values; gate, up, their activation and product.
+    """
+    number = _BYTES[precision]
+    norms = 2 * 2 * 4 if residual == 4 else 2 * (4 + residual)
+    attention = number * (4 if residual == number else 7)
+    return size.hidden * (norms + attention) + number * (2 * size.key_value + 4 * size.intermediate)
+
+
+def sharding(config: TrainingConfig) -> Sharding:
+    """How the strategy asked for spreads a model; raises ConfigError for an unreadable DeepSpeed file."""
+    if config.fsdp:
+        return Sharding("FSDP2", 3)
+    if config.deepspeed is None:
+        return Sharding("ZeRO 0", 0)
+    from prefmill.distributed.sharding import deepspeed_settings
+
+    zero = deepspeed_settings(config.deepspeed).get("zero_optimization", {})
+    stage = int(zero.get("stage", 0))
+    away = {
+        key: (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
+    }
+    return Sharding(f"ZeRO {stage}", stage, away["offload_optimizer"], away["offload_param"])

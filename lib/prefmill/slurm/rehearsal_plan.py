@@ -1,0 +1,118 @@
+"""A pipeline made small: the same stages, scripts and architectures, with tiny models and a slice of the data."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.config import validate
+from prefmill.core.files import write_atomic
+from prefmill.pipeline.freeze import freeze
+from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
+from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
+from prefmill.training.config import TrainingConfig
+
+MINUTES = 20
+ROWS, PAPERS = 400, 60  # of the user's file, or of the generated corpus in place of what cannot be cut
+SAVE_STEPS, LOGGING_STEPS, LENGTH = 20, 5, 1024
+_ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dpo": "sdxl", "train_reward": "clip"}
+# Keys of stages that do not train; those a stage does not have are left out.
+SMALL: Mapping[str, Mapping[str, Any]] = {
+    "build_datasets": {"min_checkmark_diff": 0.01, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
+    "validate_datasets": {"max_length": LENGTH},
+    "optimize_checklist": {"max_reviews": 100},
+    # People's labels name reviews that the slice may not hold.
+    "judge_quality": {"num_probed": 8, "labels": None, "calibrate": False},
+    "evaluate": {"num_papers": 4, "samples_per_paper": 1, "max_new_tokens": 16, "max_prompt_tokens": LENGTH},
+    "mdlm_evaluate": {"num_papers": 4},
+}
+
+
+def rehearsal_of(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterFile) -> tuple[PipelineFile, Plan]:
+    """`pipeline` made small, as a run of its own beside the real one; writes tiny models and the slice of the data."""
+    run = f"{plan.run}-rehearsal"
+    folder = plan.workspace / "logs" / run / "rehearsal"
+    values = freeze(pipeline, plan, source) | {"run": run}
+    for name, entry in values["stages"].items():
+        resources = resources_for(cluster, name, pipeline.stages[name].resources)
+        entry["resources"] = {**pipeline.stages[name].resources, "minutes": min(resources.minutes, MINUTES)}
+        entry["set"] = _small(name, plan, entry["set"], resources, folder)
+        for given in ("inputs", "needs"):
+            entry[given].pop("calibration", None)  # fitted for the real judge
+    small = validate(PipelineFile, values, where=source)
+    return small, make_plan(small, source)
+
+
+def _small(name: str, plan: Plan, given: dict[str, Any], resources: Resources, folder: Path) -> dict[str, Any]:
+    config = next(task.config for task in plan.tasks if task.stage.name == name)
+    keys = type(config).model_fields
+    small = {**given, **{key: value for key, value in SMALL.get(name, {}).items() if key in keys}}
+    if isinstance(config, TrainingConfig):
+        small |= _short_training(config, resources)
+    if "sources" in small:
+        small["sources"] = [_slice(one, number, folder) for number, one in enumerate(small["sources"])]
+        small = {key: value for key, value in small.items() if key != "pdfs"}
+    tiny: dict[str, Any] = _with_tiny_models(small, folder, name)
+    return tiny
+
+
+def _short_training(config: TrainingConfig, resources: Resources) -> dict[str, Any]:
+    """Short, but long enough to be interrupted twice; precision, parallelism and checkpointing as they are."""
+    world = resources.nodes * (resources.processes or max(resources.gpus, 1))
+    at_once = config.per_device_train_batch_size * world
+    keys = {
+        "max_length": min(config.max_length, LENGTH), "on_overlong": "drop", "save_steps": SAVE_STEPS,
+        "logging_steps": LOGGING_STEPS, "effective_batch_size": at_once, "report_to": [],
+        "num_train_epochs": min(at_once, 32),  # some hundred steps, whatever the number of ranks
+    }  # fmt: skip
+    return keys if type(config).__name__ != "TinyModelConfig" else {"save_steps": SAVE_STEPS, "report_to": []}
+
+
+def _slice(source: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
+    """The first rows of a file with a review a line; a generated corpus for anything else."""
+    if source.get("format") == "jsonl":
+        path = Path(source["path"])
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as stream:
+            text = "".join(itertools.islice(stream, ROWS))
+        write_atomic(folder / f"slice{number}.jsonl", text)
+        return {**source, "path": str(folder / f"slice{number}.jsonl")}
+    images = {"images": True} if source.get("images") or source.get("format", "").startswith("openreview") else {}
+    return {"format": "generated", "num_papers": PAPERS, **images}
+
+
+def _with_tiny_models(values: Any, folder: Path, stage: str) -> Any:
+    """`values` with a tiny model of the same architecture for every model that is named in them."""
+    if isinstance(values, list):
+        return [_with_tiny_models(item, folder, stage) for item in values]
+    if not isinstance(values, dict):
+        return values
+    replaced = {key: _with_tiny_models(item, folder, stage) for key, item in values.items()}
+    name = replaced.get("model_name_or_path")
+    if name and replaced.get("engine") != "openai":  # a server goes on serving what it serves
+        replaced["model_name_or_path"] = str(_tiny(_architecture(stage, name), folder))
+        replaced.pop("revision", None)
+    if replaced.get("engine") == "vllm":  # which takes all the memory there is, and minutes for its graphs
+        replaced |= {"kv_cache_gb": 0.5, "enforce_eager": True}
+    return replaced
+
+
+def _architecture(stage: str, model: str) -> str:
+    """Which tiny model stands in: what the stage trains says it, or that a language model's name has VL in it."""
+    if stage in _ARCHITECTURES:
+        return _ARCHITECTURES[stage]
+    if stage.startswith("mdlm"):
+        return "masked_diffusion"
+    return "qwen2_5_vl" if "-VL-" in model else "qwen2"
+
+
+def _tiny(model: str, folder: Path) -> Path:
+    from prefmill.demo.tiny_models import build, build_served
+
+    path = folder / "models" / model
+    if any(path.glob("*.json")):
+        return path
+    return build_served(path) if model == "qwen2" else build(model, path)

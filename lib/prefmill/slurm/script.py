@@ -1,0 +1,143 @@
+"""Batch scripts and their submission through submitit, which here submits a command and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import CommandFunction, FailedJobError
+
+from prefmill.core.errors import PipelineError
+from prefmill.slurm.cluster import ClusterFile, Resources
+
+DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
+
+
+class ScriptExecutor(submitit.SlurmExecutor):
+    """submitit's Slurm executor, which also renders scripts on a machine without Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Always positive: Slurm is here."""
+        return 2
+
+
+def array_script(
+    cluster: ClusterFile, resources: Resources, name: str, indices: Sequence[int], array_file: Path, code: Path
+) -> str:
+    """The script of one chunk: what it asks for, and the command that runs the element it finds itself to be."""
+    logs = array_file.parents[3] / name.rpartition(".")[2] / "slurm"
+    special = {"array": array_spec(indices, resources.max_running), "signal": f"B:USR1@{cluster.signal_seconds}"}
+    command = ["-m", "prefmill.slurm.job", str(array_file)]
+    return _render(cluster, resources, name, _output(logs, "%A_%a.out"), special, command, code)
+
+
+def advance_script(cluster: ClusterFile, resources: Resources, run: str, workspace: Path, code: Path) -> str:
+    """The script of the small job that looks after a stage's array once it has ended."""
+    logs = workspace / "logs" / run / "advance"
+    command = ["-m", "prefmill.cli.main", "advance", run, "--workspace", str(workspace)]
+    return _render(cluster, resources, f"{run}.advance", _output(logs, "%j.out"), {}, command, code)
+
+
+def array_spec(indices: Sequence[int], max_running: int | None = None) -> str:
+    """`indices` as Slurm writes them: 0-3,7 with %N where at most N may run at once."""
+    spans: list[list[int]] = []
+    for index in sorted(indices):
+        if spans and spans[-1][1] == index - 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return f"{text}%{max_running}" if max_running else text
+
+
+def sbatch(script: Path, options: Sequence[str] = ()) -> str:
+    """Submit `script` with further sbatch options; returns the job's id. Raises PipelineError when Slurm refuses."""
+    executor = ScriptExecutor(script.parent)
+    program, *path = executor._make_submission_command(script)
+    # Options from the environment would win over those of the script.
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")}
+    try:
+        output = CommandFunction([program, *options, *path], verbose=False, env=clean)()
+    except (FailedJobError, OSError) as error:
+        raise PipelineError(
+            "Slurm refused the job", where=script, got=str(error).strip(),
+            fix="correct the resources in the cluster file or the pipeline, and submit again: what is queued stays",
+        ) from None  # fmt: skip
+    job_id: str = executor._get_job_id_from_submission_command(output)
+    return job_id
+
+
+def max_array_size(cluster: ClusterFile) -> int:
+    """How many elements an array may have: what the cluster file says, else Slurm itself, else Slurm's default."""
+    if cluster.max_array_size:
+        return cluster.max_array_size
+    try:
+        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):  # only a dry run gets this far without Slurm
+        return DEFAULT_MAX_ARRAY_SIZE
+    sizes = [line.split("=")[1] for line in shown.stdout.splitlines() if line.startswith("MaxArraySize")]
+    return int(sizes[0]) if sizes else DEFAULT_MAX_ARRAY_SIZE
+
+
+def _render(
+    cluster: ClusterFile,
+    resources: Resources,
+    name: str,
+    output: str,
+    special: dict[str, Any],
+    command: list[str],
+    code: Path,
+) -> str:
+    python = resources.python or cluster.python or sys.executable
+    options = {
+        **resources.options,
+        **special,
+        "chdir": os.getcwd(),
+        "export": ",".join(cluster.exported),
+        "kill-on-invalid-dep": "no",  # a child whose parent failed can then still be repaired
+        "output": output,
+        "requeue": True,
+    }
+    executor = ScriptExecutor(code)
+    executor.update_parameters(
+        **_parameters(cluster, resources), job_name=name, setup=_setup(cluster, resources, code), use_srun=False,
+        stderr_to_stdout=True, wckey=None, additional_parameters=options,
+    )  # fmt: skip
+    text: str = executor._make_submission_file_text(f"exec {shlex.join([python, *command])}", "")
+    return text
+
+
+def _output(folder: Path, pattern: str) -> str:
+    """A file for Slurm to write to; only `pattern` is one."""
+    return f"{str(folder).replace('%', '%%')}/{pattern}"
+
+
+def _parameters(cluster: ClusterFile, resources: Resources) -> dict[str, Any]:
+    return {
+        "partition": resources.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "time": resources.minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": resources.cpus,
+        "gpus_per_node": resources.gpus or None,
+        "mem": None if resources.memory_gb is None else f"{round(resources.memory_gb * 1024)}M",
+    }
+
+
+def _setup(cluster: ClusterFile, resources: Resources, code: Path) -> list[str]:
+    path = shlex.quote(f"{code}/lib:{code}")
+    own = [
+        "set -e",
+        "unset SLURM_EXPORT_ENV",  # steps get what the job has, not the list the job was submitted with
+        f"export PYTHONPATH={path} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false",
+    ]
+    return [*cluster.setup, *resources.setup, *own]

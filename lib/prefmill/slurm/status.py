@@ -1,0 +1,260 @@
+"""`prefmill status`: one table over a run's tasks, from the files they left and one look at the queue.
+
+No configuration is read, and Slurm is asked only where something of the run was submitted and is not complete.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.artifact import MANIFEST
+from prefmill.core.errors import PipelineError
+from prefmill.core.stage import PROGRESS
+from prefmill.pipeline.attempts import read_attempts
+from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
+from prefmill.pipeline.worker import is_running, read_status
+from prefmill.slurm import jobs as slurm
+from prefmill.slurm.elements import Tried, newest
+from prefmill.slurm.jobs import Element, JobState
+from prefmill.slurm.submission import submissions
+
+_COLUMNS = ("TASK", "STATE", "PROGRESS", "NODE", "TIME", "GPU-H", "RESTARTS", "REASON")
+_ROWS_OF_A_STAGE = 12  # a stage with more tasks is summed up in a row, and only what needs a look is listed
+_BROKEN = ("failed", "killed", "stopped", "cancelled", "blocked", "interrupted", "ended")
+_CLEAR = "\x1b[H\x1b[2J"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task as `status` shows it; times in seconds over all attempts."""
+
+    key: str
+    state: str
+    reason: str = ""
+    progress: str = ""
+    node: str = ""
+    seconds: float = 0.0
+    gpus: int = 0
+    restarts: int = 0
+
+    @property
+    def gpu_hours(self) -> float:
+        """What it has cost so far."""
+        return self.gpus * self.seconds / 3600
+
+
+def show_status(workspace: Path, run: str) -> int:
+    """Print a run's tasks; returns 0, or 1 when one has failed."""
+    rows, notes = read_rows(workspace, run)
+    print(render(run, rows, notes))
+    return _exit_code(rows)
+
+
+def watch_status(workspace: Path, run: str, seconds: float) -> int:
+    """Print the table again and again until nothing is queued or running; returns what show_status would."""
+    while True:
+        rows, notes = read_rows(workspace, run)
+        text = render(run, rows, notes)
+        print((_CLEAR if sys.stdout.isatty() else "") + text, flush=True)
+        if not any(row.state in ("running", "queued", "held") for row in rows):
+            return _exit_code(rows)
+        time.sleep(seconds)
+
+
+def read_rows(workspace: Path, run: str) -> tuple[list[Row], list[str]]:
+    """Every task of a run, in the plan's order, and notes on the whole; asks Slurm once at most."""
+    tasks = _tasks(workspace, run)
+    tried = newest(submissions(workspace, run))
+    open_tasks = [task["key"] for task in tasks if not (Path(task["output"]) / MANIFEST).is_file()]
+    queue = slurm.queue() if any(key in tried for key in open_tasks) else {}
+    notes = ["Slurm does not answer: states are those the tasks left themselves"] if queue is None else []
+    decisions = Decisions(workspace, run)
+    rows: dict[str, Row] = {}
+    for task in tasks:
+        key, output, logs = task["key"], Path(task["output"]), Path(task["logs"])
+        one = tried.get(key)
+        row = _row(key, output, logs, one, queue, decisions.last(key, one.name) if one else {})
+        rows[key] = _blocked(row, [rows[other] for other in task["needs"] if other in rows])
+    if any(row.state == "ended" for row in rows.values()):
+        notes.append("some tasks have ended that nobody has judged yet: `prefmill advance` does")
+    return list(rows.values()), notes
+
+
+def render(run: str, rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
+    """The table, what it cost, and the notes."""
+    cells = [_COLUMNS, *(line for stage in _by_stage(rows) for line in _lines(stage))]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
+    table = ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
+    counts = Counter(row.state for row in rows)
+    summary = f"{len(rows)} tasks: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    busy = sum(row.gpus for row in rows if row.state == "running")
+    cost = f"cost so far: {sum(row.gpu_hours for row in rows):.1f} GPU-hours" + (f", {busy} GPUs at work" * bool(busy))
+    return "\n".join([f"run {run}", *(line.rstrip() for line in table), summary, cost, *notes])
+
+
+def explain(workspace: Path, run: str, key: str, logs: Path) -> list[str]:
+    """Why a task that is not complete has ended, and what to do; empty where nothing is known."""
+    one = newest(submissions(workspace, run)).get(key)
+    row = Decisions(workspace, run).last(key, one.name) if one else {}
+    lines = []
+    if row.get("action") in (STOP, CANCEL, WAIT):
+        lines.append(f"{_WORDS[row['action']]} ({row['kind']}, by {row.get('source', 'hand')}): {row['why']}")
+        lines += [f"because {row['reason']}"] if row.get("reason") else []
+        lines += [f"to do: {row['todo']}"] if row.get("todo") else []
+    status = read_status(logs)
+    if status.get("state") == "failed":
+        lines += [f"its last error: {line}" for line in str(status.get("error", "")).strip().splitlines()[:1]]
+        lines += [line for line in str(status.get("error", "")).strip().splitlines() if line.startswith("  fix:")]
+    if lines:
+        lines.append(f"log: {logs.parent / logs.name}.log")
+    return lines
+
+
+def _row(
+    key: str,
+    output: Path,
+    logs: Path,
+    tried: Tried | None,
+    queue: Mapping[Element, JobState] | None,
+    decided: Mapping[str, Any],
+) -> Row:
+    status, past = read_status(logs), read_attempts(logs)
+    job = queue.get(tried.element) if tried and queue else None
+    asked = queue is not None and tried is not None
+    state, reason = _state(output, logs, status, job, decided, asked)
+    begun = status.get("attempt", {}).get("started") if state == "running" else None
+    seconds = sum(max(0.0, row.get("ended", row["started"]) - row["started"]) for row in past)
+    resources = tried.array.resources if tried else {}
+    return Row(
+        key=key, state=state, reason=reason, progress=_progress(logs, status) if state != "complete" else "",
+        node=(job.node if job else "") or str(status.get("host", "")) * bool(past or begun),
+        seconds=seconds + (time.time() - begun if begun else 0.0),
+        gpus=resources.get("nodes", 1) * resources.get("gpus", 0), restarts=max(0, len(past) + bool(begun) - 1),
+    )  # fmt: skip
+
+
+def _state(
+    output: Path,
+    logs: Path,
+    status: Mapping[str, Any],
+    job: JobState | None,
+    decided: Mapping[str, Any],
+    asked: bool,
+) -> tuple[str, str]:
+    """A finished artifact is the truth, then the queue; a status that says running without a process is none."""
+    if job is not None and job.live:
+        if job.state == "PENDING":
+            broken = slurm.waits_for(job)[1]
+            return ("held", "what it reads has failed") if broken else ("queued", _why_queued(job))
+        return "running", ""
+    if (output / MANIFEST).is_file() and status.get("state") not in ("failed", "running"):
+        return "complete", ""
+    if is_running(logs):
+        return "running", ""
+    if decided.get("action") in _WORDS:
+        todo = f"; to do: {decided['todo']}" if decided.get("todo") else ""
+        return _WORDS[decided["action"]], f"{decided['kind']}: {decided['why']} ({decided['reason']}){todo}"
+    state = str(status.get("state", "waiting"))
+    error = str(status.get("error", "")).strip().splitlines()
+    error = error[-1:] if error[:1] == ["Traceback (most recent call last):"] else error[:1]
+    if asked and not (state == "failed" and error):
+        return "ended", f"Slurm: {job.state}" if job else "its job is gone"
+    if state in ("running", "complete", "killed"):
+        return "interrupted", f"{status.get('signal', 'its process ended early')}: run again to resume"
+    return state, error[0] if state == "failed" and error else ""
+
+
+def _why_queued(job: JobState) -> str:
+    return job.reason if job.reason not in ("None", "Dependency") else "waits for others" * (job.reason != "None")
+
+
+def _blocked(row: Row, upstream: Sequence[Row]) -> Row:
+    """A task that nobody has begun, behind one that nothing runs again by itself."""
+    broken = [other for other in upstream if other.state in _BROKEN]
+    if not broken or row.state not in ("waiting", "queued", "held", "ended"):
+        return row
+    cause = broken[0].reason if broken[0].state == "blocked" else f"{broken[0].key} has {broken[0].state}"
+    cause = cause.replace("has ended", "has failed").replace("has blocked", "is blocked")
+    return Row(row.key, "blocked", cause, seconds=row.seconds, gpus=row.gpus, restarts=row.restarts)
+
+
+def _progress(logs: Path, status: Mapping[str, Any]) -> str:
+    try:
+        progress = json.loads((logs / PROGRESS).read_text())
+    except (FileNotFoundError, ValueError):
+        return ""
+    shown = f"{progress['done']}{'/' + str(progress['total']) if progress['total'] else ''} {progress['unit']}"
+    left = _seconds_left(progress, status.get("attempt", {})) if status.get("state") == "running" else None
+    return shown if left is None else f"{shown}, {_duration(left)} left"
+
+
+def _seconds_left(progress: Mapping[str, Any], attempt: Mapping[str, Any]) -> float | None:
+    """By the pace of this attempt."""
+    done = progress["done"] - attempt.get("done_before", 0)
+    if not progress["total"] or done <= 0 or progress["time"] <= attempt["started"]:
+        return None
+    left: float = (progress["time"] - attempt["started"]) / done * (progress["total"] - progress["done"])
+    return left
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _by_stage(rows: Sequence[Row]) -> list[list[Row]]:
+    stages: dict[str, list[Row]] = {}
+    for row in rows:
+        stages.setdefault(row.key.partition(":")[0], []).append(row)
+    return list(stages.values())
+
+
+def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    if len(rows) <= _ROWS_OF_A_STAGE:
+        return [_cells(row) for row in rows]
+    counts = Counter(row.state for row in rows)
+    seconds = sum(row.seconds for row in rows)
+    summed = Row(
+        f"{rows[0].key.partition(':')[0]} ({len(rows)})", "", ", ".join(f"{n} {s}" for s, n in counts.most_common()),
+        seconds=seconds, restarts=sum(row.restarts for row in rows),
+    )  # fmt: skip
+    cells = _cells(summed)
+    hours = sum(row.gpu_hours for row in rows)
+    shown = [row for row in rows if row.state in _BROKEN and row.state != "blocked"][:_ROWS_OF_A_STAGE]
+    return [(*cells[:5], f"{hours:.1f}" if hours else "", *cells[6:]), *(_cells(row) for row in shown)]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    time_shown = _duration(row.seconds) if row.seconds else ""
+    hours = f"{row.gpu_hours:.1f}" if row.gpus else ""
+    return (row.key, row.state, row.progress, row.node, time_shown, hours, str(row.restarts or ""), row.reason)
+
+
+def _exit_code(rows: Iterable[Row]) -> int:
+    return int(any(row.state in ("failed", "killed", "stopped") for row in rows))
+
+
+def _tasks(workspace: Path, run: str) -> list[dict[str, Any]]:
+    path = workspace / "logs" / run / "plan.json"
+    if not path.is_file():
+        raise PipelineError(
+            "no such run", where=path.parent, expected=f"one of: {', '.join(_runs(workspace)) or '(none yet)'}",
+            fix="start one with `prefmill run PIPELINE`, or name the workspace with --workspace",
+        )  # fmt: skip
+    tasks: list[dict[str, Any]] = json.loads(path.read_text())["tasks"]
+    return tasks
+
+
+def _runs(workspace: Path) -> list[str]:
+    return sorted(path.parent.name for path in (workspace / "logs").glob("*/plan.json") if path.parent.name != "latest")
+
+
+_WORDS = {STOP: "stopped", CANCEL: "cancelled", WAIT: "waiting"}

@@ -1,0 +1,165 @@
+"""The record of a submission: what was asked for, the code as it was, every array and every job that came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prefmill.core.errors import PipelineError
+from prefmill.core.files import write_atomic
+from prefmill.pipeline.decisions import submissions_folder
+
+RECORD, JOBS, CODE, ARRAYS = "submission.json", "jobs.jsonl", "code", "arrays"
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One sbatch call: `indices` are the array's elements it runs, `dependency` what it waits for."""
+
+    kind: Literal["array", "advance"]
+    stage: str
+    chunk: int
+    job_id: str
+    indices: tuple[int, ...]
+    dependency: str
+    time: float
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """A chunk of a stage's tasks; a task's place in `tasks` is its array index."""
+
+    path: Path
+    stage: str
+    chunk: int
+    tasks: tuple[str, ...]
+    resources: dict[str, Any]
+
+    @property
+    def script(self) -> Path:
+        """What sbatch is given, byte for byte."""
+        return self.path.with_suffix(".sbatch")
+
+    @property
+    def submission(self) -> Path:
+        """The folder of the submission this belongs to."""
+        return self.path.parents[1]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A submission on disk: written once, before its first job; only `jobs.jsonl` grows."""
+
+    folder: Path
+    number: int
+    run: str
+    workspace: Path
+    pipeline: dict[str, Any]
+    source: str
+    cluster: dict[str, Any]
+    code: str
+
+    @property
+    def code_folder(self) -> Path:
+        """The code its jobs run, as it was when it was submitted."""
+        return self.folder / CODE
+
+    def arrays(self) -> list[ArrayFile]:
+        """Every chunk of every stage."""
+        return [read_array(path) for path in sorted((self.folder / ARRAYS).glob("*.json"))]
+
+    def array(self, stage: str, chunk: int) -> ArrayFile:
+        """Chunk `chunk` of `stage`."""
+        return read_array(array_path(self.folder, stage, chunk))
+
+    def jobs(self) -> list[JobRecord]:
+        """Every job submitted so far, oldest first; a line torn by a crash is left out."""
+        return list(_job_records(self.folder / JOBS))
+
+    def record_job(
+        self, kind: Literal["array", "advance"], stage: str, chunk: int, job_id: str, indices: Sequence[int], dep: str
+    ) -> JobRecord:
+        """Note a job that sbatch has accepted; on disk before this returns."""
+        record = JobRecord(kind, stage, chunk, job_id, tuple(indices), dep, time.time())
+        with (self.folder / JOBS).open("a+b") as stream:
+            torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
+            stream.write((b"\n" if torn else b"") + json.dumps(asdict(record)).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        return record
+
+
+def array_path(submission: Path, stage: str, chunk: int) -> Path:
+    """Where chunk `chunk` of `stage` is described."""
+    return submission / ARRAYS / f"{stage}.{chunk}.json"
+
+
+def next_number(workspace: Path, run: str) -> int:
+    """The number the next submission of this run gets."""
+    folder = submissions_folder(workspace, run)
+    return 1 + max((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()), default=0)
+
+
+def claim_folder(workspace: Path, run: str) -> tuple[int, Path]:
+    """The next number and its new, empty folder; of two that ask at once each gets its own."""
+    while True:
+        number = next_number(workspace, run)
+        folder = submissions_folder(workspace, run) / f"{number:04d}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        (folder / ARRAYS).mkdir()
+        return number, folder
+
+
+def write_submission(submission: Submission) -> None:
+    """Write the record that makes the folder a submission: last, when code and arrays are there."""
+    values = {key: value for key, value in asdict(submission).items() if key != "folder"}
+    write_atomic(submission.folder / RECORD, json.dumps(values | {"workspace": str(submission.workspace)}, indent=1))
+
+
+def read_submission(folder: Path) -> Submission:
+    """The submission in `folder`; raises PipelineError where there is none."""
+    try:
+        values = json.loads((folder / RECORD).read_text())
+    except FileNotFoundError:
+        raise PipelineError(
+            "no submission here", where=folder, expected=f"a {RECORD}", fix="submit the pipeline with `prefmill submit`"
+        ) from None
+    return Submission(folder, **values | {"workspace": Path(values["workspace"])})
+
+
+def submissions(workspace: Path, run: str) -> list[Submission]:
+    """Every submission of a run, oldest first; one that was interrupted before its first job is left out."""
+    folders = sorted(submissions_folder(workspace, run).glob("[0-9]*"))
+    return [read_submission(folder) for folder in folders if (folder / RECORD).is_file()]
+
+
+def write_array(array: ArrayFile) -> None:
+    """Write a chunk's description."""
+    values = {key: value for key, value in asdict(array).items() if key != "path"}
+    array.path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def read_array(path: Path) -> ArrayFile:
+    """The chunk described in `path`."""
+    values = json.loads(path.read_text())
+    return ArrayFile(path, values["stage"], values["chunk"], tuple(values["tasks"]), values["resources"])
+
+
+def _job_records(path: Path) -> Iterator[JobRecord]:
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        yield JobRecord(**values | {"indices": tuple(values["indices"])})

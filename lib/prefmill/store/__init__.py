@@ -1,0 +1,1 @@
+"""What is on disk: artifacts, JSON Lines, journals, cached tensors, work that can be resumed."""

@@ -1,0 +1,146 @@
+"""Artifacts: a folder whose `manifest.json`, written last and by rename, makes it done."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from prefmill.core.artifact import (
+    CHECKPOINT_PREFIX,
+    MANIFEST,
+    RUN_RECORD,
+    WORK,
+    Artifact,
+    FileEntry,
+    Manifest,
+    Provenance,
+)
+from prefmill.core.errors import ArtifactError
+from prefmill.core.files import digest_json, write_atomic
+
+SCHEMA_VERSIONS: dict[str, int] = {}  # of the kinds whose files have changed form; every kind starts at 1
+
+
+def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[str, Any]) -> Artifact:
+    """Make `folder` an artifact of `kind`: hash its payload, then write the manifest by rename.
+
+    Raises ArtifactError when there is no payload or a pickle in it: an empty output is never taken for done.
+    """
+    files = [_entry(path, folder) for path in payload(folder)]
+    if not files:
+        raise ArtifactError("the stage wrote nothing", where=folder, fix="this is a bug in the stage: report it")
+    schema_version = SCHEMA_VERSIONS.get(kind, 1)
+    content = {"kind": kind, "schema_version": schema_version, "files": sorted([e.path, e.sha256] for e in files)}
+    manifest = Manifest(
+        kind=kind,
+        schema_version=schema_version,
+        stage=provenance.stage,
+        task=provenance.task,
+        fingerprint=provenance.fingerprint,
+        identity=dict(provenance.identity),
+        config=dict(provenance.config),
+        code_version=provenance.code_version,
+        inputs=dict(provenance.inputs),
+        files=files,
+        metrics=dict(metrics),
+        content_digest=digest_json(content),
+    )
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    return Artifact(folder, manifest)
+
+
+def read(folder: Path, kind: str | None = None) -> Artifact:
+    """The finished artifact in `folder`; raises ArtifactError if it is missing, torn or not of `kind`.
+
+    Sizes of the payload files are checked here, their digests by `verify`.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError(
+            "no finished artifact here", where=folder, expected=f"a {MANIFEST}",
+            fix="run the stage that makes it; an interrupted one resumes where it stopped",
+        )  # fmt: skip
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(
+            "wrong kind of artifact", where=folder, got=manifest.kind, expected=kind,
+            fix="point this input at the output of a stage that writes that kind",
+        )  # fmt: skip
+    if manifest.schema_version != SCHEMA_VERSIONS.get(manifest.kind, 1):
+        raise ArtifactError(
+            "artifact written by another version of prefmill", where=folder,
+            got=f"{manifest.kind} schema {manifest.schema_version}",
+            expected=f"schema {SCHEMA_VERSIONS.get(manifest.kind, 1)}", fix="rerun its stage with --force",
+        )  # fmt: skip
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            raise ArtifactError(
+                "artifact is damaged", where=path, got=f"{path.stat().st_size} bytes" if path.is_file() else "no file",
+                expected=f"{entry.bytes} bytes", fix=f"rerun stage {manifest.stage} with --force",
+            )  # fmt: skip
+    return Artifact(folder, manifest)
+
+
+def verify(artifact: Artifact) -> None:
+    """Hash every payload file again; raises ArtifactError on the first that differs from the manifest."""
+    for entry in artifact.manifest.files:
+        found = _entry(artifact.path / entry.path, artifact.path)
+        if found.sha256 != entry.sha256:
+            raise ArtifactError(
+                "artifact's content has changed since it was made", where=artifact.path / entry.path,
+                got=found.sha256, expected=entry.sha256, fix=f"rerun stage {artifact.manifest.stage} with --force",
+            )  # fmt: skip
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest in `folder`, None where there is none; raises ArtifactError if it is not one."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError as error:
+        raise ArtifactError(
+            "unreadable manifest", where=path, got=str(error).splitlines()[0],
+            fix="delete the folder and rerun its stage",
+        ) from None  # fmt: skip
+
+
+def payload(folder: Path) -> list[Path]:
+    """The files that are an artifact's content: all but the manifest, the run record and resume state."""
+    return sorted(path for path in _walk(folder) if path.name not in {MANIFEST, RUN_RECORD} or path.parent != folder)
+
+
+def superseded(folder: Path) -> Path:
+    """Where the finished output that `folder` replaces is kept, one generation deep."""
+    return folder.parents[1] / ".superseded" / folder.parent.name / folder.name
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            if path.name != WORK and not path.name.startswith(CHECKPOINT_PREFIX):
+                yield from (item for item in path.rglob("*") if item.is_file())
+        elif not path.name.startswith("."):
+            yield path
+
+
+_CHUNK_BYTES = 1 << 20
+
+
+def _entry(path: Path, folder: Path) -> FileEntry:
+    if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle"}:
+        raise ArtifactError("a pickle cannot be published", where=path, fix="this is a bug in the stage: report it")
+    digest, size, lines = hashlib.sha256(), 0, 0
+    counts_rows = path.suffix in {".jsonl", ".csv"}
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+            lines += chunk.count(b"\n") if counts_rows else 0
+    name = path.relative_to(folder).as_posix()
+    return FileEntry(path=name, bytes=size, rows=lines if counts_rows else None, sha256=digest.hexdigest())

@@ -1,0 +1,98 @@
+"""A journal of finished work: one line an outcome, appended as it comes, so that a kill costs at most one."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+from prefmill.store.jsonl import parse_json, to_json
+
+_FAILED = b"failed"  # in the place of the number of tokens that were cut
+
+
+class Entry(NamedTuple):
+    """A line: the row's JSON, the tokens cut from the review, and whether the row tells of a failure."""
+
+    json: bytes
+    num_cut_tokens: int
+    failed: bool
+
+    def row(self) -> Any:
+        """The row itself."""
+        return parse_json(self.json)
+
+
+class Journal(AbstractContextManager["Journal"]):
+    """Appends entries to `path`; what an interrupted attempt left there is kept, but for a torn end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        _cut_torn_end(path)
+        self._stream: IO[bytes] = path.open("ab")
+
+    def append(self, row: Any, num_cut_tokens: int = 0, failed: bool = False) -> None:
+        """Add one entry; when this returns, it survives the end of this process."""
+        head = _FAILED if failed else str(num_cut_tokens).encode()
+        self._stream.write(head + b"\t" + to_json(row).encode() + b"\n")
+        self._stream.flush()
+
+    def entries(self) -> Iterator[Entry]:
+        """Every entry, from the first."""
+        with self._path.open("rb") as stream:
+            yield from map(_entry, stream)
+
+    def ordered(self, key: Callable[[Entry], tuple[str, str]]) -> Iterator[Entry]:
+        """Every entry, by its key; sorted on disk, so that memory does not grow with their number."""
+        with contextlib.closing(sqlite3.connect("")) as places, self._path.open("rb") as stream:
+            places.execute("CREATE TABLE places (first BLOB, second BLOB, start INTEGER)")
+            places.executemany("INSERT INTO places VALUES (?, ?, ?)", _places(stream, key))
+            for (start,) in places.execute("SELECT start FROM places ORDER BY first, second"):
+                stream.seek(start)
+                yield _entry(stream.readline())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+
+def _places(lines: Iterable[bytes], key: Callable[[Entry], tuple[str, str]]) -> Iterator[tuple[bytes, bytes, int]]:
+    """A line's key, in bytes that sort as the text does whatever it holds, and where it starts."""
+    start = 0
+    for line in lines:
+        first, second = (part.encode("utf-8", "surrogatepass") for part in key(_entry(line)))
+        yield first, second, start
+        start += len(line)
+
+
+def _entry(line: bytes) -> Entry:
+    head, _, row = line.rstrip(b"\n").partition(b"\t")
+    failed = head == _FAILED
+    return Entry(row, 0 if failed else int(head), failed)
+
+
+def _cut_torn_end(path: Path) -> None:
+    """Shorten the file to its lines that are whole: a killed process leaves part of one, a power cut more."""
+    good = 0
+    with path.open("r+b") as stream:
+        for line in stream:
+            if not _is_whole(line):
+                break
+            good += len(line)
+        stream.truncate(good)
+
+
+def _is_whole(line: bytes) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        return isinstance(_entry(line).row(), dict)
+    except ValueError:
+        return False

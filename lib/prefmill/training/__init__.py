@@ -1,0 +1,1 @@
+"""The one training loop: configuration, arguments, objectives, batches, checkpoints, telemetry."""

@@ -1,0 +1,91 @@
+"""What prefmill hangs into transformers' Trainer: step records, progress, and checkpoints marked when complete."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from prefmill.core.errors import PipelineError
+from prefmill.core.stage import Task
+from prefmill.pipeline.attempts import EXECUTED
+from prefmill.pipeline.graceful_stop import Stopped, StopWatch
+from prefmill.store.jsonl import append_row
+from prefmill.training.checkpoints import STEPS, mark_complete
+
+
+class StageCallback(TrainerCallback):
+    """Records steps, publishes progress, marks checkpoints; stops on a lost loss, or when asked after saving."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.stopping = False
+        self._watch = StopWatch(task.logs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Record that this optimizer step was taken; save and stop after it where that was asked for."""
+        due = False
+        if state.is_world_process_zero:
+            append_row(self.task.logs / EXECUTED, {"step": state.global_step})
+            self.task.progress(state.global_step, state.max_steps, "steps")
+            due = self._watch.due(state.global_step, int(args.logging_steps))
+        if state.global_step < state.max_steps and _rank_zero_says(due, args.device):
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An epoch broken off is no occasion to evaluate."""
+        if self.stopping and state.epoch is not None and abs(state.epoch - round(state.epoch)) > 1e-6:
+            control.should_evaluate = False
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raise Stopped rather than have a half-trained model taken for the finished one."""
+        if self.stopping:
+            raise Stopped(f"saved and stopped at step {state.global_step} of {state.max_steps}")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Append to the curve; raises PipelineError when the loss is NaN or infinite."""
+        values = {key: value for key, value in (logs or {}).items() if key in _CURVE_KEYS or key.startswith("eval_")}
+        curve = {key: value for key, value in values.items() if not key.endswith(_TIMING_SUFFIXES)}
+        if not curve or not state.is_world_process_zero:
+            return
+        append_row(self.task.logs / STEPS, {"step": state.global_step, "epoch": state.epoch, **curve})
+        if not math.isfinite(curve.get("loss", 0.0)):
+            raise PipelineError(
+                "the loss is no longer a number", where=f"step {state.global_step}", got=curve["loss"],
+                fix="lower learning_rate, check the data, or use precision=fp32; the last checkpoint is kept",
+            )  # fmt: skip
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Mark the checkpoint just written as complete, once every rank has written its part."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            mark_complete(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _rank_zero_says(decision: bool, device: torch.device) -> bool:
+    """The same answer on every rank: what rank 0 has decided."""
+    if not torch.distributed.is_initialized():
+        return decision
+    answer = torch.tensor([decision], dtype=torch.int32, device=device)
+    torch.distributed.broadcast(answer, 0)
+    return bool(answer.item())
+
+
+_CURVE_KEYS = {
+    "loss", "learning_rate", "grad_norm", "margin", "accuracy", "length_accuracy", "chosen_logps", "rejected_logps",
+    "chosen_change", "length_correlation",
+    "mean_token_accuracy", "draw_variance", "recommended_draws", "draws", "winner_error_change", "sft_cosine",
+}  # fmt: skip
+_TIMING_SUFFIXES = ("runtime", "per_second")

@@ -1,0 +1,118 @@
+"""The configuration that every training stage has, and what follows from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.errors import ConfigError
+from prefmill.core.precision import Precision
+
+if TYPE_CHECKING:
+    pass
+
+
+class LoraConfig(StrictConfig):
+    """A low-rank adapter, merged into the weights of the finished checkpoint."""
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    use_dora: bool = False
+    target_modules: str | list[str] = "all-linear"
+
+
+class TrainingConfig(StrictConfig):
+    """Keys of every training stage, under the names transformers and TRL give them.
+
+    `effective_batch_size` counts what one optimizer step sees over all ranks; accumulation follows from it.
+    A stage that saves what ranks hold together sets `can_shard`.
+    """
+
+    can_shard: ClassVar[bool] = True
+
+    model_name_or_path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    precision: Precision = "bf16"
+    max_length: int = Field(4096, ge=2)
+    on_overlong: Literal["fail", "drop"] = "fail"
+
+    learning_rate: float = Field(gt=0)
+    num_train_epochs: int = Field(ge=1)
+    per_device_train_batch_size: int = Field(1, ge=1)
+    effective_batch_size: int = Field(16, ge=1)
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    lora: LoraConfig | None = None
+    activation_checkpointing: bool = False
+    deepspeed: ExternalPath | None = None
+    fsdp: bool = False
+    seed: int = 42
+
+    logging_steps: int = runtime(10, ge=1)
+    save_steps: int = runtime(500, ge=1)
+    save_total_limit: int = runtime(2, ge=2)  # while one is written, the one before it is what a kill leaves
+    dataloader_num_workers: int = runtime(0, ge=0)
+    report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(["tensorboard"])
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _shipped_with_the_repository(cls, given: Any) -> Any:
+        if not isinstance(given, str) or Path(given).expanduser().exists():
+            return given
+        from prefmill.pipeline.plan import default_workspace
+
+        shipped = default_workspace() / given  # an absolute path stays what it is
+        return str(shipped) if shipped.exists() else given
+
+    @model_validator(mode="after")
+    def _one_strategy(self) -> TrainingConfig:
+        if self.fsdp and self.deepspeed:
+            raise ValueError("fsdp and deepspeed both shard the model: give one of them")
+        if (self.fsdp or self.deepspeed) and not self.can_shard:
+            raise ValueError("this stage trains whole models: leave out fsdp and deepspeed")
+        return self
+
+    @model_validator(mode="after")
+    def _curves_survive_a_restart(self) -> TrainingConfig:
+        if self.save_steps % self.logging_steps:
+            raise ValueError(
+                "save_steps must be a multiple of logging_steps: a logged loss is the mean since the one before"
+            )
+        return self
+
+
+def accumulation(config: TrainingConfig, world_size: int) -> int:
+    """Microbatches a rank sees before an optimizer step; raises ConfigError where the batch does not divide."""
+    at_once = config.per_device_train_batch_size * world_size
+    if config.effective_batch_size % at_once:
+        raise ConfigError(
+            "effective_batch_size does not divide among the ranks", got=config.effective_batch_size,
+            expected=f"a multiple of per_device_train_batch_size x ranks = {at_once}",
+            fix=f"set effective_batch_size to {max(1, round(config.effective_batch_size / at_once)) * at_once}",
+        )  # fmt: skip
+    return config.effective_batch_size // at_once
+
+
+def weights_precision(config: TrainingConfig) -> Precision:
+    """The precision weights are kept in: a frozen base as computed in, trained weights in fp32 under autocast.
+
+    DeepSpeed computes in the weights' own precision, and keeps copies in fp32 that it trains.
+    """
+    return config.precision if config.lora or config.deepspeed else "fp32"
+
+
+def needs_less(config: object) -> dict[str, Any]:
+    """Keys with which a training needs less GPU memory for the same optimizer steps; empty where nothing is left."""
+    if not isinstance(config, TrainingConfig):
+        return {}
+    at_once = config.per_device_train_batch_size
+    if at_once > 1:  # the next smaller divisor: the effective batch still divides by it
+        return {"per_device_train_batch_size": next(n for n in range(at_once - 1, 0, -1) if at_once % n == 0)}
+    return {} if config.activation_checkpointing else {"activation_checkpointing": True}

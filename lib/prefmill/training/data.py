@@ -1,0 +1,115 @@
+"""Preference pairs, gathered by prompt: one prompt, its distinct responses, and which of them beats which."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.errors import InputError
+from prefmill.store.jsonl import read_jsonl
+
+Encode = Callable[[Sequence[Mapping[str, Any]], str], tuple[list[int], list[int]]]
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt and two answers to it; pairs of one `group` share the prompt.
+
+    `images` are paths, one for each `<image>` in the messages.
+    """
+
+    pair_id: str
+    group: str
+    messages: list[dict[str, Any]]
+    chosen: str
+    rejected: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference between two responses of a group, by their places in it."""
+
+    pair_id: str
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Token ids of a prompt, of every distinct response to it, and the pairs among them; `images` of the prompt."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    pairs: list[Pair]
+    images: tuple[str, ...] = ()
+
+    def tokens_of(self, pair: Pair) -> int:
+        """Tokens of the prompt with the longer side of `pair`."""
+        return len(self.prompt) + max(len(self.responses[pair.chosen]), len(self.responses[pair.rejected]))
+
+    def up_to(self, max_length: int) -> Group:
+        """The pairs whose sides both fit into `max_length` with the prompt, and the responses that they compare."""
+        pairs = [pair for pair in self.pairs if self.tokens_of(pair) <= max_length]
+        places = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
+        moved = {place: index for index, place in enumerate(places)}
+        kept = [Pair(pair.pair_id, moved[pair.chosen], moved[pair.rejected]) for pair in pairs]
+        return Group(self.prompt, [self.responses[place] for place in places], kept, self.images)
+
+
+def read_pairs(path: Path) -> Iterator[PreferencePair]:
+    """The pairs of a dataset that build_datasets wrote; raises InputError naming the row that is not one."""
+    for number, row in enumerate(read_jsonl(path), 1):
+        try:
+            messages = [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+            images = tuple(str(path.parent.parent / name) for name in row.get("images", ()))
+            answers = (row["chosen"]["value"], row["rejected"]["value"])
+            yield PreferencePair(row["id"], row["group"], messages, *answers, images)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                "not a preference row", where=f"{path}:{number}", got=f"missing or malformed: {error}",
+                expected="id, group, conversations, chosen, rejected", fix="run validate_datasets on this dataset",
+            ) from None  # fmt: skip
+
+
+def swap_by_coin(pairs: Iterable[PreferencePair], seed: int) -> Iterator[PreferencePair]:
+    """Pairs with chosen and rejected swapped by a fair coin keyed by (seed, id): a control that holds no preference."""
+    for pair in pairs:
+        heads = hashlib.sha256(f"{seed}:{pair.pair_id}".encode()).digest()[0] % 2
+        chosen, rejected = (pair.rejected, pair.chosen) if heads else (pair.chosen, pair.rejected)
+        yield replace(pair, chosen=chosen, rejected=rejected)
+
+
+def gather(pairs: Iterable[PreferencePair], encode: Encode) -> list[Group]:
+    """Pairs as groups, in the order their groups first appear; a response that is in several pairs is kept once.
+
+    Two pairs of one group with different prompts make two groups. Raises InputError for a pair whose sides are equal.
+    """
+    groups: dict[tuple[Any, ...], Group] = {}
+    places: dict[tuple[Any, ...], dict[tuple[int, ...], int]] = {}
+    for pair in pairs:
+        prompt, chosen = encode(pair.messages, pair.chosen)
+        _, rejected = encode(pair.messages, pair.rejected)
+        if chosen == rejected:
+            raise InputError(
+                "chosen and rejected are the same", where=f"pair {pair.pair_id}",
+                fix="leave the pair out, by `exclude` of build_datasets",
+            )  # fmt: skip
+        key = (pair.group, tuple(prompt), pair.images)
+        group = groups.setdefault(key, Group(prompt, [], [], pair.images))
+        known = places.setdefault(key, {})
+        sides = [_place(group, known, response) for response in (chosen, rejected)]
+        group.pairs.append(Pair(pair.pair_id, *sides))
+    return list(groups.values())
+
+
+def _place(group: Group, known: dict[tuple[int, ...], int], response: list[int]) -> int:
+    key = tuple(response)
+    if key not in known:
+        known[key] = len(group.responses)
+        group.responses.append(response)
+    return known[key]

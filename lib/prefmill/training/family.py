@@ -1,0 +1,81 @@
+"""What a model family gives the one preference trainer: batches of its samples, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from prefmill.training.batches import AnyGroup, GroupPart
+from prefmill.training.objectives import PairScores
+
+Reference = Callable[[int, int], Tensor]
+"""The reference's scores of a group's samples, [S, ...], by the group's place and the epoch."""
+
+
+class ScoredBatch(Protocol):
+    """S samples and the N pairs among them: `chosen`, `rejected` [N] are places in [0, S), `lengths` [S]."""
+
+    @property
+    def chosen(self) -> Tensor: ...
+    @property
+    def rejected(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    def to(self, device: torch.device) -> ScoredBatch:
+        """The batch on `device`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model family scores.
+
+    `encode` makes the batch that some pairs of some groups need in an epoch, its pairs in the order of the parts;
+    `score` gives every sample of a batch its score under a model, [S]. A family whose scores say more (a value a
+    draw, [S, n]; residuals; a soft label) overrides `pair_scores`.
+    """
+
+    encode: Callable[[Sequence[Any], Sequence[GroupPart], int], Any]
+    score: Callable[[Any, Any], Tensor]
+
+    def pair_scores(
+        self, model: Any, batch: Any, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
+    ) -> PairScores:
+        """The scores of a batch's pairs under `model`; the reference's are [N, ...], or None without one."""
+        scores = self.score(model, batch)
+        lengths = batch.lengths.to(scores.dtype)
+        return PairScores(
+            scores[batch.chosen],
+            scores[batch.rejected],
+            lengths[batch.chosen],
+            lengths[batch.rejected],
+            ref_chosen,
+            ref_rejected,
+        )
+
+    def reference_sides(self, scores: Tensor, index: int, pair: Any) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected of a group's pair number `index` in the reference's scores of the group."""
+        return scores[pair.chosen], scores[pair.rejected]
+
+
+def by_group(scores: Sequence[Tensor]) -> Reference:
+    """A reference whose scores, [S] a group, are the same in every epoch."""
+    return lambda group, epoch: scores[group]
+
+
+def reference_of_pairs(
+    family: Family, reference: Reference, groups: Sequence[AnyGroup], parts: Sequence[GroupPart], epoch: int
+) -> tuple[Tensor, Tensor]:
+    """The reference's scores of chosen and rejected, each [N, ...], in the order of the parts' pairs."""
+    chosen, rejected = [], []
+    for part in parts:
+        scores = reference(part.group, epoch)
+        for index in part.pairs:
+            sides = family.reference_sides(scores, index, groups[part.group].pairs[index])
+            chosen.append(sides[0])
+            rejected.append(sides[1])
+    return torch.stack(chosen), torch.stack(rejected)

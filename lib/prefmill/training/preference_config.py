@@ -1,0 +1,53 @@
+"""The configuration of preference training, under the names TRL's DPOConfig gives its keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from prefmill.core.config import ExternalPath
+from prefmill.training.config import TrainingConfig
+
+
+class PreferenceConfig(TrainingConfig):
+    """`effective_batch_size` counts pairs. `shuffle_labels` swaps chosen and rejected by a seeded coin: a control.
+
+    `layout: group` runs a prompt once for all of its responses, `pairwise` once for each side of each pair; both
+    compute the same. `max_tokens_per_microbatch` splits larger groups. `ref_name` is another reference than the policy
+    as it starts: a hub name, or a folder, which becomes `ref_folder` and whose content counts.
+    """
+
+    learning_rate: float = Field(5e-6, gt=0)
+    num_train_epochs: int = Field(2, ge=1)
+    beta: float = Field(0.1, gt=0)
+    loss_type: list[str] = ["sigmoid"]
+    loss_weights: list[float] = [1.0]
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    simpo_gamma: float = 0.5
+    ld_alpha: float | None = Field(None, ge=0, le=1)
+    layout: Literal["group", "pairwise"] = "pairwise"
+    max_tokens_per_microbatch: int | None = Field(None, ge=2)
+    shuffle_labels: bool = False
+    ref_name: str | None = None
+    ref_folder: ExternalPath | None = None
+    ref_revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_or_name(cls, values: Any) -> Any:
+        """A folder's path says nothing of what is in it."""
+        if not isinstance(values, dict) or not isinstance(values.get("ref_name"), str):
+            return values
+        if values.get("ref_folder") is not None:
+            raise ValueError("give ref_name or ref_folder, not both")
+        name = values["ref_name"]
+        is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
+        return {**values, "ref_name": None, "ref_folder": name} if is_path else values
+
+    @model_validator(mode="after")
+    def _group_brings_its_own_attention(self) -> PreferenceConfig:
+        if self.layout == "group" and self.attn_implementation is not None:
+            raise ValueError("layout: group brings its own attention: leave attn_implementation out")
+        return self

@@ -1,0 +1,51 @@
+"""How fast every rank trains and what it holds at most: to a file a rank, and to the tracker."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from prefmill.distributed.collectives import from_all_ranks
+from prefmill.store.jsonl import append_row
+
+SPEED = "speed"
+
+
+class Speed:
+    """Counts a rank's tokens between two log lines. `tokens_per_second` is of all work, evaluation and saving too."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = folder / SPEED / f"rank{rank}.jsonl"
+        self._tokens, self._since = 0, time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        """Take in a microbatch of so many tokens, padding and prompts included."""
+        self._tokens += tokens
+
+    def window(self, step: int) -> dict[str, float]:
+        """`tokens_per_second` since the last call and `peak_memory_gb` since the start, written to the rank's file.
+
+        Returns them for the tracker: the sum and the highest over ranks, and each rank's as `rank0/...` where there are
+        several. Every rank must call.
+        """
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        own = {"tokens_per_second": self._tokens / seconds, "peak_memory_gb": peak_memory_gb()}
+        append_row(self._path, {"step": step, **own})
+        self._tokens, self._since = 0, time.monotonic()
+        ranks = from_all_ranks(own)
+        each = {f"rank{n}/{name}": value for n, values in enumerate(ranks) for name, value in values.items()}
+        return {
+            "tokens_per_second": sum(values["tokens_per_second"] for values in ranks),
+            "peak_memory_gb": max(values["peak_memory_gb"] for values in ranks),
+            **(each if len(ranks) > 1 else {}),
+        }
+
+
+def peak_memory_gb() -> float:
+    """The most this process has held, in GB of 2^30 bytes: of its GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

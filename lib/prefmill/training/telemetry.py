@@ -1,0 +1,133 @@
+"""What every pair did at every step: to `margins_log.jsonl`, to one .npy a step, and as means to the tracker."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefmill.distributed.collectives import from_all_ranks
+from prefmill.store.jsonl import append_row
+from prefmill.training.objectives import Objective, PairScores, Settings
+from prefmill.training.speed import Speed
+
+MARGINS = "margins"
+LOG = "margins_log.jsonl"
+ALARMS = "alarms.jsonl"
+CHOSEN_DROP = 0.5  # nats a token: e^-0.5 of the likelihood at every token
+
+
+class Telemetry:
+    """Collects the pairs of an optimizer step over its microbatches and ranks; rank 0 writes them when it is taken."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder = folder / MARGINS
+        self._rank = rank
+        self._alarms = folder / ALARMS
+        self.speed = Speed(folder, rank)
+        self._rows: list[dict[str, Any]] = []
+        self._window: list[dict[str, Any]] = []
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, pair_ids: list[str], scores: PairScores, objective: Objective, settings: Settings) -> None:
+        """Take in the pairs of one microbatch."""
+        columns = {
+            "chosen_logps": scores.chosen,
+            "rejected_logps": scores.rejected,
+            "margin": scores.margin,
+            "chosen_length": scores.chosen_length,
+            "rejected_length": scores.rejected_length,
+            "gradient_coefficient": gradient_coefficient(scores, objective, settings),
+        }
+        if scores.ref_chosen is not None and scores.ref_rejected is not None:
+            columns |= {
+                "ref_chosen_logps": scores.ref_chosen,
+                "ref_rejected_logps": scores.ref_rejected,
+            }
+        values = {name: column.detach().cpu().tolist() for name, column in columns.items()}
+        for index, pair_id in enumerate(pair_ids):
+            self._rows.append({"pair_id": pair_id, **{name: column[index] for name, column in values.items()}})
+
+    def step(self, step: int, epoch: int) -> None:
+        """Write the pairs of optimizer step `step` (from 1) of `epoch` (from 0), those of the first rank first.
+
+        A repeated step writes them again. Every rank must call.
+        """
+        rows = [row for rows in from_all_ranks(self._rows) for row in rows]
+        if self._rank == 0:
+            with (self._folder / LOG).open("a", encoding="utf-8") as stream:
+                for row in rows:
+                    stream.write(json.dumps({"step": step, "epoch": epoch, **row}) + "\n")
+            folder = self._folder / f"epoch_{epoch:03}"
+            folder.mkdir(exist_ok=True)
+            np.save(folder / f"step_{step:05}.npy", np.array([row["margin"] for row in rows], dtype=np.float32))
+        self._window += [{**row, "step": step} for row in rows]
+        self._rows = []
+
+    def means(self) -> dict[str, float]:
+        """Means over the pairs of all ranks since the last call: margin, accuracy, that of "longer wins", likelihoods.
+
+        `chosen_change` is how much likelier the chosen side is than under the reference, in nats a token;
+        `length_correlation` is that of margin and length difference: near 1 in a model that learns lengths alone.
+        """
+        rows, self._window = self._window, []
+        if not rows:
+            return {}
+        change = _mean([_chosen_change(row) for row in rows])
+        if change < -CHOSEN_DROP and self._rank == 0:
+            self._alarm(rows[-1]["step"], change)
+        return {
+            "margin": _mean([row["margin"] for row in rows]),
+            "accuracy": _mean([_wins(row["margin"]) for row in rows]),
+            "length_accuracy": _mean([_wins(row["chosen_length"] - row["rejected_length"]) for row in rows]),
+            "chosen_logps": _mean([row["chosen_logps"] for row in rows]),
+            "rejected_logps": _mean([row["rejected_logps"] for row in rows]),
+            "chosen_change": change,
+            "length_correlation": correlation(
+                [row["margin"] for row in rows], [row["chosen_length"] - row["rejected_length"] for row in rows]
+            ),
+        }
+
+    def _alarm(self, step: int, change: float) -> None:
+        """Say that the model unlearns what it is to prefer."""
+        said = f"chosen responses are {-change:.2f} nats a token less likely than under the reference"
+        append_row(
+            self._alarms, {"step": step, "alarm": said, "fix": "lower learning_rate, or mix in sft by loss_type"}
+        )
+        logging.getLogger(__name__).warning("step %d: %s", step, said)
+
+
+def correlation(left: list[float], right: list[float]) -> float:
+    """Pearson's correlation, 0 where either side is constant."""
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def _chosen_change(row: dict[str, Any]) -> float:
+    if "ref_chosen_logps" not in row:
+        return 0.0
+    change: float = (row["chosen_logps"] - row["ref_chosen_logps"]) / row["chosen_length"]
+    return change
+
+
+def gradient_coefficient(scores: PairScores, objective: Objective, settings: Settings) -> torch.Tensor:
+    """-dL/ds of the chosen score, [N]: how hard each pair pulls (b s(-bD) for the sigmoid objective)."""
+    chosen = scores.chosen.detach().requires_grad_()
+    detached = replace(scores, chosen=chosen, rejected=scores.rejected.detach())
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(objective.loss(detached, settings).sum(), chosen)
+    return -gradient
+
+
+def _wins(difference: float) -> float:
+    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

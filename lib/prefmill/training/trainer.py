@@ -1,0 +1,212 @@
+"""The one preference trainer: transformers' Trainer over a batch plan, a scorer and an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefmill.core.stage import Task
+from prefmill.distributed.collectives import world_size
+from prefmill.distributed.sharding import fsdp_mixed_precision
+from prefmill.training.arguments import trainer_arguments
+from prefmill.training.batches import AnyGroup, GroupPart, Microbatch
+from prefmill.training.config import TrainingConfig
+from prefmill.training.family import Family, Reference, reference_of_pairs
+from prefmill.training.objectives import Objective, PairScores, Settings
+from prefmill.training.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Groups, the reference's scores of their samples (None without a reference), and the batch plan."""
+
+    groups: Sequence[AnyGroup]
+    reference: Reference | None
+    plan: Sequence[Microbatch]
+
+
+class PlannedBatches(Dataset[dict[str, Any]]):
+    """The microbatches of a plan, encoded when they are asked for."""
+
+    def __init__(self, data: PreferenceData, family: Family) -> None:
+        self.data, self.family = data, family
+
+    def __len__(self) -> int:
+        return len(self.data.plan)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        microbatch = self.data.plan[index]
+        if microbatch.skipped:
+            return {"skipped": True, "step_pairs": microbatch.step_pairs}
+        # A rank without pairs still runs the model, on a pair whose loss is then left out.
+        parts = microbatch.parts or (GroupPart(0, (0,)),)
+        groups, reference = self.data.groups, self.data.reference
+        sides: tuple[Tensor | None, Tensor | None] = (None, None)
+        if reference:
+            sides = reference_of_pairs(self.family, reference, groups, parts, microbatch.epoch)
+        return {
+            "batch": self.family.encode(groups, parts, microbatch.epoch),
+            "pair_ids": [groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs],
+            "ref_chosen": sides[0],
+            "ref_rejected": sides[1],
+            "skipped": False,
+            "num_pairs": microbatch.num_pairs,
+            "step_pairs": microbatch.step_pairs,
+            "epoch": microbatch.epoch,
+        }
+
+
+class PreferenceTrainer(Trainer):
+    """Takes an optimizer step on the mean loss of its pairs, over microbatches and ranks.
+
+    Its dataset is the plan of all epochs, so the Trainer sees one epoch, in order: resuming skips what was done.
+    """
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train: PreferenceData,
+        val: PreferenceData | None,
+        family: Family,
+        objective: Objective,
+        settings: Settings,
+        telemetry: Telemetry,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.family, self.objective, self.settings, self.telemetry = family, objective, settings, telemetry
+        self._val = PlannedBatches(val, family) if val is not None else None
+        self._epoch_of_step = {item.step + 1: item.epoch for item in train.plan}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=PlannedBatches(train, family),
+            eval_dataset=self._val,
+            data_collator=lambda items: items[0],
+            callbacks=[*callbacks, _StepTelemetry(telemetry, self._epoch_of_step)],
+        )
+        # The loss is divided by the step's pairs below, so nobody is to divide by the accumulation again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def set_reference(self, train: Reference, val: Reference) -> None:
+        """Give every sample its reference score."""
+        self.train_dataset.data = replace(self.train_dataset.data, reference=train)
+        if self._val is not None:
+            self._val.data = replace(self._val.data, reference=val)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """The run's precision for whatever runs the model: reference and evaluation see what training sees.
+
+        accelerate does this only to the model it was given, when training begins: too late for the reference.
+        """
+        return self.accelerator.autocast()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        return int(batch_samples[0]["step_pairs"])
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = self.args.device
+        to_move = ("batch", "ref_chosen", "ref_rejected")
+        moved = {key: inputs[key].to(device) for key in to_move if inputs.get(key) is not None}
+        return {**inputs, **moved}
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a microbatch; nothing for one that the plan leaves empty on all ranks."""
+        if inputs["skipped"]:
+            return torch.zeros((), device=self.args.device)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The microbatch's share of its step's mean loss, a scalar; DDP averages over ranks, so it is scaled up."""
+        scores = self.pair_scores(model, inputs)
+        losses = self.objective.loss(scores, self.settings)
+        if inputs["num_pairs"] == 0:
+            return losses.sum() * 0.0
+        if model.training:
+            self.telemetry.speed.add(num_tokens(inputs["batch"]))
+            self.telemetry.add(inputs["pair_ids"], scores, self.objective, self.settings)
+        return losses.sum() * (self.args.world_size / inputs["step_pairs"])
+
+    def pair_scores(self, model: Any, inputs: dict[str, Any]) -> PairScores:
+        """The scores of a microbatch's pairs under `model` and the reference."""
+        return self.family.pair_scores(model, inputs["batch"], inputs["ref_chosen"], inputs["ref_rejected"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means over the pairs since the last log, and how fast the ranks were; every rank logs."""
+        if "loss" in logs:
+            logs = {**logs, **self.telemetry.means(), **self.telemetry.speed.window(self.state.global_step)}
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss, margin and accuracy over the validation pairs."""
+        if self._val is None:
+            return {}
+        self.model.eval()
+        losses, margins = [], []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for index in range(len(self._val)):
+                scores = self.pair_scores(self.model, self._prepare_inputs(self._val[index]))
+                losses.append(self.objective.loss(scores, self.settings))
+                margins.append(scores.margin)
+        metrics = self.eval_metrics(torch.cat(losses), torch.cat(margins))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def eval_metrics(self, losses: Tensor, margins: Tensor) -> dict[str, float]:
+        """What an evaluation reports of its pairs' losses and margins, [N] each."""
+        return {
+            "eval_loss": losses.mean().item(),
+            "eval_margin": margins.mean().item(),
+            "eval_accuracy": ((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
+        }
+
+
+def num_tokens(batch: Any) -> int:
+    """Tokens that the model runs over for a batch; 0 for families without tokens."""
+    tokens = getattr(batch, "input_ids", None)
+    return 0 if tokens is None else int(tokens.numel())
+
+
+def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
+    """The Trainer sees the plan of all epochs as one epoch of microbatches; the plan says where an epoch ends."""
+    given = trainer_arguments(config, task, world_size())
+    num_microbatches = sum(item.step == 0 for item in plan) // world_size()
+    one_epoch = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": num_microbatches,
+    }
+    return fsdp_mixed_precision(TrainingArguments(**given | one_epoch), config)
+
+
+class _StepTelemetry(TrainerCallback):
+    """Writes the pairs of a step when the step is taken, and asks for an evaluation where the plan ends an epoch."""
+
+    def __init__(self, telemetry: Telemetry, epoch_of_step: dict[int, int]) -> None:
+        self.telemetry, self.epoch_of_step = telemetry, epoch_of_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        epoch = self.epoch_of_step[state.global_step]
+        self.telemetry.step(state.global_step, epoch)
+        if self.epoch_of_step.get(state.global_step + 1) != epoch:
+            control.should_evaluate = True

@@ -1,0 +1,94 @@
+"""Configurations refuse what they do not understand, and know what decides a task's content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prefmill.core.config import ExternalPath, StrictConfig, flatten, identity, load, runtime
+from prefmill.core.errors import ConfigError, InputError
+
+
+class Source(StrictConfig):
+    path: ExternalPath
+    columns: list[str] = ["text"]
+
+
+class Example(StrictConfig):
+    learning_rate: float = 1e-5
+    num_train_epochs: int = 3
+    sources: list[Source] = []
+    output: Path = Path("out")
+    num_workers: int = runtime(4)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("learning_rate: 1e-4\nnum_train_epochs: 2\n")
+    config = load(Example, path, ["num_train_epochs=5"])
+    assert (config.learning_rate, config.num_train_epochs) == (1e-4, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learning_rat=1", ["learning_rat: unknown key", "did you mean 'learning_rate'", "num_train_epochs"]),
+        ("num_train_epochs=two", ["num_train_epochs = 'two'", "valid integer"]),
+        ("num_train_epochs=2.5", ["num_train_epochs = 2.5"]),
+        ("learning_rate=.nan", ["learning_rate"]),
+        ("sources=[{pth: a}]", ["sources.0.pth: unknown key", "did you mean 'path'", "sources.0.path: required"]),
+        ("num_train_epochs", ["an override is written key=value", "num_train_epochs=VALUE"]),
+        ("output=${oc.env:HOME}", ["environment values are not allowed"]),
+        ("output=${nothing}", ["cannot merge"]),
+    ],
+)
+def test_a_bad_override_names_key_value_and_fix(override: str, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(Example, {}, [override])
+    for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "- 1\n", "a: 1\na: 2\n", "\xff"])
+def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
+        load(Example, path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load(Example, tmp_path / "none.yaml")
+    (tmp_path / "demo.yaml").touch()
+    with pytest.raises(ConfigError, match=r"no such configuration file \(did you mean 'demo.yaml'\?\)"):
+        load(Example, tmp_path / "dmo.yaml")
+
+
+def test_identity_follows_content_not_paths_or_runtime_keys(tmp_path: Path) -> None:
+    def made(name: str, text: str, workers: int) -> dict[str, object]:
+        (tmp_path / name).write_text(text)
+        return identity(load(Example, {"sources": [{"path": str(tmp_path / name)}], "num_workers": workers}))
+
+    assert made("a", "same", 1) == made("b", "same", 2)
+    assert made("a", "same", 1) != made("a", "other", 1)
+
+
+def test_identity_of_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        identity(load(Example, {"sources": [{"path": str(tmp_path / "gone")}]}))
+
+
+def test_identity_of_a_folder_is_its_names_and_content(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "x.txt").write_text("x")
+    one, other = (identity(load(Source, {"path": str(tmp_path / name)})) for name in ("a", "b"))
+    assert one == other
+    (tmp_path / "b" / "sub" / "x.txt").rename(tmp_path / "b" / "sub" / "y.txt")
+    assert identity(load(Source, {"path": str(tmp_path / "b")})) != one
+
+
+def test_flatten_keeps_empty_mappings() -> None:
+    assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [1]})) == {"a.b": 1, "a.c": {}, "d": [1]}

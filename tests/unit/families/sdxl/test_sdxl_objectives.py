@@ -1,0 +1,193 @@
+"""Diffusion objectives against scalar references in float64, their gradients, and the identities between them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefmill.families.sdxl.names import NAMES, DiffusionObjective
+from prefmill.families.sdxl.objectives import (
+    LOSSES,
+    DspoFactors,
+    choose,
+    cosine_to_sft,
+    dpo,
+    dspo,
+    dspo_official_sdxl,
+    dspo_rm,
+    mapo,
+    phi,
+    sft,
+)
+from prefmill.training.objectives import PairScores, Settings
+from prefmill.training.telemetry import gradient_coefficient
+
+N, D = 5, 12
+SETTINGS = Settings(beta=7.0)
+
+
+def draw(seed: int = 0, spread: float = 0.05) -> dict[str, Tensor]:
+    """Predictions of both sides under policy and reference, their noise, and soft labels; float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    noise, ref_w, ref_l = normal(N, D), normal(N, D), normal(N, D)
+    return {
+        "noise": noise, "ref_w": ref_w, "ref_l": ref_l, "w": ref_w + spread * normal(N, D),
+        "l": ref_l + spread * normal(N, D), "p": torch.rand(N, generator=generator, dtype=torch.float64),
+    }  # fmt: skip
+
+
+def scores_of(given: dict[str, Tensor]) -> PairScores:
+    """The scores as the family makes them from predictions."""
+
+    def error(prediction: Tensor) -> Tensor:
+        return -((prediction - given["noise"]) ** 2).mean(1)
+
+    ones = torch.ones(N, dtype=torch.float64)
+    return PairScores(
+        error(given["w"]), error(given["l"]), ones, ones, error(given["ref_w"]), error(given["ref_l"]),
+        soft_label=given["p"], chosen_residual=given["w"] - given["noise"],
+        ref_chosen_residual=given["ref_w"] - given["noise"],
+    )  # fmt: skip
+
+
+def logistic(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def scalar(name: DiffusionObjective, given: dict[str, Tensor], n: int, factors: DspoFactors) -> float:
+    """The loss of pair n, by the definitions, one number at a time."""
+
+    def mean_square(key: str) -> float:
+        return sum((given[key][n, d].item() - given["noise"][n, d].item()) ** 2 for d in range(D)) / D
+
+    winner, loser = mean_square("w"), mean_square("l")
+    u = -(SETTINGS.beta / 2) * ((winner - loser) - (mean_square("ref_w") - mean_square("ref_l")))
+    p, push = given["p"][n].item(), 1 - logistic(u)
+    if name in ("dpo", "dspo_rm"):
+        return -p * math.log(logistic(u)) - (1 - p) * math.log(logistic(-u))
+    if name == "dspo":
+        total = 0.0
+        for d in range(D):
+            eps_th, eps, ref = (given[key][n, d].item() for key in ("w", "noise", "ref_w"))
+            total += ((eps_th - eps) - factors.weight * push * (eps_th - ref)) ** 2
+        return total / D
+    if name == "dspo_official_sdxl":
+        drift = ((given["w"] - given["ref_w"]) ** 2).mean().item()
+        own = sum((given["w"][n, d] - given["ref_w"][n, d]).item() ** 2 for d in range(D)) / D
+        return push**2 * (own if drift >= 0.1 else 1.0)
+    if name == "mapo":
+        phis = [SETTINGS.beta * error / (math.exp(error) - 1) for error in (winner, loser)]
+        return winner - math.log(logistic(phis[0] - phis[1])) / SETTINGS.beta
+    return winner
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spread", [0.05, 1.0])
+def test_a_loss_is_its_definition(name: DiffusionObjective, spread: float) -> None:
+    given, factors = draw(spread=spread), DspoFactors(0.7)
+    losses = choose(name, 0.0, factors).loss(scores_of(given), SETTINGS)
+    assert losses.tolist() == pytest.approx([scalar(name, given, n, factors) for n in range(N)], rel=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_the_loss(name: DiffusionObjective) -> None:
+    given = draw(1)
+    predictions = [given[key].requires_grad_() for key in ("w", "l")]
+
+    def loss(winner: Tensor, loser: Tensor) -> Tensor:
+        scores = scores_of({**given, "w": winner, "l": loser})
+        return choose(name, 0.3, DspoFactors(0.7, stop_gradient=False)).loss(scores, SETTINGS).sum()
+
+    assert torch.autograd.gradcheck(loss, predictions)
+
+
+def test_dspo_stops_the_gradient_of_both_factors() -> None:
+    """The gradient is 2 (a - f d) / D with f and d constants."""
+    given = draw(2)
+    winner = given["w"].requires_grad_()
+    scores = scores_of({**given, "w": winner})
+    (found,) = torch.autograd.grad(dspo(scores, SETTINGS, DspoFactors(0.7)).sum(), winner)
+    factor = 0.7 * (1 - torch.sigmoid(SETTINGS.beta / 2 * scores.margin))
+    a, d = given["w"] - given["noise"], given["w"] - given["ref_w"]
+    assert torch.allclose(found, 2 / D * (a - factor[:, None] * d), rtol=1e-12)
+
+
+def test_dspo_rm_of_a_sure_reward_is_dpo() -> None:
+    scores = scores_of({**draw(3), "p": torch.ones(N, dtype=torch.float64)})
+    hard = PairScores(**{**vars(scores), "soft_label": None})
+    assert torch.equal(dspo_rm(scores, SETTINGS), dpo(hard, SETTINGS))
+    assert not torch.equal(dspo_rm(scores_of(draw(3)), SETTINGS), dpo(hard, SETTINGS))
+
+
+def test_dspo_without_lambda_is_fine_tuning() -> None:
+    scores = scores_of(draw(4))
+    assert torch.equal(dspo(scores, SETTINGS, DspoFactors(0.0)), sft(scores, SETTINGS))
+    assert not torch.equal(dspo(scores, SETTINGS, DspoFactors(1.0)), sft(scores, SETTINGS))
+
+
+def test_dspo_with_the_published_numbers_is_fine_tuning_too() -> None:
+    """lambda = beta = 0.01: the cosine that is logged shows it."""
+    scores, beta = scores_of(draw(5)), Settings(beta=0.01)
+    assert cosine_to_sft(scores, beta, DspoFactors(0.01)).min() > 1 - 1e-6
+    assert cosine_to_sft(scores_of(draw(5, spread=1.0)), SETTINGS, DspoFactors(1.0)).min() < 0.99
+
+
+def test_the_official_branch_is_dpos_gradient_scaled() -> None:
+    given = draw(6)
+    winner = given["w"].requires_grad_()
+    scores = scores_of({**given, "w": winner, "p": torch.ones(N, dtype=torch.float64)})
+    (official,) = torch.autograd.grad(dspo_official_sdxl(scores, SETTINGS).sum(), winner, retain_graph=True)
+    (plain,) = torch.autograd.grad(dpo(scores, SETTINGS).sum(), winner)
+    s = torch.sigmoid(SETTINGS.beta / 2 * scores.margin)
+    assert torch.allclose(official, (2 * s * (1 - s))[:, None] * plain, rtol=1e-10)
+
+
+def test_the_start_is_ln_2() -> None:
+    given = draw(7, spread=0.0)
+    scores = scores_of({**given, "p": torch.ones(N, dtype=torch.float64)})
+    assert dpo(scores, Settings(beta=5000)).tolist() == [math.log(2)] * N
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-9, 1e-5, 1e-4, 1e-3, 0.3, 5.0])
+def test_phi_is_a_number_down_to_zero(error: float) -> None:
+    value = torch.tensor([error], dtype=torch.float64, requires_grad=True)
+    phi(value, 2.0).backward()
+    series = 1 - error / 2 + error**2 / 12 - error**4 / 720
+    assert phi(value, 2.0).item() / 2 == pytest.approx(series if error < 0.01 else error / math.expm1(error), abs=2e-9)
+    assert value.grad is not None
+    assert math.isfinite(value.grad.item())
+
+
+def test_mapo_in_bf16_is_computed_in_fp32() -> None:
+    error = torch.tensor([0.001], dtype=torch.bfloat16)
+    assert phi(error, 1.0).dtype == torch.float32
+    assert phi(error, 1.0).item() == pytest.approx(0.9995, abs=1e-5)
+    naive = error / (torch.exp(error) - 1)
+    assert not torch.isfinite(naive).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_says_how_hard_a_pair_pulls(name: DiffusionObjective) -> None:
+    scores = scores_of(draw(8))
+    found = gradient_coefficient(scores, choose(name, 0.0, DspoFactors()), SETTINGS)
+    assert torch.isfinite(found).all()
+    assert (found > 0).any()
+
+
+def test_pairs_count_by_their_weight_and_the_anchor_is_added() -> None:
+    scores = scores_of(draw(9))
+    weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
+    weighted = PairScores(**{**vars(scores), "weight": weight})
+    expected = weight * (mapo(scores, SETTINGS) + 0.25 * sft(scores, SETTINGS))
+    assert torch.allclose(choose("mapo", 0.25, DspoFactors()).loss(weighted, SETTINGS), expected)
+
+
+def test_every_objective_has_a_loss() -> None:
+    assert set(LOSSES) == set(NAMES)

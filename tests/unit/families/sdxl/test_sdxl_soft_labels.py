@@ -1,0 +1,61 @@
+"""A reward model's word as a soft label of a pair."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError
+from prefmill.core.image_rows import HEADS
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.families.sdxl.soft_labels import head_weights, soft_label, with_soft_labels
+from tests.conftest import REPOSITORY
+
+sys.path.append(str(REPOSITORY / "tests" / "e2e"))
+
+
+def make_reward(folder: Path) -> Any:
+    """A reward model that has learnt nothing."""
+    from training_artifacts import publish_as
+    from transformers import CLIPModel, CLIPProcessor
+
+    from prefmill.demo.tiny_models import build
+    from prefmill.families.reward.model import create_reward
+
+    clip = build("clip", folder / "clip")
+    create_reward(CLIPModel.from_pretrained(clip), 16, 0).save_pretrained(folder / "reward")
+    CLIPProcessor.from_pretrained(clip).save_pretrained(folder / "reward")
+    return publish_as(folder / "reward", "reward_model")
+
+
+def test_a_label_is_the_logistic_of_the_rewards_difference(tmp_path: Path) -> None:
+    from image_pair_artifacts import make_pairs
+    from training_artifacts import make_task
+
+    from prefmill.families.reward.scoring import score_images
+    from prefmill.families.sdxl.data import read_image_pairs
+
+    reward, artifact = make_reward(tmp_path), make_pairs(tmp_path / "pairs", train=3, val=0)
+    pairs = read_image_pairs(artifact, "train")
+    task = make_task("sdxl_dpo", tmp_path / "run", reward=reward)
+    keys = {"reward_temperature": 0.1, "reward_weights": {"style": 1.0}}
+    found = with_soft_labels(pairs, validate(SdxlPreferenceConfig, keys), task)
+    column = HEADS.index("style")
+    for pair in found:
+        rewards = score_images(reward.path, [pair.prompt] * 2, list(pair.images))[:, column]
+        assert pair.soft_label == pytest.approx(1 / (1 + math.exp(-(rewards[0] - rewards[1]) / 0.1)), rel=1e-4)
+    turned = with_soft_labels([pair.swapped for pair in pairs], validate(SdxlPreferenceConfig, keys), task)
+    assert [pair.soft_label for pair in turned] == pytest.approx([1 - float(pair.soft_label or 0) for pair in found])
+    assert len({pair.soft_label for pair in found}) == 3
+
+
+def test_labels_neither_overflow_nor_name_what_there_is_not() -> None:
+    assert (soft_label(1e6, 0.1), soft_label(-1e6, 0.1), soft_label(0.0, 1.0)) == (1.0, 0.0, 0.5)
+    assert head_weights(None).tolist() == pytest.approx([0.2] * 5)
+    with pytest.raises(ConfigError, match="no such head"):
+        head_weights({"beauty": 1.0})

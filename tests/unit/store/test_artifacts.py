@@ -1,0 +1,93 @@
+"""An artifact is done when its manifest says so, and is refused when it does not hold what that says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from prefmill.core.artifact import MANIFEST, Artifact, Provenance
+from prefmill.core.errors import ArtifactError
+from prefmill.store.artifacts import publish, read, verify
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+
+ORIGIN = Provenance("x", "all", "f", {}, {}, "0", {})
+
+
+def make(folder: Path, rows: int = 2) -> Artifact:
+    write_jsonl(folder / "rows.jsonl", [{"n": n} for n in range(rows)])
+    return publish(folder, "report", ORIGIN, {"rows": rows})
+
+
+def test_same_content_has_the_same_digest_wherever_it_is(tmp_path: Path) -> None:
+    one, other = make(tmp_path / "a"), make(tmp_path / "b")
+    (tmp_path / "b" / "run.json").write_text("{}")
+    (tmp_path / "b" / "work").mkdir()
+    (tmp_path / "b" / "work" / "half").write_text("x")
+    again = publish(tmp_path / "b", "report", ORIGIN, {"seconds": 3})
+    assert one.manifest.content_digest == other.manifest.content_digest == again.manifest.content_digest
+    assert make(tmp_path / "c", 3).manifest.content_digest != one.manifest.content_digest
+
+
+def test_rows_bytes_and_digest_are_recorded(tmp_path: Path) -> None:
+    (entry,) = make(tmp_path).manifest.files
+    assert (entry.path, entry.rows, entry.bytes) == ("rows.jsonl", 2, (tmp_path / "rows.jsonl").stat().st_size)
+
+
+def test_no_manifest_means_not_done(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{}])
+    with pytest.raises(ArtifactError, match="no finished artifact"):
+        read(tmp_path)
+
+
+def test_nothing_written_is_not_done(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="wrote nothing"):
+        publish(tmp_path, "report", ORIGIN, {})
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_a_pickle_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match="pickle"):
+        publish(tmp_path, "checkpoint", ORIGIN, {})
+
+
+def test_wrong_kind_schema_size_and_content_are_refused(tmp_path: Path) -> None:
+    artifact = make(tmp_path)
+    with pytest.raises(ArtifactError, match="wrong kind"):
+        read(tmp_path, "checkpoint")
+    rows = tmp_path / "rows.jsonl"
+    text = rows.read_text()
+    rows.write_text(text.replace("1", "7"))
+    read(tmp_path)  # same size: only hashing can tell
+    with pytest.raises(ArtifactError, match="changed since"):
+        verify(artifact)
+    rows.write_text(text + "\n")
+    with pytest.raises(ArtifactError, match="damaged"):
+        read(tmp_path)
+    rows.unlink()
+    with pytest.raises(ArtifactError, match="damaged"):
+        read(tmp_path)
+    rows.write_text(text)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 99}))
+    with pytest.raises(ArtifactError, match="another version"):
+        read(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"kind": "rep')
+    with pytest.raises(ArtifactError, match="unreadable manifest"):
+        read(tmp_path)
+
+
+def test_a_failed_writer_leaves_nothing(tmp_path: Path) -> None:
+    rows = [{"a": 1}, {"a": float("nan")}]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_jsonl(tmp_path / "x.jsonl", rows)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_broken_row_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(Exception, match=r"x\.jsonl:2"):
+        list(read_jsonl(tmp_path / "x.jsonl"))

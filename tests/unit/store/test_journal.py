@@ -1,0 +1,51 @@
+"""The journal's order, and what it costs."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.store.journal import Entry, Journal
+
+NAMES = ["a", "b" * 3, "é", "\uffff", "\U0001f600", "Z", "", "a\x00b", "10", "9"]
+
+
+def key(entry: Entry) -> tuple[str, str]:
+    return place(entry.row())
+
+
+def place(row: Any) -> tuple[str, str]:
+    return row["paper_id"], row["review_id"]
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    made = [{"paper_id": f"{NAMES[n % len(NAMES)]}{n // 40}", "review_id": NAMES[n // 10 % 4]} for n in range(count)]
+    random.Random(0).shuffle(made)
+    return made
+
+
+def test_entries_come_in_the_order_of_their_keys_as_python_has_it(tmp_path: Path) -> None:
+    given = rows(400)
+    with Journal(tmp_path / "journal") as journal:
+        for number, row in enumerate(given):
+            journal.append(row, num_cut_tokens=number)
+        found = [(entry.row(), entry.num_cut_tokens) for entry in journal.ordered(key)]
+    assert found == sorted(((row, number) for number, row in enumerate(given)), key=lambda pair: place(pair[0]))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_their_number(tmp_path: Path) -> None:
+    peaks = []
+    for count in (2_000, 40_000):
+        with Journal(tmp_path / str(count)) as journal:
+            for row in rows(count):
+                journal.append(row)
+            tracemalloc.start()
+            assert sum(1 for _ in journal.ordered(key)) == count
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000, peaks

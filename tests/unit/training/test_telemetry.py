@@ -1,0 +1,59 @@
+"""What training says of itself: the alarm for unlearnt answers, the audit of lengths, speed and memory of each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.objectives import PairScores, Settings, mix
+from prefmill.training.speed import SPEED, Speed
+from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, Telemetry, correlation
+
+SETTINGS = Settings(0.1)
+SIGMOID = mix(["sigmoid"], [1.0], SETTINGS)
+
+
+def scores(change: float, lengths: tuple[list[float], list[float]] = ([10.0, 20.0], [20.0, 10.0])) -> PairScores:
+    """Two pairs whose chosen side became likelier by `change` nats a token."""
+    chosen_length, rejected_length = map(torch.tensor, lengths)
+    reference = torch.tensor([-30.0, -60.0])
+    return PairScores(
+        reference + change * chosen_length, reference, chosen_length, rejected_length, reference, reference
+    )
+
+
+@pytest.mark.parametrize(("change", "alarms"), [(-1.1 * CHOSEN_DROP, 1), (-0.9 * CHOSEN_DROP, 0), (2.0, 0)])
+def test_the_alarm_is_for_chosen_answers_that_become_unlikely(tmp_path: Path, change: float, alarms: int) -> None:
+    telemetry = Telemetry(tmp_path, 0)
+    telemetry.add(["a", "b"], scores(change), SIGMOID, SETTINGS)
+    telemetry.step(7, 0)
+    assert telemetry.means()["chosen_change"] == pytest.approx(change, abs=1e-6)
+    rows = list(read_jsonl(tmp_path / ALARMS)) if (tmp_path / ALARMS).is_file() else []
+    assert [row["step"] for row in rows] == [7] * alarms
+    assert telemetry.means() == {}
+
+
+def test_margins_that_follow_lengths_show(tmp_path: Path) -> None:
+    """A change of equal nats a token makes the margin larger for the longer chosen side: correlation 1."""
+    telemetry = Telemetry(tmp_path, 0)
+    telemetry.add(["a", "b"], scores(0.5), SIGMOID, SETTINGS)
+    telemetry.step(1, 0)
+    assert telemetry.means()["length_correlation"] == pytest.approx(1.0)
+    assert correlation([1.0, 2.0, 3.0], [5.0, 5.0, 5.0]) == 0.0
+    assert correlation([1.0, 2.0, 4.0], [3.0, 2.0, 0.0]) == pytest.approx(-1.0)
+
+
+def test_every_rank_writes_its_speed_and_memory(tmp_path: Path) -> None:
+    speed = Speed(tmp_path, 3)
+    speed.add(1000)
+    first = speed.window(1)
+    second = speed.window(2)
+    assert first["tokens_per_second"] > 0
+    assert second["tokens_per_second"] == 0
+    assert 0.05 < first["peak_memory_gb"] < 64
+    rows = list(read_jsonl(tmp_path / SPEED / "rank3.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["tokens_per_second"] == first["tokens_per_second"]
