@@ -47,10 +47,11 @@ test: $(VENV)/.installed-vllm lint ## Every test this machine can run
 test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
 	$(BIN)/pytest -q -x -m "not slow" --numprocesses 2 $(SHARED)
 
-lint: $(VENV)/.installed ## ruff, mypy
+lint: $(VENV)/.installed ## ruff, mypy, and the layers of the library
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 vllm: $(VENV)/.installed-vllm ## Add the CPU build of vLLM to the environment
 

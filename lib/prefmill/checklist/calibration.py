@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.checklist.optimize.selection import assign_folds
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Answer
+from prefmill.core.statistics import assign_folds
 
 CALIBRATION = "calibration.json"
 NUM_BINS = 10

@@ -1,4 +1,4 @@
-"""The bootstrap over papers: intervals and p-values that respect that the reviews of one paper are alike."""
+"""Statistics over papers: the bootstrap, intervals, p-values, folds and ranks; the reviews of one paper are alike."""
 
 from __future__ import annotations
 
@@ -132,3 +132,11 @@ def ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
     _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return ((ends - counts + ends - 1) / 2)[inverse]
+
+
+def assign_folds(papers: NDArray[np.int64], num_folds: int, seed: int) -> NDArray[np.int64]:
+    """A fold for every review [N]; the reviews of a paper share one, and folds differ by at most one paper."""
+    unique, index = np.unique(papers, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(unique))
+    folds: NDArray[np.int64] = (order % num_folds)[index]
+    return folds

@@ -20,12 +20,11 @@ from prefmill.checklist.optimize.moments import Array, squared_errors, weighted_
 from prefmill.checklist.optimize.selection import (
     Design,
     SelectionRules,
-    assign_folds,
     assign_inner_folds,
     one_standard_error,
     select,
 )
-from prefmill.core.statistics import Resampling
+from prefmill.core.statistics import Resampling, assign_folds
 
 RULES = SelectionRules(num_folds=4, num_penalties=12, num_bootstrap=20, min_stability=0.9, seed=0)
 USEFUL = 5

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import numpy as np
 
 from prefmill.checklist.optimize.moments import Array, variance, weighted_moments
-from prefmill.checklist.optimize.selection import Design, Papers, SelectionRules, assign_folds, select
-from prefmill.core.statistics import Estimate, Resampling, statistic
+from prefmill.checklist.optimize.selection import Design, Papers, SelectionRules, select
+from prefmill.core.statistics import Estimate, Resampling, assign_folds, statistic
 
 Progress = Callable[[int, int], None]
 _PERMUTED_AT_ONCE = 50  # permuted targets solved together: tens of megabytes

@@ -86,14 +86,6 @@ def select(design: Design, targets: Array, training: Array, rules: SelectionRule
     return Selection(penalties, errors, error_ses, chosen, stability[:, :num_sets], all_equal, coefficients)
 
 
-def assign_folds(papers: Papers, num_folds: int, seed: int) -> NDArray[np.int64]:
-    """A fold for every review [N]; the reviews of a paper share one, and folds differ by at most one paper."""
-    unique, index = np.unique(papers, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(unique))
-    folds: NDArray[np.int64] = (order % num_folds)[index]
-    return folds
-
-
 def assign_inner_folds(papers: Papers, training: Array, num_folds: int, seed: int) -> NDArray[np.int64]:
     """A fold for every review [Q, N], dealt out among the papers of each training set: none is empty there."""
     unique, first, index = np.unique(papers, return_index=True, return_inverse=True)
