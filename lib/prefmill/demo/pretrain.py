@@ -19,7 +19,8 @@ from prefmill.training.arguments import trainer_arguments
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.config import TrainingConfig
-from prefmill.training.loop import report_dropped, save_finished
+from prefmill.training.loop import report_dropped
+from prefmill.training.publish import save_finished
 
 _IGNORED = -100  # a label that takes no part in the loss
 

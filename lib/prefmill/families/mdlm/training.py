@@ -20,8 +20,9 @@ from prefmill.families.mdlm.scorer import patch_forward, restore_forward
 from prefmill.store.artifacts import payload
 from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.config import weights_precision
-from prefmill.training.loop import add_adapter, save_finished
+from prefmill.training.loop import add_adapter
 from prefmill.training.objectives import Objective, PairScores, Settings
+from prefmill.training.publish import save_finished
 from prefmill.training.speed import Speed
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceTrainer

@@ -42,8 +42,8 @@ from prefmill.training.batches import one_by_one, plan_batches
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
 from prefmill.training.config import TrainingConfig, accumulation
-from prefmill.training.loop import save_finished
 from prefmill.training.objectives import Settings
+from prefmill.training.publish import save_finished
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 

@@ -18,7 +18,7 @@ from prefmill.core.stage import Task
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.dora import row_norms
 from prefmill.families.sdxl.loading import SdxlFolder
-from prefmill.training.loop import model_card
+from prefmill.training.publish import model_card
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui.safetensors"  # by kohya's key names
