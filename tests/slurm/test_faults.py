@@ -57,7 +57,7 @@ def check_steps(site: Site, run: str, task: str = "all", interruptions: int = 1)
 
 
 def kill_trainer(site: Site, run: str, task: str = "all") -> None:
-    pattern = f"pipeline.ranks {site.workspace}.*/{run}/train/{task}/"
+    pattern = f"pipeline.rank_entrypoint {site.workspace}.*/{run}/train/{task}/"
     found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
     os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
 
