@@ -16,7 +16,7 @@ from prefmill.families.causal.chat import encode
 from prefmill.reviews.join import papers_with_reviews
 from prefmill.reviews.prompt import Message, review_completion, review_messages
 from prefmill.training.arguments import trainer_arguments
-from prefmill.training.callbacks import StageCallback
+from prefmill.training.callbacks import StageCallback, check_every_step
 from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.config import TrainingConfig
 from prefmill.training.loop import report_dropped
@@ -108,6 +108,7 @@ def pretrain(
         processing_class=tokenizer,
         callbacks=[StageCallback(task)],
     )
+    check_every_step(trainer)
     trainer.train(resume_from_checkpoint=newest_checkpoint(task.output))
     save_finished(trainer.model, tokenizer, task.output, config, task)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

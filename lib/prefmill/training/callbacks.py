@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -19,7 +20,7 @@ from prefmill.training.checkpoints import STEPS, mark_complete
 
 
 class StageCallback(TrainerCallback):
-    """Records steps, publishes progress, marks checkpoints; stops on a lost loss, or when asked after saving."""
+    """Records steps, publishes progress, marks checkpoints; stops when asked, after saving."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -54,17 +55,12 @@ class StageCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Append to the curve; raises PipelineError when the loss is NaN or infinite."""
+        """Append to the curve."""
         values = {key: value for key, value in (logs or {}).items() if key in _CURVE_KEYS or key.startswith("eval_")}
         curve = {key: value for key, value in values.items() if not key.endswith(_TIMING_SUFFIXES)}
         if not curve or not state.is_world_process_zero:
             return
         append_row(self.task.logs / STEPS, {"step": state.global_step, "epoch": state.epoch, **curve})
-        if not math.isfinite(curve.get("loss", 0.0)):
-            raise PipelineError(
-                "the loss is no longer a number", where=f"step {state.global_step}", got=curve["loss"],
-                fix="lower learning_rate, check the data, or use precision=fp32; the last checkpoint is kept",
-            )  # fmt: skip
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint just written as complete, once every rank has written its part."""
@@ -72,6 +68,33 @@ class StageCallback(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             mark_complete(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def check_every_step(trainer: Any) -> None:
+    """Have `trainer` raise PipelineError before it takes a step whose loss or gradient norm is NaN or infinite.
+
+    Looked at once an optimizer step, whether or not it is logged: the loss since the last log has every microbatch in
+    it. In fp16 the norm may be infinite: its scaler then skips the step by itself.
+    """
+    grad_norm_of = trainer._get_grad_norm
+
+    def checked(model: Any, grad_norm: Any = None) -> Any:
+        norm = grad_norm_of(model, grad_norm=grad_norm)
+        _require_numbers(trainer._tr_loss, 0.0 if trainer.args.fp16 else norm, trainer.state.global_step + 1)
+        return norm
+
+    trainer._get_grad_norm = checked
+
+
+def _require_numbers(loss: Tensor, grad_norm: Any, step: int) -> None:
+    norm = 0.0 if grad_norm is None else grad_norm
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if math.isfinite(float(loss.detach() * 0 + norm)):  # one wait for the device, not two
+        return
+    raise PipelineError(
+        "the loss or its gradient is no longer a number", where=f"step {step}", got=f"{float(loss)} and {float(norm)}",
+        fix="lower learning_rate, check the data, or use precision=fp32; the last checkpoint is kept",
+    )  # fmt: skip
 
 
 def _rank_zero_says(decision: bool, device: torch.device) -> bool:

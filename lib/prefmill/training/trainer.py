@@ -16,6 +16,7 @@ from prefmill.distributed.collectives import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.training.arguments import trainer_arguments
 from prefmill.training.batches import AnyGroup, GroupPart, Microbatch
+from prefmill.training.callbacks import check_every_step
 from prefmill.training.config import TrainingConfig
 from prefmill.training.family import Family, Reference, reference_of_pairs
 from prefmill.training.objectives import Objective, PairScores, Settings
@@ -96,6 +97,7 @@ class PreferenceTrainer(Trainer):
         # The loss is divided by the step's pairs below, so nobody is to divide by the accumulation again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        check_every_step(self)
 
     def set_reference(self, train: Reference, val: Reference) -> None:
         """Give every sample its reference score."""

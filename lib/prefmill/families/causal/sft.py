@@ -25,7 +25,7 @@ from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.vision import ImageReader, open_reader, with_images
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.arguments import trainer_arguments
-from prefmill.training.callbacks import StageCallback
+from prefmill.training.callbacks import StageCallback, check_every_step
 from prefmill.training.checkpoints import resume_strictly
 from prefmill.training.config import TrainingConfig, weights_precision
 from prefmill.training.loop import add_adapter, report_dropped, train_and_save
@@ -77,6 +77,7 @@ def train_sft(
     # Qwen2.5-VL says that it takes no count of tokens, but it is TRL that divides by it: the mean is over the step.
     trainer.model_accepts_loss_kwargs = True
     resume_strictly(trainer)
+    check_every_step(trainer)
     train_and_save(trainer, reader or tokenizer, config, task)
     val_losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return {
