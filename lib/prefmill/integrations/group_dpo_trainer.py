@@ -158,6 +158,7 @@ def _shared(
         attention_mask=packed.attention_mask.to(device),
         position_ids=None if packed.position_ids is None else packed.position_ids.to(device),
         segments=packed.segments,
+        varlen=packed.varlen and packed.varlen.to(device),
         predicts=packed.column.to(device),
         shift_labels=packed.target[None].to(device),
         fused_lm_head=True,

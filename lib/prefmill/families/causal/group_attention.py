@@ -8,28 +8,18 @@ is arXiv 2410.20305, this shares among all responses of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from prefmill.core.errors import ConfigError
+from prefmill.families.causal.varlen_attention import Range, Segment, VarlenIndex, attention_kernel, varlen_attention
 
 GROUP_ATTENTION = "prefmill_group"  # its name among transformers' attention implementations
-Range = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Where one group lies in a packed sequence: half-open ranges of its prompt and of each response."""
-
-    prompt: Range
-    responses: tuple[Range, ...]
 
 
 def group_attention(
@@ -40,19 +30,34 @@ def group_attention(
     attention_mask: Tensor | None,
     *,
     segments: Sequence[Segment] | None = None,
+    varlen: VarlenIndex | None = None,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a packed sequence, [1, heads, T, D] queries to [1, T, heads, D]; keys may have fewer heads.
 
     No mask over T x T exists: the prompt is a causal call of its own, and each response one that is causal from the
-    bottom right against [prompt, itself]. `segments` must cover the sequence in order.
+    bottom right against [prompt, itself]. `segments` must cover the sequence in order, `varlen` is their index.
     """
     assert segments is not None, "this attention runs on batches that encode_groups made"
     assert query.shape[0] == 1, "a packed batch is one row"
-    grouped = key.shape[1] != query.shape[1]
     # Under autocast rotary positions leave queries and keys in fp32, beside values in the precision computed in.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if varlen is not None and attention_kernel(query) == "varlen":
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        return varlen_attention(query, key, value, varlen, scaling)[None], None
+    return loop_attention(query, key, value, segments, scaling), None
+
+
+def loop_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float | None
+) -> Tensor:
+    """A call for every prompt and every response, for CPUs and for what no flash kernel takes."""
+    grouped = key.shape[1] != query.shape[1]
+    if grouped and query.is_cuda:
+        # In fp32 no kernel but the one that holds T x T takes fewer key heads.
+        times = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), False
     parts: list[Tensor] = []
     for segment in segments:
         prompt_key, prompt_value = _rows(key, segment.prompt), _rows(value, segment.prompt)
@@ -68,7 +73,7 @@ def group_attention(
     # Rows first: kernels lay their results out so, and a copy is saved.
     attended = torch.cat([part.transpose(1, 2) for part in parts], dim=1)
     assert attended.shape[1] == query.shape[2], "segments must cover the sequence"
-    return attended, None
+    return attended
 
 
 def _respond(
@@ -83,9 +88,10 @@ def _respond(
 
     def attend(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> Tensor:
         keys, values = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        # On a GPU this is a flag of the kernel; on a CPU a mask of response x (prompt + response) at most.
-        bias = causal_lower_right(query.shape[2], keys.shape[2])
-        return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scaling, enable_gqa=grouped)
+        # torch's CausalBias says the same, but cannot be traced: no torch.compile, no fake tensors.
+        seen = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device)
+        mask = seen.tril(prompt_key.shape[2])
+        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
     states = (query, key, value, prompt_key, prompt_value)
     if torch.is_grad_enabled() and query.shape[2] < prompt_key.shape[2]:

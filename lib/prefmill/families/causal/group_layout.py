@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from prefmill.families.causal.group_attention import Segment
 from prefmill.families.causal.scorer import Batch
+from prefmill.families.causal.varlen_attention import Segment, varlen_index
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group
 
@@ -74,6 +74,7 @@ def pack(groups: Sequence[Prompted]) -> Batch:
         rejected=none,
         position_ids=torch.tensor([positions]),
         segments=tuple(segments),
+        varlen=varlen_index(segments),
     )
 
 

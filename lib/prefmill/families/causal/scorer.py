@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prefmill.core.errors import InputError
 from prefmill.distributed.sharding import pad_chunks
-from prefmill.families.causal.group_attention import Segment
+from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
 from prefmill.families.causal.vision import embed
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group
@@ -29,7 +29,7 @@ class Batch:
     `input_ids`, `attention_mask` [R, T] int64; `row`, `column`, `target`, `owner` [C]: the hidden state at
     (row, column) predicts token `target` of response `owner`; `lengths` [S] in tokens; `chosen`, `rejected` [N]
     name each pair's responses. Packed groups ([1, T]) also say where each token stands in its own sequence
-    (`position_ids` [1, T]) and where the groups lie (`segments`). With images come their `pixel_values`
+    (`position_ids` [1, T]) and where the groups lie (`segments`, `varlen`). With images come their `pixel_values`
     [patches, D] and `image_grid_thw` [images, 3], and `position_ids` are [3, R, T].
     """
 
@@ -44,6 +44,7 @@ class Batch:
     rejected: Tensor
     position_ids: Tensor | None = None
     segments: tuple[Segment, ...] | None = None
+    varlen: VarlenIndex | None = None
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
 
@@ -51,7 +52,7 @@ class Batch:
         """The batch on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
-            values[name] = value.to(device) if isinstance(value, Tensor) else value
+            values[name] = value.to(device) if isinstance(value, (Tensor, VarlenIndex)) else value
         return Batch(**values)
 
 
@@ -129,12 +130,13 @@ def _forward(
     num_responses: int,
     position_ids: Tensor | None = None,
     segments: tuple[Segment, ...] | None = None,
+    varlen: VarlenIndex | None = None,
     pixel_values: Tensor | None = None,
     image_grid_thw: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     """Log-likelihood of every response, [S] fp32: the sum over its tokens, end of turn included."""
-    given: dict[str, Any] = {"position_ids": position_ids, "segments": segments}
+    given: dict[str, Any] = {"position_ids": position_ids, "segments": segments, "varlen": varlen}
     given = {name: value for name, value in given.items() if value is not None}
     if hasattr(self.config, "vision_config"):
         given["inputs_embeds"] = embed(self, input_ids, pixel_values, image_grid_thw)
