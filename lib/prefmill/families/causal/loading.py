@@ -21,7 +21,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    _require_folder(name_or_path)
+    require_folder(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -50,7 +50,7 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    _require_folder(name_or_path)
+    require_folder(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
         kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
@@ -66,7 +66,8 @@ def load_model(
         raise _unloadable("model", name_or_path, error) from error
 
 
-def _require_folder(name_or_path: str) -> None:
+def require_folder(name_or_path: str) -> None:
+    """Raise InputError for what looks like a path and is no folder: a hub would be asked for it otherwise."""
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).is_dir():
         raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")

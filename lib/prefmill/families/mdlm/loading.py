@@ -1,18 +1,19 @@
-"""Loading masked-diffusion language models: LLaDA, Dream, and Llama or Qwen2 that attend both ways."""
+"""Loading masked-diffusion language models, and checking by the model itself that it is one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
-from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.loading import load_tokenizer, require_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Quantization = Literal["4bit"]
-_NATIVE = ("llama", "qwen2")
 
 
 def check_remote_code(trust: bool, name: str, revision: str | None) -> None:
@@ -52,19 +53,38 @@ def load_diffusion_model(
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
-    """The model of `name`, its dropout off; raises InputError for one that attends to what comes before only."""
+    """The model of `name`, its dropout off; raises InputError for one that attends to what comes before only.
+
+    The models of `native` need no code of their own; others run theirs where `trust_remote_code` says so, and are then
+    checked for weights and buffers that nothing has set.
+    """
     check_remote_code(trust_remote_code, name, revision)
-    if trust_remote_code or quantization is not None:
-        model = _load_with_its_code(name, precision, revision, trust_remote_code, quantization)
-    else:
-        model = load_model(name, precision=precision, revision=revision, attn_implementation=attn_implementation)
-    if model.config.model_type in _NATIVE and getattr(model.config, "is_causal", True):
+    model = _load(name, precision, revision, trust_remote_code, attn_implementation, quantization)
+    switch_dropout_off(model)
+    if not attends_both_ways(model):
         raise InputError(
-            "this model attends to earlier tokens only", where=name, got=f"{model.config.model_type}, is_causal=true",
-            expected="a masked-diffusion model",
-            fix="give a model trained with masks; a Llama or Qwen2 as one has is_causal=false in config.json",
+            "this model attends to earlier tokens only", where=name, got=f"model_type {model.config.model_type}",
+            expected="a masked-diffusion model: a later token changes what is predicted at an earlier place",
+            fix="give a model trained with masks; a causal architecture as one has is_causal=false in config.json",
         )  # fmt: skip
-    return switch_dropout_off(model)
+    return model
+
+
+def attends_both_ways(model: Any) -> bool:
+    """Whether a later token changes an earlier output: tried on eight tokens, so that no list of models is needed."""
+    import torch
+
+    from prefmill.distributed.sharding import is_sharded
+
+    if any(map(is_sharded, model.parameters())):  # no rank can run it yet: its configuration is taken at its word
+        return not getattr(model.config, "is_causal", True)
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    with torch.no_grad():
+        one, two = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
+    return not torch.equal(one, two)
 
 
 def mask_token_of(model: Any, tokenizer: Any, given: int | None = None) -> int:
@@ -76,12 +96,20 @@ def mask_token_of(model: Any, tokenizer: Any, given: int | None = None) -> int:
             "the model has no mask token", where=getattr(model.config, "name_or_path", None) or model.config.model_type,
             fix="set mask_token_id (LLaDA-8B: 126336)",
         )  # fmt: skip
+    size = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= mask < size:
+        raise InputError(
+            "the mask token is not in the model's vocabulary", got=f"mask_token_id {mask}", expected=f"0 to {size - 1}",
+            fix="set mask_token_id to the id that the model was trained with (LLaDA-8B: 126336)",
+        )  # fmt: skip
     return int(mask)
 
 
 def predicts_next(model: Any, given: bool | None = None) -> bool:
     """Whether the output at a place is for the token after it: Dream's shifted logits, or as the configuration says."""
-    return str(model.config.model_type).lower() == "dream" if given is None else given
+    from prefmill.families.mdlm.native import SHIFTED
+
+    return model.config.model_type in SHIFTED if given is None else given
 
 
 def switch_dropout_off(model: Any) -> Any:
@@ -96,32 +124,68 @@ def switch_dropout_off(model: Any) -> Any:
     return model
 
 
-def _load_with_its_code(
-    name: str, precision: Precision, revision: str | None, trust: bool, quantization: Quantization | None
-) -> Any:
+def _load(
+    name: str, precision: Precision, revision: str | None, trust: bool, attention: str | None,
+    quantization: Quantization | None,
+) -> Any:  # fmt: skip
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
-    # Dream registers itself under AutoModel only.
-    known = getattr(config, "auto_map", None) or {}
-    auto = AutoModel if known and "AutoModelForCausalLM" not in known else AutoModelForCausalLM
-    extra: dict[str, Any] = {"dtype": torch_dtype(precision), "use_safetensors": True}
-    if quantization is not None:
-        extra["quantization_config"] = _four_bit(precision)
+    from prefmill.families.mdlm import native  # noqa: F401 - the Auto classes know LLaDA and Dream from here on
+
+    extra = {} if quantization is None else {"quantization_config": _four_bit(precision)}
+    require_folder(name)
     try:
-        return auto.from_pretrained(
-            name,
-            revision=revision,
-            trust_remote_code=trust,
-            dtype=torch_dtype(precision),
-            use_safetensors=True,
-            **extra,
-        )
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+        # Dream's kin register themselves under AutoModel only.
+        known = getattr(config, "auto_map", None) or {}
+        is_ours = type(config) in AutoModelForCausalLM._model_mapping
+        auto = AutoModelForCausalLM if is_ours or "AutoModelForCausalLM" in known or not known else AutoModel
+        with uninitialised_is_nan():
+            model, info = auto.from_pretrained(
+                name, config=config, revision=revision, trust_remote_code=trust, dtype=torch_dtype(precision),
+                attn_implementation=attention, use_safetensors=True, output_loading_info=True, **extra,
+            )  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             "cannot load the model", where=name, got=str(error).splitlines()[0],
             fix="check the name, the revision, and that what its code imports is installed (4bit: bitsandbytes)",
         ) from error  # fmt: skip
+    _check_complete(model, info, name)
+    return model
+
+
+@contextmanager
+def uninitialised_is_nan() -> Iterator[None]:
+    """Within, memory that is reserved and never written holds NaN: torch fills it where algorithms are deterministic.
+
+    transformers builds models without memory first; a buffer that its code does not compute again is left as garbage.
+    """
+    import torch
+
+    filling: Any = torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = filling.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=only_warns)
+        filling.fill_uninitialized_memory = fills
+
+
+def _check_complete(model: Any, info: Mapping[str, Any], name: str) -> None:
+    """Raise InputError for a weight that the files lack, or a weight or buffer that holds no number."""
+    missing = sorted(info["missing_keys"])
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    unset = [key for key, value in tensors if value.is_floating_point() and value.isnan().any()]
+    if missing or unset:
+        raise InputError(
+            "the model is not whole after loading", where=name, got=", ".join([*missing, *unset][:5]),
+            expected="every weight in its files, every buffer computed",
+            fix="its code does not run on this transformers: give a model named in docs/stages/mdlm_sft.md",
+        )  # fmt: skip
 
 
 def _four_bit(precision: Precision) -> Any:

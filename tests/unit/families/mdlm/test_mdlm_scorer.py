@@ -230,12 +230,17 @@ def test_what_loading_refuses(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_mask_token_and_shift_come_from_the_model_unless_given(tiny_folder: Path) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(model_type="Dream", mask_token_id=9))
+    embedding = nn.Embedding(10, 2)
+    model = SimpleNamespace(
+        config=SimpleNamespace(model_type="Dream", mask_token_id=9), get_input_embeddings=lambda: embedding
+    )
     tokenizer = SimpleNamespace(mask_token_id=7)
     assert (mask_token_of(model, tokenizer), mask_token_of(model, tokenizer, 5)) == (9, 5)
     assert predicts_next(model)
     assert not predicts_next(model, False)
     assert not predicts_next(SimpleNamespace(config=SimpleNamespace(model_type="llada")))
+    with pytest.raises(InputError, match="not in the model's vocabulary"):
+        mask_token_of(model, tokenizer, 10)
     with pytest.raises(InputError, match="no mask token"):
         mask_token_of(SimpleNamespace(config=SimpleNamespace(model_type="x")), SimpleNamespace(mask_token_id=None))
 

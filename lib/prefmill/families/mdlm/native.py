@@ -1,0 +1,178 @@
+"""Masked-diffusion models as modules that transformers has: LLaDA is Llama, Dream is Qwen2, both attending both ways.
+
+Nobody's code runs: their configurations and weight names are read into transformers' own classes, and written back as
+they came, so that the published code and tools that serve these models load the finished folder. Importing this module
+makes transformers' Auto classes know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from prefmill.core.errors import InputError
+
+# What LLaDA calls each key of LlamaConfig (its configuration descends from OLMo's).
+_LLADA_KEYS = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "mlp_hidden_size",
+    "vocab_size": "embedding_size",
+    "max_position_embeddings": "max_sequence_length",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "weight_tying",
+    "attention_bias": "include_qkv_bias",
+    "hidden_act": "activation_type",
+}
+# What its code could also do and Llama does not: a model that asks for it is refused, not read as something else.
+_LLADA_FIXED = {
+    "block_type": "llama", "layer_norm_type": "rms", "rope": True, "alibi": False, "include_bias": False,
+    "bias_for_layer_norm": False, "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False,
+    "multi_query_attention": None, "block_group_size": 1,
+}  # fmt: skip
+# In this order: the head is called as each block's last projection is.
+_LLADA_NAMES = {
+    "model.transformer.ff_out": "lm_head",
+    "model.transformer.wte": "model.embed_tokens",
+    "model.transformer.ln_f": "model.norm",
+    "model.transformer.blocks": "model.layers",
+    ".attn_norm.": ".input_layernorm.",
+    ".q_proj.": ".self_attn.q_proj.",
+    ".k_proj.": ".self_attn.k_proj.",
+    ".v_proj.": ".self_attn.v_proj.",
+    ".attn_out.": ".self_attn.o_proj.",
+    ".ff_norm.": ".post_attention_layernorm.",
+    ".ff_proj.": ".mlp.gate_proj.",
+    ".up_proj.": ".mlp.up_proj.",
+    ".ff_out.": ".mlp.down_proj.",
+}
+_IDS = ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id")
+
+
+class _AsPublished:
+    """A configuration read from, and written back as, the form its model was published in."""
+
+    published: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a published config.json; raises InputError for what the module cannot do."""
+        read: Any = super().from_dict(cls.translate(config_dict), **kwargs)  # type: ignore[misc]
+        config = read[0] if isinstance(read, tuple) else read
+        config.is_causal, config.published = False, dict(config_dict)
+        return read
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What save_pretrained writes: the published keys with the values they had, and the weights' dtype."""
+        mine: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
+        if not hasattr(self, "published"):
+            return mine
+        known = ("dtype", "transformers_version", "quantization_config")
+        return {**self.published, **{key: mine[key] for key in known if key in mine}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of transformers' own class."""
+        return {key: value for key, value in super().to_dict().items() if key != "published"}  # type: ignore[misc]
+
+    @classmethod
+    def translate(cls, published: Mapping[str, Any]) -> dict[str, Any]:
+        """The same configuration in the words of transformers' class."""
+        return dict(published)
+
+
+class LladaConfig(_AsPublished, LlamaConfig):
+    """LLaDA's configuration (arXiv 2502.09992) as a Llama's."""
+
+    model_type = "llada"
+
+    @classmethod
+    def translate(cls, published: Mapping[str, Any]) -> dict[str, Any]:
+        """LLaDA's keys as LlamaConfig's; raises InputError for a block that is not Llama's."""
+        for key, expected in _LLADA_FIXED.items():
+            if published.get(key, expected) != expected:
+                raise InputError(
+                    "this LLaDA is built in another way than the published ones", where="config.json",
+                    got=f"{key}: {published[key]}", expected=f"{key}: {expected}",
+                    fix="load it by its own code: trust_remote_code=true and a pinned revision",
+                )  # fmt: skip
+        keys: dict[str, Any] = {
+            ours: published[theirs] for ours, theirs in _LLADA_KEYS.items() if published.get(theirs) is not None
+        }
+        keys.setdefault("num_key_value_heads", published["n_heads"])
+        keys.setdefault("vocab_size", published["vocab_size"])
+        keys.setdefault("intermediate_size", published["mlp_ratio"] * published["d_model"])
+        return {**keys, **{key: published[key] for key in _IDS if published.get(key) is not None}}
+
+
+class LladaForCausalLM(LlamaForCausalLM):
+    """LLaDA: Llama that attends both ways."""
+
+    config_class = LladaConfig
+
+
+class DreamConfig(_AsPublished, Qwen2Config):
+    """Dream's configuration (arXiv 2508.15487), also DiffuCoder's: Qwen2's own keys."""
+
+    model_type = "Dream"
+
+
+class DreamForCausalLM(Qwen2ForCausalLM):
+    """Dream: Qwen2 that attends both ways; its output at a place is for the token after it."""
+
+    config_class = DreamConfig
+
+
+class A2dQwen2Config(_AsPublished, Qwen2Config):
+    """A Qwen2 that was converted to masked diffusion, as the library dllm writes it."""
+
+    model_type = "a2d-qwen2"
+
+
+class A2dQwen2ForCausalLM(Qwen2ForCausalLM):
+    """A converted Qwen2."""
+
+    config_class = A2dQwen2Config
+
+
+class A2dQwen3Config(_AsPublished, Qwen3Config):
+    """A Qwen3 that was converted to masked diffusion, as the library dllm writes it."""
+
+    model_type = "a2d-qwen3"
+
+
+class A2dQwen3ForCausalLM(Qwen3ForCausalLM):
+    """A converted Qwen3."""
+
+    config_class = A2dQwen3Config
+
+
+MODELS: tuple[tuple[Any, Any], ...] = (
+    (LladaConfig, LladaForCausalLM),
+    (DreamConfig, DreamForCausalLM),
+    (A2dQwen2Config, A2dQwen2ForCausalLM),
+    (A2dQwen3Config, A2dQwen3ForCausalLM),
+)
+SHIFTED = ("Dream",)  # the output at a place is for the token after it
+
+for _config, _model in MODELS:
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+register_checkpoint_conversion_mapping(
+    "llada", [WeightRenaming(theirs, ours) for theirs, ours in _LLADA_NAMES.items()], overwrite=True
+)
