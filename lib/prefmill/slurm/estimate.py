@@ -107,7 +107,7 @@ def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Train
         return Training(task, world, "", None, steps, (*notes, f"memory: {_UNKNOWN} its model is made"))
     pairs = isinstance(config, PreferenceConfig)
     rows = config.per_device_train_batch_size * (2 if pairs else 1)
-    if pairs and getattr(config, "layout", "pairwise") == "group":
+    if isinstance(config, PreferenceConfig) and config.layout != "pairwise":
         notes.append("a group runs its prompt once: less than this, as each pair is counted as two whole sequences")
     try:
         size = model_size(name, revision, config.trust_remote_code)

@@ -15,8 +15,9 @@ class PreferenceConfig(TrainingConfig):
     """`effective_batch_size` counts pairs. `shuffle_labels` swaps chosen and rejected by a seeded coin: a control.
 
     `layout: group` runs a prompt once for all of its responses, `pairwise` once for each side of each pair; both
-    compute the same. `max_tokens_per_microbatch` splits larger groups. `ref_name` is another reference than the policy
-    as it starts: a hub name, or a folder, which becomes `ref_folder` and whose content counts.
+    compute the same; `auto` is group where the model allows it. `max_tokens_per_microbatch` splits larger groups.
+    `ref_name` is another reference than the policy as it starts: a hub name, or a folder, which becomes `ref_folder`
+    and whose content counts.
     """
 
     learning_rate: float = Field(5e-6, gt=0)
@@ -27,7 +28,7 @@ class PreferenceConfig(TrainingConfig):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     simpo_gamma: float = 0.5
     ld_alpha: float | None = Field(None, ge=0, le=1)
-    layout: Literal["group", "pairwise"] = "pairwise"
+    layout: Literal["auto", "group", "pairwise"] = "auto"
     max_tokens_per_microbatch: int | None = Field(None, ge=2)
     shuffle_labels: bool = False
     ref_name: str | None = None

@@ -21,6 +21,7 @@ from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.families.causal.image_batches import add_images
 from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.other_reference import check_reference, reference_name
@@ -61,6 +62,7 @@ def train_dpo(
     Or the checkpoint that `config.ref_name` names. Resumes from the newest complete checkpoint; the reference's scores
     come from their cache or from a checkpoint loaded afresh, never from the policy in training.
     """
+    config, why_pairwise = choose_layout(config, policy)
     tokenizer = load_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     reader = open_reader(policy, tokenizer, limits, **options)
@@ -92,6 +94,8 @@ def train_dpo(
         "steps": trainer.state.global_step,
         "pairs": sum(len(group.pairs) for group in groups),
         "groups": len(groups),
+        "layout": config.layout,
+        "why_pairwise": why_pairwise,
         "val_accuracy": history[-1].get("eval_accuracy"),
         "val_margin": history[-1].get("eval_margin"),
     }
@@ -150,7 +154,7 @@ def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> An
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     if config.layout == "group":
-        use_group_attention(model)
+        use_group_attention(model, config.max_length)
     return patch_forward(model)
 
 

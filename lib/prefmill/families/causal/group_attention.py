@@ -43,7 +43,7 @@ def group_attention(
     assert query.shape[0] == 1, "a packed batch is one row"
     # Under autocast rotary positions leave queries and keys in fp32, beside values in the precision computed in.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if varlen is not None and attention_kernel(query) == "varlen":
+    if varlen is not None and attention_kernel(query, value) == "varlen":
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         return varlen_attention(query, key, value, varlen, scaling)[None], None
     return loop_attention(query, key, value, segments, scaling), None
@@ -100,21 +100,18 @@ def _respond(
     return attend(*states)
 
 
-def use_group_attention(model: Any) -> None:
-    """Switch `model` to this attention; raises ConfigError where it would not compute the same as the model's own."""
+def use_group_attention(model: Any, longest: int | None = None) -> None:
+    """Switch `model` to this attention; raises ConfigError where it would not compute the same as the model's own.
+
+    `longest` is the number of tokens that no prompt with a response exceeds: a window as long is none.
+    """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if kinds != {"full_attention"} or windowed:
+    limited = limited_attention(config, longest)
+    if limited is not None:
         raise ConfigError(
-            "layout: group needs attention over the whole prompt in every layer", where=config.model_type,
-            got=", ".join(sorted(kinds)) + (f", a window of {windowed}" if windowed else ""),
-            expected="full_attention only", fix="set layout=pairwise for this model",
+            "layout: group needs attention over the whole prompt in every layer", where=config.model_type, got=limited,
+            expected="full_attention only", fix="leave layout out, or set layout=pairwise, for this model",
         )  # fmt: skip
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ConfigError(
-            "layout: group cannot cap attention logits", where=config.model_type, fix="set layout=pairwise"
-        )
     AttentionInterface.register(GROUP_ATTENTION, group_attention)
     if config is model.config:
         model.set_attn_implementation(GROUP_ATTENTION)
@@ -124,8 +121,20 @@ def use_group_attention(model: Any) -> None:
     if config._attn_implementation != GROUP_ATTENTION:
         raise ConfigError(
             "layout: group needs a model whose attention can be exchanged", where=config.model_type,
-            fix="set layout=pairwise for this model",
+            fix="leave layout out, or set layout=pairwise, for this model",
         )  # fmt: skip
+
+
+def limited_attention(config: Any, longest: int | None = None) -> str | None:
+    """How the attention of a text model falls short of plain causal attention over `longest` tokens; None where not."""
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    reach = longest or getattr(config, "max_position_embeddings", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if window and reach and window >= reach:
+        kinds -= {"sliding_attention"}
+    if kinds - {"full_attention"}:
+        return ", ".join(sorted(kinds)) + (f", a window of {window}" if window else "")
+    return "capped attention logits" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 def _rows(states: Tensor, span: Range) -> Tensor:

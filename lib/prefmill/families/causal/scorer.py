@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prefmill.core.errors import InputError
 from prefmill.distributed.sharding import pad_chunks
+from prefmill.families.causal.group_attention import limited_attention
 from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
 from prefmill.families.causal.vision import embed
 from prefmill.training.batches import GroupPart
@@ -98,6 +99,7 @@ def patch_forward(model: Any) -> Any:
                 f"models that scale their logits are not supported ({name})", where=inner.config.model_type,
                 fix="use a model whose logits are a plain projection, such as Qwen2 or Llama",
             )  # fmt: skip
+    inner.masks_padding = _masks_padding(inner)
     inner.forward = MethodType(_forward, inner)
     return model
 
@@ -142,9 +144,27 @@ def _forward(
         given["inputs_embeds"] = embed(self, input_ids, pixel_values, image_grid_thw)
     else:
         given["input_ids"] = input_ids
-    hidden = self.get_decoder()(attention_mask=attention_mask, use_cache=False, **given)[0]
+    mask = attention_mask if self.masks_padding or position_ids is not None or _needs_mask_for_memory(self) else None
+    hidden = self.get_decoder()(attention_mask=mask, use_cache=False, **given)[0]
     logps = token_logps(hidden[row, column], target, self.get_output_embeddings())
     return torch.zeros(num_responses, dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
+
+
+def _masks_padding(model: Any) -> bool:
+    """Whether `model` is told where rows are padded on the right; plain causal attention never looks there.
+
+    A mask would rule flash attention out. Windows, states and attention code of a model's own keep theirs.
+    """
+    config = model.config.get_text_config()
+    return limited_attention(config) is not None or not model._can_set_attn_implementation()
+
+
+def _needs_mask_for_memory(model: Any) -> bool:
+    """On a GPU without a mask, fewer key heads than heads run in fp32 only by the kernel that holds T x T."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    fewer = getattr(config, "num_key_value_heads", heads) != heads
+    return fewer and model.device.type == "cuda" and not torch.is_autocast_enabled("cuda") and model.dtype.itemsize > 2
 
 
 def token_logps(hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:

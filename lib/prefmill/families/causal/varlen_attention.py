@@ -89,13 +89,13 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, index: VarlenInd
     return attended
 
 
-def attention_kernel(query: Tensor) -> Kernel:
-    """The kernel for queries [..., D] of this device and dtype: chosen once, and told in the log."""
-    return forced or _choose(query.device.type, query.dtype, query.shape[-1])
+def attention_kernel(query: Tensor, value: Tensor) -> Kernel:
+    """The kernel for queries and values [..., D] of this device and dtype: chosen once, and told in the log."""
+    return forced or _choose(query.device.type, query.dtype, query.shape[-1], value.shape[-1])
 
 
-def _chosen(device: str, dtype: torch.dtype, head_size: int) -> Kernel:
-    reason = _why_loop(device, dtype, head_size)
+def _chosen(device: str, dtype: torch.dtype, head_size: int, value_size: int) -> Kernel:
+    reason = _why_loop(device, dtype, head_size, value_size)
     shown = "a loop over responses, as " + reason if reason else "two calls of varlen_attn a layer"
     logging.getLogger(__name__).warning("group attention: %s", shown)
     return "loop" if reason else "varlen"
@@ -105,14 +105,14 @@ _once = lru_cache(_chosen)
 _choose: Callable[..., Kernel] = torch.compiler.assume_constant_result(_once)  # type: ignore[no-untyped-call]
 
 
-def _why_loop(device: str, dtype: torch.dtype, head_size: int) -> str | None:
+def _why_loop(device: str, dtype: torch.dtype, head_size: int, value_size: int) -> str | None:
     """Why flash attention cannot run; None where it can."""
     if device != "cuda":
         return f"it runs on {device}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} has no flash kernel"
-    if head_size > _LARGEST_HEAD or head_size % _HEAD_MULTIPLE:
-        return f"heads of {head_size} have no flash kernel"
+    if head_size != value_size or head_size > _LARGEST_HEAD or head_size % _HEAD_MULTIPLE:
+        return f"heads of {head_size}, values of {value_size}, have no flash kernel"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < _OLDEST_GPU:
         return "this GPU has no flash kernel"
     return None

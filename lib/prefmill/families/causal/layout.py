@@ -1,0 +1,49 @@
+"""Which layout a preference training takes where its configuration leaves that open."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from prefmill.core.errors import ConfigError
+from prefmill.families.causal.group_attention import use_group_attention
+from prefmill.families.causal.other_reference import reference_name
+from prefmill.training.preference_config import PreferenceConfig
+
+
+def choose_layout(config: PreferenceConfig, policy: str) -> tuple[PreferenceConfig, str | None]:
+    """The configuration with `auto` replaced, and why it is pairwise then; None where it is group, or was not `auto`.
+
+    What `auto` becomes follows from the configuration and the models alone, so that it is the same on every machine.
+    """
+    if config.layout != "auto":
+        return config, None
+    reason = _why_pairwise(config, policy)
+    if reason is not None:
+        logging.getLogger(__name__).warning("layout: auto is pairwise: %s", reason)
+    return config.model_copy(update={"layout": "pairwise" if reason else "group"}), reason
+
+
+def _why_pairwise(config: PreferenceConfig, policy: str) -> str | None:
+    if config.attn_implementation is not None:
+        return f"attn_implementation is {config.attn_implementation}, and group brings its own"
+    other = reference_name(config)
+    models = [(policy, config.revision)] + ([(other, config.ref_revision)] if other is not None else [])
+    reasons = (_why_not_group(name, revision, config) for name, revision in models)
+    return next(filter(None, reasons), None)
+
+
+def _why_not_group(name: str, revision: str | None, config: PreferenceConfig) -> str | None:
+    """The refusal of a model without weights: what decides is its configuration and its code."""
+    options = {"trust_remote_code": config.trust_remote_code}
+    found = AutoConfig.from_pretrained(name, revision=revision, **options)
+    kind = AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            use_group_attention(kind.from_config(found, **options), config.max_length)
+    except ConfigError as error:
+        got = error.details["got"]
+        return error.what.removeprefix("layout: ") + (f" ({got})" if got else "")
+    return None
