@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefmill.core.stage import Task
-from prefmill.distributed.collectives import world_size
+from prefmill.distributed.collectives import from_all_ranks, world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.training.arguments import trainer_arguments
 from prefmill.training.batches import AnyGroup, GroupPart, Microbatch
@@ -159,27 +159,41 @@ class PreferenceTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss, margin and accuracy over the validation pairs."""
+        """Loss, margin and accuracy over the validation pairs, of which every rank scores its share."""
         if self._val is None:
             return {}
         self.model.eval()
-        losses, margins = [], []
         with torch.no_grad(), self.compute_loss_context_manager():
-            for index in range(len(self._val)):
-                scores = self.pair_scores(self.model, self._prepare_inputs(self._val[index]))
-                losses.append(self.objective.loss(scores, self.settings))
-                margins.append(scores.margin)
-        metrics = self.eval_metrics(torch.cat(losses), torch.cat(margins))
+            shares = from_all_ranks(self._evaluate_share(self._val))
+        found = {index: values for share in shares for index, values in share.items()}
+        losses, margins = torch.cat([found[index] for index in range(len(self._val))], dim=1)
+        metrics = self.eval_metrics(losses, margins)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluate_share(self, val: PlannedBatches) -> dict[int, Tensor]:
+        """Losses and margins, [2, N] float64, of this rank's microbatches by their places.
+
+        Where weights are sharded every rank must run the model equally often: one that has no more microbatches runs
+        the last one again, and leaves it out.
+        """
+        rank, ranks, last = self.args.process_index, self.args.world_size, len(val) - 1
+        found = {}
+        for start in range(0, len(val), ranks):
+            index = min(start + rank, last)
+            scores = self.pair_scores(self.model, self._prepare_inputs(val[index]))
+            values = torch.stack([self.objective.loss(scores, self.settings), scores.margin]).double()
+            if start + rank <= last:
+                found[index] = values
+        return {index: values.cpu() for index, values in found.items()}
+
     def eval_metrics(self, losses: Tensor, margins: Tensor) -> dict[str, float]:
-        """What an evaluation reports of its pairs' losses and margins, [N] each."""
+        """What an evaluation reports of its pairs' losses and margins, [N] float64 each."""
         return {
             "eval_loss": losses.mean().item(),
             "eval_margin": margins.mean().item(),
-            "eval_accuracy": ((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
+            "eval_accuracy": ((margins > 0).double() + (margins == 0).double() / 2).mean().item(),
         }
 
 
