@@ -30,7 +30,7 @@ def shared_data() -> Path:
 
 
 # The dear first; vLLM last, as a process that has run it can no longer fork ranks that train.
-FOLDERS_IN_ORDER = ("slurm", "e2e", "docs", "unit", "vllm")
+FOLDERS_IN_ORDER = ("slurm", "e2e", "docs", "fakecuda", "unit", "gpu", "vllm")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -30,12 +30,17 @@ class Telemetry:
         self._rank = rank
         self._alarms = folder / ALARMS
         self.speed = Speed(folder, rank)
-        self._rows: list[dict[str, Any]] = []
+        self._held: list[tuple[list[str], dict[str, torch.Tensor]]] = []
         self._window: list[dict[str, Any]] = []
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, pair_ids: list[str], scores: PairScores, objective: Objective, settings: Settings) -> None:
-        """Take in the pairs of one microbatch."""
+        """Take in the pairs of one microbatch; their values stay on the device until the step is taken."""
+        columns = self.columns(scores, objective, settings)
+        self._held.append((pair_ids, {name: column.detach() for name, column in columns.items()}))
+
+    def columns(self, scores: PairScores, objective: Objective, settings: Settings) -> dict[str, torch.Tensor]:
+        """The values of every pair by name, [N] each."""
         columns = {
             "chosen_logps": scores.chosen,
             "rejected_logps": scores.rejected,
@@ -45,20 +50,17 @@ class Telemetry:
             "gradient_coefficient": gradient_coefficient(scores, objective, settings),
         }
         if scores.ref_chosen is not None and scores.ref_rejected is not None:
-            columns |= {
-                "ref_chosen_logps": scores.ref_chosen,
-                "ref_rejected_logps": scores.ref_rejected,
-            }
-        values = {name: column.detach().cpu().tolist() for name, column in columns.items()}
-        for index, pair_id in enumerate(pair_ids):
-            self._rows.append({"pair_id": pair_id, **{name: column[index] for name, column in values.items()}})
+            columns |= {"ref_chosen_logps": scores.ref_chosen, "ref_rejected_logps": scores.ref_rejected}
+        return columns
 
     def step(self, step: int, epoch: int) -> None:
         """Write the pairs of optimizer step `step` (from 1) of `epoch` (from 0), those of the first rank first.
 
         A repeated step writes them again. Every rank must call.
         """
-        rows = [row for rows in from_all_ranks(self._rows) for row in rows]
+        held, self._held = self._held, []
+        own = [row for pair_ids, columns in held for row in _rows(pair_ids, columns)]
+        rows = [row for rows in from_all_ranks(own) for row in rows]
         if self._rank == 0:
             with (self._folder / LOG).open("a", encoding="utf-8") as stream:
                 for row in rows:
@@ -67,7 +69,6 @@ class Telemetry:
             folder.mkdir(exist_ok=True)
             np.save(folder / f"step_{step:05}.npy", np.array([row["margin"] for row in rows], dtype=np.float32))
         self._window += [{**row, "step": step} for row in rows]
-        self._rows = []
 
     def means(self) -> dict[str, float]:
         """Means over the pairs of all ranks since the last call: margin, accuracy, that of "longer wins", likelihoods.
@@ -123,6 +124,15 @@ def gradient_coefficient(scores: PairScores, objective: Objective, settings: Set
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(objective.loss(detached, settings).sum(), chosen)
     return -gradient
+
+
+def _rows(pair_ids: list[str], columns: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """A row for every pair, from one copy off the device."""
+    values = torch.stack(list(columns.values())).T.tolist()
+    return [
+        {"pair_id": pair_id, **dict(zip(columns, row, strict=True))}
+        for pair_id, row in zip(pair_ids, values, strict=True)
+    ]
 
 
 def _wins(difference: float) -> float:

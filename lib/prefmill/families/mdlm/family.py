@@ -46,7 +46,7 @@ class LiveVariance:
     tolerance: float
     adaptive: bool = False
     in_use: int = field(init=False)
-    _sum: float = field(default=0.0, init=False)
+    _sum: Tensor | float = field(default=0.0, init=False)
     _count: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -54,12 +54,12 @@ class LiveVariance:
 
     def add(self, variances: Tensor) -> None:
         """Take in the variance of one draw's margin for each pair, [N], squared nats."""
-        self._sum += float(variances.sum())
+        self._sum = self._sum + variances.sum().double()  # read when it is asked for: reading stops a GPU
         self._count += len(variances)
 
     def report(self) -> dict[str, float]:
         """The mean since the last report and what follows from it, the same on every rank; empty without draws."""
-        total, count = _over_ranks(self._sum, self._count)
+        total, count = _over_ranks(float(self._sum), self._count)
         self._sum, self._count = 0.0, 0
         if count == 0:
             return {}

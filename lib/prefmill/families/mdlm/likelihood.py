@@ -58,7 +58,7 @@ def chain(
     for chunk in torch.split(places, rows_at_once):
         clean = ids.expand(len(chunk), -1)
         noisy = clean.masked_fill(torch.arange(len(ids), device=ids.device) >= chunk[:, None], mask_token_id)
-        asked = torch.arange(len(ids), device=ids.device) == chunk[:, None]
+        asked = (torch.arange(len(chunk), device=ids.device), chunk)
         total += masked_logps(model, model.forward, noisy, asked, clean, shifted).double().sum().item()
     return total
 
@@ -79,6 +79,7 @@ def all_masked_sums(
         masked = torch.zeros(len(chunk), len(ids), dtype=torch.bool)
         masked[:, len(prompt) :] = (chunk[:, None] >> torch.arange(length)) & 1 == 1
         clean = ids.expand(len(chunk), -1)
-        logps = masked_logps(model, model.forward, clean.masked_fill(masked, mask_token_id), masked, clean, shifted)
-        sums[chunk] = sums[chunk].index_add(0, masked.nonzero(as_tuple=True)[0], logps.double())
+        places = masked.nonzero(as_tuple=True)
+        logps = masked_logps(model, model.forward, clean.masked_fill(masked, mask_token_id), places, clean, shifted)
+        sums[chunk] = sums[chunk].index_add(0, places[0], logps.double())
     return sums.numpy()

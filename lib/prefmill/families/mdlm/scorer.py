@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ class DiffusionBatch:
     """S samples of at most T tokens, each with n maskings of its response; the prompt is never masked.
 
     `input_ids` [S, T] int64 with nothing masked, `ends` [S] the tokens of each row (the rest is padding that no model
-    sees), `masked` [S, n, T] bool, `weights` [S, n] fp32; `lengths` [S] the response's tokens; `chosen`, `rejected`
-    [N] name each pair's samples.
+    sees), `masked` [S, n, T] bool, `counts` [S, n] how many that are, `weights` [S, n] fp32; `lengths` [S] the
+    response's tokens; `chosen`, `rejected` [N] name each pair's samples. Shapes follow from `ends` and `counts`, so
+    these are numbers of the host: a GPU is never asked for them.
     """
 
     input_ids: Tensor
-    ends: Tensor
+    ends: tuple[int, ...]
     masked: Tensor
+    counts: tuple[tuple[int, ...], ...]
     weights: Tensor
     lengths: Tensor
     chosen: Tensor
@@ -34,13 +36,15 @@ class DiffusionBatch:
 
     def to(self, device: torch.device) -> DiffusionBatch:
         """The batch on `device`."""
-        return DiffusionBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            values[name] = value.to(device) if isinstance(value, Tensor) else value
+        return DiffusionBatch(**values)
 
     def first(self, num_draws: int) -> DiffusionBatch:
         """The batch with the first `num_draws` draws of every sample."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {"masked": self.masked[:, :num_draws], "weights": self.weights[:, :num_draws]}
-        return DiffusionBatch(**values)
+        counts = tuple(row[:num_draws] for row in self.counts)
+        return replace(self, masked=self.masked[:, :num_draws], counts=counts, weights=self.weights[:, :num_draws])
 
 
 def encode_samples(
@@ -57,8 +61,9 @@ def encode_samples(
         masked[index, :, len(prompt) : len(prompt) + len(response)] = torch.from_numpy(drawn.masked)
     return DiffusionBatch(
         input_ids=torch.tensor([row + [0] * (width - len(row)) for row in rows]),
-        ends=torch.tensor([len(row) for row in rows]),
+        ends=tuple(map(len, rows)),
         masked=masked,
+        counts=tuple(tuple(map(int, drawn.masked.sum(1))) for drawn in draws),
         weights=torch.stack([torch.from_numpy(drawn.weights) for drawn in draws]).float(),
         lengths=torch.tensor([len(response) for _, response in samples]),
         chosen=torch.tensor(chosen, dtype=torch.long),
@@ -68,7 +73,8 @@ def encode_samples(
 
 def score_batch(model: Any, batch: DiffusionBatch) -> Tensor:
     """The value of every draw of every sample, [S, n] fp32, through `model`'s installed forward."""
-    scores: Tensor = model(input_ids=batch.input_ids, ends=batch.ends, masked=batch.masked, weights=batch.weights)
+    names = ("input_ids", "ends", "masked", "counts", "weights")
+    scores: Tensor = model(**{name: getattr(batch, name) for name in names})
     return scores
 
 
@@ -87,12 +93,24 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, rows
                 f"models that scale their logits are not supported ({name})", where=inner.config.model_type,
                 fix="use a model whose logits are a plain projection, such as LLaDA-8B",
             )  # fmt: skip
-    settings = (mask_token_id, shifted, rows_at_once)
     plain = inner.forward
     inner.forward_before = inner.__dict__.get("forward")  # one of its own has whoever hooks into the model
 
-    def forward(self: Any, input_ids: Tensor, ends: Tensor, masked: Tensor, weights: Tensor, **_: Any) -> Tensor:
-        return _draw_values(self, plain, settings, input_ids, ends, masked, weights)
+    def forward(
+        self: Any, input_ids: Tensor, ends: Sequence[int], masked: Tensor, counts: Sequence[Sequence[int]],
+        weights: Tensor, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        def sums(rows: Rows) -> Tensor:
+            clean, hidden = input_ids[rows.sample, : rows.end], masked[rows.sample, rows.draw, : rows.end]
+            # Their number is known: to find it anew would stop a GPU until it has caught up.
+            places = hidden.nonzero_static(size=rows.num_masked).unbind(1)
+            logps = masked_logps(self, plain, clean.masked_fill(hidden, mask_token_id), places, clean, shifted)
+            return torch.zeros(len(rows.sample), dtype=logps.dtype, device=logps.device).index_add(0, places[0], logps)
+
+        together = list(chunks(ends, counts, rows_at_once, input_ids.device))
+        values = torch.cat(recomputed(sums, [(rows,) for rows in together]))
+        order = torch.argsort(torch.cat([rows.sample * weights.shape[1] + rows.draw for rows in together]))
+        return weights * values[order].view(weights.shape)
 
     inner.forward = MethodType(forward, inner)
     return model
@@ -112,11 +130,13 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def masked_logps(model: Any, plain: Any, noisy: Tensor, masked: Tensor, targets: Tensor, shifted: bool) -> Tensor:
-    """log p of the masked tokens of `noisy` [R, T], [C] fp32 in the order of `masked` [R, T]; logits nowhere else."""
+def masked_logps(
+    model: Any, plain: Any, noisy: Tensor, places: tuple[Tensor, ...], targets: Tensor, shifted: bool
+) -> Tensor:
+    """log p of the masked tokens of `noisy` [R, T], [C] fp32 by their `places` (rows, columns); logits nowhere else."""
     head = model.get_output_embeddings()
     hidden = hidden_states(model, plain, noisy, head)
-    row, column = masked.nonzero(as_tuple=True)
+    row, column = places
     return token_logps(hidden[row, column - 1 if shifted else column], targets[row, column], head)
 
 
@@ -145,33 +165,28 @@ def hidden_states(model: Any, plain: Any, input_ids: Tensor, head: Any) -> Tenso
     return seen[0]
 
 
-def _draw_values(
-    model: Any, plain: Any, settings: tuple[int, bool, int], ids: Tensor, ends: Tensor, masked: Tensor, weights: Tensor
-) -> Tensor:
-    """Values of the draws, [S, n], a chunk of maskings at a time."""
-    mask_token_id, shifted, rows_at_once = settings
+class Rows(NamedTuple):
+    """Maskings of one length that run together: draw `draw` of sample `sample`, [R] each, of `end` tokens.
 
-    def sums(sample: Tensor, draw: Tensor, end: int) -> Tensor:
-        clean, hidden = ids[sample, :end], masked[sample, draw, :end]
-        logps = masked_logps(model, plain, clean.masked_fill(hidden, mask_token_id), hidden, clean, shifted)
-        owner = hidden.nonzero(as_tuple=True)[0]
-        return torch.zeros(len(sample), dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
+    A tuple, as checkpointing looks into those for the device whose precision it restores.
+    """
 
-    num_samples, num_draws = weights.shape
-    together = list(chunks(ends, num_draws, rows_at_once))
-    pieces = recomputed(sums, [(sample.to(ids.device), draw.to(ids.device), end) for sample, draw, end in together])
-    order = torch.argsort(torch.cat([sample * num_draws + draw for sample, draw, _ in together])).to(ids.device)
-    return weights * torch.cat(pieces)[order].view(num_samples, num_draws)
+    sample: Tensor
+    draw: Tensor
+    end: int
+    num_masked: int
 
 
-def chunks(ends: Tensor, num_draws: int, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Samples and draws to run together, with their common number of tokens.
+def chunks(
+    ends: Sequence[int], counts: Sequence[Sequence[int]], rows_at_once: int, device: torch.device
+) -> Iterator[Rows]:
+    """The maskings of all samples, at most `rows_at_once` together.
 
     Only rows of equal length share a chunk: versions of LLaDA's code ignore attention masks, so nothing may be padded.
     """
-    lengths = ends.tolist()
-    for end in sorted(set(lengths)):
-        samples = torch.tensor([index for index, length in enumerate(lengths) if length == end])
-        flat = (samples[:, None] * num_draws + torch.arange(num_draws)[None, :]).flatten()
-        for piece in torch.split(flat, rows_at_once):
-            yield piece // num_draws, piece % num_draws, end
+    for end in sorted(set(ends)):
+        alike = [(s, d) for s, length in enumerate(ends) if length == end for d in range(len(counts[s]))]
+        for start in range(0, len(alike), rows_at_once):
+            piece = alike[start : start + rows_at_once]
+            sample, draw = torch.tensor(piece).T.to(device, non_blocking=True)
+            yield Rows(sample, draw, end, sum(counts[s][d] for s, d in piece))

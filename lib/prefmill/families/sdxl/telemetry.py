@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from prefmill.families.sdxl.objectives import DspoFactors, cosine_to_sft
 from prefmill.training.objectives import Objective, PairScores, Settings
 from prefmill.training.telemetry import Telemetry
@@ -16,17 +18,14 @@ class ErrorTelemetry(Telemetry):
         super().__init__(folder, rank)
         self._factors = factors
 
-    def add(self, pair_ids: list[str], scores: PairScores, objective: Objective, settings: Settings) -> None:
-        """Take in the pairs of one microbatch."""
-        super().add(pair_ids, scores, objective, settings)
-        columns = {}
+    def columns(self, scores: PairScores, objective: Objective, settings: Settings) -> dict[str, Tensor]:
+        """The values of every pair by name, [N] each."""
+        columns = super().columns(scores, objective, settings)
         if scores.ref_chosen is not None:
             columns["winner_error_change"] = scores.ref_chosen - scores.chosen
         if self._factors is not None:
             columns["sft_cosine"] = cosine_to_sft(scores, settings, self._factors)
-        for name, column in columns.items():
-            for row, value in zip(self._rows[-len(pair_ids) :], column.detach().cpu().tolist(), strict=True):
-                row[name] = value
+        return columns
 
     def means(self) -> dict[str, float]:
         """Means over the pairs since the last call."""

@@ -50,7 +50,7 @@ def batch_of(rows: list[tuple[list[int], list[int]]], num_draws: int) -> Any:
 def single_pass(model: Any, batch: Any, shifted: bool = False) -> Tensor:
     """Full logits of every row and draw at once, as one would write it down."""
     rows = []
-    for sample, end in enumerate(batch.ends.tolist()):
+    for sample, end in enumerate(batch.ends):
         clean, masked = batch.input_ids[sample, :end], batch.masked[sample, :, :end]
         noisy = torch.where(masked, MASK, clean)
         logps = model(input_ids=noisy).logits.log_softmax(-1)
@@ -95,18 +95,19 @@ def test_it_attends_both_ways(model: Any) -> None:
 def test_the_prompt_is_never_masked() -> None:
     batch = batch_of(samples(), num_draws=16)
     assert not batch.masked[:, :, :4].any()
-    for sample, end in enumerate(batch.ends.tolist()):
+    for sample, end in enumerate(batch.ends):
         assert not batch.masked[sample, :, end:].any()
         assert batch.masked[sample, :, 4:end].any(1).all()
 
 
 def test_rows_of_different_lengths_never_share_a_chunk() -> None:
-    ends = torch.tensor([5, 7, 5, 6])
-    seen = []
-    for sample, draw, end in chunks(ends, num_draws=3, rows_at_once=4):
-        assert len(sample) <= 4
-        assert (ends[sample] == end).all()
-        seen += list(zip(sample.tolist(), draw.tolist(), strict=True))
+    ends, counts, seen = (5, 7, 5, 6), [[1, 2, 4]] * 4, []
+    for rows in chunks(ends, counts, rows_at_once=4, device=torch.device("cpu")):
+        places = list(zip(rows.sample.tolist(), rows.draw.tolist(), strict=True))
+        assert len(places) <= 4
+        assert all(ends[sample] == rows.end for sample, _ in places)
+        assert rows.num_masked == sum(counts[sample][draw] for sample, draw in places)
+        seen += places
     assert sorted(seen) == [(sample, draw) for sample in range(4) for draw in range(3)]
 
 
