@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.fakecuda.device import build_outside, load_hooks
+from tests.fakecuda.device import load_hooks
 
 
 def error_of(work: Callable[[], None]) -> str | None:
@@ -27,11 +27,9 @@ def error_of(work: Callable[[], None]) -> str | None:
 def main() -> None:
     """Print what came of every case."""
     load_hooks(Path(sys.argv[1]))
-    from prefmill.families.causal import group_attention
     from tests.fakecuda import planted
     from tests.fakecuda.cases import CASES
 
-    group_attention.causal_lower_right = build_outside(group_attention.causal_lower_right)
     found = {name: error_of(work) for name, work in CASES.items()}
     found |= {name: error_of(partial(planted.run, name)) for name in planted.PLANTED}
     print(json.dumps(found))

@@ -44,17 +44,6 @@ def load_hooks(built: Path) -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[method-assign]
 
 
-def build_outside(make: Any) -> Any:
-    """`make` for what no tensor mode may see being made: tensor subclasses without data, such as CausalBias."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    def outside(*given: Any) -> Any:
-        with _disable_current_modes():
-            return make(*given)
-
-    return outside
-
-
 @contextmanager
 def fake_cuda() -> Iterator[Any]:
     """The mode under which tensors have shapes, dtypes and devices, but no values."""

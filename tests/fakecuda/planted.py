@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from prefmill.families.causal import scorer
+from prefmill.families.causal.varlen_attention import VarlenIndex
 from prefmill.training.telemetry import Telemetry
 from tests.fakecuda.cases import CASES
 
@@ -32,6 +33,11 @@ def targets_left_behind(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scorer.Batch, "to", lambda batch, device: replace(plain(batch, device), target=batch.target))
 
 
+def index_left_behind(patch: pytest.MonkeyPatch) -> None:
+    """The variable-length kernel's cumulative lengths stay on the CPU."""
+    patch.setattr(VarlenIndex, "to", lambda index, device: index)
+
+
 def a_number_read(patch: pytest.MonkeyPatch) -> None:
     """Telemetry that reads its values in every microbatch."""
     patch.setattr(Telemetry, "add", lambda telemetry, ids, scores, *_: scores.margin.detach().tolist())
@@ -41,6 +47,7 @@ PLANTED: Mapping[str, tuple[Plant, str, str]] = {
     "scores on the CPU": (scores_on_the_cpu, "causal group bfloat16", "cuda to the CPU"),
     "there and back": (there_and_back, "causal pairwise float32 autocast", "cuda to the CPU"),
     "targets left behind": (targets_left_behind, "causal group bfloat16", "two devices"),
+    "index left behind": (index_left_behind, "causal group float32 autocast", "devices"),
     "a number read": (a_number_read, "trainer step", "_local_scalar_dense"),
 }
 """Name: the fault, the case that meets it, and a part of the error."""
