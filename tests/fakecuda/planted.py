@@ -47,7 +47,7 @@ PLANTED: Mapping[str, tuple[Plant, str, str]] = {
     "scores on the CPU": (scores_on_the_cpu, "causal group bfloat16", "cuda to the CPU"),
     "there and back": (there_and_back, "causal pairwise float32 autocast", "cuda to the CPU"),
     "targets left behind": (targets_left_behind, "causal group bfloat16", "two devices"),
-    "index left behind": (index_left_behind, "causal group float32 autocast", "devices"),
+    "index left behind": (index_left_behind, "causal group float32 autocast", "same device"),
     "a number read": (a_number_read, "trainer step", "_local_scalar_dense"),
 }
 """Name: the fault, the case that meets it, and a part of the error."""
