@@ -1,84 +1,140 @@
-"""The variance of a masked-diffusion score difference: balanced draws against iid (VRPO) and 1/t sampling.
+"""The error of a masked-diffusion score difference: every estimator shipped, beside VRPO's independent draws.
 
     python -m benchmarks.mdlm_variance
 
-Policy and reference share their draws, on joint distributions known by brute force and on a small model before and
-after preference training. The variances of `systematic` (counts alone), VRPO and 1/t are exact, enumerated over every
-mask and offset; that of `balanced`, the default, is sampled (4,000 times). Ratios are at the same number of forwards.
-Targets at 8: 1.2 against VRPO, 3 against 1/t. The last line is for machines: the smallest ratio against VRPO at 8.
+Policy and reference share their draws, on Markov chains whose likelihoods are known exactly at any length (7, 32 and
+128 tokens), on joints known by brute force and on a small model before and after preference training. Ratios are at the
+same number of forwards. Printed: the variance at 1 to 64 draws and its ratio to independent draws; the slope of log
+variance over log draws (-1: the error falls as draws grow); how often |estimate - truth| is within the standard error's
+95 % interval at 64 draws. The last line is for machines: the smallest ratio at 2, 4 and 8 draws at 32 and 128 tokens.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from benchmarks import markov_chain
 from prefmill.core.config import read_yaml, validate
 from prefmill.core.stage import Task, load_stage
-from prefmill.families.mdlm.estimator import draw
-from prefmill.families.mdlm.exact import Floats, allocation_variances, estimate, exact_variances, near, random_joint
+from prefmill.families.mdlm.config import Sampling
+from prefmill.families.mdlm.estimator import Draws, block_sizes, draw
+from prefmill.families.mdlm.exact import Floats, near, random_joint
+from prefmill.families.mdlm.likelihood import Likelihood
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
-_SAMPLES = 4000
+_DRAWS = (1, 2, 4, 8, 16, 64)
+_T_95 = {8: 2.365, 64: 1.998}  # Student's t at 97.5 % for 7 and 63 degrees of freedom: 8 blocks, 64 single draws
+Values = Callable[[Draws], Floats]  # of one response: weight x masked sum of the difference, [n]
+SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 
 
 def main() -> int:
-    """Measure both and print; returns 0."""
-    ratios = [
-        _show("exact joint, V = 3, L = 10, strong ties", _joint_differences(tilt=1.0)),
-        _show("exact joint, V = 3, L = 10, weak ties", _joint_differences(tilt=0.5)),
-    ]
+    """Measure and print; returns 0."""
+    ratios = []
+    for length in (7, 32, 128):
+        values, truths = chain_differences(length)
+        found = _show(f"Markov chain, {length} tokens", length, values, truths, samples=200 if length > 32 else 400)
+        ratios += found if length > 7 else []
+    for title, tilt in (("strong", 1.0), ("weak", 0.5)):
+        _show(f"joint by brute force, 10 tokens, {title} ties", 10, *_joint_differences(tilt), samples=400)
     with tempfile.TemporaryDirectory() as folder:
-        ratios.append(_show("model before and after preference training, L = 7", _trained_differences(Path(folder))))
+        _show(
+            "model before and after preference training, 7 tokens", 7, *_trained_differences(Path(folder)), samples=400
+        )
     print(f"ratio: {min(ratios):.2f}")
     return 0
 
 
-def _show(title: str, differences: Sequence[tuple[Floats, Floats]]) -> float:
-    """Print the variances, averaged over the sequences; returns the ratio against VRPO at 8 draws."""
-    print(f"\n{title}: mean variance over {len(differences)} responses, nats squared")
-    names = ("draws", "balanced", "systematic", "VRPO (iid)", "1/t", "VRPO ratio", "1/t ratio")
-    print("".join(f"{name:>13}" for name in names))
-    ratio = 0.0
-    for num_draws in (2, 4, 8, 16):
-        rows = [exact_variances(policy - reference, num_draws) for policy, reference in differences]
-        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        balanced = float(np.mean([_sampled(policy - reference, num_draws) for policy, reference in differences]))
-        against = mean["iid"] / balanced, mean["inverse_t"] / balanced
-        values = [balanced, mean["systematic"], mean["iid"], mean["inverse_t"]]
-        cells = [*(f"{value:.6f}" for value in values), *(f"{value:.2f}" for value in against)]
-        print("".join(f"{cell:>13}" for cell in (num_draws, *cells)))
-        ratio = against[0] if num_draws == 8 else ratio
-    table = [allocation_variances(policy, reference) for policy, reference in differences]
-    cells = ", ".join(f"{name} {np.mean([row[name] for row in table]):.4f}" for name in table[0])
-    print(f"mask counts / maskings a count (VRPO's table 2: 1.0, 2.2, 4.7, 7.3, 44.0, 2183.7): {cells}")
-    return ratio
+def _show(title: str, length: int, values: Sequence[Values], truths: Sequence[float], samples: int) -> list[float]:
+    """Print a table; returns the ratios of `balanced` to independent draws at 2, 4 and 8 draws."""
+    print(f"\n{title}: mean variance over {len(values)} responses in nats squared, (ratio to iid)")
+    print(f"{'':<12}" + "".join(f"{f'{n} draws':>18}" for n in _DRAWS) + f"{'slope':>8}{'coverage':>10}")
+    table = {name: [variance(name, length, n, values, samples) for n in _DRAWS] for name in SAMPLINGS}
+    for name, row in table.items():
+        cells = [f"{value:.4f} ({base / value:.2f})" for value, base in zip(row, table["iid"], strict=True)]
+        slope = np.polyfit(np.log(_DRAWS), np.log(row), 1)[0]
+        covered = coverage(name, length, values, truths, samples)
+        print(f"{name:<12}" + "".join(f"{cell:>18}" for cell in cells) + f"{slope:>8.2f}{covered:>10.1%}")
+    return [base / value for base, value in zip(table["iid"][1:4], table["balanced"][1:4], strict=True)]
 
 
-def _sampled(sums: Floats, num_draws: int) -> float:
-    length, generator = len(sums).bit_length() - 1, np.random.default_rng(0)
-    return float(np.var([estimate(draw(length, num_draws, "balanced", generator), sums) for _ in range(_SAMPLES)]))
+def variance(sampling: Sampling, length: int, num_draws: int, values: Sequence[Values], samples: int) -> float:
+    """Of the estimate, the mean over responses."""
+    generator = np.random.default_rng(0)
+    drawn = [[draw(length, num_draws, sampling, generator) for _ in range(samples)] for _ in values]
+    return float(
+        np.mean([np.var([one(item).mean() for item in items]) for one, items in zip(values, drawn, strict=True)])
+    )
 
 
-def _joint_differences(tilt: float) -> list[tuple[Floats, Floats]]:
-    found = []
+def coverage(
+    sampling: Sampling,
+    length: int,
+    values: Sequence[Values],
+    truths: Sequence[float],
+    samples: int,
+    num_draws: int = 64,
+) -> float:
+    """How often the truth is within the 95 % interval of the standard error."""
+    num_draws = _DRAWS[-1]
+    generator, blocks, hits = np.random.default_rng(1), tuple(block_sizes(num_draws, sampling)), []
+    for one, truth in zip(values, truths, strict=True):
+        for _ in range(samples):
+            found = Likelihood(length, tuple(one(draw(length, num_draws, sampling, generator))), blocks)
+            hits.append(abs(found.bound - truth) <= _T_95[len(blocks)] * float(found.standard_error or 0))
+    return float(np.mean(hits))
+
+
+def chain_differences(length: int, count: int = 6) -> tuple[list[Values], list[float]]:
+    """Differences of two near Markov chains on sequences drawn from the reference, and what they truly are."""
+    reference = markov_chain.random_chain(8, length, seed=0)
+    policy, generator = markov_chain.near(reference, 0.3, seed=1), np.random.default_rng(2)
+    drawn = [reference.sample(generator) for _ in range(count)]
+
+    def values(words: Any) -> Values:
+        def of(draws: Draws) -> Floats:
+            difference = policy.masked_logps(words, draws.masked) - reference.masked_logps(words, draws.masked)
+            weighted: Floats = draws.weights * difference.sum(1)
+            return weighted
+
+        return of
+
+    truths = [policy.log_probability(words) - reference.log_probability(words) for words in drawn]
+    return [values(words) for words in drawn], truths
+
+
+def _by_sums(sums: Floats) -> Values:
+    """From the masked sums of a short response, [2^L]."""
+
+    def of(draws: Draws) -> Floats:
+        weighted: Floats = draws.weights * sums[draws.masked @ (1 << np.arange(draws.masked.shape[1]))]
+        return weighted
+
+    return of
+
+
+def _joint_differences(tilt: float) -> tuple[list[Values], list[float]]:
+    values, truths = [], []
     for seed in range(4):
         reference = random_joint(3, 10, seed, tilt)
         policy = near(reference, seed + 100, 0.1)
         place = np.random.default_rng(seed).choice(policy.table.size, p=policy.table.ravel())
         sequence = tuple(int(token) for token in np.unravel_index(place, policy.table.shape))
-        found.append((policy.masked_sums(sequence), reference.masked_sums(sequence)))
-    return found
+        values.append(_by_sums(policy.masked_sums(sequence) - reference.masked_sums(sequence)))
+        truths.append(policy.log_probability(sequence) - reference.log_probability(sequence))
+    return values, truths
 
 
-def _trained_differences(folder: Path) -> list[tuple[Floats, Floats]]:
+def _trained_differences(folder: Path) -> tuple[list[Values], list[float]]:
     """Every masked sum of held-out answers under the demo's tuned model and its reference."""
     from prefmill.families.causal.chat import encode
+    from prefmill.families.mdlm.exact import moments_by_count
     from prefmill.families.mdlm.likelihood import all_masked_sums
     from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
     from prefmill.training.data import read_pairs
@@ -89,12 +145,16 @@ def _trained_differences(folder: Path) -> list[tuple[Floats, Floats]]:
     tokenizer = load_diffusion_tokenizer(str(sft.path))
     reference, policy = (load_diffusion_model(str(item.path), precision="fp32") for item in (sft, dpo))
     mask = mask_token_of(reference, tokenizer)
-    found = []
+    values, truths = [], []
     for pair in list(read_pairs(toy.file("dpo_clean_val/data.jsonl")))[:10]:
         for answer in (pair.chosen, pair.rejected):
-            row = encode(tokenizer, pair.messages, answer)
-            found.append((all_masked_sums(policy, *row, mask), all_masked_sums(reference, *row, mask)))
-    return found
+            prompt, response = encode(tokenizer, pair.messages, answer)
+            if len(response) != 7:
+                continue
+            sums = all_masked_sums(policy, prompt, response, mask) - all_masked_sums(reference, prompt, response, mask)
+            values.append(_by_sums(sums))
+            truths.append(float(moments_by_count(sums, len(response))[0].mean()))
+    return values, truths
 
 
 def _run(name: str, folder: Path, **inputs: Any) -> Any:

@@ -61,6 +61,7 @@ def _pairs(config: MdlmDpoConfig, task: Task) -> tuple[Path, Path | None]:
 
 STAGE = Stage(
     name="mdlm_dpo",
+    version=2,  # balanced draws in independent blocks
     config=MdlmDpoConfig,
     run=run,
     root="checkpoints",

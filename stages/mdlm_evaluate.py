@@ -44,6 +44,7 @@ def _pairs(config: MdlmEvaluateConfig, task: Task) -> Path | None:
 
 STAGE = Stage(
     name="mdlm_evaluate",
+    version=2,  # balanced draws in independent blocks
     config=MdlmEvaluateConfig,
     run=run,
     root="data",

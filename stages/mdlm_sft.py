@@ -63,6 +63,7 @@ def _chats(config: MdlmSftConfig, task: Task) -> tuple[Path, Path | None]:
 
 STAGE = Stage(
     name="mdlm_sft",
+    version=2,  # balanced draws in independent blocks
     config=MdlmSftConfig,
     run=run,
     root="checkpoints",

@@ -17,7 +17,7 @@ from prefmill.store.jsonl import read_jsonl, write_jsonl
 from stages.mdlm_evaluate import MdlmEvaluateConfig
 
 KEYS: dict[str, Any] = {
-    "precision": "fp32", "diffusion_steps": 8, "num_tokens": 8, "block_tokens": 4, "num_steps": 4, "temperature": 1.0,
+    "precision": "fp32", "diffusion_steps": 16, "num_tokens": 8, "block_tokens": 4, "num_steps": 4, "temperature": 1.0,
     "wanted_pattern": KIND_PATTERN, "batch_size": 4,
 }  # fmt: skip
 

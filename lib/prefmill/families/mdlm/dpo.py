@@ -79,7 +79,7 @@ def train_diffusion_dpo(
 
 def drawing_of(config: DiffusionPreferenceConfig) -> Drawing:
     """How the configuration draws maskings."""
-    return Drawing(config.num_draws, config.sampling, config.seed, nested=config.diffusion_steps == "auto")
+    return Drawing(config.num_draws, config.sampling, config.seed)
 
 
 def reference_values(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import combinations, pairwise
 from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.families.mdlm.estimator import Draws, systematic_counts
+from prefmill.families.mdlm.estimator import Draws, block_sizes, count_law, systematic_counts
 
 Floats = NDArray[np.float64]
 
@@ -85,11 +84,12 @@ def moments_by_count(sums: Floats, length: int) -> tuple[Floats, Floats]:
     return means, variances
 
 
-def offset_pieces(length: int, num_draws: int) -> list[tuple[float, Fraction]]:
-    """Every stretch of offsets in [0, L) on which mask counts stay the same: a point inside, and its share."""
-    cuts = {Fraction(index * length, num_draws) % 1 for index in range(num_draws)} | {Fraction(0)}
-    edges = [*sorted(whole + cut for whole in range(length) for cut in cuts), Fraction(length)]
-    return [(float((low + high) / 2), (high - low) / length) for low, high in pairwise(edges)]
+def offset_pieces(law: Floats, num_draws: int) -> list[tuple[float, float]]:
+    """Every stretch of offsets in [0, 1) on which systematic counts stay the same: a point inside, and its length."""
+    edges = np.cumsum(law)[:-1]
+    cuts = np.mod(edges[:, None] - np.arange(num_draws) / num_draws, 1.0)
+    ordered = np.unique(np.concatenate([[0.0, 1.0], cuts.ravel(), np.arange(num_draws) / num_draws]).round(14))
+    return [((low + high) / 2, high - low) for low, high in pairwise(ordered.tolist())]
 
 
 def exact_variances(sums: Floats, num_draws: int) -> dict[str, float]:
@@ -99,18 +99,26 @@ def exact_variances(sums: Floats, num_draws: int) -> dict[str, float]:
     """
     length = len(sums).bit_length() - 1
     means, variances = moments_by_count(sums, length)
-    pieces = offset_pieces(length, num_draws)
-    centres = np.array([means[systematic_counts(offset, length, num_draws) - 1].mean() for offset, _ in pieces])
-    shares = np.array([float(share) for _, share in pieces])
+    shares = np.array(block_sizes(num_draws, "systematic")) / num_draws
+    blocks = [_systematic_variance(means, variances, size) for size in block_sizes(num_draws, "systematic")]
     t = np.geomspace(0.001, 1, 20_001)
     densities = [np.trapezoid(t ** (count - 2.0) * (1 - t) ** (length - count), t) for count in range(length + 1)]
     masked = np.array([bits.bit_count() for bits in range(len(sums))])
     second = float((sums**2 * np.array(densities)[masked]).sum())
     return {
-        "systematic": float(variances.mean() / num_draws + shares @ (centres - shares @ centres) ** 2),
+        "systematic": float(shares**2 @ np.array(blocks)),
         "iid": float((variances.mean() + means.var()) / num_draws),
         "inverse_t": (second - float(means.mean()) ** 2) / num_draws,
     }
+
+
+def _systematic_variance(means: Floats, variances: Floats, num_draws: int) -> float:
+    """Of one block's mean: of the masks, and of the offset."""
+    law = count_law(len(means), "systematic")
+    pieces = offset_pieces(law, num_draws)
+    centres = np.array([means[systematic_counts(offset, law, num_draws) - 1].mean() for offset, _ in pieces])
+    lengths = np.array([length for _, length in pieces])
+    return float(variances.mean() / num_draws + lengths @ (centres - lengths @ centres) ** 2)
 
 
 def allocation_variances(policy: Floats, reference: Floats) -> dict[str, float]:

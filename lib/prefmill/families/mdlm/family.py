@@ -21,17 +21,16 @@ from prefmill.training.objectives import PairScores
 
 @dataclass(frozen=True)
 class Drawing:
-    """How rows are drawn: the number of draws, which kind, from which seed; `nested` where a part may be used."""
+    """How rows are drawn: the number of draws, which kind, from which seed."""
 
     num_draws: int
     sampling: Sampling
     seed: int
-    nested: bool = False
 
     def of(self, prompt: list[int], response: list[int], epoch: int) -> Draws:
         """The draws of a row in an epoch."""
         tokens, length = [*prompt, *response], len(response)
-        return draws_of(tokens, length, self.num_draws, self.sampling, self.seed, epoch, self.nested)
+        return draws_of(tokens, length, self.num_draws, self.sampling, self.seed, epoch)
 
 
 @dataclass
@@ -68,8 +67,11 @@ class LiveVariance:
         return {"draw_variance": variance, "recommended_draws": recommended, "draws": self.in_use}
 
     def follow(self, report: dict[str, Any]) -> None:
-        """Use what a report recommends from now on: at least 2 draws, so that there still is a variance."""
-        if self.adaptive and "recommended_draws" in report:
+        """Use what a report recommends from now on: at least 2 draws, so that there still is a variance.
+
+        A variance of 0 recommends nothing: at the first step the policy is the reference, and every margin is 0.
+        """
+        if self.adaptive and report.get("draw_variance", 0) > 0:
             self.in_use = int(min(self.most, max(2, report["recommended_draws"])))
 
 
@@ -154,14 +156,17 @@ def by_epoch(values: Sequence[Tensor]) -> Reference:
 
 
 def margin_variance(sides: Sequence[Tensor], references: Sequence[Tensor | None]) -> Tensor:
-    """The variance of one draw's share of each pair's margin, [N], from values [N, n] of both sides; n > 1.
+    """The variance of each pair's margin, as if of one draw, [N], from values [N, n] of both sides; n > 1.
 
-    The sides' draws are independent of each other, so their variances add.
+    Half the squared difference of the two halves' means: each half is a sample by itself, while single draws of a
+    block balance each other. The sides' draws are independent of each other, so their variances add.
     """
+    num_draws = sides[0].shape[1] // 2 * 2
     total = torch.zeros(len(sides[0]), device=sides[0].device)
     for values, reference in zip(sides, references, strict=True):
-        difference = values if reference is None else values - reference
-        total = total + difference.detach().var(1)
+        difference = (values if reference is None else values - reference).detach()
+        halves = difference[:, :num_draws].reshape(len(difference), 2, -1).mean(2)
+        total = total + (halves[:, 0] - halves[:, 1]) ** 2 * (num_draws / 4)
     return total
 
 

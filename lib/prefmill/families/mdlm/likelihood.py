@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefmill.families.mdlm.estimator import block_sizes
 from prefmill.families.mdlm.family import Drawing
 from prefmill.families.mdlm.scorer import encode_samples, masked_logps, score_batch
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a response of `num_tokens`: its bound in nats, the mean of `values` (one a draw)."""
+    """Of a response of `num_tokens`: its bound in nats, the mean of `values`, one per draw, in independent blocks."""
 
     num_tokens: int
     values: tuple[float, ...]
+    blocks: tuple[int, ...]
 
     @property
     def bound(self) -> float:
@@ -28,11 +30,13 @@ class Likelihood:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the bound as if draws were independent: at least what systematic draws have; None for one draw."""
-        n = len(self.values)
-        if n < 2:
+        """Of the bound, from the spread of the blocks' means; None for a single block, which says nothing of it."""
+        if len(self.blocks) < 2:
             return None
-        return float((sum((value - self.bound) ** 2 for value in self.values) / (n - 1) / n) ** 0.5)
+        sizes = np.array(self.blocks)
+        means = np.add.reduceat(np.array(self.values), np.cumsum([0, *sizes[:-1]])) / sizes
+        shares = sizes / sizes.sum()
+        return float(np.sqrt((shares**2 * (means - self.bound) ** 2).sum() * len(sizes) / (len(sizes) - 1)))
 
 
 @torch.no_grad()
@@ -41,7 +45,8 @@ def bounds(scorer: Any, samples: Iterable[tuple[list[int], list[int]]], drawing:
     device = next(scorer.parameters()).device
     for prompt, response in samples:
         batch = encode_samples([(prompt, response)], [drawing.of(prompt, response, 0)]).to(device)
-        yield Likelihood(len(response), tuple(score_batch(scorer, batch)[0].tolist()))
+        values = tuple(score_batch(scorer, batch)[0].tolist())
+        yield Likelihood(len(response), values, tuple(block_sizes(drawing.num_draws, drawing.sampling)))
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def test_margin_variance_without_a_reference() -> None:
 def test_draws_follow_the_recommendation_within_bounds() -> None:
     live = LiveVariance(16, beta=1.0, tolerance=0.05, adaptive=True)
     assert live.in_use == 4
-    for variance, expected in ((0.0, 2), (0.35, 8), (100.0, 16)):
+    for variance, expected in ((0.0, 4), (0.35, 8), (0.01, 2), (100.0, 16)):
         live.add(torch.tensor([variance]))
         live.follow(live.report())
         assert live.in_use == expected

@@ -196,7 +196,7 @@ def test_the_bound_is_the_mean_of_the_chain_over_all_orders(model: Any) -> None:
     """For one token bound and chain are the same number; for more, the chain of one order differs from the mean."""
     prompt, response = [5, 6, 7], [9]
     scorer = patch_forward(model, mask_token_id=MASK)
-    (found,) = bounds(scorer, [(prompt, response)], Drawing(4, "balanced", 0))
+    (found,) = bounds(scorer, [(prompt, response)], Drawing(16, "balanced", 0))
     restore_forward(model)
     assert found.bound == pytest.approx(chain(model, prompt, response, MASK, False, 8), abs=1e-5)
     assert found.standard_error == pytest.approx(0, abs=1e-6)
