@@ -1,0 +1,156 @@
+"""What is trained of a chat: the whole conversation as the template writes it, or a refusal with both texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.core.errors import InputError
+from prefmill.demo.tokenizer import train_chat_tokenizer
+from prefmill.families.causal.chat import encode, prompt_text
+from tests.conftest import REPOSITORY
+
+CASES = REPOSITORY.parent / "shared" / "cases" / "text"
+USER = [{"role": "user", "content": "Say yes."}]
+MakeTokenizer = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def make() -> MakeTokenizer:
+    tokenizer = train_chat_tokenizer(["Say yes. Yes, of course. No."] * 3, 300)
+    own = tokenizer.chat_template
+
+    def with_template(template: str | None = None) -> Any:
+        tokenizer.chat_template = template or own
+        return tokenizer
+
+    return with_template
+
+
+def case(name: str) -> str:
+    path = CASES / name
+    if not path.is_file():
+        pytest.skip("needs the cases beside the checkout (shared/cases/text)")
+    return path.read_text()
+
+
+def test_prompt_and_completion_are_the_whole_conversation(make: MakeTokenizer) -> None:
+    tokenizer = make()
+    prompt, completion = encode(tokenizer, USER, "Yes.")
+    whole = tokenizer.apply_chat_template([*USER, {"role": "assistant", "content": "Yes."}], tokenize=False)
+    assert prompt + completion == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(prompt) == prompt_text(tokenizer, USER)
+    assert tokenizer.eos_token_id in completion
+
+
+def test_a_header_that_comes_unasked_is_not_trained(make: MakeTokenizer) -> None:
+    tokenizer = make(case("template_extra_header.jinja"))
+    prompt, completion = encode(tokenizer, USER, "Yes.")
+    assert tokenizer.decode(completion).strip() == "Yes.<|im_end|>"
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant")
+
+
+def test_lladas_own_template_ends_answers_at_their_end() -> None:
+    from transformers import AutoTokenizer
+
+    folder = CASES.parents[1] / "data" / "mdlm" / "llada-tiny"
+    if not folder.is_dir():
+        pytest.skip("needs the tiny models in published form beside the checkout (shared/data/mdlm)")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt, completion = encode(tokenizer, USER, "Yes.")
+    assert tokenizer.decode(completion).endswith("<|eot_id|>")
+    assert tokenizer.decode(completion).count("<|") == 1
+    assert tokenizer.decode(prompt) == prompt_text(tokenizer, USER)
+
+
+def test_contents_that_are_lists_of_parts_are_given_as_such(make: MakeTokenizer) -> None:
+    tokenizer = make(case("template_list_content.jinja"))
+    prompt, completion = encode(tokenizer, USER, "Yes.")
+    assert "Say yes." in tokenizer.decode(prompt)
+    assert tokenizer.decode(completion).startswith("Yes.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("template_no_end.jinja", "Yes.", "learn no stop"),
+        ("template_drops_thought.jinja", "<think>hm</think>Yes.", "rewrites the prompt"),
+        ("template_open_thought.jinja", "Yes.", "rewrites the prompt"),
+    ],
+)
+def test_templates_that_cannot_be_trained_are_refused_with_both_texts(
+    name: str, answer: str, message: str, make: MakeTokenizer
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        encode(make(case(name)), USER, answer)
+    assert caught.value.details["got"]
+    assert caught.value.details["expected"]
+
+
+@pytest.mark.parametrize(
+    ("body", "answer", "message"),
+    [
+        ("{{ m.content.split('</think>')[-1] }}", "<think>hm</think>Yes.", "drops a part"),
+        (
+            "{% if m.role != 'user' %}<think></think>{% endif %}{{ m.content }}",
+            "<think>hm</think>Yes.",
+            "a thought before",
+        ),
+    ],
+)
+def test_an_answer_that_the_template_changes_is_refused(
+    body: str, answer: str, message: str, make: MakeTokenizer
+) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + body + "<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert encode(make(template), USER, "Yes.")
+    with pytest.raises(InputError, match=message):
+        encode(make(template), USER, answer)
+
+
+def test_a_system_message_that_the_template_refuses_is_the_rows_fault(make: MakeTokenizer) -> None:
+    tokenizer = make(case("template_no_system.jinja"))
+    assert encode(tokenizer, USER, "Yes.")
+    with pytest.raises(InputError, match="refuses these messages") as caught:
+        encode(tokenizer, [{"role": "system", "content": "Be kind."}, *USER], "Yes.")
+    assert "System role not supported" in str(caught.value)
+
+
+def test_a_prompt_that_is_templated_already_is_noticed(make: MakeTokenizer) -> None:
+    row = json.loads(case("already_templated.jsonl").splitlines()[0])
+    with pytest.raises(InputError, match="through a chat template already"):
+        encode(make(), [{"role": "user", "content": row["prompt"]}], row["chosen"])
+
+
+def test_a_split_that_whole_tokenisation_does_not_have_is_refused(make: MakeTokenizer) -> None:
+    tokenizer = train_chat_tokenizer(["a\n\n\nb"] * 50, 300)
+    tokenizer.chat_template = make().chat_template
+    with pytest.raises(InputError, match="join the last token"):
+        encode(tokenizer, USER, "\n\nYes.")
+
+
+def test_sentencepiece_words_are_those_of_the_whole(tmp_path: Path) -> None:
+    """A tokenizer that puts a space before every text: an answer tokenised alone would begin with another word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    pieces.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    pieces.train_from_iterator(["Say yes. Yes, of course. Yes No.", "\n"] * 20, trainer)
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]\n"
+        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    prompt, completion = encode(tokenizer, USER, "Yes.")
+    whole = tokenizer("[INST]Say yes.[/INST]\nYes.</s>", add_special_tokens=False)["input_ids"]
+    assert prompt + completion == whole
