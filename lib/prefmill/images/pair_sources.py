@@ -144,7 +144,7 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
     if file.suffix != ".parquet":
         yield from read_jsonl(file)
         return
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    from pyarrow import ArrowException, parquet
 
     try:
         wanted = {*_PICKAPIC_KEYS, "has_label", "user_id"}

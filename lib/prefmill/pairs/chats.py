@@ -33,10 +33,7 @@ def messages(row: Row, tags: Tags) -> Judgement:
 
 def conversations(row: Row, tags: Tags) -> Judgement:
     """`{conversations: [{from, value}]}`, `system` where there is one: ShareGPT."""
-    chat = as_chat(row["conversations"], "conversations", tags)
-    if row.get("system"):
-        chat.turns.insert(0, {"role": "system", "content": row["system"]})
-    return _chat(row, chat, "conversations")
+    return _chat(row, as_chat(row["conversations"], "conversations", tags), "conversations")
 
 
 def prompt_completion(row: Row, tags: Tags) -> Judgement:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+from unicodedata import normalize
 
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
-from prefmill.pairs.turns import BadRowError, Chat, Turn, answer_to, as_chat, as_turn, parse_dialogue, split_prompt
+from prefmill.pairs.turns import (
+    BadRowError,
+    Chat,
+    Turn,
+    answer_to,
+    as_chat,
+    as_turn,
+    parse_dialogue,
+    refuse_untrained,
+    split_prompt,
+)
 
 Row = Mapping[str, Any]
 Tags = Mapping[str, str]
+_UNTRAINED = ("tools", "functions", "chat_template_kwargs")
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
 Kind = Literal["text", "list", "dict", "label", "text or list"]
 _TYPES: dict[Kind, tuple[type, ...]] = {
-    "text": (str,), "list": (list, tuple), "dict": (dict,), "label": (bool, int), "text or list": (str, list, tuple)
+    "text": (str,), "list": (list, tuple), "dict": (dict,), "label": (bool, int, str),
+    "text or list": (str, list, tuple),
 }  # fmt: skip
 
 
@@ -63,7 +77,7 @@ def prompt_and_messages(row: Row, tags: Tags) -> Preference:
     """`{prompt: "...", chosen: [...], rejected: [...]}` with or without the prompt repeated (UltraFeedback)."""
     chats = [as_chat(row[side], side, tags) for side in ("chosen", "rejected")]
     if all(len(chat.turns) == 1 for chat in chats):
-        prompt = Chat(_with_system(row, row["prompt"]))
+        prompt = Chat(_asked(row["prompt"]))
         return _preference(row, prompt, *_sides(row, prompt.turns, tags))
     turns, chosen, rejected = split_prompt(*(chat.turns for chat in chats))
     if turns[-1]["content"].strip() != row["prompt"].strip():
@@ -72,7 +86,7 @@ def prompt_and_messages(row: Row, tags: Tags) -> Preference:
 
 
 def prompt_strings(row: Row, tags: Tags) -> Preference:
-    """`{prompt, chosen, rejected}` as strings, and `system` where there is one: one turn each."""
+    """`{prompt, chosen, rejected}` as strings, one turn each."""
     return _strings(row, row["prompt"])
 
 
@@ -104,15 +118,12 @@ def alpaca_prompt(row: Row) -> list[Turn]:
         if len(exchange) != 2:
             raise BadRowError("history is a list of [what was said, what was answered]")
         turns += [{"role": role, "content": said} for role, said in zip(("user", "assistant"), exchange, strict=True)]
-    system = _with_system(row, asked)
-    return [*system[:-1], *turns, system[-1]]
+    return [*turns, *_asked(asked)]
 
 
 def sharegpt(row: Row, tags: Tags) -> Preference:
     """`{conversations: [{from, value}], chosen: {from, value}, rejected: {from, value}}`: LLaMA-Factory, prefmill."""
     prompt = as_chat(row["conversations"], "conversations", tags)
-    if row.get("system"):
-        prompt.turns.insert(0, {"role": "system", "content": row["system"]})
     answers = [answer_to([], [as_turn(row[side], side, tags)[0]], side) for side in ("chosen", "rejected")]
     return _preference(row, prompt, *answers)
 
@@ -143,10 +154,8 @@ def implicit_strings(row: Row, tags: Tags) -> Preference:
 
 def unpaired(row: Row, tags: Tags) -> Judgement:
     """`{prompt, completion, label}`: text or messages, good or not."""
-    if isinstance(row["prompt"], str):
-        chat = Chat(_with_system(row, row["prompt"]))
-    else:
-        chat = as_chat(row["prompt"], "prompt", tags)
+    asked = row["prompt"]
+    chat = Chat(_asked(asked)) if isinstance(asked, str) else as_chat(asked, "prompt", tags)
     completion = row["completion"]
     answer = completion if isinstance(completion, str) else answer_to(
         chat.turns, as_chat(completion, "completion", tags).turns, "completion"
@@ -183,6 +192,19 @@ FORMS: Mapping[str, Form] = {
 }
 
 
+def used_keys(form: Form) -> set[str]:
+    """The keys of a row that this form reads, those that it need not have among them."""
+    return {
+        *form.needs,
+        "system",
+        "images",
+        "image",
+        "id",
+        "pair_id",
+        *(("input", "history") if "instruction" in form.needs else ()),
+    }
+
+
 def detect(row: Row, where: object, known: Mapping[str, Form] = FORMS) -> str:
     """The name of the one form that `row` has; raises InputError with the keys seen where none or several fit."""
     found = [name for name, form in known.items() if form.fits(row)]
@@ -206,17 +228,40 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
     if not form.fits(row):
         needs = ", ".join(f"{key} ({kind})" for key, kind in form.needs.items())
         raise BadRowError(f"not of the form {name}, which has {needs}; keys are {', '.join(map(str, row))}")
+    refuse_untrained(row, _UNTRAINED)
     found = form.parse(row, tags)
+    found = replace(found, messages=_with_system(row, found.messages))
     if not found.messages or found.messages[-1]["role"] != "user":
         raise BadRowError("the prompt does not end with a user turn")
-    if any(not isinstance(turn["content"], str) for turn in found.messages):
-        raise BadRowError("a turn of the prompt is not text")
     answers = [found.chosen, found.rejected] if isinstance(found, Preference) else [found.answer]
-    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+    for text in (*(turn["content"] for turn in found.messages), *answers):
+        _check_text(text)
+    if not all(answer.strip() for answer in answers):
         raise BadRowError("an answer is empty")
-    if isinstance(found, Preference) and found.chosen == found.rejected:
-        raise BadRowError("chosen and rejected are the same")
+    if len({normalize("NFC", answer).strip() for answer in answers}) < len(answers):
+        raise BadRowError("chosen and rejected are the same, white space and Unicode's composition aside")
     return found
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise BadRowError("a turn of the prompt, or an answer, is not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"half of a surrogate pair, which is no character: {error.object[error.start]!r}") from None
+
+
+def _with_system(row: Row, turns: Sequence[Turn]) -> list[Turn]:
+    """`turns` after the row's own `system` text, which stands beside them in a column."""
+    system = row.get("system")
+    if not system:
+        return list(turns)
+    if turns and turns[0]["role"] == "system":
+        if turns[0]["content"] != system:
+            raise BadRowError("the column system and the first turn say different things")
+        return list(turns)
+    return [{"role": "system", "content": system}, *turns]
 
 
 def _implicit(row: Row, tags: Tags, good: str, bad: str) -> Preference:
@@ -232,13 +277,11 @@ def _prompt_of(chat: Chat, turns: Sequence[Turn]) -> Chat:
 
 
 def _strings(row: Row, asked: str, chosen: str = "chosen", rejected: str = "rejected") -> Preference:
-    return _preference(row, Chat(_with_system(row, asked)), row[chosen], row[rejected])
+    return _preference(row, Chat(_asked(asked)), row[chosen], row[rejected])
 
 
-def _with_system(row: Row, asked: str) -> list[Turn]:
-    system = row.get("system")
-    before: list[Turn] = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": asked}]
+def _asked(text: str) -> list[Turn]:
+    return [{"role": "user", "content": text}]
 
 
 def _sides(row: Row, prompt: Sequence[Turn], tags: Tags, good: str = "chosen", bad: str = "rejected") -> list[str]:
@@ -252,7 +295,16 @@ def _preference(row: Row, prompt: Chat, chosen: str, rejected: str) -> Preferenc
 
 def _judgement(row: Row, prompt: Chat, answer: str) -> Judgement:
     turns, images = place_images(prompt, row)
-    return Judgement(turns, answer, bool(row["label"]), images)
+    return Judgement(turns, answer, _label(row["label"]), images)
+
+
+def _label(value: Any) -> bool:
+    """Whether the answer is good; text says so in words, as tables have it."""
+    if isinstance(value, str):
+        if value.strip().lower() not in _LABELS:
+            raise BadRowError(f"label is the text {value!r}; expected one of {', '.join(_LABELS)}")
+        return _LABELS[value.strip().lower()]
+    return bool(value)
 
 
 def place_images(prompt: Chat, row: Row) -> tuple[list[Turn], tuple[Any, ...]]:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from prefmill.core.config import ExternalPath, StrictConfig, nearest
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_json
-from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse
+from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse, used_keys
 from prefmill.pairs.turns import BadRowError
 from prefmill.store.jsonl import to_json
-from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows
+from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows, is_saved_to_disk
 
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 FoundT = TypeVar("FoundT")
@@ -31,10 +31,9 @@ class PairSource(StrictConfig):
     """A preference dataset that build_datasets did not make: a hub name, or the path of a file.
 
     `subset` is the name of the hub dataset's configuration, or a number of rows to draw by `seed`; `max_rows` takes
-    the first rows and no more. `pair_format`
-    settles which form the rows have where their keys leave it open; `columns` maps this form's keys to the data's
-    own, `tags` (role, content, user, assistant, system) the keys and speakers inside messages. `val_fraction` of the
-    prompts are held out, with all their pairs.
+    the first rows and no more; text files are in `encoding`. `pair_format` settles which form the rows have where
+    their keys leave it open; `columns` maps this form's keys to the data's own, `tags` (role, content, user, assistant,
+    system) the keys and speakers inside messages. `val_fraction` of the prompts are held out, with all their pairs.
     """
 
     forms: ClassVar[Mapping[str, Form]] = FORMS
@@ -45,6 +44,7 @@ class PairSource(StrictConfig):
     split: str = "train"
     subset: str | int | None = None
     max_rows: int | None = Field(None, ge=1)
+    encoding: str = "utf-8"
     pair_format: str | None = None
     columns: dict[str, str] = {}
     tags: dict[str, str] = {}
@@ -57,7 +57,8 @@ class PairSource(StrictConfig):
     @classmethod
     def _file_or_name(cls, values: Any) -> Any:
         """`dataset: x.jsonl` is a file, whose content counts, not its path."""
-        if isinstance(values, dict) and str(values.get("dataset") or "").endswith(SUFFIXES):
+        named = str(values.get("dataset") or "") if isinstance(values, dict) else ""
+        if named.endswith(SUFFIXES) or is_saved_to_disk(Path(named).expanduser()):
             if values.get("dataset_file") is not None:
                 raise ValueError("give dataset or dataset_file, not both")
             return {**values, "dataset": None, "dataset_file": values["dataset"]}
@@ -148,7 +149,7 @@ def prompt_key(messages: Any, images: Iterable[Any]) -> str:
 def read_rows(source: PairSource) -> Iterator[SourceRow]:
     """The rows of a file or hub dataset, in order; raises InputError where it cannot be read."""
     if source.dataset_file is not None:
-        yield from file_rows(source.dataset_file)
+        yield from file_rows(source.dataset_file, source.encoding, source.split)
     elif source.dataset is not None:
         configuration = source.subset if isinstance(source.subset, str) else None
         yield from hub_rows(source.dataset, configuration, source.split, source.dataset_revision)
@@ -185,11 +186,12 @@ def _preferences(source: PairSource, problems: list[Problem]) -> Iterator[tuple[
 
 def parsed_rows(source: PairSource, problems: list[Problem]) -> Iterator[tuple[SourceRow, Preference | Judgement]]:
     """The rows that `source` asks for, read as their form; bad ones are raised, or added to `problems`."""
-    form = source.pair_format
+    form, unused = source.pair_format, set[str]()
     for row in _drawn(read_rows(source), source):
         row.values.update({ours: row.values.pop(theirs) for ours, theirs in source.columns.items()
                            if theirs in row.values and ours != theirs})  # fmt: skip
         form = form or detect(row.values, row.where, source.forms)
+        unused |= {str(key) for key, value in row.values.items() if value is not None} - used_keys(source.forms[form])
         try:
             yield row, parse(row.values, form, source.tags, source.forms)
         except BadRowError as error:
@@ -199,6 +201,8 @@ def parsed_rows(source: PairSource, problems: list[Problem]) -> Iterator[tuple[S
                     fix="correct or remove it, or leave such rows out with on_bad_row=drop",
                 ) from None  # fmt: skip
             problems.append(Problem(row.where, str(error)))
+    if unused:
+        print(f"columns that are not used: {', '.join(sorted(unused))}", flush=True)
 
 
 def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]:

@@ -13,6 +13,8 @@ ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
+# What templates write beside a turn's content, under the names that datasets give it.
+_UNTRAINED = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id")
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -52,10 +54,16 @@ def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, lis
     roles = {tags[role]: role for role in ("user", "assistant", "system") if role in tags} or ROLES
     if said not in roles or content_key not in message:
         raise BadRowError(f"{what}: no known role and content in {_shown(message)}; roles are {', '.join(roles)}")
-    if message.get("tool_calls"):
-        raise BadRowError(f"{what}: tool calls are not supported")
+    refuse_untrained(message, _UNTRAINED)
     text, images = _content(message[content_key], what)
     return {"role": roles[said], "content": text}, images
+
+
+def refuse_untrained(values: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raise BadRowError for a key that holds something which training would leave out without a word."""
+    for key in keys:
+        if values.get(key):
+            raise BadRowError(f"'{key}' is not trained on: {_shown(values[key])}; remove it where it is not wanted")
 
 
 def parse_dialogue(text: str, what: str) -> list[Turn]:

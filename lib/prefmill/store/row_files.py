@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import gzip
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from prefmill.core.errors import InputError
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
+_LINES, _PACKED = (".jsonl", ".ndjson", ".json", ".csv"), {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = (*_LINES, *(suffix + packed for suffix in _LINES for packed in _PACKED), ".parquet", ".arrow")
+_LONGEST_CELL = 1 << 27  # characters; csv refuses papers otherwise
 
 
 class SourceRow(NamedTuple):
@@ -22,17 +25,13 @@ class SourceRow(NamedTuple):
     values: dict[str, Any]
 
 
-def file_rows(path: Path) -> Iterator[SourceRow]:
-    """The rows of a .jsonl, .json, .jsonl.gz, .parquet or .csv file; raises InputError where it is not readable."""
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(
-            "this kind of file is not known", where=path, expected=", ".join(SUFFIXES),
-            fix="convert it, or name it by what it holds",
-        )  # fmt: skip
-    if not path.is_file():
-        raise InputError("no such file", where=path, fix="check the path; a hub dataset is given as name")
-    read = {".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}.get(path.suffix, _jsonl_rows)
-    for number, (place, values) in enumerate(read(path)):
+def file_rows(path: Path, encoding: str = "utf-8", split: str = "train") -> Iterator[SourceRow]:
+    """The rows of a file that ends in one of SUFFIXES, or of a folder that datasets' `save_to_disk` wrote.
+
+    Text is `encoding`, a byte order mark is no text; of a folder with several splits `split` is read. Raises InputError
+    where it is not readable.
+    """
+    for number, (place, values) in enumerate(_rows_of(path, encoding, split)):
         if not isinstance(values, dict):
             raise InputError(
                 "a row is an object with keys", where=f"{path}:{place}", got=type(values).__name__,
@@ -41,32 +40,107 @@ def file_rows(path: Path) -> Iterator[SourceRow]:
         yield SourceRow(f"{path}:{place}", number, values)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield str(number), _loads(line, f"{path}:{number}")
+def is_saved_to_disk(path: Path) -> bool:
+    """Whether `path` is a folder that datasets' `save_to_disk` wrote."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _loads(path.read_bytes(), str(path))
+def _rows_of(path: Path, encoding: str, split: str) -> Iterator[tuple[str, Any]]:
+    if is_saved_to_disk(path):
+        return _saved_rows(path, split)
+    if not path.name.endswith(SUFFIXES):
+        raise InputError(
+            "this kind of file is not known", where=path, expected=", ".join(SUFFIXES),
+            fix="convert it, or name it by what it holds",
+        )  # fmt: skip
+    if not path.is_file():
+        raise InputError("no such file", where=path, fix="check the path; a hub dataset is given as name")
+    read = {".parquet": _parquet_rows, ".arrow": _arrow_rows}.get(path.suffix)
+    return read(path) if read else _text_rows(path, encoding)
+
+
+def _text_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
+    """Rows of lines, one list or a table, unpacked and decoded on the way."""
+    import pyarrow
+
+    kind = Path(path.stem).suffix if path.suffix in _PACKED else path.suffix
+    read = {".json": _json_rows, ".csv": _csv_rows}.get(kind, _jsonl_rows)
+    # A byte order mark is how Excel marks UTF-8; as text it would stand in the first column's name.
+    name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    with pyarrow.input_stream(str(path), compression=_PACKED.get(path.suffix)) as stream:
+        text = io.TextIOWrapper(io.BufferedReader(stream), encoding=name, newline="")
+        try:
+            yield from read(text, path)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"not {encoding} text", where=path, got=str(error), expected=f"text in {encoding}",
+                fix="name the encoding it is in, such as encoding=latin-1",
+            ) from None  # fmt: skip
+
+
+def _jsonl_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            yield str(number), _loads(line, f"{path}:{number}")
+
+
+def _json_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
+    rows = _loads(text.read(), str(path))
     if not isinstance(rows, list):
         raise InputError("a .json file holds one list of rows", where=path, fix="name it .jsonl if it has one a line")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
+def _csv_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        reader = csv.DictReader(text)
         for row in reader:
+            if None in row:
+                raise InputError(
+                    "a row has more cells than the table has columns", where=f"{path}:{reader.line_num}",
+                    got=", ".join(row[None]), expected=f"{len(reader.fieldnames or ())} cells",
+                    fix="put quotes around a cell that holds a comma",
+                )  # fmt: skip
             yield str(reader.line_num), row
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
+    yield from _batched(parquet.ParquetFile(path).iter_batches())
+
+
+def _arrow_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of Arrow's file format, or of its stream, which is how datasets keeps its cache."""
+    from pyarrow import ArrowInvalid, ipc
+
+    try:
+        opened = ipc.open_file(path)
+        batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
+    except ArrowInvalid:
+        batches = iter(ipc.open_stream(path))
+    yield from _batched(batches)
+
+
+def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(str(path))
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise InputError(
+                f"no split '{split}' in this folder", where=path, expected=", ".join(found), fix="correct split"
+            )
+        found = found[split]
+    yield from ((f"row {number}", dict(row)) for number, row in enumerate(_with_bytes(found), 1))
+
+
+def _batched(batches: Any) -> Iterator[tuple[str, Any]]:
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches():
+    for batch in batches:
         for row in batch.to_pylist():
             number += 1
             yield f"row {number}", row
@@ -74,7 +148,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def hub_rows(name: str, subset: str | None, split: str, revision: str | None) -> Iterator[SourceRow]:
     """The rows of a dataset on the hub, or of a folder laid out as there; images stay the bytes that they are."""
-    from datasets import Image, List, load_dataset
+    from datasets import load_dataset
 
     try:
         rows = load_dataset(name, subset, split=split, revision=revision)
@@ -83,16 +157,23 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None) ->
             "cannot load the dataset", where=name, got=str(error).splitlines()[0],
             fix="check name, subset and split, your network or HF_HOME cache, and access (`prefmill doctor`)",
         ) from error  # fmt: skip
+    for number, values in enumerate(_with_bytes(rows)):
+        yield SourceRow(f"{name}[{number}]", number, dict(values))
+
+
+def _with_bytes(rows: Any) -> Any:
+    """A dataset whose images stay the bytes that they are."""
+    from datasets import Image, List
+
     for key, feature in rows.features.items():
         if isinstance(feature, Image):
             rows = rows.cast_column(key, Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), Image):
             rows = rows.cast_column(key, List(Image(decode=False)))
-    for number, values in enumerate(rows):
-        yield SourceRow(f"{name}[{number}]", number, dict(values))
+    return rows
 
 
-def _loads(data: bytes, where: str) -> Any:
+def _loads(data: str, where: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
