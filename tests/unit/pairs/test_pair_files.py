@@ -96,9 +96,9 @@ def test_a_system_column_stands_before_the_messages(tmp_path: Path) -> None:
     rows = list(read_jsonl(train))
     assert rows
     assert all(row["messages"][0] == {"role": "system", "content": "Answer in one word."} for row in rows)
+    turns = [{"role": role, "content": "Q"} for role in ("system", "user", "assistant")]
     with pytest.raises(BadRowError, match="say different things"):
-        parse({"messages": [{"role": "system", "content": "A"}, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}],
-               "label": True, "system": "B"}, "unpaired_messages", {})  # fmt: skip
+        parse({"messages": turns, "label": True, "system": "B"}, "unpaired_messages", {})
 
 
 def test_columns_that_nothing_reads_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
