@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prefmill.core.errors import InputError
-from prefmill.families.causal.scorer import recomputed, token_logps
+from prefmill.families.causal.scorer import recomputed, sum_by_owner, token_logps
 from prefmill.families.mdlm.estimator import Draws
 
 
@@ -72,14 +72,14 @@ def encode_samples(
 
 
 def score_batch(model: Any, batch: DiffusionBatch) -> Tensor:
-    """The value of every draw of every sample, [S, n] fp32, through `model`'s installed forward."""
+    """The value of every draw of every sample, [S, n] float64, through `model`'s installed forward."""
     names = ("input_ids", "ends", "masked", "counts", "weights")
     scores: Tensor = model(**{name: getattr(batch, name) for name in names})
     return scores
 
 
 def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, rows_at_once: int = 8) -> Any:
-    """Make `model(...)` return the value of every draw, [S, n] fp32: weight x masked tokens' log-probabilities.
+    """Make `model(...)` return the value of every draw, [S, n] float64: weight x masked tokens' log-probabilities.
 
     `rows_at_once` maskings run through the model together; activations are recomputed in the backward pass, so that
     memory does not depend on how many draws there are. `shifted`: the output at a place is for the token after it
@@ -105,7 +105,7 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, rows
             # Their number is known: to find it anew would stop a GPU until it has caught up.
             places = hidden.nonzero_static(size=rows.num_masked).unbind(1)
             logps = masked_logps(self, plain, clean.masked_fill(hidden, mask_token_id), places, clean, shifted)
-            return torch.zeros(len(rows.sample), dtype=logps.dtype, device=logps.device).index_add(0, places[0], logps)
+            return sum_by_owner(logps, places[0], len(rows.sample))
 
         together = list(chunks(ends, counts, rows_at_once, input_ids.device))
         values = torch.cat(recomputed(sums, [(rows,) for rows in together]))
