@@ -87,7 +87,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     checklist = choose_checklist(config.checklist, task.optional_input("checklist"))
     second = _score_again(config, task, held_out, generations, checklist) if config.second_engine else None
     engine = open_engine(config.engine, checklist, temperature)
-    evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, task.work, task.progress)
+    evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, task.work, task.advance)
     heading = {
         "model": config.model,
         "modality": config.modality,
@@ -110,7 +110,7 @@ def _score_again(
     from prefmill.store.jsonl import write_jsonl
 
     assert config.second_engine is not None
-    rows = score_again(generations, held_out.papers, config.second_engine, checklist, task.work, task.progress)
+    rows = score_again(generations, held_out.papers, config.second_engine, checklist, task.work, task.advance)
     write_jsonl(task.output / SECOND_EVALUATIONS, rows)
     return rows
 
@@ -136,7 +136,7 @@ def _write_reviews(config: EvaluateConfig, task: Task, held_out: HeldOut) -> lis
         sampling=Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
         generation=config.generation,
     )
-    return write_reviews(source, held_out.papers, writing, task.work, task.progress)
+    return write_reviews(source, held_out.papers, writing, task.work, task.advance)
 
 
 def _model_of(config: EvaluateConfig, task: Task) -> str:

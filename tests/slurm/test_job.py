@@ -108,6 +108,23 @@ def test_one_requeue_for_several_signals_and_five_with_progress_go_on(site: Site
     assert digests(site.workspace, "often"), site.logs()
 
 
+def test_a_warning_stops_reference_scoring_and_only_what_was_not_kept_is_scored_again(site: Site) -> None:
+    site.submit("train", "run=scores", "train.groups=16", "train.step_seconds=0.3", "train.steps=1")
+    element = f"{jobs(site, 'scores')[0]['job_id']}_0"
+    noted = site.workspace / "logs" / "scores" / "train" / "all" / "scored.jsonl"
+    site.wait(lambda: len(rows(noted)) >= 4)
+    warn(site, element)
+    go_on(site, element)
+    site.wait()
+    first, second = attempts(site, "scores")
+    assert [first["outcome"], second["outcome"]] == ["requeued", "complete"], site.logs()
+    assert first["progressed"]
+    assert "kept " in (site.workspace / "logs" / "scores" / "train" / "all.log").read_text()
+    found = [row["group"] for row in rows(noted)]
+    assert set(found) == set(range(16))
+    assert len(found) == 16 + 1  # one that was kept is looked at again
+
+
 def test_five_without_progress_stop(site: Site) -> None:
     (site.checkout / "configs/clusters/brief.yaml").write_text("signal_seconds: 1\nadvance: false\n")
     site.submit("train", "run=idle", "train.steps=2", "train.step_seconds=60", cluster="brief")

@@ -17,7 +17,7 @@ from prefmill.checklist.engine import Engine
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.lexical import CompiledRule, Sentences
 from prefmill.core.records import Paper, Review
-from prefmill.store.resumable import Progress, resumable_blocks
+from prefmill.store.missing import Progress, in_batches, kept_rows
 
 UNCHANGED, FRONT, END, PADDED, CONTROL = "unchanged", "evidence_first", "evidence_last", "padded", "neutral_line"
 # Written at the end of a review, next to the question that comes after it. Ours, and meant to be crude.
@@ -77,7 +77,7 @@ def ask(
     seed: int,
     folder: Path,
     progress: Progress,
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """A row for each variant of each review, in order: its answers [yes, p_yes] by item id, or why it has none.
 
     The engine is opened only where an earlier attempt left something to ask.
@@ -85,16 +85,12 @@ def ask(
     opened: list[Engine] = []
     rules = rules_of(checklist)
 
-    def block(index: int) -> list[dict[str, Any]]:
+    def answers(block: Sequence[Sampled]) -> list[dict[str, Any]]:
         if not opened:
             opened.append(open_engine())
-        part = reviews[index * _BLOCK : (index + 1) * _BLOCK]
-        return list(_answers(part, rules, opened[0], seed))
+        return list(_answers(block, rules, opened[0], seed))
 
-    num_blocks = -(-len(reviews) // _BLOCK)
-    for index, rows in enumerate(resumable_blocks(folder, "probes", num_blocks, block), 1):
-        progress(min(index * _BLOCK, len(reviews)), len(reviews), "reviews probed")
-        yield from rows
+    return kept_rows(folder, "probes", in_batches(reviews, _BLOCK), answers, progress, "reviews probed")
 
 
 def _answers(reviews: Sequence[Sampled], rules: Rules, engine: Engine, seed: int) -> Iterator[dict[str, Any]]:

@@ -260,7 +260,7 @@ def _probe(
     ids = sample(list(judge.by_id), config.num_probed, config.seed)
     reviews = list(sampled_reviews(corpus, shards, ids))
     folder = task.work / f"probes-{judge.name}"
-    rows = list(ask(reviews, judge.checklist, opened, config.seed, folder, task.progress))
+    rows = list(ask(reviews, judge.checklist, opened, config.seed, folder, task.advance))
     if all(row["answers"] is None for row in rows):
         raise InputError(
             "none of the probed reviews could be asked about", where=judge.name, got=rows[0]["reason"],

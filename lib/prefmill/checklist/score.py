@@ -155,7 +155,7 @@ def _score_rest(
             bar.set_postfix_str(shown, refresh=False)
             bar.update()
             unit = f"reviews, {shown}" if shown else "reviews"
-            task.progress(counts.num_done, max(expected, counts.num_done + 1), unit)
+            task.advance(counts.num_done, max(expected, counts.num_done + 1), unit)
         bar.total = counts.num_done
     task.progress(counts.num_done, counts.num_done, "reviews")
 

@@ -16,6 +16,7 @@ from prefmill.core.artifact import WORK, Artifact
 from prefmill.core.config import ConfigT, nearest
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
+from prefmill.core.graceful_stop import STOP, Stopped
 
 Metrics = dict[str, Any]
 Match = Literal["all", "elementwise"]
@@ -95,6 +96,16 @@ class Task:
         record = {"done": done, "total": total, "unit": unit, "time": time.time()}
         write_atomic(self.logs / PROGRESS, json.dumps(record))
 
+    def stop_asked(self) -> bool:
+        """Whether this attempt was asked to keep what it has made and to stop (core.graceful_stop)."""
+        return (self.logs / STOP).is_file()
+
+    def advance(self, done: int, total: int | None, unit: str) -> None:
+        """`progress` of work that is kept as far as it is done; raises Stopped where a stop was asked for."""
+        self.progress(done, total, unit)
+        if done != total and self.stop_asked():
+            raise Stopped(f"kept {done} of {total} {unit} and stopped")
+
 
 @dataclass(frozen=True)
 class Stage(Generic[ConfigT]):
@@ -104,7 +115,7 @@ class Stage(Generic[ConfigT]):
     when the same configuration would make different content. `preload` names slow imports, done before
     `run`, and once for all tasks of a local run. `result` is the payload file a user opens; a finished run
     prints where it is, with the lines of the metric `conclusion` where the stage returns one. A stage that
-    `trains` runs once per GPU under torchrun, and saves and stops when asked to (prefmill.pipeline.graceful_stop).
+    `trains` runs once per GPU under torchrun, and saves and stops when asked to (prefmill.core.graceful_stop).
     """
 
     name: str

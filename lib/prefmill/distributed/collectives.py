@@ -1,8 +1,9 @@
-"""What ranks tell each other of their pairs and their speed."""
+"""What ranks tell each other."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -22,3 +23,22 @@ def from_all_ranks(value: ValueT) -> list[ValueT]:
 def world_size() -> int:
     """Ranks that train together, as the launcher says; known before any process group is there."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's place among the ranks of its process group; 0 for one alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    """Ranks in the process group there is; 1 for a process alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank_zero_says(make: Callable[[], ValueT]) -> ValueT:
+    """What rank 0 makes, on every rank, as each might see another state of the disk; all of them must ask."""
+    if num_ranks() == 1:
+        return make()
+    said = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(said)
+    return said[0]  # type: ignore[return-value]

@@ -19,7 +19,7 @@ from prefmill.evaluation.held_out import score_generations
 from prefmill.evaluation.rows import Generation
 from prefmill.reviews.text_statistics import words
 from prefmill.store.jsonl import read_jsonl, write_jsonl
-from prefmill.store.resumable import Progress, silent
+from prefmill.store.missing import Progress, silent
 
 SECOND_EVALUATIONS = "second_evaluations.jsonl"
 

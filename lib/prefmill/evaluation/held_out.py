@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from prefmill.evaluation.rows import Generation, PaperFacts
 from prefmill.reviews.prompt import review_images
 from prefmill.reviews.text_statistics import words
 from prefmill.store.jsonl import read_jsonl
-from prefmill.store.resumable import Progress, resumable_blocks, silent
+from prefmill.store.missing import Progress, in_batches, kept_rows, silent
 
 PAPERS_PER_BLOCK = 32
 
@@ -98,21 +98,13 @@ def score_generations(
 
     A review without a word fulfils no item and is not shown to the engine: a model asked about nothing may say yes.
     """
-    from tqdm import tqdm
-
     by_paper = [list(group) for _, group in groupby(generations, key=lambda row: row["paper_id"])]
-    blocks = [by_paper[start : start + PAPERS_PER_BLOCK] for start in range(0, len(by_paper), PAPERS_PER_BLOCK)]
+    blocks = [list(chain.from_iterable(rows)) for rows in in_batches(by_paper, PAPERS_PER_BLOCK)]
 
-    def compute(index: int) -> list[ReviewEvaluation]:
-        return _score_block(blocks[index], papers, engine, item_ids)
+    def score(block: Sequence[Generation]) -> list[ReviewEvaluation]:
+        return _score_block(block, papers, engine, item_ids)
 
-    evaluations: list[ReviewEvaluation] = []
-    with tqdm(total=len(generations), desc="score", unit="review") as bar:
-        for block in resumable_blocks(folder, "scored", len(blocks), compute):
-            evaluations += block
-            bar.update(len(block))
-            progress(len(evaluations), len(generations), "reviews scored")
-    return evaluations
+    return kept_rows(folder, "scored", blocks, score, progress, "reviews scored")
 
 
 def _shows(paper: Paper, modality: Modality) -> bool:
@@ -125,12 +117,12 @@ def _is_generated(corpus: Artifact) -> bool:
 
 
 def _score_block(
-    block: Sequence[Sequence[Generation]], papers: Mapping[str, Paper], engine: Scorer, item_ids: Sequence[str]
+    block: Sequence[Generation], papers: Mapping[str, Paper], engine: Scorer, item_ids: Sequence[str]
 ) -> list[ReviewEvaluation]:
-    written = [[row for row in rows if words(row["text"])] for rows in block]
-    shown = ((papers[rows[0]["paper_id"]], [_as_review(row) for row in rows]) for rows in written if rows)
+    written = groupby((row for row in block if words(row["text"])), key=lambda row: row["paper_id"])
+    shown = ((papers[paper], [_as_review(row) for row in rows]) for paper, rows in written)
     scored = {evaluation["review_id"]: evaluation for evaluation in engine.evaluate(shown)}
-    return [scored.get(_review_id(row)) or _empty_evaluation(row, item_ids) for rows in block for row in rows]
+    return [scored.get(_review_id(row)) or _empty_evaluation(row, item_ids) for row in block]
 
 
 def _review_id(row: Generation) -> str:

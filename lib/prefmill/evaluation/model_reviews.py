@@ -29,7 +29,7 @@ from prefmill.families.causal.vision import ImageReader, open_reader, with_image
 from prefmill.families.causal.vllm_loading import open_vllm, require_vllm
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
 from prefmill.store.jsonl import read_jsonl, write_jsonl
-from prefmill.store.resumable import Progress, silent
+from prefmill.store.missing import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

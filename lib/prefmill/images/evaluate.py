@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from prefmill.core.image_rows import HEADS, GeneratedImage, ImageSplit, Prompt
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling, holm, means
-from prefmill.families.reward.scoring import score_images
+from prefmill.families.reward.scoring import open_scorer
 from prefmill.families.sdxl.generator import ADAPTER_FILE, PIPELINE_FILE, GeneratorSource, open_pipeline
 from prefmill.images.generation import ImageSampling, make_images, plan_jobs
 from prefmill.images.grids import write_grids
 from prefmill.images.prompts import read_prompts
 from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.store.missing import in_batches, kept_rows
 
 METRICS, SCORES, GRIDS = "metrics.json", "scores.jsonl", "grids"
 SIDES = ("base", "tuned")
 _DIGITS = 6
+_BLOCK = 64  # images scored between two that are kept
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     prompts = held_out_prompts(wanted, task)
     require_independent(scorer, tuned, prompts)
     images = {side: _images(wanted, side, tuned, prompts, task) for side in SIDES}
-    scores = {side: _scores(images[side], task, scorer) for side in SIDES}
+    scores = {side: _scores(images[side], side, task, scorer) for side in SIDES}
     write_jsonl(task.output / SCORES, _score_rows(images, scores))
     shown = images["base"][: wanted.num_grid_prompts * len(wanted.seeds)]
     num_grids = write_grids(task.output, GRIDS, shown, SIDES, len(wanted.seeds))
@@ -202,13 +205,21 @@ def _images(
     work.mkdir(exist_ok=True)
     rows = make_images(
         lambda: open_pipeline(source), plan_jobs(prompts, wanted.seeds), wanted.sampling, source.label,
-        task.output / side, work, wanted.batch_size, task.progress,
+        task.output / side, work, wanted.batch_size, task.advance,
     )  # fmt: skip
     return [{**row, "file": f"{side}/{row['file']}"} for row in rows]
 
 
-def _scores(rows: Sequence[GeneratedImage], task: Task, scorer: Artifact) -> NDArray[np.float32]:
-    return score_images(scorer.path, [row["prompt"] for row in rows], [task.output / row["file"] for row in rows])
+def _scores(rows: Sequence[GeneratedImage], side: str, task: Task, scorer: Artifact) -> NDArray[np.float32]:
+    """The scorer's rewards of a side's images, [N, 5]; it is loaded only where some are missing."""
+    opened = cache(lambda: open_scorer(scorer.path))
+
+    def rewards(block: Sequence[GeneratedImage]) -> list[list[float]]:
+        found = opened()([row["prompt"] for row in block], [task.output / row["file"] for row in block])
+        return [[float(value) for value in row] for row in found]
+
+    kept = kept_rows(task.work / side, "rewards", in_batches(rows, _BLOCK), rewards, task.advance, "images scored")
+    return np.array(kept, dtype=np.float32).reshape(-1, len(HEADS))
 
 
 def _score_rows(

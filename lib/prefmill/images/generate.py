@@ -46,7 +46,7 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
         return model
 
     rows = make_images(
-        open_model, jobs, wanted.sampling, wanted.label, task.output, task.work, wanted.batch_size, task.progress
+        open_model, jobs, wanted.sampling, wanted.label, task.output, task.work, wanted.batch_size, task.advance
     )
     write_jsonl(task.output / "images.jsonl", rows)
     write_jsonl(task.output / "prompts.jsonl", prompts)

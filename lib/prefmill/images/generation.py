@@ -13,7 +13,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import GeneratedImage, Prompt
 from prefmill.images.files import inspect_image
-from prefmill.store.resumable import Progress, silent
+from prefmill.store.missing import Progress, silent
 
 if TYPE_CHECKING:
     import torch

@@ -154,7 +154,7 @@ def _ask_program(
         from prefmill.families.reward.scoring import score_images
 
         scorer = partial(score_images, model.path)
-    scores = score_all([image for _, image in sorted(images.items())], scorer, task.work, task.progress)
+    scores = score_all([image for _, image in sorted(images.items())], scorer, task.work, task.advance)
     return rate_by_scores(matchups, scores, rater.by, wanted.dimensions, rater.tie_margin, wanted.seed)
 
 

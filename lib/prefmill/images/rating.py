@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, HEADS, Dimension, Rating
 from prefmill.images.collection import GoodImage
-from prefmill.store.resumable import Progress, resumable_blocks
+from prefmill.store.missing import Progress, in_batches, kept_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,19 +105,16 @@ def score_all(
     images: Sequence[GoodImage], scorer: Scorer, folder: Path, progress: Progress
 ) -> dict[str, dict[Dimension, float]]:
     """Each image's scores by dimension, `overall` their mean; kept in `folder` as they come, to resume from."""
-    blocks = [images[start : start + _BLOCK] for start in range(0, len(images), _BLOCK)]
 
-    def compute(index: int) -> list[list[float]]:
-        block = blocks[index]
+    def score(block: Sequence[GoodImage]) -> list[list[float]]:
         found = scorer([image.source.prompt for image in block], [image.source.path for image in block])
         return [[float(value) for value in row] for row in found]
 
+    rows = kept_rows(folder, "scores", in_batches(images, _BLOCK), score, progress, "images scored")
     scores: dict[str, dict[Dimension, float]] = {}
-    for block, rows in zip(blocks, resumable_blocks(folder, "scores", len(blocks), compute), strict=True):
-        for image, row in zip(block, rows, strict=True):
-            by_head: dict[Dimension, float] = dict(zip(HEADS, row, strict=True))
-            scores[image.source.image_id] = {**by_head, "overall": sum(row) / len(row)}
-        progress(len(scores), len(images), "images scored")
+    for image, row in zip(images, rows, strict=True):
+        by_head: dict[Dimension, float] = dict(zip(HEADS, row, strict=True))
+        scores[image.source.image_id] = {**by_head, "overall": sum(row) / len(row)}
     return scores
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from prefmill.core.config import validate
 from prefmill.core.errors import PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
+from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import Stage, Task, load_stage
 from prefmill.distributed.isolation import end_with_parent
-from prefmill.pipeline.graceful_stop import Stopped
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, import_and_run
 from prefmill.store.artifacts import read
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import AttemptError
+from prefmill.core.graceful_stop import clear_request, request_stop
 from prefmill.core.stage import Metrics, Task
-from prefmill.pipeline.graceful_stop import clear_request, request_stop
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.rank_entrypoint import FAILURE, RESULT, write_spec
 

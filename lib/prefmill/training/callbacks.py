@@ -12,9 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefmill.core.errors import PipelineError
+from prefmill.core.graceful_stop import Stopped, StopWatch
 from prefmill.core.stage import Task
 from prefmill.pipeline.attempts import EXECUTED
-from prefmill.pipeline.graceful_stop import Stopped, StopWatch
 from prefmill.store.jsonl import append_row
 from prefmill.training.checkpoints import STEPS, mark_complete
 

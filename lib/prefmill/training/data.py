@@ -48,6 +48,11 @@ class Group:
     pairs: list[Pair]
     images: tuple[str, ...] = ()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, once, and of all responses."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
     def tokens_of(self, pair: Pair) -> int:
         """Tokens of the prompt with the longer side of `pair`."""
         return len(self.prompt) + max(len(self.responses[pair.chosen]), len(self.responses[pair.rejected]))

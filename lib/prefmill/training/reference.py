@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json, digest_path
+from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import Task
-from prefmill.store.tensor_cache import TensorCache
+from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank, rank_zero_says
+from prefmill.store.kept_tensors import KeptTensors
+from prefmill.store.missing import Progress, missing
+from prefmill.store.tensor_cache import cache_folder
 from prefmill.training.config import TrainingConfig
 from prefmill.training.data import Group
 
-GroupT = TypeVar("GroupT")
 SPOT_CHECK_SHARE = 0.01
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}  # of a response's summed log-likelihood, in nats
+_log = logging.getLogger(__name__)
 
 
-def reference_key(groups: Sequence[Group], weights: str, settings: Mapping[str, Any]) -> str:
-    """What cached scores of token groups hold for: every token id, the reference's weights, how they were computed."""
-    return content_key([[group.prompt, group.responses] for group in groups], weights, settings)
+@dataclass(frozen=True)
+class GroupScoring:
+    """How a family scores a group's responses with the reference.
 
+    `content` is JSON that says all of what is scored; `score` gives a batch's scores and `join` makes one tensor of
+    those of a group's batches. `in_step`: ranks hold parts of the model, and all have to run it equally often.
+    """
 
-def content_key(content: Any, weights: str, settings: Mapping[str, Any]) -> str:
-    """What cached scores hold for; `content` is JSON that says all of what was scored."""
-    return digest_json({"groups": digest_json(content), "weights": weights, "settings": dict(settings)})
+    content: Callable[[Group], Any]
+    batches: Callable[[Group], Sequence[Any]]
+    score: Callable[[Any], Tensor]
+    join: Callable[[Group, Sequence[Tensor]], Tensor]
+    in_step: bool = False
+
+    def of(self, group: Group) -> Tensor:
+        """The group's scores, [S, ...] float64 on the CPU."""
+        batches = self.batches(group)
+        calls = max(from_all_ranks(len(batches))) if self.in_step else len(batches)
+        found = [self.score(batches[min(call, len(batches) - 1)]).double().cpu() for call in range(calls)]
+        return self.join(group, found[: len(batches)])
 
 
 def start_weights(task: Task, config: TrainingConfig) -> str:
@@ -45,54 +61,72 @@ def weights_of(name: str, revision: str | None) -> str:
     return digest_path(Path(name)) if Path(name).is_dir() else f"{name}@{revision}"
 
 
+def kept_reference(task: Task, weights: str, settings: Mapping[str, Any], device: torch.device) -> KeptTensors:
+    """Where scores of these weights are kept, computed as `settings` say on this kind of device."""
+    key = digest_json({"weights": weights, "settings": dict(settings), "device": device_kind(device)})
+    return KeptTensors(cache_folder(task, None) / "reference" / key.removeprefix("sha256:"))
+
+
+def device_kind(device: torch.device) -> str:
+    """What rounds alike: `cpu`, or a GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def reference_scores(
-    groups: Sequence[GroupT], score: Callable[[GroupT], Tensor], cache: TensorCache, key: str, precision: str
+    groups: Sequence[Group], scoring: GroupScoring, kept: KeptTensors, task: Task, precision: str
 ) -> list[Tensor]:
-    """The reference's scores of a group's samples, [S, ...] fp32 for each group, from the cache or computed and kept.
+    """The reference's scores of each group's samples, [S, ...] float64 a group, from what is kept or computed.
 
-    `score` must still be the reference. Ranks share the work. Cached scores are recomputed for one group in a
-    hundred; raises ArtifactError when one differs by more than the precision allows.
+    The model that scores must still be the reference. Ranks share the groups, the longest first, and every round of
+    one a rank is kept before the next: a kill costs no more, and a stop that is asked for comes after a round (raises
+    Stopped). One in a hundred of the scores that were kept is computed again; where it differs by more than rounding,
+    all are.
     """
-    key = key.removeprefix("sha256:")
-    if not _rank_zero_says(cache.holds(key)):
-        scores = _computed(groups, score)
-        if _rank() == 0:
-            cache.save(key, {str(index): values for index, values in enumerate(scores)})
-        return scores
-    stored = cache.load(key)
-    cached = [stored[str(index)] for index in range(len(groups))]
-    every = max(1, round(1 / SPOT_CHECK_SHARE))
-    for index in range(0, len(groups), every):
-        worst = (score(groups[index]).cpu() - cached[index]).abs().max().item()
-        if not worst <= _TOLERANCE[precision]:
-            raise ArtifactError(
-                "cached reference scores are not those of this reference", where=cache.path(key),
-                got=f"a difference of {worst:.3g} nats in group {index}",
-                expected=f"at most {_TOLERANCE[precision]}", fix="delete that file and run again",
-            )  # fmt: skip
-    return cached
+    keys = [digest_json(scoring.content(group)) for group in groups]
+    members = dict(zip(keys, groups, strict=True))
+    known = rank_zero_says(kept.read)
+    held = {key: known[key] for key in members if key in known}
+    if held and not _still_right(held, members, scoring, _TOLERANCE[precision]):
+        held = {}
+        rank_zero_says(kept.forget)
+    order = sorted(members, key=lambda key: -members[key].num_tokens)
+    for together in missing(order, held.__contains__, advance_together(task), "reference groups", at_once=num_ranks()):
+        made = _round(together, members, scoring)
+        if rank() == 0:
+            kept.keep(made)
+        held |= made
+    return [held[key] for key in keys]
 
 
-def _computed(groups: Sequence[GroupT], score: Callable[[GroupT], Tensor]) -> list[Tensor]:
-    """Scores of all groups, every rank having computed its share."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    own = range(_rank(), len(groups), ranks)
-    share = {index: score(groups[index]).cpu() for index in tqdm(own, desc="reference scores", unit=" groups")}
-    shares = [share]
-    if ranks > 1:
-        shares = [{} for _ in range(ranks)]
-        dist.all_gather_object(shares, share)
-    together = {index: values for share in shares for index, values in share.items()}
-    return [together[index] for index in range(len(groups))]
+def _round(keys: Sequence[str], members: Mapping[str, Group], scoring: GroupScoring) -> dict[str, Tensor]:
+    """The scores of up to one group a rank; a rank without one runs along where all have to run the model."""
+    own = keys[rank()] if rank() < len(keys) else keys[0]
+    made = {own: scoring.of(members[own])} if rank() < len(keys) or scoring.in_step else {}
+    return {key: scores for part in from_all_ranks(made) for key, scores in part.items()}
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def _still_right(
+    held: Mapping[str, Tensor], members: Mapping[str, Group], scoring: GroupScoring, tolerance: float
+) -> bool:
+    """Whether this reference still gives what is kept, by one group in a hundred; says so where it does not."""
+    chosen = list(held)[:: max(1, round(1 / SPOT_CHECK_SHARE))]
+    worst = torch.stack([(scoring.of(members[key]) - held[key]).abs().max() for key in chosen]).max().item()
+    right = all(from_all_ranks(worst <= tolerance))  # NaN is not
+    if not right and rank() == 0:
+        _log.warning(
+            "cached reference scores differ from this reference by %.3g nats, more than %g: all %d are computed again",
+            worst, tolerance, len(held),
+        )  # fmt: skip
+    return right
 
 
-def _rank_zero_says(decision: bool) -> bool:
-    """The same answer on every rank: another run may be writing the file between two looks."""
-    said = [decision]
-    if dist.is_initialized():
-        dist.broadcast_object_list(said)
-    return said[0]
+def advance_together(task: Task) -> Progress:
+    """`Task.advance` for ranks that work in rounds: they stop together, when rank 0 sees that it was asked for."""
+
+    def advance(done: int, total: int | None, unit: str) -> None:
+        if rank() == 0:
+            task.progress(done, total, unit)
+        if done != total and rank_zero_says(task.stop_asked):
+            raise Stopped(f"kept {done} of {total} {unit} and stopped")
+
+    return advance

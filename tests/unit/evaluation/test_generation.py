@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from prefmill.families.causal.generation import (
     require_fitting,
     uniforms,
 )
-from prefmill.store.resumable import resumable_blocks
 
 VOCABULARY = 40
 SAMPLING = Sampling(max_new_tokens=12, temperature=1.0, top_p=1.0, seed=3)
@@ -175,19 +173,6 @@ def test_an_interrupted_run_resumes_at_the_first_missing_batch(
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     for name in files:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_blocks_come_from_their_files(tmp_path: Path) -> None:
-    def rows(index: int) -> Iterator[Any]:
-        yield {"index": index, "pair": (1, 2)}
-
-    first = list(resumable_blocks(tmp_path, "b", 2, lambda index: list(rows(index))))
-    assert first == [[{"index": 0, "pair": [1, 2]}], [{"index": 1, "pair": [1, 2]}]]  # as JSON has them
-
-    def never(index: int) -> list[Any]:
-        raise AssertionError(index)
-
-    assert list(resumable_blocks(tmp_path, "b", 2, never)) == first
 
 
 def test_prompts_that_do_not_fit_are_refused_by_name(model: Any, requests: list[Request]) -> None:

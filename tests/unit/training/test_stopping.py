@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 from test_training import curve, make_task, train, weights
 
+from prefmill.core.graceful_stop import STOP, Stopped, StopWatch, clear_request, request_stop
 from prefmill.pipeline.attempts import EXECUTED
-from prefmill.pipeline.graceful_stop import STOP, Stopped, StopWatch, clear_request, request_stop
 from prefmill.store.jsonl import read_jsonl
 from tests.forked_ranks import run_ranks
 
@@ -116,6 +117,8 @@ def until_stopped(*given: Any) -> None:
     """A rank that ends well only if it was stopped."""
     from test_ranks import train
 
+    if os.environ["RANK"] == "0":
+        stop_at(1, pytest.MonkeyPatch())
     with pytest.raises(Stopped, match="step 1 of"):
         train(*given)
 
@@ -124,7 +127,6 @@ def until_stopped(*given: Any) -> None:
 def test_all_ranks_stop_at_the_step_that_rank_zero_names(tmp_path: Path, tiny_qwen2: Path, pairs_file: Path) -> None:
     from prefmill.training.checkpoints import newest_checkpoint
 
-    request_stop(tmp_path / "logs", 100.0)
     run_ranks(2, until_stopped, tmp_path, tiny_qwen2, pairs_file, "pairwise")
     assert steps(tmp_path) == [1]
     assert newest_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefmill.core.errors import ArtifactError, ConfigError
+from prefmill.core.errors import ConfigError
 from prefmill.core.files import digest_path
 from prefmill.core.stage import Task
 from prefmill.pipeline.attempts import EXECUTED
@@ -180,17 +180,20 @@ def test_accumulation_must_divide(tmp_path: Path, tiny_qwen2: Path, pairs_file: 
         train(tmp_path, tiny_qwen2, pairs_file, per_device_train_batch_size=3)
 
 
-def test_a_cache_of_another_reference_is_refused(tmp_path: Path, tiny_qwen2: Path, pairs_file: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+def test_a_cache_of_another_reference_is_computed_again(
+    tmp_path: Path, tiny_qwen2: Path, pairs_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from prefmill.store.kept_tensors import KeptTensors
 
-    train(tmp_path, tiny_qwen2, pairs_file, num_train_epochs=1)
-    (path,) = (tmp_path / "out").rglob("reference/*/*.safetensors")
-    with safe_open(path, framework="pt") as stored:
-        metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) + 1 for name in stored.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata)
-    with pytest.raises(ArtifactError, match="not those of this reference"):
-        train(tmp_path, tiny_qwen2, pairs_file, num_train_epochs=1)
+    train(tmp_path / "a", tiny_qwen2, pairs_file, num_train_epochs=1)
+    (folder,) = (tmp_path / "a" / "out").glob("work/cache/reference/*")
+    kept = KeptTensors(folder)
+    kept.keep({key: scores + 1 for key, scores in kept.read().items()})
+    shutil.rmtree(tmp_path / "a" / "logs")
+    shutil.copytree(folder, tmp_path / "b" / folder.relative_to(tmp_path / "a"))
+    train(tmp_path / "b", tiny_qwen2, pairs_file, num_train_epochs=1)
+    assert "computed again" in caplog.text
+    assert curve(tmp_path / "b")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.slow

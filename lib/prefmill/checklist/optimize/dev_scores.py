@@ -15,7 +15,7 @@ from prefmill.core.records import Paper, Review
 from prefmill.reviews.join import PAPERS, papers_with_reviews
 from prefmill.store.journal import Journal
 from prefmill.store.jsonl import JsonlWriter
-from prefmill.store.resumable import Progress
+from prefmill.store.missing import Progress
 
 SPLIT = "dev"
 PaperReviews = tuple[Paper, list[Review]]

@@ -13,7 +13,7 @@ from prefmill.checklist.engine import TransformersConfig, VllmConfig
 from prefmill.checklist.items import Item, load_checklist
 from prefmill.checklist.optimize.config import ProposeConfig
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.store.resumable import Progress
+from prefmill.store.missing import Progress
 
 MIN_CHARACTERS, MAX_CHARACTERS = 15, 200
 MAX_SAME_WORDS = 0.7  # of two questions' words: above it they ask the same

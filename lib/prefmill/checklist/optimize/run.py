@@ -110,7 +110,7 @@ class _Steps:
             config.max_failed_share,
             self.task.work / _JOURNAL,
             folder,
-            self.task.progress,
+            self.task.advance,
         )
         write_atomic(folder / PARAPHRASES, json.dumps(restated, indent=1) + "\n")
 

@@ -34,7 +34,6 @@ from prefmill.families.causal.scorer import (
     score_batch,
 )
 from prefmill.families.causal.vision import ImageReader, open_reader, with_images
-from prefmill.store.tensor_cache import TensorCache, cache_folder
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import resume_strictly
@@ -44,7 +43,7 @@ from prefmill.training.family import Family, by_group
 from prefmill.training.loop import add_adapter, report_dropped, train_and_save
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preference_config import PreferenceConfig
-from prefmill.training.reference import reference_key, reference_scores, start_weights, weights_of
+from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, start_weights, weights_of
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 
@@ -203,37 +202,39 @@ def _reference(
     reader: ImageReader | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The reference's scores of all responses, train and val; called while the policy still is as it starts."""
-    groups = [*train, *val]
     settings: dict[str, Any] = {
         "precision": config.precision, "weights": weights_precision(config), "layout": config.layout,
         "attention": config.attn_implementation, "fsdp": uses_fsdp(config), "deepspeed": config.deepspeed is not None,
-        "at_once": [config.per_device_train_batch_size, config.max_tokens_per_microbatch],
+        "at_once": [config.per_device_train_batch_size, config.max_tokens_per_microbatch], "ld_alpha": config.ld_alpha,
     }  # fmt: skip
-    if config.ld_alpha is not None:  # then a side's sum depends on the other one
-        pairs = [[(pair.chosen, pair.rejected) for pair in group.pairs] for group in groups]
-        settings |= {"ld_alpha": config.ld_alpha, "pairs": pairs}
-    if reader:
-        settings["images"] = reader.digest([group.images for group in groups])
-
-    def score(group: Group) -> Tensor:
-        batches = [
-            batch.to(trainer.args.device) for batch in _response_batches(group, config, tokenizer.pad_token_id, reader)
-        ]
-        if config.ld_alpha is None:
-            return torch.cat([score_batch(reference, batch) for batch in batches])
-        tokens = torch.cat([score_batch(reference, per_token(batch)) for batch in batches])
-        return reference_sums(tokens, list(map(len, group.responses)), group.pairs, config.ld_alpha)
-
-    other = reference_name(config)
+    other, device = reference_name(config), trainer.args.device
     with unsharded_loading():
         model = trainer.model if other is None else load_policy(other, config, config.ref_revision)
     reference = scoring_model(model, trainer, config).eval()
+    scoring = GroupScoring(
+        content=lambda group: _content(group, config, reader),
+        batches=lambda group: _response_batches(group, config, tokenizer.pad_token_id, reader),
+        score=lambda batch: score_batch(reference, batch.to(device)),
+        join=lambda group, scores: _joined(group, scores, config),
+    )
+    weights = start_weights(task, config) if other is None else weights_of(other, config.ref_revision)
+    kept = kept_reference(task, weights, settings, device)
     with torch.no_grad(), scoring_context(trainer, config):
-        cache = TensorCache(cache_folder(task, None) / "reference")
-        weights = start_weights(task, config) if other is None else weights_of(other, config.ref_revision)
-        key = reference_key(groups, weights, settings)
-        scores = reference_scores(groups, score, cache, key, config.precision)
+        scores = reference_scores([*train, *val], scoring, kept, task, config.precision)
     return scores[: len(train)], scores[len(train) :]
+
+
+def _content(group: Group, config: PreferenceConfig, reader: ImageReader | None) -> list[Any]:
+    """All that a group's scores depend on but the model and the settings."""
+    pairs = [(pair.chosen, pair.rejected) for pair in group.pairs] if config.ld_alpha is not None else None
+    return [group.prompt, group.responses, reader.digest([group.images]) if reader else None, pairs]
+
+
+def _joined(group: Group, scores: Sequence[Tensor], config: PreferenceConfig) -> Tensor:
+    """A group's scores from those of its batches; with ld_alpha a side's sum depends on the other one."""
+    if config.ld_alpha is None:
+        return torch.cat(list(scores))
+    return reference_sums(torch.cat(list(scores)), list(map(len, group.responses)), group.pairs, config.ld_alpha)
 
 
 def _response_batches(
@@ -242,8 +243,12 @@ def _response_batches(
     """All responses of a group in batches of the training layout and size."""
     if config.layout == "group":
         batches = [pack([cut]) for cut in cut_responses(group, config.max_tokens_per_microbatch)]
-        return [add_images(batch, [group], reader) if reader else batch for batch in batches]
-    at_once = 2 * config.per_device_train_batch_size
-    sequences = [(group.prompt, response) for response in group.responses]
-    batches = [encode_sequences(sequences[n : n + at_once], pad) for n in range(0, len(sequences), at_once)]
-    return [add_images(batch, [group] * len(batch.lengths), reader) if reader else batch for batch in batches]
+        shown = [[group]] * len(batches)
+    else:
+        at_once = 2 * config.per_device_train_batch_size
+        sequences = [(group.prompt, response) for response in group.responses]
+        batches = [encode_sequences(sequences[n : n + at_once], pad) for n in range(0, len(sequences), at_once)]
+        shown = [[group] * len(batch.lengths) for batch in batches]
+    if reader:
+        batches = [add_images(batch, groups, reader) for batch, groups in zip(batches, shown, strict=True)]
+    return batches if config.ld_alpha is None else list(map(per_token, batches))

@@ -13,7 +13,7 @@ import numpy as np
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.chat import image_paths, prompt_text
-from prefmill.store.resumable import Progress, resumable_blocks, silent
+from prefmill.store.missing import Progress, kept_rows, silent
 
 if TYPE_CHECKING:
     import torch
@@ -113,20 +113,12 @@ def generate_reviews(
     `reader` reads the images of requests that have any. In float32 a completion does not depend on the batch size but
     for rounding; at a lower precision padding moves logits by enough to change a token now and then.
     """
-    from tqdm import tqdm
 
-    batches = plan_batches(requests, batch_size)
-    blocks = resumable_blocks(
-        folder, "generated", len(batches),
-        lambda index: generate_batch(model, tokenizer, batches[index], sampling, reader),
-    )  # fmt: skip
-    completions: dict[tuple[str, int], Completion] = {}
-    with tqdm(total=len(requests), desc="generate", unit="review") as bar:
-        for block in blocks:
-            completions |= {(row["key"], row["sample"]): row for row in block}
-            bar.update(len(block))
-            progress(len(completions), len(requests), "reviews generated")
-    return completions
+    def generate(batch: Sequence[Request]) -> list[Completion]:
+        return generate_batch(model, tokenizer, batch, sampling, reader)
+
+    rows = kept_rows(folder, "generated", plan_batches(requests, batch_size), generate, progress, "reviews generated")
+    return {(row["key"], row["sample"]): row for row in rows}
 
 
 def generate_batch(

@@ -22,7 +22,7 @@ from prefmill.families.causal.generation import (
     uniforms,
 )
 from prefmill.store.journal import Journal
-from prefmill.store.resumable import Progress, silent
+from prefmill.store.missing import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

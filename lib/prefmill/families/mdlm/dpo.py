@@ -18,13 +18,12 @@ from prefmill.families.mdlm.family import Drawing, LiveVariance, by_epoch, encod
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
 from prefmill.families.mdlm.scorer import score_batch
 from prefmill.families.mdlm.training import DiffusionTrainer, FollowOnResume, load_scoring_model, train_and_finish
-from prefmill.store.tensor_cache import TensorCache, cache_folder
 from prefmill.training.batches import one_by_one, plan_batches
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.config import accumulation
 from prefmill.training.data import Group
 from prefmill.training.objectives import Settings, mix
-from prefmill.training.reference import content_key, reference_scores, start_weights
+from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, start_weights
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceData, plan_arguments
 
@@ -94,14 +93,13 @@ def reference_values(
     drawing = drawing_of(config)
     said = {key: getattr(config, key) for key in ("precision", "quantization", "mask_token_id", "shifted_logits")}
     settings = {**said, "attention": config.attn_implementation, "epochs": num_epochs, "drawing": repr(drawing)}
-    content = [[group.prompt, group.responses] for group in groups]
-
-    def values(group: Group) -> Tensor:
-        batches = [encode_responses(group, epoch, drawing).to(trainer.args.device) for epoch in range(num_epochs)]
-        return torch.stack([score_batch(trainer.model, batch).float() for batch in batches], dim=1)
-
-    trainer.model.eval()
+    model, device = trainer.model.to(trainer.args.device).eval(), trainer.args.device
+    scoring = GroupScoring(
+        content=lambda group: [group.prompt, group.responses],
+        batches=lambda group: [encode_responses(group, epoch, drawing) for epoch in range(num_epochs)],
+        score=lambda batch: score_batch(model, batch.to(device)),
+        join=lambda _, scores: torch.stack(list(scores), dim=1),
+    )
+    kept = kept_reference(task, start_weights(task, config), settings, device)
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        cache = TensorCache(cache_folder(task, None) / "reference")
-        key = content_key(content, start_weights(task, config), settings)
-        return reference_scores(groups, values, cache, key, config.precision)
+        return reference_scores(groups, scoring, kept, task, config.precision)

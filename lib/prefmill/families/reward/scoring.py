@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import HEADS
+from prefmill.store.missing import in_batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,28 +19,34 @@ if TYPE_CHECKING:
 def score_images(
     folder: Path, prompts: Sequence[str], paths: Sequence[Path], batch_size: int = 16
 ) -> NDArray[np.float32]:
-    """Rewards [N, 5] (the columns are `rows.HEADS`) of N images for their prompts, by the reward model in `folder`.
+    """Rewards [N, 5] of N images for their prompts, by the reward model in `folder`: see `open_scorer`."""
+    return open_scorer(folder, batch_size)(prompts, paths)
+
+
+def open_scorer(folder: Path, batch_size: int = 16) -> Callable[[Sequence[str], Sequence[Path]], NDArray[np.float32]]:
+    """The reward model in `folder` as a function of N prompts and images: rewards [N, 5], columns as in `HEADS`.
 
     They are logits divided by the head's temperature: of two images of one prompt, s(a - b) is the probability that
     the first is the better one. Raises InputError when the folder holds no reward model or an image cannot be read.
     """
     import numpy as np
     import torch
-    from tqdm import tqdm
 
-    assert len(prompts) == len(paths)
     model, processor = load_reward(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
     temperatures = np.array(model.config.temperatures, dtype=np.float32)
-    rows = []
-    for start in tqdm(range(0, len(paths), batch_size), desc="scoring images", unit=" batches"):
-        end = start + batch_size
-        batch = encode(processor, prompts[start:end], [open_image(path) for path in paths[start:end]])
-        with torch.inference_mode():
-            rewards = model(**{name: value.to(device) for name, value in batch.items()})
-        rows.append(rewards.cpu().numpy() / temperatures)
-    return np.concatenate(rows) if rows else np.zeros((0, len(HEADS)), dtype=np.float32)
+
+    def rewards(prompts: Sequence[str], paths: Sequence[Path]) -> NDArray[np.float32]:
+        rows = [np.zeros((0, len(HEADS)), dtype=np.float32)]
+        for shown, files in zip(in_batches(prompts, batch_size), in_batches(paths, batch_size), strict=True):
+            batch = encode(processor, shown, [open_image(path) for path in files])
+            with torch.inference_mode():
+                found = model(**{name: value.to(device) for name, value in batch.items()})
+            rows.append(found.cpu().numpy() / temperatures)
+        return np.concatenate(rows)
+
+    return rewards
 
 
 def load_reward(folder: Path) -> tuple[Any, Any]:

@@ -38,6 +38,7 @@ from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
 from prefmill.training.config import accumulation
 from prefmill.training.objectives import Settings
+from prefmill.training.reference import device_kind
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 
 
@@ -55,7 +56,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     with unsharded_loading():
         reader = _encode(config, task, folder, args.device, train, held_out, plan)
         model = load_policy(folder, config)
-    references = [_references(config, folder, reader, given) for given in (train, held_out)]
+    references = [_references(config, folder, reader, given, args.device) for given in (train, held_out)]
     residuals = config.objective in NEEDS_RESIDUALS
     objective = choose(config.objective, config.sft_weight, _factors(config))
     ema = Ema(config.ema_decay) if config.use_ema else None
@@ -73,7 +74,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     if config.sample_steps is not None:
         trainer.add_callback(_samples(config, task, folder, reader, held_out or train, trainer))
     if objective.needs_reference:
-        _compute(trainer, references, (plan, held_plan))
+        _compute(trainer, references, (plan, held_plan), task)
         trainer.set_reference(references[0].scores, references[1].scores)
     _train_and_save(trainer, ema, config, task, folder)
     return _metrics(trainer, train, held_out)
@@ -139,11 +140,13 @@ def _encode(
 
 
 def _references(
-    config: SdxlPreferenceConfig, folder: SdxlFolder, reader: PairReader, pairs: Sequence[PairImages]
-) -> ReferenceErrors:
+    config: SdxlPreferenceConfig, folder: SdxlFolder, reader: PairReader, pairs: Sequence[PairImages],
+    device: torch.device,
+) -> ReferenceErrors:  # fmt: skip
     settings = {
         "unet": folder.digest("unet", "scheduler"), "precision": config.precision, "base": config.lora is not None,
         "attention": config.attn_implementation, "compile": config.torch_compile,
+        "device": device_kind(device),
     }  # fmt: skip
     at_once, residuals = config.per_device_train_batch_size, config.objective in NEEDS_RESIDUALS
     return ReferenceErrors(
@@ -152,7 +155,10 @@ def _references(
 
 
 def _compute(
-    trainer: PreferenceTrainer, references: Sequence[ReferenceErrors], plans: Sequence[Sequence[Microbatch]]
+    trainer: PreferenceTrainer,
+    references: Sequence[ReferenceErrors],
+    plans: Sequence[Sequence[Microbatch]],
+    task: Task,
 ) -> None:
     """The reference's errors, by the policy that still is the reference, or with its adapter off."""
     model = trainer.model
@@ -160,7 +166,7 @@ def _compute(
     with trainer.compute_loss_context_manager():
         for errors, plan in zip(references, plans, strict=True):
             if plan:
-                errors.compute(model, used_by(plan), trainer.args.device)
+                errors.compute(model, used_by(plan), trainer.args.device, task)
 
 
 def _predictions(references: Sequence[ReferenceErrors]) -> Callable[[PairImages, int], Tensor]:

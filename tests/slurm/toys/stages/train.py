@@ -10,7 +10,8 @@ class TrainConfig(StrictConfig):
     """`steps` of `step_seconds` each; `meet` has all ranks add up their numbers over gloo.
 
     Saved every `save_steps`, through `disk` where one is given; `eat_gb` of memory are held all the while.
-    The GPU of one rank breaks once, where `break_gpu_of_rank` says which.
+    The GPU of one rank breaks once, where `break_gpu_of_rank` says which. Before the first step `groups` are scored
+    as a reference's are, of `step_seconds` each.
     """
 
     steps: int = 10
@@ -21,6 +22,7 @@ class TrainConfig(StrictConfig):
     disk: str = runtime("")
     eat_gb: float = runtime(0.0)
     break_gpu_of_rank: int = runtime(-1)
+    groups: int = 0
 
 
 def run(config: TrainConfig, task: Task) -> Metrics:
@@ -29,11 +31,13 @@ def run(config: TrainConfig, task: Task) -> Metrics:
     import os
     import time
 
+    from prefmill.core.graceful_stop import Stopped, StopWatch
     from prefmill.pipeline.attempts import EXECUTED
-    from prefmill.pipeline.graceful_stop import Stopped, StopWatch
     from prefmill.store.jsonl import append_row
     from prefmill.training.checkpoints import newest_checkpoint
 
+    if config.groups:
+        _score(task, config.groups, config.step_seconds)
     newest = newest_checkpoint(task.output)
     first = int(newest.rpartition("-")[2]) if newest else 0
     eaten = bytearray(b"x") * int(config.eat_gb * 2**30)
@@ -57,6 +61,26 @@ def run(config: TrainConfig, task: Task) -> Metrics:
     if os.environ.get("RANK", "0") == "0":
         (task.output / "weights.txt").write_text(json.dumps({"steps": config.steps, "ranks": total}))
     return {"ranks": total}
+
+
+def _score(task: Task, num_groups: int, seconds: float) -> None:
+    """The real reference scoring, of a model that only takes its time; every group scored is noted in the logs."""
+    import time
+
+    import torch
+
+    from prefmill.store.jsonl import append_row
+    from prefmill.training.data import Group
+    from prefmill.training.reference import GroupScoring, kept_reference, reference_scores
+
+    def score(group: Group) -> torch.Tensor:
+        append_row(task.logs / "scored.jsonl", {"group": group.prompt[0]})
+        time.sleep(seconds)
+        return torch.tensor(group.prompt)
+
+    scoring = GroupScoring(lambda group: group.prompt, lambda group: [group], score, lambda _, scores: scores[0])
+    groups = [Group([number], [[0]], []) for number in range(num_groups)]
+    reference_scores(groups, scoring, kept_reference(task, "toy", {}, torch.device("cpu")), task, "fp32")
 
 
 def _save(task: Task, step: int, disk: str) -> None:
