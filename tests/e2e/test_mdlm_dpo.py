@@ -13,7 +13,7 @@ from training_artifacts import content, executed_steps, kill_after, make_task
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
-from prefmill.core.errors import ArtifactError, ConfigError, PipelineError
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from stages.mdlm_dpo import STAGE, MdlmDpoConfig
@@ -110,16 +110,19 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_a_reference_of_another_model_is_refused(tmp_path: Path, policy: Artifact, datasets: Artifact) -> None:
-    from safetensors.torch import safe_open, save_file
+def test_scores_of_another_model_are_computed_again(
+    tmp_path: Path, undisturbed: Path, policy: Artifact, datasets: Artifact
+) -> None:
+    from prefmill.store.kept_tensors import KeptTensors
 
     kill_after(2, tmp_path, lambda: run_stage("mdlm_dpo", tmp_path, KEYS, policy=policy, datasets=datasets))
-    for path in (tmp_path / "out").rglob("reference/*/*.safetensors"):
-        with safe_open(path, "pt") as stored:
-            said = stored.metadata()
-        save_file({name: value - 0.5 for name, value in load_file(path).items()}, path, said)
-    with pytest.raises(ArtifactError, match="not those of this reference"):
-        run_stage("mdlm_dpo", tmp_path, KEYS, policy=policy, datasets=datasets)
+    for folder in (tmp_path / "out").rglob("cache/reference/*"):
+        kept = KeptTensors(folder)
+        values = kept.read()
+        kept.forget()
+        kept.keep({key: value - 0.5 for key, value in values.items()})
+    run_stage("mdlm_dpo", tmp_path, KEYS, policy=policy, datasets=datasets)
+    assert content(tmp_path) == content(undisturbed)
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def test_runs_of_a_workspace_share_reference_scores(
     everything = scores("first")
     assert everything == 8  # groups, of two responses' rows a batch
     assert scores("second", beta=0.7) == 1
-    assert scores("third", layout="group") == 8
+    assert scores("third", layout="pairwise") == 8
     shutil.rmtree(tmp_path / "model")
     save_tiny_qwen2(tmp_path / "model", seed=1)
     assert scores("fourth") == everything
