@@ -60,12 +60,6 @@ class EvaluateConfig(ImageLimits):
             raise ValueError("second_engine is the same as engine: it would agree with itself")
         return self
 
-    @model_validator(mode="after")
-    def _can_generate(self) -> Self:
-        if self.modality != "clean" and self.model != HUMAN and self.generation.engine == "vllm":
-            raise ValueError(f"vllm writes from text alone: set generation.engine to transformers for {self.modality}")
-        return self
-
 
 def run(config: EvaluateConfig, task: Task) -> Metrics:
     """Write `generations.jsonl`, the engines' answers and `metrics.json`; the metrics are the overall figures."""

@@ -16,7 +16,7 @@ class TransformersGeneration(StrictConfig):
 
 
 class VllmGeneration(StrictConfig):
-    """vLLM, on GPUs or in its CPU build: text alone, the same draws, many reviews at a time."""
+    """vLLM, on GPUs or in its CPU build: for every modality, with draws of its own, many reviews at a time."""
 
     engine: Literal["vllm"] = "vllm"
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model")

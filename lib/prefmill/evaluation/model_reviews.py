@@ -25,8 +25,8 @@ from prefmill.families.causal.generation import (
 )
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
-from prefmill.families.causal.vllm_loading import open_vllm, require_vllm
+from prefmill.families.causal.vision import WRITING, ImageReader, open_reader, with_images
+from prefmill.families.causal.vllm_loading import image_options, on_cpu, open_vllm, require_vllm
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.missing import Progress, silent
@@ -99,7 +99,7 @@ def _write(
     chats = {key: _chat(paper, writing) for key, paper in papers.items()}
     requests = _within(encode_prompts(tokenizer, chats, writing.samples_per_paper, reader), writing.max_prompt_tokens)
     if isinstance(writing.generation, VllmGeneration):
-        completions = _with_vllm(source, tokenizer, requests, writing, writing.generation, folder, progress)
+        completions = _with_vllm(source, tokenizer, requests, writing, writing.generation, reader, folder, progress)
     else:
         completions = _with_transformers(source, tokenizer, requests, writing, reader, folder, progress)
     ordered = sorted(completions.values(), key=lambda row: (row["key"], row["sample"]))
@@ -112,7 +112,7 @@ def _chat(paper: Paper, writing: Writing) -> list[dict[str, Any]]:
 
 
 def _reader(source: ModelSource, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> ImageReader:
-    reader = open_reader(source.name_or_path, tokenizer, writing.limits, **source.origin)
+    reader = open_reader(source.name_or_path, tokenizer, writing.limits, families=WRITING, **source.origin)
     if reader is None:
         raise InputError(
             "a model of text alone cannot see these images", where=source.name_or_path, got=writing.modality,
@@ -146,6 +146,7 @@ def _with_vllm(
     requests: Sequence[Request],
     writing: Writing,
     generation: VllmGeneration,
+    reader: ImageReader | None,
     folder: Path,
     progress: Progress,
 ) -> dict[tuple[str, int], Completion]:
@@ -163,9 +164,9 @@ def _with_vllm(
         enforce_eager=generation.enforce_eager,
         max_model_len=max(len(request.prompt_ids) for request in requests) + sampling.max_new_tokens,
         max_num_seqs=writing.batch_size,
-        async_scheduling=False,  # the draws must know what was drawn before
         generation_config="vllm",  # the model's own defaults are set aside
-        logits_processors=["prefmill.families.causal.vllm_generation:KeyedDraws"],
+        enable_chunked_prefill=False if on_cpu() else None,  # a seeded prompt in pieces ends its CPU runner
+        **(image_options(reader, requests) if reader else {}),
         **source.origin,
     )
     from prefmill.families.causal.vllm_generation import (
@@ -176,7 +177,10 @@ def _with_vllm(
         stated = GenerationConfig.from_pretrained(source.name_or_path, **source.origin)
     except OSError:  # as transformers does for a model that states none
         stated = GenerationConfig.from_model_config(config)
-    return generate_with_vllm(llm, tokenizer, end_token_ids(stated, tokenizer), requests, sampling, folder, progress)
+    return generate_with_vllm(
+        llm, tokenizer, end_token_ids(stated, tokenizer), requests, sampling, writing.batch_size, folder, progress,
+        reader=reader,
+    )  # fmt: skip
 
 
 def _within(requests: Sequence[Request], limit: int | None) -> list[Request]:

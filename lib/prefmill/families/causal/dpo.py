@@ -33,7 +33,7 @@ from prefmill.families.causal.scorer import (
     restore_forward,
     score_batch,
 )
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import resume_strictly
@@ -64,7 +64,7 @@ def train_dpo(
     config, why_pairwise = choose_layout(config, policy)
     tokenizer = load_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    reader = open_reader(policy, tokenizer, limits, **options)
+    reader = open_reader(policy, tokenizer, limits, TRAINED, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)

@@ -195,8 +195,12 @@ def inverse_cdf(masses: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """`count` numbers in [0, 1) that follow from (seed, key, sample) alone, on every machine."""
-    digest = hashlib.sha256(f"{seed}/{key}/{sample}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16]))).random(count)
+    return np.random.Generator(np.random.PCG64(stream_seed(seed, key, sample))).random(count)
+
+
+def stream_seed(seed: int, key: str, sample: int) -> int:
+    """128 bits that name the random stream of a sample: they follow from (seed, key, sample) alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}/{sample}".encode()).digest()[:16])
 
 
 def require_fitting(requests: Sequence[Request], limit: int | None) -> None:

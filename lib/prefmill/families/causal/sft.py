@@ -22,7 +22,7 @@ from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.arguments import trainer_arguments
 from prefmill.training.callbacks import StageCallback, check_every_step
@@ -48,7 +48,7 @@ def train_sft(
     """
     tokenizer = load_tokenizer(model_name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    reader = open_reader(model_name, tokenizer, limits, **options)
+    reader = open_reader(model_name, tokenizer, limits, TRAINED, **options)
     datasets = {"train": load_chats(train, tokenizer, config, task, reader)}
     if val is not None:
         datasets["val"] = load_chats(val, tokenizer, config, task, reader)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -24,7 +25,9 @@ from prefmill.families.causal.chat import encode, image_paths, prompt_text
 from prefmill.families.causal.image_limits import ImageLimits
 
 Grid = tuple[int, int, int]  # patches of an image: time (1), height, width
-_FAMILIES = {"qwen2_vl", "qwen2_5_vl"}
+TRAINED = frozenset({"qwen2_vl", "qwen2_5_vl"})
+WRITING = TRAINED | {"qwen3_vl"}  # whose images reach several layers: `embed` below knows one
+_TURNED = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 
 
 class ImageReader:
@@ -63,6 +66,11 @@ class ImageReader:
         expanded = [[token] * (next(counts) if token == self.image_token else 1) for token in prompt]
         return [token for run in expanded for token in run]
 
+    def collapsed(self, prompt: Sequence[int]) -> list[int]:
+        """`prompt` with one token an image, as the chat template has it."""
+        runs = groupby(prompt, lambda token: token == self.image_token)
+        return [token for is_image, run in runs for token in ([self.image_token] if is_image else run)]
+
     def num_tokens(self, grid: Grid) -> int:
         """Tokens of an image in the prompt."""
         return grid[1] * grid[2] // self.merge**2
@@ -73,7 +81,7 @@ class ImageReader:
 
     def pixels(self, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Pixel values [patches, 3 x 2 x patch x patch] fp32 of images one after another, and their grids [n, 3]."""
-        images = [_open(path).convert("RGB") for path in paths]
+        images = [open_image(path) for path in paths]
         read = self.processor(images=images, return_tensors="pt")
         return read["pixel_values"], read["image_grid_thw"]
 
@@ -115,16 +123,20 @@ class ImageReader:
 
 
 def open_reader(
-    name: str, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits, **options: Any
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: ImageLimits,
+    families: Collection[str] = TRAINED,
+    **options: Any,
 ) -> ImageReader | None:
-    """The reader of the model `name`; None for a model of text alone."""
+    """The reader of the model `name`, of one of `families`; None for a model of text alone."""
     config = AutoConfig.from_pretrained(name, **options)
     if not hasattr(config, "vision_config"):
         return None
-    if config.model_type not in _FAMILIES:
+    if config.model_type not in families:
         raise InputError(
             "vision-language models of this family are not known", where=name, got=config.model_type,
-            expected=", ".join(sorted(_FAMILIES)), fix="use Qwen2.5-VL",
+            expected=", ".join(sorted(families)), fix="use Qwen2.5-VL",
         )  # fmt: skip
     return ImageReader(name, tokenizer, limits, **options)
 
@@ -190,7 +202,8 @@ def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> Tensor:
 
 @lru_cache(maxsize=65536)
 def _grid(path: str, patch: int, merge: int, least: int, most: int) -> Grid:
-    width, height = _open(path).size
+    image = _open(path)
+    width, height = image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in _TURNED else image.size
     try:
         height, width = smart_resize(height, width, factor=patch * merge, min_pixels=least, max_pixels=most)
     except ValueError as error:
@@ -202,6 +215,15 @@ def _grid(path: str, patch: int, merge: int, least: int, most: int) -> Grid:
 def _file_digest(path: str) -> str:
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_image(path: str) -> Image.Image:
+    """The image as people see it, in RGB: turned upright by its EXIF orientation, what is transparent on white."""
+    image = ImageOps.exif_transpose(_open(path))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _open(path: str) -> Image.Image:

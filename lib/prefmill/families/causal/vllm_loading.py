@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision
+
+if TYPE_CHECKING:
+    from prefmill.families.causal.generation import Request
+    from prefmill.families.causal.vision import ImageReader
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _GB = 1 << 30
@@ -37,16 +42,22 @@ def open_vllm(
     """A `vllm.LLM`, with its prefix cache on; `options` are its own. ConfigError without vLLM."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: seconds less to start, and to end
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not os.path.exists("/dev/nvidia0"):
+    if on_cpu():
         # On a CPU the first log-probabilities would compile C++; and one of two cores would stay idle.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # The prefix cache holds whole blocks: with vLLM's 128 tokens a request rereads 64 on average; 32 is its least.
         options.setdefault("block_size", 32)
+    from transformers.utils import is_torchvision_available
+
     try:
         from vllm import LLM
     except ImportError as error:
         raise _not_installed(str(error)) from error
+    if not is_torchvision_available():
+        from prefmill.families.causal.vllm_without_torchvision import options_without_torchvision
+
+        options = options_without_torchvision(name_or_path, revision, trust_remote_code) | options
     memory = {} if kv_cache_gb is None else {"kv_cache_memory_bytes": int(kv_cache_gb * _GB)}
     return LLM(
         model=name_or_path,
@@ -61,6 +72,20 @@ def open_vllm(
         **memory,
         **options,
     )
+
+
+def image_options(reader: ImageReader, requests: Sequence[Request]) -> dict[str, Any]:
+    """What `open_vllm` must know of images: how many a prompt has at most, and the reader's bounds on their pixels."""
+    most = max(len(request.images) for request in requests)
+    return {
+        "limit_mm_per_prompt": {"image": most, "video": 0},
+        "mm_processor_kwargs": {"size": dict(reader.processor.size)},
+    }
+
+
+def on_cpu() -> bool:
+    """Whether vLLM finds no GPU here."""
+    return not os.environ.get("CUDA_VISIBLE_DEVICES") and not os.path.exists("/dev/nvidia0")
 
 
 def _not_installed(got: str) -> ConfigError:
