@@ -221,7 +221,6 @@ def _prompt_lengths(corpus: Artifact, base: Artifact) -> list[int]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model": "base", "modality": "vision", "generation": {"engine": "vllm"}}, "vllm writes from text alone"),
         ({"model": "base", "generation": {"engine": "vlm"}}, "generation"),
         ({"model": "a/b"}, "model = 'a/b'"),
         ({"model": "base", "temprature": 1.0}, r"unknown key \(did you mean 'temperature'"),

@@ -16,7 +16,7 @@ from test_report import opens_cleanly
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import load, validate
-from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.errors import InputError
 from prefmill.core.records import Modality
 from prefmill.core.stage import load_stage
 from prefmill.families.causal.loading import load_model
@@ -139,8 +139,6 @@ def test_what_cannot_see_is_refused(corpus: Artifact, tmp_path: Path) -> None:
     blind = save_tiny_qwen2(tmp_path / "blind")
     with pytest.raises(InputError, match="a model of text alone cannot see these images"):
         evaluate(corpus, blind, tmp_path, modality="vision")
-    with pytest.raises(ConfigError, match="vllm writes from text alone"):
-        evaluate(corpus, blind, tmp_path, modality="vision", generation={"engine": "vllm"})
 
 
 def test_a_pipeline_evaluates_every_model_on_every_modality(base: Path, tmp_path: Path, chromium: str) -> None:

@@ -1,4 +1,4 @@
-"""evaluate with vLLM, for real: the reviews of transformers, each kept as it is finished, scored when vLLM is gone.
+"""evaluate with vLLM, for real: draws that follow from the row, each kept as it is finished, scored when vLLM is gone.
 
 Its name puts it before the engine's tests: those run vLLM in this process, which should not be forked afterwards.
 """
@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prefmill.core.artifact import Artifact
-from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.errors import AttemptError, ConfigError, InputError
+from prefmill.evaluation import model_reviews
 from prefmill.evaluation.generators import GenerationEngine, TransformersGeneration, VllmGeneration
 from prefmill.evaluation.held_out import read_held_out
 from prefmill.evaluation.model_reviews import WRITTEN, ModelSource, Writing, write_reviews
-from prefmill.families.causal.generation import Sampling
+from prefmill.families.causal.generation import Sampling, encode_prompts, keep_top_p
 from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.reviews.prompt import review_messages, split_completion
 from prefmill.store.jsonl import read_jsonl
+from prefmill.store.resumable import silent
 from stages.evaluate import EvaluateConfig, run
 from tests.conftest import left_out
 from tests.e2e.evaluation_artifacts import make_corpus, make_task
@@ -52,60 +60,119 @@ def writer(judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(
-    corpus: Artifact, writer: Path, folder: Path, engine: GenerationEngine, temperature: float, top_p: float = 1.0
-) -> list[Any]:
-    sampling = Sampling(max_new_tokens=48, temperature=temperature, top_p=top_p, seed=1)
-    writing = Writing(
-        "clean", corpus.path, ImageLimits(), 2, None, 3, sampling, engine
-    )  # more reviews than places: they move between them
+    corpus: Artifact, writer: Path, folder: Path, engine: GenerationEngine = VLLM, *, temperature: float = 1.0,
+    seed: int = 1, batch_size: int = 3, backwards: bool = False, progress: Any = silent,
+) -> list[Any]:  # fmt: skip
+    """Two reviews a paper; more than there are places in a batch, so that they move between them."""
+    sampling = Sampling(max_new_tokens=48, temperature=temperature, top_p=0.9, seed=seed)
+    writing = Writing("clean", corpus.path, ImageLimits(), 2, None, batch_size, sampling, engine)
+    papers = read_held_out(corpus, None, 0).papers
+    ordered = dict(reversed(papers.items())) if backwards else papers
     folder.mkdir(parents=True, exist_ok=True)
-    return write_reviews(ModelSource(str(writer), "fp32"), read_held_out(corpus, None, 0).papers, writing, folder)
+    return write_reviews(ModelSource(str(writer), "fp32"), ordered, writing, folder, progress)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.8, 0.7)])
-def test_its_reviews_are_those_of_transformers(
-    corpus: Artifact, writer: Path, tmp_path: Path, temperature: float, top_p: float
-) -> None:
-    first = written(corpus, writer, tmp_path / "vllm", VLLM, temperature, top_p)
-    expected = written(corpus, writer, tmp_path / "transformers", TransformersGeneration(), temperature, top_p)
-    same = sum(one == other for one, other in zip(first, expected, strict=True))
-    print(f"temperature {temperature}, top_p {top_p}: {same} of {len(expected)} reviews the same")
+@pytest.fixture(scope="module")
+def drawn(corpus: Artifact, writer: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Sixteen reviews, drawn without a disturbance."""
+    rows = written(corpus, writer, tmp_path_factory.mktemp("drawn"))
+    assert len(rows) == len({row["text"] for row in rows}) == 16  # else equality would say little
+    assert {row["truncated"] for row in rows} == {True, False}
+    return rows
+
+
+def test_greedy_reviews_are_those_of_transformers(corpus: Artifact, writer: Path, tmp_path: Path) -> None:
+    first = written(corpus, writer, tmp_path / "vllm", temperature=0.0)
+    expected = written(corpus, writer, tmp_path / "transformers", TransformersGeneration(), temperature=0.0)
     assert first == expected
-    assert len(expected) == 16
-    if temperature == 1.0:  # else equality would say little
-        assert len({row["text"] for row in expected}) == 16
-        assert {row["truncated"] for row in expected} == {True, False}
-    if temperature == 0.0:
-        assert all(one["text"] == two["text"] for one, two in zip(expected[::2], expected[1::2], strict=True))
+    assert all(one["text"] == two["text"] for one, two in zip(expected[::2], expected[1::2], strict=True))
 
 
-def test_finished_reviews_are_kept_one_by_one(corpus: Artifact, writer: Path, tmp_path: Path) -> None:
-    whole = written(corpus, writer, tmp_path / "whole", VLLM, 1.0)
-    lines = (tmp_path / "whole" / "written.journal").read_bytes().splitlines(keepends=True)
-    assert len(lines) == len(whole)
+@pytest.mark.parametrize(("batch_size", "backwards"), [(1, False), (16, True)])
+def test_draws_follow_from_the_row_not_from_its_place(
+    corpus: Artifact, writer: Path, tmp_path: Path, drawn: list[Any], batch_size: int, backwards: bool
+) -> None:
+    again = written(corpus, writer, tmp_path, batch_size=batch_size, backwards=backwards)
+    print(f"batches of {batch_size}: {sum(a == b for a, b in zip(again, drawn, strict=True))} of {len(drawn)} the same")
+    assert again == drawn
+
+
+def test_a_kill_costs_nothing_that_was_finished(
+    corpus: Artifact, writer: Path, tmp_path: Path, drawn: list[Any]
+) -> None:
+    def killed(done: int, total: int | None, unit: str) -> None:
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(AttemptError, match="SIGKILL"):
+        written(corpus, writer, tmp_path, progress=killed)
+    journal = tmp_path / "written.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 5
     kept = [*lines[:4], lines[4].replace(b'"text":"', b'"text":"KEPT ')]
-    torn = tmp_path / "torn"
-    torn.mkdir()
-    (torn / "written.journal").write_bytes(b"".join(kept) + lines[5][:20])  # as a kill leaves it
-    again = written(corpus, writer, torn, VLLM, 1.0)
-    assert (torn / "written.journal").read_bytes().startswith(b"".join(kept))
-    differ = [(one, other) for one, other in zip(again, whole, strict=True) if one != other]
-    assert [one["text"] for one, _ in differ] == [f"KEPT {other['text']}" for _, other in differ]
-    assert len(differ) == 1
+    journal.write_bytes(b"".join(kept) + lines[0][:20])  # and a torn line, as a power cut leaves it
+    again = written(corpus, writer, tmp_path)
+    assert journal.read_bytes().startswith(b"".join(kept))
+    ((found, expected),) = [pair for pair in zip(again, drawn, strict=True) if pair[0] != pair[1]]
+    assert found["text"] == f"KEPT {expected['text']}"
 
 
-def test_the_stage_scores_them_where_no_vllm_has_run(corpus: Artifact, writer: Path, tmp_path: Path) -> None:
+def test_draws_are_from_the_models_distribution(
+    corpus: Artifact, writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token of 2,000 samples, against the softmax that transformers computes; on the way, what V2 takes."""
+    opened = model_reviews.open_vllm
+
+    def observed(*arguments: Any, **options: Any) -> Any:
+        from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
+
+        llm = opened(*arguments, **options)
+        config = llm.llm_engine.vllm_config
+        build_custom_logits_processors_params_validator(config.model_config.logits_processors)  # raises on V1's
+        (tmp_path / "unsupported").write_text(json.dumps(config._get_v2_model_runner_unsupported_features()))
+        return llm
+
+    monkeypatch.setattr(model_reviews, "open_vllm", observed)
+    count, sampling = 2000, Sampling(max_new_tokens=1, temperature=0.7, top_p=0.8, seed=3)
+    key, paper = next(iter(read_held_out(corpus, None, 0).papers.items()))
+    writing = Writing("clean", corpus.path, ImageLimits(), count, None, 64, sampling, VLLM)
+    rows = write_reviews(ModelSource(str(writer), "fp32"), {key: paper}, writing, tmp_path)
+    assert json.loads((tmp_path / "unsupported").read_text()) == []
+
+    tokenizer, model = load_tokenizer(str(writer)), load_model(str(writer), precision="fp32")
+    (request,) = encode_prompts(tokenizer, {key: review_messages(paper, "clean")}, 1)
+    with torch.inference_mode():
+        logits = model(torch.tensor([request.prompt_ids])).logits[0, -1].double()
+    probabilities = keep_top_p((logits / sampling.temperature).softmax(-1)[None], sampling.top_p)[0]
+    expected: Counter[str] = Counter()
+    for token in probabilities.nonzero().flatten().tolist():
+        ends = token in range(5, 600, 40)
+        text = "" if ends else tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        expected[split_completion(text)[0]] += float(probabilities[token] / probabilities.sum())
+    found = Counter(row["text"] for row in rows)
+    print(f"{len(expected)} texts, the likeliest {max(expected.values()):.3f}")
+    assert set(found) <= set(expected)
+    assert len(expected) >= 5
+    for text, share in expected.items():
+        assert abs(found[text] / count - share) < 4 * (share * (1 - share) / count) ** 0.5 + 1 / count
+
+
+def test_the_stage_scores_them_where_no_vllm_has_run(
+    corpus: Artifact, writer: Path, tmp_path: Path, drawn: list[Any]
+) -> None:
     output = tmp_path / "data" / "run" / "evaluate" / "base-clean"
     config = EvaluateConfig(
-        model="base", model_name_or_path=str(writer), precision="fp32", temperature=1.0, max_new_tokens=48,
-        generation=VLLM,
+        model="base", model_name_or_path=str(writer), precision="fp32", temperature=1.0, top_p=0.9, seed=2,
+        max_new_tokens=48, generation=VLLM,
     )  # fmt: skip
     before = "vllm.engine" in sys.modules
     metrics = run(config, make_task("evaluate", output, {"corpus": [corpus]}))
     assert ("vllm.engine" in sys.modules) == before
     assert metrics["num_reviews"] == 8
     assert json.loads((output / "metrics.json").read_text())["generated_with"] == "vllm"
-    assert list(read_jsonl(output / "work" / WRITTEN)) == list(read_jsonl(output / "generations.jsonl"))
+    rows = list(read_jsonl(output / "generations.jsonl"))
+    assert list(read_jsonl(output / "work" / WRITTEN)) == rows
+    assert not {row["text"] for row in rows} & {row["text"] for row in drawn}  # another seed draws others
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_vllm_starts(
@@ -123,4 +190,4 @@ def test_without_vllm_the_error_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"vLLM is not installed(.|\n)*make vllm"):
-        written(corpus, writer, tmp_path, VLLM, 0.0)
+        written(corpus, writer, tmp_path)
