@@ -90,8 +90,16 @@ def test_greedy_reviews_are_those_of_transformers(corpus: Artifact, writer: Path
 
 @pytest.mark.parametrize(("batch_size", "backwards"), [(1, False), (16, True)])
 def test_draws_follow_from_the_row_not_from_its_place(
-    corpus: Artifact, writer: Path, tmp_path: Path, drawn: list[Any], batch_size: int, backwards: bool
-) -> None:
+    corpus: Artifact, writer: Path, tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch,
+    batch_size: int, backwards: bool,
+) -> None:  # fmt: skip
+    opened = model_reviews.open_vllm
+
+    def crowded(*arguments: Any, **options: Any) -> Any:
+        """Two prompts do not fit a step, so that many wait, or would be read in pieces."""
+        return opened(*arguments, **options, max_num_batched_tokens=options["max_model_len"])
+
+    monkeypatch.setattr(model_reviews, "open_vllm", crowded)
     again = written(corpus, writer, tmp_path, batch_size=batch_size, backwards=backwards)
     print(f"batches of {batch_size}: {sum(a == b for a, b in zip(again, drawn, strict=True))} of {len(drawn)} the same")
     assert again == drawn

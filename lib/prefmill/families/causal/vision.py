@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -27,7 +27,6 @@ from prefmill.families.causal.image_limits import ImageLimits
 Grid = tuple[int, int, int]  # patches of an image: time (1), height, width
 TRAINED = frozenset({"qwen2_vl", "qwen2_5_vl"})
 WRITING = TRAINED | {"qwen3_vl"}  # whose images reach several layers: `embed` below knows one
-_TURNED = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 
 
 class ImageReader:
@@ -202,8 +201,7 @@ def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> Tensor:
 
 @lru_cache(maxsize=65536)
 def _grid(path: str, patch: int, merge: int, least: int, most: int) -> Grid:
-    image = _open(path)
-    width, height = image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in _TURNED else image.size
+    width, height = _upright(path).size
     try:
         height, width = smart_resize(height, width, factor=patch * merge, min_pixels=least, max_pixels=most)
     except ValueError as error:
@@ -219,11 +217,17 @@ def _file_digest(path: str) -> str:
 
 def open_image(path: str) -> Image.Image:
     """The image as people see it, in RGB: turned upright by its EXIF orientation, what is transparent on white."""
-    image = ImageOps.exif_transpose(_open(path))
+    image = _upright(path)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _upright(path: str) -> Image.Image:
+    image = _open(path)
+    ImageOps.exif_transpose(image, in_place=True)  # a copy would decode every file for its size
+    return image
 
 
 def _open(path: str) -> Image.Image:
