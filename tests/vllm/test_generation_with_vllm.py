@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from prefmill.store.resumable import silent
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import AttemptError, ConfigError, InputError
@@ -30,6 +29,7 @@ from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.reviews.prompt import review_messages, split_completion
 from prefmill.store.jsonl import read_jsonl
+from prefmill.store.missing import silent
 from stages.evaluate import EvaluateConfig, run
 from tests.conftest import left_out
 from tests.e2e.evaluation_artifacts import make_corpus, make_task
