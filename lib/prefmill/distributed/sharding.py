@@ -132,38 +132,24 @@ def is_sharded(weight: Any) -> bool:
     return hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
 
 
-def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """A model's weights on the CPU, one gathered after the other where ranks hold parts; every rank must ask.
+def whole_weights(model: nn.Module, keep: bool, trained: bool = False) -> dict[str, Tensor]:
+    """A model's weights on the CPU, or those it `trained`, one gathered after the other where ranks hold parts.
 
-    Those that do not `keep` them get an empty dictionary.
-    """
-    weights = {}
-    for name, value in model.named_parameters():
-        with _gathered(value) as whole:
-            if keep:
-                weights[name] = whole.detach().cpu().clone()
-    return weights
-
-
-def gather_model(model: nn.Module, keep: bool) -> None:
-    """Put whole weights in the place of the shards, on the CPU, on the rank that is to `keep` them; all ranks call.
-
-    A model without shards is left as it is. Weights that are tied stay tied.
+    Every rank must ask; those that do not `keep` them get an empty dictionary.
     """
     from torch.distributed.fsdp import FSDPModule
 
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # the last forward left some parts whole, in storage that is not theirs
-    if not any(map(is_sharded, model.parameters())):
-        return
-    shared = {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)}
-    first = {id(value): name for name, value in reversed(list(model.named_parameters()))}
-    weights = whole_weights(model, keep)
-    made = {name: nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
-    for name, known in shared.items() if keep else ():
-        module, _, leaf = name.rpartition(".")
-        model.get_submodule(module)._parameters[leaf] = made[first[known]]
+    weights = {}
+    for name, value in model.named_parameters():
+        if trained and not value.requires_grad:
+            continue
+        with _gathered(value) as whole:
+            if keep:
+                weights[name] = whole.detach().cpu().clone()
+    return weights
 
 
 def pad_chunks(chunks: Sequence[Tensor], layer: Any) -> list[Tensor]:

@@ -1,20 +1,18 @@
-"""What every training stage shares: where it starts, its adapter, training from the newest checkpoint on."""
+"""What every training stage shares: where it starts, training from the newest checkpoint on."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.files import write_atomic
-from prefmill.core.stage import Task
+from prefmill.core.stage import Metrics, Task
 from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.config import TrainingConfig
-from prefmill.training.publish import save_finished
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from prefmill.training.publish import publish
+from prefmill.training.rescoring import Rescoring
 
 
 def start_model(config: TrainingConfig, task: Task, name: str) -> str:
@@ -31,40 +29,14 @@ def start_model(config: TrainingConfig, task: Task, name: str) -> str:
     )  # fmt: skip
 
 
-def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
-    """`model` with the adapter that `config.lora` asks for, or unchanged."""
-    if config.lora is None:
-        return model
-    import peft
-
-    from prefmill.core.seeding import seeded
-
-    with seeded(config.seed):  # an adapter begins at random weights
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.lora.r,
-                lora_alpha=config.lora.alpha,
-                lora_dropout=0.0,
-                use_dora=config.lora.use_dora,
-                target_modules=config.lora.target_modules,
-            ),
-        )
-
-
-def train_and_save(trainer: Any, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task) -> None:
-    """Train from the newest complete checkpoint on, then have one rank write the finished folder."""
-    from prefmill.distributed.sharding import gather_model
-
+def train_and_save(
+    trainer: Any, processor: Any, config: TrainingConfig, task: Task, start: str, rescoring: Rescoring
+) -> Metrics:
+    """Train `start` from the newest complete checkpoint on, and publish it."""
     with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
         checkpoint = newest_checkpoint(task.output)
     trainer.train(resume_from_checkpoint=checkpoint)
-    first = trainer.is_world_process_zero()
-    gather_model(trainer.model, keep=first)  # every rank has a part
-    if first:
-        save_finished(trainer.model, tokenizer, task.output, config, task)
-    trainer.accelerator.wait_for_everyone()
+    return publish(trainer, processor, config, task, start, rescoring)
 
 
 def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, config: TrainingConfig) -> None:

@@ -1,30 +1,119 @@
-"""The finished folder of a training: weights, tokenizer and the model card."""
+"""Publishing: the folder that a training leaves, scored again before it counts."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from prefmill.core.config import StrictConfig, identity
+from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
-from prefmill.core.stage import Task
+from prefmill.core.precision import Precision, torch_dtype
+from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.sharding import is_sharded, scoring_context, unsharded_loading, whole_weights
+from prefmill.training.adapter import ADAPTER, add_adapter, base_name, merge_adapter, save_adapter
 from prefmill.training.config import TrainingConfig
+from prefmill.training.finished import rounded, stored_precision, take_trained
+from prefmill.training.rescoring import LOST_SHARE, Rescoring, Scores, check_live
+from prefmill.training.savable import mend_generation_config
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+_log = logging.getLogger(__name__)
 
 
-def save_finished(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, config: TrainingConfig, task: Task
-) -> None:
-    """Write a plain Hugging Face folder: merged weights in safetensors, tokenizer, model card with the lineage."""
-    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    # Where a model was loaded from is a path of this machine, and no part of the content.
-    merged.config._name_or_path = ""
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_atomic(folder / "README.md", model_card(task, config))
+def publish(
+    trainer: Any, processor: Any, config: TrainingConfig, task: Task, start: str, rescoring: Rescoring
+) -> Metrics:
+    """Write the finished folder of a training that began at `start`, and score it again; every rank calls.
+
+    Returns what saving changed, on rank 0. Raises PipelineError when it changed more than the precision explains, and
+    for weights that are not numbers: see docs/decisions/0107.
+    """
+    model, device = trainer.model.eval(), trainer.args.device
+    with torch.no_grad(), scoring_context(trainer, config):
+        live = rescoring.live(model, device)
+    sharded = any(map(is_sharded, model.parameters()))
+    first = trainer.is_world_process_zero()
+    weights = whole_weights(model, keep=first, trained=True)  # every rank has a part
+    metrics: Metrics = {}
+    if first:
+        with torch.no_grad(), unsharded_loading():
+            place = torch.device("cpu") if sharded else device  # one rank alone may not have room for all of it
+            metrics = _publish_whole(weights, live, processor, config, task, start, rescoring, place)
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def save_finished(model: Any, processor: Any, folder: Path, config: TrainingConfig, task: Task) -> None:
+    """Write a model that has no start to be compared with, as it is unless `save_dtype` says otherwise."""
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = True  # the Trainer has it off while it trains
+    precision: Precision = "fp32" if config.save_dtype == "auto" else config.save_dtype
+    write_folder(model, processor, folder, precision, model_card(task, config))
+
+
+def write_folder(model: Any, processor: Any, folder: Path, precision: Precision, card: str) -> None:
+    """A plain Hugging Face folder: weights in safetensors, rounded once, tokenizer or processor, and the card."""
+    model.config._name_or_path = ""  # a path of this machine is no part of the content
+    mend_generation_config(model)
+    for stale in folder.glob("model*.safetensors*"):
+        stale.unlink()
+    with rounded(model, torch_dtype(precision)):
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_atomic(folder / "README.md", card)
+
+
+def _publish_whole(
+    weights: Any, live: Any, processor: Any, config: TrainingConfig, task: Task, start: str, rescoring: Rescoring,
+    device: torch.device,
+) -> Metrics:  # fmt: skip
+    model = rescoring.load(start).to(device).eval()
+    before = rescoring.score(model, device)
+    model = add_adapter(model, config).to(device).eval()
+    take_trained(model, weights)
+    trained = rescoring.score(model, device)
+    if not rescoring.quantized:
+        check_live(live, trained, config.precision)
+    if config.lora is not None:
+        save_adapter(model, base_name(start, config.revision, task), config.revision, task.output / ADAPTER)
+    model = merge_adapter(model).cpu()
+    auto: list[Precision] = ["fp32"]
+    if config.save_dtype != "auto":
+        auto = [config.save_dtype]
+    elif (stored := stored_precision(start, config.revision)) != "fp32":
+        auto = [stored, "fp32"]
+    for precision in auto:
+        write_folder(model, processor, task.output, precision, model_card(task, config))
+        saved = rescoring.score(rescoring.load(str(task.output)).to(device).eval(), device)
+        scores = Scores(before, trained, saved)
+        if _accepted(scores, precision, config):
+            break
+    return {
+        "saved_dtype": precision,
+        "saved_difference": scores.difference,
+        "saved_lost_share": scores.lost_share,
+    }
+
+
+def _accepted(scores: Scores, precision: Precision, config: TrainingConfig) -> bool:
+    """Whether the folder counts; raises PipelineError where no other precision would be nearer."""
+    if scores.faithful(precision):
+        return True
+    told = f"{scores.lost_share:.0%} of the training, up to {scores.difference:.3g} nats a sample"
+    finite = bool(torch.isfinite(scores.saved).all())
+    if precision == "fp32" or (config.save_dtype != "auto" and not finite):
+        raise PipelineError(
+            "the saved folder is not the trained model", got=f"saving in {precision} lost {told}",
+            expected=f"at most {LOST_SHARE[precision]:.0%}",
+            fix="set save_dtype=fp32; if it is, this is a bug: report it, the last checkpoint is kept",
+        )  # fmt: skip
+    asked = config.save_dtype != "auto"
+    _log.warning("rounding to %s loses %s: %s", precision, told, "saved so, as asked" if asked else "saved in fp32")
+    return asked
 
 
 def model_card(task: Task, config: StrictConfig) -> str:

@@ -34,16 +34,19 @@ from prefmill.families.causal.scorer import (
     score_batch,
 )
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
+from prefmill.training.adapter import add_adapter
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import resume_strictly
 from prefmill.training.config import TrainingConfig, accumulation, weights_precision
 from prefmill.training.data import Group, PreferencePair, gather, read_pairs, swap_by_coin
 from prefmill.training.family import Family, by_group
-from prefmill.training.loop import add_adapter, report_dropped, train_and_save
+from prefmill.training.loop import report_dropped, train_and_save
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preference_config import PreferenceConfig
 from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, start_weights, weights_of
+from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
+from prefmill.training.savable import ensure_savable
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 
@@ -82,11 +85,13 @@ def train_dpo(
         telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
         callbacks=[StageCallback(task)],
     )
+    ensure_savable(trainer.model, reader or tokenizer)
     if objective.needs_reference:
         scores = _reference(trainer, task, groups, held_out, tokenizer, config, reader)
         trainer.set_reference(*map(by_group, scores))
     resume_strictly(trainer)
-    train_and_save(trainer, reader or tokenizer, config, task)
+    rescoring = causal_rescoring(config, groups, tokenizer.pad_token_id, reader)
+    saved = train_and_save(trainer, reader or tokenizer, config, task, policy, rescoring)
     restore_forward(trainer.model)
     history = [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{}]
     return {
@@ -97,6 +102,7 @@ def train_dpo(
         "why_pairwise": why_pairwise,
         "val_accuracy": history[-1].get("eval_accuracy"),
         "val_margin": history[-1].get("eval_margin"),
+        **saved,
     }
 
 
@@ -181,6 +187,17 @@ def causal_family(config: PreferenceConfig, pad: int, reader: ImageReader | None
     if config.ld_alpha is not None:
         return DesensitizedFamily(encode_parts, score_batch, config.ld_alpha)
     return Family(encode_parts, score_batch)
+
+
+def causal_rescoring(
+    config: PreferenceConfig, groups: Sequence[Group], pad: int, reader: ImageReader | None
+) -> Rescoring:
+    """The shortest pairs' log-likelihoods; saved models are scored pairwise with plain attention in fp32."""
+    plain = config.model_copy(update={"precision": "fp32", "attn_implementation": None, "layout": "pairwise"})
+    parts = shortest_pairs(groups, lambda group, pair: group.tokens_of(pair))
+    families = [causal_family(given, pad, reader) for given in (plain, config)]
+    score, live = (pair_scorer(family, groups, parts) for family in families)
+    return Rescoring(lambda name: load_policy(name, plain, config.revision), score, live)
 
 
 def _one_by_one(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:

@@ -24,11 +24,14 @@ from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.store.jsonl import read_jsonl
+from prefmill.training.adapter import add_adapter
 from prefmill.training.arguments import trainer_arguments
 from prefmill.training.callbacks import StageCallback, check_every_step
 from prefmill.training.checkpoints import resume_strictly
 from prefmill.training.config import TrainingConfig, weights_precision
-from prefmill.training.loop import add_adapter, report_dropped, train_and_save
+from prefmill.training.loop import report_dropped, train_and_save
+from prefmill.training.rescoring import NUM_SAMPLES, Rescoring
+from prefmill.training.savable import ensure_savable
 
 _IGNORED = -100  # a label that takes no part in the loss
 
@@ -76,15 +79,42 @@ def train_sft(
     )
     # Qwen2.5-VL says that it takes no count of tokens, but it is TRL that divides by it: the mean is over the step.
     trainer.model_accepts_loss_kwargs = True
+    ensure_savable(trainer.model, reader or tokenizer)
+    rescoring = sft_rescoring(config, datasets["train"], partial(collate_images, reader=reader) if reader else None)
     resume_strictly(trainer)
     check_every_step(trainer)
-    train_and_save(trainer, reader or tokenizer, config, task)
+    saved = train_and_save(trainer, reader or tokenizer, config, task, model_name, rescoring)
     val_losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return {
         "steps": trainer.state.global_step,
         "train_rows": len(datasets["train"]),
         "val_loss": val_losses[-1] if val_losses else None,
+        **saved,
     }
+
+
+def sft_rescoring(config: TrainingConfig, rows: Dataset, collate: Any) -> Rescoring:
+    """The shortest rows' log-likelihoods of their completions, by the model's own loss."""
+    lengths = [len(row) for row in rows["input_ids"]]
+    shortest = sorted(range(len(lengths)), key=lambda place: lengths[place])[:NUM_SAMPLES]
+
+    def score(model: Any, device: torch.device) -> Tensor:
+        return torch.stack([_row_score(model, rows[place], collate, device) for place in shortest]).cpu()
+
+    def load(name: str) -> Any:
+        trust = config.trust_remote_code
+        return load_model(name, precision="fp32", revision=config.revision, trust_remote_code=trust)
+
+    return Rescoring(load, score, score)
+
+
+def _row_score(model: Any, row: Mapping[str, Any], collate: Any, device: torch.device) -> Tensor:
+    """log p of a row's completion, a float64 scalar."""
+    plain = {key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}
+    batch = collate([row]) if collate else {**plain, "attention_mask": torch.ones_like(plain["input_ids"])}
+    count = int((batch["labels"] != _IGNORED).sum())
+    loss: Tensor = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss
+    return -loss.double() * count
 
 
 def load_chats(

@@ -24,6 +24,7 @@ from prefmill.training.config import accumulation
 from prefmill.training.data import Group
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, start_weights
+from prefmill.training.savable import ensure_savable
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceData, plan_arguments
 
@@ -59,11 +60,12 @@ def train_diffusion_dpo(
         callbacks=[StageCallback(task), FollowOnResume(live)],
     )
     trainer.live = live
+    ensure_savable(trainer.model, tokenizer)
     if objective.needs_reference:
         values = reference_values(trainer, task, groups, config.num_train_epochs, tokenizer, config)
         held = reference_values(trainer, task, held_out, 1, tokenizer, config) if held_out else []
         trainer.set_reference(by_epoch(values), by_epoch(held))
-    train_and_finish(trainer, tokenizer, config, task, policy)
+    saved = train_and_finish(trainer, tokenizer, config, task, policy)
     rows = trainer.state.log_history
     evaluated = [row for row in rows if "eval_accuracy" in row] or [{}]
     advised = [row["recommended_draws"] for row in rows if "recommended_draws" in row]
@@ -73,6 +75,7 @@ def train_diffusion_dpo(
         "val_accuracy": evaluated[-1].get("eval_accuracy"),
         "val_margin": evaluated[-1].get("eval_margin"),
         "recommended_draws": advised[-1] if advised else None,
+        **saved,
     }
 
 

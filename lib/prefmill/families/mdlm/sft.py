@@ -25,6 +25,7 @@ from prefmill.training.config import accumulation
 from prefmill.training.data import Group, Pair
 from prefmill.training.loop import report_dropped
 from prefmill.training.objectives import Settings, mix
+from prefmill.training.savable import ensure_savable
 from prefmill.training.trainer import PreferenceData, plan_arguments
 
 
@@ -52,12 +53,14 @@ def train_diffusion_sft(
         telemetry=NoMargins(task.logs, int(os.environ.get("RANK", "0"))),
         callbacks=[StageCallback(task)],
     )
-    train_and_finish(trainer, tokenizer, config, task, start)
+    ensure_savable(trainer.model, tokenizer)
+    saved = train_and_finish(trainer, tokenizer, config, task, start)
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return {
         "steps": trainer.state.global_step,
         "train_rows": len(groups),
         "val_loss": losses[-1] if losses else None,
+        **saved,
     }
 
 

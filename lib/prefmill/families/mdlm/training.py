@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefmill.core.artifact import CHECKPOINT_PREFIX
-from prefmill.core.stage import Task
+from prefmill.core.stage import Metrics, Task
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.loading import load_diffusion_model, mask_token_of, predicts_next
 from prefmill.families.mdlm.scorer import patch_forward, restore_forward
 from prefmill.store.artifacts import payload
+from prefmill.training.adapter import add_adapter
 from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.config import weights_precision
-from prefmill.training.loop import add_adapter
+from prefmill.training.data import Group
+from prefmill.training.family import Family
 from prefmill.training.objectives import Objective, PairScores, Settings
-from prefmill.training.publish import save_finished
+from prefmill.training.publish import publish
+from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
 from prefmill.training.speed import Speed
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceTrainer
@@ -109,19 +113,33 @@ def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, rows_a
 
 
 def train_and_finish(
-    trainer: Any, tokenizer: PreTrainedTokenizerBase, config: DiffusionTrainingConfig, task: Task, start: str
-) -> None:
-    """Train from the newest complete checkpoint on, then have one rank write the finished folder, `output_dir` too."""
+    trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, config: DiffusionTrainingConfig, task: Task,
+    start: str,
+) -> Metrics:  # fmt: skip
+    """Train `start` from the newest complete checkpoint on, and publish it, to `output_dir` too."""
+    data = trainer.train_dataset.data
+    rescoring = diffusion_rescoring(config, tokenizer, trainer.family, data.groups)
     with trainer.args.main_process_first(local=False):
         checkpoint = choose_checkpoint(config, task.output)
     trainer.train(resume_from_checkpoint=checkpoint)
+    saved: Metrics = publish(trainer, tokenizer, config, task, start, rescoring)
     restore_forward(trainer.model)
-    if trainer.is_world_process_zero():
-        model = trainer.model if config.quantization is None else _on_full_weights(trainer.model, config, start)
-        save_finished(model, tokenizer, task.output, config, task)
-        if config.output_dir is not None:
-            export(task.output, config.output_dir)
+    if config.output_dir is not None and trainer.is_world_process_zero():
+        export(task.output, config.output_dir)
     trainer.accelerator.wait_for_everyone()
+    return saved
+
+
+def diffusion_rescoring(
+    config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase, family: Family, groups: Sequence[Group]
+) -> Rescoring:
+    """The shortest pairs' ELBOs over the first epoch's draws; what trained on 4-bit weights is saved on whole ones."""
+    plain = {"precision": "fp32", "attn_implementation": None, "quantization": None, "lora": None}
+    whole = config.model_copy(update=plain)
+    parts = shortest_pairs(groups, lambda group, pair: group.tokens_of(pair))
+    score = pair_scorer(family, groups, parts)
+    quantized = config.quantization is not None
+    return Rescoring(lambda name: load_scoring_model(name, whole, tokenizer), score, score, quantized)
 
 
 def choose_checkpoint(config: DiffusionTrainingConfig, output: Path) -> str | None:
@@ -144,19 +162,3 @@ def export(output: Path, folder: Path) -> None:
         target = folder / path.relative_to(output)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-
-
-def _on_full_weights(model: Any, config: DiffusionTrainingConfig, start: str) -> Any:
-    """The trained adapter on the base's own weights, on the CPU: merging into 4-bit weights would round it away."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    base = load_diffusion_model(
-        start,
-        precision=config.precision,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    adapted = add_adapter(base, config)
-    trained = {name: value.cpu() for name, value in get_peft_model_state_dict(model).items()}
-    set_peft_model_state_dict(adapted, trained)
-    return adapted

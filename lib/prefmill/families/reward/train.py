@@ -44,6 +44,7 @@ from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
 from prefmill.training.config import TrainingConfig, accumulation
 from prefmill.training.objectives import Settings
 from prefmill.training.publish import save_finished
+from prefmill.training.savable import ensure_savable
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 
@@ -77,6 +78,7 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
     learnt = flip_by_coin(train, config.seed) if wanted.shuffle_labels else train
     num_cut = _count_cut(processor, rows)
     trainer = _trainer(config, wanted, task, load_clip(clip, config), processor, learnt, held_out)
+    ensure_savable(trainer.model, processor)
     with trainer.args.main_process_first(local=False):
         checkpoint = newest_checkpoint(task.output)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -158,7 +158,7 @@ def save_pipeline(unet: Mapping[str, Tensor], output: Path, folder: SdxlFolder, 
     settings = UNet2DConditionModel.load_config(folder.path, subfolder="unet")
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(settings)
-    dtype = torch_dtype(config.precision)
+    dtype = torch_dtype(config.precision if config.save_dtype == "auto" else config.save_dtype)
     state = {name: value.detach().to("cpu", dtype) for name, value in unet.items()}
     model.load_state_dict(state, assign=True)
     model.register_to_config(_name_or_path="")  # a path of this machine is no part of the content

@@ -1,0 +1,72 @@
+"""The low-rank adapter of a training: put on, merged, and published in PEFT's own format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Task
+from prefmill.training.config import TrainingConfig
+from prefmill.training.finished import require_finite
+from prefmill.training.reference import weights_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "adapter"  # its folder in the artifact
+
+
+def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
+    """`model` with the adapter that `config.lora` asks for, or unchanged."""
+    if config.lora is None:
+        return model
+    import peft
+
+    from prefmill.core.seeding import seeded
+
+    if Path(str(model.config._name_or_path)).is_dir():
+        model.config._name_or_path = model.name_or_path = ""  # checkpoints would name a folder of this machine
+    with seeded(config.seed):  # an adapter begins at random weights
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.lora.r,
+                lora_alpha=config.lora.alpha,
+                lora_dropout=0.0,
+                use_dora=config.lora.use_dora,
+                target_modules=config.lora.target_modules,
+            ),
+        )
+
+
+def merge_adapter(model: Any) -> Any:
+    """The model with its adapter merged where it has one, in the precision of its weights; to be fp32."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def save_adapter(model: Any, base: str, revision: str | None, folder: Path) -> None:
+    """Write PEFT's two files, which `PeftModel.from_pretrained` reads on the base; `base` is its name or its digest."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name, value in state.items():
+        require_finite(name, value)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    said = model.peft_config["default"].to_dict()
+    said |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
+    lists = {key: sorted(value) for key, value in said.items() if isinstance(value, set)}  # in an order of their own
+    write_atomic(folder / "adapter_config.json", json.dumps(said | lists, indent=1, sort_keys=True) + "\n")
+
+
+def base_name(start: str, revision: str | None, task: Task) -> str:
+    """A base as anyone may know it: its name on the hub, or the digest of a folder's content; never a path."""
+    for item in (item for items in task.inputs.values() for item in items):
+        if str(item.path) == start:
+            return f"sha256:{item.manifest.content_digest}"
+    return f"sha256:{weights_of(start, revision)}" if Path(start).is_dir() else start

@@ -1,0 +1,81 @@
+"""The finished model: the start in fp32 with the trained weights, an adapter merged, rounded once when it is saved.
+
+It is built anew from the start's own files, so that nothing of a training's wrappers, shards, patches or settings
+(`use_cache: false`) is in the published folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefmill.core.errors import PipelineError
+from prefmill.core.precision import Precision
+
+_STORED: dict[str, Precision] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+def stored_precision(name: str, revision: str | None) -> Precision:
+    """The precision most weights of a checkpoint's (first) safetensors file are stored in; fp32 where none is."""
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    def file(leaf: str) -> str | None:
+        found: str | None = cached_file(name, leaf, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    index = file("model.safetensors.index.json")
+    leaf = min(json.loads(Path(index).read_text())["weight_map"].values()) if index else "model.safetensors"
+    path, sizes = file(leaf), dict.fromkeys(_STORED, 0)
+    with safe_open(path, "pt") as stored:
+        for key in stored.keys():  # noqa: SIM118 (no mapping)
+            part = stored.get_slice(key)
+            if part.get_dtype() in sizes:
+                sizes[part.get_dtype()] += torch.Size(part.get_shape()).numel()
+    return _STORED[max(sizes, key=lambda kind: sizes[kind])] if any(sizes.values()) else "fp32"
+
+
+def take_trained(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Put trained weights, by their names, into `model`; raises PipelineError where they are not its own."""
+    own = dict(model.named_parameters())
+    strange = sorted(set(weights) - set(own)) or ([] if weights else ["no weight at all"])
+    if strange:
+        raise PipelineError(
+            "the trained weights are not those of the model that training began with", got=strange[0],
+            fix="do not change the model's folder or its code while it trains; run again",
+        )  # fmt: skip
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+
+
+@contextmanager
+def rounded(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Within, the weights are in `dtype`; afterwards they are what they were. Raises PipelineError for one not finite.
+
+    Tied weights stay tied, and buffers are left alone.
+    """
+    exact = {name: value.data for name, value in model.named_parameters()}
+    for name, value in model.named_parameters():
+        require_finite(name, value.data)
+        value.data = value.data.to(dtype)
+    try:
+        yield
+    finally:
+        for name, value in model.named_parameters():
+            value.data = exact[name]
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raises PipelineError for a weight with NaN or infinite entries: nothing is published."""
+    if not bool(torch.isfinite(weight).all()):
+        raise PipelineError(
+            "a trained weight is not a number", where=name, got=f"{weight.dtype} with NaN or infinite entries",
+            fix="lower learning_rate, or check the data; nothing was published",
+        )  # fmt: skip
