@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_artifacts import make_checkpoint, make_datasets, make_task
+from training_artifacts import make_checkpoint, make_datasets, make_task, publish_as
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
 from stages import dpo, sft
+from tests.tiny import save_tiny_qwen2
+
+CASES = Path(__file__).parents[3] / "shared" / "cases"
 
 SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-3, "num_train_epochs": 1, "precision": "fp32", "per_device_train_batch_size": 1,
@@ -48,3 +53,45 @@ def test_a_training_that_is_lost_between_two_log_lines_publishes_nothing(
         train(tmp_path, start, datasets, learning_rate=1e30, max_grad_norm=1e9)
     assert "step 2" in str(failure.value)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def as_bf16(folder: Path) -> Artifact:
+    """The tiny model as its publisher would have it: in bf16, with a generation_config.json that nothing can save."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_qwen2(folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    shutil.copyfile(CASES / "text" / "generation_config.json", folder / "generation_config.json")
+    return publish_as(folder, "checkpoint")
+
+
+def test_a_short_training_on_bf16_weights_is_kept_and_its_adapter_loads(tmp_path: Path, datasets: Artifact) -> None:
+    """Merged into bf16 weights, as before, most of it is lost: they have no numbers between them."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    start, keys = as_bf16(tmp_path / "start"), {"learning_rate": 1e-4, "lora": {"r": 4, "alpha": 8}}
+    lost = train_dpo(tmp_path / "bf16", start, datasets, save_dtype="bf16", **keys)
+    kept = train_dpo(tmp_path / "auto", start, datasets, **keys)
+    assert lost["saved_lost_share"] > 0.5
+    assert (kept["saved_dtype"], kept["saved_lost_share"] < 0.01) == ("fp32", True)
+    out = tmp_path / "auto" / "out"
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    base = AutoModelForCausalLM.from_pretrained(start.path, dtype="float32")
+    adapted = PeftModel.from_pretrained(base, out / "adapter").merge_and_unload()
+    for name, value in merged.state_dict().items():
+        assert (value - adapted.state_dict()[name]).abs().max() < 1e-6, name
+    said = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == f"sha256:{start.manifest.content_digest}"
+    told = [path for path in out.rglob("*.*") if path.suffix in (".json", ".md") and path.name != "trainer_state.json"]
+    assert not [path for path in told if str(tmp_path) in path.read_text()]
+    assert json.loads((out / "config.json").read_text())["use_cache"] is True
+    assert json.loads((out / "generation_config.json").read_text())["do_sample"] is True
+
+
+def test_a_bf16_base_gives_a_bf16_folder_where_it_holds_the_training(tmp_path: Path, datasets: Artifact) -> None:
+    start = as_bf16(tmp_path / "start")
+    metrics = train_sft(tmp_path / "long", start, datasets, learning_rate=2e-3)
+    assert metrics["saved_dtype"] == "bf16"
+    assert metrics["saved_lost_share"] < 0.1
