@@ -14,6 +14,7 @@ from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import Fit, PromptedEngine, longest_prompt, yes_places
 from prefmill.checklist.prompts import Answers, Prompts, TokenIds
 from prefmill.core.records import Paper, Review
+from prefmill.distributed.devices import device_type
 from prefmill.families.causal.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class TransformersEngine(PromptedEngine):
             trust_remote_code=config.trust_remote_code,
             attn_implementation=config.attn_implementation,
         )
-        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.eval().to(device_type())
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
         self._shared: tuple[TokenIds, Cache | None] = ((), None)

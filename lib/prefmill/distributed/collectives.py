@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,11 +17,6 @@ def from_all_ranks(value: ValueT) -> list[ValueT]:
     values: list[ValueT | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return [found for found in values if found is not None]
-
-
-def world_size() -> int:
-    """Ranks that train together, as the launcher says; known before any process group is there."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision, torch_dtype
-from prefmill.distributed.collectives import world_size
+from prefmill.distributed.devices import world_size
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

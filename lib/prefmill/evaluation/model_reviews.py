@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision
 from prefmill.core.records import Modality, Paper
+from prefmill.distributed.devices import device_type
 from prefmill.distributed.isolation import in_own_process
 from prefmill.evaluation.generators import TransformersGeneration, VllmGeneration
 from prefmill.evaluation.rows import Generation
@@ -194,9 +195,7 @@ def _within(requests: Sequence[Request], limit: int | None) -> list[Request]:
 
 
 def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return device_type()
 
 
 def _as_generation(completion: Completion, paper: Paper) -> Generation:

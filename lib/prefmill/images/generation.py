@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import GeneratedImage, Prompt
+from prefmill.distributed.devices import has_gpu
 from prefmill.images.files import inspect_image
 from prefmill.store.missing import Progress, silent
 
@@ -134,7 +135,7 @@ def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
     """How many images go through the UNet at once: what one needs, measured on a GPU, in the memory that is free."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return _fitting_cpu_batch(model, sampling)
     once = ImageSampling(1, sampling.guidance_scale, sampling.negative_prompt, sampling.height, sampling.width)
     torch.cuda.reset_peak_memory_stats()
@@ -273,5 +274,5 @@ def _free_memory() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
+    if has_gpu():
         torch.cuda.empty_cache()

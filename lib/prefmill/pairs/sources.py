@@ -17,6 +17,7 @@ from tqdm import tqdm
 from prefmill.core.config import ExternalPath, StrictConfig, nearest
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_json
+from prefmill.distributed.devices import rank
 from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse, used_keys
 from prefmill.pairs.turns import BadRowError
 from prefmill.store.jsonl import to_json
@@ -285,6 +286,6 @@ def _write_text(path: Path, text: str) -> None:
 def _write_bytes(path: Path, data: bytes) -> None:
     """Write by rename under a name of this rank's own: all ranks write the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{rank()}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.stage import PROGRESS
+from prefmill.distributed.devices import visible_gpus
 from prefmill.store.jsonl import append_row
 
 EXECUTED = "executed_steps.jsonl"  # one row for every optimizer step this task ever took, repeats included
@@ -32,10 +33,7 @@ def held_gpus() -> int:
     """The GPUs that this task's job holds on all of its nodes; outside Slurm those this process can see."""
     if "SLURM_JOB_ID" in os.environ:
         return int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) * int(os.environ.get("SLURM_NNODES", "1"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return sum(name.strip() not in ("", "-1") for name in visible.split(","))
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return len(visible_gpus())
 
 
 def begin(logs: Path, before: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Under torchrun there are several; the parent (prefmill.slurm.job) holds the lock
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 import traceback
@@ -19,6 +18,7 @@ from prefmill.core.errors import PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
 from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import Stage, Task, load_stage
+from prefmill.distributed.devices import has_gpu, rank
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, import_and_run
 from prefmill.store.artifacts import read
@@ -80,13 +80,13 @@ def run_rank(path: Path) -> int:
 
 def _leave(path: Path, record: Mapping[str, Any], anyone: bool = False) -> None:
     """Rank 0 writes results; whichever rank fails first says why."""
-    if os.environ.get("RANK", "0") == "0" or (anyone and not path.exists()):
+    if rank() == 0 or (anyone and not path.exists()):
         write_atomic(path, json.dumps(record))
 
 
 def _peak_gpu_memory_gb() -> float | None:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None or not has_gpu():
         return None
     peak: float = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return peak

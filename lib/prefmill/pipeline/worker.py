@@ -19,6 +19,7 @@ from prefmill.core.artifact import MANIFEST, RUN_RECORD, WORK, Artifact
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Stage, Task
+from prefmill.distributed.devices import claim_device
 from prefmill.pipeline import attempts
 from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
@@ -57,6 +58,8 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
 def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
     """The stage's own work, its slow imports first."""
     import_now(stage.preload)
+    if stage.trains:
+        claim_device()
     return stage.run(config, task)
 
 

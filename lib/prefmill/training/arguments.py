@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.stage import Task
+from prefmill.distributed.devices import claim_device, has_gpu
 from prefmill.training.config import TrainingConfig, accumulation
 
 if TYPE_CHECKING:
@@ -14,11 +15,10 @@ if TYPE_CHECKING:
 
 def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> dict[str, Any]:
     """Keyword arguments for transformers' TrainingArguments or TRL's SFTConfig; the tracker writes below the logs."""
-    import torch
-
     from prefmill.distributed.sharding import sharding_arguments
 
-    on_cpu = not torch.cuda.is_available()
+    claim_device()
+    on_cpu = not has_gpu()
     _point_trackers(task)
     return {
         "output_dir": str(task.output),

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from prefmill.distributed.collectives import from_all_ranks
+from prefmill.distributed.devices import has_gpu
 from prefmill.store.jsonl import append_row
 
 SPEED = "speed"
@@ -46,6 +47,6 @@ class Speed:
 
 def peak_memory_gb() -> float:
     """The most this process has held, in GB of 2^30 bytes: of its GPU, or of the host where there is none."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

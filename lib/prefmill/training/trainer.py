@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefmill.core.stage import Task
-from prefmill.distributed.collectives import from_all_ranks, world_size
+from prefmill.distributed.collectives import from_all_ranks
+from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.training.arguments import trainer_arguments
 from prefmill.training.batches import AnyGroup, GroupPart, Microbatch

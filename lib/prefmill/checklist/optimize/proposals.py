@@ -13,6 +13,7 @@ from prefmill.checklist.engine import TransformersConfig, VllmConfig
 from prefmill.checklist.items import Item, load_checklist
 from prefmill.checklist.optimize.config import ProposeConfig
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.distributed.devices import device_type
 from prefmill.store.missing import Progress
 
 MIN_CHARACTERS, MAX_CHARACTERS = 15, 200
@@ -96,7 +97,6 @@ def _generate(
     progress: Progress,
 ) -> str:
     """The model's answer to `prompt`, drawn at temperature 0.7 from `seed`; one answer needs no serving engine."""
-    import torch
 
     from prefmill.families.causal.generation import (
         Sampling,
@@ -111,7 +111,7 @@ def _generate(
     tokenizer = load_tokenizer(engine.model_name_or_path, **shared)
     attention = engine.attn_implementation if isinstance(engine, TransformersConfig) else None
     model = load_model(engine.model_name_or_path, precision=engine.precision, attn_implementation=attention, **shared)
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.eval().to(device_type())
     requests = encode_prompts(tokenizer, {"proposals": [{"role": "user", "content": prompt}]}, 1)
     require_fitting(requests, max_prompt_tokens(model.config, config.max_new_tokens))
     sampling = Sampling(config.max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.collectives import world_size
+from prefmill.distributed.devices import rank, world_size
 from prefmill.distributed.sharding import scoring_context, scoring_model, unsharded_loading, uses_fsdp
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.group_attention import use_group_attention
@@ -82,7 +81,7 @@ def train_dpo(
         family=causal_family(config, tokenizer.pad_token_id, reader),
         objective=objective,
         settings=settings,
-        telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
+        telemetry=Telemetry(task.logs, rank()),
         callbacks=[StageCallback(task)],
     )
     ensure_savable(trainer.model, reader or tokenizer)

@@ -17,7 +17,7 @@ from trl import SFTTrainer
 
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.collectives import world_size
+from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.image_limits import ImageLimits

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+from prefmill.distributed.devices import has_gpu
+
 Kernel = Literal["varlen", "loop"]
 Range = tuple[int, int]
 _CAUSAL = (-1, 0)  # varlen_attn's causal window; the kernel aligns it at the bottom right
@@ -113,7 +115,7 @@ def _why_loop(device: str, dtype: torch.dtype, head_size: int, value_size: int) 
         return f"{dtype} has no flash kernel"
     if head_size != value_size or head_size > _LARGEST_HEAD or head_size % _HEAD_MULTIPLE:
         return f"heads of {head_size}, values of {value_size}, have no flash kernel"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _OLDEST_GPU:
+    if has_gpu() and torch.cuda.get_device_capability() < _OLDEST_GPU:
         return "this GPU has no flash kernel"
     return None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision
+from prefmill.distributed.devices import visible_gpus
 
 if TYPE_CHECKING:
     from prefmill.families.causal.generation import Request
@@ -85,7 +86,7 @@ def image_options(reader: ImageReader, requests: Sequence[Request]) -> dict[str,
 
 def on_cpu() -> bool:
     """Whether vLLM finds no GPU here."""
-    return not os.environ.get("CUDA_VISIBLE_DEVICES") and not os.path.exists("/dev/nvidia0")
+    return not visible_gpus()
 
 
 def _not_installed(got: str) -> ConfigError:

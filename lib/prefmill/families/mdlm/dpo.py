@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.collectives import world_size
+from prefmill.distributed.devices import rank, world_size
 from prefmill.families.causal.dpo import load_groups
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
 from prefmill.families.mdlm.family import Drawing, LiveVariance, by_epoch, encode_responses, preference_family
@@ -56,7 +55,7 @@ def train_diffusion_dpo(
         family=preference_family(drawing_of(config), live),
         objective=objective,
         settings=settings,
-        telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
+        telemetry=Telemetry(task.logs, rank()),
         callbacks=[StageCallback(task), FollowOnResume(live)],
     )
     trainer.live = live

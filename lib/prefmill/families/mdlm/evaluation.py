@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.devices import has_gpu
 from prefmill.families.causal.chat import encode, prompt_text
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig, Question, read_questions
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
@@ -123,7 +123,7 @@ def load(label: str, name: str, config: DiffusionEvaluationConfig) -> Loaded:
         attn_implementation=config.attn_implementation,
         quantization=config.quantization,
     ).eval()
-    if torch.cuda.is_available() and config.quantization is None:
+    if has_gpu() and config.quantization is None:
         model = model.to("cuda")
     mask = mask_token_of(model, tokenizer, config.mask_token_id)
     return Loaded(label, model, tokenizer, mask, predicts_next(model, config.shifted_logits), config)

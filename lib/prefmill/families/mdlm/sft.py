@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.collectives import world_size
+from prefmill.distributed.devices import rank, world_size
 from prefmill.families.causal.chat import encode
 from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.families.mdlm.family import Drawing, sft_family
@@ -50,7 +49,7 @@ def train_diffusion_sft(
         family=sft_family(Drawing(config.num_draws, config.sampling, config.seed), tokenizer.eos_token_id),
         objective=mix(["sft"], [1.0], settings),
         settings=settings,
-        telemetry=NoMargins(task.logs, int(os.environ.get("RANK", "0"))),
+        telemetry=NoMargins(task.logs, rank()),
         callbacks=[StageCallback(task)],
     )
     ensure_savable(trainer.model, tokenizer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import HEADS
+from prefmill.distributed.devices import device_type
 from prefmill.store.missing import in_batches
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def open_scorer(folder: Path, batch_size: int = 16) -> Callable[[Sequence[str], 
     import torch
 
     model, processor = load_reward(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     model.to(device).eval()
     temperatures = np.array(model.config.temperatures, dtype=np.float32)
 

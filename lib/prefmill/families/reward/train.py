@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import HEADS
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
-from prefmill.distributed.collectives import world_size
+from prefmill.distributed.devices import rank, world_size
 from prefmill.families.reward.data import (
     Half,
     LabelledPair,
@@ -186,7 +185,7 @@ def _trainer(
         family=reward_family(PixelReader(processor, wanted.crop_scale, config.seed)),
         objective=REWARD_OBJECTIVE,
         settings=Settings(beta=1.0),
-        telemetry=Telemetry(task.logs, int(os.environ.get("RANK", "0"))),
+        telemetry=Telemetry(task.logs, rank()),
         callbacks=[StageCallback(task)],
     )
     resume_strictly(trainer)

@@ -12,6 +12,7 @@ import torch
 from prefmill.core.artifact import Artifact
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.statistics import MIN_PAPERS, Resampling, means
+from prefmill.distributed.devices import device_type
 from prefmill.families.sdxl.data import PairImages, read_image_pairs
 from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
 from prefmill.families.sdxl.family import PairReader, errors, predict
@@ -64,7 +65,7 @@ def _encoded(
     base: GeneratorSource, folder: SdxlFolder, pairs: Sequence[PairImages], resolution: int | None, cache: Path
 ) -> PairReader:
     """Latents and embeddings of the pairs, by the base's VAE in fp32 and its text encoders."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type())
     store = TensorCache(cache)
     images = ImageKeys(folder.digest("vae"), resolution or _native_resolution(folder), "fp32")
     encoders = folder.digest("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.collectives import world_size
+from prefmill.distributed.devices import rank, world_size
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid, Sampling
@@ -68,7 +67,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         family=sdxl_family(reader, _predictions(references) if residuals else None, _winner_alone(config)),
         objective=objective,
         settings=Settings(config.beta),
-        telemetry=ErrorTelemetry(task.logs, int(os.environ.get("RANK", "0")), _factors(config) if residuals else None),
+        telemetry=ErrorTelemetry(task.logs, rank(), _factors(config) if residuals else None),
         callbacks=[*([ema] if ema else []), StageCallback(task)],  # the average is part of a complete checkpoint
     )
     if config.sample_steps is not None:

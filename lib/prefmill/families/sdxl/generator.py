@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.distributed.devices import device_type
 
 if TYPE_CHECKING:
     from prefmill.core.artifact import Artifact
@@ -98,7 +99,7 @@ def open_pipeline(source: GeneratorSource) -> Any:
     if source.adapter is not None:
         add_adapter(pipeline, source.adapter, source.adapter_scale)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(device_type())
     return pipeline
 
 

@@ -1,0 +1,73 @@
+"""Which devices are this process's, and how many ranks train together: the only place that asks.
+
+`visible_gpus`, `rank` and `world_size` neither import torch nor initialise CUDA, so that a command or the parent of
+forked tasks may ask.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from prefmill.core.errors import ConfigError
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(index) for index in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one of its ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """This process's place among all ranks, as the launcher says; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's place among the ranks of its node; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Ranks that train together, as the launcher says; known before any process group is there."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def has_gpu() -> bool:
+    """Whether torch finds a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device_type() -> Literal["cuda", "cpu"]:
+    """Where this process puts its models."""
+    return "cuda" if has_gpu() else "cpu"
+
+
+def claim_device() -> None:
+    """Make this rank's GPU the current one: 4-bit weights are loaded onto whichever is current.
+
+    Raises ConfigError for a process that sees several GPUs and is no rank: transformers would wrap its model in
+    torch.nn.DataParallel, which cuts packed rows apart and says nothing.
+    """
+    import torch
+
+    if not has_gpu():
+        return
+    if is_launched():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    elif (count := torch.cuda.device_count()) > 1:
+        raise ConfigError(
+            "a training process without ranks sees more than one GPU", got=f"{count} GPUs, one process",
+            expected="one process per GPU",
+            fix=f"start it with `torchrun --nproc-per-node {count} -m stages.STAGE ...`, or set CUDA_VISIBLE_DEVICES=0",
+        )  # fmt: skip

@@ -1,0 +1,55 @@
+"""Which devices a process has; one that sees several and is no rank does not train."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toys import STAGES, MakeConfig
+
+from prefmill.core.errors import ConfigError
+from prefmill.core.stage import Task
+from prefmill.distributed.devices import claim_device, visible_gpus
+from prefmill.pipeline.worker import import_and_run
+
+
+@pytest.fixture
+def _two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("_two_gpus")
+def test_a_training_that_sees_two_gpus_without_ranks_is_refused_before_it_begins(tmp_path: Path) -> None:
+    begun: list[str] = []
+    stage = dataclasses.replace(STAGES["make"], trains=True, run=lambda _config, _task: begun.append("run") or {})
+    task = Task("r", "make", "all", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+        import_and_run(stage, MakeConfig(), task)
+    assert begun == []
+
+
+@pytest.mark.usefixtures("_two_gpus")
+def test_a_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    claim_device()
+    assert taken == [1]
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("", []), ("-1", []), ("1, 3", ["1", "3"]), ("GPU-5a", ["GPU-5a"])])
+def test_the_gpus_are_those_made_visible(monkeypatch: pytest.MonkeyPatch, visible: str, expected: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == expected
+
+
+def test_asking_imports_no_torch() -> None:
+    asks = "import sys; from prefmill.distributed.devices import *; visible_gpus(), rank(), world_size(), is_launched()"
+    subprocess.run([sys.executable, "-c", f"{asks}; assert 'torch' not in sys.modules"], check=True, env=os.environ)
