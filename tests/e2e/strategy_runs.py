@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +58,33 @@ def note_shards(folder: Path) -> None:
     """Write down the shares of the weights and of Adam's first moments that this process holds when training ends."""
     from transformers import Trainer
 
-    original = Trainer.train
+    from prefmill.families.causal import dpo
+
+    original, original_model, scoring = Trainer.train, dpo.scoring_model, []
+
+    @contextmanager
+    def scoring_model(*given: Any) -> Iterator[Any]:
+        with original_model(*given) as model:
+            scoring.append(_held(model))
+            yield model
+
+    dpo.scoring_model = scoring_model
 
     def train(self: Any, *given: Any, **more: Any) -> Any:
         done = original(self, *given, **more)
-        weights = list(self.model.parameters())
-        held = sum(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else _local(weight) for weight in weights)
-        total = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
         optimizer = self.optimizer
         while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's hold the one that is asked for
             optimizer = optimizer.optimizer
         moments = sum(_local(state["exp_avg"]) for state in optimizer.state.values())
-        shares = {"weights": held / total, "moments": moments / total}
+        total = sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.model.parameters())
+        shares = {"weights": _held(self.model), "moments": moments / total, "scoring": scoring[-1:]}
         (folder / f"{os.environ.get('RANK', 0)}-{SHARDS}").write_text(json.dumps(shares))
         return done
 
     Trainer.train = train
 
 
-def shares(folder: Path, what: str) -> list[float]:
+def shares(folder: Path, what: str) -> list[Any]:
     """Of each rank, what `note_shards` noted."""
     return [json.loads(path.read_text())[what] for path in sorted(folder.glob(f"*-{SHARDS}"))]
 
@@ -97,6 +107,13 @@ def kill_at(call: int) -> None:
         return original(self, *given, **more)
 
     PreferenceTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def _held(model: Any) -> float:
+    """The share of a model's weights that this process holds."""
+    weights = list(model.parameters())
+    held = sum(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else _local(weight) for weight in weights)
+    return float(held / sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights))
 
 
 def _local(weight: Any) -> int:

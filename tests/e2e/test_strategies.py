@@ -65,6 +65,7 @@ def test_two_processes_train_what_one_does(folder: Path, name: str) -> None:
     assert losses(two, "eval_loss") == pytest.approx(losses(folder / "one", "eval_loss"), abs=1e-5)
     assert largest_difference(folder / "one", two) < 1e-5
     assert shares(two, "weights") == pytest.approx([0.5, 0.5] if name != "zero2" else [1.0, 1.0], abs=0.02)
+    assert shares(two, "scoring") == [pytest.approx([0.5 if name != "zero2" else 1.0], abs=0.02)] * 2
     assert shares(two, "moments") == pytest.approx([0.5, 0.5], abs=0.02)
     assert shares(folder / "one", "moments") == [1.0]
     assert digest_path(folder / "model") == before

@@ -74,7 +74,7 @@ def test_zero3_adds_biases_before_it_rounds(text: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["zero3", "fsdp"])
-def test_another_reference_is_scored_whole(text: Path, name: str, tmp_path: Path) -> None:
+def test_another_reference_is_scored_in_shards(text: Path, name: str, tmp_path: Path) -> None:
     """Losses are those of one process; the cache is each run's own, so that every run scores."""
     keys = {**KEYS, "num_train_epochs": 1, "ref_folder": str(save_tiny_qwen2(tmp_path / "other", seed=7))}
     one = train_on(1, text / f"reference-of-{name}-one", keys)

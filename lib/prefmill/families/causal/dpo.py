@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import rank, world_size
-from prefmill.distributed.sharding import scoring_context, scoring_model, unsharded_loading, uses_fsdp
+from prefmill.distributed.sharding import scoring_context, scoring_model, shards_by_zero, unsharded_loading, uses_fsdp
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
@@ -226,16 +226,16 @@ def _reference(
     other, device = reference_name(config), trainer.args.device
     with unsharded_loading():
         model = trainer.model if other is None else load_policy(other, config, config.ref_revision)
-    reference = scoring_model(model, trainer, config).eval()
-    scoring = GroupScoring(
-        content=lambda group: _content(group, config, reader),
-        batches=lambda group: _response_batches(group, config, tokenizer.pad_token_id, reader),
-        score=lambda batch: score_batch(reference, batch.to(device)),
-        join=lambda group, scores: _joined(group, scores, config),
-    )
     weights = start_weights(task, config) if other is None else weights_of(other, config.ref_revision)
     kept = kept_reference(task, weights, settings, device)
-    with torch.no_grad(), scoring_context(trainer, config):
+    with torch.no_grad(), scoring_model(model.eval(), trainer, config) as reference, scoring_context(trainer, config):
+        scoring = GroupScoring(
+            content=lambda group: _content(group, config, reader),
+            batches=lambda group: _response_batches(group, config, tokenizer.pad_token_id, reader),
+            score=lambda batch: score_batch(reference, batch.to(device)),
+            join=lambda group, scores: _joined(group, scores, config),
+            in_step=uses_fsdp(config) or shards_by_zero(config),
+        )
         scores = reference_scores([*train, *val], scoring, kept, task, config.precision)
     return scores[: len(train)], scores[len(train) :]
 
