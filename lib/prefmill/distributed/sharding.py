@@ -1,6 +1,6 @@
 """How weights are spread over ranks: DeepSpeed's ZeRO and torch's FSDP2, and what stays the same under them.
 
-Models are loaded whole on the host and shared among ranks before the reference is scored; finished weights are gathered.
+Models are loaded whole on the host and shared among ranks to score the reference; finished weights are gathered.
 """
 
 from __future__ import annotations
