@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from prefmill.core.errors import InputError
-from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, Row, Tags, alpaca_prompt, place_images
+from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, Row, Tags, alpaca_prompt
 from prefmill.pairs.sources import (
     PairSource,
     Problem,
@@ -21,7 +21,7 @@ from prefmill.pairs.sources import (
     write_problems,
     write_split,
 )
-from prefmill.pairs.turns import Chat, answer_to, as_chat
+from prefmill.pairs.turns import Chat, answer_to, as_chat, place_images
 
 _PREFERENCE_KEYS = ("chosen", "rejected", "label")
 

@@ -17,6 +17,7 @@ from prefmill.pairs.turns import (
     as_chat,
     as_turn,
     parse_dialogue,
+    place_images,
     refuse_untrained,
     split_prompt,
 )
@@ -59,6 +60,12 @@ class Form:
     needs: Mapping[str, Kind]
     parse: Callable[[Row, Tags], Preference | Judgement]
     without: Sequence[str] = ()
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys of a row that are read, those that it need not have among them."""
+        more = ("input", "history") if "instruction" in self.needs else ()
+        return {*self.needs, *more, "system", "images", "image", "id", "pair_id"}
 
     def fits(self, row: Row) -> bool:
         """Whether `row` has this form's keys, holding what they should."""
@@ -305,29 +312,3 @@ def _label(value: Any) -> bool:
             raise BadRowError(f"label is the text {value!r}; expected one of {', '.join(_LABELS)}")
         return _LABELS[value.strip().lower()]
     return bool(value)
-
-
-def place_images(prompt: Chat, row: Row) -> tuple[list[Turn], tuple[Any, ...]]:
-    """The prompt with one marker for each image, and the images.
-
-    Images without markers go before the first user turn's text, as TRL does; any other difference is a bad row.
-    """
-    column = next((row[key] for key in ("images", "image") if row.get(key) is not None), None)
-    listed = list(column) if isinstance(column, (list, tuple)) else [] if column is None else [column]
-    images = [image for image in prompt.images if image is not None]
-    if images and listed:
-        raise BadRowError("images stand both in the messages and in a column of their own")
-    images = images or listed
-    markers = sum(turn["content"].count(IMAGE_MARKER) for turn in prompt.turns)
-    if not images and prompt.images:
-        raise BadRowError("an image part has no image")
-    if not images or markers == len(images):
-        return prompt.turns, tuple(images)
-    if markers:
-        raise BadRowError(f"{markers} {IMAGE_MARKER} markers for {len(images)} images")
-    first = next((n for n, turn in enumerate(prompt.turns) if turn["role"] == "user"), None)
-    if first is None:
-        raise BadRowError("images, but no user turn to put them into")
-    turns = [dict(turn) for turn in prompt.turns]
-    turns[first]["content"] = IMAGE_MARKER * len(images) + turns[first]["content"]
-    return turns, tuple(images)

@@ -17,8 +17,7 @@ from tqdm import tqdm
 from prefmill.core.config import ExternalPath, StrictConfig, nearest
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_json
-from prefmill.distributed.devices import rank
-from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse, used_keys
+from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse
 from prefmill.pairs.turns import BadRowError
 from prefmill.store.jsonl import to_json
 from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows, is_saved_to_disk
@@ -192,7 +191,7 @@ def parsed_rows(source: PairSource, problems: list[Problem]) -> Iterator[tuple[S
         row.values.update({ours: row.values.pop(theirs) for ours, theirs in source.columns.items()
                            if theirs in row.values and ours != theirs})  # fmt: skip
         form = form or detect(row.values, row.where, source.forms)
-        unused |= {str(key) for key, value in row.values.items() if value is not None} - used_keys(source.forms[form])
+        unused |= {str(key) for key, value in row.values.items() if value is not None} - source.forms[form].keys
         try:
             yield row, parse(row.values, form, source.tags, source.forms)
         except BadRowError as error:
@@ -286,6 +285,6 @@ def _write_text(path: Path, text: str) -> None:
 def _write_bytes(path: Path, data: bytes) -> None:
     """Write by rename under a name of this rank's own: all ranks write the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{rank()}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)

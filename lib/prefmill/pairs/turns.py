@@ -66,6 +66,32 @@ def refuse_untrained(values: Mapping[str, Any], keys: Sequence[str]) -> None:
             raise BadRowError(f"'{key}' is not trained on: {_shown(values[key])}; remove it where it is not wanted")
 
 
+def place_images(prompt: Chat, row: Mapping[str, Any]) -> tuple[list[Turn], tuple[Any, ...]]:
+    """The prompt with one marker for each image, and the images.
+
+    Images without markers go before the first user turn's text, as TRL does; any other difference is a bad row.
+    """
+    column = next((row[key] for key in ("images", "image") if row.get(key) is not None), None)
+    listed = list(column) if isinstance(column, (list, tuple)) else [] if column is None else [column]
+    images = [image for image in prompt.images if image is not None]
+    if images and listed:
+        raise BadRowError("images stand both in the messages and in a column of their own")
+    images = images or listed
+    markers = sum(turn["content"].count(IMAGE_MARKER) for turn in prompt.turns)
+    if not images and prompt.images:
+        raise BadRowError("an image part has no image")
+    if not images or markers == len(images):
+        return prompt.turns, tuple(images)
+    if markers:
+        raise BadRowError(f"{markers} {IMAGE_MARKER} markers for {len(images)} images")
+    first = next((n for n, turn in enumerate(prompt.turns) if turn["role"] == "user"), None)
+    if first is None:
+        raise BadRowError("images, but no user turn to put them into")
+    turns = [dict(turn) for turn in prompt.turns]
+    turns[first]["content"] = IMAGE_MARKER * len(images) + turns[first]["content"]
+    return turns, tuple(images)
+
+
 def parse_dialogue(text: str, what: str) -> list[Turn]:
     r"""The turns of a transcript of `\n\nHuman: ...\n\nAssistant: ...`; raises BadRowError where it is none."""
     pieces = _SPEAKER.split(text)
