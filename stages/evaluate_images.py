@@ -8,7 +8,7 @@ from prefmill.core.config import ExternalPath, StrictConfig, runtime
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.training.loop import start_model
+from prefmill.training.config import start_model
 
 
 class EvaluateImagesConfig(StrictConfig):

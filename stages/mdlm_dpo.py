@@ -12,7 +12,7 @@ from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
 from prefmill.pairs.sources import PairSource, write_pairs
-from prefmill.training.loop import start_model
+from prefmill.training.config import start_model
 
 
 class MdlmDpoConfig(DiffusionPreferenceConfig, PairSource):

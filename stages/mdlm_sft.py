@@ -12,7 +12,7 @@ from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.demo.text import Shape
 from prefmill.families.mdlm.config import DiffusionTrainingConfig
-from prefmill.training.loop import start_model
+from prefmill.training.config import start_model
 
 
 class MdlmSftConfig(DiffusionTrainingConfig):

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from prefmill.core.errors import PipelineError
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
-from prefmill.training.loop import start_model
+from prefmill.training.config import start_model
 
 
 class SdxlDpoConfig(SdxlPreferenceConfig):

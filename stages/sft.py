@@ -11,8 +11,7 @@ from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.pairs.chats import ChatSource, write_chats
-from prefmill.training.config import TrainingConfig
-from prefmill.training.loop import start_model
+from prefmill.training.config import TrainingConfig, start_model
 
 
 class SftConfig(TrainingConfig, ChatSource, ImageLimits):

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.training.config import TrainingConfig
-from prefmill.training.loop import start_model
+from prefmill.training.config import TrainingConfig, start_model
 
 _OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
 

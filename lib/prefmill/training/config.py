@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, runtime
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.precision import Precision
+from prefmill.core.stage import Task
 
 if TYPE_CHECKING:
     pass
@@ -117,3 +118,17 @@ def needs_less(config: object) -> dict[str, Any]:
     if at_once > 1:  # the next smaller divisor: the effective batch still divides by it
         return {"per_device_train_batch_size": next(n for n in range(at_once - 1, 0, -1) if at_once % n == 0)}
     return {} if config.activation_checkpointing else {"activation_checkpointing": True}
+
+
+def start_model(config: TrainingConfig, task: Task, name: str) -> str:
+    """Where training starts: the checkpoint given as input `name`, else `model_name_or_path`; exactly one of them."""
+    artifact = task.optional_input(name)
+    if artifact is not None and config.model_name_or_path is None:
+        return str(artifact.path)
+    if artifact is None and config.model_name_or_path is not None:
+        return config.model_name_or_path
+    raise PipelineError(
+        "no model to start from" if artifact is None else "two models to start from", where=f"{task.stage}:{task.name}",
+        got=None if artifact is None else f"input {name} = {artifact.path} and {config.model_name_or_path}",
+        fix=f"give either inputs.{name}=FOLDER or model_name_or_path",
+    )  # fmt: skip

@@ -6,27 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.core.errors import ConfigError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
 from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.config import TrainingConfig
 from prefmill.training.publish import publish
 from prefmill.training.rescoring import Rescoring
-
-
-def start_model(config: TrainingConfig, task: Task, name: str) -> str:
-    """Where training starts: the checkpoint given as input `name`, else `model_name_or_path`; exactly one of them."""
-    artifact = task.optional_input(name)
-    if artifact is not None and config.model_name_or_path is None:
-        return str(artifact.path)
-    if artifact is None and config.model_name_or_path is not None:
-        return config.model_name_or_path
-    raise PipelineError(
-        "no model to start from" if artifact is None else "two models to start from", where=f"{task.stage}:{task.name}",
-        got=None if artifact is None else f"input {name} = {artifact.path} and {config.model_name_or_path}",
-        fix=f"give either inputs.{name}=FOLDER or model_name_or_path",
-    )  # fmt: skip
 
 
 def train_and_save(
