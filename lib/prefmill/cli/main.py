@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     run = _pipeline_command(commands, "run", "run a pipeline on this machine, doing only what is not up to date", _run)
     run.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
     run.add_argument("--force", action="store_true", help="remake what is selected even if it is up to date")
+    run.add_argument("--jobs", type=_positive, metavar="N", help="tasks at once (default: one per GPU, or one)")
     submit = _pipeline_command(commands, "submit", "submit to Slurm what is not complete or queued", _submit)
     submit.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
     submit.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
@@ -76,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
 def _pipeline_command(
     commands: Any, name: str, summary: str, command: Callable[..., int], selects: bool = False
 ) -> argparse.ArgumentParser:
@@ -97,7 +105,8 @@ def _load_plan(arguments: argparse.Namespace) -> Any:
 def _run(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.local import run_plan
 
-    return run_plan(_load_plan(arguments), arguments.only, arguments.force, say=lambda line: print(line, flush=True))
+    plan, say = _load_plan(arguments), partial(print, flush=True)
+    return run_plan(plan, arguments.only, arguments.force, say, arguments.jobs)
 
 
 def _submit(arguments: argparse.Namespace) -> int:

@@ -37,6 +37,8 @@ def run_stage(stage: str, argv: Sequence[str]) -> int:
 
 
 def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
+    from prefmill.distributed.devices import is_launched, world_size
+    from prefmill.pipeline.launched import run_launched
     from prefmill.pipeline.local import run_plan
     from prefmill.pipeline.manual_submission import element, stage_plan
 
@@ -45,6 +47,9 @@ def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
     only = f"{stage}:{name}" if name else None
     if only is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         only = element(plan.tasks, os.environ).key
+    if is_launched() and world_size() > 1:
+        run_launched(plan.select(only) if only else list(plan.tasks), arguments.force)
+        return 0
     return run_plan(plan, only, arguments.force, say=lambda line: print(line, flush=True))
 
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+from prefmill.distributed.isolation import end_with_parent
+
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # below the ports that systems hand out by themselves
 
 
@@ -34,4 +36,5 @@ def first_host(nodes: str) -> str:
 if __name__ == "__main__":
     from torch.distributed.run import main
 
+    end_with_parent()  # its ranks end with it
     main([*arguments(os.environ, int(sys.argv[1])), *sys.argv[2:]])

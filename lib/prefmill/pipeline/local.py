@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -19,11 +21,13 @@ from tqdm import tqdm
 
 from prefmill.core.errors import PrefmillError
 from prefmill.core.files import write_atomic
-from prefmill.core.stage import PROGRESS
+from prefmill.core.stage import PROGRESS, Metrics, Task
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.preload import collect_from_now_on
+from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
+from prefmill.pipeline.subprocess_runner import Layout, Warnings, run_elsewhere
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, execute, write_status
 from prefmill.store.artifacts import read_manifest
 
@@ -31,30 +35,29 @@ _POLL_SECONDS = 0.2
 Say = Callable[[str], None]
 
 
-def run_plan(plan: Plan, only: str | None = None, force: bool = False, say: Say = print) -> int:
+def run_plan(
+    plan: Plan, only: str | None = None, force: bool = False, say: Say = print, jobs: int | None = None
+) -> int:
     """Run what is not up to date, upstream first; returns the exit code.
 
     A failed task stops what reads from it and nothing else. `only` limits the work to a stage or task and
-    `force` remakes what is selected even if it is up to date.
+    `force` remakes what is selected even if it is up to date. Tasks that do not need each other run side by side,
+    one per GPU or `jobs` of them.
     """
     selected = plan.select(only) if only else list(plan.tasks)
     point_latest(plan)
     write_plan(plan)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_preload(selected))
-    codes: list[int] = []
-    lost: dict[str, list[str]] = {}  # for each task that is not done, the tasks whose failure that is due to
-    for task in selected:
-        causes = sorted({cause for other in plan.upstream(task) for cause in lost.get(other.key, ())})
-        if causes:
-            lost[task.key] = causes
-            codes.append(EXIT_USER_ERROR)
-            say(f"- {task.key} left out: {', '.join(causes)} failed")
-            continue
-        code = _run_task(task, force, server, say)
-        if code:
-            lost[task.key] = [task.key]
-            codes.append(code)
+    run = _Run(plan, selected, force, server, say, Slots(jobs))
+    try:
+        while run.waiting or run.running:
+            run.start_ready()
+            run.reap()
+    except BaseException:
+        run.end()
+        raise
+    lost, codes = run.lost, run.codes
     if not lost:
         _show_results(plan, selected, say)
     return max(codes, default=0)
@@ -86,26 +89,106 @@ def write_plan(plan: Plan) -> None:
     write_atomic(path, json.dumps({"run": plan.run, "tasks": tasks}, indent=1) + "\n")
 
 
-def _run_task(task: PlannedTask, force: bool, server: Any, say: Say) -> int:
-    try:
-        state = inspect_task(task)
-    except PrefmillError as error:
-        say(f"x {task.key} cannot start\n{error}")
-        return EXIT_USER_ERROR
-    if state.freshness == "complete" and not force:
-        say(f"= {task.key} {state.reasons[0]}")
-        return 0
-    say(f"> {task.key} {_why(state, force)}")
-    started = time.monotonic()
-    write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
-    process = server.Process(target=_child, args=(task, force), name=task.key)
-    process.start()
-    code = _wait(process, task)
-    if code == 0:
-        say(f"+ {task.key} done in {time.monotonic() - started:.1f} s")
-        return 0
-    say(f"x {task.key} failed\n{_failure(task, code)}\n  log:      {log_path(task)}")
-    return code if code > 0 else EXIT_BUG
+@dataclass
+class _Running:
+    task: PlannedTask
+    process: ForkServerProcess
+    started: float
+    place: dict[str, str]
+    bar: Any
+
+
+@dataclass
+class _Run:
+    """Tasks on their way; `lost` has for each task that is not done those whose failure that is due to."""
+
+    plan: Plan
+    waiting: list[PlannedTask]
+    force: bool
+    server: Any
+    say: Say
+    slots: Slots
+    running: dict[str, _Running] = field(default_factory=dict)
+    lost: dict[str, list[str]] = field(default_factory=dict)
+    codes: list[int] = field(default_factory=list)
+
+    def start_ready(self) -> None:
+        """Start what waits for no other task, in the plan's order, as far as there are places."""
+        for task in list(self.waiting):
+            upstream = {other.key for other in self.plan.upstream(task)}
+            if upstream & ({other.key for other in self.waiting} | set(self.running)):
+                continue
+            causes = sorted({cause for key in upstream for cause in self.lost.get(key, ())})
+            if causes:
+                self.waiting.remove(task)
+                self._lose(task, causes, EXIT_USER_ERROR)
+                self.say(f"- {task.key} left out: {', '.join(causes)} failed")
+            elif not self._start(task):
+                return  # a later task that needs less may not keep this one waiting for ever
+
+    def _start(self, task: PlannedTask) -> bool:
+        """Start `task` where it is not up to date; False while there is no place for it."""
+        try:
+            state = inspect_task(task)
+            stale = state.freshness != "complete" or self.force
+            place = self.slots.take(task) if stale else None
+        except PrefmillError as error:
+            self.waiting.remove(task)
+            self._lose(task, [task.key], EXIT_USER_ERROR)
+            self.say(f"x {task.key} cannot start\n{error}")
+            return True
+        if stale and place is None:
+            return False
+        self.waiting.remove(task)
+        if place is None:
+            self.say(f"= {task.key} {state.reasons[0]}")
+            return True
+        self.say(f"> {task.key} {_why(state, self.force)}")
+        write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
+        ranks = self.slots.ranks(task)
+        process = self.server.Process(target=_child, args=(task, self.force, place, ranks), name=task.key)
+        bar = tqdm(desc=task.key, leave=False, disable=not sys.stderr.isatty())
+        self.running[task.key] = _Running(task, process, time.monotonic(), place, bar)
+        process.start()
+        return True
+
+    def reap(self) -> None:
+        """Wait a little, show the progress, and report the tasks whose process has ended."""
+        wait([item.process.sentinel for item in self.running.values()], _POLL_SECONDS)
+        for item in list(self.running.values()):
+            _show(item.bar, item.task.logs / PROGRESS)
+            if not item.process.is_alive():
+                del self.running[item.task.key]
+                item.bar.close()
+                self.slots.give_back(item.place)
+                self._report(item, _exit_code(item))
+
+    def _report(self, item: _Running, code: int) -> None:
+        if code == 0:
+            self.say(f"+ {item.task.key} done in {time.monotonic() - item.started:.1f} s")
+            return
+        self._lose(item.task, [item.task.key], code if code > 0 else EXIT_BUG)
+        self.say(f"x {item.task.key} failed\n{_failure(item.task, code)}\n  log:      {log_path(item.task)}")
+
+    def _lose(self, task: PlannedTask, causes: list[str], code: int) -> None:
+        self.lost[task.key] = causes
+        self.codes.append(code)
+
+    def end(self) -> None:
+        """End every process that runs: nothing outlives an interrupted command."""
+        started = [item.process for item in self.running.values() if item.process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join()
+
+
+def _exit_code(item: _Running) -> int:
+    code = item.process.exitcode
+    assert code is not None
+    if code < 0:
+        write_status(item.task, "killed", signal=signal.Signals(-code).name)
+    return code
 
 
 def log_path(task: PlannedTask) -> Path:
@@ -125,8 +208,11 @@ def _show_results(plan: Plan, tasks: Iterable[PlannedTask], say: Say) -> None:
         say(str(task.output / task.stage.result))
 
 
-def _child(task: PlannedTask, force: bool) -> None:
-    """The process of one task: its output goes to the task's log, and it does not outlive its parent."""
+def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) -> None:
+    """The process of one task: its output goes to the task's log, and it does not outlive its parent.
+
+    Several ranks are processes of their own, as in a job.
+    """
     collect_from_now_on()
     end_with_parent()
     _end_with_command()
@@ -137,10 +223,16 @@ def _child(task: PlannedTask, force: bool) -> None:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     try:
-        execute(task, force)
+        os.environ.update(place)
+        execute(task, force, run=partial(_run_ranks, task, ranks) if ranks > 1 else None)
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
+    layout = Layout(1, ranks, os.cpu_count() or 1)
+    return run_elsewhere(task, context, layout, Warnings(0.0), {})
 
 
 def _end_with_command() -> None:
@@ -153,24 +245,6 @@ def _end_with_command() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _wait(process: ForkServerProcess, task: PlannedTask) -> int:
-    """Show the task's progress until its process ends; an interrupt ends the process first, then passes on."""
-    progress = task.logs / PROGRESS
-    try:
-        with tqdm(desc=task.key, leave=False, disable=not sys.stderr.isatty()) as bar:
-            while process.is_alive():
-                process.join(_POLL_SECONDS)
-                _show(bar, progress)
-    except BaseException:
-        process.terminate()
-        process.join()
-        raise
-    assert process.exitcode is not None
-    if process.exitcode < 0:
-        write_status(task, "killed", signal=signal.Signals(-process.exitcode).name)
-    return process.exitcode
 
 
 def _show(bar: Any, progress: Path) -> None:

@@ -16,7 +16,7 @@ from prefmill.pipeline.overrides import with_stage_keys
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan, read_pipeline
 from prefmill.store.artifacts import read_manifest
 
-_OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.")
+_OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.", "processes=")
 _DEFAULT_PIPELINE = Path("configs/pipelines/train.yaml")
 _UPDATE_TRIES = 40
 
@@ -36,7 +36,12 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     if "mount_dir" in given:
         given = {"workspace": given.pop("mount_dir"), **given}
     array = given.pop("array", None) or (_modalities(stage) if is_array else {})
-    entry = {"config": config, "array": array, "inputs": given.pop("inputs", {})}
+    entry = {
+        "config": config,
+        "array": array,
+        "inputs": given.pop("inputs", {}),
+        "processes": given.pop("processes", None),
+    }
     keys = ["{}.{}={}".format(stage, *split_override(item)) for item in overrides if item not in where]
     values = with_stage_keys({"name": stage, "stages": {stage: entry}, **given}, keys)
     plan = make_plan(validate(PipelineFile, values, where="the command line"), Path(config or "."))

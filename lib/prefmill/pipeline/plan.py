@@ -39,7 +39,7 @@ class StageEntry(StrictConfig):
     `config` names a file: `demo` means configs/<stage>/demo.yaml beside the pipeline's folder. `set` is laid over
     it: `lora.r` sets that key alone, `lora` all that stands under it. `array` gives an element for every
     combination of its keys' values; a number means 0 to n-1. `resources` are what a task of it gets on a
-    cluster, laid over the cluster file's.
+    cluster, laid over the cluster file's. `processes` are the ranks of a training: one per GPU unless given.
     """
 
     config: str | None = None
@@ -48,6 +48,7 @@ class StageEntry(StrictConfig):
     needs: dict[str, str | Need] = {}
     inputs: dict[str, str | list[str]] = {}
     resources: dict[str, Any] = {}
+    processes: int | None = Field(None, ge=1)
 
 
 class PipelineFile(StrictConfig):
@@ -79,6 +80,7 @@ class PlannedTask:
     inputs: Mapping[str, tuple[Path, ...]]
     output: Path
     logs: Path
+    processes: int | None = None
 
     @property
     def key(self) -> str:
@@ -190,6 +192,8 @@ class _Planner:
                 f"stage {name} has no input '{unknown[0]}'{nearest(unknown[0], list(stage.reads))}",
                 where=self.source, expected=", ".join(stage.reads), fix="correct `needs` or `inputs`",
             )  # fmt: skip
+        if (entry.processes or 1) > 1 and not stage.trains:
+            raise ConfigError(f"stage {name} runs in one process", where=self.source, fix="take out its `processes`")
         logs = self.workspace / "logs" / self.run / name
         for task, values in self.elements[name].items():
             if only not in (None, task):
@@ -204,6 +208,7 @@ class _Planner:
                 inputs={key: self._inputs(name, task, values, key, reads) for key, reads in stage.reads.items()},
                 output=self._folder(stage, task),
                 logs=logs / task,
+                processes=entry.processes,
             )
 
     def _config(self, stage: Stage[Any], entry: StageEntry, values: Mapping[str, str | int]) -> StrictConfig:

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(job: JobTask, warnings: Warnings) -> int:
     """Bring the task to completion, or save and requeue this very element when the job is about to end."""
-    layout = Layout.of_job(os.environ, job.task.stage.trains, job.processes)
+    layout = Layout.of_job(os.environ, job.task.stage.trains, job.processes or job.task.processes)
 
     def in_children(context: Task) -> Metrics:
         config = job.task.config.model_copy(update=job.smaller)

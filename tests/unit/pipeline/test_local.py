@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from toys import toy_plan
 
+from prefmill.core.errors import PipelineError
 from prefmill.pipeline.local import run_plan
+from prefmill.pipeline.slots import Slots
+from prefmill.store.artifacts import read_manifest
 
 
 def test_a_task_left_out_names_the_failure_and_not_the_others_left_out(tmp_path: Path) -> None:
@@ -17,3 +22,37 @@ def test_a_task_left_out_names_the_failure_and_not_the_others_left_out(tmp_path:
         "- use:all left out: make:all failed",
         "- pair:all left out: make:all failed",
     ]
+
+
+@pytest.fixture
+def _anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task's own process finds the toys by their module's name, and their folder is not on its path."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.usefixtures("_anywhere")
+def test_tasks_side_by_side_make_what_tasks_in_a_row_make(tmp_path: Path) -> None:
+    def digests(jobs: int) -> list[str]:
+        plan = toy_plan(tmp_path / str(jobs), make={"array": {"shard": 3}}, use={})
+        said: list[str] = []
+        assert run_plan(plan, say=said.append, jobs=jobs) == 0, said
+        first_end = next(n for n, line in enumerate(said) if line.startswith("+"))
+        assert first_end == jobs, said  # so many had started
+        return [manifest.content_digest for task in plan.tasks if (manifest := read_manifest(task.output))]
+
+    assert len(one := digests(1)) == 4
+    assert digests(3) == one
+
+
+def test_gpus_are_given_to_tasks_and_come_back(tmp_path: Path) -> None:
+    tasks = toy_plan(tmp_path, make={"array": {"shard": 3}}).tasks
+    slots = Slots(None, ["0", "1"])
+    places = [slots.take(task) for task in tasks]
+    assert places == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}, None]
+    training = replace(tasks[0], stage=replace(tasks[0].stage, trains=True))
+    slots.give_back({"CUDA_VISIBLE_DEVICES": "0"})
+    assert slots.take(training) is None
+    slots.give_back({"CUDA_VISIBLE_DEVICES": "1"})
+    assert slots.take(training) == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    with pytest.raises(PipelineError, match="a rank needs a GPU"):
+        slots.take(replace(training, processes=3))
