@@ -173,24 +173,25 @@ def test_both_ways_compile_without_a_break() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "head_size", "kernel", "said"),
+    ("device", "dtype", "sizes", "kernel", "said"),
     [
-        ("cuda", torch.bfloat16, 128, "varlen", "two calls"),
-        ("cuda", torch.float16, 80, "varlen", "two calls"),
-        ("cuda", torch.float32, 128, "loop", "torch.float32 has no flash kernel"),
-        ("cuda", torch.bfloat16, 12, "loop", "heads of 12"),
-        ("cuda", torch.bfloat16, 512, "loop", "heads of 512"),
-        ("cpu", torch.bfloat16, 128, "loop", "runs on cpu"),
+        ("cuda", torch.bfloat16, (128, 128), "varlen", "two calls"),
+        ("cuda", torch.float16, (80, 80), "varlen", "two calls"),
+        ("cuda", torch.float32, (128, 128), "loop", "torch.float32 has no flash kernel"),
+        ("cuda", torch.bfloat16, (12, 12), "loop", "heads of 12"),
+        ("cuda", torch.bfloat16, (512, 512), "loop", "heads of 512"),
+        ("cuda", torch.bfloat16, (192, 128), "loop", "values of 128"),
+        ("cpu", torch.bfloat16, (128, 128), "loop", "runs on cpu"),
     ],
 )
 def test_the_kernel_is_chosen_once_and_told(
-    device: str, dtype: torch.dtype, head_size: int, kernel: str, said: str,
+    device: str, dtype: torch.dtype, sizes: tuple[int, int], kernel: str, said: str,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(varlen_attention, "forced", None)
     varlen_attention._once.cache_clear()
     with caplog.at_level(logging.INFO):
-        assert [varlen_attention._choose(device, dtype, head_size) for _ in range(2)] == [kernel] * 2
+        assert [varlen_attention._choose(device, dtype, *sizes) for _ in range(2)] == [kernel] * 2
     assert [said in record.getMessage() for record in caplog.records] == [True]
 
 
