@@ -143,9 +143,9 @@ class _Run:
         if place is None:
             self.say(f"= {task.key} {state.reasons[0]}")
             return True
-        self.say(f"> {task.key} {_why(state, self.force)}")
-        write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
         ranks = self.slots.ranks(task)
+        self.say(f"> {task.key}{f' ({ranks} ranks)' if ranks > 1 else ''} {_why(state, self.force)}")
+        write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
         process = self.server.Process(target=_child, args=(task, self.force, place, ranks), name=task.key)
         bar = tqdm(desc=task.key, leave=False, disable=not sys.stderr.isatty())
         self.running[task.key] = _Running(task, process, time.monotonic(), place, bar)
@@ -231,8 +231,10 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
 
 
 def _run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
-    layout = Layout(1, ranks, os.cpu_count() or 1)
-    return run_elsewhere(task, context, layout, Warnings(0.0), {})
+    """The stage's work by torchrun, as in a Slurm job; a command that is interrupted lets it save first."""
+    warnings = Warnings(0.0)
+    warnings.listen()
+    return run_elsewhere(task, context, Layout(1, ranks, os.cpu_count() or 1), warnings, {})
 
 
 def _end_with_command() -> None:
