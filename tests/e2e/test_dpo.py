@@ -104,9 +104,9 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
 def test_a_lost_reference_cache_is_made_from_the_checkpoint_not_the_policy(
     tmp_path: Path, undisturbed: dict[str, Path], policy: Artifact, datasets: Artifact
 ) -> None:
-    kill_after(7, tmp_path, lambda: dpo(tmp_path, policy, datasets))
+    kill_after(7, tmp_path, lambda: dpo(tmp_path, policy, datasets, layout="pairwise"))
     shutil.rmtree(tmp_path / "out" / "work" / "cache" / "reference")
-    dpo(tmp_path, policy, datasets)
+    dpo(tmp_path, policy, datasets, layout="pairwise")
     assert content(tmp_path) == content(undisturbed["pairwise"])
 
 
@@ -114,9 +114,9 @@ def test_a_lost_reference_cache_is_made_from_the_checkpoint_not_the_policy(
 def test_a_checkpoint_torn_by_the_kill_is_passed_over(
     tmp_path: Path, undisturbed: dict[str, Path], policy: Artifact, datasets: Artifact
 ) -> None:
-    kill_after(8, tmp_path, lambda: dpo(tmp_path, policy, datasets))
+    kill_after(8, tmp_path, lambda: dpo(tmp_path, policy, datasets, layout="pairwise"))
     (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").unlink()
-    dpo(tmp_path, policy, datasets)
+    dpo(tmp_path, policy, datasets, layout="pairwise")
     assert content(tmp_path) == content(undisturbed["pairwise"])
     assert executed_steps(tmp_path).count(4) == 2, "it went on from step 3"
 
