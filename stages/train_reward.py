@@ -18,6 +18,7 @@ class TrainRewardConfig(TrainingConfig):
     `half` leaves a model half of the training prompts: what `judge` learns from, `policy` has never seen.
     """
 
+    own_head: ClassVar[bool] = True
     can_shard: ClassVar[bool] = False
 
     learning_rate: float = Field(1e-5, gt=0)

@@ -45,6 +45,11 @@ def runtime(default: Any = ..., **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"identity": False}, **constraints)
 
 
+def later(default: Any, **constraints: Any) -> Any:
+    """A field that came after artifacts were made: at its default it is left out of the identity, so that they stay."""
+    return Field(default, json_schema_extra={"identity": "unless default"}, **constraints)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, before interpolation; raises ConfigError naming the line otherwise."""
     from omegaconf import OmegaConf
@@ -141,9 +146,9 @@ def load(
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
-    """What decides a task's content: every field but the runtime ones, external files by their digest."""
-    fields = type(config).model_fields
-    return {name: _identity_value(getattr(config, name)) for name, field in fields.items() if not _is_runtime(field)}
+    """What decides a task's content: every field but runtime ones and later ones unset, external files by digest."""
+    given = {name: (field, getattr(config, name)) for name, field in type(config).model_fields.items()}
+    return {name: _identity_value(value) for name, (field, value) in given.items() if _counts(field, value)}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -161,9 +166,10 @@ def nearest(word: str, candidates: Sequence[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
-def _is_runtime(field: Any) -> bool:
+def _counts(field: Any, value: Any) -> bool:
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and extra.get("identity") is False
+    said = extra.get("identity", True) if isinstance(extra, dict) else True
+    return bool(value != field.default if said == "unless default" else said)
 
 
 def _identity_value(value: Any) -> Any:

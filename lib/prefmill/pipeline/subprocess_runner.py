@@ -25,6 +25,7 @@ from prefmill.pipeline.rank_entrypoint import FAILURE, RESULT, write_spec
 REQUEUED, TERMINATED = "requeued", "terminated"
 _POLL_SECONDS, _KILL_SECONDS, _TERM_SECONDS = 0.1, 3.0, 20.0
 _SAVING_SHARE = 0.85  # of the warning's time may pass before a training that is still saving is ended
+_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 # How every node's torchrun reports the process that failed first there.
 _FIRST_FAILURE = re.compile(r"time\s*: (\S+)\s+host\s*: (\S+)\s+rank\s*: .*\s+exitcode\s*: (-?\d+)")
 
@@ -94,11 +95,20 @@ def run_elsewhere(
     log = task.logs.parent / f"{task.name}.log"
     offset = log.stat().st_size if log.is_file() else 0
     process = subprocess.Popen(
-        layout.command(spec), env={**threads, **os.environ, **extra},
+        layout.command(spec), env={**threads, **allocator(os.environ, task.stage.trains), **os.environ, **extra},
         preexec_fn=partial(_shield, task.stage.trains),
     )  # fmt: skip
     code = _wait(process, warnings, context.logs, task.stage.trains)
     return _collect(folder, code, warnings, log, offset)
+
+
+def allocator(environment: Mapping[str, str], trains: bool) -> dict[str, str]:
+    """Where lengths vary, blocks of one size fit no other, unless segments of a GPU's memory can grow.
+
+    Only for trainings (vLLM's own pool does not bear it), and where the user has set nothing.
+    """
+    asked = any(name in environment for name in ("PYTORCH_ALLOC_CONF", _ALLOCATOR))
+    return {_ALLOCATOR: "expandable_segments:True"} if trains and not asked else {}
 
 
 def _shield(trains: bool) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
+from prefmill.core.config import nearest
+from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Task
 from prefmill.distributed.devices import claim_device, has_gpu
 from prefmill.training.config import TrainingConfig, accumulation
@@ -51,7 +54,34 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "remove_unused_columns": False,
         "report_to": list(config.report_to) or "none",
         "disable_tqdm": False,
+        "torch_compile": config.torch_compile and not config.compiles_itself,
+        "full_determinism": config.deterministic,
+        "ddp_timeout": config.ddp_timeout,
+        **_optimizer(config.optim),
+        **_liger(config.use_liger_kernel),
     }
+
+
+def _optimizer(name: str | None) -> dict[str, Any]:
+    """The optimizer that the configuration names; the Trainer's own choice where it names none."""
+    from transformers.training_args import OptimizerNames
+
+    known = [item.value for item in OptimizerNames]
+    if name is not None and name not in known:
+        raise ConfigError(
+            f"no such optimizer{nearest(name, known)}", where="optim", got=name, expected=", ".join(known),
+            fix="correct optim, or leave it out: adamw_torch_fused",
+        )  # fmt: skip
+    return {} if name is None else {"optim": name}
+
+
+def _liger(wanted: bool) -> dict[str, Any]:
+    if wanted and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "use_liger_kernel needs a package that is not installed", where="use_liger_kernel", got="no liger_kernel",
+            fix="pip install liger-kernel (it needs a GPU), or leave use_liger_kernel out",
+        )  # fmt: skip
+    return {"use_liger_kernel": wanted}
 
 
 def _point_trackers(task: Task) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Task
@@ -29,10 +29,13 @@ class TrainingConfig(StrictConfig):
     """Keys of every training stage, under the names transformers and TRL give them.
 
     `effective_batch_size` counts what one optimizer step sees over all ranks; accumulation follows from it.
-    A stage that saves what ranks hold together sets `can_shard`.
+    A stage that saves what ranks hold together sets `can_shard`, one that scores through a head or model call of its
+    own `own_head`, one that compiles its model itself `compiles_itself`.
     """
 
     can_shard: ClassVar[bool] = True
+    own_head: ClassVar[bool] = False
+    compiles_itself: ClassVar[bool] = False
 
     model_name_or_path: str | None = None
     revision: str | None = None
@@ -56,12 +59,17 @@ class TrainingConfig(StrictConfig):
     deepspeed: ExternalPath | None = None
     fsdp: bool = False
     seed: int = 42
+    optim: str | None = later(None)
+    use_liger_kernel: bool = later(False)
+    torch_compile: bool = later(False)
+    deterministic: bool = later(False)
 
     logging_steps: int = runtime(10, ge=1)
     save_steps: int = runtime(500, ge=1)
     save_total_limit: int = runtime(2, ge=2)  # while one is written, the one before it is what a kill leaves
     dataloader_num_workers: int = runtime(0, ge=0)
     report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(["tensorboard"])
+    ddp_timeout: int = runtime(21600, ge=1)  # seconds; ranks wait for the slowest one's share of hours of work
 
     @field_validator("deepspeed", mode="before")
     @classmethod
@@ -79,6 +87,12 @@ class TrainingConfig(StrictConfig):
             raise ValueError("fsdp and deepspeed both shard the model: give one of them")
         if (self.fsdp or self.deepspeed) and not self.can_shard:
             raise ValueError("this stage trains whole models: leave out fsdp and deepspeed")
+        return self
+
+    @model_validator(mode="after")
+    def _liger_finds_its_head(self) -> TrainingConfig:
+        if self.use_liger_kernel and self.own_head:
+            raise ValueError("this stage scores through its own head, which Liger would replace: leave it out")
         return self
 
     @model_validator(mode="after")

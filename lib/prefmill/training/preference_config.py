@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,8 @@ class PreferenceConfig(TrainingConfig):
     `ref_name` is another reference than the policy as it starts: a hub name, or a folder, which becomes `ref_folder`
     and whose content counts.
     """
+
+    own_head: ClassVar[bool] = True
 
     learning_rate: float = Field(5e-6, gt=0)
     num_train_epochs: int = Field(2, ge=1)

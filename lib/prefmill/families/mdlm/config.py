@@ -33,6 +33,7 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     `diffusion_steps` counts the draws of a row, `auto` follows the live variance up to `max_diffusion_steps`.
     """
 
+    own_head: ClassVar[bool] = True
     can_shard: ClassVar[bool] = False
 
     per_device_train_batch_size: int = Field(1, ge=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,9 @@ class AdapterConfig(LoraConfig):
 
 class SdxlPreferenceConfig(TrainingConfig):
     """Keys of sdxl_dpo; `max_steps` takes the place of `num_train_epochs`, `lora: null` trains the whole UNet."""
+
+    own_head: ClassVar[bool] = True
+    compiles_itself: ClassVar[bool] = True
 
     variant: str | None = None
     resolution: int = Field(1024, ge=8, multiple_of=8)

@@ -1,0 +1,155 @@
+"""Keys under transformers' names: each reaches the training, and unset it leaves the identity as it was."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from prefmill.core.config import identity, validate
+from prefmill.core.errors import ConfigError
+from prefmill.core.stage import Task, load_stage
+from prefmill.pipeline.subprocess_runner import allocator
+from prefmill.store.jsonl import write_jsonl
+from prefmill.training.arguments import trainer_arguments
+from prefmill.training.config import TrainingConfig
+from tests.tiny import pair_rows
+from tests.unit.training.test_group_training import SMALL, curve, train
+
+TRAININGS = ("sft", "dpo", "mdlm_sft", "mdlm_dpo", "sdxl_dpo", "train_reward", "tiny_model")
+
+
+def arguments(tmp_path: Path, **keys: Any) -> TrainingArguments:
+    task = Task("r", "sft", "clean", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
+    return TrainingArguments(**trainer_arguments(validate(TrainingConfig, {**SMALL, **keys}), task, 1))
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Determinism and the compiler's variables are this process' own business again."""
+    before = dict(os.environ)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "value"),
+    [
+        ({}, "optim", "adamw_torch_fused"),
+        ({"optim": "adafactor"}, "optim", "adafactor"),
+        ({"deterministic": True}, "full_determinism", True),
+        ({"torch_compile": True}, "torch_compile", True),
+        ({}, "torch_compile", False),
+        ({}, "ddp_timeout", 6 * 3600),
+        ({"ddp_timeout": 60}, "ddp_timeout", 60),
+    ],
+)
+def test_a_key_reaches_the_trainer(keys: dict[str, Any], name: str, value: Any, tmp_path: Path, restored: None) -> None:
+    assert getattr(arguments(tmp_path, **keys), name) == value
+
+
+def test_an_unknown_optimizer_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such optimizer \(did you mean 'adamw_torch'\?\)"):
+        arguments(tmp_path, optim="adamw_torhc")
+
+
+def test_liger_is_refused_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    found: dict[str, Any] = {"liger_kernel": None}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found[name] if name in found else find(name, *rest)
+    )
+    with pytest.raises(ConfigError, match="pip install liger-kernel"):
+        arguments(tmp_path, use_liger_kernel=True)
+    found["liger_kernel"] = importlib.machinery.ModuleSpec("liger_kernel", None)
+    assert arguments(tmp_path, use_liger_kernel=True).use_liger_kernel
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_liger_is_refused_where_a_stage_scores_through_its_own_head(name: str) -> None:
+    stage = load_stage(name)
+    if name in ("sft", "tiny_model"):
+        assert not stage.config.own_head
+        return
+    with pytest.raises(ConfigError, match="own head, which Liger would replace"):
+        validate(stage.config, {"use_liger_kernel": True})
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_unset_they_change_no_identity_and_set_they_do(name: str) -> None:
+    """What was made before they were there stays; how long ranks wait is no content."""
+    schema = load_stage(name).config
+    before, waits = (identity(validate(schema, keys)) for keys in ({}, {"ddp_timeout": 60}))
+    assert before == waits
+    own = {"optim", "torch_compile"} if name == "sdxl_dpo" else set()  # it had them before, in its identity
+    assert {"optim", "use_liger_kernel", "torch_compile", "deterministic"} & set(before) == own
+    for keys in ({"deterministic": True}, {"torch_compile": True}, {"optim": "sgd"}):
+        assert identity(validate(schema, keys)) == before | keys
+
+
+def test_a_deterministic_training_is_one(
+    tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, restored: None
+) -> None:
+    seen: list[bool] = []
+    step = Trainer.training_step
+
+    def note(self: Any, *given: Any, **named: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(self, *given, **named)
+
+    monkeypatch.setattr(Trainer, "training_step", note)
+    write_jsonl(tmp_path / "data.jsonl", pair_rows(2, 2))
+    keys = {"num_train_epochs": 1, "effective_batch_size": 4}
+    train(tmp_path / "plain", tiny_qwen2, tmp_path / "data.jsonl", **keys)
+    assert not any(seen)
+    seen.clear()
+    train(tmp_path / "same", tiny_qwen2, tmp_path / "data.jsonl", **keys, deterministic=True)
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["group", "pairwise"])
+def test_a_compiled_training_learns_the_same(
+    layout: str, tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, restored: None
+) -> None:
+    """The backend that compiles nothing: what is tested is that the model is traced, and still scores."""
+    compiled: list[Any] = []
+    original = torch.compile
+
+    def traced(model: Any, **options: Any) -> Any:
+        compiled.append(model)
+        return original(model, backend="aot_eager")
+
+    write_jsonl(tmp_path / "data.jsonl", pair_rows(2, 2))
+    keys = {"num_train_epochs": 2, "effective_batch_size": 4, "layout": layout}
+    train(tmp_path / "plain", tiny_qwen2, tmp_path / "data.jsonl", **keys)
+    monkeypatch.setattr(torch, "compile", traced)
+    train(tmp_path / "compiled", tiny_qwen2, tmp_path / "data.jsonl", **keys, torch_compile=True)
+    assert compiled
+    assert curve(tmp_path / "compiled") == pytest.approx(curve(tmp_path / "plain"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "trains", "expected"),
+    [
+        ({}, True, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, False, {}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, True, {}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, True, {}),
+    ],
+)
+def test_segments_grow_in_trainings_unless_the_user_said_otherwise(
+    environment: dict[str, str], trains: bool, expected: dict[str, str]
+) -> None:
+    assert allocator(environment, trains) == expected
