@@ -22,6 +22,7 @@ from prefmill.families.causal.image_batches import add_images
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
+from prefmill.families.causal.load_check import check_scorer, own_likelihoods
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.other_reference import check_reference, reference_name
 from prefmill.families.causal.scorer import (
@@ -152,6 +153,7 @@ def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> An
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
+    expected = own_likelihoods(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -159,7 +161,9 @@ def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> An
             module.attention_dropout = 0.0
     if config.layout == "group":
         use_group_attention(model, config.max_length)
-    return patch_forward(model)
+    patch_forward(model)
+    check_scorer(model, expected, config.layout, name)
+    return model
 
 
 def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from prefmill.core.errors import InputError
 from prefmill.distributed.sharding import pad_chunks
 from prefmill.families.causal.group_attention import limited_attention
 from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
@@ -89,17 +89,11 @@ def encode_pairwise(groups: Sequence[Group], parts: Sequence[GroupPart], pad: in
 def patch_forward(model: Any) -> Any:
     """Make `model(...)` return the log-likelihood of every response, [S] float64, instead of logits.
 
-    Done to `forward` itself, so that DDP, ZeRO-3 and adapters wrap it as they wrap any model. Raises InputError
-    for models whose head does more than project.
+    Done to `forward` itself, so that DDP, ZeRO-3 and adapters wrap it as they wrap any model. Logits are the output
+    embeddings' projection, or where `model.own_head` is set (load_check does) what the model's own forward makes of it.
     """
     inner = _inner(model)
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(inner.config, name, None) not in (None, 1, 1.0):
-            raise InputError(
-                f"models that scale their logits are not supported ({name})", where=inner.config.model_type,
-                fix="use a model whose logits are a plain projection, such as Qwen2 or Llama",
-            )  # fmt: skip
-    inner.masks_padding = _masks_padding(inner)
+    inner.masks_padding, inner.own_head = _masks_padding(inner), False
     inner.forward = MethodType(_forward, inner)
     return model
 
@@ -146,8 +140,40 @@ def _forward(
         given["input_ids"] = input_ids
     mask = attention_mask if self.masks_padding or position_ids is not None or _needs_mask_for_memory(self) else None
     hidden = self.get_decoder()(attention_mask=mask, use_cache=False, **given)[0]
-    logps = token_logps(hidden[row, column], target, self.get_output_embeddings())
+    head = OwnHead(self) if self.own_head else self.get_output_embeddings()
+    logps = token_logps(hidden[row, column], target, head)
     return sum_by_owner(logps, owner, num_responses)
+
+
+class OwnHead:
+    """What a model's own forward makes of hidden states: the projection, and whatever scales or caps it.
+
+    Its decoder is made to return the states, so that no list of such models is needed.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @property
+    def weight(self) -> Tensor:
+        """The projection's weight, of which ranks may hold parts."""
+        weight: Tensor = self._model.get_output_embeddings().weight
+        return weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [C, V] of hidden states [C, H]."""
+        decoder = self._model.get_decoder()
+        before = decoder.__dict__.get("forward")
+        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits: Tensor = type(self._model).forward(self._model, input_ids=ids, use_cache=False).logits[0]
+        finally:
+            if before is None:
+                del decoder.forward
+            else:
+                decoder.forward = before
+        return logits
 
 
 def sum_by_owner(logps: Tensor, owner: Tensor, num_owners: int) -> Tensor:
@@ -177,7 +203,7 @@ def _needs_mask_for_memory(model: Any) -> bool:
     return fewer and model.device.type == "cuda" and not torch.is_autocast_enabled("cuda") and model.dtype.itemsize > 2
 
 
-def token_logps(hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:
+def token_logps(hidden: Tensor, target: Tensor, head: nn.Module | OwnHead) -> Tensor:
     """log p(target) from hidden states [C, H] and token ids [C], [C] fp32, in chunks forward and backward."""
     states = pad_chunks(torch.split(hidden, LOGITS_AT_ONCE), head)
     chunks = list(zip(states, pad_chunks(torch.split(target, LOGITS_AT_ONCE), head), strict=True))
@@ -197,7 +223,7 @@ def recomputed(work: Callable[..., Tensor], chunks: Sequence[tuple[Any, ...]]) -
     return [*again, work(*last)]
 
 
-def _chunk_logps(hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:
+def _chunk_logps(hidden: Tensor, target: Tensor, head: nn.Module | OwnHead) -> Tensor:
     logits = head(hidden)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -F.cross_entropy(wide, target, reduction="none")

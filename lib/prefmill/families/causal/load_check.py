@@ -1,0 +1,98 @@
+"""Whether the scorer computes a model's own likelihoods, tried on two short answers before anything is spent.
+
+No list of architectures: whatever a model does to its logits, drops out in training or hides behind an attention of its
+own shows as a difference. What the model itself says is its untouched forward in eval mode, with full logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefmill.core.errors import InputError
+from prefmill.distributed.sharding import is_sharded
+from prefmill.families.causal.group_layout import pack
+from prefmill.families.causal.scorer import encode_sequences, score_batch
+
+_PROMPT, _ANSWERS = 12, (7, 5)  # tokens
+# Nats that a sum over an answer may differ by: rounding alone, in another order of the same operations.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
+Sequences = list[tuple[list[int], list[int]]]
+
+
+def own_likelihoods(model: Any) -> tuple[Sequences, Tensor] | None:
+    """Two sequences and their likelihoods by the model's own forward, [2] float64; None where no rank can run it alone.
+
+    To be called before the model is changed in any way.
+    """
+    if any(map(is_sharded, model.parameters())):
+        logging.getLogger(__name__).warning("likelihoods are not checked: the model was loaded in shards")
+        return None
+    sequences = _sequences(model)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        scores = [_own(model, prompt, answer) for prompt, answer in sequences]
+    model.train(was_training)
+    return sequences, torch.stack(scores)
+
+
+def check_scorer(model: Any, expected: tuple[Sequences, Tensor] | None, layout: str, name: str) -> None:
+    """Raise InputError where the scorer of `model`, in train mode and in `layout`, differs from `expected`.
+
+    A model whose logits are more than a projection (scaled, capped) is given its own head first.
+    """
+    if expected is None:
+        return
+    found, tolerance = _scored(model, expected[0], layout), _TOLERANCE[model.dtype]
+    if (found - expected[1]).abs().max() > tolerance:
+        model.own_head = True  # read by the scorer
+        found = _scored(model, expected[0], layout)
+    difference = (found - expected[1]).abs().max().item()
+    if not difference <= tolerance:  # NaN is no agreement
+        raise InputError(
+            "the scorer does not compute this model's own likelihoods", where=name,
+            got=f"{_shown(found)} in train mode, layout {layout}", expected=f"{_shown(expected[1])} within {tolerance}",
+            fix="set layout=pairwise" if layout == "group" else "use another model: this one drops out in functions, "
+            "or attends in a way that is not known here",
+        )  # fmt: skip
+
+
+def _scored(model: Any, sequences: Sequences, layout: str) -> Tensor:
+    if layout == "group":
+        batch = pack([(sequences[0][0], [answer for _, answer in sequences])])
+    else:
+        batch = encode_sequences(sequences, pad=0)
+    was_training = model.training
+    model.train()
+    with torch.no_grad():
+        scores = score_batch(model, batch.to(model.device))
+    model.train(was_training)
+    return scores.cpu()
+
+
+def _sequences(model: Any) -> Sequences:
+    """One prompt and two answers, of tokens that stand for nothing special."""
+    config = model.config.get_text_config()
+    special = {value for key, value in {**model.config.to_dict(), **config.to_dict()}.items()
+               if key.endswith("token_id") and isinstance(value, int)}  # fmt: skip
+    plain = [token for token in range(model.get_input_embeddings().weight.shape[0]) if token not in special]
+    ids = [plain[(7 * place + 3) % len(plain)] for place in range(_PROMPT + sum(_ANSWERS))]
+    prompt, rest = ids[:_PROMPT], ids[_PROMPT:]
+    return [(prompt, rest[: _ANSWERS[0]]), (prompt, rest[_ANSWERS[0] :])]
+
+
+def _own(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logps = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
+    score: Tensor = logps.gather(-1, ids[0, len(prompt) :, None]).double().sum().cpu()
+    return score
+
+
+def _shown(values: Tensor) -> str:
+    return ", ".join(f"{value:.4f}" for value in values.tolist())
