@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -58,7 +59,7 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
 def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
     """The stage's own work, its slow imports first."""
     import_now(stage.preload)
-    if stage.trains:
+    if stage.trains and "torch" in sys.modules:  # preloaded by all that compute with it
         claim_device()
     return stage.run(config, task)
 
