@@ -28,7 +28,7 @@ SWEEP ?= configs/pipelines/sweep.yaml
 ARGS ?=
 RUN_IMAGES = $(BIN)/prefmill run $(IMAGES) $(ARGS)
 
-.PHONY: help install install-gpu demo test test-quick test-gpu bench-gpu lint vllm lock lock-gpu slurm-up slurm-down
+.PHONY: help install install-gpu demo test test-quick test-timing test-gpu bench-gpu lint vllm lock lock-gpu slurm-up slurm-down
 .PHONY: all generate annotate build-pairs train-reward train-dspo sweep
 .DEFAULT_GOAL := help
 
@@ -48,6 +48,9 @@ test: $(VENV)/.installed-vllm lint ## Every test this machine can run
 
 test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
 	$(BIN)/pytest -q -x -m "not slow" --numprocesses 2 $(SHARED)
+
+test-timing: $(VENV)/.installed ## Tests with threads, waits or clocks 20 times each, idle and under load; ARGS=tests/unit for some
+	$(BIN)/python -m tests.timing $(ARGS)
 
 test-gpu: $(VENV)/.installed ## One GPU, ten minutes, no download; after `make install-gpu`
 	$(BIN)/pytest -m gpu tests/gpu

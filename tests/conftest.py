@@ -29,6 +29,19 @@ def shared_data() -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--repeat`, which `make test-timing` uses."""
+    parser.addoption("--repeat", type=int, default=1, help="run every test so often")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make each repetition a test of its own, with fixtures and temporary folders of its own."""
+    times = metafunc.config.getoption("repeat")
+    if times > 1:
+        metafunc.fixturenames.append("repetition")
+        metafunc.parametrize("repetition", range(times))
+
+
 # The dear first; vLLM last, as a process that has run it can no longer fork ranks that train.
 FOLDERS_IN_ORDER = ("slurm", "e2e", "docs", "fakecuda", "unit", "gpu", "vllm")
 

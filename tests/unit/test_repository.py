@@ -67,6 +67,7 @@ def test_stages_and_the_command_line_import_nothing_heavy() -> None:
     assert printed.strip() == "[]"
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["status", "--workspace", "{workspace}"]])
 def test_help_and_status_answer_at_once(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "logs" / "latest").mkdir(parents=True)

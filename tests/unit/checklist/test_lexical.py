@@ -162,6 +162,7 @@ def test_any_text_is_answered_as_by_definition(text: str) -> None:
     assert {name: answer["yes"] for name, answer in answers.items()} == brute_force(text)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "unit", ["a", "a ", "this paper ", "claim ", '"', "why ", "the results ", "1", "((((", "- ", "authors the the "]
 )
@@ -173,6 +174,7 @@ def test_no_text_makes_a_rule_run_away(unit: str) -> None:
     assert time.process_time() - start < 3.0
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_thousands_of_reviews_a_second() -> None:
     texts = [row["review_text"] for row in generate(0, 800)]

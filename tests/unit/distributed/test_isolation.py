@@ -64,6 +64,7 @@ def test_what_decides_on_a_retry_is_passed_on(tmp_path: Path) -> None:
     assert caught.value.record == {"exit_code": -9, "signal": "SIGKILL", "kind": "ProcessEnded"}
 
 
+@pytest.mark.timing
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom prefmill.distributed.isolation import in_own_process\n"

@@ -80,6 +80,7 @@ def test_no_answer_from_slurm_is_said_and_nothing_is_made_up(run: Path, monkeypa
     assert {row.state for row in found} == {"waiting"}
 
 
+@pytest.mark.timing
 def test_progress_cost_and_restarts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     logs = run / "logs/r/a/all"

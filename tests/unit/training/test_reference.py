@@ -76,6 +76,7 @@ def kept_in(folder: Path) -> int:
     return len(kept_reference(task_in(folder), "weights", {}, torch.device("cpu")).read())
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_killed_at_random_no_group_is_scored_twice_but_those_in_flight(num_ranks: int, tmp_path: Path) -> None:
     dice = random.Random(num_ranks)
@@ -96,6 +97,7 @@ def test_killed_at_random_no_group_is_scored_twice_but_those_in_flight(num_ranks
     assert kept_in(tmp_path) == NUM_GROUPS
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_asked_to_stop_all_ranks_do_after_the_round_and_go_on_later(num_ranks: int, tmp_path: Path) -> None:
     run_ranks(num_ranks, stopped, tmp_path)

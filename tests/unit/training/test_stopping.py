@@ -99,6 +99,7 @@ def test_supervised_training_stops_too_and_does_not_evaluate_a_broken_epoch(
     assert [row for row in read_jsonl(task.logs / STEPS) if "eval_loss" in row] == []
 
 
+@pytest.mark.timing
 def test_a_watch_waits_for_a_logged_step_while_there_is_time(tmp_path: Path) -> None:
     watch = StopWatch(tmp_path)
     assert not watch.due(7, 5)
