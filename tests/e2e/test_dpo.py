@@ -85,6 +85,7 @@ def test_the_model_card_names_policy_and_datasets(
     assert datasets.manifest.content_digest in card
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
@@ -110,6 +111,7 @@ def test_a_lost_reference_cache_is_made_from_the_checkpoint_not_the_policy(
     assert content(tmp_path) == content(undisturbed["pairwise"])
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_checkpoint_torn_by_the_kill_is_passed_over(
     tmp_path: Path, undisturbed: dict[str, Path], policy: Artifact, datasets: Artifact

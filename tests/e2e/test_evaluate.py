@@ -111,6 +111,7 @@ def test_a_writing_process_started_anew_writes_the_same(
     assert contents(folder_of(tmp_path, "anew")) == contents(folder_of(tmp_path, "forked"))
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_killed_at_any_point_it_ends_with_the_same_bytes(corpus: Artifact, base: Artifact, tmp_path: Path) -> None:
     """SIGKILL, several times, each when another stored batch has appeared; then to the end."""

@@ -163,6 +163,7 @@ def test_both_layouts_give_the_same_margins(preferred: dict[tuple[str, str], Pat
         assert margin == pytest.approx(logs[1][key], abs=2e-3)
 
 
+@pytest.mark.timing
 def test_dpo_killed_and_rerun_ends_with_the_same_bytes(
     tmp_path: Path, base: Artifact, datasets: Artifact, preferred: dict[tuple[str, str], Path]
 ) -> None:

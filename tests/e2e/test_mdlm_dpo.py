@@ -89,6 +89,7 @@ def test_cached_references_are_those_computed_beside_the_policy(
     assert any(logged[name, 0] != logged[name, 1] for name, _ in logged), "epochs have draws of their own"
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 @pytest.mark.parametrize("draws", [4, "auto"])
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
@@ -109,6 +110,7 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
     assert sorted(set(executed_steps(folder))) == list(range(1, 13))
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_scores_of_another_model_are_computed_again(
     tmp_path: Path, undisturbed: Path, policy: Artifact, datasets: Artifact

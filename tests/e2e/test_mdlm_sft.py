@@ -43,6 +43,7 @@ def test_it_learns_and_writes_a_plain_folder_that_still_attends_both_ways(undist
     assert not (undisturbed / "logs" / "margins").exists()
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_killed_and_rerun_it_ends_with_the_same_bytes(tmp_path: Path, undisturbed: Path, datasets: Artifact) -> None:
     kill_after(7, tmp_path, lambda: run_stage("mdlm_sft", tmp_path, KEYS, datasets=datasets))

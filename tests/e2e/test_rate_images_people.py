@@ -21,6 +21,8 @@ from prefmill.images.rate import PAGE_FILE, answers_file
 from prefmill.store.artifacts import payload
 from prefmill.store.jsonl import read_jsonl
 
+pytestmark = pytest.mark.timing
+
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> & </main>"
 
 

@@ -80,6 +80,7 @@ def progress(workspace: Path) -> int:
     return len(digests(workspace)) + sum(len(set(steps)) for steps in executed(workspace).values())
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_killed_anywhere_it_resumes_to_the_same_content(finished: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL of the whole process tree at five points of the run drawn beforehand, wherever they fall."""
@@ -104,6 +105,7 @@ def test_killed_anywhere_it_resumes_to_the_same_content(finished: tuple[Path, st
         assert len(steps) - len(undisturbed) <= len(kills) * SAVE_STEPS[stage]
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tiny_model", "sft", "dpo"])
 def test_killed_in_training_it_repeats_at_most_one_save_interval(
@@ -132,6 +134,7 @@ def test_killed_in_training_it_repeats_at_most_one_save_interval(
     assert len(steps) - len(undisturbed) <= SAVE_STEPS[stage]
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_no_task_outlives_the_command(tmp_path: Path) -> None:
     """SIGKILL of the command alone; its task must not go on and hold the lock."""
@@ -139,14 +142,15 @@ def test_no_task_outlives_the_command(tmp_path: Path) -> None:
     words = command("run", DEMO, "--only", "ingest_reviews", f"workspace={tmp_path}", many)
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
     logs = tmp_path / "logs/demo/ingest_reviews/all"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not is_running(logs):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.wait()
-    time.sleep(1)
-    assert not is_running(logs)
+    while is_running(logs):
+        assert time.monotonic() < deadline, "its task goes on"
+        time.sleep(0.01)
     assert not (tmp_path / "data/demo/ingest_reviews/all" / MANIFEST).exists()
 
 

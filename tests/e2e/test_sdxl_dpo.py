@@ -186,6 +186,7 @@ def test_half_of_the_prompts_are_left_to_the_judge(
     assert 0 < len(seen) < 12
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
     tmp_path: Path, undisturbed: Path, model: Artifact, pairs: Artifact, cache: Path

@@ -96,6 +96,7 @@ def test_the_finished_folder_is_plain_and_names_its_origin(
     assert all(str(undisturbed.parent).encode() not in data for data in files.values())
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
     tmp_path: Path, undisturbed: Path, base: Artifact, datasets: Artifact
@@ -111,6 +112,7 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
     assert len(steps) - len(set(steps)) <= SETTINGS["save_steps"]
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_checkpoint_torn_by_the_kill_is_passed_over(
     tmp_path: Path, undisturbed: Path, base: Artifact, datasets: Artifact

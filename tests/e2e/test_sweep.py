@@ -56,6 +56,7 @@ def test_every_training_stages_inputs_can_be_given() -> None:
             assert key == "tuned" or STAGE.reads[key].kind == reads.kind, f"{name} reads {key}"
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_its_best_is_the_best(tmp_path: Path, given: dict[str, Artifact]) -> None:
     """Two trials of train_reward; the worker is killed with its child in the middle of the first."""

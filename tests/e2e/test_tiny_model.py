@@ -58,6 +58,7 @@ def test_only_the_train_split_counts(trained: tuple[Path, dict[str, Any]], corpu
     assert content(tmp_path / "t")[weights] == content(trained[0])[weights]
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
     trained: tuple[Path, dict[str, Any]], corpus: Artifact, tmp_path: Path

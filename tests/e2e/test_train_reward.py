@@ -87,6 +87,7 @@ def test_scores_are_those_it_was_measured_by(undisturbed: Path, pairs: Artifact)
         np.testing.assert_allclose((better - worse) * temperatures, list(row["margins"].values()), atol=2e-5)
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_killed_and_rerun_it_ends_with_the_same_bytes(
     tmp_path: Path, undisturbed: Path, pairs: Artifact, clip: Artifact

@@ -103,6 +103,15 @@ def test_files_stay_readable() -> None:
     assert long == {}
 
 
+def test_tests_with_threads_waits_or_clocks_are_repeated_by_test_timing() -> None:
+    """A file that has some marks them; a file that only helps others has no tests to mark."""
+    luck = re.compile(r"time\.(sleep|monotonic|time|process_time)\(|Thread\(|kill_after\(|getrusage")
+    files = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if path.parent.name not in ("slurm", "vllm")]
+    timed = [path for path in files if luck.search(path.read_text())]
+    assert len(timed) > 15
+    assert [path.name for path in timed if "pytest.mark.timing" not in path.read_text()] == []
+
+
 def test_shell_scripts_are_clean() -> None:
     program = shutil.which("shellcheck")
     if program is None:
