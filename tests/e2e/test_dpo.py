@@ -101,6 +101,7 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
     assert len(steps) - len(set(steps)) <= SETTINGS["save_steps"]
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_lost_reference_cache_is_made_from_the_checkpoint_not_the_policy(
     tmp_path: Path, undisturbed: dict[str, Path], policy: Artifact, datasets: Artifact

@@ -105,7 +105,7 @@ def test_files_stay_readable() -> None:
 
 def test_tests_with_threads_waits_or_clocks_are_repeated_by_test_timing() -> None:
     """A file that has some marks them; a file that only helps others has no tests to mark."""
-    luck = re.compile(r"time\.(sleep|monotonic|time|process_time)\(|Thread\(|kill_after\(|getrusage")
+    luck = re.compile(r"time\.(sleep|monotonic|time|process_time)\(|Thread\(|kill_after\(|ru_utime")
     files = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if path.parent.name not in ("slurm", "vllm")]
     timed = [path for path in files if luck.search(path.read_text())]
     assert len(timed) > 15
