@@ -19,6 +19,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.graceful_stop import STOP, Stopped
 
 Metrics = dict[str, Any]
+ArrayValue = str | int | float
 Match = Literal["all", "elementwise"]
 PROGRESS = "progress.json"  # of a task, in its logs
 PROGRESS_INTERVAL_SECONDS = 1.0
@@ -58,7 +59,7 @@ class Task:
     run: str
     stage: str
     name: str
-    values: Mapping[str, str | int]
+    values: Mapping[str, ArrayValue]
     sizes: Mapping[str, int]
     inputs: Mapping[str, tuple[Artifact, ...]]
     output: Path

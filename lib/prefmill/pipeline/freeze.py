@@ -9,7 +9,7 @@ from typing import Any
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
-from prefmill.core.stage import stages_folder
+from prefmill.core.stage import ArrayValue, stages_folder
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.state import CODE_VERSION, code_version
 
@@ -61,5 +61,5 @@ def check_path(path: Path) -> None:
         )  # fmt: skip
 
 
-def _element_keys(task: PlannedTask) -> dict[str, str | int]:
+def _element_keys(task: PlannedTask) -> dict[str, ArrayValue]:
     return {key: value for key, value in task.values.items() if key in type(task.config).model_fields}

@@ -28,7 +28,7 @@ from prefmill.pipeline.preload import collect_from_now_on
 from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
 from prefmill.pipeline.subprocess_runner import Layout, Warnings, run_elsewhere
-from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, execute, write_status
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, at_work, execute, write_status
 from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2
@@ -51,9 +51,10 @@ def run_plan(
     server.set_forkserver_preload(_preload(selected))
     run = _Run(plan, selected, force, server, say, Slots(jobs))
     try:
-        while run.waiting or run.running:
-            run.start_ready()
-            run.reap()
+        with at_work(plan.workspace, plan.run):
+            while run.waiting or run.running:
+                run.start_ready()
+                run.reap()
     except BaseException:
         run.end()
         raise

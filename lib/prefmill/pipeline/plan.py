@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +14,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from prefmill.core.artifact import MANIFEST
 from prefmill.core.config import ConfigT, StrictConfig, lay_over, load, merge, nearest, read_yaml, validate
 from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.core.stage import Match, Reads, Stage, load_stage, stage_names, stages_folder
+from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names, stages_folder
+from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
 from prefmill.pipeline.overrides import names_stage_key, with_stage_keys
-
-SINGLE_TASK = "all"
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Need(StrictConfig):
@@ -29,7 +25,7 @@ class Need(StrictConfig):
     stage: str | None = None
     by: str | None = None
     stages: dict[str, str] = {}
-    where: dict[str, str | int] = {}
+    where: dict[str, ArrayValue] = {}
     match: Match | None = None
 
 
@@ -38,13 +34,14 @@ class StageEntry(StrictConfig):
 
     `config` names a file: `demo` means configs/<stage>/demo.yaml beside the pipeline's folder. `set` is laid over
     it: `lora.r` sets that key alone, `lora` all that stands under it. `array` gives an element for every
-    combination of its keys' values; a number means 0 to n-1. `resources` are what a task of it gets on a
-    cluster, laid over the cluster file's. `processes` are the ranks of a training: one per GPU unless given.
+    combination of its keys' values, words or numbers; a number alone means 0 to n-1. `resources` are what a task
+    of it gets on a cluster, laid over the cluster file's. `processes` are the ranks of a training: one per GPU
+    unless given.
     """
 
     config: str | None = None
     set: dict[str, Any] = {}
-    array: dict[str, int | list[str]] = {}
+    array: dict[str, int | list[ArrayValue]] = {}
     needs: dict[str, str | Need] = {}
     inputs: dict[str, str | list[str]] = {}
     resources: dict[str, Any] = {}
@@ -62,7 +59,7 @@ class PipelineFile(StrictConfig):
     @field_validator("name", "run")
     @classmethod
     def _is_a_folder_name(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and not _SAFE_NAME.fullmatch(value):
+        if value is not None and not SAFE_NAME.fullmatch(value):
             raise ValueError("a name of letters, digits, '_', '-' and '.', as it becomes a folder")
         return value
 
@@ -74,7 +71,7 @@ class PlannedTask:
     run: str
     stage: Stage[Any]
     name: str
-    values: Mapping[str, str | int]
+    values: Mapping[str, ArrayValue]
     sizes: Mapping[str, int]
     config: StrictConfig
     inputs: Mapping[str, tuple[Path, ...]]
@@ -169,10 +166,10 @@ class _Planner:
     def __init__(self, pipeline: PipelineFile, run: str, workspace: Path, source: Path) -> None:
         self.pipeline, self.run, self.workspace, self.source = pipeline, run, workspace, source
         self.stages = {name: load_stage(name) for name in pipeline.stages}
-        self.elements = {name: dict(_elements(name, entry)) for name, entry in pipeline.stages.items()}
+        self.elements = {name: dict(elements(name, entry.array)) for name, entry in pipeline.stages.items()}
         self.folders: dict[str, Path] = {}
         self.configs: dict[tuple[Any, ...], StrictConfig] = {}
-        self.outputs: dict[tuple[str, tuple[str, ...]], dict[tuple[str | int, ...], list[Path]]] = {}
+        self.outputs: dict[tuple[str, tuple[str, ...]], dict[tuple[ArrayValue, ...], list[Path]]] = {}
 
     def order(self) -> list[str]:
         graph = {name: self._upstream_stages(name) for name in self.stages}
@@ -211,14 +208,14 @@ class _Planner:
                 processes=entry.processes,
             )
 
-    def _config(self, stage: Stage[Any], entry: StageEntry, values: Mapping[str, str | int]) -> StrictConfig:
+    def _config(self, stage: Stage[Any], entry: StageEntry, values: Mapping[str, ArrayValue]) -> StrictConfig:
         """The configuration of one element; elements that differ only in what is no key of it share one."""
         own = tuple((key, value) for key, value in values.items() if key in stage.config.model_fields)
         if (stage.name, own) not in self.configs:
             self.configs[stage.name, own] = self._load_config(stage, entry, values)
         return self.configs[stage.name, own]
 
-    def _load_config(self, stage: Stage[ConfigT], entry: StageEntry, values: Mapping[str, str | int]) -> ConfigT:
+    def _load_config(self, stage: Stage[ConfigT], entry: StageEntry, values: Mapping[str, ArrayValue]) -> ConfigT:
         path = self._config_path(stage.name, entry.config) if entry.config else None
         given = merge(read_yaml(path), where=path) if path else {}
         fields = stage.config.model_fields
@@ -258,7 +255,7 @@ class _Planner:
         return names & set(self.stages)
 
     def _inputs(
-        self, name: str, task: str, values: Mapping[str, str | int], key: str, reads: Reads
+        self, name: str, task: str, values: Mapping[str, ArrayValue], key: str, reads: Reads
     ) -> tuple[Path, ...]:
         given = self.pipeline.stages[name].inputs.get(key)
         if given is not None:
@@ -278,14 +275,14 @@ class _Planner:
             )  # fmt: skip
         return tuple(found)
 
-    def _planned(self, producer: str, values: Mapping[str, str | int], need: Need) -> list[Path]:
+    def _planned(self, producer: str, values: Mapping[str, ArrayValue], need: Need) -> list[Path]:
         array = self.pipeline.stages[producer].array
         for key in need.where.keys() - array:
             raise PipelineError(f"stage {producer} has no array key '{key}'", where=self.source, fix="correct `where`")
         values = need.where if need.match == "all" else {**values, **need.where}
         keys = tuple(key for key in array if key in values)
         if (producer, keys) not in self.outputs:  # a plan of thousands of tasks asks thousands of times
-            by_values: dict[tuple[str | int, ...], list[Path]] = {}
+            by_values: dict[tuple[ArrayValue, ...], list[Path]] = {}
             for task, theirs in self.elements[producer].items():
                 folder = self._folder(self.stages[producer], task)
                 by_values.setdefault(tuple(theirs[key] for key in keys), []).append(folder)
@@ -303,26 +300,3 @@ class _Planner:
         if stage.name not in self.folders:
             self.folders[stage.name] = self.workspace / stage.root / self.run / stage.name
         return self.folders[stage.name] / task
-
-
-def _elements(stage: str, entry: StageEntry) -> Iterator[tuple[str, dict[str, str | int]]]:
-    """Every element's name and array values; names join the values with '-', a number's preceded by its key."""
-    options: list[list[tuple[str, str | int]]] = []
-    for key, given in entry.array.items():
-        values: Sequence[str | int] = list(range(given)) if isinstance(given, int) else given
-        if not values or len(set(values)) != len(values):
-            raise ConfigError(
-                f"array key '{key}' of stage {stage} needs distinct values",
-                got=given,
-                fix="correct the stage's `array`",
-            )
-        options.append([(key, value) for value in values])
-    for combination in itertools.product(*options):
-        parts = [f"{key}{value}" if isinstance(value, int) else value for key, value in combination]
-        name = "-".join(parts) or SINGLE_TASK
-        if not _SAFE_NAME.fullmatch(name):
-            raise ConfigError(
-                f"an element of stage {stage} cannot be named after its values", got=repr(name),
-                expected="letters, digits, '_', '-' and '.'", fix="correct the stage's `array`",
-            )  # fmt: skip
-        yield name, dict(combination)

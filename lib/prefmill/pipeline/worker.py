@@ -107,6 +107,30 @@ def is_running(logs: Path) -> bool:
 
 
 @contextlib.contextmanager
+def at_work(workspace: Path, run: str) -> Iterator[None]:
+    """Have `is_at_work` say so until the block ends or this process does, between two tasks too."""
+    with _run_lock(workspace, run).open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        yield
+
+
+def is_at_work(workspace: Path, run: str) -> bool:
+    """Whether a `prefmill run` on this machine goes through the tasks of this run."""
+    try:
+        with _run_lock(workspace, run).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _run_lock(workspace: Path, run: str) -> Path:
+    return workspace / "logs" / run / "run.lock"
+
+
+@contextlib.contextmanager
 def _locked(task: PlannedTask) -> Iterator[None]:
     """Hold the task's lock; waits a little, as a killed worker's children may take a moment to go."""
     task.logs.mkdir(parents=True, exist_ok=True)

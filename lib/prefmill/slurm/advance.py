@@ -7,7 +7,7 @@ and what one has done the next one sees. Submissions are never rewritten; their 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from prefmill.slurm.failures import POLICIES, Decision, Evidence, Failure, Means
 from prefmill.slurm.jobs import Element, JobState, Partition, element_name
 from prefmill.slurm.notify import announce
 from prefmill.slurm.script import array_spec, sbatch
-from prefmill.slurm.submission import ARRAYS, Submission, submissions
+from prefmill.slurm.sightings import Sightings, sight, told
+from prefmill.slurm.submission import ARRAYS, Submission, require_owner, submissions
 from prefmill.slurm.submit import ADVANCE, Say
 from prefmill.slurm.task_batches import Batch, dependency
 from prefmill.training.config import needs_less
 
 WAIT_MINUTES = 10
+_SECONDS_BETWEEN_TRIES = (0, 5, 20)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ class Retry:
 
 @dataclass
 class View:
-    """A run as it is now: `open` tasks are those without the output that is wanted, `live` their queued elements."""
+    """A run as it is now: `open` tasks are those without the output that is wanted, `live` their queued elements.
+
+    Of the elements in `unknown` nobody can say whether they live: what has them is left as it is.
+    """
 
     plan: Plan
     submissions: list[Submission]
@@ -55,11 +60,16 @@ class View:
     open: dict[str, PlannedTask]
     decisions: Decisions
     live: dict[str, Element] = field(default_factory=dict)
+    unknown: Mapping[Element, str] = field(default_factory=dict)
 
     def needs(self, task: PlannedTask) -> frozenset[Element] | None:
         """The elements that are going to make what `task` reads; None where something is made by nobody."""
         makers = [self.live.get(other.key) for other in self.plan.upstream(task) if other.key in self.open]
         return None if None in makers else frozenset(maker for maker in makers if maker is not None)
+
+    def undecided(self, key: str) -> bool:
+        """Whether nobody can say if the task's newest element lives."""
+        return key in self.tried and self.tried[key].element in self.unknown
 
 
 def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] = ()) -> View:
@@ -68,10 +78,13 @@ def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] 
     Raises PipelineError where the run was never submitted or Slurm does not answer: then nothing is touched.
     """
     with alone(workspace, run):
+        require_owner(submissions(workspace, run))
         view = look(workspace, run)
         for key in sorted(again):
             tried = view.tried[key]
             view.decisions.record(key, tried.name, AGAIN, submission=tried.submission.number)
+        for line in told(view.unknown, view.tried):
+            say(line)
         retries = list(_judge(view, set(again), say))
         ids = _submit(view, retries, say)
         _repoint(view, say)
@@ -89,27 +102,30 @@ def look(workspace: Path, run: str) -> View:
     latest = found[-1]
     plan = make_plan(validate(PipelineFile, latest.pipeline, where=latest.folder), Path(latest.source))
     states = inspect(plan)
-    queue = next((answer for seconds in (0, 5, 20) if (answer := _ask_after(seconds)) is not None), None)
-    if queue is None:
-        raise PipelineError("Slurm does not answer", fix="try again when `squeue` does; nothing was touched")
     tried = newest(found)
     open_tasks = {task.key: task for task in plan.tasks if states[task.key].freshness != "complete"}
-    live = {
-        key: one.element
-        for key, one in tried.items()
-        if key in open_tasks and (job := queue.get(one.element)) is not None and job.live
-    }
-    return View(plan, found, tried, queue, open_tasks, Decisions(workspace, run), live)
+    wanted = [one for key, one in tried.items() if key in open_tasks]
+    others = [one.job.job_id for one in tried.values()] + [job_id for one in found for job_id in one.advance_ids()]
+    answers = (_sight_after(seconds, wanted, others) for seconds in _SECONDS_BETWEEN_TRIES)
+    seen = next((answer for answer in answers if answer is not None), None)
+    if seen is None:
+        raise PipelineError("Slurm does not answer", fix="try again when `squeue` does; nothing was touched")
+    live = {key: tried[key].element for key in tried if key in open_tasks and seen.live(tried[key].element)}
+    return View(plan, found, tried, dict(seen.queue), open_tasks, Decisions(workspace, run), live, seen.unknown)
 
 
-def _ask_after(seconds: float) -> dict[Element, JobState] | None:
+def _sight_after(seconds: float, wanted: Sequence[Tried], others: Sequence[str]) -> Sightings | None:
     time.sleep(seconds)  # a controller that restarts answers again soon
-    return slurm.queue()
+    return sight(wanted, others)
 
 
 def _judge(view: View, again: Collection[str], say: Say) -> Iterable[Retry]:
     """What to submit again, upstream first; a task whose upstream is being made is told to wait for it."""
-    ended = [task for key, task in view.open.items() if key in view.tried and key not in view.live]
+    ended = [
+        task
+        for key, task in view.open.items()
+        if key in view.tried and key not in view.live and not view.undecided(key)
+    ]
     accounts = slurm.accounting(sorted({view.tried[task.key].job.job_id for task in ended})) if ended else {}
     limits = slurm.partitions() if ended else None
     going: set[str] = set()
@@ -280,7 +296,7 @@ def only_held(view: View) -> bool:
     going: set[str] = set()
     for key, task in view.open.items():  # upstream first
         needed = {other.key for other in view.plan.upstream(task) if other.key in view.open}
-        if key in view.live and needed <= going:
+        if (key in view.live and needed <= going) or view.undecided(key):
             going.add(key)
     return not going
 
@@ -292,6 +308,6 @@ def _submit_advance(view: View, script: Path, options: list[str], after: str) ->
 
 def _is_due(view: View) -> bool:
     """Whether an advance is already queued for later."""
-    ids = [job.job_id for one in view.submissions for job in one.jobs() if job.kind == "advance"]
+    ids = [job_id for one in view.submissions for job_id in one.advance_ids()]
     jobs = [view.queue.get((job_id, -1)) for job_id in ids]
     return any(job is not None and job.state == "PENDING" and job.reason == "BeginTime" for job in jobs)

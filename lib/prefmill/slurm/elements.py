@@ -17,6 +17,7 @@ from prefmill.slurm.submission import ArrayFile, JobRecord, Submission
 
 _LOG_BYTES = 20_000
 _CLOCKS_DIFFER_SECONDS = 2.0
+_END_STATES = ("complete", "failed")  # who is terminated by a preemption may be queued again
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,13 @@ def gather(tried: Tried, logs: Path, account: JobState | None, queued: JobState 
     further, idle = _progress(logs, status)
     log = _own_part(logs.parent / f"{logs.name}.log", tried.name) + "\n" + _tail(tried.slurm_log)
     return Evidence(status, log, account, queued, further, idle)
+
+
+def left_end_record(tried: Tried) -> bool:
+    """Whether this element's task has written how it ended; one that was requeued goes on."""
+    logs = tried.submission.workspace / "logs" / tried.submission.run / tried.job.stage
+    status = read_status(logs / tried.array.tasks[tried.index])
+    return _is_of(status, tried.element, None) and status.get("state") in _END_STATES
 
 
 def has_room(folder: Path) -> bool:

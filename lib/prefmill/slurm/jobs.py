@@ -19,12 +19,14 @@ LIVE_STATES = {
     "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD",
 }  # fmt: skip
 UNKNOWN = "UNKNOWN"
-_QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%S|%E"
+_QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%S|%u|%E"
 _ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,Start,ReqMem,MaxRSS"
 _ARRAY_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^]%]*)(?:%\d+)?\]?.*))?")
 _DEPENDENCY = re.compile(r"(\d+)(_\d+|_\*)?(?:\+\d+)?(?:\((\w+)\))?")
 _SECONDS = 60.0
 _IDS_AT_ONCE = 500
+_NO_SUCH_JOB = "Invalid job id specified"
+_DEFAULT_MIN_JOB_AGE = 300.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class JobState:
     memory_gb: float | None = None
     peak_gb: float | None = None
     started: float | None = None
+    user: str = ""
 
     @property
     def live(self) -> bool:
@@ -67,22 +70,41 @@ class Partition:
     gpu_type: str = ""
 
 
-def queue() -> dict[Element, JobState] | None:
-    """Every element of one's own jobs that slurmctld remembers, ended ones too; None when it does not answer."""
-    text = ask(["squeue", "-h", "-r", "--me", "-t", "all", "-o", _QUEUE_FIELDS])
-    return None if text is None else dict(_queue_rows(text))
+def queue(job_ids: Sequence[str]) -> dict[Element, JobState] | None:
+    """Every element of these jobs that slurmctld shows, ended ones too; None when it does not answer.
+
+    What is missing here may still run: a controller can answer partly, and some show nobody the jobs of others.
+    """
+    found: dict[Element, JobState] = {}
+    for ids in _batches(job_ids):
+        text = ask(["squeue", "-h", "-r", "-t", "all", "-j", ids, "-o", _QUEUE_FIELDS])
+        if text is None:
+            return None
+        found |= dict(_queue_rows(text))
+    return found
 
 
 def accounting(job_ids: Sequence[str]) -> dict[Element, JobState] | None:
     """The last record of every element of these jobs in the accounting; None where there is no accounting."""
     found: dict[Element, JobState] = {}
-    for start in range(0, len(job_ids), _IDS_AT_ONCE):
-        ids = ",".join(job_ids[start : start + _IDS_AT_ONCE])
+    for ids in _batches(job_ids):
         text = ask(["sacct", "-nP", "-j", ids, "-o", _ACCOUNT_FIELDS])
         if text is None:
             return None
         found |= dict(_account_rows(text))
     return found
+
+
+def is_purged(name: str) -> bool:
+    """Whether slurmctld says in words that it knows no such job or element, as it does MinJobAge after its end."""
+    done = _call(["scontrol", "show", "job", name])
+    return done is not None and (_NO_SUCH_JOB in done.stderr or f"Job {name} not found" in done.stdout)
+
+
+def purge_seconds() -> float:
+    """How long slurmctld remembers a job that has ended (MinJobAge); Slurm's default where it does not say."""
+    found = re.search(r"^MinJobAge\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.M)
+    return float(found[1]) if found else _DEFAULT_MIN_JOB_AGE
 
 
 def partitions() -> dict[str, Partition] | None:
@@ -138,36 +160,49 @@ def cancel(elements: Sequence[Element]) -> bool:
 
 def ask(command: Sequence[str]) -> str | None:
     """What a command of Slurm prints; None where it is missing, fails or does not answer in a minute."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, check=False,
-            env=os.environ | {"SLURM_TIME_FORMAT": "%s"},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    done = _call(command)
+    if done is None:
         return None
     # squeue fails for a job that has been purged: it has nothing to say, but it answers.
-    purged = "Invalid job id specified" in done.stderr
-    return done.stdout if done.returncode == 0 or purged else None
+    return done.stdout if done.returncode == 0 or _NO_SUCH_JOB in done.stderr else None
+
+
+def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+    if shutil.which(command[0]) is None:
+        return None
+    environment = os.environ | {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"}
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _batches(job_ids: Sequence[str]) -> Iterator[str]:
+    for start in range(0, len(job_ids), _IDS_AT_ONCE):
+        yield ",".join(job_ids[start : start + _IDS_AT_ONCE])
 
 
 def _queue_rows(text: str) -> Iterator[tuple[Element, JobState]]:
-    for line in text.splitlines():
-        job, index, raw_id, state, reason, node, started, dependency = line.split("|", 7)
+    for line in _whole_lines(text, _QUEUE_FIELDS.count("|")):
+        job, index, raw_id, state, reason, node, started, user, dependency = line.split("|", 8)
         element = (job, int(index) if index.isdigit() else -1)
         yield (
             element,
             JobState(
-                clean_state(state), reason, node=node, raw_id=raw_id, started=_seconds(started),
+                clean_state(state), reason, node=node, raw_id=raw_id, started=_seconds(started), user=user,
                 dependency="" if dependency == "(null)" else dependency,
             ),
         )  # fmt: skip
 
 
+def _whole_lines(text: str, separators: int) -> Iterator[str]:
+    """Without a line that was cut off, as happens where a controller ends in the middle of its answer."""
+    return (line for line in text.splitlines() if line.count("|") >= separators)
+
+
 def _account_rows(text: str) -> Iterator[tuple[Element, JobState]]:
     """Of every job its own line; those of its steps, which follow it, say what it held."""
-    lines = [line.split("|", 6) for line in text.splitlines()]
+    lines = [line.split("|", 6) for line in _whole_lines(text, _ACCOUNT_FIELDS.count(","))]
     peaks: dict[str, float] = {}
     for job_id, *_, held in lines:
         owner, _, step = job_id.partition(".")

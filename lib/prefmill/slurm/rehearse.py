@@ -54,13 +54,17 @@ def rehearse(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterF
         Drill("kill -9 of a training process", _kill, ("failed", "lost")),
     ]
     ended = _follow(small_plan, drills, say)
-    rows, notes = read_rows(small_plan.workspace, small_plan.run)
-    say(render(small_plan.run, rows, notes))
+    say(_table(small_plan))
     verdicts = [("every task complete", [] if ended else ["see the table above, and `prefmill why`"])]
     verdicts += [(drill.name, list(_judge(drill))) for drill in drills if _can_drill(small_plan)]
     for name, problems in verdicts:
         say(f"{'ok  ' if not problems else 'FAIL'} {name}{''.join(f': {text}' for text in problems)}")
     return int(any(problems for _, problems in verdicts))
+
+
+def _table(plan: Plan) -> str:
+    seen = read_rows(plan.workspace, plan.run)
+    return render(plan.run, seen.rows, seen.notes)
 
 
 def _can_drill(plan: Plan) -> bool:
@@ -81,7 +85,7 @@ def _follow(plan: Plan, drills: list[Drill], say: Say) -> bool:
             if only_held(view):
                 return not view.open
         if time.monotonic() - shown > _TABLE_SECONDS:
-            say(render(plan.run, *read_rows(plan.workspace, plan.run)))
+            say(_table(plan))
             shown = time.monotonic()
         time.sleep(_POLL_SECONDS)
     return False

@@ -11,6 +11,7 @@ from prefmill.pipeline.worker import set_aside
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.advance import View, advance, look
 from prefmill.slurm.jobs import Element
+from prefmill.slurm.submission import require_owner, submissions
 from prefmill.slurm.submit import Say
 from prefmill.store.artifacts import read_manifest
 
@@ -21,12 +22,19 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
     Finished output is set aside first. Tasks that are queued or running are left as they are.
     """
     with alone(workspace, run):
+        require_owner(submissions(workspace, run))
         view = look(workspace, run)
         selected = view.plan.select(selector)
         never = [task.key for task in selected if task.key not in view.tried]
         if never:
             raise PipelineError(f"{never[0]} was never submitted", fix="submit it with `prefmill submit`")
         queued = [task.key for task in selected if _is_live(view, task)]
+        nobody_knows = [task.key for task in selected if view.tried[task.key].element in view.unknown]
+        if nobody_knows:
+            raise PipelineError(
+                f"Slurm says nothing of the job of {nobody_knows[0]}, which may still run",
+                fix="try again in a few minutes; nothing was touched",
+            )  # fmt: skip
         for key in queued:
             say(f"{key} is queued or running: left as it is")
         again = [task for task in selected if task.key not in queued]
@@ -39,6 +47,7 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
 def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) -> None:
     """End the selected tasks' jobs, or all of the run's; they stay ended until `prefmill rerun` or `submit`."""
     with alone(workspace, run):
+        require_owner(submissions(workspace, run))
         view = look(workspace, run)
         selected = view.plan.select(selector) if selector else list(view.plan.tasks)
         tasks = [task for task in selected if _is_live(view, task)]
@@ -62,6 +71,5 @@ def _is_live(view: View, task: PlannedTask) -> bool:
 
 
 def _advances(view: View) -> list[Element]:
-    ids = [job.job_id for one in view.submissions for job in one.jobs() if job.kind == "advance"]
-    elements = [(job_id, -1) for job_id in ids]
+    elements = [(job_id, -1) for one in view.submissions for job_id in one.advance_ids()]
     return [element for element in elements if (job := view.queue.get(element)) is not None and job.live]

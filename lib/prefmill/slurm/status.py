@@ -19,15 +19,17 @@ from prefmill.core.errors import PipelineError
 from prefmill.core.stage import PROGRESS
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
-from prefmill.pipeline.worker import is_running, read_status
+from prefmill.pipeline.worker import is_at_work, is_running, read_status
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest
-from prefmill.slurm.jobs import Element, JobState
+from prefmill.slurm.jobs import JobState
+from prefmill.slurm.sightings import Sightings, sight
 from prefmill.slurm.submission import submissions
 
 _COLUMNS = ("TASK", "STATE", "PROGRESS", "NODE", "TIME", "GPU-H", "RESTARTS", "REASON")
 _ROWS_OF_A_STAGE = 12  # a stage with more tasks is summed up in a row, and only what needs a look is listed
 _BROKEN = ("failed", "killed", "stopped", "cancelled", "blocked", "interrupted", "ended")
+_GOING = ("running", "queued", "unknown")
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -50,41 +52,62 @@ class Row:
         return self.gpus * self.seconds / 3600
 
 
+@dataclass(frozen=True)
+class Table:
+    """A run's rows, notes on the whole, and whether anything is going to act on what is open."""
+
+    rows: list[Row]
+    notes: list[str]
+    goes_on: bool
+
+
 def show_status(workspace: Path, run: str) -> int:
     """Print a run's tasks; returns 0, or 1 when one has failed."""
-    rows, notes = read_rows(workspace, run)
-    print(render(run, rows, notes))
-    return _exit_code(rows)
+    seen = read_rows(workspace, run)
+    print(render(run, seen.rows, seen.notes))
+    return int(any(row.state in ("failed", "killed", "stopped") for row in seen.rows))
 
 
 def watch_status(workspace: Path, run: str, seconds: float) -> int:
-    """Print the table again and again until nothing is queued or running; returns what show_status would."""
+    """Print the table again and again until nobody is going to act on an open task; 0 only when all is complete."""
     while True:
-        rows, notes = read_rows(workspace, run)
-        text = render(run, rows, notes)
+        seen = read_rows(workspace, run)
+        text = render(run, seen.rows, seen.notes)
         print((_CLEAR if sys.stdout.isatty() else "") + text, flush=True)
-        if not any(row.state in ("running", "queued", "held") for row in rows):
-            return _exit_code(rows)
+        if not seen.goes_on:
+            return int(any(row.state != "complete" for row in seen.rows))
         time.sleep(seconds)
 
 
-def read_rows(workspace: Path, run: str) -> tuple[list[Row], list[str]]:
-    """Every task of a run, in the plan's order, and notes on the whole; asks Slurm once at most."""
+def read_rows(workspace: Path, run: str) -> Table:
+    """Every task of a run, in the plan's order; asks Slurm once, and again of what squeue does not show."""
     tasks = _tasks(workspace, run)
-    tried = newest(submissions(workspace, run))
+    found = submissions(workspace, run)
+    tried = newest(found)
     open_tasks = [task["key"] for task in tasks if not (Path(task["output"]) / MANIFEST).is_file()]
-    queue = slurm.queue() if any(key in tried for key in open_tasks) else {}
-    notes = ["Slurm does not answer: states are those the tasks left themselves"] if queue is None else []
+    wanted = [tried[key] for key in open_tasks if key in tried]
+    healers = [job_id for one in found for job_id in one.advance_ids()]
+    seen = sight(wanted, healers) if wanted else Sightings()
+    notes = ["Slurm does not answer: states are those the tasks left themselves"] if seen is None else []
     decisions = Decisions(workspace, run)
     rows: dict[str, Row] = {}
     for task in tasks:
         key, output, logs = task["key"], Path(task["output"]), Path(task["logs"])
         one = tried.get(key)
-        row = _row(key, output, logs, one, queue, decisions.last(key, one.name) if one else {})
+        row = _row(key, output, logs, one, seen, decisions.last(key, one.name) if one else {})
         rows[key] = _blocked(row, [rows[other] for other in task["needs"] if other in rows])
+    healing = seen is not None and any(seen.live((job_id, -1)) for job_id in healers)
     if any(row.state == "ended" for row in rows.values()):
-        notes.append("some tasks have ended that nobody has judged yet: `prefmill advance` does")
-    return list(rows.values()), notes
+        who = "a job that does is queued" if healing else "`prefmill advance` does"
+        notes.append(f"some tasks have ended that nobody has judged yet: {who}")
+    somebody = seen is None or healing or is_at_work(workspace, run)
+    return Table(list(rows.values()), notes, _goes_on(list(rows.values()), somebody))
+
+
+def _goes_on(rows: Sequence[Row], somebody: bool) -> bool:
+    """Whether an open task is going to be acted on: by its own job, or by `somebody` who looks after the run."""
+    open_rows = [row for row in rows if row.state != "complete"]
+    return bool(open_rows) and (somebody or any(row.state in _GOING for row in open_rows))
 
 
 def render(run: str, rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
@@ -122,13 +145,11 @@ def _row(
     output: Path,
     logs: Path,
     tried: Tried | None,
-    queue: Mapping[Element, JobState] | None,
+    seen: Sightings | None,
     decided: Mapping[str, Any],
 ) -> Row:
     status, past = read_status(logs), read_attempts(logs)
-    job = queue.get(tried.element) if tried and queue else None
-    asked = queue is not None and tried is not None
-    state, reason = _state(output, logs, status, job, decided, asked)
+    state, reason, job = _state(output, logs, status, tried, seen, decided)
     begun = status.get("attempt", {}).get("started") if state == "running" else None
     seconds = sum(max(0.0, row.get("ended", row["started"]) - row["started"]) for row in past)
     resources = tried.array.resources if tried else {}
@@ -144,28 +165,41 @@ def _state(
     output: Path,
     logs: Path,
     status: Mapping[str, Any],
-    job: JobState | None,
+    tried: Tried | None,
+    seen: Sightings | None,
     decided: Mapping[str, Any],
-    asked: bool,
-) -> tuple[str, str]:
+) -> tuple[str, str, JobState | None]:
     """A finished artifact is the truth, then the queue; a status that says running without a process is none."""
+    job = seen.queue.get(tried.element) if tried and seen else None
     if job is not None and job.live:
-        if job.state == "PENDING":
-            broken = slurm.waits_for(job)[1]
-            return ("held", "what it reads has failed") if broken else ("queued", _why_queued(job))
-        return "running", ""
+        return (*_live_state(job), job)
     if (output / MANIFEST).is_file() and status.get("state") not in ("failed", "running"):
-        return "complete", ""
+        return "complete", "", job
     if is_running(logs):
-        return "running", ""
+        return "running", "", job
     if decided.get("action") in _WORDS:
         todo = f"; to do: {decided['todo']}" if decided.get("todo") else ""
-        return _WORDS[decided["action"]], f"{decided['kind']}: {decided['why']} ({decided['reason']}){todo}"
+        return _WORDS[decided["action"]], f"{decided['kind']}: {decided['why']} ({decided['reason']}){todo}", job
+    if tried and seen and tried.element in seen.unknown:
+        return "unknown", seen.unknown[tried.element], job
+    return (*_left_state(status, tried, seen, job), job)
+
+
+def _live_state(job: JobState) -> tuple[str, str]:
+    if job.state != "PENDING":
+        return "running", ""
+    return ("held", "what it reads has failed") if slurm.waits_for(job)[1] else ("queued", _why_queued(job))
+
+
+def _left_state(
+    status: Mapping[str, Any], tried: Tried | None, seen: Sightings | None, job: JobState | None
+) -> tuple[str, str]:
+    """What an attempt that has ended left, where nobody has judged it."""
     state = str(status.get("state", "waiting"))
     error = str(status.get("error", "")).strip().splitlines()
     error = error[-1:] if error[:1] == ["Traceback (most recent call last):"] else error[:1]
-    if asked and not (state == "failed" and error):
-        return "ended", f"Slurm: {job.state}" if job else "its job is gone"
+    if tried and seen and not (state == "failed" and error):
+        return "ended", f"Slurm: {job.state}" if job else seen.ended.get(tried.element, "its job is gone")
     if state in ("running", "complete", "killed"):
         return "interrupted", f"{status.get('signal', 'its process ended early')}: run again to resume"
     return state, error[0] if state == "failed" and error else ""
@@ -236,10 +270,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     time_shown = _duration(row.seconds) if row.seconds else ""
     hours = f"{row.gpu_hours:.1f}" if row.gpus else ""
     return (row.key, row.state, row.progress, row.node, time_shown, hours, str(row.restarts or ""), row.reason)
-
-
-def _exit_code(rows: Iterable[Row]) -> int:
-    return int(any(row.state in ("failed", "killed", "stopped") for row in rows))
 
 
 def _tasks(workspace: Path, run: str) -> list[dict[str, Any]]:

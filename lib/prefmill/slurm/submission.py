@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -63,6 +64,7 @@ class Submission:
     source: str
     cluster: dict[str, Any]
     code: str
+    owner: str = ""  # unknown in a submission of an earlier version
 
     @property
     def code_folder(self) -> Path:
@@ -80,6 +82,10 @@ class Submission:
     def jobs(self) -> list[JobRecord]:
         """Every job submitted so far, oldest first; a line torn by a crash is left out."""
         return list(_job_records(self.folder / JOBS))
+
+    def advance_ids(self) -> list[str]:
+        """The jobs that look after this submission's others."""
+        return [job.job_id for job in self.jobs() if job.kind == "advance"]
 
     def record_job(
         self, kind: Literal["array", "advance"], stage: str, chunk: int, job_id: str, indices: Sequence[int], dep: str
@@ -140,6 +146,24 @@ def submissions(workspace: Path, run: str) -> list[Submission]:
     """Every submission of a run, oldest first; one that was interrupted before its first job is left out."""
     folders = sorted(submissions_folder(workspace, run).glob("[0-9]*"))
     return [read_submission(folder) for folder in folders if (folder / RECORD).is_file()]
+
+
+def require_owner(found: Sequence[Submission]) -> None:
+    """Refuse to act on somebody else's run: their jobs are not ours to submit, to end or even to see."""
+    owner = next((one.owner for one in reversed(found) if one.owner), "")
+    if owner and owner != user_name():
+        raise PipelineError(
+            "this run belongs to another user", where=found[-1].folder, got=user_name(), expected=owner,
+            fix="`prefmill status` and `prefmill logs` work for everybody; for jobs of your own give another run=NAME",
+        )  # fmt: skip
+
+
+def user_name() -> str:
+    """Who this is, as Slurm shows it."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container without this user
+        return str(os.geteuid())
 
 
 def write_array(array: ArrayFile) -> None:

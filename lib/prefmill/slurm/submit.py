@@ -19,7 +19,10 @@ from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.state import code_version, inspect
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
+from prefmill.slurm.elements import Tried, newest
+from prefmill.slurm.jobs import JobState
 from prefmill.slurm.script import advance_script, array_script, array_spec, max_array_size, sbatch
+from prefmill.slurm.sightings import Sightings, sight, told
 from prefmill.slurm.submission import (
     ARRAYS,
     ArrayFile,
@@ -27,11 +30,14 @@ from prefmill.slurm.submission import (
     array_path,
     claim_folder,
     next_number,
+    require_owner,
     submissions,
+    user_name,
     write_array,
     write_submission,
 )
 from prefmill.slurm.task_batches import Batch, Element, chunks_of, dependency, make_batches
+from prefmill.store.artifacts import read_manifest
 
 Say = Callable[[str], None]
 ADVANCE = "advance"
@@ -71,6 +77,7 @@ def submit(
     """
     check_path(plan.workspace)
     with _alone(plan, dry_run):
+        require_owner(submissions(plan.workspace, plan.run))
         queued = queued_tasks(plan)
         todo, live, words = _sort_out(plan, queued, only)
         say(words)
@@ -106,26 +113,25 @@ class Queued:
 def queued_tasks(plan: Plan) -> dict[str, Queued]:
     """The queued or running element of every task that has one; asks Slurm once.
 
-    Raises PipelineError when Slurm does not answer: tasks could be submitted twice.
+    Raises PipelineError when Slurm does not answer, or says nothing of a job: tasks could be submitted twice.
     """
-    jobs = [
-        (job, submission.array(job.stage, job.chunk).tasks)
-        for submission in submissions(plan.workspace, plan.run)
-        for job in submission.jobs()
-        if job.kind == "array"
-    ]
-    queue = slurm.queue() if jobs else {}
-    if queue is None:
+    found = submissions(plan.workspace, plan.run)
+    tried = newest(found)
+    wanted = [tried[task.key] for task in plan.tasks if task.key in tried and read_manifest(task.output) is None]
+    seen = sight(wanted, [one.job.job_id for one in tried.values()]) if tried else Sightings()
+    if seen is None:
         raise PipelineError("Slurm does not say what is queued", fix="try again when `squeue` answers")
-    found = {}
-    for job, tasks in jobs:
-        for index in job.indices:
-            state = queue.get((job.job_id, index))
-            if state is not None and state.live:
-                pending = state.state == "PENDING"
-                broken = pending and slurm.waits_for(state)[1]
-                found[f"{job.stage}:{tasks[index]}"] = Queued((job.job_id, index), job.indices, pending, broken)
-    return found
+    if lines := told(seen.unknown, tried):
+        raise PipelineError(
+            "Slurm says nothing of a job that may still run", got=lines[0],
+            fix="try again in a few minutes; nothing was submitted",
+        )  # fmt: skip
+    return {key: _queued(one, seen.queue[one.element]) for key, one in tried.items() if seen.live(one.element)}
+
+
+def _queued(tried: Tried, job: JobState) -> Queued:
+    pending = job.state == "PENDING"
+    return Queued(tried.element, tried.job.indices, pending, pending and slurm.waits_for(job)[1])
 
 
 def _sort_out(
@@ -173,7 +179,7 @@ def _draft(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterFil
         number, folder = claim_folder(plan.workspace, plan.run)
     values = freeze(pipeline, plan, source)
     shown = cluster.model_dump(mode="json")
-    return Submission(folder, number, plan.run, plan.workspace, values, str(source), shown, code_version())
+    return Submission(folder, number, plan.run, plan.workspace, values, str(source), shown, code_version(), user_name())
 
 
 def _arrays(

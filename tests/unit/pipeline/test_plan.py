@@ -8,6 +8,7 @@ import pytest
 from toys import toy_plan
 
 from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.pipeline.array_elements import elements
 from prefmill.pipeline.plan import PlannedTask, read_pipeline
 
 
@@ -36,6 +37,13 @@ def test_all_takes_every_shard_and_elementwise_its_own_modality(tmp_path: Path) 
     assert pair.config.model_dump()["modality"] == "vision"
 
 
+def test_an_array_over_listed_numbers(tmp_path: Path) -> None:
+    plan = toy_plan(tmp_path, make={"array": {"rows": [5, 10]}}, use={"array": {"factor": [1, 3], "modality": ["b"]}})
+    assert [item.key for item in plan.tasks] == ["make:rows5", "make:rows10", "use:factor1-b", "use:factor3-b"]
+    assert [item.config.model_dump()["rows"] for item in plan.tasks[:2]] == [5, 10]
+    assert list(elements("s", {"rate": [0.1, 1e-5]})) == [("rate0.1", {"rate": 0.1}), ("rate1e-05", {"rate": 1e-5})]
+
+
 def test_need_by_array_value(tmp_path: Path) -> None:
     need = {"same": {"by": "modality", "stages": {"b": "use"}}}
     plan = toy_plan(tmp_path, make={}, use={}, pair={"array": {"modality": ["a", "b"]}, "needs": need})
@@ -57,6 +65,9 @@ def test_need_of_some_elements(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
+        ({"make": {"array": {"shard": [0, 2]}}}, "counted, not listed"),
+        ({"make": {"array": {"rows": [1, 1]}}}, "distinct values"),
+        ({"make": {"array": {"rows": [-0.5]}}}, "rows"),
         ({"make": {}, "use": {"needs": {"numbers": {"stage": "make", "where": {"shard": 1}}}}}, "no array key 'shard'"),
         (
             {

@@ -46,14 +46,14 @@ def test_states_lose_what_follows_them() -> None:
 
 def test_squeue_is_read(program: Path) -> None:
     lines = [
-        "41|0|42|RUNNING|None|n1|1700000000|(null)",
-        "41|1|41|PENDING|DependencyNeverSatisfied||N/A|afterok:40_1(failed)",
-        "50|N/A|50|PENDING|Dependency||N/A|afterany:41_*(unfulfilled)",
+        "41|0|42|RUNNING|None|n1|1700000000|ann|(null)",
+        "41|1|41|PENDING|DependencyNeverSatisfied||N/A|ann|afterok:40_1(failed)",
+        "50|N/A|50|PENDING|Dependency||N/A|ann|afterany:41_*(unfulfilled)",
     ]
     pretend(program, "squeue", "\n".join(lines))
-    found = slurm.queue()
+    found = slurm.queue(["41", "50"])
     assert found is not None
-    assert found["41", 0] == JobState("RUNNING", "None", node="n1", raw_id="42", started=1.7e9)
+    assert found["41", 0] == JobState("RUNNING", "None", node="n1", raw_id="42", started=1.7e9, user="ann")
     assert waits_for(found["41", 1]) == ({("40", 1)}, True)
     assert waits_for(found["50", -1]) == ({("41", -1)}, False)
 
@@ -73,9 +73,9 @@ def test_sacct_is_read_by_state_as_the_exit_code_of_a_time_limit_is_zero(program
 
 
 def test_no_answer_is_not_an_empty_answer(program: Path) -> None:
-    assert slurm.queue() is None  # no such program
+    assert slurm.queue(["41"]) is None  # no such program
     pretend(program, "squeue", "", "slurm_load_jobs error: Unable to contact slurm controller", 1)
-    assert slurm.queue() is None
+    assert slurm.queue(["41"]) is None
     pretend(program, "squeue", "", "slurm_load_jobs error: Invalid job id specified", 1)
     assert slurm.ask(["squeue", "-j", "1"]) is not None  # purged: nothing to tell, but told
     pretend(program, "sacct", "", "Slurm accounting storage is disabled", 1)

@@ -45,9 +45,8 @@ def run(tmp_path: Path) -> Path:
 
 def rows(run: Path, monkeypatch: pytest.MonkeyPatch, queue: dict[Any, JobState] | None) -> tuple[dict[str, Row], int]:
     asked: list[int] = []
-    monkeypatch.setattr(slurm, "queue", lambda: asked.append(1) or queue)
-    found, _ = read_rows(run, "r")
-    return {row.key[0]: row for row in found}, len(asked)
+    monkeypatch.setattr(slurm, "queue", lambda ids: asked.append(1) or queue)
+    return {row.key[0]: row for row in read_rows(run, "r").rows}, len(asked)
 
 
 def test_the_queue_is_asked_once_and_only_when_something_is_open(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +73,10 @@ def test_what_stopped_says_what_to_do_and_blocks_the_rest(run: Path, monkeypatch
 
 
 def test_no_answer_from_slurm_is_said_and_nothing_is_made_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "queue", lambda: None)
-    found, notes = read_rows(run, "r")
-    assert notes == ["Slurm does not answer: states are those the tasks left themselves"]
-    assert {row.state for row in found} == {"waiting"}
+    monkeypatch.setattr(slurm, "queue", lambda ids: None)
+    table = read_rows(run, "r")
+    assert table.notes == ["Slurm does not answer: states are those the tasks left themselves"]
+    assert {row.state for row in table.rows} == {"waiting"}
 
 
 @pytest.mark.timing

@@ -1,0 +1,41 @@
+"""The elements of a stage's array, and how they are named."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from prefmill.core.errors import ConfigError
+from prefmill.core.stage import ArrayValue
+
+SINGLE_TASK = "all"
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def elements(stage: str, array: Mapping[str, int | list[ArrayValue]]) -> Iterator[tuple[str, dict[str, ArrayValue]]]:
+    """Every element's name and array values; names join the values with '-', a number's preceded by its key."""
+    options: list[list[tuple[str, ArrayValue]]] = []
+    for key, given in array.items():
+        if key == "shard" and not isinstance(given, int):
+            raise ConfigError(
+                f"the shards of stage {stage} are counted, not listed", got=given, expected="their number",
+                fix=f"array: {{shard: {len(given) or 1}}}",
+            )  # fmt: skip
+        values: Sequence[ArrayValue] = list(range(given)) if isinstance(given, int) else given
+        if not values or len(set(values)) != len(values):
+            raise ConfigError(
+                f"array key '{key}' of stage {stage} needs distinct values",
+                got=given,
+                fix="correct the stage's `array`",
+            )
+        options.append([(key, value) for value in values])
+    for combination in itertools.product(*options):
+        parts = [value if isinstance(value, str) else f"{key}{value}" for key, value in combination]
+        name = "-".join(parts) or SINGLE_TASK
+        if not SAFE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"an element of stage {stage} cannot be named after its values", got=repr(name),
+                expected="letters, digits, '_', '-' and '.'", fix="correct the stage's `array`",
+            )  # fmt: skip
+        yield name, dict(combination)
