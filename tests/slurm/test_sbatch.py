@@ -54,6 +54,18 @@ def test_an_array_over_the_modalities(site: Site) -> None:
 
 
 @pytest.mark.slow
+def test_an_array_called_from_another_folder_finds_its_checkout(site: Site, tmp_path: Path) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    script, keys = site.checkout / "sbatch/sft.sbatch", f"steps=3 run=far workspace={site.workspace}"
+    call = f"cd {elsewhere} && sbatch --parsable --array=0-2 {script} {keys}"
+    done = site.run(["bash", "-c", call], PREFMILL_PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    site.wait()
+    printed = "".join(path.read_text() for path in elsewhere.glob("sft-*_*.out"))
+    assert sorted(digests(site.workspace, "far")) == [f"sft:{name}" for name in MODALITIES], printed + site.logs()
+
+
+@pytest.mark.slow
 def test_a_warning_requeues_one_element_of_a_hand_made_array(site: Site) -> None:
     keys = ["run=hand", "steps=20", "step_seconds=0.5", "array.modality=[clean,vision]"]
     job = sbatch(site, "--array=0-1", "sbatch/sft.sbatch", *keys)

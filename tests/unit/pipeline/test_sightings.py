@@ -35,6 +35,7 @@ from prefmill.slurm.submit import queued_tasks
 ME = user_name()
 RUNNING = f"41|0|41|RUNNING|None|n1|1700000000|{ME}|(null)"
 WAITS = f"42|0|42|PENDING|Dependency||N/A|{ME}|afterok:41_0(unfulfilled)"
+STUCK = WAITS.replace("Dependency|", "DependencyNeverSatisfied|")
 HEALER = f"43|N/A|43|PENDING|Dependency||N/A|{ME}|afterany:41_*(unfulfilled)"
 PURGED = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
 
@@ -211,7 +212,7 @@ def test_a_watch_goes_on_while_somebody_is_going_to_act(run: Run, monkeypatch: p
     failed = {"sacct": "41_0|NODE_FAIL|0:0|n1|1700000000||"}
     looks = Looks(
         monkeypatch,
-        lambda: run.slurm(squeue=HEALER, **failed),
+        lambda: run.slurm(squeue=f"{HEALER}\n{STUCK}", **failed),
         lambda: run.slurm(),
         lambda: run.slurm(code=1),
         lambda: (run.finish("make"), run.slurm(squeue=WAITS)),
@@ -226,7 +227,7 @@ def test_a_watch_goes_on_while_somebody_is_going_to_act(run: Run, monkeypatch: p
     ("finished", "slurm"),
     [
         (["make"], {"sacct": "42_0|FAILED|1:0|n1|1700000000||"}),  # nobody looks after it
-        ([], {"squeue": WAITS.replace("Dependency|", "DependencyNeverSatisfied|"), "sacct": "41_0|FAILED|1:0|n1|1||"}),
+        ([], {"squeue": STUCK, "sacct": "41_0|FAILED|1:0|n1|1||"}),
     ],
 )
 def test_a_watch_ends_with_1_where_something_is_open_that_nobody_acts_on(
