@@ -45,6 +45,10 @@ class PipelineError(PrefmillError):
     """A pipeline that cannot be planned, or a task that cannot go on."""
 
 
+class DivergedError(PipelineError):
+    """A training whose loss, gradient or weights are no longer numbers: its settings are at fault."""
+
+
 class AttemptError(PrefmillError):
     """An attempt that ended without a result in another process; `state` and `record` go into the status file."""
 

@@ -171,7 +171,7 @@ def _with_more_memory(means: Means, todo: str) -> Decision:
     return Decision("retry", f"with {given:g} GB instead of {means.memory_gb:g}", memory_gb=given)
 
 
-_REFUSALS = {"ConfigError", "InputError", "ArtifactError", "PipelineError", "PrefmillError"}
+_REFUSALS = {"ConfigError", "InputError", "ArtifactError", "PipelineError", "DivergedError", "PrefmillError"}
 _SIGNATURES: Sequence[tuple[Kind, re.Pattern[str]]] = [
     ("gpu", re.compile(r"NVRM: Xid|\bXid \(|uncorrectable (NVLink |ECC )?error|fallen off the bus|ECC error", re.I)),
     ("gpu_memory", re.compile(r"CUDA out of memory|torch\.(cuda\.)?OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")),

@@ -18,6 +18,7 @@ from prefmill.sweep import study as studies
 from prefmill.sweep.claims import Watch, beating, claim, read_claim
 from prefmill.sweep.config import StudyConfig
 from prefmill.sweep.trial import (
+    TrialDivergedError,
     TrialError,
     TrialInterrupted,
     check_space,
@@ -115,12 +116,12 @@ def _work(study: optuna.Study, config: StudyConfig, folder: Path, task: Task, tu
     """Run a trial and tell its value, unless somebody else has taken it over in the meantime."""
     assert turn.params is not None
     place = trial_folder(folder, turn.number)
-    value, reason = None, ""
+    value, reason, diverged = None, "", False
     with beating(place, config.heartbeat_seconds):
         try:
             value = run_trial(config, place, turn.params, task.inputs)
         except TrialError as error:
-            reason = str(error)
+            reason, diverged = str(error), isinstance(error, TrialDivergedError)
         except TrialInterrupted as error:
             print(f"trial {turn.number}: {error}; it goes on where it stopped", flush=True)
             time.sleep(_DYING_SECONDS)  # what ended it may be about to end this worker
@@ -132,7 +133,7 @@ def _work(study: optuna.Study, config: StudyConfig, folder: Path, task: Task, tu
         if value is not None:
             study.tell(turn.number, value)
         else:
-            studies.fail(study, turn.number, reason)
+            studies.fail(study, turn.number, reason, diverged)
     print(
         f"trial {turn.number}: {config.metric} = {value} with {json.dumps(turn.params)} {reason}".rstrip(), flush=True
     )
@@ -140,10 +141,12 @@ def _work(study: optuna.Study, config: StudyConfig, folder: Path, task: Task, tu
 
 
 def _require_hope(study: optuna.Study, place: Path) -> None:
-    states = [trial["state"] for trial in studies.rows(study)]
-    if states.count("fail") >= _HOPELESS and "complete" not in states:
+    """Trials that diverge are what a search is for: only those that fail otherwise say that none can succeed."""
+    trials = studies.rows(study)
+    num_broken = sum(trial["state"] == "fail" and not trial.get("diverged") for trial in trials)
+    if num_broken >= _HOPELESS and all(trial["state"] != "complete" for trial in trials):
         raise PipelineError(
-            f"the first {states.count('fail')} trials have all failed", where=place, got=studies.last_reason(study),
+            f"the first {num_broken} trials have all failed", where=place, got=studies.last_reason(study),
             fix="mend what that says, and give the study a new study_name",
         )  # fmt: skip
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.files import digest_json
 from prefmill.sweep.config import Choices, Interval, StudyConfig
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "journal.log"
-_DEFINITION, _REASON = "definition", "reason"
+_DEFINITION, _REASON, _DIVERGED = "definition", "reason", "diverged"
 _LOCK_GRACE_SECONDS = 30  # a lock whose holder died is broken after that; nothing holds one for a second
 
 
@@ -47,9 +49,49 @@ def open_study(config: StudyConfig, folder: Path, inputs: dict[str, str]) -> opt
     return study
 
 
+def mend_journal(path: Path) -> None:
+    """Overwrite what a killed worker left of a line with spaces, which JSON ignores; call it with the lock held.
+
+    No byte moves, so that workers that hold places in the file can go on. A line that was appended to such a part is
+    kept. Raises PipelineError for a whole line that holds no entry.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as stream:
+        start = 0
+        for number, line in enumerate(stream.readlines(), 1):
+            num_torn = _num_torn(line, f"{path}:{number}")
+            if num_torn:
+                stream.seek(start)
+                stream.write(b" " * num_torn)
+            start += len(line)
+
+
+def _num_torn(line: bytes, where: str) -> int:
+    """How many bytes of a line stand before its entry; without an end of line, all."""
+    if not line.endswith(b"\n"):
+        return len(line)
+    starts = [0, *(found.start() for found in re.finditer(rb"\{", line))]
+    entry = next((start for start in starts if _is_entry(line[start:])), None)
+    if entry is None:
+        raise PipelineError(
+            "a line of the study's journal is no entry", where=where, got=line[:80].decode(errors="replace"),
+            fix="delete the line while no worker runs, or give the study a new study_name",
+        )  # fmt: skip
+    return entry
+
+
+def _is_entry(text: bytes) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "op_code" in found
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the study's lock: a file that only one can create, on network file systems too (NFS version 3 and later).
+    """Hold the study's lock, its journal mended: a file that only one can create, on NFS (version 3 and later) too.
 
     Not Optuna's symbolic link: it is as old as the file it points to, so who waits cannot tell one holder from the
     next, and where that file is missing waits for a dead one for ever, on a whole processor.
@@ -59,6 +101,7 @@ def locked(folder: Path) -> Iterator[None]:
     lock = JournalFileOpenLock(str(folder / "claims"), grace_period=_LOCK_GRACE_SECONDS)
     lock.acquire()
     try:
+        mend_journal(folder / JOURNAL)
         yield
     finally:
         lock.release()
@@ -89,23 +132,28 @@ def distribution(item: Choices | Interval) -> optuna.distributions.BaseDistribut
     return FloatDistribution(item.low, item.high, log=item.log)
 
 
-def fail(study: optuna.Study, number: int, reason: str) -> None:
-    """End a trial without a value; `reason` is kept with it."""
+def fail(study: optuna.Study, number: int, reason: str, diverged: bool = False) -> None:
+    """End a trial without a value; `reason` is kept with it, and whether its training diverged."""
     import optuna
 
     trial = study.get_trials(deepcopy=False)[number]
     study._storage.set_trial_user_attr(trial._trial_id, _REASON, reason)
+    study._storage.set_trial_user_attr(trial._trial_id, _DIVERGED, diverged)
     study.tell(number, state=optuna.trial.TrialState.FAIL)
 
 
 def rows(study: optuna.Study) -> list[dict[str, Any]]:
-    """Every trial in the order of the numbers: `number`, `state` (complete, fail, running), `value`, `params`."""
+    """Every trial in the order of the numbers: `number`, `state` (complete, fail, running), `value`, `params`.
+
+    A failed one also has its `reason`, and whether it `diverged`.
+    """
     return [
         {
             "number": trial.number,
             "state": trial.state.name.lower(),
             "value": trial.value if trial.state.name == "COMPLETE" else None,
             "params": dict(sorted(trial.params.items())),
+            **{key: trial.user_attrs[key] for key in (_REASON, _DIVERGED) if key in trial.user_attrs},
         }
         for trial in study.get_trials(deepcopy=False)
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, lay_over, load, merge, read_yaml
-from prefmill.core.errors import ConfigError, PrefmillError
+from prefmill.core.errors import ConfigError, DivergedError, PrefmillError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Stage, load_stage, stages_folder
 from prefmill.distributed.isolation import end_with_parent
@@ -26,6 +26,10 @@ LOG = "log.txt"
 
 class TrialError(PrefmillError):
     """A trial that ended without a value."""
+
+
+class TrialDivergedError(TrialError):
+    """A trial whose training or metric became NaN or infinite: its parameters are at fault, not the study."""
 
 
 class TrialInterrupted(Exception):  # noqa: N818 - nothing is wrong with the trial
@@ -62,7 +66,8 @@ def run_trial(
 ) -> float:
     """The value of a trial in `folder`; what an earlier attempt finished is not done again, the rest is resumed.
 
-    Raises TrialError when a stage fails or its metric is not a number, TrialInterrupted when it is killed, and
+    Raises TrialError when a stage fails or its metric is not a number (TrialDivergedError where it became NaN or
+    infinite), TrialInterrupted when it is killed, and
     ConfigError when there is no such metric.
     """
     stage = load_stage(config.stage)
@@ -117,8 +122,9 @@ def _run_stage(
     if code and is_running(logs):
         raise TrialInterrupted(f"stage {stage.name} still runs in another worker")
     if code or read_manifest(output) is None:
-        reason = str(read_status(logs).get("error", "")).strip()
-        raise TrialError(
+        status = read_status(logs)
+        reason = str(status.get("error", "")).strip()
+        raise (TrialDivergedError if status.get("kind") == DivergedError.__name__ else TrialError)(
             f"stage {stage.name} failed with exit code {code}", where=folder / LOG,
             got=reason.splitlines()[0] if reason else None, fix="see the end of its log",
         )  # fmt: skip
@@ -143,8 +149,15 @@ def _value(metrics: Mapping[str, Any], name: str, stage: Stage[Any], folder: Pat
             fix="correct metric, and give the study a new study_name",
         )  # fmt: skip
     value = metrics[name]
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float)):
         raise TrialError(f"metric {name} is no number", where=folder, got=value, fix="see that it has held-out data")
+    if not math.isfinite(value):
+        raise TrialDivergedError(
+            f"metric {name} is no finite number",
+            where=folder,
+            got=value,
+            fix="narrow the space",
+        )
     return float(value)
 
 

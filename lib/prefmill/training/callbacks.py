@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from prefmill.core.errors import PipelineError
+from prefmill.core.errors import DivergedError
 from prefmill.core.graceful_stop import Stopped, StopWatch
 from prefmill.core.stage import Task
 from prefmill.pipeline.attempts import EXECUTED
@@ -71,7 +71,7 @@ class StageCallback(TrainerCallback):
 
 
 def check_every_step(trainer: Any) -> None:
-    """Have `trainer` raise PipelineError before it takes a step whose loss or gradient norm is NaN or infinite.
+    """Have `trainer` raise DivergedError before it takes a step whose loss or gradient norm is NaN or infinite.
 
     Looked at once an optimizer step, whether or not it is logged: the loss since the last log has every microbatch in
     it. In fp16 the norm may be infinite: its scaler then skips the step by itself.
@@ -91,7 +91,7 @@ def _require_numbers(loss: Tensor, grad_norm: Any, step: int) -> None:
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if math.isfinite(float(loss.detach() * 0 + norm)):  # one wait for the device, not two
         return
-    raise PipelineError(
+    raise DivergedError(
         "the loss or its gradient is no longer a number", where=f"step {step}", got=f"{float(loss)} and {float(norm)}",
         fix="lower learning_rate, check the data, or use precision=fp32; the last checkpoint is kept",
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefmill.core.errors import PipelineError
+from prefmill.core.errors import DivergedError, PipelineError
 from prefmill.core.precision import Precision
 
 _STORED: dict[str, Precision] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -57,7 +57,7 @@ def take_trained(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def rounded(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Within, the weights are in `dtype`; afterwards they are what they were. Raises PipelineError for one not finite.
+    """Within, the weights are in `dtype`; afterwards they are what they were. Raises DivergedError for one not finite.
 
     Tied weights stay tied, and buffers are left alone.
     """
@@ -73,9 +73,9 @@ def rounded(model: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 def require_finite(name: str, weight: Tensor) -> None:
-    """Raises PipelineError for a weight with NaN or infinite entries: nothing is published."""
+    """Raises DivergedError for a weight with NaN or infinite entries: nothing is published."""
     if not bool(torch.isfinite(weight).all()):
-        raise PipelineError(
+        raise DivergedError(
             "a trained weight is not a number", where=name, got=f"{weight.dtype} with NaN or infinite entries",
             fix="lower learning_rate, or check the data; nothing was published",
         )  # fmt: skip

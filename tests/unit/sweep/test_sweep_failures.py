@@ -1,0 +1,65 @@
+"""A study outlives trials that diverge and a journal that a killed worker left torn."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from prefmill.core.errors import PipelineError
+from prefmill.core.stage import load_stage
+from prefmill.store.jsonl import read_jsonl
+from prefmill.sweep import study as studies
+from prefmill.sweep.run import TRIALS
+from prefmill.sweep.trial import TrialDivergedError, TrialError, _value
+from tests.unit.sweep.test_sweep_worker import Params, go, ran, score, use
+
+__all__ = ["ran"]
+
+
+def test_trials_that_diverge_are_failed_trials_and_end_no_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(number: int, params: Params) -> float:
+        if number < 4:
+            raise TrialDivergedError("metric val_f1 is no finite number", got=math.nan)
+        return score(params)
+
+    numbers: list[int] = []
+    use(monkeypatch, diverges, numbers)
+    told = go(tmp_path, n_trials=6)
+    assert (told["complete"], told["failed"], told["best_trial"] >= 4) == (2, 4, True)
+    rows = list(read_jsonl(next(tmp_path.rglob(TRIALS))))
+    assert all("is no finite number" in row["reason"] and row["diverged"] for row in rows[:4])
+    assert all("reason" not in row for row in rows[4:])
+
+
+@pytest.mark.parametrize(("value", "error"), [(math.nan, TrialDivergedError), (math.inf, TrialDivergedError)])
+def test_a_metric_that_is_not_finite_is_a_trial_that_diverged(value: float, error: type[Exception]) -> None:
+    with pytest.raises(error, match="is no finite number"):
+        _value({"val_f1": value}, "val_f1", load_stage("train_reward"), Path("trial"))
+    with pytest.raises(TrialError, match="is no number") as raised:
+        _value({"val_f1": None}, "val_f1", load_stage("train_reward"), Path("trial"))
+    assert not isinstance(raised.value, TrialDivergedError)
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_torn_line_of_the_journal_ends_no_study(tmp_path: Path, ran: list[int], followed: bool) -> None:
+    go(tmp_path, n_trials=2)
+    journal = next(tmp_path.rglob(studies.JOURNAL))
+    whole = journal.read_bytes()
+    torn = b'{"op_code": 4,'  # what shared/cases/images/torn_journal.log holds
+    last = whole.splitlines(keepends=True)[-1]
+    journal.write_bytes(whole[: -len(last)] + torn + last if followed else whole + torn)
+    assert go(tmp_path, n_trials=4)["complete"] == 4
+    assert ran == [0, 1, 2, 3]
+    assert torn not in journal.read_bytes()
+
+
+def test_a_line_of_the_journal_that_is_no_entry_is_named(tmp_path: Path, ran: list[int]) -> None:
+    go(tmp_path, n_trials=1)
+    journal = next(tmp_path.rglob(studies.JOURNAL))
+    journal.write_bytes(b"not an entry\n" + journal.read_bytes())
+    with pytest.raises(PipelineError, match=r"no entry[\s\S]*journal\.log:1[\s\S]*not an entry"):
+        go(tmp_path, n_trials=2)
