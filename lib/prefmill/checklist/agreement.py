@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.core.statistics import MIN_PAPERS, Resampling, means, ranks, statistic
+from prefmill.core.statistics import MIN_PAPERS, Resampling, means, ranks, statistic, within
 
 Array = NDArray[np.float64]
 Found = dict[str, Any]
@@ -70,10 +70,9 @@ def _interval(sums: Array, resampling: Resampling, function: Any, lowest: float)
     if len(sums) < MIN_PAPERS:
         (value,) = function(sums.mean(axis=0, keepdims=True))
         return {"value": round(float(value), _DIGITS), "low": None, "high": None}
-    found = statistic(sums, resampling, function)
-    low, high = (float(np.clip(bound, lowest, 1.0)) for bound in (found.low, found.high))
+    found = within(statistic(sums, resampling, function), resampling, lowest)
     # Adding 0 makes a zero of the rounding's minus zero.
-    return {name: round(value, _DIGITS) + 0.0 for name, value in (("value", found.value), ("low", low), ("high", high))}
+    return {name: round(getattr(found, name), _DIGITS) + 0.0 for name in ("value", "low", "high")}
 
 
 def _accuracy(cells: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from statistics import NormalDist
 from typing import Any
@@ -17,6 +17,8 @@ from prefmill.core.errors import InputError
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 MIN_PAPERS = 2
+_NORMAL = NormalDist()
+_NO_WIDTH = 1e-9  # what rounding leaves of the spread of equal draws
 _CHUNK_CELLS = 4_000_000  # drawn at a time: 32 MB
 _KEPT_CELLS = 128_000_000  # draws up to 128 MB are kept: a comparison asks for the same ones a hundred times
 
@@ -55,6 +57,32 @@ def statistic(values: Array, resampling: Resampling, function: Statistic) -> Est
     """A function of column means: `function` takes means [R, K] and gives a number for each of the R rows, [R]."""
     (estimate,) = _estimates(values, resampling, lambda drawn: function(drawn)[:, None])
     return estimate
+
+
+def within(estimate: Estimate, resampling: Resampling, lowest: float = 0.0, highest: float = 1.0) -> Estimate:
+    """An estimate of a quantity in [lowest, highest]: its interval cut there, and never without a width.
+
+    Where all n papers agree on one value c, every draw is c. None of n differs, so at most u = z^2 / (n + z^2) of all
+    papers do (Wilson's upper bound of 0 of n, 1927), and those may lie at either end; at 0 and 1 this is Wilson's
+    interval of a share. The p-value of zero inverts the same interval.
+    """
+    low, high = max(lowest, estimate.low), min(highest, estimate.high)
+    if high - low > _NO_WIDTH:
+        return replace(estimate, low=low, high=high)
+    value, others = estimate.value, wilson(0.0, estimate.num_papers, resampling.confidence)[1]
+    end = lowest if value > 0 else highest
+    needed = value / (value - end) if value else 0.0  # the share of others that takes the mean to zero
+    p_value = 2 * (1 - _NORMAL.cdf(math.sqrt(estimate.num_papers * needed / (1 - needed)))) if needed < 1 else 0.0
+    low, high = value - others * (value - lowest), value + others * (highest - value)
+    return replace(estimate, low=low, high=high, p_value=max(p_value, estimate.p_value))
+
+
+def wilson(share: float, count: int, confidence: float) -> tuple[float, float]:
+    """Wilson's score interval of a share of `count` (1927)."""
+    z = _NORMAL.inv_cdf((1 + confidence) / 2)
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    spread = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

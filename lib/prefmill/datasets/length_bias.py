@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from statistics import NormalDist
 from typing import NamedTuple
 
-_Z = 1.959964  # two-sided 95 %
+from prefmill.core.statistics import wilson
+
+_CONFIDENCE = 0.95
+_Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 
 
 class Interval(NamedTuple):
@@ -52,7 +56,7 @@ class LengthBias:
         mean = self._sum_wins / count
         squares = self._sum_wins2 - 2 * mean * self._sum_wins_size + mean**2 * self._sum_size2
         if groups < 2 or squares <= 1e-9 * count:
-            return _wilson(mean, groups)
+            return Interval(mean, *wilson(mean, groups, _CONFIDENCE))
         error = _Z * math.sqrt(squares * groups / (groups - 1)) / count
         return Interval(mean, max(0.0, mean - error), min(1.0, mean + error))
 
@@ -72,10 +76,3 @@ class LengthBias:
             self._sum_wins_size += self._wins * self._size
             self._sum_size2 += self._size**2
         self._wins = self._size = 0.0
-
-
-def _wilson(mean: float, count: int) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927)."""
-    centre = (mean + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    spread = _Z / (1 + _Z**2 / count) * math.sqrt(mean * (1 - mean) / count + _Z**2 / (4 * count**2))
-    return Interval(mean, max(0.0, centre - spread), min(1.0, centre + spread))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from prefmill.core.errors import InputError
-from prefmill.core.statistics import Array, Estimate, Resampling, holm, means, statistic
+from prefmill.core.statistics import Array, Estimate, Resampling, holm, means, statistic, within
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, DIGITS, MEASURES, rank_correlation, rating_rank_correlation
 from prefmill.evaluation.rows import HUMAN
 
@@ -145,7 +144,7 @@ def _describe(evaluated: Evaluated, rows: Sequence[Mapping[str, Any]], resamplin
         "num_reviews": len(pairs),
         "num_papers_evaluated": evaluated["num_papers"],
         "measures": {
-            measure.name: (_share if measure.is_share else _interval)(means(values, resampling)[0])
+            measure.name: _mean(values, resampling, measure.is_share)
             for measure, values in ((item, _present(rows, item.name)) for item in MEASURES)
             if len(values) > 1
         },
@@ -174,7 +173,7 @@ def _f1(rows: Sequence[Mapping[str, Any]], resampling: Resampling) -> dict[str, 
         total = 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2]
         return np.divide(2 * drawn[:, 0], total, out=np.zeros_like(total), where=total > 0)
 
-    return _share(statistic(counts, resampling, f1))
+    return _interval(within(statistic(counts, resampling, f1), resampling))
 
 
 def _column_means(rows: Sequence[Mapping[str, Any]], column: str, resampling: Resampling) -> list[dict[str, Any]]:
@@ -183,28 +182,35 @@ def _column_means(rows: Sequence[Mapping[str, Any]], column: str, resampling: Re
     if not keys:
         return []
     values = np.array([[row[column][key] for key in keys] for row in rows])
-    return [{"id": key, **_share(found)} for key, found in zip(keys, means(values, resampling), strict=True)]
+    return [
+        {"id": key, **_interval(within(found, resampling))}
+        for key, found in zip(keys, means(values, resampling), strict=True)
+    ]
 
 
 def _compare_pair(
     before: str, after: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], resampling: Resampling
 ) -> dict[str, Any]:
     first, second = rows[before], rows[after]
-    measures = {item.name: _difference(first, second, item.name, resampling) for item in MEASURES}
+    measures = {item.name: _difference(first, second, item.name, resampling, item.is_share) for item in MEASURES}
     wins = win_rates([row["scores"] for row in first], [row["scores"] for row in second])
     equal_length = difference_at_equal_length(_length_and_score(first), _length_and_score(second), resampling)
     return {
         "baseline": before,
         "candidate": after,
         "measures": {name: value for name, value in measures.items() if value is not None},
-        "win_rate": _share(means(wins[:, None], resampling)[0]),
+        "win_rate": _mean(wins[:, None], resampling, True),
         "at_equal_length": _interval(equal_length) if equal_length else None,
         "items": _item_differences(first, second, resampling),
     }
 
 
 def _difference(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], name: str, resampling: Resampling
+    first: Sequence[Mapping[str, Any]],
+    second: Sequence[Mapping[str, Any]],
+    name: str,
+    resampling: Resampling,
+    is_share: bool,
 ) -> dict[str, Any] | None:
     both = [
         (before["measures"][name], after["measures"][name])
@@ -214,7 +220,8 @@ def _difference(
     if len(both) < 2:
         return None
     pairs = np.array(both, dtype=np.float64)
-    return _tested(means(pairs[:, 1:] - pairs[:, :1], resampling)[0])
+    (found,) = means(pairs[:, 1:] - pairs[:, :1], resampling)
+    return _tested(within(found, resampling, -1.0) if is_share else found)
 
 
 def _item_differences(
@@ -226,7 +233,7 @@ def _item_differences(
         for before, after in zip(first, second, strict=True)
     ]
     found = means(np.array(gaps, dtype=np.float64), resampling)
-    return [{"id": key, **_tested(item)} for key, item in zip(keys, found, strict=True)]
+    return [{"id": key, **_tested(within(item, resampling, -1.0))} for key, item in zip(keys, found, strict=True)]
 
 
 def _length_and_score(rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]:
@@ -236,10 +243,10 @@ def _length_and_score(rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]:
     )
 
 
-def _share(estimate: Estimate) -> dict[str, Any]:
-    """A share's interval, cut where shares end: the stretched percentiles may run over."""
-    cut = {name: min(1.0, max(0.0, getattr(estimate, name))) for name in ("low", "high")}
-    return _interval(replace(estimate, **cut))
+def _mean(values: Array, resampling: Resampling, is_share: bool) -> dict[str, Any]:
+    """The mean of `values` [P, 1] with its interval; a share's ends where shares do."""
+    (found,) = means(values, resampling)
+    return _interval(within(found, resampling) if is_share else found)
 
 
 def _interval(estimate: Estimate) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import HEADS, GeneratedImage, ImageSplit, Prompt
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
-from prefmill.core.statistics import Resampling, holm, means
+from prefmill.core.statistics import Resampling, holm, means, within
 from prefmill.families.reward.scoring import open_scorer
 from prefmill.families.sdxl.generator import ADAPTER_FILE, PIPELINE_FILE, GeneratorSource, open_pipeline
 from prefmill.images.generation import ImageSampling, make_images, plan_jobs
@@ -165,7 +165,8 @@ def compare(
     both = {side: np.column_stack([values, values.mean(axis=1)]).astype(np.float64) for side, values in scores.items()}
     difference = both["tuned"] - both["base"]
     wins = (difference > 0) + (difference == 0) / 2
-    rates = means(_by_prompt(wins - 0.5, prompt_ids), resampling)
+    found = means(_by_prompt(wins - 0.5, prompt_ids), resampling)
+    rates = [within(rate, resampling, -0.5, 0.5) for rate in found]
     gains = means(_by_prompt(difference, prompt_ids), resampling)
     adjusted = [*holm([rate.p_value for rate in rates[:-1]]), rates[-1].p_value]
     names = [*HEADS, "mean"]
@@ -173,8 +174,8 @@ def compare(
         name: {
             "win_rate": {
                 "value": round(rate.value + 0.5, _DIGITS),
-                "low": round(max(0.0, rate.low + 0.5), _DIGITS),
-                "high": round(min(1.0, rate.high + 0.5), _DIGITS),
+                "low": round(rate.low + 0.5, _DIGITS),
+                "high": round(rate.high + 0.5, _DIGITS),
             },
             "p_value": round(rate.p_value, _DIGITS),
             "p_holm": round(p_holm, _DIGITS),

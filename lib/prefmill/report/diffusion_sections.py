@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
-from prefmill.core.statistics import Array, Resampling, means
+from prefmill.core.statistics import Array, Resampling, means, within
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import Interval, interval_chart
@@ -119,6 +119,8 @@ def _changes(before: Mapping[str, Array], after: Mapping[str, Array], resampling
                     "the models were evaluated on different rows", got=name, fix="run mdlm_evaluate again on both"
                 )
             (estimate,) = means(after[name] - before[name], resampling)
+            if name in SHARES:
+                estimate = within(estimate, resampling, -1.0)
             changes[name] = {"of": MEASURES[name], **asdict(estimate)}
     return changes
 

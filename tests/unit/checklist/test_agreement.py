@@ -54,7 +54,7 @@ def test_the_edges() -> None:
     same = agreement(["a", "a", "b", "b", "c", "c"], ones, ones, RESAMPLING)
     assert [same[name]["value"] for name in ("kappa", "f1", "accuracy")] == [1, 1, 1]
     none = agreement(["a", "a", "b", "b", "c", "c"], 1 - ones, 1 - ones, RESAMPLING)
-    assert none["f1"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert none["f1"] == {"value": 1.0, "low": 0.438503, "high": 1.0}  # Wilson: 3 of 3 papers
     single = agreement(["a"] * 6, ones, np.array([1.0, 0, 1, 0, 1, 1]), RESAMPLING)
     assert single["accuracy"] == {"value": 0.666667, "low": None, "high": None}
     opposite = agreement(["a", "b", "c", "d"], np.array([1.0, 0, 1, 0]), np.array([0.0, 1, 0, 1]), RESAMPLING)

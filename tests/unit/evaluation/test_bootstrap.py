@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prefmill.core.errors import InputError
-from prefmill.core.statistics import Array, Resampling, holm, means, statistic, student_quantile
+from prefmill.core.statistics import Array, Resampling, holm, means, statistic, student_quantile, wilson, within
 
 LEVEL = 0.05
 NUM_STUDIES = 1000
@@ -119,3 +119,38 @@ def test_holm_by_hand() -> None:
 @pytest.mark.parametrize(("degrees", "tabled"), [(1, 12.706), (2, 4.303), (9, 2.262), (29, 2.045), (5000, 1.960)])
 def test_student_quantiles_as_tabled(degrees: int, tabled: float) -> None:
     assert student_quantile(0.975, degrees) == pytest.approx(tabled, abs=6e-4)
+
+
+def test_papers_that_all_agree_leave_room_for_others() -> None:
+    """Published values of Wilson's interval (Newcombe 1998, table I): 0 of 20 is 0 to 0.1611."""
+    resampling = Resampling(1000, 0, 0.95)
+    for count, expected in ((20, 0.1611), (9, 0.2991)):
+        (none,) = means(np.zeros((count, 1)), resampling)
+        (every,) = means(np.ones((count, 1)), resampling)
+        assert (none.low, none.high) == (0.0, 0.0)
+        assert within(none, resampling).low == 0.0
+        assert within(none, resampling).high == pytest.approx(expected, abs=5e-5)
+        assert within(every, resampling).low == pytest.approx(1 - expected, abs=5e-5)
+        assert within(every, resampling).high == 1.0
+    assert wilson(81 / 263, 263, 0.95) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # the same table
+    assert wilson(15 / 148, 148, 0.95) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+def test_the_p_value_of_equal_papers_inverts_their_interval() -> None:
+    """Nine wins of nine: the score test of 1/2 gives z = 3."""
+    for confidence in (0.9, 0.997, 0.9974):
+        resampling = Resampling(1000, 0, confidence)
+        (found,) = means(np.full((9, 1), 0.5), resampling)
+        told = within(found, resampling, -0.5, 0.5)
+        assert told.p_value == pytest.approx(0.0026998, abs=1e-6)
+        assert (told.p_value < 1 - confidence) == (told.low > 0)
+    (half,) = means(np.zeros((9, 1)), resampling)
+    assert within(half, resampling, -0.5, 0.5).p_value == 1
+
+
+def test_an_interval_with_a_width_is_only_cut() -> None:
+    resampling = Resampling(1000, 0, 0.95)
+    (found,) = means(np.array([[0.0], [0.0], [1.0]]), resampling)
+    told = within(found, resampling)
+    assert found.low < 0
+    assert (told.low, told.high, told.p_value) == (0.0, min(1.0, found.high), found.p_value)

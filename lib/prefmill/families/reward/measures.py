@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.core.statistics import MIN_PAPERS, Resampling, Statistic, statistic
+from prefmill.core.statistics import MIN_PAPERS, Resampling, Statistic, statistic, within
 
 Array = NDArray[np.float64]
 DIGITS = 6
@@ -126,9 +127,9 @@ def _estimate(
         return {"value": None, "low": None, "high": None}
     if len(values) < MIN_PAPERS:
         return {"value": round(whole, DIGITS), "low": None, "high": None}
-    found = statistic(values, resampling, function)
-    low, high = max(0.0, found.low), min(1.0, found.high)
-    return {"value": round(whole, DIGITS), "low": round(low, DIGITS), "high": round(high, DIGITS)}
+    told = int(values.any(axis=1).sum())  # a prompt of ties alone says nothing of accuracy
+    found = within(replace(statistic(values, resampling, function), num_papers=told), resampling)
+    return {"value": round(whole, DIGITS), "low": round(found.low, DIGITS), "high": round(found.high, DIGITS)}
 
 
 def _f1(drawn: Array) -> Array:
