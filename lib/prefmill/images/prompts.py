@@ -57,7 +57,8 @@ def is_safe(name: str) -> bool:
 def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and fields of every row of a .csv or .tsv file, names in lower case, lines without any text left out.
 
-    Raises InputError when it cannot be read as UTF-8 or lacks a `required` column.
+    Raises InputError when it cannot be read as UTF-8, lacks a `required` column or has a line with more cells than
+    the first: an unquoted comma would cut a prompt.
     """
     form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
     try:
@@ -72,11 +73,22 @@ def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
                 )  # fmt: skip
             for row in reader:
                 if any(cell.strip() for cell in row):
+                    _require_columns(row, header, f"{path}:{reader.line_num}")
                     yield reader.line_num, dict(zip(header, row, strict=False))
     except FileNotFoundError:
         raise InputError("no such file", where=path, fix="check the path") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError("cannot read the table", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
+
+
+def _require_columns(row: list[str], header: list[str], where: str) -> None:
+    surplus = row[len(header) :]
+    if any(cell.strip() for cell in surplus):
+        raise InputError(
+            "a line has more cells than the first line has columns", where=where, got=", ".join(row),
+            expected=f"{len(header)}: {', '.join(header)}",
+            fix='write a cell that holds a comma in double quotes, "like, this", or save the table as .tsv',
+        )  # fmt: skip
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

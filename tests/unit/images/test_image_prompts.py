@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefmill.core.errors import InputError
-from prefmill.images.prompts import is_safe, prompt_id_of, read_prompts
+from prefmill.images.prompts import is_safe, prompt_id_of, read_prompts, read_table
 from tests.conftest import REPOSITORY
 
 
@@ -62,11 +62,32 @@ def test_the_shipped_prompts() -> None:
         ("prompt\nA cat\nA  cat\n", r"stands here twice[\s\S]*prompts.csv:3[\s\S]*first on line 2"),
         ("prompt_id,prompt\na,x\nA,y\n", "stands here twice"),
         ('prompt\n"A cat\n', "cannot read the table"),
+        ("prompt\nA boat\nA cat, a dog\n", r"more cells than[\s\S]*prompts.csv:3[\s\S]*A cat,  a dog[\s\S]*quotes"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_prompts(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "line"),
+    [
+        ("prompts_comma.csv", "prompt", 2),
+        ("prompts_two_columns.csv", "prompt", 2),
+        ("ratings_surplus.csv", "choice", 3),
+    ],
+)
+def test_surplus_cells_are_refused_by_line(name: str, column: str, line: int) -> None:
+    cases = REPOSITORY.parent / "shared" / "cases" / "images"
+    if not cases.is_dir():
+        pytest.skip("needs the cases beside the checkout (shared/cases/images)")
+    with pytest.raises(InputError, match=rf"more cells than[\s\S]*{name}:{line}"):
+        list(read_table(cases / name, (column,)))
+
+
+def test_empty_cells_at_the_end_are_no_matter(tmp_path: Path) -> None:
+    assert [row["prompt"] for row in read_prompts(write(tmp_path, "prompt\nA cat,,\n"))] == ["A cat"]
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
