@@ -152,7 +152,7 @@ def _made(folder: Path) -> Path:
         ({"labels": {"style": 1.5}}, "a label is no probability"),
         ({"weight": 0.0}, "a pair's weight must be above 0"),
         ({"labels": 3}, "not an image pair"),
-        ({"preferred": "images/absent.png"}, "cannot read an image"),
+        ({"preferred": "images/absent.png"}, "missing image"),
         ({"split": "val"}, "no pairs to train on"),
         ({"prompt_id": "one"}, "a prompt is held out and trained on"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prefmill.core.records import IMAGE_MARKER
 from prefmill.datasets.examples import Example
+from prefmill.store.pictures import ImageError, open_image
 
 
 def rating_problems(example: Example) -> Iterator[str]:
@@ -55,17 +56,12 @@ def image_problems(example: Example, folder: Path) -> Iterator[str]:
 @lru_cache(maxsize=4096)  # the rows of a paper stand together and share its images
 def unreadable(folder: Path, name: str) -> str | None:
     """Why the image `name` below `folder` cannot be read, or None."""
-    from PIL import Image
-
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "not a path below the dataset folder"
     try:
-        with Image.open(folder / name) as image:
-            image.load()  # a header can be whole where the pixels are cut off
-    except FileNotFoundError:
-        return "no such file"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"unreadable: {error}"
+        open_image(folder / name)  # a header can be whole where the pixels are cut off
+    except ImageError as error:
+        return ": ".join(str(part) for part in (error.what, error.details["got"]) if part)
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from prefmill.core.errors import ConfigError
 from prefmill.core.records import IMAGE_MARKER
 from prefmill.datasets.examples import Example
+from prefmill.store.pictures import image_size
 
 _IMAGE_FRAME_TOKENS = 2  # one before and one after an image's own
 
@@ -46,10 +47,7 @@ class TokenCounter:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _count_image(self, name: str) -> int:
-        from PIL import Image
-
-        with Image.open(self._folder / name) as image:
-            width, height = image.size
+        width, height = image_size(self._folder / name)
         patches = int(self._image_processor.get_number_of_image_patches(height, width))
         return patches // int(self._image_processor.merge_size) ** 2 + _IMAGE_FRAME_TOKENS
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import GeneratedImage, Rating
-from prefmill.images.files import ImageError, inspect_image
+from prefmill.images.files import inspect_image
+from prefmill.store.pictures import ImageError
 
 
 @dataclass(frozen=True)

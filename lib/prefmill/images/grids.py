@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefmill.core.image_rows import GeneratedImage
-from prefmill.families.reward.scoring import open_image
+from prefmill.store.pictures import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,6 +14,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, HEADS, Dimension, Rating
 from prefmill.images.collection import GoodImage
 from prefmill.store.missing import Progress, in_batches, kept_rows
+from prefmill.store.pictures import open_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,13 +125,11 @@ def sharpness(prompts: Sequence[str], paths: Sequence[Path]) -> NDArray[np.float
     It tells a picture from a blurred copy of it, and knows nothing of prompts: a stand-in for a rater in demos.
     """
     import numpy as np
-    from PIL import Image
 
     assert len(prompts) == len(paths)
     values = []
     for path in paths:
-        with Image.open(path) as image:
-            grey = np.asarray(image.convert("L"), dtype=np.float64)
+        grey = np.asarray(open_image(path).convert("L"), dtype=np.float64)
         edges = np.pad(grey, 1, mode="edge")
         around = edges[:-2, 1:-1] + edges[2:, 1:-1] + edges[1:-1, :-2] + edges[1:-1, 2:]
         values.append(np.log1p((around - 4 * grey).var()))

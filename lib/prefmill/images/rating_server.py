@@ -19,13 +19,13 @@ from urllib.parse import parse_qs, urlsplit
 
 from prefmill.images.answers import Choice, Session
 from prefmill.images.collection import GoodImage
+from prefmill.store.pictures import shown_bytes
 
 HOST = "127.0.0.1"
 _PAGE = Path(__file__).with_name("rating_page.html")
 _RATER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,39}")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _LARGEST_BODY = 4_096
-_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
 
 class RefusalError(Exception):
@@ -162,9 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(HTTPStatus.OK, json.dumps(state).encode(), "application/json")
         elif url.path.startswith("/image/"):
             image = self.server.image(url.path.removeprefix("/image/"))
-            self._reply(
-                HTTPStatus.OK, image.source.path.read_bytes(), _TYPES[image.suffix], cache="private, max-age=3600"
-            )
+            content, kind = shown_bytes(image.source.path)
+            self._reply(HTTPStatus.OK, content, kind, cache="private, max-age=3600")
         else:
             raise RefusalError(HTTPStatus.NOT_FOUND, "no such page")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prefmill.images.files import ImageError, inspect_image, place
+from prefmill.images.files import inspect_image, place
+from prefmill.store.pictures import ImageError
 from tests.e2e.image_artifacts import bomb, draw
 
 
@@ -43,9 +44,9 @@ def test_missing_foreign_and_other_formats(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("<svg onload='x'/>")
     with pytest.raises(ImageError, match="not an image"):
         inspect_image(tmp_path / "a.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.ppm")
     with pytest.raises(ImageError, match="not an image"):
-        inspect_image(tmp_path / "a.tiff")
+        inspect_image(tmp_path / "a.ppm")
 
 
 def test_ours_are_linked_and_others_copied(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -23,6 +22,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
 from prefmill.families.causal.chat import encode, image_paths, prompt_text
 from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.store.pictures import image_size, open_image
 
 Grid = tuple[int, int, int]  # patches of an image: time (1), height, width
 TRAINED = frozenset({"qwen2_vl", "qwen2_5_vl"})
@@ -201,7 +201,7 @@ def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> Tensor:
 
 @lru_cache(maxsize=65536)
 def _grid(path: str, patch: int, merge: int, least: int, most: int) -> Grid:
-    width, height = _upright(path).size
+    width, height = image_size(path)
     try:
         height, width = smart_resize(height, width, factor=patch * merge, min_pixels=least, max_pixels=most)
     except ValueError as error:
@@ -213,25 +213,3 @@ def _grid(path: str, patch: int, merge: int, least: int, most: int) -> Grid:
 def _file_digest(path: str) -> str:
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def open_image(path: str) -> Image.Image:
-    """The image as people see it, in RGB: turned upright by its EXIF orientation, what is transparent on white."""
-    image = _upright(path)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _upright(path: str) -> Image.Image:
-    image = _open(path)
-    ImageOps.exif_transpose(image, in_place=True)  # a copy would decode every file for its size
-    return image
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError("cannot read the image", where=path, got=error, fix="replace or leave it out") from None

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 
 from prefmill.families.causal.generation import Completion, Request, Sampling, as_completion, stream_seed
-from prefmill.families.causal.vision import ImageReader, open_image
+from prefmill.families.causal.vision import ImageReader
 from prefmill.store.journal import Journal
 from prefmill.store.missing import Progress, silent
+from prefmill.store.pictures import open_image
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

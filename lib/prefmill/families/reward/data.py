@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import HEADS, ImagePair
-from prefmill.families.reward.scoring import open_image
 from prefmill.store.jsonl import read_jsonl
+from prefmill.store.pictures import open_image
 from prefmill.training.data import Pair
 
 PAIRS = "pairs.jsonl"

@@ -10,6 +10,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.image_rows import HEADS
 from prefmill.distributed.devices import device_type
 from prefmill.store.missing import in_batches
+from prefmill.store.pictures import open_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,17 +79,3 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Image]) -> d
         text=list(prompts), images=list(images), padding="max_length", truncation=True, return_tensors="pt"
     )
     return inputs_of(batch)
-
-
-def open_image(path: Path) -> Image:
-    """The image at `path` in RGB; raises InputError naming it when it cannot be read."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise InputError(
-            "cannot read an image", where=path, got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="make the image again, or rebuild the pairs: build_image_pairs sets damaged images aside",
-        ) from None  # fmt: skip

@@ -14,11 +14,12 @@ from tqdm import tqdm
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_bytes, digest_json
 from prefmill.core.precision import Precision, torch_dtype
-from prefmill.families.reward.scoring import open_image
 from prefmill.families.sdxl.loading import SdxlFolder
+from prefmill.store.pictures import open_image
 from prefmill.store.tensor_cache import TensorCache
 
 _VERSION = 1
+_DECODER = 2  # latents of pictures that were read sideways or without white are not taken again
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ImageKeys:
 
     def of(self, image_digest: str, flipped: bool = False) -> str:
         """The key of an image with this sha256; mirrored it is another one."""
-        said = [_VERSION, self.vae, self.resolution, self.precision, image_digest, flipped]
+        said = [_DECODER, self.vae, self.resolution, self.precision, image_digest, flipped]
         return f"{digest_json(said)}-latents"
 
 

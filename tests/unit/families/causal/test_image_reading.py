@@ -14,7 +14,8 @@ from prefmill.core.errors import InputError
 from prefmill.demo.tiny_models import build
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_tokenizer
-from prefmill.families.causal.vision import TRAINED, WRITING, ImageReader, open_image, open_reader
+from prefmill.families.causal.vision import TRAINED, WRITING, ImageReader, open_reader
+from prefmill.store.pictures import open_image
 
 SEEN = np.random.default_rng(0).integers(0, 256, (56, 112, 3), dtype=np.uint8)
 # What turns the picture back, by orientation (TIFF 6.0, tag 274): a camera that stored it so says how to hold it.

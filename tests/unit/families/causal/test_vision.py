@@ -221,5 +221,5 @@ def test_markers_and_images_must_agree(reader: ImageReader, pictures: list[str])
         with_images([{"role": "user", "content": "<image><image>"}], pictures[:1])
     with pytest.raises(InputError, match="image tokens of its own"):
         reader.encode([{"role": "user", "content": "<|image_pad|>"}], "answer")
-    with pytest.raises(InputError, match="cannot read the image"):
+    with pytest.raises(InputError, match=r"missing image|not an image|damaged image"):
         reader.grid(str(Path(pictures[0]).parent / "none.png"))
