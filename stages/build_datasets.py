@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig
-from prefmill.core.records import Decision, Modality
+from prefmill.core.records import Modality, Standing
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.datasets.build import BuildRules, build_datasets
 from prefmill.datasets.pairs import PairRules, read_exclude
@@ -20,8 +20,10 @@ class BuildDatasetsConfig(StrictConfig):
     )
     splits: list[DatasetSplit] = Field(["train", "val"], description="[train] where the corpus has no val papers")
     sft_top_fraction: float = Field(0.2, gt=0, le=1, description="best share of the train reviews by checkmark score")
-    decisions: list[Decision] = Field(["accepted"], min_length=1, description="papers that pairs are made of")
-    min_rating_diff: float = Field(2.0, gt=0, description="least rating advantage of the chosen review")
+    decisions: list[Standing] = Field(
+        ["accepted"], min_length=1, description="papers that pairs are made of; unknown: those without a decision"
+    )
+    min_rating_diff: float = Field(2.0, gt=0, description="least rating advantage of the chosen, on a scale of 1 to 10")
     min_checkmark_diff: float = Field(2.0, gt=0, description="least checkmark advantage of the chosen review")
     max_pairs_per_paper: int | None = Field(None, ge=1, description="keep the clearest so many; none: all")
     exclude: ExternalPath | None = Field(None, description="text file of pair ids to leave out, one a line")

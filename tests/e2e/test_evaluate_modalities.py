@@ -22,6 +22,7 @@ from prefmill.core.stage import load_stage
 from prefmill.families.causal.loading import load_model
 from prefmill.families.causal.processing import load_processor
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
+from prefmill.reviews.scale import COMMON_SCALE
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from stages.evaluate import STAGE
 from stages.evaluate import run as evaluate_stage
@@ -114,7 +115,7 @@ def test_its_reviews_are_those_of_the_models_own_processor(
         with torch.inference_mode():
             ids = model.generate(**given, max_new_tokens=12, do_sample=False)[0, given["input_ids"].shape[1] :]
         text = processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert found[paper["paper_id"]] == split_completion(text)[0]
+        assert found[paper["paper_id"]] == split_completion(text, COMMON_SCALE)[0]
     assert len(set(found.values())) > 1
 
 

@@ -156,8 +156,7 @@ BAD_ROWS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "out-of-scale rating": (row(2, rating=12), "rating 12 is outside the scale 1 to 10"),
     "empty review": (row(2, review_text=" \t"), "empty review_text"),
     "empty title": (row(2, title="?!"), "title without letters or digits"),
-    "duplicate review id": (row(2, review_id="r1"), "review id r1 is already at x.jsonl:1"),
-    "identical rows": (row(1), "review id r1 is already at x.jsonl:1"),
+    "duplicate review id": (row(2, review_id="r1"), "another review with the id r1 is at x.jsonl:1"),
     "contradicting papers": (row(1, review_id="r2", decision="rejected"), "another decision at x.jsonl:1"),
     "unknown decision": (row(2, decision="perhaps"), "unknown decision 'perhaps'"),
 }

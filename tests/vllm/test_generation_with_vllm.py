@@ -28,6 +28,7 @@ from prefmill.families.causal.generation import Sampling, encode_prompts, keep_t
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.reviews.prompt import review_messages, split_completion
+from prefmill.reviews.scale import COMMON_SCALE
 from prefmill.store.jsonl import read_jsonl
 from prefmill.store.missing import silent
 from stages.evaluate import EvaluateConfig, run
@@ -156,7 +157,7 @@ def test_draws_are_from_the_models_distribution(
     for token in probabilities.nonzero().flatten().tolist():
         ends = token in range(5, 600, 40)
         text = "" if ends else tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        expected[split_completion(text)[0]] += float(probabilities[token] / probabilities.sum())
+        expected[split_completion(text, COMMON_SCALE)[0]] += float(probabilities[token] / probabilities.sum())
     found = Counter(row["text"] for row in rows)
     print(f"{len(expected)} texts, the likeliest {max(expected.values()):.3f}")
     assert set(found) <= set(expected)

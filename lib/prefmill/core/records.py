@@ -10,9 +10,11 @@ Split = Literal["train", "val", "dev", "test"]
 Modality = Literal["clean", "clean_images", "vision"]
 Decision = Literal["accepted", "rejected", "withdrawn", "desk_rejected"]
 
+Standing = Decision | Literal["unknown"]  # unknown: the corpus does not say
+
 
 class Paper(TypedDict):
-    """A paper; image paths are relative to the artifact that holds the row."""
+    """A paper; image paths are relative to the artifact that holds the row, `scale` is the one its prompt names."""
 
     paper_id: str
     title: str
@@ -23,10 +25,11 @@ class Paper(TypedDict):
     split: Split
     pages: list[str]
     figures: list[str]
+    scale: NotRequired[list[float]]
 
 
 class Review(TypedDict):
-    """A review; `rating` on its venue's scale (1 to 10 at most), `confidence` 1 to 5 or None."""
+    """A review; `rating` on `scale`, its venue's bounds (1 to 10 where none are given), `confidence` 1 to 5 or None."""
 
     review_id: str
     paper_id: str
@@ -35,6 +38,7 @@ class Review(TypedDict):
     confidence: float | None
     venue: str
     sub_scores: dict[str, float]
+    scale: NotRequired[list[float]]
 
 
 class Answer(TypedDict):

@@ -18,7 +18,7 @@ from prefmill.checklist.scored import ScoredPaper, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, InputError
 from prefmill.core.files import write_atomic
-from prefmill.core.records import Decision, Modality, Paper
+from prefmill.core.records import Modality, Paper, Standing
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
 from prefmill.datasets.registry import SPLITS, SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
 from prefmill.datasets.rows import IMAGES, Prompt, dpo_row, make_prompt, sft_row
@@ -36,7 +36,7 @@ class BuildRules:
 
     modalities: tuple[Modality, ...]
     splits: tuple[DatasetSplit, ...]
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Standing, ...]
     sft_top_fraction: float
     pairs: PairRules
     allow_unscored: bool
@@ -132,7 +132,7 @@ class _Writer:
                 raise self._empty_sft(key) if key.kind == "sft" else self._empty_dpo(key)
 
     def _wanted(self, paper: Paper) -> bool:
-        return paper["decision"] in self._rules.decisions
+        return (paper["decision"] or "unknown") in self._rules.decisions
 
     def _write(self, key: DatasetKey, rows: Iterable[dict[str, Any]]) -> None:
         before = self._files[key].num_rows

@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from prefmill.datasets.registry import DatasetKey
-from prefmill.reviews.prompt import split_completion
+from prefmill.reviews.prompt import asked_scale, split_completion
+from prefmill.reviews.scale import COMMON_SCALE, Scale, rescaled
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Answered(NamedTuple):
-    """A completion as review text and rating."""
+    """A completion as review text and rating, on the common scale whichever the prompt names."""
 
     completion: str
     text: str
@@ -132,16 +133,19 @@ def _example(key: DatasetKey, line: int, row: Any) -> Example:
     images = tuple(row.images) if key.modality != "clean" else ()
     if key.kind == "sft":
         *prompt, answer = [turn.content for turn in row.messages]
-        single = (_answered(answer),)
-        return Example(key, line, row.id, row.paper_id, "\n".join(prompt), single, (row.id,), images, None, None)
+        asked = "\n".join(prompt)
+        single = (_answered(answer, asked_scale(asked)),)
+        return Example(key, line, row.id, row.paper_id, asked, single, (row.id,), images, None, None)
     text = "\n".join(turn.value for turn in row.conversations)
-    answers = (_answered(row.chosen.value), _answered(row.rejected.value))
+    scale = asked_scale(text)
+    answers = (_answered(row.chosen.value, scale), _answered(row.rejected.value, scale))
     ids = (row.chosen_id, row.rejected_id)
     return Example(key, line, row.id, row.group, text, answers, ids, images, row.rating_diff, row.checkmark_diff)
 
 
-def _answered(completion: str) -> Answered:
-    return Answered(completion, *split_completion(completion))
+def _answered(completion: str, scale: Scale) -> Answered:
+    text, rating = split_completion(completion, scale)
+    return Answered(completion, text, None if rating is None else rescaled(rating, scale, COMMON_SCALE))
 
 
 def _require_roles(found: list[str], expected: list[str]) -> None:

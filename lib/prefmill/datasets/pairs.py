@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from prefmill.checklist.scored import ScoredReview
 from prefmill.core.errors import InputError
+from prefmill.reviews.scale import common_rating
 
 Dropped = Literal[
     "rating_diff_too_small",
@@ -32,7 +33,7 @@ REMEDIES: dict[Dropped, str] = {
 
 @dataclass(frozen=True)
 class PairRules:
-    """What makes a pair: least differences (rating points, checkmarks), at most so many a paper, ids left out."""
+    """What makes a pair: least differences (points of 1 to 10, checkmarks), at most so many a paper, ids left out."""
 
     min_rating_diff: float
     min_checkmark_diff: float
@@ -78,7 +79,7 @@ def orient(first: ScoredReview, second: ScoredReview) -> Pair:
     return Pair(
         better,
         worse,
-        round(better.review["rating"] - worse.review["rating"], 6),
+        round(common_rating(better.review) - common_rating(worse.review), 6),
         round(better.evaluation["checkmark_score"] - worse.evaluation["checkmark_score"], 6),
     )
 
@@ -112,7 +113,7 @@ def explain_drops(dropped: Counter[Dropped]) -> Iterator[str]:
 
 
 def _standing(scored: ScoredReview) -> tuple[float, float, str]:
-    return scored.review["rating"], scored.evaluation["checkmark_score"], scored.review["review_id"]
+    return common_rating(scored.review), scored.evaluation["checkmark_score"], scored.review["review_id"]
 
 
 def _clearest_first(pair: Pair) -> tuple[float, float, str]:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from prefmill.core.records import IMAGE_MARKER
 from prefmill.datasets.examples import Example
+from prefmill.reviews.prompt import asked_scale
 from prefmill.store.pictures import ImageError, open_image
 
 
 def rating_problems(example: Example) -> Iterator[str]:
-    """A completion without a rating from 1 to 10 in its last line, or with nothing before it."""
+    """A completion without a rating on the prompt's scale in its last line, or with nothing before it."""
     for answer in example.answers:
         if answer.rating is None:
-            yield f"no last line 'Rating: N' with N from 1 to 10, but {answer.completion[-40:]!r}"
+            low, high = asked_scale(example.prompt)
+            yield f"no last line 'Rating: N' with N from {low:g} to {high:g}, but {answer.completion[-40:]!r}"
         elif not answer.text:
             yield "no review before the rating"
 
@@ -66,4 +68,4 @@ def unreadable(folder: Path, name: str) -> str | None:
 
 
 def _equal(left: float, right: float) -> bool:
-    return math.isclose(left, right, abs_tol=1e-6)
+    return math.isclose(left, right, abs_tol=1e-4)  # completions give six digits

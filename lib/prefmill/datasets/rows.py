@@ -8,6 +8,7 @@ from prefmill.checklist.scored import ScoredReview
 from prefmill.core.records import Modality, Paper
 from prefmill.datasets.pairs import Pair
 from prefmill.reviews.prompt import Message, review_completion, review_images, review_messages
+from prefmill.reviews.scale import Scale, scale_of
 
 IMAGES = "images"
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -19,6 +20,7 @@ class Prompt(NamedTuple):
     paper_id: str
     messages: list[Message]
     images: list[str] | None
+    scale: Scale
 
 
 def make_prompt(paper: Paper, modality: Modality) -> Prompt | None:
@@ -27,12 +29,12 @@ def make_prompt(paper: Paper, modality: Modality) -> Prompt | None:
     if modality != "clean" and not images:
         return None
     paths = None if modality == "clean" else [f"{IMAGES}/{path}" for path in images]
-    return Prompt(paper["paper_id"], review_messages(paper, modality), paths)
+    return Prompt(paper["paper_id"], review_messages(paper, modality), paths, scale_of(paper))
 
 
 def sft_row(prompt: Prompt, scored: ScoredReview) -> dict[str, Any]:
     """A review to imitate: `messages` in the OpenAI form, the last one the assistant's."""
-    answer = {"role": "assistant", "content": review_completion(scored.review)}
+    answer = {"role": "assistant", "content": review_completion(scored.review, prompt.scale)}
     row = {
         "id": scored.review["review_id"],
         "paper_id": prompt.paper_id,
@@ -47,8 +49,8 @@ def dpo_row(prompt: Prompt, pair: Pair) -> dict[str, Any]:
         "id": pair.pair_id,
         "group": prompt.paper_id,
         "conversations": [{"from": _SPEAKERS[turn["role"]], "value": turn["content"]} for turn in prompt.messages],
-        "chosen": {"from": "gpt", "value": review_completion(pair.chosen.review)},
-        "rejected": {"from": "gpt", "value": review_completion(pair.rejected.review)},
+        "chosen": {"from": "gpt", "value": review_completion(pair.chosen.review, prompt.scale)},
+        "rejected": {"from": "gpt", "value": review_completion(pair.rejected.review, prompt.scale)},
         "chosen_id": pair.chosen.review["review_id"],
         "rejected_id": pair.rejected.review["review_id"],
         "rating_diff": float(pair.rating_diff),

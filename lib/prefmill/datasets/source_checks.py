@@ -24,6 +24,7 @@ from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.selection import Rank, rank
 from prefmill.reviews.join import PAPERS, REVIEWS, papers_with_reviews
 from prefmill.reviews.prompt import review_completion
+from prefmill.reviews.scale import common_rating, scale_of
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ def source_problems(example: Example, source: Source, claims: Claims) -> Iterato
     paper = source.paper
     if paper["split"] != example.key.split:
         yield f"its paper {paper['paper_id']} is of split {paper['split']}"
-    if example.key.kind == "dpo" and paper["decision"] not in claims.decisions:
+    if example.key.kind == "dpo" and (paper["decision"] or "unknown") not in claims.decisions:
         yield f"its paper {paper['paper_id']} is {paper['decision']}, not {' or '.join(sorted(claims.decisions))}"
     missing = [review_id for review_id in example.review_ids if review_id not in source.reviews]
     if missing:
         yield f"review {missing[0]} is not one of paper {paper['paper_id']}"
         return
     for review_id, answer in zip(example.review_ids, example.answers, strict=True):
-        if answer.completion != review_completion(source.reviews[review_id]):
+        if answer.completion != review_completion(source.reviews[review_id], scale_of(paper)):
             yield f"the completion is not what review {review_id} says in the corpus"
     yield from _difference_problems(example, source)
     if example.key.kind == "sft" and source.evaluations is not None:
@@ -98,7 +99,7 @@ def _difference_problems(example: Example, source: Source) -> Iterator[str]:
     if example.key.kind != "dpo":
         return
     chosen, rejected = example.review_ids
-    rating_diff = source.reviews[chosen]["rating"] - source.reviews[rejected]["rating"]
+    rating_diff = common_rating(source.reviews[chosen]) - common_rating(source.reviews[rejected])
     yield from _unequal("rating_diff", example.rating_diff, rating_diff)
     if source.evaluations is None:
         return

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from prefmill.checklist.scored import FAILURES, ScoredPaper
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, ConfigError, InputError
-from prefmill.core.records import Decision, Modality
+from prefmill.core.records import Modality, Standing
 from prefmill.datasets.registry import DatasetSplit
 from prefmill.datasets.selection import Ranking, rank
 from prefmill.reviews.prompt import review_images
@@ -31,15 +31,15 @@ class Survey:
     ranking: Ranking = field(default_factory=Ranking)
 
 
-def survey(papers: Iterable[ScoredPaper], modalities: Collection[Modality], decisions: Collection[Decision]) -> Survey:
+def survey(papers: Iterable[ScoredPaper], modalities: Collection[Modality], decisions: Collection[Standing]) -> Survey:
     """Count `papers` by split, and rank the reviews of the split that the SFT cut is taken on."""
     found = Survey()
     for paper, reviews, unscored in papers:
         split = paper["split"]
         found.papers[split] += 1
         found.reviews[split] += len(reviews)
-        found.decisions[str(paper["decision"])] += 1
-        found.wanted_decision[split] += paper["decision"] in decisions
+        found.decisions[paper["decision"] or "unknown"] += 1
+        found.wanted_decision[split] += (paper["decision"] or "unknown") in decisions
         found.with_images.update(modality for modality in modalities if review_images(paper, modality))
         if unscored:
             found.num_unscored += len(unscored)
@@ -66,7 +66,7 @@ def check_buildable(
     found: Survey,
     splits: Collection[DatasetSplit],
     modalities: Collection[Modality],
-    decisions: Collection[Decision],
+    decisions: Collection[Standing],
 ) -> None:
     """Raise InputError or ConfigError, before anything is written, when a wanted dataset cannot have rows."""
     for split in splits:
@@ -81,7 +81,7 @@ def check_buildable(
                 f"no {' or '.join(decisions)} papers in split '{split}'",
                 got=f"decisions in the corpus: {dict(sorted(found.decisions.items()))}",
                 expected=f"papers with decision in {list(decisions)}, to make preference pairs of",
-                fix="ingest a source with decisions, or name the decisions it has: decisions: [accepted, rejected]",
+                fix=f"name the decisions that the corpus has: decisions: [{', '.join(sorted(found.decisions))}]",
             )  # fmt: skip
     for modality in modalities:
         if modality != "clean" and not found.with_images[modality]:

@@ -15,6 +15,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.families.causal.chat import encode
 from prefmill.reviews.join import papers_with_reviews
 from prefmill.reviews.prompt import Message, review_completion, review_messages
+from prefmill.reviews.scale import scale_of
 from prefmill.training.arguments import trainer_arguments
 from prefmill.training.callbacks import StageCallback, check_every_step
 from prefmill.training.checkpoints import newest_checkpoint
@@ -53,7 +54,7 @@ def training_chats(corpus: Artifact) -> list[Chat]:
     Raises InputError when there is none.
     """
     chats = [
-        Chat(review["review_id"], review_messages(paper, "clean"), review_completion(review))
+        Chat(review["review_id"], review_messages(paper, "clean"), review_completion(review, scale_of(paper)))
         for paper, reviews in papers_with_reviews(corpus)
         if paper["split"] == "train"
         for review in reviews

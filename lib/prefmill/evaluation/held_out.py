@@ -15,6 +15,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.records import Modality, Paper, Review, ReviewEvaluation
 from prefmill.evaluation.rows import Generation, PaperFacts
 from prefmill.reviews.prompt import review_images
+from prefmill.reviews.scale import common_rating
 from prefmill.reviews.text_statistics import words
 from prefmill.store.jsonl import read_jsonl
 from prefmill.store.missing import Progress, in_batches, kept_rows, silent
@@ -43,7 +44,7 @@ class HeldOut:
     def facts(self) -> dict[str, PaperFacts]:
         """Decision and human ratings by paper."""
         return {
-            key: PaperFacts(paper["decision"], tuple(review["rating"] for review in self.reviews.get(key, ())))
+            key: PaperFacts(paper["decision"], tuple(common_rating(review) for review in self.reviews.get(key, ())))
             for key, paper in self.papers.items()
         }
 
@@ -77,7 +78,7 @@ def human_generations(held_out: HeldOut) -> list[Generation]:
             "paper_id": key,
             "sample": sample,
             "text": review["text"],
-            "rating": review["rating"],
+            "rating": common_rating(review),
             "decision": held_out.papers[key]["decision"],
             "truncated": False,
         }

@@ -29,6 +29,7 @@ from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.vision import WRITING, ImageReader, open_reader, with_images
 from prefmill.families.causal.vllm_loading import image_options, on_cpu, open_vllm, require_vllm
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
+from prefmill.reviews.scale import COMMON_SCALE, rescaled, scale_of
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.missing import Progress, silent
 
@@ -199,12 +200,13 @@ def _device() -> str:
 
 
 def _as_generation(completion: Completion, paper: Paper) -> Generation:
-    text, rating = split_completion(completion["text"])
+    scale = scale_of(paper)
+    text, rating = split_completion(completion["text"], scale)
     return {
         "paper_id": completion["key"],
         "sample": completion["sample"],
         "text": text,
-        "rating": rating,
+        "rating": None if rating is None else rescaled(rating, scale, COMMON_SCALE),
         "decision": paper["decision"],
         "truncated": completion["truncated"],
         "num_tokens": completion["num_tokens"],

@@ -12,7 +12,10 @@ HUMAN = "human"  # the label of the reviews that people wrote
 
 
 class Generation(TypedDict):
-    """A review by the evaluated model; `text` without its rating line, `truncated` if it ran into the token limit."""
+    """A review by the evaluated model: `text` without its rating line, `rating` on the common scale (1 to 10).
+
+    `truncated` says that it ran into the token limit.
+    """
 
     paper_id: str
     sample: int

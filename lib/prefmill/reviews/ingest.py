@@ -21,6 +21,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
 from prefmill.reviews.rows import Item, PaperRow, Problem, Row, RowError, Skipped
+from prefmill.reviews.scale import COMMON_SCALE, common_rating, prompt_scale
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
 from prefmill.reviews.store import CorpusStore
@@ -52,6 +53,7 @@ class Tally:
     pages: int = 0
     figures: int = 0
     unreviewed: int = 0
+    repeated: int = 0
     merged: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -109,6 +111,7 @@ def link(store: CorpusStore, rejects: Rejects, tally: Tally) -> None:
         rejects.add(problem)
     tally.unreviewed = store.drop_unreviewed()
     tally.merged = store.merge_titles()
+    tally.repeated = store.num_repeated
 
 
 def write_corpus(
@@ -133,12 +136,13 @@ def write_corpus(
                 rejects.add(Problem(place, reason, document.fix, paper.title))
                 continue
             row = _paper(paper, document, "test" if paper.paper_id in test_ids else split_of(key, splits))
-            papers.write(row)
-            num_before = reviews.num_rows
-            for review in store.reviews_of(paper.paper_id):
+            written = list(store.reviews_of(paper.paper_id))
+            scale = prompt_scale(written)
+            papers.write(row if scale == COMMON_SCALE else {**row, "scale": list(scale)})
+            for review in written:
                 reviews.write(review)
-                tally.ratings[review["rating"]] += 1
-            _count(tally, row, document, reviews.num_rows - num_before)
+                tally.ratings[common_rating(review)] += 1
+            _count(tally, row, document, len(written))
         rejects.check_share(tally.rows)
         if not reviews.num_rows:
             raise InputError("no review is left", got=f"{tally.rows} rows", fix="check the sources and the quarantine")
@@ -194,6 +198,8 @@ def _warn(tally: Tally) -> None:
         _log.warning(
             "%d papers have neither text nor abstract: models see their titles only", tally.text_from["nothing"]
         )
+    if tally.repeated:
+        _log.warning("%d reviews were listed again, word for word, and count once", tally.repeated)
     if tally.merged:
         _log.warning("%d papers were merged into others with the same title", len(tally.merged))
 
@@ -222,6 +228,7 @@ def _summary(tally: Tally, num_papers: int, num_reviews: int, num_quarantined: i
         "reviews": num_reviews,
         "rows": tally.rows,
         "quarantined_rows": num_quarantined,
+        "repeated_reviews": tally.repeated,
         "papers_without_reviews": tally.unreviewed,
         "merged_titles": len(tally.merged),
         "merged_ids": dict(tally.merged[:20]),

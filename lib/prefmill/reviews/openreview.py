@@ -30,7 +30,6 @@ from prefmill.reviews.rows import (
     parse_confidence,
     parse_decision,
     parse_id,
-    parse_rating,
     parse_score,
     required_text,
 )
@@ -108,7 +107,8 @@ class OpenReviewSource(FileSource):
             review_id=parse_id(note.get("id"), "id", self.id_prefix),
             paper_id=self._paper_id(note),
             text=required_text(_join(sections), "review"),
-            rating=parse_rating(content[rating_field], self.scale),
+            rating=self.rating(content[rating_field]),
+            scale=self.scale,
             confidence=parse_confidence(content.get("confidence")),
             venue=self.venue or _venue(note),
             sub_scores=scores,

@@ -21,7 +21,6 @@ from prefmill.reviews.rows import (
     clean_text,
     parse_confidence,
     parse_id,
-    parse_rating,
     parse_score,
     required_text,
 )
@@ -92,7 +91,8 @@ class PeerReadSource(FileSource):
             review_id=f"{paper_id}-r{entry[_INDEX]}",
             paper_id=paper_id,
             text=required_text(entry["comments"], "comments"),
-            rating=parse_rating(entry["RECOMMENDATION"], self.scale),
+            rating=self.rating(entry["RECOMMENDATION"]),
+            scale=self.scale,
             confidence=parse_confidence(entry.get("REVIEWER_CONFIDENCE")),
             venue=clean_text(entry[_VENUE], "conference") or self.venue,
             sub_scores={key.lower(): parse_score(entry[key], key) for key in sorted(_SCORES & entry.keys())},

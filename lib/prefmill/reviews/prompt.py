@@ -7,12 +7,13 @@ from typing import Literal, TypedDict
 
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER, Modality, Paper, Review
+from prefmill.reviews.scale import COMMON_SCALE, Scale, rescaled, scale_of
 
 MODALITIES: tuple[Modality, ...] = ("clean", "clean_images", "vision")
-MAX_RATING = 10
 
-_INSTRUCTION = f'Review this paper. End with a line "Rating: N", N from 1 to {MAX_RATING}.'
-_RATING_LINE = re.compile(rf"Rating:\s*(\d{{1,2}}(?:\.\d+)?)(?:\s*/\s*{MAX_RATING})?\.?")
+_INSTRUCTION = 'Review this paper. End with a line "Rating: N", N from {:g} to {:g}.'
+_INSTRUCTED = re.compile(r'"Rating: N", N from (\S+) to (\S+)\.(?=\s|$)')
+_RATING_LINE = re.compile(r"Rating:\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?\.?")
 _TITLE_LINE = re.compile(r"^Title: (.+)$", re.MULTILINE)
 # What tokenizers and dataset loaders take for more than text. A space after the first character ends that, and
 # as nothing is deleted, no marker can form from the pieces around another.
@@ -38,7 +39,8 @@ def review_messages(paper: Paper, modality: Modality) -> list[Message]:
     `clean` gives title, abstract and text; `clean_images` its figures too; `vision` title, abstract and page images.
     Raises InputError when an image modality meets a paper without images.
     """
-    parts = [_INSTRUCTION, f"Title: {neutralise(paper['title'])}", f"Abstract: {neutralise(paper['abstract'])}"]
+    instruction = _INSTRUCTION.format(*scale_of(paper))
+    parts = [instruction, f"Title: {neutralise(paper['title'])}", f"Abstract: {neutralise(paper['abstract'])}"]
     if modality != "vision" and paper["text"].strip():
         parts.append(f"Paper: {neutralise(paper['text'])}")
     if modality != "clean":
@@ -53,22 +55,29 @@ def prompt_title(prompt: str) -> str | None:
     return match[1] if match else None
 
 
+def asked_scale(prompt: str) -> Scale:
+    """The scale that a prompt made by `review_messages` names; the common one in any other text."""
+    match = _INSTRUCTED.search(prompt)
+    return (float(match[1]), float(match[2])) if match else COMMON_SCALE
+
+
 def review_images(paper: Paper, modality: Modality) -> list[str]:
     """The images that go with the prompt, in the order of its markers, relative to the corpus."""
     return {"clean": [], "clean_images": paper["figures"], "vision": paper["pages"]}[modality]
 
 
-def review_completion(review: Review) -> str:
-    """What the model is to answer: the review, then a last line `Rating: N`."""
-    return f"{neutralise(review['text'])}\nRating: {review['rating']:g}"
+def review_completion(review: Review, scale: Scale) -> str:
+    """What the model is to answer: the review, then a last line `Rating: N`, N on the `scale` that the prompt names."""
+    rating = rescaled(review["rating"], scale_of(review), scale)
+    return f"{neutralise(review['text'])}\nRating: {rating:g}"
 
 
-def split_completion(text: str) -> tuple[str, float | None]:
-    """A completion as review text and rating, 1 to 10; None, and the text whole, when no last line gives one."""
+def split_completion(text: str, scale: Scale) -> tuple[str, float | None]:
+    """A completion as review text and rating within `scale`; None, and the text whole, when no last line gives one."""
     body, _, last = text.strip().rpartition("\n")
     match = _RATING_LINE.fullmatch(last.strip())
-    rating = float(match[1]) if match else None
-    if rating is None or not 1 <= rating <= MAX_RATING:
+    rating = float(match[1]) if match and float(match[2] or scale[1]) == scale[1] else None
+    if rating is None or not scale[0] <= rating <= scale[1]:
         return text.strip(), None
     return body.strip(), rating
 

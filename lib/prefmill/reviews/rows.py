@@ -13,14 +13,16 @@ from typing import Any
 
 from prefmill.core.config import nearest
 from prefmill.core.records import Decision
+from prefmill.reviews.scale import COMMON_SCALE, Scale
 
 _EXCERPT_CHARS = 200
 _MAX_ID_CHARS = 200
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
 _NEWLINES = re.compile(r"\r\n?")
 _NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
-# "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th" or "4.5.1"
-_LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.])")
+# "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th", "4.5.1" or "6,5"
+_LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
 
 DECISIONS: tuple[Decision, ...] = ("accepted", "rejected", "withdrawn", "desk_rejected")
 _DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first that matches
@@ -84,7 +86,7 @@ class DecisionRow:
 
 @dataclass(frozen=True, slots=True)
 class ReviewRow:
-    """A review; `rating` within its source's scale."""
+    """A review; `rating` within `scale`, its source's."""
 
     review_id: str
     paper_id: str
@@ -93,6 +95,7 @@ class ReviewRow:
     confidence: float | None = None
     venue: str = ""
     sub_scores: Mapping[str, float] = field(default_factory=dict)
+    scale: Scale = COMMON_SCALE
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,15 +200,45 @@ def begins_with_number(text: str) -> bool:
     return _LEADING_NUMBER.match(text) is not None
 
 
-def parse_rating(value: Any, scale: tuple[float, float]) -> float:
-    """A rating within `scale`, its lowest and highest value."""
-    rating = parse_score(value, "rating")
+def parse_rating(
+    value: Any, scale: Scale, words: Mapping[str, float] | None = None, decimal_comma: bool = False
+) -> float:
+    """A rating within `scale`; `words` gives the number of a rating in words, `decimal_comma` reads 6,5 as 6.5."""
+    rating = parse_score(_as_number(value, words or {}, decimal_comma), "rating")
     if not scale[0] <= rating <= scale[1]:
         raise RowError(
             f"rating {rating:g} is outside the scale {scale[0]:g} to {scale[1]:g}",
             "correct the rating, or set rating_min and rating_max of this source to its venue's scale",
         )
     return rating
+
+
+def _as_number(value: Any, words: Mapping[str, float], decimal_comma: bool) -> Any:
+    """What `parse_score` can read; raises RowError, with the key to set, for words and commas that it cannot."""
+    if not isinstance(value, str):
+        return value
+    number = words.get(word_key(value))
+    if number is not None:
+        return number
+    if _DECIMAL_COMMA.match(value):
+        if decimal_comma:
+            return value.replace(",", ".", 1)
+        raise RowError(
+            f"rating {excerpt(value)!r} has a decimal comma",
+            "write a point, or set decimal_comma: true for this source",
+        )
+    if begins_with_number(value):
+        return value
+    raise RowError(
+        f"rating is not a number: {excerpt(value)!r}",
+        "give the number of each of the venue's words in rating_words of this source, such as "
+        f"rating_words: {{{excerpt(value.strip())!r}: 1}}, or correct the row",
+    )
+
+
+def word_key(text: str) -> str:
+    """A word as it is compared: without case and surplus space."""
+    return " ".join(text.casefold().split())
 
 
 def parse_confidence(value: Any) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from prefmill.core.records import Decision, Review
 from prefmill.reviews.rows import DecisionRow, PaperRow, Place, Problem, ReviewRow, RowError
+from prefmill.reviews.scale import COMMON_SCALE
 from prefmill.reviews.splits import title_key
 from prefmill.store.jsonl import parse_json, to_json
 
@@ -23,14 +24,14 @@ _SCHEMA = """
 CREATE TABLE papers (paper_id TEXT PRIMARY KEY, title TEXT, abstract TEXT, text TEXT, decision TEXT, venue TEXT,
     drawn INTEGER, title_key TEXT, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, text TEXT, rating REAL, confidence REAL, venue TEXT,
-    sub_scores TEXT, file INTEGER, line INTEGER, item TEXT);
+    sub_scores TEXT, rating_min REAL, rating_max REAL, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
 CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
 """
 _PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn"
 _REVIEW_FIELDS = ("review_id", "paper_id", "text", "rating", "confidence", "venue")
-_REVIEW_COLUMNS = ", ".join([*_REVIEW_FIELDS, "sub_scores"])
+_REVIEW_COLUMNS = ", ".join([*_REVIEW_FIELDS, "sub_scores", "rating_min", "rating_max"])
 _MERGED_FIELDS = ("abstract", "text", "decision", "venue")
 
 
@@ -49,6 +50,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._files: list[tuple[int, str]] = []
         self._file_numbers: dict[tuple[int, str], int] = {}
         self._last_paper: PaperRow | None = None
+        self.num_repeated = 0  # reviews listed again, word for word
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -91,8 +93,10 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
     def reviews_of(self, paper_id: str) -> Iterator[Review]:
         """A paper's reviews, in order of their ids."""
         query = f"SELECT {_REVIEW_COLUMNS} FROM reviews WHERE paper_id = ? ORDER BY review_id"  # noqa: S608
-        for *values, sub_scores in self._database.execute(query, (paper_id,)):
+        for *values, sub_scores, low, high in self._database.execute(query, (paper_id,)):
             row: Any = {**dict(zip(_REVIEW_FIELDS, values, strict=True)), "sub_scores": parse_json(sub_scores)}
+            if (low, high) != COMMON_SCALE:
+                row["scale"] = [low, high]
             yield row
 
     def find_paper(self, identifier: str, key: str) -> str | None:
@@ -158,15 +162,19 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
     def _add_review(self, place: Place, review: ReviewRow) -> None:
         values = (
             review.review_id, review.paper_id, review.text, review.rating, review.confidence, review.venue,
-            to_json(review.sub_scores) if review.sub_scores else "{}", *self._located(place),
+            to_json(review.sub_scores) if review.sub_scores else "{}", *review.scale, *self._located(place),
         )  # fmt: skip
         with contextlib.suppress(sqlite3.IntegrityError):
-            self._database.execute("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            self._database.execute("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             return
-        query = "SELECT file, line, item FROM reviews WHERE review_id = ?"
-        earlier = self._place(*self._database.execute(query, (review.review_id,)).fetchone())
+        query = "SELECT * FROM reviews WHERE review_id = ?"
+        known = self._database.execute(query, (review.review_id,)).fetchone()
+        if known[:-3] == values[:-3]:
+            self.num_repeated += 1
+            return
+        earlier = self._place(*known[-3:])
         raise RowError(
-            f"review id {review.review_id} is already at {earlier.brief}",
+            f"another review with the id {review.review_id} is at {earlier.brief}",
             "remove one of the two rows, or rename its id",
         )
 

@@ -23,7 +23,6 @@ from prefmill.reviews.rows import (
     parse_confidence,
     parse_decision,
     parse_id,
-    parse_rating,
     parse_score,
     required_text,
 )
@@ -115,7 +114,8 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         review_id=parse_id(values["review_id"], "review_id", config.id_prefix),
         paper_id=paper.paper_id,
         text=required_text(values["review_text"], "review_text"),
-        rating=parse_rating(values["rating"], config.scale),
+        rating=config.rating(values["rating"]),
+        scale=config.scale,
         confidence=parse_confidence(values.get("confidence")),
         venue=venue,
         sub_scores=_sub_scores(values.get("sub_scores")),

@@ -16,6 +16,7 @@ from prefmill.reviews.prompt import (
     review_messages,
     split_completion,
 )
+from prefmill.reviews.scale import COMMON_SCALE
 
 MARKERS = [
     "<image>", "<IMAGE>", "<video>", "<audio>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image_pad|>",
@@ -83,7 +84,7 @@ def test_image_modality_without_images_is_an_error(modality: str, column: str) -
 def test_markers_in_the_data_stay_text(marker: str) -> None:
     for column in ("title", "abstract", "text"):
         assert marker not in prompt("clean", **{column: f"before {marker} after"})
-    assert marker not in review_completion(review(f"I like {marker}{marker}.", 6))
+    assert marker not in review_completion(review(f"I like {marker}{marker}.", 6), COMMON_SCALE)
 
 
 @given(st.lists(st.sampled_from([*MARKERS, "<", ">", "|", "x", " ", "[", "\n"]), max_size=12))
@@ -100,16 +101,16 @@ def test_maths_is_left_alone() -> None:
 
 @pytest.mark.parametrize("rating", [1, 6.0, 5.5, 10])
 def test_completion_and_split_are_inverse(rating: float) -> None:
-    completion = review_completion(review("Good.\n\nRating: 3 was my first thought.\n", rating))
+    completion = review_completion(review("Good.\n\nRating: 3 was my first thought.\n", rating), COMMON_SCALE)
     assert completion.splitlines()[-1] == f"Rating: {rating:g}"
-    assert split_completion(completion) == ("Good.\n\nRating: 3 was my first thought.", rating)
+    assert split_completion(completion, COMMON_SCALE) == ("Good.\n\nRating: 3 was my first thought.", rating)
 
 
 @pytest.mark.parametrize("text", ["No rating", "Rating: many", "Rating: 11", "Rating: 0", "x\nRating: 6\nmore", ""])
 def test_split_without_a_rating_keeps_the_text(text: str) -> None:
-    assert split_completion(text) == (text, None)
+    assert split_completion(text, COMMON_SCALE) == (text, None)
 
 
 def test_split_accepts_what_models_write() -> None:
-    assert split_completion("Fine.\n\nRating: 7/10\n ") == ("Fine.", 7.0)
-    assert split_completion("Rating: 7") == ("", 7.0)
+    assert split_completion("Fine.\n\nRating: 7/10\n ", COMMON_SCALE) == ("Fine.", 7.0)
+    assert split_completion("Rating: 7", COMMON_SCALE) == ("", 7.0)

@@ -12,6 +12,7 @@ from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.selection import rank
 from prefmill.datasets.source_checks import Claims, Source, source_problems
 from prefmill.reviews.prompt import review_completion
+from prefmill.reviews.scale import COMMON_SCALE
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def source(paper: Paper, scored: Any) -> Source:
 
 
 def row(source: Source, *ids: str) -> Example:
-    answers = tuple(Answered(review_completion(source.reviews[item]), "text", 5.0) for item in ids)
+    answers = tuple(Answered(review_completion(source.reviews[item], COMMON_SCALE), "text", 5.0) for item in ids)
     key = DatasetKey("dpo" if len(ids) == 2 else "sft", "clean", "train")
     diffs = (3.0, 5.0) if len(ids) == 2 else (None, None)
     return Example(key, 1, ":".join(ids), "p", "prompt", answers, ids, (), *diffs)

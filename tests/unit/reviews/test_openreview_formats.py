@@ -167,4 +167,4 @@ def test_openreview_fields_can_be_chosen(tmp_path: Path) -> None:
     config = source(
         format="openreview_v2", path=path, rating_fields=["score"], exclude_fields=["private"], rating_max=5
     )
-    assert items_of(config) == [ReviewRow("r", "f2", "Fine.", 4.0, None, "ICLR 2024", {})]
+    assert items_of(config) == [ReviewRow("r", "f2", "Fine.", 4.0, None, "ICLR 2024", {}, (1.0, 5.0))]

@@ -113,10 +113,10 @@ PEERREAD = {
 }  # fmt: skip
 PEERREAD_ITEMS = [
     PaperRow("104", "Parsing", "We parse.", "", "accepted", "ACL 2017"),
-    ReviewRow("104-r0", "104", "Sound.", 4.0, 3.0, "ACL 2017", {"clarity": 5.0}),
+    ReviewRow("104-r0", "104", "Sound.", 4.0, 3.0, "ACL 2017", {"clarity": 5.0}, (1.0, 5.0)),
     Skipped("meta-review"),
     Skipped("comment without a recommendation"),
-    ReviewRow("104-r3", "104", "Odd.", 2.0, None, "ACL 2017", {}),
+    ReviewRow("104-r3", "104", "Odd.", 2.0, None, "ACL 2017", {}, (1.0, 5.0)),
 ]
 
 

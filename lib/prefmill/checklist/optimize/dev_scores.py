@@ -13,6 +13,7 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review
 from prefmill.reviews.join import PAPERS, papers_with_reviews
+from prefmill.reviews.scale import common_rating
 from prefmill.store.journal import Journal
 from prefmill.store.jsonl import JsonlWriter
 from prefmill.store.missing import Progress
@@ -104,7 +105,7 @@ def _facts(paper: Paper, review: Review) -> dict[str, Any]:
     return {
         "review_id": review["review_id"],
         "paper_id": paper["paper_id"],
-        "rating": review["rating"],
+        "rating": common_rating(review),
         "confidence": review["confidence"],
         "decision": paper["decision"],
         "num_words": len(review["text"].split()),

@@ -1,0 +1,73 @@
+"""Rating scales: an affine map of a venue's ratings changes no pair, and of a prompt only the bounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefmill.checklist.scored import ScoredReview
+from prefmill.datasets.pairs import PairRules, pairs_of
+from prefmill.reviews.prompt import asked_scale, review_completion, review_messages, split_completion
+from prefmill.reviews.scale import COMMON_SCALE, Scale, prompt_scale, rescaled
+
+RULES = PairRules(2.0, 1.0, None, frozenset())
+BOUNDS = st.tuples(st.integers(-100, 100), st.integers(1, 200)).map(lambda b: (float(b[0]), float(b[0] + b[1])))
+SHARES = st.lists(st.integers(0, 90), min_size=2, max_size=6).map(lambda places: [place / 90 for place in places])
+
+
+def reviews(scale: Scale, shares: list[float]) -> list[ScoredReview]:
+    rows: list[Any] = [
+        {"review_id": f"r{n}", "paper_id": "p", "text": f"Text {n}.", "confidence": None, "venue": "v",
+         "rating": scale[0] + share * (scale[1] - scale[0]), "sub_scores": {}, "scale": list(scale)}
+        for n, share in enumerate(shares)
+    ]  # fmt: skip
+    ids = [{"review_id": row["review_id"], "paper_id": "p"} for row in rows]
+    scores: list[Any] = [{**key, "checkmark_score": float(n * n % 7), "mean_p_yes": 0.5} for n, key in enumerate(ids)]
+    return [ScoredReview(row, score) for row, score in zip(rows, scores, strict=True)]
+
+
+def prompt(scale: Scale) -> str:
+    paper: Any = {"paper_id": "p", "title": "T", "abstract": "A", "text": "", "scale": list(scale)}
+    return review_messages(paper, "clean")[0]["content"]
+
+
+@given(BOUNDS, BOUNDS, SHARES)
+def test_an_affine_map_of_the_scale_changes_no_pair(one: Scale, other: Scale, shares: list[float]) -> None:
+    found = [[pair.pair_id for pair in pairs_of(reviews(scale, shares), RULES, Counter())] for scale in (one, other)]
+    assert found[0] == found[1]
+
+
+@given(BOUNDS)
+def test_a_prompt_differs_in_its_bounds_only(scale: Scale) -> None:
+    common = prompt(COMMON_SCALE)
+    assert prompt(scale) == common.replace("from 1 to 10.", f"from {scale[0]:g} to {scale[1]:g}.")
+    assert asked_scale(prompt(scale)) == scale
+
+
+@given(BOUNDS, st.integers(0, 90))
+def test_a_completion_is_read_back_on_its_scale(scale: Scale, place: int) -> None:
+    (scored,) = reviews(scale, [place / 90])
+    text, rating = split_completion(review_completion(scored.review, scale), scale)
+    assert text == "Text 0."
+    assert rating == pytest.approx(scored.review["rating"], rel=1e-5, abs=1e-4)
+
+
+def test_a_review_of_another_venue_is_put_on_the_prompts_scale() -> None:
+    (scored,) = reviews((1.0, 5.0), [0.5])
+    assert review_completion(scored.review, (-3.0, 3.0)).endswith("\nRating: 0")
+    assert rescaled(3.0, (1.0, 5.0), COMMON_SCALE) == 5.5
+
+
+def test_the_prompt_asks_for_the_most_frequent_scale() -> None:
+    mixed = [item.review for scale in ((0.0, 10.0), (1.0, 5.0), (1.0, 5.0)) for item in reviews(scale, [0.5])]
+    assert prompt_scale(mixed) == (1.0, 5.0)
+    assert prompt_scale([]) == COMMON_SCALE
+
+
+@pytest.mark.parametrize("line", ["Rating: 6,5", "Rating: 11", "Rating: -1", "Rating: 7/5"])
+def test_no_rating_is_made_of_another_number(line: str) -> None:
+    assert split_completion(f"Fine.\n{line}", (0.0, 10.0))[1] is None
