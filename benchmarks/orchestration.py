@@ -183,7 +183,7 @@ def _write_checkout(checkout: Path, stages: int, tasks: int) -> None:
     entries = "\n".join(f"  s{number}: {{ array: {{ shard: {tasks} }} }}" for number in range(stages))
     (checkout / "configs" / "pipelines").mkdir(parents=True)
     (checkout / "configs" / "pipelines" / "bench.yaml").write_text(f"name: bench\nstages:\n{entries}\n")
-    (checkout / "cluster.yaml").write_text("resources: { partition: main, minutes: 10 }\n")
+    (checkout / "cluster.yaml").write_text("resources: { partition: main, time_limit_minutes: 10 }\n")
     (checkout / "pyproject.toml").touch()
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from prefmill.core.config import renamed
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.training.config import TrainingConfig, start_model
 
@@ -15,7 +16,7 @@ _OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
 class TrainRewardConfig(TrainingConfig):
     """`effective_batch_size` counts pairs.
 
-    `half` leaves a model half of the training prompts: what `judge` learns from, `policy` has never seen.
+    `prompt_half` leaves a model half of the training prompts: what `judge` learns from, `policy` has never seen.
     """
 
     own_head: ClassVar[bool] = True
@@ -25,7 +26,7 @@ class TrainRewardConfig(TrainingConfig):
     num_train_epochs: int = Field(3, ge=1)
     per_device_train_batch_size: int = Field(16, ge=1)
     effective_batch_size: int = Field(64, ge=1)
-    half: Literal["all", "policy", "judge"] = "all"
+    prompt_half: Literal["all", "policy", "judge"] = renamed("half", "all")
     hidden_size: int = Field(64, ge=1)
     trainable: Literal["all", "vision", "heads"] = "all"
     crop_scale: float = Field(1.0, gt=0, le=1)
@@ -50,7 +51,7 @@ def run(config: TrainRewardConfig, task: Task) -> Metrics:
     from prefmill.families.reward.train import RewardTraining, train_reward
 
     wanted = RewardTraining(
-        half=config.half,
+        half=config.prompt_half,
         hidden_size=config.hidden_size,
         trainable=config.trainable,
         crop_scale=config.crop_scale,

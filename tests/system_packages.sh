@@ -1,23 +1,22 @@
 #!/usr/bin/env bash
-# Installs the programs that tests drive for real: Slurm with its database, Chromium, shellcheck.
+# Installs the programs that tests drive for real: Slurm with its database, and Chromium.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 declare -A package=(
-  [chromium]=chromium [shellcheck]=shellcheck [munged]=munge [mariadbd]=mariadb-server
+  [chromium]=chromium [munged]=munge [mariadbd]=mariadb-server
   [slurmctld]=slurmctld [slurmd]=slurmd [slurmdbd]=slurmdbd [sbatch]=slurm-client
 )
 missing=()
-# PREFMILL_TEST_WITHOUT=slurm,chromium,shellcheck: these are left out, and so are their tests.
+# PREFMILL_TEST_WITHOUT=slurm,chromium: these are left out, and so are their tests.
 without=",${PREFMILL_TEST_WITHOUT:-},"
 [[ $without == *,chromium,* ]] && unset "package[chromium]"
-[[ $without == *,shellcheck,* ]] && unset "package[shellcheck]"
 [[ $without == *,slurm,* ]] && unset "package[munged]" "package[mariadbd]" "package[slurmctld]" "package[slurmd]" "package[slurmdbd]" "package[sbatch]"
 for command in "${!package[@]}"; do
   command -v "$command" >/dev/null || missing+=("${package[$command]}")
 done
 ((${#missing[@]})) || exit 0
 if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
-  echo "not installed: ${missing[*]}. Run this as root on Debian, or set PREFMILL_TEST_WITHOUT=slurm,chromium,shellcheck to leave their tests out." >&2
+  echo "not installed: ${missing[*]}. Run this as root on Debian, or set PREFMILL_TEST_WITHOUT=slurm,chromium to leave their tests out." >&2
   exit 1
 fi
 # Debian starts daemons as it installs them; the tests start their own.

@@ -20,7 +20,7 @@ SHAPE = {
 }  # fmt: skip
 SMALL: dict[str, Any] = {
     "precision": "fp32", "max_length": 64, "num_train_epochs": 2, "per_device_train_batch_size": 4,
-    "effective_batch_size": 8, "logging_steps": 1, "save_steps": 3, "report_to": [], "rows_at_once": 32,
+    "effective_batch_size": 8, "logging_steps": 1, "save_steps": 3, "report_to": [], "forward_batch_size": 32,
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
     folder = tmp_path_factory.mktemp("given")
     model, clip = make_sdxl(folder / "sdxl"), make_clip(folder)
     pairs = make_samples(folder / "pairs", num_prompts=14)
-    rewards = {half: make_reward(folder / half, pairs, clip, half=half) for half in ("policy", "judge")}
+    rewards = {half: make_reward(folder / half, pairs, clip, prompt_half=half) for half in ("policy", "judge")}
     tuning = {**TUNING, "objective": "dspo_rm"}
     run_stage("sdxl_dpo", folder / "tuned", tuning, model=model, pairs=pairs, reward=rewards["policy"])
     inputs = {"reward": [rewards["policy"].manifest.content_digest]}

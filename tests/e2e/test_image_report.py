@@ -110,10 +110,10 @@ def test_doubts_are_raised_where_they_are_due(tmp_path: Path) -> None:
     for name, drift, doubted in (("worse", 0.1, True), ("better", -0.1, False), ("unclear", 0.001, False)):
         html = report(tmp_path / name, images=make_evaluation(tmp_path / f"e-{name}", reward, 1.0, drift))
         assert ("denoises held-out winners worse" in html) == doubted, name
-        assert "half=judge for the scorer" not in html
+        assert "prompt_half=judge for the scorer" not in html
     html = report(tmp_path / "none", images=make_evaluation(tmp_path / "e-none", reward, 1.0))
     assert "drift of the denoising error was not measured" in html
-    assert "half=judge for the scorer" in html
+    assert "prompt_half=judge for the scorer" in html
 
 
 def test_sweeps_are_drawn_and_nothing_given_is_run(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_half_of_the_prompts_are_left_to_the_judge(
 ) -> None:
     from prefmill.families.reward.data import in_half
 
-    keys = {**KEYS, "half": "policy", "num_train_epochs": 1, "cache_dir": str(cache)}
+    keys = {**KEYS, "prompt_half": "policy", "num_train_epochs": 1, "cache_dir": str(cache)}
     run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)
     seen = {row["pair_id"] for row in read_jsonl(tmp_path / "logs" / "margins" / "margins_log.jsonl")}
     assert seen == {f"pair{number}" for number in range(12) if in_half(f"p{number}", "policy")}

@@ -103,7 +103,7 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
 def test_halves_share_no_prompt(tmp_path: Path, pairs: Artifact, clip: Artifact) -> None:
     seen = {}
     for half in ("policy", "judge"):
-        keys = {**SMALL, "num_train_epochs": 1, "half": half, "trainable": "heads"}
+        keys = {**SMALL, "num_train_epochs": 1, "prompt_half": half, "trainable": "heads"}
         run_stage("train_reward", tmp_path / half, keys, pairs=pairs, clip=clip)
         seen[half] = set(json.loads((tmp_path / half / "out" / "trained_on.json").read_text())["prompt_ids"])
     assert not seen["policy"] & seen["judge"]

@@ -169,7 +169,7 @@ def restart(site: Site, node: str) -> None:
 
 def test_a_full_disk_is_waited_for_and_when_it_is_freed_training_goes_on(site: Site, small_disk: Path) -> None:
     (site.checkout / "configs/clusters/disk.yaml").write_text(
-        "resources: {partition: main, minutes: 10, options: {nodelist: n4}}\n"
+        "resources: {partition: main, time_limit_minutes: 10, options: {nodelist: n4}}\n"
         "stages: {advance: {options: {nodelist: n4}}}\n"
     )
     train(site, "calm", "train.step_seconds=0", cluster="disk")

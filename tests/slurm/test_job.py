@@ -139,7 +139,7 @@ def test_five_without_progress_stop(site: Site) -> None:
     site.wait()
     record = json.loads(status.read_text())
     assert (record["state"], record["kind"]) == ("failed", "NoProgress")
-    assert "raise its `minutes`" in record["error"]
+    assert "raise its `time_limit_minutes`" in record["error"]
 
 
 def test_a_cancelled_job_stays_cancelled(site: Site) -> None:

@@ -57,10 +57,10 @@ def test_a_rehearsal_that_cannot_end_well_says_so_at_once(site: Site) -> None:
 
 def test_what_can_never_start_is_refused_before_anything_is_submitted(site: Site) -> None:
     files = ["configs/pipelines/train.yaml", "--cluster", "configs/clusters/heal.yaml", f"workspace={site.workspace}"]
-    done = site.prefmill("estimate", *files, "stages.train.resources={nodes: 9, minutes: 100000}")
+    done = site.prefmill("estimate", *files, "stages.train.resources={nodes: 9, time_limit_minutes: 100000}")
     assert done.returncode == 2
     assert "nodes: 9 asked for, main has 4" in done.stderr
-    assert "minutes: 100000 asked for, main has 2880" in done.stderr
+    assert "time_limit_minutes: 100000 asked for, main has 2880" in done.stderr
     refused = site.prefmill("submit", *files, "stages.train.resources={nodes: 9}")
     assert refused.returncode == 2
     assert "nodes: 9 asked for, main has 4" in refused.stderr

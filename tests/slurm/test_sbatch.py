@@ -37,7 +37,9 @@ def test_scripts_are_thin_and_type_no_number_of_their_own(script: Path) -> None:
 
 def test_scripts_pass_shellcheck() -> None:
     files = [str(path) for path in [*SCRIPTS, REPOSITORY / "sbatch" / "_env.sh"]]
-    done = subprocess.run(["shellcheck", "-x", *files], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [".venv/bin/shellcheck", "-x", *files], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -59,7 +59,7 @@ def test_a_dry_run_prints_what_slurm_then_stores_and_touches_nothing(site: Site)
 
 def test_arrays_over_the_sites_limit_are_cut_and_everything_waits_for_every_chunk(site: Site) -> None:
     (site.checkout / "configs/clusters/small.yaml").write_text(
-        "max_array_size: 4\nadvance: false\nresources: {partition: main, max_running: 2}\n"
+        "max_array_size: 4\nadvance: false\nresources: {partition: main, max_concurrent: 2}\n"
     )
     site.submit("toy", "run=cut", "stages.make.array={shard: 6}", "stages.use.array={shard: 6}", cluster="small")
     make0, make1, use0, use1, join = jobs(site, "cut")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar, get_args
 
@@ -40,14 +42,44 @@ class ExternalPath(PosixPath):
         )
 
 
-def runtime(default: Any = ..., **constraints: Any) -> Any:
+def runtime(default: Any = ..., formerly: str | None = None, **constraints: Any) -> Any:
     """A field that changes how a task runs but not what it makes; it is left out of the identity."""
-    return Field(default, json_schema_extra={"identity": False}, **constraints)
+    return Field(default, json_schema_extra={"identity": False, "formerly": formerly}, **constraints)
 
 
 def later(default: Any, **constraints: Any) -> Any:
     """A field that came after artifacts were made: at its default it is left out of the identity, so that they stay."""
     return Field(default, json_schema_extra={"identity": "unless default"}, **constraints)
+
+
+def renamed(former: str, default: Any, **constraints: Any) -> Any:
+    """A field, at the top of a configuration, that was called `former`: accepted for a release, with a note."""
+    return Field(default, json_schema_extra={"formerly": former}, **constraints)
+
+
+def former_names(schema: type[BaseModel]) -> dict[str, str]:
+    """Of fields that were renamed, the present name and the former one."""
+    extras = {name: field.json_schema_extra for name, field in schema.model_fields.items()}
+    said = {name: extra.get("formerly") for name, extra in extras.items() if isinstance(extra, dict)}
+    return {name: str(former) for name, former in said.items() if former}
+
+
+def modern(schema: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` under the present names of the schema's fields; raises ConfigError where one is given under both."""
+    present = {former: name for name, former in former_names(schema).items() if former in values}
+    for former, name in present.items():
+        if name in values:
+            raise ConfigError(
+                "one key under two names", where=schema.__name__, got=f"{former} and {name}",
+                fix=f"leave out {former}, the former name of {name}",
+            )  # fmt: skip
+        _tell_renamed(former, name)
+    return {present.get(key, key): value for key, value in values.items()}
+
+
+@cache
+def _tell_renamed(former: str, name: str) -> None:
+    print(f"note: the key {former} is called {name} now; the next release refuses {former}", file=sys.stderr)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -125,6 +157,7 @@ def lay_over(base: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]
 
 def validate(schema: type[ConfigT], values: Mapping[str, Any], where: object = None) -> ConfigT:
     """`values` as a `schema`; raises ConfigError naming every wrong key, its value and what was expected."""
+    values = modern(schema, values)
     try:
         # JSON mode keeps strictness while text may become a path and a list a tuple.
         return schema.model_validate_json(json.dumps(dict(values), default=str))

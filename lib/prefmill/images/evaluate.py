@@ -128,14 +128,21 @@ def require_independent(scorer: Artifact, tuned: Artifact, prompts: Sequence[Pro
     if scorer.manifest.content_digest in tuned.manifest.inputs.get("reward", ()):
         raise ConfigError(
             "the scorer is the reward that the model was tuned by", where=scorer.path,
-            got=scorer.manifest.content_digest, fix="train another with half=judge, and tune by the one of half=policy",
+            got=scorer.manifest.content_digest,
+            fix="train another with prompt_half=judge, and tune by the one of prompt_half=policy",
         )  # fmt: skip
 
 
 def shares_training_prompts(scorer: Artifact, tuned: Artifact) -> bool:
     """Whether the scorer may have learnt from prompts that the model was tuned on: not where each had its half."""
-    half = json.loads(scorer.file("trained_on.json").read_text())["half"]
-    return not (half == "judge" and tuned.manifest.config.get("half") == "policy")
+    judged_by = _prompt_half(json.loads(scorer.file("trained_on.json").read_text()))
+    return not (judged_by == "judge" and _prompt_half(tuned.manifest.config) == "policy")
+
+
+def _prompt_half(recorded: Mapping[str, Any]) -> str | None:
+    """The half of the prompts that a training learnt from; it was recorded as `half` once."""
+    half: str | None = recorded.get("prompt_half", recorded.get("half"))
+    return half
 
 
 def source_of(wanted: ImageEvaluation, side: str, tuned: Artifact) -> GeneratorSource:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
-from prefmill.core.config import ExternalPath, StrictConfig, nearest
+from prefmill.core.config import ExternalPath, StrictConfig, later, nearest
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_json
 from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse
@@ -44,7 +44,7 @@ class PairSource(StrictConfig):
     split: str = "train"
     subset: str | int | None = None
     max_rows: int | None = Field(None, ge=1)
-    encoding: str = "utf-8"
+    encoding: str = later("utf-8")
     pair_format: str | None = None
     columns: dict[str, str] = {}
     tags: dict[str, str] = {}

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from prefmill.core.artifact import MANIFEST
-from prefmill.core.config import ConfigT, StrictConfig, lay_over, load, merge, nearest, read_yaml, validate
+from prefmill.core.config import ConfigT, StrictConfig, lay_over, load, merge, modern, nearest, read_yaml, validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names, stages_folder
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
@@ -166,7 +166,8 @@ class _Planner:
     def __init__(self, pipeline: PipelineFile, run: str, workspace: Path, source: Path) -> None:
         self.pipeline, self.run, self.workspace, self.source = pipeline, run, workspace, source
         self.stages = {name: load_stage(name) for name in pipeline.stages}
-        self.elements = {name: dict(elements(name, entry.array)) for name, entry in pipeline.stages.items()}
+        self.arrays = {name: modern(self.stages[name].config, entry.array) for name, entry in pipeline.stages.items()}
+        self.elements = {name: dict(elements(name, array)) for name, array in self.arrays.items()}
         self.folders: dict[str, Path] = {}
         self.configs: dict[tuple[Any, ...], StrictConfig] = {}
         self.outputs: dict[tuple[str, tuple[str, ...]], dict[tuple[ArrayValue, ...], list[Path]]] = {}
@@ -200,7 +201,7 @@ class _Planner:
                 stage=stage,
                 name=task,
                 values=values,
-                sizes={key: item if isinstance(item, int) else len(item) for key, item in entry.array.items()},
+                sizes={key: item if isinstance(item, int) else len(item) for key, item in self.arrays[name].items()},
                 config=self._config(stage, entry, values),
                 inputs={key: self._inputs(name, task, values, key, reads) for key, reads in stage.reads.items()},
                 output=self._folder(stage, task),
@@ -217,7 +218,7 @@ class _Planner:
 
     def _load_config(self, stage: Stage[ConfigT], entry: StageEntry, values: Mapping[str, ArrayValue]) -> ConfigT:
         path = self._config_path(stage.name, entry.config) if entry.config else None
-        given = merge(read_yaml(path), where=path) if path else {}
+        given = modern(stage.config, merge(read_yaml(path), where=path)) if path else {}
         fields = stage.config.model_fields
         element = {key: value for key, value in values.items() if key in fields}
         stray = [key for key in values if key not in fields and key != "shard"]
@@ -226,7 +227,7 @@ class _Planner:
                 f"array key '{stray[0]}' is no key of stage {stage.name}{nearest(stray[0], list(fields))}",
                 where=self.source, expected=", ".join(["shard", *fields]), fix="correct the stage's `array`",
             )  # fmt: skip
-        values = {**lay_over(given, entry.set), **element}
+        values = {**lay_over(given, modern(stage.config, entry.set)), **element}
         return load(stage.config, values, where=f"{path or self.source} ({stage.name})")
 
     def _config_path(self, stage: str, name: str) -> Path:
@@ -276,10 +277,11 @@ class _Planner:
         return tuple(found)
 
     def _planned(self, producer: str, values: Mapping[str, ArrayValue], need: Need) -> list[Path]:
-        array = self.pipeline.stages[producer].array
-        for key in need.where.keys() - array:
+        array = self.arrays[producer]
+        where = modern(self.stages[producer].config, need.where)
+        for key in where.keys() - array:
             raise PipelineError(f"stage {producer} has no array key '{key}'", where=self.source, fix="correct `where`")
-        values = need.where if need.match == "all" else {**values, **need.where}
+        values = where if need.match == "all" else {**values, **where}
         keys = tuple(key for key in array if key in values)
         if (producer, keys) not in self.outputs:  # a plan of thousands of tasks asks thousands of times
             by_values: dict[tuple[ArrayValue, ...], list[Path]] = {}

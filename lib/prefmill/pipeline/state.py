@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from prefmill import __version__
 from prefmill.core.artifact import Artifact, Manifest, Provenance
-from prefmill.core.config import flatten, identity
+from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json
 from prefmill.pipeline.plan import Plan, PlannedTask
@@ -48,8 +48,9 @@ def inspect_task(task: PlannedTask) -> TaskState:
     if manifest is None:
         return TaskState("missing", ("not made yet: there is no manifest",))
     wanted = task_identity(task, read_inputs(task))
-    if manifest.fingerprint != digest_json(wanted):
-        return TaskState("stale", tuple(differences(manifest.identity, wanted)))
+    if manifest.fingerprint not in fingerprints(task, wanted):
+        made = {**manifest.identity, "config": modern(type(task.config), manifest.identity["config"])}
+        return TaskState("stale", tuple(differences(made, wanted)))
     try:
         read(task.output, task.stage.writes)
     except ArtifactError as error:
@@ -74,6 +75,13 @@ def task_identity(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]])
         "element": outside,
         "inputs": {name: [item.manifest.content_digest for item in items] for name, items in inputs.items()},
     }
+
+
+def fingerprints(task: PlannedTask, wanted: Mapping[str, Any]) -> tuple[str, str]:
+    """What marks an output made of the identity `wanted`: under its keys' names now, and under their former ones."""
+    former = former_names(type(task.config))
+    before = {former.get(key, key): value for key, value in wanted["config"].items()}
+    return digest_json(wanted), digest_json({**wanted, "config": before})
 
 
 def provenance(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> Provenance:

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from prefmill.pipeline import attempts
 from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.preload import import_now
-from prefmill.pipeline.state import inspect_task, provenance, read_inputs
+from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
 from prefmill.store.artifacts import publish, read_manifest, superseded
 
 STATUS = "status.json"
@@ -47,7 +47,7 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
             _clear_work(task.output)
             return
         origin = provenance(task, inputs)
-        _prepare(task, origin.fingerprint, force)
+        _prepare(task, fingerprints(task, origin.identity), force)
         started = time.time()
         context = task_context(task, inputs)
         metrics = run(context) if run else import_and_run(task.stage, task.config, context)
@@ -177,15 +177,15 @@ def _end(task: PlannedTask, attempt: dict[str, Any], state: str, **details: Any)
     attempts.end(task.logs, attempt, state, **known)
 
 
-def _prepare(task: PlannedTask, fingerprint: str, force: bool) -> None:
+def _prepare(task: PlannedTask, same: Sequence[str], force: bool) -> None:
     """Leave in the output folder only what an interrupted attempt at this very content left there."""
     marker = task.output / WORK / _STARTED
-    resumes = marker.is_file() and json.loads(marker.read_text())["fingerprint"] == fingerprint
+    resumes = marker.is_file() and json.loads(marker.read_text())["fingerprint"] in same
     finished = read_manifest(task.output) is not None
     if task.output.exists() and (finished or force or not resumes):
         set_aside(task.output) if finished else shutil.rmtree(task.output)
     if not marker.is_file():
-        write_atomic(marker, json.dumps({"fingerprint": fingerprint}))
+        write_atomic(marker, json.dumps({"fingerprint": same[0]}))
     if not resumes:
         _clear_telemetry(task.logs)
 

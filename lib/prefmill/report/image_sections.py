@@ -115,7 +115,7 @@ def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:
     if metrics["scorer_shares_training_prompts"]:
         doubts.append(
             "The scorer has learnt from prompts that the model was tuned on, so both may share the taste of those "
-            "ratings: half=policy for sdxl_dpo and half=judge for the scorer keep them apart."
+            "ratings: prompt_half=policy for sdxl_dpo and prompt_half=judge for the scorer keep them apart."
         )
     if metrics["num_prompts"] < MIN_PROMPTS:
         doubts.append(f"Only {metrics['num_prompts']} prompts: the intervals can be trusted, but they are wide.")

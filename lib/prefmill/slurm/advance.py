@@ -185,7 +185,7 @@ def _means(
     limits: Mapping[str, Partition],
     shrunk: Mapping[str, Any],
 ) -> Means:
-    resources = Resources.model_validate(tried.array.resources)
+    resources = validate(Resources, tried.array.resources)
     seen = evidence.account.memory_gb if evidence.account else None
     known = raised or resources.memory_gb or (seen / resources.nodes if seen else None)
     partition = limits.get(resources.partition or "")
@@ -211,8 +211,8 @@ def _submit_group(view: View, group: list[Retry], say: Say) -> str:
     needs = {retry.tried.index: view.needs(retry.task) or frozenset() for retry in group}
     batch = Batch(first.array.stage, first.array.chunk, indices, needs)
     waits = dependency(batch, _whole(view), {})
-    resources = Resources.model_validate(first.array.resources)
-    options = [f"--array={array_spec(indices, resources.max_running)}"]
+    resources = validate(Resources, first.array.resources)
+    options = [f"--array={array_spec(indices, resources.max_concurrent)}"]
     if group[0].memory_gb:
         options.append(f"--mem={round(group[0].memory_gb * 1024)}M")
     excluded = _excluded(view, resources, group)

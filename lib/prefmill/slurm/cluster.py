@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from prefmill.core.config import ExternalPath, StrictConfig, load, merge, validate
+from prefmill.core.config import ExternalPath, StrictConfig, load, merge, modern, renamed, validate
 from prefmill.core.errors import ConfigError
 
 SIGNAL_SECONDS = 120  # a batch script submitted by hand asks for the same: sbatch/*.sbatch
@@ -36,9 +36,9 @@ class Resources(StrictConfig):
     gpus: int = Field(0, ge=0)
     cpus: int = Field(1, ge=1)
     memory_gb: float | None = Field(None, gt=0)
-    minutes: int = Field(60, ge=1)
+    time_limit_minutes: int = renamed("minutes", 60, ge=1)
     processes: int | None = Field(None, ge=1)
-    max_running: int | None = Field(None, ge=1)
+    max_concurrent: int | None = renamed("max_running", None, ge=1)
     python: str | None = None
     setup: list[str] = []
     options: dict[str, str | int | bool] = {}
@@ -123,9 +123,9 @@ def resources_for(
     cluster: ClusterFile, stage: str, given: Mapping[str, Any] | None = None, where: object = None
 ) -> Resources:
     """What a task of `stage` gets: the site's defaults, then the site's for that stage, then the pipeline's."""
-    layered = merge(cluster.resources)
-    for layer in (cluster.stages.get(stage, {}), given or {}):
-        layered = {**layered, **merge(layer)}
+    layered: dict[str, Any] = {}
+    for layer in (cluster.resources, cluster.stages.get(stage, {}), given or {}):
+        layered |= modern(Resources, merge(layer))
     return validate(Resources, layered, where=f"{where or 'the cluster file'}: resources of {stage}")
 
 

@@ -82,7 +82,7 @@ def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iter
         return
     limits = [
         ("nodes", resources.nodes, min(partition.nodes, partition.max_nodes or partition.nodes), ""),
-        ("minutes", resources.minutes, partition.max_minutes, ""),
+        ("time_limit_minutes", resources.time_limit_minutes, partition.max_minutes, ""),
         ("gpus", resources.gpus, partition.gpus, " a node"),
         ("cpus", resources.cpus, partition.cpus, " a node"),
         ("memory_gb", resources.memory_gb, partition.memory_gb, " a node"),
@@ -158,11 +158,11 @@ def _show_training(
 
 def _request(stage: str, count: int, resources: Resources) -> str:
     memory = f", {resources.memory_gb:g} GB" if resources.memory_gb else ""
-    hours = count * resources.nodes * resources.gpus * resources.minutes / 60
+    hours = count * resources.nodes * resources.gpus * resources.time_limit_minutes / 60
     cost = f"; at most {hours:.0f} GPU-hours" if hours else ""
     return (
         f"{stage}: {count} x {resources.nodes} nodes of {resources.gpus} GPUs, {resources.cpus} CPUs{memory} in "
-        f"{resources.partition or 'the default partition'} for {resources.minutes} minutes{cost}"
+        f"{resources.partition or 'the default partition'} for {resources.time_limit_minutes} minutes{cost}"
     )
 
 

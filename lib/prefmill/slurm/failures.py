@@ -37,8 +37,8 @@ class Policy:
 AGAIN = "then `prefmill rerun {task}`"
 POLICIES: Mapping[Kind, Policy] = {
     "preempted": Policy(None, f"submit it where it is not preempted, or lower save_steps, {AGAIN}"),
-    "time_limit": Policy(None, f"raise its `minutes`, or lower save_steps, {AGAIN}"),
-    "no_progress": Policy(0, f"raise its `minutes`, or lower save_steps, {AGAIN}"),
+    "time_limit": Policy(None, f"raise its `time_limit_minutes`, or lower save_steps, {AGAIN}"),
+    "no_progress": Policy(0, f"raise its `time_limit_minutes`, or lower save_steps, {AGAIN}"),
     "node": Policy(5, f"tell the cluster's operators which nodes failed, {AGAIN}", excludes_node=True),
     "gpu": Policy(3, f"tell the cluster's operators which nodes failed, {AGAIN}", excludes_node=True),
     "nccl": Policy(1, f"check the network settings (NCCL_* in the cluster file's `setup`), {AGAIN}"),

@@ -144,7 +144,9 @@ def _requeue(task: PlannedTask) -> int:
     me = element_id(os.environ)
     if idle_attempts(task.logs) >= MAX_IDLE_ATTEMPTS:
         text = f"stopped {MAX_IDLE_ATTEMPTS} times in a row without getting further"
-        error = PipelineError(text, where=task.key, fix="raise its `minutes`, or lower save_steps, and submit again")
+        error = PipelineError(
+            text, where=task.key, fix="raise its `time_limit_minutes`, or lower save_steps, and submit again"
+        )
         write_status(task, "failed", error=str(error), kind="NoProgress")
         print(f"error: {error}", file=sys.stderr)
         return EXIT_NOT_REQUEUED

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.config import validate
+from prefmill.core.config import modern, validate
 from prefmill.core.files import write_atomic
 from prefmill.pipeline.freeze import freeze
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
@@ -38,10 +38,11 @@ def rehearsal_of(pipeline: PipelineFile, plan: Plan, source: Path, cluster: Clus
     values = freeze(pipeline, plan, source) | {"run": run}
     for name, entry in values["stages"].items():
         resources = resources_for(cluster, name, pipeline.stages[name].resources)
-        entry["resources"] = {**pipeline.stages[name].resources, "minutes": min(resources.minutes, MINUTES)}
+        given = modern(Resources, pipeline.stages[name].resources)
+        entry["resources"] = {**given, "time_limit_minutes": min(resources.time_limit_minutes, MINUTES)}
         entry["set"] = _small(name, plan, entry["set"], resources, folder)
-        for given in ("inputs", "needs"):
-            entry[given].pop("calibration", None)  # fitted for the real judge
+        for links in ("inputs", "needs"):
+            entry[links].pop("calibration", None)  # fitted for the real judge
     small = validate(PipelineFile, values, where=source)
     return small, make_plan(small, source)
 

@@ -33,7 +33,7 @@ def array_script(
 ) -> str:
     """The script of one chunk: what it asks for, and the command that runs the element it finds itself to be."""
     logs = array_file.parents[3] / name.rpartition(".")[2] / "slurm"
-    special = {"array": array_spec(indices, resources.max_running), "signal": f"B:USR1@{cluster.signal_seconds}"}
+    special = {"array": array_spec(indices, resources.max_concurrent), "signal": f"B:USR1@{cluster.signal_seconds}"}
     command = ["-m", "prefmill.slurm.job", str(array_file)]
     return _render(cluster, resources, name, _output(logs, "%A_%a.out"), special, command, code)
 
@@ -45,7 +45,7 @@ def advance_script(cluster: ClusterFile, resources: Resources, run: str, workspa
     return _render(cluster, resources, f"{run}.advance", _output(logs, "%j.out"), {}, command, code)
 
 
-def array_spec(indices: Sequence[int], max_running: int | None = None) -> str:
+def array_spec(indices: Sequence[int], max_concurrent: int | None = None) -> str:
     """`indices` as Slurm writes them: 0-3,7 with %N where at most N may run at once."""
     spans: list[list[int]] = []
     for index in sorted(indices):
@@ -54,7 +54,7 @@ def array_spec(indices: Sequence[int], max_running: int | None = None) -> str:
         else:
             spans.append([index, index])
     text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-    return f"{text}%{max_running}" if max_running else text
+    return f"{text}%{max_concurrent}" if max_concurrent else text
 
 
 def sbatch(script: Path, options: Sequence[str] = ()) -> str:
@@ -124,7 +124,7 @@ def _parameters(cluster: ClusterFile, resources: Resources) -> dict[str, Any]:
         "partition": resources.partition,
         "account": cluster.account,
         "qos": cluster.qos,
-        "time": resources.minutes,
+        "time": resources.time_limit_minutes,
         "nodes": resources.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": resources.cpus,

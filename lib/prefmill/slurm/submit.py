@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.pipeline.decisions import submissions_folder
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
@@ -222,10 +223,10 @@ def _calls(
         for batch in of_stage:
             same = [other for other in of_stage if other.chunk == batch.chunk]
             array = arrays[stage, batch.chunk]
-            resources = Resources.model_validate(array.resources)
+            resources = validate(Resources, array.resources)
             indices = [index for other in same for index in other.indices]
             text = array_script(cluster, resources, f"{draft.run}.{stage}", indices, array.path, draft.code_folder)
-            spec = array_spec(batch.indices, resources.max_running)
+            spec = array_spec(batch.indices, resources.max_concurrent)
             options = (f"--array={spec}",) if len(same) > 1 else ()
             yield Call("array", batch, array.script, text, options, partial(dependency, batch, whole))
         if cluster.advance:
@@ -239,7 +240,7 @@ def _calls(
 def _small(cluster: ClusterFile) -> Resources:
     """What the repair job gets: little, where the site's defaults run, unless its file says otherwise."""
     shared = {key: value for key, value in cluster.resources.items() if key in ("partition", "python", "setup")}
-    defaults = {"minutes": _ADVANCE_MINUTES, **shared}
+    defaults = {"time_limit_minutes": _ADVANCE_MINUTES, **shared}
     return resources_for(cluster.model_copy(update={"resources": defaults}), ADVANCE)
 
 

@@ -99,7 +99,7 @@ def independent(config: StudyConfig, inputs: Mapping[str, tuple[Artifact, ...]])
             if item.manifest.content_digest in trained_by:
                 raise ConfigError(
                     "the judge is the reward that trials are trained by", where=item.path, got=f"inputs.{name}",
-                    fix="give the judge a reward model of half=judge, the trials one of half=policy",
+                    fix="give the judge a reward model of prompt_half=judge, the trials one of prompt_half=policy",
                 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class TrainingConfig(StrictConfig):
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     precision: Precision = "bf16"
-    save_dtype: Precision | Literal["auto"] = "auto"
+    save_dtype: Precision | Literal["auto"] = later("auto")
     max_length: int = Field(4096, ge=2)
     on_overlong: Literal["fail", "drop"] = "fail"
 

@@ -20,10 +20,10 @@ def test_shipped_cluster_files_load(path: Path) -> None:
 
 
 def test_the_pipeline_wins_over_the_stage_and_the_stage_over_the_site() -> None:
-    values = {"resources": {"minutes": 10, "cpus": 2, "gpus": 1}, "stages": {"sft": {"cpus": 4, "gpus": 8}}}
+    values = {"resources": {"time_limit_minutes": 10, "cpus": 2, "gpus": 1}, "stages": {"sft": {"cpus": 4, "gpus": 8}}}
     cluster = validate(ClusterFile, values)
     given = resources_for(cluster, "sft", {"gpus": 4})
-    assert (given.minutes, given.cpus, given.gpus, given.nodes) == (10, 4, 4, 1)
+    assert (given.time_limit_minutes, given.cpus, given.gpus, given.nodes) == (10, 4, 4, 1)
     assert resources_for(cluster, "dpo").gpus == 1
 
 

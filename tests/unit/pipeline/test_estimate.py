@@ -25,9 +25,10 @@ SIZE = ModelSize(
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"nodes": 2, "gpus": 8, "cpus": 96, "minutes": 2880, "memory_gb": 1000}, None),
+        ({"nodes": 2, "gpus": 8, "cpus": 96, "time_limit_minutes": 2880, "memory_gb": 1000}, None),
         ({"nodes": 3}, "nodes: 3 asked for, gpu has 2"), ({"gpus": 9}, "gpus: 9 asked for, gpu has 8 a node"),
-        ({"minutes": 2881}, "minutes: 2881"), ({"cpus": 97}, "cpus: 97"), ({"memory_gb": 1001}, "memory_gb: 1001"),
+        ({"time_limit_minutes": 2881}, "time_limit_minutes: 2881"),
+        ({"cpus": 97}, "cpus: 97"), ({"memory_gb": 1001}, "memory_gb: 1001"),
         ({"partition": "gpus"}, "there is no partition 'gpus': gpu"),
     ],
 )  # fmt: skip

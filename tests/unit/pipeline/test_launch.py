@@ -106,7 +106,7 @@ def test_a_script_asks_for_what_it_was_given_and_runs_a_command(tmp_path: Path) 
         gpus=8,
         cpus=96,
         memory_gb=1.5,
-        minutes=90,
+        time_limit_minutes=90,
         options={"constraint": "h100", "reboot": True},
     )
     path = tmp_path / "a b" / "logs" / "r" / "submissions" / "0001" / "arrays" / "sft.0.json"

@@ -42,7 +42,7 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     max_diffusion_steps: int = Field(32, ge=2)
     variance_tolerance: float = Field(0.05, gt=0)
     sampling: Sampling = "balanced"
-    rows_at_once: int = runtime(8, ge=1)
+    forward_batch_size: int = runtime(8, formerly="rows_at_once", ge=1)
 
     save_steps: int = runtime(500, ge=1)
     logging_steps: int = runtime(50, ge=1)

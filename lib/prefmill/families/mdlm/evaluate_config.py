@@ -36,7 +36,7 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
     wanted_pattern: str | None = Field(None, description="a regular expression that wanted answers match")
     benchmarks: list[BenchmarkConfig] = []
     batch_size: int = Field(32, ge=1, description="answers generated together")
-    rows_at_once: int = runtime(16, ge=1)
+    forward_batch_size: int = runtime(16, formerly="rows_at_once", ge=1)
     seed: int = 0
 
     @field_validator("wanted_pattern")

@@ -44,7 +44,10 @@ class Loaded:
         """The likelihood of every (prompt, response), by the configured draws."""
         config = self.config
         scorer = patch_forward(
-            self.model, mask_token_id=self.mask_token_id, shifted=self.shifted, rows_at_once=config.rows_at_once
+            self.model,
+            mask_token_id=self.mask_token_id,
+            shifted=self.shifted,
+            forward_batch_size=config.forward_batch_size,
         )
         drawing = Drawing(config.diffusion_steps, config.sampling, config.seed)
         rows = tqdm(samples, desc=f"{self.label}: likelihoods", unit=" rows")
@@ -196,7 +199,7 @@ def _likelihood_rows(
 
 def _chain(loaded: Loaded, pair: PreferencePair, answer: str) -> float:
     prompt, response = encode(loaded.tokenizer, pair.messages, answer)
-    at_once = loaded.config.rows_at_once
+    at_once = loaded.config.forward_batch_size
     return chain(loaded.model, prompt, response, loaded.mask_token_id, loaded.shifted, at_once)
 
 

@@ -51,7 +51,12 @@ def bounds(scorer: Any, samples: Iterable[tuple[list[int], list[int]]], drawing:
 
 @torch.no_grad()
 def chain(
-    model: Any, prompt: Sequence[int], response: Sequence[int], mask_token_id: int, shifted: bool, rows_at_once: int
+    model: Any,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    mask_token_id: int,
+    shifted: bool,
+    forward_batch_size: int,
 ) -> float:
     """sum_i log p(y_i | x, y_<i, the rest masked), in nats: exact for this order, one forward a token.
 
@@ -60,7 +65,7 @@ def chain(
     ids = torch.tensor([*prompt, *response], device=next(model.parameters()).device)
     places = torch.arange(len(prompt), len(ids), device=ids.device)
     total = 0.0
-    for chunk in torch.split(places, rows_at_once):
+    for chunk in torch.split(places, forward_batch_size):
         clean = ids.expand(len(chunk), -1)
         noisy = clean.masked_fill(torch.arange(len(ids), device=ids.device) >= chunk[:, None], mask_token_id)
         asked = (torch.arange(len(chunk), device=ids.device), chunk)

@@ -47,7 +47,7 @@ def estimate_memory(
     *,
     tokens: int,
     rank: int = 16,
-    rows_at_once: int = 1,
+    forward_batch_size: int = 1,
     four_bit: bool = True,
     checkpoint_layers: bool = True,
 ) -> dict[str, float]:
@@ -60,7 +60,7 @@ def estimate_memory(
     weights = shape.linear_parameters * (_NF4_BYTES if four_bit else 2) + shape.embedding_parameters * 2
     largest = shape.hidden * shape.feed_forward * 2 if four_bit else 0  # one projection at a time, in bf16
     layer = (10 * shape.hidden + 5 * shape.feed_forward) * 2 + (6 * shape.hidden + shape.feed_forward) * 4
-    places = tokens * rows_at_once
+    places = tokens * forward_batch_size
     kept = shape.layers * shape.hidden * 2 + layer if checkpoint_layers else shape.layers * layer
     parts = {
         "weights": weights + largest,

@@ -78,11 +78,11 @@ def score_batch(model: Any, batch: DiffusionBatch) -> Tensor:
     return scores
 
 
-def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, rows_at_once: int = 8) -> Any:
+def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forward_batch_size: int = 8) -> Any:
     """Make `model(...)` return the value of every draw, [S, n] float64: weight x masked tokens' log-probabilities.
 
-    `rows_at_once` maskings run through the model together; activations are recomputed in the backward pass, so that
-    memory does not depend on how many draws there are. `shifted`: the output at a place is for the token after it
+    `forward_batch_size` maskings run through the model together; activations are recomputed in the backward pass, so
+    that memory does not depend on how many draws there are. `shifted`: the output at a place is for the token after it
     (Dream). Done to `forward` itself, so that DDP, ZeRO-3 and adapters wrap it as they wrap any model. Raises
     InputError for models whose head does more than project.
     """
@@ -107,7 +107,7 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, rows
             logps = masked_logps(self, plain, clean.masked_fill(hidden, mask_token_id), places, clean, shifted)
             return sum_by_owner(logps, places[0], len(rows.sample))
 
-        together = list(chunks(ends, counts, rows_at_once, input_ids.device))
+        together = list(chunks(ends, counts, forward_batch_size, input_ids.device))
         values = torch.cat(recomputed(sums, [(rows,) for rows in together]))
         order = torch.argsort(torch.cat([rows.sample * weights.shape[1] + rows.draw for rows in together]))
         return weights * values[order].view(weights.shape)
@@ -178,15 +178,15 @@ class Rows(NamedTuple):
 
 
 def chunks(
-    ends: Sequence[int], counts: Sequence[Sequence[int]], rows_at_once: int, device: torch.device
+    ends: Sequence[int], counts: Sequence[Sequence[int]], forward_batch_size: int, device: torch.device
 ) -> Iterator[Rows]:
-    """The maskings of all samples, at most `rows_at_once` together.
+    """The maskings of all samples, at most `forward_batch_size` together.
 
     Only rows of equal length share a chunk: versions of LLaDA's code ignore attention masks, so nothing may be padded.
     """
     for end in sorted(set(ends)):
         alike = [(s, d) for s, length in enumerate(ends) if length == end for d in range(len(counts[s]))]
-        for start in range(0, len(alike), rows_at_once):
-            piece = alike[start : start + rows_at_once]
+        for start in range(0, len(alike), forward_batch_size):
+            piece = alike[start : start + forward_batch_size]
             sample, draw = torch.tensor(piece).T.to(device, non_blocking=True)
             yield Rows(sample, draw, end, sum(counts[s][d] for s, d in piece))

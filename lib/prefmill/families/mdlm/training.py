@@ -92,7 +92,7 @@ def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: Pr
     )
     if not getattr(model, "supports_gradient_checkpointing", False):
         model.gradient_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)
-    return add_adapter(install_for(model, config, tokenizer, config.rows_at_once), config)
+    return add_adapter(install_for(model, config, tokenizer, config.forward_batch_size), config)
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -105,11 +105,11 @@ def checkpoint_layers(model: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, rows_at_once: int) -> Any:
+def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, forward_batch_size: int) -> Any:
     """`model` scoring, as the configuration says how its outputs are read."""
     mask = mask_token_of(model, tokenizer, config.mask_token_id)
     shifted = predicts_next(model, config.shifted_logits)
-    return patch_forward(model, mask_token_id=mask, shifted=shifted, rows_at_once=rows_at_once)
+    return patch_forward(model, mask_token_id=mask, shifted=shifted, forward_batch_size=forward_batch_size)
 
 
 def train_and_finish(

@@ -112,8 +112,8 @@ def split_rows(
         )  # fmt: skip
     if not train:
         raise InputError(
-            "no pairs to train on", where=where, got=f"{len(rows)} pairs, half: {half}",
-            expected="pairs of split train", fix="rate more prompts, or set half=all",
+            "no pairs to train on", where=where, got=f"{len(rows)} pairs, prompt_half: {half}",
+            expected="pairs of split train", fix="rate more prompts, or set prompt_half=all",
         )  # fmt: skip
     return train, held_out
 
@@ -244,7 +244,7 @@ def _measure_and_save(
     save_finished(model, processor, task.output, config, task)
     write_atomic(task.output / METRICS, json.dumps(measured, indent=1, allow_nan=False) + "\n")
     write_jsonl(task.output / PREDICTIONS, _predictions(held_out, margins))
-    prompts_seen = {"half": wanted.half, "prompt_ids": sorted({row.prompt_id for row in train})}
+    prompts_seen = {"prompt_half": wanted.half, "prompt_ids": sorted({row.prompt_id for row in train})}
     write_atomic(task.output / TRAINED_ON, json.dumps(prompts_seen, indent=1) + "\n")
     return measured
 

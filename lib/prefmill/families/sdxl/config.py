@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath, runtime
+from prefmill.core.config import ExternalPath, renamed, runtime
 from prefmill.families.sdxl.names import DiffusionObjective
 from prefmill.training.config import LoraConfig, TrainingConfig
 
@@ -47,7 +47,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     reward_temperature: float = Field(1.0, gt=0)
     reward_weights: dict[str, float] | None = None
     min_snr_gamma: float | None = Field(None, gt=0)
-    half: Literal["all", "policy"] = "all"
+    prompt_half: Literal["all", "policy"] = renamed("half", "all")
     shuffle_labels: bool = False
 
     learning_rate: float = Field(5e-5, gt=0)

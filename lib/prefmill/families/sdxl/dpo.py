@@ -81,7 +81,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
 
 def _pairs(config: SdxlPreferenceConfig, task: Task, artifact: Artifact, split: ImageSplit) -> list[PairImages]:
     """The pairs of a split, as the configuration has them; raises InputError when there are none to train on."""
-    half: Half = config.half if split == "train" else "all"
+    half: Half = config.prompt_half if split == "train" else "all"
     pairs = [pair for pair in read_image_pairs(artifact, split) if in_half(pair.prompt_id, half)]
     if split == "train" and not pairs:
         raise InputError(

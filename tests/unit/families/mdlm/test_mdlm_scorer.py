@@ -62,14 +62,14 @@ def single_pass(model: Any, batch: Any, shifted: bool = False) -> Tensor:
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("rows_at_once", [1, 3, 64])
-def test_values_and_gradients_are_those_of_a_single_pass(model: Any, rows_at_once: int, shifted: bool) -> None:
+@pytest.mark.parametrize("forward_batch_size", [1, 3, 64])
+def test_values_and_gradients_are_those_of_a_single_pass(model: Any, forward_batch_size: int, shifted: bool) -> None:
     batch = batch_of(samples(), num_draws=8)
     expected = single_pass(model, batch, shifted)
     expected.mean(1).square().sum().backward()
     gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
-    patch_forward(model, mask_token_id=MASK, shifted=shifted, rows_at_once=rows_at_once)
+    patch_forward(model, mask_token_id=MASK, shifted=shifted, forward_batch_size=forward_batch_size)
     found = score_batch(model, batch)
     found.mean(1).square().sum().backward()
     assert found.shape == (5, 8)
@@ -102,7 +102,7 @@ def test_the_prompt_is_never_masked() -> None:
 
 def test_rows_of_different_lengths_never_share_a_chunk() -> None:
     ends, counts, seen = (5, 7, 5, 6), [[1, 2, 4]] * 4, []
-    for rows in chunks(ends, counts, rows_at_once=4, device=torch.device("cpu")):
+    for rows in chunks(ends, counts, forward_batch_size=4, device=torch.device("cpu")):
         places = list(zip(rows.sample.tolist(), rows.draw.tolist(), strict=True))
         assert len(places) <= 4
         assert all(ends[sample] == rows.end for sample, _ in places)
@@ -132,7 +132,7 @@ class Live(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_the_draws(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak over forward and backward, and that keeping the last chunk's activations does not raise it."""
-    patch_forward(model, mask_token_id=MASK, rows_at_once=4)
+    patch_forward(model, mask_token_id=MASK, forward_batch_size=4)
     rows = samples(2, longest=60)
 
     def peak(num_draws: int) -> int:
@@ -180,7 +180,7 @@ def test_models_with_their_own_code_are_scored_by_watching_their_head() -> None:
     expected = single_pass(remote, batch)
     projected = []
     remote.head.register_forward_hook(lambda *called: projected.append(called[2].shape))
-    found = score_batch(patch_forward(remote, mask_token_id=MASK, rows_at_once=4), batch)
+    found = score_batch(patch_forward(remote, mask_token_id=MASK, forward_batch_size=4), batch)
     assert (found - expected).abs().max() < 1e-4
     assert max(shape[:-1].numel() for shape in projected) <= 4 * 9, "logits of masked places only"
 
