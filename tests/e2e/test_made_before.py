@@ -17,6 +17,7 @@ from prefmill.store.jsonl import read_jsonl
 from prefmill.training.data import read_pairs
 from tests.conftest import REPOSITORY
 
+ALONE = ("name=old", "dpo.num_train_epochs=2")  # the finished training, its inputs given as folders
 STAGES = ("ingest_reviews", "score_reviews", "build_datasets")
 MADE = REPOSITORY / "tests" / "fixtures" / "made_by_ce72c62"
 
@@ -39,7 +40,10 @@ def freshness(plan: Plan) -> dict[str, str]:
 
 def test_what_is_unchanged_is_up_to_date_and_read(workspace: Path) -> None:
     made = plan("old")
-    assert set(freshness(made).values()) == {"complete"}
+    assert freshness(made)["toy_preferences:all"] == "complete"
+    assert freshness(plan("cut", *ALONE)) == {"dpo:clean": "complete"}
+    # A corpus keeps each review's rating scale since: the state says so instead of taking the old one for the same.
+    assert inspect(made)["ingest_reviews:all"].reasons[0].startswith("sources was")
     for task in made.tasks:
         verify(read(task.output, task.stage.writes))
     corpus, scores, datasets = (read(workspace / "data" / "old" / stage / "all") for stage in STAGES)
@@ -50,7 +54,7 @@ def test_what_is_unchanged_is_up_to_date_and_read(workspace: Path) -> None:
 
 
 def test_a_default_that_makes_other_numbers_is_told(workspace: Path) -> None:
-    state = inspect(plan("old", "dpo.layout=auto"))["dpo:clean"]
+    state = inspect(plan("cut", *ALONE, "dpo.layout=auto"))["dpo:clean"]
     assert (state.freshness, state.reasons) == ("stale", ("layout was 'pairwise', is 'auto'",))
 
 
