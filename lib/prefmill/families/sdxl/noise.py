@@ -57,13 +57,17 @@ class NoiseSchedule:
         """Min-SNR's weight of each error, [S] (Hang et al. 2023, arXiv 2303.09556); None where it is not asked for."""
         if self.min_snr_gamma is None:
             return None
-        a = self.alphas.to(timesteps.device)[timesteps]
+        a = self._alphas(timesteps)
         snr = a / (1 - a)
         denominator = snr if self.prediction == "epsilon" else snr + 1
         return snr.clamp(max=self.min_snr_gamma) / denominator
 
+    def _alphas(self, timesteps: Tensor) -> Tensor:
+        """Those of the timesteps, [S]; the copy is queued behind what a GPU still has to do."""
+        return self.alphas.to(timesteps.device, non_blocking=True)[timesteps]
+
     def _at(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        return self.alphas.to(like.device)[timesteps].view(-1, *[1] * (like.dim() - 1))
+        return self._alphas(timesteps).view(-1, *[1] * (like.dim() - 1))
 
 
 def load_schedule(folder: Path, min_snr_gamma: float | None) -> NoiseSchedule:
