@@ -52,10 +52,8 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
 from prefmill.core.stage import Task, load_stage
 from prefmill.families.sdxl.family import SdxlBatch, SdxlFamily
-from prefmill.families.sdxl.names import DiffusionObjective
 from prefmill.families.sdxl.noise import NoiseSchedule
-from prefmill.families.sdxl.objectives import DspoFactors, choose
-from prefmill.training.objectives import Settings
+from prefmill.training.objectives import OBJECTIVES, Settings
 
 BETA = 5000.0
 PAIRS_A_STEP, STEPS, WARM_UP, TURNS = 2, 4, 2, 3
@@ -242,14 +240,14 @@ def step_times() -> Iterator[list[float]]:
         StageCallback.on_step_end = original  # type: ignore[method-assign]
 
 
-def our_loss(model: Any, batch: SdxlBatch, objective: DiffusionObjective) -> Tensor:
+def our_loss(model: Any, batch: SdxlBatch, objective: str) -> Tensor:
     """The stage's forward pass, given what the reference said."""
     dspo = objective == "dspo"
     family = SdxlFamily(lambda *_: None, lambda *_: torch.zeros(()), NoiseSchedule(ALPHAS), dspo, winner_alone=dspo)
     reference = torch.zeros(batch.num_pairs, device=batch.latents.device)
     given = replace(batch, ref_predictions=batch.noise[: batch.num_pairs])
     scores = family.pair_scores(model, given, reference, reference)
-    return choose(objective, 0.0, DspoFactors()).loss(scores, Settings(BETA)).mean()
+    return OBJECTIVES[objective].loss(scores, Settings(BETA)).mean()
 
 
 def reference_errors(model: Any, batch: SdxlBatch) -> Tensor:

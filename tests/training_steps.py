@@ -15,7 +15,7 @@ from prefmill.families.causal.group_layout import encode_groups
 from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group, Pair
-from prefmill.training.objectives import Settings
+from prefmill.training.objectives import Settings, mix
 
 SizeName = Literal["tiny", "true"]
 
@@ -104,7 +104,7 @@ def reward(size: SizeName = "tiny") -> Step:
     """The reward model's loss of every head; at true size on CLIP ViT-L/14."""
     from transformers import CLIPConfig
 
-    from prefmill.families.reward.family import REWARD_OBJECTIVE, RewardBatch, RewardFamily, score_batch
+    from prefmill.families.reward.family import RewardBatch, RewardFamily, score_batch
     from prefmill.families.reward.model import MultiHeadReward, MultiHeadRewardConfig
     from prefmill.training.telemetry import gradient_coefficient
 
@@ -123,10 +123,13 @@ def reward(size: SizeName = "tiny") -> Step:
     batch = RewardBatch(torch.rand(4, 3, side, side), tokens, tokens, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2]),
                         torch.tensor([1, 3]), torch.rand(2, 5), torch.ones(2))  # fmt: skip
 
+    settings = Settings(1.0)
+    objective = mix(["bradley_terry_heads"], [1.0], settings, RewardFamily.supplies)
+
     def losses(model: Any, batch: Any) -> Tensor:
         scores = RewardFamily(None, score_batch).pair_scores(model, batch)  # type: ignore[arg-type]
-        assert gradient_coefficient(scores, REWARD_OBJECTIVE, Settings(1.0)).device == scores.chosen.device
-        return REWARD_OBJECTIVE.loss(scores, Settings(1.0))
+        assert gradient_coefficient(scores, objective, settings).device == scores.chosen.device
+        return objective.loss(scores, settings)
 
     return Step(MultiHeadReward(MultiHeadRewardConfig(clip_config=clip, hidden_size=8)), batch, losses)
 
@@ -136,7 +139,6 @@ def sdxl(size: SizeName = "tiny", adapter: str | None = None, objective: Any = "
     from benchmarks.sdxl_models import FULL, make_unet
     from prefmill.families.sdxl.family import SdxlBatch, SdxlFamily
     from prefmill.families.sdxl.noise import NoiseSchedule
-    from prefmill.families.sdxl.objectives import DspoFactors, choose
 
     residuals = objective == "dspo"
     unet = make_unet(FULL) if size == "true" else _tiny_unet()
@@ -144,7 +146,7 @@ def sdxl(size: SizeName = "tiny", adapter: str | None = None, objective: Any = "
     latents = torch.randn(4, 4, side, side)
     batch = SdxlBatch(latents, latents, torch.randint(1000, (4,)), torch.randn(4, 77, width), torch.randn(4, pooled),
                       torch.rand(4, 6), torch.ones(2), None, latents[:2] if residuals else None)  # fmt: skip
-    loss = choose(objective, 0.0, DspoFactors()).loss
+    loss = mix([objective], [1.0], Settings(5000.0), SdxlFamily.supplies).loss
 
     def losses(model: Any, batch: Any, alphas: Tensor) -> Tensor:
         schedule = NoiseSchedule(alphas, "epsilon", 5.0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from prefmill.training.batches import AnyGroup, GroupPart
-from prefmill.training.objectives import PairScores
+from prefmill.training.objectives import Need, PairScores
 
 Reference = Callable[[int, int], Tensor]
 """The reference's scores of a group's samples, [S, ...], by the group's place and the epoch."""
@@ -36,8 +36,10 @@ class Family:
 
     `encode` makes the batch that some pairs of some groups need in an epoch, its pairs in the order of the parts;
     `score` gives every sample of a batch its score under a model, [S]. A family whose scores say more (a value a
-    draw, [S, n]; residuals; a soft label) overrides `pair_scores`.
+    draw, [S, n]; residuals; a soft label) overrides `pair_scores`, and `supplies`: what objectives may need of it.
     """
+
+    supplies: ClassVar[frozenset[Need]] = frozenset({"reference", "lengths", "label_smoothing"})
 
     encode: Callable[[Sequence[Any], Sequence[GroupPart], int], Any]
     score: Callable[[Any, Any], Tensor]

@@ -1,28 +1,76 @@
-"""What every training stage shares: where it starts, training from the newest checkpoint on."""
+"""The one way through a training: model, trainer, reference, resuming, training, publishing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
-from prefmill.training.checkpoints import newest_checkpoint
+from prefmill.training.callbacks import StageCallback
+from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
 from prefmill.training.config import TrainingConfig
-from prefmill.training.publish import publish
-from prefmill.training.rescoring import Rescoring
+from prefmill.training.family import Reference
+from prefmill.training.savable import ensure_savable
 
 
-def train_and_save(
-    trainer: Any, processor: Any, config: TrainingConfig, task: Task, start: str, rescoring: Rescoring
-) -> Metrics:
-    """Train `start` from the newest complete checkpoint on, and publish it."""
+class Trained(Protocol):
+    """What is learnt from: it makes the trainer, `Preferences` the preference trainer, `Chats` TRL's."""
+
+    def trainer(self, model: Any, config: TrainingConfig, task: Task, callbacks: list[TrainerCallback]) -> Any:
+        """The Trainer of `model`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """What a training stage fills in; `run_training` does the rest.
+
+    `load` gives the model to train with its adapter, `reference` the reference's scores (train and val) while the
+    model still is as it starts. `processor` is saved beside the model; `publish` writes the finished folder and may
+    return metrics, every rank calls it. `counts` are metrics known beforehand, `logged` the names of others in the log,
+    whose last value counts. `resume` chooses the checkpoint in a folder.
+    """
+
+    config: TrainingConfig
+    task: Task
+    load: Callable[[], Any]
+    data: Trained
+    publish: Callable[[Any], Metrics]
+    counts: Metrics
+    logged: Mapping[str, str] = field(
+        default_factory=lambda: {"val_accuracy": "eval_accuracy", "val_margin": "eval_margin"}
+    )
+    processor: Any = None
+    reference: Callable[[Any], tuple[Reference, Reference]] | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+    resume: Callable[[Path], str | None] = newest_checkpoint
+
+
+def run_training(spec: TrainingSpec) -> Metrics:
+    """Train from the newest complete checkpoint on, and publish; every rank calls."""
+    task = spec.task
+    # A stage's callbacks come first: what they write is part of a complete checkpoint.
+    trainer = spec.data.trainer(spec.load(), spec.config, task, [*spec.callbacks, StageCallback(task)])
+    if spec.processor is not None:
+        ensure_savable(trainer.model, spec.processor)
+    if spec.reference is not None:
+        trainer.set_reference(*spec.reference(trainer))
+    resume_strictly(trainer)
     with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
-        checkpoint = newest_checkpoint(task.output)
+        checkpoint = spec.resume(task.output)
     trainer.train(resume_from_checkpoint=checkpoint)
-    return publish(trainer, processor, config, task, start, rescoring)
+    published = spec.publish(trainer)
+    trainer.accelerator.wait_for_everyone()
+    last = {name: value for row in trainer.state.log_history for name, value in row.items()}
+    logged = {name: last.get(key) for name, key in spec.logged.items()}
+    return {"steps": trainer.state.global_step, **spec.counts, **logged, **published}
 
 
 def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, config: TrainingConfig) -> None:

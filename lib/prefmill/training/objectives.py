@@ -1,13 +1,17 @@
-"""Preference objectives: one pure function each, from the scores of N pairs to N losses.
+"""Preference objectives of all model families: one pure function each, from the scores of N pairs to N losses.
 
 D = [log pi(y_w) - log pi_ref(y_w)] - [log pi(y_l) - log pi_ref(y_l)], s = the logistic function, b = beta,
-e = label smoothing. A new objective is a function here, its line in `OBJECTIVES`, and its test.
+e = label smoothing. A new objective is a function here, its line in `OBJECTIVES` with what it needs, and its test.
+
+Of images a score is -m, m = mean over channels and places of (eps_hat - eps)^2, and u = (b / 2) D. At 1024 x 1024
+pixels b = 5000 on the mean is 5000 / 2 / 65,536 = 0.038 a squared difference: a b quoted for sums is not this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +19,9 @@ from torch.nn.functional import logsigmoid
 
 from prefmill.core.config import nearest
 from prefmill.core.errors import ConfigError
+
+OFFICIAL_DIVERGENCE = 0.1
+_SMALL_ERROR = 1e-4  # below it l / (e^l - 1) is 1 - l / 2 to within 1e-9, and its gradient is a number
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class PairScores:
     A score is the family's: a log-likelihood summed over tokens, an ELBO, a negative denoising error. Lengths count
     what it sums over. `soft_label` is the probability, in [0, 1], that the chosen side is the better one. `weight`
     is what a pair counts, 1 where there is none. Residuals, [N, D], are what the chosen side's score is the negative
-    mean square of, under the policy and the reference.
+    mean square of, under the policy and the reference. Of a model with K heads a score is their mean, the margin of
+    head k is `margin + head_deviations[:, k]`, and `head_labels` [N, K] are soft labels, NaN where nobody said.
     """
 
     chosen: Tensor
@@ -37,6 +45,8 @@ class PairScores:
     weight: Tensor | None = None
     chosen_residual: Tensor | None = None
     ref_chosen_residual: Tensor | None = None
+    head_deviations: Tensor | None = None
+    head_labels: Tensor | None = None
 
     @property
     def margin(self) -> Tensor:
@@ -55,22 +65,33 @@ class PairScores:
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of the objectives: beta > 0, label smoothing in [0, 0.5), SimPO's target margin."""
+    """The numbers of the objectives: beta > 0, label smoothing in [0, 0.5), SimPO's target margin.
+
+    DSPO's lambda, which its authors set to beta, and whether the factors it multiplies are kept from the gradient.
+    """
 
     beta: float
     label_smoothing: float = 0.0
     simpo_gamma: float = 0.5
+    dspo_lambda: float = 1.0
+    dspo_stop_gradient: bool = True
 
 
 Loss = Callable[[PairScores, Settings], Tensor]
+Need = Literal["reference", "lengths", "label_smoothing", "errors", "residuals", "soft_label", "heads"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of pairs, and whether it needs the reference's scores."""
+    """A loss of pairs, and what it needs: `errors` are scores that are -m, `lengths` those that are sums."""
 
     loss: Loss
-    needs_reference: bool
+    needs: frozenset[Need] = frozenset()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it asks for the reference's scores."""
+        return "reference" in self.needs
 
 
 def sigmoid(scores: PairScores, settings: Settings) -> Tensor:
@@ -117,25 +138,101 @@ def sft(scores: PairScores, settings: Settings) -> Tensor:
     return -scores.chosen / scores.chosen_length  # -log pi(y_w) / |y_w|
 
 
-OBJECTIVES: Mapping[str, Objective] = {
-    "sigmoid": Objective(sigmoid, needs_reference=True),
-    "hinge": Objective(hinge, needs_reference=True),
-    "robust": Objective(robust, needs_reference=True),
-    "ipo": Objective(ipo, needs_reference=True),
-    "ipo_mean": Objective(ipo_mean, needs_reference=True),
-    "sigmoid_norm": Objective(sigmoid_norm, needs_reference=True),
-    "simpo": Objective(simpo, needs_reference=False),
-    "sft": Objective(sft, needs_reference=False),
+def dpo(scores: PairScores, settings: Settings) -> Tensor:
+    """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, eq. 14): `sigmoid` on errors, with b / 2."""
+    return sigmoid(scores, replace(settings, beta=settings.beta / 2))  # -p log s(u) - (1-p) log s(-u)
+
+
+def dspo_rm(scores: PairScores, settings: Settings) -> Tensor:
+    """`dpo` whose label is a reward model's, p = s((R_w - R_l) / tau); a frozen reward enters in no other way."""
+    assert scores.soft_label is not None, "dspo_rm needs a soft label"
+    return dpo(scores, settings)
+
+
+def dspo(scores: PairScores, settings: Settings) -> Tensor:
+    """DSPO's score form (Zhu et al. 2025): the mean of |(eps_th - eps) - lambda (1 - s(u)) (eps_th - eps_ref)|^2.
+
+    On the winner alone. Multiplied out, so that its first term is m_w itself and lambda = 0 is `sft` to the bit.
+    """
+    residual, drift = residual_and_drift(scores)
+    factor = settings.dspo_lambda * (1 - torch.sigmoid(settings.beta / 2 * scores.margin))
+    if settings.dspo_stop_gradient:
+        factor, drift = factor.detach(), drift.detach()
+    cross, square = (residual * drift).mean(1), (drift * drift).mean(1)
+    return -scores.chosen - 2 * factor * cross + factor**2 * square
+
+
+def dspo_official_sdxl(scores: PairScores, settings: Settings) -> Tensor:
+    """DSPO as its authors' code has it for SDXL: (1 - s(u))^2, times |eps_th - eps_ref|^2 once that exceeds 0.1.
+
+    The switch is taken on the mean over the microbatch, all factors pass gradients. Up to the switch the gradient is
+    that of `dpo` times 2 s(u) (1 - s(u)).
+    """
+    _, drift = residual_and_drift(scores)
+    square = (drift * drift).mean(1)
+    push = (1 - torch.sigmoid(settings.beta / 2 * scores.margin)) ** 2
+    return push * square if square.mean() >= OFFICIAL_DIVERGENCE else push
+
+
+def mapo(scores: PairScores, settings: Settings) -> Tensor:
+    """MaPO (Hong et al. 2024, arXiv 2406.06424): m_w - (1/b) log s(phi(m_w) - phi(m_l)), without a reference."""
+    winner, loser = -scores.chosen, -scores.rejected
+    return winner - logsigmoid(phi(winner, settings.beta) - phi(loser, settings.beta)) / settings.beta
+
+
+def bradley_terry_heads(scores: PairScores, settings: Settings) -> Tensor:
+    """-p log s(r+ - r-) - (1 - p) log s(r- - r+) of each head, averaged over those with a label.
+
+    Bradley-Terry (1952) as in Ouyang et al. 2022 (arXiv 2203.02155, eq. 1), with a soft label p; [N]. Turning a pair
+    round, with 1 - p, gives the same loss.
+    """
+    assert scores.head_deviations is not None
+    assert scores.head_labels is not None
+    margins = scores.margin[:, None] + scores.head_deviations
+    known, p = ~scores.head_labels.isnan(), scores.head_labels.nan_to_num(0.0)
+    losses = (-p * logsigmoid(margins) - (1 - p) * logsigmoid(-margins)) * known
+    return losses.sum(1) / known.sum(1).clamp(min=1)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "sigmoid": Objective(sigmoid, frozenset({"reference"})),
+    "hinge": Objective(hinge, frozenset({"reference"})),
+    "robust": Objective(robust, frozenset({"reference", "label_smoothing"})),
+    "ipo": Objective(ipo, frozenset({"reference"})),
+    "ipo_mean": Objective(ipo_mean, frozenset({"reference", "lengths"})),
+    "sigmoid_norm": Objective(sigmoid_norm, frozenset({"reference", "lengths"})),
+    "simpo": Objective(simpo, frozenset({"lengths"})),
+    "sft": Objective(sft),
+    "dpo": Objective(dpo, frozenset({"reference", "errors"})),
+    "dspo": Objective(dspo, frozenset({"reference", "errors", "residuals"})),
+    "dspo_official_sdxl": Objective(dspo_official_sdxl, frozenset({"reference", "errors", "residuals"})),
+    "dspo_rm": Objective(dspo_rm, frozenset({"reference", "errors", "soft_label"})),
+    "mapo": Objective(mapo, frozenset({"errors"})),
+    "bradley_terry_heads": Objective(bradley_terry_heads, frozenset({"heads"})),
 }
 
 
-def mix(names: Sequence[str], weights: Sequence[float], settings: Settings) -> Objective:
-    """The weighted sum of objectives; raises ConfigError for an unknown name or a missing weight."""
+def mix(
+    names: Sequence[str],
+    weights: Sequence[float],
+    settings: Settings,
+    supplies: frozenset[Need] = frozenset(get_args(Need)),
+) -> Objective:
+    """The weighted sum of objectives, each pair counted by its weight, for a family that `supplies` these needs.
+
+    Raises ConfigError for an unknown name, a missing weight, and a need that the family does not supply.
+    """
+    usable = [name for name, objective in OBJECTIVES.items() if objective.needs <= supplies]
     for name in names:
         if name not in OBJECTIVES:
             raise ConfigError(
-                f"no objective '{name}'{nearest(name, list(OBJECTIVES))}", expected=", ".join(OBJECTIVES),
-                fix="correct loss_type",
+                f"no objective '{name}'{nearest(name, usable)}", expected=", ".join(usable), fix="correct the name"
+            )
+        if name not in usable:
+            raise ConfigError(
+                f"objective '{name}' does not fit this model family",
+                got=f"it needs {', '.join(sorted(OBJECTIVES[name].needs - supplies))}", expected=", ".join(usable),
+                fix="choose one of those",
             )  # fmt: skip
     if not names or len(names) != len(weights):
         raise ConfigError(
@@ -150,9 +247,25 @@ def mix(names: Sequence[str], weights: Sequence[float], settings: Settings) -> O
     parts = [(OBJECTIVES[name], weight) for name, weight in zip(names, weights, strict=True)]
 
     def loss(scores: PairScores, settings: Settings) -> Tensor:
-        return torch.stack([weight * part.loss(scores, settings) for part, weight in parts]).sum(0)
+        losses = torch.stack([weight * part.loss(scores, settings) for part, weight in parts]).sum(0)
+        return losses if scores.weight is None else losses * scores.weight
 
-    return Objective(loss, any(part.needs_reference for part, _ in parts))
+    return Objective(loss, frozenset().union(*(part.needs for part, _ in parts)))
+
+
+def phi(error: Tensor, beta: float) -> Tensor:
+    """b l / (e^l - 1), in fp32 at least; b at l = 0."""
+    error = error.float() if error.dtype in (torch.bfloat16, torch.float16) else error
+    small = error.abs() < _SMALL_ERROR
+    regular = torch.where(small, torch.ones_like(error), error)  # so that the branch not taken has a gradient
+    return beta * torch.where(small, 1 - error / 2, regular / torch.expm1(regular))
+
+
+def residual_and_drift(scores: PairScores) -> tuple[Tensor, Tensor]:
+    """eps_th - eps and eps_th - eps_ref of the winner, [N, D] each."""
+    assert scores.chosen_residual is not None, "this objective needs residuals"
+    assert scores.ref_chosen_residual is not None, "this objective needs the reference's residuals"
+    return scores.chosen_residual, scores.chosen_residual - scores.ref_chosen_residual
 
 
 def _label(scores: PairScores, settings: Settings) -> Tensor | float:

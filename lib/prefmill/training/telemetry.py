@@ -94,6 +94,14 @@ class Telemetry:
             ),
         }
 
+    def evaluated(self, losses: torch.Tensor, margins: torch.Tensor) -> dict[str, float]:
+        """What an evaluation reports of its pairs' losses and margins, [N] float64 each."""
+        return {
+            "eval_loss": losses.mean().item(),
+            "eval_margin": margins.mean().item(),
+            "eval_accuracy": ((margins > 0).double() + (margins == 0).double() / 2).mean().item(),
+        }
+
     def _alarm(self, step: int, change: float) -> None:
         """Say that the model unlearns what it is to prefer."""
         said = f"chosen responses are {-change:.2f} nats a token less likely than under the reference"

@@ -168,7 +168,7 @@ class PreferenceTrainer(Trainer):
             shares = from_all_ranks(self._evaluate_share(self._val))
         found = {index: values for share in shares for index, values in share.items()}
         losses, margins = torch.cat([found[index] for index in range(len(self._val))], dim=1)
-        metrics = self.eval_metrics(losses, margins)
+        metrics = self.telemetry.evaluated(losses, margins)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -188,14 +188,6 @@ class PreferenceTrainer(Trainer):
             if start + rank <= last:
                 found[index] = values
         return {index: values.cpu() for index, values in found.items()}
-
-    def eval_metrics(self, losses: Tensor, margins: Tensor) -> dict[str, float]:
-        """What an evaluation reports of its pairs' losses and margins, [N] float64 each."""
-        return {
-            "eval_loss": losses.mean().item(),
-            "eval_margin": margins.mean().item(),
-            "eval_accuracy": ((margins > 0).double() + (margins == 0).double() / 2).mean().item(),
-        }
 
 
 def num_tokens(batch: Any) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prefmill.core.errors import ConfigError
+from prefmill.training.family import Family
 from prefmill.training.objectives import OBJECTIVES, PairScores, Settings, mix
 
 # (log pi(y_w), log pi(y_l), |y_w|, |y_l|, log ref(y_w), log ref(y_l))
@@ -45,13 +46,13 @@ SCALAR: dict[str, Callable[..., float]] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(SCALAR))
 def test_equals_its_equation(name: str) -> None:
     expected = torch.tensor([SCALAR[name](*row) for row in ROWS], dtype=torch.float64)
     torch.testing.assert_close(OBJECTIVES[name].loss(scores(), SETTINGS), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(SCALAR))
 def test_gradient(name: str) -> None:
     given = scores()
 
@@ -63,7 +64,7 @@ def test_gradient(name: str) -> None:
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(SCALAR))
 def test_says_whether_it_needs_the_reference(name: str) -> None:
     given = scores()
     moved = scores([(*row[:4], row[4] + 1.5, row[5] - 0.5) for row in ROWS])
@@ -97,8 +98,8 @@ def test_a_soft_label_takes_the_place_of_smoothing(name: str) -> None:
 
 def test_extreme_margins_stay_finite() -> None:
     far = scores([(1e4, -1e4, 1, 1, 0.0, 0.0), (-1e4, 1e4, 1, 1, 0.0, 0.0)])
-    for name, objective in OBJECTIVES.items():
-        assert torch.isfinite(objective.loss(far, SETTINGS)).all(), name
+    for name in SCALAR:
+        assert torch.isfinite(OBJECTIVES[name].loss(far, SETTINGS)).all(), name
 
 
 def test_a_mix_is_the_weighted_sum() -> None:
@@ -116,3 +117,20 @@ def test_bad_mixes_are_refused() -> None:
         mix(["sigmoid", "sft"], [1.0], SETTINGS)
     with pytest.raises(ConfigError, match="rate of flipped labels"):
         mix(["robust"], [1.0], Settings(beta=0.1))
+
+
+def test_every_objective_is_held_to_its_equation() -> None:
+    """Those of text here, of images in test_sdxl_objectives.py, of rewards in test_reward_measures.py."""
+    assert set(OBJECTIVES) == {*SCALAR, "dpo", "dspo", "dspo_official_sdxl", "dspo_rm", "mapo", "bradley_terry_heads"}
+    assert {name for name, objective in OBJECTIVES.items() if objective.needs <= Family.supplies} == set(SCALAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("dspo", "errors, residuals"), ("dspo_rm", "errors, soft_label"), ("bradley_terry_heads", "heads")],,
+)
+def test_text_refuses_by_name_what_it_cannot_supply(name: str, missing: str) -> None:
+    with pytest.raises(ConfigError, match=f"objective '{name}' does not fit") as refused:
+        mix([name], [1.0], SETTINGS, Family.supplies)
+    assert f"it needs {missing}" in str(refused.value)
+    assert ", ".join(SCALAR) in str(refused.value)

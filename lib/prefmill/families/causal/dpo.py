@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.devices import rank, world_size
+from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import scoring_context, scoring_model, shards_by_zero, unsharded_loading, uses_fsdp
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.group_attention import use_group_attention
@@ -30,25 +31,22 @@ from prefmill.families.causal.scorer import (
     encode_pairwise,
     encode_sequences,
     patch_forward,
-    restore_forward,
     score_batch,
 )
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.training.adapter import add_adapter
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
-from prefmill.training.callbacks import StageCallback
-from prefmill.training.checkpoints import resume_strictly
 from prefmill.training.config import TrainingConfig, accumulation, weights_precision
 from prefmill.training.data import Group, PreferencePair, gather, read_pairs, swap_by_coin
-from prefmill.training.family import Family, by_group
-from prefmill.training.loop import report_dropped, train_and_save
+from prefmill.training.family import Family, Reference, by_group
+from prefmill.training.loop import TrainingSpec, report_dropped, run_training
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preference_config import PreferenceConfig
+from prefmill.training.preferences import Preferences
+from prefmill.training.publish import publish
 from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, start_weights, weights_of
 from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
-from prefmill.training.savable import ensure_savable
-from prefmill.training.telemetry import Telemetry
-from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
+from prefmill.training.trainer import PreferenceData, PreferenceTrainer
 
 
 def train_dpo(
@@ -71,39 +69,33 @@ def train_dpo(
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
-    objective = mix(config.loss_type, config.loss_weights, settings)
+    objective = mix(config.loss_type, config.loss_weights, settings, Family.supplies)
     check_reference(config, objective, policy, tokenizer)
-    plan = _plan(groups, config)
-    trainer = PreferenceTrainer(
-        model=add_adapter(load_policy(policy, config, config.revision), config),
-        args=plan_arguments(config, task, plan),
-        train=PreferenceData(groups, None, plan),
-        val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
-        family=causal_family(config, tokenizer.pad_token_id, reader),
-        objective=objective,
-        settings=settings,
-        telemetry=Telemetry(task.logs, rank()),
-        callbacks=[StageCallback(task)],
-    )
-    ensure_savable(trainer.model, reader or tokenizer)
-    if objective.needs_reference:
-        scores = _reference(trainer, task, groups, held_out, tokenizer, config, reader)
-        trainer.set_reference(*map(by_group, scores))
-    resume_strictly(trainer)
     rescoring = causal_rescoring(config, groups, tokenizer.pad_token_id, reader)
-    saved = train_and_save(trainer, reader or tokenizer, config, task, policy, rescoring)
-    restore_forward(trainer.model)
-    history = [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{}]
-    return {
-        "steps": trainer.state.global_step,
-        "pairs": sum(len(group.pairs) for group in groups),
-        "groups": len(groups),
-        "layout": config.layout,
-        "why_pairwise": why_pairwise,
-        "val_accuracy": history[-1].get("eval_accuracy"),
-        "val_margin": history[-1].get("eval_margin"),
-        **saved,
-    }
+    spec = TrainingSpec(
+        config=config,
+        task=task,
+        load=lambda: add_adapter(load_policy(policy, config, config.revision), config),
+        data=Preferences(
+            train=PreferenceData(groups, None, _plan(groups, config)),
+            val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
+            family=causal_family(config, tokenizer.pad_token_id, reader),
+            objective=objective,
+            settings=settings,
+        ),
+        processor=reader or tokenizer,
+        publish=lambda trainer: publish(trainer, reader or tokenizer, config, task, policy, rescoring),
+        reference=partial(_reference, task, groups, held_out, tokenizer, config, reader)
+        if objective.needs_reference
+        else None,
+        counts={
+            "pairs": sum(len(group.pairs) for group in groups),
+            "groups": len(groups),
+            "layout": config.layout,
+            "why_pairwise": why_pairwise,
+        },
+    )
+    return run_training(spec)
 
 
 def load_groups(
@@ -213,14 +205,14 @@ def _one_by_one(groups: Sequence[Group], config: PreferenceConfig) -> list[Micro
 
 
 def _reference(
-    trainer: PreferenceTrainer,
     task: Task,
     train: Sequence[Group],
     val: Sequence[Group],
     tokenizer: PreTrainedTokenizerBase,
     config: PreferenceConfig,
     reader: ImageReader | None,
-) -> tuple[list[Tensor], list[Tensor]]:
+    trainer: PreferenceTrainer,
+) -> tuple[Reference, Reference]:
     """The reference's scores of all responses, train and val; called while the policy still is as it starts."""
     settings: dict[str, Any] = {
         "precision": config.precision, "weights": weights_precision(config), "layout": config.layout,
@@ -241,7 +233,7 @@ def _reference(
             in_step=uses_fsdp(config) or shards_by_zero(config),
         )
         scores = reference_scores([*train, *val], scoring, kept, task, config.precision)
-    return scores[: len(train)], scores[len(train) :]
+    return by_group(scores[: len(train)]), by_group(scores[len(train) :])
 
 
 def _content(group: Group, config: PreferenceConfig, reader: ImageReader | None) -> list[Any]:

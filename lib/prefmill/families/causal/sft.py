@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from prefmill.core.errors import InputError
+from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
@@ -26,12 +28,11 @@ from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, w
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter
 from prefmill.training.arguments import trainer_arguments
-from prefmill.training.callbacks import StageCallback, check_every_step
-from prefmill.training.checkpoints import resume_strictly
+from prefmill.training.callbacks import check_every_step
 from prefmill.training.config import TrainingConfig, weights_precision
-from prefmill.training.loop import report_dropped, train_and_save
+from prefmill.training.loop import TrainingSpec, report_dropped, run_training
+from prefmill.training.publish import publish
 from prefmill.training.rescoring import NUM_SAMPLES, Rescoring
-from prefmill.training.savable import ensure_savable
 
 _IGNORED = -100  # a label that takes no part in the loss
 
@@ -52,45 +53,66 @@ def train_sft(
     tokenizer = load_tokenizer(model_name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     reader = open_reader(model_name, tokenizer, limits, TRAINED, **options)
-    datasets = {"train": load_chats(train, tokenizer, config, task, reader)}
-    if val is not None:
-        datasets["val"] = load_chats(val, tokenizer, config, task, reader)
-    model = load_model(
-        model_name,
-        precision=weights_precision(config),
+    chats = Chats(
+        train=load_chats(train, tokenizer, config, task, reader),
+        val=None if val is None else load_chats(val, tokenizer, config, task, reader),
+        tokenizer=tokenizer,
+        collate=partial(collate_images, reader=reader) if reader else None,
+    )
+    rescoring = sft_rescoring(config, chats.train, chats.collate)
+    spec = TrainingSpec(
+        config=config,
+        task=task,
+        load=lambda: add_adapter(_load(model_name, config, weights_precision(config)), config),
+        data=chats,
+        processor=reader or tokenizer,
+        publish=lambda trainer: publish(trainer, reader or tokenizer, config, task, model_name, rescoring),
+        counts={"train_rows": len(chats.train)},
+        logged={"val_loss": "eval_loss"},
+    )
+    return run_training(spec)
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Rows of `input_ids` and `labels`, which TRL's trainer fine-tunes on; `collate` where they have images."""
+
+    train: Dataset
+    val: Dataset | None
+    tokenizer: PreTrainedTokenizerBase
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None
+
+    def trainer(self, model: Any, config: TrainingConfig, task: Task, callbacks: list[TrainerCallback]) -> SFTTrainer:
+        """TRL's trainer of `model`."""
+        arguments = TrlConfig(
+            **trainer_arguments(config, task, world_size()),
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            eval_strategy="epoch" if self.val is not None else "no",
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=fsdp_mixed_precision(arguments, config),
+            train_dataset=self.train,
+            eval_dataset=self.val,
+            processing_class=self.tokenizer,
+            data_collator=self.collate,
+            callbacks=callbacks,
+        )
+        # Qwen2.5-VL says that it takes no count of tokens, but it is TRL that divides by it: the mean is over the step.
+        trainer.model_accepts_loss_kwargs = True
+        check_every_step(trainer)
+        return trainer
+
+
+def _load(name: str, config: TrainingConfig, precision: Precision) -> Any:
+    return load_model(
+        name,
+        precision=precision,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
-    arguments = TrlConfig(
-        **trainer_arguments(config, task, world_size()),
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        eval_strategy="epoch" if val is not None else "no",
-    )
-    trainer = SFTTrainer(
-        model=add_adapter(model, config),
-        args=fsdp_mixed_precision(arguments, config),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("val"),
-        processing_class=tokenizer,
-        data_collator=partial(collate_images, reader=reader) if reader else None,
-        callbacks=[StageCallback(task)],
-    )
-    # Qwen2.5-VL says that it takes no count of tokens, but it is TRL that divides by it: the mean is over the step.
-    trainer.model_accepts_loss_kwargs = True
-    ensure_savable(trainer.model, reader or tokenizer)
-    rescoring = sft_rescoring(config, datasets["train"], partial(collate_images, reader=reader) if reader else None)
-    resume_strictly(trainer)
-    check_every_step(trainer)
-    saved = train_and_save(trainer, reader or tokenizer, config, task, model_name, rescoring)
-    val_losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    return {
-        "steps": trainer.state.global_step,
-        "train_rows": len(datasets["train"]),
-        "val_loss": val_losses[-1] if val_losses else None,
-        **saved,
-    }
 
 
 def sft_rescoring(config: TrainingConfig, rows: Dataset, collate: Any) -> Rescoring:

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.devices import rank, world_size
 from prefmill.families.causal.dpo import load_groups
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
-from prefmill.families.mdlm.family import Drawing, LiveVariance, by_epoch, encode_responses, preference_family
+from prefmill.families.mdlm.family import (
+    DiffusionFamily,
+    Drawing,
+    LiveVariance,
+    by_epoch,
+    encode_responses,
+    preference_family,
+)
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
 from prefmill.families.mdlm.scorer import score_batch
-from prefmill.families.mdlm.training import DiffusionTrainer, FollowOnResume, load_scoring_model, train_and_finish
-from prefmill.training.batches import one_by_one, plan_batches
-from prefmill.training.callbacks import StageCallback
-from prefmill.training.config import accumulation
+from prefmill.families.mdlm.training import (
+    DrawTelemetry,
+    FollowOnResume,
+    choose_checkpoint,
+    diffusion_rescoring,
+    load_scoring_model,
+    publish_and_export,
+)
 from prefmill.training.data import Group
+from prefmill.training.family import Reference
+from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Settings, mix
+from prefmill.training.preferences import Preferences, train_data, val_data
 from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, start_weights
-from prefmill.training.savable import ensure_savable
-from prefmill.training.telemetry import Telemetry
-from prefmill.training.trainer import PreferenceData, plan_arguments
+from prefmill.training.trainer import PreferenceTrainer
 
 
 def train_diffusion_dpo(
@@ -40,42 +51,36 @@ def train_diffusion_dpo(
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels)
     held_out = load_groups(val, tokenizer, config, task) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
-    objective = mix(config.loss_type, config.loss_weights, settings)
-    ranks = world_size()
-    per_step = accumulation(config, ranks) * ranks
-    plan = plan_batches(groups, config.num_train_epochs, config.effective_batch_size, per_step, config.seed)
-    at_once = config.per_device_train_batch_size
-    adaptive = config.diffusion_steps == "auto"
-    live = LiveVariance(config.num_draws, config.beta, config.variance_tolerance, adaptive)
-    trainer = DiffusionTrainer(
-        model=load_scoring_model(policy, config, tokenizer),
-        args=plan_arguments(config, task, plan),
-        train=PreferenceData(groups, None, plan),
-        val=PreferenceData(held_out, None, one_by_one(held_out, at_once, config.seed)) if held_out else None,
-        family=preference_family(drawing_of(config), live),
+    objective = mix(config.loss_type, config.loss_weights, settings, DiffusionFamily.supplies)
+    live = LiveVariance(config.num_draws, config.beta, config.variance_tolerance, config.diffusion_steps == "auto")
+    family = preference_family(drawing_of(config), live)
+    rescoring = diffusion_rescoring(config, tokenizer, family, groups)
+    data = Preferences(
+        train=train_data(groups, config),
+        val=val_data(held_out, config),
+        family=family,
         objective=objective,
         settings=settings,
-        telemetry=Telemetry(task.logs, rank()),
-        callbacks=[StageCallback(task), FollowOnResume(live)],
+        telemetry=partial(DrawTelemetry, live=live),
     )
-    trainer.live = live
-    ensure_savable(trainer.model, tokenizer)
-    if objective.needs_reference:
-        values = reference_values(trainer, task, groups, config.num_train_epochs, tokenizer, config)
-        held = reference_values(trainer, task, held_out, 1, tokenizer, config) if held_out else []
-        trainer.set_reference(by_epoch(values), by_epoch(held))
-    saved = train_and_finish(trainer, tokenizer, config, task, policy)
-    rows = trainer.state.log_history
-    evaluated = [row for row in rows if "eval_accuracy" in row] or [{}]
-    advised = [row["recommended_draws"] for row in rows if "recommended_draws" in row]
-    return {
-        "steps": trainer.state.global_step,
-        "pairs": sum(len(group.pairs) for group in groups),
-        "val_accuracy": evaluated[-1].get("eval_accuracy"),
-        "val_margin": evaluated[-1].get("eval_margin"),
-        "recommended_draws": advised[-1] if advised else None,
-        **saved,
-    }
+    spec = TrainingSpec(
+        config=config,
+        task=task,
+        load=lambda: load_scoring_model(policy, config, tokenizer),
+        data=data,
+        processor=tokenizer,
+        publish=partial(publish_and_export, rescoring, tokenizer, config, task, policy),
+        reference=partial(_reference, task, groups, held_out, config) if objective.needs_reference else None,
+        callbacks=[FollowOnResume(live)],
+        resume=partial(choose_checkpoint, config),
+        counts={"pairs": sum(len(group.pairs) for group in groups)},
+        logged={
+            "val_accuracy": "eval_accuracy",
+            "val_margin": "eval_margin",
+            "recommended_draws": "recommended_draws",
+        },
+    )
+    return run_training(spec)
 
 
 def drawing_of(config: DiffusionPreferenceConfig) -> Drawing:
@@ -83,13 +88,20 @@ def drawing_of(config: DiffusionPreferenceConfig) -> Drawing:
     return Drawing(config.num_draws, config.sampling, config.seed)
 
 
-def reference_values(
-    trainer: DiffusionTrainer,
+def _reference(
     task: Task,
-    groups: Sequence[Group],
-    num_epochs: int,
-    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Group],
+    val: Sequence[Group],
     config: DiffusionPreferenceConfig,
+    trainer: PreferenceTrainer,
+) -> tuple[Reference, Reference]:
+    """The reference's values of the draws in training and validation."""
+    values = reference_values(trainer, task, train, config.num_train_epochs, config)
+    return by_epoch(values), by_epoch(reference_values(trainer, task, val, 1, config) if val else [])
+
+
+def reference_values(
+    trainer: PreferenceTrainer, task: Task, groups: Sequence[Group], num_epochs: int, config: DiffusionPreferenceConfig
 ) -> list[Tensor]:
     """The reference's value of every draw of every response, [S, E, n] a group; while the policy is the reference."""
     drawing = drawing_of(config)

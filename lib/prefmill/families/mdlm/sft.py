@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,22 @@ from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.devices import rank, world_size
 from prefmill.families.causal.chat import encode
 from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.families.mdlm.family import Drawing, sft_family
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
-from prefmill.families.mdlm.training import NoMargins, SftTrainer, load_scoring_model, train_and_finish
+from prefmill.families.mdlm.training import (
+    NoMargins,
+    choose_checkpoint,
+    diffusion_rescoring,
+    load_scoring_model,
+    publish_and_export,
+)
 from prefmill.store.row_files import file_rows
-from prefmill.training.batches import one_by_one, plan_batches
-from prefmill.training.callbacks import StageCallback
-from prefmill.training.config import accumulation
 from prefmill.training.data import Group, Pair
-from prefmill.training.loop import report_dropped
+from prefmill.training.loop import TrainingSpec, report_dropped, run_training
 from prefmill.training.objectives import Settings, mix
-from prefmill.training.savable import ensure_savable
-from prefmill.training.trainer import PreferenceData, plan_arguments
+from prefmill.training.preferences import Preferences, train_data, val_data
 
 
 def train_diffusion_sft(
@@ -36,31 +38,29 @@ def train_diffusion_sft(
     groups = load_chats(train, tokenizer, config, task)
     held_out = load_chats(val, tokenizer, config, task) if val is not None else []
     settings = Settings(beta=1.0)
-    ranks = world_size()
-    per_step = accumulation(config, ranks) * ranks
-    plan = plan_batches(groups, config.num_train_epochs, config.effective_batch_size, per_step, config.seed)
-    at_once = config.per_device_train_batch_size
     assert tokenizer.eos_token_id is not None
-    trainer = SftTrainer(
-        model=load_scoring_model(start, config, tokenizer),
-        args=plan_arguments(config, task, plan),
-        train=PreferenceData(groups, None, plan),
-        val=PreferenceData(held_out, None, one_by_one(held_out, at_once, config.seed)) if held_out else None,
-        family=sft_family(Drawing(config.num_draws, config.sampling, config.seed), tokenizer.eos_token_id),
+    family = sft_family(Drawing(config.num_draws, config.sampling, config.seed), tokenizer.eos_token_id)
+    rescoring = diffusion_rescoring(config, tokenizer, family, groups)
+    data = Preferences(
+        train=train_data(groups, config),
+        val=val_data(held_out, config),
+        family=family,
         objective=mix(["sft"], [1.0], settings),
         settings=settings,
-        telemetry=NoMargins(task.logs, rank()),
-        callbacks=[StageCallback(task)],
+        telemetry=NoMargins,
     )
-    ensure_savable(trainer.model, tokenizer)
-    saved = train_and_finish(trainer, tokenizer, config, task, start)
-    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    return {
-        "steps": trainer.state.global_step,
-        "train_rows": len(groups),
-        "val_loss": losses[-1] if losses else None,
-        **saved,
-    }
+    spec = TrainingSpec(
+        config=config,
+        task=task,
+        load=lambda: load_scoring_model(start, config, tokenizer),
+        data=data,
+        processor=tokenizer,
+        publish=partial(publish_and_export, rescoring, tokenizer, config, task, start),
+        resume=partial(choose_checkpoint, config),
+        counts={"train_rows": len(groups)},
+        logged={"val_loss": "eval_loss"},
+    )
+    return run_training(spec)
 
 
 def load_chats(

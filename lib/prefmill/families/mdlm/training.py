@@ -17,7 +17,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.loading import load_diffusion_model, mask_token_of, predicts_next
-from prefmill.families.mdlm.scorer import patch_forward, restore_forward
+from prefmill.families.mdlm.scorer import patch_forward
 from prefmill.store.artifacts import payload
 from prefmill.training.adapter import add_adapter
 from prefmill.training.checkpoints import newest_checkpoint
@@ -32,29 +32,22 @@ from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceTrainer
 
 
-class DiffusionTrainer(PreferenceTrainer):
-    """The preference trainer, with the live variance of the draws in its log."""
+class DrawTelemetry(Telemetry):
+    """Adds the live variance of the draws, and from then on as many draws are used as it asks for."""
 
-    live: LiveVariance | None = None
+    def __init__(self, folder: Path, rank: int, live: LiveVariance) -> None:
+        super().__init__(folder, rank)
+        self._live = live
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the draws' variance, and from then on use as many draws as it asks for."""
-        report = self.live.report() if self.live and "loss" in logs else {}
-        super().log({**logs, **report}, start_time)
-        if self.live:
-            self.live.follow(report)
-
-
-class SftTrainer(PreferenceTrainer):
-    """Fine-tuning as the preference trainer sees it: an objective of one side, nothing to prefer."""
-
-    def eval_metrics(self, losses: Tensor, margins: Tensor) -> dict[str, float]:
-        """The loss alone."""
-        return {"eval_loss": losses.mean().item()}
+    def means(self) -> dict[str, float]:
+        """Means over the pairs since the last call, and the draws' variance."""
+        report = self._live.report()
+        self._live.follow(report)
+        return {**super().means(), **report}
 
 
 class NoMargins(Telemetry):
-    """Logs nothing: there are no pairs."""
+    """Fine-tuning as the preference trainer sees it: an objective of one side, nothing to prefer."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.speed = Speed(folder, rank)
@@ -66,6 +59,10 @@ class NoMargins(Telemetry):
     def means(self) -> dict[str, float]:
         """Nothing to report."""
         return {}
+
+    def evaluated(self, losses: Tensor, margins: Tensor) -> dict[str, float]:
+        """The loss alone."""
+        return {"eval_loss": losses.mean().item()}
 
 
 class FollowOnResume(TrainerCallback):
@@ -112,21 +109,14 @@ def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, forwar
     return patch_forward(model, mask_token_id=mask, shifted=shifted, forward_batch_size=forward_batch_size)
 
 
-def train_and_finish(
-    trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, config: DiffusionTrainingConfig, task: Task,
-    start: str,
+def publish_and_export(
+    rescoring: Rescoring, tokenizer: PreTrainedTokenizerBase, config: DiffusionTrainingConfig, task: Task, start: str,
+    trainer: PreferenceTrainer,
 ) -> Metrics:  # fmt: skip
-    """Train `start` from the newest complete checkpoint on, and publish it, to `output_dir` too."""
-    data = trainer.train_dataset.data
-    rescoring = diffusion_rescoring(config, tokenizer, trainer.family, data.groups)
-    with trainer.args.main_process_first(local=False):
-        checkpoint = choose_checkpoint(config, task.output)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    """Publish what was trained from `start`, to `output_dir` too."""
     saved: Metrics = publish(trainer, tokenizer, config, task, start, rescoring)
-    restore_forward(trainer.model)
     if config.output_dir is not None and trainer.is_world_process_zero():
         export(task.output, config.output_dir)
-    trainer.accelerator.wait_for_everyone()
     return saved
 
 

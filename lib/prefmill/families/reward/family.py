@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from prefmill.families.reward.data import Box, ImageGroup, PixelReader
 from prefmill.training.batches import GroupPart
 from prefmill.training.family import Family
-from prefmill.training.objectives import Objective, PairScores, Settings
+from prefmill.training.objectives import PairScores
 
 
 @dataclass(frozen=True)
@@ -41,24 +40,14 @@ class RewardBatch:
 
 
 @dataclass(frozen=True)
-class HeadScores(PairScores):
-    """`chosen` and `rejected` are means over the heads; `deviations` [N, K] is what each head's margin adds to theirs.
-
-    So the common telemetry sees one score a side, and the margin of head k is `margin + deviations[:, k]`.
-    """
-
-    deviations: Tensor | None = None
-    labels: Tensor | None = None
-    weights: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class RewardFamily(Family):
     """Scores [S, K]: a reward for every image and head. There is no reference."""
 
+    supplies = frozenset({"heads"})
+
     def pair_scores(
         self, model: Any, batch: Any, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
-    ) -> HeadScores:
+    ) -> PairScores:
         """As `Family.pair_scores`, with the heads' own margins, labels and weights."""
         assert ref_chosen is None
         assert ref_rejected is None
@@ -67,30 +56,10 @@ class RewardFamily(Family):
         margins = chosen - rejected
         lengths = torch.ones(len(margins), device=margins.device)
         deviations = margins - margins.mean(1, keepdim=True)
-        return HeadScores(
-            chosen.mean(1), rejected.mean(1), lengths, lengths,
-            deviations=deviations, labels=batch.labels, weights=batch.weights,
+        return PairScores(
+            chosen.mean(1), rejected.mean(1), lengths, lengths, weight=batch.weights,
+            head_deviations=deviations, head_labels=batch.labels,
         )  # fmt: skip
-
-
-def reward_loss(scores: PairScores, settings: Settings) -> Tensor:
-    """-p log s(r+ - r-) - (1 - p) log s(r- - r+) of each head, averaged over those with a label; times the weight.
-
-    Bradley-Terry (1952) as in Ouyang et al. 2022 (arXiv 2203.02155, eq. 1), with a soft label p; [N]. Turning a pair
-    round, with 1 - p, gives the same loss.
-    """
-    assert isinstance(scores, HeadScores)
-    assert scores.deviations is not None
-    assert scores.labels is not None
-    assert scores.weights is not None
-    margins = scores.margin[:, None] + scores.deviations
-    known = ~scores.labels.isnan()
-    p = scores.labels.nan_to_num(0.0)
-    losses = (-p * logsigmoid(margins) - (1 - p) * logsigmoid(-margins)) * known
-    return scores.weights * losses.sum(1) / known.sum(1).clamp(min=1)
-
-
-REWARD_OBJECTIVE = Objective(reward_loss, needs_reference=False)
 
 
 def reward_family(reader: PixelReader) -> RewardFamily:

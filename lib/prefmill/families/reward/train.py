@@ -21,7 +21,6 @@ from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import HEADS
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
-from prefmill.distributed.devices import rank, world_size
 from prefmill.families.reward.data import (
     Half,
     LabelledPair,
@@ -33,19 +32,16 @@ from prefmill.families.reward.data import (
     in_half,
     read_pairs,
 )
-from prefmill.families.reward.family import REWARD_OBJECTIVE, reward_family
+from prefmill.families.reward.family import RewardFamily, reward_family
 from prefmill.families.reward.measures import DIGITS, fit_temperature, fit_tie_band, measure_head
 from prefmill.families.reward.model import MultiHeadReward, create_reward
 from prefmill.store.jsonl import write_jsonl
-from prefmill.training.batches import one_by_one, plan_batches
-from prefmill.training.callbacks import StageCallback
-from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
-from prefmill.training.config import TrainingConfig, accumulation
-from prefmill.training.objectives import Settings
+from prefmill.training.config import TrainingConfig
+from prefmill.training.loop import TrainingSpec, run_training
+from prefmill.training.objectives import Settings, mix
+from prefmill.training.preferences import Preferences, train_data, val_data
 from prefmill.training.publish import save_finished
-from prefmill.training.savable import ensure_savable
-from prefmill.training.telemetry import Telemetry
-from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
+from prefmill.training.trainer import PreferenceTrainer
 
 METRICS, PREDICTIONS, TRAINED_ON = "metrics.json", "predictions.jsonl", "trained_on.json"
 HELD_OUT = ("val", "test")
@@ -75,24 +71,28 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
     rows = read_pairs(pairs, wanted.overall_for_missing)
     train, held_out = split_rows(rows, wanted.half, pairs)
     learnt = flip_by_coin(train, config.seed) if wanted.shuffle_labels else train
-    num_cut = _count_cut(processor, rows)
-    trainer = _trainer(config, wanted, task, load_clip(clip, config), processor, learnt, held_out)
-    ensure_savable(trainer.model, processor)
-    with trainer.args.main_process_first(local=False):
-        checkpoint = newest_checkpoint(task.output)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    metrics: Metrics = {}
-    if trainer.is_world_process_zero():
-        measured = _measure_and_save(trainer.model, processor, config, wanted, task, train, held_out)
-        metrics = {
-            "steps": trainer.state.global_step,
+    settings = Settings(beta=1.0)
+    spec = TrainingSpec(
+        config=config,
+        task=task,
+        load=lambda: _load(clip, config, wanted),
+        data=Preferences(
+            train=train_data(gather(learnt), config),
+            val=val_data(gather(held_out["val"]), config),
+            family=reward_family(PixelReader(processor, wanted.crop_scale, config.seed)),
+            objective=mix(["bradley_terry_heads"], [1.0], settings, RewardFamily.supplies),
+            settings=settings,
+        ),
+        processor=processor,
+        publish=lambda trainer: _publish(trainer, processor, config, wanted, task, train, held_out),
+        counts={
             "pairs": len(train),
             "prompts": len({row.prompt_id for row in train}),
-            "num_cut_prompts": num_cut,
-            **summarise(measured),
-        }
-    trainer.accelerator.wait_for_everyone()
-    return metrics
+            "num_cut_prompts": _count_cut(processor, rows),
+        },
+        logged={},
+    )
+    return run_training(spec)
 
 
 def split_rows(
@@ -161,35 +161,20 @@ def summarise(measured: dict[str, Any]) -> Metrics:
     return summary
 
 
-def _trainer(
-    config: TrainingConfig,
-    wanted: RewardTraining,
-    task: Task,
-    clip: CLIPModel,
-    processor: Any,
-    train: Sequence[LabelledPair],
-    held_out: dict[str, list[LabelledPair]],
-) -> PreferenceTrainer:
-    model = create_reward(clip, wanted.hidden_size, config.seed)
+def _load(clip: str, config: TrainingConfig, wanted: RewardTraining) -> MultiHeadReward:
+    model = create_reward(load_clip(clip, config), wanted.hidden_size, config.seed)
     freeze(model, wanted.trainable)
-    groups, val = gather(train), gather(held_out["val"])
-    ranks = world_size()
-    per_step = accumulation(config, ranks) * ranks
-    plan = plan_batches(groups, config.num_train_epochs, config.effective_batch_size, per_step, config.seed)
-    at_once = config.per_device_train_batch_size
-    trainer = PreferenceTrainer(
-        model=model,
-        args=plan_arguments(config, task, plan),
-        train=PreferenceData(groups, None, plan),
-        val=PreferenceData(val, None, one_by_one(val, at_once, config.seed)) if val else None,
-        family=reward_family(PixelReader(processor, wanted.crop_scale, config.seed)),
-        objective=REWARD_OBJECTIVE,
-        settings=Settings(beta=1.0),
-        telemetry=Telemetry(task.logs, rank()),
-        callbacks=[StageCallback(task)],
-    )
-    resume_strictly(trainer)
-    return trainer
+    return model
+
+
+def _publish(
+    trainer: PreferenceTrainer, processor: Any, config: TrainingConfig, wanted: RewardTraining, task: Task,
+    train: Sequence[LabelledPair], held_out: dict[str, list[LabelledPair]],
+) -> Metrics:  # fmt: skip
+    """Measure and save on the first rank."""
+    if not trainer.is_world_process_zero():
+        return {}
+    return summarise(_measure_and_save(trainer.model, processor, config, wanted, task, train, held_out))
 
 
 def freeze(model: MultiHeadReward, trainable: Literal["all", "vision", "heads"]) -> None:

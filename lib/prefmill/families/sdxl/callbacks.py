@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.sdxl.encoding import TextKeys
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.store.tensor_cache import TensorCache
@@ -68,23 +68,20 @@ class Ema(TrainerCallback):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which prompts are drawn, how often, in how many denoising steps, of what size in pixels."""
+    """Which prompts are drawn, how often, in how many denoising steps, of what size in pixels, and computed in what."""
 
     prompts: Sequence[str]
     every: int
     inference_steps: int
     resolution: int
+    precision: Precision
 
 
 class SampleGrid(TrainerCallback):
     """Draws the prompts every so many steps, each from its own fixed noise, side by side in one picture in the logs."""
 
-    def __init__(
-        self, sampling: Sampling, folder: SdxlFolder, cache: TensorCache, texts: TextKeys, logs: Path,
-        autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> None:  # fmt: skip
-        self.sampling, self.folder, self.cache, self.texts = sampling, folder, cache, texts
-        self.logs, self.autocast = logs, autocast
+    def __init__(self, sampling: Sampling, folder: SdxlFolder, cache: TensorCache, texts: TextKeys, logs: Path) -> None:
+        self.sampling, self.folder, self.cache, self.texts, self.logs = sampling, folder, cache, texts, logs
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -93,7 +90,9 @@ class SampleGrid(TrainerCallback):
         if not state.is_world_process_zero or state.global_step % self.sampling.every:
             return
         model.eval()
-        with torch.no_grad(), self.autocast():
+        precision = self.sampling.precision
+        autocast = torch.autocast(args.device.type, torch_dtype(precision), enabled=precision != "fp32")
+        with torch.no_grad(), autocast:
             images = self._draw(model.get_base_model() if hasattr(model, "get_base_model") else model, args.device)
         model.train()
         save_grid(images, self.logs / SAMPLES / f"step_{state.global_step:05}.png")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, renamed, runtime
-from prefmill.families.sdxl.names import DiffusionObjective
 from prefmill.training.config import LoraConfig, TrainingConfig
 
 ATTENTION = ("sdpa", "xformers", "sliced")
@@ -39,7 +38,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     random_flip: bool = False
     vae_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
 
-    objective: DiffusionObjective = "dspo"
+    objective: str = "dspo"
     beta: float = Field(5000.0, gt=0)
     dspo_lambda: float = Field(1.0, ge=0)
     dspo_stop_gradient: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.devices import rank, world_size
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid, Sampling
@@ -23,20 +23,18 @@ from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, read_image_pairs, swap_by_coin
 from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
 from prefmill.families.sdxl.export import save_finished
-from prefmill.families.sdxl.family import PairReader, sdxl_family
+from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name
-from prefmill.families.sdxl.names import NEEDS_RESIDUALS
 from prefmill.families.sdxl.noise import load_schedule
-from prefmill.families.sdxl.objectives import DspoFactors, choose
 from prefmill.families.sdxl.reference import ReferenceErrors, used_by
 from prefmill.families.sdxl.soft_labels import with_soft_labels
 from prefmill.families.sdxl.telemetry import ErrorTelemetry
 from prefmill.store.tensor_cache import TensorCache, cache_folder
-from prefmill.training.batches import Microbatch, one_by_one, plan_batches
-from prefmill.training.callbacks import StageCallback
-from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
-from prefmill.training.config import accumulation
-from prefmill.training.objectives import Settings
+from prefmill.training.batches import Microbatch
+from prefmill.training.family import Reference
+from prefmill.training.loop import TrainingSpec, run_training
+from prefmill.training.objectives import Objective, Settings, mix
+from prefmill.training.preferences import Preferences, plan_epochs, val_data
 from prefmill.training.reference import device_kind
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 
@@ -47,39 +45,48 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     Latents, text embeddings and the reference's errors are computed before training, or found in the cache: training
     runs the UNet alone. Resumes from the newest complete checkpoint.
     """
+    settings = Settings(config.beta, dspo_lambda=config.dspo_lambda, dspo_stop_gradient=config.dspo_stop_gradient)
+    objective = choose_objective(config, settings)
     folder = open_folder(start, config.revision, config.variant)
-    train, held_out = _pairs(config, task, pairs, "train"), _pairs(config, task, pairs, "val")
-    plan = _plan(train, config)
-    held_plan = one_by_one(held_out, config.per_device_train_batch_size, config.seed) if held_out else []
-    args = _arguments(config, task, plan)
+    train, held_out = (_pairs(config, task, pairs, split, objective) for split in ("train", "val"))
+    data, held = PreferenceData(train, None, _plan(train, config)), val_data(held_out, config)
+    args = _arguments(config, task, data.plan)
     with unsharded_loading():
-        reader = _encode(config, task, folder, args.device, train, held_out, plan)
-        model = load_policy(folder, config)
-    references = [_references(config, folder, reader, given, args.device) for given in (train, held_out)]
-    residuals = config.objective in NEEDS_RESIDUALS
-    objective = choose(config.objective, config.sft_weight, _factors(config))
+        reader = _encode(config, task, folder, args.device, train, held_out, data.plan)
+    references = [_references(config, folder, reader, given, args.device, objective) for given in (train, held_out)]
+    predictions = _predictions(references) if "residuals" in objective.needs else None
     ema = Ema(config.ema_decay) if config.use_ema else None
-    trainer = PreferenceTrainer(
-        model=model,
-        args=args,
-        train=PreferenceData(train, None, plan),
-        val=PreferenceData(held_out, None, held_plan) if held_out else None,
-        family=sdxl_family(reader, _predictions(references) if residuals else None, _winner_alone(config)),
-        objective=objective,
-        settings=Settings(config.beta),
-        telemetry=ErrorTelemetry(task.logs, rank(), _factors(config) if residuals else None),
-        callbacks=[*([ema] if ema else []), StageCallback(task)],  # the average is part of a complete checkpoint
-    )
-    if config.sample_steps is not None:
-        trainer.add_callback(_samples(config, task, folder, reader, held_out or train, trainer))
-    if objective.needs_reference:
-        _compute(trainer, references, (plan, held_plan), task)
-        trainer.set_reference(references[0].scores, references[1].scores)
-    _train_and_save(trainer, ema, config, task, folder)
-    return _metrics(trainer, train, held_out)
+    spec = TrainingSpec(
+        config=config,
+        task=task,
+        load=partial(_load, folder, config),
+        data=Preferences(
+            data, held, sdxl_family(reader, predictions, _winner_alone(config)), objective, settings, ErrorTelemetry,
+            args,
+        ),
+        publish=partial(_publish, ema, config, task, folder),
+        reference=partial(_compute, references, (data, held), task) if objective.needs_reference else None,
+        callbacks=[*([ema] if ema else []), *_samples(config, task, folder, reader, held_out or train)],
+        counts={"pairs": len(train), "val_pairs": len(held_out)},
+    )  # fmt: skip
+    return run_training(spec)
 
 
-def _pairs(config: SdxlPreferenceConfig, task: Task, artifact: Artifact, split: ImageSplit) -> list[PairImages]:
+def _load(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
+    with unsharded_loading():
+        return load_policy(folder, config)
+
+
+def choose_objective(config: SdxlPreferenceConfig, settings: Settings) -> Objective:
+    """The configured objective, with the anchor to the winner's error where it has a weight."""
+    anchor = [("sft", config.sft_weight)] if config.sft_weight else []
+    names, weights = zip((config.objective, 1.0), *anchor, strict=True)
+    return mix(names, weights, settings, SdxlFamily.supplies)
+
+
+def _pairs(
+    config: SdxlPreferenceConfig, task: Task, artifact: Artifact, split: ImageSplit, objective: Objective
+) -> list[PairImages]:
     """The pairs of a split, as the configuration has them; raises InputError when there are none to train on."""
     half: Half = config.prompt_half if split == "train" else "all"
     pairs = [pair for pair in read_image_pairs(artifact, split) if in_half(pair.prompt_id, half)]
@@ -88,19 +95,18 @@ def _pairs(config: SdxlPreferenceConfig, task: Task, artifact: Artifact, split: 
             "no pairs to train on", where=artifact.path, expected="rows with split: train",
             fix="rate more images, or lower the thresholds of build_image_pairs",
         )  # fmt: skip
-    if config.objective == "dspo_rm":
+    if "soft_label" in objective.needs:
         pairs = with_soft_labels(pairs, config, task)
     return list(swap_by_coin(pairs, config.seed)) if config.shuffle_labels and split == "train" else pairs
 
 
 def _plan(pairs: Sequence[PairImages], config: SdxlPreferenceConfig) -> list[Microbatch]:
     """The microbatches of `max_steps` optimizer steps, else of all epochs."""
-    ranks = world_size()
-    per_step, target = accumulation(config, ranks) * ranks, config.effective_batch_size
     if config.max_steps is None:
-        return plan_batches(pairs, config.num_train_epochs, target, per_step, config.seed)
-    epochs = -(-config.max_steps // -(-len(pairs) // target))
-    return plan_batches(pairs, epochs, target, per_step, config.seed)[: config.max_steps * per_step]
+        return plan_epochs(pairs, config, config.num_train_epochs)
+    per_epoch = -(-len(pairs) // config.effective_batch_size)
+    plan = plan_epochs(pairs, config, -(-config.max_steps // per_epoch))
+    return [item for item in plan if item.step < config.max_steps]
 
 
 def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
@@ -141,31 +147,33 @@ def _encode(
 def _references(
     config: SdxlPreferenceConfig, folder: SdxlFolder, reader: PairReader, pairs: Sequence[PairImages],
     device: torch.device,
+    objective: Objective,
 ) -> ReferenceErrors:  # fmt: skip
     settings = {
         "unet": folder.digest("unet", "scheduler"), "precision": config.precision, "base": config.lora is not None,
         "attention": config.attn_implementation, "compile": config.torch_compile,
         "device": device_kind(device),
     }  # fmt: skip
-    at_once, residuals = config.per_device_train_batch_size, config.objective in NEEDS_RESIDUALS
+    at_once, residuals = config.per_device_train_batch_size, "residuals" in objective.needs
     return ReferenceErrors(
         pairs, reader, settings, at_once, torch_dtype(config.precision), residuals, _winner_alone(config)
     )
 
 
 def _compute(
-    trainer: PreferenceTrainer,
     references: Sequence[ReferenceErrors],
-    plans: Sequence[Sequence[Microbatch]],
+    data: Sequence[PreferenceData | None],
     task: Task,
-) -> None:
+    trainer: PreferenceTrainer,
+) -> tuple[Reference, Reference]:
     """The reference's errors, by the policy that still is the reference, or with its adapter off."""
     model = trainer.model
     model.to(trainer.args.device).eval()
     with trainer.compute_loss_context_manager():
-        for errors, plan in zip(references, plans, strict=True):
-            if plan:
-                errors.compute(model, used_by(plan), trainer.args.device, task)
+        for errors, given in zip(references, data, strict=True):
+            if given is not None:
+                errors.compute(model, used_by(given.plan), trainer.args.device, task)
+    return references[0].scores, references[1].scores
 
 
 def _predictions(references: Sequence[ReferenceErrors]) -> Callable[[PairImages, int], Tensor]:
@@ -183,41 +191,26 @@ def _winner_alone(config: SdxlPreferenceConfig) -> bool:
     return config.objective == "sft" or (config.objective == "dspo" and config.dspo_stop_gradient)
 
 
-def _factors(config: SdxlPreferenceConfig) -> DspoFactors:
-    return DspoFactors(config.dspo_lambda, config.dspo_stop_gradient)
-
-
 def _samples(
-    config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, reader: PairReader, pairs: Sequence[PairImages],
-    trainer: PreferenceTrainer,
-) -> SampleGrid:  # fmt: skip
+    config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, reader: PairReader, pairs: Sequence[PairImages]
+) -> list[SampleGrid]:
+    if config.sample_steps is None:
+        return []
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.num_samples]
-    sampling = Sampling(prompts, config.sample_steps or 1, config.sample_inference_steps, config.resolution)
-    return SampleGrid(sampling, folder, reader.cache, reader.texts, task.logs, trainer.accelerator.autocast)
+    sampling = Sampling(
+        prompts, config.sample_steps, config.sample_inference_steps, config.resolution, config.precision
+    )
+    return [SampleGrid(sampling, folder, reader.cache, reader.texts, task.logs)]
 
 
-def _train_and_save(
-    trainer: PreferenceTrainer, ema: Ema | None, config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder
-) -> None:
-    resume_strictly(trainer)
-    with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
-        checkpoint = newest_checkpoint(task.output)
-    trainer.train(resume_from_checkpoint=checkpoint)
+def _publish(
+    ema: Ema | None, config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, trainer: PreferenceTrainer
+) -> Metrics:
+    """Write the adapter or the whole pipeline, of the averaged weights where they are averaged."""
     if ema is not None:
         ema.copy_to(trainer.model)
     first = trainer.is_world_process_zero()
     weights = whole_weights(trainer.model, keep=first) if config.lora is None else None  # every rank has a part
     if first:
         save_finished(trainer.model, weights, config, task, folder)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _metrics(trainer: PreferenceTrainer, train: Sequence[PairImages], held_out: Sequence[PairImages]) -> Metrics:
-    history: list[dict[str, Any]] = [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{}]
-    return {
-        "steps": trainer.state.global_step,
-        "pairs": len(train),
-        "val_pairs": len(held_out),
-        "val_accuracy": history[-1].get("eval_accuracy"),
-        "val_margin": history[-1].get("eval_margin"),
-    }
+    return {}

@@ -120,6 +120,8 @@ class SdxlFamily(Family):
     Where the gradient goes through the `winner_alone`, the losers run without one, which saves their backward pass.
     """
 
+    supplies = frozenset({"reference", "errors", "residuals", "soft_label"})
+
     schedule: NoiseSchedule
     residuals: bool = False
     winner_alone: bool = False

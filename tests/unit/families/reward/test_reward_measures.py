@@ -12,9 +12,8 @@ from PIL import Image
 
 from prefmill.core.statistics import Resampling
 from prefmill.families.reward.data import PixelReader, coin, in_half
-from prefmill.families.reward.family import HeadScores, reward_loss
 from prefmill.families.reward.measures import calibration_error, fit_temperature, fit_tie_band, measure_head, tie_aware
-from prefmill.training.objectives import Settings
+from prefmill.training.objectives import PairScores, Settings, mix
 
 RESAMPLING = Resampling(1000)
 
@@ -76,11 +75,14 @@ def test_the_temperature_that_made_the_labels_is_found() -> None:
     assert fit_temperature(np.zeros(3), np.full(3, np.nan)) == 1.0
 
 
-def scores(margins: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> HeadScores:
+REWARD_LOSS = mix(["bradley_terry_heads"], [1.0], Settings(1.0)).loss
+
+
+def scores(margins: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> PairScores:
     zeros, ones = torch.zeros(len(margins), dtype=margins.dtype), torch.ones(len(margins))
     mean = margins.mean(1)
-    return HeadScores(
-        mean, zeros, ones, ones, deviations=margins - mean[:, None], labels=labels, weights=weights
+    return PairScores(
+        mean, zeros, ones, ones, weight=weights, head_deviations=margins - mean[:, None], head_labels=labels
     )  # fmt: skip
 
 
@@ -91,11 +93,11 @@ def test_the_loss_is_bradley_terrys_by_hand_and_does_not_see_the_order() -> None
     p = 1 / (1 + np.exp(-margins.numpy()))
     first = (-np.log(p[0, 0]) - 0.3 * np.log(p[0, 1]) - 0.7 * np.log(1 - p[0, 1])) / 2
     second = (-0.5 * np.log(p[1, 1]) - 0.5 * np.log(1 - p[1, 1]) - np.log(p[1, 2])) / 2
-    found = reward_loss(scores(margins, labels, weights), Settings(1.0))
+    found = REWARD_LOSS(scores(margins, labels, weights), Settings(1.0))
     assert found.tolist() == pytest.approx([first, 0.5 * second], rel=1e-12)
-    assert torch.allclose(found, reward_loss(scores(-margins, 1 - labels, weights), Settings(1.0)))
+    assert torch.allclose(found, REWARD_LOSS(scores(-margins, 1 - labels, weights), Settings(1.0)))
     assert torch.autograd.gradcheck(
-        lambda m: reward_loss(scores(m, labels, weights), Settings(1.0)), margins.requires_grad_()
+        lambda m: REWARD_LOSS(scores(m, labels, weights), Settings(1.0)), margins.requires_grad_()
     )
 
 

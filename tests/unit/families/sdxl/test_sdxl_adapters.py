@@ -22,11 +22,10 @@ from prefmill.families.sdxl.dora import ExactDora, row_norms
 from prefmill.families.sdxl.family import SdxlFamily, errors, predict
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.families.sdxl.lora import LeanLinear
-from prefmill.families.sdxl.objectives import DspoFactors, choose, implicit_reward
 from prefmill.families.sdxl.reference import adapter_off
-from prefmill.training.objectives import Settings
+from prefmill.training.objectives import OBJECTIVES, Settings
 
-DPO, BETA = choose("dpo", 0.0, DspoFactors()), Settings(beta=5000.0)
+DPO, BETA = OBJECTIVES["dpo"], Settings(beta=5000.0)
 FAMILY = SdxlFamily(lambda *_: None, lambda *_: torch.zeros(1), SCHEDULE)
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,14 +58,15 @@ def start(model: Any, precision: str) -> Any:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_step_zero_is_the_reference(sdxl: SdxlFolder, lora: str | None, precision: str) -> None:
     scores = start(make_policy(sdxl, precision, lora), precision)
-    assert implicit_reward(scores, BETA).tolist() == [0.0, 0.0]
+    assert scores.margin.tolist() == [0.0, 0.0]
     assert DPO.loss(scores, BETA).tolist() == pytest.approx([math.log(2)] * 2, rel=1e-7)
 
 
 def test_step_zero_of_pefts_own_dora_is_not(sdxl: SdxlFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: in bf16 under autocast, with adapters in fp32."""
     monkeypatch.setattr("prefmill.families.sdxl.dora.make_exact", lambda model: None)
-    assert implicit_reward(start(make_policy(sdxl, "bf16"), "bf16"), BETA).abs().max() > 0.01
+    margin = start(make_policy(sdxl, "bf16"), "bf16").margin
+    assert (BETA.beta / 2 * margin).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("lora", ["lora", "dora"])
@@ -123,7 +123,7 @@ def test_losers_without_a_gradient_change_no_gradient_of_dspo(sdxl: SdxlFolder) 
         trained = [value for value in model.parameters() if value.requires_grad]
         through_losers = torch.autograd.grad(scores.rejected.sum(), trained, retain_graph=True)
         assert any(bool(gradient.any()) for gradient in through_losers) is not alone
-        choose("dspo", 0.0, DspoFactors()).loss(scores, BETA).sum().backward()
+        OBJECTIVES["dspo"].loss(scores, BETA).sum().backward()
         found.append([value.grad.clone() for value in trained])
     assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(*found, strict=True))
 

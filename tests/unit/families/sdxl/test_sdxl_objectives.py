@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from prefmill.families.sdxl.names import NAMES, DiffusionObjective
-from prefmill.families.sdxl.objectives import (
-    LOSSES,
-    DspoFactors,
-    choose,
-    cosine_to_sft,
+from prefmill.core.errors import ConfigError
+from prefmill.families.sdxl.family import SdxlFamily
+from prefmill.families.sdxl.telemetry import cosine_to_sft
+from prefmill.training.objectives import (
+    OBJECTIVES,
+    PairScores,
+    Settings,
     dpo,
     dspo,
     dspo_official_sdxl,
     dspo_rm,
     mapo,
+    mix,
     phi,
     sft,
 )
-from prefmill.training.objectives import PairScores, Settings
 from prefmill.training.telemetry import gradient_coefficient
 
+NAMES = ("dpo", "dspo", "dspo_official_sdxl", "dspo_rm", "mapo", "sft")
 N, D = 5, 12
 SETTINGS = Settings(beta=7.0)
 
@@ -61,7 +64,7 @@ def logistic(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-def scalar(name: DiffusionObjective, given: dict[str, Tensor], n: int, factors: DspoFactors) -> float:
+def scalar(name: str, given: dict[str, Tensor], n: int, settings: Settings) -> float:
     """The loss of pair n, by the definitions, one number at a time."""
 
     def mean_square(key: str) -> float:
@@ -76,7 +79,7 @@ def scalar(name: DiffusionObjective, given: dict[str, Tensor], n: int, factors: 
         total = 0.0
         for d in range(D):
             eps_th, eps, ref = (given[key][n, d].item() for key in ("w", "noise", "ref_w"))
-            total += ((eps_th - eps) - factors.weight * push * (eps_th - ref)) ** 2
+            total += ((eps_th - eps) - settings.dspo_lambda * push * (eps_th - ref)) ** 2
         return total / D
     if name == "dspo_official_sdxl":
         drift = ((given["w"] - given["ref_w"]) ** 2).mean().item()
@@ -90,20 +93,21 @@ def scalar(name: DiffusionObjective, given: dict[str, Tensor], n: int, factors: 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("spread", [0.05, 1.0])
-def test_a_loss_is_its_definition(name: DiffusionObjective, spread: float) -> None:
-    given, factors = draw(spread=spread), DspoFactors(0.7)
-    losses = choose(name, 0.0, factors).loss(scores_of(given), SETTINGS)
-    assert losses.tolist() == pytest.approx([scalar(name, given, n, factors) for n in range(N)], rel=1e-11)
+def test_a_loss_is_its_definition(name: str, spread: float) -> None:
+    given, settings = draw(spread=spread), replace(SETTINGS, dspo_lambda=0.7)
+    losses = OBJECTIVES[name].loss(scores_of(given), settings)
+    assert losses.tolist() == pytest.approx([scalar(name, given, n, settings) for n in range(N)], rel=1e-11)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_the_loss(name: DiffusionObjective) -> None:
+def test_gradients_are_those_of_the_loss(name: str) -> None:
     given = draw(1)
     predictions = [given[key].requires_grad_() for key in ("w", "l")]
 
     def loss(winner: Tensor, loser: Tensor) -> Tensor:
         scores = scores_of({**given, "w": winner, "l": loser})
-        return choose(name, 0.3, DspoFactors(0.7, stop_gradient=False)).loss(scores, SETTINGS).sum()
+        settings = replace(SETTINGS, dspo_lambda=0.7, dspo_stop_gradient=False)
+        return mix([name, "sft"], [1.0, 0.3], settings, SdxlFamily.supplies).loss(scores, settings).sum()
 
     assert torch.autograd.gradcheck(loss, predictions)
 
@@ -113,7 +117,7 @@ def test_dspo_stops_the_gradient_of_both_factors() -> None:
     given = draw(2)
     winner = given["w"].requires_grad_()
     scores = scores_of({**given, "w": winner})
-    (found,) = torch.autograd.grad(dspo(scores, SETTINGS, DspoFactors(0.7)).sum(), winner)
+    (found,) = torch.autograd.grad(dspo(scores, replace(SETTINGS, dspo_lambda=0.7)).sum(), winner)
     factor = 0.7 * (1 - torch.sigmoid(SETTINGS.beta / 2 * scores.margin))
     a, d = given["w"] - given["noise"], given["w"] - given["ref_w"]
     assert torch.allclose(found, 2 / D * (a - factor[:, None] * d), rtol=1e-12)
@@ -128,15 +132,15 @@ def test_dspo_rm_of_a_sure_reward_is_dpo() -> None:
 
 def test_dspo_without_lambda_is_fine_tuning() -> None:
     scores = scores_of(draw(4))
-    assert torch.equal(dspo(scores, SETTINGS, DspoFactors(0.0)), sft(scores, SETTINGS))
-    assert not torch.equal(dspo(scores, SETTINGS, DspoFactors(1.0)), sft(scores, SETTINGS))
+    assert torch.equal(dspo(scores, replace(SETTINGS, dspo_lambda=0.0)), sft(scores, SETTINGS))
+    assert not torch.equal(dspo(scores, SETTINGS), sft(scores, SETTINGS))
 
 
 def test_dspo_with_the_published_numbers_is_fine_tuning_too() -> None:
     """lambda = beta = 0.01: the cosine that is logged shows it."""
-    scores, beta = scores_of(draw(5)), Settings(beta=0.01)
-    assert cosine_to_sft(scores, beta, DspoFactors(0.01)).min() > 1 - 1e-6
-    assert cosine_to_sft(scores_of(draw(5, spread=1.0)), SETTINGS, DspoFactors(1.0)).min() < 0.99
+    scores, beta = scores_of(draw(5)), Settings(beta=0.01, dspo_lambda=0.01)
+    assert cosine_to_sft(scores, beta).min() > 1 - 1e-6
+    assert cosine_to_sft(scores_of(draw(5, spread=1.0)), SETTINGS).min() < 0.99
 
 
 def test_the_official_branch_is_dpos_gradient_scaled() -> None:
@@ -174,9 +178,9 @@ def test_mapo_in_bf16_is_computed_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_loss_says_how_hard_a_pair_pulls(name: DiffusionObjective) -> None:
+def test_every_loss_says_how_hard_a_pair_pulls(name: str) -> None:
     scores = scores_of(draw(8))
-    found = gradient_coefficient(scores, choose(name, 0.0, DspoFactors()), SETTINGS)
+    found = gradient_coefficient(scores, OBJECTIVES[name], SETTINGS)
     assert torch.isfinite(found).all()
     assert (found > 0).any()
 
@@ -186,8 +190,12 @@ def test_pairs_count_by_their_weight_and_the_anchor_is_added() -> None:
     weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
     weighted = PairScores(**{**vars(scores), "weight": weight})
     expected = weight * (mapo(scores, SETTINGS) + 0.25 * sft(scores, SETTINGS))
-    assert torch.allclose(choose("mapo", 0.25, DspoFactors()).loss(weighted, SETTINGS), expected)
+    assert torch.allclose(mix(["mapo", "sft"], [1.0, 0.25], SETTINGS).loss(weighted, SETTINGS), expected)
 
 
-def test_every_objective_has_a_loss() -> None:
-    assert set(LOSSES) == set(NAMES)
+def test_images_supply_what_these_objectives_need_and_no_lengths() -> None:
+    assert all(OBJECTIVES[name].needs <= SdxlFamily.supplies for name in NAMES)
+    with pytest.raises(ConfigError, match="'simpo' does not fit this model family") as refused:
+        mix(["simpo"], [1.0], SETTINGS, SdxlFamily.supplies)
+    assert "lengths" in str(refused.value)
+    assert "mapo" in str(refused.value)

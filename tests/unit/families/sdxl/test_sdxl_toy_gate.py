@@ -10,13 +10,13 @@ from __future__ import annotations
 import pytest
 from toy_diffusion import MEAN, SPREAD, Denoiser, Measured, Tuning, make_schedule, measure, pretrain, tune
 
-from prefmill.families.sdxl.objectives import DspoFactors, choose
+from prefmill.training.objectives import OBJECTIVES, Settings, mix
 
 SCHEDULE = make_schedule()
 SEEDS = (0, 1, 2)
 TUNINGS = {
-    "dspo": Tuning(choose("dspo", 0.0, DspoFactors(1.0)), beta=5.0, lr=5e-4, steps=400),
-    "dpo": Tuning(choose("dpo", 20.0, DspoFactors()), beta=50.0, lr=5e-4, steps=400),
+    "dspo": Tuning(OBJECTIVES["dspo"], beta=5.0, lr=5e-4, steps=400),
+    "dpo": Tuning(mix(["dpo", "sft"], [1.0, 20.0], Settings(50.0)), beta=50.0, lr=5e-4, steps=400),
 }
 
 
@@ -65,7 +65,7 @@ def test_labels_by_a_coin_stay_where_they_were(bases: list[Denoiser], name: str)
 @pytest.mark.slow
 def test_the_gate_refuses_dpo_that_only_widens_the_margin(bases: list[Denoiser]) -> None:
     """All samples are of the preferred mode, and none of them is any good: a share alone proves nothing."""
-    tuning = Tuning(choose("dpo", 0.0, DspoFactors()), beta=20.0, lr=5e-4, steps=400)
+    tuning = Tuning(OBJECTIVES["dpo"], beta=20.0, lr=5e-4, steps=400)
     found = measure(tune(bases[0], tuning, SCHEDULE, 0), bases[0], SCHEDULE, count=2000)
     assert found.share >= 0.99
     assert found.winner_error_change > 0.1
