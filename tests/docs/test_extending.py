@@ -29,6 +29,11 @@ from tests.conftest import REPOSITORY
 
 _, OBJECTIVE, STAGE, FAMILY = re.split(r"^## ", (REPOSITORY / "docs" / "extending.md").read_text(), flags=re.MULTILINE)
 NUM_TOKENS = 12
+PARTS = [GroupPart(0, (0,)), GroupPart(1, (0,))]
+TINY: dict[str, Any] = {
+    "vocab_size": NUM_TOKENS + 1, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}  # fmt: skip
 
 
 def code(section: str) -> str:
@@ -57,6 +62,64 @@ def test_the_objective(squared_hinge: str) -> None:
     assert loss(pair_scores(0.0), settings).item() == 1.0
     assert loss(pair_scores(1.0), settings).item() == 0.25  # (1 - 0.5)^2
     assert loss(pair_scores(4.0), settings).item() == 0.0
+
+
+def causal_step() -> tuple[Family, Any, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
+
+    family = Family(lambda groups, parts, epoch: encode_pairwise(groups, parts, 0), score_batch)
+    return family, patch_forward(LlamaForCausalLM(LlamaConfig(**TINY))), family.encode(toy_pairs(2), PARTS, 0)
+
+
+def diffusion_step() -> tuple[Family, Any, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from prefmill.families.mdlm.family import Drawing, LiveVariance, preference_family
+    from prefmill.families.mdlm.scorer import patch_forward
+
+    family = preference_family(Drawing(2, "balanced", 0), LiveVariance(2, 0.5, 0.05))
+    model = LlamaForCausalLM(LlamaConfig(**TINY, is_causal=False))
+    return family, patch_forward(model, mask_token_id=NUM_TOKENS), family.encode(toy_pairs(2), PARTS, 0)
+
+
+def image_step() -> tuple[Family, Any, Any]:
+    from prefmill.families.sdxl.family import SdxlFamily
+    from tests.unit.families.sdxl.toy_diffusion import Denoiser, draw_data, make_batch, make_schedule
+
+    generator, schedule = torch.Generator().manual_seed(0), make_schedule()
+    batch = make_batch(draw_data(2, 1, generator), draw_data(2, -1, generator), schedule, generator)
+    return SdxlFamily(lambda *_: batch, lambda *_: torch.zeros(1), schedule), Denoiser(), batch
+
+
+@pytest.mark.parametrize("step", [causal_step, diffusion_step, image_step])
+def test_the_objective_reaches_every_family(squared_hinge: str, step: Any) -> None:
+    """The policy's own scores as the reference: the margin is 0 and the loss 1, and a step of descent lowers it."""
+    torch.manual_seed(0)
+    family, model, batch = step()
+    settings = Settings(beta=0.5)
+    objective = mix([squared_hinge], [1.0], settings, family.supplies)
+    model.eval()
+    with torch.no_grad():
+        before = family.pair_scores(model, batch)
+    sides = [shaped(side, family) for side in (before.chosen, before.rejected)]
+    losses = objective.loss(family.pair_scores(model, batch, *sides), settings)
+    assert losses.tolist() == pytest.approx([1.0] * len(losses), abs=1e-5)
+    losses.mean().backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.grad is not None:
+                weight -= 1e-3 * weight.grad
+        after = objective.loss(family.pair_scores(model, batch, *sides), settings)
+    assert after.mean() < losses.mean()
+
+
+def shaped(side: Tensor, family: Family) -> Tensor:
+    """A reference of masked diffusion is a value for each of its draws."""
+    from prefmill.families.mdlm.family import DiffusionFamily
+
+    return side[:, None] if isinstance(family, DiffusionFamily) else side
 
 
 @pytest.mark.slow

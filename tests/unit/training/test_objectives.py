@@ -127,7 +127,7 @@ def test_every_objective_is_held_to_its_equation() -> None:
 
 @pytest.mark.parametrize(
     ("name", "missing"),
-    [("dspo", "errors, residuals"), ("dspo_rm", "errors, soft_label"), ("bradley_terry_heads", "heads")],,
+    [("dspo", "errors, residuals"), ("dspo_rm", "errors, soft_label"), ("bradley_terry_heads", "heads")],
 )
 def test_text_refuses_by_name_what_it_cannot_supply(name: str, missing: str) -> None:
     with pytest.raises(ConfigError, match=f"objective '{name}' does not fit") as refused:

@@ -106,11 +106,6 @@ def score_batch(model: Any, batch: Batch) -> Tensor:
     return scores
 
 
-def restore_forward(model: Any) -> None:
-    """Give `model` its own forward back."""
-    del _inner(model).forward
-
-
 def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
