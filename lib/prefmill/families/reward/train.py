@@ -21,6 +21,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import HEADS
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
+from prefmill.distributed.devices import rank
 from prefmill.families.reward.data import (
     Half,
     LabelledPair,
@@ -92,7 +93,8 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
         },
         logged={},
     )
-    return run_training(spec)
+    metrics = run_training(spec)
+    return metrics if rank() == 0 else {}  # one rank measures
 
 
 def split_rows(
