@@ -7,8 +7,6 @@ from collections import Counter
 from statistics import NormalDist
 from typing import NamedTuple
 
-from prefmill.core.statistics import wilson
-
 _CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 
@@ -56,6 +54,8 @@ class LengthBias:
         mean = self._sum_wins / count
         squares = self._sum_wins2 - 2 * mean * self._sum_wins_size + mean**2 * self._sum_size2
         if groups < 2 or squares <= 1e-9 * count:
+            from prefmill.core.statistics import wilson  # numpy, which no stage imports while it is only listed
+
             return Interval(mean, *wilson(mean, groups, _CONFIDENCE))
         error = _Z * math.sqrt(squares * groups / (groups - 1)) / count
         return Interval(mean, max(0.0, mean - error), min(1.0, mean + error))

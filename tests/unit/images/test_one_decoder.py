@@ -122,6 +122,7 @@ def shown(page: RatingServer, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("name", GOOD)
 def test_every_stage_reads_the_picture_that_people_see(
     name: str, plain: Path, models: tuple[PixelReader, Any, ImageReader], page: RatingServer
