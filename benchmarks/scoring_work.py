@@ -60,8 +60,8 @@ def _paper(rows: Sequence[Any]) -> tuple[Any, list[Any]]:
     return paper, reviews
 
 
-def save_model(folder: Path, texts: Sequence[str]) -> None:
-    """The model and a tokenizer of 4,000 words that spells yes and no in one token each."""
+def save_model(folder: Path, texts: Sequence[str], shape: Any = None) -> None:
+    """The model, of another `shape` where one is given, and a tokenizer of 4,000 words that spells yes and no."""
     from prefmill.checklist.items import load_checklist
     from prefmill.demo.text import Shape, create_qwen2, save
     from prefmill.demo.tokenizer import train_chat_tokenizer
@@ -70,7 +70,7 @@ def save_model(folder: Path, texts: Sequence[str]) -> None:
     own = ["Yes No", "No Yes", "assistant Answer with one word, BEGIN REVIEW END REVIEW Title: Abstract:"]
     questions = [item.question for item in load_checklist().items]
     tokenizer = train_chat_tokenizer([*texts, *own * 1000, *questions * 100], 4000)
-    shape = Shape(hidden_size=768, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=1,
+    shape = shape or Shape(hidden_size=768, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=1,
                   intermediate_size=4480)  # fmt: skip
     # Weights of a standard deviation that gives answers on both sides of 0.5.
     save(create_qwen2(tokenizer, shape, seed=0, initializer_range=0.1), tokenizer, folder)

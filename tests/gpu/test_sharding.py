@@ -9,18 +9,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu_training import peak_gb
 from prefmill.core.config import validate
-from prefmill.families.causal.group_attention import use_group_attention
-from prefmill.families.causal.group_layout import encode_groups
-from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
-from prefmill.slurm.memory import GIGABYTE, gpu_memory, model_size
-from prefmill.training.batches import GroupPart
-from prefmill.training.data import Group, Pair
+from prefmill.slurm.memory import gpu_memory, model_size
 from prefmill.training.preference_config import PreferenceConfig
 from tests.conftest import REPOSITORY
 from tests.gpu.training import losses
@@ -48,43 +45,22 @@ def test_strategies_train_alike(device: torch.device, tiny_model: Path, pairs_fi
         assert found[name] == pytest.approx(found["ddp"], abs=1e-3), name
 
 
-def peak_gb(device: torch.device, size: SizeName, length: int, layout: str) -> float:
-    """A training step's peak in bf16 with checkpointing, a pair of `length` tokens a side; 0 on a CPU."""
-    with device:
-        model = qwen2(size)
-    if layout == "group":
-        use_group_attention(model)
-    patch_forward(model).train().gradient_checkpointing_enable({"use_reentrant": False})
-    group = Group([1] * (length - 600), [[2] * 600, [3] * 600], [Pair("a", 0, 1)])
-    parts = [GroupPart(0, (0,))]
-    batch = (encode_groups([group], parts) if layout == "group" else encode_pairwise([group], parts, 0)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):  # in the second step the optimizer's state is there from the start
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            scores = score_batch(model, batch)
-            loss = -torch.nn.functional.logsigmoid(scores[batch.chosen] - scores[batch.rejected]).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.isfinite()
-    return torch.cuda.max_memory_allocated() / GIGABYTE if device.type == "cuda" else 0.0
+def estimated_gb(size: SizeName, length: int) -> float:
+    """What `estimate` counts for a pair of that length, without the runtime and the allocator's fragments."""
+    with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
+        qwen2(size).config.save_pretrained(folder)
+        shape = model_size(folder)
+    keys = {"precision": "bf16", "activation_checkpointing": True, "layout": "pairwise", "max_length": length}
+    config = validate(PreferenceConfig, {**keys, "per_device_train_batch_size": 1})
+    memory = gpu_memory(shape, config, world=1, rows=2, logits_at_once=256)
+    return memory.total / 1.05 - memory.runtime
 
 
 @pytest.mark.parametrize("length", [8_000, 28_000])
-def test_the_peak_is_as_estimated(device: torch.device, length: int, tmp_path: Path) -> None:
+def test_the_peak_is_as_estimated(device: torch.device, length: int) -> None:
     size: SizeName = "tiny" if device.type == "cpu" else "true"
     length = 700 if device.type == "cpu" else length
-    found = peak_gb(device, size, length, "pairwise")
-    with torch.device("meta"):
-        qwen2(size).config.save_pretrained(tmp_path)
-    config = validate(PreferenceConfig, {
-        "precision": "bf16", "activation_checkpointing": True, "layout": "pairwise", "max_length": length,
-        "per_device_train_batch_size": 1,
-    })  # fmt: skip
-    memory = gpu_memory(model_size(str(tmp_path)), config, world=1, rows=2, logits_at_once=256)
-    expected = memory.total / 1.05 - memory.runtime  # the allocator counts neither fragments nor the runtime
+    found, expected = peak_gb(device, lambda: qwen2(size), length, "pairwise"), estimated_gb(size, length)
     assert expected > 0
     if device.type == "cuda":  # no CPU form: a CPU's allocator keeps no count; tests of estimate count by autograd
         print(f"{length} tokens: {found:.2f} GB, estimated {expected:.2f}")
