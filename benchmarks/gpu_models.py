@@ -118,5 +118,5 @@ def masked_diffusion(tiny: bool) -> str:
     restore_forward(step.model.eval().to(torch.bfloat16))
     num_tokens = 16 if tiny else 128
     how = Unmasking(num_tokens, num_tokens, num_tokens, 0.0, "low_confidence", 0)
-    written = num_tokens / seconds(lambda: unmask(step.model, [[1, 2, 3]], how, 499), repeats=1)
+    written = num_tokens / seconds(lambda: unmask(step.model, [[1, 2, 3]], how, 499))
     return f"{scored:,.1f} values/s scored and trained, {written:,.1f} tokens/s generated, one answer, a step a token"

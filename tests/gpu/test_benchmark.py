@@ -13,7 +13,7 @@ from tests.training_steps import qwen2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("letter", gpu.figures())
+@pytest.mark.parametrize("letter", sorted(gpu.figures().keys() - {"a2", "a3"}))  # these are a1 at other lengths
 def test_a_figure_is_a_line(letter: str) -> None:
     found = gpu.line(letter, tiny=True)
     assert found.startswith(f"({letter}) ")
@@ -42,8 +42,10 @@ def test_a_result_is_named_after_its_gpu() -> None:
 def test_operations_are_those_that_torch_counts() -> None:
     """torch counts a forward pass, and attention as if every token saw every other one."""
     length, shape = 24, Shape(layers=2, width=64, key_width=32, inner=128, vocabulary=1000)
+    model = qwen2("tiny")
+    model.set_attn_implementation("eager")  # products that it has a count for
     with FlopCounterMode(display=False) as counted:
-        qwen2("tiny")(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+        model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
     assert shape.flops(length, length, length**2) == 3 * counted.get_total_flops()
 
 
