@@ -49,7 +49,7 @@ def run_plan(
     write_plan(plan)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_preload(selected))
-    run = _Run(plan, selected, force, server, say, Slots(jobs))
+    run = _Run(plan, list(selected), force, server, say, Slots(jobs))
     try:
         with at_work(plan.workspace, plan.run):
             while run.waiting or run.running:
