@@ -35,7 +35,7 @@ from prefmill.families.causal.scorer import patch_forward, score_batch
 from prefmill.families.causal.vision import open_reader, with_images
 from prefmill.integrations.group_dpo_trainer import GroupDPOTrainer
 from prefmill.training.batches import GroupPart
-from prefmill.training.data import PreferencePair, gather
+from prefmill.training.data import PreferencePair, group_by_prompt
 
 SHAPE = Shape(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=768)
 RESPONSE, PAIRS = 150, ((0, 1), (0, 2), (0, 3))  # tokens; pairs by their responses
@@ -119,7 +119,7 @@ def _own_images(model: Any, base: Path, tokenizer: Any, question: str, answers: 
     reader = open_reader(str(base), tokenizer, ImageLimits())
     assert reader is not None
     turns = with_images([{"role": "user", "content": question + "<image>" * len(paths)}], paths)
-    groups = gather(
+    groups = group_by_prompt(
         [PreferencePair(f"p{bad}", "g", turns, answers[good], answers[bad], paths) for good, bad in PAIRS],
         reader.encode,
     )

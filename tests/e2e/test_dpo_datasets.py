@@ -17,7 +17,7 @@ from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.pairs.sources import PairSource, write_pairs
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
-from prefmill.training.data import gather, read_pairs
+from prefmill.training.data import group_by_prompt, read_pairs
 from stages.dpo import DpoConfig, run
 from tests.unit.pairs.test_formats import SAME
 
@@ -64,7 +64,7 @@ def test_shared_pairs_have_the_token_ids_and_the_loss_of_trl(
     path = shared_data / "pairs" / "llamafactory_dpo_en_demo.json"
     tokenizer = load_tokenizer(str(policy.path))
     train, _ = write_pairs(validate(PairSource, {"dataset": str(path)}), tmp_path / "own", tmp_path / "bad.json")
-    groups = gather(read_pairs(train), lambda messages, answer: encode(tokenizer, messages, answer))
+    groups = group_by_prompt(read_pairs(train), lambda messages, answer: encode(tokenizer, messages, answer))
     ours = {
         pair.pair_id: (group.prompt, group.responses[pair.chosen], group.responses[pair.rejected])
         for group in groups

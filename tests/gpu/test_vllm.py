@@ -38,12 +38,12 @@ def test_its_answers_are_those_of_transformers(engine: Any, judge: Path, texts: 
 def test_generation_repeats_under_its_seeds(engine: Any, judge: Path, tmp_path: Path) -> None:  # noqa: F811
     from transformers import AutoTokenizer
 
-    from prefmill.families.causal.generation import Request, Sampling
+    from prefmill.families.causal.generation import GenerationRequest, Sampling
     from prefmill.families.causal.vllm_generation import generate_with_vllm
 
     tokenizer = AutoTokenizer.from_pretrained(judge)
     sampling = Sampling(max_new_tokens=32, temperature=1.0, top_p=1.0, seed=1)
-    requests = [Request(f"r{number}", 0, tuple(range(10, 20 + number))) for number in range(16)]
+    requests = [GenerationRequest(f"r{number}", 0, tuple(range(10, 20 + number))) for number in range(16)]
     written = []
     for name, order in (("one", requests), ("two", requests[::-1])):
         (tmp_path / name).mkdir()

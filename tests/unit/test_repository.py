@@ -101,6 +101,16 @@ def test_files_stay_readable() -> None:
     assert long == {}
 
 
+def test_a_class_has_a_name_of_its_own() -> None:
+    """A search for a class finds one definition."""
+    places: dict[str, list[str]] = {}
+    for path in sorted((REPOSITORY / "lib").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_tests_with_threads_waits_or_clocks_are_repeated_by_test_timing() -> None:
     """A file that has some marks them; a file that only helps others has no tests to mark."""
     luck = re.compile(r"time\.(sleep|monotonic|time|process_time)\(|Thread\(|kill_after\(|ru_utime")

@@ -26,7 +26,7 @@ from prefmill.distributed.isolation import in_own_process
 from prefmill.evaluation.generators import GenerationEngine, TransformersGeneration, VllmGeneration
 from prefmill.evaluation.held_out import read_held_out
 from prefmill.evaluation.model_reviews import ModelSource, Writing, write_reviews
-from prefmill.families.causal.generation import Request, Sampling, encode_prompts
+from prefmill.families.causal.generation import GenerationRequest, Sampling, encode_prompts
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.vision import WRITING, ImageReader, open_reader, with_images
@@ -112,7 +112,7 @@ def reader_of(model: Path, limits: ImageLimits) -> ImageReader:
     return reader
 
 
-def request_with(reader: ImageReader, paths: list[str]) -> Request:
+def request_with(reader: ImageReader, paths: list[str]) -> GenerationRequest:
     content = "Compare " + " with ".join("<image>" for _ in paths) + " and write a review."
     chat = with_images([{"role": "user", "content": content}], paths)
     return encode_prompts(reader.tokenizer, {"/".join(paths): chat}, 1, reader)[0]
@@ -144,7 +144,7 @@ def ask_vllm(model: Path, limits: ImageLimits, prompts: list[list[str]], folder:
 
 
 def transformers_logps(
-    model: Any, reader: ImageReader, request: Request, seen: list[np.ndarray[Any, Any]], answer: list[int]
+    model: Any, reader: ImageReader, request: GenerationRequest, seen: list[np.ndarray[Any, Any]], answer: list[int]
 ) -> tuple[list[int], torch.Tensor]:
     """The likeliest token at each place of `answer`, and its own log-probability, by the model's own forward."""
     ids = torch.tensor([[*request.prompt_ids, *answer]])

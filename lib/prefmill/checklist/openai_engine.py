@@ -11,7 +11,7 @@ from prefmill.checklist.completions import Completions, RefusedError
 from prefmill.checklist.engine import OpenAIConfig, Outcome
 from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of, yes_places
+from prefmill.checklist.prompted import ConcurrentEngine, Fit, ReviewRequest, longest_prompt, p_of, yes_places
 from prefmill.checklist.prompts import Prompts, TokenIds
 from prefmill.core.errors import ConfigError, InputError, PrefmillError
 from prefmill.core.records import Paper, Review
@@ -99,7 +99,7 @@ class OpenAIEngine(ConcurrentEngine):
                 self._server.giving_up = False
                 runner.run(client.aclose())
 
-    async def _outcome(self, client: httpx.AsyncClient, number: int, request: Request) -> tuple[int, Outcome]:
+    async def _outcome(self, client: httpx.AsyncClient, number: int, request: ReviewRequest) -> tuple[int, Outcome]:
         if request.failure is not None:
             return number, request.outcome((), ())
         try:
@@ -114,7 +114,7 @@ class OpenAIEngine(ConcurrentEngine):
         return number, request.outcome(self.checklist.ids, probabilities, texts)
 
     async def _ask(
-        self, client: httpx.AsyncClient, request: Request, behind: Sequence[TokenIds], sampling: dict[str, Any]
+        self, client: httpx.AsyncClient, request: ReviewRequest, behind: Sequence[TokenIds], sampling: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """The server's choices for a review with each of `behind` after it, as one request, in order."""
         before = request.shared + request.review

@@ -18,7 +18,7 @@ _DECIMALS = 6  # of a probability in a row: float32 gives no more
 
 
 @dataclass(frozen=True)
-class Request:
+class ReviewRequest:
     """A review to be asked about, as tokens, or why it cannot be; `num_cut_tokens` were cut off its end."""
 
     review_id: str
@@ -62,14 +62,14 @@ class Fit:
     max_length: int | None
     truncate: bool
 
-    def requests(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Request]:
+    def requests(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewRequest]:
         """A request for every review, in the order given."""
         for paper, reviews in papers:
             shared = self.prompts.shared(paper) if reviews else ()
             for review in reviews:
                 yield self._request(shared, review)
 
-    def _request(self, shared: TokenIds, review: Review) -> Request:
+    def _request(self, shared: TokenIds, review: Review) -> ReviewRequest:
         ids, room = self.prompts.foreign(review["text"]), self._room(shared)
         cut = max(0, len(ids) - room)
         failure = None
@@ -77,7 +77,7 @@ class Fit:
             left = max(0, room)
             failure = f"{len(ids)} tokens, with room for {left} of {self.max_length} beside the rest of the prompt"
         kept = ids[: len(ids) - cut]
-        return Request(review["review_id"], review["paper_id"], shared, kept, review["text"], cut, failure)
+        return ReviewRequest(review["review_id"], review["paper_id"], shared, kept, review["text"], cut, failure)
 
     def _room(self, shared: TokenIds) -> int:
         """Tokens left for a review; very many where the model states no limit."""

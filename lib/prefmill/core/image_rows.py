@@ -11,7 +11,7 @@ HEADS: tuple[Dimension, ...] = DIMENSIONS[:5]
 """What a reward model has a head for; `overall` is the rater's own choice and stands beside them."""
 
 
-class Prompt(TypedDict):
+class ImagePrompt(TypedDict):
     """A prompt; `prompt_id` is safe as a file name."""
 
     prompt_id: str

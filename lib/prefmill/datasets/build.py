@@ -21,7 +21,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.records import Modality, Paper, Standing
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
 from prefmill.datasets.registry import SPLITS, SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
-from prefmill.datasets.rows import IMAGES, Prompt, dpo_row, make_prompt, sft_row
+from prefmill.datasets.rows import IMAGES, PaperPrompt, dpo_row, make_prompt, sft_row
 from prefmill.datasets.selection import Rank, rank
 from prefmill.datasets.survey import Survey, check_buildable, check_scored, survey
 from prefmill.reviews.join import REVIEWS
@@ -140,7 +140,7 @@ class _Writer:
             self._files[key].write(row)
         self.papers[key] += self._files[key].num_rows > before
 
-    def _link(self, prompt: Prompt) -> None:
+    def _link(self, prompt: PaperPrompt) -> None:
         for name in prompt.images or ():
             link_or_copy(self._corpus / name.removeprefix(f"{IMAGES}/"), self._output / name)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from prefmill.core.records import Split
-from prefmill.datasets.examples import Example
+from prefmill.datasets.examples import CheckedRow
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import Files, Occurrences, fingerprint
 from prefmill.reviews.prompt import prompt_title
@@ -18,7 +18,7 @@ _SHORT_REVIEW = "short review"
 _LEAKS = {"paper": "paper", "title": "title", "review": "review text", _SHORT_REVIEW: "short review text"}
 
 
-def order_problems(previous: Example | None, example: Example) -> Iterator[str]:
+def order_problems(previous: CheckedRow | None, example: CheckedRow) -> Iterator[str]:
     """A row that breaks the order by paper, or asks otherwise than the row before it does for the same paper."""
     if previous is None or previous.paper_id < example.paper_id:
         return
@@ -55,7 +55,7 @@ class Repeats:
     def __init__(self, files: Files) -> None:
         self._ids, self._texts, self._reversed = Occurrences(files), Occurrences(files), Occurrences(files)
 
-    def add(self, example: Example, texts: tuple[int, ...]) -> None:
+    def add(self, example: CheckedRow, texts: tuple[int, ...]) -> None:
         """Take in a row; `texts` are the fingerprints of its reviews."""
         place = (example.key.file_name(), example.line)
         self._ids.add(fingerprint(example.row_id), *place)
@@ -98,7 +98,7 @@ class Leaks:
         what = "review" if len(text) >= self._min_shared_characters else _SHORT_REVIEW
         self._add(what, split, text_key, file, line)
 
-    def add_example(self, example: Example, texts: tuple[int, ...], is_first_of_paper: bool) -> None:
+    def add_example(self, example: CheckedRow, texts: tuple[int, ...], is_first_of_paper: bool) -> None:
         """Note what a row of a dataset holds."""
         place = (example.key.file_name(), example.line)
         if is_first_of_paper:
@@ -131,7 +131,7 @@ class Distribution:
         self.num_rows = self.num_papers = 0
         self.columns: dict[str, Counter[float]] = {}
 
-    def add(self, example: Example, is_first_of_paper: bool) -> None:
+    def add(self, example: CheckedRow, is_first_of_paper: bool) -> None:
         """Take in a row."""
         self.num_rows += 1
         self.num_papers += is_first_of_paper

@@ -24,7 +24,7 @@ class Answered(NamedTuple):
     rating: float | None
 
 
-class Example(NamedTuple):
+class CheckedRow(NamedTuple):
     """What checks look at in a row: `answers` is the review to imitate, or chosen and rejected."""
 
     key: DatasetKey
@@ -116,7 +116,7 @@ _FORMS: dict[tuple[str, bool], type[BaseModel]] = {
 }
 
 
-def read_examples(folder: Path, key: DatasetKey) -> Iterator[tuple[int, Example | str]]:
+def read_examples(folder: Path, key: DatasetKey) -> Iterator[tuple[int, CheckedRow | str]]:
     """Line number and example of every row of a dataset, or in the example's place what is wrong with its form."""
     form = _FORMS[key.kind, key.modality != "clean"]
     with (folder / key.file_name()).open("rb") as stream:
@@ -129,18 +129,18 @@ def read_examples(folder: Path, key: DatasetKey) -> Iterator[tuple[int, Example 
                 yield number, _example(key, number, row)
 
 
-def _example(key: DatasetKey, line: int, row: Any) -> Example:
+def _example(key: DatasetKey, line: int, row: Any) -> CheckedRow:
     images = tuple(row.images) if key.modality != "clean" else ()
     if key.kind == "sft":
         *prompt, answer = [turn.content for turn in row.messages]
         asked = "\n".join(prompt)
         single = (_answered(answer, asked_scale(asked)),)
-        return Example(key, line, row.id, row.paper_id, asked, single, (row.id,), images, None, None)
+        return CheckedRow(key, line, row.id, row.paper_id, asked, single, (row.id,), images, None, None)
     text = "\n".join(turn.value for turn in row.conversations)
     scale = asked_scale(text)
     answers = (_answered(row.chosen.value, scale), _answered(row.rejected.value, scale))
     ids = (row.chosen_id, row.rejected_id)
-    return Example(key, line, row.id, row.group, text, answers, ids, images, row.rating_diff, row.checkmark_diff)
+    return CheckedRow(key, line, row.id, row.group, text, answers, ids, images, row.rating_diff, row.checkmark_diff)
 
 
 def _answered(completion: str, scale: Scale) -> Answered:

@@ -11,7 +11,7 @@ _CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 
 
-class Interval(NamedTuple):
+class ShareInterval(NamedTuple):
     """An estimate in [0, 1] and its 95 % interval."""
 
     value: float
@@ -42,7 +42,7 @@ class LengthBias:
         self._chosen[chosen_length] += 1
         self._rejected[rejected_length] += 1
 
-    def accuracy(self) -> Interval:
+    def accuracy(self) -> ShareInterval:
         """How often "the longer one wins" is right, ties counting half, with a cluster-robust interval.
 
         The variance of a ratio of sums over papers (Cochran 1977, section 6.3), or where it vanishes because all
@@ -56,9 +56,9 @@ class LengthBias:
         if groups < 2 or squares <= 1e-9 * count:
             from prefmill.core.statistics import wilson  # numpy, which no stage imports while it is only listed
 
-            return Interval(mean, *wilson(mean, groups, _CONFIDENCE))
+            return ShareInterval(mean, *wilson(mean, groups, _CONFIDENCE))
         error = _Z * math.sqrt(squares * groups / (groups - 1)) / count
-        return Interval(mean, max(0.0, mean - error), min(1.0, mean + error))
+        return ShareInterval(mean, max(0.0, mean - error), min(1.0, mean + error))
 
     def auc(self) -> float:
         """The probability that a chosen review drawn at random is longer than a rejected one (Mann-Whitney U / nm)."""

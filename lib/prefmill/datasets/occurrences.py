@@ -10,7 +10,7 @@ from typing import NamedTuple
 _LINE_BITS = 40  # the rest of a place's 64 bits number the file
 
 
-class Place(NamedTuple):
+class FileLine(NamedTuple):
     """A line of a file."""
 
     file: str
@@ -34,9 +34,9 @@ class Files:
             self._names.append(file)
         return self._numbers[file] << _LINE_BITS | line
 
-    def place(self, code: int) -> Place:
+    def place(self, code: int) -> FileLine:
         """The line of a file that `code` stands for."""
-        return Place(self._names[code >> _LINE_BITS], code & ((1 << _LINE_BITS) - 1))
+        return FileLine(self._names[code >> _LINE_BITS], code & ((1 << _LINE_BITS) - 1))
 
 
 class Occurrences:
@@ -51,7 +51,7 @@ class Occurrences:
         self._keys.append(key)
         self._places.append(self._files.code(file, line))
 
-    def repeated(self) -> Iterator[tuple[Place, Place]]:
+    def repeated(self) -> Iterator[tuple[FileLine, FileLine]]:
         """For every occurrence but a key's first: that first place, and its own."""
         import numpy as np
 
@@ -65,7 +65,7 @@ class Occurrences:
         for first, again in sorted(zip(places[firsts].tolist(), places[repeats].tolist(), strict=True)):
             yield self._files.place(first), self._files.place(again)
 
-    def shared_with(self, other: Occurrences) -> Iterator[tuple[Place, Place]]:
+    def shared_with(self, other: Occurrences) -> Iterator[tuple[FileLine, FileLine]]:
         """For every key that occurs in both: its first place here and its first place there."""
         import numpy as np
 

@@ -41,7 +41,7 @@ class PairRules:
     exclude: Collection[str]
 
 
-class Pair(NamedTuple):
+class ReviewPair(NamedTuple):
     """Two reviews of a paper; both differences are chosen minus rejected and positive."""
 
     chosen: ScoredReview
@@ -55,9 +55,9 @@ class Pair(NamedTuple):
         return f"{self.chosen.review['review_id']}:{self.rejected.review['review_id']}"
 
 
-def pairs_of(reviews: Sequence[ScoredReview], rules: PairRules, dropped: Counter[Dropped]) -> list[Pair]:
+def pairs_of(reviews: Sequence[ScoredReview], rules: PairRules, dropped: Counter[Dropped]) -> list[ReviewPair]:
     """The pairs that one paper's reviews make under `rules`, by id; those that fail are counted by reason."""
-    kept: list[Pair] = []
+    kept: list[ReviewPair] = []
     for first, second in combinations(reviews, 2):
         pair = orient(first, second)
         reason = fault(pair, rules)
@@ -72,11 +72,11 @@ def pairs_of(reviews: Sequence[ScoredReview], rules: PairRules, dropped: Counter
     return sorted(kept, key=lambda pair: pair.pair_id)
 
 
-def orient(first: ScoredReview, second: ScoredReview) -> Pair:
+def orient(first: ScoredReview, second: ScoredReview) -> ReviewPair:
     """The two as a pair whose chosen side has the higher rating; where ratings tie, the higher checkmark score."""
     better, worse = sorted((first, second), key=_standing, reverse=True)
     # Rounded: sums of weights such as 0.1 + 0.2 must not fall short of a threshold by a binary fraction.
-    return Pair(
+    return ReviewPair(
         better,
         worse,
         round(common_rating(better.review) - common_rating(worse.review), 6),
@@ -84,7 +84,7 @@ def orient(first: ScoredReview, second: ScoredReview) -> Pair:
     )
 
 
-def fault(pair: Pair, rules: PairRules) -> Dropped | None:
+def fault(pair: ReviewPair, rules: PairRules) -> Dropped | None:
     """Why `pair` does not count, or None; the filters apply in the order of `Dropped`, disagreement before size."""
     if pair.rating_diff < rules.min_rating_diff:
         return "rating_diff_too_small"
@@ -116,5 +116,5 @@ def _standing(scored: ScoredReview) -> tuple[float, float, str]:
     return common_rating(scored.review), scored.evaluation["checkmark_score"], scored.review["review_id"]
 
 
-def _clearest_first(pair: Pair) -> tuple[float, float, str]:
+def _clearest_first(pair: ReviewPair) -> tuple[float, float, str]:
     return -pair.checkmark_diff, -pair.rating_diff, pair.pair_id

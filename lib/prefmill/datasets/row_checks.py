@@ -8,12 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from prefmill.core.records import IMAGE_MARKER
-from prefmill.datasets.examples import Example
+from prefmill.datasets.examples import CheckedRow
 from prefmill.reviews.prompt import asked_scale
 from prefmill.store.pictures import ImageError, open_image
 
 
-def rating_problems(example: Example) -> Iterator[str]:
+def rating_problems(example: CheckedRow) -> Iterator[str]:
     """A completion without a rating on the prompt's scale in its last line, or with nothing before it."""
     for answer in example.answers:
         if answer.rating is None:
@@ -23,7 +23,7 @@ def rating_problems(example: Example) -> Iterator[str]:
             yield "no review before the rating"
 
 
-def contrast_problems(example: Example, min_rating_diff: float, min_checkmark_diff: float) -> Iterator[str]:
+def contrast_problems(example: CheckedRow, min_rating_diff: float, min_checkmark_diff: float) -> Iterator[str]:
     """A pair whose differences are too small, or whose rating_diff is not what its two completions say."""
     if example.rating_diff is None or example.checkmark_diff is None:
         return
@@ -38,7 +38,7 @@ def contrast_problems(example: Example, min_rating_diff: float, min_checkmark_di
         yield "chosen and rejected are the same text"
 
 
-def marker_problems(example: Example) -> Iterator[str]:
+def marker_problems(example: CheckedRow) -> Iterator[str]:
     """Image markers that are not as many as the images, or that stand in a completion."""
     markers = example.prompt.count(IMAGE_MARKER)
     if markers != len(example.images):
@@ -47,7 +47,7 @@ def marker_problems(example: Example) -> Iterator[str]:
         yield f"{IMAGE_MARKER} in a completion"
 
 
-def image_problems(example: Example, folder: Path) -> Iterator[str]:
+def image_problems(example: CheckedRow, folder: Path) -> Iterator[str]:
     """Images that are missing, lead out of the artifact or cannot be read."""
     for name in example.images:
         problem = unreadable(folder, name)

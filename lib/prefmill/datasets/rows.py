@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from prefmill.checklist.scored import ScoredReview
 from prefmill.core.records import Modality, Paper
-from prefmill.datasets.pairs import Pair
+from prefmill.datasets.pairs import ReviewPair
 from prefmill.reviews.prompt import Message, review_completion, review_images, review_messages
 from prefmill.reviews.scale import Scale, scale_of
 
@@ -14,7 +14,7 @@ IMAGES = "images"
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
-class Prompt(NamedTuple):
+class PaperPrompt(NamedTuple):
     """A paper's prompt, made once for all of its rows; `images` are relative to the artifact, None for text."""
 
     paper_id: str
@@ -23,16 +23,16 @@ class Prompt(NamedTuple):
     scale: Scale
 
 
-def make_prompt(paper: Paper, modality: Modality) -> Prompt | None:
+def make_prompt(paper: Paper, modality: Modality) -> PaperPrompt | None:
     """The prompt of `paper`, or None when the modality needs images that it does not have."""
     images = review_images(paper, modality)
     if modality != "clean" and not images:
         return None
     paths = None if modality == "clean" else [f"{IMAGES}/{path}" for path in images]
-    return Prompt(paper["paper_id"], review_messages(paper, modality), paths, scale_of(paper))
+    return PaperPrompt(paper["paper_id"], review_messages(paper, modality), paths, scale_of(paper))
 
 
-def sft_row(prompt: Prompt, scored: ScoredReview) -> dict[str, Any]:
+def sft_row(prompt: PaperPrompt, scored: ScoredReview) -> dict[str, Any]:
     """A review to imitate: `messages` in the OpenAI form, the last one the assistant's."""
     answer = {"role": "assistant", "content": review_completion(scored.review, prompt.scale)}
     row = {
@@ -43,7 +43,7 @@ def sft_row(prompt: Prompt, scored: ScoredReview) -> dict[str, Any]:
     return _with_images(row, prompt)
 
 
-def dpo_row(prompt: Prompt, pair: Pair) -> dict[str, Any]:
+def dpo_row(prompt: PaperPrompt, pair: ReviewPair) -> dict[str, Any]:
     """A preference in the ShareGPT form; `group` names the paper, so that its pairs can share one prompt."""
     row = {
         "id": pair.pair_id,
@@ -59,5 +59,5 @@ def dpo_row(prompt: Prompt, pair: Pair) -> dict[str, Any]:
     return _with_images(row, prompt)
 
 
-def _with_images(row: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
+def _with_images(row: dict[str, Any], prompt: PaperPrompt) -> dict[str, Any]:
     return row if prompt.images is None else {**row, "images": prompt.images}

@@ -17,7 +17,7 @@ from prefmill.checklist.scored import evaluations_by_paper
 from prefmill.core.artifact import Artifact
 from prefmill.core.records import EvaluationScores, Paper, Review
 from prefmill.datasets.cross_checks import Leaks
-from prefmill.datasets.examples import Example, read_examples
+from prefmill.datasets.examples import CheckedRow, read_examples
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import fingerprint
 from prefmill.datasets.registry import DatasetKey
@@ -76,7 +76,7 @@ def check_against_source(
         head = next(rows, None)
 
 
-def source_problems(example: Example, source: Source, claims: Claims) -> Iterator[str]:
+def source_problems(example: CheckedRow, source: Source, claims: Claims) -> Iterator[str]:
     """How a row differs from its paper, its reviews and their evaluations."""
     paper = source.paper
     if paper["split"] != example.key.split:
@@ -95,7 +95,7 @@ def source_problems(example: Example, source: Source, claims: Claims) -> Iterato
         yield from _cut_problems(source.evaluations.get(example.row_id), claims.cut)
 
 
-def _difference_problems(example: Example, source: Source) -> Iterator[str]:
+def _difference_problems(example: CheckedRow, source: Source) -> Iterator[str]:
     if example.key.kind != "dpo":
         return
     chosen, rejected = example.review_ids
@@ -131,18 +131,18 @@ def _sources(corpus: Artifact, scores: Sequence[Artifact]) -> Iterator[Source]:
         yield Source(paper, {review["review_id"]: review for review in reviews}, by_id)
 
 
-def _merged(folder: Path, keys: Iterable[DatasetKey]) -> Iterator[Example]:
+def _merged(folder: Path, keys: Iterable[DatasetKey]) -> Iterator[CheckedRow]:
     """The rows of all datasets, by paper."""
     return heapq.merge(*(_examples(folder, key) for key in keys), key=attrgetter("paper_id"))
 
 
-def _examples(folder: Path, key: DatasetKey) -> Iterator[Example]:
+def _examples(folder: Path, key: DatasetKey) -> Iterator[CheckedRow]:
     for _, example in read_examples(folder, key):
-        assert isinstance(example, Example), "format errors are found before"
+        assert isinstance(example, CheckedRow), "format errors are found before"
         yield example
 
 
-def _report_unknown(rows: Iterable[Example], findings: Findings) -> None:
+def _report_unknown(rows: Iterable[CheckedRow], findings: Findings) -> None:
     for example in rows:
         findings.error("source", example.where, f"paper {example.paper_id} is not in the corpus")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.records import IMAGE_MARKER
-from prefmill.datasets.examples import Example
+from prefmill.datasets.examples import CheckedRow
 from prefmill.store.pictures import image_size
 
 _IMAGE_FRAME_TOKENS = 2  # one before and one after an image's own
@@ -30,7 +30,7 @@ class TokenCounter:
         """Whether the model says how many tokens an image takes."""
         return hasattr(self._image_processor, "get_number_of_image_patches")
 
-    def count(self, example: Example) -> int:
+    def count(self, example: CheckedRow) -> int:
         """Tokens of the prompt with its images and the longest completion."""
         longest = max(self._count_text(answer.completion) for answer in example.answers)
         images = sum(self._image_length(name) for name in example.images)

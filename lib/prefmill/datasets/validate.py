@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from prefmill.core.artifact import Artifact
 from prefmill.datasets.cross_checks import Distribution, Leaks, Repeats, order_problems, rating_problems_of
-from prefmill.datasets.examples import Example, read_examples
+from prefmill.datasets.examples import CheckedRow, read_examples
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.length_bias import LengthBias
 from prefmill.datasets.occurrences import Files, fingerprint
@@ -131,7 +131,7 @@ class _Validator:
 
     def _check_dataset(self, key: DatasetKey) -> Iterator[None]:
         distribution = self.result.distributions.setdefault(key.folder, Distribution())
-        previous: Example | None = None
+        previous: CheckedRow | None = None
         self._num_rows[key.folder] = 0
         for line, example in read_examples(self._folder, key):
             self._num_rows[key.folder] += 1
@@ -142,7 +142,7 @@ class _Validator:
                 previous = example
             yield
 
-    def _check_example(self, previous: Example | None, example: Example, distribution: Distribution) -> None:
+    def _check_example(self, previous: CheckedRow | None, example: CheckedRow, distribution: Distribution) -> None:
         for check, problem in self._row_problems(previous, example):
             self._findings.error(check, example.where, problem)
         is_first = previous is None or previous.paper_id != example.paper_id
@@ -156,7 +156,7 @@ class _Validator:
         if self._counter is not None:
             self._check_tokens(self._counter, example)
 
-    def _row_problems(self, previous: Example | None, example: Example) -> Iterator[tuple[str, str]]:
+    def _row_problems(self, previous: CheckedRow | None, example: CheckedRow) -> Iterator[tuple[str, str]]:
         dpo = self._summary["dpo"]
         for check, problems in (
             ("ratings", rating_problems(example)),
@@ -168,7 +168,7 @@ class _Validator:
             for problem in problems:
                 yield check, problem
 
-    def _check_tokens(self, counter: TokenCounter, example: Example) -> None:
+    def _check_tokens(self, counter: TokenCounter, example: CheckedRow) -> None:
         if example.images and (not counter.counts_images or any(image_problems(example, self._folder))):
             return
         limit, folder = self.result.max_length, example.key.folder

@@ -27,7 +27,7 @@ _IGNORED = -100  # a label that takes no part in the loss
 
 
 @dataclass(frozen=True)
-class Chat:
+class ReviewChat:
     """A request for a review and the review that answers it."""
 
     review_id: str
@@ -35,7 +35,7 @@ class Chat:
     answer: str
 
 
-class Rows(Dataset[dict[str, list[int]]]):
+class ChatDataset(Dataset[dict[str, list[int]]]):
     """Encoded chats, in memory: `input_ids` and `labels`."""
 
     def __init__(self, rows: Sequence[dict[str, list[int]]]) -> None:
@@ -48,13 +48,13 @@ class Rows(Dataset[dict[str, list[int]]]):
         return self.rows[index]
 
 
-def training_chats(corpus: Artifact) -> list[Chat]:
+def training_chats(corpus: Artifact) -> list[ReviewChat]:
     """Every review of the corpus' train split, good or bad, in the form later stages train on.
 
     Raises InputError when there is none.
     """
     chats = [
-        Chat(review["review_id"], review_messages(paper, "clean"), review_completion(review, scale_of(paper)))
+        ReviewChat(review["review_id"], review_messages(paper, "clean"), review_completion(review, scale_of(paper)))
         for paper, reviews in papers_with_reviews(corpus)
         if paper["split"] == "train"
         for review in reviews
@@ -68,7 +68,7 @@ def training_chats(corpus: Artifact) -> list[Chat]:
     return chats
 
 
-def chat_texts(chats: Iterable[Chat]) -> Iterator[str]:
+def chat_texts(chats: Iterable[ReviewChat]) -> Iterator[str]:
     """What a tokenizer for these chats learns from: every prompt once, every answer."""
     seen: set[str] = set()
     for chat in chats:
@@ -80,8 +80,8 @@ def chat_texts(chats: Iterable[Chat]) -> Iterator[str]:
 
 
 def encode_chats(
-    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task, on_prompt: bool
-) -> Rows:
+    chats: Sequence[ReviewChat], tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task, on_prompt: bool
+) -> ChatDataset:
     """The chats as `input_ids` and `labels`; over-long ones are reported and dropped, or refused."""
     rows, dropped = [], []
     for chat in tqdm(chats, desc="tokenising reviews", unit=" rows"):
@@ -92,11 +92,11 @@ def encode_chats(
             labels = (prompt if on_prompt else [_IGNORED] * len(prompt)) + answer
             rows.append({"input_ids": prompt + answer, "labels": labels})
     report_dropped(task, dropped, len(rows), config)
-    return Rows(rows)
+    return ChatDataset(rows)
 
 
 def pretrain(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, config: TrainingConfig, task: Task
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: ChatDataset, config: TrainingConfig, task: Task
 ) -> Metrics:
     """Train `model` on `rows`, resuming from the newest complete checkpoint, and write it as a Hugging Face folder."""
     trainer = Trainer(

@@ -11,7 +11,7 @@ import numpy as np
 
 from prefmill.core.records import Decision
 from prefmill.core.statistics import ranks
-from prefmill.evaluation.rows import PaperFacts, Scored
+from prefmill.evaluation.rows import EvaluatedReview, PaperFacts
 from prefmill.reviews.text_statistics import distinct_share, repeated_share, words
 
 DIGITS = 6  # below this, the order of additions shows
@@ -67,7 +67,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-def measure_review(review: Scored, paper: PaperFacts, accept_rating: float) -> Values:
+def measure_review(review: EvaluatedReview, paper: PaperFacts, accept_rating: float) -> Values:
     """Every measure of MEASURES that this review has."""
     generation = review.generation
     rating, tokens = generation["rating"], words(generation["text"])
@@ -92,7 +92,10 @@ def measure_review(review: Scored, paper: PaperFacts, accept_rating: float) -> V
 
 
 def measure(
-    reviews: Sequence[Scored], papers: Mapping[str, PaperFacts], questions: Mapping[str, str], accept_rating: float
+    reviews: Sequence[EvaluatedReview],
+    papers: Mapping[str, PaperFacts],
+    questions: Mapping[str, str],
+    accept_rating: float,
 ) -> dict[str, Any]:
     """The content of metrics.json but for its heading: `overall`, `items`, `factors` and `papers`.
 
@@ -146,7 +149,9 @@ def rating_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return rank_correlation([row["rating"] for row in both], [row["human_rating"] for row in both])
 
 
-def _measure_paper(paper_id: str, reviews: list[Scored], paper: PaperFacts, accept_rating: float) -> dict[str, Any]:
+def _measure_paper(
+    paper_id: str, reviews: list[EvaluatedReview], paper: PaperFacts, accept_rating: float
+) -> dict[str, Any]:
     measured = [measure_review(review, paper, accept_rating) for review in reviews]
     ratings = [review.generation["rating"] for review in reviews]
     answers = [review.evaluation["answers"] for review in reviews]
@@ -187,7 +192,7 @@ def _recommendation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"recommendation_f1": f1_score(*sums), "num_decided_papers": len(counted)}
 
 
-def _repeated_reviews(reviews: Sequence[Scored]) -> float:
+def _repeated_reviews(reviews: Sequence[EvaluatedReview]) -> float:
     """The share of reviews whose very words were written more than once: a model that has collapsed shows here."""
     texts = [" ".join(words(review.generation["text"])) for review in reviews]
     counts: dict[str, int] = {}
@@ -201,7 +206,7 @@ def _factor_shares(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | 
     return [{"name": name, "share": average(row["factors"].get(name) for row in rows)} for name in names] or None
 
 
-def _human_rating(review: Scored, paper: PaperFacts) -> float | None:
+def _human_rating(review: EvaluatedReview, paper: PaperFacts) -> float | None:
     """The mean human rating of the paper; for a human review, that of the others."""
     ratings = list(paper.ratings)
     if review.is_human:

@@ -16,7 +16,7 @@ from prefmill.evaluation.generators import TransformersGeneration, VllmGeneratio
 from prefmill.evaluation.rows import Generation
 from prefmill.families.causal.generation import (
     Completion,
-    Request,
+    GenerationRequest,
     Sampling,
     encode_prompts,
     end_token_ids,
@@ -126,7 +126,7 @@ def _reader(source: ModelSource, tokenizer: PreTrainedTokenizerBase, writing: Wr
 def _with_transformers(
     source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     writing: Writing,
     reader: ImageReader | None,
     folder: Path,
@@ -145,7 +145,7 @@ def _with_transformers(
 def _with_vllm(
     source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     writing: Writing,
     generation: VllmGeneration,
     reader: ImageReader | None,
@@ -185,7 +185,7 @@ def _with_vllm(
     )  # fmt: skip
 
 
-def _within(requests: Sequence[Request], limit: int | None) -> list[Request]:
+def _within(requests: Sequence[GenerationRequest], limit: int | None) -> list[GenerationRequest]:
     kept = [request for request in requests if limit is None or len(request.prompt_ids) <= limit]
     if not kept:
         raise InputError(

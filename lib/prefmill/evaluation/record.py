@@ -12,7 +12,7 @@ from prefmill.core.files import digest_json, write_atomic
 from prefmill.core.records import ReviewEvaluation
 from prefmill.evaluation.held_out import HeldOut
 from prefmill.evaluation.metrics import measure
-from prefmill.evaluation.rows import HUMAN, Generation, Scored
+from prefmill.evaluation.rows import HUMAN, EvaluatedReview, Generation
 from prefmill.reviews.generated import quality_factors
 from prefmill.store.jsonl import write_jsonl
 
@@ -35,7 +35,7 @@ def write_evaluation(
     """
     is_human = heading["model"] == HUMAN
     scored = [
-        Scored(row, answers, quality_factors(row["text"]) if held_out.is_generated else None, is_human)
+        EvaluatedReview(row, answers, quality_factors(row["text"]) if held_out.is_generated else None, is_human)
         for row, answers in zip(generations, evaluations, strict=True)
     ]
     questions = {item.id: item.question for item in checklist.items}

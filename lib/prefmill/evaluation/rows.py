@@ -35,7 +35,7 @@ class PaperFacts:
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvaluatedReview:
     """One review with its checklist answers and, on a generated corpus, its quality factors."""
 
     generation: Generation

@@ -18,7 +18,7 @@ from prefmill.store.jsonl import to_json
 Choice = Literal["left", "right", "tie", "skip"]
 
 
-class Answer(TypedDict):
+class RaterAnswer(TypedDict):
     """A line of the file; the digests tell whether the images are still those that were seen."""
 
     rater: str
@@ -40,13 +40,13 @@ class AnswerBook:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._answers: dict[str, list[Answer]] = defaultdict(list)
+        self._answers: dict[str, list[RaterAnswer]] = defaultdict(list)
         for line in _whole_lines(path):
             self._replay(line)
         self._stream = path.open("ab", buffering=0)
         _sync_folder(path.parent)
 
-    def of(self, rater: str) -> Sequence[Answer]:
+    def of(self, rater: str) -> Sequence[RaterAnswer]:
         """A rater's answers, in the order they were given."""
         return self._answers.get(rater, [])
 
@@ -54,7 +54,7 @@ class AnswerBook:
         """Everybody who has answered."""
         return sorted(name for name, answers in self._answers.items() if answers)
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: RaterAnswer) -> None:
         """Add an answer; it is on disk when this returns."""
         self._append(dict(answer))
         self._answers[answer["rater"]].append(answer)
@@ -83,7 +83,7 @@ class AnswerBook:
         if row.get("undo"):
             answers.pop()
         else:
-            answers.append(Answer(**row))  # type: ignore[typeddict-item]
+            answers.append(RaterAnswer(**row))  # type: ignore[typeddict-item]
 
 
 class Session:
@@ -134,7 +134,7 @@ class Session:
         assert asked is not None
         matchup, dimension = asked
         left, right = self.placed(matchup, rater)
-        row = Answer(
+        row = RaterAnswer(
             rater=rater, matchup=matchup.matchup_id, dimension=dimension, choice=choice,
             left=left.source.image_id, right=right.source.image_id,
             left_sha256=left.sha256, right_sha256=right.sha256,
@@ -180,7 +180,7 @@ class Session:
             for row in rows
         ]  # fmt: skip
 
-    def _is_valid(self, row: Answer) -> bool:
+    def _is_valid(self, row: RaterAnswer) -> bool:
         """Whether an answer is about these images, as they are now; others stay in the file."""
         matchup = self._matchups.get(row["matchup"])
         if matchup is None or row["dimension"] not in self.dimensions:
@@ -188,7 +188,7 @@ class Session:
         seen = {row["left"]: row["left_sha256"], row["right"]: row["right_sha256"]}
         return seen == {image.source.image_id: image.sha256 for image in (matchup.first, matchup.second)}
 
-    def _count(self, row: Answer, by: Literal[1, -1]) -> None:
+    def _count(self, row: RaterAnswer, by: Literal[1, -1]) -> None:
         answered = self._done[row["rater"]][row["matchup"]]
         before = len(answered) == len(self.dimensions)
         answered.add(row["dimension"]) if by == 1 else answered.discard(row["dimension"])

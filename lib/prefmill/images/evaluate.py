@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import write_atomic
-from prefmill.core.image_rows import HEADS, GeneratedImage, ImageSplit, Prompt
+from prefmill.core.image_rows import HEADS, GeneratedImage, ImagePrompt, ImageSplit
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling, holm, means, within
@@ -93,14 +93,14 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     }
 
 
-def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[Prompt]:
+def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[ImagePrompt]:
     """The prompts of the configured file, else those of the pairs' held-out splits, sorted; at most `num_prompts`."""
     pairs = task.optional_input("pairs")
     if wanted.prompts is not None:
         found = {row["prompt_id"]: row for row in read_prompts(wanted.prompts)}
     elif pairs is not None:
         rows = [row for row in read_jsonl(pairs.file("pairs.jsonl")) if row["split"] in wanted.splits]
-        found = {row["prompt_id"]: Prompt(prompt_id=row["prompt_id"], prompt=row["prompt"]) for row in rows}
+        found = {row["prompt_id"]: ImagePrompt(prompt_id=row["prompt_id"], prompt=row["prompt"]) for row in rows}
     else:
         raise ConfigError(
             "no prompts to evaluate on", where=f"{task.stage}:{task.name}",
@@ -115,7 +115,7 @@ def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[Prompt]:
     return chosen
 
 
-def require_independent(scorer: Artifact, tuned: Artifact, prompts: Sequence[Prompt]) -> None:
+def require_independent(scorer: Artifact, tuned: Artifact, prompts: Sequence[ImagePrompt]) -> None:
     """Raise ConfigError for a scorer that learnt from one of these prompts, or that the tuning was rewarded by."""
     trained_on = json.loads(scorer.file("trained_on.json").read_text())["prompt_ids"]
     seen = sorted({row["prompt_id"] for row in prompts} & set(trained_on))
@@ -205,7 +205,7 @@ def conclusion(measured: Mapping[str, Any]) -> str:
 
 
 def _images(
-    wanted: ImageEvaluation, side: str, tuned: Artifact, prompts: Sequence[Prompt], task: Task
+    wanted: ImageEvaluation, side: str, tuned: Artifact, prompts: Sequence[ImagePrompt], task: Task
 ) -> list[GeneratedImage]:
     """A side's images, below a folder of its own; rows name files from the artifact on."""
     source = source_of(wanted, side, tuned)

@@ -11,7 +11,7 @@ from typing import Any
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.files import write_atomic
-from prefmill.core.image_rows import Prompt
+from prefmill.core.image_rows import ImagePrompt
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.generation import ImageSampling, cut_prompts, make_images, plan_jobs
 from prefmill.images.prompts import read_prompts
@@ -66,7 +66,7 @@ def _require_seeds(seeds: Sequence[int]) -> None:
         raise ConfigError("seeds must differ and not be negative", got=list(seeds), fix="correct seeds")
 
 
-def _warned(cut: list[str], prompts: Sequence[Prompt]) -> list[str]:
+def _warned(cut: list[str], prompts: Sequence[ImagePrompt]) -> list[str]:
     if cut:
         _log.warning("%d of %d prompts are longer than the text encoders read, as %s", len(cut), len(prompts), cut[0])
     return cut

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
-from prefmill.core.image_rows import GeneratedImage, Prompt
+from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
 from prefmill.images.files import inspect_image
 from prefmill.store.missing import Progress, silent
@@ -57,7 +57,7 @@ class ImageSampling:
     width: int | None = None
 
 
-def plan_jobs(prompts: Iterable[Prompt], seeds: Iterable[int]) -> list[ImageJob]:
+def plan_jobs(prompts: Iterable[ImagePrompt], seeds: Iterable[int]) -> list[ImageJob]:
     """Every prompt with every seed, sorted."""
     ordered = sorted(set(seeds))
     return [
@@ -147,7 +147,7 @@ def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
     return _power_of_two(min(_SHARE_OF_FREE_MEMORY * free / needed, _LARGEST_BATCH))
 
 
-def cut_prompts(model: Any, prompts: Iterable[Prompt]) -> list[str]:
+def cut_prompts(model: Any, prompts: Iterable[ImagePrompt]) -> list[str]:
     """The ids of prompts longer than the model's text encoders read: their ends have no effect."""
     longest = min(tokenizer.model_max_length for tokenizer in (model.tokenizer, model.tokenizer_2))
     lengths = {prompt["prompt_id"]: len(model.tokenizer(prompt["prompt"])["input_ids"]) for prompt in prompts}

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import InputError
-from prefmill.core.image_rows import Prompt
+from prefmill.core.image_rows import ImagePrompt
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 _SLUG_LENGTH = 40
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[ImagePrompt]:
     """The prompts of a .csv or .tsv file with a column `prompt` and, if it has one, `prompt_id`; sorted by id.
 
     Column names are read without case (PartiPrompts writes `Prompt`), other columns are left alone. Raises
@@ -36,7 +36,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             got = f"{prompt_id}, first on line {seen[prompt_id.lower()]}"
             raise _bad(path, number, "a prompt stands here twice", got, "delete one, or give each a prompt_id")
         seen[prompt_id.lower()] = number
-        prompts.append(Prompt(prompt_id=prompt_id, prompt=text))
+        prompts.append(ImagePrompt(prompt_id=prompt_id, prompt=text))
     if not prompts:
         raise InputError("no prompt in the file", where=path, fix="write a line with `prompt`, then a prompt a line")
     return sorted(prompts, key=lambda prompt: prompt["prompt_id"])

@@ -12,7 +12,7 @@ from prefmill.core.errors import InputError
 from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, Row, Tags, alpaca_prompt
 from prefmill.pairs.sources import (
     PairSource,
-    Problem,
+    UnusableRow,
     identified,
     image_path,
     parsed_rows,
@@ -72,7 +72,7 @@ def write_chats(source: ChatSource, folder: Path, report: Path) -> tuple[Path, P
     An answer that several pairs choose is written once, one that a label calls bad is left out. Raises InputError
     naming the first bad row, or with `on_bad_row: drop` lists them in `report` and raises where no answer is left.
     """
-    problems: list[Problem] = []
+    problems: list[UnusableRow] = []
     rows = list(tqdm(_distinct(_good(source, problems)), desc="reading chats", unit=" chats"))
     write_problems(problems, report)
     if not rows:
@@ -84,7 +84,7 @@ def write_chats(source: ChatSource, folder: Path, report: Path) -> tuple[Path, P
     return write_split(own, source, folder, "sft")
 
 
-def _good(source: ChatSource, problems: list[Problem]) -> Iterator[tuple[str, Judgement]]:
+def _good(source: ChatSource, problems: list[UnusableRow]) -> Iterator[tuple[str, Judgement]]:
     for row, found in parsed_rows(source, problems):
         if isinstance(found, Preference):
             yield row_name(row), Judgement(found.messages, found.chosen, True, found.images)

@@ -93,7 +93,7 @@ class PairSource(StrictConfig):
         return str(self.dataset_file or self.dataset)
 
 
-class Problem(NamedTuple):
+class UnusableRow(NamedTuple):
     """A row that cannot be used."""
 
     where: str
@@ -106,7 +106,7 @@ def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, P
     Images that came as bytes are written below `folder` too. Raises InputError naming the first bad row, or with
     `on_bad_row: drop` lists them in `report` and raises where no pair is left.
     """
-    problems: list[Problem] = []
+    problems: list[UnusableRow] = []
     rows = list(tqdm(_preferences(source, problems), desc="reading pairs", unit=" pairs"))
     write_problems(problems, report)
     if not rows:
@@ -116,7 +116,7 @@ def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, P
     return write_split(own, source, folder, "dpo")
 
 
-def write_problems(problems: list[Problem], report: Path) -> None:
+def write_problems(problems: list[UnusableRow], report: Path) -> None:
     """List rows that are left out in `report`, and say so."""
     if problems:
         _write_text(report, json.dumps([problem._asdict() for problem in problems], indent=1))
@@ -155,7 +155,9 @@ def read_rows(source: PairSource) -> Iterator[SourceRow]:
         yield from hub_rows(source.dataset, configuration, source.split, source.dataset_revision)
 
 
-def pair_up(judgements: Iterable[tuple[SourceRow, Judgement]], problems: list[Problem]) -> Iterator[tuple[str, Any]]:
+def pair_up(
+    judgements: Iterable[tuple[SourceRow, Judgement]], problems: list[UnusableRow]
+) -> Iterator[tuple[str, Any]]:
     """Every good answer against every bad one to the same chat; prompts with only one kind become problems."""
     chats: dict[str, list[tuple[SourceRow, Judgement]]] = {}
     for row, judgement in judgements:
@@ -165,7 +167,7 @@ def pair_up(judgements: Iterable[tuple[SourceRow, Judgement]], problems: list[Pr
         bad = [item for item in answers if not item[1].is_good]
         if not good or not bad:
             kind = "good" if good else "bad"
-            problems += [Problem(row.where, f"its prompt has {kind} answers only: no pair") for row, _ in answers]
+            problems += [UnusableRow(row.where, f"its prompt has {kind} answers only: no pair") for row, _ in answers]
         for winner_row, winner in good:
             for loser_row, loser in bad:
                 if winner.answer != loser.answer:
@@ -173,7 +175,7 @@ def pair_up(judgements: Iterable[tuple[SourceRow, Judgement]], problems: list[Pr
                     yield f"{row_name(winner_row)}:{row_name(loser_row)}", pair
 
 
-def _preferences(source: PairSource, problems: list[Problem]) -> Iterator[tuple[str, Preference]]:
+def _preferences(source: PairSource, problems: list[UnusableRow]) -> Iterator[tuple[str, Preference]]:
     """Names and preferences; bad rows are raised, or added to `problems`."""
     judgements: list[tuple[SourceRow, Judgement]] = []
     for row, found in parsed_rows(source, problems):
@@ -184,7 +186,7 @@ def _preferences(source: PairSource, problems: list[Problem]) -> Iterator[tuple[
     yield from pair_up(judgements, problems)
 
 
-def parsed_rows(source: PairSource, problems: list[Problem]) -> Iterator[tuple[SourceRow, Preference | Judgement]]:
+def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[tuple[SourceRow, Preference | Judgement]]:
     """The rows that `source` asks for, read as their form; bad ones are raised, or added to `problems`."""
     form, unused = source.pair_format, set[str]()
     for row in _drawn(read_rows(source), source):
@@ -200,7 +202,7 @@ def parsed_rows(source: PairSource, problems: list[Problem]) -> Iterator[tuple[S
                     "this row cannot be used", where=row.where, got=error,
                     fix="correct or remove it, or leave such rows out with on_bad_row=drop",
                 ) from None  # fmt: skip
-            problems.append(Problem(row.where, str(error)))
+            problems.append(UnusableRow(row.where, str(error)))
     if unused:
         print(f"columns that are not used: {', '.join(sorted(unused))}", flush=True)
 

@@ -27,7 +27,7 @@ from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.preload import collect_from_now_on
 from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
-from prefmill.pipeline.subprocess_runner import Layout, Warnings, run_elsewhere
+from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher, run_elsewhere
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, at_work, execute, write_status
 from prefmill.store.artifacts import read_manifest
 
@@ -233,7 +233,7 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
 
 def _run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
     """The stage's work by torchrun, as in a Slurm job; a command that is interrupted lets it save first."""
-    warnings = Warnings(0.0)
+    warnings = SignalWatcher(0.0)
     warnings.listen()
     return run_elsewhere(task, context, Layout(1, ranks, os.cpu_count() or 1), warnings, {})
 

@@ -61,7 +61,7 @@ class Layout:
 
 
 @dataclass
-class Warnings:
+class SignalWatcher:
     """The signals a job gets before it is ended: USR1 by its own --signal or by preemption, TERM by scancel."""
 
     seconds: float
@@ -84,7 +84,7 @@ class Warnings:
 
 
 def run_elsewhere(
-    task: PlannedTask, context: Task, layout: Layout, warnings: Warnings, extra: Mapping[str, str]
+    task: PlannedTask, context: Task, layout: Layout, warnings: SignalWatcher, extra: Mapping[str, str]
 ) -> Metrics:
     """The metrics of the stage, run in child processes; raises AttemptError when they fail, stop or are ended."""
     folder = context.work / "attempt"
@@ -118,7 +118,7 @@ def _shield(trains: bool) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _wait(process: subprocess.Popen[bytes], warnings: Warnings, logs: Path, trains: bool) -> int:
+def _wait(process: subprocess.Popen[bytes], warnings: SignalWatcher, logs: Path, trains: bool) -> int:
     """The exit code; after a warning a training is asked to save, anything else is ended to be resumed."""
     deadline, told = None, 0
     while (code := process.poll()) is None:
@@ -143,7 +143,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
-def _collect(folder: Path, code: int, warnings: Warnings, log: Path, offset: int) -> Metrics:
+def _collect(folder: Path, code: int, warnings: SignalWatcher, log: Path, offset: int) -> Metrics:
     result, failure = _read(folder / RESULT), _read(folder / FAILURE)
     if code == 0 and "metrics" in result:
         metrics: Metrics = result["metrics"]
@@ -162,7 +162,7 @@ def _collect(folder: Path, code: int, warnings: Warnings, log: Path, offset: int
     )  # fmt: skip
 
 
-def _interrupted(warnings: Warnings, result: Mapping[str, Any]) -> AttemptError:
+def _interrupted(warnings: SignalWatcher, result: Mapping[str, Any]) -> AttemptError:
     state = TERMINATED if warnings.cancelled else REQUEUED
     name = warnings.received[-1].name
     how = result.get("stopped", "ended before it had saved")

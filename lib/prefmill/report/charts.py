@@ -21,7 +21,7 @@ OTHER_LOOKS = 3  # s-other0 ...: further labels share these in turn
 
 
 @dataclass(frozen=True)
-class Interval:
+class ChartInterval:
     """A value with its interval, drawn in the look of `series`."""
 
     label: str
@@ -71,7 +71,7 @@ def key_marker(label: str) -> Markup:
     return element("svg", marker(label, 7, 7, 4.6), class_=look, viewBox="0 0 14 14", aria_hidden="true")
 
 
-def interval_chart(rows: Sequence[Interval], title: str, axis: str, zero: bool = False) -> Markup:
+def interval_chart(rows: Sequence[ChartInterval], title: str, axis: str, zero: bool = False) -> Markup:
     """Values with intervals, one below the other; `zero` draws the line of no difference."""
     bounds = [bound for row in rows for bound in (row.low, row.high)] + ([0.0] if zero else [])
     ticks = nice_ticks(min(bounds), max(bounds), 5)
@@ -190,7 +190,7 @@ def tick_label(value: float) -> str:
     return text.replace("-", "−")
 
 
-def _interval_row(row: Interval, x: Scale, top: float) -> Markup:
+def _interval_row(row: ChartInterval, x: Scale, top: float) -> Markup:
     y = top + 33
     return element(
         "g",

@@ -15,7 +15,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.statistics import Array, Resampling, means, within
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
-from prefmill.report.charts import Interval, interval_chart
+from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.costs import cost_section
 from prefmill.report.graph import lineage_graph
 from prefmill.report.report import page_environment
@@ -141,7 +141,7 @@ def _conclusion(first: str, last: str, models: Mapping[str, Row], change: Row | 
 
 def _chart(changes: Mapping[str, Row]) -> Markup | None:
     rows = [
-        Interval(
+        ChartInterval(
             label=SHARES[name], series="dpo", value=change["value"], low=change["low"], high=change["high"],
             text="{value:+.2f} ({low:+.2f} to {high:+.2f})".format(**change),
         )

@@ -13,7 +13,7 @@ from prefmill.store.jsonl import read_jsonl
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredItem:
     """A checklist item's answer in one review, with what the engine pointed at."""
 
     question: str
@@ -30,7 +30,7 @@ class ShownReview:
     text: str
     rating: float | None
     score: float
-    answers: tuple[Answered, ...]
+    answers: tuple[AnsweredItem, ...]
 
     @property
     def num_yes(self) -> int:
@@ -39,7 +39,7 @@ class ShownReview:
 
 
 @dataclass(frozen=True)
-class Example:
+class PaperExample:
     """A paper, why it is shown, and the reviews of it."""
 
     paper_id: str
@@ -73,14 +73,14 @@ def choose_papers(
 
 def read_examples(
     evaluations: Sequence[tuple[Mapping[str, Any], Artifact]], chosen: Mapping[str, str], corpus: Artifact | None
-) -> list[Example]:
+) -> list[PaperExample]:
     """The chosen papers with each model's first review; `evaluations` pairs metrics.json with its artifact."""
     titles = _titles(corpus, chosen)
     ordered = sorted(evaluations, key=lambda item: model_order(item[0]["model"]))
     reviews = {metrics["model"]: dict(_first_reviews(metrics, artifact, chosen)) for metrics, artifact in ordered}
     papers = {row["paper_id"]: row for metrics, _ in evaluations for row in metrics["papers"]}
     return [
-        Example(
+        PaperExample(
             paper_id=key,
             reason=reason,
             title=titles.get(key, key),
@@ -107,7 +107,7 @@ def _shown(
     model: str, generation: Mapping[str, Any], evaluation: Mapping[str, Any], questions: Mapping[str, str]
 ) -> ShownReview:
     answers = (
-        Answered(questions.get(key, key), answer["yes"], answer["p_yes"], answer.get("evidence"))
+        AnsweredItem(questions.get(key, key), answer["yes"], answer["p_yes"], answer.get("evidence"))
         for key, answer in evaluation["answers"].items()
     )
     return ShownReview(model, generation["text"], generation["rating"], evaluation["checkmark_score"], tuple(answers))

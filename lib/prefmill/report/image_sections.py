@@ -14,7 +14,7 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
-from prefmill.report.charts import Interval, interval_chart
+from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.costs import cost_section
 from prefmill.report.graph import lineage_graph
 from prefmill.report.report import page_environment
@@ -99,7 +99,7 @@ def _evaluation(evaluation: Artifact, known: Mapping[str, Artifact]) -> Row:
 
 def _win_rates(metrics: Row) -> Markup:
     rows = [
-        Interval(
+        ChartInterval(
             label=name, series="dpo" if name == "mean" else "base", value=found["win_rate"]["value"] - 0.5,
             low=found["win_rate"]["low"] - 0.5, high=found["win_rate"]["high"] - 0.5,
             text="{value:.0%} ({low:.0%} to {high:.0%})".format(**found["win_rate"]),

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
-from prefmill.report.charts import Interval, interval_chart
+from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.judge_story import with_interval
 
 Row = dict[str, Any]
@@ -66,10 +66,10 @@ def _moves_chart(judge: Found) -> Markup | None:
     return interval_chart(rows, f"What moves a score of {judge['name']}", "change of the checklist score", zero=True)
 
 
-def _interval(label: str, series: str, found: Found, decimals: int) -> Interval:
+def _interval(label: str, series: str, found: Found, decimals: int) -> ChartInterval:
     """A value without an interval, from one paper, is drawn as a point."""
     low, high = (found["value"] if found[end] is None else found[end] for end in ("low", "high"))
-    return Interval(label, series, found["value"], low, high, with_interval(found, decimals))
+    return ChartInterval(label, series, found["value"], low, high, with_interval(found, decimals))
 
 
 def _item_rows(quality: Found) -> list[Row]:

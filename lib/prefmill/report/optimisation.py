@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
-from prefmill.report.charts import Interval, Line, interval_chart, line_chart
+from prefmill.report.charts import ChartInterval, Line, interval_chart, line_chart
 from prefmill.store.jsonl import read_jsonl
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ def _held_out_chart(summary: Mapping[str, Any]) -> Markup:
         name.replace("_", " "): (BASELINE, baseline["correlation"]) for name, baseline in summary["baselines"].items()
     }
     rows = [
-        Interval(
+        ChartInterval(
             label=label, series=series, value=item["value"], low=item["low"], high=item["high"],
             text=f"{item['value']:.2f} ({item['low']:.2f} to {item['high']:.2f})".replace("-", "−"),
         )

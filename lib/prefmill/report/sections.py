@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, MEASURES, Measure
-from prefmill.report.charts import Interval, Line, interval_chart, scatter_chart, share_strip
+from prefmill.report.charts import ChartInterval, Line, interval_chart, scatter_chart, share_strip
 from prefmill.report.story import Compared, main_pair, p_text, signed, trained_models
 
 MAX_CLOUD = 150  # points of a model in a scatter chart: enough to see a trend, few enough for a small file
@@ -32,7 +32,7 @@ def score_chart(compared: Compared) -> Markup:
 def difference_chart(compared: Compared) -> Markup | None:
     """The difference in checklist score of every two models; None where there is only one."""
     rows = [
-        Interval(
+        ChartInterval(
             label=f"{pair['candidate']} − {pair['baseline']}",
             series=pair["candidate"],
             **_bounds(pair["measures"][CHECKMARK_SCORE.name]),
@@ -128,9 +128,9 @@ def interval_text(found: Mapping[str, Any], decimals: int) -> str:
     return f"{signed(found['value'], decimals)} ({signed(found['low'], decimals)} to {signed(found['high'], decimals)})"
 
 
-def _score_row(model: str, found: Mapping[str, Any]) -> Interval:
+def _score_row(model: str, found: Mapping[str, Any]) -> ChartInterval:
     text = f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
-    return Interval(label=model, series=model, **_bounds(found), text=text)
+    return ChartInterval(label=model, series=model, **_bounds(found), text=text)
 
 
 def _bounds(found: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from prefmill.report.charts import Line, line_chart, scatter_chart
-from prefmill.sweep.config import Choices, Interval, StudyConfig
+from prefmill.sweep.config import Choices, SearchInterval, StudyConfig
 
 Row = Mapping[str, Any]
 _STYLE = Markup(
@@ -67,7 +67,7 @@ def _over(name: str, complete: Sequence[Row], best: Row, config: StudyConfig) ->
     return scatter_chart(groups, f"{config.metric} over {name}", _axis(name, item), config.metric)
 
 
-def _place(item: Choices | Interval, value: Any) -> float:
+def _place(item: Choices | SearchInterval, value: Any) -> float:
     from math import log10
 
     if isinstance(item, Choices):
@@ -76,8 +76,8 @@ def _place(item: Choices | Interval, value: Any) -> float:
     return log10(value) if item.log else float(value)
 
 
-def _axis(name: str, item: Choices | Interval) -> str:
-    if isinstance(item, Interval):
+def _axis(name: str, item: Choices | SearchInterval) -> str:
+    if isinstance(item, SearchInterval):
         return f"log10 {name}" if item.log else name
     if all(isinstance(one, (int, float)) for one in item.choices):
         return name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from prefmill.core.errors import InputError
-from prefmill.reviews.rows import Place, Problem, Row, excerpt
+from prefmill.reviews.rows import Place, RawRow, RowProblem, excerpt
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
@@ -37,7 +37,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
-def jsonl_rows(path: Path, source: int) -> Iterator[Row | Problem]:
+def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     """The objects of a file with one JSON object a line."""
     for number, line in read_lines(path):
         if line.isspace():
@@ -46,15 +46,15 @@ def jsonl_rows(path: Path, source: int) -> Iterator[Row | Problem]:
         try:
             values = json.loads(line)
         except UnicodeDecodeError as error:
-            yield Problem(place, f"invalid UTF-8 at byte {error.start}", _UTF8_FIX, excerpt(line))
+            yield RowProblem(place, f"invalid UTF-8 at byte {error.start}", _UTF8_FIX, excerpt(line))
         except (ValueError, RecursionError) as error:
             fix = "correct or delete that line; each line is one JSON object"
-            yield Problem(place, f"not JSON: {error}", fix, excerpt(line.strip()))
+            yield RowProblem(place, f"not JSON: {error}", fix, excerpt(line.strip()))
         else:
             yield as_row(values, place)
 
 
-def json_rows(path: Path, source: int) -> Iterator[Row | Problem]:
+def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     """The objects of a file that is a JSON array, an object with an array `notes`, or JSON lines.
 
     An array is read piece by piece, as a venue's dump need not fit into memory.
@@ -65,7 +65,7 @@ def json_rows(path: Path, source: int) -> Iterator[Row | Problem]:
     yield from _array_rows(path, source) if is_array else jsonl_rows(path, source)
 
 
-def csv_rows(path: Path, source: int) -> Iterator[Row | Problem]:
+def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     """The rows of a CSV file with a header, as text by column."""
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
     reader = csv.DictReader(_text_lines(path), restkey="", strict=True)
@@ -78,9 +78,9 @@ def csv_rows(path: Path, source: int) -> Iterator[Row | Problem]:
             if "" in values or None in values.values():
                 reason = f"the row has not the header's {len(reader.fieldnames or ())} cells"
                 fix = "quote cells that hold commas or line breaks, and fill the row up with commas"
-                yield Problem(place, reason, fix, excerpt(list(values.values())))
+                yield RowProblem(place, reason, fix, excerpt(list(values.values())))
             else:
-                yield Row(place, cast("dict[str, Any]", values))
+                yield RawRow(place, cast("dict[str, Any]", values))
     except csv.Error as error:
         raise InputError(
             "unreadable CSV", where=f"{path}, in the row from line {start}", got=str(error),
@@ -88,14 +88,14 @@ def csv_rows(path: Path, source: int) -> Iterator[Row | Problem]:
         ) from None  # fmt: skip
 
 
-def as_row(values: Any, place: Place) -> Row | Problem:
+def as_row(values: Any, place: Place) -> RawRow | RowProblem:
     """A decoded JSON value as a row; anything but an object is a problem."""
     if isinstance(values, dict):
-        return Row(place, values)
-    return Problem(place, f"not a JSON object but {type(values).__name__}", "write a JSON object", excerpt(values))
+        return RawRow(place, values)
+    return RowProblem(place, f"not a JSON object but {type(values).__name__}", "write a JSON object", excerpt(values))
 
 
-def json_file_row(path: Path, source: int) -> Row | Problem:
+def json_file_row(path: Path, source: int) -> RawRow | RowProblem:
     """The one object in a JSON file."""
     content = b"".join(line for _, line in read_lines(path))
     place = Place(source, str(path))
@@ -103,10 +103,10 @@ def json_file_row(path: Path, source: int) -> Row | Problem:
         return as_row(json.loads(content), place)
     except UnicodeDecodeError as error:
         place = dataclasses.replace(place, line=content.count(b"\n", 0, error.start) + 1)
-        return Problem(place, "invalid UTF-8", _UTF8_FIX, excerpt(content))
+        return RowProblem(place, "invalid UTF-8", _UTF8_FIX, excerpt(content))
     except json.JSONDecodeError as error:
         place = dataclasses.replace(place, line=error.lineno)
-        return Problem(place, f"not JSON: {error.msg}", "correct that line, or remove the file", excerpt(content))
+        return RowProblem(place, f"not JSON: {error.msg}", "correct that line, or remove the file", excerpt(content))
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def _check_header(names: Any, path: Path) -> None:
         )  # fmt: skip
 
 
-def _array_rows(path: Path, source: int) -> Iterator[Row | Problem]:
+def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     """The objects of the file's first array, decoded one at a time."""
     decoder, chunks = json.JSONDecoder(), _read_text(path)
     buffer = _grow("", chunks, path, 1)

@@ -20,7 +20,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
-from prefmill.reviews.rows import Item, PaperRow, Problem, Row, RowError, Skipped
+from prefmill.reviews.rows import Item, PaperRow, RawRow, RowError, RowProblem, Skipped
 from prefmill.reviews.scale import COMMON_SCALE, common_rating, prompt_scale
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
@@ -40,7 +40,7 @@ class BadRowConfig(StrictConfig):
 
 
 @dataclass
-class Tally:
+class IngestTally:
     """What was read and written, for the summary."""
 
     rows: int = 0
@@ -64,7 +64,7 @@ class Rejects:
     config: BadRowConfig
     store: CorpusStore
 
-    def add(self, problem: Problem) -> None:
+    def add(self, problem: RowProblem) -> None:
         """Set the row aside, or raise InputError naming its file, line and fix."""
         if self.config.on_bad_row == "fail":
             raise InputError(
@@ -87,9 +87,9 @@ class Rejects:
         )  # fmt: skip
 
 
-def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Rejects, progress: Progress) -> Tally:
+def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Rejects, progress: Progress) -> IngestTally:
     """Read every source into `store`. Raises InputError for a source without rows."""
-    tally = Tally()
+    tally = IngestTally()
     for number, source in enumerate(sources):
         counts: Counter[str] = Counter()
         for row in tqdm(read_source(source, number), desc=f"source {number}", unit="row", unit_scale=True):
@@ -105,7 +105,7 @@ def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Reject
     return tally
 
 
-def link(store: CorpusStore, rejects: Rejects, tally: Tally) -> None:
+def link(store: CorpusStore, rejects: Rejects, tally: IngestTally) -> None:
     """Make whole papers of what was collected: decisions, no orphans, one paper a title."""
     for problem in store.link():
         rejects.add(problem)
@@ -115,7 +115,12 @@ def link(store: CorpusStore, rejects: Rejects, tally: Tally) -> None:
 
 
 def write_corpus(
-    store: CorpusStore, reader: DocumentReader, splits: SplitConfig, rejects: Rejects, tally: Tally, progress: Progress
+    store: CorpusStore,
+    reader: DocumentReader,
+    splits: SplitConfig,
+    rejects: Rejects,
+    tally: IngestTally,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write `papers.jsonl`, `reviews.jsonl`, `quarantine.jsonl` and `summary.json`; returns the summary.
 
@@ -133,7 +138,7 @@ def write_corpus(
             progress(done, num_papers, "papers")
             if isinstance(document, RowError):
                 reason = f"{document.reason}; its reviews go with it"
-                rejects.add(Problem(place, reason, document.fix, paper.title))
+                rejects.add(RowProblem(place, reason, document.fix, paper.title))
                 continue
             row = _paper(paper, document, "test" if paper.paper_id in test_ids else split_of(key, splits))
             written = list(store.reviews_of(paper.paper_id))
@@ -154,9 +159,11 @@ def write_corpus(
     return summary
 
 
-def _take(row: tuple[Row, list[Item]] | Problem, store: CorpusStore, rejects: Rejects, counts: Counter[str]) -> None:
+def _take(
+    row: tuple[RawRow, list[Item]] | RowProblem, store: CorpusStore, rejects: Rejects, counts: Counter[str]
+) -> None:
     counts["rows"] += 1
-    if isinstance(row, Problem):
+    if isinstance(row, RowProblem):
         rejects.add(row)
         return
     read, items = row
@@ -184,7 +191,7 @@ def _paper(paper: PaperRow, document: Document, split: Any) -> Paper:
     }
 
 
-def _count(tally: Tally, paper: Paper, document: Document, num_reviews: int) -> None:
+def _count(tally: IngestTally, paper: Paper, document: Document, num_reviews: int) -> None:
     tally.splits[paper["split"]] += 1
     tally.split_reviews[paper["split"]] += num_reviews
     tally.decisions[paper["decision"] or "unknown"] += 1
@@ -193,7 +200,7 @@ def _count(tally: Tally, paper: Paper, document: Document, num_reviews: int) -> 
     tally.figures += len(paper["figures"])
 
 
-def _warn(tally: Tally) -> None:
+def _warn(tally: IngestTally) -> None:
     if tally.text_from["nothing"]:
         _log.warning(
             "%d papers have neither text nor abstract: models see their titles only", tally.text_from["nothing"]
@@ -222,7 +229,7 @@ def _write_quarantine(store: CorpusStore, path: Path) -> None:
             )
 
 
-def _summary(tally: Tally, num_papers: int, num_reviews: int, num_quarantined: int) -> dict[str, Any]:
+def _summary(tally: IngestTally, num_papers: int, num_reviews: int, num_quarantined: int) -> dict[str, Any]:
     return {
         "papers": num_papers,
         "reviews": num_reviews,

@@ -20,10 +20,10 @@ from prefmill.reviews.rows import (
     DecisionRow,
     Item,
     PaperRow,
-    Problem,
+    RawRow,
     ReviewRow,
-    Row,
     RowError,
+    RowProblem,
     Skipped,
     clean_text,
     decision_in,
@@ -60,10 +60,10 @@ class OpenReviewSource(FileSource):
     rating_fields: tuple[str, ...] = Field(_DEFAULT_RATING_FIELDS, min_length=1)
     exclude_fields: tuple[str, ...] = ()
 
-    def rows(self, source: int) -> Iterator[Row | Problem]:
+    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """The notes, each submission followed by the replies inside it."""
         for row in json_rows(self.path, source):
-            if isinstance(row, Problem):
+            if isinstance(row, RowProblem):
                 yield row
             else:
                 yield from _unfold(row)
@@ -118,7 +118,7 @@ class OpenReviewSource(FileSource):
         return parse_id(note.get("forum"), "forum", self.id_prefix)
 
 
-def _unfold(row: Row) -> Iterator[Row | Problem]:
+def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
     details = row.values.get("details")
     yield dataclasses.replace(row, place=dataclasses.replace(row.place, item=_note_name(row.values)))
     if isinstance(details, dict):

@@ -12,10 +12,10 @@ from prefmill.reviews.files import as_row, json_file_row
 from prefmill.reviews.rows import (
     Item,
     PaperRow,
-    Problem,
+    RawRow,
     ReviewRow,
-    Row,
     RowError,
+    RowProblem,
     Skipped,
     check_fields,
     clean_text,
@@ -52,12 +52,12 @@ class PeerReadSource(FileSource):
 
     format: Literal["peerread"]
 
-    def rows(self, source: int) -> Iterator[Row | Problem]:
+    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """A row a paper, in the order of the files' names, each followed by a row a review."""
         for path in _files(self.path):
             row = json_file_row(path, source)
             yield row
-            if isinstance(row, Row) and isinstance(row.values.get("reviews"), list):
+            if isinstance(row, RawRow) and isinstance(row.values.get("reviews"), list):
                 yield from _unfold(row)
 
     def items(self, values: dict[str, Any]) -> list[Item]:
@@ -99,12 +99,12 @@ class PeerReadSource(FileSource):
         )
 
 
-def _unfold(row: Row) -> Iterator[Row | Problem]:
+def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
     """The reviews of a file, each with what it takes from its paper."""
     paper = {_PAPER: row.values.get("id"), _VENUE: row.values.get("conference")}
     for index, entry in enumerate(row.values["reviews"]):
         review = as_row(entry, dataclasses.replace(row.place, item=f"reviews[{index}]"))
-        if isinstance(review, Row):
+        if isinstance(review, RawRow):
             review.values.update({**paper, _INDEX: index})
         yield review
 

@@ -109,7 +109,7 @@ Item = PaperRow | DecisionRow | ReviewRow | Skipped
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class RowProblem:
     """A row that cannot be used."""
 
     place: Place
@@ -119,7 +119,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RawRow:
     """One raw row as its file holds it, before its meaning is known."""
 
     place: Place

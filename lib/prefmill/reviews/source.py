@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig
-from prefmill.reviews.rows import Item, Problem, Row, RowError, excerpt, parse_rating, word_key
+from prefmill.reviews.rows import Item, RawRow, RowError, RowProblem, excerpt, parse_rating, word_key
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.store.jsonl import to_json
 
@@ -50,7 +50,7 @@ class SourceConfig(StrictConfig, ABC):
         return parse_rating(value, self.scale, words, self.decimal_comma)
 
     @abstractmethod
-    def rows(self, source: int) -> Iterator[Row | Problem]:
+    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """The raw rows; `source` is this source's position in the configuration."""
 
     @abstractmethod
@@ -64,10 +64,10 @@ class FileSource(SourceConfig):
     path: ExternalPath
 
 
-def read_source(config: SourceConfig, source: int) -> Iterator[tuple[Row, list[Item]] | Problem]:
+def read_source(config: SourceConfig, source: int) -> Iterator[tuple[RawRow, list[Item]] | RowProblem]:
     """Each row of a source with its items, or the problem with it. Raises InputError where no row can be read."""
     for row in config.rows(source):
-        if isinstance(row, Problem):
+        if isinstance(row, RowProblem):
             yield row
             continue
         try:
@@ -76,10 +76,10 @@ def read_source(config: SourceConfig, source: int) -> Iterator[tuple[Row, list[I
             yield problem_with(row, error)
 
 
-def problem_with(row: Row, error: RowError) -> Problem:
+def problem_with(row: RawRow, error: RowError) -> RowProblem:
     """The problem that `error` found in `row`."""
     try:
         shown = to_json(row.values)
     except ValueError:  # NaN
         shown = str(row.values)
-    return Problem(row.place, error.reason, error.fix, excerpt(shown))
+    return RowProblem(row.place, error.reason, error.fix, excerpt(shown))

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from prefmill.core.records import Decision, Review
-from prefmill.reviews.rows import DecisionRow, PaperRow, Place, Problem, ReviewRow, RowError
+from prefmill.reviews.rows import DecisionRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.scale import COMMON_SCALE
 from prefmill.reviews.splits import title_key
 from prefmill.store.jsonl import parse_json, to_json
@@ -69,7 +69,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             self._add_paper(place, item)
             self._last_paper = item
 
-    def add_problem(self, problem: Problem) -> None:
+    def add_problem(self, problem: RowProblem) -> None:
         """Keep a problem for the quarantine."""
         values = (*self._located(problem.place), problem.reason, problem.fix, problem.excerpt)
         self._database.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", values)
@@ -78,11 +78,11 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         """How many rows `table` (papers, reviews, problems) holds."""
         return int(self._database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608 (our own names)
 
-    def problems(self) -> Iterator[Problem]:
+    def problems(self) -> Iterator[RowProblem]:
         """The problems, in the order in which they were met."""
         columns = "file, line, item, reason, fix, excerpt"
         for file, line, item, *rest in self._database.execute(f"SELECT {columns} FROM problems ORDER BY rowid"):  # noqa: S608
-            yield Problem(self._place(file, line, item), *rest)
+            yield RowProblem(self._place(file, line, item), *rest)
 
     def papers(self) -> Iterator[tuple[Place, PaperRow, str]]:
         """Place, paper and title key, in order of the ids."""
@@ -109,7 +109,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         rows = (self._database.execute(query, (value,)).fetchone() for query, value in queries)
         return next((row[0] for row in rows if row), None)
 
-    def link(self) -> Iterator[Problem]:
+    def link(self) -> Iterator[RowProblem]:
         """Index the reviews and bring decisions to their papers; what belongs to no paper is yielded."""
         self._database.execute("CREATE INDEX by_paper ON reviews (paper_id, review_id)")
         self._database.execute("CREATE INDEX by_title ON papers (title_key)")
@@ -118,7 +118,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             query = f"SELECT paper_id, file, line, item FROM {table} WHERE {unknown}"  # noqa: S608
             for paper_id, *place in self._database.execute(query).fetchall():
                 fix = "add the paper's row or submission note to the sources, or remove this one"
-                yield Problem(self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, "")
+                yield RowProblem(
+                    self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, ""
+                )
         self._database.execute(
             "UPDATE papers SET decision = d.decision FROM decisions d WHERE papers.paper_id = d.paper_id"
         )

@@ -13,10 +13,10 @@ from prefmill.reviews.rows import (
     Item,
     PaperRow,
     Place,
-    Problem,
+    RawRow,
     ReviewRow,
-    Row,
     RowError,
+    RowProblem,
     begins_with_number,
     check_fields,
     clean_text,
@@ -39,7 +39,7 @@ class JsonlSource(FileSource):
 
     format: Literal["jsonl"]
 
-    def rows(self, source: int) -> Iterator[Row | Problem]:
+    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """The file's lines."""
         return jsonl_rows(self.path, source)
 
@@ -64,7 +64,7 @@ class CsvSource(FileSource):
             raise ValueError(f"columns: no field '{unknown[0]}'; fields: {', '.join(sorted(VALID_FIELDS))}")
         return self
 
-    def rows(self, source: int) -> Iterator[Row | Problem]:
+    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """The file's rows."""
         return csv_rows(self.path, source)
 
@@ -87,10 +87,10 @@ class GeneratedSource(SourceConfig):
     num_papers: int = Field(ge=1)
     images: bool = False
 
-    def rows(self, source: int) -> Iterator[Row | Problem]:
+    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """The generator's rows."""
         for number, values in enumerate(generate(self.seed, self.num_papers), 1):
-            yield Row(Place(source, "(generated)", number), values)
+            yield RawRow(Place(source, "(generated)", number), values)
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""

@@ -20,15 +20,15 @@ from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 from prefmill.pipeline.state import inspect
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources
-from prefmill.slurm.elements import Tried, gather, has_room, newest
-from prefmill.slurm.failures import POLICIES, Decision, Evidence, Failure, Means, classify, decide, several
+from prefmill.slurm.elements import Tried, collect_evidence, has_room, newest
+from prefmill.slurm.failures import POLICIES, Decision, Evidence, Failure, RetryOptions, classify, decide, several
 from prefmill.slurm.jobs import Element, JobState, Partition, element_name
 from prefmill.slurm.notify import announce
 from prefmill.slurm.script import array_spec, sbatch
 from prefmill.slurm.sightings import Sightings, sight, told
 from prefmill.slurm.submission import ARRAYS, Submission, require_owner, submissions
 from prefmill.slurm.submit import ADVANCE, Say
-from prefmill.slurm.task_batches import Batch, dependency
+from prefmill.slurm.task_batches import TaskBatch, dependency
 from prefmill.training.config import needs_less
 
 WAIT_MINUTES = 10
@@ -157,7 +157,7 @@ def _decide(
     if asked or waits:
         why = "asked for" if asked else "what it reads is being made"
         return Retry(task, tried, frozenset(), {"kind": "again", "reason": why}, memory)
-    evidence = gather(tried, task.logs, accounts.get(tried.element), view.queue.get(tried.element))
+    evidence = collect_evidence(tried, task.logs, accounts.get(tried.element), view.queue.get(tried.element))
     failure = classify(evidence)
     means = _means(task, tried, evidence, memory, limits, read_smaller(task.logs, tried.submission.number))
     decision = decide(task.key, failure, evidence, past, means)
@@ -184,14 +184,14 @@ def _means(
     raised: float | None,
     limits: Mapping[str, Partition],
     shrunk: Mapping[str, Any],
-) -> Means:
+) -> RetryOptions:
     resources = validate(Resources, tried.array.resources)
     seen = evidence.account.memory_gb if evidence.account else None
     known = raised or resources.memory_gb or (seen / resources.nodes if seen else None)
     partition = limits.get(resources.partition or "")
     further = needs_less(task.config.model_copy(update=shrunk))
     limit = partition.memory_gb if partition else None
-    return Means(known, limit, has_room(task.output), {**shrunk, **further} if further else {})
+    return RetryOptions(known, limit, has_room(task.output), {**shrunk, **further} if further else {})
 
 
 def _submit(view: View, retries: Iterable[Retry], say: Say) -> list[str]:
@@ -209,7 +209,7 @@ def _submit_group(view: View, group: list[Retry], say: Say) -> str:
     first = group[0].tried
     indices = tuple(sorted(retry.tried.index for retry in group))
     needs = {retry.tried.index: view.needs(retry.task) or frozenset() for retry in group}
-    batch = Batch(first.array.stage, first.array.chunk, indices, needs)
+    batch = TaskBatch(first.array.stage, first.array.chunk, indices, needs)
     waits = dependency(batch, _whole(view), {})
     resources = validate(Resources, first.array.resources)
     options = [f"--array={array_spec(indices, resources.max_concurrent)}"]
@@ -255,7 +255,7 @@ def _repoint(view: View, say: Say) -> None:
         current, broken = slurm.waits_for(job)
         if not broken and all(item in current or (item[0], -1) in current for item in wanted):
             continue
-        text = dependency(Batch("", 0, (element[1],), {element[1]: wanted}), whole, {}) if wanted else ""
+        text = dependency(TaskBatch("", 0, (element[1],), {element[1]: wanted}), whole, {}) if wanted else ""
         text = text.replace("aftercorr:", "afterok:")  # of a single element they say the same
         done = slurm.set_dependency(element, text)
         say(f"{key} ({element_name(element)}) {'now waits' if done else 'could not be made to wait'} for {text or '-'}")

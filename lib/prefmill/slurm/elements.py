@@ -59,7 +59,7 @@ def newest(submissions: Sequence[Submission]) -> dict[str, Tried]:
     return found
 
 
-def gather(tried: Tried, logs: Path, account: JobState | None, queued: JobState | None) -> Evidence:
+def collect_evidence(tried: Tried, logs: Path, account: JobState | None, queued: JobState | None) -> Evidence:
     """What is known of a task's newest element, now that it has ended; `logs` are the task's."""
     started = next((job.started for job in (account, queued) if job is not None and job.started), None)
     status = read_status(logs)

@@ -97,7 +97,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Means:
+class RetryOptions:
     """What a retry could get: memory asked for so far and the partition's limit; whether the disk has room again.
 
     `smaller` are the keys with which a training would need less GPU memory; empty where nothing is left.
@@ -116,7 +116,7 @@ def classify(evidence: Evidence) -> Failure:
 
 
 def decide(
-    task: str, failure: Failure, evidence: Evidence, past: Sequence[Mapping[str, Any]], means: Means
+    task: str, failure: Failure, evidence: Evidence, past: Sequence[Mapping[str, Any]], means: RetryOptions
 ) -> Decision:
     """What to do; `past` are the decisions on this task since somebody last asked for it, oldest first."""
     policy = POLICIES[failure.kind]
@@ -160,7 +160,7 @@ def _smaller(keys: Mapping[str, Any], todo: str) -> Decision:
     return Decision("retry", "with " + ", ".join(f"{key}={value}" for key, value in keys.items()), smaller=keys)
 
 
-def _with_more_memory(means: Means, todo: str) -> Decision:
+def _with_more_memory(means: RetryOptions, todo: str) -> Decision:
     if means.memory_gb is None:
         return Decision("stop", "how much memory it had is not known", todo)
     wanted = math.ceil(means.memory_gb * MEMORY_FACTOR * 4) / 4

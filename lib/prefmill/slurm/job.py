@@ -24,7 +24,7 @@ from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS, idle_attempts
 from prefmill.pipeline.manual_submission import give_back_until_ready, stage_task, training_task
 from prefmill.pipeline.oom_backoff import read_smaller, start_over_when_smaller
 from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
-from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, Warnings, run_elsewhere
+from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, SignalWatcher, run_elsewhere
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, write_status
 from prefmill.slurm.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
 from prefmill.slurm.submission import read_array, read_submission
@@ -49,7 +49,7 @@ class JobTask:
 
 def main(argv: Sequence[str]) -> int:
     """Run the element this job is; returns its exit code: 0 done, 1 a bug, 2 something the user can mend."""
-    warnings = Warnings(SIGNAL_SECONDS)
+    warnings = SignalWatcher(SIGNAL_SECONDS)
     warnings.listen()
     try:
         job = _find(argv)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_USER_ERROR
 
 
-def run(job: JobTask, warnings: Warnings) -> int:
+def run(job: JobTask, warnings: SignalWatcher) -> int:
     """Bring the task to completion, or save and requeue this very element when the job is about to end."""
     layout = Layout.of_job(os.environ, job.task.stage.trains, job.processes or job.task.processes)
 

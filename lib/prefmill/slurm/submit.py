@@ -37,7 +37,7 @@ from prefmill.slurm.submission import (
     write_array,
     write_submission,
 )
-from prefmill.slurm.task_batches import Batch, Element, chunks_of, dependency, make_batches
+from prefmill.slurm.task_batches import Element, TaskBatch, chunks_of, dependency, make_batches
 from prefmill.store.artifacts import read_manifest
 
 Say = Callable[[str], None]
@@ -50,7 +50,7 @@ class Call:
     """One sbatch call for `batch`, or for the job that looks after its stage; `after` makes its --dependency."""
 
     kind: Literal["array", "advance"]
-    batch: Batch
+    batch: TaskBatch
     script: Path
     text: str
     options: tuple[str, ...]
@@ -184,7 +184,7 @@ def _draft(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterFil
 
 
 def _arrays(
-    draft: Submission, plan: Plan, batches: Sequence[Batch], pipeline: PipelineFile, cluster: ClusterFile, size: int
+    draft: Submission, plan: Plan, batches: Sequence[TaskBatch], pipeline: PipelineFile, cluster: ClusterFile, size: int
 ) -> dict[tuple[str, int], ArrayFile]:
     """Every chunk that has something to run."""
     found = {}
@@ -212,7 +212,7 @@ def _checked(task: PlannedTask, resources: Resources) -> Resources:
 def _calls(
     draft: Submission,
     arrays: Mapping[tuple[str, int], ArrayFile],
-    batches: Sequence[Batch],
+    batches: Sequence[TaskBatch],
     jobs: Mapping[str, tuple[int, ...]],
     cluster: ClusterFile,
 ) -> Iterator[Call]:

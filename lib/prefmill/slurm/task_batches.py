@@ -11,7 +11,7 @@ Element = tuple[str, int]  # a job and the index of its array; the job of a batc
 
 
 @dataclass(frozen=True)
-class Batch:
+class TaskBatch:
     """One sbatch call: `indices` of chunk `chunk` of `stage`; `needs` are the elements each index waits for."""
 
     stage: str
@@ -33,12 +33,12 @@ def chunks_of(tasks: Sequence[PlannedTask], size: int) -> dict[str, tuple[int, i
     return {task.key: divmod(place, size) for place, task in enumerate(tasks)}
 
 
-def make_batches(plan: Plan, todo: Sequence[PlannedTask], live: Mapping[str, Element], size: int) -> list[Batch]:
+def make_batches(plan: Plan, todo: Sequence[PlannedTask], live: Mapping[str, Element], size: int) -> list[TaskBatch]:
     """The sbatch calls that run `todo`, upstream first; `live` are queued or running elements by task.
 
     A chunk is one call, or two where some of its elements have nothing to wait for and others do.
     """
-    batches: list[Batch] = []
+    batches: list[TaskBatch] = []
     elements = dict(live)
     for stage in dict.fromkeys(task.stage.name for task in todo):
         places = chunks_of([task for task in plan.tasks if task.stage.name == stage], size)
@@ -55,7 +55,7 @@ def make_batches(plan: Plan, todo: Sequence[PlannedTask], live: Mapping[str, Ele
     return batches
 
 
-def dependency(batch: Batch, whole: Mapping[str, tuple[int, ...]], ids: Mapping[str, str]) -> str:
+def dependency(batch: TaskBatch, whole: Mapping[str, tuple[int, ...]], ids: Mapping[str, str]) -> str:
     """The --dependency of a batch on every job it needs, "" where there is none.
 
     `whole` gives the indices of each job and `ids` the job ids of submitted batches. Elementwise (aftercorr) only
@@ -65,14 +65,14 @@ def dependency(batch: Batch, whole: Mapping[str, tuple[int, ...]], ids: Mapping[
     return ",".join(_on_job(batch, job, whole[job], ids.get(job, job)) for job in jobs)
 
 
-def _split(stage: str, chunk: int, needs: Mapping[int, frozenset[Element]]) -> Iterator[Batch]:
+def _split(stage: str, chunk: int, needs: Mapping[int, frozenset[Element]]) -> Iterator[TaskBatch]:
     for waits in (False, True):
         indices = tuple(sorted(index for index, elements in needs.items() if bool(elements) is waits))
         if indices:
-            yield Batch(stage, chunk, indices, {index: needs[index] for index in indices})
+            yield TaskBatch(stage, chunk, indices, {index: needs[index] for index in indices})
 
 
-def _on_job(batch: Batch, job: str, indices: tuple[int, ...], job_id: str) -> str:
+def _on_job(batch: TaskBatch, job: str, indices: tuple[int, ...], job_id: str) -> str:
     needed = {index: {k for other, k in elements if other == job} for index, elements in batch.needs.items()}
     if indices == batch.indices and all(ks == {index} for index, ks in needed.items()):
         return f"aftercorr:{job_id}"

@@ -16,7 +16,7 @@ class Choices(StrictConfig):
     choices: list[bool | int | float | str] = Field(min_length=2)
 
 
-class Interval(StrictConfig):
+class SearchInterval(StrictConfig):
     """A number from `low` to `high`, both included; uniform, or log-uniform with `log`."""
 
     low: float
@@ -25,7 +25,7 @@ class Interval(StrictConfig):
     integer: bool = False
 
     @model_validator(mode="after")
-    def _is_an_interval(self) -> Interval:
+    def _is_an_interval(self) -> SearchInterval:
         if not self.low < self.high or (self.log and self.low <= 0):
             raise ValueError("low must be below high, and above 0 with log")
         if self.integer and (self.low % 1 or self.high % 1):
@@ -33,7 +33,7 @@ class Interval(StrictConfig):
         return self
 
 
-class Judge(StrictConfig):
+class TrialJudge(StrictConfig):
     """A stage that runs on every trial's output, given to it as `input`; the metric is then one of its own."""
 
     stage: str = Field(min_length=1)
@@ -48,10 +48,12 @@ class StudyConfig(StrictConfig):
     stage: str = Field(min_length=1, description="the training stage that every trial runs")
     config: ExternalPath | None = Field(None, description="its configuration file")
     set: dict[str, Any] = Field({}, description="keys laid over that file")
-    space: dict[str, Choices | Interval] = Field(min_length=1, description="what a trial draws, by the stage's key")
+    space: dict[str, Choices | SearchInterval] = Field(
+        min_length=1, description="what a trial draws, by the stage's key"
+    )
     metric: str = Field(min_length=1, description="of the finished stage, or of the judge: what is to be best")
     direction: Literal["maximize", "minimize"] = Field("maximize", description="which way is best")
-    judge: Judge | None = Field(None, description="a stage that evaluates what a trial trained")
+    judge: TrialJudge | None = Field(None, description="a stage that evaluates what a trial trained")
     study_name: str = Field("study", pattern=r"[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the study's folder")
     n_trials: int = Field(20, ge=1, description="trials of the study, over all workers; raise it to go on")
     sampler: Literal["tpe", "random"] = Field("tpe", description="tpe learns from the trials that have ended")
@@ -77,7 +79,7 @@ class StudyConfig(StrictConfig):
         return {name: value for name, value in identity(self).items() if name in shared}
 
 
-def corners(space: dict[str, Choices | Interval]) -> list[dict[str, Any]]:
+def corners(space: dict[str, Choices | SearchInterval]) -> list[dict[str, Any]]:
     """Parameters that together take every end and choice of the space, to see that the stage accepts them."""
     ends = {name: _ends(item) for name, item in space.items()}
     return [
@@ -86,7 +88,7 @@ def corners(space: dict[str, Choices | Interval]) -> list[dict[str, Any]]:
     ]
 
 
-def _ends(item: Choices | Interval) -> list[Any]:
+def _ends(item: Choices | SearchInterval) -> list[Any]:
     if isinstance(item, Choices):
         return list(item.choices)
     if item.integer:

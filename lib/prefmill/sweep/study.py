@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.files import digest_json
-from prefmill.sweep.config import Choices, Interval, StudyConfig
+from prefmill.sweep.config import Choices, SearchInterval, StudyConfig
 
 if TYPE_CHECKING:
     import optuna
@@ -121,7 +121,7 @@ def ask(study: optuna.Study, config: StudyConfig) -> optuna.Trial:
     return study.ask({name: distribution(item) for name, item in config.space.items()})
 
 
-def distribution(item: Choices | Interval) -> optuna.distributions.BaseDistribution:
+def distribution(item: Choices | SearchInterval) -> optuna.distributions.BaseDistribution:
     """A part of the space in Optuna's terms."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 

@@ -89,7 +89,7 @@ def swap_by_coin(pairs: Iterable[PreferencePair], seed: int) -> Iterator[Prefere
         yield replace(pair, chosen=chosen, rejected=rejected)
 
 
-def gather(pairs: Iterable[PreferencePair], encode: Encode) -> list[Group]:
+def group_by_prompt(pairs: Iterable[PreferencePair], encode: Encode) -> list[Group]:
     """Pairs as groups, in the order their groups first appear; a response that is in several pairs is kept once.
 
     Two pairs of one group with different prompts make two groups. Raises InputError for a pair whose sides are equal.

@@ -9,7 +9,7 @@ import pytest
 
 from prefmill.checklist.items import Item, load_checklist
 from prefmill.checklist.optimize import proposals
-from prefmill.checklist.optimize.candidates import gather, with_paraphrases
+from prefmill.checklist.optimize.candidates import collect_candidates, with_paraphrases
 from prefmill.checklist.optimize.config import ProposeConfig, SelectConfig
 from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
 from prefmill.core.config import validate
@@ -88,13 +88,13 @@ def test_candidates(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text('name: mine\nitems:\n- {id: kind, question: "Is it kind?", source: me}\n')
     extra = Item(id="more", question="Is there more to it?", source="model")
-    assert gather(mine, True, [extra]).ids == (*load_checklist().ids, "kind", "more")
-    assert gather(mine, False, [extra]).ids == ("kind", "more")
+    assert collect_candidates(mine, True, [extra]).ids == (*load_checklist().ids, "kind", "more")
+    assert collect_candidates(mine, False, [extra]).ids == ("kind", "more")
     with pytest.raises(ConfigError, match="too few candidate items"):
-        gather(mine, False, [])
+        collect_candidates(mine, False, [])
     mine.write_text('name: mine\nitems:\n- {id: summary, question: "Is it kind?", source: me}\n')
     with pytest.raises(ConfigError, match=r"same id[\s\S]*summary"):
-        gather(mine, True, [])
+        collect_candidates(mine, True, [])
 
 
 def test_paraphrases_are_items_of_their_own() -> None:
@@ -140,7 +140,7 @@ def test_proposals_become_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert told == ANSWER
     assert [item.question for item in items] == proposals.new_questions(ANSWER, [])[:2]
     assert {item.source for item in items} == {"proposed by judge"}, "no path of a machine goes into the checklist"
-    assert gather(None, True, items).ids[-1] == items[1].id
+    assert collect_candidates(None, True, items).ids[-1] == items[1].id
     assert asked[0].count("BEGIN REVIEW") == 2
     assert all(item.question in asked[0] for item in load_checklist().items)
     monkeypatch.setattr(proposals, "_generate", lambda *_: "no idea")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from prefmill.cli import doctor
-from prefmill.cli.doctor import Finding
+from prefmill.cli.doctor import Diagnosis
 
 
-def only(findings: list[Finding]) -> Finding:
+def only(findings: list[Diagnosis]) -> Diagnosis:
     (found,) = findings
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefmill.datasets.cross_checks import Leaks, Repeats, moments, order_problems, rating_problems_of
-from prefmill.datasets.examples import Answered, Example
+from prefmill.datasets.examples import Answered, CheckedRow
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import Files, Occurrences, fingerprint
 from prefmill.datasets.registry import DatasetKey
@@ -15,10 +15,10 @@ from prefmill.datasets.registry import DatasetKey
 LONG = "A long review. " * 40
 
 
-def example(line: int, row_id: str = "", texts: tuple[str, ...] = (LONG,), **changes: Any) -> Example:
+def example(line: int, row_id: str = "", texts: tuple[str, ...] = (LONG,), **changes: Any) -> CheckedRow:
     answers = tuple(Answered(f"{text}\nRating: 5", text, 5.0) for text in texts)
     key = DatasetKey("dpo" if len(texts) == 2 else "sft", "clean", changes.pop("split", "train"))
-    found = Example(key, line, row_id or f"r{line}", f"p{line}", f"Title: T{line}", answers, (), (), None, None)
+    found = CheckedRow(key, line, row_id or f"r{line}", f"p{line}", f"Title: T{line}", answers, (), (), None, None)
     return found._replace(**changes)
 
 
@@ -28,14 +28,14 @@ def found_in(report: Any) -> list[tuple[str, str, str, str]]:
     return [tuple(finding) for finding in findings.listed]
 
 
-def repeats_in(*examples: Example) -> list[tuple[str, str, str, str]]:
+def repeats_in(*examples: CheckedRow) -> list[tuple[str, str, str, str]]:
     repeats = Repeats(Files())
     for item in examples:
         repeats.add(item, tuple(fingerprint(answer.text) for answer in item.answers))
     return found_in(repeats.report)
 
 
-def leaks_in(*examples: Example, held_out: str | None = None) -> list[tuple[str, str, str, str]]:
+def leaks_in(*examples: CheckedRow, held_out: str | None = None) -> list[tuple[str, str, str, str]]:
     leaks = Leaks(Files(), min_shared_characters=400)
     for item in examples:
         leaks.add_example(item, tuple(fingerprint(answer.text) for answer in item.answers), True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefmill.core.records import Modality, Paper
-from prefmill.datasets.examples import Example, read_examples
+from prefmill.datasets.examples import CheckedRow, read_examples
 from prefmill.datasets.pairs import orient
 from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.row_checks import contrast_problems, image_problems, marker_problems, rating_problems
@@ -38,7 +38,7 @@ def make(paper: Paper, scored: Any) -> Any:
 def read(tmp_path: Path) -> Any:
     """A row as the validator reads it back."""
 
-    def example(key: DatasetKey, row: Row | bytes) -> Example | str:
+    def example(key: DatasetKey, row: Row | bytes) -> CheckedRow | str:
         path = tmp_path / key.file_name()
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(row if isinstance(row, bytes) else json.dumps(row).encode())
@@ -54,7 +54,7 @@ def read(tmp_path: Path) -> Any:
 def test_sound_rows_pass(kind: Any, modality: Modality, make: Any, read: Any) -> None:
     key = DatasetKey(kind, modality, "val")
     example = read(key, make(key))
-    assert isinstance(example, Example), example
+    assert isinstance(example, CheckedRow), example
     problems = [*rating_problems(example), *contrast_problems(example, 2, 2), *marker_problems(example)]
     assert problems == []
     assert example.where == f"{kind}_{modality}_val/data.jsonl:1"
@@ -93,7 +93,7 @@ def test_format_faults_are_named(fault: str, make: Any, read: Any) -> None:
 def test_one_system_turn_is_fine(make: Any, read: Any) -> None:
     row = make(DPO)
     row["conversations"].insert(0, {"from": "system", "value": "You review papers."})
-    assert isinstance(read(DPO, row), Example)
+    assert isinstance(read(DPO, row), CheckedRow)
 
 
 @pytest.mark.parametrize(

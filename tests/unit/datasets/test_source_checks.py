@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefmill.core.records import Paper
-from prefmill.datasets.examples import Answered, Example
+from prefmill.datasets.examples import Answered, CheckedRow
 from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.selection import rank
 from prefmill.datasets.source_checks import Claims, Source, source_problems
@@ -22,11 +22,11 @@ def source(paper: Paper, scored: Any) -> Source:
     return Source(paper, reviews, {item.evaluation["review_id"]: item.evaluation for item in items})
 
 
-def row(source: Source, *ids: str) -> Example:
+def row(source: Source, *ids: str) -> CheckedRow:
     answers = tuple(Answered(review_completion(source.reviews[item], COMMON_SCALE), "text", 5.0) for item in ids)
     key = DatasetKey("dpo" if len(ids) == 2 else "sft", "clean", "train")
     diffs = (3.0, 5.0) if len(ids) == 2 else (None, None)
-    return Example(key, 1, ":".join(ids), "p", "prompt", answers, ids, (), *diffs)
+    return CheckedRow(key, 1, ":".join(ids), "p", "prompt", answers, ids, (), *diffs)
 
 
 def claims(source: Source, cut: str = "b") -> Claims:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefmill.datasets.examples import Answered, Example
+from prefmill.datasets.examples import Answered, CheckedRow
 from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.token_lengths import TokenCounter
 
@@ -32,10 +32,10 @@ class Patches:
         return height * width // 14**2
 
 
-def example(prompt: str, *completions: str, images: tuple[str, ...] = ()) -> Example:
+def example(prompt: str, *completions: str, images: tuple[str, ...] = ()) -> CheckedRow:
     key = DatasetKey("dpo", "vision" if images else "clean", "train")
     answers = tuple(Answered(text, text, 5.0) for text in completions)
-    return Example(key, 1, "r", "p", prompt, answers, (), images, None, None)
+    return CheckedRow(key, 1, "r", "p", prompt, answers, (), images, None, None)
 
 
 def test_prompt_longest_completion_and_template(tmp_path: Path) -> None:

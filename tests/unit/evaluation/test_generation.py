@@ -11,8 +11,8 @@ import torch
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.generation import (
+    GenerationRequest,
     KeyedSampler,
-    Request,
     Sampling,
     generate_reviews,
     inverse_cdf,
@@ -89,27 +89,33 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def requests() -> list[Request]:
+def requests() -> list[GenerationRequest]:
     draw = np.random.default_rng(5)
     return [
-        Request(f"paper{index}", sample, tuple(int(token) for token in draw.integers(3, VOCABULARY, 3 + index)))
+        GenerationRequest(
+            f"paper{index}", sample, tuple(int(token) for token in draw.integers(3, VOCABULARY, 3 + index))
+        )
         for index in range(7)
         for sample in range(2)
     ]
 
 
-def completed(model: Any, requests: list[Request], folder: Path, batch_size: int, sampling: Sampling = SAMPLING) -> Any:
+def completed(
+    model: Any, requests: list[GenerationRequest], folder: Path, batch_size: int, sampling: Sampling = SAMPLING
+) -> Any:
     return generate_reviews(model, WordTokenizer(), requests, sampling, batch_size, folder)  # type: ignore[arg-type]
 
 
-def test_a_sample_does_not_depend_on_its_batch(model: Any, requests: list[Request], tmp_path: Path) -> None:
+def test_a_sample_does_not_depend_on_its_batch(model: Any, requests: list[GenerationRequest], tmp_path: Path) -> None:
     alone = completed(model, requests, tmp_path / "one", 1)
     assert completed(model, requests, tmp_path / "five", 5) == alone
     assert completed(model, requests[::-1][3:], tmp_path / "fewer", 4).items() <= alone.items()
     assert len({row["text"] for row in alone.values()}) > len(requests) // 2  # the control: it does sample
 
 
-def test_the_models_own_generation_defaults_are_set_aside(model: Any, requests: list[Request], tmp_path: Path) -> None:
+def test_the_models_own_generation_defaults_are_set_aside(
+    model: Any, requests: list[GenerationRequest], tmp_path: Path
+) -> None:
     plain = completed(model, requests, tmp_path / "plain", 4)
     own = model.generation_config
     model.generation_config = type(own)(repetition_penalty=5.0, top_k=1, temperature=9.0, do_sample=True)
@@ -120,14 +126,14 @@ def test_the_models_own_generation_defaults_are_set_aside(model: Any, requests: 
         model.generation_config = own
 
 
-def test_greedy_takes_the_likeliest_token(model: Any, requests: list[Request], tmp_path: Path) -> None:
+def test_greedy_takes_the_likeliest_token(model: Any, requests: list[GenerationRequest], tmp_path: Path) -> None:
     rows = completed(model, requests[:1], tmp_path, 1, Sampling(1, 0.0, 1.0, 0))
     with torch.inference_mode():
         logits = model(torch.tensor([requests[0].prompt_ids])).logits[0, -1]
     assert rows["paper0", 0]["text"] == str(int(logits.argmax()))
 
 
-def test_a_model_without_keys_and_values_writes_too(requests: list[Request], tmp_path: Path) -> None:
+def test_a_model_without_keys_and_values_writes_too(requests: list[GenerationRequest], tmp_path: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, pad_token_id=0, eos_token_id=1)
@@ -145,7 +151,7 @@ def test_an_end_token_ends_the_text_and_the_limit_truncates_it(model: Any, tmp_p
     class EndsSoon(WordTokenizer):
         eos_token_id = 7
 
-    many = [Request(f"p{index}", 0, (5, 6)) for index in range(60)]
+    many = [GenerationRequest(f"p{index}", 0, (5, 6)) for index in range(60)]
     rows = generate_reviews(model, EndsSoon(), many, SAMPLING, 30, tmp_path).values()  # type: ignore[arg-type]
     assert {row["truncated"] for row in rows} == {True, False}
     for row in rows:
@@ -154,7 +160,7 @@ def test_an_end_token_ends_the_text_and_the_limit_truncates_it(model: Any, tmp_p
 
 
 def test_an_interrupted_run_resumes_at_the_first_missing_batch(
-    model: Any, requests: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, requests: list[GenerationRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = completed(model, requests, tmp_path / "whole", 4)
     generate, calls = model.generate, []
@@ -175,7 +181,7 @@ def test_an_interrupted_run_resumes_at_the_first_missing_batch(
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_prompts_that_do_not_fit_are_refused_by_name(model: Any, requests: list[Request]) -> None:
+def test_prompts_that_do_not_fit_are_refused_by_name(model: Any, requests: list[GenerationRequest]) -> None:
     assert max_prompt_tokens(model.config, 60) == 4
     with pytest.raises(InputError, match=r"5 prompts do not fit(.|\n)*paper6(.|\n)*9 tokens(.|\n)*max_prompt_tokens=4"):
         require_fitting(requests, 4)

@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 
 from prefmill.evaluation.metrics import MEASURES, average, f1_score, measure, measure_review, rank_correlation
-from prefmill.evaluation.rows import PaperFacts, Scored
+from prefmill.evaluation.rows import EvaluatedReview, PaperFacts
 from prefmill.reviews.text_statistics import distinct_share, ngrams, repeated_share, words
 
 
 def review(
     paper: str, text: str, rating: float | None, yes: tuple[bool, ...], factors: int | None = None, human: bool = False
-) -> Scored:
+) -> EvaluatedReview:
     """A scored review whose items are q0, q1, ..."""
     generation: Any = {"paper_id": paper, "sample": 0, "text": text, "rating": rating, "truncated": False}
     answers = {f"q{index}": {"yes": answer, "p_yes": 0.5} for index, answer in enumerate(yes)}
     evaluation: Any = {"answers": answers, "checkmark_score": float(sum(yes))}
     held = None if factors is None else {f"f{index}": index < factors for index in range(3)}
-    return Scored(generation, evaluation, held, human)
+    return EvaluatedReview(generation, evaluation, held, human)
 
 
 PAPERS = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS
-from prefmill.slurm.failures import POLICIES, Evidence, Failure, Means, classify, decide, signature
+from prefmill.slurm.failures import POLICIES, Evidence, Failure, RetryOptions, classify, decide, signature
 from prefmill.slurm.jobs import JobState
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 3, in run\nValueError: bad value 17\n'
@@ -93,7 +93,7 @@ def past(kind: str, times: int, **more: Any) -> list[dict[str, Any]]:
     ("kind", "retries"), [(kind, p.retries) for kind, p in POLICIES.items() if p.retries is not None]
 )
 def test_each_class_is_retried_so_often_and_then_says_what_to_do(kind: Any, retries: int) -> None:
-    means = Means(memory_gb=10, memory_limit_gb=1000)
+    means = RetryOptions(memory_gb=10, memory_limit_gb=1000)
     for times in range(retries):
         assert decide("a:b", Failure(kind, "", ""), Evidence(), past(kind, times), means).action == "retry"
     last = decide("a:b", Failure(kind, "", ""), Evidence(), past(kind, retries), means)
@@ -106,10 +106,10 @@ def test_each_class_is_retried_so_often_and_then_says_what_to_do(kind: Any, retr
 @pytest.mark.parametrize("kind", ["preempted", "time_limit"])
 def test_time_limits_go_on_for_ever_with_progress_and_five_times_without(kind: Any) -> None:
     many = past(kind, 100)
-    assert decide("a:b", Failure(kind, "", ""), Evidence(progressed=True), many, Means()).action == "retry"
+    assert decide("a:b", Failure(kind, "", ""), Evidence(progressed=True), many, RetryOptions()).action == "retry"
     for idle in range(1, MAX_IDLE_ATTEMPTS):
-        assert decide("a:b", Failure(kind, "", ""), Evidence(idle=idle), many, Means()).action == "retry"
-    stopped = decide("a:b", Failure(kind, "", ""), Evidence(idle=MAX_IDLE_ATTEMPTS), [], Means())
+        assert decide("a:b", Failure(kind, "", ""), Evidence(idle=idle), many, RetryOptions()).action == "retry"
+    stopped = decide("a:b", Failure(kind, "", ""), Evidence(idle=MAX_IDLE_ATTEMPTS), [], RetryOptions())
     assert stopped.action == "stop"
     assert "prefmill rerun a:b" in stopped.todo
 
@@ -120,15 +120,15 @@ def test_the_same_traceback_twice_stops_and_another_does_not() -> None:
     other = classify(Evidence(failed("ValueError", TRACEBACK.replace("bad", "no"))))
     before = past("bug", 1, signature=first.signature)
     assert first.signature == same.signature == signature(TRACEBACK)
-    assert decide("a:b", same, Evidence(), before, Means()).action == "stop"
-    assert decide("a:b", other, Evidence(), before, Means()).action == "retry"
+    assert decide("a:b", same, Evidence(), before, RetryOptions()).action == "stop"
+    assert decide("a:b", other, Evidence(), before, RetryOptions()).action == "retry"
 
 
 def test_memory_grows_up_to_the_partitions_and_no_further() -> None:
     failure = Failure("host_memory", "", "")
 
     def given(memory: float | None, limit: float | None) -> tuple[str, float | None]:
-        decision = decide("a:b", failure, Evidence(), [], Means(memory, limit))
+        decision = decide("a:b", failure, Evidence(), [], RetryOptions(memory, limit))
         return decision.action, decision.memory_gb
 
     assert given(64, 1000) == ("retry", 96)
@@ -140,17 +140,19 @@ def test_memory_grows_up_to_the_partitions_and_no_further() -> None:
 
 def test_a_full_disk_is_waited_for_and_not_charged() -> None:
     failure = Failure("disk", "", "")
-    assert decide("a:b", failure, Evidence(), past("disk", 9), Means(has_room=False)).action == "wait"
-    assert decide("a:b", failure, Evidence(), [], Means(has_room=True)).action == "retry"
+    assert decide("a:b", failure, Evidence(), past("disk", 9), RetryOptions(has_room=False)).action == "wait"
+    assert decide("a:b", failure, Evidence(), [], RetryOptions(has_room=True)).action == "retry"
 
 
 def test_a_gpu_that_is_too_small_is_tried_with_less_until_nothing_is_left() -> None:
     failure = Failure("gpu_memory", "CUDA out of memory", "log")
-    again = decide("a:b", failure, Evidence(), past("gpu_memory", 9), Means(smaller={"per_device_train_batch_size": 2}))
+    again = decide(
+        "a:b", failure, Evidence(), past("gpu_memory", 9), RetryOptions(smaller={"per_device_train_batch_size": 2})
+    )
     assert (again.action, again.why, again.smaller) == (
         "retry", "with per_device_train_batch_size=2", {"per_device_train_batch_size": 2},
     )  # fmt: skip
-    last = decide("a:b", failure, Evidence(progressed=True), [], Means())
+    last = decide("a:b", failure, Evidence(progressed=True), [], RetryOptions())
     assert last.action == "stop"
     assert "max_length" in last.todo
 

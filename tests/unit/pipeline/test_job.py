@@ -16,7 +16,7 @@ from prefmill.distributed.torchrun import arguments
 from prefmill.pipeline import attempts
 from prefmill.pipeline import subprocess_runner as children
 from prefmill.pipeline.manual_submission import stage_plan
-from prefmill.pipeline.subprocess_runner import Layout, Warnings
+from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher
 from prefmill.slurm.job import element_id
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "10"}
@@ -59,10 +59,10 @@ def test_only_this_element_is_requeued(environment: dict[str, str], expected: st
     assert element_id(environment) == expected
 
 
-def collect(folder: Path, code: int, warnings: Warnings | None = None, log: str = "") -> Any:
+def collect(folder: Path, code: int, warnings: SignalWatcher | None = None, log: str = "") -> Any:
     """What is made of a child that has ended with `code`."""
     (folder / "x.log").write_text(log)
-    return children._collect(folder, code, warnings or Warnings(100), folder / "x.log", 0)
+    return children._collect(folder, code, warnings or SignalWatcher(100), folder / "x.log", 0)
 
 
 def test_a_result_counts_only_with_exit_code_zero(tmp_path: Path) -> None:
@@ -118,14 +118,14 @@ def test_a_signal_is_named_also_beneath_torchrun(tmp_path: Path, code: int, log:
 @pytest.mark.parametrize(("number", "state"), [(signal.SIGUSR1, "requeued"), (signal.SIGTERM, "terminated")])
 def test_a_warning_decides_between_requeue_and_the_end(tmp_path: Path, number: signal.Signals, state: str) -> None:
     with pytest.raises(AttemptError) as caught:
-        collect(tmp_path, -15, Warnings(100, [number]))
+        collect(tmp_path, -15, SignalWatcher(100, [number]))
     assert caught.value.state == state
 
 
 def test_a_real_failure_after_a_warning_stays_a_failure(tmp_path: Path) -> None:
     (tmp_path / children.FAILURE).write_text(json.dumps({"kind": "ValueError", "error": "a bug"}))
     with pytest.raises(AttemptError) as caught:
-        collect(tmp_path, 1, Warnings(100, [signal.SIGUSR1]))
+        collect(tmp_path, 1, SignalWatcher(100, [signal.SIGUSR1]))
     assert caught.value.state == "failed"
 
 

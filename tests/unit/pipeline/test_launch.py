@@ -19,7 +19,7 @@ from prefmill.slurm.cluster import ClusterFile, Resources
 from prefmill.slurm.script import array_script, array_spec
 from prefmill.slurm.submission import Submission, claim_folder, submissions
 from prefmill.slurm.submit import submit
-from prefmill.slurm.task_batches import Batch, dependency, make_batches
+from prefmill.slurm.task_batches import TaskBatch, dependency, make_batches
 
 EACH = Stage(
     "each", UseConfig, use, "data", "review_scores", {"numbers": Reads("review_corpus", "make", "elementwise")}
@@ -31,7 +31,7 @@ def _each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STAGES, "each", EACH)
 
 
-def waits(batches: list[Batch], whole: dict[str, tuple[int, ...]] | None = None) -> list[str]:
+def waits(batches: list[TaskBatch], whole: dict[str, tuple[int, ...]] | None = None) -> list[str]:
     """Every batch's dependency, jobs by the names of their batches."""
     jobs = {**(whole or {}), **{batch.name: batch.indices for batch in batches}}
     return [dependency(batch, jobs, {}) for batch in batches]

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from prefmill.reviews.rows import Item, Problem
+from prefmill.reviews.rows import Item, RowProblem
 from prefmill.reviews.source import SourceConfig, read_source
 from prefmill.reviews.sources import Source
 
@@ -24,12 +24,12 @@ def source(**values: Any) -> SourceConfig:
     return Holder.model_validate_json(json.dumps({"source": values}, default=str)).source
 
 
-def read(config: SourceConfig) -> tuple[list[Item], list[Problem]]:
+def read(config: SourceConfig) -> tuple[list[Item], list[RowProblem]]:
     """All items, and all problems."""
     items: list[Item] = []
     problems = []
     for row in read_source(config, 0):
-        if isinstance(row, Problem):
+        if isinstance(row, RowProblem):
             problems.append(row)
         else:
             items += row[1]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prefmill.core.errors import InputError
 from prefmill.reviews import files
 from prefmill.reviews.files import csv_rows, json_file_row, json_rows, jsonl_rows
-from prefmill.reviews.rows import Problem, Row
+from prefmill.reviews.rows import RawRow, RowProblem
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -24,7 +24,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def values(rows: Any) -> list[Any]:
     found = list(rows)
-    assert all(isinstance(row, Row) for row in found), found
+    assert all(isinstance(row, RawRow) for row in found), found
     return [row.values for row in found]
 
 
@@ -33,14 +33,14 @@ def test_json_lines_with_blanks_bom_and_gzip(tmp_path: Path) -> None:
     expected = [(1, {"a": 1}), (4, {"a": 2})]
     for path in (write(tmp_path / "x.jsonl", content), write(tmp_path / "odd.name", gzip.compress(content))):
         rows = list(jsonl_rows(path, 0))
-        assert [(row.place.line, row.values) for row in rows if isinstance(row, Row)] == expected
+        assert [(row.place.line, row.values) for row in rows if isinstance(row, RawRow)] == expected
 
 
 def test_a_bad_line_is_a_problem_and_the_others_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", b'{"a": 1}\n{"a": \n\xff{"a"}\n[1]\n{"a": 2}\n')
     rows = list(jsonl_rows(path, 3))
-    problems = [row for row in rows if isinstance(row, Problem)]
-    assert [row.values for row in rows if isinstance(row, Row)] == [{"a": 1}, {"a": 2}]
+    problems = [row for row in rows if isinstance(row, RowProblem)]
+    assert [row.values for row in rows if isinstance(row, RawRow)] == [{"a": 1}, {"a": 2}]
     assert [(problem.place.source, problem.place.line) for problem in problems] == [(3, 2), (3, 3), (3, 4)]
     assert "not JSON" in problems[0].reason
     assert "UTF-8" in problems[1].reason
@@ -109,7 +109,7 @@ def test_a_broken_array_names_the_line_where_its_object_begins(tmp_path: Path) -
 
 def test_a_broken_json_file_names_its_line(tmp_path: Path) -> None:
     problem = json_file_row(write(tmp_path / "x.json", '{"a": 1,\n"b" 2}'), 0)
-    assert isinstance(problem, Problem)
+    assert isinstance(problem, RowProblem)
     assert problem.place.line == 2
 
 
@@ -122,7 +122,11 @@ def test_csv_with_quotes_and_lines_inside_cells(tmp_path: Path) -> None:
 
 def test_csv_rows_of_another_length_are_problems(tmp_path: Path) -> None:
     rows = list(csv_rows(write(tmp_path / "x.csv", "id,text\nr1\nr2,b\nr3,c,d\n"), 0))
-    assert [(type(row).__name__, row.place.line) for row in rows] == [("Problem", 2), ("Row", 3), ("Problem", 4)]
+    assert [(type(row).__name__, row.place.line) for row in rows] == [
+        ("RowProblem", 2),
+        ("RawRow", 3),
+        ("RowProblem", 4),
+    ]
 
 
 @pytest.mark.parametrize(

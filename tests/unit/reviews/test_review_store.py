@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefmill.reviews.rows import DecisionRow, PaperRow, Place, Problem, ReviewRow, RowError
+from prefmill.reviews.rows import DecisionRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.store import CorpusStore
 
 
@@ -154,7 +154,7 @@ def _by_title(titles: dict[int, int]) -> list[list[str]]:
 
 
 def test_problems_are_kept_in_order(store: CorpusStore) -> None:
-    problems = [Problem(Place(1, "/x/b.json", None, f"note {index}"), "why", "how", "row") for index in range(3)]
+    problems = [RowProblem(Place(1, "/x/b.json", None, f"note {index}"), "why", "how", "row") for index in range(3)]
     for problem in problems:
         store.add_problem(problem)
     assert list(store.problems()) == problems

@@ -13,14 +13,14 @@ from prefmill.families.causal.chat import encode
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.scorer import encode_pairwise, encode_sequences, patch_forward, score_batch, token_logps
 from prefmill.training.batches import GroupPart
-from prefmill.training.data import Group, gather, read_pairs
+from prefmill.training.data import Group, group_by_prompt, read_pairs
 from prefmill.training.objectives import OBJECTIVES, PairScores, Settings
 
 
 @pytest.fixture(scope="module")
 def groups(tiny_qwen2: Path, pairs_file: Path) -> list[Group]:
     tokenizer = load_tokenizer(str(tiny_qwen2))
-    return gather(read_pairs(pairs_file), lambda messages, answer: encode(tokenizer, messages, answer))
+    return group_by_prompt(read_pairs(pairs_file), lambda messages, answer: encode(tokenizer, messages, answer))
 
 
 def one_at_a_time(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:

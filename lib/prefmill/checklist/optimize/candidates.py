@@ -11,7 +11,7 @@ from prefmill.core.errors import ConfigError
 PARAPHRASE = "paraphrase_{item}_{number}"
 
 
-def gather(path: Path | None, shipped: bool, proposed: Sequence[Item]) -> Checklist:
+def collect_candidates(path: Path | None, shipped: bool, proposed: Sequence[Item]) -> Checklist:
     """All candidates under one name; raises ConfigError when there are fewer than two or an id is given twice."""
     items = [*(load_checklist().items if shipped else ()), *(load_checklist(path).items if path else ()), *proposed]
     ids = [item.id for item in items]

@@ -14,7 +14,7 @@ from prefmill.checklist.engine import Engine
 from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import Checklist, Item, save_checklist
 from prefmill.checklist.optimize import dev_data, export_step, refit_step, select_step
-from prefmill.checklist.optimize.candidates import gather, with_paraphrases
+from prefmill.checklist.optimize.candidates import collect_candidates, with_paraphrases
 from prefmill.checklist.optimize.config import (
     ExportConfig,
     ProposeConfig,
@@ -93,7 +93,7 @@ class _Steps:
             work = self.task.work / "propose"
             proposed, answer = propose(config, texts, self.plan.seed, work, self.task.progress)
             write_atomic(folder / ANSWER, answer + "\n")
-        save_checklist(gather(config.candidates, config.shipped, proposed), folder / CANDIDATES)
+        save_checklist(collect_candidates(config.candidates, config.shipped, proposed), folder / CANDIDATES)
 
     def score(self, folder: Path) -> None:
         config = self.plan.score

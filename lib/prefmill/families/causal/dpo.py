@@ -37,7 +37,7 @@ from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, w
 from prefmill.training.adapter import add_adapter
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.training.config import TrainingConfig, accumulation, weights_precision
-from prefmill.training.data import Group, PreferencePair, gather, read_pairs, swap_by_coin
+from prefmill.training.data import Group, PreferencePair, group_by_prompt, read_pairs, swap_by_coin
 from prefmill.training.family import Family, Reference, by_group
 from prefmill.training.loop import TrainingSpec, report_dropped, run_training
 from prefmill.training.objectives import Settings, mix
@@ -112,7 +112,9 @@ def load_groups(
     """
     pairs = (_placed(pair, reader) for pair in read_pairs(path))
     chosen = swap_by_coin(pairs, config.seed) if shuffle else pairs
-    groups = gather(chosen, reader.encode if reader else lambda messages, answer: encode(tokenizer, messages, answer))
+    groups = group_by_prompt(
+        chosen, reader.encode if reader else lambda messages, answer: encode(tokenizer, messages, answer)
+    )
     dropped = [
         {"id": pair.pair_id, "file": path.parent.name, "num_tokens": group.tokens_of(pair)}
         for group in groups

@@ -33,7 +33,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One sample to generate: `key` (here a paper) and `sample` name its random stream; the prompt as token ids.
 
     `images` are the files of its images, in the order of their tokens.
@@ -60,7 +60,7 @@ def encode_prompts(
     chats: Mapping[str, Sequence[Mapping[str, Any]]],
     num_samples: int,
     reader: ImageReader | None = None,
-) -> list[Request]:
+) -> list[GenerationRequest]:
     """The requests for `num_samples` answers to each chat, by the tokenizer's chat template.
 
     Chats with images need the model's `reader`; see `vision.with_images`.
@@ -72,7 +72,7 @@ def encode_prompts(
         else:  # the template wrote the special tokens
             text = prompt_text(tokenizer, messages)
             ids, images = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), ()
-        requests += [Request(key, sample, ids, images) for sample in range(num_samples)]
+        requests += [GenerationRequest(key, sample, ids, images) for sample in range(num_samples)]
     return requests
 
 
@@ -89,7 +89,7 @@ def max_prompt_tokens(config: PreTrainedConfig, max_new_tokens: int) -> int | No
     return int(context) - max_new_tokens
 
 
-def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
+def plan_batches(requests: Sequence[GenerationRequest], batch_size: int) -> list[list[GenerationRequest]]:
     """Batches of similar prompt length, the longest first (a batch too large for memory fails at once).
 
     Deterministic: an interrupted run plans the same batches again.
@@ -101,7 +101,7 @@ def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[Requ
 def generate_reviews(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     sampling: Sampling,
     batch_size: int,
     folder: Path,
@@ -114,7 +114,7 @@ def generate_reviews(
     for rounding; at a lower precision padding moves logits by enough to change a token now and then.
     """
 
-    def generate(batch: Sequence[Request]) -> list[Completion]:
+    def generate(batch: Sequence[GenerationRequest]) -> list[Completion]:
         return generate_batch(model, tokenizer, batch, sampling, reader)
 
     rows = kept_rows(folder, "generated", plan_batches(requests, batch_size), generate, progress, "reviews generated")
@@ -124,7 +124,7 @@ def generate_reviews(
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Request],
+    batch: Sequence[GenerationRequest],
     sampling: Sampling,
     reader: ImageReader | None = None,
 ) -> list[Completion]:
@@ -203,7 +203,7 @@ def stream_seed(seed: int, key: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}/{sample}".encode()).digest()[:16])
 
 
-def require_fitting(requests: Sequence[Request], limit: int | None) -> None:
+def require_fitting(requests: Sequence[GenerationRequest], limit: int | None) -> None:
     """Raises InputError naming the longest prompt when it has more than `limit` tokens: nothing is cut silently."""
     longest = max(requests, key=lambda request: len(request.prompt_ids))
     if limit is not None and len(longest.prompt_ids) > limit:
@@ -242,7 +242,9 @@ def _room(model: PreTrainedModel, num_tokens: int) -> dict[str, Any]:
     return {"past_key_values": StaticCache(model.config, max_cache_len=num_tokens), "disable_compile": True}
 
 
-def _images(batch: Sequence[Request], tokens: torch.Tensor, reader: ImageReader | None) -> dict[str, torch.Tensor]:
+def _images(
+    batch: Sequence[GenerationRequest], tokens: torch.Tensor, reader: ImageReader | None
+) -> dict[str, torch.Tensor]:
     """What the model needs of the batch's images; nothing where there are none."""
     paths = [path for request in batch for path in request.images]
     if not paths:
@@ -255,7 +257,7 @@ def _images(batch: Sequence[Request], tokens: torch.Tensor, reader: ImageReader 
     }  # fmt: skip
 
 
-def _processors(batch: Sequence[Request], sampling: Sampling, prompt_length: int) -> list[KeyedSampler]:
+def _processors(batch: Sequence[GenerationRequest], sampling: Sampling, prompt_length: int) -> list[KeyedSampler]:
     if sampling.temperature == 0:
         return []
     rows = [uniforms(sampling.seed, item.key, item.sample, sampling.max_new_tokens) for item in batch]
@@ -270,7 +272,11 @@ def end_token_ids(stated: GenerationConfig | None, tokenizer: PreTrainedTokenize
 
 
 def as_completion(
-    request: Request, ids: Sequence[int], end_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+    request: GenerationRequest,
+    ids: Sequence[int],
+    end_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
 ) -> Completion:
     """The completion that the generated `ids` are, up to the first that ends it."""
     end = next((index for index, token in enumerate(ids) if token in end_ids), None)

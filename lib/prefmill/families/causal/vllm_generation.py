@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
 
-from prefmill.families.causal.generation import Completion, Request, Sampling, as_completion, stream_seed
+from prefmill.families.causal.generation import Completion, GenerationRequest, Sampling, as_completion, stream_seed
 from prefmill.families.causal.vision import ImageReader
 from prefmill.store.journal import Journal
 from prefmill.store.missing import Progress, silent
@@ -26,7 +26,7 @@ def generate_with_vllm(
     llm: Any,
     tokenizer: PreTrainedTokenizerBase,
     end_ids: Sequence[int],
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     sampling: Sampling,
     batch_size: int,
     folder: Path,
@@ -61,13 +61,13 @@ def generate_with_vllm(
 
 
 def _finished(
-    engine: Any, asked: Iterator[tuple[Request, dict[str, Any], SamplingParams]], num_in_flight: int
-) -> Generator[tuple[Request, list[int]]]:
+    engine: Any, asked: Iterator[tuple[GenerationRequest, dict[str, Any], SamplingParams]], num_in_flight: int
+) -> Generator[tuple[GenerationRequest, list[int]]]:
     """Every request with the token ids it got, in the order in which they end.
 
     Images are read when their request's turn comes: those of a whole corpus do not fit the memory.
     """
-    waiting: dict[str, Request] = {}
+    waiting: dict[str, GenerationRequest] = {}
     numbered = enumerate(asked)
     try:
         while True:
@@ -86,7 +86,7 @@ def _finished(
             engine.abort_request(list(waiting))
 
 
-def _prompt(request: Request, reader: ImageReader | None) -> dict[str, Any]:
+def _prompt(request: GenerationRequest, reader: ImageReader | None) -> dict[str, Any]:
     """vLLM expands an image's token itself, and is given RGB, so that it decodes and rotates nothing in its own way."""
     if not request.images:
         return {"prompt_token_ids": list(request.prompt_ids)}
@@ -95,7 +95,7 @@ def _prompt(request: Request, reader: ImageReader | None) -> dict[str, Any]:
     return {"prompt_token_ids": reader.collapsed(request.prompt_ids), "multi_modal_data": {"image": images}}
 
 
-def _parameters(request: Request, end_ids: Sequence[int], sampling: Sampling) -> SamplingParams:
+def _parameters(request: GenerationRequest, end_ids: Sequence[int], sampling: Sampling) -> SamplingParams:
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,

@@ -12,7 +12,7 @@ from prefmill.core.precision import Precision
 from prefmill.distributed.devices import visible_gpus
 
 if TYPE_CHECKING:
-    from prefmill.families.causal.generation import Request
+    from prefmill.families.causal.generation import GenerationRequest
     from prefmill.families.causal.vision import ImageReader
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -75,7 +75,7 @@ def open_vllm(
     )
 
 
-def image_options(reader: ImageReader, requests: Sequence[Request]) -> dict[str, Any]:
+def image_options(reader: ImageReader, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
     """What `open_vllm` must know of images: how many a prompt has at most, and the reader's bounds on their pixels."""
     most = max(len(request.images) for request in requests)
     return {

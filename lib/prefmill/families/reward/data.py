@@ -96,7 +96,7 @@ def coin(seed: int, pair_id: str) -> bool:
     return random.Random(f"{seed}:{pair_id}").random() < 0.5
 
 
-def gather(rows: Sequence[LabelledPair]) -> list[ImageGroup]:
+def group_pairs_by_prompt(rows: Sequence[LabelledPair]) -> list[ImageGroup]:
     """The pairs by prompt, prompts in the order in which they first appear."""
     by_prompt: dict[str, list[LabelledPair]] = {}
     for row in rows:

@@ -29,7 +29,7 @@ from prefmill.families.reward.data import (
     PixelReader,
     coin,
     flip_by_coin,
-    gather,
+    group_pairs_by_prompt,
     in_half,
     read_pairs,
 )
@@ -78,8 +78,8 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
         task=task,
         load=lambda: _load(clip, config, wanted),
         data=Preferences(
-            train=train_data(gather(learnt), config),
-            val=val_data(gather(held_out["val"]), config),
+            train=train_data(group_pairs_by_prompt(learnt), config),
+            val=val_data(group_pairs_by_prompt(held_out["val"]), config),
             family=reward_family(PixelReader(processor, wanted.crop_scale, config.seed)),
             objective=mix(["bradley_terry_heads"], [1.0], settings, RewardFamily.supplies),
             settings=settings,

@@ -67,7 +67,7 @@ class Ema(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class TrainingSamples:
     """Which prompts are drawn, how often, in how many denoising steps, of what size in pixels, and computed in what."""
 
     prompts: Sequence[str]
@@ -80,7 +80,9 @@ class Sampling:
 class SampleGrid(TrainerCallback):
     """Draws the prompts every so many steps, each from its own fixed noise, side by side in one picture in the logs."""
 
-    def __init__(self, sampling: Sampling, folder: SdxlFolder, cache: TensorCache, texts: TextKeys, logs: Path) -> None:
+    def __init__(
+        self, sampling: TrainingSamples, folder: SdxlFolder, cache: TensorCache, texts: TextKeys, logs: Path
+    ) -> None:
         self.sampling, self.folder, self.cache, self.texts, self.logs = sampling, folder, cache, texts, logs
 
     def on_step_end(

@@ -18,7 +18,7 @@ from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, in_half
-from prefmill.families.sdxl.callbacks import Ema, SampleGrid, Sampling
+from prefmill.families.sdxl.callbacks import Ema, SampleGrid, TrainingSamples
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, read_image_pairs, swap_by_coin
 from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
@@ -197,7 +197,7 @@ def _samples(
     if config.sample_steps is None:
         return []
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.num_samples]
-    sampling = Sampling(
+    sampling = TrainingSamples(
         prompts, config.sample_steps, config.sample_inference_steps, config.resolution, config.precision
     )
     return [SampleGrid(sampling, folder, reader.cache, reader.texts, task.logs)]

@@ -17,7 +17,7 @@ from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
 from prefmill.store.jsonl import write_jsonl
 from prefmill.training.batches import GroupPart
-from prefmill.training.data import Group, Pair, gather, read_pairs
+from prefmill.training.data import Group, Pair, group_by_prompt, read_pairs
 from tests.tiny import pair_rows, save_tiny_qwen2
 
 
@@ -31,7 +31,7 @@ def groups(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[G
     path = tmp_path_factory.mktemp("pairs") / "data.jsonl"
     write_jsonl(path, pair_rows(4, pairs=3))
     tokenizer = load_tokenizer(str(tiny_qwen2))
-    return gather(read_pairs(path), lambda messages, answer: encode(tokenizer, messages, answer))
+    return group_by_prompt(read_pairs(path), lambda messages, answer: encode(tokenizer, messages, answer))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
 from prefmill.families.causal.vision import ImageReader, open_reader, with_images
 from prefmill.training.batches import GroupPart
-from prefmill.training.data import Group, PreferencePair, gather
+from prefmill.training.data import Group, PreferencePair, group_by_prompt
 from tests.tiny import sentence
 
 SIZES = ((90, 40), (30, 120), (64, 64), (200, 80))
@@ -64,7 +64,7 @@ def groups(reader: ImageReader, pictures: list[str]) -> list[Group]:
         for n, paths in enumerate(images)
         for index in range(3)
     ]  # fmt: skip
-    return gather(pairs, reader.encode)
+    return group_by_prompt(pairs, reader.encode)
 
 
 @pytest.fixture(autouse=True)
