@@ -24,6 +24,7 @@ SHARED := --dist loadfile --no-loadscope-reorder
 
 # What `make all`, `make generate` and so on run; for SDXL itself: IMAGES=configs/pipelines/sdxl.yaml
 IMAGES ?= configs/pipelines/images.yaml
+SLURM ?=
 SWEEP ?= configs/pipelines/sweep.yaml
 ARGS ?=
 RUN_IMAGES = $(BIN)/prefmill run $(IMAGES) $(ARGS)
@@ -88,9 +89,9 @@ train-dspo: $(VENV)/.installed ## SDXL's preference tuning
 sweep: $(VENV)/.installed ## A sweep over a training stage's keys; SWEEP=FILE for another
 	$(BIN)/prefmill run $(SWEEP) $(ARGS)
 
-slurm-up: $(VENV)/.installed ## A real Slurm on this machine: four nodes that pretend to eight GPUs each
-	bash tests/system_packages.sh
-	@$(BIN)/python -m tests.slurm.cluster up
+slurm-up: $(VENV)/.installed ## A real Slurm on this machine, four nodes with eight GPUs each; SLURM=24.11 for that one
+	bash tests/system_packages.sh $(if $(SLURM),mmdebstrap patchelf)
+	@$(BIN)/python -m tests.slurm.cluster up --release "$(SLURM)"
 
 slurm-down: ## End it
 	@$(BIN)/python -m tests.slurm.cluster down

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs the programs that tests drive for real: Slurm with its database, and Chromium.
+# Installs the programs that tests drive for real: Slurm with its database, and Chromium; and those given by name.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 declare -A package=(
   [chromium]=chromium [munged]=munge [mariadbd]=mariadb-server
   [slurmctld]=slurmctld [slurmd]=slurmd [slurmdbd]=slurmdbd [sbatch]=slurm-client
 )
+for name in "$@"; do package[$name]=$name; done
 missing=()
 # PREFMILL_TEST_WITHOUT=slurm,chromium: these are left out, and so are their tests.
 without=",${PREFMILL_TEST_WITHOUT:-},"

@@ -1,9 +1,9 @@
 """A real Slurm with accounting on one machine: munge, MariaDB, slurmdbd, slurmctld and nodes that can lose power.
 
-    python -m tests.slurm.cluster up [ROOT]         prints what to put into the environment
-    python -m tests.slurm.cluster power-cut NODE    as if its plug were pulled
+    python -m tests.slurm.cluster up [--release 24.11]    prints what to put into the environment
+    python -m tests.slurm.cluster power-cut NODE          as if its plug were pulled
     python -m tests.slurm.cluster power-on NODE
-    python -m tests.slurm.cluster down [ROOT]
+    python -m tests.slurm.cluster down
 
 Root or an ordinary user may run it; every file is below ROOT. Each node is a slurmd in namespaces of its own, so it
 has its own host name, and killing its init takes the daemon and all its jobs at once.
@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+
+from tests.slurm import releases
 
 CONFIGS = Path(__file__).parent / "etc"
 COMMANDS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "unshare")
@@ -54,6 +56,7 @@ class Cluster:
     cpus: int = 16
     gpus: int = 8
     max_array_size: int = 1001
+    programs: Path | None = None  # of another release than the one that is installed
 
     @property
     def node_names(self) -> list[str]:
@@ -63,7 +66,8 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to talk to this cluster."""
-        return {"SLURM_CONF": str(self.root / "etc" / "slurm.conf")}
+        path = {"PATH": f"{self.programs}:{os.environ.get('PATH', '')}"} if self.programs else {}
+        return {"SLURM_CONF": str(self.root / "etc" / "slurm.conf"), **path}
 
     def up(self) -> None:
         """Start everything and wait until every node is idle; raises ClusterError with the place of the logs."""
@@ -103,7 +107,8 @@ class Cluster:
         """Start a node."""
         namespaces = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         hosts = str(self.root / "etc" / "hosts")
-        daemon = ["slurmd", "-D", "-N", node]
+        daemon = [self._find("slurmd"), "-D", "-N", node]
+        daemon += ["-d", self._find("slurmstepd")] if self.programs else []
         if os.geteuid() != 0:
             ids = [f"--map-user={os.getuid()}", f"--map-group={os.getgid()}"]
             namespaces[1:1] = ["--user", "--map-root-user"]
@@ -145,7 +150,9 @@ class Cluster:
         }  # fmt: skip
         etc = self.root / "etc"
         for name in ("slurm.conf", "slurmdbd.conf"):
-            (etc / name).write_text(Template((CONFIGS / name).read_text()).substitute(values))
+            text = Template((CONFIGS / name).read_text()).substitute(values)
+            plugins = f"PluginDir={releases.plugins(self.programs)}\n" if self.programs else ""
+            (etc / name).write_text(text + plugins)
         (etc / "slurmdbd.conf").chmod(0o600)
         with (etc / "slurm.conf").open("a") as stream:
             for number, node in enumerate(self.node_names, 1):
@@ -209,11 +216,14 @@ class Cluster:
     def _start(self, name: str, command: list[str], extra: dict[str, str] | None = None) -> None:
         with (self.root / "log" / f"{name}.out").open("ab") as log:
             process = subprocess.Popen(
-                [_which(command[0]) or command[0], *command[1:]],
+                [self._find(command[0]), *command[1:]],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | self.environment | (extra or {}) | {"PATH": _path()},
+                env=os.environ | self.environment | (extra or {}) | {"PATH": _path(self.programs)},
             )  # fmt: skip
         (self.root / "pids" / name).write_text(f"{process.pid} {_started(process.pid)}\n")
+
+    def _find(self, command: str) -> str:
+        return _which(command, self.programs) or command
 
     def _daemons(self) -> list[str]:
         """Every daemon noted, oldest first."""
@@ -254,12 +264,12 @@ class Cluster:
             time.sleep(0.05)
 
 
-def _path() -> str:
-    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+def _path(first: Path | None = None) -> str:
+    return f"{first}:" * bool(first) + f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
-def _which(command: str) -> str | None:
-    return shutil.which(command, path=_path())
+def _which(command: str, first: Path | None = None) -> str | None:
+    return shutil.which(command, path=_path(first))
 
 
 def _started(pid: int) -> int | None:
@@ -279,14 +289,15 @@ def main() -> None:
     parser.add_argument("action", choices=["up", "down", "power-cut", "power-on"])
     parser.add_argument("node", nargs="?", help="for power-cut and power-on: n1, n2, ...")
     parser.add_argument("--root", type=Path, default=Path("logs/.slurm"), help="where its files are")
+    parser.add_argument("--release", default="", help="of Slurm, such as 24.11 (default: the one that is installed)")
     arguments = parser.parse_args()
-    cluster = Cluster(arguments.root.absolute())
+    cluster = Cluster(arguments.root.absolute(), programs=releases.programs(arguments.release))
     if arguments.action in ("power-cut", "power-on"):
         getattr(cluster, arguments.action.replace("-", "_"))(arguments.node)
         return
     getattr(cluster, arguments.action)()
     if arguments.action == "up":
-        print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}")
+        print("export " + " ".join(f"{name}={value}" for name, value in cluster.environment.items()))
 
 
 if __name__ == "__main__":

@@ -15,23 +15,26 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, left_out
+from tests.slurm import releases
 from tests.slurm.cluster import Cluster, missing_commands
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of four nodes; SLURM_CONF points at it as long as it is up."""
+    """A cluster of four nodes; SLURM_CONF points at it as long as it is up. PREFMILL_TEST_SLURM names a release."""
     missing = missing_commands()
     if missing:
         left_out("slurm", ", ".join(missing))
-    started = Cluster(tmp_path_factory.mktemp("slurm"), port=_free_ports())
-    started.up()
-    os.environ.update(started.environment)
-    try:
-        yield started
-    finally:
-        started.down()
-        os.environ.pop("SLURM_CONF")
+    programs = releases.programs(os.environ.get("PREFMILL_TEST_SLURM", ""))
+    started = Cluster(tmp_path_factory.mktemp("slurm"), port=_free_ports(), programs=programs)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        try:
+            started.up()
+            yield started
+        finally:
+            started.down()
 
 
 @dataclass(frozen=True)
