@@ -1,4 +1,4 @@
-"""Another release of Slurm beside the one that is installed: its Debian packages unpacked, and run with its own libraries.
+"""Another release of Slurm beside the installed one: its Debian packages unpacked, and run with its own libraries.
 
 Nothing of it is installed and no root directory is changed: jobs of its nodes see this machine's files and Python.
 """
