@@ -23,6 +23,10 @@ class StrictConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    def made_otherwise(self) -> dict[str, Any]:
+        """Part of the identity beside the keys: what the same keys make now and did not make before."""
+        return {}
+
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
@@ -181,7 +185,8 @@ def load(
 def identity(config: BaseModel) -> dict[str, Any]:
     """What decides a task's content: every field but runtime ones and later ones unset, external files by digest."""
     given = {name: (field, getattr(config, name)) for name, field in type(config).model_fields.items()}
-    return {name: _identity_value(value) for name, (field, value) in given.items() if _counts(field, value)}
+    counted = {name: _identity_value(value) for name, (field, value) in given.items() if _counts(field, value)}
+    return counted | (config.made_otherwise() if isinstance(config, StrictConfig) else {})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

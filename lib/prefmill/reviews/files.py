@@ -17,13 +17,32 @@ from typing import IO, Any, cast
 from prefmill.core.errors import InputError
 from prefmill.reviews.rows import Place, RawRow, RowProblem, excerpt
 
+JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv",)
+JSON = (".json", *JSON_LINES)
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(r'\s*(?:\[|\{[^\[]*"notes"\s*:\s*\[)')  # an array, or an API answer that holds one
+_OBJECT = re.compile(r"\s*\{\s*\n")  # an object over several lines: a file that holds one note
 _GAP = re.compile(r"[\s,]*")
 _CHUNK_BYTES = 1 << 20
 _MAX_CSV_FIELD_CHARS = 1 << 24  # above any paper; below what an unclosed quote swallows of a large file
 _UTF8_FIX = "save the file as UTF-8 (for example: iconv -f LATIN1 -t UTF-8), or correct the line"
+
+
+def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Path]:
+    """`path`, or the files of a folder, plain or gzip, at any depth and in order of name; none in a folder `without`.
+
+    Raises InputError where a folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    names = tuple(f"{ending}{packed}" for ending in endings for packed in ("", ".gz"))
+    found = sorted(file for file in path.rglob("*") if file.name.endswith(names) and file.is_file())
+    found = [file for file in found if not file.name.startswith(".") and without not in file.parts]
+    if not found:
+        expected = ", ".join(f"*{ending}" for ending in endings)
+        raise InputError("a folder without review files", where=path, expected=expected, fix="check the source's path")
+    return found
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -55,14 +74,18 @@ def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
 
 
 def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
-    """The objects of a file that is a JSON array, an object with an array `notes`, or JSON lines.
+    """The objects of a file that is a JSON array, an object with an array `notes`, one object, or JSON lines.
 
     An array is read piece by piece, as a venue's dump need not fit into memory.
     """
     with contextlib.closing(_read_text(path)) as chunks:
         beginning = next(chunks, "")
-    is_array = _ARRAY.match(beginning) is not None
-    yield from _array_rows(path, source) if is_array else jsonl_rows(path, source)
+    if _ARRAY.match(beginning):
+        yield from _array_rows(path, source)
+    elif _OBJECT.match(beginning):
+        yield json_file_row(path, source)
+    else:
+        yield from jsonl_rows(path, source)
 
 
 def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-from prefmill.core.errors import InputError
-from prefmill.reviews.files import as_row, json_file_row
+from prefmill.reviews.files import as_row, files_at, json_file_row
 from prefmill.reviews.rows import (
     Item,
     PaperRow,
@@ -19,7 +17,6 @@ from prefmill.reviews.rows import (
     Skipped,
     check_fields,
     clean_text,
-    parse_confidence,
     parse_id,
     parse_score,
     required_text,
@@ -54,7 +51,7 @@ class PeerReadSource(FileSource):
 
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """A row a paper, in the order of the files' names, each followed by a row a review."""
-        for path in _files(self.path):
+        for path in files_at(self.path, (".json",), without=_NOT_REVIEWS):
             row = json_file_row(path, source)
             yield row
             if isinstance(row, RawRow) and isinstance(row.values.get("reviews"), list):
@@ -63,7 +60,7 @@ class PeerReadSource(FileSource):
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The paper of a file, or one of its reviews."""
         if _INDEX in values:
-            return [self._review(values)]
+            return self._review(values)
         check_fields(values, _REQUIRED, _VALID, self.ignore_extra_fields, "file")
         if not isinstance(values["reviews"], list):
             raise RowError(f"reviews is not a list but {type(values['reviews']).__name__}", "write a list of reviews")
@@ -79,24 +76,26 @@ class PeerReadSource(FileSource):
         )
         return [paper]
 
-    def _review(self, entry: dict[str, Any]) -> ReviewRow | Skipped:
+    def _review(self, entry: dict[str, Any]) -> list[Item]:
         if entry.get("is_meta_review") or entry.get("IS_META_REVIEW"):
-            return Skipped("meta-review")
+            return [Skipped("meta-review")]
         if "RECOMMENDATION" not in entry:
-            return Skipped("comment without a recommendation")
+            return [Skipped("comment without a recommendation")]
         own = {name: value for name, value in entry.items() if name not in (_PAPER, _VENUE, _INDEX)}
         check_fields(own, {"comments"}, _REVIEW_VALID, self.ignore_extra_fields, "review")
         paper_id = parse_id(str(entry[_PAPER]), "id", self.id_prefix)
-        return ReviewRow(
+        confidence, unknown = self.confidence(entry.get("REVIEWER_CONFIDENCE"))
+        review = ReviewRow(
             review_id=f"{paper_id}-r{entry[_INDEX]}",
             paper_id=paper_id,
             text=required_text(entry["comments"], "comments"),
             rating=self.rating(entry["RECOMMENDATION"]),
             scale=self.scale,
-            confidence=parse_confidence(entry.get("REVIEWER_CONFIDENCE")),
+            confidence=confidence,
             venue=clean_text(entry[_VENUE], "conference") or self.venue,
             sub_scores={key.lower(): parse_score(entry[key], key) for key in sorted(_SCORES & entry.keys())},
         )
+        return [review, *unknown]
 
 
 def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
@@ -107,12 +106,3 @@ def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
         if isinstance(review, RawRow):
             review.values.update({**paper, _INDEX: index})
         yield review
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    found = sorted(file for file in path.rglob("*.json") if _NOT_REVIEWS not in file.parts)
-    if not found:
-        raise InputError("no PeerRead review files", where=path, expected="*.json", fix="check the source's path")
-    return found

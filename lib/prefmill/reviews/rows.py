@@ -27,9 +27,10 @@ _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
 DECISIONS: tuple[Decision, ...] = ("accepted", "rejected", "withdrawn", "desk_rejected")
 _DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first that matches
     (re.compile(r"desk[ _-]?reject", re.IGNORECASE), "desk_rejected"),
-    (re.compile(r"withdraw", re.IGNORECASE), "withdrawn"),
-    (re.compile(r"reject|not accept|invite to workshop|submitted to", re.IGNORECASE), "rejected"),
+    (re.compile(r"withdraw|retracted", re.IGNORECASE), "withdrawn"),
+    (re.compile(r"reject|not accept|invite to workshop|submitted to|\d{4} submitted", re.IGNORECASE), "rejected"),
     (re.compile(r"accept|\b(poster|oral|spotlight|notable|talk)\b|\btop[ -]?\d+ ?%", re.IGNORECASE), "accepted"),
+    (re.compile(r"\d{4} (main|findings|industry|long|short)\b", re.IGNORECASE), "accepted"),  # EMNLP 2023 Main
 )
 
 
@@ -78,10 +79,11 @@ class PaperRow:
 
 @dataclass(frozen=True, slots=True)
 class DecisionRow:
-    """A decision that comes apart from the paper; it counts more than what the paper's own row implies."""
+    """A decision that comes apart from the paper, for papers whose own row says none; the highest `rank` holds."""
 
     paper_id: str
     decision: Decision
+    rank: int = 2  # a decision's note; 1: the venue's own group as venueid; 0: a meta-review's recommendation
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,18 @@ class Skipped:
     kind: str
 
 
-Item = PaperRow | DecisionRow | ReviewRow | Skipped
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A value whose meaning is not known and that its row can do without: left out, counted and named."""
+
+    field: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.field} {excerpt(self.value)!r}"
+
+
+Item = PaperRow | DecisionRow | ReviewRow | Skipped | Unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,23 +254,25 @@ def word_key(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def parse_confidence(value: Any) -> float | None:
-    """A confidence from 1 to 5; None where there is none."""
+def parse_confidence(value: Any, words: Mapping[str, float] | None = None) -> float | Unknown | None:
+    """A confidence from 1 to 5, None where there is none; one in words that `words` does not have is unknown."""
     if value is None or value == "":
         return None
-    confidence = parse_score(value, "confidence")
+    number = (words or {}).get(word_key(value)) if isinstance(value, str) else None
+    if number is None and isinstance(value, str) and not begins_with_number(value):
+        return Unknown("confidence", value)
+    confidence = parse_score(value if number is None else number, "confidence")
     if not 1 <= confidence <= 5:
         raise RowError(f"confidence {confidence:g} is outside the scale 1 to 5", "correct it, or leave it empty")
     return confidence
 
 
-def parse_decision(value: Any) -> Decision | None:
-    """A decision in prefmill's words or a venue's; None where there is none."""
+def parse_decision(value: Any, words: Mapping[str, Decision] | None = None) -> Decision | Unknown | None:
+    """A decision in prefmill's words, in `words` or in a venue's; None where there is none."""
     text = clean_text(value, "decision")
-    decision = decision_in(text)
-    if text and decision is None:
-        raise RowError(f"unknown decision {excerpt(text)!r}", f"use one of {', '.join(DECISIONS)}, or leave it empty")
-    return decision
+    if not text:
+        return None
+    return (words or {}).get(word_key(text)) or decision_in(text) or Unknown("decision", text)
 
 
 @lru_cache(maxsize=128)  # every row asks, and a venue has a handful of them

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath, StrictConfig
-from prefmill.reviews.rows import Item, RawRow, RowError, RowProblem, excerpt, parse_rating, word_key
+from prefmill.core.config import ExternalPath, StrictConfig, later
+from prefmill.core.records import Decision
+from prefmill.reviews.rows import (
+    Item,
+    RowProblem,
+    RawRow,
+    RowError,
+    Unknown,
+    excerpt,
+    parse_confidence,
+    parse_decision,
+    parse_rating,
+    word_key,
+)
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.store.jsonl import to_json
 
@@ -18,13 +30,16 @@ class SourceConfig(StrictConfig, ABC):
     """A source: `rows` reads what its file holds, `items` says what one row means.
 
     `venue` names the venue of rows that name none, `id_prefix` goes before every id, so that sources that number
-    from 1 can be put together. `rating_words` gives the numbers of ratings in words, within rating_min to rating_max.
+    from 1 can be put together. `rating_words` gives the numbers of ratings in words, within rating_min to rating_max,
+    `confidence_words` those of confidences (1 to 5), `decision_words` the decisions that a venue's own words mean.
     """
 
     rating_min: float = Field(COMMON_SCALE[0], allow_inf_nan=False)
     rating_max: float = Field(COMMON_SCALE[1], allow_inf_nan=False)
-    rating_words: dict[str, float] = Field(default_factory=dict)
-    decimal_comma: bool = False
+    rating_words: dict[str, float] = later({})
+    confidence_words: dict[str, Annotated[float, Field(ge=1, le=5)]] = later({})
+    decision_words: dict[str, Decision] = later({})
+    decimal_comma: bool = later(False)
     venue: str = ""
     id_prefix: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")
     ignore_extra_fields: bool = False
@@ -44,10 +59,21 @@ class SourceConfig(StrictConfig, ABC):
         """The lowest and the highest rating."""
         return self.rating_min, self.rating_max
 
+    def made_otherwise(self) -> dict[str, Any]:
+        """A scale that is not 1 to 10: corpora made before rows kept it are not what is made now."""
+        return {} if self.scale == COMMON_SCALE else {"scale": "kept"}
+
     def rating(self, value: Any) -> float:
         """A rating as this source writes it; raises RowError where it is none, or outside the scale."""
-        words = {word_key(word): number for word, number in self.rating_words.items()}
-        return parse_rating(value, self.scale, words, self.decimal_comma)
+        return parse_rating(value, self.scale, _by_key(self.rating_words), self.decimal_comma)
+
+    def confidence(self, value: Any) -> tuple[float | None, list[Item]]:
+        """A confidence from 1 to 5, or None and in the list the word that nobody gave a number."""
+        return _or_unknown(parse_confidence(value, _by_key(self.confidence_words)))
+
+    def decision(self, value: Any) -> tuple[Decision | None, list[Item]]:
+        """A decision, or None and in the list the words that mean none."""
+        return _or_unknown(parse_decision(value, _by_key(self.decision_words)))
 
     @abstractmethod
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
@@ -58,8 +84,19 @@ class SourceConfig(StrictConfig, ABC):
         """The papers, decisions and reviews in one raw row; raises RowError when it cannot be used."""
 
 
+ValueT = TypeVar("ValueT")
+
+
+def _by_key(words: Mapping[str, ValueT]) -> dict[str, ValueT]:
+    return {word_key(word): value for word, value in words.items()}
+
+
+def _or_unknown(value: ValueT | Unknown | None) -> tuple[ValueT | None, list[Item]]:
+    return (None, [value]) if isinstance(value, Unknown) else (value, [])
+
+
 class FileSource(SourceConfig):
-    """A source on disk."""
+    """A source on disk: a file, or a folder of files at any depth."""
 
     path: ExternalPath
 

@@ -7,9 +7,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.reviews.files import csv_rows, jsonl_rows
+from prefmill.reviews.files import CSV, JSON_LINES, csv_rows, files_at, jsonl_rows
 from prefmill.reviews.generated import generate
 from prefmill.reviews.rows import (
+    DECISIONS,
     Item,
     PaperRow,
     Place,
@@ -20,8 +21,6 @@ from prefmill.reviews.rows import (
     begins_with_number,
     check_fields,
     clean_text,
-    parse_confidence,
-    parse_decision,
     parse_id,
     parse_score,
     required_text,
@@ -32,6 +31,9 @@ REQUIRED_FIELDS = {"paper_id", "title", "review_id", "review_text", "rating"}
 # decision_raw, the venue's own wording, is allowed beside the decision and not read.
 VALID_FIELDS = REQUIRED_FIELDS | {"abstract", "text", "decision", "decision_raw", "confidence", "venue", "sub_scores"}
 _SUB_SCORE_COLUMN = "sub_scores."
+_DECISION_FIX = (
+    f"use one of {', '.join(DECISIONS)}, leave it empty, or say in decision_words of this source which it means"
+)
 
 
 class JsonlSource(FileSource):
@@ -40,8 +42,8 @@ class JsonlSource(FileSource):
     format: Literal["jsonl"]
 
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
-        """The file's lines."""
-        return jsonl_rows(self.path, source)
+        """The lines of each file."""
+        return (row for path in files_at(self.path, JSON_LINES) for row in jsonl_rows(path, source))
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""
@@ -65,8 +67,8 @@ class CsvSource(FileSource):
         return self
 
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
-        """The file's rows."""
-        return csv_rows(self.path, source)
+        """The rows of each file."""
+        return (row for path in files_at(self.path, CSV) for row in csv_rows(path, source))
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""
@@ -101,12 +103,16 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
     """The paper and the review of one row; raises RowError naming the field at fault."""
     check_fields(values, REQUIRED_FIELDS, VALID_FIELDS, config.ignore_extra_fields, "row")
     venue = clean_text(values.get("venue"), "venue") or config.venue
+    decision, unknown = config.decision(values.get("decision"))
+    if unknown:
+        raise RowError(f"unknown {unknown[0]}", _DECISION_FIX)
+    confidence, unknown = config.confidence(values.get("confidence"))
     paper = PaperRow(
         paper_id=parse_id(values["paper_id"], "paper_id", config.id_prefix),
         title=required_text(values["title"], "title"),
         abstract=clean_text(values.get("abstract"), "abstract"),
         text=clean_text(values.get("text"), "text"),
-        decision=parse_decision(values.get("decision")),
+        decision=decision,
         venue=venue,
         drawn=drawn,
     )
@@ -116,11 +122,11 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         text=required_text(values["review_text"], "review_text"),
         rating=config.rating(values["rating"]),
         scale=config.scale,
-        confidence=parse_confidence(values.get("confidence")),
+        confidence=confidence,
         venue=venue,
         sub_scores=_sub_scores(values.get("sub_scores")),
     )
-    return [paper, review]
+    return [paper, review, *unknown]
 
 
 def _sub_scores(value: Any) -> dict[str, float]:
