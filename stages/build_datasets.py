@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from typing import Self
 
-from prefmill.core.config import ExternalPath, StrictConfig
+from pydantic import Field, field_validator, model_validator
+
+from prefmill.core.config import ExternalPath, StrictConfig, later
 from prefmill.core.records import Modality, Standing
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.datasets.build import BuildRules, build_datasets
+from prefmill.datasets.build import BuildRules, RatingUnit, build_datasets
 from prefmill.datasets.pairs import PairRules, read_exclude
 from prefmill.datasets.registry import DatasetSplit
 
@@ -23,7 +25,10 @@ class BuildDatasetsConfig(StrictConfig):
     decisions: list[Standing] = Field(
         ["accepted"], min_length=1, description="papers that pairs are made of; unknown: those without a decision"
     )
-    min_rating_diff: float = Field(2.0, gt=0, description="least rating advantage of the chosen, on a scale of 1 to 10")
+    min_rating_diff: float = Field(2.0, gt=0, description="least rating advantage of the chosen, in the rating_unit")
+    rating_unit: RatingUnit = later(
+        "points", description="points of a scale of 1 to 10, or quantiles (0 to 1) of the venue's own ratings"
+    )
     min_checkmark_diff: float = Field(2.0, gt=0, description="least checkmark advantage of the chosen review")
     max_pairs_per_paper: int | None = Field(None, ge=1, description="keep the clearest so many; none: all")
     exclude: ExternalPath | None = Field(None, description="text file of pair ids to leave out, one a line")
@@ -36,6 +41,12 @@ class BuildDatasetsConfig(StrictConfig):
             raise ValueError("splits must include train: the SFT cut is taken there")
         return splits
 
+    @model_validator(mode="after")
+    def _fits_its_unit(self) -> Self:
+        if self.rating_unit == "quantiles" and self.min_rating_diff >= 1:
+            raise ValueError("with rating_unit: quantiles, min_rating_diff is below 1, such as min_rating_diff: 0.3")
+        return self
+
 
 def run(config: BuildDatasetsConfig, task: Task) -> Metrics:
     """Write the datasets and their registry; the metrics are the row counts and where the SFT cut fell."""
@@ -45,6 +56,7 @@ def run(config: BuildDatasetsConfig, task: Task) -> Metrics:
         decisions=tuple(config.decisions),
         sft_top_fraction=config.sft_top_fraction,
         allow_unscored=config.allow_unscored,
+        rating_unit=config.rating_unit,
         pairs=PairRules(
             min_rating_diff=config.min_rating_diff,
             min_checkmark_diff=config.min_checkmark_diff,

@@ -28,7 +28,8 @@ def run(config: IngestReviewsConfig, task: Task) -> Metrics:
         tally = collect(config.sources, store, rejects, task.progress)
         link(store, rejects, tally)
         summary = write_corpus(store, reader, config.splits, rejects, tally, task.progress)
-    return {key: summary[key] for key in ("papers", "reviews", "quarantined_rows", "merged_titles", "splits")}
+    shown = ("papers", "reviews", "quarantined_rows", "merged_titles", "splits", "warnings")
+    return {key: summary[key] for key in shown}
 
 
 STAGE = Stage(

@@ -221,7 +221,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "truncated gzip": (truncated_gzip, "truncated gzip file", ", after line"),
     "empty": (lambda path: path.write_bytes(b""), "a source without rows", ""),
     "blank": (lambda path: path.write_bytes(b"\n \n"), "a source without rows", ""),
-    "a folder": (lambda path: path.mkdir(), "a folder where a file is expected", ""),
+    "a folder": (lambda path: path.mkdir(), "a folder without review files", ""),
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefmill.checklist.scored import scored_papers
+from prefmill.core.config import identity, validate
 from prefmill.pipeline.attempts import EXECUTED
 from prefmill.pipeline.plan import Plan, make_plan, read_pipeline
 from prefmill.pipeline.state import inspect
@@ -15,6 +16,7 @@ from prefmill.pipeline.worker import execute
 from prefmill.store.artifacts import read, verify
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.data import read_pairs
+from stages.ingest_reviews import IngestReviewsConfig
 from tests.conftest import REPOSITORY
 
 ALONE = ("name=old", "dpo.num_train_epochs=2")  # the finished training, its inputs given as folders
@@ -42,8 +44,7 @@ def test_what_is_unchanged_is_up_to_date_and_read(workspace: Path) -> None:
     made = plan("old")
     assert freshness(made)["toy_preferences:all"] == "complete"
     assert freshness(plan("cut", *ALONE)) == {"dpo:clean": "complete"}
-    # A corpus keeps each review's rating scale since: the state says so instead of taking the old one for the same.
-    assert inspect(made)["ingest_reviews:all"].reasons[0].startswith("sources was")
+    assert {freshness(made)[f"{stage}:all"] for stage in STAGES} == {"complete"}
     for task in made.tasks:
         verify(read(task.output, task.stage.writes))
     corpus, scores, datasets = (read(workspace / "data" / "old" / stage / "all") for stage in STAGES)
@@ -51,6 +52,23 @@ def test_what_is_unchanged_is_up_to_date_and_read(workspace: Path) -> None:
     assert (len(papers), sum(len(paper.reviews) for paper in papers)) == (24, corpus.manifest.metrics["reviews"])
     pairs = list(read_pairs(datasets.file("dpo_clean_train/data.jsonl")))
     assert len(pairs) == len(list(read_jsonl(datasets.file("dpo_clean_train/data.jsonl")))) > 0
+
+
+def test_the_same_configuration_makes_the_same_rows(workspace: Path) -> None:
+    (task,) = (task for task in plan("old").tasks if task.stage.name == "ingest_reviews")
+    names = ("papers.jsonl", "reviews.jsonl")
+    before = [(task.output / name).read_bytes() for name in names]
+    execute(task, force=True)
+    assert [(task.output / name).read_bytes() for name in names] == before
+
+
+def test_a_corpus_whose_ratings_would_be_written_otherwise_is_told(workspace: Path) -> None:
+    narrow = ("ingest_reviews.sources=[{format: generated, num_papers: 24, rating_max: 11}]",)
+    assert "sources was" in inspect(plan("old", *narrow))["ingest_reviews:all"].reasons[0]
+    config = validate(IngestReviewsConfig, {"sources": [{"format": "generated", "num_papers": 3, "rating_max": 11}]})
+    (source,) = identity(config)["sources"]
+    assert source["scale"] == "kept"
+    assert {"rating_words", "confidence_words", "decision_words", "decimal_comma"}.isdisjoint(source)
 
 
 def test_a_default_that_makes_other_numbers_is_told(workspace: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from review_artifacts import contents, make_artifact, make_scores, make_task, re
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import load
-from prefmill.core.errors import InputError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.store.jsonl import write_jsonl
 from stages.build_datasets import BuildDatasetsConfig
 from stages.build_datasets import run as build_stage
@@ -25,11 +26,15 @@ WORDS = {
 }  # fmt: skip
 
 
-def ingest(folder: Path, case: str, **source: Any) -> Artifact:
+def ingest(folder: Path, case: str, config: dict[str, Any] | None = None, **source: Any) -> Artifact:
     task = make_task(folder / "ingest", "ingest_reviews", {})
     splits = {"train": 1, "val": 0, "dev": 0, "test": 0}
-    where = {"format": "jsonl", "path": str(CASES / f"{case}.jsonl")}
-    INGEST.run(load(INGEST.config, {"sources": [{**where, **source}], "splits": splits}), task)
+    notes = case.startswith("openreview")
+    where = {
+        "format": "openreview_v2" if notes else "jsonl",
+        "path": str(CASES / f"{case}.{'json' if notes else 'jsonl'}"),
+    }
+    INGEST.run(load(INGEST.config, {"sources": [{**where, **source}], "splits": splits, **(config or {})}), task)
     return make_artifact(task.output, "review_corpus")
 
 
@@ -94,6 +99,10 @@ def test_pairs_of_papers_without_decisions(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"decisions: \[unknown\]"):
         pairs(tmp_path / "refused", corpus)
     assert pairs(tmp_path, corpus, decisions=["unknown"])
+    kept = pairs(tmp_path / "far", corpus, decisions=["unknown"], rating_unit="quantiles", min_rating_diff=0.6)
+    assert 0 < len(kept) < len(pairs(tmp_path / "all", corpus, decisions=["unknown"], min_rating_diff=0.1))
+    with pytest.raises(ConfigError, match="min_rating_diff is below 1"):
+        load(BuildDatasetsConfig, {"rating_unit": "quantiles"})
 
 
 def test_reviews_listed_twice_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,6 +110,41 @@ def test_reviews_listed_twice_count_once(tmp_path: Path, caplog: pytest.LogCaptu
     assert "6 reviews were listed again" in caplog.text
 
 
-def test_title_only_papers_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_title_only_papers_are_told_and_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ingest(tmp_path, "title_only")
-    assert "have neither text nor abstract" in caplog.text
+    assert "2 papers have neither text nor abstract" in caplog.text
+    with pytest.raises(InputError, match="no review is left"):
+        ingest(tmp_path / "without", "title_only", {"title_only": "drop"})
+    write_jsonl(tmp_path / "both.jsonl", read_rows(CASES / "title_only.jsonl") + [
+        {**row, "paper_id": f"o{row['paper_id']}", "title": "Other" + row["title"], "review_id": f"o{row['review_id']}"}
+        for row in read_rows(CASES / "scale_0_10.jsonl")
+    ])  # fmt: skip
+    path = str(tmp_path / "both.jsonl")
+    corpus = ingest(tmp_path / "some", "title_only", {"title_only": "drop"}, path=path, rating_min=0)
+    assert {row["abstract"] for row in read_rows(corpus.file("papers.jsonl"))} == {"We study trees."}
+    assert json.loads(corpus.file("summary.json").read_text())["title_only_papers_left_out"] == 2
+
+
+def test_confidence_in_words_costs_no_review(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = read_rows(ingest(tmp_path, "confidence_words").file("reviews.jsonl"))
+    assert [row["confidence"] for row in rows] == [None] * 6
+    assert "6 values are unknown and were left out: confidence 'very confident' (6)" in caplog.text
+    told = ingest(tmp_path / "told", "confidence_words", confidence_words={"Very confident": 5})
+    assert {row["confidence"] for row in read_rows(told.file("reviews.jsonl"))} == {5.0}
+
+
+@pytest.mark.parametrize("case", ["reverted_withdrawal", "venueid_only", "meta_review"])
+def test_accepted_as_openreview_has_it_now(tmp_path: Path, case: str) -> None:
+    (paper,) = read_rows(ingest(tmp_path, f"openreview_{case}").file("papers.jsonl"))
+    assert paper["decision"] == "accepted"
+
+
+def test_every_section_that_says_something_is_kept(tmp_path: Path) -> None:
+    corpus = ingest(tmp_path, "openreview_odd_sections")
+    texts = {row["review_id"]: row["text"] for row in read_rows(corpus.file("reviews.jsonl"))}
+    assert "## Questions\n1: Why is there no comparison with oak trees?" in texts["r4a"]
+    assert "## Limitations\nNo oaks.\nNo birches." in texts["r4b"]
+    assert "applicable" not in texts["r4c"]
+    assert "## Weaknesses\nNo baseline." in texts["r4c"]
+    summary = json.loads(corpus.file("summary.json").read_text())
+    assert summary["sources"][0]["skipped: section without content (N/A)"] == 1

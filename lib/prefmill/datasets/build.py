@@ -8,9 +8,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -25,8 +25,10 @@ from prefmill.datasets.rows import IMAGES, PaperPrompt, dpo_row, make_prompt, sf
 from prefmill.datasets.selection import Rank, rank
 from prefmill.datasets.survey import Survey, check_buildable, check_scored, survey
 from prefmill.reviews.join import REVIEWS
-from prefmill.store.jsonl import JsonlWriter
+from prefmill.reviews.scale import VenueQuantiles
+from prefmill.store.jsonl import JsonlWriter, read_jsonl
 
+RatingUnit = Literal["points", "quantiles"]
 Progress = Callable[[int, int | None, str], None]
 
 
@@ -40,6 +42,7 @@ class BuildRules:
     sft_top_fraction: float
     pairs: PairRules
     allow_unscored: bool
+    rating_unit: RatingUnit = "points"
 
 
 def build_datasets(
@@ -50,6 +53,9 @@ def build_datasets(
     Raises ArtifactError when corpus and scores do not fit each other, InputError when a dataset would be empty.
     """
     check_inputs(corpus, scores)
+    if rules.rating_unit == "quantiles":
+        quantiles = VenueQuantiles(read_jsonl(corpus.file(REVIEWS)))
+        rules = replace(rules, pairs=replace(rules.pairs, quantiles=quantiles))
     passes = _Passes(corpus, scores, progress)
     found = survey(passes.papers("surveying"), rules.modalities, rules.decisions)
     check_scored(found, scores, rules.allow_unscored)
@@ -203,6 +209,7 @@ def _summary(found: Survey, writer: _Writer, rules: BuildRules, cut: Rank) -> di
         "dpo": {
             "decisions": list(rules.decisions),
             "min_rating_diff": rules.pairs.min_rating_diff,
+            "rating_unit": rules.rating_unit,
             "min_checkmark_diff": rules.pairs.min_checkmark_diff,
             "papers_considered": {split: found.wanted_decision[split] for split in rules.splits},
             "pairs": {split: writer.num_pairs[split] for split in rules.splits},

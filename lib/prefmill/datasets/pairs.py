@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from prefmill.checklist.scored import ScoredReview
 from prefmill.core.errors import InputError
-from prefmill.reviews.scale import common_rating
+from prefmill.reviews.scale import VenueQuantiles, common_rating
 
 Dropped = Literal[
     "rating_diff_too_small",
@@ -33,12 +33,22 @@ REMEDIES: dict[Dropped, str] = {
 
 @dataclass(frozen=True)
 class PairRules:
-    """What makes a pair: least differences (points of 1 to 10, checkmarks), at most so many a paper, ids left out."""
+    """What makes a pair: least differences (of ratings, checkmarks), at most so many a paper, ids left out.
+
+    `min_rating_diff` is in points of 1 to 10, with `quantiles` in shares (0 to 1) of the venue's own ratings.
+    """
 
     min_rating_diff: float
     min_checkmark_diff: float
     max_pairs_per_paper: int | None
     exclude: Collection[str]
+    quantiles: VenueQuantiles | None = None
+
+    def rating_gap(self, pair: ReviewPair) -> float:
+        """The rating advantage of the chosen side, in the unit of `min_rating_diff`."""
+        if self.quantiles is None:
+            return pair.rating_diff
+        return round(self.quantiles(pair.chosen.review) - self.quantiles(pair.rejected.review), 6)
 
 
 class ReviewPair(NamedTuple):
@@ -86,7 +96,7 @@ def orient(first: ScoredReview, second: ScoredReview) -> ReviewPair:
 
 def fault(pair: ReviewPair, rules: PairRules) -> Dropped | None:
     """Why `pair` does not count, or None; the filters apply in the order of `Dropped`, disagreement before size."""
-    if pair.rating_diff < rules.min_rating_diff:
+    if pair.rating_diff <= 0 or rules.rating_gap(pair) < rules.min_rating_diff:
         return "rating_diff_too_small"
     if pair.checkmark_diff < 0:
         return "rating_and_checkmark_disagree"

@@ -158,10 +158,12 @@ class _Validator:
 
     def _row_problems(self, previous: CheckedRow | None, example: CheckedRow) -> Iterator[tuple[str, str]]:
         dpo = self._summary["dpo"]
+        # Rows hold points; quantiles are of the whole corpus and cannot be seen in a row.
+        least = dpo["min_rating_diff"] if dpo.get("rating_unit", "points") == "points" else 0.0
         for check, problems in (
             ("ratings", rating_problems(example)),
             ("order", order_problems(previous, example)),
-            ("contrast", contrast_problems(example, dpo["min_rating_diff"], dpo["min_checkmark_diff"])),
+            ("contrast", contrast_problems(example, least, dpo["min_checkmark_diff"])),
             ("images", marker_problems(example)),
             ("images", image_problems(example, self._folder)),
         ):

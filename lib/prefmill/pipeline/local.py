@@ -167,6 +167,9 @@ class _Run:
     def _report(self, item: _Running, code: int) -> None:
         if code == 0:
             self.say(f"+ {item.task.key} done in {time.monotonic() - item.started:.1f} s")
+            manifest = read_manifest(item.task.output)
+            for warning in manifest.metrics.get("warnings", []) if manifest else []:
+                self.say(f"  warning: {warning}")
             return
         self._lose(item.task, [item.task.key], code if code > 0 else EXIT_BUG)
         self.say(f"x {item.task.key} failed\n{_failure(item.task, code)}\n  log:      {log_path(item.task)}")

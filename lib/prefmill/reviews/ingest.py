@@ -20,14 +20,14 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
-from prefmill.reviews.rows import Item, PaperRow, RawRow, RowError, RowProblem, Skipped
+from prefmill.reviews.rows import Item, PaperRow, RawRow, RowError, RowProblem, Skipped, Unknown
 from prefmill.reviews.scale import COMMON_SCALE, common_rating, prompt_scale
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
 from prefmill.reviews.store import CorpusStore
 from prefmill.store.jsonl import JsonlWriter
 
-_SHOWN_PROBLEMS = 5
+_SHOWN_PROBLEMS, _SHOWN_UNKNOWN = 5, 100
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int | None, str], None]  # done, total where known, unit
 
@@ -55,6 +55,20 @@ class IngestTally:
     unreviewed: int = 0
     repeated: int = 0
     merged: list[tuple[str, str]] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0
+
+    def warnings(self) -> list[str]:
+        """What someone who reads the numbers must know, a sentence each."""
+        titles, gone = self.text_from["nothing"], self.left_out
+        said = {
+            f"{titles} papers have neither text nor abstract: models see their titles only": titles,
+            f"{gone} papers with neither text nor abstract were left out, with their reviews": gone,
+            f"{self.repeated} reviews were listed again, word for word, and count once": self.repeated,
+            f"{len(self.merged)} papers were merged into others with the same title": self.merged,
+            f"{self.unknown.total()} values are unknown and were left out: {_named(self.unknown)}": self.unknown,
+        }
+        return [text for text, happened in said.items() if happened]
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Reject
         for row in tqdm(read_source(source, number), desc=f"source {number}", unit="row", unit_scale=True):
             tally.rows += 1
             progress(tally.rows, None, "rows")
-            _take(row, store, rejects, counts)
+            _take(row, store, rejects, counts, tally.unknown)
         if not counts:
             raise InputError(
                 "a source without rows", where=getattr(source, "path", "sources"), got="0 rows",
@@ -140,6 +154,9 @@ def write_corpus(
                 reason = f"{document.reason}; its reviews go with it"
                 rejects.add(RowProblem(place, reason, document.fix, paper.title))
                 continue
+            if document.text_from == "nothing" and reader.config.title_only == "drop":
+                tally.left_out += 1
+                continue
             row = _paper(paper, document, "test" if paper.paper_id in test_ids else split_of(key, splits))
             written = list(store.reviews_of(paper.paper_id))
             scale = prompt_scale(written)
@@ -153,14 +170,19 @@ def write_corpus(
             raise InputError("no review is left", got=f"{tally.rows} rows", fix="check the sources and the quarantine")
     if rejects.config.on_bad_row == "quarantine":
         _write_quarantine(store, reader.output / "quarantine.jsonl")
-    _warn(tally)
+    for warning in tally.warnings():
+        _log.warning("%s", warning)
     summary = _summary(tally, papers.num_rows, reviews.num_rows, store.count("problems"))
     write_atomic(reader.output / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
 def _take(
-    row: tuple[RawRow, list[Item]] | RowProblem, store: CorpusStore, rejects: Rejects, counts: Counter[str]
+    row: tuple[RawRow, list[Item]] | RowProblem,
+    store: CorpusStore,
+    rejects: Rejects,
+    counts: Counter[str],
+    unknown: Counter[str],
 ) -> None:
     counts["rows"] += 1
     if isinstance(row, RowProblem):
@@ -171,6 +193,8 @@ def _take(
         for item in items:
             if isinstance(item, Skipped):
                 counts[f"skipped: {item.kind}"] += 1
+            elif isinstance(item, Unknown):
+                unknown[str(item)] += 1
             else:
                 store.add(read.place, item)
     except RowError as error:
@@ -200,15 +224,9 @@ def _count(tally: IngestTally, paper: Paper, document: Document, num_reviews: in
     tally.figures += len(paper["figures"])
 
 
-def _warn(tally: IngestTally) -> None:
-    if tally.text_from["nothing"]:
-        _log.warning(
-            "%d papers have neither text nor abstract: models see their titles only", tally.text_from["nothing"]
-        )
-    if tally.repeated:
-        _log.warning("%d reviews were listed again, word for word, and count once", tally.repeated)
-    if tally.merged:
-        _log.warning("%d papers were merged into others with the same title", len(tally.merged))
+def _named(unknown: Counter[str]) -> str:
+    shown = [f"{name} ({count})" for name, count in unknown.most_common(_SHOWN_PROBLEMS)]
+    return ", ".join([*shown, *(["..."] if len(unknown) > len(shown) else [])])
 
 
 def _write_quarantine(store: CorpusStore, path: Path) -> None:
@@ -248,5 +266,8 @@ def _summary(tally: IngestTally, num_papers: int, num_reviews: int, num_quaranti
         "text_from": dict(sorted(tally.text_from.items())),
         "pages": tally.pages,
         "figures": tally.figures,
+        "title_only_papers_left_out": tally.left_out,
+        "unknown": dict(tally.unknown.most_common(_SHOWN_UNKNOWN)),
+        "warnings": tally.warnings(),
         "sources": tally.sources,
     }

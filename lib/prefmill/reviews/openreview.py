@@ -1,21 +1,22 @@
 """OpenReview note dumps, API 1 and 2: submissions, their official reviews and decisions.
 
 A dump is what the API returns (JSON lines, an array, or an object with `notes`); replies may stand by themselves or
-inside a submission's `details`. Review forms differ from venue to venue, so no content field is unknown: numbers with
-a label are sub-scores, other text is a section of the review.
+inside a submission's `details`. Review forms differ from venue to venue: text in a field that nobody named is a
+section of the review, a number there is a sub-score, so that nothing is lost.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefmill.core.records import Decision
-from prefmill.reviews.files import as_row, json_rows
+from prefmill.reviews import openreview_forms as forms
+from prefmill.reviews.files import JSON, as_row, files_at, json_rows
 from prefmill.reviews.rows import (
     DecisionRow,
     Item,
@@ -25,18 +26,15 @@ from prefmill.reviews.rows import (
     RowError,
     RowProblem,
     Skipped,
+    Unknown,
+    begins_with_number,
     clean_text,
-    decision_in,
-    parse_confidence,
-    parse_decision,
     parse_id,
     parse_score,
     required_text,
 )
 from prefmill.reviews.source import FileSource
 
-_REVIEWS = {"official_review", "review"}
-_DECISIONS = {"decision", "acceptance_decision"}
 _RETRACTIONS: dict[str, Decision] = {
     "withdraw": "withdrawn",
     "withdrawal": "withdrawn",
@@ -48,25 +46,39 @@ _NOT_SECTIONS = re.compile(
     r"title|confidence|code_of_conduct|first_time_reviewer|experience_assessment|review_assessment.*|"
     r"flag_for_ethics_review|.*acknowledg.*|.*_id"
 )
-_SUB_SCORE = re.compile(r"\s*\d+(?:\.\d+)?\s*(?:[:=].*|[a-z]+)?\s*")  # "3 good", "4: clear", "2"
-_DEFAULT_RATING_FIELDS = ("rating", "recommendation", "overall_recommendation", "overall_assessment", "overall_rating")
 _VENUE_GROUP = re.compile(r"(\w+)\.\w+/(\d{4})/")
 
 
 class OpenReviewSource(FileSource):
-    """A dump of notes; the first of `rating_fields` that a review has is its rating, `exclude_fields` are not read."""
+    """A dump of notes, or a folder of dumps such as one a forum; a `preset` sets the keys of one venue.
+
+    The first of `rating_fields`, `confidence_fields` and `decision_fields` that a note has counts; `exclude_fields`
+    are not read. Names of fields and invitations are compared without case.
+    """
 
     format: Literal["openreview_v1", "openreview_v2"]
-    rating_fields: tuple[str, ...] = Field(_DEFAULT_RATING_FIELDS, min_length=1)
-    exclude_fields: tuple[str, ...] = ()
+    preset: forms.Preset | None = None
+    review_invitations: list[str] = Field(list(forms.REVIEW_INVITATIONS), min_length=1)
+    decision_invitations: list[str] = list(forms.DECISION_INVITATIONS)
+    decision_fields: list[str] = Field(list(forms.DECISION_FIELDS), min_length=1)
+    rating_fields: list[str] = Field(list(forms.RATING_FIELDS), min_length=1)
+    confidence_fields: list[str] = list(forms.CONFIDENCE_FIELDS)
+    sub_score_fields: list[str] = list(forms.SUB_SCORE_FIELDS)
+    exclude_fields: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_preset(cls, values: Any) -> Any:
+        return {**forms.PRESETS.get(values.get("preset"), {}), **values} if isinstance(values, dict) else values
 
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """The notes, each submission followed by the replies inside it."""
-        for row in json_rows(self.path, source):
-            if isinstance(row, RowProblem):
-                yield row
-            else:
-                yield from _unfold(row)
+        for path in files_at(self.path, JSON):
+            for row in json_rows(path, source):
+                if isinstance(row, RowProblem):
+                    yield row
+                else:
+                    yield from _unfold(row)
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """What one note is; notes of other kinds are skipped."""
@@ -77,45 +89,76 @@ class OpenReviewSource(FileSource):
             return [Skipped("deleted note")]
         content = _content(values, wrapped=self.format == "openreview_v2")
         if values.get("forum", values.get("id")) == values.get("id"):
-            return [self._paper(values, content, names)]
-        if names & _REVIEWS:
-            return [self._review(values, content)]
-        decision = _decision(content, names)
-        if decision is not None:
-            return [DecisionRow(self._paper_id(values), decision)]
-        return [Skipped(min(names))]
+            return self._paper(values, content, names)
+        if names & _lower(self.review_invitations):
+            return self._review(values, content)
+        return self._decision(values, content, names) or [Skipped(min(names))]
 
-    def _paper(self, note: Mapping[str, Any], content: Mapping[str, Any], names: set[str]) -> PaperRow:
-        return PaperRow(
+    def _paper(self, note: Mapping[str, Any], content: Mapping[str, Any], names: set[str]) -> list[Item]:
+        found = forms.standing(content, _group(note), names, self.decisions_by_word)
+        paper = PaperRow(
             paper_id=parse_id(note.get("id"), "id", self.id_prefix),
             title=required_text(content.get("title"), "content.title"),
             abstract=clean_text(content.get("abstract"), "content.abstract"),
-            decision=_standing(content, names),
+            decision=found.decision,
             venue=self.venue or _venue(note),
         )
+        accepted = [DecisionRow(paper.paper_id, "accepted", rank=1)] if found.accepted_group else []
+        return [paper, *accepted, *([Unknown("venue", found.unknown)] if found.unknown else [])]
 
-    def _review(self, note: Mapping[str, Any], content: Mapping[str, Any]) -> ReviewRow:
-        rating_field = next((name for name in self.rating_fields if name in content), None)
-        if rating_field is None:
+    def _review(self, note: Mapping[str, Any], content: Mapping[str, Any]) -> list[Item]:
+        fields = {name.lower(): value for name, value in content.items()}
+        rating = _first(fields, self.rating_fields)
+        if rating is None:
             raise RowError(
                 f"review without a rating; its fields: {', '.join(sorted(content))}",
                 "name the field in rating_fields of this source, or remove the note",
             )
-        unread = {*self.rating_fields, *self.exclude_fields}
-        scores, sections = _split_content({name: value for name, value in content.items() if name not in unread})
-        return ReviewRow(
+        confidence, unknown = self.confidence(_first(fields, self.confidence_fields))
+        read = _lower((*self.rating_fields, *self.confidence_fields, *self.exclude_fields))
+        rest = {name: value for name, value in fields.items() if name not in read}
+        scores, sections, left_out = _split_content(rest, _lower(self.sub_score_fields))
+        review = ReviewRow(
             review_id=parse_id(note.get("id"), "id", self.id_prefix),
             paper_id=self._paper_id(note),
             text=required_text(_join(sections), "review"),
-            rating=self.rating(content[rating_field]),
+            rating=self.rating(rating),
             scale=self.scale,
-            confidence=parse_confidence(content.get("confidence")),
+            confidence=confidence,
             venue=self.venue or _venue(note),
             sub_scores=scores,
         )
+        return [review, *unknown, *left_out]
+
+    def _decision(self, note: Mapping[str, Any], content: Mapping[str, Any], names: set[str]) -> list[Item]:
+        """The decision that a note brings, if it is of a kind that does."""
+        for name in sorted(names & _RETRACTIONS.keys()):
+            return [DecisionRow(self._paper_id(note), _RETRACTIONS[name])]
+        if not names & _lower(self.decision_invitations):
+            return []
+        said = _first({name.lower(): value for name, value in content.items()}, self.decision_fields)
+        by_chair = forms.META_REVIEW in names
+        if said is None and by_chair:  # most venues' meta-reviews leave the decision to its own note
+            return []
+        if said is None:
+            raise RowError(
+                f"decision note without a decision; its fields: {', '.join(sorted(content))}",
+                "name the field in decision_fields of this source, fill it in, or remove the note",
+            )
+        decision, unknown = self.decision(said)
+        return unknown if decision is None else [DecisionRow(self._paper_id(note), decision, rank=0 if by_chair else 2)]
 
     def _paper_id(self, note: Mapping[str, Any]) -> str:
         return parse_id(note.get("forum"), "forum", self.id_prefix)
+
+
+def _lower(names: Sequence[str]) -> set[str]:
+    return {name.lower() for name in names}
+
+
+def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The value of the first of `names` that has one."""
+    return next((fields[name.lower()] for name in names if fields.get(name.lower()) not in (None, "")), None)
 
 
 def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
@@ -152,46 +195,47 @@ def _content(note: Mapping[str, Any], wrapped: bool) -> dict[str, Any]:
     return {name: value.get("value") for name, value in content.items() if isinstance(value, dict)}
 
 
-def _standing(content: Mapping[str, Any], names: set[str]) -> Decision | None:
-    """What a submission's own fields say of its fate."""
-    group = str(content.get("venueid") or "").rsplit("/", 1)[-1]
-    if group == "Submission":  # under review
-        return None
-    for text in (*sorted(names), group, str(content.get("venue") or "")):
-        decision = decision_in(text)
-        if decision is not None:
-            return decision
-    return None
-
-
-def _decision(content: Mapping[str, Any], names: set[str]) -> Decision | None:
-    for name in sorted(names & _RETRACTIONS.keys()):
-        return _RETRACTIONS[name]
-    if not names & _DECISIONS:
-        return None
-    decision = parse_decision(content.get("decision") or content.get("recommendation"))
-    if decision is None:
-        raise RowError("decision note without a decision", "fill in content.decision, or remove the note")
-    return decision
-
-
-def _split_content(content: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """A review's sub-scores and its sections of text, by field."""
-    scores, sections = {}, {}
+def _split_content(
+    content: Mapping[str, Any], sub_scores: set[str]
+) -> tuple[dict[str, float], dict[str, str], list[Item]]:
+    """A review's sub-scores and its sections of text, by field, and what has no place among them."""
+    scores: dict[str, float] = {}
+    sections: dict[str, str] = {}
+    left_out: list[Item] = []
     for name, value in content.items():
-        if _NOT_SECTIONS.fullmatch(name) or isinstance(value, bool):
+        if _NOT_SECTIONS.fullmatch(name) or isinstance(value, bool) or value is None:
             continue
-        if isinstance(value, (int, float)) or (isinstance(value, str) and _SUB_SCORE.fullmatch(value)):
+        if isinstance(value, (int, float)) or (name in sub_scores and begins_with_number(str(value))):
             scores[name] = parse_score(value, f"content.{name}")
-        elif isinstance(value, str) and value.strip():
-            sections[name] = clean_text(value, f"content.{name}")
-    return dict(sorted(scores.items())), sections
+            continue
+        text = _section(name, value)
+        if text is None:
+            left_out.append(Unknown("field", name))
+        elif not forms.says_nothing(text):
+            sections[name] = text
+        elif text:
+            left_out.append(Skipped("section without content (N/A)"))
+    return dict(sorted(scores.items())), sections, left_out
+
+
+def _section(name: str, value: Any) -> str | None:
+    """Text, or the lines of a list; None for anything else."""
+    parts = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, str) for part in parts):
+        return None
+    return "\n".join(filter(None, (clean_text(part, f"content.{name}") for part in parts)))
 
 
 def _join(sections: Mapping[str, str]) -> str:
     if len(sections) == 1:
         return next(iter(sections.values()))
     return "\n\n".join(f"## {name.replace('_', ' ').capitalize()}\n{text}" for name, text in sections.items())
+
+
+def _group(note: Mapping[str, Any]) -> str:
+    """The venue's group, such as `ICLR.cc/2024/Conference`."""
+    invitations = note.get("invitations") or [note.get("invitation")]
+    return str(note.get("domain") or min((str(item).split("/-/", 1)[0] for item in invitations if item), key=len))
 
 
 def _venue(note: Mapping[str, Any]) -> str:

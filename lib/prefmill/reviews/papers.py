@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.reviews.pdf import PdfConfig, PdfContent, extract_pdf, save_image
@@ -29,12 +29,13 @@ class PaperConfig(StrictConfig):
     """Where papers come from besides their rows: folders with `<paper_id>.txt` and `<paper_id>.pdf`.
 
     With `require_files` a paper without its file is a bad row; otherwise its row's text serves. `workers` processes
-    read PDFs at a time.
+    read PDFs at a time. `title_only` papers have neither text nor abstract: keep them, or drop them with their reviews.
     """
 
     texts: ExternalPath | None = None
     pdfs: ExternalPath | None = None
     require_files: bool = True
+    title_only: Literal["keep", "drop"] = later("keep")
     pdf: PdfConfig = Field(default_factory=PdfConfig)
     workers: int = runtime(1, ge=1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from prefmill.core.records import Paper, Review
 
@@ -35,3 +37,26 @@ def prompt_scale(reviews: Sequence[Review]) -> Scale:
     """The scale to ask for in a paper's prompt: the most frequent of its reviews; of equals, the lowest."""
     counts = Counter(map(scale_of, reviews))
     return min(counts, key=lambda scale: (-counts[scale], scale), default=COMMON_SCALE)
+
+
+class VenueQuantiles:
+    """The place of a rating among all those of its venue: the share below it and half of those equal, in (0, 1).
+
+    A difference of places means the same at venues that rate high and at those that rate low, and on every scale.
+    """
+
+    def __init__(self, reviews: Iterable[Review]) -> None:
+        counts: defaultdict[str, Counter[float]] = defaultdict(Counter)
+        for review in reviews:
+            counts[review["venue"]][common_rating(review)] += 1
+        self._ratings = {venue: sorted(counted) for venue, counted in counts.items()}
+        self._below = {
+            venue: [0, *accumulate(counts[venue][rating] for rating in ratings)]
+            for venue, ratings in self._ratings.items()
+        }
+
+    def __call__(self, review: Review) -> float:
+        """The place of the review's rating; its venue must have been counted."""
+        ratings, below = self._ratings[review["venue"]], self._below[review["venue"]]
+        rating = common_rating(review)
+        return (below[bisect_left(ratings, rating)] + below[bisect_right(ratings, rating)]) / (2 * below[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -12,9 +13,9 @@ from prefmill.core.config import ExternalPath, StrictConfig, later
 from prefmill.core.records import Decision
 from prefmill.reviews.rows import (
     Item,
-    RowProblem,
     RawRow,
     RowError,
+    RowProblem,
     Unknown,
     excerpt,
     parse_confidence,
@@ -34,8 +35,9 @@ class SourceConfig(StrictConfig, ABC):
     `confidence_words` those of confidences (1 to 5), `decision_words` the decisions that a venue's own words mean.
     """
 
-    rating_min: float = Field(COMMON_SCALE[0], allow_inf_nan=False)
-    rating_max: float = Field(COMMON_SCALE[1], allow_inf_nan=False)
+    # Whole numbers, as those of the first release: 1.0 has another fingerprint, and corpora would be made again.
+    rating_min: float = Field(1, allow_inf_nan=False)
+    rating_max: float = Field(10, allow_inf_nan=False)
     rating_words: dict[str, float] = later({})
     confidence_words: dict[str, Annotated[float, Field(ge=1, le=5)]] = later({})
     decision_words: dict[str, Decision] = later({})
@@ -57,23 +59,36 @@ class SourceConfig(StrictConfig, ABC):
     @property
     def scale(self) -> Scale:
         """The lowest and the highest rating."""
-        return self.rating_min, self.rating_max
+        return float(self.rating_min), float(self.rating_max)
 
     def made_otherwise(self) -> dict[str, Any]:
         """A scale that is not 1 to 10: corpora made before rows kept it are not what is made now."""
         return {} if self.scale == COMMON_SCALE else {"scale": "kept"}
 
+    @cached_property
+    def decisions_by_word(self) -> dict[str, Decision]:
+        """`decision_words` as words are compared."""
+        return _by_key(self.decision_words)
+
+    @cached_property  # asked for every row
+    def _ratings_by_word(self) -> dict[str, float]:
+        return _by_key(self.rating_words)
+
+    @cached_property
+    def _confidences_by_word(self) -> dict[str, float]:
+        return _by_key(self.confidence_words)
+
     def rating(self, value: Any) -> float:
         """A rating as this source writes it; raises RowError where it is none, or outside the scale."""
-        return parse_rating(value, self.scale, _by_key(self.rating_words), self.decimal_comma)
+        return parse_rating(value, self.scale, self._ratings_by_word, self.decimal_comma)
 
     def confidence(self, value: Any) -> tuple[float | None, list[Item]]:
         """A confidence from 1 to 5, or None and in the list the word that nobody gave a number."""
-        return _or_unknown(parse_confidence(value, _by_key(self.confidence_words)))
+        return _or_unknown(parse_confidence(value, self._confidences_by_word))
 
     def decision(self, value: Any) -> tuple[Decision | None, list[Item]]:
         """A decision, or None and in the list the words that mean none."""
-        return _or_unknown(parse_decision(value, _by_key(self.decision_words)))
+        return _or_unknown(parse_decision(value, self.decisions_by_word))
 
     @abstractmethod
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:

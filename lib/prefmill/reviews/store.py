@@ -25,13 +25,14 @@ CREATE TABLE papers (paper_id TEXT PRIMARY KEY, title TEXT, abstract TEXT, text 
     drawn INTEGER, title_key TEXT, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, text TEXT, rating REAL, confidence REAL, venue TEXT,
     sub_scores TEXT, rating_min REAL, rating_max REAL, file INTEGER, line INTEGER, item TEXT);
-CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, file INTEGER, line INTEGER, item TEXT);
+CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, rank INTEGER, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
 CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
 """
 _PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn"
 _REVIEW_FIELDS = ("review_id", "paper_id", "text", "rating", "confidence", "venue")
 _REVIEW_COLUMNS = ", ".join([*_REVIEW_FIELDS, "sub_scores", "rating_min", "rating_max"])
+_NO_DECISION: Any = (-1, None, 0, None, None)
 _MERGED_FIELDS = ("abstract", "text", "decision", "venue")
 
 
@@ -122,7 +123,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
                     self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, ""
                 )
         self._database.execute(
-            "UPDATE papers SET decision = d.decision FROM decisions d WHERE papers.paper_id = d.paper_id"
+            "UPDATE papers SET decision = d.decision FROM decisions d "
+            "WHERE papers.paper_id = d.paper_id AND papers.decision IS NULL"
         )
 
     def drop_unreviewed(self) -> int:
@@ -180,17 +182,19 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             "remove one of the two rows, or rename its id",
         )
 
-    def _add_decision(self, place: Place, row: DecisionRow) -> None:
-        query = "SELECT decision, file, line, item FROM decisions WHERE paper_id = ?"
-        known = self._database.execute(query, (row.paper_id,)).fetchone()
-        decision = row.decision if known is None else _final(known[0], row.decision)
+    def _add_decision(self, at: Place, row: DecisionRow) -> None:
+        query = "SELECT rank, decision, file, line, item FROM decisions WHERE paper_id = ?"
+        rank, earlier, *place = self._database.execute(query, (row.paper_id,)).fetchone() or _NO_DECISION
+        if row.rank < rank:
+            return
+        decision = row.decision if row.rank > rank else _final(earlier, row.decision)
         if decision is None:
             raise RowError(
-                f"decision '{row.decision}', but '{known[0]}' for the same paper at {self._place(*known[1:]).brief}",
+                f"decision '{row.decision}', but '{earlier}' for the same paper at {self._place(*place).brief}",
                 "remove the one that does not hold",
             )
-        values = (row.paper_id, decision, *self._located(place))
-        self._database.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?)", values)
+        values = (row.paper_id, decision, row.rank, *self._located(at))
+        self._database.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def _replace(self, kept: PaperRow, dropped_id: str) -> None:
         self._database.execute("UPDATE reviews SET paper_id = ? WHERE paper_id = ?", (kept.paper_id, dropped_id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from prefmill.checklist.scored import ScoredReview
 from prefmill.datasets.pairs import PairRules, pairs_of
 from prefmill.reviews.prompt import asked_scale, review_completion, review_messages, split_completion
-from prefmill.reviews.scale import COMMON_SCALE, Scale, prompt_scale, rescaled
+from prefmill.reviews.scale import COMMON_SCALE, Scale, VenueQuantiles, prompt_scale, rescaled
 
 RULES = PairRules(2.0, 1.0, None, frozenset())
 BOUNDS = st.tuples(st.integers(-100, 100), st.integers(1, 200)).map(lambda b: (float(b[0]), float(b[0] + b[1])))
@@ -35,9 +36,18 @@ def prompt(scale: Scale) -> str:
     return review_messages(paper, "clean")[0]["content"]
 
 
-@given(BOUNDS, BOUNDS, SHARES)
-def test_an_affine_map_of_the_scale_changes_no_pair(one: Scale, other: Scale, shares: list[float]) -> None:
-    found = [[pair.pair_id for pair in pairs_of(reviews(scale, shares), RULES, Counter())] for scale in (one, other)]
+def pair_ids(scale: Scale, shares: list[float], by_quantile: bool) -> list[str]:
+    rows = reviews(scale, shares)
+    quantiles = VenueQuantiles(row.review for row in rows)
+    rules = replace(RULES, quantiles=quantiles, min_rating_diff=0.3) if by_quantile else RULES
+    return [pair.pair_id for pair in pairs_of(rows, rules, Counter())]
+
+
+@given(BOUNDS, BOUNDS, SHARES, st.booleans())
+def test_an_affine_map_of_the_scale_changes_no_pair(
+    one: Scale, other: Scale, shares: list[float], by_quantile: bool
+) -> None:
+    found = [pair_ids(scale, shares, by_quantile) for scale in (one, other)]
     assert found[0] == found[1]
 
 
@@ -71,3 +81,12 @@ def test_the_prompt_asks_for_the_most_frequent_scale() -> None:
 @pytest.mark.parametrize("line", ["Rating: 6,5", "Rating: 11", "Rating: -1", "Rating: 7/5"])
 def test_no_rating_is_made_of_another_number(line: str) -> None:
     assert split_completion(f"Fine.\n{line}", (0.0, 10.0))[1] is None
+
+
+@given(SHARES)
+def test_quantiles_are_mid_ranks(shares: list[float]) -> None:
+    rows = [scored.review for scored in reviews((0.0, 5.0), shares)]
+    quantiles = VenueQuantiles(rows)
+    assert [quantiles(row) for row in rows] == pytest.approx(
+        [(sum(x < own for x in shares) + sum(x <= own for x in shares)) / 2 / len(shares) for own in shares]
+    )

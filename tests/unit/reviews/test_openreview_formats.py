@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from read_sources import items_of, read, source, write
 
-from prefmill.reviews.rows import DecisionRow, PaperRow, ReviewRow, Skipped
+from prefmill.core.errors import InputError
+from prefmill.reviews.rows import DecisionRow, PaperRow, ReviewRow, Skipped, Unknown
 
 
 def v1_note(identifier: str, invitation: str, content: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -130,7 +131,10 @@ def test_openreview_v2(tmp_path: Path) -> None:
         ("ICLR 2024 Conference Submission", "ICLR.cc/2024/Conference/Submission", None),
         ("Submitted to ICLR 2024", "ICLR.cc/2024/Conference/Submission", None),
         ("ICLR 2024 poster", "ICLR.cc/2024/Conference", "accepted"),
-        ("ICLR 2024", "ICLR.cc/2024/Conference", None),
+        ("ICLR 2022 Submitted", "ICLR.cc/2024/Conference", "rejected"),  # the group alone did not mean acceptance
+        ("EMNLP 2023 Findings", "", "accepted"),
+        ("Decision pending for TMLR", "TMLR/Decision_Pending", None),
+        ("Accepted by TMLR", "TMLR", "accepted"),
     ],
 )
 def test_openreview_v2_decision_from_the_venue(tmp_path: Path, venue: str, venueid: str, decision: str | None) -> None:
@@ -168,3 +172,89 @@ def test_openreview_fields_can_be_chosen(tmp_path: Path) -> None:
         format="openreview_v2", path=path, rating_fields=["score"], exclude_fields=["private"], rating_max=5
     )
     assert items_of(config) == [ReviewRow("r", "f2", "Fine.", 4.0, None, "ICLR 2024", {}, (1.0, 5.0))]
+
+
+def test_the_venues_group_as_venueid_is_acceptance_unless_a_decision_says_otherwise(tmp_path: Path) -> None:
+    path = write(tmp_path / "n.json", [v2_submission(venue="ICLR 2024", venueid="ICLR.cc/2024/Conference")])
+    paper, decision = items_of(source(format="openreview_v2", path=path))
+    assert (paper.decision, decision) == (None, DecisionRow("f2", "accepted", rank=1))  # type: ignore[union-attr]
+
+
+def test_an_invitation_that_was_taken_back_decides_nothing(tmp_path: Path) -> None:
+    note = v2_submission()
+    note["invitations"] += ["V/S/-/Desk_Rejection", "V/S/-/Desk_Rejection_Reversion"]
+    (paper,) = items_of(source(format="openreview_v2", path=write(tmp_path / "n.json", [note])))
+    assert paper.decision is None  # type: ignore[union-attr]
+
+
+def test_what_is_unknown_is_named_and_costs_no_review(tmp_path: Path) -> None:
+    notes = [
+        v2_submission(venue="Forest Days 2025", venueid="dblp.org/forest"),
+        v2_note("d", ["S/-/Decision"], {"decision": "Honourable"}),
+        v2_note("r", ["S/-/Official_Review"], {"rating": 5, "main": "x", "confidence": "sure", "files": {"a": 1}}),
+    ]
+    path = write(tmp_path / "n.json", notes)
+    found = items_of(source(format="openreview_v2", path=path))
+    assert [str(item) for item in found if isinstance(item, Unknown)] == [
+        "venue 'Forest Days 2025'", "decision 'Honourable'", "confidence 'sure'", "field 'files'",
+    ]  # fmt: skip
+    words = {"decision_words": {"honourable": "accepted", "Forest days 2025": "rejected"}}
+    known = items_of(source(format="openreview_v2", path=path, confidence_words={"Sure": 4}, **words))
+    assert [item.decision for item in known if isinstance(item, PaperRow | DecisionRow)] == ["rejected", "accepted"]
+    assert [item.confidence for item in known if isinstance(item, ReviewRow)] == [4.0]
+
+
+FORMS = {  # a venue's review form, the note of its decision, and what they mean
+    "iclr_2017": ({"review": "x", "rating": "9: Top 15%"}, "paper1/official/review", 9, (1, 10),
+                  {"decision": "Invite to Workshop Track"}, "paper1/acceptance", "rejected"),
+    "iclr_2019": ({"review": "x", "rating": "3: Clear"}, "Paper1/Official_Review", 3, (1, 10),
+                  {"metareview": "ok", "recommendation": "Accept (Poster)"}, "Paper1/Meta_Review", "accepted"),
+    "iclr_2020": ({"review": "x", "rating": "6: Weak Accept"}, "Paper1/Official_Review", 6, (1, 8),
+                  {"decision": "Accept (Talk)"}, "Paper1/Decision", "accepted"),
+    "iclr_2023": ({"summary": "x", "recommendation": "5: marginally"}, "Paper1/Official_Review", 5, (1, 10),
+                  {"decision": "Accept: notable-top-25%"}, "Paper1/Decision", "accepted"),
+    "iclr_2026": ({"summary": "x", "rating": 0}, "Submission1/Official_Review", 0, (0, 10),
+                  {"decision": "Reject"}, "Submission1/Decision", "rejected"),
+    "neurips_2025": ({"summary": "x", "rating": 6}, "Submission1/Official_Review", 6, (1, 6),
+                     {"decision": "Accept (spotlight)"}, "Submission1/Decision", "accepted"),
+    "emnlp_2023": ({"Reasons_To_Accept": "x", "Soundness": "4: Strong"}, "Submission1/Official_Review", 4, (1, 5),
+                   {"decision": "Accept-Findings"}, "Submission1/Decision", "accepted"),
+    "arr": ({"paper_summary": "x", "overall_assessment": "3.5"}, "Submission1/Official_Review", 3.5, (1, 5),
+            {"decision": "Reject"}, "Submission1/Decision", "rejected"),
+    "colm": ({"reasons_to_accept": "x", "rating": 7}, "Submission1/Official_Review", 7, (1, 10),
+             {"decision": "Accept"}, "Submission1/Decision", "accepted"),
+    "tmlr": ({"summary_of_contributions": "x", "claims_and_evidence": "Yes"}, "Paper1/Review", 1, (0, 1),
+             {"recommendation": "Accept with minor revision"}, "Paper1/Decision", "accepted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", FORMS)
+def test_a_preset_reads_its_venues_form(tmp_path: Path, preset: str) -> None:
+    review, invited, rating, scale, decision, decided, verdict = FORMS[preset]
+    notes = [v2_note("r", [f"-/{invited}"], review), v2_note("d", [f"-/{decided}"], decision)]
+    read_review, read_decision = items_of(
+        source(format="openreview_v2", preset=preset, path=write(tmp_path / "n.json", notes))
+    )
+    assert isinstance(read_review, ReviewRow)
+    assert isinstance(read_decision, DecisionRow)
+    assert (read_review.rating, read_review.scale, read_review.text) == (rating, scale, "x")
+    assert read_decision.decision == verdict
+
+
+def test_a_key_beside_a_preset_holds(tmp_path: Path) -> None:
+    config = source(format="openreview_v2", preset="iclr_2026", path=tmp_path, rating_max=6, id_prefix="a-")
+    assert (config.scale, config.id_prefix) == ((0.0, 6.0), "a-")
+
+
+def test_a_folder_of_forums_is_read_in_order_of_name(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        note = {**v2_submission(), "id": name, "forum": name}
+        reply = {**v2_note(f"r{name}", ["S/-/Official_Review"], {"rating": 5, "main": "Fine."}), "forum": name}
+        write(
+            tmp_path / "forums" / name / "notes.json", json.dumps({**note, "details": {"replies": [reply]}}, indent=1)
+        )
+    found = items_of(source(format="openreview_v2", path=tmp_path / "forums"))
+    assert [item.paper_id for item in found if isinstance(item, PaperRow | ReviewRow)] == ["a", "a", "b", "b"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="a folder without review files"):
+        items_of(source(format="openreview_v2", path=tmp_path / "empty"))

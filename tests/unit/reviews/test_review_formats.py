@@ -146,7 +146,7 @@ def test_peerread_problems_are_set_aside_one_by_one(tmp_path: Path) -> None:
 
 
 def test_peerread_without_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no PeerRead review files"):
+    with pytest.raises(InputError, match="a folder without review files"):
         read(source(format="peerread", path=tmp_path))
 
 

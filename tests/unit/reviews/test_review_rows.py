@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from prefmill.reviews.rows import (
     RowError,
+    Unknown,
     clean_text,
     decision_in,
     excerpt,
@@ -90,12 +91,11 @@ def test_a_venue_is_no_decision(text: str) -> None:
     assert decision_in(text) is None
 
 
-def test_no_decision_is_none_and_an_unknown_one_an_error() -> None:
+def test_no_decision_is_none_and_an_unknown_one_is_said_to_be() -> None:
     assert parse_decision(None) is None
     assert parse_decision(" ") is None
-    with pytest.raises(RowError, match="unknown decision 'maybe'") as caught:
-        parse_decision("maybe")
-    assert "desk_rejected" in caught.value.fix
+    assert parse_decision("maybe") == Unknown("decision", "maybe")
+    assert parse_decision("May be", {"may be": "withdrawn"}) == "withdrawn"
 
 
 def test_text_keeps_newlines_tabs_and_addresses_and_loses_controls() -> None:

@@ -85,7 +85,7 @@ def test_rows_of_a_paper_that_disagree_are_refused(store: CorpusStore, other: Pa
 def test_decisions_come_home_and_orphans_are_problems(store: CorpusStore) -> None:
     store.add(at(1), DecisionRow("a", "accepted"))
     store.add(at(2), review("r1", "a"))
-    store.add(at(3), PaperRow("a", "A", decision="rejected"))
+    store.add(at(3), PaperRow("a", "A"))
     store.add(at(4), review("r2", "lost"))
     store.add(at(5), DecisionRow("gone", "rejected"))
     problems = list(store.link())
@@ -95,6 +95,18 @@ def test_decisions_come_home_and_orphans_are_problems(store: CorpusStore) -> Non
     ]
     assert [paper.decision for _, paper, _ in store.papers()] == ["accepted"]
     assert contents(store) == {"a": ["r1"]}
+
+
+def test_the_surest_decision_holds(store: CorpusStore) -> None:
+    """What a submission's own fields say, then a decision's note, then the venue's group, then a meta-review."""
+    for paper, decision in (("a", None), ("b", None), ("c", "withdrawn")):
+        store.add(at(1), PaperRow(paper, f"Title {paper}", decision=decision))
+        store.add(at(2), review(f"r{paper}", paper))
+        store.add(at(3), DecisionRow(paper, "accepted", rank=1))
+        store.add(at(4), DecisionRow(paper, "rejected", rank=0))
+    store.add(at(5), DecisionRow("b", "rejected"))
+    assert list(store.link()) == []
+    assert [paper.decision for _, paper, _ in store.papers()] == ["accepted", "rejected", "withdrawn"]
 
 
 def test_decisions_that_contradict_are_refused_but_a_withdrawal_stands(store: CorpusStore) -> None:
