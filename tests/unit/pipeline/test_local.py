@@ -56,3 +56,10 @@ def test_gpus_are_given_to_tasks_and_come_back(tmp_path: Path) -> None:
     assert slots.take(training) == {"CUDA_VISIBLE_DEVICES": "0,1"}
     with pytest.raises(PipelineError, match="a rank needs a GPU"):
         slots.take(replace(training, processes=3))
+
+
+@pytest.mark.usefixtures("_anywhere")
+def test_what_a_stage_warns_of_stands_on_the_console(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert run_plan(toy_plan(tmp_path, make={"set": {"rows": 0}}), say=said.append) == 0
+    assert said[-1] == "  warning: no rows"

@@ -35,7 +35,7 @@ def make(config: MakeConfig, task: Task) -> Metrics:
         raise OSError(28, "No space left on device", str(task.output / "x"))
     rows = [{"n": n} for n in range(config.rows) if task.shard.holds(str(n))]
     write_jsonl(task.output / "numbers.jsonl", rows)
-    return {"rows": len(rows), "attempt": first}
+    return {"rows": len(rows), "attempt": first, **({} if rows else {"warnings": ["no rows"]})}
 
 
 def use(config: UseConfig, task: Task) -> Metrics:
