@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training_artifacts import content, executed_steps, kill_after, publish_as
 
 from prefmill.core.artifact import Artifact
-from prefmill.core.config import load, validate
+from prefmill.core.config import identity, load, validate
 from prefmill.core.errors import ConfigError, InputError, PipelineError
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
@@ -64,6 +64,14 @@ def test_the_shipped_dspo_is_the_issues() -> None:
     assert config.lora is not None
     assert (config.lora.use_dora, config.lora.alpha) == (True, 4.0 * config.lora.r)
     assert STAGE.reads["pairs"].stage == "build_image_pairs"
+
+
+def test_mapo_has_its_authors_numbers_and_they_count() -> None:
+    config = validate(SdxlDpoConfig, {"objective": "mapo"})
+    assert (config.beta, config.mapo_snr) == (0.1, 0.5)
+    assert identity(config)["mapo_snr"] == 0.5  # so that what the earlier loss made is stale
+    assert "mapo_snr" not in identity(validate(SdxlDpoConfig, {}))
+    assert validate(SdxlDpoConfig, {"objective": "mapo", "beta": 0.2, "mapo_snr": 1.0}).beta == 0.2
 
 
 @pytest.mark.slow
@@ -218,7 +226,7 @@ def test_the_whole_unet_and_the_other_objectives(
     objective: str, tmp_path: Path, model: Artifact, pairs: Artifact, cache: Path
 ) -> None:
     keys = {**KEYS, "objective": objective, "lora": None, "max_steps": 2, "use_ema": False, "min_snr_gamma": 5.0}
-    keys |= {"beta": 1.0 if objective == "mapo" else 5000.0, "cache_dir": str(cache), "activation_checkpointing": True}
+    keys |= {"cache_dir": str(cache), "activation_checkpointing": True}
     keys |= {"sample_steps": 2, "num_samples": 1, "sample_inference_steps": 1}
     run_stage("sdxl_dpo", tmp_path, {**keys, "precision": "bf16"}, model=model, pairs=pairs)
     first = rows_of(tmp_path)[0]
@@ -267,6 +275,7 @@ def test_configurations_it_refuses(tmp_path: Path, model: Artifact, pairs: Artif
     for values, message in (
         ({"max_length": 10}, "a key of text models"),
         ({"reward_temperature": 2.0}, "only objective dspo_rm"),
+        ({"mapo_snr": 0.5}, "only objective mapo"),
         ({"attn_implementation": "flash"}, "sdpa, xformers, sliced"),
         ({"fsdp": True, "lora": None}, "shard it with deepspeed"),
         ({"deepspeed": "zero3.json"}, "deepspeed shards a whole UNet"),

@@ -21,7 +21,7 @@ from prefmill.core.config import nearest
 from prefmill.core.errors import ConfigError
 
 OFFICIAL_DIVERGENCE = 0.1
-_SMALL_ERROR = 1e-4  # below it l / (e^l - 1) is 1 - l / 2 to within 1e-9, and its gradient is a number
+_SMALL = 0.1  # below it the closed form of `phi` loses digits, and its gradient twice as many: there a series takes over
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Settings:
     """The numbers of the objectives: beta > 0, label smoothing in [0, 0.5), SimPO's target margin.
 
     DSPO's lambda, which its authors set to beta, and whether the factors it multiplies are kept from the gradient.
+    MaPO's signal-to-noise factor of an error, above 0, and the diffusion's number of timesteps.
     """
 
     beta: float
@@ -75,6 +76,8 @@ class Settings:
     simpo_gamma: float = 0.5
     dspo_lambda: float = 1.0
     dspo_stop_gradient: bool = True
+    mapo_snr: float = 0.5
+    num_timesteps: int = 1000
 
 
 Loss = Callable[[PairScores, Settings], Tensor]
@@ -175,9 +178,13 @@ def dspo_official_sdxl(scores: PairScores, settings: Settings) -> Tensor:
 
 
 def mapo(scores: PairScores, settings: Settings) -> Tensor:
-    """MaPO (Hong et al. 2024, arXiv 2406.06424): m_w - (1/b) log s(phi(m_w) - phi(m_l)), without a reference."""
+    """MaPO (Hong et al. 2024, arXiv 2406.06424) as its authors train it: m_w - b log s(T (phi(c m_w) - phi(c m_l))).
+
+    b = beta, 0.1 there, c = 1/2 the signal-to-noise factor, T the number of timesteps; no reference.
+    """
     winner, loser = -scores.chosen, -scores.rejected
-    return winner - logsigmoid(phi(winner, settings.beta) - phi(loser, settings.beta)) / settings.beta
+    ratio = phi(settings.mapo_snr * winner) - phi(settings.mapo_snr * loser)
+    return winner - settings.beta * logsigmoid(settings.num_timesteps * ratio)
 
 
 def bradley_terry_heads(scores: PairScores, settings: Settings) -> Tensor:
@@ -253,12 +260,14 @@ def mix(
     return Objective(loss, frozenset().union(*(part.needs for part, _ in parts)))
 
 
-def phi(error: Tensor, beta: float) -> Tensor:
-    """b l / (e^l - 1), in fp32 at least; b at l = 0."""
+def phi(error: Tensor) -> Tensor:
+    """x / (e^x - 1), in fp32 at least; 1 at x = 0, falling. Value and gradient are exact to a few units in the last place."""
     error = error.float() if error.dtype in (torch.bfloat16, torch.float16) else error
-    small = error.abs() < _SMALL_ERROR
+    square = error**2
+    series = 1 - error / 2 + square / 12 - square**2 / 720 + square**3 / 30_240 - square**4 / 1_209_600
+    small = error.abs() < _SMALL
     regular = torch.where(small, torch.ones_like(error), error)  # so that the branch not taken has a gradient
-    return beta * torch.where(small, 1 - error / 2, regular / torch.expm1(regular))
+    return torch.where(small, series, regular / torch.expm1(regular))
 
 
 def residual_and_drift(scores: PairScores) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath, renamed, runtime
+from prefmill.core.config import ExternalPath, later, renamed, runtime
 from prefmill.training.config import LoraConfig, TrainingConfig
 
 ATTENTION = ("sdpa", "xformers", "sliced")
+MAPO = {"beta": 0.1, "mapo_snr": 0.5}  # its authors' numbers (train.py of mapo-t2i)
 _OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
 
 
@@ -42,6 +43,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     beta: float = Field(5000.0, gt=0)
     dspo_lambda: float = Field(1.0, ge=0)
     dspo_stop_gradient: bool = True
+    mapo_snr: float | None = later(None, gt=0)
     sft_weight: float = Field(0.0, ge=0)
     reward_temperature: float = Field(1.0, gt=0)
     reward_weights: dict[str, float] | None = None
@@ -67,6 +69,14 @@ class SdxlPreferenceConfig(TrainingConfig):
     cache_dir: ExternalPath | None = runtime(None)
     save_merged: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_of_mapo(cls, values: Any) -> Any:
+        """Written out, so that they are part of the identity: what an earlier MaPO made is stale."""
+        if not isinstance(values, dict) or values.get("objective") != "mapo":
+            return values
+        return {**MAPO, **{key: value for key, value in values.items() if key not in MAPO or value is not None}}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         # By value: a job is handed every key of the configuration it was planned with.
@@ -74,6 +84,8 @@ class SdxlPreferenceConfig(TrainingConfig):
         ignored = sorted(name for name in _OF_TEXT_MODELS if getattr(self, name) != fields[name].default)
         if ignored:
             raise ValueError(f"{', '.join(ignored)}: a key of text models, leave it out")
+        if self.mapo_snr is not None and self.objective != "mapo":
+            raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
             raise ValueError(f"attn_implementation is one of {', '.join(ATTENTION)}")
         if self.fsdp:

@@ -25,7 +25,7 @@ from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, 
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name
-from prefmill.families.sdxl.noise import load_schedule
+from prefmill.families.sdxl.noise import NoiseSchedule, load_schedule
 from prefmill.families.sdxl.reference import ReferenceErrors, used_by
 from prefmill.families.sdxl.soft_labels import with_soft_labels
 from prefmill.families.sdxl.telemetry import ErrorTelemetry
@@ -45,14 +45,15 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     Latents, text embeddings and the reference's errors are computed before training, or found in the cache: training
     runs the UNet alone. Resumes from the newest complete checkpoint.
     """
-    settings = Settings(config.beta, dspo_lambda=config.dspo_lambda, dspo_stop_gradient=config.dspo_stop_gradient)
-    objective = choose_objective(config, settings)
     folder = open_folder(start, config.revision, config.variant)
+    schedule = load_schedule(folder.path, config.min_snr_gamma)
+    settings = settings_of(config, schedule)
+    objective = choose_objective(config, settings)
     train, held_out = (_pairs(config, task, pairs, split, objective) for split in ("train", "val"))
     data, held = PreferenceData(train, None, _plan(train, config)), val_data(held_out, config)
     args = _arguments(config, task, data.plan)
     with unsharded_loading():
-        reader = _encode(config, task, folder, args.device, train, held_out, data.plan)
+        reader = _encode(config, task, folder, schedule, args.device, train, held_out, data.plan)
     references = [_references(config, folder, reader, given, args.device, objective) for given in (train, held_out)]
     predictions = _predictions(references) if "residuals" in objective.needs else None
     ema = Ema(config.ema_decay) if config.use_ema else None
@@ -75,6 +76,14 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
 def _load(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
     with unsharded_loading():
         return load_policy(folder, config)
+
+
+def settings_of(config: SdxlPreferenceConfig, schedule: NoiseSchedule) -> Settings:
+    """The numbers of the objective, of configuration and schedule."""
+    return Settings(
+        config.beta, dspo_lambda=config.dspo_lambda, dspo_stop_gradient=config.dspo_stop_gradient,
+        mapo_snr=config.mapo_snr or Settings.mapo_snr, num_timesteps=schedule.num_timesteps,
+    )  # fmt: skip
 
 
 def choose_objective(config: SdxlPreferenceConfig, settings: Settings) -> Objective:
@@ -122,15 +131,14 @@ def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbat
 
 
 def _encode(
-    config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, device: torch.device, train: Sequence[PairImages],
-    held_out: Sequence[PairImages], plan: Sequence[Microbatch],
+    config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, schedule: NoiseSchedule, device: torch.device,
+    train: Sequence[PairImages], held_out: Sequence[PairImages], plan: Sequence[Microbatch],
 ) -> PairReader:  # fmt: skip
     """Have the latents and embeddings of all pairs in the cache."""
     cache = TensorCache(cache_folder(task, config.cache_dir))
     images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision)
     encoders = folder.digest("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     texts = TextKeys(encoders, config.precision)
-    schedule = load_schedule(folder.path, config.min_snr_gamma)
     reader = PairReader(cache, images, texts, schedule, config.seed, config.random_flip)
     epochs = sorted({item.epoch for item in plan})
     seen = [(pair, epoch) for epoch in epochs for pair in train] + [(pair, 0) for pair in held_out]

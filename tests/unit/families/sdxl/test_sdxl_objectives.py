@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor
@@ -86,8 +87,8 @@ def scalar(name: str, given: dict[str, Tensor], n: int, settings: Settings) -> f
         own = sum((given["w"][n, d] - given["ref_w"][n, d]).item() ** 2 for d in range(D)) / D
         return push**2 * (own if drift >= 0.1 else 1.0)
     if name == "mapo":
-        phis = [SETTINGS.beta * error / (math.exp(error) - 1) for error in (winner, loser)]
-        return winner - math.log(logistic(phis[0] - phis[1])) / SETTINGS.beta
+        phis = [settings.mapo_snr * error / (math.exp(settings.mapo_snr * error) - 1) for error in (winner, loser)]
+        return winner - settings.beta * math.log(logistic(settings.num_timesteps * (phis[0] - phis[1])))
     return winner
 
 
@@ -159,20 +160,47 @@ def test_the_start_is_ln_2() -> None:
     assert dpo(scores, Settings(beta=5000)).tolist() == [math.log(2)] * N
 
 
-@pytest.mark.parametrize("error", [0.0, 1e-9, 1e-5, 1e-4, 1e-3, 0.3, 5.0])
-def test_phi_is_a_number_down_to_zero(error: float) -> None:
+@pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
+def test_mapo_and_its_gradients_are_the_authors(scale: float) -> None:
+    """Their training script's loss, written out in float64; errors from 0.01 to above 1."""
+    settings = Settings(beta=0.1, mapo_snr=0.5, num_timesteps=1000)
+    given = {name: scale * value for name, value in draw(10).items()}
+    sides = [given[key].requires_grad_() for key in ("w", "l")]
+    m_w, m_l = (((side - given["noise"]) ** 2).mean(1) for side in sides)
+    odds = 0.5 * m_w / (torch.exp(0.5 * m_w) - 1) - 0.5 * m_l / (torch.exp(0.5 * m_l) - 1)
+    theirs = m_w - 0.1 * torch.nn.functional.logsigmoid(1000 * odds)
+    ours = mapo(scores_of(given), settings)
+    assert (ours - theirs).abs().max() < 1e-9
+    gradients = [torch.autograd.grad(loss.sum(), sides) for loss in (ours, theirs)]
+    assert max((own - other).abs().max().item() for own, other in zip(*gradients, strict=True)) < 1e-9
+
+
+@pytest.mark.parametrize("key", [{"beta": 0.2}, {"mapo_snr": 1.0}, {"num_timesteps": 100}])
+def test_every_number_of_mapo_changes_its_gradient(key: dict[str, float]) -> None:
+    given, base = draw(11), Settings(beta=0.1, num_timesteps=5)
+    loser = given["l"].requires_grad_()
+    gradients = [
+        torch.autograd.grad(mapo(scores_of(given), settings).sum(), loser)[0]
+        for settings in (base, replace(base, **key))  # type: ignore[arg-type]
+    ]
+    assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-9, 1e-5, 1e-3, 0.09, 0.11, 0.3, 5.0])
+def test_phi_and_its_slope_are_exact_down_to_zero(error: float) -> None:
     value = torch.tensor([error], dtype=torch.float64, requires_grad=True)
-    phi(value, 2.0).backward()
-    series = 1 - error / 2 + error**2 / 12 - error**4 / 720
-    assert phi(value, 2.0).item() / 2 == pytest.approx(series if error < 0.01 else error / math.expm1(error), abs=2e-9)
+    phi(value).backward()
+    with mpmath.workdps(40):
+        exact, slope = (mpmath.taylor(lambda x: x / mpmath.expm1(x) if x else mpmath.mpf(1), error or 1e-30, 1)[:2])
     assert value.grad is not None
-    assert math.isfinite(value.grad.item())
+    assert phi(value).item() == pytest.approx(float(exact), rel=1e-14)
+    assert value.grad.item() == pytest.approx(float(slope), rel=1e-12)
 
 
 def test_mapo_in_bf16_is_computed_in_fp32() -> None:
     error = torch.tensor([0.001], dtype=torch.bfloat16)
-    assert phi(error, 1.0).dtype == torch.float32
-    assert phi(error, 1.0).item() == pytest.approx(0.9995, abs=1e-5)
+    assert phi(error).dtype == torch.float32
+    assert phi(error).item() == pytest.approx(0.9995, abs=1e-5)
     naive = error / (torch.exp(error) - 1)
     assert not torch.isfinite(naive).all()
 

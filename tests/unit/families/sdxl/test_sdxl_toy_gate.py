@@ -17,6 +17,10 @@ SEEDS = (0, 1, 2)
 TUNINGS = {
     "dspo": Tuning(OBJECTIVES["dspo"], beta=5.0, lr=5e-4, steps=400),
     "dpo": Tuning(mix(["dpo", "sft"], [1.0, 20.0], Settings(50.0)), beta=50.0, lr=5e-4, steps=400),
+    "dspo_official_sdxl": Tuning(
+        mix(["dspo_official_sdxl", "sft"], [1.0, 5.0], Settings(20.0)), beta=20.0, lr=5e-4, steps=400
+    ),
+    "mapo": Tuning(OBJECTIVES["mapo"], beta=0.1, lr=5e-4, steps=400),  # its authors' numbers, the toy's own T
 }
 
 
@@ -29,7 +33,7 @@ def results(bases: list[Denoiser], name: str, labels: str) -> list[Measured]:
     tuning = Tuning(**{**vars(TUNINGS[name]), "labels": labels})
     found = []
     for seed, base in zip(SEEDS, bases, strict=True):
-        model = tune(base, tuning, SCHEDULE, seed, residuals=name == "dspo")
+        model = tune(base, tuning, SCHEDULE, seed, residuals=name.startswith("dspo"))
         found.append(measure(model, base, SCHEDULE, count=2000))
     return found
 
@@ -48,7 +52,7 @@ def test_the_preferred_mode_is_learnt_as_it_is(bases: list[Denoiser], name: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TUNINGS)
+@pytest.mark.parametrize("name", ["dspo", "dpo"])
 def test_swapped_labels_go_the_other_way(bases: list[Denoiser], name: str) -> None:
     found = results(bases, name, "swapped")
     assert max(one.share for one in found) <= 0.05, found

@@ -104,7 +104,7 @@ def tune(base: Denoiser, tuning: Tuning, schedule: NoiseSchedule, seed: int, res
         if residuals:
             batch = SdxlBatch(**{**vars(batch), "ref_predictions": predictions[:64]})
         scores = family.pair_scores(model, batch, *reference.chunk(2))
-        loss = tuning.objective.loss(scores, Settings(beta=tuning.beta)).mean()
+        loss = tuning.objective.loss(scores, Settings(beta=tuning.beta, num_timesteps=schedule.num_timesteps)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
