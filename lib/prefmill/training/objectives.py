@@ -21,7 +21,7 @@ from prefmill.core.config import nearest
 from prefmill.core.errors import ConfigError
 
 OFFICIAL_DIVERGENCE = 0.1
-_SMALL = 0.1  # below it the closed form of `phi` loses digits, and its gradient twice as many: there a series takes over
+_SMALL = 0.1  # below it the closed form of `phi` loses digits, its gradient twice as many: a series takes over
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def mix(
 
 
 def phi(error: Tensor) -> Tensor:
-    """x / (e^x - 1), in fp32 at least; 1 at x = 0, falling. Value and gradient are exact to a few units in the last place."""
+    """x / (e^x - 1), in fp32 at least; 1 at x = 0, falling; value and slope exact to a few last digits."""
     error = error.float() if error.dtype in (torch.bfloat16, torch.float16) else error
     square = error**2
     series = 1 - error / 2 + square / 12 - square**2 / 720 + square**3 / 30_240 - square**4 / 1_209_600
