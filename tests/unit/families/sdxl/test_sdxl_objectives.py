@@ -191,7 +191,7 @@ def test_phi_and_its_slope_are_exact_down_to_zero(error: float) -> None:
     value = torch.tensor([error], dtype=torch.float64, requires_grad=True)
     phi(value).backward()
     with mpmath.workdps(40):
-        exact, slope = (mpmath.taylor(lambda x: x / mpmath.expm1(x) if x else mpmath.mpf(1), error or 1e-30, 1)[:2])
+        exact, slope = mpmath.taylor(lambda x: x / mpmath.expm1(x) if x else mpmath.mpf(1), error or 1e-30, 1)[:2]
     assert value.grad is not None
     assert phi(value).item() == pytest.approx(float(exact), rel=1e-14)
     assert value.grad.item() == pytest.approx(float(slope), rel=1e-12)
