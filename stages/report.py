@@ -102,6 +102,7 @@ STAGE = Stage(
     root="data",
     writes="report",
     result="report.html",
+    names_run=True,
     reads={
         "evaluations": Reads("evaluation", "evaluate", match="all", optional=True),
         "corpus": Reads("review_corpus", "ingest_reviews", optional=True),

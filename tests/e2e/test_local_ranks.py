@@ -72,7 +72,7 @@ def test_two_ranks_train_as_one_process_does_and_tasks_run_side_by_side(tmp_path
     path = pipeline(tmp_path)
     run(tmp_path, "run=one", pipeline=path)
     processes = [f"stages.{stage}.processes=2" for stage in TRAININGS]
-    printed = run(tmp_path, "run=two", "--jobs", "2", *processes, pipeline=path)
+    printed = run(tmp_path, "run=two", "share=false", "--jobs", "2", *processes, pipeline=path)
     for stage in TRAININGS:
         assert f"> {stage}:all (2 ranks)" in printed
         one, two = losses(tmp_path, "one", stage), losses(tmp_path, "two", stage)

@@ -37,7 +37,9 @@ def test_a_pipeline_gives_what_a_local_run_gives_and_its_arrays_wait_for_each_ot
     assert [job["indices"] for job in (first, second, third)] == [[0, 1, 2], [0, 1, 2], [0]]
     assert "7 to submit" in printed
     site.wait()
-    site.prefmill("run", "configs/pipelines/toy.yaml", f"workspace={site.workspace}", "run=near", "make.seconds=1")
+    site.prefmill(
+        "run", "configs/pipelines/toy.yaml", f"workspace={site.workspace}", "run=near", "share=false", "make.seconds=1"
+    )
     assert digests(site.workspace, "far") == digests(site.workspace, "near")
     assert len(digests(site.workspace, "far")) == 7
     assert "nothing to submit" in site.submit("toy", "run=far", "make.seconds=1")

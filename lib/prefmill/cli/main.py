@@ -11,6 +11,7 @@ from typing import Any
 
 from prefmill.cli.data import add_data_commands
 from prefmill.cli.guard import guarded
+from prefmill.cli.housekeeping import add_housekeeping
 from prefmill.cli.runs import add_commands
 
 EXAMPLES = """examples:
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(commands)
     add_data_commands(commands)
+    add_housekeeping(commands)
 
     stages = commands.add_parser("stages", help="list the stages: what each reads and writes")
     stages.add_argument("--markdown", action="store_true", help="as the table of README.md")

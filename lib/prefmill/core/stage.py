@@ -116,7 +116,8 @@ class Stage(Generic[ConfigT]):
     when the same configuration would make different content. `preload` names slow imports, done before
     `run`, and once for all tasks of a local run. `result` is the payload file a user opens; a finished run
     prints where it is, with the lines of the metric `conclusion` where the stage returns one. A stage that
-    `trains` runs once per GPU under torchrun, and saves and stops when asked to (prefmill.core.graceful_stop).
+    `trains` runs once per GPU under torchrun, and saves and stops when asked to (prefmill.core.graceful_stop). The
+    output of one that `names_run` has the run's name in it, so that it is never taken from another run.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Stage(Generic[ConfigT]):
     preload: tuple[str, ...] = ()
     result: str | None = None
     trains: bool = False
+    names_run: bool = False
 
     @property
     def summary(self) -> str:

@@ -25,10 +25,20 @@ from prefmill.core.stage import PROGRESS, Metrics, Task
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.preload import collect_from_now_on
+from prefmill.pipeline.sharing import TAKEN, share
 from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
 from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher, run_elsewhere
-from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, STATUS, at_work, execute, write_status
+from prefmill.pipeline.worker import (
+    EXIT_BUG,
+    EXIT_USER_ERROR,
+    STATUS,
+    at_work,
+    execute,
+    is_running,
+    keep_finished,
+    write_status,
+)
 from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2
@@ -132,6 +142,10 @@ class _Run:
         try:
             state = inspect_task(task)
             stale = state.freshness != "complete" or self.force
+            if stale and self.plan.share and not self.force and (run := share(task)):
+                self.waiting.remove(task)
+                self.say(f"= {task.key} {TAKEN.format(run)}")
+                return True
             place = self.slots.take(task) if stale else None
         except PrefmillError as error:
             self.waiting.remove(task)
@@ -142,6 +156,8 @@ class _Run:
             return False
         self.waiting.remove(task)
         if place is None:
+            if not is_running(task.logs):
+                keep_finished(task)
             self.say(f"= {task.key} {state.reasons[0]}")
             return True
         ranks = self.slots.ranks(task)

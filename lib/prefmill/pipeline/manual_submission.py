@@ -16,7 +16,7 @@ from prefmill.pipeline.overrides import with_stage_keys
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan, read_pipeline
 from prefmill.store.artifacts import read_manifest
 
-_OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.", "processes=")
+_OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.", "processes=", "share=")
 _DEFAULT_PIPELINE = Path("configs/pipelines/train.yaml")
 _UPDATE_TRIES = 40
 

@@ -49,11 +49,15 @@ class StageEntry(StrictConfig):
 
 
 class PipelineFile(StrictConfig):
-    """A pipeline: its stages by name, the run its outputs belong to, and the folder they are kept under."""
+    """A pipeline: its stages by name, the run its outputs belong to, and the folder they are kept under.
+
+    With `share` a task is taken from another run of the workspace that has finished the same one.
+    """
 
     name: str
     run: str | None = None
     workspace: str | None = None
+    share: bool = True
     stages: dict[str, StageEntry] = Field(min_length=1)
 
     @field_validator("name", "run")
@@ -92,6 +96,7 @@ class Plan:
     run: str
     workspace: Path
     tasks: tuple[PlannedTask, ...]
+    share: bool = False
 
     def upstream(self, task: PlannedTask) -> list[PlannedTask]:
         """The tasks of this plan whose outputs `task` reads."""
@@ -146,7 +151,7 @@ def make_plan(pipeline: PipelineFile, source: Path) -> Plan:
     """
     planner = _planner(pipeline, source)
     tasks = [task for name in planner.order() for task in planner.tasks(name)]
-    return Plan(planner.run, planner.workspace, tuple(tasks))
+    return Plan(planner.run, planner.workspace, tuple(tasks), pipeline.share)
 
 
 def plan_task(pipeline: PipelineFile, source: Path, stage: str, name: str) -> PlannedTask:
@@ -294,7 +299,7 @@ class _Planner:
     def _on_disk(self, producer: str | None, task: str, match: Match | None) -> list[Path]:
         assert producer is not None
         folder = self._folder(load_stage(producer), SINGLE_TASK).parent
-        names = [task, SINGLE_TASK] if match == "elementwise" else sorted(p.name for p in folder.glob("*"))
+        names = [task, SINGLE_TASK] if match == "elementwise" else sorted(p.name for p in folder.glob("[!.]*"))
         finished = [folder / name for name in names if (folder / name / MANIFEST).is_file()]
         return finished[:1] if match == "elementwise" else finished
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.preload import import_now
 from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
-from prefmill.store.artifacts import publish, read_manifest, superseded
+from prefmill.store.artifacts import publish, read_manifest, remaking, superseded
 
 STATUS = "status.json"
 EXIT_USER_ERROR, EXIT_BUG = 2, 1
@@ -38,22 +39,24 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
     """Bring `task` to completion in this process; nothing happens when its output is up to date.
 
     `run` takes the place of the stage's own, to have it run in other processes. Resumes an interrupted attempt at
-    the same content and sets aside output of any other. Raises PrefmillError for what the user can mend; the status
-    file in the task's logs then says the same.
+    the same content. Finished output of any other stays in its place until the new one is published. Raises
+    PrefmillError for what the user can mend; the status file in the task's logs then says the same.
     """
     with _locked(task), _reported(task):
         inputs = read_inputs(task)
         if not force and inspect_task(task).freshness == "complete":
-            _clear_work(task.output)
+            keep_finished(task)
             return
         origin = provenance(task, inputs)
-        _prepare(task, fingerprints(task, origin.identity), force)
+        making = replace(task, output=_prepare(task, fingerprints(task, origin.identity), force))
         started = time.time()
-        context = task_context(task, inputs)
+        context = task_context(making, inputs)
         metrics = run(context) if run else import_and_run(task.stage, task.config, context)
-        publish(task.output, task.stage.writes, origin, metrics)
-        write_atomic(task.output / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
-        _clear_work(task.output)
+        publish(making.output, task.stage.writes, origin, metrics)
+        write_atomic(making.output / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
+        _clear_work(making.output)
+        if making.output != task.output:
+            put_in_place(making.output, task.output)
 
 
 def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
@@ -177,17 +180,39 @@ def _end(task: PlannedTask, attempt: dict[str, Any], state: str, **details: Any)
     attempts.end(task.logs, attempt, state, **known)
 
 
-def _prepare(task: PlannedTask, same: Sequence[str], force: bool) -> None:
-    """Leave in the output folder only what an interrupted attempt at this very content left there."""
-    marker = task.output / WORK / _STARTED
-    resumes = marker.is_file() and json.loads(marker.read_text())["fingerprint"] in same
+def _prepare(task: PlannedTask, same: Sequence[str], force: bool) -> Path:
+    """The folder to work in, with only what an interrupted attempt at this very content left there."""
     finished = read_manifest(task.output) is not None
-    if task.output.exists() and (finished or force or not resumes):
-        set_aside(task.output) if finished else shutil.rmtree(task.output)
+    folder = remaking(task.output) if finished else task.output
+    marker = folder / WORK / _STARTED
+    resumes = not force and marker.is_file() and json.loads(marker.read_text())["fingerprint"] in same
+    if folder.exists() and not resumes:
+        shutil.rmtree(folder)
     if not marker.is_file():
         write_atomic(marker, json.dumps({"fingerprint": same[0]}))
     if not resumes:
-        _clear_telemetry(task.logs)
+        clear_telemetry(task.logs, superseded(task.logs) if finished else None)
+    return folder
+
+
+def put_in_place(made: Path, place: Path) -> None:
+    """Have finished output `made` take the place of that in `place`, which is set aside."""
+    if place.exists():
+        set_aside(place)
+    os.rename(made, place)
+
+
+def keep_finished(task: PlannedTask) -> None:
+    """Drop what was begun in place of finished output that is wanted after all; its own telemetry comes back."""
+    _clear_work(task.output)
+    kept = superseded(task.logs)
+    if remaking(task.output).exists():
+        shutil.rmtree(remaking(task.output))
+        clear_telemetry(task.logs)
+        for path in telemetry(kept):
+            os.rename(path, task.logs / path.name)
+    if read_status(task.logs).get("state", "complete") != "complete":  # of the attempt that is dropped
+        write_status(task, "complete")
 
 
 def set_aside(folder: Path) -> None:
@@ -198,12 +223,23 @@ def set_aside(folder: Path) -> None:
     os.rename(folder, kept)
 
 
-def _clear_telemetry(logs: Path) -> None:
-    """Remove what an attempt at other content logged; what it printed, in the log beside this folder, stays."""
-    for path in logs.iterdir():
-        if path.is_dir():
+def telemetry(logs: Path) -> list[Path]:
+    """What an attempt logged of its content, such as curves; the record of the attempts themselves is no part of it."""
+    kept = ("lock", STATUS, attempts.ATTEMPTS, SMALLER)
+    return [path for path in logs.iterdir() if path.name not in kept] if logs.is_dir() else []
+
+
+def clear_telemetry(logs: Path, keep_in: Path | None = None) -> None:
+    """Move telemetry of other content to `keep_in`, or remove it; what was printed, in the log beside `logs`, stays."""
+    if keep_in is not None:
+        shutil.rmtree(keep_in, ignore_errors=True)
+        keep_in.mkdir(parents=True)
+    for path in telemetry(logs):
+        if keep_in is not None:
+            os.rename(path, keep_in / path.name)
+        elif path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in ("lock", STATUS, attempts.ATTEMPTS, SMALLER):
+        else:
             path.unlink()
 
 

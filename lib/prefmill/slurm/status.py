@@ -84,7 +84,7 @@ def read_rows(workspace: Path, run: str) -> Table:
     tasks = _tasks(workspace, run)
     found = submissions(workspace, run)
     tried = newest(found)
-    open_tasks = [task["key"] for task in tasks if not (Path(task["output"]) / MANIFEST).is_file()]
+    open_tasks = [task["key"] for task in tasks if not _is_complete(Path(task["output"]), Path(task["logs"]))]
     wanted = [tried[key] for key in open_tasks if key in tried]
     healers = [job_id for one in found for job_id in one.advance_ids()]
     seen = sight(wanted, healers) if wanted else Sightings()
@@ -173,7 +173,7 @@ def _state(
     job = seen.queue.get(tried.element) if tried and seen else None
     if job is not None and job.live:
         return (*_live_state(job), job)
-    if (output / MANIFEST).is_file() and status.get("state") not in ("failed", "running"):
+    if _is_complete(output, logs):
         return "complete", "", job
     if is_running(logs):
         return "running", "", job
@@ -183,6 +183,11 @@ def _state(
     if tried and seen and tried.element in seen.unknown:
         return "unknown", seen.unknown[tried.element], job
     return (*_left_state(status, tried, seen, job), job)
+
+
+def _is_complete(output: Path, logs: Path) -> bool:
+    """Finished, and nothing is being made in its place; a run without logs, as another machine made it, counts too."""
+    return (output / MANIFEST).is_file() and read_status(logs).get("state", "complete") == "complete"
 
 
 def _live_state(job: JobState) -> tuple[str, str]:

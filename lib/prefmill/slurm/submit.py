@@ -17,6 +17,7 @@ from prefmill.pipeline.decisions import submissions_folder
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.local import point_latest, write_plan
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
+from prefmill.pipeline.sharing import share_finished
 from prefmill.pipeline.state import code_version, inspect
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
@@ -80,6 +81,8 @@ def submit(
     with _alone(plan, dry_run):
         require_owner(submissions(plan.workspace, plan.run))
         queued = queued_tasks(plan)
+        if plan.share and not dry_run:
+            share_finished(plan, queued, say)
         todo, live, words = _sort_out(plan, queued, only)
         say(words)
         size = max_array_size(cluster)

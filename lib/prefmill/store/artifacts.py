@@ -22,6 +22,7 @@ from prefmill.core.artifact import (
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json, write_atomic
 
+SUPERSEDED, _REMAKING = ".superseded", ".remaking"
 SCHEMA_VERSIONS: dict[str, int] = {}  # of the kinds whose files have changed form; every kind starts at 1
 
 
@@ -115,9 +116,16 @@ def payload(folder: Path) -> list[Path]:
     return sorted(path for path in _walk(folder) if path.name not in {MANIFEST, RUN_RECORD} or path.parent != folder)
 
 
+def remaking(folder: Path) -> Path:
+    """Where another output is made while the finished one in `folder` stays in its place."""
+    return folder.with_name(f".{folder.name}{_REMAKING}")
+
+
 def superseded(folder: Path) -> Path:
-    """Where the finished output that `folder` replaces is kept, one generation deep."""
-    return folder.parents[1] / ".superseded" / folder.parent.name / folder.name
+    """Where the finished output that `folder` replaces is: still in its place, or set aside one generation deep."""
+    if folder.name.endswith(_REMAKING):
+        return folder.with_name(folder.name.removeprefix(".").removesuffix(_REMAKING))
+    return folder.parents[1] / SUPERSEDED / folder.parent.name / folder.name
 
 
 def _walk(folder: Path) -> Iterator[Path]:

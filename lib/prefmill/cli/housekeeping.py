@@ -1,0 +1,157 @@
+"""The commands of `prefmill` about all runs of a workspace: runs, compare, rm, gc, restore."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+
+def add_housekeeping(commands: Any) -> None:
+    """Add every command of this module to the parser's commands."""
+    _command(commands, "runs", "list the runs: state, age, size and headline", _runs)
+    compare = _command(commands, "compare", "compare runs: keys that differ, metrics with paired intervals", _compare)
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="the runs' names; differences are to the first")
+    compare.add_argument("--output", type=Path, metavar="FILE", help="the page (default: data/compare/RUN-RUN.html)")
+    remove = _command(commands, "rm", "delete runs with all their outputs and logs", _remove)
+    remove.add_argument("runs", nargs="+", metavar="RUN", help="the runs' names")
+    collect = _command(commands, "gc", "delete caches, superseded outputs and intermediate checkpoints", _collect)
+    collect.add_argument("runs", nargs="*", metavar="RUN", help="the runs' names (default: all, and the caches)")
+    for command in (remove, collect):
+        command.add_argument("--yes", action="store_true", help="delete; without it only the list is printed")
+    restore = _command(commands, "restore", "bring back the output that a rerun superseded", _restore)
+    restore.add_argument("selector", metavar="STAGE[:TASK]", help="which stage or task")
+    restore.add_argument("--run", default="latest", help="the run's name (default: the newest)")
+
+
+def _command(commands: Any, name: str, summary: str, command: Callable[..., int]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+    parser.add_argument("--json", action="store_true", help="print JSON") if name in ("runs", "compare") else None
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _workspace(arguments: argparse.Namespace) -> Path:
+    from prefmill.pipeline.plan import default_workspace
+
+    workspace: Path = (arguments.workspace or default_workspace()).absolute()
+    return workspace
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.runs import list_runs
+
+    found, now = list_runs(_workspace(arguments)), time.time()
+    if arguments.json:
+        print(json.dumps([asdict(run) for run in found], indent=1))
+        return 0
+    rows = [
+        (run.name, run.state, f"{run.done}/{run.total}", age(now - run.changed), size(run.size), cut(run.headline))
+        for run in found
+    ]
+    print_table(("RUN", "STATE", "TASKS", "AGE", "SIZE", "HEADLINE"), rows)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from prefmill.core.files import write_atomic
+    from prefmill.core.statistics import Resampling
+    from prefmill.pipeline.runs import run_tasks
+    from prefmill.report.run_comparison import compare_runs, comparison_page, finished_outputs, show
+    from prefmill.store.artifacts import read_manifest
+
+    workspace = _workspace(arguments)
+    outputs = {run: finished_outputs(run_tasks(workspace, run), read_manifest) for run in arguments.runs}
+    found = compare_runs(outputs, Resampling(2000, 0, 0.95))
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=1))
+        return 0
+    for heading, lines in (("KEY", found.keys), ("METRIC", found.metrics)):
+        print_table(("TASK", heading, *found.runs), [(line.task, line.name, *map(show, line.values)) for line in lines])
+        print()
+    paired = [(line.task, line.measure, line.run, str(line)) for line in found.paired]
+    print_table(("TASK", "PAIRED BY PAPER", "RUN", f"DIFFERENCE TO {found.runs[0]} (95 % INTERVAL)"), paired)
+    print(*(f"not paired: {note}" for note in found.notes), sep="\n", end="\n" if found.notes else "")
+    page = arguments.output or workspace / "data" / "compare" / f"{'-'.join(found.runs)}.html"
+    write_atomic(page, comparison_page(found))
+    print(page)
+    return 0
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.runs import point_latest_away, remove_run
+
+    workspace = _workspace(arguments)
+    found = [item for run in arguments.runs for item in remove_run(workspace, run)]
+    if _deleted(found, workspace, arguments.yes):
+        for run in arguments.runs:
+            point_latest_away(workspace, run)
+    return 0
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.runs import removable, run_names, run_tasks
+
+    workspace = _workspace(arguments)
+    for run in arguments.runs:
+        run_tasks(workspace, run)  # refuses a name that is no run's
+    _deleted(removable(workspace, arguments.runs or run_names(workspace)), workspace, arguments.yes)
+    return 0
+
+
+def _deleted(found: Sequence[Any], workspace: Path, sure: bool) -> bool:
+    """List what there is to delete and, where the user is `sure`, delete it."""
+    from prefmill.pipeline.runs import remove
+
+    rows = [(size(item.size), item.reason, str(item.path.relative_to(workspace))) for item in found]
+    print_table(("SIZE", "REASON", "PATH"), rows)
+    total = size(sum(item.size for item in found))
+    if sure:
+        remove(found)
+    print(f"deleted {total}" if sure else f"nothing was deleted; with --yes this frees {total}")
+    return sure
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.runs import restore, run_tasks, select_tasks
+
+    workspace = _workspace(arguments)
+    for task in select_tasks(run_tasks(workspace, arguments.run), arguments.selector):
+        restore(Path(task["output"]), Path(task["logs"]))
+        print(f"{task['key']} restored: {task['output']}")
+    return 0
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns under their heads, as wide as their widest cell; nothing but the heads where there are no rows."""
+    cells = [heads, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
+    for row in cells:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def cut(text: str, width: int = 90) -> str:
+    """The beginning of `text`, as much as fits beside a table's other columns."""
+    return shorten(text, width, placeholder=" …")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in steps of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def age(seconds: float) -> str:
+    """Time passed for people: minutes, hours or days."""
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} d"

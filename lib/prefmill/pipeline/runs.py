@@ -1,0 +1,211 @@
+"""The runs of a workspace: which there are, how far each is, how large, and what can be deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.artifact import CHECKPOINT_PREFIX, MANIFEST, WORK, Manifest
+from prefmill.core.config import nearest
+from prefmill.core.errors import ArtifactError, PipelineError
+from prefmill.pipeline.worker import clear_telemetry, is_at_work, is_running, read_status, set_aside, telemetry
+from prefmill.store.artifacts import SUPERSEDED, read_manifest, remaking, superseded
+
+ROOTS = ("data", "checkpoints", "logs")
+_CACHE = "cache"  # data/cache is no run
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as `prefmill runs` lists it; `changed` in seconds since the epoch, `size` in bytes."""
+
+    name: str
+    state: str
+    done: int
+    total: int
+    changed: float
+    size: int
+    headline: str
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Something that can be deleted: a folder, the reason, and the bytes on the disk that it frees."""
+
+    path: Path
+    reason: str
+    size: int
+
+
+def run_names(workspace: Path) -> list[str]:
+    """Every run with a folder under one of the roots, sorted."""
+    folders = (path for root in ROOTS if (workspace / root).is_dir() for path in (workspace / root).iterdir())
+    names = {path.name for path in folders if path.is_dir() and not path.is_symlink() and path.name[0] != "."}
+    return sorted(name for name in names if name != _CACHE and (workspace / "logs" / name / "plan.json").is_file())
+
+
+def list_runs(workspace: Path) -> list[RunSummary]:
+    """Every run, the one changed last first; reads files alone and never asks Slurm."""
+    found = [summarise(workspace, name) for name in run_names(workspace)]
+    return sorted(found, key=lambda run: run.changed, reverse=True)
+
+
+def summarise(workspace: Path, run: str) -> RunSummary:
+    """One run: it is `running`, `failed` where a task has failed, `complete` or `incomplete`."""
+    tasks = run_tasks(workspace, run)
+    done = [task for task in tasks if (Path(task["output"]) / MANIFEST).is_file()]
+    logs = [Path(task["logs"]) for task in tasks]
+    if is_at_work(workspace, run) or any(map(is_running, logs)):
+        state = "running"
+    elif any(read_status(folder).get("state") in ("failed", "killed", "stopped") for folder in logs):
+        state = "failed"
+    else:
+        state = "complete" if len(done) == len(tasks) else "incomplete"
+    folders = [workspace / root / run for root in ROOTS]
+    changed = max(path.stat().st_mtime for task in tasks for path in _marks(task, workspace / "logs" / run))
+    return RunSummary(run, state, len(done), len(tasks), changed, sum(map(size_of, folders)), headline(done))
+
+
+def headline(tasks: Iterable[dict[str, Any]]) -> str:
+    """The first conclusion of the last task that has one; empty where there is none."""
+    for task in reversed(list(tasks)):
+        manifest = _manifest(Path(task["output"]))
+        if manifest and manifest.metrics.get("conclusion"):
+            return str(manifest.metrics["conclusion"][0])
+    return ""
+
+
+def run_tasks(workspace: Path, run: str) -> list[dict[str, Any]]:
+    """The tasks of a run as its plan recorded them; raises PipelineError where there is no such run."""
+    path = workspace / "logs" / run / "plan.json"
+    if not path.is_file():
+        names = run_names(workspace)
+        raise PipelineError(
+            f"no such run{nearest(run, names)}", where=path.parent, expected=", ".join(names) or "(none yet)",
+            fix="list the runs: prefmill runs",
+        )  # fmt: skip
+    tasks: list[dict[str, Any]] = json.loads(path.read_text())["tasks"]
+    return [{**task, **{name: str(_here(workspace, task[name])) for name in ("output", "logs")}} for task in tasks]
+
+
+def _here(workspace: Path, recorded: str) -> Path:
+    """A task's folder below this workspace: a copy of one may not lead to, or delete, what the original holds."""
+    return workspace.joinpath(*Path(recorded).parts[-4:])
+
+
+def select_tasks(tasks: list[dict[str, Any]], selector: str) -> list[dict[str, Any]]:
+    """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError naming the nearest where there are none."""
+    stage, _, name = selector.partition(":")
+    parts = {task["key"]: task["key"].split(":", 1) for task in tasks}
+    found = [task for task in tasks if parts[task["key"]][0] == stage and name in ("", parts[task["key"]][1])]
+    if not found:
+        raise PipelineError(
+            f"no task '{selector}' in this run{nearest(selector, list(parts))}", expected=", ".join(parts),
+            fix="name a stage, or a task as STAGE:TASK",
+        )  # fmt: skip
+    return found
+
+
+def removable(workspace: Path, runs: Iterable[str]) -> list[Removal]:
+    """Finished tasks' checkpoints and scratch, superseded output and abandoned remakes of `runs`, and all caches.
+
+    Nothing of a run at work is removable, and no cache while any run of the workspace is at work.
+    """
+    names = list(runs)
+    found = [item for run in names if not _busy(workspace, run) for item in _of_run(workspace, run)]
+    if not any(_busy(workspace, run) for run in run_names(workspace)):
+        found += _removals("cache, computed again when needed", (workspace / "data" / _CACHE).glob("*"))
+    return found
+
+
+def remove(items: Iterable[Removal]) -> None:
+    """Delete each of them."""
+    for item in items:
+        shutil.rmtree(item.path) if item.path.is_dir() else item.path.unlink()
+
+
+def remove_run(workspace: Path, run: str) -> list[Removal]:
+    """All folders of a run that is not at work, to be given to `remove`; raises PipelineError for one that is."""
+    run_tasks(workspace, run)
+    if _busy(workspace, run):
+        raise PipelineError(f"run {run} is running", fix="wait for it, or end it: Ctrl-C, or `prefmill cancel`")
+    return _removals("run", (path for root in ROOTS if (path := workspace / root / run).is_dir()))
+
+
+def point_latest_away(workspace: Path, run: str) -> None:
+    """Have the links `latest` that pointed at `run` point at the run changed last, or be gone."""
+    left = [item.name for item in list_runs(workspace) if item.name != run]
+    for link in (workspace / root / "latest" for root in ROOTS):
+        if link.is_symlink() and os.readlink(link) == run:
+            link.unlink()
+            if left and (link.parent / left[0]).is_dir():
+                link.symlink_to(left[0])
+
+
+def restore(output: Path, logs: Path) -> None:
+    """Exchange a task's output with the superseded one; a second time brings the first back.
+
+    Raises PipelineError where none was kept or the task is running.
+    """
+    kept, kept_logs, aside = superseded(output), superseded(logs), remaking(output)
+    if read_manifest(kept) is None:
+        raise PipelineError(
+            f"no superseded output of {output.parent.name}:{output.name} is kept", where=kept,
+            fix="one generation is kept until `prefmill gc`; make it again with the keys it was made with",
+        )  # fmt: skip
+    if is_running(logs):
+        raise PipelineError("the task is running", where=logs, fix="wait for it, or end it, and try again")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(kept, aside)  # out of the way of the present output, which takes its place
+    if output.exists():
+        set_aside(output)
+    os.rename(aside, output)
+    if kept_logs.is_dir():
+        earlier = kept_logs.rename(kept_logs.with_name(f".{kept_logs.name}"))
+        clear_telemetry(logs, kept_logs)
+        for path in telemetry(earlier):
+            os.rename(path, logs / path.name)
+        shutil.rmtree(earlier)
+
+
+def size_of(path: Path) -> int:
+    """Bytes that deleting `path` frees: files that other runs share by hard links count for nothing."""
+    files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
+    stats = [item.lstat() for item in files]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+
+
+def _busy(workspace: Path, run: str) -> bool:
+    return is_at_work(workspace, run) or any(is_running(Path(task["logs"])) for task in run_tasks(workspace, run))
+
+
+def _of_run(workspace: Path, run: str) -> Iterator[Removal]:
+    for task in run_tasks(workspace, run):
+        output = Path(task["output"])
+        if _manifest(output) is not None:  # an unfinished task resumes from its checkpoints
+            yield from _removals("intermediate checkpoint", output.glob(f"{CHECKPOINT_PREFIX}*"))
+            yield from _removals("scratch", output.glob(WORK))
+        yield from _removals("unfinished rerun", [path for path in [remaking(output)] if path.exists()])
+    kept = (workspace / root / run / SUPERSEDED for root in ROOTS)
+    yield from _removals("superseded output", (path for folder in kept for path in folder.glob("*/*")))
+
+
+def _removals(reason: str, paths: Iterable[Path]) -> list[Removal]:
+    return [Removal(path, reason, size_of(path)) for path in sorted(paths)]
+
+
+def _marks(task: dict[str, Any], logs: Path) -> list[Path]:
+    marks = [logs / "plan.json", Path(task["output"]) / MANIFEST, Path(task["logs"]) / "status.json"]
+    return [path for path in marks if path.is_file()]
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except ArtifactError:  # one damaged output may not keep all runs from being listed
+        return None

@@ -1,0 +1,148 @@
+"""Runs side by side: what is the same is shared, what is replaced stays until the new is there, what is left goes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from toys import RUNS
+
+from prefmill.core.errors import PipelineError
+from prefmill.pipeline import runs
+from prefmill.pipeline.local import write_plan
+from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
+from prefmill.pipeline.sharing import share, share_finished
+from prefmill.pipeline.state import inspect
+from prefmill.pipeline.worker import execute, read_status
+from prefmill.store.artifacts import read, read_manifest
+
+
+def plan(workspace: Path, run: str, **stages: object) -> Plan:
+    values = {"name": "toy", "run": run, "workspace": str(workspace), "stages": stages or {"make": {}, "use": {}}}
+    return make_plan(PipelineFile.model_validate(values), workspace / "configs" / "pipelines" / "toy.yaml")
+
+
+def finish(made: Plan) -> Plan:
+    write_plan(made)
+    for task in made.tasks:
+        execute(task)
+    return made
+
+
+def digests(made: Plan) -> list[str]:
+    return [read(task.output).manifest.content_digest for task in made.tasks]
+
+
+def test_a_run_with_another_key_takes_what_is_the_same_from_one_that_has_it(tmp_path: Path) -> None:
+    first = finish(plan(tmp_path, "first"))
+    second = plan(tmp_path, "second", make={}, use={"set": {"factor": 3}})
+    RUNS.clear()
+    said: list[str] = []
+    share_finished(second, (), said.append)
+    assert said == ["make:all taken from run first: the same configuration and inputs"]
+    finish(second)
+    assert RUNS == ["use:all"]
+    assert digests(second)[0] == digests(first)[0]
+    assert digests(second)[1] != digests(first)[1]
+    ours, theirs = second.tasks[0].output / "numbers.jsonl", first.tasks[0].output / "numbers.jsonl"
+    assert ours.stat().st_ino == theirs.stat().st_ino  # one copy on the disk
+    assert {state.freshness for state in inspect(second).values()} == {"complete"}
+
+
+def test_nothing_is_taken_that_differs_or_is_damaged(tmp_path: Path) -> None:
+    first = finish(plan(tmp_path, "first"))
+    assert share(plan(tmp_path, "second", make={"set": {"rows": 4}}).tasks[0]) is None
+    (first.tasks[0].output / "numbers.jsonl").write_text("{}")
+    assert share(plan(tmp_path, "second").tasks[0]) is None
+
+
+def test_a_failing_rerun_leaves_the_finished_output_and_its_curves(tmp_path: Path) -> None:
+    made = finish(plan(tmp_path, "r"))
+    (made.tasks[0].logs / "steps.jsonl").write_text("a curve")
+    before = digests(made)
+    other = plan(tmp_path, "r", make={"set": {"rows": 5, "fail": "bug"}}, use={})
+    with pytest.raises(ValueError, match="a bug"):
+        execute(other.tasks[0])
+    assert digests(made) == before
+    assert read_status(made.tasks[0].logs)["state"] == "failed"
+    execute(made.tasks[0])  # wanted after all
+    assert read_status(made.tasks[0].logs)["state"] == "complete"
+    assert (made.tasks[0].logs / "steps.jsonl").read_text() == "a curve"
+    assert not list(made.tasks[0].output.parent.glob(".*"))
+
+
+def test_an_interrupted_rerun_resumes_beside_the_finished_output(tmp_path: Path) -> None:
+    finish(plan(tmp_path, "r"))
+    with pytest.raises(ValueError, match="a bug"):
+        execute(plan(tmp_path, "r", make={"set": {"rows": 5, "fail": "bug"}}).tasks[0])
+    task = plan(tmp_path, "r", make={"set": {"rows": 5}}).tasks[0]
+    execute(task)
+    assert read(task.output).manifest.metrics == {"rows": 5, "attempt": "resumed"}
+
+
+def test_a_superseded_output_is_restored_with_its_curves_and_back(tmp_path: Path) -> None:
+    made = finish(plan(tmp_path, "r"))
+    output, logs = made.tasks[0].output, made.tasks[0].logs
+    (logs / "steps.jsonl").write_text("old")
+    with pytest.raises(PipelineError, match="no superseded output of make:all"):
+        runs.restore(output, logs)
+    execute(plan(tmp_path, "r", make={"set": {"rows": 5}}).tasks[0])
+    (logs / "steps.jsonl").write_text("new")
+    for rows, curve in ((3, "old"), (5, "new"), (3, "old")):
+        runs.restore(output, logs)
+        assert read(output).manifest.metrics["rows"] == rows
+        assert (logs / "steps.jsonl").read_text() == curve
+
+
+def test_gc_finds_what_nobody_needs_and_leaves_what_resumes(tmp_path: Path) -> None:
+    made = finish(plan(tmp_path, "r"))
+    execute(plan(tmp_path, "r", make={"set": {"rows": 5}}).tasks[0])
+    finished, unfinished = made.tasks[0].output, made.tasks[1].output.with_name("other")
+    for folder in (finished, unfinished):
+        (folder / "checkpoint-7").mkdir(parents=True)
+        (folder / "checkpoint-7" / "weights").write_text("12345")
+    (tmp_path / "data" / "cache" / "reference").mkdir(parents=True)
+    found = runs.removable(tmp_path, ["r"])
+    assert [(item.reason, item.path.name) for item in found] == [
+        ("intermediate checkpoint", "checkpoint-7"),
+        ("superseded output", "all"),
+        ("superseded output", "all"),
+        ("cache, computed again when needed", "reference"),
+    ]
+    assert found[0].size == 5
+    runs.remove(found)
+    assert read_manifest(finished) is not None
+    assert (unfinished / "checkpoint-7").is_dir()
+    assert runs.removable(tmp_path, ["r"]) == []
+
+
+def test_runs_are_listed_the_latest_first_and_removed_whole(tmp_path: Path) -> None:
+    finish(plan(tmp_path, "old"))
+    write_plan(plan(tmp_path, "new"))
+    (tmp_path / "logs" / "latest").symlink_to("new")
+    found = {item.name: item for item in runs.list_runs(tmp_path)}
+    assert (found["old"].state, found["new"].state) == ("complete", "incomplete")
+    assert (found["old"].done, found["old"].total, found["new"].done) == (2, 2, 0)
+    assert found["old"].size > 100
+    runs.remove(runs.remove_run(tmp_path, "new"))
+    runs.point_latest_away(tmp_path, "new")
+    assert runs.run_names(tmp_path) == ["old"]
+    assert (tmp_path / "logs" / "latest").resolve().name == "old"
+    with pytest.raises(PipelineError, match=r"no such run \(did you mean 'old'"):
+        runs.remove_run(tmp_path, "odl")
+
+
+def test_a_shared_file_frees_nothing_until_its_last_run_goes(tmp_path: Path) -> None:
+    first, second = finish(plan(tmp_path, "first")), plan(tmp_path, "second")
+    alone = runs.size_of(first.tasks[0].output)
+    share_finished(second, (), lambda _: None)
+    assert runs.size_of(second.tasks[0].output) < alone
+
+
+def test_a_copy_of_a_workspace_never_leads_to_the_original(tmp_path: Path) -> None:
+    made = finish(plan(tmp_path / "original", "r"))
+    (made.tasks[0].output / "checkpoint-7").mkdir()
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    found = runs.removable(tmp_path / "copy", ["r"])
+    assert [item.path.relative_to(tmp_path).parts[0] for item in found] == ["copy"]
