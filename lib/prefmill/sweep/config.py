@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 
 
 class Choices(StrictConfig):
@@ -58,6 +58,9 @@ class StudyConfig(StrictConfig):
     n_trials: int = Field(20, ge=1, description="trials of the study, over all workers; raise it to go on")
     sampler: Literal["tpe", "random"] = Field("tpe", description="tpe learns from the trials that have ended")
     seed: int = Field(0, ge=0, description="of what trials draw")
+    pruner: Literal["none", "median", "hyperband"] = later("none", description="ends trials that others are ahead of")
+    prune_by: str = later("eval_accuracy", description="the evaluations' value that a pruner compares")
+    startup_trials: int = later(5, ge=1, description="that median leaves to end before it prunes")
     worker: int = runtime(0, ge=0, description="array key: which of the workers this is")
     heartbeat_seconds: float = runtime(10.0, gt=0, description="between signs of life of a running trial")
     stale_seconds: float = runtime(120.0, gt=0, description="without one before others take the trial over")
@@ -65,8 +68,11 @@ class StudyConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _comparable(self) -> StudyConfig:
-        if "loss" in self.metric:
-            raise ValueError("metric: losses of different beta or learning rate cannot be compared; use a held-out F1")
+        for name in ("metric", "prune_by"):
+            if "loss" in getattr(self, name):
+                raise ValueError(
+                    f"{name}: losses of different beta or learning rate cannot be compared; use a held-out F1"
+                )
         if self.stale_seconds < 2 * self.heartbeat_seconds:
             raise ValueError("stale_seconds must be at least 2 x heartbeat_seconds")
         return self
@@ -75,7 +81,8 @@ class StudyConfig(StrictConfig):
         """What every trial of a study has in common."""
         from prefmill.core.config import identity
 
-        shared = ("stage", "config", "set", "space", "metric", "direction", "judge", "seed", "sampler")
+        shared = {"stage", "config", "set", "space", "metric", "direction", "judge", "seed", "sampler"}
+        shared |= {"pruner", "prune_by", "startup_trials"}
         return {name: value for name, value in identity(self).items() if name in shared}
 
 

@@ -21,7 +21,9 @@ from prefmill.sweep.trial import (
     TrialDivergedError,
     TrialError,
     TrialInterrupted,
+    TrialPruned,
     check_space,
+    evaluations,
     independent,
     run_trial,
     stage_values,
@@ -116,12 +118,15 @@ def _work(study: optuna.Study, config: StudyConfig, folder: Path, task: Task, tu
     """Run a trial and tell its value, unless somebody else has taken it over in the meantime."""
     assert turn.params is not None
     place = trial_folder(folder, turn.number)
-    value, reason, diverged = None, "", False
+    value, reason, diverged, pruned = None, "", False, False
+    watch = _prune_watch(study, config, folder, turn.number) if config.pruner != "none" else None
     with beating(place, config.heartbeat_seconds):
         try:
-            value = run_trial(config, place, turn.params, task.inputs)
+            value = run_trial(config, place, turn.params, task.inputs, watch)
         except TrialError as error:
             reason, diverged = str(error), isinstance(error, TrialDivergedError)
+        except TrialPruned as error:
+            reason, pruned = str(error), True
         except TrialInterrupted as error:
             print(f"trial {turn.number}: {error}; it goes on where it stopped", flush=True)
             time.sleep(_DYING_SECONDS)  # what ended it may be about to end this worker
@@ -132,12 +137,32 @@ def _work(study: optuna.Study, config: StudyConfig, folder: Path, task: Task, tu
             return
         if value is not None:
             study.tell(turn.number, value)
+        elif pruned:
+            studies.prune(study, turn.number, reason)
         else:
             studies.fail(study, turn.number, reason, diverged)
     print(
         f"trial {turn.number}: {config.metric} = {value} with {json.dumps(turn.params)} {reason}".rstrip(), flush=True
     )
     _require_hope(study, place)
+
+
+def _prune_watch(study: optuna.Study, config: StudyConfig, folder: Path, number: int) -> Callable[[Path], None]:
+    """Tells the study of each evaluation in a trial's curve, and raises TrialPruned at the first that is behind."""
+    told = 0
+
+    def look(curve: Path) -> None:
+        nonlocal told
+        values = evaluations(curve, config.prune_by)
+        if len(values) == told:
+            return
+        told = len(values)
+        with studies.locked(folder):
+            place = studies.behind(study, config, number, values)
+        if place is not None:
+            raise TrialPruned(f"pruned at evaluation {place}: {config.prune_by} = {values[place - 1]:.4g}")
+
+    return look
 
 
 def _require_hope(study: optuna.Study, place: Path) -> None:
@@ -183,6 +208,7 @@ def _finish(study: optuna.Study, config: StudyConfig, task: Task, draw: Draw) ->
         "trials": len(rows),
         "complete": len(complete),
         "failed": sum(row["state"] == "fail" for row in rows),
+        "pruned": sum(row["state"] == "pruned" for row in rows),
         "best_value": best["value"],
         "best_trial": best["number"],
         "best_params": best["params"],

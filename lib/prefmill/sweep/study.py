@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,10 +142,37 @@ def fail(study: optuna.Study, number: int, reason: str, diverged: bool = False) 
     study.tell(number, state=optuna.trial.TrialState.FAIL)
 
 
-def rows(study: optuna.Study) -> list[dict[str, Any]]:
-    """Every trial in the order of the numbers: `number`, `state` (complete, fail, running), `value`, `params`.
+def behind(study: optuna.Study, config: StudyConfig, number: int, values: Sequence[float]) -> int | None:
+    """The first of a trial's evaluations (1, 2, ...) at which the pruner ends it, of `values` so far; None to go on.
 
-    A failed one also has its `reason`, and whether it `diverged`.
+    What the study has not yet been told is told; call it with the study's lock held.
+    """
+    import optuna
+
+    median = optuna.pruners.MedianPruner(n_startup_trials=config.startup_trials)
+    pruner = median if config.pruner == "median" else optuna.pruners.HyperbandPruner()
+    trial = study.get_trials(deepcopy=False)[number]
+    for step in range(len(trial.intermediate_values) + 1, len(values) + 1):
+        study._storage.set_trial_intermediate_value(trial._trial_id, step, values[step - 1])
+        # One at a time: a pruner looks at the newest, and a slow look must decide as a quick one does.
+        if pruner.prune(study, study.get_trials(deepcopy=False)[number]):
+            return step
+    return None
+
+
+def prune(study: optuna.Study, number: int, reason: str) -> None:
+    """End a trial whose evaluations were behind those of others."""
+    import optuna
+
+    trial = study.get_trials(deepcopy=False)[number]
+    study._storage.set_trial_user_attr(trial._trial_id, _REASON, reason)
+    study.tell(number, state=optuna.trial.TrialState.PRUNED)
+
+
+def rows(study: optuna.Study) -> list[dict[str, Any]]:
+    """Every trial in the order of the numbers: `number`, `state` (complete, fail, pruned, running), `value`, `params`.
+
+    A failed or pruned one also has its `reason`, a failed one whether it `diverged`.
     """
     return [
         {

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, lay_over, load, merge, read_yaml
-from prefmill.core.errors import ConfigError, DivergedError, PrefmillError
+from prefmill.core.errors import ConfigError, DivergedError, InputError, PrefmillError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Stage, load_stage, stages_folder
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.worker import is_running, read_status
 from prefmill.store.artifacts import read, read_manifest
 from prefmill.sweep.config import StudyConfig, corners
+from prefmill.training.checkpoints import STEPS, read_curve
 
 RUN = "trial"
 LOG = "log.txt"
+_LOOK_SECONDS = 1.0
+
+Watch = Callable[[Path], None]  # called with the curve's file while a training runs and after it; ends it by raising
 
 
 class TrialError(PrefmillError):
@@ -34,6 +40,10 @@ class TrialDivergedError(TrialError):
 
 class TrialInterrupted(Exception):  # noqa: N818 - nothing is wrong with the trial
     """The trial's process was ended by a signal: perhaps this worker's next, or memory has run out."""
+
+
+class TrialPruned(Exception):  # noqa: N818 - nothing is wrong with the trial
+    """The trial's evaluations are behind those of other trials."""
 
 
 def check_space(config: StudyConfig, where: object) -> None:
@@ -62,19 +72,23 @@ def stage_values(
 
 
 def run_trial(
-    config: StudyConfig, folder: Path, parameters: Mapping[str, Any], inputs: Mapping[str, tuple[Artifact, ...]]
-) -> float:
+    config: StudyConfig, folder: Path, parameters: Mapping[str, Any], inputs: Mapping[str, tuple[Artifact, ...]],
+    watch: Watch | None = None,
+) -> float:  # fmt: skip
     """The value of a trial in `folder`; what an earlier attempt finished is not done again, the rest is resumed.
 
     Raises TrialError when a stage fails or its metric is not a number (TrialDivergedError where it became NaN or
-    infinite), TrialInterrupted when it is killed, and
-    ConfigError when there is no such metric.
+    infinite), TrialInterrupted when it is killed, what `watch` raises, and ConfigError when there is no such metric.
     """
     stage = load_stage(config.stage)
     values = stage_values(config.config, config.set, parameters)
     if "cache_dir" in stage.config.model_fields and "cache_dir" not in values:
         values["cache_dir"] = str(folder.parent.parent / "cache")  # what does not hang on the parameters, once for all
-    output = _run_stage(stage, values, folder, {name: item for name, item in inputs.items() if name in stage.reads})
+    output = _run_stage(
+        stage, values, folder, {name: item for name, item in inputs.items() if name in stage.reads}, watch
+    )
+    if watch is not None:
+        _require_evaluations(_logs(folder, stage.name) / STEPS, config.prune_by, stage)
     metrics, last = output.manifest.metrics, stage
     if config.judge is not None:
         last = load_stage(config.judge.stage)
@@ -104,18 +118,19 @@ def independent(config: StudyConfig, inputs: Mapping[str, tuple[Artifact, ...]])
 
 
 def _run_stage(
-    stage: Stage[Any], values: Mapping[str, Any], folder: Path, inputs: Mapping[str, tuple[Artifact, ...]]
-) -> Artifact:
+    stage: Stage[Any], values: Mapping[str, Any], folder: Path, inputs: Mapping[str, tuple[Artifact, ...]],
+    watch: Watch | None = None,
+) -> Artifact:  # fmt: skip
     """What the stage makes below `folder`, in a process of its own that dies with this one."""
     config = folder / f"{stage.name}.yaml"
     write_atomic(config, _to_yaml(values))
     given = [f"inputs.{name}=[{','.join(str(item.path) for item in items)}]" for name, items in inputs.items() if items]
     command = [sys.executable, "-m", f"stages.{stage.name}", str(config), f"run={RUN}", f"workspace={folder}", *given]
     with (folder / LOG).open("ab") as log:
-        code = subprocess.run(
+        child = subprocess.Popen(
             command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent,
-            check=False,
-        ).returncode  # fmt: skip
+        )  # fmt: skip
+        code = _wait(child, partial(watch, _logs(folder, stage.name) / STEPS) if watch else lambda: None)
     if code < 0:
         raise TrialInterrupted(f"stage {stage.name} was ended by signal {-code}")
     output, logs = folder / stage.root / RUN / stage.name / "all", _logs(folder, stage.name)
@@ -129,6 +144,38 @@ def _run_stage(
             got=reason.splitlines()[0] if reason else None, fix="see the end of its log",
         )  # fmt: skip
     return read(output, stage.writes)
+
+
+def _wait(child: subprocess.Popen[bytes], look: Callable[[], None]) -> int:
+    """The child's exit code, after a last `look`; what `look` raises ends the child."""
+    try:
+        while child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_LOOK_SECONDS)
+            look()
+        return int(child.returncode)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def evaluations(curve: Path, name: str) -> list[float]:
+    """The value `name` of each evaluation of a curve, in their order; none while its last line is being written."""
+    with contextlib.suppress(InputError):
+        return [float(row[name]) for row in read_curve(curve) if name in row]
+    return []
+
+
+def _require_evaluations(curve: Path, name: str, stage: Stage[Any]) -> None:
+    if not evaluations(curve, name):
+        known = sorted(
+            {key for row in read_curve(curve) for key in row if key.startswith("eval_") and "loss" not in key}
+        )
+        raise ConfigError(
+            f"stage {stage.name} has no evaluation '{name}' to prune by", where=curve,
+            got=", ".join(known) or "no evaluation", fix="correct prune_by and see that it has held-out data, "
+            "or set pruner: none, and give the study a new study_name",
+        )  # fmt: skip
 
 
 def still_runs(config: StudyConfig, folder: Path) -> bool:

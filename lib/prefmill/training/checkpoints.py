@@ -6,14 +6,11 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefmill.core.artifact import CHECKPOINT_PREFIX
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
-
-if TYPE_CHECKING:
-    pass
 
 
 def resume_strictly(trainer: Any) -> None:

@@ -45,7 +45,7 @@ class TrainingSpec:
     publish: Callable[[Any], Metrics]
     counts: Metrics
     logged: Mapping[str, str] = field(
-        default_factory=lambda: {"val_accuracy": "eval_accuracy", "val_margin": "eval_margin"}
+        default_factory=lambda: {f"val_{name}": f"eval_{name}" for name in ("accuracy", "f1", "margin")}
     )
     processor: Any = None
     reference: Callable[[Any], tuple[Reference, Reference]] | None = None

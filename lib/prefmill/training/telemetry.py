@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,12 +96,14 @@ class Telemetry:
             ),
         }
 
-    def evaluated(self, losses: torch.Tensor, margins: torch.Tensor) -> dict[str, float]:
+    def evaluated(self, losses: torch.Tensor, margins: torch.Tensor, pair_ids: Sequence[str]) -> dict[str, float]:
         """What an evaluation reports of its pairs' losses and margins, [N] float64 each."""
+        wins = [_wins(margin) for margin in margins.tolist()]
         return {
             "eval_loss": losses.mean().item(),
             "eval_margin": margins.mean().item(),
-            "eval_accuracy": ((margins > 0).double() + (margins == 0).double() / 2).mean().item(),
+            "eval_accuracy": _mean(wins),
+            "eval_f1": f1_by_coin(wins, pair_ids),
         }
 
     def _alarm(self, step: int, change: float) -> None:
@@ -109,6 +113,18 @@ class Telemetry:
             self._alarms, {"step": step, "alarm": said, "fix": "lower learning_rate, or mix in sft by loss_type"}
         )
         logging.getLogger(__name__).warning("step %d: %s", step, said)
+
+
+def f1_by_coin(wins: Sequence[float], pair_ids: Sequence[str]) -> float:
+    """F1 of "the first side is better", a coin of each pair's id saying which side comes first.
+
+    `wins` are 1 where the chosen side has the higher score, 1/2 for a tie. Were the chosen side always the first, a
+    guess would have 2/3; by the coin it has 1/2.
+    """
+    first = [random.Random(pair_id).random() < 0.5 for pair_id in pair_ids]
+    found = sum(win for win, is_first in zip(wins, first, strict=True) if is_first)
+    wrong = sum(1 - win for win in wins)  # missed where the chosen side is first, a false alarm where it is second
+    return 2 * found / (2 * found + wrong) if found + wrong else 0.5
 
 
 def correlation(left: list[float], right: list[float]) -> float:

@@ -54,7 +54,7 @@ class PlannedBatches(Dataset[dict[str, Any]]):
             sides = reference_of_pairs(self.family, reference, groups, parts, microbatch.epoch)
         return {
             "batch": self.family.encode(groups, parts, microbatch.epoch),
-            "pair_ids": [groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs],
+            "pair_ids": pair_ids(groups, parts),
             "ref_chosen": sides[0],
             "ref_rejected": sides[1],
             "skipped": False,
@@ -168,7 +168,8 @@ class PreferenceTrainer(Trainer):
             shares = from_all_ranks(self._evaluate_share(self._val))
         found = {index: values for share in shares for index, values in share.items()}
         losses, margins = torch.cat([found[index] for index in range(len(self._val))], dim=1)
-        metrics = self.telemetry.evaluated(losses, margins)
+        names = [name for item in self._val.data.plan for name in pair_ids(self._val.data.groups, item.parts)]
+        metrics = self.telemetry.evaluated(losses, margins, names)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -188,6 +189,11 @@ class PreferenceTrainer(Trainer):
             if start + rank <= last:
                 found[index] = values
         return {index: values.cpu() for index, values in found.items()}
+
+
+def pair_ids(groups: Sequence[AnyGroup], parts: Sequence[GroupPart]) -> list[str]:
+    """The ids of the parts' pairs, in order."""
+    return [groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs]
 
 
 def num_tokens(batch: Any) -> int:

@@ -13,6 +13,7 @@ from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep import study as studies
 from prefmill.sweep.run import TRIALS
 from prefmill.sweep.trial import TrialDivergedError, TrialError, _value
+from tests.conftest import REPOSITORY
 from tests.unit.sweep.test_sweep_worker import Params, go, ran, score, use
 
 __all__ = ["ran"]
@@ -49,7 +50,8 @@ def test_a_torn_line_of_the_journal_ends_no_study(tmp_path: Path, ran: list[int]
     go(tmp_path, n_trials=2)
     journal = next(tmp_path.rglob(studies.JOURNAL))
     whole = journal.read_bytes()
-    torn = b'{"op_code": 4,'  # what shared/cases/images/torn_journal.log holds
+    case = REPOSITORY.parent / "shared" / "cases" / "images" / "torn_journal.log"
+    torn = case.read_bytes() if case.is_file() else b'{"op_code": 4,'
     last = whole.splitlines(keepends=True)[-1]
     journal.write_bytes(whole[: -len(last)] + torn + last if followed else whole + torn)
     assert go(tmp_path, n_trials=4)["complete"] == 4

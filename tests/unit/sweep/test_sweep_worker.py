@@ -61,7 +61,7 @@ def score(params: Params) -> float:
 def use(patch: pytest.MonkeyPatch, value: Callable[[int, Params], float], numbers: list[int]) -> None:
     """Have trials give `value(number, params)`."""
 
-    def run_trial(config: Any, folder: Path, params: Params, inputs: Any) -> float:
+    def run_trial(config: Any, folder: Path, params: Params, inputs: Any, watch: Any) -> float:
         numbers.append(int(folder.name))
         return value(int(folder.name), params)
 
@@ -307,6 +307,7 @@ def test_a_silent_heart_is_no_death_while_the_trials_process_lives(tmp_path: Pat
     ("keys", "message"),
     [
         ({"metric": "train_loss"}, "losses"),
+        ({"prune_by": "eval_loss"}, "losses"),
         ({"metric": "steps", "space": {"learning_rat": {"low": 1.0, "high": 2.0}}}, "did you mean 'learning_rate'"),
         ({"space": {"learning_rate": {"low": -1.0, "high": 2.0}}}, "greater than 0"),
         ({"space": {"learning_rate": {"low": 2.0, "high": 1.0}}}, "low must be below high"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from operator import and_, ne
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.objectives import PairScores, Settings, mix
 from prefmill.training.speed import SPEED, Speed
-from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, Telemetry, correlation
+from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, Telemetry, correlation, f1_by_coin
 
 SETTINGS = Settings(0.1)
 SIGMOID = mix(["sigmoid"], [1.0], SETTINGS)
@@ -57,3 +59,15 @@ def test_every_rank_writes_its_speed_and_memory(tmp_path: Path) -> None:
     rows = list(read_jsonl(tmp_path / SPEED / "rank3.jsonl"))
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0]["tokens_per_second"] == first["tokens_per_second"]
+
+
+def test_f1_of_a_guess_is_a_half_and_that_of_a_right_answer_1() -> None:
+    names = [f"pair{number}" for number in range(400)]
+    first = [random.Random(name).random() < 0.5 for name in names]
+    wins = [float(random.Random(-number).random() < 0.8) for number in range(400)]
+    says = [is_first == (win == 1) for is_first, win in zip(first, wins, strict=True)]
+    hits = sum(map(and_, first, says))
+    assert f1_by_coin(wins, names) == pytest.approx(2 * hits / (2 * hits + sum(map(ne, first, says))))
+    assert f1_by_coin([0.5] * 400, names) == pytest.approx(0.5, abs=0.05)
+    assert f1_by_coin([1.0] * 400, names) == 1.0
+    assert f1_by_coin([], []) == 0.5

@@ -76,6 +76,7 @@ def train_diffusion_dpo(
         counts={"pairs": sum(len(group.pairs) for group in groups)},
         logged={
             "val_accuracy": "eval_accuracy",
+            "val_f1": "eval_f1",
             "val_margin": "eval_margin",
             "recommended_draws": "recommended_draws",
         },

@@ -60,7 +60,7 @@ class NoMargins(Telemetry):
         """Nothing to report."""
         return {}
 
-    def evaluated(self, losses: Tensor, margins: Tensor) -> dict[str, float]:
+    def evaluated(self, losses: Tensor, margins: Tensor, pair_ids: Sequence[str]) -> dict[str, float]:
         """The loss alone."""
         return {"eval_loss": losses.mean().item()}
 

@@ -1,0 +1,112 @@
+"""Pruning: trials that are behind end at an evaluation, by Optuna's own rule, and their training with them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+
+from prefmill.core.errors import ConfigError
+from prefmill.store.jsonl import read_jsonl
+from prefmill.sweep import run as worker
+from prefmill.sweep.run import TRIALS
+from prefmill.sweep.trial import TrialPruned, _require_evaluations, _wait, evaluations
+from tests.unit.sweep.test_sweep_worker import go
+
+CURVES = {number: [quality * step for step in (1, 2, 3, 4)] for number, quality in enumerate((5, 4, 3, 6, 1, 7, 2, 8))}
+
+
+def write_curve(path: Path, values: Sequence[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": 2 * place, "eval_f1": value} for place, value in enumerate(values, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def use(patch: pytest.MonkeyPatch, looks: Sequence[int]) -> dict[int, int]:
+    """Trials with these CURVES, looked at after so many evaluations each time; gives how far each came."""
+    came: dict[int, int] = {}
+
+    def run_trial(config: Any, folder: Path, params: Any, inputs: Any, watch: Callable[[Path], None]) -> float:
+        number = int(folder.name)
+        for count in looks:
+            came[number] = count
+            write_curve(folder / "steps.jsonl", CURVES[number][:count])
+            watch(folder / "steps.jsonl")
+        return CURVES[number][-1]
+
+    patch.setattr(worker, "run_trial", run_trial)
+    return came
+
+
+def by_optuna(pruner: optuna.pruners.BasePruner) -> list[str]:
+    """The states that Optuna's own loop gives the same curves."""
+
+    def objective(trial: optuna.Trial) -> float:
+        for step, value in enumerate(CURVES[trial.number], 1):
+            trial.report(value, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return CURVES[trial.number][-1]
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", pruner=pruner, study_name="study")
+    study.optimize(objective, n_trials=len(CURVES))
+    return [trial.state.name.lower() for trial in study.trials]
+
+
+@pytest.mark.parametrize(
+    ("name", "pruner"),
+    [("median", optuna.pruners.MedianPruner(n_startup_trials=3)), ("hyperband", optuna.pruners.HyperbandPruner())],
+)
+def test_the_trials_that_optuna_would_end_are_ended(
+    name: str, pruner: optuna.pruners.BasePruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came = use(monkeypatch, looks=(1, 2, 3, 4))
+    told = go(tmp_path, n_trials=len(CURVES), pruner=name, prune_by="eval_f1", startup_trials=3)
+    rows = list(read_jsonl(next(tmp_path.rglob(TRIALS))))
+    states = [row["state"] for row in rows]
+    assert states == by_optuna(pruner)
+    assert states.count("pruned") == told["pruned"] >= 2
+    assert told["best_trial"] == 7
+    pruned = [row for row in rows if row["state"] == "pruned"]
+    assert all(row["value"] is None and "eval_f1 = " in row["reason"] for row in pruned)
+    assert all(came[row["number"]] < 4 for row in pruned if name == "median")
+
+
+def test_how_often_the_worker_looks_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"n_trials": len(CURVES), "pruner": "median", "prune_by": "eval_f1", "startup_trials": 3}
+    for name, looks in (("often", (1, 2, 3, 4)), ("once", (4,))):
+        use(monkeypatch, looks)
+        go(tmp_path / name, **keys)
+    often, once = (list(read_jsonl(next((tmp_path / name).rglob(TRIALS)))) for name in ("often", "once"))
+    assert often == once
+
+
+def test_a_pruned_trainings_process_ends_at_once(tmp_path: Path) -> None:
+    def look() -> None:
+        raise TrialPruned("behind")
+
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    begun = time.monotonic()
+    with pytest.raises(TrialPruned):
+        _wait(child, look)
+    assert child.poll() is not None
+    assert time.monotonic() - begun < 60
+
+
+def test_nothing_to_prune_by_is_told(tmp_path: Path) -> None:
+    curve = tmp_path / "steps.jsonl"
+    write_curve(curve, [0.5])
+    with pytest.raises(ConfigError, match=r"no evaluation 'eval_accuracy' to prune by[\s\S]*eval_f1"):
+        _require_evaluations(curve, "eval_accuracy", SimpleNamespace(name="sdxl_dpo"))  # type: ignore[arg-type]
+    with curve.open("a") as stream:
+        stream.write('{"step": 4, "eval')
+    assert evaluations(curve, "eval_f1") == []
