@@ -21,6 +21,7 @@ from prefmill.sweep.run import TRIALS
 from prefmill.sweep.trial import TrialPruned, _require_evaluations, _wait, evaluations
 from tests.unit.sweep.test_sweep_worker import go
 
+pytestmark = pytest.mark.timing
 CURVES = {number: [quality * step for step in (1, 2, 3, 4)] for number, quality in enumerate((5, 4, 3, 6, 1, 7, 2, 8))}
 
 
