@@ -10,13 +10,14 @@ from pydantic import model_validator
 from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.chat_rows import ChatRows
 from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import start_model
 from prefmill.training.preference_config import PreferenceConfig
 
 
-class DpoConfig(PreferenceConfig, PairSource, ImageLimits):
+class DpoConfig(PreferenceConfig, PairSource, ChatRows):
     """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one.
 
     `max_len` is another name of `max_length`.
@@ -52,7 +53,7 @@ def _pairs(config: DpoConfig, task: Task) -> tuple[Path, Path | None]:
             where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or dataset=NAME_OR_FILE",
         )  # fmt: skip
     if datasets is None:
-        return write_pairs(config, task.work / "pairs", task.logs / "bad_rows.json")
+        return write_pairs(config, task.work / "pairs", task.logs / BAD_ROWS)
     train = datasets.file(f"dpo_{config.modality}_train/data.jsonl")
     val = datasets.path / f"dpo_{config.modality}_val" / "data.jsonl"
     return train, val if val.is_file() and val.stat().st_size else None

@@ -15,6 +15,7 @@ from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.evaluation.generators import GenerationEngine, TransformersGeneration
 from prefmill.evaluation.rows import HUMAN
 from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 TRAINED = ("sft", "dpo")
 
 
-class EvaluateConfig(ImageLimits):
+class EvaluateConfig(ImageLimits, ChatTemplate):
     """Which model to evaluate, how it writes and how its reviews are judged."""
 
     model: str = Field(
@@ -119,6 +120,8 @@ def _write_reviews(config: EvaluateConfig, task: Task, held_out: HeldOut) -> lis
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        template=config,
+        today=task.began_on,
     )
     writing = Writing(
         modality=config.modality,

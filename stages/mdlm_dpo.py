@@ -12,6 +12,7 @@ from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
 from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import start_model
 
 
@@ -53,7 +54,7 @@ def _pairs(config: MdlmDpoConfig, task: Task) -> tuple[Path, Path | None]:
             where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or preference_data_path=FILE",
         )  # fmt: skip
     if datasets is None:
-        return write_pairs(config, task.work / "pairs", task.logs / "bad_rows.json")
+        return write_pairs(config, task.work / "pairs", task.logs / BAD_ROWS)
     val = datasets.path / f"dpo_{config.modality}_val" / "data.jsonl"
     has_val = val.is_file() and val.stat().st_size > 0
     return datasets.file(f"dpo_{config.modality}_train/data.jsonl"), val if has_val else None

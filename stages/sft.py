@@ -9,12 +9,13 @@ from pydantic import Field
 from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.pairs.chats import ChatSource, write_chats
+from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import TrainingConfig, start_model
 
 
-class SftConfig(TrainingConfig, ChatSource, ImageLimits):
+class SftConfig(TrainingConfig, ChatSource, TrainedTurns):
     """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one."""
 
     modality: Modality = "clean"
@@ -40,7 +41,7 @@ def _chats(config: SftConfig, task: Task) -> tuple[Path, Path | None]:
             where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or dataset=NAME_OR_FILE",
         )  # fmt: skip
     if datasets is None:
-        return write_chats(config, task.work / "chats", task.logs / "bad_rows.json")
+        return write_chats(config, task.work / "chats", task.logs / BAD_ROWS)
     train = datasets.file(f"sft_{config.modality}_train/data.jsonl")
     val = datasets.path / f"sft_{config.modality}_val" / "data.jsonl"
     return train, val if val.is_file() and val.stat().st_size else None

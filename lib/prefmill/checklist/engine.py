@@ -14,6 +14,7 @@ from prefmill.core.config import StrictConfig, runtime
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision
 from prefmill.core.records import Answer, Paper, Review, ReviewEvaluation
+from prefmill.families.causal.templates import ChatTemplate
 
 IncludePaper = Literal["none", "title_abstract", "text"]
 
@@ -25,7 +26,7 @@ class LexicalConfig(StrictConfig):
     evidence: bool = Field(True, description="quote the sentence behind each yes")
 
 
-class _JudgeConfig(StrictConfig):
+class _JudgeConfig(ChatTemplate):
     """What every engine with a model is told: whose tokens prompts are made of, and what stands in a prompt."""
 
     model_name_or_path: str = Field(description="folder or hub name of a model with a chat template")

@@ -40,7 +40,10 @@ class OpenAIEngine(ConcurrentEngine):
         self._server = Completions.from_environment(config)
         self._tells_cached = True
         tokenizer = load_tokenizer(
-            config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            config.model_name_or_path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            template=config,
         )
         self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
         answers = self.prompts.answers

@@ -16,6 +16,7 @@ from prefmill.checklist.evidence import OPENING, REQUEST
 from prefmill.checklist.items import Checklist
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper
+from prefmill.families.causal.chat import apply_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,14 +142,20 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the chat template puts before and after a user's message, up to where the answer starts."""
     messages = [{"role": "user", "content": _SENTINEL}]
     # Templates of models that think aloud first take enable_thinking; others ignore it.
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    parts = str(text).split(_SENTINEL)
+    text = apply_template(tokenizer, messages, True, enable_thinking=False)
+    parts = (text + _closing_of_a_thought(text)).split(_SENTINEL)
     if len(parts) != 2:
         raise InputError(
             "the chat template does not hold its message once", where=tokenizer.name_or_path,
             got=f"{len(parts) - 1} times in {text!r}", fix="use a model with an ordinary chat template",
         )  # fmt: skip
     return parts[0], parts[1]
+
+
+def _closing_of_a_thought(text: str) -> str:
+    """What ends a thought that the generation prompt leaves open: yes or no would be scored as its first word."""
+    opened, closed = text.rfind("<think>"), text.rfind("</think>")
+    return "\n</think>\n\n" if opened > max(closed, text.rfind(_SENTINEL)) else ""
 
 
 def _markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

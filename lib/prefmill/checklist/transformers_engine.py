@@ -36,7 +36,10 @@ class TransformersEngine(PromptedEngine):
         super().__init__(checklist)
         self._config = config
         tokenizer = load_tokenizer(
-            config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            config.model_name_or_path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            template=config,
         )
         self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
         self.model = load_model(

@@ -50,7 +50,10 @@ class VllmEngine(ConcurrentEngine):
         super().__init__(checklist)
         self._config = config
         tokenizer = load_tokenizer(
-            config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            config.model_name_or_path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            template=config,
         )
         self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
         self._llm = _open(config, over_answers_alone=self.prompts.answers.single)

@@ -8,6 +8,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -23,6 +24,7 @@ ArrayValue = str | int | float
 Match = Literal["all", "elementwise"]
 PROGRESS = "progress.json"  # of a task, in its logs
 PROGRESS_INTERVAL_SECONDS = 1.0
+STARTED = "started.json"  # of a task, in its work folder
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,15 @@ class Task:
         folder = self.output / WORK
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    @property
+    def began_on(self) -> date:
+        """The day (UTC) on which the first attempt at this content began: the same in whatever attempt ends it."""
+        try:
+            record = json.loads((self.work / STARTED).read_text())
+        except FileNotFoundError:
+            record = {}
+        return date.fromisoformat(record["date"]) if "date" in record else datetime.now(UTC).date()
 
     @property
     def shard(self) -> Shard:

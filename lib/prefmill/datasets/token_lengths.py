@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from prefmill.core.errors import ConfigError
 from prefmill.core.records import IMAGE_MARKER
 from prefmill.datasets.examples import CheckedRow
+from prefmill.families.causal.chat import apply_template
 from prefmill.store.pictures import image_size
 
 _IMAGE_FRAME_TOKENS = 2  # one before and one after an image's own
@@ -40,8 +42,7 @@ class TokenCounter:
         return self._count_chat([{"role": "user", "content": prompt}], True)
 
     def _count_chat(self, messages: list[dict[str, str]], asks: bool) -> int:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-        return self._count_text(text)
+        return self._count_text(apply_template(self._tokenizer, messages, asks))
 
     def _count_text(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -58,7 +59,7 @@ def open_counter(name_or_path: str, folder: Path) -> TokenCounter:
 
     from prefmill.families.causal.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(name_or_path)
+    tokenizer = load_tokenizer(name_or_path, today=date.today())  # every day is as long
     try:
         image_processor = AutoImageProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError):  # a model of text

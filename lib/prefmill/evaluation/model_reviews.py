@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from prefmill.families.causal.generation import (
 )
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision import WRITING, ImageReader, open_reader, with_images
 from prefmill.families.causal.vllm_loading import image_options, on_cpu, open_vllm, require_vllm
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
@@ -48,6 +50,8 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    template: ChatTemplate | None = None
+    today: date | None = None  # for a template that reads the clock
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -96,7 +100,9 @@ def write_reviews(
 def _write(
     source: ModelSource, papers: Mapping[str, Paper], writing: Writing, folder: Path, progress: Progress
 ) -> None:
-    tokenizer = load_tokenizer(source.name_or_path, **source.origin)
+    tokenizer = load_tokenizer(
+        source.name_or_path, template=source.template, today=source.today, **source.origin
+    )  # fmt: skip
     reader = _reader(source, tokenizer, writing) if writing.modality != "clean" else None
     chats = {key: _chat(paper, writing) for key, paper in papers.items()}
     requests = _within(encode_prompts(tokenizer, chats, writing.samples_per_paper, reader), writing.max_prompt_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +17,12 @@ from prefmill.pairs.sources import (
     identified,
     image_path,
     parsed_rows,
-    prompt_key,
+    prompt_of,
     row_name,
-    write_problems,
     write_split,
 )
-from prefmill.pairs.turns import Chat, answer_to, as_chat, place_images
+from prefmill.pairs.turns import Chat, answer_to, as_answer, as_chat, place_images
+from prefmill.training.bad_rows import BadRows
 
 _PREFERENCE_KEYS = ("chosen", "rejected", "label")
 
@@ -74,35 +75,38 @@ def write_chats(source: ChatSource, folder: Path, report: Path) -> tuple[Path, P
     """
     problems: list[UnusableRow] = []
     rows = list(tqdm(_distinct(_good(source, problems)), desc="reading chats", unit=" chats"))
-    write_problems(problems, report)
-    if not rows:
+    own = []
+    bad = BadRows(report, source.on_bad_row == "drop", dict(problems))
+    for name, chat in identified(rows):
+        with bad.row(f"row {name}"):
+            own.append((prompt_of(chat), _own_row(name, chat, source, folder)))
+    bad.tell(len(own))
+    if not own:
         raise InputError("no answers to train on", where=source.source_name, fix=f"see the rows in {report}")
-    own = [
-        (prompt_key(chat.messages, chat.images), _own_row(name, chat, source, folder))
-        for name, chat in identified(rows)
-    ]
     return write_split(own, source, folder, "sft")
 
 
 def _good(source: ChatSource, problems: list[UnusableRow]) -> Iterator[tuple[str, Judgement]]:
     for row, found in parsed_rows(source, problems):
         if isinstance(found, Preference):
-            yield row_name(row), Judgement(found.messages, found.chosen, True, found.images)
+            yield row_name(row), Judgement(found.messages, found.chosen, True, found.images, found.tools)
         elif found.is_good:
             yield row_name(row), found
 
 
 def _distinct(chats: Iterable[tuple[str, Judgement]]) -> Iterator[tuple[str, Judgement]]:
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for name, chat in chats:
-        key = (prompt_key(chat.messages, chat.images), chat.answer)
+        key = prompt_of(replace(chat, messages=[*chat.messages, as_answer(chat.answer)]))
         if key not in seen:
             seen.add(key)
             yield name, chat
 
 
 def _own_row(name: str, chat: Judgement, source: PairSource, folder: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": name, "messages": [*chat.messages, {"role": "assistant", "content": chat.answer}]}
+    row: dict[str, Any] = {"id": name, "messages": [*chat.messages, as_answer(chat.answer)]}
+    if chat.tools:
+        row["tools"] = list(chat.tools)
     if chat.images:
         row["images"] = [image_path(image, name, source, folder) for image in chat.images]
     return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,21 +11,24 @@ from unicodedata import normalize
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
 from prefmill.pairs.turns import (
+    Answer,
     BadRowError,
     Chat,
     Turn,
     answer_to,
+    as_answer,
     as_chat,
     as_turn,
     parse_dialogue,
     place_images,
     refuse_untrained,
     split_prompt,
+    tools_of,
 )
 
 Row = Mapping[str, Any]
 Tags = Mapping[str, str]
-_UNTRAINED = ("tools", "functions", "chat_template_kwargs")
+_UNTRAINED = ("functions", "chat_template_kwargs")
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 Kind = Literal["text", "list", "dict", "label", "text or list"]
 _TYPES: dict[Kind, tuple[type, ...]] = {
@@ -38,9 +42,10 @@ class Preference:
     """Two answers to one chat; `images` stand for the `<image>` markers in it, in order: a path, a URL or bytes."""
 
     messages: list[Turn]
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
     images: tuple[Any, ...] = ()
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,10 @@ class Judgement:
     """One answer to a chat, and whether it is a good one; `pair_up` makes preferences of them."""
 
     messages: list[Turn]
-    answer: str
+    answer: Answer
     is_good: bool
     images: tuple[Any, ...] = ()
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Form:
     def keys(self) -> set[str]:
         """The keys of a row that are read, those that it need not have among them."""
         more = ("input", "history") if "instruction" in self.needs else ()
-        return {*self.needs, *more, "system", "images", "image", "id", "pair_id"}
+        return {*self.needs, *more, "system", "tools", "images", "image", "id", "pair_id"}
 
     def fits(self, row: Row) -> bool:
         """Whether `row` has this form's keys, holding what they should."""
@@ -164,7 +170,7 @@ def unpaired(row: Row, tags: Tags) -> Judgement:
     asked = row["prompt"]
     chat = Chat(_asked(asked)) if isinstance(asked, str) else as_chat(asked, "prompt", tags)
     completion = row["completion"]
-    answer = completion if isinstance(completion, str) else answer_to(
+    answer: Answer = completion if isinstance(completion, str) else answer_to(
         chat.turns, as_chat(completion, "completion", tags).turns, "completion"
     )  # fmt: skip
     return _judgement(row, chat, answer)
@@ -199,19 +205,6 @@ FORMS: Mapping[str, Form] = {
 }
 
 
-def used_keys(form: Form) -> set[str]:
-    """The keys of a row that this form reads, those that it need not have among them."""
-    return {
-        *form.needs,
-        "system",
-        "images",
-        "image",
-        "id",
-        "pair_id",
-        *(("input", "history") if "instruction" in form.needs else ()),
-    }
-
-
 def detect(row: Row, where: object, known: Mapping[str, Form] = FORMS) -> str:
     """The name of the one form that `row` has; raises InputError with the keys seen where none or several fit."""
     found = [name for name, form in known.items() if form.fits(row)]
@@ -237,24 +230,26 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
         raise BadRowError(f"not of the form {name}, which has {needs}; keys are {', '.join(map(str, row))}")
     refuse_untrained(row, _UNTRAINED)
     found = form.parse(row, tags)
-    found = replace(found, messages=_with_system(row, found.messages))
-    if not found.messages or found.messages[-1]["role"] != "user":
+    found = replace(found, messages=_with_system(row, found.messages), tools=tools_of(row))
+    if not found.messages or found.messages[-1]["role"] not in ("user", "tool"):
         raise BadRowError("the prompt does not end with a user turn")
-    answers = [found.chosen, found.rejected] if isinstance(found, Preference) else [found.answer]
-    for text in (*(turn["content"] for turn in found.messages), *answers):
-        _check_text(text)
-    if not all(answer.strip() for answer in answers):
+    given = [found.chosen, found.rejected] if isinstance(found, Preference) else [found.answer]
+    answers = list(map(as_answer, given))
+    for turn in (*found.messages, *answers):
+        _check_text(turn)
+    if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
         raise BadRowError("an answer is empty")
-    if len({normalize("NFC", answer).strip() for answer in answers}) < len(answers):
+    said = {json.dumps({**answer, "content": normalize("NFC", answer["content"]).strip()}) for answer in answers}
+    if len(said) < len(answers):
         raise BadRowError("chosen and rejected are the same, white space and Unicode's composition aside")
     return found
 
 
-def _check_text(text: Any) -> None:
-    if not isinstance(text, str):
+def _check_text(turn: Turn) -> None:
+    if not isinstance(turn["content"], str):
         raise BadRowError("a turn of the prompt, or an answer, is not text")
     try:
-        text.encode()
+        json.dumps(turn, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadRowError(f"half of a surrogate pair, which is no character: {error.object[error.start]!r}") from None
 
@@ -291,16 +286,16 @@ def _asked(text: str) -> list[Turn]:
     return [{"role": "user", "content": text}]
 
 
-def _sides(row: Row, prompt: Sequence[Turn], tags: Tags, good: str = "chosen", bad: str = "rejected") -> list[str]:
+def _sides(row: Row, prompt: Sequence[Turn], tags: Tags, good: str = "chosen", bad: str = "rejected") -> list[Answer]:
     return [answer_to(prompt, as_chat(row[side], side, tags).turns, side) for side in (good, bad)]
 
 
-def _preference(row: Row, prompt: Chat, chosen: str, rejected: str) -> Preference:
+def _preference(row: Row, prompt: Chat, chosen: Answer, rejected: Answer) -> Preference:
     turns, images = place_images(prompt, row)
     return Preference(turns, chosen, rejected, images)
 
 
-def _judgement(row: Row, prompt: Chat, answer: str) -> Judgement:
+def _judgement(row: Row, prompt: Chat, answer: Answer) -> Judgement:
     turns, images = place_images(prompt, row)
     return Judgement(turns, answer, _label(row["label"]), images)
 

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
-from prefmill.core.config import ExternalPath, StrictConfig, later, nearest
+from prefmill.core.config import ExternalPath, later, nearest
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_json
 from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse
-from prefmill.pairs.turns import BadRowError
+from prefmill.pairs.mixture import MixedFile, mixed
+from prefmill.pairs.turns import BadRowError, Turn, as_answer
 from prefmill.store.jsonl import to_json
+from prefmill.store.pictures import check_image, open_image
 from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows, is_saved_to_disk
+from prefmill.training.bad_rows import BadRows, RowPolicy
 
-_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 FoundT = TypeVar("FoundT")
+FoundRow = tuple[SourceRow, Preference | Judgement]
 _TAGS = ("role", "content", "user", "assistant", "system")
 
 
-class PairSource(StrictConfig):
+class PairSource(RowPolicy):
     """A preference dataset that build_datasets did not make: a hub name, or the path of a file.
 
     `subset` is the name of the hub dataset's configuration, or a number of rows to draw by `seed`; `max_rows` takes
     the first rows and no more; text files are in `encoding`. `pair_format` settles which form the rows have where
     their keys leave it open; `columns` maps this form's keys to the data's own, `tags` (role, content, user, assistant,
     system) the keys and speakers inside messages. `val_fraction` of the prompts are held out, with all their pairs.
+    `mixture` takes rows of several files in the shares of their weights, none twice.
     """
 
     forms: ClassVar[Mapping[str, Form]] = FORMS
@@ -50,8 +54,8 @@ class PairSource(StrictConfig):
     tags: dict[str, str] = {}
     image_folder: Path | None = None
     val_fraction: float = Field(0.0, ge=0, lt=1)
-    on_bad_row: Literal["fail", "drop"] = "fail"
     seed: int = 42
+    mixture: list[MixedFile] = later([])
 
     @model_validator(mode="before")
     @classmethod
@@ -73,8 +77,10 @@ class PairSource(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> PairSource:
-        if self.dataset is not None and self.dataset_file is not None:
-            raise ValueError("give dataset or dataset_file, not both")
+        if (self.dataset is not None) + (self.dataset_file is not None) + bool(self.mixture) > 1:
+            raise ValueError("give one of dataset, dataset_file and mixture")
+        for part in self.mixture:
+            self._known(part.pair_format)
         if isinstance(self.subset, str) and self.dataset_file is not None:
             raise ValueError("subset names a configuration of a hub dataset; of a file it is a number of rows")
         unknown = sorted(set(self.tags) - set(_TAGS))
@@ -85,12 +91,21 @@ class PairSource(StrictConfig):
     @property
     def has_source(self) -> bool:
         """Whether a dataset is named here at all."""
-        return self.dataset is not None or self.dataset_file is not None
+        return self.dataset is not None or self.dataset_file is not None or bool(self.mixture)
 
     @property
     def source_name(self) -> str:
         """What to call the dataset in messages."""
-        return str(self.dataset_file or self.dataset)
+        return str(self.dataset_file or self.dataset or ", ".join(str(part.file) for part in self.mixture))
+
+    @property
+    def parts(self) -> list[PairSource]:
+        """A mixture's files as sources of their own; the source itself where it is none."""
+        keys = {"pair_format", "columns", "tags"}
+        return [
+            self.model_copy(update={**part.model_dump(include=keys), "dataset_file": part.file, "mixture": []})
+            for part in self.mixture
+        ] or [self]
 
 
 class UnusableRow(NamedTuple):
@@ -108,19 +123,16 @@ def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, P
     """
     problems: list[UnusableRow] = []
     rows = list(tqdm(_preferences(source, problems), desc="reading pairs", unit=" pairs"))
-    write_problems(problems, report)
-    if not rows:
+    own = []
+    bad = BadRows(report, source.on_bad_row == "drop", dict(problems))
+    for pair_id, pair in identified(rows):
+        with bad.row(f"row {pair_id}"):
+            group = prompt_of(pair)
+            own.append((group, _own_row(pair_id, group, pair, source, folder)))
+    bad.tell(len(own))
+    if not own:
         raise InputError("no pairs to train on", where=source.source_name, fix=f"see the rows in {report}")
-    keyed = ((prompt_key(pair.messages, pair.images), pair_id, pair) for pair_id, pair in identified(rows))
-    own = [(group, _own_row(pair_id, group, pair, source, folder)) for group, pair_id, pair in keyed]
     return write_split(own, source, folder, "dpo")
-
-
-def write_problems(problems: list[UnusableRow], report: Path) -> None:
-    """List rows that are left out in `report`, and say so."""
-    if problems:
-        _write_text(report, json.dumps([problem._asdict() for problem in problems], indent=1))
-        print(f"{len(problems):,} rows left out, listed in {report}", flush=True)
 
 
 def write_split(
@@ -141,9 +153,10 @@ def write_split(
     return train, val if files[True] else None
 
 
-def prompt_key(messages: Any, images: Iterable[Any]) -> str:
-    """What a prompt is: its turns and its images."""
-    return digest_json([messages, [_image_key(image) for image in images]])
+def prompt_of(found: Preference | Judgement) -> str:
+    """A key of what a prompt is: its turns, its images and its tools."""
+    images = [_image_key(image) for image in found.images]
+    return digest_json([found.messages, images, *([found.tools] if found.tools else [])])
 
 
 def read_rows(source: PairSource) -> Iterator[SourceRow]:
@@ -161,7 +174,7 @@ def pair_up(
     """Every good answer against every bad one to the same chat; prompts with only one kind become problems."""
     chats: dict[str, list[tuple[SourceRow, Judgement]]] = {}
     for row, judgement in judgements:
-        chats.setdefault(prompt_key(judgement.messages, judgement.images), []).append((row, judgement))
+        chats.setdefault(prompt_of(judgement), []).append((row, judgement))
     for answers in chats.values():
         good = [item for item in answers if item[1].is_good]
         bad = [item for item in answers if not item[1].is_good]
@@ -171,7 +184,7 @@ def pair_up(
         for winner_row, winner in good:
             for loser_row, loser in bad:
                 if winner.answer != loser.answer:
-                    pair = Preference(winner.messages, winner.answer, loser.answer, winner.images)
+                    pair = Preference(winner.messages, winner.answer, loser.answer, winner.images, winner.tools)
                     yield f"{row_name(winner_row)}:{row_name(loser_row)}", pair
 
 
@@ -186,8 +199,16 @@ def _preferences(source: PairSource, problems: list[UnusableRow]) -> Iterator[tu
     yield from pair_up(judgements, problems)
 
 
-def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[tuple[SourceRow, Preference | Judgement]]:
+def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRow]:
     """The rows that `source` asks for, read as their form; bad ones are raised, or added to `problems`."""
+    if not source.mixture:
+        yield from _parsed(source, problems)
+        return
+    files = [list(_parsed(part, problems)) for part in source.parts]
+    yield from mixed(source.mixture, files, lambda row: prompt_of(row[1]), source.seed)
+
+
+def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRow]:
     form, unused = source.pair_format, set[str]()
     for row in _drawn(read_rows(source), source):
         row.values.update({ours: row.values.pop(theirs) for ours, theirs in source.columns.items()
@@ -241,13 +262,20 @@ def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, fol
     row: dict[str, Any] = {
         "id": pair_id,
         "group": group,
-        "conversations": [{"from": _SPEAKERS[turn["role"]], "value": turn["content"]} for turn in pair.messages],
-        "chosen": {"from": "gpt", "value": pair.chosen},
-        "rejected": {"from": "gpt", "value": pair.rejected},
+        "conversations": list(map(_said, pair.messages)),
+        "chosen": _said(as_answer(pair.chosen)),
+        "rejected": _said(as_answer(pair.rejected)),
     }
+    if pair.tools:
+        row["tools"] = list(pair.tools)
     if pair.images:
         row["images"] = [image_path(image, pair_id, source, folder) for image in pair.images]
     return row
+
+
+def _said(turn: Turn) -> dict[str, Any]:
+    more = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return {"from": _SPEAKERS[turn["role"]], "value": turn["content"], **more}
 
 
 def image_path(image: Any, row_id: str, source: PairSource, folder: Path) -> str:
@@ -256,6 +284,7 @@ def image_path(image: Any, row_id: str, source: PairSource, folder: Path) -> str
     if isinstance(data, bytes):
         path = folder / "images" / hashlib.sha256(data).hexdigest()
         if not path.is_file():
+            check_image(data, f"row {row_id}")
             _write_bytes(path, data)
         return path.relative_to(folder).as_posix()
     named = image.get("path") if isinstance(image, Mapping) else image
@@ -266,6 +295,7 @@ def image_path(image: Any, row_id: str, source: PairSource, folder: Path) -> str
             "no such image", where=f"row {row_id}", got=named, expected=f"a file below {base}, or the image's bytes",
             fix="set image_folder to the folder that image paths are relative to; download what is only a URL",
         )  # fmt: skip
+    open_image(found)  # to its end: a cut file or a bomb would end the training, hours from here
     return found.as_posix()
 
 

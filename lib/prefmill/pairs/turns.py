@@ -1,20 +1,26 @@
-"""Chats of other people's datasets as prefmill's turns: `{"role", "content"}`, images as markers in the text."""
+"""Chats of other people's datasets as prefmill's turns: `{"role", "content"}`, images as markers in the text.
+
+An assistant's turn may also have `reasoning_content` and `tool_calls`, a tool's `name` and `tool_call_id`.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefmill.core.records import IMAGE_MARKER
 
-Turn = dict[str, str]
+Turn = dict[str, Any]
+Answer = str | Turn  # text alone, or a whole turn where that has more than text
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
-# What templates write beside a turn's content, under the names that datasets give it.
-_UNTRAINED = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id")
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing, under the names that datasets give it
+_OF_TOOLS = ("name", "tool_call_id")
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -52,11 +58,51 @@ def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, lis
     content_key = tags.get("content") or ("content" if "content" in message else "value")
     said = message.get(role_key)
     roles = {tags[role]: role for role in ("user", "assistant", "system") if role in tags} or ROLES
-    if said not in roles or content_key not in message:
+    turn: Turn = {"role": roles[said], **_beside(message, what)} if said in roles else {}
+    if not turn or (content_key not in message and "tool_calls" not in turn):
         raise BadRowError(f"{what}: no known role and content in {_shown(message)}; roles are {', '.join(roles)}")
-    refuse_untrained(message, _UNTRAINED)
-    text, images = _content(message[content_key], what)
-    return {"role": roles[said], "content": text}, images
+    content = message.get(content_key)
+    text, images = _content("" if content is None and "tool_calls" in turn else content, what)
+    return {**turn, "content": text}, images
+
+
+def _beside(message: Mapping[str, Any], what: str) -> Turn:
+    """What a message has beside its content that templates write: reasoning, calls of tools, whose result it is."""
+    said = [message[key] for key in _REASONING if message.get(key)]
+    if any(not isinstance(text, str) for text in said) or len(set(map(str, said))) > 1:
+        raise BadRowError(f"{what}: reasoning is one text, not {_shown(said)}")
+    old = message.get("function_call")
+    calls = message.get("tool_calls") or ([{"function": old}] if old else [])
+    found: Turn = {"reasoning_content": said[0]} if said else {}
+    if calls:
+        found["tool_calls"] = [_call(call, what) for call in calls]
+    return found | {key: message[key] for key in _OF_TOOLS if message.get(key)}
+
+
+def _call(call: Any, what: str) -> Turn:
+    """A call of a tool with its arguments as an object: templates write JSON of them, of text they would quote it."""
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    try:
+        given = function.get("arguments", {})
+        arguments = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        arguments = None
+    if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
+        raise BadRowError(f"{what}: a call has a name and arguments in JSON, not {_shown(call)}")
+    more = {"id": call["id"]} if call.get("id") else {}
+    return {"type": "function", **more, "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def tools_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The tools that a row offers, as a list or as its JSON; raises BadRowError for anything else."""
+    given = row.get("tools") or []
+    try:
+        tools = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        tools = None
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRowError(f"tools are a list of objects: {_shown(given)}")
+    return tuple(tools)
 
 
 def refuse_untrained(values: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -101,7 +147,7 @@ def parse_dialogue(text: str, what: str) -> list[Turn]:
     return [{"role": ROLES[speaker.lower()], "content": words.strip()} for speaker, words in zip(speakers, said)]  # noqa: B905
 
 
-def split_prompt(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> tuple[list[Turn], str, str]:
+def split_prompt(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> tuple[list[Turn], Answer, Answer]:
     """The turns that both chats begin with, and the one answer that each goes on with."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -114,18 +160,23 @@ def split_prompt(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> tuple[list
     return prompt, sole_answer(chosen[shared:], "chosen"), sole_answer(rejected[shared:], "rejected")
 
 
-def answer_to(prompt: Sequence[Turn], side: Sequence[Turn], what: str) -> str:
+def answer_to(prompt: Sequence[Turn], side: Sequence[Turn], what: str) -> Answer:
     """The answer in `side`, which may repeat the prompt before it."""
     repeats = len(side) > len(prompt) and list(side[: len(prompt)]) == list(prompt)
     return sole_answer(side[len(prompt) :] if repeats else side, what)
 
 
-def sole_answer(turns: Sequence[Turn], what: str) -> str:
-    """The text of what must be one turn of the assistant."""
+def sole_answer(turns: Sequence[Turn], what: str) -> Answer:
+    """What must be one turn of the assistant."""
     if [turn["role"] for turn in turns] != ["assistant"]:
         found = ", ".join(turn["role"] for turn in turns) or "nothing"
         raise BadRowError(f"after the shared prompt {what} must be one assistant turn, but is: {found}")
-    return turns[0]["content"]
+    return turns[0]["content"] if turns[0].keys() == {"role", "content"} else turns[0]
+
+
+def as_answer(answer: Answer) -> Turn:
+    """An answer as a turn."""
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
 
 
 def _content(content: Any, what: str) -> tuple[str, list[Any]]:

@@ -14,13 +14,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.artifact import MANIFEST, RUN_RECORD, WORK, Artifact
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
-from prefmill.core.stage import Metrics, Stage, Task
+from prefmill.core.stage import STARTED, Metrics, Stage, Task
 from prefmill.distributed.devices import claim_device
 from prefmill.pipeline import attempts
 from prefmill.pipeline.oom_backoff import SMALLER
@@ -31,7 +32,6 @@ from prefmill.store.artifacts import publish, read_manifest, remaking, supersede
 
 STATUS = "status.json"
 EXIT_USER_ERROR, EXIT_BUG = 2, 1
-_STARTED = "started.json"
 _LOCK_PATIENCE_SECONDS = 15.0
 
 
@@ -184,12 +184,12 @@ def _prepare(task: PlannedTask, same: Sequence[str], force: bool) -> Path:
     """The folder to work in, with only what an interrupted attempt at this very content left there."""
     finished = read_manifest(task.output) is not None
     folder = remaking(task.output) if finished else task.output
-    marker = folder / WORK / _STARTED
+    marker = folder / WORK / STARTED
     resumes = not force and marker.is_file() and json.loads(marker.read_text())["fingerprint"] in same
     if folder.exists() and not resumes:
         shutil.rmtree(folder)
     if not marker.is_file():
-        write_atomic(marker, json.dumps({"fingerprint": same[0]}))
+        write_atomic(marker, json.dumps({"fingerprint": same[0], "date": datetime.now(UTC).date().isoformat()}))
     if not resumes:
         clear_telemetry(task.logs, superseded(task.logs) if finished else None)
     return folder

@@ -10,24 +10,30 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.store.jsonl import read_jsonl
+from prefmill.training.bad_rows import BadRows
 
-Encode = Callable[[Sequence[Mapping[str, Any]], str], tuple[list[int], list[int]]]
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+Answer = str | Mapping[str, Any]  # text alone, or a turn that also has `reasoning_content` or `tool_calls`
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
 
 
 @dataclass(frozen=True)
 class PreferencePair:
     """A prompt and two answers to it; pairs of one `group` share the prompt.
 
-    `images` are paths, one for each `<image>` in the messages.
+    `images` are paths, one for each `<image>` in the messages; `tools` are offered to the model.
     """
 
     pair_id: str
     group: str
     messages: list[dict[str, Any]]
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
     images: tuple[str, ...] = ()
+    tools: tuple[Any, ...] = ()
+
+
+# Prompt, answer and tools as the token ids of prompt and completion.
+Encode = Callable[[Sequence[Mapping[str, Any]], Answer, Sequence[Any]], tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,24 @@ def read_pairs(path: Path) -> Iterator[PreferencePair]:
     """The pairs of a dataset that build_datasets wrote; raises InputError naming the row that is not one."""
     for number, row in enumerate(read_jsonl(path), 1):
         try:
-            messages = [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+            messages = list(map(_turn, row["conversations"]))
             images = tuple(str(path.parent.parent / name) for name in row.get("images", ()))
-            answers = (row["chosen"]["value"], row["rejected"]["value"])
-            yield PreferencePair(row["id"], row["group"], messages, *answers, images)
+            answers = (_answer(row["chosen"]), _answer(row["rejected"]))
+            yield PreferencePair(row["id"], row["group"], messages, *answers, images, tuple(row.get("tools", ())))
         except (KeyError, TypeError) as error:
             raise InputError(
                 "not a preference row", where=f"{path}:{number}", got=f"missing or malformed: {error}",
                 expected="id, group, conversations, chosen, rejected", fix="run validate_datasets on this dataset",
             ) from None  # fmt: skip
+
+
+def _turn(said: Mapping[str, Any]) -> dict[str, Any]:
+    more = {key: value for key, value in said.items() if key not in ("from", "value")}
+    return {"role": _ROLES[said["from"]], "content": said["value"], **more}
+
+
+def _answer(said: Mapping[str, Any]) -> Answer:
+    return str(said["value"]) if said.keys() == {"from", "value"} else _turn(said)
 
 
 def swap_by_coin(pairs: Iterable[PreferencePair], seed: int) -> Iterator[PreferencePair]:
@@ -89,27 +104,34 @@ def swap_by_coin(pairs: Iterable[PreferencePair], seed: int) -> Iterator[Prefere
         yield replace(pair, chosen=chosen, rejected=rejected)
 
 
-def group_by_prompt(pairs: Iterable[PreferencePair], encode: Encode) -> list[Group]:
+def group_by_prompt(pairs: Iterable[PreferencePair], encode: Encode, bad: BadRows | None = None) -> list[Group]:
     """Pairs as groups, in the order their groups first appear; a response that is in several pairs is kept once.
 
-    Two pairs of one group with different prompts make two groups. Raises InputError for a pair whose sides are equal.
+    Two pairs of one group with different prompts make two groups. Raises InputError for a pair whose sides are equal,
+    or that cannot be encoded, unless such pairs are taken by `bad`.
     """
     groups: dict[tuple[Any, ...], Group] = {}
     places: dict[tuple[Any, ...], dict[tuple[int, ...], int]] = {}
-    for pair in pairs:
-        prompt, chosen = encode(pair.messages, pair.chosen)
-        _, rejected = encode(pair.messages, pair.rejected)
-        if chosen == rejected:
-            raise InputError(
-                "chosen and rejected are the same", where=f"pair {pair.pair_id}",
-                fix="leave the pair out, by `exclude` of build_datasets",
-            )  # fmt: skip
+    for pair, prompt, chosen, rejected in _encoded(pairs, encode, bad or BadRows()):
         key = (pair.group, tuple(prompt), pair.images)
         group = groups.setdefault(key, Group(prompt, [], [], pair.images))
         known = places.setdefault(key, {})
         sides = [_place(group, known, response) for response in (chosen, rejected)]
         group.pairs.append(Pair(pair.pair_id, *sides))
     return list(groups.values())
+
+
+def _encoded(
+    pairs: Iterable[PreferencePair], encode: Encode, bad: BadRows
+) -> Iterator[tuple[PreferencePair, list[int], list[int], list[int]]]:
+    """Pairs with the token ids of their prompt and both sides."""
+    for pair in pairs:
+        with bad.row(f"pair {pair.pair_id}"):
+            prompt, chosen = encode(pair.messages, pair.chosen, pair.tools)
+            _, rejected = encode(pair.messages, pair.rejected, pair.tools)
+            if chosen == rejected:  # a template that trims, or a tokenizer that composes letters, makes them so
+                raise InputError("chosen and rejected are the same tokens", fix="leave the pair out")
+            yield pair, prompt, chosen, rejected
 
 
 def _place(group: Group, known: dict[tuple[int, ...], int], response: list[int]) -> int:

@@ -234,8 +234,10 @@ def test_unpaired_judgements_become_pairs_of_the_same_prompt(tmp_path: Path) -> 
 
 
 def test_images_of_every_form(tmp_path: Path) -> None:
+    from PIL import Image
+
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(name.encode())
+        Image.new("RGB", (4, 4), "red").save(tmp_path / name)
     parts = [{"type": "image_url", "value": "a.png"}, {"type": "text", "value": "and"},
              {"type": "image_url", "image_url": {"url": "b.png"}}]  # fmt: skip
     rows = [

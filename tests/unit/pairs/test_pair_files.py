@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,10 +85,86 @@ def test_a_row_at_fault_is_named_and_can_be_left_out(name: str, tmp_path: Path) 
     assert list(read_jsonl(train))
 
 
-@pytest.mark.parametrize(("name", "key"), [("reasoning.jsonl", "reasoning_content"), ("tools.jsonl", "tools")])
-def test_what_would_be_left_out_is_refused_by_name(name: str, key: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"'{key}' is not trained on"):
-        write_chats(validate(ChatSource, {"dataset": str(case(name))}), tmp_path, tmp_path / "bad.json")
+@pytest.mark.parametrize("key", ["functions", "chat_template_kwargs"])
+def test_what_would_be_left_out_is_refused_by_name(key: str) -> None:
+    with pytest.raises(BadRowError, match=f"'{key}' is not trained on"):
+        parse({"prompt": "Q?", "chosen": "A", "rejected": "B", key: {"x": 1}}, "prompt_strings", {})
+
+
+def test_reasoning_and_tools_come_through_as_they_are(tmp_path: Path) -> None:
+    for name in ("reasoning.jsonl", "tools.jsonl"):
+        source = validate(ChatSource, {"dataset": str(case(name))})
+        train, _ = write_chats(source, tmp_path / name, tmp_path / "bad.json")
+        given, own = (list(read_jsonl(path)) for path in (case(name), train))
+        for before, after in zip(given, own, strict=True):
+            assert after["messages"] == before["messages"]
+            assert after.get("tools") == before.get("tools")
+
+
+def test_a_pair_keeps_reasoning_and_tools_of_its_sides(tmp_path: Path) -> None:
+    from prefmill.training.data import read_pairs
+
+    call = {"name": "area", "arguments": '{"side": 3}'}  # the older form, arguments as text
+    tools = [{"type": "function", "function": {"name": "area"}}]
+    asked = [{"role": "user", "content": "Area?"}]
+    good = [{"role": "assistant", "content": None, "function_call": call}]
+    bad = [{"role": "assistant", "content": "9", "thinking": "3 times 3"}]
+    row = {"prompt": asked, "chosen": good, "rejected": bad, "tools": json.dumps(tools)}
+    write_jsonl(tmp_path / "x.jsonl", [row])
+    train, _ = write_pairs(
+        validate(PairSource, {"dataset": str(tmp_path / "x.jsonl")}), tmp_path, tmp_path / "bad.json"
+    )
+    (pair,) = read_pairs(train)
+    assert pair.tools == tuple(tools)
+    function = {"name": "area", "arguments": {"side": 3}}
+    assert pair.chosen == {
+        "role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]
+    }  # fmt: skip
+    assert pair.rejected == {"role": "assistant", "content": "9", "reasoning_content": "3 times 3"}
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"role": "assistant", "content": "9", "thinking": 3}, "reasoning is one text"),
+        ({"role": "assistant", "content": "9", "thinking": "a", "reasoning": "b"}, "reasoning is one text"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "arguments in JSON"),
+        ({"role": "assistant", "content": "9", "thinking": "\ud83d"}, "surrogate"),
+    ],
+)
+def test_reasoning_and_calls_that_are_none_are_the_rows_fault(message: dict[str, Any], why: str) -> None:
+    turns = [{"role": "user", "content": "Q?"}, message]
+    with pytest.raises(BadRowError, match=why):
+        parse({"messages": turns, "label": True}, "unpaired_messages", {})
+
+
+def test_files_are_mixed_by_weight_none_twice_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, count in (("a", 100), ("b", 40)):
+        rows = [{"prompt": f"{name}{n}", "chosen": "good", "rejected": "bad"} for n in range(count)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    files = [{"file": str(tmp_path / "a.jsonl"), "weight": 1}, {"file": str(tmp_path / "b.jsonl"), "weight": 2}]
+    made = []
+    for folder, seed in (("one", 1), ("same", 1), ("other", 2)):
+        source = validate(PairSource, {"mixture": files, "seed": seed})
+        train, _ = write_pairs(source, tmp_path / folder, tmp_path / "bad.json")
+        made.append([row["conversations"][0]["value"] for row in read_jsonl(train)])
+    assert [sum(name.startswith(file) for name in made[0]) for file in "ab"] == [20, 40]
+    assert len(set(made[0])) == 60
+    assert made[0] == made[1] != made[2]
+    assert "mixture: 20 of 100 rows of a.jsonl (33%)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["missing.png", "truncated.jpg", "not_an_image.png", "bomb.png"])
+def test_an_image_that_cannot_be_used_is_the_rows_fault(name: str, tmp_path: Path) -> None:
+    images = CASES.parent / "images"
+    rows = [{"prompt": f"<image>{n}?", "chosen": "good", "rejected": "bad", "images": [n]} for n in ("grey.png", name)]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    keys = {"dataset": str(tmp_path / "x.jsonl"), "image_folder": str(case("bom.csv").parents[1] / images.name)}
+    with pytest.raises(InputError, match=name):
+        write_pairs(validate(PairSource, keys), tmp_path, tmp_path / "bad.json")
+    train, _ = write_pairs(validate(PairSource, {**keys, "on_bad_row": "drop"}), tmp_path, tmp_path / "bad.json")
+    assert len(list(read_jsonl(train))) == 1
+    assert name in (tmp_path / "bad.json").read_text()
 
 
 def test_a_system_column_stands_before_the_messages(tmp_path: Path) -> None:

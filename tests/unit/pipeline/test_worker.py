@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from toys import RUNS, toy_plan
 
 from prefmill.core.artifact import MANIFEST
 from prefmill.core.errors import PrefmillError
+from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline import worker
 from prefmill.pipeline.plan import Plan
 from prefmill.pipeline.state import inspect
@@ -76,6 +78,23 @@ def test_an_interrupted_attempt_resumes_and_another_content_starts_over(tmp_path
     manifest = read_manifest(toy_plan(tmp_path).tasks[0].output)
     assert manifest is not None
     assert manifest.metrics == {"rows": 8, "attempt": "started"}
+
+
+def test_a_resumed_task_keeps_the_day_it_began_on(tmp_path: Path) -> None:
+    (task,) = toy_plan(tmp_path, make={"set": {"fail": "bug"}}).tasks[:1]
+    seen: list[date] = []
+
+    def stop(context: Task) -> Metrics:
+        seen.append(context.began_on)
+        raise ValueError("killed")
+
+    for day in ("today", "2020-02-29"):
+        if day != "today":  # as an attempt of that day left it
+            marker = task.output / "work" / "started.json"
+            marker.write_text(json.dumps({**json.loads(marker.read_text()), "date": day}))
+        with pytest.raises(ValueError, match="killed"):
+            execute(task, run=stop)
+    assert seen == [datetime.now(UTC).date(), date(2020, 2, 29)]
 
 
 def test_replaced_output_is_set_aside(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from prefmill.training.objectives import OBJECTIVES, PairScores, Settings
 @pytest.fixture(scope="module")
 def groups(tiny_qwen2: Path, pairs_file: Path) -> list[Group]:
     tokenizer = load_tokenizer(str(tiny_qwen2))
-    return group_by_prompt(read_pairs(pairs_file), lambda messages, answer: encode(tokenizer, messages, answer))
+    return group_by_prompt(read_pairs(pairs_file), partial(encode, tokenizer))
 
 
 def one_at_a_time(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:

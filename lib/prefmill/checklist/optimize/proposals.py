@@ -108,7 +108,7 @@ def _generate(
     from prefmill.families.causal.loading import load_model, load_tokenizer
 
     shared: dict[str, Any] = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
-    tokenizer = load_tokenizer(engine.model_name_or_path, **shared)
+    tokenizer = load_tokenizer(engine.model_name_or_path, template=engine, **shared)
     attention = engine.attn_implementation if isinstance(engine, TransformersConfig) else None
     model = load_model(engine.model_name_or_path, precision=engine.precision, attn_implementation=attention, **shared)
     model.eval().to(device_type())

@@ -6,58 +6,102 @@ that cannot be, or that would teach the model something else than the answer and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
+from prefmill.families.causal.templates import variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Turn = Mapping[str, Any]
+Answer = str | Turn  # text alone, or a turn that also has `reasoning_content` or `tool_calls`
 _PROBE = "probe"
-_OTHER_TEMPLATE = "give the model's folder a chat template that does, as chat_template.jinja"
+_OTHER_TEMPLATE = "give one that does with chat_template=FILE"
+# Under which names templates look for a turn's reasoning: Qwen3's, OpenRouter's, gpt-oss'.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], tools: Sequence[Any] = ()) -> str:
     """The chat up to where the model's answer begins, assistant header included."""
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    return _render(tokenizer, messages, tools, add_generation_prompt=True)
 
 
-def image_paths(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+def image_paths(messages: Sequence[Turn]) -> list[str]:
     """The images that stand in `messages` as parts, in their order."""
     return [part["path"] for turn in messages if isinstance(turn["content"], list)
             for part in turn["content"] if part["type"] == "image"]  # fmt: skip
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], answer: str
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], answer: Answer, tools: Sequence[Any] = ()
 ) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the completion, end of turn included: together those of the whole conversation.
 
-    Raises InputError for an empty answer, a prompt that is templated already, and a template that refuses the messages,
-    changes what was said before the answer, drops a part of the answer, doubles its thought, or never ends it.
+    Raises InputError as `encode_turns` does.
     """
-    if not answer.strip():
-        raise InputError("an empty answer cannot be trained on", got=repr(answer), fix="leave the row out")
-    _refuse_templated(tokenizer, messages)
-    prompt = prompt_text(tokenizer, messages)
-    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+    turn = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+    ids, trained = encode_turns(tokenizer, [*messages, turn], [len(messages)], tools)
+    start = trained.index(True)
+    return ids[:start], ids[start:]
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], places: Sequence[int], tools: Sequence[Any] = ()
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat as the template writes it whole, and whether each is of an assistant's turn at `places`.
+
+    `places` are ascending and end with the last turn. Raises InputError for an empty answer, a prompt that is templated
+    already, and a template that refuses the messages, leaves out tools, changes what was said before an answer, drops a
+    part of the answer or its reasoning, doubles its thought, or never ends it.
+    """
+    for place in places:
+        _require_said(messages[place])
+    _refuse_templated(tokenizer, [turn for place, turn in enumerate(messages) if place not in places])
+    whole = _render(tokenizer, messages, tools, add_generation_prompt=False)
+    _require_tools(tools, whole)
+    spans = [_span(tokenizer, messages, place, tools, whole) for place in places]
+    whole = whole[: spans[-1][1]]
+    ids = _ids(tokenizer, whole)
+    trained = [False] * len(ids)
+    for begin, end in spans:
+        tokens = slice(_num_tokens(tokenizer, whole, begin, ids), _num_tokens(tokenizer, whole, end, ids))
+        trained[tokens] = [True] * (tokens.stop - tokens.start)
+        if not template_of(tokenizer).control.intersection(ids[tokens]):
+            raise InputError(
+                "the chat template never ends an answer: the model would learn no stop", got=whole[begin:end][-80:],
+                expected="an end token behind the answer", fix=_OTHER_TEMPLATE,
+            )  # fmt: skip
+    return ids, trained
+
+
+def _span(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], place: int, tools: Sequence[Any], whole: str
+) -> tuple[int, int]:
+    """Where in `whole` the turn at `place` begins, its header excluded, and ends."""
+    prompt = prompt_text(tokenizer, messages[:place], tools)
     if not whole.startswith(prompt):
         raise _mismatch("the chat template rewrites the prompt once an answer follows", whole, prompt)
-    completion = whole[len(prompt) :]
-    if template_of(tokenizer).appends_header:  # a model that learnt it would write one answer after another
-        completion = _until_its_end(tokenizer, prompt, completion)
-    _check_answer(answer, completion)
-    prompt_ids, ids = (_ids(tokenizer, text) for text in (prompt, prompt + completion))
-    if ids[: len(prompt_ids)] != prompt_ids:
-        raise _mismatch("the answer's first letters join the last token of the prompt", prompt + completion, prompt)
-    if not template_of(tokenizer).control.intersection(ids[len(prompt_ids) :]):
-        raise InputError(
-            "the chat template never ends an answer: the model would learn no stop", got=completion[-80:],
-            expected="an end token behind the answer", fix=_OTHER_TEMPLATE,
-        )  # fmt: skip
-    return prompt_ids, ids[len(prompt_ids) :]
+    is_last = place == len(messages) - 1
+    through = whole if is_last else _render(tokenizer, messages[: place + 1], tools, add_generation_prompt=False)
+    # A header that comes unasked would be learnt: a model that writes one answer after another. And a template may
+    # write a turn otherwise once others follow (Qwen3, without an empty thought): what it writes then is trained.
+    if template_of(tokenizer).appends_header or not whole.startswith(through):
+        through = prompt + _until_its_end(tokenizer, prompt, whole[len(prompt) :])
+    _check_answer(messages[place], through[len(prompt) :])
+    return len(prompt), len(through)
+
+
+def _num_tokens(tokenizer: PreTrainedTokenizerBase, whole: str, end: int, ids: Sequence[int]) -> int:
+    """How many of the tokens of `whole`, `ids`, are of its first `end` characters."""
+    if end == len(whole):
+        return len(ids)
+    before = _ids(tokenizer, whole[:end])
+    if list(ids[: len(before)]) != before:
+        raise _mismatch("the answer's first letters join the last token of the prompt", whole, whole[:end])
+    return len(before)
 
 
 @dataclass(frozen=True)
@@ -80,9 +124,9 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
     text = str(tokenizer.chat_template)
     if text not in known:
         probe = [{"role": "user", "content": _PROBE}]
-        wants_parts = _PROBE not in _apply(tokenizer, probe, True)
+        wants_parts = _PROBE not in apply_template(tokenizer, probe, True)
         shown = _as_parts(probe) if wants_parts else probe
-        asked, unasked = (_apply(tokenizer, shown, add) for add in (True, False))
+        asked, unasked = (apply_template(tokenizer, shown, add) for add in (True, False))
         added = getattr(tokenizer, "added_tokens_decoder", {})
         control = {int(place) for place, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         header = unasked.split(_PROBE)[0].strip()
@@ -99,28 +143,39 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], tools: Sequence[Any], add_generation_prompt: bool
 ) -> str:
     given = _as_parts(messages) if template_of(tokenizer).wants_parts else list(messages)
-    return _apply(tokenizer, given, add_generation_prompt)
+    return apply_template(
+        tokenizer, list(map(_under_all_names, given)), add_generation_prompt, tools=list(tools) or None
+    )
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Any], add_generation_prompt: bool) -> str:
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Any], add_generation_prompt: bool, **variables: Any
+) -> str:
+    """What the template makes of `messages`, with its clock standing still; raises InputError where it refuses them."""
     from jinja2.exceptions import TemplateError
 
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt,
+            **{**variables_of(tokenizer), **variables},
         )  # fmt: skip
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a template that joins text and None raises TypeError
         raise InputError(
             "the chat template refuses these messages", got=str(error), expected="roles that the template takes",
-            fix="leave the row out, or use a model whose template takes them",
+            fix="leave the row out, or use a template that takes them",
         ) from None  # fmt: skip
     return text
 
 
-def _as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _under_all_names(turn: Turn) -> Turn:
+    said = next((turn[name] for name in _REASONING if turn.get(name)), None)
+    return turn if said is None else {**turn, **dict.fromkeys(_REASONING, said)}
+
+
+def _as_parts(messages: Sequence[Turn]) -> list[dict[str, Any]]:
     return [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]} if isinstance(turn["content"], str) else
         dict(turn) for turn in messages
@@ -137,13 +192,30 @@ def _until_its_end(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
     return completion[: completion.index(closing) + len(closing)]
 
 
-def _check_answer(answer: str, completion: str) -> None:
-    """Raise InputError where the completion lacks a part of the answer, white space aside, or has a second thought."""
-    if "".join(answer.split()) not in "".join(completion.split()):
-        raise InputError(
-            "the chat template drops a part of the answer", got=completion[:160], expected=answer[:160],
-            fix=_OTHER_TEMPLATE,
-        )  # fmt: skip
+def _require_said(turn: Turn) -> None:
+    if not str(turn["content"]).strip() and not turn.get("tool_calls"):
+        raise InputError("an empty answer cannot be trained on", got=repr(turn["content"]), fix="leave the row out")
+
+
+def _require_tools(tools: Sequence[Any], whole: str) -> None:
+    """Raise InputError for a tool that the template does not show the model."""
+    for tool in tools:
+        name = str(tool.get("function", tool).get("name"))
+        if name not in whole:
+            raise InputError(
+                "the chat template leaves the tools out", got=whole[:160], expected=f"the tool '{name}'",
+                fix=_OTHER_TEMPLATE + ", or remove 'tools' from the rows",
+            )  # fmt: skip
+
+
+def _check_answer(turn: Turn, completion: str) -> None:
+    """Raise InputError where the completion lacks a part of the turn, white space aside, or has a second thought."""
+    found, answer = "".join(completion.split()), str(turn["content"])
+    for what, text in _parts_of(turn):
+        if "".join(text.split()) not in found:
+            raise InputError(
+                f"the chat template drops {what}", got=completion[:160], expected=text[:160], fix=_OTHER_TEMPLATE
+            )
     if 0 < answer.count("<think>") < completion.count("<think>"):
         raise InputError(
             "the chat template puts a thought before the answer's own", got=completion[:160], expected=answer[:160],
@@ -151,7 +223,29 @@ def _check_answer(answer: str, completion: str) -> None:
         )  # fmt: skip
 
 
-def _refuse_templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> None:
+def _parts_of(turn: Turn) -> Iterator[tuple[str, str]]:
+    """Everything in an assistant's turn that is to be learnt, with a name for messages."""
+    yield "a part of the answer", str(turn["content"])
+    yield from ((f"the answer's {name}", str(turn[name])) for name in _REASONING if turn.get(name))
+    for call in turn.get("tool_calls") or ():
+        yield "the answer's tool_calls", call["function"]["name"]
+        yield from (("the arguments of a tool call", text) for text in _leaves(call["function"]["arguments"]))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Names and plain texts in the arguments of a call; how numbers and others are written is the template's matter."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield str(name)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str) and value.isalnum() and value.isascii():
+        yield value
+
+
+def _refuse_templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn]) -> None:
     """Raise InputError for a message that holds the template's own header: it has been through a template before."""
     header = template_of(tokenizer).header
     for turn in messages:

@@ -17,10 +17,10 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import scoring_context, scoring_model, shards_by_zero, unsharded_loading, uses_fsdp
 from prefmill.families.causal.chat import encode
+from prefmill.families.causal.chat_rows import ChatRows
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.families.causal.image_batches import add_images
-from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.load_check import check_scorer, own_likelihoods
@@ -35,6 +35,7 @@ from prefmill.families.causal.scorer import (
 )
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.training.adapter import add_adapter
+from prefmill.training.bad_rows import BadRows
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.training.config import TrainingConfig, accumulation, weights_precision
 from prefmill.training.data import Group, PreferencePair, group_by_prompt, read_pairs, swap_by_coin
@@ -55,7 +56,7 @@ def train_dpo(
     policy: str,
     train: Path,
     val: Path | None,
-    limits: ImageLimits = ImageLimits(),  # noqa: B008
+    rows: ChatRows = ChatRows(),  # noqa: B008
 ) -> Metrics:
     """Tune `policy` on the pairs in `train`, the reference being `policy` itself as it was before the first step.
 
@@ -63,9 +64,9 @@ def train_dpo(
     come from their cache or from a checkpoint loaded afresh, never from the policy in training.
     """
     config, why_pairwise = choose_layout(config, policy)
-    tokenizer = load_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    reader = open_reader(policy, tokenizer, limits, TRAINED, **options)
+    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(policy, template=rows, today=task.began_on, **options)
+    reader = open_reader(policy, tokenizer, rows, TRAINED, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
@@ -108,13 +109,13 @@ def load_groups(
 ) -> list[Group]:
     """The pairs in `path` as groups; those with a side over max_length are reported and dropped, or refused.
 
-    Raises InputError for images that no `reader` is there for.
+    Raises InputError for images that no `reader` is there for, and for a pair that the template cannot write.
     """
     pairs = (_placed(pair, reader) for pair in read_pairs(path))
     chosen = swap_by_coin(pairs, config.seed) if shuffle else pairs
-    groups = group_by_prompt(
-        chosen, reader.encode if reader else lambda messages, answer: encode(tokenizer, messages, answer)
-    )
+    bad = BadRows.of(config, task)
+    groups = group_by_prompt(chosen, reader.encode if reader else partial(encode, tokenizer), bad)
+    bad.tell(len(groups))
     dropped = [
         {"id": pair.pair_id, "file": path.parent.name, "num_tokens": group.tokens_of(pair)}
         for group in groups

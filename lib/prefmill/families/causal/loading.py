@@ -7,17 +7,26 @@ from typing import TYPE_CHECKING
 
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
+    from datetime import date
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template: ChatTemplate | None = None,
+    today: date | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name_or_path`, with a pad token and a chat template.
+    """The tokenizer of `name_or_path`, with a pad token and a chat template, its own or that of `template`.
 
-    Raises InputError when it is missing or has no chat template: prompts are chats throughout.
+    Raises InputError when it is missing, has no chat template (prompts are chats throughout) or one that reads the
+    clock where `today` is not given, or has no token to pad rows with.
     """
     from transformers import AutoTokenizer
 
@@ -26,12 +35,13 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _unloadable("tokenizer", name_or_path, error) from error
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "the model has no chat template", where=name_or_path,
-            fix="use an instruction-tuned model, or save a tokenizer with a chat template beside the weights",
-        )  # fmt: skip
+    (template or ChatTemplate()).put_on(tokenizer, name_or_path, today)
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                "the tokenizer has neither a pad nor an end token", where=name_or_path,
+                got="pad_token and eos_token unset", fix="set them in the folder's tokenizer_config.json",
+            )  # fmt: skip
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

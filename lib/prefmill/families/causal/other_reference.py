@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -33,7 +34,7 @@ def check_reference(
             fix="leave ref_name out, or add an objective with a reference, such as sigmoid",
         )  # fmt: skip
     trust, revision = config.trust_remote_code, config.ref_revision
-    other = load_tokenizer(name, revision=revision, trust_remote_code=trust)
+    other = load_tokenizer(name, revision=revision, trust_remote_code=trust, today=date.today())
     _same_vocabulary(name, tokenizer.get_vocab(), other.get_vocab())
     mine = AutoConfig.from_pretrained(policy, revision=config.revision, trust_remote_code=trust)
     theirs = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)

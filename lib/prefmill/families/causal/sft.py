@@ -21,13 +21,14 @@ from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
-from prefmill.families.causal.chat import encode
-from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.chat import encode_turns
+from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter
 from prefmill.training.arguments import trainer_arguments
+from prefmill.training.bad_rows import BadRows
 from prefmill.training.callbacks import check_every_step
 from prefmill.training.config import TrainingConfig, weights_precision
 from prefmill.training.loop import TrainingSpec, report_dropped, run_training
@@ -43,19 +44,19 @@ def train_sft(
     model_name: str,
     train: Path,
     val: Path | None,
-    limits: ImageLimits = ImageLimits(),  # noqa: B008
+    turns: TrainedTurns = TrainedTurns(),  # noqa: B008
 ) -> Metrics:
     """Fine-tune `model_name` on the chats in `train`, resuming where an earlier attempt stopped.
 
-    The loss is that of the completions' tokens, averaged over an optimizer step. Raises ConfigError for over-long
-    rows unless they are to be dropped.
+    The loss is that of the tokens of the turns that `turns` says, averaged over an optimizer step. Raises ConfigError
+    for over-long rows unless they are to be dropped.
     """
-    tokenizer = load_tokenizer(model_name, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    reader = open_reader(model_name, tokenizer, limits, TRAINED, **options)
+    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(model_name, template=turns, today=task.began_on, **options)
+    reader = open_reader(model_name, tokenizer, turns, TRAINED, **options)
     chats = Chats(
-        train=load_chats(train, tokenizer, config, task, reader),
-        val=None if val is None else load_chats(val, tokenizer, config, task, reader),
+        train=load_chats(train, tokenizer, config, task, turns, reader),
+        val=None if val is None else load_chats(val, tokenizer, config, task, turns, reader),
         tokenizer=tokenizer,
         collate=partial(collate_images, reader=reader) if reader else None,
     )
@@ -144,13 +145,14 @@ def load_chats(
     tokenizer: PreTrainedTokenizerBase,
     config: TrainingConfig,
     task: Task,
+    turns: TrainedTurns,
     reader: ImageReader | None = None,
 ) -> Dataset:
-    """The rows of an SFT dataset as `input_ids` and `labels`, prompt tokens ignored; over-long rows reported.
+    """The rows of an SFT dataset as `input_ids` and `labels`, what is not trained ignored; over-long rows reported.
 
     With a `reader` rows also have the paths of their images; without one raises InputError for a row with images.
     """
-    rows, dropped = [], []
+    rows, dropped, bad = [], [], BadRows.of(config, task)
     for row in tqdm(read_jsonl(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
         images = [str(path.parent.parent / name) for name in row.get("images", ())]
         if images and reader is None:
@@ -158,11 +160,14 @@ def load_chats(
                 "a model of text alone cannot see these images", where=f"{path}, row {row['id']}", got=images[0],
                 fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
             )  # fmt: skip
-        encoded = _encode_row(row, tokenizer, reader, images)
-        if len(encoded["input_ids"]) > config.max_length:
-            dropped.append({"id": row["id"], "file": path.parent.name, "num_tokens": len(encoded["input_ids"])})
-        else:
-            rows.append(encoded)
+        with bad.row(f"{path.parent.name}, row {row['id']}"):
+            encoded = _encode_row(row, tokenizer, turns, reader, images)
+            num_tokens = len(encoded["input_ids"])
+            if num_tokens > config.max_length:
+                dropped.append({"id": row["id"], "file": path.parent.name, "num_tokens": num_tokens})
+            else:
+                rows.append(encoded)
+    bad.tell(len(rows) + len(dropped))
     report_dropped(task, dropped, len(rows), config)
     return Dataset.from_list(rows)
 
@@ -184,12 +189,26 @@ def collate_images(rows: Sequence[Mapping[str, Any]], reader: ImageReader) -> di
 
 
 def _encode_row(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, reader: ImageReader | None, images: Sequence[str]
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    turns: TrainedTurns,
+    reader: ImageReader | None,
+    images: Sequence[str],
 ) -> dict[str, Any]:
-    *messages, answer = row["messages"]
+    messages, tools = row["messages"], row.get("tools", ())
+    places = turns.places(messages)
     if reader is None:
-        prompt, completion = encode(tokenizer, messages, answer["content"])
-    else:
-        prompt, completion = reader.encode(with_images(messages, images), answer["content"])
-    encoded: dict[str, Any] = {"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion}
-    return encoded if reader is None else {**encoded, "image_paths": list(images)}
+        ids, trained = encode_turns(tokenizer, messages, places, tools)
+        labels = [token if learnt else _IGNORED for token, learnt in zip(ids, trained, strict=True)]
+        return {"input_ids": ids, "labels": labels}
+    if len(places) > 1:
+        raise InputError(
+            "a chat with images is trained on its last turn alone", got=f"{len(places)} turns of the assistant",
+            fix="set train_on=last_turn",
+        )  # fmt: skip
+    prompt, completion = reader.encode(with_images(messages[:-1], images), messages[-1], tools)
+    return {
+        "input_ids": prompt + completion,
+        "labels": [_IGNORED] * len(prompt) + completion,
+        "image_paths": list(images),
+    }

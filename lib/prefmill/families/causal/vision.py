@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
-from prefmill.families.causal.chat import encode, image_paths, prompt_text
+from prefmill.families.causal.chat import Answer, encode, image_paths, prompt_text
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.store.pictures import image_size, open_image
 
@@ -42,12 +42,14 @@ class ImageReader:
         self.processor.size = {key: bounds[key] or size[key] for key in bounds}
         self.merge: int = self.processor.merge_size
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], answer: str) -> tuple[list[int], list[int]]:
+    def encode(
+        self, messages: Sequence[Mapping[str, Any]], answer: Answer, tools: Sequence[Any] = ()
+    ) -> tuple[list[int], list[int]]:
         """Token ids of prompt and completion as `chat.encode`, with as many image tokens as each image has.
 
         Images stand in `messages` as parts `{"type": "image", "path": ...}`: see `with_images`.
         """
-        prompt, completion = encode(self.tokenizer, messages, answer)
+        prompt, completion = encode(self.tokenizer, messages, answer, tools)
         if self.image_token in completion:
             raise _own_image_tokens(prompt.count(self.image_token), len(image_paths(messages)))
         return self._expanded(prompt, messages), completion

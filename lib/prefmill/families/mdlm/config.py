@@ -6,14 +6,15 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import ExternalPath, runtime
+from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.mdlm.loading import Quantization
 from prefmill.training.config import TrainingConfig
 
 Sampling = Literal["balanced", "systematic", "iid", "inverse_t"]
 
 
-class DiffusionModelConfig(StrictConfig):
+class DiffusionModelConfig(ChatTemplate):
     """Which masked-diffusion model, and how its outputs are read.
 
     `mask_token_id` defaults to that of the model's configuration or tokenizer, `shifted_logits` to true for Dream only.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def train_diffusion_dpo(
     Policy and reference are scored with the same draws, which follow from seed, row and epoch: the reference's values
     are computed once, before training, and cached. Resumes from the newest complete checkpoint.
     """
-    tokenizer = load_diffusion_tokenizer(policy, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_diffusion_tokenizer(policy, template=config, today=task.began_on, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels)
     held_out = load_groups(val, tokenizer, config, task) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)

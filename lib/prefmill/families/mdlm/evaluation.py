@@ -15,7 +15,7 @@ from tqdm import tqdm
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import has_gpu
-from prefmill.families.causal.chat import encode, prompt_text
+from prefmill.families.causal.chat import Answer, encode, prompt_text
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig, Question, read_questions
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 from prefmill.families.mdlm.family import Drawing
@@ -117,7 +117,8 @@ def evaluate_models(
 
 def load(label: str, name: str, config: DiffusionEvaluationConfig) -> Loaded:
     """A model ready to be evaluated."""
-    tokenizer = load_diffusion_tokenizer(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_diffusion_tokenizer(name, template=config, **options)
     model = load_diffusion_model(
         name,
         precision=config.precision,
@@ -175,7 +176,9 @@ def report(metrics: Mapping[str, Row], comparison: Row) -> str:
 
 def _pair_likelihoods(loaded: Loaded, pairs: Sequence[PreferencePair]) -> list[tuple[Likelihood, Likelihood]]:
     samples = [
-        encode(loaded.tokenizer, pair.messages, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)
+        encode(loaded.tokenizer, pair.messages, answer, pair.tools)
+        for pair in pairs
+        for answer in (pair.chosen, pair.rejected)
     ]
     found = loaded.likelihoods(samples) if samples else []
     return list(zip(found[::2], found[1::2], strict=True))
@@ -197,8 +200,8 @@ def _likelihood_rows(
             }
 
 
-def _chain(loaded: Loaded, pair: PreferencePair, answer: str) -> float:
-    prompt, response = encode(loaded.tokenizer, pair.messages, answer)
+def _chain(loaded: Loaded, pair: PreferencePair, answer: Answer) -> float:
+    prompt, response = encode(loaded.tokenizer, pair.messages, answer, pair.tools)
     at_once = loaded.config.forward_batch_size
     return chain(loaded.model, prompt, response, loaded.mask_token_id, loaded.shifted, at_once)
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.causal.loading import load_tokenizer, require_folder
+from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
+    from datetime import date
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Quantization = Literal["4bit"]
@@ -32,11 +35,18 @@ def check_remote_code(trust: bool, name: str, revision: str | None) -> None:
 
 
 def load_diffusion_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template: ChatTemplate | None = None,
+    today: date | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a masked-diffusion model, with a chat template and an end token; raises InputError without."""
     check_remote_code(trust_remote_code, name, revision)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(
+        name, revision=revision, trust_remote_code=trust_remote_code, template=template, today=today
+    )  # fmt: skip
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end token, with which answers are filled up", where=name, fix="set its eos_token"

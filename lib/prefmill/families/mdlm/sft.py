@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
-from prefmill.families.causal.chat import encode
+from prefmill.families.causal.chat import Answer, encode
 from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.families.mdlm.family import Drawing, sft_family
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
@@ -34,7 +34,8 @@ def train_diffusion_sft(
     config: DiffusionTrainingConfig, task: Task, start: str, train: Path, val: Path | None
 ) -> Metrics:
     """Fine-tune `start` on the chats in `train`: the loss is -B/L per token, the mean over rows (LLaDA, eq. 5)."""
-    tokenizer = load_diffusion_tokenizer(start, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_diffusion_tokenizer(start, template=config, today=task.began_on, **options)
     groups = load_chats(train, tokenizer, config, task)
     held_out = load_chats(val, tokenizer, config, task) if val is not None else []
     settings = Settings(beta=1.0)
@@ -70,7 +71,7 @@ def load_chats(
     groups, dropped = [], []
     for row in tqdm(file_rows(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
         messages, answer = chat_of(row.values, row.where)
-        prompt, response = encode(tokenizer, messages, answer)
+        prompt, response = encode(tokenizer, messages, answer, row.values.get("tools") or ())
         name = str(row.values.get("id", row.number))
         if len(prompt) + len(response) > config.max_length:
             dropped.append({"id": name, "file": path.parent.name, "num_tokens": len(prompt) + len(response)})
@@ -82,11 +83,11 @@ def load_chats(
     return groups
 
 
-def chat_of(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], str]:
+def chat_of(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], Answer]:
     """Messages and answer of a row of `messages`, or of `prompt` and `completion`; raises InputError for others."""
     messages = row.get("messages")
     if isinstance(messages, list) and len(messages) > 1 and messages[-1].get("role") == "assistant":
-        return messages[:-1], str(messages[-1]["content"])
+        return messages[:-1], messages[-1]
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return [{"role": "user", "content": row["prompt"]}], row["completion"]
     raise InputError(

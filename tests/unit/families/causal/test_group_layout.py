@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def groups(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[G
     path = tmp_path_factory.mktemp("pairs") / "data.jsonl"
     write_jsonl(path, pair_rows(4, pairs=3))
     tokenizer = load_tokenizer(str(tiny_qwen2))
-    return group_by_prompt(read_pairs(path), lambda messages, answer: encode(tokenizer, messages, answer))
+    return group_by_prompt(read_pairs(path), partial(encode, tokenizer))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,33 @@
+"""How rows of chats become what is trained, as configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from prefmill.core.config import later
+from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.templates import ChatTemplate
+from prefmill.training.bad_rows import RowPolicy
+
+TrainOn = Literal["completion", "last_turn", "all_assistant_turns"]
+
+
+class ChatRows(ChatTemplate, ImageLimits, RowPolicy):
+    """What `dpo` and `sft` say of their rows: the template, the bounds on images, and what becomes of bad rows."""
+
+
+class TrainedTurns(ChatRows):
+    """`train_on`: the assistant's turns after the last user's (`completion`), the last one alone, or every one.
+
+    They differ where a chat has several: the calls of tools before an answer, and the answers before the last one.
+    """
+
+    train_on: TrainOn = later("completion")
+
+    def places(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Which turns of a chat are trained."""
+        roles = [turn["role"] for turn in messages]
+        after = max((place for place, role in enumerate(roles) if role == "user"), default=-1)
+        first = {"completion": after, "last_turn": len(roles) - 2, "all_assistant_turns": -1}[self.train_on]
+        return [place for place, role in enumerate(roles) if role == "assistant" and place > first]

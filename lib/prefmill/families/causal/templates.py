@@ -1,0 +1,107 @@
+"""Which chat template writes a model's chats, as configuration: another than its own, its variables, its clock."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from pydantic import field_validator, model_validator
+
+from prefmill.core.config import ExternalPath, StrictConfig, later
+from prefmill.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CLOCK = "strftime_now"  # transformers gives it to templates; a variable of the same name takes its place
+_NAMES_GIVEN_BY_US = {"messages", "tools", "add_generation_prompt", _CLOCK}
+
+
+class ChatTemplate(StrictConfig):
+    """`chat_template` replaces the model's own: Jinja text, or a file, which becomes `chat_template_file`.
+
+    `chat_template_kwargs` are variables of the template, such as `enable_thinking`; `template_date` (YYYY-MM-DD) is the
+    day for one that reads the clock. A trained model is published with the template and these values as defaults.
+    """
+
+    chat_template: str | None = later(None)
+    chat_template_file: ExternalPath | None = later(None)
+    chat_template_kwargs: dict[str, Any] = later({})
+    template_date: str | None = later(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_or_file(cls, values: Any) -> Any:
+        """A file's path says nothing of what is in it; a template without a brace would say the same of every chat."""
+        given = values.get("chat_template") if isinstance(values, dict) else None
+        if not isinstance(given, str) or "{" in given:
+            return values
+        if values.get("chat_template_file") is not None:
+            raise ValueError("give chat_template or chat_template_file, not both")
+        return {**values, "chat_template": None, "chat_template_file": given}
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_variables(cls, given: dict[str, Any]) -> dict[str, Any]:
+        wrong = sorted(name for name in given if not name.isidentifier() or name in _NAMES_GIVEN_BY_US)
+        if wrong:
+            raise ValueError(f"no variables of a template that can be set: {', '.join(wrong)}")
+        return given
+
+    @field_validator("template_date")
+    @classmethod
+    def _is_a_day(cls, given: str | None) -> str | None:
+        if given is not None:
+            date.fromisoformat(given)
+        return given
+
+    def put_on(self, tokenizer: PreTrainedTokenizerBase, name: str, today: date | None = None) -> None:
+        """Have `tokenizer` write chats as said here, on `today` unless a date is given.
+
+        Raises InputError for a tokenizer without a template, and for one that reads the clock where no day is known.
+        """
+        own = tokenizer.chat_template if self._text is None else self._text
+        if own is None:
+            raise InputError(
+                "the model has no chat template", where=name,
+                fix="use an instruction-tuned model, or give the file of one with chat_template=FILE",
+            )  # fmt: skip
+        texts = own if isinstance(own, dict) else {"": own}
+        written = {key: self._defaults + text for key, text in texts.items()}
+        tokenizer.chat_template = written if isinstance(own, dict) else written[""]
+        day = today if self.template_date is None else date.fromisoformat(self.template_date)
+        if day is None and any(_CLOCK in text for text in texts.values()):
+            raise InputError(
+                "the chat template reads the clock: tomorrow's prompts would be others", where=name, got=_CLOCK,
+                fix=f"set template_date={date.today().isoformat()}",
+            )  # fmt: skip
+        tokenizer.__dict__["_prefmill_variables"] = {} if day is None else {_CLOCK: day.strftime}
+
+    @property
+    def _text(self) -> str | None:
+        if self.chat_template_file is None:
+            return self.chat_template
+        try:
+            return self.chat_template_file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                "cannot read the chat template", where=self.chat_template_file, got=error, fix="correct chat_template"
+            ) from None
+
+    @property
+    def _defaults(self) -> str:
+        """Jinja that sets the variables unless the caller does: whoever uses the published model gets the same text.
+
+        Each line ends with a block, whose newline transformers trims: the template after it still begins a line.
+        """
+        # ascii() of JSON's values is an expression of Jinja's too
+        return "".join(
+            f"{{% if {name} is not defined %}}{{% set {name} = {value!a} %}}{{% endif %}}\n"
+            for name, value in sorted(self.chat_template_kwargs.items())
+        )
+
+
+def variables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `put_on` gives the template at every call, beside the messages."""
+    found: dict[str, Any] = tokenizer.__dict__.get("_prefmill_variables", {})
+    return found

@@ -1,0 +1,68 @@
+"""Rows that cannot be used: refused by name, or left out and listed, wherever that shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from prefmill.core.config import StrictConfig
+from prefmill.core.errors import InputError
+from prefmill.core.files import write_atomic
+from prefmill.core.stage import Task
+
+BAD_ROWS = "bad_rows.json"  # in a task's logs
+
+
+class RowPolicy(StrictConfig):
+    """`on_bad_row: drop` leaves out rows that are at fault themselves, and lists them."""
+
+    on_bad_row: Literal["fail", "drop"] = "fail"
+
+
+@dataclass
+class BadRows:
+    """The rows of a file or dataset that were left out; `report` is the list in the task's logs, shared by files."""
+
+    report: Path = Path(BAD_ROWS)
+    drop: bool = False
+    found: dict[str, str] = field(default_factory=dict)
+    first: InputError | None = None
+
+    @classmethod
+    def of(cls, config: object, task: Task) -> BadRows:
+        """As the configuration of `task` says, where it says so."""
+        return cls(task.logs / BAD_ROWS, isinstance(config, RowPolicy) and config.on_bad_row == "drop")
+
+    @contextmanager
+    def row(self, where: str) -> Iterator[None]:
+        """Take the errors of InputError raised within as the fault of the row at `where`."""
+        try:
+            yield
+        except InputError as error:
+            details = {**error.details, "where": f"{where}: {said}" if (said := error.details["where"]) else where}
+            fix = f"{details.pop('fix')}; or leave such rows out with on_bad_row=drop"
+            named = InputError(error.what, **details, fix=fix)
+            if not self.drop:
+                raise named from None
+            self.first = self.first or named
+            self.found[where] = " ".join(str(error).split())
+
+    def tell(self, kept: int) -> None:
+        """List what was left out; raises the first row's error where nothing is left."""
+        list_bad_rows(self.found, self.report)
+        if not kept and self.first is not None:
+            raise self.first
+
+
+def list_bad_rows(found: Mapping[str, str], report: Path) -> None:
+    """Add rows, by where they stand, to the list in `report`, and say how many."""
+    if not found:
+        return
+    before: Iterable[Mapping[str, str]] = json.loads(report.read_text()) if report.is_file() else []
+    known = {row["where"]: row["what"] for row in before} | dict(found)
+    write_atomic(report, json.dumps([{"where": where, "what": what} for where, what in known.items()], indent=1))
+    print(f"{len(found):,} rows left out, listed in {report}", flush=True)
