@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from prefmill.core.config import validate
 from prefmill.core.stage import Task
+from prefmill.families.mdlm.config import DiffusionPreferenceConfig, DiffusionTrainingConfig
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.config import TrainingConfig
 from prefmill.training.preference_config import PreferenceConfig
@@ -34,33 +35,46 @@ STRATEGIES = {
     "fsdp": {"fsdp": True},
 }
 SHARDS, KILL, ALONE = "shards.json", "kill", "alone"
-SLOW_IMPORTS = ("prefmill.families.causal.dpo", "prefmill.families.causal.sft", "torch.distributed.fsdp")
+SLOW_IMPORTS = (
+    "prefmill.families.causal.dpo", "prefmill.families.causal.sft", "prefmill.families.mdlm.dpo",
+    "prefmill.families.mdlm.sft", "torch.distributed.fsdp",
+)  # fmt: skip
 
 
 def train(folder: Path, keys: dict[str, Any]) -> None:
-    """Preference training, or supervised training without a layout; says how much of the model this rank held."""
+    """The training that the keys are of: masked diffusion has draws, preferences a layout or a beta."""
     from prefmill.families.causal.dpo import train_dpo
     from prefmill.families.causal.sft import train_sft
+    from prefmill.families.mdlm.dpo import train_diffusion_dpo
+    from prefmill.families.mdlm.sft import train_diffusion_sft
 
     (folder / "out").mkdir(parents=True, exist_ok=True)
     task = Task("r", "train", "clean", {}, {}, {}, folder / "out", folder / "logs")
-    model, rows = folder.parent / "model", folder.parent / ("pairs.jsonl" if "layout" in keys else "chats.jsonl")
     note_shards(folder)
     if keys.pop(KILL, False):
         kill_at(3 * microbatches(keys) + 2)
-    if "layout" in keys:
-        train_dpo(validate(PreferenceConfig, keys), task, str(model), rows, rows)
+    preferences = "layout" in keys or "beta" in keys
+    rows = folder.parent / ("pairs.jsonl" if preferences else "chats.jsonl")
+    given = (task, str(folder.parent / "model"), rows, rows)
+    if "diffusion_steps" not in keys and preferences:
+        train_dpo(validate(PreferenceConfig, keys), *given)
+    elif "diffusion_steps" not in keys:
+        train_sft(validate(TrainingConfig, keys), *given)
+    elif preferences:
+        train_diffusion_dpo(validate(DiffusionPreferenceConfig, keys), *given)
     else:
-        train_sft(validate(TrainingConfig, keys), task, str(model), rows, rows)
+        train_diffusion_sft(validate(DiffusionTrainingConfig, keys), *given)
 
 
 def note_shards(folder: Path) -> None:
     """Write down the shares of the weights and of Adam's first moments that this process holds when training ends."""
     from transformers import Trainer
 
+    from prefmill.distributed import sharding
     from prefmill.families.causal import dpo
+    from prefmill.families.mdlm import dpo as mdlm_dpo
 
-    original, original_model, scoring = Trainer.train, dpo.scoring_model, []
+    original, original_model, scoring = Trainer.train, sharding.scoring_model, []
 
     @contextmanager
     def scoring_model(*given: Any) -> Iterator[Any]:
@@ -68,7 +82,7 @@ def note_shards(folder: Path) -> None:
             scoring.append(_held(model))
             yield model
 
-    dpo.scoring_model = scoring_model
+    dpo.scoring_model = mdlm_dpo.scoring_model = scoring_model
 
     def train(self: Any, *given: Any, **more: Any) -> Any:
         done = original(self, *given, **more)

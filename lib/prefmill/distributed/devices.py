@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from prefmill.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def visible_gpus() -> list[str]:
@@ -51,6 +54,13 @@ def has_gpu() -> bool:
 def device_type() -> Literal["cuda", "cpu"]:
     """Where this process puts its models."""
     return "cuda" if has_gpu() else "cpu"
+
+
+def device_kind(device: torch.device) -> str:
+    """What rounds alike: `cpu`, or a GPU's name."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def claim_device() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision, torch_dtype
-from prefmill.distributed.devices import world_size
+from prefmill.distributed.devices import device_type, world_size
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -143,6 +143,11 @@ def shards_by_zero(config: Sharded) -> bool:
     return bool(deepspeed_settings(config.deepspeed).get("zero_optimization", {}).get("stage") == 3)
 
 
+def shares_weights(config: Sharded) -> bool:
+    """Whether ranks hold parts of the weights in training."""
+    return uses_fsdp(config) or shards_by_zero(config)
+
+
 def _gathered_together(model: Any) -> list[nn.Module]:
     """The modules whose weights come together when they run: decoder layers, and what has weights outside of them."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -199,13 +204,29 @@ def pad_chunks(chunks: Sequence[Tensor], layer: Any) -> list[Tensor]:
 
     A sharded layer is gathered whenever it runs: ranks that run it unequally often would wait for each other forever.
     """
+    return [*chunks, *[chunks[0][:0]] * missing_runs(len(chunks), layer)]
+
+
+def missing_runs(count: int, module: Any) -> int:
+    """How often `module` has to run on nothing after `count` runs, for every rank to run it equally often.
+
+    0 where no ranks share its weights; where they do, all of them must ask.
+    """
+    if not runs_in_step(module):
+        return 0
+    most = torch.tensor(count, device=device_type())
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most) - count
+
+
+def runs_in_step(module: Any) -> bool:
+    """Whether ranks hold parts of a module's weights, so that all of them have to run it equally often."""
     from torch.distributed.fsdp import FSDPModule
 
-    if not (isinstance(layer, FSDPModule) or is_sharded(layer.weight)):  # while it runs FSDP2 shows plain weights
-        return list(chunks)
-    most = torch.tensor(len(chunks), device=chunks[0].device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return [*chunks, *[chunks[0][:0]] * (int(most) - len(chunks))]
+    if not isinstance(module, nn.Module):
+        return is_sharded(module.weight)
+    # While it runs FSDP2 shows plain weights: its class tells.
+    return any(isinstance(part, FSDPModule) for part in module.modules()) or any(map(is_sharded, module.parameters()))
 
 
 @contextmanager

@@ -15,10 +15,12 @@ from prefmill.core.files import digest_json, digest_path
 from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import Task
 from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank, rank_zero_says
+from prefmill.distributed.devices import device_kind
+from prefmill.distributed.sharding import uses_fsdp
 from prefmill.store.kept_tensors import KeptTensors
 from prefmill.store.missing import Progress, missing
 from prefmill.store.tensor_cache import cache_folder
-from prefmill.training.config import TrainingConfig
+from prefmill.training.config import TrainingConfig, weights_precision
 from prefmill.training.data import Group
 
 SPOT_CHECK_SHARE = 0.01
@@ -61,15 +63,18 @@ def weights_of(name: str, revision: str | None) -> str:
     return digest_path(Path(name)) if Path(name).is_dir() else f"{name}@{revision}"
 
 
+def computed_as(config: TrainingConfig) -> dict[str, Any]:
+    """What rounds a reference's scores, whatever the family: another precision or strategy is another cache."""
+    return {
+        "precision": config.precision, "weights": weights_precision(config), "attention": config.attn_implementation,
+        "fsdp": uses_fsdp(config), "deepspeed": config.deepspeed is not None,
+    }  # fmt: skip
+
+
 def kept_reference(task: Task, weights: str, settings: Mapping[str, Any], device: torch.device) -> KeptTensors:
     """Where scores of these weights are kept, computed as `settings` say on this kind of device."""
     key = digest_json({"weights": weights, "settings": dict(settings), "device": device_kind(device)})
     return KeptTensors(cache_folder(task, None) / "reference" / key.removeprefix("sha256:"))
-
-
-def device_kind(device: torch.device) -> str:
-    """What rounds alike: `cpu`, or a GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def reference_scores(

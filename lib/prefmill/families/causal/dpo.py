@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
-from prefmill.distributed.sharding import scoring_context, scoring_model, shards_by_zero, unsharded_loading, uses_fsdp
+from prefmill.distributed.sharding import scoring_context, scoring_model, shares_weights, unsharded_loading
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.chat_rows import ChatRows
 from prefmill.families.causal.group_attention import use_group_attention
@@ -45,7 +45,14 @@ from prefmill.training.objectives import Settings, mix
 from prefmill.training.preference_config import PreferenceConfig
 from prefmill.training.preferences import Preferences
 from prefmill.training.publish import publish
-from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, start_weights, weights_of
+from prefmill.training.reference import (
+    GroupScoring,
+    computed_as,
+    kept_reference,
+    reference_scores,
+    start_weights,
+    weights_of,
+)
 from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer
 
@@ -217,11 +224,8 @@ def _reference(
     trainer: PreferenceTrainer,
 ) -> tuple[Reference, Reference]:
     """The reference's scores of all responses, train and val; called while the policy still is as it starts."""
-    settings: dict[str, Any] = {
-        "precision": config.precision, "weights": weights_precision(config), "layout": config.layout,
-        "attention": config.attn_implementation, "fsdp": uses_fsdp(config), "deepspeed": config.deepspeed is not None,
-        "at_once": [config.per_device_train_batch_size, config.max_tokens_per_microbatch], "ld_alpha": config.ld_alpha,
-    }  # fmt: skip
+    at_once = [config.per_device_train_batch_size, config.max_tokens_per_microbatch]
+    settings = {**computed_as(config), "layout": config.layout, "at_once": at_once, "ld_alpha": config.ld_alpha}
     other, device = reference_name(config), trainer.args.device
     with unsharded_loading():
         model = trainer.model if other is None else load_policy(other, config, config.ref_revision)
@@ -233,7 +237,7 @@ def _reference(
             batches=lambda group: _response_batches(group, config, tokenizer.pad_token_id, reader),
             score=lambda batch: score_batch(reference, batch.to(device)),
             join=lambda group, scores: _joined(group, scores, config),
-            in_step=uses_fsdp(config) or shards_by_zero(config),
+            in_step=shares_weights(config),
         )
         scores = reference_scores([*train, *val], scoring, kept, task, config.precision)
     return by_group(scores[: len(train)]), by_group(scores[len(train) :])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from types import MethodType
 from typing import Any
@@ -157,18 +158,30 @@ class OwnHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [C, V] of hidden states [C, H]."""
-        decoder = self._model.get_decoder()
-        before = decoder.__dict__.get("forward")
-        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
-        try:
-            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        states = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        with forward_as(self._model.get_decoder(), lambda *_, **__: states):
             logits: Tensor = type(self._model).forward(self._model, input_ids=ids, use_cache=False).logits[0]
-        finally:
-            if before is None:
-                del decoder.forward
-            else:
-                decoder.forward = before
         return logits
+
+
+@contextmanager
+def forward_as(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, `module` runs `forward` between its hooks, and afterwards its own again."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        restore_own_forward(module, before)
+
+
+def restore_own_forward(module: Any, before: Any) -> None:
+    """Give `module` back the forward that it had in its own dictionary, or its class's."""
+    if before is None:
+        del module.forward
+    else:
+        module.forward = before
 
 
 def sum_by_owner(logps: Tensor, owner: Tensor, num_owners: int) -> Tensor:
@@ -200,9 +213,17 @@ def _needs_mask_for_memory(model: Any) -> bool:
 
 def token_logps(hidden: Tensor, target: Tensor, head: nn.Module | OwnHead) -> Tensor:
     """log p(target) from hidden states [C, H] and token ids [C], [C] fp32, in chunks forward and backward."""
-    states = pad_chunks(torch.split(hidden, LOGITS_AT_ONCE), head)
-    chunks = list(zip(states, pad_chunks(torch.split(target, LOGITS_AT_ONCE), head), strict=True))
-    return torch.cat(recomputed(_chunk_logps, [(*chunk, head) for chunk in chunks]))
+    states, targets = (pad_chunks(torch.split(values, LOGITS_AT_ONCE), head) for values in (hidden, target))
+    return _logps_of(states, targets, head)
+
+
+def logps_inside(hidden: Tensor, target: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """As `token_logps`, for a head that is running: `project` is what it does to a chunk."""
+    return _logps_of(torch.split(hidden, LOGITS_AT_ONCE), torch.split(target, LOGITS_AT_ONCE), project)
+
+
+def _logps_of(states: Sequence[Tensor], targets: Sequence[Tensor], project: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cat(recomputed(_chunk_logps, [(*chunk, project) for chunk in zip(states, targets, strict=True)]))
 
 
 def recomputed(work: Callable[..., Tensor], chunks: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -218,7 +239,7 @@ def recomputed(work: Callable[..., Tensor], chunks: Sequence[tuple[Any, ...]]) -
     return [*again, work(*last)]
 
 
-def _chunk_logps(hidden: Tensor, target: Tensor, head: nn.Module | OwnHead) -> Tensor:
-    logits = head(hidden)
+def _chunk_logps(hidden: Tensor, target: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    logits = project(hidden)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -F.cross_entropy(wide, target, reduction="none")

@@ -35,7 +35,6 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     """
 
     own_head: ClassVar[bool] = True
-    can_shard: ClassVar[bool] = False
 
     per_device_train_batch_size: int = Field(1, ge=1)
     num_train_epochs: int = Field(3, ge=1)
@@ -71,6 +70,8 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
             raise ValueError("max_diffusion_steps must be a power of two: auto halves and doubles the draws")
         if self.quantization is not None and self.lora is None:
             raise ValueError("a quantized model cannot be trained itself: add a lora section")
+        if self.quantization is not None and (self.fsdp or self.deepspeed):
+            raise ValueError("a quantized model is held whole on every GPU: leave out fsdp and deepspeed")
         return self
 
     @property

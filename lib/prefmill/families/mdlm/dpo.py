@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.sharding import scoring_context, scoring_model, shares_weights
 from prefmill.families.causal.dpo import load_groups
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
 from prefmill.families.mdlm.family import (
@@ -36,7 +37,7 @@ from prefmill.training.family import Reference
 from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preferences import Preferences, train_data, val_data
-from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, start_weights
+from prefmill.training.reference import GroupScoring, computed_as, kept_reference, reference_scores, start_weights
 from prefmill.training.trainer import PreferenceTrainer
 
 
@@ -98,25 +99,32 @@ def _reference(
     config: DiffusionPreferenceConfig,
     trainer: PreferenceTrainer,
 ) -> tuple[Reference, Reference]:
-    """The reference's values of the draws in training and validation."""
-    values = reference_values(trainer, task, train, config.num_train_epochs, config)
-    return by_epoch(values), by_epoch(reference_values(trainer, task, val, 1, config) if val else [])
+    """The reference's values of the draws in training and validation; called while the policy is the reference."""
+    policy, device = trainer.model.eval(), trainer.args.device
+    with torch.no_grad(), scoring_model(policy, trainer, config) as model, scoring_context(trainer, config):
+        values = reference_values(model, device, task, train, config.num_train_epochs, config)
+        held_out = reference_values(model, device, task, val, 1, config)
+    return by_epoch(values), by_epoch(held_out)
 
 
 def reference_values(
-    trainer: PreferenceTrainer, task: Task, groups: Sequence[Group], num_epochs: int, config: DiffusionPreferenceConfig
+    model: Any,
+    device: torch.device,
+    task: Task,
+    groups: Sequence[Group],
+    num_epochs: int,
+    config: DiffusionPreferenceConfig,
 ) -> list[Tensor]:
-    """The reference's value of every draw of every response, [S, E, n] a group; while the policy is the reference."""
+    """The reference's value of every draw of every response, [S, E, n] a group."""
     drawing = drawing_of(config)
-    said = {key: getattr(config, key) for key in ("precision", "quantization", "mask_token_id", "shifted_logits")}
-    settings = {**said, "attention": config.attn_implementation, "epochs": num_epochs, "drawing": repr(drawing)}
-    model, device = trainer.model.to(trainer.args.device).eval(), trainer.args.device
+    said = {key: getattr(config, key) for key in ("quantization", "mask_token_id", "shifted_logits")}
+    settings = {**computed_as(config), **said, "epochs": num_epochs, "drawing": repr(drawing)}
     scoring = GroupScoring(
         content=lambda group: [group.prompt, group.responses],
         batches=lambda group: [encode_responses(group, epoch, drawing) for epoch in range(num_epochs)],
         score=lambda batch: score_batch(model, batch.to(device)),
         join=lambda _, scores: torch.stack(list(scores), dim=1),
+        in_step=shares_weights(config),
     )
     kept = kept_reference(task, start_weights(task, config), settings, device)
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        return reference_scores(groups, scoring, kept, task, config.precision)
+    return reference_scores(groups, scoring, kept, task, config.precision)

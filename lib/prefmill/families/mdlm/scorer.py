@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from prefmill.core.errors import InputError
-from prefmill.families.causal.scorer import recomputed, sum_by_owner, token_logps
+from prefmill.distributed.sharding import missing_runs
+from prefmill.families.causal.scorer import forward_as, logps_inside, recomputed, restore_own_forward, sum_by_owner
 from prefmill.families.mdlm.estimator import Draws
 
 
@@ -108,7 +109,8 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forw
             return sum_by_owner(logps, places[0], len(rows.sample))
 
         together = list(chunks(ends, counts, forward_batch_size, input_ids.device))
-        values = torch.cat(recomputed(sums, [(rows,) for rows in together]))
+        idle = [_nothing(input_ids.device)] * missing_runs(len(together), self)
+        values = torch.cat(recomputed(sums, [(rows,) for rows in [*together, *idle]]))
         order = torch.argsort(torch.cat([rows.sample * weights.shape[1] + rows.draw for rows in together]))
         return weights * values[order].view(weights.shape)
 
@@ -119,10 +121,7 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forw
 def restore_forward(model: Any) -> None:
     """Give `model` its own forward back."""
     inner = inner_model(model)
-    if inner.forward_before is None:
-        del inner.forward
-    else:
-        inner.forward = inner.forward_before
+    restore_own_forward(inner, inner.forward_before)
 
 
 def inner_model(model: Any) -> Any:
@@ -133,36 +132,29 @@ def inner_model(model: Any) -> Any:
 def masked_logps(
     model: Any, plain: Any, noisy: Tensor, places: tuple[Tensor, ...], targets: Tensor, shifted: bool
 ) -> Tensor:
-    """log p of the masked tokens of `noisy` [R, T], [C] fp32 by their `places` (rows, columns); logits nowhere else."""
-    head = model.get_output_embeddings()
-    hidden = hidden_states(model, plain, noisy, head)
-    row, column = places
-    return token_logps(hidden[row, column - 1 if shifted else column], targets[row, column], head)
+    """log p of the masked tokens of `noisy` [R, T], [C] fp32 by their `places` (rows, columns); logits nowhere else.
 
-
-def hidden_states(model: Any, plain: Any, input_ids: Tensor, head: Any) -> Tensor:
-    """What `model` gives its head to project, [R, T, H]; the head itself runs on one place only.
-
-    The head is watched rather than the decoder called, since models with code of their own have no decoder to call.
+    The head is made to return these instead of logits, since models with code of their own have no decoder to call.
+    It then runs once a forward pass, as FSDP2 and ZeRO-3 expect of a layer whose weights they gather.
     """
-    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    row, column = places
+    project, runs = head.forward, []
 
-    def watch(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(inputs[0])
-        return (inputs[0][:, :1],)
+    def logps(hidden: Tensor) -> Tensor:
+        runs.append(hidden.shape)
+        states = hidden[row, column - 1 if shifted else column]
+        return logps_inside(states, targets[row, column], project)[None, :, None]
 
-    handle = head.register_forward_pre_hook(watch)
-    try:
-        plain(input_ids=input_ids, use_cache=False)
-    finally:
-        handle.remove()
-    if len(seen) != 1:
+    with forward_as(head, logps):
+        found: Tensor = plain(input_ids=noisy, use_cache=False).logits
+    if len(runs) != 1:
         raise InputError(
             "the model projects in a way that cannot be watched", where=model.config.model_type,
-            got=f"its output embeddings ran {len(seen)} times", expected="once",
+            got=f"its output embeddings ran {len(runs)} times", expected="once",
             fix="use a model with untied output embeddings, such as LLaDA-8B",
         )  # fmt: skip
-    return seen[0]
+    return found.flatten()
 
 
 class Rows(NamedTuple):
@@ -190,3 +182,9 @@ def chunks(
             piece = alike[start : start + forward_batch_size]
             sample, draw = torch.tensor(piece).T.to(device, non_blocking=True)
             yield Rows(sample, draw, end, sum(counts[s][d] for s, d in piece))
+
+
+def _nothing(device: torch.device) -> Rows:
+    """One token with nothing masked: what a rank runs while others still have maskings, its value left out."""
+    place = torch.zeros(1, dtype=torch.long, device=device)
+    return Rows(place, place, end=1, num_masked=0)

@@ -16,6 +16,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.devices import device_kind
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid, TrainingSamples
@@ -35,7 +36,6 @@ from prefmill.training.family import Reference
 from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Objective, Settings, mix
 from prefmill.training.preferences import Preferences, plan_epochs, val_data
-from prefmill.training.reference import device_kind
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
 
 
