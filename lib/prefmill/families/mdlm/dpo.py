@@ -31,6 +31,7 @@ from prefmill.families.mdlm.training import (
     diffusion_rescoring,
     load_scoring_model,
     publish_and_export,
+    recomputed_by_layer,
 )
 from prefmill.training.data import Group
 from prefmill.training.family import Reference
@@ -49,6 +50,7 @@ def train_diffusion_dpo(
     Policy and reference are scored with the same draws, which follow from seed, row and epoch: the reference's values
     are computed once, before training, and cached. Resumes from the newest complete checkpoint.
     """
+    config = recomputed_by_layer(config)
     options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_diffusion_tokenizer(policy, template=config, today=task.began_on, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels)

@@ -22,6 +22,7 @@ from prefmill.families.mdlm.training import (
     diffusion_rescoring,
     load_scoring_model,
     publish_and_export,
+    recomputed_by_layer,
 )
 from prefmill.store.row_files import file_rows
 from prefmill.training.data import Group, Pair
@@ -34,6 +35,7 @@ def train_diffusion_sft(
     config: DiffusionTrainingConfig, task: Task, start: str, train: Path, val: Path | None
 ) -> Metrics:
     """Fine-tune `start` on the chats in `train`: the loss is -B/L per token, the mean over rows (LLaDA, eq. 5)."""
+    config = recomputed_by_layer(config)
     options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_diffusion_tokenizer(start, template=config, today=task.began_on, **options)
     groups = load_chats(train, tokenizer, config, task)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from prefmill.core.artifact import CHECKPOINT_PREFIX
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.sharding import shards_by_zero
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.loading import load_diffusion_model, mask_token_of, predicts_next
@@ -30,6 +32,9 @@ from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
 from prefmill.training.speed import Speed
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceTrainer
+
+ConfigT = TypeVar("ConfigT", bound=DiffusionTrainingConfig)
+_log = logging.getLogger(__name__)
 
 
 class DrawTelemetry(Telemetry):
@@ -90,6 +95,18 @@ def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: Pr
     if not getattr(model, "supports_gradient_checkpointing", False):
         model.gradient_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)
     return add_adapter(install_for(model, config, tokenizer, config.forward_batch_size), config)
+
+
+def recomputed_by_layer(config: ConfigT) -> ConfigT:
+    """`config` with `activation_checkpointing` under ZeRO-3, and a warning where it was off.
+
+    Draws run again in the backward pass. torch then keeps what a whole pass has saved, and ZeRO-3 gathers weights into
+    new storage: all of them would be whole at once. FSDP2 empties the storage that autograd has saved.
+    """
+    if config.activation_checkpointing or not shards_by_zero(config):
+        return config
+    _log.warning("ZeRO-3: activations are recomputed layer by layer, as if activation_checkpointing were true")
+    return config.model_copy(update={"activation_checkpointing": True})
 
 
 def checkpoint_layers(model: nn.Module) -> None:
