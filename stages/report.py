@@ -22,7 +22,7 @@ class ReportConfig(StrictConfig):
 
 
 def run(config: ReportConfig, task: Task) -> Metrics:
-    """Write `report.html` and `comparison.json`, and print the conclusion and what the run has cost."""
+    """Write `report.html`, `comparison.json` and of reviews `report.md`; print the conclusion and the run's cost."""
     reports = {"evaluations": _report_reviews, "images": _report_images, "diffusion": _report_diffusion}
     given = [name for name in reports if task.inputs.get(name)]
     if len(given) != 1:
@@ -89,6 +89,7 @@ def _report_reviews(config: ReportConfig, task: Task) -> Metrics:
     resampling = Resampling(config.num_resamples, config.seed, config.confidence)
     report = build_report(inputs, config.title or task.run, resampling, config.num_examples, config.show_cost)
     write_atomic(task.output / "report.html", report.html)
+    write_atomic(task.output / "report.md", report.markdown)
     write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
     conclusion = [f"[{story.modality}] {story.helped} {story.how_sure}" for story in report.stories]
     print("\n".join([*conclusion, "cost, as far as recorded:", *cost_lines(report.artifacts)]))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import json
+import re
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,29 @@ class Page:
         code = {"ArrowLeft": 37, "ArrowDown": 40, "ArrowRight": 39, "Backspace": 8}.get(key, ord(key[0].upper()))
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def resize(self, width: int, height: int) -> None:
+        """Show the page as in a window of this size; below 500 pixels as on a phone, with touch."""
+        phone = width < 500
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
+
+    def accessibility_faults(self) -> list[str]:
+        """What axe-core calls serious or critical: rule, element and the rule's own words."""
+        source = files("axe_core_python") / "axe.min.js"
+        self.read(source.read_text() + "; 0")
+        found = self.read("axe.run().then(result => JSON.stringify(result.violations))")
+        return [
+            f"{rule['id']}: {node['html'][:120]} ({node['failureSummary']})"
+            for rule in json.loads(found)
+            if rule["impact"] in ("serious", "critical")
+            for node in rule["nodes"]
+        ]
+
+    def printed_pages(self) -> int:
+        """How many sheets the page takes on paper."""
+        document = self.call("Page.printToPDF", preferCSSPageSize=True)["data"]
+        return len(re.findall(rb"/Type\s*/Page\b", base64.b64decode(document)))
 
     def console(self) -> list[str]:
         """What the page complained of: errors, and what its policy refused."""

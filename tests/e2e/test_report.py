@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import started
 from evaluation_artifacts import make_corpus, make_evaluation, make_task, make_training
 
 from prefmill.checklist.items import load_checklist
@@ -22,6 +23,7 @@ from prefmill.store.jsonl import write_jsonl
 from stages.report import ReportConfig, run
 
 HOSTILE = '</p><script>document.title="owned"</script>"><img src=x onerror="document.title=\'owned\'"><style>*{}</style>{{ 7*7 }}'  # noqa: E501
+PHONE_SCREENS = 15
 FACTORS = {"human": (2, 9), "base": (0, 7), "sft": (3, 9), "dpo": (6, 11)}
 Inputs = dict[str, list[Artifact]]
 
@@ -48,7 +50,7 @@ def hostile_inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def write_report(inputs: Inputs, root: Path, **config: Any) -> tuple[str, dict[str, Any]]:
     output = root / "data" / "run" / "report" / "all"
     run(ReportConfig(**{"num_resamples": 2000, **config}), make_task("report", output, inputs))
-    assert sorted(path.name for path in output.iterdir()) == ["comparison.json", "report.html"]
+    assert sorted(path.name for path in output.iterdir()) == ["comparison.json", "report.html", "report.md"]
     return (output / "report.html").read_text(), json.loads((output / "comparison.json").read_text())
 
 
@@ -292,6 +294,14 @@ def opens_cleanly(chromium: str, folder: Path, html: str, width: int) -> None:
     assert "CONSOLE" not in done.stderr, done.stderr
     assert requested(log) == set()
     assert shot.stat().st_size > 20_000
+    with started(chromium, folder / "tabs") as browser, browser.tab() as tab:
+        tab.resize(width, 844)
+        tab.open(page.as_uri())
+        tab.wait("document.readyState == 'complete'")
+        assert tab.accessibility_faults() == []
+        assert tab.printed_pages() == 1
+        if width < 500:
+            assert tab.read("document.documentElement.scrollHeight") <= PHONE_SCREENS * 844
     # An outer page, which may run scripts, measures the report in a frame: it must not be wider than the window.
     assert inner_width(chromium, folder, html, width) <= width
 
@@ -309,6 +319,20 @@ def test_the_browser_checks_can_fail(chromium: str, tmp_path: Path) -> None:
     assert "CONSOLE" in done.stderr
     assert "http://127.0.0.1:9/x.png" in requested(log)
     assert inner_width(chromium, tmp_path, page.read_text(), 390) >= 3000
+    with started(chromium, tmp_path / "tabs") as browser, browser.tab() as tab:
+        tab.open(page.as_uri())
+        tab.wait("document.readyState == 'complete'")
+        assert any(fault.startswith("image-alt") for fault in tab.accessibility_faults())
+
+
+def test_the_markdown_says_what_the_page_says(hostile_inputs: Inputs, tmp_path: Path) -> None:
+    html, comparison = write_report(hostile_inputs, tmp_path)
+    markdown = (tmp_path / "data" / "run" / "report" / "all" / "report.md").read_text()
+    scores = [item["measures"]["checkmark_score"]["value"] for item in comparison["modalities"][0]["models"]]
+    (row,) = [line for line in markdown.splitlines() if line.startswith("| Checklist score")]
+    assert [cell.split()[0] for cell in row.split("|")[2:-1]] == [f"{score:.2f}" for score in scores]
+    assert markdown.splitlines()[4].strip("*") in text_of(html)
+    assert not re.search(r"(?<!\\)<", markdown)
 
 
 def requested(log: Path) -> set[str]:

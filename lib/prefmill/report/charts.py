@@ -71,16 +71,16 @@ def key_marker(label: str) -> Markup:
     return element("svg", marker(label, 7, 7, 4.6), class_=look, viewBox="0 0 14 14", aria_hidden="true")
 
 
-def interval_chart(rows: Sequence[ChartInterval], title: str, axis: str, zero: bool = False) -> Markup:
-    """Values with intervals, one below the other; `zero` draws the line of no difference."""
-    bounds = [bound for row in rows for bound in (row.low, row.high)] + ([0.0] if zero else [])
+def interval_chart(rows: Sequence[ChartInterval], title: str, axis: str, level: float | None = None) -> Markup:
+    """Values with intervals, one below the other; `level` is a dashed line, of no difference or of people."""
+    levels = [] if level is None else [level]
+    bounds = [bound for row in rows for bound in (row.low, row.high)] + levels
     ticks = nice_ticks(min(bounds), max(bounds), 5)
     left, right, top, step = 8.0, WIDTH - 8, 6.0, 46.0
     bottom = top + step * len(rows)
     x = _linear(ticks[0], ticks[-1], left, right)
     parts = [_vertical_grid(ticks, x, top, bottom)]
-    if zero:
-        parts.append(element("line", x1=x(0), x2=x(0), y1=top, y2=bottom, class_="zero"))
+    parts += [element("line", x1=x(at), x2=x(at), y1=top, y2=bottom, class_="zero") for at in levels]
     for index, row in enumerate(rows):
         parts.append(_interval_row(row, x, top + step * index))
     parts.append(text(axis, (left + right) / 2, bottom + 36, "axis-name", "middle"))

@@ -17,6 +17,7 @@ from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.costs import cost_section
+from prefmill.report.facts import facts
 from prefmill.report.graph import lineage_graph
 from prefmill.report.report import page_environment
 from prefmill.store.jsonl import read_jsonl
@@ -56,6 +57,7 @@ def build_diffusion_report(
     page = page_environment().get_template("diffusion.html.jinja")
     html = page.render(
         title=title,
+        facts=facts(artifacts, None, show_run=show_cost),
         parts=parts,
         measures=MEASURES,
         training=background.training_section(checkpoints),
@@ -147,7 +149,7 @@ def _chart(changes: Mapping[str, Row]) -> Markup | None:
         )
         for name, change in changes.items() if name in SHARES
     ]  # fmt: skip
-    return interval_chart(rows, "What changed, after minus before", "share", zero=True) if rows else None
+    return interval_chart(rows, "What changed, after minus before", "share", level=0.0) if rows else None
 
 
 def _answers(rows: Sequence[Row], labels: Sequence[str], count: int) -> list[Row]:

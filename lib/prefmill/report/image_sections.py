@@ -16,6 +16,7 @@ from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.costs import cost_section
+from prefmill.report.facts import facts
 from prefmill.report.graph import lineage_graph
 from prefmill.report.report import page_environment
 from prefmill.report.sweep_page import sweep_charts
@@ -63,6 +64,7 @@ def build_image_report(inputs: ImageReportInputs, title: str, show_cost: bool) -
         .get_template("images.html.jinja")
         .render(
             title=title,
+            facts=facts(artifacts, None, show_run=show_cost),
             parts=parts,
             rewards=rewards,
             training=background.training_section(inputs.checkpoints),
@@ -106,7 +108,7 @@ def _win_rates(metrics: Row) -> Markup:
         )
         for name, found in metrics["dimensions"].items()
     ]  # fmt: skip
-    return interval_chart(rows, "Win rate of the tuned model over its base", "win rate − 1/2", zero=True)
+    return interval_chart(rows, "Win rate of the tuned model over its base", "win rate − 1/2", level=0.0)
 
 
 def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:

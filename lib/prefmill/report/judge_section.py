@@ -50,7 +50,7 @@ def _people_chart(judge: Found) -> Markup | None:
     if judge["labels"] is None:
         return None
     rows = [_interval(label, STRONG, judge["labels"][name], 2) for name, label in _MEASURES.items()]
-    return interval_chart(rows, f"Agreement of {judge['name']} with people", "1 is complete agreement", zero=True)
+    return interval_chart(rows, f"Agreement of {judge['name']} with people", "1 is complete agreement", level=0.0)
 
 
 def _moves_chart(judge: Found) -> Markup | None:
@@ -63,7 +63,7 @@ def _moves_chart(judge: Found) -> Markup | None:
     rows = [_interval(name, look, found["score"], 2) for name, (look, found) in shifts.items() if found is not None]
     if not rows:
         return None
-    return interval_chart(rows, f"What moves a score of {judge['name']}", "change of the checklist score", zero=True)
+    return interval_chart(rows, f"What moves a score of {judge['name']}", "change of the checklist score", level=0.0)
 
 
 def _interval(label: str, series: str, found: Found, decimals: int) -> ChartInterval:

@@ -53,7 +53,7 @@ def _held_out_chart(summary: Mapping[str, Any]) -> Markup:
     ]  # fmt: skip
     target = summary["target"].replace("_", " ")
     return interval_chart(
-        rows, f"Correlation with {target} on held-out papers", f"correlation with {target}", zero=True
+        rows, f"Correlation with {target} on held-out papers", f"correlation with {target}", level=0.0
     )
 
 

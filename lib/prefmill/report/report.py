@@ -23,8 +23,10 @@ from prefmill.report.agreement_section import agreement_doubts, agreement_rows
 from prefmill.report.charts import key_marker, series_class
 from prefmill.report.costs import clock, cost_section
 from prefmill.report.examples import choose_papers, read_examples
+from prefmill.report.facts import facts
 from prefmill.report.graph import lineage_graph
 from prefmill.report.judge_section import judge_section
+from prefmill.report.markdown import to_markdown
 from prefmill.report.optimisation import optimisation_section
 from prefmill.report.story import Compared, Story, data_doubts, main_pair, tell
 
@@ -54,6 +56,7 @@ class Report:
     """The finished page, the numbers behind it, its first sentences, and every artifact it leads back to."""
 
     html: str
+    markdown: str
     comparison: dict[str, Any]
     stories: tuple[Story, ...]
     artifacts: Sequence[Artifact]
@@ -91,14 +94,17 @@ def build_report(
             }
         )
     lineage = background.lineage_section(artifacts, missing)
+    data = background.data_section(inputs.corpus, inputs.datasets)
+    opening = facts(artifacts, data["datasets"], show_run=show_cost)
     page = page_environment().get_template("report.html.jinja")
     html = page.render(
         title=title,
+        facts=opening,
         resampling=resampling,
         measures=(*MEASURES, *sections.EXTRA_MEASURES),
         modalities=parts,
         training=training,
-        data=background.data_section(inputs.corpus, inputs.datasets),
+        data=data,
         validation=validation,
         optimisation=optimisation_section(artifacts),
         judge=judge_section(artifacts),
@@ -107,7 +113,8 @@ def build_report(
         absent=_absent(inputs),
         cost=cost_section(artifacts) if show_cost else None,
     )
-    return Report(html, comparison, tuple(part["story"] for part in parts), artifacts)
+    markdown = to_markdown(title, opening, parts)
+    return Report(html, markdown, comparison, tuple(part["story"] for part in parts), artifacts)
 
 
 def _read(evaluations: Sequence[Artifact]) -> list[Evaluated]:

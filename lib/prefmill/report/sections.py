@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, MEASURES, Measure
+from prefmill.evaluation.rows import HUMAN
 from prefmill.report.charts import ChartInterval, Line, interval_chart, scatter_chart, share_strip
 from prefmill.report.story import Compared, main_pair, p_text, signed, trained_models
 
@@ -26,7 +27,10 @@ Row = dict[str, Any]
 def score_chart(compared: Compared) -> Markup:
     """Every model's mean checklist score."""
     rows = [_score_row(item["model"], item["measures"][CHECKMARK_SCORE.name]) for item in compared["models"]]
-    return interval_chart(rows, "Mean checklist score of each model", f"of at most {compared['max_score']:g}")
+    people = next((row.value for row in rows if row.series == HUMAN), None)
+    dashed = "; dashed: people" if people is not None else ""
+    axis = f"of at most {compared['max_score']:g}{dashed}"
+    return interval_chart(rows, "Mean checklist score of each model", axis, level=people)
 
 
 def difference_chart(compared: Compared) -> Markup | None:
@@ -42,7 +46,7 @@ def difference_chart(compared: Compared) -> Markup | None:
     ]
     if not rows:
         return None
-    return interval_chart(rows, "Differences in checklist score", "difference in points", zero=True)
+    return interval_chart(rows, "Differences in checklist score", "difference in points", level=0.0)
 
 
 def measure_table(compared: Compared) -> list[Row]:

@@ -7,19 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prefmill.evaluation.metrics import MEASURES, Measure
 from prefmill.evaluation.rows import HUMAN
 
-Verdict = Literal["helped", "hurt", "unclear", "single"]
+Verdict = Literal["helped", "mixed", "hurt", "unclear", "single"]
 Compared = Mapping[str, Any]  # one modality of comparison.json
 SCORE, FACTORS, WORDS = "checkmark_score", "num_factors", "num_words"
 FEW_PAPERS = 30
 LENGTH_GIVES_AWAY = 0.65  # share of pairs from which on length alone tells the preferred review too well
-LENGTH_CHANGE, SHARE_OF_CONCERN, REPETITION_CHANGE = 0.1, 0.05, 0.05
+LENGTH_CHANGE, SHARE_OF_CONCERN = 0.1, 0.05
+TOLERATED = {"distinct_2": 0.05, "repeated_4grams": 0.05}  # wording varies with what is written: less is no harm
+NAMED_ITEMS = 4  # of those that never fire; the section on the checklist has all
 
 
 @dataclass(frozen=True)
 class Story:
-    """One modality in sentences; `doubts` runs from the most to the least serious and is never empty."""
+    """One modality in sentences; `doubts` runs from the most to the least serious and is never empty.
+
+    `harms` are the measures that got worse beyond chance, each with its value before and after.
+    """
 
     modality: str
     verdict: Verdict
@@ -27,6 +33,7 @@ class Story:
     how_much: str
     how_sure: str
     doubts: tuple[str, ...]
+    harms: tuple[str, ...] = ()
 
 
 def tell(
@@ -36,10 +43,14 @@ def tell(
     pair = main_pair(compared)
     if pair is None:
         return _story_of_one(compared, evaluations)
+    worse = worsened(pair, confidence)
     verdict = judge(pair["measures"][SCORE], confidence)
-    names = {"candidate": pair["candidate"], "baseline": pair["baseline"]}
+    verdict = "mixed" if verdict == "helped" and worse else verdict
+    names = {"candidate": pair["candidate"], "baseline": pair["baseline"], "worse": _listed(worse)}
     helped = {
         "helped": "Yes: on held-out papers, reviews by {candidate} fulfil more of the checklist than {baseline}’s.",
+        "mixed": "In part: on held-out papers, reviews by {candidate} fulfil more of the checklist than {baseline}’s, "
+        "but are worse in {worse}.",
         "hurt": "No: on held-out papers, reviews by {candidate} fulfil less of the checklist than {baseline}’s.",
         "unclear": "Not shown: reviews by {candidate} and by {baseline} do not differ beyond chance.",
     }[verdict]  # fmt: skip
@@ -50,7 +61,35 @@ def tell(
         how_much=_how_much(compared),
         how_sure=_how_sure(compared, pair, confidence),
         doubts=(*_doubts(compared, pair, confidence), *of_data, *_general_doubts(compared, evaluations)),
+        harms=tuple(_harm(compared, pair, measure) for measure in worse),
     )
+
+
+def worsened(pair: Mapping[str, Any], confidence: float) -> list[Measure]:
+    """The measures in which the candidate is worse than the baseline beyond chance, the checklist score aside.
+
+    Their p-values are not corrected for the number of measures: a harm is told rather too often than too seldom.
+    """
+    tested = [(measure, pair["measures"].get(measure.name)) for measure in MEASURES if measure.name != SCORE]
+    return [measure for measure, found in tested if found and _is_worse(measure, found, confidence)]
+
+
+def _is_worse(measure: Measure, found: Mapping[str, Any], confidence: float) -> bool:
+    towards_worse = -found["value"] if measure.better == "higher" else found["value"]
+    beyond_chance = found["p_value"] < 1 - confidence and towards_worse > TOLERATED.get(measure.name, 0)
+    return measure.better is not None and beyond_chance
+
+
+def _harm(compared: Compared, pair: Mapping[str, Any], measure: Measure) -> str:
+    values = [_measure(compared, pair[side], measure.name) for side in ("baseline", "candidate")]
+    before, after = ("none" if value is None else measure.show(value) for value in values)
+    return f"{measure.label}: {before} → {after}"
+
+
+def _listed(measures: Sequence[Measure]) -> str:
+    """`rating error, words and repeats`, as a sentence has it."""
+    *others, last = [measure.label.lower() for measure in measures] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def main_pair(compared: Compared) -> Mapping[str, Any] | None:
@@ -108,7 +147,7 @@ def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) ->
     parts = [
         f"{pair['candidate']} − {pair['baseline']} = {signed(score['value'])}, {confidence:.0%} interval "
         f"{signed(score['low'])} to {signed(score['high'])}, {p_text(score['p_holm'])} after Holm's correction, over "
-        f"{score['num_papers']} papers; its review scores higher in {wins['value']:.0%} of meetings on the same paper."
+        f"{score['num_papers']} papers; its review scores higher in {wins['value']:.0%} of comparisons on one paper."
     ]
     if (factors := pair["measures"].get(FACTORS)) is not None:
         verdict = judge(factors, confidence)
@@ -135,7 +174,9 @@ def data_doubts(validation: Mapping[str, Any] | None, is_control: bool, other_ch
 def _doubts(compared: Compared, pair: Mapping[str, Any], confidence: float) -> Iterator[str]:
     yield from _length_doubt(compared, pair, confidence)
     yield from _step_doubts(compared, confidence)
-    yield from _side_effects(compared, pair, confidence)
+    yield from _people_doubt(compared, pair["candidate"])
+    yield from _side_effects(compared, pair["candidate"])
+    yield from _silent_items(compared)
 
 
 def _length_doubt(compared: Compared, pair: Mapping[str, Any], confidence: float) -> Iterator[str]:
@@ -162,8 +203,7 @@ def _step_doubts(compared: Compared, confidence: float) -> Iterator[str]:
             yield f"The step from {before} to {after} {finding}: {signed(score['value'])}, {p_text(score['p_holm'])}."
 
 
-def _side_effects(compared: Compared, pair: Mapping[str, Any], confidence: float) -> Iterator[str]:
-    name = pair["candidate"]
+def _side_effects(compared: Compared, name: str) -> Iterator[str]:
     model = next(item for item in compared["models"] if item["model"] == name)
     concerns = (
         ("truncated", "{share:.0%} of {name}’s reviews were cut off at the token limit."),
@@ -178,16 +218,30 @@ def _side_effects(compared: Compared, pair: Mapping[str, Any], confidence: float
         yield f"{unrated:.0%} of {name}’s reviews give no rating; they count as wrong recommendations."
     if model["repeated_reviews"] >= SHARE_OF_CONCERN:
         yield f"{model['repeated_reviews']:.0%} of {name}’s reviews repeat another one word by word."
-    repeated = pair["measures"].get("repeated_4grams")
-    if repeated and repeated["value"] >= REPETITION_CHANGE and repeated["p_value"] < 1 - confidence:
-        more = signed(repeated["value"])
-        yield f"{name} repeats itself more than {pair['baseline']}: {more} of its 4-word runs recur."
-    correct = pair["measures"].get("recommendation_correct")
-    if correct and correct["value"] < 0 and correct["p_value"] < 1 - confidence:
-        yield f"{name}’s recommendations agree with the decisions less often: {correct['value']:.0%} of its reviews."
-    error = pair["measures"].get("rating_error")
-    if error and error["value"] > 0 and error["p_value"] < 1 - confidence:
-        yield f"{name}’s ratings are further from people’s than {pair['baseline']}’s, by {error['value']:.2f} points."
+
+
+def _people_doubt(compared: Compared, name: str) -> Iterator[str]:
+    """A model far above people: their reviews are what it was to learn, so the checklist may be what it games."""
+    scores = {item["model"]: item["measures"][SCORE] for item in compared["models"]}
+    human, model = scores.get(HUMAN), scores[name]
+    if human and model["low"] > human["high"]:
+        yield (
+            f"{name}’s reviews score {model['value']:.2f} where people’s score {human['value']:.2f}: above people, a "
+            "higher score may be the checklist learnt by heart. Read the examples."
+        )
+
+
+def _silent_items(compared: Compared) -> Iterator[str]:
+    """Items that tell nothing apart, as no review has them."""
+    shares: dict[str, float] = {}
+    for model in compared["models"]:
+        for item in model["items"]:
+            shares[item["id"]] = max(item["value"], shares.get(item["id"], 0.0))
+    silent = [name for name, share in shares.items() if share == 0]
+    if silent:
+        more = f" and {len(silent) - NAMED_ITEMS} more" if len(silent) > NAMED_ITEMS else ""
+        named = ", ".join(silent[:NAMED_ITEMS])
+        yield f"{len(silent)} of {len(shares)} items are met by no review: {named}{more}."
 
 
 def _general_doubts(compared: Compared, evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:

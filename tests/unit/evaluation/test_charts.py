@@ -58,7 +58,7 @@ def charts(label: str) -> list[str]:
     graph = lineage_graph([[box], [{**box, "stage": "b"}], [{**box, "stage": "c"}]], [(label, "b"), (label, "c")])
     assert graph is not None
     return [
-        interval_chart([ChartInterval(label, label, 1, 0, 2, label)], label, label, zero=True),
+        interval_chart([ChartInterval(label, label, 1, 0, 2, label)], label, label, level=0.0),
         line_chart([Line(label, label, points)], label, label, label, reference=0.5),
         scatter_chart([Line(label, label, points)], label, label, label),
         share_strip([(label, 0.2), ("dpo", 0.9)], label),
@@ -71,7 +71,7 @@ def charts(label: str) -> list[str]:
 @pytest.mark.parametrize("values", [(1.0, 2.0), (-2.0, -1.0)])
 def test_no_words_stand_on_the_line_of_no_difference(values: tuple[float, float]) -> None:
     low, high = values
-    chart = interval_chart([ChartInterval("dpo", "dpo", low, low, high, "+1")], "t", "a", zero=True)
+    chart = interval_chart([ChartInterval("dpo", "dpo", low, low, high, "+1")], "t", "a", level=0.0)
     tree = ElementTree.fromstring(chart)
     (zero,) = (float(line.get("x1", "")) for line in tree.iter("line") if line.get("class") == "zero")
     words = [float(part.get("x", "")) for part in tree.iter("text") if str(part.get("class")).startswith("row-")]

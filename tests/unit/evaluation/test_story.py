@@ -14,7 +14,7 @@ def found(value: float, p_value: float, p_holm: float | None = None) -> dict[str
     return {**interval, "p_value": p_value, "p_holm": p_value if p_holm is None else p_holm}
 
 
-def model(name: str, score: float, **measures: float) -> dict[str, Any]:
+def model(name: str, score: float, silent: bool = False, **measures: float) -> dict[str, Any]:
     values = {
         "checkmark_score": score,
         "num_words": 100.0,
@@ -24,7 +24,8 @@ def model(name: str, score: float, **measures: float) -> dict[str, Any]:
         **measures,
     }
     described = {key: {"value": value, "low": value, "high": value} for key, value in values.items()}
-    return {"model": name, "measures": described, "repeated_reviews": 0.0}
+    items = [{"id": "limits", "value": 0.5}, {"id": "seeds", "value": 0.0}]
+    return {"model": name, "measures": described, "repeated_reviews": 0.0, "items": items[: 1 + silent]}
 
 
 def pair(baseline: str, candidate: str, score: dict[str, Any], **measures: dict[str, Any]) -> dict[str, Any]:
@@ -103,15 +104,45 @@ def test_independent_factors_confirm_or_do_not() -> None:
         ({"truncated": 0.2}, {}, "20% of dpo’s reviews were cut off"),
         ({"empty": 0.01}, {}, "1% of dpo’s outputs are empty"),
         ({"has_rating": 0.9}, {}, "10% of dpo’s reviews give no rating"),
-        ({}, {"repeated_4grams": found(0.2, 0.001)}, "dpo repeats itself more than base"),
-        ({}, {"recommendation_correct": found(-0.2, 0.01)}, "agree with the decisions less often"),
-        ({}, {"rating_error": found(0.7, 0.01)}, "dpo’s ratings are further from people’s than base’s, by 0.70 points"),
     ],
 )  # fmt: skip
 def test_side_effects_are_doubts(measures: dict[str, float], differences: dict[str, Any], doubt: str) -> None:
     told = story([model("base", 5), model("dpo", 7, **measures)], [pair("base", "dpo", found(2, 0.001), **differences)])
     assert [text for text in told.doubts if doubt in text] == [told.doubts[0]]
     assert len(told.doubts) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "p_value", "harm"),
+    [
+        ("rating_error", 1.88, 3.35, 0.01, "Rating error: 1.88 → 3.35"),
+        ("recommendation_correct", 0.488, 0.412, 0.01, "Recommendation accuracy: 48.8 % → 41.2 %"),
+        ("repeated_4grams", 0.1, 0.3, 0.001, "Repeated 4-grams: 10.0 % → 30.0 %"),
+        ("repeated_4grams", 0.1, 0.12, 0.001, None),
+        ("rating_error", 1.88, 3.35, 0.2, None),
+        ("rating_error", 3.35, 1.88, 0.01, None),
+        ("num_words", 90.0, 30.0, 0.01, None),
+    ],
+)  # fmt: skip
+def test_a_gain_with_a_harm_is_no_plain_yes(
+    name: str, before: float, after: float, p_value: float, harm: str | None
+) -> None:
+    models = [model("base", 5, **{name: before}), model("dpo", 7, **{name: after})]
+    differences = {name: found(after - before, p_value)}
+    told = story(models, [pair("base", "dpo", found(2, 0.001), **differences)])
+    assert told.harms == ((harm,) if harm else ())
+    assert told.verdict == ("mixed" if harm else "helped")
+    label = (harm or "").split(":")[0].lower()
+    assert told.helped.endswith(f"but are worse in {label}." if harm else "more of the checklist than base’s.")
+
+
+def test_a_model_far_above_people_and_items_that_nobody_meets_are_doubts() -> None:
+    models = [model("human", 7.0, silent=True), model("base", 5, silent=True), model("dpo", 12.7, silent=True)]
+    told = story(models, [pair("base", "dpo", found(7.7, 0.001))])
+    assert any("dpo’s reviews score 12.70 where people’s score 7.00: above people" in doubt for doubt in told.doubts)
+    assert "1 of 2 items are met by no review: seeds." in told.doubts
+    level = story([model("human", 7.0), model("base", 5), model("dpo", 7)], [pair("base", "dpo", found(2, 0.001))])
+    assert level.doubts == (PROXY,)
 
 
 def test_differences_within_chance_are_no_doubts() -> None:

@@ -1,0 +1,79 @@
+"""The line that a page opens with: the base and its size, what was trained on, when it was made and by which code."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any
+
+from prefmill.core.artifact import RUN_RECORD, Artifact
+
+MODELS = ("checkpoint", "image_checkpoint")
+
+
+def facts(artifacts: Sequence[Artifact], datasets: Mapping[str, Any] | None, show_run: bool) -> list[str]:
+    """What a reader asks first, as far as it is known; `show_run` adds the date and the code's version.
+
+    `artifacts` are all that the page leads back to, `datasets` the summary.json of build_datasets.
+    """
+    return [*_bases(artifacts), *_trained_on(artifacts, datasets), *(_made(artifacts) if show_run else ())]
+
+
+def _bases(artifacts: Sequence[Artifact]) -> Iterator[str]:
+    """Models that no other model here was trained from."""
+    models = [item for item in artifacts if item.manifest.kind in MODELS]
+    digests = {item.manifest.content_digest for item in models}
+    for item in models:
+        given = {digest for of_input in item.manifest.inputs.values() for digest in of_input}
+        if not given & digests:
+            size = num_parameters(item)
+            yield f"base: {_name(item)}" + (f", {_short(size)} parameters" if size else "")
+
+
+def _name(artifact: Artifact) -> str:
+    """The hub name or the folder's own; never a path, which differs between machines."""
+    given = artifact.manifest.identity.get("config", {}).get("model_name_or_path")
+    if not given:
+        return f"{artifact.manifest.stage}:{artifact.manifest.task}"
+    return PurePath(given).name if PurePath(given).is_absolute() else str(given)
+
+
+def num_parameters(artifact: Artifact) -> int:
+    """The numbers in an artifact's safetensors files, by their headers; an adapter's own are not the model's."""
+    from safetensors import safe_open
+
+    total = 0
+    for entry in artifact.manifest.files:
+        if entry.path.endswith(".safetensors") and "adapter" not in entry.path:
+            with safe_open(artifact.path / entry.path, framework="np") as stored:
+                shapes = [stored.get_slice(name).get_shape() for name in list(stored.keys())]
+            total += sum(map(math.prod, shapes))
+    return total
+
+
+def _trained_on(artifacts: Sequence[Artifact], datasets: Mapping[str, Any] | None) -> Iterator[str]:
+    if datasets is not None:
+        yield f"trained on {datasets['dpo']['pairs']['train']:,} preference pairs".replace(",", "\u202f")
+        return
+    pairs = [item.manifest.metrics.get("num_pairs") for item in artifacts if item.manifest.kind == "image_pairs"]
+    yield from (f"trained on {count} image pairs" for count in pairs if count)
+
+
+def _made(artifacts: Sequence[Artifact]) -> Iterator[str]:
+    records = [item.path / RUN_RECORD for item in artifacts]
+    ends = [json.loads(path.read_text()).get("ended") for path in records if path.is_file()]
+    if known := [end for end in ends if end]:
+        yield f"made on {datetime.fromtimestamp(max(known), UTC):%Y-%m-%d}"
+    versions = sorted({item.manifest.code_version for item in artifacts})
+    yield f"prefmill {', '.join(versions)}"
+
+
+def _short(count: int) -> str:
+    """571392 as 571 K."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return str(count)
