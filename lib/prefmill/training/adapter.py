@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Task
 from prefmill.training.config import TrainingConfig
@@ -28,6 +29,8 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
 
     if Path(str(model.config._name_or_path)).is_dir():
         model.config._name_or_path = model.name_or_path = ""  # checkpoints would name a folder of this machine
+    if config.lora.start is not None:
+        return put_on(model, config.lora.start, trainable=True)
     with seeded(config.seed):  # an adapter begins at random weights
         return peft.get_peft_model(
             model,
@@ -40,6 +43,22 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
                 target_modules=config.lora.target_modules,
             ),
         )
+
+
+def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
+    """`model` with the adapter in `folder`, its dropout off; raises InputError where it does not fit."""
+    import peft
+
+    said = peft.PeftConfig.from_pretrained(str(folder))
+    said.lora_dropout = 0.0
+    try:
+        # Half-precision adapters are trained in fp32, as new ones are.
+        return peft.PeftModel.from_pretrained(model, str(folder), config=said, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            "the adapter does not fit the model", where=folder, got=str(error).splitlines()[0],
+            expected=f"one for {model.config.model_type}", fix="give the base that it was trained on",
+        ) from None  # fmt: skip
 
 
 def merge_adapter(model: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,18 +11,31 @@ from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Task
-
-if TYPE_CHECKING:
-    pass
+from prefmill.training.adapter_folder import base_of, is_adapter, lora_of
 
 
 class LoraConfig(StrictConfig):
-    """A low-rank adapter, merged into the weights of the finished checkpoint."""
+    """A low-rank adapter, merged into the weights of the finished checkpoint.
+
+    `start` is the folder of an adapter to go on with, which says the other keys itself.
+    """
 
     r: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
+    start: ExternalPath | None = later(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_began(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("start") is None:
+            return values
+        found = lora_of(Path(str(values["start"])).expanduser())
+        other = [key for key, value in found.items() if values.get(key, value) != value]
+        if other:
+            raise ValueError(f"the adapter to go on with has another {', '.join(other)}: leave it out")
+        return {**found, **values}
 
 
 class TrainingConfig(StrictConfig):
@@ -70,6 +83,19 @@ class TrainingConfig(StrictConfig):
     dataloader_num_workers: int = runtime(0, ge=0)
     report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(["tensorboard"])
     ddp_timeout: int = runtime(21600, ge=1)  # seconds; ranks wait for the slowest one's share of hours of work
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_is_continued(cls, values: Any) -> Any:
+        """A folder with an adapter alone is that adapter to go on with, on the base that it names."""
+        named = values.get("model_name_or_path") if isinstance(values, dict) else None
+        if not isinstance(named, str) or not is_adapter(Path(named).expanduser()):
+            return values
+        lora = values.get("lora") or {}
+        if lora.get("start") is not None:
+            raise ValueError("model_name_or_path and lora.start are both adapters: give one of them")
+        base = base_of(Path(named).expanduser())
+        return {**values, "model_name_or_path": base, "lora": {**lora, "start": named}}
 
     @field_validator("deepspeed", mode="before")
     @classmethod

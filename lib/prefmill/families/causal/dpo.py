@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.errors import InputError
+from prefmill.core.files import digest_path
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import scoring_context, scoring_model, shares_weights, unsharded_loading
@@ -25,7 +26,7 @@ from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.load_check import check_scorer, own_likelihoods
 from prefmill.families.causal.loading import load_model, load_tokenizer
-from prefmill.families.causal.other_reference import check_reference, reference_name
+from prefmill.families.causal.other_reference import check_reference, reference_parts
 from prefmill.families.causal.scorer import (
     Batch,
     encode_pairwise,
@@ -33,8 +34,9 @@ from prefmill.families.causal.scorer import (
     patch_forward,
     score_batch,
 )
+from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
-from prefmill.training.adapter import add_adapter
+from prefmill.training.adapter import add_adapter, put_on
 from prefmill.training.bad_rows import BadRows
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.training.config import TrainingConfig, accumulation, weights_precision
@@ -73,9 +75,11 @@ def train_dpo(
     config, why_pairwise = choose_layout(config, policy)
     options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(policy, template=rows, today=task.began_on, **options)
+    check_start(policy, tokenizer, config)
     reader = open_reader(policy, tokenizer, rows, TRAINED, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
+    check_positions(policy, (group.tokens_of(pair) for group in [*groups, *held_out] for pair in group.pairs), config)
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings, Family.supplies)
     check_reference(config, objective, policy, tokenizer)
@@ -226,10 +230,10 @@ def _reference(
     """The reference's scores of all responses, train and val; called while the policy still is as it starts."""
     at_once = [config.per_device_train_batch_size, config.max_tokens_per_microbatch]
     settings = {**computed_as(config), "layout": config.layout, "at_once": at_once, "ld_alpha": config.ld_alpha}
-    other, device = reference_name(config), trainer.args.device
+    other, device = reference_parts(config), trainer.args.device
     with unsharded_loading():
-        model = trainer.model if other is None else load_policy(other, config, config.ref_revision)
-    weights = start_weights(task, config) if other is None else weights_of(other, config.ref_revision)
+        model = trainer.model if other is None else _other_reference(*other, config)
+    weights = start_weights(task, config) if other is None else _weights(*other, config)
     kept = kept_reference(task, weights, settings, device)
     with torch.no_grad(), scoring_model(model.eval(), trainer, config) as reference, scoring_context(trainer, config):
         scoring = GroupScoring(
@@ -241,6 +245,15 @@ def _reference(
         )
         scores = reference_scores([*train, *val], scoring, kept, task, config.precision)
     return by_group(scores[: len(train)]), by_group(scores[len(train) :])
+
+
+def _other_reference(base: str, adapter: Path | None, config: PreferenceConfig) -> Any:
+    model = load_policy(base, config, config.ref_revision)
+    return model if adapter is None else put_on(model, adapter)  # not merged: in bf16 that would round it away
+
+
+def _weights(base: str, adapter: Path | None, config: PreferenceConfig) -> str:
+    return "+".join([weights_of(base, config.ref_revision), *([digest_path(adapter)] if adapter else [])])
 
 
 def _content(group: Group, config: PreferenceConfig, reader: ImageReader | None) -> list[Any]:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal.group_attention import use_group_attention
-from prefmill.families.causal.other_reference import reference_name
+from prefmill.families.causal.other_reference import reference_parts
 from prefmill.training.preference_config import PreferenceConfig
 
 
@@ -29,8 +29,8 @@ def choose_layout(config: PreferenceConfig, policy: str) -> tuple[PreferenceConf
 def _why_pairwise(config: PreferenceConfig, policy: str) -> str | None:
     if config.attn_implementation is not None:
         return f"attn_implementation is {config.attn_implementation}, and group brings its own"
-    other = reference_name(config)
-    models = [(policy, config.revision)] + ([(other, config.ref_revision)] if other is not None else [])
+    other = reference_parts(config)
+    models = [(policy, config.revision)] + ([(other[0], config.ref_revision)] if other is not None else [])
     reasons = (_why_not_group(name, revision, config) for name, revision in models)
     return next(filter(None, reasons), None)
 

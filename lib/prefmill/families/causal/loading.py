@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.causal.templates import ChatTemplate
+from prefmill.training.adapter_folder import is_adapter
 
 if TYPE_CHECKING:
     from datetime import date
@@ -81,6 +82,11 @@ def require_folder(name_or_path: str) -> None:
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).is_dir():
         raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")
+    if is_adapter(Path(name_or_path)):
+        raise InputError(
+            "this folder has an adapter alone", where=name_or_path, expected="a whole model",
+            fix="give the merged model; sft and dpo go on with an adapter, and dpo takes one as its reference",
+        )  # fmt: skip
 
 
 def _unloadable(what: str, name_or_path: str, error: Exception) -> InputError:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import date
+from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_tokenizer
+from prefmill.training.adapter_folder import split_adapter
 from prefmill.training.objectives import Objective
 from prefmill.training.preference_config import PreferenceConfig
 
@@ -18,6 +20,15 @@ def reference_name(config: PreferenceConfig) -> str | None:
     return str(config.ref_folder) if config.ref_folder is not None else config.ref_name
 
 
+def reference_parts(config: PreferenceConfig) -> tuple[str, Path | None] | None:
+    """The whole model of another reference, and the adapter on it where it is one."""
+    name = reference_name(config)
+    try:
+        return None if name is None else split_adapter(name)
+    except ValueError as error:
+        raise ConfigError("the reference cannot be loaded", where=name, got=error, fix="merge the adapter") from None
+
+
 def check_reference(
     config: PreferenceConfig, objective: Objective, policy: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -25,9 +36,10 @@ def check_reference(
 
     Its size and shape are its own. Raises ConfigError and InputError.
     """
-    name = reference_name(config)
-    if name is None:
+    parts = reference_parts(config)
+    if parts is None:
         return
+    name, _ = parts
     if not objective.needs_reference:
         raise ConfigError(
             "ref_name is given, but no objective here has a reference", got=", ".join(config.loss_type),

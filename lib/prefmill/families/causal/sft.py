@@ -24,6 +24,7 @@ from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.families.causal.chat import encode_turns
 from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter
@@ -53,6 +54,7 @@ def train_sft(
     """
     options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(model_name, template=turns, today=task.began_on, **options)
+    check_start(model_name, tokenizer, config)
     reader = open_reader(model_name, tokenizer, turns, TRAINED, **options)
     chats = Chats(
         train=load_chats(train, tokenizer, config, task, turns, reader),
@@ -60,6 +62,8 @@ def train_sft(
         tokenizer=tokenizer,
         collate=partial(collate_images, reader=reader) if reader else None,
     )
+    parts = [part for part in (chats.train, chats.val) if part is not None]
+    check_positions(model_name, (len(ids) for part in parts for ids in part["input_ids"]), config)
     rescoring = sft_rescoring(config, chats.train, chats.collate)
     spec = TrainingSpec(
         config=config,

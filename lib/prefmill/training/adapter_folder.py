@@ -1,0 +1,59 @@
+"""Folders that hold an adapter alone, in PEFT's format: their base, and what they say of themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SAME = {"r": "r", "alpha": "lora_alpha", "use_dora": "use_dora", "target_modules": "target_modules"}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` has an adapter and no model of its own."""
+    return (folder / _CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def split_adapter(name: str) -> tuple[str, Path | None]:
+    """The whole model behind `name` and the adapter on it, None for a whole model; raises ValueError as `base_of`."""
+    folder = Path(name).expanduser()
+    return (base_of(folder), folder) if is_adapter(folder) else (name, None)
+
+
+def base_of(folder: Path) -> str:
+    """The model that an adapter is for, by name or path; raises ValueError where it cannot be found here."""
+    base = str(read_adapter(folder).get("base_model_name_or_path") or "")
+    is_path = base.startswith((".", "/", "~"))
+    if not base or base.startswith("sha256:") or (is_path and not Path(base).expanduser().is_dir()):
+        raise ValueError(
+            f"the base of this adapter is not here: {base or 'not named'}; give it as model_name_or_path, and this "
+            f"folder as lora.start"
+        )
+    return base
+
+
+def lora_of(folder: Path) -> dict[str, Any]:
+    """An adapter's shape under the names of LoraConfig; raises ValueError for one that cannot be continued."""
+    said = read_adapter(folder)
+    odd = [key for key in ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern") if said.get(key)]
+    if said.get("peft_type") != "LORA" or odd:
+        raise ValueError(f"only plain LoRA adapters are continued, not {', '.join(odd) or said.get('peft_type')}")
+    if not (folder / _WEIGHTS).is_file():
+        raise ValueError(f"the adapter has no {_WEIGHTS}: nothing else is loaded")
+    found = {ours: said[theirs] for ours, theirs in _SAME.items() if theirs in said}
+    targets = found["target_modules"]
+    return {
+        **found,
+        "alpha": float(found["alpha"]),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+    }
+
+
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """What an adapter says of itself; raises ValueError where it says nothing."""
+    try:
+        said: dict[str, Any] = json.loads((folder / _CONFIG).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no adapter in {folder}: {error}") from None
+    return said

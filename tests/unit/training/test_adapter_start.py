@@ -1,0 +1,185 @@
+"""Training that goes on with an adapter, and a reference that is one; what is checked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.core.config import identity, validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.stage import Task
+from prefmill.families.causal.start_checks import check_positions, check_start
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
+from prefmill.training.preference_config import PreferenceConfig
+
+SMALL: dict[str, Any] = {
+    "learning_rate": 1e-3, "num_train_epochs": 1, "precision": "fp32", "effective_batch_size": 16,
+    "logging_steps": 1, "save_steps": 2, "max_length": 64, "report_to": [],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
+    """An adapter of PEFT's own making that changes what the tiny model says."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter") / "a"
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=3, lora_alpha=5, lora_dropout=0.5, target_modules=["q_proj", "v_proj"]
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_qwen2), lora)
+    torch.manual_seed(3)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def train(folder: Path, pairs: Path, **keys: Any) -> Path:
+    from prefmill.families.causal.dpo import train_dpo
+
+    config = validate(PreferenceConfig, {**SMALL, **keys})
+    (folder / "out").mkdir(parents=True)
+    task = Task("r", "dpo", "clean", {}, {}, {}, folder / "out", folder / "logs")
+    train_dpo(config, task, str(config.model_name_or_path), pairs, None)
+    return folder
+
+
+def first_loss(folder: Path) -> float:
+    return float(next(row["loss"] for row in read_curve(folder / "logs" / STEPS) if "loss" in row))
+
+
+def peft_scores(base: Path, adapter: Path, pairs: Path) -> dict[str, list[float]]:
+    """Log-likelihoods of both sides by PEFT's model, one sequence at a time."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    found: dict[str, list[float]] = {}
+    for row in read_jsonl(pairs):
+        asked = [{"role": "user", "content": row["conversations"][0]["value"]}]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text)["input_ids"]
+        for side in ("chosen", "rejected"):
+            answer = tokenizer(row[side]["value"] + "<|im_end|>\n")["input_ids"]
+            with torch.no_grad():
+                logps = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            found.setdefault(row["id"], []).append(logps.gather(1, torch.tensor(answer)[:, None]).sum().item())
+    return found
+
+
+def margins(folder: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(folder / "logs" / "margins" / "margins_log.jsonl"))
+
+
+@pytest.mark.slow
+def test_an_adapter_is_gone_on_with_and_is_its_own_reference(
+    tmp_path: Path, tiny_qwen2: Path, adapter: Path, pairs_file: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    made = train(tmp_path / "on", pairs_file, model_name_or_path=str(adapter), layout="group", learning_rate=1e-9)
+    assert first_loss(made) == pytest.approx(math.log(2), abs=1e-6)
+    expected = peft_scores(tiny_qwen2, adapter, pairs_file)
+    for row in margins(made):
+        assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == pytest.approx(expected[row["pair_id"]], abs=1e-4)
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, made / "out" / "adapter"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    said = json.loads((made / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["lora_dropout"]) == (3, 5.0, 0.0)
+    whole, base = (AutoModelForCausalLM.from_pretrained(path) for path in (made / "out", tiny_qwen2))
+    moved = (
+        whole.state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        - base.state_dict()["model.layers.0.self_attn.q_proj.weight"]
+    )
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    assert torch.allclose(moved, before[key.format("B")] @ before[key.format("A")] * 5 / 3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_adapter_can_be_the_reference(tmp_path: Path, tiny_qwen2: Path, adapter: Path, pairs_file: Path) -> None:
+    made = train(tmp_path / "ref", pairs_file, model_name_or_path=str(tiny_qwen2), ref_name=str(adapter))
+    expected = peft_scores(tiny_qwen2, adapter, pairs_file)
+    for row in margins(made):
+        assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == pytest.approx(expected[row["pair_id"]], abs=1e-4)
+    assert abs(first_loss(made) - math.log(2)) > 0.01
+
+
+def test_an_adapters_content_and_shape_are_the_configurations(adapter: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    named = validate(PreferenceConfig, {"model_name_or_path": str(adapter)})
+    assert named.model_name_or_path == str(tiny_qwen2)
+    assert named.lora is not None
+    assert (named.lora.r, named.lora.alpha, named.lora.target_modules) == (3, 5.0, ["q_proj", "v_proj"])
+    given = validate(PreferenceConfig, {"model_name_or_path": str(tiny_qwen2), "lora": {"start": str(adapter)}})
+    assert given == named
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    assert identity(validate(PreferenceConfig, {"model_name_or_path": str(copy)})) == identity(named)
+    assert "start" not in identity(validate(PreferenceConfig, {"lora": {"r": 2}}))["lora"]
+
+
+@pytest.mark.parametrize(
+    ("said", "lora", "why"),
+    [
+        ({"base_model_name_or_path": "sha256:abc"}, None, "give it as model_name_or_path"),
+        ({"base_model_name_or_path": "/nowhere/model"}, None, "give it as model_name_or_path"),
+        ({"peft_type": "IA3"}, None, "only plain LoRA"),
+        ({"modules_to_save": ["lm_head"]}, None, "modules_to_save"),
+        ({}, {"r": 8}, "has another r"),
+        ({"gone": True}, None, "nothing else is loaded"),
+    ],
+)
+def test_adapters_that_cannot_be_gone_on_with_are_refused(
+    said: dict[str, Any], lora: Any, why: str, adapter: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if said.pop("gone", None):
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text(json.dumps(config | said))
+    with pytest.raises(ConfigError, match=why):
+        validate(PreferenceConfig, {"model_name_or_path": str(folder), "lora": lora})
+
+
+def test_an_adapter_is_no_model_elsewhere(adapter: Path) -> None:
+    from prefmill.families.causal.loading import load_model
+
+    with pytest.raises(InputError, match="an adapter alone"):
+        load_model(str(adapter), precision="fp32")
+
+
+def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_qwen2: Path, tmp_path: Path) -> None:
+    from prefmill.families.causal.loading import load_tokenizer
+
+    folder = shutil.copytree(tiny_qwen2, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    tokenizer = load_tokenizer(str(folder))
+    check_start(str(folder), tokenizer, PreferenceConfig())
+    check_positions(str(folder), [512], PreferenceConfig())
+    with pytest.raises(ConfigError, match="longer than the model has positions"):
+        check_positions(str(folder), [3, 513], PreferenceConfig())
+    for attention in ("flash_attention_2", "nonesuch"):
+        with pytest.raises(ConfigError, match="this attention cannot be used"):
+            check_start(str(folder), tokenizer, PreferenceConfig(attn_implementation=attention, layout="pairwise"))
+    check_start(str(folder), tokenizer, PreferenceConfig(attn_implementation="eager", layout="pairwise"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    with pytest.raises(InputError, match="no embedding for"):
+        check_start(str(folder), tokenizer, PreferenceConfig())
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="neither a pad nor an end token"):
+        load_tokenizer(str(folder))
