@@ -100,7 +100,7 @@ def _rate(arguments: argparse.Namespace) -> int:
 def _run_logs(arguments: argparse.Namespace) -> tuple[Path, str]:
     """The folder of a run's logs, and its name."""
     from prefmill.core.errors import InputError
-    from prefmill.pipeline.plan import default_workspace
+    from prefmill.core.places import default_workspace
 
     workspace = arguments.workspace or default_workspace()
     logs = (workspace / "logs" / arguments.run).resolve()

@@ -1,15 +1,16 @@
-"""`prefmill doctor`: what this machine has and lacks, each shortcoming with the command that mends it."""
+"""`prefmill doctor`: what this machine has and lacks, each shortcoming with the command that fixes it."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,14 +22,14 @@ _LOW_DISK_GB = 20
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing looked at: `fail` stops prefmill, `note` limits it, and `fix` says how to mend either."""
+    """One thing looked at: `fail` stops prefmill, `note` limits it, and `fix` says how to fix either."""
 
     verdict: Verdict
     what: str
     fix: str = ""
 
 
-def examine(workspace: Path, model: str | None = None) -> int:
+def examine(workspace: Path, model: str | None = None, as_json: bool = False) -> int:
     """Print every finding; returns 2 when one of them would stop prefmill, else 0."""
     checks: list[Callable[[], Iterator[Diagnosis]]] = [
         check_python,
@@ -40,7 +41,9 @@ def examine(workspace: Path, model: str | None = None) -> int:
         lambda: check_model(model),
     ]
     findings = [finding for check in checks for finding in check()]
-    for finding in findings:
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    for finding in findings if not as_json else ():
         print(f"{finding.verdict:<5} {finding.what}" + (f"\n      fix: {finding.fix}" if finding.fix else ""))
     return 2 if any(finding.verdict == "fail" for finding in findings) else 0
 

@@ -10,7 +10,7 @@ from prefmill.core.errors import PrefmillError, explain_os_error
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run `command`; returns its exit code: 2 for what the user can mend, 130 when interrupted."""
+    """Run `command`; returns its exit code: 2 for what the user can fix, 130 when interrupted."""
     try:
         return command()
     except PrefmillError as error:

@@ -38,7 +38,7 @@ def _command(commands: Any, name: str, summary: str, command: Callable[..., int]
 
 
 def _workspace(arguments: argparse.Namespace) -> Path:
-    from prefmill.pipeline.plan import default_workspace
+    from prefmill.core.places import default_workspace
 
     workspace: Path = (arguments.workspace or default_workspace()).absolute()
     return workspace

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefmill import __version__
+from prefmill.cli.completion import SHELLS
 from prefmill.cli.data import add_data_commands
 from prefmill.cli.guard import guarded
 from prefmill.cli.housekeeping import add_housekeeping
+from prefmill.cli.pipelines import add_pipeline_commands
 from prefmill.cli.runs import add_commands
 
 EXAMPLES = """examples:
@@ -23,149 +26,126 @@ EXAMPLES = """examples:
   prefmill why configs/pipelines/demo.yaml dpo:clean        the keys and inputs that make it stale
   prefmill status --watch                                   the newest run, task by task
   prefmill logs -f dpo                                      what its tasks print
-  prefmill advance                                          mend what has failed on the cluster; safe at any time
-  prefmill rerun dpo:clean                                  submit it again, whatever was decided
-  prefmill doctor                                           what this machine lacks, and the fix
-  prefmill tiny-models models/                              tiny models of the real architectures
+  prefmill runs                                             every run: state, age, size, headline
+  prefmill compare demo mine                                keys that differ, metrics with paired intervals
+  prefmill gc                                               what can be deleted; --yes deletes it
+  prefmill advance                                          resubmit failed tasks that can be retried
+  prefmill rerun dpo:clean                                  submit a task again
+  prefmill doctor                                           check this machine
+  eval "$(prefmill completion bash)"                        completion of commands, runs, stages, tasks, keys
   python -m stages.dpo configs/dpo/demo.yaml run=mine task=clean inputs.datasets=data/demo/build_datasets/all
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 a bug, 2 something the user can mend."""
+    """Run one command; returns its exit code: 0 done, 1 a bug, 2 something the user can fix."""
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    if words[:1] == ["__complete"]:
+        from prefmill.cli.completion import complete
+
+        print("\n".join(complete(words[1:], parser)))
+        return 0
+    if not words:
+        parser.print_help()
+        return 0
+    return guarded(lambda: _run_command(parser, words))
+
+
+def _run_command(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    _check_command(parser, words)
+    arguments, rest = parser.parse_known_args(words)
     if any(item.startswith("-") for item in rest) or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides that follow an option, which argparse does not take for what they are
-        arguments.overrides = [*arguments.overrides, *rest]
-    return guarded(lambda: arguments.command(arguments))
+    if hasattr(arguments, "overrides"):
+        _sort_out(arguments, rest)
+    result: int = arguments.command(arguments)
+    return result
+
+
+def _check_command(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Raise PipelineError naming the nearest where the first word is no command."""
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if words[0].startswith("-") or words[0] in commands.choices:
+        return
+    from prefmill.core.config import nearest
+    from prefmill.core.errors import PipelineError
+
+    names = list(commands.choices)
+    raise PipelineError(
+        f"no command '{words[0]}'{nearest(words[0], names)}", expected=", ".join(names), fix="see --help"
+    )
+
+
+def _sort_out(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Put `key=value` and files where they belong, in whatever order they were given."""
+    given = [*arguments.overrides, *rest]
+    for name in ("pipeline", "selector"):
+        value = str(getattr(arguments, name, ""))
+        if "=" in value and not Path(value).exists():
+            place = next((place for place, item in enumerate(given) if "=" not in item), None)
+            if place is not None:  # else the file's reader says what is missing
+                setattr(arguments, name, type(getattr(arguments, name))(given.pop(place)))
+                given.insert(0, value)
+    arguments.overrides = given
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="prefmill", description="From judgements to preference-tuned models, on a laptop or on Slurm.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="prefmill", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Fine-tune language and image models on quality ratings, on a laptop or on Slurm.",
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"prefmill {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    run = _pipeline_command(commands, "run", "run a pipeline on this machine, doing only what is not up to date", _run)
-    run.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
-    run.add_argument("--force", action="store_true", help="remake what is selected even if it is up to date")
-    run.add_argument("--jobs", type=_positive, metavar="N", help="tasks at once (default: one per GPU, or one)")
-    submit = _pipeline_command(commands, "submit", "submit to Slurm what is not complete or queued", _submit)
-    submit.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
-    submit.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
-    submit.add_argument("--dry-run", action="store_true", help="print the scripts and submit nothing")
-    _pipeline_command(commands, "plan", "show every task and whether it would run", _plan)
-    _pipeline_command(commands, "why", "explain the state of a stage or task", _why, selects=True)
-
+    add_pipeline_commands(commands)
     add_commands(commands)
     add_data_commands(commands)
     add_housekeeping(commands)
 
     stages = commands.add_parser("stages", help="list the stages: what each reads and writes")
     stages.add_argument("--markdown", action="store_true", help="as the table of README.md")
+    stages.add_argument("--json", action="store_true", help="print JSON")
     stages.set_defaults(command=_stages)
 
-    doctor = commands.add_parser("doctor", help="check this machine and say how to mend what is missing")
+    doctor = commands.add_parser("doctor", help="check this machine, with a fix for every shortcoming")
     doctor.add_argument("--workspace", type=Path, help="the folder to check for space and write access")
     doctor.add_argument("--model", help="a hub name or folder to check access to")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
 
     tiny = commands.add_parser("tiny-models", help="build tiny models of the real architectures, for tests")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="where to write them")
     tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     tiny.set_defaults(command=_tiny_models)
+
+    completion = commands.add_parser("completion", help="print the script that completes words in your shell")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(command=_completion)
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return number
-
-
-def _pipeline_command(
-    commands: Any, name: str, summary: str, command: Callable[..., int], selects: bool = False
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
-    parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
-    if selects:
-        parser.add_argument("selector", metavar="STAGE[:TASK]", help="which stage or task")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE")
-    parser.set_defaults(command=command)
-    return parser
-
-
-def _load_plan(arguments: argparse.Namespace) -> Any:
-    from prefmill.pipeline.plan import make_plan, read_pipeline
-
-    return make_plan(read_pipeline(arguments.pipeline, arguments.overrides), arguments.pipeline)
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from prefmill.pipeline.local import run_plan
-
-    plan, say = _load_plan(arguments), partial(print, flush=True)
-    return run_plan(plan, arguments.only, arguments.force, say, arguments.jobs)
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from prefmill.pipeline.plan import make_plan, read_pipeline
-    from prefmill.slurm.cluster import read_cluster
-    from prefmill.slurm.estimate import check_requests
-    from prefmill.slurm.submit import submit
-
-    pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
-    plan = make_plan(pipeline, arguments.pipeline)
-    cluster = read_cluster(arguments.cluster)
-    if not arguments.dry_run:  # one may print scripts for another site
-        check_requests(pipeline, plan, cluster)
-    submit(pipeline, plan, arguments.pipeline, cluster, arguments.only, arguments.dry_run)
-    return 0
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    from prefmill.pipeline.state import inspect
-
-    plan = _load_plan(arguments)
-    states = inspect(plan)
-    print(f"run {plan.run} in {plan.workspace}")
-    for task in plan.tasks:
-        state = states[task.key]
-        print(f"  {task.key:<28} {state.freshness:<9} {'; '.join(state.reasons)}")
-    return 0
-
-
-def _why(arguments: argparse.Namespace) -> int:
-    from prefmill.pipeline.state import inspect
-    from prefmill.slurm.status import explain
-
-    plan = _load_plan(arguments)
-    states, by_key = inspect(plan), {task.key: task for task in plan.tasks}
-    for task in plan.select(arguments.selector):
-        pending = [task.key]
-        while pending:
-            key = pending.pop(0)
-            state = states[key]
-            known = explain(plan.workspace, plan.run, key, by_key[key].logs) if state.freshness != "complete" else []
-            print(f"{key}: {state.freshness}", *state.reasons, *known, sep="\n  ")
-            pending += [other for other in state.waiting_for if other not in pending]
-    return 0
 
 
 def _stages(arguments: argparse.Namespace) -> int:
-    from prefmill.core.stage import describe_stages
+    from prefmill.core.stage import describe_stages, load_stage, stage_names
 
-    print(describe_stages(arguments.markdown))
+    if arguments.json:
+        rows = [_stage_row(load_stage(name)) for name in stage_names()]
+        print(json.dumps(rows, indent=1))
+    else:
+        print(describe_stages(arguments.markdown))
     return 0
+
+
+def _stage_row(stage: Any) -> dict[str, Any]:
+    reads = {name: {"kind": item.kind, "optional": item.optional} for name, item in stage.reads.items()}
+    keys = list(stage.config.model_fields)
+    return {"name": stage.name, "summary": stage.summary, "reads": reads, "writes": stage.writes, "keys": keys}
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from prefmill.cli.doctor import examine
+    from prefmill.core.places import default_workspace
 
-    return examine(arguments.workspace or _workspace(), arguments.model)
+    return examine(arguments.workspace or default_workspace(), arguments.model, arguments.json)
 
 
 def _tiny_models(arguments: argparse.Namespace) -> int:
@@ -176,10 +156,11 @@ def _tiny_models(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _workspace() -> Path:
-    from prefmill.pipeline.plan import default_workspace
+def _completion(arguments: argparse.Namespace) -> int:
+    from prefmill.cli.completion import script
 
-    return default_workspace()
+    print(script(arguments.shell), end="")
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from prefmill.cli.pipelines import load_plan, pipeline_command
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -13,31 +16,34 @@ Command = Callable[[argparse.Namespace], int]
 def add_commands(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
     status = _command(commands, "status", "show a run, task by task", _status, positional_run=True)
-    status.add_argument("--watch", action="store_true", help="again and again until nothing is left to happen")
+    status.add_argument("--watch", action="store_true", help="refresh until the run ends")
+    status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch (default: 10)")
 
     logs = _command(commands, "logs", "print the end of the logs of a stage or task", _logs, selects="STAGE[:TASK]")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is written from now on")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing new lines")
     logs.add_argument("-n", "--lines", type=int, default=10, help="lines of each log (default: 10)")
 
     _command(
-        commands, "advance", "resubmit failed tasks that can be mended; safe at any time", _advance, positional_run=True
+        commands,
+        "advance",
+        "resubmit failed tasks that can be retried (safe to run anytime)",
+        _advance,
+        positional_run=True,
     )
     _command(commands, "rerun", "submit a stage or task again", _rerun, selects="STAGE[:TASK]")
     cancel = _command(commands, "cancel", "end the jobs of a run, a stage or a task", _cancel)
     cancel.add_argument("selector", nargs="?", metavar="STAGE[:TASK]", help="default: everything")
 
-    estimate = _planned(commands, "estimate", "memory, steps and limits before anything is submitted", _estimate)
+    estimate = _planned(commands, "estimate", "check memory and limits before you queue", _estimate)
+    estimate.add_argument("--json", action="store_true", help="print JSON")
     estimate.add_argument("--gpu-memory", type=float, metavar="GB", help="of a GPU, where Slurm does not name its type")
     _planned(commands, "rehearse", "the whole pipeline on the cluster, tiny, with a fire drill", _rehearse)
 
 
 def _planned(commands: Any, name: str, summary: str, command: Command) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
-    parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE")
+    parser = pipeline_command(commands, name, summary, command)
     parser.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
-    parser.set_defaults(command=command)
     return parser
 
 
@@ -58,7 +64,7 @@ def _command(
 
 def _where(arguments: argparse.Namespace) -> tuple[Path, str]:
     """The workspace and the run's own name, where `latest` was given."""
-    from prefmill.pipeline.plan import default_workspace
+    from prefmill.core.places import default_workspace
 
     workspace: Path = (arguments.workspace or default_workspace()).absolute()
     link = workspace / "logs" / arguments.run
@@ -66,9 +72,11 @@ def _where(arguments: argparse.Namespace) -> tuple[Path, str]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from prefmill.slurm.status import show_status, watch_status
+    from prefmill.slurm.status import show_status, status_json, watch_status
 
     workspace, run = _where(arguments)
+    if arguments.json:
+        return status_json(workspace, run)
     return watch_status(workspace, run, arguments.every) if arguments.watch else show_status(workspace, run)
 
 
@@ -101,11 +109,22 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
+    from prefmill.core.errors import PipelineError
     from prefmill.slurm.cluster import read_cluster
     from prefmill.slurm.estimate import estimate
 
-    pipeline, plan = _plan(arguments)
-    estimate(pipeline, plan, read_cluster(arguments.cluster), arguments.gpu_memory)
+    lines: list[str] = []
+    pipeline, plan = load_plan(arguments)
+    say = lines.append if arguments.json else print
+    try:
+        estimate(pipeline, plan, read_cluster(arguments.cluster), arguments.gpu_memory, say)
+    except PipelineError as error:
+        if not arguments.json:
+            raise
+        print(json.dumps({"starts": False, "lines": lines, "error": str(error)}, indent=1))
+        return 2
+    if arguments.json:
+        print(json.dumps({"starts": True, "lines": lines, "error": None}, indent=1))
     return 0
 
 
@@ -113,12 +132,4 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     from prefmill.slurm.cluster import read_cluster
     from prefmill.slurm.rehearse import rehearse
 
-    return rehearse(*_plan(arguments), arguments.pipeline, read_cluster(arguments.cluster))
-
-
-def _plan(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The pipeline and its plan."""
-    from prefmill.pipeline.plan import make_plan, read_pipeline
-
-    pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
-    return pipeline, make_plan(pipeline, arguments.pipeline)
+    return rehearse(*load_plan(arguments), arguments.pipeline, read_cluster(arguments.cluster))

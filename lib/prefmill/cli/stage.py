@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from prefmill.cli.console import Console, add_verbosity
 from prefmill.cli.guard import guarded
 from prefmill.core.stage import Stage
 
@@ -32,14 +33,16 @@ def run_stage(stage: str, argv: Sequence[str]) -> int:
     parser.add_argument("config", nargs="?", help="YAML file with the stage's keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
     parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
-    arguments = parser.parse_args(argv)
+    add_verbosity(parser)
+    arguments = parser.parse_intermixed_args(argv)
     return guarded(lambda: _run_stage(stage, arguments))
 
 
 def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
+    from prefmill.cli.headlines import describe
     from prefmill.distributed.devices import is_launched, world_size
     from prefmill.pipeline.launched import run_launched
-    from prefmill.pipeline.local import run_plan
+    from prefmill.pipeline.local import RunOptions, run_plan
     from prefmill.pipeline.manual_submission import element, stage_plan
 
     config = [arguments.config] if arguments.config else []
@@ -50,7 +53,12 @@ def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
     if is_launched() and world_size() > 1:
         run_launched(plan.select(only) if only else list(plan.tasks), arguments.force)
         return 0
-    return run_plan(plan, only, arguments.force, say=lambda line: print(line, flush=True))
+    say = Console(arguments, plan.workspace / "logs" / plan.run)
+    code = run_plan(plan, only, arguments.force, say, RunOptions(describe=describe))
+    for task in plan.select(only) if only else plan.tasks:
+        if code == 0:
+            print(task.output)
+    return code
 
 
 def _stage_help(name: str) -> str:

@@ -18,6 +18,7 @@ from prefmill.core.config import ConfigT, nearest
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
 from prefmill.core.graceful_stop import STOP, Stopped
+from prefmill.core.places import STAGES, stages_folder
 
 Metrics = dict[str, Any]
 ArrayValue = str | int | float
@@ -155,11 +156,6 @@ def stage_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules([str(stages_folder())]))
 
 
-def stages_folder() -> Path:
-    """The folder of the package `stages`, in the checkout or where prefmill is installed."""
-    return Path(importlib.import_module("stages").__path__[0])
-
-
 def load_stage(name: str) -> Stage[Any]:
     """The stage called `name`; raises PipelineError listing the stages there are."""
     names = stage_names()
@@ -167,7 +163,7 @@ def load_stage(name: str) -> Stage[Any]:
         raise PipelineError(
             f"no stage '{name}'{nearest(name, names)}", expected=", ".join(names), fix="correct the stage's name"
         )
-    stage = importlib.import_module(f"stages.{name}").STAGE
+    stage = importlib.import_module(f"{STAGES}.{name}").STAGE
     assert isinstance(stage, Stage), f"stages/{name}.py must define STAGE"
     assert stage.name == name, f"stages/{name}.py defines a STAGE named {stage.name}"
     return stage

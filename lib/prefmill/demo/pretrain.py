@@ -107,7 +107,7 @@ def pretrain(
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED),
         processing_class=tokenizer,
-        callbacks=[StageCallback(task)],
+        callbacks=[StageCallback(task, config.save_minutes)],
     )
     check_every_step(trainer)
     trainer.train(resume_from_checkpoint=newest_checkpoint(task.output))

@@ -9,7 +9,8 @@ from typing import Any
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
-from prefmill.core.stage import ArrayValue, stages_folder
+from prefmill.core.places import stages_folder
+from prefmill.core.stage import ArrayValue
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.state import CODE_VERSION, code_version
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import PipelineError
+from prefmill.core.graceful_stop import clear_request
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import rank
 from prefmill.pipeline.plan import PlannedTask
@@ -32,6 +33,7 @@ def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
     store = _store()
     if rank():
         return _join(store.get(_WORD).decode())
+    clear_request(tasks[0].logs)
     try:
         execute(tasks[0], force, run=partial(_lead, tasks[0], partial(store.set, _WORD)))
     finally:

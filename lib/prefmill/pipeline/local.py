@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -17,14 +18,15 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from prefmill.core.errors import PrefmillError
-from prefmill.core.files import write_atomic
-from prefmill.core.stage import PROGRESS, Metrics, Task
+from prefmill.core.graceful_stop import Stopped, clear_request, request_stop
+from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.isolation import end_with_parent
+from prefmill.pipeline.interruption import interrupted_by_term, wait_for_all
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.preload import collect_from_now_on
+from prefmill.pipeline.progress_display import Bar
+from prefmill.pipeline.run_record import point_latest, write_plan
 from prefmill.pipeline.sharing import TAKEN, share
 from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
@@ -32,39 +34,58 @@ from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher, run_elsew
 from prefmill.pipeline.worker import (
     EXIT_BUG,
     EXIT_USER_ERROR,
+    INTERRUPTED,
     STATUS,
     at_work,
     execute,
     is_running,
     keep_finished,
+    read_status,
     write_status,
 )
 from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2
+_SAVE_SECONDS, _GRACE_SECONDS = 60.0, 3.0  # what an interrupted training gets to save in, and any other task to end in
+EXIT_INTERRUPTED = 130
 Say = Callable[[str], None]
 
 
-def run_plan(
-    plan: Plan, only: str | None = None, force: bool = False, say: Say = print, jobs: int | None = None
-) -> int:
-    """Run what is not up to date, upstream first; returns the exit code.
+@dataclass(frozen=True)
+class RunOptions:
+    """How a plan is run: `jobs` tasks side by side (none: one per GPU), and whether others go on after a failure.
 
-    A failed task stops what reads from it and nothing else. `only` limits the work to a stage or task and
-    `force` remakes what is selected even if it is up to date. Tasks that do not need each other run side by side,
-    one per GPU or `jobs` of them.
+    `describe` gives the lines to print of a task that is done.
+    """
+
+    jobs: int | None = None
+    keep_going: bool = True
+    describe: Callable[[PlannedTask], Iterable[str]] = lambda _: ()
+
+
+def run_plan(
+    plan: Plan, only: str | None = None, force: bool = False, say: Say = print, options: RunOptions = RunOptions()
+) -> int:
+    """Run the tasks that are not up to date, upstream first; returns the exit code.
+
+    A failed task stops what reads from it and, unless told otherwise, nothing else. `only` limits the work to a stage
+    or task and `force` remakes what is selected even if it is up to date. Interrupted by Ctrl-C or SIGTERM, trainings
+    save before they end.
     """
     selected = plan.select(only) if only else list(plan.tasks)
     point_latest(plan)
     write_plan(plan)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_preload(selected))
-    run = _Run(plan, list(selected), force, server, say, Slots(jobs))
+    run = _Run(plan, list(selected), force, server, say, Slots(options.jobs), options)
     try:
-        with at_work(plan.workspace, plan.run):
+        with at_work(plan.workspace, plan.run), interrupted_by_term():
             while run.waiting or run.running:
                 run.start_ready()
                 run.reap()
+    except KeyboardInterrupt:
+        run.save_and_end()
+        raise
     except BaseException:
         run.end()
         raise
@@ -74,39 +95,14 @@ def run_plan(
     return max(codes, default=0)
 
 
-def point_latest(plan: Plan) -> None:
-    """Point `data/latest`, `checkpoints/latest` and `logs/latest` at this run."""
-    for root in ("data", "checkpoints", "logs"):
-        folder = plan.workspace / root
-        (folder / plan.run).mkdir(parents=True, exist_ok=True)
-        link = folder / f".latest.{os.getpid()}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(plan.run)
-        os.replace(link, folder / "latest")
-
-
-def write_plan(plan: Plan) -> None:
-    """Record the tasks of this run for `prefmill status`, which reads no configuration."""
-    tasks = [
-        {
-            "key": task.key,
-            "output": str(task.output),
-            "logs": str(task.logs),
-            "needs": [other.key for other in plan.upstream(task)],
-        }
-        for task in plan.tasks
-    ]
-    path = plan.workspace / "logs" / plan.run / "plan.json"
-    write_atomic(path, json.dumps({"run": plan.run, "tasks": tasks}, indent=1) + "\n")
-
-
 @dataclass
 class _Running:
     task: PlannedTask
     process: ForkServerProcess
     started: float
     place: dict[str, str]
-    bar: Any
+    bar: Bar
+    ranks: int
 
 
 @dataclass
@@ -119,6 +115,7 @@ class _Run:
     server: Any
     say: Say
     slots: Slots
+    options: RunOptions
     running: dict[str, _Running] = field(default_factory=dict)
     lost: dict[str, list[str]] = field(default_factory=dict)
     codes: list[int] = field(default_factory=list)
@@ -164,8 +161,9 @@ class _Run:
         self.say(f"> {task.key}{f' ({ranks} ranks)' if ranks > 1 else ''} {_why(state, self.force)}")
         write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
         process = self.server.Process(target=_child, args=(task, self.force, place, ranks), name=task.key)
-        bar = tqdm(desc=task.key, leave=False, disable=not sys.stderr.isatty())
-        self.running[task.key] = _Running(task, process, time.monotonic(), place, bar)
+        clear_request(task.logs)
+        bar = Bar(task.key, task.logs, self.say)
+        self.running[task.key] = _Running(task, process, time.monotonic(), place, bar, ranks)
         process.start()
         return True
 
@@ -173,7 +171,7 @@ class _Run:
         """Wait a little, show the progress, and report the tasks whose process has ended."""
         wait([item.process.sentinel for item in self.running.values()], _POLL_SECONDS)
         for item in list(self.running.values()):
-            _show(item.bar, item.task.logs / PROGRESS)
+            item.bar.show()
             if not item.process.is_alive():
                 del self.running[item.task.key]
                 item.bar.close()
@@ -183,16 +181,35 @@ class _Run:
     def _report(self, item: _Running, code: int) -> None:
         if code == 0:
             self.say(f"+ {item.task.key} done in {time.monotonic() - item.started:.1f} s")
-            manifest = read_manifest(item.task.output)
-            for warning in manifest.metrics.get("warnings", []) if manifest else []:
-                self.say(f"  warning: {warning}")
+            for line in self.options.describe(item.task):
+                self.say(line)
             return
         self._lose(item.task, [item.task.key], code if code > 0 else EXIT_BUG)
         self.say(f"x {item.task.key} failed\n{_failure(item.task, code)}\n  log:      {log_path(item.task)}")
+        if not self.options.keep_going:
+            for task in self.waiting:
+                self._lose(task, [item.task.key], EXIT_USER_ERROR)
+                self.say(f"- {task.key} left out: {item.task.key} failed (--no-keep-going)")
+            self.waiting.clear()
 
     def _lose(self, task: PlannedTask, causes: list[str], code: int) -> None:
         self.lost[task.key] = causes
         self.codes.append(code)
+
+    def save_and_end(self) -> None:
+        """Have trainings save, as on Slurm's warning, then end; a second interruption ends all at once."""
+        seconds = max((_SAVE_SECONDS if item.task.stage.trains else _GRACE_SECONDS for item in self.running.values()),
+                      default=0.0)  # fmt: skip
+        for item in self.running.values():
+            self.say(f"- {item.task.key} is stopping; Ctrl-C again ends it at once")
+            item.process.terminate() if item.ranks > 1 else request_stop(item.task.logs, seconds)
+        with contextlib.suppress(KeyboardInterrupt):
+            wait_for_all([item.process for item in self.running.values()], seconds)
+        for item in self.running.values():
+            item.bar.close()
+            kept = read_status(item.task.logs)
+            self.say(f"- {item.task.key} {kept['error'] if kept.get('state') == INTERRUPTED else 'ended'}")
+        self.end()
 
     def end(self) -> None:
         """End every process that runs: nothing outlives an interrupted command."""
@@ -233,6 +250,8 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
 
     Several ranks are processes of their own, as in a job.
     """
+    # The terminal's Ctrl-C reaches every process: this one is to save, and its parent asks it to.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     collect_from_now_on()
     end_with_parent()
     _end_with_command()
@@ -248,6 +267,8 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except Stopped:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
@@ -267,15 +288,6 @@ def _end_with_command() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _show(bar: Any, progress: Path) -> None:
-    try:
-        record = json.loads(progress.read_text())
-    except FileNotFoundError:
-        return
-    bar.total, bar.unit, bar.n = record["total"], f" {record['unit']}", record["done"]
-    bar.refresh()
 
 
 def _failure(task: PlannedTask, code: int) -> str:

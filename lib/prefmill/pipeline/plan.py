@@ -14,7 +14,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from prefmill.core.artifact import MANIFEST
 from prefmill.core.config import ConfigT, StrictConfig, lay_over, load, merge, modern, nearest, read_yaml, validate
 from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names, stages_folder
+from prefmill.core.places import default_workspace
+from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
 from prefmill.pipeline.overrides import names_stage_key, with_stage_keys
 
@@ -128,12 +129,6 @@ class Plan:
                 fix="name a stage, or a task as STAGE:TASK",
             )  # fmt: skip
         return found
-
-
-def default_workspace() -> Path:
-    """The repository that holds `stages`, or the current folder when prefmill is installed as a package."""
-    repository = stages_folder().resolve().parent
-    return repository if (repository / "pyproject.toml").is_file() else Path.cwd()
 
 
 def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineFile:

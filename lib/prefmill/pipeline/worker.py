@@ -21,6 +21,7 @@ from typing import Any
 from prefmill.core.artifact import MANIFEST, RUN_RECORD, WORK, Artifact
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
+from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import STARTED, Metrics, Stage, Task
 from prefmill.distributed.devices import claim_device
 from prefmill.pipeline import attempts
@@ -30,7 +31,7 @@ from prefmill.pipeline.preload import import_now
 from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
 from prefmill.store.artifacts import publish, read_manifest, remaking, superseded
 
-STATUS = "status.json"
+STATUS, INTERRUPTED = "status.json", "interrupted"
 EXIT_USER_ERROR, EXIT_BUG = 2, 1
 _LOCK_PATIENCE_SECONDS = 15.0
 
@@ -160,6 +161,9 @@ def _reported(task: PlannedTask) -> Iterator[None]:
     write_status(task, "running", attempt=attempt)
     try:
         yield
+    except Stopped as stopped:  # asked for, by Ctrl-C or a warning: what was done is kept
+        _end(task, attempt, INTERRUPTED, error=str(stopped))
+        raise
     except BaseException as error:
         explained = explain_os_error(error) if isinstance(error, OSError) else None
         shown = explained or error

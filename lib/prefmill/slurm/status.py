@@ -10,16 +10,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.artifact import MANIFEST
 from prefmill.core.errors import PipelineError
 from prefmill.core.stage import PROGRESS
+from prefmill.core.terminal import paint_states
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
-from prefmill.pipeline.worker import is_at_work, is_running, read_status
+from prefmill.pipeline.worker import INTERRUPTED, is_at_work, is_running, read_status
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest
 from prefmill.slurm.jobs import JobState
@@ -65,7 +66,19 @@ def show_status(workspace: Path, run: str) -> int:
     """Print a run's tasks; returns 0, or 1 when one has failed."""
     seen = read_rows(workspace, run)
     print(render(run, seen.rows, seen.notes))
-    return int(any(row.state in ("failed", "killed", "stopped") for row in seen.rows))
+    return _exit_code(seen.rows)
+
+
+def status_json(workspace: Path, run: str) -> int:
+    """Print a run's tasks as JSON; returns as `show_status` does."""
+    seen = read_rows(workspace, run)
+    rows = [{**asdict(row), "gpu_hours": row.gpu_hours} for row in seen.rows]
+    print(json.dumps({"run": run, "tasks": rows, "notes": seen.notes, "goes_on": seen.goes_on}, indent=1))
+    return _exit_code(seen.rows)
+
+
+def _exit_code(rows: Iterable[Row]) -> int:
+    return int(any(row.state in ("failed", "killed", "stopped") for row in rows))
 
 
 def watch_status(workspace: Path, run: str, seconds: float) -> int:
@@ -119,7 +132,7 @@ def render(run: str, rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
     summary = f"{len(rows)} tasks: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
     busy = sum(row.gpus for row in rows if row.state == "running")
     cost = f"cost so far: {sum(row.gpu_hours for row in rows):.1f} GPU-hours" + (f", {busy} GPUs at work" * bool(busy))
-    return "\n".join([f"run {run}", *(line.rstrip() for line in table), summary, cost, *notes])
+    return "\n".join([f"run {run}", *(paint_states(line.rstrip()) for line in table), summary, cost, *notes])
 
 
 def explain(workspace: Path, run: str, key: str, logs: Path) -> list[str]:
@@ -205,6 +218,8 @@ def _left_state(
     error = error[-1:] if error[:1] == ["Traceback (most recent call last):"] else error[:1]
     if tried and seen and not (state == "failed" and error):
         return "ended", f"Slurm: {job.state}" if job else seen.ended.get(tried.element, "its job is gone")
+    if state == INTERRUPTED:
+        return state, f"{status['error']}: run again to resume"
     if state in ("running", "complete", "killed"):
         return "interrupted", f"{status.get('signal', 'its process ended early')}: run again to resume"
     return state, error[0] if state == "failed" and error else ""

@@ -15,8 +15,8 @@ from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.pipeline.decisions import submissions_folder
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
-from prefmill.pipeline.local import point_latest, write_plan
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
+from prefmill.pipeline.run_record import point_latest, write_plan
 from prefmill.pipeline.sharing import share_finished
 from prefmill.pipeline.state import code_version, inspect
 from prefmill.slurm import jobs as slurm

@@ -16,7 +16,8 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, lay_over, load, merge, read_yaml
 from prefmill.core.errors import ConfigError, DivergedError, InputError, PrefmillError
 from prefmill.core.files import write_atomic
-from prefmill.core.stage import Stage, load_stage, stages_folder
+from prefmill.core.places import STAGES, stages_folder
+from prefmill.core.stage import Stage, load_stage
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.worker import is_running, read_status
 from prefmill.store.artifacts import read, read_manifest
@@ -125,7 +126,7 @@ def _run_stage(
     config = folder / f"{stage.name}.yaml"
     write_atomic(config, _to_yaml(values))
     given = [f"inputs.{name}=[{','.join(str(item.path) for item in items)}]" for name, items in inputs.items() if items]
-    command = [sys.executable, "-m", f"stages.{stage.name}", str(config), f"run={RUN}", f"workspace={folder}", *given]
+    command = [sys.executable, "-m", f"{STAGES}.{stage.name}", str(config), f"run={RUN}", f"workspace={folder}", *given]
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
             command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent,

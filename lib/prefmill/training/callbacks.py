@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,35 @@ from prefmill.pipeline.attempts import EXECUTED
 from prefmill.store.jsonl import append_row
 from prefmill.training.checkpoints import STEPS, mark_complete
 
+_GO_ON, _SAVE, _STOP = 0, 1, 2  # what rank 0 has all ranks do after a step
+
 
 class StageCallback(TrainerCallback):
-    """Records steps, publishes progress, marks checkpoints; stops when asked, after saving."""
+    """Records steps, publishes progress, marks checkpoints; saves every few minutes, and before it stops when asked."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, save_minutes: float) -> None:
         self.task = task
         self.stopping = False
         self._watch = StopWatch(task.logs)
+        self._save_seconds, self._saved = 60 * save_minutes, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Record that this optimizer step was taken; save and stop after it where that was asked for."""
-        due = False
+        word = _GO_ON
         if state.is_world_process_zero:
             append_row(self.task.logs / EXECUTED, {"step": state.global_step})
             self.task.progress(state.global_step, state.max_steps, "steps")
-            due = self._watch.due(state.global_step, int(args.logging_steps))
-        if state.global_step < state.max_steps and _rank_zero_says(due, args.device):
-            self.stopping = control.should_save = control.should_training_stop = True
+            word = self._decide(state.global_step, int(args.logging_steps))
+        if state.global_step < state.max_steps and (word := _rank_zero_says(word, args.device)):
+            control.should_save = True
+            self.stopping = control.should_training_stop = word == _STOP
+
+    def _decide(self, step: int, logging_steps: int) -> int:
+        if self._watch.due(step, logging_steps):
+            return _STOP
+        # A logged loss is the mean since the one before: only where it is logged does resuming leave it as it was.
+        is_late = time.monotonic() - self._saved > self._save_seconds
+        return _SAVE if is_late and step % logging_steps == 0 else _GO_ON
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch broken off is no occasion to evaluate."""
@@ -64,6 +76,7 @@ class StageCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint just written as complete, once every rank has written its part."""
+        self._saved = time.monotonic()
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
@@ -97,13 +110,13 @@ def _require_numbers(loss: Tensor, grad_norm: Any, step: int) -> None:
     )  # fmt: skip
 
 
-def _rank_zero_says(decision: bool, device: torch.device) -> bool:
+def _rank_zero_says(decision: int, device: torch.device) -> int:
     """The same answer on every rank: what rank 0 has decided."""
     if not torch.distributed.is_initialized():
         return decision
     answer = torch.tensor([decision], dtype=torch.int32, device=device)
     torch.distributed.broadcast(answer, 0)
-    return bool(answer.item())
+    return int(answer.item())
 
 
 _CURVE_KEYS = {

@@ -79,6 +79,7 @@ class TrainingConfig(StrictConfig):
 
     logging_steps: int = runtime(10, ge=1)
     save_steps: int = runtime(500, ge=1)
+    save_minutes: float = runtime(5.0, gt=0)
     save_total_limit: int = runtime(2, ge=2)  # while one is written, the one before it is what a kill leaves
     dataloader_num_workers: int = runtime(0, ge=0)
     report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(["tensorboard"])
@@ -102,7 +103,7 @@ class TrainingConfig(StrictConfig):
     def _shipped_with_the_repository(cls, given: Any) -> Any:
         if not isinstance(given, str) or Path(given).expanduser().exists():
             return given
-        from prefmill.pipeline.plan import default_workspace
+        from prefmill.core.places import default_workspace
 
         shipped = default_workspace() / given  # an absolute path stays what it is
         return str(shipped) if shipped.exists() else given

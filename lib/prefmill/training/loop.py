@@ -57,7 +57,9 @@ def run_training(spec: TrainingSpec) -> Metrics:
     """Train from the newest complete checkpoint on, and publish; every rank calls."""
     task = spec.task
     # A stage's callbacks come first: what they write is part of a complete checkpoint.
-    trainer = spec.data.trainer(spec.load(), spec.config, task, [*spec.callbacks, StageCallback(task)])
+    trainer = spec.data.trainer(
+        spec.load(), spec.config, task, [*spec.callbacks, StageCallback(task, spec.config.save_minutes)]
+    )
     if spec.processor is not None:
         ensure_savable(trainer.model, spec.processor)
     if spec.reference is not None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from toys import toy_plan
 
+from prefmill.cli.headlines import describe
 from prefmill.core.errors import PipelineError
-from prefmill.pipeline.local import run_plan
+from prefmill.pipeline.local import RunOptions, run_plan
 from prefmill.pipeline.slots import Slots
 from prefmill.store.artifacts import read_manifest
 
@@ -35,7 +36,7 @@ def test_tasks_side_by_side_make_what_tasks_in_a_row_make(tmp_path: Path) -> Non
     def digests(jobs: int) -> list[str]:
         plan = toy_plan(tmp_path / str(jobs), make={"array": {"shard": 3}}, use={})
         said: list[str] = []
-        assert run_plan(plan, say=said.append, jobs=jobs) == 0, said
+        assert run_plan(plan, say=said.append, options=RunOptions(jobs)) == 0, said
         first_end = next(n for n, line in enumerate(said) if line.startswith("+"))
         assert first_end == jobs, said  # so many had started
         return [manifest.content_digest for task in plan.tasks if (manifest := read_manifest(task.output))]
@@ -61,5 +62,19 @@ def test_gpus_are_given_to_tasks_and_come_back(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_anywhere")
 def test_what_a_stage_warns_of_stands_on_the_console(tmp_path: Path) -> None:
     said: list[str] = []
-    assert run_plan(toy_plan(tmp_path, make={"set": {"rows": 0}}), say=said.append) == 0
-    assert said[-1] == "  warning: no rows"
+    options = RunOptions(describe=describe)
+    assert run_plan(toy_plan(tmp_path, make={"set": {"rows": 0}}), say=said.append, options=options) == 0
+    assert said[-1] == "! no rows"
+
+
+@pytest.mark.usefixtures("_anywhere")
+def test_after_a_failure_others_go_on_unless_told_otherwise(tmp_path: Path) -> None:
+    def done(keep_going: bool) -> list[str]:
+        array = {"array": {"shard": 2}, "set": {"fail": "bug"}}
+        said: list[str] = []
+        plan = toy_plan(tmp_path / str(keep_going), make=array)
+        assert run_plan(plan, say=said.append, options=RunOptions(keep_going=keep_going)) != 0
+        return [line.split()[1] for line in said if line[0] == "x"]
+
+    assert done(True) == ["make:shard0", "make:shard1"]
+    assert done(False) == ["make:shard0"]

@@ -10,8 +10,8 @@ from toys import RUNS
 
 from prefmill.core.errors import PipelineError
 from prefmill.pipeline import runs
-from prefmill.pipeline.local import write_plan
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
+from prefmill.pipeline.run_record import write_plan
 from prefmill.pipeline.sharing import share, share_finished
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.worker import execute, read_status

@@ -1,0 +1,105 @@
+"""Shell completion of commands, options, pipelines, runs, stages, tasks and keys; no heavy import, under 0.1 s.
+
+`eval "$(prefmill completion bash)"` in ~/.bashrc, or the same with zsh in ~/.zshrc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prefmill.core.places import default_workspace
+
+KEYS = Path(__file__).parent / "keys.json"  # written by `python -m tests.docs.keys`: importing the stages takes seconds
+_BASH = """_prefmill() {
+  local IFS=$'\\n'
+  COMPREPLY=($(prefmill __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+  [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//[=:]/}
+complete -o default -F _prefmill prefmill
+"""
+_SCRIPTS = {"bash": _BASH, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{_BASH}"}
+SHELLS = tuple(_SCRIPTS)
+_RUN_FIRST = ("status", "advance", "pair", "pairs", "rate", "rm", "gc", "compare")
+_TASK_FIRST = ("logs", "rerun", "cancel", "restore")
+
+
+def script(shell: str) -> str:
+    """What the shell evaluates once at its start."""
+    return _SCRIPTS[shell]
+
+
+def complete(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The candidates for the last of `words`, all that was typed after `prefmill`."""
+    *before, word = words or [""]
+    commands = _commands(parser)
+    if not before:
+        return _starting(word, commands)
+    if before[0] not in commands:
+        return []
+    if word.startswith("-"):
+        return _starting(word, _options(commands[before[0]]))
+    return _starting(word, _values(before, word))
+
+
+def _values(before: Sequence[str], word: str) -> Iterable[str]:
+    workspace = _workspace(before)
+    command, last = before[0], before[-1]
+    pipeline = next((Path(item) for item in before[1:] if item.endswith((".yaml", ".yml"))), None)
+    if last == "--run" or (command in _RUN_FIRST and not last.startswith("--")):
+        return _runs(workspace)
+    if command in _TASK_FIRST:
+        run = before[before.index("--run") + 1] if "--run" in before[:-1] else "latest"
+        return _tasks(workspace, run)
+    if pipeline is None:
+        return sorted(str(path) for path in Path("configs/pipelines").glob("*.yaml"))
+    stages = _stages(pipeline)
+    if last == "--only" or (command == "why" and last == str(pipeline)):
+        return stages
+    keys = json.loads(KEYS.read_text()) if KEYS.is_file() else {}
+    named = [stage for stage in stages if word.startswith(f"{stage}.")]
+    if named:
+        return [f"{named[0]}.{key}=" for key in keys.get(named[0], ())]
+    return ["run=", "workspace=", *(f"{stage}." for stage in stages)]
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices)
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+
+
+def _workspace(before: Sequence[str]) -> Path:
+    given = [item.removeprefix("workspace=") for item in before if item.startswith("workspace=")]
+    given += [before[place + 1] for place, item in enumerate(before[:-1]) if item == "--workspace"]
+    return Path(given[-1]).expanduser() if given else default_workspace()
+
+
+def _runs(workspace: Path) -> list[str]:
+    return sorted(path.parent.name for path in (workspace / "logs").glob("*/plan.json"))
+
+
+def _tasks(workspace: Path, run: str) -> list[str]:
+    path = workspace / "logs" / run / "plan.json"
+    keys = [task["key"] for task in json.loads(path.read_text())["tasks"]] if path.is_file() else []
+    return [*dict.fromkeys(key.partition(":")[0] for key in keys), *keys]
+
+
+def _stages(pipeline: Path) -> list[str]:
+    """The stages of a pipeline file by its indentation: reading YAML takes longer than a key press may."""
+    try:
+        text = pipeline.read_text()
+    except OSError:
+        return []
+    return re.findall(r"^  (\w+):", text.partition("\nstages:")[2], re.MULTILINE)
+
+
+def _starting(word: str, candidates: Iterable[str]) -> list[str]:
+    return [item for item in candidates if item.startswith(word)]

@@ -1,0 +1,70 @@
+"""A finished task in a line, and its warnings: what a reader of the console would otherwise look for in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.errors import ArtifactError
+from prefmill.pipeline.plan import PlannedTask
+from prefmill.store.artifacts import read_manifest
+
+_PHRASES = {  # of the metrics that stages return, those worth a place in the line, in its order
+    "papers": "{:,} papers", "reviews": "{:,} reviews", "num_scored": "{:,} reviews scored",
+    "mean_checkmark_score": "mean score {:.2f}", "num_images": "{:,} images", "num_kept": "{:,} items kept",
+    "train_rows": "{:,} rows", "pairs": "{:,} pairs", "steps": "{:,} steps", "final_loss": "last loss {:.3f}",
+    "val_loss": "validation loss {:.3f}", "val_accuracy": "validation accuracy {:.1%}", "errors": "{:,} errors",
+    "warnings": "{:,} warnings", "checkmark_score": "checklist score {:.2f}", "num_papers": "over {:,} papers",
+    "recommendation_correct": "recommendations right {:.0%}", "n_trials": "{:,} trials",
+}  # fmt: skip
+_MOST_PHRASES, _MOST_WARNINGS = 4, 3
+_FAULTS = {
+    "quarantined_rows": "{:,} rows set aside: see quarantine.jsonl", "num_failed": "{:,} reviews could not be scored",
+    "num_truncated": "{:,} reviews were cut to fit the model", "unscored_reviews": "{:,} reviews have no score",
+    "num_empty": "{:,} reviews are empty", "dropped_rows": "{:,} rows were left out",
+}  # fmt: skip
+
+
+def describe(task: PlannedTask) -> list[str]:
+    """The headline of a finished task, where its metrics have one, and a line for each of its first warnings."""
+    try:
+        manifest = read_manifest(task.output)
+    except ArtifactError:
+        return []
+    metrics = manifest.metrics if manifest else {}
+    found = [*_faults(metrics), *_findings(task.output), *_alarms(task.logs)]
+    head = headline(metrics)
+    more = [f"! {len(found) - _MOST_WARNINGS} more warnings"] if len(found) > _MOST_WARNINGS else []
+    return [*([f"  {head}"] if head else []), *(f"! {text}" for text in found[:_MOST_WARNINGS]), *more]
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """The numbers of a task worth a glance; empty where it has none of them."""
+    rows = metrics.get("rows")
+    parts = rows.items() if isinstance(rows, Mapping) else ()
+    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in parts]
+    known = {name: metrics[name] for name in _PHRASES if isinstance(metrics.get(name), (int, float))}
+    return ", ".join([*counts, *(_PHRASES[name].format(value) for name, value in known.items())][:_MOST_PHRASES])
+
+
+def _faults(metrics: Mapping[str, Any]) -> Iterator[str]:
+    yield from (text.format(metrics[name]) for name, text in _FAULTS.items() if metrics.get(name))
+    if isinstance(told := metrics.get("warnings"), list):
+        yield from map(str, told)
+
+
+def _findings(output: Path) -> Iterator[str]:
+    """What validate_datasets warns of."""
+    path = output / "report.json"
+    found = json.loads(path.read_text()).get("findings", []) if path.is_file() else []
+    yield from (f"{item['where']}: {item['what']}" for item in found if item["severity"] == "warning")
+
+
+def _alarms(logs: Path) -> Iterator[str]:
+    """What a preference training noticed of itself, the last word of it."""
+    path = logs / "alarms.jsonl"
+    rows = path.read_text().splitlines() if path.is_file() else []
+    if rows:
+        yield f"{len(rows)} alarms during training, the last: {rows[-1][:160]}"

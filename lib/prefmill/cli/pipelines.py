@@ -1,0 +1,134 @@
+"""The commands of `prefmill` that take a pipeline: run, submit, plan, why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefmill.cli.console import Console, add_verbosity
+from prefmill.core.terminal import paint_states
+
+
+def add_pipeline_commands(commands: Any) -> None:
+    """Add every command of this module to the parser's commands."""
+    run = pipeline_command(commands, "run", "run a pipeline on this machine: only what changed", _run)
+    run.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
+    run.add_argument("--force", action="store_true", help="remake the selected tasks even if they are up to date")
+    run.add_argument("--jobs", type=_positive, metavar="N", help="tasks at once (default: one per GPU, or one)")
+    run.add_argument("--dry-run", action="store_true", help="print which tasks would run, and why; run nothing")
+    run.add_argument(
+        "--keep-going", action=argparse.BooleanOptionalAction, default=True,
+        help="after a failure run the tasks that do not need the failed one (default), or start nothing more",
+    )  # fmt: skip
+    add_verbosity(run)
+    submit = pipeline_command(commands, "submit", "submit to Slurm the tasks that are not complete or queued", _submit)
+    submit.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
+    submit.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
+    submit.add_argument("--dry-run", action="store_true", help="print the scripts and submit nothing")
+    plan = pipeline_command(commands, "plan", "show every task and whether it would run", _plan)
+    why = pipeline_command(commands, "why", "explain the state of a stage or task", _why, selects=True)
+    for parser in (plan, why):
+        parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def pipeline_command(
+    commands: Any, name: str, summary: str, command: Callable[..., int], selects: bool = False
+) -> argparse.ArgumentParser:
+    """A command that takes a pipeline file and `key=value` arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
+    if selects:
+        parser.add_argument("selector", metavar="STAGE[:TASK]", help="which stage or task")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def load_plan(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The pipeline and its plan."""
+    from prefmill.pipeline.plan import make_plan, read_pipeline
+
+    pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
+    return pipeline, make_plan(pipeline, arguments.pipeline)
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from prefmill.cli.headlines import describe
+    from prefmill.pipeline.local import RunOptions, run_plan
+
+    _, plan = load_plan(arguments)
+    if arguments.dry_run:
+        return _show_plan(plan, arguments.only, arguments.force)
+    say = Console(arguments, plan.workspace / "logs" / plan.run)
+    options = RunOptions(arguments.jobs, arguments.keep_going, describe)
+    return run_plan(plan, arguments.only, arguments.force, say, options)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from prefmill.slurm.cluster import read_cluster
+    from prefmill.slurm.estimate import check_requests
+    from prefmill.slurm.submit import submit
+
+    pipeline, plan = load_plan(arguments)
+    cluster = read_cluster(arguments.cluster)
+    if not arguments.dry_run:  # one may print scripts for another site
+        check_requests(pipeline, plan, cluster)
+    submit(pipeline, plan, arguments.pipeline, cluster, arguments.only, arguments.dry_run)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    return _show_plan(load_plan(arguments)[1], as_json=arguments.json)
+
+
+def _show_plan(plan: Any, only: str | None = None, force: bool = False, as_json: bool = False) -> int:
+    from prefmill.pipeline.state import inspect
+
+    states, tasks = inspect(plan), plan.select(only) if only else plan.tasks
+    if as_json:
+        rows = [{"task": task.key, "output": str(task.output), **asdict(states[task.key])} for task in tasks]
+        print(json.dumps({"run": plan.run, "workspace": str(plan.workspace), "tasks": rows}, indent=1))
+        return 0
+    print(f"run {plan.run} in {plan.workspace}")
+    for task in tasks:
+        state = states[task.key]
+        forced = ("remade as asked (--force)",) if force and state.freshness == "complete" else state.reasons
+        print(paint_states(f"  {task.key:<28} {state.freshness:<9} {'; '.join(forced)}"))
+    return 0
+
+
+def _why(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.state import inspect
+
+    _, plan = load_plan(arguments)
+    states = inspect(plan)
+    pending = [task.key for task in plan.select(arguments.selector)]
+    told: dict[str, Any] = {}
+    while pending:
+        key = pending.pop(0)
+        told[key] = {**asdict(states[key]), "last_attempt": _last_attempt(plan, key, states[key])}
+        pending += [other for other in states[key].waiting_for if other not in [*pending, *told]]
+    if arguments.json:
+        print(json.dumps(told, indent=1))
+        return 0
+    for key, state in told.items():
+        print(paint_states(f"{key}: {state['freshness']}"), *state["reasons"], *state["last_attempt"], sep="\n  ")
+    return 0
+
+
+def _last_attempt(plan: Any, key: str, state: Any) -> list[str]:
+    """What is known of the last attempt at a task that is not complete."""
+    from prefmill.slurm.status import explain
+
+    (task,) = plan.select(key)
+    return explain(plan.workspace, plan.run, key, task.logs) if state.freshness != "complete" else []

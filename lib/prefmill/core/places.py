@@ -1,0 +1,23 @@
+"""Where stages and outputs are: in a checkout, in the copy a submission keeps, or with an installed package.
+
+Imports nothing heavy: shell completion asks here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+# Named by its place: a wheel may claim no such top-level name as `stages`, and a folder of that name may be anybody's.
+STAGES = "prefmill.stages" if (Path(__file__).resolve().parents[1] / "stages").is_dir() else "stages"
+
+
+def stages_folder() -> Path:
+    """The folder of the package `stages`, in the checkout or where prefmill is installed."""
+    return Path(importlib.import_module(STAGES).__path__[0])
+
+
+def default_workspace() -> Path:
+    """The repository that holds `stages`, or the current folder when prefmill is installed as a package."""
+    repository = stages_folder().resolve().parent
+    return repository if (repository / "pyproject.toml").is_file() else Path.cwd()

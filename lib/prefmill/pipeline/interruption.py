@@ -1,0 +1,30 @@
+"""Ending a command on this machine: SIGTERM is taken for Ctrl-C, and processes get a while to save."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing.process import BaseProcess
+
+
+def wait_for_all(processes: Iterable[BaseProcess], seconds: float) -> None:
+    """Wait until every process has ended, or the time is over."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextlib.contextmanager
+def interrupted_by_term() -> Iterator[None]:
+    """Have SIGTERM interrupt this process as Ctrl-C does; elsewhere than in the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,35 @@
+"""What a run leaves for other commands: the plan it follows, and the links that name the newest run."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from prefmill.core.files import write_atomic
+from prefmill.pipeline.plan import Plan
+
+
+def point_latest(plan: Plan) -> None:
+    """Point `data/latest`, `checkpoints/latest` and `logs/latest` at this run."""
+    for root in ("data", "checkpoints", "logs"):
+        folder = plan.workspace / root
+        (folder / plan.run).mkdir(parents=True, exist_ok=True)
+        link = folder / f".latest.{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(plan.run)
+        os.replace(link, folder / "latest")
+
+
+def write_plan(plan: Plan) -> None:
+    """Record the tasks of this run for `prefmill status`, which reads no configuration."""
+    tasks = [
+        {
+            "key": task.key,
+            "output": str(task.output),
+            "logs": str(task.logs),
+            "needs": [other.key for other in plan.upstream(task)],
+        }
+        for task in plan.tasks
+    ]
+    path = plan.workspace / "logs" / plan.run / "plan.json"
+    write_atomic(path, json.dumps({"run": plan.run, "tasks": tasks}, indent=1) + "\n")

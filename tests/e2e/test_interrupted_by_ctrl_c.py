@@ -1,0 +1,86 @@
+"""Ctrl-C and kill on this machine: a training saves and goes on there, at most one step twice; so does the clock."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from pipeline_runs import command, environment, prefmill
+
+from prefmill.pipeline.attempts import EXECUTED
+from prefmill.store.artifacts import read
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+from tests.tiny import save_tiny_qwen2
+
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
+STEPS = 60
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    """One training of 60 steps that by its keys saves at the end alone."""
+    chats = [{"prompt": f"Paper {n}?", "completion": f"It has {n} proofs."} for n in range(4 * STEPS)]
+    write_jsonl(tmp_path / "chats.jsonl", chats)
+    keys = {
+        "model_name_or_path": str(save_tiny_qwen2(tmp_path / "model")), "dataset": str(tmp_path / "chats.jsonl"),
+        "max_length": 64, "learning_rate": 1e-3, "precision": "fp32", "num_train_epochs": 1,
+        "per_device_train_batch_size": 4, "effective_batch_size": 4, "logging_steps": 5, "save_steps": 500,
+        "report_to": [],
+    }  # fmt: skip
+    path = tmp_path / "one.yaml"
+    stages = {"sft": {"set": keys}}
+    path.write_text(yaml.safe_dump({"name": "one", "workspace": str(tmp_path), "share": False, "stages": stages}))
+    return path
+
+
+def executed(workspace: Path, run: str) -> list[int]:
+    path = workspace / "logs" / run / "sft" / "all" / EXECUTED
+    return [row["step"] for row in read_jsonl(path)] if path.is_file() else []
+
+
+def interrupt(pipeline: Path, run: str, number: signal.Signals, at_step: int) -> tuple[int, str]:
+    """Start the run and send the signal to all of its processes, as a terminal does, after `at_step` steps."""
+    words = command("run", pipeline, f"run={run}")
+    started = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 180
+    while len(executed(pipeline.parent, run)) < at_step:
+        assert started.poll() is None, started.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if number == signal.SIGINT:
+        os.killpg(started.pid, number)
+    else:
+        started.send_signal(number)
+    printed, _ = started.communicate(timeout=120)
+    return started.returncode, printed
+
+
+def test_an_interrupted_training_saves_and_repeats_at_most_one_step(pipeline: Path) -> None:
+    calm = prefmill("run", pipeline, "run=calm", "sft.save_minutes=0.00001")
+    assert calm.returncode == 0, calm.stdout + calm.stderr
+    kept = (pipeline.parent / "checkpoints" / "calm" / "sft" / "all").glob("checkpoint-*")
+    by_the_clock = sorted(int(path.name.removeprefix("checkpoint-")) for path in kept)
+    assert by_the_clock == [STEPS - 5, STEPS]  # where a loss is logged; two are kept
+    for number, at_step in ((signal.SIGINT, 7), (signal.SIGTERM, len(executed(pipeline.parent, "cut")) + 23)):
+        code, printed = interrupt(pipeline, "cut", number, at_step)
+        assert code == 130, printed
+        assert "sft:all saved and stopped at step" in printed
+        status = prefmill("status", "cut", "--workspace", pipeline.parent).stdout
+        assert "interrupted" in status
+        assert "run again to resume" in status
+    done = prefmill("run", pipeline, "run=cut")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = Counter(executed(pipeline.parent, "cut"))
+    assert set(steps) == set(range(1, STEPS + 1))
+    assert sum(steps.values()) <= STEPS + 2, "two interruptions, one step each"
+    assert max(steps.values()) <= 2
+    made = [read(pipeline.parent / "checkpoints" / run / "sft" / "all") for run in ("calm", "cut")]
+    assert made[0].manifest.content_digest == made[1].manifest.content_digest
