@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_shared_pairs_have_the_token_ids_and_the_loss_of_trl(
     path = shared_data / "pairs" / "llamafactory_dpo_en_demo.json"
     tokenizer = load_tokenizer(str(policy.path))
     train, _ = write_pairs(validate(PairSource, {"dataset": str(path)}), tmp_path / "own", tmp_path / "bad.json")
-    groups = group_by_prompt(read_pairs(train), lambda messages, answer: encode(tokenizer, messages, answer))
+    groups = group_by_prompt(read_pairs(train), partial(encode, tokenizer))
     ours = {
         pair.pair_id: (group.prompt, group.responses[pair.chosen], group.responses[pair.rejected])
         for group in groups

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -32,27 +33,53 @@ class GroupDPOTrainer(DPOTrainer):
     """A DPOTrainer whose losses and gradients equal TRL's, from fewer tokens where pairs share prompts.
 
     Pairs of one prompt are drawn into the same batch where it has room (`train_sampling_strategy="sequential"` keeps
-    the dataset's order). Raises ConfigError for images, whose door is the stage `dpo`, for mixtures of experts with
-    a balancing loss, and for models without full attention in every layer.
+    the dataset's order). Between steps the model is as TRL's trainer has it. Raises ConfigError for images (the stage
+    `dpo` takes them), for mixtures of experts with a balancing loss, for prompt and prefix tuning, and for models whose
+    layers are not known to share prompts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._share_prompts()
+        with self._sharing():
+            pass  # refuses here, not at the first step
 
-    def _share_prompts(self) -> None:
+    @contextmanager
+    def _sharing(self) -> Iterator[None]:
+        """Have policy and reference share prompts within."""
+        self._require_shareable()
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(sharing_prompts(model))
+            yield
+
+    def _require_shareable(self) -> None:
         if self._is_vision_dataset or self.aux_loss_enabled:
             raise ConfigError(
                 "GroupDPOTrainer trains dense text models", got="images" if self._is_vision_dataset else "a mixture",
                 fix="images: use prefmill's stage dpo; mixtures with a balancing loss: use TRL's DPOTrainer",
             )  # fmt: skip
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                share_prompts(self.accelerator.unwrap_model(model))
+        peft = getattr(self.accelerator.unwrap_model(self.model), "active_peft_config", None)
+        if peft is not None and peft.is_prompt_learning:
+            raise ConfigError(
+                "GroupDPOTrainer does not train prompts or prefixes", got=str(peft.peft_type.value),
+                expected="LoRA or another adapter in the layers, or the whole model",
+                fix="use TRL's DPOTrainer: virtual tokens stand before each row, where rows share nothing",
+            )  # fmt: skip
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        self._share_prompts()
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        with self._sharing():
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's step; its backward pass is within, as checkpointed layers run again there."""
+        with self._sharing():
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss, of steps and of evaluation."""
+        with self._sharing():
+            return super().compute_loss(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -120,17 +147,19 @@ class PromptSampler(Sampler[int]):
         return dict(enumerate(groups.values()))
 
 
-def share_prompts(model: Any) -> None:
-    """Have TRL's fused forward of `model` run each distinct prompt, and each distinct answer to it, once.
+@contextmanager
+def sharing_prompts(model: Any) -> Iterator[None]:
+    """Within, TRL's fused forward of `model` runs each distinct prompt, and each distinct answer to it, once.
 
     Other calls, such as generation, run as they did, with the attention that the model came with.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(base, _MARK, False):
+    if getattr(base, _MARK, False):  # a loss within a step
+        yield
         return
     own_attention, own_forward = base.config._attn_implementation, base.forward
+    before = [(module, module.__dict__.get("forward")) for module in (base, base.base_model)]
     use_group_attention(base)
-    base.base_model.forward = MethodType(_pick_rows(base.base_model.forward), base.base_model)
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if fused_lm_head:
@@ -143,8 +172,17 @@ def share_prompts(model: Any) -> None:
             self.set_attn_implementation(shared_attention)
 
     forward.__signature__ = getattr(own_forward, "__signature__", None)  # type: ignore[attr-defined]
+    base.base_model.forward = MethodType(_pick_rows(base.base_model.forward), base.base_model)
     base.forward = MethodType(forward, base)
     setattr(base, _MARK, True)
+    try:
+        yield
+    finally:
+        delattr(base, _MARK)
+        for module, found in before:
+            # What stood on the class is found there again: a copy of the model must not run this one's.
+            module.__dict__.pop("forward") if found is None else setattr(module, "forward", found)
+        base.set_attn_implementation(own_attention)
 
 
 def _shared(

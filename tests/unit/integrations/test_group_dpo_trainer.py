@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from pathlib import Path
@@ -49,8 +50,9 @@ def make(kind: str, folder: Path, out: Path, data: list[dict[str, Any]], **keys:
         "max_length": None, "per_device_train_batch_size": len(data), "save_strategy": "no",
     }  # fmt: skip
     extra = {key: keys.pop(key) for key in ("peft_config", "eval_dataset") if key in keys}
+    model = keys.pop("model", None) or moved(folder)
     return {"trl": DPOTrainer, "group": GroupDPOTrainer}[kind](
-        model=moved(folder), ref_model=None if extra.get("peft_config") else load_model(str(folder), precision="fp32"),
+        model=model, ref_model=None if extra.get("peft_config") else load_model(str(folder), precision="fp32"),
         args=DPOConfig(**{**settings, **keys}), train_dataset=Dataset.from_list(data),
         processing_class=load_tokenizer(str(folder)), **extra,
     )  # fmt: skip
@@ -168,4 +170,37 @@ def test_images_are_sent_to_the_stage(tiny_qwen2: Path, tmp_path: Path, monkeypa
     trainer = make("group", tiny_qwen2, tmp_path, rows(1, 2))
     trainer._is_vision_dataset = True
     with pytest.raises(ConfigError, match="stage dpo"):
-        trainer._share_prompts()
+        trainer._require_shareable()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_refused_in_words(kind: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+    import peft
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ConfigError, match="does not train prompts or prefixes"):
+        make("group", tiny_qwen2, tmp_path, rows(1, 2), peft_config=config)
+
+
+def test_the_model_is_left_as_it_was_found(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """A second trainer on the same model, and one on a copy, give what they give on a fresh model."""
+    expected = loss_and_gradients(make("group", tiny_qwen2, tmp_path, rows()))
+    first = make("group", tiny_qwen2, tmp_path, rows(), max_steps=1, learning_rate=0.0)
+    first.train()
+    model = first.model
+    assert model.config._attn_implementation == "sdpa"
+    assert "forward" not in model.base_model.__dict__
+    copied = copy.deepcopy(model)
+    for given in (model, copied):
+        given.zero_grad()
+        given.gradient_checkpointing_disable()  # `loss_and_gradients` goes backward outside of a step
+        second = make("group", tiny_qwen2, tmp_path, rows(), model=given)
+        assert second.model is given
+        found = loss_and_gradients(second)
+        assert found[0] == pytest.approx(expected[0], abs=1e-6)
+        for key, gradient in expected[1].items():
+            assert (found[1][key] - gradient).abs().max() < 1e-6, key
+    ids = torch.tensor([first.train_dataset[0]["prompt_ids"]])
+    plain = moved(tiny_qwen2)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)
