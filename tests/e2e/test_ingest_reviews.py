@@ -21,8 +21,9 @@ from prefmill.pipeline.worker import execute
 from prefmill.reviews.generated import generate
 from prefmill.reviews.join import papers_with_reviews
 from prefmill.reviews.store import CorpusStore
-from prefmill.store.artifacts import read, read_manifest, verify
+from prefmill.store.artifacts import read, read_manifest
 from prefmill.store.jsonl import read_jsonl
+from prefmill.store.stamps import verify
 
 
 def planned(folder: Path, **config: Any) -> PlannedTask:

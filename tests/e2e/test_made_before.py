@@ -13,8 +13,9 @@ from prefmill.pipeline.attempts import EXECUTED
 from prefmill.pipeline.plan import Plan, make_plan, read_pipeline
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.worker import execute
-from prefmill.store.artifacts import read, verify
+from prefmill.store.artifacts import read
 from prefmill.store.jsonl import read_jsonl
+from prefmill.store.stamps import verify
 from prefmill.training.data import read_pairs
 from stages.ingest_reviews import IngestReviewsConfig
 from tests.conftest import REPOSITORY

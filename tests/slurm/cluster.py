@@ -57,6 +57,7 @@ class Cluster:
     gpus: int = 8
     max_array_size: int = 1001
     programs: Path | None = None  # of another release than the one that is installed
+    more: str = ""  # lines of slurm.conf
 
     @property
     def node_names(self) -> list[str]:
@@ -100,8 +101,7 @@ class Cluster:
 
     def power_cut(self, node: str) -> None:
         """Kill a node's init: its slurmd and every process of its jobs are gone at once."""
-        self._signal(f"slurmd.{node}", signal.SIGKILL)
-        self._forget(f"slurmd.{node}")
+        self.kill(f"slurmd.{node}")
 
     def power_on(self, node: str) -> None:
         """Start a node."""
@@ -114,6 +114,11 @@ class Cluster:
             namespaces[1:1] = ["--user", "--map-root-user"]
             daemon = ["unshare", "--user", *ids, *daemon]
         self._start(f"slurmd.{node}", [*namespaces, "bash", "-c", NODE_INIT, "node", node, hosts, *daemon])
+
+    def kill(self, name: str) -> None:
+        """End a daemon as a crash does."""
+        self._signal(name, signal.SIGKILL)
+        self._forget(name)
 
     def start_controller(self) -> None:
         """Start slurmctld again after `stop("slurmctld")`; it recovers its jobs."""
@@ -151,6 +156,7 @@ class Cluster:
         etc = self.root / "etc"
         for name in ("slurm.conf", "slurmdbd.conf"):
             text = Template((CONFIGS / name).read_text()).substitute(values)
+            text += self.more if name == "slurm.conf" else ""
             plugins = f"PluginDir={releases.plugins(self.programs)}\n" if self.programs else ""
             (etc / name).write_text(text + plugins)
         (etc / "slurmdbd.conf").chmod(0o600)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if missing:
         left_out("slurm", ", ".join(missing))
     programs = releases.programs(os.environ.get("PREFMILL_TEST_SLURM", ""))
-    started = Cluster(tmp_path_factory.mktemp("slurm"), port=_free_ports(), programs=programs)
+    started = Cluster(tmp_path_factory.mktemp("slurm"), port=free_ports(), programs=programs)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in started.environment.items():
             patch.setenv(name, value)
@@ -79,7 +80,16 @@ class Site:
         deadline = time.monotonic() + seconds
         while not (ready() if ready else not self.queue()):
             assert time.monotonic() < deadline, f"still not so: {self.queue()}\n{self.logs()}"
+            self.hurry()
             time.sleep(0.2)
+
+    def hurry(self, within_seconds: float = 30) -> None:
+        """Start at once what is to start soon: Slurm holds back what was requeued."""
+        for line in self.queue("%i %r %S"):
+            job, reason, start = line.split()
+            known = start[:1].isdigit() and reason == "BeginTime"
+            if known and datetime.fromisoformat(start).timestamp() - time.time() < within_seconds:
+                self.cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def logs(self) -> str:
         """Everything the tasks and their jobs have printed."""
@@ -90,11 +100,7 @@ class Site:
 @pytest.fixture
 def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     """A checkout whose stages are toys, on the cluster; its jobs are cancelled at the end."""
-    checkout = tmp_path / "checkout"
-    for name in ("lib", "sbatch"):
-        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(Path(__file__).parent / "toys", checkout, dirs_exist_ok=True)
-    (checkout / "pyproject.toml").touch()
+    checkout = write_checkout(tmp_path / "checkout")
     yield Site(cluster, checkout, tmp_path / "work")
     cluster.ask("scancel", "--me")
     deadline = time.monotonic() + 30
@@ -102,7 +108,16 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
         time.sleep(0.1)
 
 
-def _free_ports() -> int:
+def write_checkout(checkout: Path) -> Path:
+    """This checkout's code with the toy stages."""
+    for name in ("lib", "sbatch"):
+        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(__file__).parent / "toys", checkout, dirs_exist_ok=True)
+    (checkout / "pyproject.toml").touch()
+    return checkout
+
+
+def free_ports() -> int:
     """A base whose next twenty ports nobody listens on."""
     for base in range(18000 + os.getpid() % 97 * 100, 30000, 100):
         if all(_is_free(base + offset) for offset in range(20)):

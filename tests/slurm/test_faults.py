@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -65,12 +66,17 @@ def kill_trainer(site: Site, run: str, task: str = "all") -> None:
 def test_processes_that_die_are_started_again_where_they_had_saved(site: Site) -> None:
     small = "stages.train.resources={memory_gb: 0.25}"
     low = "stages.train.resources={partition: low, options: {nodelist: n3}}"
-    train(site, "calm", "train.step_seconds=0")
+    other = site.checkout / "configs/clusters/other.yaml"  # nothing that is not preempted keeps n3
+    other.write_text(
+        "resources: {partition: main, time_limit_minutes: 10, options: {exclude: n3}}\n"
+        "stages: {advance: {options: {exclude: n3}}}\n"
+    )
+    train(site, "calm", "train.step_seconds=0", cluster="other")
     slowly = "train.step_seconds=0.4"  # so that it still trains when the fault comes, on a busy machine too
-    train(site, "killed", slowly)
-    train(site, "hungry", small, "train.eat_gb=0.3", slowly)
-    train(site, "torn", slowly)
-    train(site, "preempted", low, slowly)
+    train(site, "killed", slowly, cluster="other")
+    train(site, "hungry", small, "train.eat_gb=0.3", slowly, cluster="other")
+    train(site, "torn", slowly, cluster="other")
+    train(site, "preempted", low, slowly, cluster="other")
     # First, while nothing that was started again has been given the same node.
     site.wait(reached(site, "preempted", 3))
     higher = ("-p", "main", "--exclusive", "-w", "n3", "-o", "/dev/null", "--wrap", "sleep 2")
@@ -181,7 +187,9 @@ def test_a_full_disk_is_waited_for_and_when_it_is_freed_training_goes_on(site: S
     site.wait(lambda: decisions(site, "full"))
     assert [(row["kind"], row["action"]) for row in decisions(site, "full")] == [("disk", "wait")]
     assert "still full" in site.prefmill("status", "full", "--workspace", str(site.workspace)).stdout
-    site.wait(lambda: [line for line in site.queue("%j %r") if line == "full.advance BeginTime"])  # it looks again
+    site.wait(
+        lambda: [line for line in site.queue("%j %r") if re.match(r"full.advance.\w+ BeginTime", line)]
+    )  # it looks again
     filler.unlink()
     done = site.prefmill("advance", "full", "--workspace", str(site.workspace))
     assert "train:all retry: disk" in done.stdout, done.stdout + done.stderr

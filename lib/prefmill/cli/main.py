@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   prefmill why configs/pipelines/demo.yaml dpo:clean        the keys and inputs that make it stale
   prefmill status --watch                                   the newest run, task by task
   prefmill logs -f dpo                                      what its tasks print
+  prefmill verify                                           hash every output again
   prefmill runs                                             every run: state, age, size, headline
   prefmill compare demo mine                                keys that differ, metrics with paired intervals
   prefmill gc                                               what can be deleted; --yes deletes it

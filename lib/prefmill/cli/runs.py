@@ -20,6 +20,8 @@ def add_commands(commands: Any) -> None:
     status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch (default: 10)")
 
+    _command(commands, "verify", "hash every finished output of a run again", _verify, positional_run=True)
+
     logs = _command(commands, "logs", "print the end of the logs of a stage or task", _logs, selects="STAGE[:TASK]")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing new lines")
     logs.add_argument("-n", "--lines", type=int, default=10, help="lines of each log (default: 10)")
@@ -78,6 +80,12 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         return status_json(workspace, run)
     return watch_status(workspace, run, arguments.every) if arguments.watch else show_status(workspace, run)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from prefmill.pipeline.verify import verify_run
+
+    return verify_run(*_where(arguments))
 
 
 def _logs(arguments: argparse.Namespace) -> int:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefmill import __version__
-from prefmill.core.artifact import Artifact, Manifest, Provenance
+from prefmill.core.artifact import MANIFEST, Artifact, Manifest, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.store.artifacts import read, read_manifest
+from prefmill.store.stamps import check_content
 
 CODE_VERSION = "code_version.txt"  # in the copy of the code that a submission keeps
 Freshness = Literal["complete", "stale", "missing", "waiting"]
@@ -43,8 +44,14 @@ def inspect(plan: Plan) -> dict[str, TaskState]:
 
 
 def inspect_task(task: PlannedTask) -> TaskState:
-    """A task's state, given that its inputs are complete; raises ArtifactError when one is missing or damaged."""
-    manifest = read_manifest(task.output)
+    """A task's state, given that its inputs are complete; raises ArtifactError when one is missing or damaged.
+
+    What is wrong with its own output makes it stale, an unreadable manifest too.
+    """
+    try:
+        manifest = read_manifest(task.output)
+    except ArtifactError as error:
+        return TaskState("stale", (_in_words(error),))
     if manifest is None:
         return TaskState("missing", ("not made yet: there is no manifest",))
     wanted = task_identity(task, read_inputs(task))
@@ -52,9 +59,9 @@ def inspect_task(task: PlannedTask) -> TaskState:
         made = {**manifest.identity, "config": modern(type(task.config), manifest.identity["config"])}
         return TaskState("stale", tuple(differences(made, wanted)))
     try:
-        read(task.output, task.stage.writes)
+        check_content(read(task.output, task.stage.writes), only_touched=True)
     except ArtifactError as error:
-        return TaskState("stale", (f"{error.what}: {error.details['where']}",))
+        return TaskState("stale", (_in_words(error),))
     return TaskState("complete", (_made(manifest),))
 
 
@@ -129,9 +136,13 @@ def code_version() -> str:
 
 
 def _waiting(task: PlannedTask, upstream: list[str]) -> TaskState:
-    made = read_manifest(task.output) is not None
+    made = (task.output / MANIFEST).is_file()
     note = "its present output is kept if they come out the same" if made else "it has never finished"
     return TaskState("waiting", (f"waits for {', '.join(upstream)}; {note}",), tuple(upstream))
+
+
+def _in_words(error: ArtifactError) -> str:
+    return f"{error.what}: {error.details['where']}"
 
 
 def _made(manifest: Manifest) -> str:

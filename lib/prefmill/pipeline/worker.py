@@ -29,7 +29,8 @@ from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.preload import import_now
 from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
-from prefmill.store.artifacts import publish, read_manifest, remaking, superseded
+from prefmill.store.artifacts import publish, remaking, superseded
+from prefmill.store.stamps import check_content
 
 STATUS, INTERRUPTED = "status.json", "interrupted"
 EXIT_USER_ERROR, EXIT_BUG = 2, 1
@@ -48,6 +49,8 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
         if not force and inspect_task(task).freshness == "complete":
             keep_finished(task)
             return
+        for artifact in (item for items in inputs.values() for item in items):
+            check_content(artifact)
         origin = provenance(task, inputs)
         making = replace(task, output=_prepare(task, fingerprints(task, origin.identity), force))
         started = time.time()
@@ -186,7 +189,7 @@ def _end(task: PlannedTask, attempt: dict[str, Any], state: str, **details: Any)
 
 def _prepare(task: PlannedTask, same: Sequence[str], force: bool) -> Path:
     """The folder to work in, with only what an interrupted attempt at this very content left there."""
-    finished = read_manifest(task.output) is not None
+    finished = (task.output / MANIFEST).is_file()
     folder = remaking(task.output) if finished else task.output
     marker = folder / WORK / STARTED
     resumes = not force and marker.is_file() and json.loads(marker.read_text())["fingerprint"] in same

@@ -7,31 +7,30 @@ and what one has done the next one sees. Submissions are never rewritten; their 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
-from prefmill.pipeline.decisions import AGAIN, CANCEL, RETRY, STOP, WAIT, Decisions, alone, show
+from prefmill.pipeline.decisions import AGAIN, CANCEL, RETRY, STOP, alone, show
 from prefmill.pipeline.oom_backoff import read_smaller, write_smaller
-from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
-from prefmill.pipeline.state import inspect
+from prefmill.pipeline.plan import PlannedTask
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources
-from prefmill.slurm.elements import Tried, collect_evidence, has_room, newest
+from prefmill.slurm.elements import Tried, collect_evidence, has_room
 from prefmill.slurm.failures import POLICIES, Decision, Evidence, Failure, RetryOptions, classify, decide, several
+from prefmill.slurm.follow_up import book, me
+from prefmill.slurm.intents import Order, SbatchRefusedError, send_fitting
 from prefmill.slurm.jobs import Element, JobState, Partition, element_name
 from prefmill.slurm.notify import announce
-from prefmill.slurm.script import array_spec, sbatch
-from prefmill.slurm.sightings import Sightings, sight, told
-from prefmill.slurm.submission import ARRAYS, Submission, require_owner, submissions
-from prefmill.slurm.submit import ADVANCE, Say
+from prefmill.slurm.sightings import told
+from prefmill.slurm.submission import JobRecord, require_owner, submissions
 from prefmill.slurm.task_batches import TaskBatch, dependency
+from prefmill.slurm.view import Say, View, look, next_look
 from prefmill.training.config import needs_less
 
-WAIT_MINUTES = 10
 _SECONDS_BETWEEN_TRIES = (0, 5, 20)
 
 
@@ -46,32 +45,6 @@ class Retry:
     memory_gb: float | None = None
 
 
-@dataclass
-class View:
-    """A run as it is now: `open` tasks are those without the output that is wanted, `live` their queued elements.
-
-    Of the elements in `unknown` nobody can say whether they live: what has them is left as it is.
-    """
-
-    plan: Plan
-    submissions: list[Submission]
-    tried: dict[str, Tried]
-    queue: dict[Element, JobState]
-    open: dict[str, PlannedTask]
-    decisions: Decisions
-    live: dict[str, Element] = field(default_factory=dict)
-    unknown: Mapping[Element, str] = field(default_factory=dict)
-
-    def needs(self, task: PlannedTask) -> frozenset[Element] | None:
-        """The elements that are going to make what `task` reads; None where something is made by nobody."""
-        makers = [self.live.get(other.key) for other in self.plan.upstream(task) if other.key in self.open]
-        return None if None in makers else frozenset(maker for maker in makers if maker is not None)
-
-    def undecided(self, key: str) -> bool:
-        """Whether nobody can say if the task's newest element lives."""
-        return key in self.tried and self.tried[key].element in self.unknown
-
-
 def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] = ()) -> View:
     """Mend what can be mended in `run`; tasks in `again` are submitted anew whatever was decided about them.
 
@@ -79,44 +52,19 @@ def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] 
     """
     with alone(workspace, run):
         require_owner(submissions(workspace, run))
-        view = look(workspace, run)
+        view = look(workspace, run, say)
         for key in sorted(again):
             tried = view.tried[key]
             view.decisions.record(key, tried.name, AGAIN, submission=tried.submission.number)
         for line in told(view.unknown, view.tried):
             say(line)
         retries = list(_judge(view, set(again), say))
-        ids = _submit(view, retries, say)
+        sent = _submit(view, retries, say)
         _repoint(view, say)
-        _look_again(view, ids, say)
+        _see_to_next_look(view, say)
         _tell(view, say)
-        say(f"run {run}: {len(view.open)} tasks open, {len(view.live)} queued or running, {len(retries)} resubmitted")
+        say(f"run {run}: {len(view.open)} tasks open, {len(view.live)} queued or running, {sent} resubmitted")
     return view
-
-
-def look(workspace: Path, run: str) -> View:
-    """The run as manifests and Slurm show it; asks Slurm once."""
-    found = submissions(workspace, run)
-    if not found:
-        raise PipelineError(f"run {run} has no submission", where=workspace, fix="submit it with `prefmill submit`")
-    latest = found[-1]
-    plan = make_plan(validate(PipelineFile, latest.pipeline, where=latest.folder), Path(latest.source))
-    states = inspect(plan)
-    tried = newest(found)
-    open_tasks = {task.key: task for task in plan.tasks if states[task.key].freshness != "complete"}
-    wanted = [one for key, one in tried.items() if key in open_tasks]
-    others = [one.job.job_id for one in tried.values()] + [job_id for one in found for job_id in one.advance_ids()]
-    answers = (_sight_after(seconds, wanted, others) for seconds in _SECONDS_BETWEEN_TRIES)
-    seen = next((answer for answer in answers if answer is not None), None)
-    if seen is None:
-        raise PipelineError("Slurm does not answer", fix="try again when `squeue` does; nothing was touched")
-    live = {key: tried[key].element for key in tried if key in open_tasks and seen.live(tried[key].element)}
-    return View(plan, found, tried, dict(seen.queue), open_tasks, Decisions(workspace, run), live, seen.unknown)
-
-
-def _sight_after(seconds: float, wanted: Sequence[Tried], others: Sequence[str]) -> Sightings | None:
-    time.sleep(seconds)  # a controller that restarts answers again soon
-    return sight(wanted, others)
 
 
 def _judge(view: View, again: Collection[str], say: Say) -> Iterable[Retry]:
@@ -126,7 +74,8 @@ def _judge(view: View, again: Collection[str], say: Say) -> Iterable[Retry]:
         for key, task in view.open.items()
         if key in view.tried and key not in view.live and not view.undecided(key)
     ]
-    accounts = slurm.accounting(sorted({view.tried[task.key].job.job_id for task in ended})) if ended else {}
+    ids = sorted({view.tried[task.key].job.job_id for task in ended if view.tried[task.key].sent})
+    accounts = slurm.accounting(ids) if ids else {}
     limits = slurm.partitions() if ended else None
     going: set[str] = set()
     for task in ended:
@@ -154,8 +103,8 @@ def _decide(
     memory = next((row["memory_gb"] for row in reversed(past) if row.get("memory_gb")), None)
     if before.get("action") in (STOP, CANCEL):
         return None
-    if asked or waits:
-        why = "asked for" if asked else "what it reads is being made"
+    if asked or waits or not tried.sent:
+        why = "asked for" if asked else "what it reads is being made" if waits else "not submitted before"
         return Retry(task, tried, frozenset(), {"kind": "again", "reason": why}, memory)
     evidence = collect_evidence(tried, task.logs, accounts.get(tried.element), view.queue.get(tried.element))
     failure = classify(evidence)
@@ -194,7 +143,7 @@ def _means(
     return RetryOptions(known, limit, has_room(task.output), {**shrunk, **further} if further else {})
 
 
-def _submit(view: View, retries: Iterable[Retry], say: Say) -> list[str]:
+def _submit(view: View, retries: Iterable[Retry], say: Say) -> int:
     """One sbatch call for all elements of a chunk that go the same way; what reads from them comes after."""
     groups: dict[tuple[str, int, int, float | None, bool], list[Retry]] = {}
     for retry in retries:
@@ -202,34 +151,64 @@ def _submit(view: View, retries: Iterable[Retry], say: Say) -> list[str]:
         where = retry.tried.array
         key = (where.stage, retry.tried.submission.number, where.chunk, retry.memory_gb, waits)
         groups.setdefault(key, []).append(retry)
-    return [_submit_group(view, group, say) for group in groups.values()]
+    return sum(_submit_group(view, group, say) for group in groups.values())
 
 
-def _submit_group(view: View, group: list[Retry], say: Say) -> str:
+def _submit_group(view: View, group: list[Retry], say: Say) -> int:
+    """Submit those whose inputs are being made, as far as there is room; returns how many."""
+    ready = sorted((one for one in group if view.needs(one.task) is not None), key=lambda one: one.tried.index)
+    try:
+        record = send_fitting(_order(view, ready)) if ready else None
+    except SbatchRefusedError as error:
+        _stop(view, ready, error, say)
+        return 0
+    except PipelineError as error:  # no clear answer: the next look finds the job or submits it
+        say(str(error))
+        record = None
+    sent = [one for one in ready if record is not None and one.tried.index in record.indices]
+    for retry in sent:
+        assert record is not None
+        _note(view, retry, record, say)
+    view.postponed |= {one.task.key for one in group} - {one.task.key for one in sent}
+    if len(sent) < len(group):
+        say(f"{group[0].task.stage.name}: {len(group) - len(sent)} tasks wait until more jobs may be submitted")
+    return len(sent)
+
+
+def _order(view: View, group: list[Retry]) -> Order:
     first = group[0].tried
-    indices = tuple(sorted(retry.tried.index for retry in group))
+    indices = tuple(retry.tried.index for retry in group)
     needs = {retry.tried.index: view.needs(retry.task) or frozenset() for retry in group}
-    batch = TaskBatch(first.array.stage, first.array.chunk, indices, needs)
-    waits = dependency(batch, _whole(view), {})
+    waits = dependency(TaskBatch(first.array.stage, first.array.chunk, indices, needs), _whole(view), {})
     resources = validate(Resources, first.array.resources)
-    options = [f"--array={array_spec(indices, resources.max_concurrent)}"]
-    if group[0].memory_gb:
-        options.append(f"--mem={round(group[0].memory_gb * 1024)}M")
     excluded = _excluded(view, resources, group)
+    options = [f"--mem={round(group[0].memory_gb * 1024)}M"] if group[0].memory_gb else []
     options += [f"--exclude={','.join(excluded)}"] if excluded else []
-    options += [f"--dependency={waits}"] if waits else []
     for retry in group:
         if isinstance(keys := retry.row.get("smaller"), Mapping):
             write_smaller(retry.task.logs, first.submission.number, keys)
-    job_id = sbatch(first.array.script, options)
-    record = first.submission.record_job("array", batch.stage, batch.chunk, job_id, indices, waits)
+    where = (first.array.stage, first.array.chunk, first.array.script)
+    return Order(first.submission, "array", *where, indices, tuple(options), waits, resources.max_concurrent)
+
+
+def _note(view: View, retry: Retry, record: JobRecord, say: Say) -> None:
+    before = retry.tried
+    tried = Tried(before.submission, before.array, record, before.index)
+    if before.sent:
+        noted = {**retry.row, "job": tried.name, "submission": before.submission.number}
+        view.decisions.record(retry.task.key, before.name, RETRY, **noted)
+    say(show(retry.task.key, {**retry.row, "action": RETRY}) + f"; now {tried.name}")
+    view.tried[retry.task.key], view.live[retry.task.key] = tried, tried.element
+
+
+def _stop(view: View, group: list[Retry], error: SbatchRefusedError, say: Say) -> None:
+    """Slurm's refusal is final for these tasks; asked again it would say the same."""
     for retry in group:
-        tried = Tried(first.submission, first.array, record, retry.tried.index)
-        noted = {**retry.row, "job": tried.name, "submission": first.submission.number}
-        view.decisions.record(retry.task.key, retry.tried.name, RETRY, **noted)
-        say(show(retry.task.key, {**retry.row, "action": RETRY}) + f"; now {tried.name}")
-        view.tried[retry.task.key], view.live[retry.task.key] = tried, tried.element
-    return job_id
+        row = {"kind": "refused", "why": f"Slurm refuses its job: {error.details['got']}", "source": "sbatch",
+               "reason": "it would be refused again", "todo": error.details["fix"]}  # fmt: skip
+        tried = retry.tried
+        view.decisions.record(retry.task.key, tried.name, STOP, submission=tried.submission.number, **row)
+        say(show(retry.task.key, {**row, "action": STOP}))
 
 
 def _excluded(view: View, resources: Resources, group: list[Retry]) -> list[str]:
@@ -261,25 +240,19 @@ def _repoint(view: View, say: Say) -> None:
         say(f"{key} ({element_name(element)}) {'now waits' if done else 'could not be made to wait'} for {text or '-'}")
 
 
-def _look_again(view: View, ids: list[str], say: Say) -> None:
-    """Have another advance follow what was submitted, or try again later where a disk is full."""
-    script = view.submissions[-1].folder / ARRAYS / f"{ADVANCE}.sbatch"
-    if not script.is_file():
+def _see_to_next_look(view: View, say: Say) -> None:
+    """Have the follow-up job look again; where this is that job, it does so itself."""
+    wait = next_look(view)
+    if wait is None or me() in [job_id for one in view.submissions for job_id in one.advance_ids()]:
         return
-    if ids:
-        after = "afterany:" + ":".join(ids)
-        _submit_advance(view, script, [f"--dependency={after}"], after)
-    waiting = [key for key in view.open if view.decisions.last(key).get("action") == WAIT]
-    if waiting and not _is_due(view):
-        _submit_advance(view, script, [f"--begin=now+{WAIT_MINUTES}minutes"], "")
-        say(f"{', '.join(waiting)}: looked at again in {WAIT_MINUTES} minutes")
+    if said := book(view.submissions, wait):
+        say(said)
 
 
 def _tell(view: View, say: Say) -> None:
     """Announce the end of the run, well or not, where the cluster file asks for it."""
     latest = view.submissions[-1]
-    waiting = any(view.decisions.last(key).get("action") == WAIT for key in view.open)
-    if waiting or not only_held(view):
+    if next_look(view) is not None:
         return
     stopped = sorted(key for key in view.decisions.stopped() if key in view.open)
     outcome = {
@@ -289,25 +262,3 @@ def _tell(view: View, say: Say) -> None:
     said = announce(latest.folder.parent, validate(ClusterFile, latest.cluster, where=latest.folder), outcome)
     if said is not None:
         say(said)
-
-
-def only_held(view: View) -> bool:
-    """Whether all that is left in the queue, if anything, waits for what nobody is going to make."""
-    going: set[str] = set()
-    for key, task in view.open.items():  # upstream first
-        needed = {other.key for other in view.plan.upstream(task) if other.key in view.open}
-        if (key in view.live and needed <= going) or view.undecided(key):
-            going.add(key)
-    return not going
-
-
-def _submit_advance(view: View, script: Path, options: list[str], after: str) -> None:
-    job_id = sbatch(script, options)
-    view.submissions[-1].record_job("advance", ADVANCE, 0, job_id, (), after)
-
-
-def _is_due(view: View) -> bool:
-    """Whether an advance is already queued for later."""
-    ids = [job_id for one in view.submissions for job_id in one.advance_ids()]
-    jobs = [view.queue.get((job_id, -1)) for job_id in ids]
-    return any(job is not None and job.state == "PENDING" and job.reason == "BeginTime" for job in jobs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ _END_STATES = ("complete", "failed")  # who is terminated by a preemption may be
 
 @dataclass(frozen=True)
 class Tried:
-    """The newest element of a task: where it was submitted, in which job, under which index."""
+    """The newest element of a task: where it was submitted, in which job, under which index; `sent` unless it waits
+    for its submission.
+    """
 
     submission: Submission
     array: ArrayFile
     job: JobRecord
     index: int
+    sent: bool = True
 
     @property
     def element(self) -> Element:
@@ -48,15 +51,38 @@ class Tried:
 
 def newest(submissions: Sequence[Submission]) -> dict[str, Tried]:
     """The newest element of every task that has ever had one."""
-    found: dict[str, Tried] = {}
-    arrays: dict[tuple[int, str, int], ArrayFile] = {}
     jobs = [(job, one) for one in submissions for job in one.jobs() if job.kind == "array"]
+    arrays = {(one.number, job.stage, job.chunk): one for job, one in jobs}
+    read = {key: one.array(*key[1:]) for key, one in arrays.items()}
+    found: dict[str, Tried] = {}
     for job, submission in sorted(jobs, key=lambda pair: pair[0].time):
-        key = (submission.number, job.stage, job.chunk)
-        array = arrays.setdefault(key, submission.array(job.stage, job.chunk)) if key not in arrays else arrays[key]
+        array = read[submission.number, job.stage, job.chunk]
         for index in job.indices:
             found[f"{job.stage}:{array.tasks[index]}"] = Tried(submission, array, job, index)
     return found
+
+
+def unsent(submissions: Sequence[Submission]) -> dict[str, Tried]:
+    """The tasks whose newest submission was to submit them and has not, as far as it noted."""
+    found: dict[str, Tried] = {}
+    for one in submissions:
+        sent = {(job.stage, job.chunk, index) for job in one.jobs() for index in job.indices}
+        for stage, chunk, indices in one.wanted:
+            array = one.array(stage, chunk)
+            nothing = JobRecord("array", stage, chunk, f"unsent-{one.number}", (), "", 0.0)
+            for index in indices:
+                key = f"{stage}:{array.tasks[index]}"
+                found.pop(key, None)
+                if (stage, chunk, index) not in sent:
+                    found[key] = Tried(one, array, nothing, index, sent=False)
+    return found
+
+
+def elements_of(submission: Submission) -> Iterator[tuple[Element, str]]:
+    """Every element a submission has ever had, whether another has taken its place or not, and its task's key."""
+    for job in submission.jobs():
+        tasks = submission.array(job.stage, job.chunk).tasks if job.kind == "array" else ()
+        yield from (((job.job_id, index), f"{job.stage}:{tasks[index]}") for index in job.indices)
 
 
 def collect_evidence(tried: Tried, logs: Path, account: JobState | None, queued: JobState | None) -> Evidence:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from prefmill.core.artifact import MANIFEST
@@ -13,42 +12,36 @@ from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
 from prefmill.slurm.jobs import Partition
-from prefmill.slurm.memory import GpuMemory, gpu_memory, host_memory, model_size, sharding
-from prefmill.slurm.submit import Say
-from prefmill.store.artifacts import read_manifest
-from prefmill.training.config import TrainingConfig, accumulation
-from prefmill.training.preference_config import PreferenceConfig
+from prefmill.slurm.memory import sharding
+from prefmill.slurm.places import LOCAL_FILESYSTEMS, filesystem
+from prefmill.slurm.policy import SitePolicy, read_policy
+from prefmill.slurm.script import refusal
+from prefmill.slurm.training_needs import training_needs
+from prefmill.slurm.view import Say
+from prefmill.training.config import TrainingConfig
 
 _GPU_GB = {"h200": 141, "b200": 180, "h100": 80, "a100": 80, "l40s": 48, "a40": 48, "a6000": 48, "v100": 32, "l4": 24}
-_SCORER_LOGITS, _TRL_LOGITS = 256, 1024  # tokens whose logits exist together, in DPO's scorer and TRL's loss
-_UNKNOWN = "not known before"
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a training task needs: memory of each GPU, optimizer steps; None with the reason where it is not known."""
-
-    task: PlannedTask
-    world: int
-    model: str
-    memory: GpuMemory | None
-    steps: int | None
-    notes: tuple[str, ...] = ()
 
 
 def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: float | None, say: Say = print) -> None:
     """Print what every stage asks for and training needs; raises PipelineError for what can never start, or fit."""
     offered = slurm.partitions()
+    policy = read_policy() if offered else None
     if offered is None:
         say("Slurm does not answer here: requests are not checked against partitions")
     problems: list[str] = []
-    for stage in dict.fromkeys(task.stage.name for task in plan.tasks):
-        tasks = [task for task in plan.tasks if task.stage.name == stage]
+    for stage, tasks in _by_stage(plan).items():
         resources = resources_for(cluster, stage, pipeline.stages[stage].resources)
         say(_request(stage, len(tasks), resources))
-        problems += [f"{stage}: {text}" for text in never_starts(resources, offered)] if offered else []
+        found = list(_objections(cluster, resources, offered, policy)) if offered else []
+        found += [*_without_gpu(tasks[0], resources, offered), *_missing_inputs(plan, tasks)]
+        if offered and not found:  # what the rules above do not say
+            found += refusal(cluster, resources)
+        problems += [f"{stage}: {text}" for text in found]
         if tasks[0].stage.trains and isinstance(tasks[0].config, TrainingConfig):
             problems += _show_training(plan, tasks[0], resources, offered or {}, gpu_gb, say)
+    for note in (*_place_notes(plan, cluster), *_limit_notes(plan, cluster, policy)):
+        say(note)
     if problems:
         raise PipelineError(
             "this would never start, or not fit", got="\n".join(["", *(f"    {line}" for line in problems)]),
@@ -60,17 +53,65 @@ def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: f
 def check_requests(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile) -> None:
     """Raise PipelineError for stages that Slurm would accept and never start; nothing is checked where it is silent."""
     offered = slurm.partitions() or {}
-    stages = dict.fromkeys(task.stage.name for task in plan.tasks) if offered else {}
+    policy = read_policy() if offered else None
     problems = [
         f"{stage}: {text}"
-        for stage in stages
-        for text in never_starts(resources_for(cluster, stage, pipeline.stages[stage].resources), offered)
+        for stage in (_by_stage(plan) if offered else {})
+        for text in _objections(
+            cluster, resources_for(cluster, stage, pipeline.stages[stage].resources), offered, policy
+        )
     ]
     if problems:
         raise PipelineError(
             "this would never start", got="\n".join(["", *(f"    {line}" for line in problems)]),
             fix="correct these in the cluster file or the pipeline's `resources`",
         )  # fmt: skip
+
+
+def _by_stage(plan: Plan) -> dict[str, list[PlannedTask]]:
+    found: dict[str, list[PlannedTask]] = {}
+    for task in plan.tasks:
+        found.setdefault(task.stage.name, []).append(task)
+    return found
+
+
+def _objections(
+    cluster: ClusterFile, resources: Resources, offered: Mapping[str, Partition], policy: SitePolicy | None
+) -> Iterator[str]:
+    yield from never_starts(resources, offered)
+    yield from policy.objections(cluster, resources) if policy else ()
+
+
+def _without_gpu(task: PlannedTask, resources: Resources, offered: Mapping[str, Partition] | None) -> Iterator[str]:
+    """A training takes days on CPUs; a site that has no GPU at all is there for small models."""
+    has_gpus = offered is None or any(partition.gpus for partition in offered.values())
+    if task.stage.trains and not resources.gpus and has_gpus:
+        yield f"it trains and gets no GPU: give it some as `gpus` under stages.{task.stage.name} of the cluster file"
+
+
+def _missing_inputs(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[str]:
+    """Inputs from outside the pipeline that are not there."""
+    made = {task.output for task in plan.tasks}
+    wanted = dict.fromkeys(path for task in tasks for paths in task.inputs.values() for path in paths)
+    yield from (f"its input {path} is not finished" for path in wanted if path not in made and not _is_made(path))
+
+
+def _is_made(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def _place_notes(plan: Plan, cluster: ClusterFile) -> Iterator[str]:
+    """Places that compute nodes may not see, by the kind of file system they are on here."""
+    for what, path in (("the workspace", plan.workspace), ("the interpreter", Path(cluster.python or sys.executable))):
+        kind = filesystem(path)
+        if kind in LOCAL_FILESYSTEMS:
+            yield f"{what} {path} is on a disk of this machine ({kind}): nodes see it only if it is exported to them"
+
+
+def _limit_notes(plan: Plan, cluster: ClusterFile, policy: SitePolicy | None) -> Iterator[str]:
+    limit = policy.submit_limit(cluster) if policy else None
+    if limit is not None and len(plan.tasks) + 1 > limit:
+        yield f"{limit} jobs may be submitted at once, this takes {len(plan.tasks) + 1}: the rest follows as jobs end"
 
 
 def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iterator[str]:
@@ -92,32 +133,6 @@ def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iter
     for name, wanted, limit, of_what in limits:
         if wanted is not None and limit is not None and wanted > limit:
             yield f"{name}: {wanted:g} asked for, {partition.name} has {limit:g}{of_what}"
-
-
-def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Training:
-    """What a training task needs, as far as it is known now; raises ConfigError for a batch that does not divide."""
-    config = task.config
-    assert isinstance(config, TrainingConfig), f"{task.stage.name} trains, but not by a TrainingConfig"
-    world = resources.nodes * (resources.processes or max(resources.gpus, 1))
-    accumulation(config, world)
-    name, revision = _model_of(plan, task)
-    steps = _steps(task, config)
-    notes = [] if steps is not None else [f"steps: {_UNKNOWN} its dataset is made"]
-    if name is None:
-        return Training(task, world, "", None, steps, (*notes, f"memory: {_UNKNOWN} its model is made"))
-    pairs = isinstance(config, PreferenceConfig)
-    rows = config.per_device_train_batch_size * (2 if pairs else 1)
-    if isinstance(config, PreferenceConfig) and config.layout != "pairwise":
-        notes.append("a group runs its prompt once: less than this, as each pair is counted as two whole sequences")
-    try:
-        size = model_size(name, revision, config.trust_remote_code)
-    except PrefmillError as error:
-        return Training(task, world, name, None, steps, (*notes, f"memory: {error.what}: {error.details['got']}"))
-    offloaded = host_memory(size, config, world)
-    if offloaded:
-        notes.append(f"{offloaded * world:.0f} GB are offloaded to the hosts' memory, {offloaded:.1f} GB by each GPU")
-    memory = gpu_memory(size, config, world, rows, _SCORER_LOGITS if pairs else _TRL_LOGITS)
-    return Training(task, world, f"{name} ({size.parameters / 1e9:.2f}B)", memory, steps, tuple(notes))
 
 
 def _show_training(
@@ -164,35 +179,3 @@ def _request(stage: str, count: int, resources: Resources) -> str:
         f"{stage}: {count} x {resources.nodes} nodes of {resources.gpus} GPUs, {resources.cpus} CPUs{memory} in "
         f"{resources.partition or 'the default partition'} for {resources.time_limit_minutes} minutes{cost}"
     )
-
-
-def _model_of(plan: Plan, task: PlannedTask) -> tuple[str | None, str | None]:
-    """The model a task starts from: its own, that of a finished input, or what the task before starts from."""
-    config = task.config
-    if isinstance(config, TrainingConfig) and config.model_name_or_path is not None:
-        return config.model_name_or_path, config.revision
-    folders = [
-        path for name, paths in task.inputs.items() if task.stage.reads[name].kind == "checkpoint" for path in paths
-    ]
-    for folder in folders:
-        if (folder / MANIFEST).is_file():
-            return str(folder), None
-    makers = [other for other in plan.upstream(task) if other.output in folders]
-    return _model_of(plan, makers[0]) if makers else (None, None)
-
-
-def _steps(task: PlannedTask, config: TrainingConfig) -> int | None:
-    """Optimizer steps, from the rows of a finished dataset; None where there is none yet."""
-    modality = getattr(config, "modality", "clean")
-    wanted = f"{task.stage.name}_{modality}_train/data.jsonl"
-    for folder in [path for paths in task.inputs.values() for path in paths]:
-        rows = _rows(folder, wanted)
-        if rows is not None:
-            return math.ceil(rows / config.effective_batch_size) * config.num_train_epochs
-    return None
-
-
-def _rows(folder: Path, name: str) -> int | None:
-    manifest = read_manifest(folder)
-    files = manifest.files if manifest else []
-    return next((entry.rows for entry in files if entry.path == name), None)

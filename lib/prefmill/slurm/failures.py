@@ -34,6 +34,7 @@ class Policy:
     excludes_node: bool = False
 
 
+_OF_A_FULL_DISK = ("disk", "launch", "killed", "bug", "unknown")  # where Slurm or the task could not write why
 AGAIN = "then `prefmill rerun {task}`"
 POLICIES: Mapping[Kind, Policy] = {
     "preempted": Policy(None, f"submit it where it is not preempted, or lower save_steps, {AGAIN}"),
@@ -128,7 +129,7 @@ def decide(
         if evidence.progressed or evidence.idle < MAX_IDLE_ATTEMPTS:
             return Decision("retry", "goes on from its newest checkpoint")
         return Decision("stop", f"{MAX_IDLE_ATTEMPTS} times in a row it has not got further", todo)
-    if failure.kind == "disk" and not means.has_room:
+    if failure.kind in _OF_A_FULL_DISK and not means.has_room:
         return Decision("wait", "the disk is still full", todo)
     if failure.signature and any(row.get("signature") == failure.signature for row in charged):
         return Decision("stop", "the same error twice", todo)

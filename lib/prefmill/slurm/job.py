@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
 from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, SignalWatcher, run_elsewhere
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, write_status
 from prefmill.slurm.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
+from prefmill.slurm.follow_up import book_again
 from prefmill.slurm.submission import read_array, read_submission
 
 EXIT_TERMINATED, EXIT_NOT_REQUEUED = 143, 3
@@ -35,7 +37,7 @@ _REQUEUE_PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class JobTask:
-    """A task as its job knows it; `secrets` are read only when its processes start.
+    """A task as its job knows it; `secrets` are read only when its processes start, `workspace` its submission's.
 
     `smaller` are keys with which it runs instead of its own, since its GPU's memory ran out; its identity stays.
     """
@@ -45,6 +47,7 @@ class JobTask:
     processes: int | None = None
     secrets: Callable[[], Mapping[str, str]] = dict
     smaller: Mapping[str, Any] = field(default_factory=dict)
+    workspace: Path | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
             return 0
         warnings.seconds = job.signal_seconds
         redirect(job.task)
-        return run(job, warnings)
+        with _looked_after(job):
+            return run(job, warnings)
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -83,6 +87,20 @@ def run(job: JobTask, warnings: SignalWatcher) -> int:
             return EXIT_TERMINATED
         return EXIT_BUG if error.record.get("kind") not in _MENDABLE else EXIT_USER_ERROR
     return 0
+
+
+@contextmanager
+def _looked_after(job: JobTask) -> Iterator[None]:
+    """Have a job look after the run, where one should and none does, before the task begins and when it has ended."""
+    if job.workspace is None:
+        yield
+        return
+    where = (job.workspace, job.task.run, job.task.key)
+    book_again(*where)
+    try:
+        yield
+    finally:
+        book_again(*where)
 
 
 def element_id(environment: Mapping[str, str]) -> str | None:
@@ -136,6 +154,7 @@ def submitted_task(path: Path, environment: Mapping[str, str]) -> JobTask:
         resources.processes,
         partial(read_secrets, cluster.secrets) if cluster.secrets else dict,
         read_smaller(task.logs, submission.number),
+        submission.workspace,
     )
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ _QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%S|%u|%E"
 _ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,Start,ReqMem,MaxRSS"
 _ARRAY_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^]%]*)(?:%\d+)?\]?.*))?")
 _DEPENDENCY = re.compile(r"(\d+)(_\d+|_\*)?(?:\+\d+)?(?:\((\w+)\))?")
+_SHOWN_JOB = re.compile(r"^JobId=(\d+) (?:ArrayJobId=(\d+) .*?)?JobName=(\S+)", re.M)
 _SECONDS = 60.0
+_CLOCKS_DIFFER_SECONDS = 600.0
 _IDS_AT_ONCE = 500
 _NO_SUCH_JOB = "Invalid job id specified"
 _DEFAULT_MIN_JOB_AGE = 300.0
@@ -93,6 +96,30 @@ def accounting(job_ids: Sequence[str]) -> dict[Element, JobState] | None:
             return None
         found |= dict(_account_rows(text))
     return found
+
+
+def named(names: Sequence[str], since: float) -> dict[str, list[str]] | None:
+    """The ids of the jobs with these names, by squeue, sacct or scontrol; None where squeue or scontrol do not answer.
+
+    A name, as sacct keeps a job's comment only where that is configured. An empty squeue alone is no evidence.
+    """
+    found: dict[str, list[str]] = {}
+    for batch in _batches(names):
+        queued = ask(["squeue", "-h", "-t", "all", "--name", batch, "-o", "%j|%F"])
+        if queued is None:
+            return None
+        begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - _CLOCKS_DIFFER_SECONDS))
+        ended = ask(["sacct", "-nXP", "--name", batch, "-S", begin, "-o", "JobName,JobID"]) or ""
+        for name, _, job_id in (line.partition("|") for line in [*queued.splitlines(), *ended.splitlines()]):
+            job = job_id.partition("_")[0]
+            if name in names and job.isdigit() and job not in found.setdefault(name, []):
+                found[name].append(job)
+    if set(names) <= found.keys():
+        return found
+    shown = ask(["scontrol", "-o", "show", "job"])
+    pairs = _SHOWN_JOB.findall(shown or "")
+    more = {name: [array or job] for job, array, name in reversed(pairs) if name in names}
+    return None if shown is None else {**more, **found}
 
 
 def is_purged(name: str) -> bool:
@@ -207,14 +234,14 @@ def _account_rows(text: str) -> Iterator[tuple[Element, JobState]]:
     for job_id, *_, held in lines:
         owner, _, step = job_id.partition(".")
         if step:
-            peaks[owner] = max(peaks.get(owner, 0.0), _gigabytes(held) or 0.0)
+            peaks[owner] = max(peaks.get(owner, 0.0), gigabytes(held) or 0.0)
     for job_id, state, exit_code, node, started, memory, _ in lines:
         if "." in job_id:
             continue
         code, _, number = exit_code.partition(":")
         job = JobState(
             clean_state(state), exit_code=int(code or 0), signal=int(number or 0),
-            node="" if node == "None assigned" else node, memory_gb=_gigabytes(memory), peak_gb=peaks.get(job_id),
+            node="" if node == "None assigned" else node, memory_gb=gigabytes(memory), peak_gb=peaks.get(job_id),
             started=_seconds(started),
         )  # fmt: skip
         yield from ((element, job) for element in expand(job_id))
@@ -236,7 +263,7 @@ def _partitions(text: str) -> dict[str, Partition]:
         name = shown.rstrip("*")
         old = found.get(name, Partition(name, 0, None, None, 0, 0.0, 0))
         found[name] = Partition(
-            name, old.nodes + int(nodes), _minutes(limit), _upper(size), max(old.cpus, _number(cpus)),
+            name, old.nodes + int(nodes), minutes(limit), _upper(size), max(old.cpus, _number(cpus)),
             max(old.memory_gb, _number(memory) / 1024), max(old.gpus, _gpus(gres)), up == "up",
             old.gpu_type or _gpu_type(gres),
         )  # fmt: skip
@@ -245,7 +272,7 @@ def _partitions(text: str) -> dict[str, Partition]:
     return found
 
 
-def _minutes(text: str) -> int | None:
+def minutes(text: str) -> int | None:
     """Slurm's [days-]hours:minutes:seconds in minutes; None for infinite."""
     if not text or not text[0].isdigit():
         return None
@@ -276,7 +303,7 @@ def _gpu_type(gres: str) -> str:
     return known[0] if known else ""
 
 
-def _gigabytes(text: str) -> float | None:
+def gigabytes(text: str) -> float | None:
     """`64000M`, `1.50T` or, from older versions, `4Gn`."""
     match = re.match(r"([\d.]+)([KMGT])", text)
     return float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 2) if match and float(match[1]) else None

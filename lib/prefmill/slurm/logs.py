@@ -12,7 +12,7 @@ from prefmill.core.config import nearest
 from prefmill.core.errors import PipelineError
 from prefmill.slurm.elements import newest
 from prefmill.slurm.submission import submissions
-from prefmill.slurm.submit import Say
+from prefmill.slurm.view import Say
 
 _POLL_SECONDS = 0.5
 _BYTES = 1 << 20  # of a log's end are read for its last lines

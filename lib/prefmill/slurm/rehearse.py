@@ -15,12 +15,13 @@ from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.worker import read_status, set_aside
 from prefmill.slurm import jobs as slurm
-from prefmill.slurm.advance import View, advance, look, only_held
+from prefmill.slurm.advance import advance
 from prefmill.slurm.cluster import ClusterFile
 from prefmill.slurm.estimate import estimate
 from prefmill.slurm.rehearsal_plan import SAVE_STEPS, rehearsal_of
 from prefmill.slurm.status import read_rows, render
-from prefmill.slurm.submit import Say, submit
+from prefmill.slurm.submit import submit
+from prefmill.slurm.view import Say, View, look, only_held
 from prefmill.store.artifacts import read_manifest
 from prefmill.training.checkpoints import COMPLETE
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from prefmill.core.artifact import MANIFEST
+from prefmill.core.config import nearest
 from prefmill.core.errors import PipelineError
-from prefmill.pipeline.decisions import CANCEL, alone
+from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.worker import set_aside
 from prefmill.slurm import jobs as slurm
-from prefmill.slurm.advance import View, advance, look
-from prefmill.slurm.jobs import Element
-from prefmill.slurm.submission import require_owner, submissions
-from prefmill.slurm.submit import Say
-from prefmill.store.artifacts import read_manifest
+from prefmill.slurm.advance import advance
+from prefmill.slurm.elements import Tried, elements_of, newest, unsent
+from prefmill.slurm.intents import settle
+from prefmill.slurm.jobs import JobState
+from prefmill.slurm.submission import Submission, require_owner, submissions
+from prefmill.slurm.view import Say, View, look
 
 
 def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
@@ -39,37 +43,62 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
             say(f"{key} is queued or running: left as it is")
         again = [task for task in selected if task.key not in queued]
         for task in again:
-            if read_manifest(task.output) is not None:
+            if (task.output / MANIFEST).is_file():
                 set_aside(task.output)
     advance(workspace, run, say, [task.key for task in again])
 
 
 def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) -> None:
-    """End the selected tasks' jobs, or all of the run's; they stay ended until `prefmill rerun` or `submit`."""
+    """End every job of the run, or of the selected tasks, whichever command or attempt submitted it.
+
+    They stay ended until `prefmill rerun` or `submit`. No output is looked at: nothing in it can be in the way.
+    """
     with alone(workspace, run):
-        require_owner(submissions(workspace, run))
-        view = look(workspace, run)
-        selected = view.plan.select(selector) if selector else list(view.plan.tasks)
-        tasks = [task for task in selected if _is_live(view, task)]
-        for task in tasks:
-            tried = view.tried[task.key]
-            todo = f"`prefmill rerun {task.key}` when it is wanted again"
-            number = tried.submission.number
-            view.decisions.record(
-                task.key, tried.name, CANCEL, kind="cancelled", why="cancelled with `prefmill cancel`",
-                reason="asked for", todo=todo, submission=number,
-            )  # fmt: skip
-        elements = [view.tried[task.key].element for task in tasks] + ([] if selector else _advances(view))
-        if elements and not slurm.cancel(elements):
+        found = submissions(workspace, run)
+        require_owner(found)
+        for line in settle(found):
+            say(line)
+        tried = _chosen(newest(found) | unsent(found), selector)
+        jobs = [job for one in found for job in one.jobs()]
+        shown = slurm.queue([job.job_id for job in jobs])
+        if shown is None:
+            raise PipelineError("Slurm does not answer", fix="cancel again when `squeue` does")
+        every = {element: key for one in found for element, key in elements_of(one)}
+        live = [element for element, job in shown.items() if job.live and _is_ours(job, found)]
+        ended = [element for element in live if (selector is None or every.get(element) in tried)]
+        keys = {every[element] for element in ended if element in every} | {
+            k for k, one in tried.items() if not one.sent
+        }
+        for key in sorted(keys):
+            _note_cancel(Decisions(workspace, run), key, tried[key])
+        if ended and not slurm.cancel(ended):
             raise PipelineError("Slurm did not cancel every job", fix="see `squeue --me`, then cancel again")
-        say(f"run {run}: {len(tasks)} tasks cancelled")
+        say(f"run {run}: {len(keys)} tasks cancelled")
+
+
+def _chosen(tried: Mapping[str, Tried], selector: str | None) -> dict[str, Tried]:
+    """The tasks of STAGE or STAGE:TASK, all without a selector; raises PipelineError when there are none."""
+    found = {key: one for key, one in tried.items() if selector in (None, key, key.partition(":")[0])}
+    if selector and not found:
+        raise PipelineError(
+            f"no task '{selector}' was submitted{nearest(selector, list(tried))}", expected=", ".join(tried),
+            fix="name a stage, or a task as STAGE:TASK",
+        )  # fmt: skip
+    return found
+
+
+def _note_cancel(decisions: Decisions, key: str, tried: Tried) -> None:
+    decisions.record(
+        key, tried.name, CANCEL, kind="cancelled", why="cancelled with `prefmill cancel`", reason="asked for",
+        todo=f"`prefmill rerun {key}` when it is wanted again", submission=tried.submission.number,
+    )  # fmt: skip
+
+
+def _is_ours(job: JobState, found: Sequence[Submission]) -> bool:
+    """Whether a job id still is a job of this run: Slurm counts anew when its state is lost."""
+    return job.user in ("", *(one.owner for one in found))
 
 
 def _is_live(view: View, task: PlannedTask) -> bool:
     job = view.queue.get(view.tried[task.key].element) if task.key in view.tried else None
     return job is not None and job.live
-
-
-def _advances(view: View) -> list[Element]:
-    elements = [(job_id, -1) for one in view.submissions for job_id in one.advance_ids()]
-    return [element for element in elements if (job := view.queue.get(element)) is not None and job.live]

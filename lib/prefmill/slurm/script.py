@@ -7,16 +7,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import CommandFunction, FailedJobError
+from submitit.core.utils import FailedJobError
 
-from prefmill.core.errors import PipelineError
 from prefmill.slurm.cluster import ClusterFile, Resources
 
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
+_SECONDS = 120
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
@@ -38,11 +39,24 @@ def array_script(
     return _render(cluster, resources, name, _output(logs, "%A_%a.out"), special, command, code)
 
 
-def advance_script(cluster: ClusterFile, resources: Resources, run: str, workspace: Path, code: Path) -> str:
-    """The script of the small job that looks after a stage's array once it has ended."""
-    logs = workspace / "logs" / run / "advance"
-    command = ["-m", "prefmill.cli.main", "advance", run, "--workspace", str(workspace)]
-    return _render(cluster, resources, f"{run}.advance", _output(logs, "%j.out"), {}, command, code)
+def healer_script(cluster: ClusterFile, resources: Resources, run: str, workspace: Path, code: Path) -> str:
+    """The script of the job that looks after a run: it ends when the run is over, and is requeued until then.
+
+    However its process ends, the shell has Slurm start this job again; that takes no room on any disk.
+    """
+    command = ["-m", "prefmill.slurm.healer", run, str(workspace)]
+    output = str(workspace / "logs" / run / "advance" / "advance.out").replace("%", "%%")
+    text = _render(cluster, resources, f"{run}.advance", output, {}, command, code)
+    before, _, last = text.rstrip("\n").rpartition("exec ")
+    return f"{before}trap '' TERM\n{last} && exit 0\n{_AGAIN}"
+
+
+_AGAIN = """scontrol requeue "$SLURM_JOB_ID"
+for _ in 1 2 3 4 5 6 7 8 9 10; do  # accepted as soon as Slurm counts the job as pending again
+  sleep 0.5
+  scontrol update "jobid=$SLURM_JOB_ID" StartTime=now+10minutes && break
+done
+"""
 
 
 def array_spec(indices: Sequence[int], max_concurrent: int | None = None) -> str:
@@ -57,21 +71,50 @@ def array_spec(indices: Sequence[int], max_concurrent: int | None = None) -> str
     return f"{text}%{max_concurrent}" if max_concurrent else text
 
 
-def sbatch(script: Path, options: Sequence[str] = ()) -> str:
-    """Submit `script` with further sbatch options; returns the job's id. Raises PipelineError when Slurm refuses."""
+@dataclass(frozen=True)
+class SbatchAnswer:
+    """What sbatch said: the job's id, or the error, which may be that it gave no answer in time."""
+
+    job_id: str = ""
+    error: str = "no answer"
+
+
+def sbatch(script: Path, options: Sequence[str] = ()) -> SbatchAnswer:
+    """Submit `script` with further sbatch options, once."""
     executor = ScriptExecutor(script.parent)
     program, *path = executor._make_submission_command(script)
     # Options from the environment would win over those of the script.
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")} | {"LC_ALL": "C"}
+    command = [program, *options, *path]
     try:
-        output = CommandFunction([program, *options, *path], verbose=False, env=clean)()
-    except (FailedJobError, OSError) as error:
-        raise PipelineError(
-            "Slurm refused the job", where=script, got=str(error).strip(),
-            fix="correct the resources in the cluster file or the pipeline, and submit again: what is queued stays",
-        ) from None  # fmt: skip
-    job_id: str = executor._get_job_id_from_submission_command(output)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=clean)
+    except subprocess.TimeoutExpired:
+        return SbatchAnswer(error=f"no answer in {_SECONDS} seconds")
+    except OSError as error:
+        return SbatchAnswer(error=f"fatal: {error}")
+    text = done.stderr.strip() or done.stdout.strip() or f"no answer, exit code {done.returncode}"
+    try:
+        return SbatchAnswer("" if done.returncode else _job_id(executor, done.stdout), text)
+    except FailedJobError:
+        return SbatchAnswer(error=text)
+
+
+def _job_id(executor: ScriptExecutor, text: str) -> str:
+    job_id: str = executor._get_job_id_from_submission_command(text)
     return job_id
+
+
+def refusal(cluster: ClusterFile, resources: Resources) -> list[str]:
+    """Why Slurm would refuse a task with these resources, by `sbatch --test-only`; empty where it would not."""
+    here = Path.cwd()
+    text = array_script(cluster, resources, "test.only", [0], here / "logs/test/submissions/0/arrays/only.json", here)
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [f"Slurm says: {done.stderr.strip().splitlines()[-1]}"] if done.returncode and done.stderr.strip() else []
 
 
 def max_array_size(cluster: ClusterFile) -> int:

@@ -9,20 +9,21 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.artifact import MANIFEST
-from prefmill.core.errors import PipelineError
 from prefmill.core.stage import PROGRESS
 from prefmill.core.terminal import paint_states
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
+from prefmill.pipeline.runs import run_tasks
 from prefmill.pipeline.worker import INTERRUPTED, is_at_work, is_running, read_status
 from prefmill.slurm import jobs as slurm
-from prefmill.slurm.elements import Tried, newest
+from prefmill.slurm.elements import Tried, newest, unsent
+from prefmill.slurm.follow_up import script_of
 from prefmill.slurm.jobs import JobState
 from prefmill.slurm.sightings import Sightings, sight
 from prefmill.slurm.submission import submissions
@@ -94,9 +95,9 @@ def watch_status(workspace: Path, run: str, seconds: float) -> int:
 
 def read_rows(workspace: Path, run: str) -> Table:
     """Every task of a run, in the plan's order; asks Slurm once, and again of what squeue does not show."""
-    tasks = _tasks(workspace, run)
+    tasks = run_tasks(workspace, run)
     found = submissions(workspace, run)
-    tried = newest(found)
+    tried = newest(found) | unsent(found)
     open_tasks = [task["key"] for task in tasks if not _is_complete(Path(task["output"]), Path(task["logs"]))]
     wanted = [tried[key] for key in open_tasks if key in tried]
     healers = [job_id for one in found for job_id in one.advance_ids()]
@@ -110,11 +111,22 @@ def read_rows(workspace: Path, run: str) -> Table:
         row = _row(key, output, logs, one, seen, decisions.last(key, one.name) if one else {})
         rows[key] = _blocked(row, [rows[other] for other in task["needs"] if other in rows])
     healing = seen is not None and any(seen.live((job_id, -1)) for job_id in healers)
-    if any(row.state == "ended" for row in rows.values()):
-        who = "a job that does is queued" if healing else "`prefmill advance` does"
-        notes.append(f"some tasks have ended that nobody has judged yet: {who}")
+    wants_healer = seen is not None and bool(found) and script_of(found[-1]).is_file()
+    notes += _notes(run, list(rows.values()), healing, wants_healer)
     somebody = seen is None or healing or is_at_work(workspace, run)
     return Table(list(rows.values()), notes, _goes_on(list(rows.values()), somebody))
+
+
+def _notes(run: str, rows: Sequence[Row], healing: bool, wants_healer: bool) -> Iterator[str]:
+    """Where somebody has to act on the whole run, and who does."""
+    states = {row.state for row in rows}
+    who = "a job that does is queued" if healing else f"`prefmill advance {run}` does"
+    if "ended" in states:
+        yield f"some tasks have ended that nobody has judged yet: {who}"
+    if "unsent" in states:
+        yield f"{sum(row.state == 'unsent' for row in rows)} tasks are not submitted yet: {who}"
+    if wants_healer and not healing and states & {*_GOING, "ended", "unsent"}:
+        yield f"no job looks after this run: the next task to start books one, and so does `prefmill advance {run}`"
 
 
 def _goes_on(rows: Sequence[Row], somebody: bool) -> bool:
@@ -193,6 +205,8 @@ def _state(
     if decided.get("action") in _WORDS:
         todo = f"; to do: {decided['todo']}" if decided.get("todo") else ""
         return _WORDS[decided["action"]], f"{decided['kind']}: {decided['why']} ({decided['reason']}){todo}", job
+    if tried and not tried.sent:
+        return "unsent", "not submitted yet", job
     if tried and seen and tried.element in seen.unknown:
         return "unknown", seen.unknown[tried.element], job
     return (*_left_state(status, tried, seen, job), job)
@@ -290,21 +304,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     time_shown = _duration(row.seconds) if row.seconds else ""
     hours = f"{row.gpu_hours:.1f}" if row.gpus else ""
     return (row.key, row.state, row.progress, row.node, time_shown, hours, str(row.restarts or ""), row.reason)
-
-
-def _tasks(workspace: Path, run: str) -> list[dict[str, Any]]:
-    path = workspace / "logs" / run / "plan.json"
-    if not path.is_file():
-        raise PipelineError(
-            "no such run", where=path.parent, expected=f"one of: {', '.join(_runs(workspace)) or '(none yet)'}",
-            fix="start one with `prefmill run PIPELINE`, or name the workspace with --workspace",
-        )  # fmt: skip
-    tasks: list[dict[str, Any]] = json.loads(path.read_text())["tasks"]
-    return tasks
-
-
-def _runs(workspace: Path) -> list[str]:
-    return sorted(path.parent.name for path in (workspace / "logs").glob("*/plan.json") if path.parent.name != "latest")
 
 
 _WORDS = {STOP: "stopped", CANCEL: "cancelled", WAIT: "waiting"}

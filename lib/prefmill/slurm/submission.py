@@ -6,7 +6,8 @@ import json
 import os
 import pwd
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,21 +15,37 @@ from typing import Any, Literal
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
 from prefmill.pipeline.decisions import submissions_folder
+from prefmill.store.jsonl import append_row
 
-RECORD, JOBS, CODE, ARRAYS = "submission.json", "jobs.jsonl", "code", "arrays"
+RECORD, JOBS, INTENTS, CODE, ARRAYS = "submission.json", "jobs.jsonl", "intents.jsonl", "code", "arrays"
+Kind = Literal["array", "advance"]
+
+
+@dataclass(frozen=True)
+class Intent:
+    """An sbatch call about to be made: `name` is its job's, and no other job's."""
+
+    name: str
+    kind: Kind
+    stage: str
+    chunk: int
+    indices: tuple[int, ...]
+    dependency: str
+    time: float
 
 
 @dataclass(frozen=True)
 class JobRecord:
     """One sbatch call: `indices` are the array's elements it runs, `dependency` what it waits for."""
 
-    kind: Literal["array", "advance"]
+    kind: Kind
     stage: str
     chunk: int
     job_id: str
     indices: tuple[int, ...]
     dependency: str
     time: float
+    name: str = ""  # unknown in a submission of an earlier version
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,10 @@ class ArrayFile:
 
 @dataclass(frozen=True)
 class Submission:
-    """A submission on disk: written once, before its first job; only `jobs.jsonl` grows."""
+    """A submission on disk: written once, before its first job; only `intents.jsonl` and `jobs.jsonl` grow.
+
+    `wanted` are the elements it is to submit, as stage, chunk and indices.
+    """
 
     folder: Path
     number: int
@@ -65,6 +85,7 @@ class Submission:
     cluster: dict[str, Any]
     code: str
     owner: str = ""  # unknown in a submission of an earlier version
+    wanted: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
 
     @property
     def code_folder(self) -> Path:
@@ -81,23 +102,32 @@ class Submission:
 
     def jobs(self) -> list[JobRecord]:
         """Every job submitted so far, oldest first; a line torn by a crash is left out."""
-        return list(_job_records(self.folder / JOBS))
+        return [JobRecord(**row | {"indices": tuple(row["indices"])}) for row in _rows(self.folder / JOBS)]
 
     def advance_ids(self) -> list[str]:
         """The jobs that look after this submission's others."""
         return [job.job_id for job in self.jobs() if job.kind == "advance"]
 
-    def record_job(
-        self, kind: Literal["array", "advance"], stage: str, chunk: int, job_id: str, indices: Sequence[int], dep: str
-    ) -> JobRecord:
-        """Note a job that sbatch has accepted; on disk before this returns."""
-        record = JobRecord(kind, stage, chunk, job_id, tuple(indices), dep, time.time())
-        with (self.folder / JOBS).open("a+b") as stream:
-            torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
-            stream.write((b"\n" if torn else b"") + json.dumps(asdict(record)).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        return record
+    def record_intent(self, intent: Intent) -> None:
+        """Note a call that is about to be made; on disk before this returns."""
+        append_row(self.folder / INTENTS, asdict(intent))
+
+    def drop_intent(self, intent: Intent) -> None:
+        """Note that no job came of a call."""
+        append_row(self.folder / INTENTS, {"dropped": intent.name})
+
+    def open_intents(self) -> list[Intent]:
+        """The calls of which it is not noted what came of them."""
+        rows = _rows(self.folder / INTENTS)
+        settled = {row["dropped"] for row in rows if "dropped" in row} | {job.name for job in self.jobs()}
+        found = [Intent(**row | {"indices": tuple(row["indices"])}) for row in rows if "dropped" not in row]
+        return [intent for intent in found if intent.name not in settled]
+
+    def record_job(self, intent: Intent, job_id: str) -> JobRecord:
+        """Note the job that came of a call; on disk before this returns."""
+        values = asdict(intent) | {"job_id": job_id, "time": time.time()}
+        append_row(self.folder / JOBS, values)
+        return JobRecord(**values)
 
 
 def array_path(submission: Path, stage: str, chunk: int) -> Path:
@@ -139,7 +169,8 @@ def read_submission(folder: Path) -> Submission:
         raise PipelineError(
             "no submission here", where=folder, expected=f"a {RECORD}", fix="submit the pipeline with `prefmill submit`"
         ) from None
-    return Submission(folder, **values | {"workspace": Path(values["workspace"])})
+    wanted = tuple((stage, chunk, tuple(indices)) for stage, chunk, indices in values.get("wanted", []))
+    return Submission(folder, **values | {"workspace": Path(values["workspace"]), "wanted": wanted})
 
 
 def submissions(workspace: Path, run: str) -> list[Submission]:
@@ -178,12 +209,12 @@ def read_array(path: Path) -> ArrayFile:
     return ArrayFile(path, values["stage"], values["chunk"], tuple(values["tasks"]), values["resources"])
 
 
-def _job_records(path: Path) -> Iterator[JobRecord]:
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that grows; a line torn by a crash is left out."""
     if not path.is_file():
-        return
+        return []
+    rows = []
     for line in path.read_text().splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        yield JobRecord(**values | {"indices": tuple(values["indices"])})
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows

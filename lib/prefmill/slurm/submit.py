@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
@@ -21,12 +20,19 @@ from prefmill.pipeline.sharing import share_finished
 from prefmill.pipeline.state import code_version, inspect
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
-from prefmill.slurm.elements import Tried, newest
-from prefmill.slurm.jobs import JobState
-from prefmill.slurm.script import advance_script, array_script, array_spec, max_array_size, sbatch
-from prefmill.slurm.sightings import Sightings, sight, told
+from prefmill.slurm.follow_up import (
+    ADVANCE,
+    LOOK_MINUTES,
+    Wait,
+    live_follow_ups,
+    postpone,
+    script_of,
+    send_follow_up,
+)
+from prefmill.slurm.intents import FullError, Order, SbatchRefusedError, send_fitting, settle
+from prefmill.slurm.queued import Queued, queued_tasks
+from prefmill.slurm.script import array_script, healer_script, max_array_size
 from prefmill.slurm.submission import (
-    ARRAYS,
     ArrayFile,
     Submission,
     array_path,
@@ -38,29 +44,27 @@ from prefmill.slurm.submission import (
     write_array,
     write_submission,
 )
-from prefmill.slurm.task_batches import Element, TaskBatch, chunks_of, dependency, make_batches
-from prefmill.store.artifacts import read_manifest
+from prefmill.slurm.task_batches import TaskBatch, chunks_of, dependency, make_batches
+from prefmill.slurm.view import Say
 
-Say = Callable[[str], None]
-ADVANCE = "advance"
 _ADVANCE_MINUTES = 10
+_SUBMITTING_MINUTES = 5  # nobody submits for so long; a submission that was cut off is then finished
 
 
 @dataclass(frozen=True)
 class Call:
-    """One sbatch call for `batch`, or for the job that looks after its stage; `after` makes its --dependency."""
+    """One sbatch call for `batch` of `array`, with the `text` of its script; `after` makes its --dependency."""
 
-    kind: Literal["array", "advance"]
     batch: TaskBatch
-    script: Path
+    array: ArrayFile
     text: str
-    options: tuple[str, ...]
+    max_concurrent: int | None
     after: Callable[[Mapping[str, str]], str]
 
-    def arguments(self, ids: Mapping[str, str]) -> list[str]:
-        """Options beside the script's own, where `ids` are the jobs submitted before."""
-        waits = self.after(ids)
-        return [*self.options, *([f"--dependency={waits}"] if waits else [])]
+    def order(self, draft: Submission, ids: Mapping[str, str]) -> Order:
+        """The call, where `ids` are the jobs submitted before."""
+        where = (self.batch.stage, self.batch.chunk, self.array.script)
+        return Order(draft, "array", *where, self.batch.indices, (), self.after(ids), self.max_concurrent)
 
 
 def submit(
@@ -79,7 +83,10 @@ def submit(
     """
     check_path(plan.workspace)
     with _alone(plan, dry_run):
-        require_owner(submissions(plan.workspace, plan.run))
+        found = submissions(plan.workspace, plan.run)
+        require_owner(found)
+        for line in [] if dry_run else settle(found):
+            say(line)
         queued = queued_tasks(plan)
         if plan.share and not dry_run:
             share_finished(plan, queued, say)
@@ -90,52 +97,19 @@ def submit(
         if not batches:
             say("nothing to submit")
             return
-        draft = _draft(pipeline, plan, source, cluster, dry_run)
+        draft = _draft(pipeline, plan, source, cluster, batches, dry_run)
         arrays = _arrays(draft, plan, batches, pipeline, cluster, size)
         jobs = {item.element[0]: item.whole for item in live.values()}
         calls = list(_calls(draft, arrays, batches, jobs, cluster))
+        texts = {call.array.script: call.text for call in calls} | _healer_text(draft, cluster)
         if dry_run:
-            _show(calls, say)
+            _show(draft, calls, texts, say)
             return
         stuck = [item.element for key, item in queued.items() if key not in live]
         if stuck and not slurm.cancel(stuck):
             raise PipelineError("Slurm does not cancel what can never run", got=stuck, fix="scancel these elements")
-        _write(draft, plan, arrays, calls)
+        _write(draft, plan, arrays, texts)
         _send(draft, calls, say)
-
-
-@dataclass(frozen=True)
-class Queued:
-    """A task's element in the queue; `whole` are all indices of its job, `broken` if it waits for what has failed."""
-
-    element: Element
-    whole: tuple[int, ...]
-    pending: bool
-    broken: bool
-
-
-def queued_tasks(plan: Plan) -> dict[str, Queued]:
-    """The queued or running element of every task that has one; asks Slurm once.
-
-    Raises PipelineError when Slurm does not answer, or says nothing of a job: tasks could be submitted twice.
-    """
-    found = submissions(plan.workspace, plan.run)
-    tried = newest(found)
-    wanted = [tried[task.key] for task in plan.tasks if task.key in tried and read_manifest(task.output) is None]
-    seen = sight(wanted, [one.job.job_id for one in tried.values()]) if tried else Sightings()
-    if seen is None:
-        raise PipelineError("Slurm does not say what is queued", fix="try again when `squeue` answers")
-    if lines := told(seen.unknown, tried):
-        raise PipelineError(
-            "Slurm says nothing of a job that may still run", got=lines[0],
-            fix="try again in a few minutes; nothing was submitted",
-        )  # fmt: skip
-    return {key: _queued(one, seen.queue[one.element]) for key, one in tried.items() if seen.live(one.element)}
-
-
-def _queued(tried: Tried, job: JobState) -> Queued:
-    pending = job.state == "PENDING"
-    return Queued(tried.element, tried.job.indices, pending, pending and slurm.waits_for(job)[1])
 
 
 def _sort_out(
@@ -175,7 +149,9 @@ def _sort_out(
     return todo, live, words + (f" ({stuck} that could never run as they were)" if stuck else "")
 
 
-def _draft(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterFile, dry_run: bool) -> Submission:
+def _draft(
+    pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterFile, batches: Sequence[TaskBatch], dry_run: bool
+) -> Submission:
     if dry_run:
         number = next_number(plan.workspace, plan.run)
         folder = submissions_folder(plan.workspace, plan.run) / f"{number:04d}"
@@ -183,7 +159,9 @@ def _draft(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterFil
         number, folder = claim_folder(plan.workspace, plan.run)
     values = freeze(pipeline, plan, source)
     shown = cluster.model_dump(mode="json")
-    return Submission(folder, number, plan.run, plan.workspace, values, str(source), shown, code_version(), user_name())
+    wanted = tuple((batch.stage, batch.chunk, batch.indices) for batch in batches)
+    about = (values, str(source), shown, code_version(), user_name(), wanted)
+    return Submission(folder, number, plan.run, plan.workspace, *about)
 
 
 def _arrays(
@@ -219,25 +197,23 @@ def _calls(
     jobs: Mapping[str, tuple[int, ...]],
     cluster: ClusterFile,
 ) -> Iterator[Call]:
-    """Every sbatch call in order: a stage's chunks, then the job that looks after them."""
+    """Every sbatch call for an array, in order."""
     whole = {**jobs, **{batch.name: batch.indices for batch in batches}}
-    for stage in dict.fromkeys(batch.stage for batch in batches):
-        of_stage = [batch for batch in batches if batch.stage == stage]
-        for batch in of_stage:
-            same = [other for other in of_stage if other.chunk == batch.chunk]
-            array = arrays[stage, batch.chunk]
-            resources = validate(Resources, array.resources)
-            indices = [index for other in same for index in other.indices]
-            text = array_script(cluster, resources, f"{draft.run}.{stage}", indices, array.path, draft.code_folder)
-            spec = array_spec(batch.indices, resources.max_concurrent)
-            options = (f"--array={spec}",) if len(same) > 1 else ()
-            yield Call("array", batch, array.script, text, options, partial(dependency, batch, whole))
-        if cluster.advance:
-            text = advance_script(cluster, _small(cluster), draft.run, draft.workspace, draft.code_folder)
-            names = [batch.name for batch in of_stage]
-            yield Call(
-                "advance", of_stage[-1], draft.folder / ARRAYS / f"{ADVANCE}.sbatch", text, (), partial(_ended, names)
-            )
+    for batch in batches:
+        same = [other for other in batches if (other.stage, other.chunk) == (batch.stage, batch.chunk)]
+        array = arrays[batch.stage, batch.chunk]
+        resources = validate(Resources, array.resources)
+        indices = [index for other in same for index in other.indices]
+        text = array_script(cluster, resources, f"{draft.run}.{batch.stage}", indices, array.path, draft.code_folder)
+        yield Call(batch, array, text, resources.max_concurrent, partial(dependency, batch, whole))
+
+
+def _healer_text(draft: Submission, cluster: ClusterFile) -> dict[Path, str]:
+    """The follow-up job's script, where the site wants that job."""
+    if not cluster.advance:
+        return {}
+    where = (draft.run, draft.workspace, draft.code_folder)
+    return {script_of(draft): healer_script(cluster, _small(cluster), *where)}
 
 
 def _small(cluster: ClusterFile) -> Resources:
@@ -247,18 +223,17 @@ def _small(cluster: ClusterFile) -> Resources:
     return resources_for(cluster.model_copy(update={"resources": defaults}), ADVANCE)
 
 
-def _ended(names: Sequence[str], ids: Mapping[str, str]) -> str:
-    return "afterany:" + ":".join(ids.get(name, name) for name in names)
-
-
-def _show(calls: Sequence[Call], say: Say) -> None:
+def _show(draft: Submission, calls: Sequence[Call], texts: Mapping[Path, str], say: Say) -> None:
     for call in calls:
-        say(shlex.join(["sbatch", *call.arguments({}), str(call.script)]))
-    for script, text in {call.script: call.text for call in calls}.items():
+        order = call.order(draft, {})
+        say(shlex.join(["sbatch", *order.arguments(f"{draft.run}.{order.stage}.NAME"), str(order.script)]))
+    for script, text in texts.items():
         say(f"\n# {script}\n{text}")
 
 
-def _write(draft: Submission, plan: Plan, arrays: Mapping[tuple[str, int], ArrayFile], calls: Sequence[Call]) -> None:
+def _write(
+    draft: Submission, plan: Plan, arrays: Mapping[tuple[str, int], ArrayFile], texts: Mapping[Path, str]
+) -> None:
     point_latest(plan)
     write_plan(plan)
     snapshot(draft.code_folder)
@@ -267,24 +242,50 @@ def _write(draft: Submission, plan: Plan, arrays: Mapping[tuple[str, int], Array
     for array in arrays.values():
         (logs / array.stage / "slurm").mkdir(parents=True, exist_ok=True)
         write_array(array)
-    for script, text in {call.script: call.text for call in calls}.items():
+    for script, text in texts.items():
         script.write_text(text, encoding="utf-8")
+    (logs / ADVANCE / f"{ADVANCE}.out").touch()  # a full disk then has room for its lines, or loses only those
     write_submission(draft)
 
 
 def _send(draft: Submission, calls: Sequence[Call], say: Say) -> None:
+    """Submit all that there is room for. The follow-up job comes first: it submits the rest, whatever ends this."""
+    healer = _first_follow_up(draft, say)
     ids: dict[str, str] = {}
-    for call in calls:
-        arguments = call.arguments(ids)
-        job_id = sbatch(call.script, arguments)
-        waits = call.after(ids)
-        indices = call.batch.indices if call.kind == "array" else ()
-        draft.record_job(call.kind, call.batch.stage, call.batch.chunk, job_id, indices, waits)
-        if call.kind == "array":
-            ids[call.batch.name] = job_id
-            after = f", after {waits}" if waits else ""
-            say(f"+ {call.batch.stage} chunk {call.batch.chunk}: {len(indices)} tasks as job {job_id}{after}")
-    say(f"submission {draft.number:04d}: {len(calls)} sbatch calls; `prefmill status` shows how it goes")
+    try:
+        for call in calls:
+            order = call.order(draft, ids)
+            record = send_fitting(order)
+            if record is not None:
+                ids[call.batch.name] = record.job_id
+                after = f", after {order.dependency}" if order.dependency else ""
+                say(f"+ {order.stage} chunk {order.chunk}: {len(record.indices)} tasks as job {record.job_id}{after}")
+            if record is None or len(record.indices) < len(order.indices):
+                who = "the job that looks after the run submits" if healer else "`prefmill advance` submits"
+                say(f"no more jobs may be submitted now: {who} the rest when some have ended")
+                break
+    except SbatchRefusedError:
+        if healer and not ids:
+            slurm.cancel([(healer, -1)])
+            healer = ""
+        raise
+    finally:
+        if healer:
+            postpone(healer, Wait(tuple(ids.values())) if ids else Wait(minutes=LOOK_MINUTES))
+    say(f"submission {draft.number:04d}: {len(ids)} of {len(calls)} arrays; `prefmill status` shows how it goes")
+
+
+def _first_follow_up(draft: Submission, say: Say) -> str:
+    """The job that looks after the run from now on, with this submission's code; "" where there is none."""
+    if not script_of(draft).is_file():
+        return ""
+    before = submissions(draft.workspace, draft.run)[:-1]
+    slurm.cancel([(job_id, -1) for job_id in live_follow_ups(before) or {}])
+    try:
+        return send_follow_up(draft, Wait(minutes=_SUBMITTING_MINUTES)).job_id
+    except FullError as error:
+        say(f"no job looks after the run yet, the first task to start submits it: {error.details['got']}")
+        return ""
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from prefmill.core.artifact import (
 )
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json, write_atomic
+from prefmill.store.stamps import stamp
 
 SUPERSEDED, _REMAKING = ".superseded", ".remaking"
 SCHEMA_VERSIONS: dict[str, int] = {}  # of the kinds whose files have changed form; every kind starts at 1
@@ -50,6 +51,7 @@ def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[st
         metrics=dict(metrics),
         content_digest=digest_json(content),
     )
+    stamp(folder, files)
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return Artifact(folder, manifest)
 
@@ -57,7 +59,7 @@ def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[st
 def read(folder: Path, kind: str | None = None) -> Artifact:
     """The finished artifact in `folder`; raises ArtifactError if it is missing, torn or not of `kind`.
 
-    Sizes of the payload files are checked here, their digests by `verify`.
+    Sizes of the payload files are checked here, their digests in `stamps`.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -84,17 +86,6 @@ def read(folder: Path, kind: str | None = None) -> Artifact:
                 expected=f"{entry.bytes} bytes", fix=f"rerun stage {manifest.stage} with --force",
             )  # fmt: skip
     return Artifact(folder, manifest)
-
-
-def verify(artifact: Artifact) -> None:
-    """Hash every payload file again; raises ArtifactError on the first that differs from the manifest."""
-    for entry in artifact.manifest.files:
-        found = _entry(artifact.path / entry.path, artifact.path)
-        if found.sha256 != entry.sha256:
-            raise ArtifactError(
-                "artifact's content has changed since it was made", where=artifact.path / entry.path,
-                got=found.sha256, expected=entry.sha256, fix=f"rerun stage {artifact.manifest.stage} with --force",
-            )  # fmt: skip
 
 
 def read_manifest(folder: Path) -> Manifest | None:

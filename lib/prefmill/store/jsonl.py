@@ -93,7 +93,9 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one row and have it on disk before going on, so that a kill loses none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+    with path.open("a+b") as stream:
+        # After a line that a crash or a full disk cut off: this row must not become a part of it.
+        torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
+        stream.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefmill.slurm.cluster import Resources
+from prefmill.core.stage import load_stage, stage_names
+from prefmill.slurm.cluster import Resources, read_cluster, resources_for
 from prefmill.slurm.estimate import never_starts
 from prefmill.slurm.jobs import Partition
 from prefmill.slurm.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size
@@ -132,3 +133,12 @@ def _kept_bytes(folder: Path, layers: int, precision: str, residual: int) -> flo
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
         model.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)[0].sum()
     return sum(size for size, _ in kept.values()) / tokens
+
+
+def test_the_shipped_cluster_file_has_an_entry_for_every_stage_and_gpus_for_what_trains() -> None:
+    cluster = read_cluster(REPOSITORY / "configs/clusters/h100.yaml")
+    assert sorted(cluster.stages) == stage_names()
+    training = [name for name in stage_names() if load_stage(name).trains]
+    assert [name for name in training if not resources_for(cluster, name).gpus] == ["tiny_model"] * (
+        "tiny_model" in training
+    )

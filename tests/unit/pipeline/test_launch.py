@@ -17,7 +17,7 @@ from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.plan import PipelineFile, make_plan, plan_task
 from prefmill.slurm.cluster import ClusterFile, Resources
 from prefmill.slurm.script import array_script, array_spec
-from prefmill.slurm.submission import Submission, claim_folder, submissions
+from prefmill.slurm.submission import Intent, Submission, claim_folder, submissions
 from prefmill.slurm.submit import submit
 from prefmill.slurm.task_batches import TaskBatch, dependency, make_batches
 
@@ -186,8 +186,8 @@ def test_more_nodes_are_refused_where_nothing_trains(tmp_path: Path) -> None:
 def test_a_torn_line_costs_no_other_job(tmp_path: Path) -> None:
     number, folder = claim_folder(tmp_path, "r")
     submission = Submission(folder, number, "r", tmp_path, {}, "", {}, "")
-    submission.record_job("array", "make", 0, "1", [0, 1], "")
+    submission.record_job(Intent("r.make.1", "array", "make", 0, (0, 1), "", 0.0), "1")
     with (folder / "jobs.jsonl").open("a") as stream:
         stream.write('{"kind": "arr')
-    submission.record_job("array", "use", 0, "2", [0], "afterok:1")
+    submission.record_job(Intent("r.use.2", "array", "use", 0, (0,), "afterok:1", 0.0), "2")
     assert [(job.job_id, job.indices) for job in submission.jobs()] == [("1", (0, 1)), ("2", (0,))]

@@ -17,9 +17,10 @@ from toys import toy_plan
 from prefmill.core.errors import PipelineError
 from prefmill.pipeline.local import write_plan
 from prefmill.pipeline.plan import PipelineFile, Plan
-from prefmill.slurm import advance as advances
 from prefmill.slurm import status
+from prefmill.slurm import view as views
 from prefmill.slurm.advance import advance
+from prefmill.slurm.queued import queued_tasks
 from prefmill.slurm.rerun import cancel, rerun
 from prefmill.slurm.submission import (
     ArrayFile,
@@ -30,7 +31,6 @@ from prefmill.slurm.submission import (
     write_array,
     write_submission,
 )
-from prefmill.slurm.submit import queued_tasks
 
 ME = user_name()
 RUNNING = f"41|0|41|RUNNING|None|n1|1700000000|{ME}|(null)"
@@ -110,7 +110,7 @@ class Run:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     made = Run(tmp_path)
     monkeypatch.setenv("PATH", str(made.programs))
-    monkeypatch.setattr(advances, "_SECONDS_BETWEEN_TRIES", (0,))
+    monkeypatch.setattr(views, "_SECONDS_BETWEEN_TRIES", (0,))
     return made
 
 

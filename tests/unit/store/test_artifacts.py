@@ -10,8 +10,9 @@ import pytest
 
 from prefmill.core.artifact import MANIFEST, Artifact, Provenance
 from prefmill.core.errors import ArtifactError
-from prefmill.store.artifacts import publish, read, verify
+from prefmill.store.artifacts import publish, read
 from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.store.stamps import verify
 
 ORIGIN = Provenance("x", "all", "f", {}, {}, "0", {})
 

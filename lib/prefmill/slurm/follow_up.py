@@ -1,0 +1,115 @@
+"""The follow-up job of a run, which looks after all of its others: booked, told when to look again, booked anew."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefmill.core.errors import PipelineError, PrefmillError
+from prefmill.pipeline.decisions import CANCEL, Decisions, alone
+from prefmill.slurm import jobs as slurm
+from prefmill.slurm.intents import Order, send
+from prefmill.slurm.submission import ARRAYS, JobRecord, Submission, submissions
+
+ADVANCE = "advance"
+LOOK_MINUTES = 10
+_JOBS_NAMED = 40  # those that end first; after each look they are named anew
+_REQUEUE_TRIES = 60
+
+
+@dataclass(frozen=True)
+class Wait:
+    """When to look again: when any of these jobs has ended, and not before `minutes` have passed."""
+
+    job_ids: tuple[str, ...] = ()
+    minutes: int = 0
+
+    @property
+    def dependency(self) -> str:
+        """As Slurm writes it: one of them is enough. One that it has forgotten counts as ended."""
+        return "?".join(f"afterany:{job_id}" for job_id in self.job_ids[:_JOBS_NAMED])
+
+    @property
+    def begin(self) -> str:
+        """The earliest time to start."""
+        return f"now+{self.minutes}minutes" if self.minutes else "now"
+
+
+def script_of(submission: Submission) -> Path:
+    """The follow-up job's script; absent where the cluster file wants none."""
+    return submission.folder / ARRAYS / f"{ADVANCE}.sbatch"
+
+
+def send_follow_up(submission: Submission, wait: Wait) -> JobRecord:
+    """Submit a follow-up job; raises PipelineError as `send` does."""
+    options = (f"--begin={wait.begin}",)
+    script = script_of(submission)
+    return send(Order(submission, "advance", ADVANCE, 0, script, options=options, dependency=wait.dependency))
+
+
+def live_follow_ups(found: Sequence[Submission]) -> dict[str, str] | None:
+    """The state of every follow-up job of a run that is queued or running; None where Slurm does not answer."""
+    ids = [job_id for one in found for job_id in one.advance_ids()]
+    shown = slurm.queue(ids) if ids else {}
+    return None if shown is None else {job_id: job.state for (job_id, _), job in shown.items() if job.live}
+
+
+def book(found: Sequence[Submission], wait: Wait) -> str:
+    """Have the run's follow-up job look again as `wait` says, a new one where there is none; returns what to say."""
+    if not script_of(found[-1]).is_file():
+        return ""
+    live = live_follow_ups(found)
+    if live is None:
+        return "Slurm does not say whether a job looks after the run"
+    if live:  # one that runs looks when it has the lock, and then sees to itself
+        for job_id in (job_id for job_id, state in live.items() if state == "PENDING"):
+            postpone(job_id, wait)
+        return ""
+    try:
+        return f"job {send_follow_up(found[-1], wait).job_id} looks after the run"
+    except PipelineError as error:
+        return f"no job looks after the run now ({error.details['got']}): the next task to start or end books one"
+
+
+def postpone(job_id: str, wait: Wait) -> bool:
+    """Have a pending follow-up job look when `wait` says; False where Slurm does not take that (yet)."""
+    words = [f"jobid={job_id}", f"dependency={wait.dependency}", f"StartTime={wait.begin}"]
+    return slurm.ask(["scontrol", "update", *words]) is not None
+
+
+def requeue(job_id: str, wait: Wait) -> bool:
+    """Requeue this very follow-up job and have it look when `wait` says; False where Slurm refuses.
+
+    First the requeue, which alone brings it back in two minutes; whatever stops this process then loses nothing.
+    """
+    if slurm.ask(["scontrol", "requeue", job_id]) is None:
+        return False
+    for _ in range(_REQUEUE_TRIES):  # accepted as soon as Slurm counts the job as pending again
+        if postpone(job_id, wait):
+            break
+        time.sleep(0.1)
+    return True
+
+
+def book_again(workspace: Path, run: str, task: str) -> None:
+    """Called where `task` starts or ends: have a follow-up job queued if there should be one. Its failure is told."""
+    try:
+        found = submissions(workspace, run)
+        if not found or not script_of(found[-1]).is_file() or live_follow_ups(found) != {}:
+            return
+        with alone(workspace, run):
+            found = submissions(workspace, run)
+            cancelled = Decisions(workspace, run).last(task).get("action") == CANCEL
+            if not cancelled and (said := book(found, Wait(minutes=1))):
+                print(f"prefmill: {said}", flush=True)
+    except (PrefmillError, OSError) as error:
+        print(f"prefmill: no job looks after the run: {error}", file=sys.stderr, flush=True)
+
+
+def me() -> str:
+    """The Slurm job this process is in; "" outside of any."""
+    return os.environ.get("SLURM_JOB_ID", "")

@@ -1,0 +1,167 @@
+"""What a site's rules forbid: associations, QOS and partitions, as sacctmgr and scontrol show them.
+
+Slurm accepts most jobs that break a limit, and leaves them pending for ever. Only what it enforces counts here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prefmill.slurm import jobs as slurm
+from prefmill.slurm.cluster import ClusterFile, Resources
+from prefmill.slurm.jobs import gigabytes, minutes
+from prefmill.slurm.submission import user_name
+
+_ASSOCIATION = "Account,Partition,QOS,DefaultQOS,MaxSubmit,MaxWall,MaxTRES,GrpTRES"
+_QOS = "Name,MaxSubmitPU,MaxWall,MaxTRES,MaxTRESPU,GrpTRES,MinTRES"
+_TRES_NAMES = {"gres/gpu": "GPUs", "cpu": "CPUs", "mem": "GB of memory", "node": "nodes"}
+Tres = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class JobLimits:
+    """What `name` allows: a job's minutes and TRES, each None or absent where there is no limit."""
+
+    name: str
+    submit: int | None = None
+    minutes: int | None = None
+    most: Sequence[Tres] = ()
+    least: Tres = field(default_factory=dict)
+
+    def objections(self, wanted: Tres, wanted_minutes: int) -> Iterator[str]:
+        """Why a job that wants this can never start."""
+        if self.minutes is not None and wanted_minutes > self.minutes:
+            yield f"time_limit_minutes: {wanted_minutes} asked for, {self.name} allows {self.minutes}"
+        for tres, limit in ((key, value) for most in self.most for key, value in most.items()):
+            if wanted.get(tres, 0) > limit:
+                yield f"{wanted[tres]:g} {_TRES_NAMES.get(tres, tres)} asked for, {self.name} allows {limit:g}"
+        for tres, limit in self.least.items():
+            if wanted.get(tres, 0) < limit:
+                yield f"{wanted.get(tres, 0):g} {_TRES_NAMES.get(tres, tres)} asked for, {self.name} wants {limit:g}"
+
+
+@dataclass(frozen=True)
+class Association:
+    """An account that this user may charge, in one partition or in all (""), with the QOS that go with it."""
+
+    account: str
+    partition: str
+    qos: tuple[str, ...]
+    default_qos: str
+    limits: JobLimits
+
+
+@dataclass(frozen=True)
+class SitePolicy:
+    """A site's rules for this user; `enforced` are the kinds that Slurm holds against a job."""
+
+    enforced: frozenset[str]
+    default_account: str
+    associations: tuple[Association, ...]
+    qos: Mapping[str, JobLimits]
+    partitions: Mapping[str, Mapping[str, str]]
+
+    def objections(self, cluster: ClusterFile, resources: Resources) -> Iterator[str]:
+        """Why a task with these resources would be refused, or never start."""
+        account = str(resources.options.get("account") or cluster.account or self.default_account)
+        partition = self.partitions.get(resources.partition or "", {})
+        association = self._association(account, partition.get("PartitionName", ""))
+        if association is None:
+            if "associations" in self.enforced and self.associations:
+                known = ", ".join(sorted({one.account for one in self.associations}))
+                yield f"account '{account}' is none of yours: {known}"
+            return
+        qos = str(resources.options.get("qos") or cluster.qos or association.default_qos or "normal")
+        if "qos" in self.enforced and qos not in association.qos:
+            yield f"qos '{qos}' does not go with account {account}: {', '.join(association.qos)}"
+        yield from _closed(partition, account, qos)
+        for limits in self._limits(association, qos, partition):
+            yield from limits.objections(_tres(resources), resources.time_limit_minutes)
+
+    def submit_limit(self, cluster: ClusterFile) -> int | None:
+        """How many jobs may be submitted at once; an array counts by its elements."""
+        association = self._association(cluster.account or self.default_account, "")
+        if association is None:
+            return None
+        found = self._limits(association, cluster.qos or association.default_qos or "normal", {})
+        return min((limits.submit for limits in found if limits.submit is not None), default=None)
+
+    def _association(self, account: str, partition: str) -> Association | None:
+        """The one for this partition before the one for all."""
+        fitting = [one for one in self.associations if one.account == account and one.partition in ("", partition)]
+        return max(fitting, key=lambda one: one.partition, default=None)
+
+    def _limits(self, association: Association, qos: str, partition: Mapping[str, str]) -> Iterator[JobLimits]:
+        if "limits" in self.enforced:
+            yield association.limits
+            yield from (self.qos[name] for name in (qos, partition.get("QoS", "")) if name in self.qos)
+
+
+def read_policy() -> SitePolicy | None:
+    """The rules for this user; None where there is no accounting, and so none but the partitions'."""
+    me = user_name()
+    associations = slurm.ask(["sacctmgr", "-nP", "show", "association", f"user={me}", f"format={_ASSOCIATION}"])
+    if associations is None:
+        return None
+    default = slurm.ask(["sacctmgr", "-nP", "show", "user", me, "format=DefaultAccount"]) or ""
+    qos = slurm.ask(["sacctmgr", "-nP", "show", "qos", f"format={_QOS}"]) or ""
+    config = slurm.ask(["scontrol", "show", "config"]) or ""
+    enforced = re.search(r"^AccountingStorageEnforce\s*=\s*(\S+)", config, re.M)
+    return SitePolicy(
+        frozenset(enforced[1].split(",") if enforced else ()), default.strip(),
+        tuple(_association(line) for line in associations.splitlines() if line.count("|") == _ASSOCIATION.count(",")),
+        {limits.name.removeprefix("QOS "): limits for limits in map(_qos_limits, qos.splitlines())},
+        _partitions(slurm.ask(["scontrol", "-o", "show", "partition"]) or ""),
+    )  # fmt: skip
+
+
+def _association(line: str) -> Association:
+    account, partition, qos, default, submit, wall, most, group = line.split("|")
+    limits = JobLimits(f"account {account}", _count(submit), minutes(wall), (parse_tres(most), parse_tres(group)))
+    return Association(account, partition, tuple(qos.split(",")), default, limits)
+
+
+def _qos_limits(line: str) -> JobLimits:
+    name, submit, wall, *most, least = line.split("|")
+    return JobLimits(
+        f"QOS {name}", _count(submit), minutes(wall), tuple(parse_tres(part) for part in most), parse_tres(least)
+    )
+
+
+def _partitions(text: str) -> dict[str, dict[str, str]]:
+    """Every partition's settings by name; the default one also as ""."""
+    found = {}
+    for line in text.splitlines():
+        values = dict(re.findall(r"(\w+)=(\S*)", line))
+        found[values.get("PartitionName", "")] = values
+        if values.get("Default") == "YES":
+            found[""] = values
+    return found
+
+
+def _closed(partition: Mapping[str, str], account: str, qos: str) -> Iterator[str]:
+    for key, name, what in (("AllowAccounts", account, "account"), ("AllowQos", qos, "QOS")):
+        allowed = partition.get(key, "ALL")
+        if allowed not in ("ALL", "N/A") and name not in allowed.split(","):
+            yield f"partition {partition['PartitionName']} is closed to {what} {name}: {allowed}"
+    for key, name, what in (("DenyAccounts", account, "account"), ("DenyQos", qos, "QOS")):
+        if name in partition.get(key, "").split(","):
+            yield f"partition {partition['PartitionName']} is closed to {what} {name}"
+
+
+def _tres(resources: Resources) -> dict[str, float]:
+    """What one task takes of everything that is counted."""
+    each = {"gres/gpu": resources.gpus, "cpu": resources.cpus, "mem": resources.memory_gb or 0, "node": 1}
+    return {name: resources.nodes * count for name, count in each.items()}
+
+
+def parse_tres(text: str) -> dict[str, float]:
+    """`cpu=4,mem=100G,gres/gpu=2`; memory in GB."""
+    pairs = [part.split("=", 1) for part in text.split(",") if "=" in part]
+    return {name: gigabytes(value) or 0.0 if name == "mem" else float(value) for name, value in pairs}
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,89 @@
+"""What a training task needs: memory of each GPU and optimizer steps, as far as both are known before it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefmill.core.artifact import MANIFEST
+from prefmill.core.errors import PrefmillError
+from prefmill.pipeline.plan import Plan, PlannedTask
+from prefmill.slurm.cluster import Resources
+from prefmill.slurm.memory import GpuMemory, gpu_memory, host_memory, model_size
+from prefmill.store.artifacts import read_manifest
+from prefmill.training.config import TrainingConfig, accumulation
+from prefmill.training.preference_config import PreferenceConfig
+
+_SCORER_LOGITS, _TRL_LOGITS = 256, 1024  # tokens whose logits exist together, in DPO's scorer and TRL's loss
+_UNKNOWN = "not known before"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training task needs: memory of each GPU, optimizer steps; None with the reason where it is not known."""
+
+    task: PlannedTask
+    world: int
+    model: str
+    memory: GpuMemory | None
+    steps: int | None
+    notes: tuple[str, ...] = ()
+
+
+def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Training:
+    """What a training task needs, as far as it is known now; raises ConfigError for a batch that does not divide."""
+    config = task.config
+    assert isinstance(config, TrainingConfig), f"{task.stage.name} trains, but not by a TrainingConfig"
+    world = resources.nodes * (resources.processes or max(resources.gpus, 1))
+    accumulation(config, world)
+    name, revision = _model_of(plan, task)
+    steps = _steps(task, config)
+    notes = [] if steps is not None else [f"steps: {_UNKNOWN} its dataset is made"]
+    if name is None:
+        return Training(task, world, "", None, steps, (*notes, f"memory: {_UNKNOWN} its model is made"))
+    pairs = isinstance(config, PreferenceConfig)
+    rows = config.per_device_train_batch_size * (2 if pairs else 1)
+    if isinstance(config, PreferenceConfig) and config.layout != "pairwise":
+        notes.append("a group runs its prompt once: less than this, as each pair is counted as two whole sequences")
+    try:
+        size = model_size(name, revision, config.trust_remote_code)
+    except PrefmillError as error:
+        return Training(task, world, name, None, steps, (*notes, f"memory: {error.what}: {error.details['got']}"))
+    offloaded = host_memory(size, config, world)
+    if offloaded:
+        notes.append(f"{offloaded * world:.0f} GB are offloaded to the hosts' memory, {offloaded:.1f} GB by each GPU")
+    memory = gpu_memory(size, config, world, rows, _SCORER_LOGITS if pairs else _TRL_LOGITS)
+    return Training(task, world, f"{name} ({size.parameters / 1e9:.2f}B)", memory, steps, tuple(notes))
+
+
+def _model_of(plan: Plan, task: PlannedTask) -> tuple[str | None, str | None]:
+    """The model a task starts from: its own, that of a finished input, or what the task before starts from."""
+    config = task.config
+    if isinstance(config, TrainingConfig) and config.model_name_or_path is not None:
+        return config.model_name_or_path, config.revision
+    folders = [
+        path for name, paths in task.inputs.items() if task.stage.reads[name].kind == "checkpoint" for path in paths
+    ]
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            return str(folder), None
+    makers = [other for other in plan.upstream(task) if other.output in folders]
+    return _model_of(plan, makers[0]) if makers else (None, None)
+
+
+def _steps(task: PlannedTask, config: TrainingConfig) -> int | None:
+    """Optimizer steps, from the rows of a finished dataset; None where there is none yet."""
+    modality = getattr(config, "modality", "clean")
+    wanted = f"{task.stage.name}_{modality}_train/data.jsonl"
+    for folder in [path for paths in task.inputs.values() for path in paths]:
+        rows = _rows(folder, wanted)
+        if rows is not None:
+            return math.ceil(rows / config.effective_batch_size) * config.num_train_epochs
+    return None
+
+
+def _rows(folder: Path, name: str) -> int | None:
+    manifest = read_manifest(folder)
+    files = manifest.files if manifest else []
+    return next((entry.rows for entry in files if entry.path == name), None)
