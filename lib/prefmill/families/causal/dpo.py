@@ -19,19 +19,17 @@ from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import scoring_context, scoring_model, shares_weights, unsharded_loading
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.chat_rows import ChatRows
-from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.families.causal.image_batches import add_images
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
-from prefmill.families.causal.load_check import check_scorer, own_likelihoods
+from prefmill.families.causal.load_check import as_scorer
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.other_reference import check_reference, reference_parts
 from prefmill.families.causal.scorer import (
     Batch,
     encode_pairwise,
     encode_sequences,
-    patch_forward,
     score_batch,
 )
 from prefmill.families.causal.start_checks import check_positions, check_start
@@ -151,7 +149,7 @@ def _placed(pair: PreferencePair, reader: ImageReader | None) -> PreferencePair:
 
 
 def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> Any:
-    """The model to tune, scoring instead of returning logits, its dropout off: reference and policy must agree."""
+    """The model to tune, as a scorer."""
     model = load_model(
         name,
         precision=weights_precision(config),
@@ -159,17 +157,7 @@ def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> An
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
-    expected = own_likelihoods(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    if config.layout == "group":
-        use_group_attention(model, config.max_length)
-    patch_forward(model)
-    check_scorer(model, expected, config.layout, name)
-    return model
+    return as_scorer(model, config.layout, name)
 
 
 def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:

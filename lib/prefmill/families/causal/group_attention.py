@@ -2,12 +2,14 @@
 
 The prompt runs through the model once instead of once a response. Exact for causal models, because nothing in the
 prompt sees a response; positions of every response restart at the prompt's length. Layout and cost: pair-only sharing
-is arXiv 2410.20305, this shares among all responses of a group.
+is arXiv 2410.20305, this shares among all responses of a group. Windows, chunks, capped scores and attention sinks are
+the layer's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +19,35 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from prefmill.core.errors import ConfigError
+from prefmill.families.causal import attention_pattern
+from prefmill.families.causal.attention_pattern import GROUP_ATTENTION, Pattern, is_causal
+from prefmill.families.causal.shared_states import share_states
 from prefmill.families.causal.varlen_attention import Range, Segment, VarlenIndex, attention_kernel, varlen_attention
 
-GROUP_ATTENTION = "prefmill_group"  # its name among transformers' attention implementations
+_KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid"}
+_QUERIES_AT_ONCE = 512  # of a prompt, where a mask or scores must exist
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer makes weights of scores: scaled, seen through `pattern`, capped (Gemma 2), beside `sinks` [heads].
+
+    A sink is a score that takes weight and gives no value (gpt-oss).
+    """
+
+    scale: float | None
+    pattern: Pattern | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def written_out(self) -> bool:
+        """Whether no kernel of torch's computes it."""
+        return self.softcap is not None or self.sinks is not None
+
+    def is_causal(self, length: int) -> bool:
+        """Whether torch's causal attention is this, in sequences of `length` tokens."""
+        return not self.written_out and is_causal(self.pattern, length)
 
 
 def group_attention(
@@ -27,114 +55,156 @@ def group_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Pattern | Tensor | None,
     *,
     segments: Sequence[Segment] | None = None,
     varlen: VarlenIndex | None = None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a packed sequence, [1, heads, T, D] queries to [1, T, heads, D]; keys may have fewer heads.
 
     No mask over T x T exists: the prompt is a causal call of its own, and each response one that is causal from the
     bottom right against [prompt, itself]. `segments` must cover the sequence in order, `varlen` is their index.
+    Raises ConfigError for a mask that the model made on its own.
     """
     assert segments is not None, "this attention runs on batches that encode_groups made"
     assert query.shape[0] == 1, "a packed batch is one row"
+    if isinstance(attention_mask, Tensor):
+        raise _refused("a model that makes its attention masks itself", type(module).__name__)
     # Under autocast rotary positions leave queries and keys in fp32, beside values in the precision computed in.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    scoring = Scoring(scaling, attention_mask, softcap, s_aux)
     if varlen is not None and attention_kernel(query, value) == "varlen":
-        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-        return varlen_attention(query, key, value, varlen, scaling)[None], None
-    return loop_attention(query, key, value, segments, scaling), None
+        causal = scoring.is_causal(max(varlen.longest_prompt, varlen.longest_keys))
+        if causal or (not scoring.written_out and attention_mask is not None and attention_mask.window):
+            query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+            window = None if causal or attention_mask is None else attention_mask.reach
+            return varlen_attention(query, key, value, varlen, scaling, window)[None], None
+    return loop_attention(query, key, value, segments, scoring), None
 
 
 def loop_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scoring: Scoring
 ) -> Tensor:
     """A call for every prompt and every response, for CPUs and for what no flash kernel takes."""
-    grouped = key.shape[1] != query.shape[1]
-    if grouped and query.is_cuda:
+    if key.shape[1] != query.shape[1] and (query.is_cuda or scoring.written_out):
         # In fp32 no kernel but the one that holds T x T takes fewer key heads.
         times = query.shape[1] // key.shape[1]
-        key, value, grouped = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), False
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     parts: list[Tensor] = []
     for segment in segments:
-        prompt_key, prompt_value = _rows(key, segment.prompt), _rows(value, segment.prompt)
-        parts.append(
-            scaled_dot_product_attention(
-                _rows(query, segment.prompt), prompt_key, prompt_value,
-                is_causal=True, scale=scaling, enable_gqa=grouped,
-            )
-        )  # fmt: skip
-        for response in segment.responses:
-            states = (_rows(query, response), _rows(key, response), _rows(value, response))
-            parts.append(_respond(*states, prompt_key, prompt_value, scaling, grouped))
+        prompt = (_rows(key, segment.prompt), _rows(value, segment.prompt))
+        parts += _prompt(_rows(query, segment.prompt), *prompt, scoring)
+        parts += [
+            _respond(*(_rows(states, response) for states in (query, key, value)), *prompt, scoring)
+            for response in segment.responses
+        ]
     # Rows first: kernels lay their results out so, and a copy is saved.
     attended = torch.cat([part.transpose(1, 2) for part in parts], dim=1)
     assert attended.shape[1] == query.shape[2], "segments must cover the sequence"
     return attended
 
 
+def _prompt(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> list[Tensor]:
+    """Attention of a prompt to itself, some queries at a time where it is more than causal."""
+    length = query.shape[2]
+    if scoring.is_causal(length):
+        grouped = key.shape[1] != query.shape[1]
+        return [scaled_dot_product_attention(query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=grouped)]
+    parts = []
+    for start in range(0, length, _QUERIES_AT_ONCE):
+        queries = range(start, min(start + _QUERIES_AT_ONCE, length))
+        keys = range((scoring.pattern or Pattern()).first_key(start), queries.stop)
+        states = (_rows(query, (start, queries.stop)), *(_rows(rows, (keys.start, keys.stop)) for rows in (key, value)))
+        work = _again if scoring.written_out else _attend
+        parts.append(work(*states, queries, keys, scoring))
+    return parts
+
+
 def _respond(
-    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor,
-    scaling: float | None, grouped: bool,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, scoring: Scoring
+) -> Tensor:
     """Attention of one response, causal from the bottom right against [prompt, itself], [1, heads, R, D].
 
     Autograd would keep a copy of the prompt's keys and values for every response of every layer, on a CPU its mask
     too; so a response shorter than its prompt is computed anew in the backward pass, which costs little.
     """
+    before, length = prompt_key.shape[2], query.shape[2]
+    queries = range(before, before + length)
+    keys = range((scoring.pattern or Pattern()).first_key(before), queries.stop)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> Tensor:
-        keys, values = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        # torch's CausalBias says the same, but cannot be traced: no torch.compile, no fake tensors.
-        seen = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device)
-        mask = seen.tril(prompt_key.shape[2])
-        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        seen = (_rows(states, (min(keys.start, before), before)) for states in (prompt_key, prompt_value))
+        joined = (torch.cat([next(seen), key], dim=2), torch.cat([next(seen), value], dim=2))
+        return _attend(query, *joined, queries, keys, scoring)
 
     states = (query, key, value, prompt_key, prompt_value)
-    if torch.is_grad_enabled() and query.shape[2] < prompt_key.shape[2]:
+    if torch.is_grad_enabled() and length < before:
         again: Tensor = checkpoint(attend, *states, use_reentrant=False, preserve_rng_state=False)
         return again
     return attend(*states)
 
 
-def use_group_attention(model: Any, longest: int | None = None) -> None:
-    """Switch `model` to this attention; raises ConfigError where it would not compute the same as the model's own.
+def _again(*given: Any) -> Tensor:
+    """`_attend`, whose scores are computed anew in the backward pass."""
+    if not torch.is_grad_enabled():
+        return _attend(*given)
+    attended: Tensor = checkpoint(_attend, *given, use_reentrant=False, preserve_rng_state=False)
+    return attended
 
-    `longest` is the number of tokens that no prompt with a response exceeds: a window as long is none.
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, queries: range, keys: range, scoring: Scoring) -> Tensor:
+    """Attention of queries at the places `queries` of a sequence to keys at `keys`, [1, heads, Q, D]."""
+    # torch's CausalBias says the same, but cannot be traced: no torch.compile, no fake tensors.
+    pattern = Pattern() if is_causal(scoring.pattern, queries.stop) else scoring.pattern or Pattern()
+    mask = pattern.mask(queries, keys, query.device)
+    if not scoring.written_out:
+        grouped = key.shape[1] != query.shape[1]
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scoring.scale, enable_gqa=grouped
+        )  # fmt: skip
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=wide)[..., : len(keys)].to(value.dtype)
+    return weights @ value
+
+
+def use_group_attention(model: Any) -> None:
+    """Switch `model` to this attention; raises ConfigError where its layers are known not to be of this kind.
+
+    Layers that carry a state along the sequence share their prompt's too.
     """
     config = model.config.get_text_config()
-    limited = limited_attention(config, longest)
-    if limited is not None:
-        raise ConfigError(
-            "layout: group needs attention over the whole prompt in every layer", where=config.model_type, got=limited,
-            expected="full_attention only", fix="leave layout out, or set layout=pairwise, for this model",
-        )  # fmt: skip
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if unknown:
+        raise _refused(f"layers of {', '.join(unknown)}", config.model_type)
     AttentionInterface.register(GROUP_ATTENTION, group_attention)
+    attention_pattern.register()
     if config is model.config:
         model.set_attn_implementation(GROUP_ATTENTION)
     else:  # images are encoded with the attention of their own part
         model.set_attn_implementation({"text_config": GROUP_ATTENTION})
     # A model with attention code of its own only warns and goes on as it was.
     if config._attn_implementation != GROUP_ATTENTION:
-        raise ConfigError(
-            "layout: group needs a model whose attention can be exchanged", where=config.model_type,
-            fix="leave layout out, or set layout=pairwise, for this model",
-        )  # fmt: skip
+        raise _refused("attention that cannot be exchanged", config.model_type)
+    share_states(model)
 
 
-def limited_attention(config: Any, longest: int | None = None) -> str | None:
-    """How the attention of a text model falls short of plain causal attention over `longest` tokens; None where not."""
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    reach = longest or getattr(config, "max_position_embeddings", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if window and reach and window >= reach:
-        kinds -= {"sliding_attention"}
-    if kinds - {"full_attention"}:
-        return ", ".join(sorted(kinds)) + (f", a window of {window}" if window else "")
-    return "capped attention logits" if getattr(config, "attn_logit_softcapping", None) else None
+def _refused(got: str, where: str) -> ConfigError:
+    return ConfigError(
+        "layout: group cannot share prompts in this model", where=where, got=got,
+        expected="full, sliding or chunked attention, convolutions, Mamba or linear attention",
+        fix="leave layout out, or set layout=pairwise, for this model",
+    )  # fmt: skip
 
 
 def _rows(states: Tensor, span: Range) -> Tensor:

@@ -42,7 +42,7 @@ def _why_not_group(name: str, revision: str | None, config: PreferenceConfig) ->
     kind = AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            use_group_attention(kind.from_config(found, **options), config.max_length)
+            use_group_attention(kind.from_config(found, **options))
     except ConfigError as error:
         got = error.details["got"]
         return error.what.removeprefix("layout: ") + (f" ({got})" if got else "")

@@ -15,13 +15,34 @@ from torch import Tensor
 
 from prefmill.core.errors import InputError
 from prefmill.distributed.sharding import is_sharded
+from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import pack
-from prefmill.families.causal.scorer import encode_sequences, score_batch
+from prefmill.families.causal.scorer import encode_sequences, patch_forward, score_batch
 
+_DROPOUTS = ("attention_dropout",)
 _PROMPT, _ANSWERS = 12, (7, 5)  # tokens
 # Nats that a sum over an answer may differ by: rounding alone, in another order of the same operations.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
 Sequences = list[tuple[list[int], list[int]]]
+
+
+def as_scorer(model: Any, layout: str, name: str) -> Any:
+    """`model` scoring instead of returning logits, its dropout off: reference and policy must agree.
+
+    Raises ConfigError and InputError where it would not compute its own likelihoods in `layout`.
+    """
+    expected = own_likelihoods(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for key in _DROPOUTS:
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+    if layout == "group":
+        use_group_attention(model)
+    patch_forward(model)
+    check_scorer(model, expected, layout, name)
+    return model
 
 
 def own_likelihoods(model: Any) -> tuple[Sequences, Tensor] | None:

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prefmill.distributed.sharding import pad_chunks
-from prefmill.families.causal.group_attention import limited_attention
 from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
 from prefmill.families.causal.vision import embed
 from prefmill.training.batches import GroupPart
@@ -200,7 +199,11 @@ def _masks_padding(model: Any) -> bool:
     A mask would rule flash attention out. Windows, states and attention code of a model's own keep theirs.
     """
     config = model.config.get_text_config()
-    return limited_attention(config) is not None or not model._can_set_attn_implementation()
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if window and window >= (getattr(config, "max_position_embeddings", None) or window + 1):
+        kinds -= {"sliding_attention"}
+    return bool(kinds - {"full_attention"}) or not model._can_set_attn_implementation()
 
 
 def _needs_mask_for_memory(model: Any) -> bool:

@@ -85,9 +85,15 @@ def varlen_index(segments: Sequence[Segment]) -> VarlenIndex:
     )
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scale: float | None) -> Tensor:
-    """Attention over a packed row: queries [T, heads, D], keys and values [T, key heads, D], to [T, heads, D]."""
-    attended: Tensor = _GroupAttention.apply(query, key, value, index, scale)  # type: ignore[no-untyped-call]
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scale: float | None, window: int | None = None
+) -> Tensor:
+    """Attention over a packed row: queries [T, heads, D], keys and values [T, key heads, D], to [T, heads, D].
+
+    A query sees `window` tokens, itself among them.
+    """
+    reach = _CAUSAL if window is None else (window - 1, 0)
+    attended: Tensor = _GroupAttention.apply(query, key, value, index, scale, reach)  # type: ignore[no-untyped-call]
     return attended
 
 
@@ -124,19 +130,21 @@ class _GroupAttention(torch.autograd.Function):
     """Both calls, and a backward pass that gathers the keys again: kept, they would be a prompt for every response."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scale: float | None, reach: Range
+    ) -> Tensor:
         parts, sums = [], []
         for queries, keys, lengths in _calls(index):
             part, log_sum = varlen_attn(
                 query[queries], key[keys], value[keys], *lengths,
-                scale=scale, window_size=_CAUSAL, enable_gqa=query.shape[1] != key.shape[1],
+                scale=scale, window_size=reach, enable_gqa=query.shape[1] != key.shape[1],
                 return_aux=AuxRequest(lse=True),
             )  # fmt: skip
             parts.append(part)
             sums.append(log_sum)
         attended = torch.cat(parts)[index.order]
         ctx.save_for_backward(query, key, value, attended, *sums)
-        ctx.index, ctx.scale = index, scale
+        ctx.index, ctx.scale, ctx.reach = index, scale, reach
         return attended
 
     @staticmethod
@@ -151,12 +159,13 @@ class _GroupAttention(torch.autograd.Function):
             # varlen_attn's own backward operator: the public function would save its gathered inputs.
             to_query, *to_rows = torch.ops.torch_attn._varlen_attn_backward(
                 gradient[queries], query[queries], key[keys], value[keys], attended[queries], log_sum, *lengths,
-                True, torch.zeros(2, dtype=torch.uint64, device=query.device), ctx.scale, list(_CAUSAL),
+                ctx.reach == _CAUSAL, torch.zeros(2, dtype=torch.uint64, device=query.device), ctx.scale,
+                list(ctx.reach),
             )  # fmt: skip
             to_queries.append(to_query)
             for total, rows in zip((to_key, to_value), to_rows, strict=True):
                 total.index_add_(0, keys, rows.to(wide))
-        return torch.cat(to_queries)[index.order], to_key.to(key.dtype), to_value.to(value.dtype), None, None
+        return torch.cat(to_queries)[index.order], to_key.to(key.dtype), to_value.to(value.dtype), None, None, None
 
 
 def _calls(index: VarlenIndex) -> list[tuple[Tensor, Tensor, tuple[Tensor, Tensor, int, int]]]:

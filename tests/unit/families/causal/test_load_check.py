@@ -40,7 +40,7 @@ def build(model_type: str, **keys: Any) -> Any:
 def checked(model: Any, layout: str = "pairwise") -> Any:
     expected = own_likelihoods(model)
     if layout == "group":
-        use_group_attention(model, 64)
+        use_group_attention(model)
     patch_forward(model)
     check_scorer(model, expected, layout, "model")
     return model
@@ -85,7 +85,7 @@ def test_a_planted_mask_that_is_ignored_is_caught() -> None:
     """An attention that looks at every token of a packed row, other responses among them."""
     model = build("llama")
     expected = own_likelihoods(model)
-    use_group_attention(model, 64)
+    use_group_attention(model)
     for layer in model.model.layers:
         layer.self_attn.config._attn_implementation = "eager"
     patch_forward(model)

@@ -1,0 +1,147 @@
+"""Layers that carry a state along a sequence (convolutions, Mamba, gated delta rule), on a prompt that is shared.
+
+The prompt runs once; every response starts from the state that it leaves, and their gradients meet in it. A layer does
+this itself, by the code with which it goes on from a cache: it is only given one that keeps what autograd needs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from prefmill.families.causal.varlen_attention import Segment
+
+_UPDATES = {"update_conv_state", "update_recurrent_state"}
+_CACHES = ("cache_params", "past_key_values")
+
+
+class PromptStates:
+    """The states that one layer has after a prompt, in the form of a transformers cache.
+
+    transformers' own copies into buffers of a fixed address, which ends the gradient. Empty it takes the states of a
+    prompt [1, ...]; `for_rows` gives a cache that rows of responses go on from.
+    """
+
+    record_past = False  # read by layers: no speculative decoding here
+
+    def __init__(self, conv: dict[int, Tensor] | None = None, recurrent: dict[int, Tensor] | None = None) -> None:
+        self.conv_states, self.recurrent_states = dict(conv or {}), dict(recurrent or {})
+        self._started = conv is not None
+        self.layers = _Every(self)
+
+    def for_rows(self, count: int) -> PromptStates:
+        """The same states for `count` rows."""
+        conv, recurrent = (
+            {place: states.expand(count, *states.shape[1:]) for place, states in kept.items()}
+            for kept in (self.conv_states, self.recurrent_states)
+        )
+        return PromptStates(conv, recurrent)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether rows go on from a prompt."""
+        return self._started
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int = 0, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        """Keep the last columns of [rows, channels, tokens]; return all, with those before them."""
+        size = conv_kernel_size or conv_states.shape[-1]
+        before = self.conv_states.get(state_idx)
+        if before is not None:
+            conv_states = torch.cat([before, conv_states], dim=-1)
+        whole = F.pad(conv_states, (max(0, size - conv_states.shape[-1]), 0))
+        self.conv_states[state_idx] = whole[..., -size:]
+        return whole
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int = 0, state_idx: int = 0, **_: Any
+    ) -> Tensor:
+        """Keep a recurrent state as it is."""
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+
+class _Every:
+    """A cache's list of layers, of which the one that asks is the only one."""
+
+    def __init__(self, states: PromptStates) -> None:
+        self._states = states
+
+    def __getitem__(self, _: int) -> PromptStates:
+        return self._states
+
+
+def share_states(model: nn.Module) -> None:
+    """Have the layers of `model` that carry states run packed rows as prompts and responses; others are as they were.
+
+    The segments reach such a layer from the arguments of the module around it, also when that is computed anew.
+    """
+    for module in list(model.modules()):
+        for child in module.children():
+            if _carries_state(type(child)) and not hasattr(child, "prefmill_segments"):
+                child.prefmill_segments = None  # type: ignore[assignment]
+                child.forward = MethodType(_forward(child.forward), child)
+        inside = [part for part in module.modules() if hasattr(part, "prefmill_segments") and part is not module]
+        if inside and "segments" not in inspect.signature(module.forward).parameters and _is_layer(module):
+            module.register_forward_pre_hook(_tell, with_kwargs=True)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def _tell(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    for part in module.modules():
+        if hasattr(part, "prefmill_segments"):
+            part.prefmill_segments = kwargs.get("segments")
+
+
+@lru_cache
+def _carries_state(kind: type) -> bool:
+    methods = (inspect.unwrap(method) for _, method in inspect.getmembers(kind, inspect.isfunction))
+    return any(_UPDATES.intersection(method.__code__.co_names) for method in methods)
+
+
+def _forward(own: Any) -> Any:
+    signature = inspect.signature(own)
+    cache = next(name for name in _CACHES if name in signature.parameters)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        segments = kwargs.pop("segments", self.prefmill_segments)
+        kwargs.pop("varlen", None)
+        if segments is None:
+            return own(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        given.arguments["attention_mask"] = None  # packed rows have no padding
+        hidden = given.arguments["hidden_states"]
+
+        def mix(states: Tensor, cached: PromptStates) -> Tensor:
+            given.arguments |= {"hidden_states": states, cache: cached}
+            mixed: Tensor = own(*given.args, **given.kwargs)
+            return mixed
+
+        return torch.cat([part for segment in segments for part in _mix(hidden, segment, mix)], dim=1)
+
+    return forward
+
+
+def _mix(hidden: Tensor, segment: Segment, mix: Any) -> Sequence[Tensor]:
+    """A layer's outputs of a prompt and of its responses, [1, tokens, H] each, from a packed row [1, T, H]."""
+    states = PromptStates()
+    prompt = mix(hidden[:, slice(*segment.prompt)], states)
+    rows = pad_sequence([hidden[0, slice(*span)] for span in segment.responses], batch_first=True)
+    # A single token would take the path of decoding, which writes into its state.
+    rows = F.pad(rows, (0, 0, 0, max(0, 2 - rows.shape[1])))
+    mixed = mix(rows, states.for_rows(len(rows)))
+    return [prompt, *(mixed[n : n + 1, : end - begin] for n, (begin, end) in enumerate(segment.responses))]
