@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES,
 )
 
-from prefmill.core.errors import PrefmillError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.group_layout import pack
 from prefmill.families.causal.load_check import as_scorer
 from prefmill.families.causal.scorer import encode_sequences, score_batch
@@ -34,7 +37,7 @@ ARCHITECTURES = sorted({*CAUSAL, *IMAGES})
 
 @dataclass(frozen=True)
 class Row:
-    """The outcome of an architecture: `works`, `WRONG by ...`, or the reason of a refusal, in each layout."""
+    """The outcome of an architecture in each layout: `works`, why it is refused, or `WRONG by ...`."""
 
     model_type: str
     name: str
@@ -42,15 +45,15 @@ class Row:
     pairwise: str
 
 
+@lru_cache
 def row_of(model_type: str) -> Row | str:
-    """The row of an architecture, or why it cannot be built tiny or has no likelihood of text alone."""
+    """The row of an architecture; else why it cannot be built tiny here, or has no likelihood of text alone."""
     try:
         model = build(model_type)
         truth = own_scores(model)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+    except Exception as error:  # as many kinds as there are architectures
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)[:110].strip(" :")
     outcomes = [_outcome(copy.deepcopy(model), truth, layout) for layout in ("group", "pairwise")]
-    gc.collect()
     return Row(model_type, type(model).__name__, *outcomes)
 
 
@@ -60,9 +63,10 @@ def build(model_type: str) -> Any:
     kind = AutoModelForImageTextToText if model_type in IMAGES else AutoModelForCausalLM
     with torch.device("meta"):
         size = sum(weight.numel() for weight in kind.from_config(config).parameters())
-    assert size < 5_000_000, f"not tiny: {size} weights"
+    assert size < 20_000_000, f"not tiny: {size:,} weights"
     torch.manual_seed(0)
-    model = kind.from_config(config).float().eval()
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    model = kind.from_config(config, attn_implementation="eager" if capped else None).float().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.is_floating_point() and weight.ndim > 1:
@@ -85,9 +89,10 @@ def own_scores(model: Any) -> Tensor:
 def _outcome(model: Any, truth: Tensor, layout: str) -> str:
     try:
         scorer = as_scorer(model, layout, "tiny").train()
-    except PrefmillError as error:
-        got = error.details.get("got")
-        return f"{error.what}" + (f": {got}" if got else "")
+    except InputError:
+        return "refused: other likelihoods than the model's own"
+    except ConfigError as error:
+        return f"refused: {error.details['got']}"
     rows = [(prompt, answer) for prompt, answers in GROUPS for answer in answers]
     batch = pack(GROUPS) if layout == "group" else encode_sequences(rows, pad=0)
     with torch.no_grad():
@@ -95,9 +100,15 @@ def _outcome(model: Any, truth: Tensor, layout: str) -> str:
     return "works" if difference <= TOLERANCE else f"WRONG by {difference:.4f} nats"
 
 
-def silence() -> None:
+@contextmanager
+def silence() -> Iterator[None]:
     """No warnings of transformers' and ours: refusals are what is shown."""
     import transformers
 
+    ours, before = logging.getLogger("prefmill"), transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    logging.getLogger("prefmill").setLevel(logging.ERROR)
+    ours.setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
+        yield
+    ours.setLevel(logging.NOTSET)
+    transformers.logging.set_verbosity(before)

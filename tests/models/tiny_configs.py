@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, int], ...] = (  # the first that matches a key's whole n
     (r"num_experts_per_tok|moe_k|moe_topk|top_k_experts", 2),
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", 1), (r"n_group|topk_group", 1),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
-    (r"\w+_lora_rank", 8), (r"sliding_window|window_size|local_attention|sliding_window_size", 5),
+    (r"\w+_lora_rank", 8), (r"sliding_window|local_attention|sliding_window_size", 5),
     (r"attention_chunk_size", 5),
     (r"max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length", 128),
     (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", 8), (r"mamba_(d_head|head_dim|headdim)", 8),
@@ -36,24 +36,30 @@ RULES: tuple[tuple[str, int], ...] = (  # the first that matches a key's whole n
     (r"mamba_d_ssm", 64), (r"mamba_dt_rank|time_step_rank", 4),
     (r"image_size", 16), (r"patch_size", 4), (r"num_channels|in_channels", 3),
 )  # fmt: skip
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}}
 _MLA = {"num_key_value_heads": 4}  # every head has keys of its own, compressed
+ABSENT = object()
 KEYS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
-                     "kimi_linear", "longcat_flash", "minicpm3", "youtu"), _MLA),
+                     "kimi_linear", "longcat_flash", "minicpm3", "mistral4", "youtu"), _MLA),
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
         "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4,
     },
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gpt_neo": {"window_size": 5, "attention_types": [[["global", "local"], 1]]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8}, "reformer": {"is_decoder": True},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "glm4v_text", "glm_ocr_text",
+                     "glm46v_text", "paddleocr_vl_text"), _MROPE),
+    "glm4v_moe_text": {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba": {"layer_types": ["linear_attention", "hybrid", "linear_attention"], "num_hidden_layers": 3},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid", "linear_attention"], "num_hidden_layers": 3},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], "num_hidden_layers": 3,
+               "layer_types": ABSENT, "num_mem_blocks": 1},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+                       "indexer_compress_ratio": 2},
 }  # fmt: skip
-ABSENT = object()
 
 
 def tiny_config(model_type: str) -> Any:

@@ -18,10 +18,10 @@ GROUP_ATTENTION = "prefmill_group"  # its name among transformers' attention imp
 
 
 @dataclass(frozen=True)
-class Pattern:
+class MaskPattern:
     """`sees(batch, head, query, key)` on int64 places is bool; no query sees further back than `reach` tokens.
 
-    `reach` counts the query itself and is None without such a bound; `window` says that the reach is all there is to it.
+    `reach` counts the query itself and is None without such a bound; `window` says that it is all.
     """
 
     sees: Callable[[int, int, Tensor, Tensor], Tensor] = causal_mask_function
@@ -39,7 +39,7 @@ class Pattern:
         return torch.as_tensor(self.sees(0, 0, query, key)).expand(len(queries), len(keys))
 
 
-def is_causal(pattern: Pattern | None, length: int) -> bool:
+def is_causal(pattern: MaskPattern | None, length: int) -> bool:
     """Whether `pattern` is plain causal attention in sequences of `length` tokens: a window as long is none."""
     return pattern is None or (pattern.reach is not None and pattern.reach >= length)
 
@@ -51,9 +51,9 @@ def register() -> None:
 
 def _pattern(
     *, mask_function: Any, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any
-) -> Pattern | None:
+) -> MaskPattern | None:
     if mask_function is causal_mask_function:
         return None
     # Only a function that transformers made of the window alone is one: callers may have laid others over it.
     window = not use_vmap and local_size is not None and local_size == getattr(config, "sliding_window", None)
-    return Pattern(mask_function, local_size, window)
+    return MaskPattern(mask_function, local_size, window)

@@ -20,23 +20,24 @@ from transformers import AttentionInterface
 
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal import attention_pattern
-from prefmill.families.causal.attention_pattern import GROUP_ATTENTION, Pattern, is_causal
+from prefmill.families.causal.attention_pattern import GROUP_ATTENTION, MaskPattern, is_causal
 from prefmill.families.causal.shared_states import share_states
 from prefmill.families.causal.varlen_attention import Range, Segment, VarlenIndex, attention_kernel, varlen_attention
 
-_KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid"}
+_KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid",
+                 "mlp", "moe"}  # fmt: skip
 _QUERIES_AT_ONCE = 512  # of a prompt, where a mask or scores must exist
 
 
 @dataclass(frozen=True)
-class Scoring:
+class LayerAttention:
     """How a layer makes weights of scores: scaled, seen through `pattern`, capped (Gemma 2), beside `sinks` [heads].
 
     A sink is a score that takes weight and gives no value (gpt-oss).
     """
 
     scale: float | None
-    pattern: Pattern | None = None
+    pattern: MaskPattern | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
 
@@ -55,7 +56,7 @@ def group_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Pattern | Tensor | None,
+    attention_mask: MaskPattern | Tensor | None,
     *,
     segments: Sequence[Segment] | None = None,
     varlen: VarlenIndex | None = None,
@@ -70,13 +71,14 @@ def group_attention(
     bottom right against [prompt, itself]. `segments` must cover the sequence in order, `varlen` is their index.
     Raises ConfigError for a mask that the model made on its own.
     """
-    assert segments is not None, "this attention runs on batches that encode_groups made"
+    if segments is None:  # layers that keep what they are given to themselves
+        raise _refused("layers that do not pass arguments on to their attention", type(module).__name__)
     assert query.shape[0] == 1, "a packed batch is one row"
     if isinstance(attention_mask, Tensor):
         raise _refused("a model that makes its attention masks itself", type(module).__name__)
     # Under autocast rotary positions leave queries and keys in fp32, beside values in the precision computed in.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    scoring = Scoring(scaling, attention_mask, softcap, s_aux)
+    scoring = LayerAttention(scaling, attention_mask, softcap, s_aux)
     if varlen is not None and attention_kernel(query, value) == "varlen":
         causal = scoring.is_causal(max(varlen.longest_prompt, varlen.longest_keys))
         if causal or (not scoring.written_out and attention_mask is not None and attention_mask.window):
@@ -87,7 +89,7 @@ def group_attention(
 
 
 def loop_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scoring: Scoring
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scoring: LayerAttention
 ) -> Tensor:
     """A call for every prompt and every response, for CPUs and for what no flash kernel takes."""
     if key.shape[1] != query.shape[1] and (query.is_cuda or scoring.written_out):
@@ -96,36 +98,38 @@ def loop_attention(
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     parts: list[Tensor] = []
     for segment in segments:
-        prompt = (_rows(key, segment.prompt), _rows(value, segment.prompt))
-        parts += _prompt(_rows(query, segment.prompt), *prompt, scoring)
-        parts += [
-            _respond(*(_rows(states, response) for states in (query, key, value)), *prompt, scoring)
-            for response in segment.responses
-        ]
+        keys, values = _rows(key, segment.prompt), _rows(value, segment.prompt)
+        parts += _prompt(_rows(query, segment.prompt), keys, values, scoring)
+        for span in segment.responses:
+            parts.append(_respond(_rows(query, span), _rows(key, span), _rows(value, span), keys, values, scoring))
     # Rows first: kernels lay their results out so, and a copy is saved.
     attended = torch.cat([part.transpose(1, 2) for part in parts], dim=1)
     assert attended.shape[1] == query.shape[2], "segments must cover the sequence"
     return attended
 
 
-def _prompt(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> list[Tensor]:
+def _prompt(query: Tensor, key: Tensor, value: Tensor, scoring: LayerAttention) -> list[Tensor]:
     """Attention of a prompt to itself, some queries at a time where it is more than causal."""
     length = query.shape[2]
     if scoring.is_causal(length):
         grouped = key.shape[1] != query.shape[1]
-        return [scaled_dot_product_attention(query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=grouped)]
+        return [
+            scaled_dot_product_attention(query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=grouped)
+        ]
     parts = []
     for start in range(0, length, _QUERIES_AT_ONCE):
         queries = range(start, min(start + _QUERIES_AT_ONCE, length))
-        keys = range((scoring.pattern or Pattern()).first_key(start), queries.stop)
-        states = (_rows(query, (start, queries.stop)), *(_rows(rows, (keys.start, keys.stop)) for rows in (key, value)))
+        keys = range((scoring.pattern or MaskPattern()).first_key(start), queries.stop)
+        seen = (keys.start, keys.stop)
         work = _again if scoring.written_out else _attend
-        parts.append(work(*states, queries, keys, scoring))
+        parts.append(
+            work(_rows(query, (start, queries.stop)), _rows(key, seen), _rows(value, seen), queries, keys, scoring)
+        )
     return parts
 
 
 def _respond(
-    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, scoring: Scoring
+    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, scoring: LayerAttention
 ) -> Tensor:
     """Attention of one response, causal from the bottom right against [prompt, itself], [1, heads, R, D].
 
@@ -134,12 +138,13 @@ def _respond(
     """
     before, length = prompt_key.shape[2], query.shape[2]
     queries = range(before, before + length)
-    keys = range((scoring.pattern or Pattern()).first_key(before), queries.stop)
+    keys = range((scoring.pattern or MaskPattern()).first_key(before), queries.stop)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> Tensor:
-        seen = (_rows(states, (min(keys.start, before), before)) for states in (prompt_key, prompt_value))
-        joined = (torch.cat([next(seen), key], dim=2), torch.cat([next(seen), value], dim=2))
-        return _attend(query, *joined, queries, keys, scoring)
+        seen = (keys.start, before)
+        keys_joined = torch.cat([_rows(prompt_key, seen), key], dim=2)
+        values_joined = torch.cat([_rows(prompt_value, seen), value], dim=2)
+        return _attend(query, keys_joined, values_joined, queries, keys, scoring)
 
     states = (query, key, value, prompt_key, prompt_value)
     if torch.is_grad_enabled() and length < before:
@@ -156,10 +161,10 @@ def _again(*given: Any) -> Tensor:
     return attended
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, queries: range, keys: range, scoring: Scoring) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, queries: range, keys: range, scoring: LayerAttention) -> Tensor:
     """Attention of queries at the places `queries` of a sequence to keys at `keys`, [1, heads, Q, D]."""
     # torch's CausalBias says the same, but cannot be traced: no torch.compile, no fake tensors.
-    pattern = Pattern() if is_causal(scoring.pattern, queries.stop) else scoring.pattern or Pattern()
+    pattern = MaskPattern() if is_causal(scoring.pattern, queries.stop) else scoring.pattern or MaskPattern()
     mask = pattern.mask(queries, keys, query.device)
     if not scoring.written_out:
         grouped = key.shape[1] != query.shape[1]

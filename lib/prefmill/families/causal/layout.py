@@ -12,6 +12,14 @@ from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.other_reference import reference_parts
 from prefmill.training.preference_config import PreferenceConfig
 
+# Found by the load check alone, with weights at hand (docs/models.md): a mixer that starts from no state, layers that
+# do not pass on what they are given, a mask built from the mask.
+_PAIRWISE_ONLY = frozenset((
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "doge", "falcon_mamba", "git", "jamba", "mamba",
+    "marian", "mbart", "minimax", "moshi", "nemotron", "pegasus", "plbart", "recurrent_gemma", "stablelm",
+    "xlstm", "zaya",
+))  # fmt: skip
+
 
 def choose_layout(config: PreferenceConfig, policy: str) -> tuple[PreferenceConfig, str | None]:
     """The configuration with `auto` replaced, and why it is pairwise then; None where it is group, or was not `auto`.
@@ -39,6 +47,8 @@ def _why_not_group(name: str, revision: str | None, config: PreferenceConfig) ->
     """The refusal of a model without weights: what decides is its configuration and its code."""
     options = {"trust_remote_code": config.trust_remote_code}
     found = AutoConfig.from_pretrained(name, revision=revision, **options)
+    if found.model_type in _PAIRWISE_ONLY:
+        return f"a model of type {found.model_type} cannot share prompts"
     kind = AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
     try:
         with torch.device("meta"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision, torch_dtype
@@ -70,11 +70,17 @@ def load_model(
             dtype=torch_dtype(precision),
             revision=revision,
             trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
+            attn_implementation=attn_implementation or _own_attention(config),
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise _unloadable("model", name_or_path, error) from error
+
+
+def _own_attention(config: Any) -> str | None:
+    """The attention that a model was trained with where transformers' choice is another; else None."""
+    # Its default for Gemma 2 leaves the cap of the scores out.
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def require_folder(name_or_path: str) -> None:

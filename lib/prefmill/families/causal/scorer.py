@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prefmill.distributed.sharding import pad_chunks
 from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
-from prefmill.families.causal.vision import embed
+from prefmill.families.causal.vision import TRAINED, embed
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group
 
@@ -129,21 +130,35 @@ def _forward(
     """Log-likelihood of every response, [S] float64: the sum over its tokens, end of turn included."""
     given: dict[str, Any] = {"position_ids": position_ids, "segments": segments, "varlen": varlen}
     given = {name: value for name, value in given.items() if value is not None}
-    if hasattr(self.config, "vision_config"):
+    if self.config.model_type in TRAINED:
         given["inputs_embeds"] = embed(self, input_ids, pixel_values, image_grid_thw)
     else:
         given["input_ids"] = input_ids
     mask = attention_mask if self.masks_padding or position_ids is not None or _needs_mask_for_memory(self) else None
-    hidden = self.get_decoder()(attention_mask=mask, use_cache=False, **given)[0]
+    hidden = decoder_of(self)(attention_mask=mask, use_cache=False, **given)[0]
     head = OwnHead(self) if self.own_head else self.get_output_embeddings()
     logps = token_logps(hidden[row, column], target, head)
     return sum_by_owner(logps, owner, num_responses)
 
 
+def decoder_of(model: Any) -> Any:
+    """The text model that returns hidden states; of a model with a vision part, the part that reads its embeddings."""
+    found = model.get_decoder()  # a guess by attribute names: ModernBERT's is its output projection, Llama 4's itself
+    return found if isinstance(found, PreTrainedModel) and found is not model else model.model
+
+
+class _Hidden(BaseModelOutputWithPast):
+    """Hidden states as the output of any kind of model: what else is asked of it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class OwnHead:
     """What a model's own forward makes of hidden states: the projection, and whatever scales or caps it.
 
-    Its decoder is made to return the states, so that no list of such models is needed.
+    The part that it calls is made to return the states, so that no list of such models is needed.
     """
 
     def __init__(self, model: Any) -> None:
@@ -157,10 +172,10 @@ class OwnHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [C, V] of hidden states [C, H]."""
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        states = BaseModelOutputWithPast(last_hidden_state=hidden[None])
-        with forward_as(self._model.get_decoder(), lambda *_, **__: states):
-            logits: Tensor = type(self._model).forward(self._model, input_ids=ids, use_cache=False).logits[0]
+        model, ids = self._model, torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        part = decoder_of(model) if model.base_model is model else model.base_model
+        with forward_as(part, lambda *_, **__: _Hidden(last_hidden_state=hidden[None])):
+            logits: Tensor = type(model).forward(model, input_ids=ids, use_cache=False).logits[0]
         return logits
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefmill.families.causal.varlen_attention import Segment
 
 _UPDATES = {"update_conv_state", "update_recurrent_state"}
+_SEGMENTS = "prefmill_segments"  # of the row that the layer runs, while it does
 _CACHES = ("cache_params", "past_key_values")
 
 
@@ -84,56 +86,44 @@ def share_states(model: nn.Module) -> None:
 
     The segments reach such a layer from the arguments of the module around it, also when that is computed anew.
     """
-    for module in list(model.modules()):
-        for child in module.children():
-            if _carries_state(type(child)) and not hasattr(child, "prefmill_segments"):
-                child.prefmill_segments = None  # type: ignore[assignment]
-                child.forward = MethodType(_forward(child.forward), child)
-        inside = [part for part in module.modules() if hasattr(part, "prefmill_segments") and part is not module]
-        if inside and "segments" not in inspect.signature(module.forward).parameters and _is_layer(module):
-            module.register_forward_pre_hook(_tell, with_kwargs=True)
+    carrying = [part for part in model.modules() if _carries_state(type(part)) and not hasattr(part, _SEGMENTS)]
+    for part in carrying:
+        setattr(part, _SEGMENTS, None)
+        part.forward = MethodType(_shared_forward, part)
+    for module in model.modules():
+        inside = [part for part in module.modules() if part in carrying]
+        if inside and isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(partial(_tell, inside), with_kwargs=True)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return isinstance(module, GradientCheckpointingLayer)
-
-
-def _tell(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-    for part in module.modules():
-        if hasattr(part, "prefmill_segments"):
-            part.prefmill_segments = kwargs.get("segments")
+def _tell(parts: Sequence[nn.Module], _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    for part in parts:
+        setattr(part, _SEGMENTS, kwargs.get("segments"))
 
 
-@lru_cache
 def _carries_state(kind: type) -> bool:
     methods = (inspect.unwrap(method) for _, method in inspect.getmembers(kind, inspect.isfunction))
     return any(_UPDATES.intersection(method.__code__.co_names) for method in methods)
 
 
-def _forward(own: Any) -> Any:
-    signature = inspect.signature(own)
-    cache = next(name for name in _CACHES if name in signature.parameters)
+def _shared_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    segments = kwargs.pop("segments", getattr(self, _SEGMENTS))
+    kwargs.pop("varlen", None)
+    own = MethodType(type(self).forward, self)  # asked of the class each time: a copy of the model has parts of its own
+    if segments is None:
+        return own(*args, **kwargs)
+    given = inspect.signature(own).bind(*args, **kwargs)
+    given.apply_defaults()
+    cache = next(name for name in _CACHES if name in given.signature.parameters)
+    given.arguments["attention_mask"] = None  # packed rows have no padding
+    hidden = given.arguments["hidden_states"]
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        segments = kwargs.pop("segments", self.prefmill_segments)
-        kwargs.pop("varlen", None)
-        if segments is None:
-            return own(*args, **kwargs)
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        given.arguments["attention_mask"] = None  # packed rows have no padding
-        hidden = given.arguments["hidden_states"]
+    def mix(states: Tensor, cached: PromptStates) -> Tensor:
+        given.arguments |= {"hidden_states": states, cache: cached}
+        mixed: Tensor = own(*given.args, **given.kwargs)
+        return mixed
 
-        def mix(states: Tensor, cached: PromptStates) -> Tensor:
-            given.arguments |= {"hidden_states": states, cache: cached}
-            mixed: Tensor = own(*given.args, **given.kwargs)
-            return mixed
-
-        return torch.cat([part for segment in segments for part in _mix(hidden, segment, mix)], dim=1)
-
-    return forward
+    return torch.cat([part for segment in segments for part in _mix(hidden, segment, mix)], dim=1)
 
 
 def _mix(hidden: Tensor, segment: Segment, mix: Any) -> Sequence[Tensor]:

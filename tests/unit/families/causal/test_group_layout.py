@@ -128,14 +128,14 @@ def test_activation_checkpointing_changes_nothing(groups: list[Group], shared: A
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     checkpointed.train()
     calls = []
-    original = group_attention._rows
-    group_attention._rows = lambda *given: calls.append(1) or original(*given)  # type: ignore[func-returns-value]
+    original = group_attention.loop_attention
+    group_attention.loop_attention = lambda *given: calls.append(1) or original(*given)  # type: ignore[func-returns-value]
     try:
         scores = score_batch(patch_forward(checkpointed), batch)
         forward = len(calls)
         scores.sum().backward()
     finally:
-        group_attention._rows = original
+        group_attention.loop_attention = original
     assert len(calls) == 2 * forward, "the layers ran once more in the backward pass"
     assert_same_gradients(shared, checkpointed, 1e-12)
 
@@ -213,9 +213,9 @@ def test_cutting_keeps_every_response_and_the_limit(groups: list[Group]) -> None
     assert [responses for _, responses in cut_responses(group, None)] == [group.responses]
 
 
-def test_a_sliding_window_is_refused(tiny_qwen2: Path) -> None:
+def test_layers_of_an_unknown_kind_are_refused(tiny_qwen2: Path) -> None:
     model = load_model(str(tiny_qwen2), precision="fp32")
-    model.config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.layer_types = ["full_attention", "indexed_attention"]
     with pytest.raises(ConfigError, match="set layout=pairwise"):
         use_group_attention(model)
 
@@ -225,6 +225,6 @@ def test_a_model_whose_attention_cannot_be_exchanged_is_refused(
 ) -> None:
     model = load_model(str(tiny_qwen2), precision="fp32")
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda self: False)
-    with pytest.raises(ConfigError, match="attention can be exchanged"):
+    with pytest.raises(ConfigError, match="attention that cannot be exchanged"):
         use_group_attention(model)
     assert model.config._attn_implementation != GROUP_ATTENTION

@@ -15,9 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
+from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
 from prefmill.families.causal import varlen_attention
-from prefmill.families.causal.group_attention import group_attention, loop_attention, use_group_attention
+from prefmill.families.causal.attention_pattern import MaskPattern
+from prefmill.families.causal.group_attention import (
+    LayerAttention,
+    group_attention,
+    loop_attention,
+    use_group_attention,
+)
 from prefmill.families.causal.group_layout import pack
 from prefmill.families.causal.loading import load_model
 from prefmill.families.causal.scorer import patch_forward, score_batch
@@ -34,9 +41,11 @@ def sequences(starts: tuple[Tensor, Tensor], *states: Tensor) -> Iterator[list[T
         yield [part[cuts[min(place, 1)]] for place, part in enumerate(states)]
 
 
-def probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """softmax(qk' scale), causal from the bottom right, [heads, Q, K]."""
+def probabilities(q: Tensor, k: Tensor, scale: float, window: list[int]) -> Tensor:
+    """softmax(qk' scale), causal from the bottom right and `window[0]` tokens back, [heads, Q, K]."""
     hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+    if window[0] >= 0:
+        hidden |= torch.ones_like(hidden).tril(len(k) - len(q) - window[0] - 1)
     logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
     return logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
@@ -45,15 +54,16 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
     is_causal: bool = False, scale: float | None = None, window_size: list[int] | None = None, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    assert is_causal
-    assert window_size == [-1, 0]
+    assert window_size is not None
+    assert is_causal == (window_size == [-1, 0])
+    assert window_size[1] == 0
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     assert (int(cu_q[-1]), int(cu_k[-1])) == (len(query), len(key))
     CALLS.append((len(cu_q) - 1, len(key)))
     rows = []
     for q, k, v in sequences((cu_q, cu_k), query, key, value):
-        weights = probabilities(q, k, scale or q.shape[-1] ** -0.5)
+        weights = probabilities(q, k, scale or q.shape[-1] ** -0.5, window_size)
         rows.append(torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(q.shape[1] // v.shape[1], 1)))
     return torch.cat(rows), torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
 
@@ -63,13 +73,13 @@ def backward(
     max_q: int, max_k: int, is_causal: bool, rng: Tensor, scale: float | None = None, window: Any = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dV = P'dO, dS = P (dO V' - rowsum(dO O)), dQ = dS K scale, dK = dS' Q scale (Dao et al. 2022, appendix B)."""
-    assert is_causal
+    assert is_causal == (window == [-1, 0])
     scale = scale or query.shape[-1] ** -0.5
     found = []
     pulls = sequences((cu_q, cu_q), grad, out)
     for (q, k, v), (g, o) in zip(sequences((cu_q, cu_k), query, key, value), pulls, strict=True):
         times = q.shape[1] // k.shape[1]
-        weights = probabilities(q, k, scale)
+        weights = probabilities(q, k, scale, window)
         of_weights = torch.einsum("qhd,khd->hqk", g, v.repeat_interleave(times, 1))
         inner = weights * (of_weights - (g * o).sum(-1).T[..., None]) * scale
         to_heads = [torch.einsum("hqk,qhd->khd", *pair) for pair in ((inner, q), (weights, g))]
@@ -90,6 +100,7 @@ def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen_attention, "forced", "varlen")
 
 
+CHUNKS = MaskPattern(chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)), 4)
 SEGMENTS = (  # a response of one token, one longer than its prompt, groups of one to four responses
     Segment((0, 7), ((7, 8), (8, 11), (11, 24), (24, 30))),
     Segment((30, 31), ((31, 36),)),
@@ -97,14 +108,17 @@ SEGMENTS = (  # a response of one token, one longer than its prompt, groups of o
 )
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 49])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_outputs_and_gradients_are_those_of_the_loop(heads: int, key_heads: int) -> None:
+def test_outputs_and_gradients_are_those_of_the_loop(heads: int, key_heads: int, window: int | None) -> None:
     torch.manual_seed(0)
     states = [torch.randn(1, n, 49, 8, dtype=torch.float64, requires_grad=True) for n in (heads, key_heads, key_heads)]
     pull = torch.randn(1, 49, heads, 8, dtype=torch.float64)
+    sees = sliding_window_causal_mask_function(window or 0)
+    pattern = None if window is None else MaskPattern(sees, window, window=True)
     results = []
     for index in (None, varlen_index(SEGMENTS)):
-        out, _ = group_attention(None, *states, None, segments=SEGMENTS, varlen=index, scaling=0.3)
+        out, _ = group_attention(None, *states, pattern, segments=SEGMENTS, varlen=index, scaling=0.3)
         results.append((out, *torch.autograd.grad((out * pull).sum(), states)))
     for left, right in zip(*results, strict=True):
         assert left.shape == right.shape
@@ -162,7 +176,7 @@ def test_both_ways_compile_without_a_break() -> None:
         return group_attention(None, query, key, value, None, segments=SEGMENTS, varlen=index)[0]
 
     def loop(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return loop_attention(query, key, value, SEGMENTS, None)
+        return loop_attention(query, key, value, SEGMENTS, LayerAttention(None))
 
     for work in (two_calls, loop):
         compiled = torch.compile(work, backend="aot_eager", fullgraph=True)(*states)
@@ -170,6 +184,14 @@ def test_both_ways_compile_without_a_break() -> None:
         assert (compiled - plain).abs().max() < 1e-12
         gradients = [torch.autograd.grad(out.square().sum(), states) for out in (compiled, plain)]
         assert all((one - other).abs().max() < 1e-12 for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("more", [{"softcap": 2.0}, {"s_aux": torch.ones(4)}, {"attention_mask": CHUNKS}])
+def test_what_the_kernel_does_not_know_takes_the_loop(more: dict[str, Any]) -> None:
+    states = [torch.randn(1, 4, 49, 8) for _ in range(3)]
+    given: dict[str, Any] = {"attention_mask": None, "segments": SEGMENTS, "varlen": varlen_index(SEGMENTS), **more}
+    group_attention(None, *states, **given)
+    assert not CALLS
 
 
 @pytest.mark.parametrize(
