@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from pydantic import model_validator
 
 from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
@@ -18,21 +15,9 @@ from prefmill.training.preference_config import PreferenceConfig
 
 
 class DpoConfig(PreferenceConfig, PairSource, ChatRows):
-    """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one.
-
-    `max_len` is another name of `max_length`.
-    """
+    """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one."""
 
     modality: Modality = "clean"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _other_names(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "max_len" not in values:
-            return values
-        if "max_length" in values:
-            raise ValueError("max_len is another name of max_length: give one of them")
-        return {key: value for key, value in values.items() if key != "max_len"} | {"max_length": values["max_len"]}
 
 
 def run(config: DpoConfig, task: Task) -> Metrics:

@@ -25,8 +25,8 @@ class Console:
         self._quiet, self._verbose, self._logs = arguments.quiet, arguments.verbose, logs
 
     def __call__(self, line: str) -> None:
-        sign = line[:1] if line[1:2] == " " else ""
-        if self._quiet and sign and sign in _ROUTINE:
+        sign = line[:1].strip() if line[1:2] == " " else ""
+        if self._quiet and (sign in _ROUTINE if sign else line.startswith("  ")):
             return
         first, *rest = line.split("\n")
         print("\n".join([paint(first, _COLOURS.get(sign)), *rest]), flush=True)

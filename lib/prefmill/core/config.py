@@ -6,7 +6,8 @@ import copy
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar, get_args
@@ -14,6 +15,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
+from prefmill.core.aliases import ALIASES, REFUSED, aliases_in, without_sections
 from prefmill.core.errors import ConfigError
 from prefmill.core.files import digest_path
 
@@ -28,6 +30,8 @@ class StrictConfig(BaseModel):
         return {}
 
 
+COMMAND_LINE = "given on the command line"
+_FEW_KEYS = 12
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
@@ -70,20 +74,23 @@ def former_names(schema: type[BaseModel]) -> dict[str, str]:
 
 def modern(schema: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` under the present names of the schema's fields; raises ConfigError where one is given under both."""
-    present = {former: name for name, former in former_names(schema).items() if former in values}
-    for former, name in present.items():
-        if name in values:
+    values = without_sections(schema.model_fields, values)
+    former = {former: name for name, former in former_names(schema).items() if former in values}
+    other = aliases_in(schema.model_fields, values)
+    present = {**other, **former}
+    for key, name in present.items():
+        if name in values or list(present.values()).count(name) > 1:
             raise ConfigError(
-                "one key under two names", where=schema.__name__, got=f"{former} and {name}",
-                fix=f"leave out {former}, the former name of {name}",
+                "one key under two names", where=schema.__name__, got=f"{key} and {name}",
+                fix=f"leave out {key}, another name of {name}",
             )  # fmt: skip
-        _tell_renamed(former, name)
+        _tell(f"{key} is read as {name}" + ("; the next release refuses it" if key in former else ""))
     return {present.get(key, key): value for key, value in values.items()}
 
 
 @cache
-def _tell_renamed(former: str, name: str) -> None:
-    print(f"note: the key {former} is called {name} now; the next release refuses {former}", file=sys.stderr)
+def _tell(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -137,6 +144,16 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
     return {str(key): value for key, value in resolved.items()}
 
 
+def joined(overrides: Sequence[str]) -> list[str]:
+    """Overrides with blanks around the sign put together: `dpo.beta = 0.2` is three words to a shell."""
+    words: list[str] = []
+    for item in overrides:
+        last = words[-1] if words else ""
+        goes_on = last and (("=" not in last and item.startswith("=")) or last.endswith("="))
+        words[-1:] = [words[-1] + item] if goes_on else [*words[-1:], item]
+    return words
+
+
 def split_override(override: str) -> tuple[str, str]:
     """The key of `key=value` and the text after it; raises ConfigError where there is none."""
     key, sign, text = override.partition("=")
@@ -159,27 +176,37 @@ def lay_over(base: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]
     return laid
 
 
-def validate(schema: type[ConfigT], values: Mapping[str, Any], where: object = None) -> ConfigT:
-    """`values` as a `schema`; raises ConfigError naming every wrong key, its value and what was expected."""
+def validate(
+    schema: type[ConfigT], values: Mapping[str, Any], where: object = None, origins: Mapping[str, object] = {}
+) -> ConfigT:
+    """`values` as a `schema`; raises ConfigError naming every wrong key, its value and what was expected.
+
+    `origins` says of keys, dotted where they are nested, where each was given.
+    """
     values = modern(schema, values)
     try:
         # JSON mode keeps strictness while text may become a path and a list a tuple.
         return schema.model_validate_json(json.dumps(dict(values), default=str))
     except ValidationError as error:
-        problems = [_explain(schema, detail) for detail in error.errors(include_url=False)]
+        problems = [_explain(schema, detail, origins) for detail in error.errors(include_url=False)]
         raise ConfigError(
             f"invalid configuration ({schema.__name__})", where=where, got="\n".join(["", *problems]),
-            fix="correct these keys in the file or on the command line",
+            fix="correct these keys where they are given; `--help` of a stage explains each of its keys",
         ) from None  # fmt: skip
 
 
 def load(
-    schema: type[ConfigT], source: Path | Mapping[str, Any], overrides: Sequence[str] = (), where: object = None
+    schema: type[ConfigT],
+    source: Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    where: object = None,
+    origins: Mapping[str, object] = {},
 ) -> ConfigT:
-    """A YAML file or mapping, with overrides, as a checked `schema`."""
+    """A YAML file or mapping, with overrides, as a checked `schema`; `origins` as for `validate`."""
     values = read_yaml(source) if isinstance(source, Path) else source
     where = where or (source if isinstance(source, Path) else None)
-    return validate(schema, merge(values, overrides, where), where)
+    said = {split_override(item)[0]: COMMAND_LINE for item in overrides}
+    return validate(schema, merge(values, overrides, where), where, {**origins, **said})
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
@@ -222,15 +249,32 @@ def _identity_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
+def _explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str, object]) -> str:
     location = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
+    said = [origin for key, origin in origins.items() if f"{location}.".startswith(f"{key}.")]
+    place = f", {said[-1]}" if said else ""
     if detail["type"] == "extra_forbidden":
-        valid = sorted(_keys_at(schema, detail["loc"][:-1]))
-        hint = nearest(str(detail["loc"][-1]), valid)
-        return f"    {location}: unknown key{hint}; valid keys: {', '.join(valid) or '(none)'}"
+        instead = _instead(str(detail["loc"][-1]), _keys_at(schema, detail["loc"][:-1]))
+        return f"    {location}: unknown key{instead}{place}"
     if detail["type"] == "missing":
         return f"    {location}: required, but not given"
-    return f"    {location} = {detail['input']!r}: {detail['msg']}"
+    return f"    {location} = {detail['input']!r}: {detail['msg']}{place}"
+
+
+def _instead(key: str, valid: Collection[str]) -> str:
+    """What to write in place of an unknown key; all that is valid only where that is a short list."""
+    if key in REFUSED and ALIASES.get(key) not in valid:
+        return f" ({REFUSED[key]})"
+    near = difflib.get_close_matches(key, sorted(valid), n=3, cutoff=0.6)
+    hint = f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
+    few = len(valid) <= _FEW_KEYS or not near
+    return hint + (f"; valid keys: {_listed(sorted(valid))}" if few else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names on lines of a terminal's width."""
+    lines = textwrap.wrap(", ".join(names) or "(none)", 100)
+    return "\n      ".join(lines if len(lines) == 1 else ["", *lines])
 
 
 def _keys_at(schema: Any, location: Sequence[str | int]) -> set[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from prefmill.core.config import merge, split_override, validate
+from prefmill.core.config import joined, merge, split_override, validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import load_stage
 from prefmill.pipeline.overrides import with_stage_keys
@@ -27,6 +27,7 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     An array without `array.KEY=` is over the modalities, in their order, where the stage has any. `mount_dir` is
     another name of `workspace`.
     """
+    arguments = joined(arguments)
     config, overrides = (arguments[0], arguments[1:]) if arguments else (None, [])
     if config is not None and "=" in config and not Path(config).exists():
         config, overrides = None, arguments
@@ -44,7 +45,9 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     }
     keys = ["{}.{}={}".format(stage, *split_override(item)) for item in overrides if item not in where]
     values = with_stage_keys({"name": stage, "stages": {stage: entry}, **given}, keys)
-    plan = make_plan(validate(PipelineFile, values, where="the command line"), Path(config or "."))
+    pipeline = validate(PipelineFile, values, where="the command line")
+    pipeline._overridden = frozenset(split_override(item)[0] for item in keys)
+    plan = make_plan(pipeline, Path(config or "."))
     return plan, names[-1] if names else None
 
 

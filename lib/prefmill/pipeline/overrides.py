@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefmill.core.config import merge, split_override
+from prefmill.core.errors import ConfigError
 
 
 def names_stage_key(override: str, stages: Mapping[str, Any]) -> bool:
@@ -32,3 +34,15 @@ def with_stage_keys(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         given = merge({}, [f"value={text}"], "the command line")["value"]
         stages[stage] = {**entry, "set": {**kept, key: given}}
     return {**values, "stages": stages}
+
+
+def require_stages(overrides: Sequence[str], stages: Sequence[str], keys: Sequence[str]) -> None:
+    """Raise ConfigError for an override of a stage that the pipeline does not have, as `keys` are its own."""
+    for item in overrides:
+        head, dot, key = split_override(item)[0].partition(".")
+        if dot and head not in keys:
+            near = difflib.get_close_matches(head, stages, n=1, cutoff=0.6)
+            raise ConfigError(
+                f"no stage '{head}' in this pipeline" + (f" (did you mean '{near[0]}.{key}'?)" if near else ""),
+                where="the command line", got=item, expected=", ".join(stages), fix="write STAGE.KEY=VALUE",
+            )  # fmt: skip

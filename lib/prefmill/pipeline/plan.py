@@ -9,15 +9,28 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
 from prefmill.core.artifact import MANIFEST
-from prefmill.core.config import ConfigT, StrictConfig, lay_over, load, merge, modern, nearest, read_yaml, validate
+from prefmill.core.config import (
+    COMMAND_LINE,
+    ConfigT,
+    StrictConfig,
+    joined,
+    lay_over,
+    load,
+    merge,
+    modern,
+    nearest,
+    read_yaml,
+    split_override,
+    validate,
+)
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.places import default_workspace
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
-from prefmill.pipeline.overrides import names_stage_key, with_stage_keys
+from prefmill.pipeline.overrides import names_stage_key, require_stages, with_stage_keys
 
 
 class Need(StrictConfig):
@@ -60,6 +73,8 @@ class PipelineFile(StrictConfig):
     workspace: str | None = None
     share: bool = True
     stages: dict[str, StageEntry] = Field(min_length=1)
+
+    _overridden: frozenset[str] = PrivateAttr(frozenset())  # STAGE.KEY of the command line, to name it in errors
 
     @field_validator("name", "run")
     @classmethod
@@ -133,10 +148,15 @@ class Plan:
 
 def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineFile:
     """The pipeline in `path`; an override `dpo.beta=0.2` sets a key of that stage, others one of the pipeline."""
-    values = read_yaml(path)
+    values = modern(PipelineFile, read_yaml(path))
+    overrides = joined(overrides)
     own = [item for item in overrides if names_stage_key(item, values.get("stages") or {})]
     others = [item for item in overrides if item not in own]
-    return validate(PipelineFile, with_stage_keys(merge(values, others, path), own), path)
+    require_stages(others, list(values.get("stages") or {}), list(PipelineFile.model_fields))
+    said = {split_override(item)[0]: COMMAND_LINE for item in others}
+    pipeline = validate(PipelineFile, with_stage_keys(merge(values, others, path), own), path, said)
+    pipeline._overridden = frozenset(split_override(item)[0] for item in own)
+    return pipeline
 
 
 def make_plan(pipeline: PipelineFile, source: Path) -> Plan:
@@ -157,9 +177,8 @@ def plan_task(pipeline: PipelineFile, source: Path, stage: str, name: str) -> Pl
 
 
 def _planner(pipeline: PipelineFile, source: Path) -> _Planner:
-    run = pipeline.run or pipeline.name
     workspace = Path(pipeline.workspace).expanduser().absolute() if pipeline.workspace else default_workspace()
-    return _Planner(pipeline, run, workspace, source)
+    return _Planner(pipeline, pipeline.run or pipeline.name, workspace, source)
 
 
 class _Planner:
@@ -228,7 +247,13 @@ class _Planner:
                 where=self.source, expected=", ".join(["shard", *fields]), fix="correct the stage's `array`",
             )  # fmt: skip
         values = {**lay_over(given, modern(stage.config, entry.set)), **element}
-        return load(stage.config, values, where=f"{path or self.source} ({stage.name})")
+        return load(stage.config, values, where=f"stage {stage.name}", origins=self._origins(stage.name, entry, path))
+
+    def _origins(self, name: str, entry: StageEntry, path: Path | None) -> dict[str, str]:
+        """Where each key of a stage was given: in its file, in the pipeline's, or on the command line."""
+        of_file, said = dict.fromkeys(read_yaml(path), f"in {path}") if path else {}, self.pipeline._overridden
+        of_set = {key: COMMAND_LINE if f"{name}.{key}" in said else f"in {self.source}" for key in entry.set}
+        return {**of_file, **of_set}
 
     def _config_path(self, stage: str, name: str) -> Path:
         if name.endswith((".yaml", ".yml")):

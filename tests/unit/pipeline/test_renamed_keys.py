@@ -86,10 +86,10 @@ def test_former_names_count_wherever_keys_are_written(tmp_path: Path, monkeypatc
 
 
 def test_the_note_is_one_line_and_both_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    core_config._tell_renamed.cache_clear()
+    core_config._tell.cache_clear()
     for _ in range(2):
         assert load(RenamedMake, {}, ["rows=7"]).count == 7
-    assert capsys.readouterr().err == "note: the key rows is called count now; the next release refuses rows\n"
+    assert capsys.readouterr().err == "note: rows is read as count; the next release refuses it\n"
     with pytest.raises(ConfigError, match="one key under two names") as error:
         load(RenamedMake, {"rows": 1}, ["count=2"])
     assert "rows and count" in str(error.value)

@@ -1,0 +1,137 @@
+"""The command's habits: help, version, nearest names, any order, JSON, completion, colours, and quick starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefmill.cli.console import Console
+from prefmill.cli.main import main
+from prefmill.core import terminal
+from tests.conftest import REPOSITORY
+
+DEMO = str(REPOSITORY / "configs" / "pipelines" / "demo.yaml")
+
+
+def test_alone_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_a_wrong_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stauts"]) == 2
+    assert "no command 'stauts' (did you mean 'status'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--dry-run", DEMO, "--only", "dpo", "{0}", "dpo.beta=0.7"],
+        ["run", "{0}", "dpo.beta=0.7", DEMO, "--only", "dpo", "--dry-run"],
+        ["run", "{0}", "--only", "dpo", DEMO, "--dry-run", "dpo.beta", "=", "0.7"],
+    ],
+)
+def test_words_may_come_in_any_order(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word.format(f"workspace={tmp_path}") for word in words]) == 0
+    printed = capsys.readouterr().out
+    assert "dpo:clean" in printed
+    assert "sft:clean" not in printed.splitlines()[1][:20]
+    assert list(tmp_path.iterdir()) == []  # a dry run touches nothing
+
+
+def test_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = f"workspace={tmp_path}"
+    for words in (
+        ["stages"],
+        ["plan", DEMO, where],
+        ["why", DEMO, "dpo", where],
+        ["runs", "--workspace", str(tmp_path)],
+    ):
+        main([*words, "--json"])
+        json.loads(capsys.readouterr().out)
+    main(["plan", DEMO, where, "--json"])
+    assert {task["freshness"] for task in json.loads(capsys.readouterr().out)["tasks"]} == {"missing", "waiting"}
+
+
+def run_with(tasks: dict[str, list[str]], workspace: Path) -> None:
+    for run, keys in tasks.items():
+        folder = workspace / "logs" / run
+        folder.mkdir(parents=True)
+        (folder / "plan.json").write_text(json.dumps({"run": run, "tasks": [{"key": key} for key in keys]}))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["stat"], ["status"]),
+        (["status", "--workspace", "{0}", "m"], ["mine"]),
+        (["rm", "--workspace", "{0}", ""], ["demo", "mine"]),
+        (["logs", "--workspace", "{0}", "--run", "demo", "dpo"], ["dpo", "dpo:clean"]),
+        (["run", DEMO, "dp"], ["dpo."]),
+        (["run", DEMO, "dpo.loss_"], ["dpo.loss_type=", "dpo.loss_weights="]),
+        (["run", DEMO, "--only", "val"], ["validate_datasets"]),
+        (["plan", DEMO, "--js"], ["--json"]),
+    ],
+)
+def test_completion(words: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_with({"demo": ["dpo:clean"], "mine": []}, tmp_path)
+    assert main(["__complete", *(word.format(tmp_path) for word in words)]) == 0
+    assert capsys.readouterr().out.split() == expected
+
+
+def test_bash_completes(tmp_path: Path) -> None:
+    """The script itself in bash: colons and equal signs are parts of words."""
+    text = subprocess.run(
+        [sys.executable, "-m", "prefmill.cli.main", "completion", "bash"], capture_output=True, check=True
+    )
+    program = f'prefmill() {{ {Path(sys.executable).with_name("prefmill")} "$@"; }}'
+    typed = f"COMP_WORDS=(prefmill run {DEMO} dpo.be); COMP_CWORD=3"
+    ask = "\n".join([program, typed, "_prefmill 2>/dev/null", 'echo "${COMPREPLY[@]}"'])
+    done = subprocess.run(["bash", "-c", text.stdout.decode() + ask], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["dpo.beta="], done.stderr
+
+
+def test_colours_are_for_terminals_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert terminal.paint("x", "red") == "x"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert terminal.paint("x", "red") == "\x1b[31mx\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.paint("x", "red") == "x"
+
+
+def test_a_quiet_run_prints_failures_warnings_and_results(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["> a:all missing", "+ a:all done in 1 s", "  3 rows", "! 1 warning", "x b:all failed", "/tmp/report.html"]
+    shown = {}
+    for quiet, verbose in ((False, False), (True, False), (False, True)):
+        console = Console(argparse.Namespace(quiet=quiet, verbose=verbose), Path("logs/r"))
+        for line in lines:
+            console(line)
+        shown[quiet, verbose] = capsys.readouterr().out.splitlines()
+    assert shown[False, False] == lines
+    assert [line for line in shown[True, False] if line[0] in ">+ "] == []
+    assert shown[True, False] == ["! 1 warning", "x b:all failed", "/tmp/report.html"]
+    assert shown[False, True][1] == "  log: logs/r/a/all.log"
+
+
+@pytest.mark.parametrize(("words", "seconds"), [(["--help"], 0.2), (["__complete", "run", DEMO, "dpo.b"], 0.1)])
+def test_it_starts_at_once_and_without_torch(words: list[str], seconds: float) -> None:
+    """In processor time, which neighbours on the machine do not stretch as they do the clock."""
+    code = (
+        f"import sys; from prefmill.cli.main import main\ntry: main({words!r})\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    spent = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(spent) < seconds, spent
