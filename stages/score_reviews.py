@@ -8,6 +8,7 @@ from pydantic import Field
 
 from prefmill.checklist.engine import EngineConfig, LexicalConfig
 from prefmill.checklist.engines import open_engine
+from prefmill.checklist.judge_gate import JudgeGate
 from prefmill.core.config import ExternalPath, StrictConfig, runtime
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 
@@ -21,6 +22,7 @@ class ScoreReviewsConfig(StrictConfig):
     checklist: ExternalPath | None = Field(None, description="a checklist of yours; none: the shipped 24 items")
     limit: int | None = Field(None, ge=1, description="score the first so many reviews of each shard only")
     debug: bool = Field(False, description=f"print prompts and answers; without a limit, of {DEBUG_REVIEWS} reviews")
+    judge: JudgeGate = runtime(JudgeGate(), description="when a model's answers are not believed")
     max_failed_share: float = runtime(0.0, ge=0, le=1, description="fail when more of the reviews cannot be scored")
 
 
@@ -39,6 +41,7 @@ def run(config: ScoreReviewsConfig, task: Task) -> Metrics:
         debug=config.debug,
         max_failed_share=config.max_failed_share,
         temperature=temperature,
+        gate=None if config.debug or isinstance(config.engine, LexicalConfig) else config.judge,
     )
     return score_shard(task.input("corpus"), scoring, task)
 

@@ -84,7 +84,8 @@ def serving(respond: Callable[[str, str, dict[str, str], bytes], Reply | None]) 
 
 def key(body: bytes) -> str:
     """A name for a request's prompts."""
-    return hashlib.sha256(json.dumps(json.loads(body)["prompt"][0]).encode()).hexdigest()[:12]
+    asked = json.loads(body)
+    return hashlib.sha256(json.dumps(asked.get("prompt", asked.get("messages"))[0]).encode()).hexdigest()[:12]
 
 
 def forward(url: str) -> Callable[[str, str, dict[str, str], bytes], Reply | None]:

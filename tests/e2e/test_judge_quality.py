@@ -74,7 +74,7 @@ def test_agreement_with_people_is_what_was_put_in(
     assert judge["labels"]["num_answers"] == quality["num_labels"] == 2 * len(answers)
     assert judge["labels"]["accuracy"]["value"] == pytest.approx(1 - wrong / len(labels), abs=1e-6)
     assert len(list(read_jsonl(task.output / "labelled.jsonl"))) == len(labels)
-    assert f"over {len(labels)} labels of {NUM_PAPERS} papers" in quality["conclusion"][0]
+    assert f"over {len(labels)} labels of {NUM_PAPERS} papers" in quality["conclusion"][2]
     assert sorted(path.name for path in payload(task.output)) == [
         "between.jsonl", "labelled.jsonl", "probes.jsonl", "quality.json",
     ]  # fmt: skip

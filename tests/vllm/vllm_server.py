@@ -26,7 +26,7 @@ class VllmServer:
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name",
             NAME, "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY, "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", "1501", "--kv-cache-memory-bytes", str(1 << 27), "--logprobs-mode", "processed_logprobs",
+            "--max-model-len", "1501", "--kv-cache-memory-bytes", str(1 << 27),
             "--enable-prompt-tokens-details", "--structured-outputs-config",
             '{"backend": "xgrammar", "disable_any_whitespace": true}',
         ]  # fmt: skip

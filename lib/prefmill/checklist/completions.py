@@ -1,16 +1,21 @@
-"""A server that speaks OpenAI's completions: requests with retries, and which trouble is whose."""
+"""A server that speaks OpenAI's interface: requests with retries, and which trouble is whose."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import math
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
 
-from prefmill.checklist.engine import OpenAIConfig
+from prefmill.checklist.engine import ServerConfig
 from prefmill.core.errors import ConfigError, InputError, PrefmillError
 
 LONGEST_WAIT_SECONDS = 60.0
@@ -24,17 +29,17 @@ class RefusedError(Exception):
 
 
 @dataclass
-class Completions:
+class Server:
     """Asks the server at `url`; `key` goes into no message. `giving_up` makes the attempts under way the last ones."""
 
     url: str
     key: str | None = field(repr=False)
-    config: OpenAIConfig
+    config: ServerConfig
     giving_up: bool = False
     _told: int = 0
 
     @classmethod
-    def from_environment(cls, config: OpenAIConfig) -> Completions:
+    def from_environment(cls, config: ServerConfig) -> Server:
         """The server whose URL and key are in the variables that `config` names; no key is sent where there is none.
 
         Raises ConfigError where the URL's variable is not set or holds no URL, or one with a secret in it.
@@ -81,10 +86,10 @@ class Completions:
             wait: float | None = None
             try:
                 response = await client.request(method, f"{self.url}/{path}", json=body)
-                if not self._is_transient(response.status_code):
+                if not _is_transient(response) and not _is_cut(response):
                     self._told = 0
                     return self._content(response)
-                trouble, wait = self._said(response), _retry_after(response)
+                trouble, wait = self._said(response), retry_after(response.headers)
             except httpx.TransportError as error:
                 trouble = f"{type(error).__name__} {error}".strip()
             if attempt >= self.config.num_retries or self.giving_up:
@@ -93,10 +98,6 @@ class Completions:
             attempt += 1
             self._tell(attempt, trouble, wait)
             await asyncio.sleep(wait)
-
-    @staticmethod
-    def _is_transient(status: int) -> bool:
-        return status in _TRANSIENT or status >= 500
 
     def _content(self, response: httpx.Response) -> dict[str, Any]:
         status, said = response.status_code, self._said(response)
@@ -109,7 +110,7 @@ class Completions:
         if status == 404 or 300 <= status < 400:
             raise ConfigError(
                 "the server has nothing at this address", where=self.url, got=said,
-                expected="OpenAI's /models and /completions below the URL",
+                expected="OpenAI's /models and /completions or /chat/completions below the URL",
                 fix=f"correct {self.config.base_url_env} (it usually ends in /v1)",
             )  # fmt: skip
         if status >= 400:
@@ -149,7 +150,35 @@ class Completions:
         )  # fmt: skip
 
 
-def _retry_after(response: httpx.Response) -> float | None:
-    """The seconds a server asks to wait, where it gives a number."""
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdigit() else None
+def _is_transient(response: httpx.Response) -> bool:
+    return response.status_code in _TRANSIENT or response.status_code >= 500
+
+
+def _is_cut(response: httpx.Response) -> bool:
+    """Whether a good answer's JSON breaks off, as behind a proxy that lost its server: asked again, it may be whole."""
+    text = response.text.strip()
+    if not response.is_success or not text.startswith("{"):
+        return not text and response.is_success
+    try:
+        json.loads(text)
+    except ValueError:
+        return True
+    return False
+
+
+def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """The seconds a server asks to wait: `retry-after-ms`, or `Retry-After` as a number or a date (RFC 9110, 10.2.3).
+
+    A date that has passed is no wait; None where there is none or it cannot be read.
+    """
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / unit
+        except ValueError:
+            continue
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    try:
+        then = parsedate_to_datetime(headers.get("retry-after", "")).timestamp()
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, then - (time.time() if now is None else now))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -64,11 +64,9 @@ class VllmConfig(_JudgeConfig):
     reviews_in_flight: int = Field(64, ge=1, description="reviews asked about at a time")
 
 
-class OpenAIConfig(_JudgeConfig):
-    """The same prompts and answers through a server that speaks OpenAI's completions; its tokenizer is read here."""
+class ServerConfig(StrictConfig):
+    """A server that speaks one of OpenAI's interfaces, and how it is asked."""
 
-    engine: Literal["openai"] = "openai"
-    served_model_name: str | None = Field(None, min_length=1, description="the server's name for the model, if another")
     base_url_env: str = runtime("OPENAI_BASE_URL", min_length=1, description="the variable that holds the server's URL")
     api_key_env: str = runtime("OPENAI_API_KEY", min_length=1, description="the variable that holds its key")
     reviews_in_flight: int = runtime(16, ge=1, description="reviews asked about at a time, each with all its items")
@@ -76,7 +74,25 @@ class OpenAIConfig(_JudgeConfig):
     timeout_seconds: float = runtime(600.0, gt=0, description="for an answer, the time in the server's queue included")
 
 
-AnyEngineConfig = LexicalConfig | TransformersConfig | VllmConfig | OpenAIConfig
+class OpenAIConfig(_JudgeConfig, ServerConfig):
+    """The same prompts and answers through a server that speaks OpenAI's completions; its tokenizer is read here."""
+
+    engine: Literal["openai"] = "openai"
+    served_model_name: str | None = Field(None, min_length=1, description="the server's name for the model, if another")
+
+
+class ChatConfig(ServerConfig):
+    """A server that has chat completions alone: prompts are text, and answers are words among its likeliest tokens."""
+
+    engine: Literal["chat"] = "chat"
+    model_name_or_path: str = Field(min_length=1, description="the server's name for the model")
+    include_paper: IncludePaper = Field("none", description="what of the paper stands before the review")
+    top_logprobs: int = Field(20, ge=0, le=20, description="as many as the server gives; 0: none, count sampled votes")
+    votes: int = Field(16, ge=2, description="answers sampled an item where top_logprobs is 0")
+    extra_body: dict[str, Any] = Field({}, description="more of a request, such as {max_completion_tokens: 1}")
+
+
+AnyEngineConfig = LexicalConfig | TransformersConfig | VllmConfig | OpenAIConfig | ChatConfig
 EngineConfig = Annotated[AnyEngineConfig, Field(discriminator="engine")]
 
 

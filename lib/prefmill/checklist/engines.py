@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefmill.checklist.engine import AnyEngineConfig, Engine, LexicalConfig, OpenAIConfig, VllmConfig
+from prefmill.checklist.engine import AnyEngineConfig, ChatConfig, Engine, LexicalConfig, OpenAIConfig, VllmConfig
 from prefmill.checklist.items import Checklist
 
 
@@ -26,6 +26,10 @@ def _open(config: AnyEngineConfig, checklist: Checklist) -> Engine:
         from prefmill.checklist.openai_engine import OpenAIEngine
 
         return OpenAIEngine(config, checklist)
+    if isinstance(config, ChatConfig):
+        from prefmill.checklist.chat_engine import ChatEngine
+
+        return ChatEngine(config, checklist)
     from prefmill.checklist.transformers_engine import TransformersEngine
 
     return TransformersEngine(config, checklist)

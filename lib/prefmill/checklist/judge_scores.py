@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from prefmill.checklist.engine import AnyEngineConfig, EngineConfig
 from prefmill.checklist.items import Checklist, load_checklist
+from prefmill.checklist.judge_gate import AnswerCounts
 from prefmill.checklist.judge_probes import Sampled
 from prefmill.checklist.scored import CHECKLIST, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
@@ -49,6 +50,7 @@ class Judge:
     checklist: Checklist
     reviews: tuple[Scored, ...]
     unscored: frozenset[str]
+    answers: AnswerCounts = field(default_factory=AnswerCounts)
 
     @cached_property
     def by_id(self) -> dict[str, Scored]:
@@ -95,11 +97,13 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
     reviews: list[Scored] = []
     unscored: set[str] = set()
     engines: set[str] = set()
+    counts = AnswerCounts()
     for paper, scored, missing in _answered_papers(corpus, shards):
         unscored |= set(missing)
         for review, evaluation in scored:
             answers = [evaluation["answers"][key] for key in checklist.ids]
             engines.add(evaluation["engine"])
+            counts.add({key: evaluation["answers"][key] for key in checklist.ids})
             reviews.append(
                 Scored(
                     review["review_id"], paper["paper_id"], paper["split"], len(words(review["text"])),
@@ -113,7 +117,7 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
             fix="look at the failures of score_reviews, and give all of its shards",
         )  # fmt: skip
     engine = " and ".join(sorted(engines))
-    return Judge(name, engine, settings, temperature, checklist, tuple(reviews), frozenset(unscored))
+    return Judge(name, engine, settings, temperature, checklist, tuple(reviews), frozenset(unscored), counts)
 
 
 def sampled_reviews(corpus: Artifact, shards: Sequence[Artifact], ids: set[str]) -> Iterator[Sampled]:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefmill.checklist.completions import Completions, RefusedError
 from prefmill.checklist.engine import OpenAIConfig, Outcome
 from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import ConcurrentEngine, Fit, ReviewRequest, longest_prompt, p_of, yes_places
+from prefmill.checklist.prompted import Fit, Read, ReviewRequest, longest_prompt, read_of, yes_places
 from prefmill.checklist.prompts import Prompts, TokenIds
-from prefmill.core.errors import ConfigError, InputError, PrefmillError
+from prefmill.checklist.server_engine import ServerEngine, as_logp
+from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review
 from prefmill.families.causal.loading import load_tokenizer
 
 if TYPE_CHECKING:
     import httpx
 
-_Task = asyncio.Task[tuple[int, Outcome]]
 
-
-class OpenAIEngine(ConcurrentEngine):
+class OpenAIEngine(ServerEngine):
     """Asks every item of a review in one request of many prompts, so that a review is answered as a whole or not.
 
     Prompts are token ids made here: a server that applied its chat template to text would read a marker in a hostile
@@ -34,10 +30,8 @@ class OpenAIEngine(ConcurrentEngine):
     name = "openai"
 
     def __init__(self, config: OpenAIConfig, checklist: Checklist) -> None:
-        super().__init__(checklist)
+        super().__init__(checklist, config, config.served_model_name or config.model_name_or_path)
         self._config = config
-        self._model = config.served_model_name or config.model_name_or_path
-        self._server = Completions.from_environment(config)
         self._tells_cached = True
         tokenizer = load_tokenizer(
             config.model_name_or_path,
@@ -54,67 +48,28 @@ class OpenAIEngine(ConcurrentEngine):
                 fix="use engine transformers or vllm, which sum over them, or another model",
             )  # fmt: skip
         self._yes, self._no = ((ids[0], tokenizer.decode([ids[0]])) for ids in (answers.yes, answers.no))
-        self._fit = Fit(self.prompts, longest_prompt(self._context(), config.max_length), config.truncate_reviews)
+        longest = self.served_model().get("max_model_len")
+        context = longest - 1 if isinstance(longest, int) else None  # the answer's token has its place too
+        self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
 
     @property
     def cache_hit_rate(self) -> float | None:
         """As the server tells it, rather too low than too high; None where it does not (vLLM: see the stage's page)."""
         return super().cache_hit_rate if self._tells_cached else None
 
-    def _context(self) -> int | None:
-        """The prompt tokens that the server's model takes, where it says; ConfigError where it serves no such model."""
-        models = self._server.get("models").get("data")
-        found = {model.get("id"): model for model in models or [] if isinstance(model, dict)}
-        if self._model not in found:
-            raise ConfigError(
-                "the server does not serve this model", where=self._server.url, got=self._model,
-                expected=", ".join(map(str, found)) or "the name of a model it serves",
-                fix="set engine.served_model_name to the server's name for the model in engine.model_name_or_path",
-            )  # fmt: skip
-        longest = found[self._model].get("max_model_len")
-        return longest - 1 if isinstance(longest, int) else None  # the answer's token has its place too
+    def requests(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewRequest]:
+        """The reviews as tokens that fit the server's model."""
+        return self._fit.requests(papers)
 
-    def numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Generator[tuple[int, Outcome], None, None]:
-        """Outcomes as the server answers. What it still answers comes before the PrefmillError of its trouble."""
-        rest = enumerate(self._fit.requests(papers))
-        waiting: set[_Task] = set()
-        failure: PrefmillError | None = None
-        with asyncio.Runner() as runner:  # its end cancels what a caller that stops early has left
-            client = self._server.client()
-            try:
-                while True:
-                    while failure is None and len(waiting) < self._config.reviews_in_flight:
-                        number, request = next(rest, (0, None))
-                        if request is None:
-                            break
-                        waiting.add(runner.get_loop().create_task(self._outcome(client, number, request)))
-                    if not waiting:
-                        break
-                    done, waiting = runner.run(_first_done(waiting))
-                    for task in done:
-                        try:
-                            yield task.result()
-                        except PrefmillError as error:
-                            failure, self._server.giving_up = failure or error, True
-                if failure is not None:
-                    raise failure
-            finally:
-                self._server.giving_up = False
-                runner.run(client.aclose())
-
-    async def _outcome(self, client: httpx.AsyncClient, number: int, request: ReviewRequest) -> tuple[int, Outcome]:
-        if request.failure is not None:
-            return number, request.outcome((), ())
-        try:
-            choices = await self._ask(client, request, self.prompts.questions, self._one_token())
-            probabilities = [self._p_yes(choice) for choice in choices]
-            places = yes_places(probabilities) if self._config.evidence else []
-            quotes = [self.prompts.quotes[place] for place in places]
-            written = await self._ask(client, request, quotes, self._json()) if quotes else []
-        except RefusedError as refusal:
-            return number, request.refused(str(refusal))
+    async def outcome(self, client: httpx.AsyncClient, request: ReviewRequest) -> Outcome:
+        """A review's answers: one request for all items, and one for the evidence of each yes."""
+        choices = await self._ask(client, request, self.prompts.questions, self._one_token())
+        found = [self._read(choice) for choice in choices]
+        places = yes_places(found) if self._config.evidence else []
+        quotes = [self.prompts.quotes[place] for place in places]
+        written = await self._ask(client, request, quotes, self._json()) if quotes else []
         texts = {place: str(choice.get("text")) for place, choice in zip(places, written, strict=True)}
-        return number, request.outcome(self.checklist.ids, probabilities, texts)
+        return request.outcome(self.checklist.ids, found, texts)
 
     async def _ask(
         self, client: httpx.AsyncClient, request: ReviewRequest, behind: Sequence[TokenIds], sampling: dict[str, Any]
@@ -175,8 +130,8 @@ class OpenAIEngine(ConcurrentEngine):
             )  # fmt: skip
         return [by_index[index] for index in range(num_prompts)]
 
-    def _p_yes(self, choice: dict[str, Any]) -> float:
-        """P(yes) over yes and no; raises InputError where the answer is another or a log-probability is missing."""
+    def _read(self, choice: dict[str, Any]) -> Read:
+        """One answer; raises InputError where it is neither yes nor no or a log-probability is missing."""
         if choice.get("text") not in (self._yes[1], self._no[1]):
             raise InputError(
                 "the server answered something else than was allowed", where=self._server.url,
@@ -184,15 +139,11 @@ class OpenAIEngine(ConcurrentEngine):
                 fix="engine.model_name_or_path must be the served model, and the server must know allowed_token_ids",
             )  # fmt: skip
         found = ((choice.get("logprobs") or {}).get("top_logprobs") or [{}])[0] or {}
-        yes, no = (found.get(f"token_id:{index}", found.get(text)) for index, text in (self._yes, self._no))
-        if not (isinstance(yes, int | float) and isinstance(no, int | float) and math.isfinite(yes - no)):
+        yes, no = (as_logp(found.get(f"token_id:{index}", found.get(text))) for index, text in (self._yes, self._no))
+        if yes is None or no is None:
             raise InputError(
                 "an answer's log-probability is missing", where=self._server.url, got=f"{found}",
                 expected=f"those of {self._yes[1]} and {self._no[1]}",
                 fix="start the server with --logprobs-mode processed_logprobs (vLLM)",
             )  # fmt: skip
-        return p_of(yes - no)
-
-
-async def _first_done(tasks: set[_Task]) -> tuple[set[_Task], set[_Task]]:
-    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return read_of(yes, no)

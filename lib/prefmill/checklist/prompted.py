@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prefmill.checklist.engine import Engine, Outcome
 from prefmill.checklist.evidence import verified_quote
@@ -15,6 +16,29 @@ from prefmill.core.errors import ConfigError
 from prefmill.core.records import Answer, Paper, Review
 
 _DECIMALS = 6  # of a probability in a row: float32 gives no more
+_MASS_DECIMALS = 4
+
+
+class Read(NamedTuple):
+    """What a model was found to answer: P(yes) over yes and no, and where known their mass and P(yes)'s error."""
+
+    p_yes: float
+    mass: float | None = None
+    stderr: float | None = None
+
+    @property
+    def yes(self) -> bool:
+        """Whether the answer is yes, by the rounded P(yes) that a row holds."""
+        return round(self.p_yes, _DECIMALS) > 0.5
+
+    def answer(self) -> Answer:
+        """The answer as a row holds it."""
+        answer: Answer = {"yes": self.yes, "p_yes": round(self.p_yes, _DECIMALS)}
+        if self.mass is not None:
+            answer["mass"] = round(self.mass, _MASS_DECIMALS)
+        if self.stderr is not None:
+            answer["p_yes_stderr"] = round(self.stderr, _DECIMALS)
+        return answer
 
 
 @dataclass(frozen=True)
@@ -29,20 +53,15 @@ class ReviewRequest:
     num_cut_tokens: int = 0
     failure: str | None = None
 
-    def outcome(
-        self, ids: Sequence[str], probabilities: Sequence[float], quotes: Mapping[int, str] | None = None
-    ) -> Outcome:
-        """What became of it: P(yes) by item, or the failure it started with.
+    def outcome(self, ids: Sequence[str], found: Sequence[Read], quotes: Mapping[int, str] | None = None) -> Outcome:
+        """What became of it: an answer by item, or the failure it started with.
 
         `quotes` is what the model wrote when asked for evidence, by the item's place; only what stands in the review
         becomes evidence.
         """
         if self.failure is not None:
             return self.refused(self.failure)
-        rounded = [round(value, _DECIMALS) for value in probabilities]
-        answers: dict[str, Answer] = {
-            name: {"yes": _is_yes(p), "p_yes": p} for name, p in zip(ids, rounded, strict=True)
-        }
+        answers = {name: read.answer() for name, read in zip(ids, found, strict=True)}
         for place, written in (quotes or {}).items():
             passage = verified_quote(written, self.text)
             if passage is not None:
@@ -113,13 +132,9 @@ class ConcurrentEngine(PromptedEngine):
             yield from (outcome for _, outcome in outcomes)
 
 
-def yes_places(probabilities: Sequence[float]) -> list[int]:
+def yes_places(found: Sequence[Read]) -> list[int]:
     """The items that are answered with yes: evidence is asked for these."""
-    return [place for place, value in enumerate(probabilities) if _is_yes(round(value, _DECIMALS))]
-
-
-def _is_yes(p_yes: float) -> bool:
-    return p_yes > 0.5
+    return [place for place, read in enumerate(found) if read.yes]
 
 
 def longest_prompt(context: int | None, wanted: int | None) -> int | None:
@@ -146,3 +161,8 @@ def _in_order(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[Outcome]:
 def p_of(log_odds: float) -> float:
     """The probability with these log-odds."""
     return 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0
+
+
+def read_of(log_yes: float, log_no: float) -> Read:
+    """The answer with these log-probabilities over the whole vocabulary."""
+    return Read(p_of(log_yes - log_no), min(1.0, math.exp(log_yes) + math.exp(log_no)))

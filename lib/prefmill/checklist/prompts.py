@@ -17,6 +17,7 @@ from prefmill.checklist.items import Checklist
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper
 from prefmill.families.causal.chat import apply_template
+from prefmill.reviews.prompt import neutralise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,6 +166,13 @@ def _markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {
         index: text for index, text in (added | special).items() if text.strip() and index != tokenizer.unk_token_id
     }
+
+
+def plain_prompt(paper: Paper, review: str, question: str, include: IncludePaper) -> str:
+    """The same prompt as text, for a server that makes its own chat of it; foreign text keeps no chat marker whole."""
+    text = _paper_text(paper, include)
+    before = f"{_INSTRUCTIONS}\n\n{neutralise(text)}" if text else _INSTRUCTIONS
+    return f"{before}{_BEFORE_REVIEW}{neutralise(review)}{_AFTER_REVIEW}{_ANSWER_FORM}{neutralise(question)}"
 
 
 def _paper_text(paper: Paper, include: IncludePaper) -> str:

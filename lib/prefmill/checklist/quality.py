@@ -92,6 +92,7 @@ def _describe(judge: Judge) -> Found:
         "num_reviews": len(judge.reviews),
         "num_papers": len({review.paper_id for review in judge.reviews}),
         "num_unscored": len(judge.unscored),
+        "answers": {**judge.answers.overall(), "items": judge.answers.by_item(judge.checklist.ids)},
     }
 
 

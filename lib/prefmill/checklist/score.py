@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pydantic import TypeAdapter
 from prefmill.checklist.debug_prompts import show_outcome, show_prompts
 from prefmill.checklist.engine import Engine, Outcome
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
+from prefmill.checklist.judge_gate import AnswerCounts, JudgeGate, check, warnings
 from prefmill.checklist.throughput import Pace
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
@@ -39,7 +39,7 @@ class Scoring:
     """What to score with: `open_engine` is called only if a review is left to score.
 
     `limit` takes the first so many reviews of the shard. `debug` prints what the engine is shown and answers.
-    `temperature` is the engine's, for the summary.
+    `temperature` is the engine's, for the summary. `gate` says when a model's answers are not believed.
     """
 
     checklist: Checklist
@@ -48,6 +48,7 @@ class Scoring:
     max_failed_share: float
     debug: bool = False
     temperature: float | None = None
+    gate: JudgeGate | None = None
 
 
 @dataclass
@@ -75,8 +76,8 @@ class Tally(Counts):
     num_truncated: int = 0
     checkmark_sum: float = 0.0
     p_yes_sum: float = 0.0
-    yes: Counter[str] = field(default_factory=Counter)
     num_with_evidence: int = 0
+    answers: AnswerCounts = field(default_factory=AnswerCounts)
     engine: str | None = None
 
     def add(self, row: Any, num_cut_tokens: int, failed: bool) -> None:
@@ -88,8 +89,8 @@ class Tally(Counts):
         self.checkmark_sum += row["checkmark_score"]
         self.p_yes_sum += row["mean_p_yes"]
         self.engine = row["engine"]
+        self.answers.add(row["answers"])
         self.num_with_evidence += sum("evidence" in answer for answer in row["answers"].values())
-        self.yes.update([name for name, answer in row["answers"].items() if answer["yes"]])
 
 
 def choose_checklist(path: Path | None, artifact: Artifact | None) -> Checklist:
@@ -122,11 +123,14 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
         _score_rest(_left(reviews, done), scoring, journal, counts, upper_bound, task, pace)
         _require_few_failures(counts, scoring.max_failed_share, counts.num_done)
         tally = _write_rows(journal, task.output)
+    if scoring.gate is not None:
+        check(tally.answers, scoring.gate)
     save_checklist(scoring.checklist, task.output / CHECKLIST)
     summary = _summary(tally, scoring, task.shard)
     write_atomic(task.output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     metrics = {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
-    return metrics | pace.figures()
+    found = warnings(summary["judge"], len(scoring.checklist.ids)) if scoring.gate is not None else []
+    return {**metrics, **pace.figures(), "warnings": found}
 
 
 def _score_rest(
@@ -142,6 +146,7 @@ def _score_rest(
     from tqdm import tqdm
 
     expected = _expected(upper_bound, task.shard, scoring.limit)
+    answers = AnswerCounts()
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=expected, initial=counts.num_done, desc="score", unit="review"))
         for outcome, row in _outcomes(reviews, scoring, pace):
@@ -150,6 +155,10 @@ def _score_rest(
             if failed:
                 _require_few_failures(counts, scoring.max_failed_share, upper_bound, outcome)
             journal.append(row, outcome.num_cut_tokens, failed)
+            if not failed:
+                answers.add(outcome.answers)
+            if scoring.gate is not None and answers.num_reviews == scoring.gate.after_reviews:
+                check(answers, scoring.gate)
             pace.add(len(outcome.answers))
             shown = str(pace)
             bar.set_postfix_str(shown, refresh=False)
@@ -263,12 +272,18 @@ def _summary(tally: Tally, scoring: Scoring, shard: Shard) -> dict[str, Any]:
         "num_scored": tally.num_scored,
         "num_failed": tally.num_failed,
         "num_truncated": tally.num_truncated,
-        "num_yes": tally.yes.total(),
+        "num_yes": sum(item.yes for item in tally.answers.items.values()),
         "num_yes_with_evidence": tally.num_with_evidence,
         "mean_checkmark_score": round(tally.checkmark_sum / count, 6),
         "mean_p_yes": round(tally.p_yes_sum / count, 6),
-        "yes_rates": {name: round(tally.yes[name] / count, 6) for name in scoring.checklist.ids},
+        "yes_rates": {name: round(_num_yes(tally, name) / count, 6) for name in scoring.checklist.ids},
+        "judge": {**tally.answers.overall(), "items": tally.answers.by_item(scoring.checklist.ids)},
     }
+
+
+def _num_yes(tally: Tally, name: str) -> int:
+    item = tally.answers.items.get(name)
+    return item.yes if item else 0
 
 
 def _num_reviews(corpus: Artifact) -> int:

@@ -11,7 +11,7 @@ import torch
 from prefmill.checklist.engine import Outcome, TransformersConfig
 from prefmill.checklist.evidence import OPENING, is_closed
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, PromptedEngine, longest_prompt, yes_places
+from prefmill.checklist.prompted import Fit, PromptedEngine, Read, longest_prompt, yes_places
 from prefmill.checklist.prompts import Answers, Prompts, TokenIds
 from prefmill.core.records import Paper, Review
 from prefmill.distributed.devices import device_type
@@ -62,9 +62,9 @@ class TransformersEngine(PromptedEngine):
                 yield request.refused(request.failure)
                 continue
             cache = self._cache(request.shared, request.review)
-            probabilities = self._answers(cache)
-            quotes = self._quotes(cache, yes_places(probabilities)) if self._config.evidence else {}
-            yield request.outcome(self.checklist.ids, probabilities, quotes)
+            found = self._answers(cache)
+            quotes = self._quotes(cache, yes_places(found)) if self._config.evidence else {}
+            yield request.outcome(self.checklist.ids, found, quotes)
 
     def _cache(self, shared: TokenIds, review: TokenIds) -> Cache:
         """The cache of a review and what stands before it."""
@@ -72,14 +72,14 @@ class TransformersEngine(PromptedEngine):
         before = self._shared_cache(shared)
         return read(self.model, review, copy.deepcopy(before)) if review else before
 
-    def _answers(self, cache: Cache) -> list[float]:
-        """P(yes) of every item."""
+    def _answers(self, cache: Cache) -> list[Read]:
+        """The answer to every item."""
         size = self._config.item_batch_size
         questions = self.prompts.questions
-        probabilities: list[float] = []
+        found: list[Read] = []
         for start in range(0, len(questions), size):
-            probabilities += p_yes(self.model, cache, questions[start : start + size], self.prompts.answers)
-        return probabilities
+            found += read_answers(self.model, cache, questions[start : start + size], self.prompts.answers)
+        return found
 
     def _quotes(self, cache: Cache, places: Sequence[int]) -> dict[int, str]:
         """What the model writes when asked for the evidence of these items; its answer is opened for it."""
@@ -120,14 +120,14 @@ def read(model: PreTrainedModel, ids: TokenIds, cache: Cache | None) -> Cache:
     return result
 
 
-def p_yes(model: PreTrainedModel, cache: Cache, questions: Sequence[TokenIds], answers: Answers) -> list[float]:
-    """P(yes) over yes and no after each question, all on top of the one-row `cache`, which is left as it was."""
+def read_answers(model: PreTrainedModel, cache: Cache, questions: Sequence[TokenIds], answers: Answers) -> list[Read]:
+    """The answer after each question, all on top of the one-row `cache`, which is left as it was."""
     if answers.single:
         logps = answer_logps(model, cache, questions, [answers.yes, answers.no])
     else:  # the answers differ in what must be read before their last token
         logps = torch.cat([answer_logps(model, cache, questions, [answer]) for answer in (answers.yes, answers.no)], 1)
-    values: list[float] = (logps[:, 0] - logps[:, 1]).sigmoid().tolist()
-    return values
+    p_yes, mass = (logps[:, 0] - logps[:, 1]).sigmoid(), logps.exp().sum(1)
+    return list(map(Read, p_yes.tolist(), mass.tolist()))
 
 
 def answer_logps(

@@ -10,7 +10,7 @@ from typing import Any
 from prefmill.checklist.engine import Outcome, VllmConfig
 from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import ConcurrentEngine, Fit, ReviewRequest, longest_prompt, p_of, yes_places
+from prefmill.checklist.prompted import ConcurrentEngine, Fit, Read, ReviewRequest, longest_prompt, read_of, yes_places
 from prefmill.checklist.prompts import Prompts, TokenIds
 from prefmill.core.records import Paper, Review
 from prefmill.families.causal.loading import load_tokenizer
@@ -27,8 +27,8 @@ class _Asked:
     number: int
     request: ReviewRequest
     waiting: int = 0
-    logps: dict[tuple[int, int], float] = field(default_factory=dict)
-    probabilities: list[float] = field(default_factory=list)
+    logps: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
+    found: list[Read] = field(default_factory=list)
     quotes: dict[int, str] = field(default_factory=dict)
 
 
@@ -40,8 +40,8 @@ class VllmEngine(ConcurrentEngine):
     """Asks a causal language model every item of every review, through vLLM in this process.
 
     Prompts go in paper by paper, review by review, with the item last: vLLM's prefix cache then reads paper and
-    review once. Where yes and no are one token each, a request's distribution is over these two alone; otherwise an
-    answer's tokens are requests of their own, and their log-probabilities over the whole vocabulary are summed.
+    review once. Where yes and no are one token each, one request gives both log-probabilities; otherwise an answer's
+    tokens are requests of their own, and their log-probabilities are summed.
     """
 
     name = "vllm"
@@ -56,7 +56,7 @@ class VllmEngine(ConcurrentEngine):
             template=config,
         )
         self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
-        self._llm = _open(config, over_answers_alone=self.prompts.answers.single)
+        self._llm = _open(config)
         context = self._llm.llm_engine.model_config.max_model_len - 1  # the answer's token has its place too
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
 
@@ -78,7 +78,7 @@ class VllmEngine(ConcurrentEngine):
                     break
                 for asked in self._answered(by_id):
                     num_asked -= 1
-                    outcome = asked.request.outcome(self.checklist.ids, asked.probabilities, asked.quotes)
+                    outcome = asked.request.outcome(self.checklist.ids, asked.found, asked.quotes)
                     yield asked.number, outcome
         finally:  # a caller that stops early must leave nothing behind for the next one
             if by_id:
@@ -92,7 +92,7 @@ class VllmEngine(ConcurrentEngine):
 
     def _ask_for_quotes(self, asked: _Asked, by_id: _ById) -> None:
         """Hand the items that were answered with yes to vLLM once more."""
-        for item in yes_places(asked.probabilities):
+        for item in yes_places(asked.found):
             self._add(asked, self.prompts.quotes[item], _json(self._config.evidence_max_tokens), (item, None), by_id)
 
     def _add(self, asked: _Asked, behind: TokenIds, sampling: Any, place: tuple[int, int | None], by_id: _ById) -> None:
@@ -119,39 +119,37 @@ class VllmEngine(ConcurrentEngine):
                 if place is None:
                     asked.quotes[item] = output.outputs[0].text
                 else:
-                    asked.logps[item, place] = self._log_odds_or_logp(output)
+                    asked.logps[item, place] = self._logps(output)
                 asked.waiting -= 1
                 self.num_prompt_tokens += len(output.prompt_token_ids)
                 self.num_cached_tokens += output.num_cached_tokens or 0
-                if not asked.waiting and not asked.probabilities:
-                    asked.probabilities = self._probabilities(asked)
+                if not asked.waiting and not asked.found:
+                    asked.found = self._read(asked)
                     if self._config.evidence:
                         self._ask_for_quotes(asked, by_id)
                 if not asked.waiting:
                     done.append(asked)
         return done
 
-    def _log_odds_or_logp(self, output: Any) -> float:
+    def _logps(self, output: Any) -> tuple[float, ...]:
+        """The log-probabilities, over the whole vocabulary, of yes and no, or of the one token that was asked for."""
         (found,) = output.outputs[0].logprobs
         answers = self.prompts.answers
-        if answers.single:
-            return float(found[answers.yes[0]].logprob - found[answers.no[0]].logprob)
-        return float(found[output.outputs[0].token_ids[0]].logprob)
+        wanted = (answers.yes[0], answers.no[0]) if answers.single else (output.outputs[0].token_ids[0],)
+        return tuple(float(found[token].logprob) for token in wanted)
 
-    def _probabilities(self, asked: _Asked) -> list[float]:
-        """P(yes) of every item."""
-        steps = len(self._steps())
-        num_yes = len(self.prompts.answers.yes)
-        values = []
+    def _read(self, asked: _Asked) -> list[Read]:
+        """The answer to every item."""
+        steps, num_yes = len(self._steps()), len(self.prompts.answers.yes)
+        found = []
         for item in range(len(self.prompts.questions)):
-            logps = [asked.logps[item, place] for place in range(steps)]
-            odds = logps[0] if steps == 1 else math.fsum(logps[:num_yes]) - math.fsum(logps[num_yes:])
-            values.append(p_of(odds))
-        return values
+            logps = [value for place in range(steps) for value in asked.logps[item, place]]
+            found.append(read_of(math.fsum(logps[:num_yes]), math.fsum(logps[num_yes:])))
+        return found
 
 
-def _open(config: VllmConfig, over_answers_alone: bool) -> Any:
-    """vLLM's engine, its log-probabilities over the allowed tokens or over all; ConfigError without vLLM."""
+def _open(config: VllmConfig) -> Any:
+    """vLLM's engine; ConfigError without vLLM."""
     return open_vllm(
         config.model_name_or_path,
         precision=config.precision,
@@ -161,7 +159,8 @@ def _open(config: VllmConfig, over_answers_alone: bool) -> Any:
         kv_cache_gb=config.kv_cache_gb,
         enforce_eager=config.enforce_eager,
         max_model_len=None if config.max_length is None else config.max_length + 1,
-        logprobs_mode="processed_logprobs" if over_answers_alone else "raw_logprobs",
+        # Over all tokens, not over the allowed ones alone: their mass tells a judge that judges.
+        logprobs_mode="raw_logprobs",
         max_logprobs=2,
         **({"structured_outputs_config": _COMPACT_JSON} if config.evidence else {}),
     )
@@ -171,8 +170,9 @@ def _one_token(allowed: TokenIds) -> Any:
     """Ask for one of these tokens, with the log-probability of each."""
     from vllm import SamplingParams
 
+    wanted = list(allowed)
     return SamplingParams(
-        max_tokens=1, temperature=0.0, allowed_token_ids=list(allowed), logprobs=len(allowed), detokenize=False
+        max_tokens=1, temperature=0.0, allowed_token_ids=wanted, logprob_token_ids=wanted, detokenize=False
     )
 
 

@@ -42,10 +42,16 @@ class Review(TypedDict):
 
 
 class Answer(TypedDict):
-    """A checklist item's answer for one review; `p_yes` in [0, 1]."""
+    """A checklist item's answer for one review; `p_yes` in [0, 1].
+
+    `mass` is the model's P(yes) + P(no) over its whole vocabulary, in [0, 1]; `p_yes_stderr` the standard error of a
+    `p_yes` that was counted from sampled answers. Each is there where the engine knows it.
+    """
 
     yes: bool
     p_yes: float
+    mass: NotRequired[float]
+    p_yes_stderr: NotRequired[float]
     evidence: NotRequired[str]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prefmill.checklist.judge_gate import in_words, warnings
+
 Found = Mapping[str, Any]
 
 
@@ -36,6 +38,10 @@ def strongest(probes: Found) -> tuple[str, Found] | None:
 
 def _judge(judge: Found) -> Iterator[str]:
     who = f"{judge['name']} ({judge['engine']})"
+    if (answers := judge.get("answers")) is not None:
+        yield f"{who}: {in_words(answers)}; its P(yes) varies by {answers['spread']:.2f} (standard deviation)."
+        for warning in warnings(answers, judge["num_items"]):
+            yield f"{who}: {warning}."
     if (people := judge["labels"]) is not None:
         yield (
             f"{who} agrees with people at kappa {with_interval(people['kappa'])}, F1 {with_interval(people['f1'])}, "

@@ -23,6 +23,7 @@ _ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dp
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "build_datasets": {"min_checkmark_diff": 0.01, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
     "validate_datasets": {"max_length": LENGTH},
+    "score_reviews": {"judge": {"min_answer_mass": 0, "max_same_answer": 1}},  # a tiny judge judges nothing
     "optimize_checklist": {"max_reviews": 100},
     # People's labels name reviews that the slice may not hold.
     "judge_quality": {"num_probed": 8, "labels": None, "calibrate": False},

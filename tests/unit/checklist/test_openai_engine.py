@@ -201,6 +201,49 @@ def test_evidence_is_a_second_request_for_each_yes(
     assert "no structured outputs here" in (refused.failure or "")  # told, not passed over
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": " 1.5 "}, 1.5),
+        ({"retry-after": "-3"}, 0.0),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}, 30.0),
+        ({"retry-after": "Friday, 31-Dec-99 23:59:59 GMT"}, 30.0),
+        ({"retry-after": "Fri Dec 31 23:59:29 1999"}, 0.0),
+        ({"retry-after": "Fri, 31 Dec 1999 22:00:00 GMT"}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
+        ({}, None),
+    ],
+)
+def test_every_form_of_a_wait_is_read(headers: dict[str, str], seconds: float | None) -> None:
+    now = 946684799.0 - 30.0  # half a minute before the end of 1999
+    assert completions.retry_after(headers, now) == seconds
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(
+    server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
+) -> None:
+    work = [(PAPER, reviews(corpus_texts[:2]))]
+    expected = p_yes(list(engine(tiny_judge).score(work)))
+    cut: list[Reply] = [(200, {"Retry-After": "0"}, text) for text in (b'{"choices": [{"index": 0, "te', b"")]
+    judge.trouble = list(cut)
+    assert p_yes(list(engine(tiny_judge).score(work))) == expected
+    judge.trouble = [cut[0]] * 9
+    with pytest.raises(PrefmillError, match=r"did not answer[\s\S]*200 OK: \{"):
+        list(engine(tiny_judge).score(work))
+
+
+def changed_to(value: Any) -> Any:
+    def change(content: Any) -> Any:
+        logprobs = content["choices"][0]["logprobs"]["top_logprobs"][0]
+        content["choices"][0]["logprobs"]["top_logprobs"][0] = dict.fromkeys(logprobs, value)
+        return content
+
+    return change
+
+
 def without(index: int) -> Any:
     def change(content: Any) -> Any:
         logprobs = content["choices"][-1]["logprobs"]["top_logprobs"][0]
@@ -223,6 +266,11 @@ def without(index: int) -> Any:
         ),
         (lambda content: {**content, "choices": [{**c, "logprobs": None} for c in content["choices"]]}, "is missing"),
         (lambda content: [], "did not answer with JSON"),
+        (changed_to(-9999.0), "log-probability is missing"),
+        (changed_to(-1e9), "log-probability is missing"),
+        (changed_to(float("nan")), "log-probability is missing"),
+        (changed_to(0.7), "log-probability is missing"),
+        (changed_to("-0.5"), "log-probability is missing"),
     ],
 )
 def test_an_answer_that_is_not_whole_is_an_error(

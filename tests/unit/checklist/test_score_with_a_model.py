@@ -21,6 +21,9 @@ from prefmill.store.jsonl import read_jsonl, write_jsonl
 METRICS = "metrics.json"
 
 
+ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny model judges nothing
+
+
 @pytest.fixture
 def corpus(tmp_path: Path, corpus_texts: list[str]) -> Artifact:
     """Two papers with three reviews each, one of them longer than the model's context."""
@@ -35,14 +38,30 @@ def corpus(tmp_path: Path, corpus_texts: list[str]) -> Artifact:
     return publish(folder, "review_corpus", Provenance("s", "all", "f", {}, {}, "0", {}), {})
 
 
-def run(folder: Path, corpus: Artifact, journal: bytes | None = None, debug: bool = False, **engine: Any) -> Task:
+def run(
+    folder: Path, corpus: Artifact, journal: bytes | None = None, debug: bool = False, judge: Any = None, **engine: Any
+) -> Task:
     folder.mkdir()
     task = Task("r", "score_reviews", "all", {}, {}, {"corpus": (corpus,)}, folder / "output", folder)
     if journal is not None:
         (task.work / "outcomes.journal").write_bytes(journal)
-    settings = {"engine": {"engine": "transformers", **engine}, "debug": debug}
+    settings = {"engine": {"engine": "transformers", **engine}, "debug": debug, "judge": judge or ANY_JUDGE}
     write_atomic(task.logs / METRICS, json.dumps(stage.run(validate(stage.ScoreReviewsConfig, settings), task)))
     return task
+
+
+def test_a_model_that_puts_no_mass_on_yes_or_no_is_refused(tmp_path: Path, tiny_judge: Path, corpus: Artifact) -> None:
+    engine = {"model_name_or_path": str(tiny_judge), "truncate_reviews": True}
+    with pytest.raises(InputError, match=r"this judge says yes to \d+ % and puts [\d.]+ % of its mass on an answer"):
+        run(tmp_path / "t", corpus, judge={"max_same_answer": 1}, **engine)
+    (journal,) = (path.read_bytes() for path in (tmp_path / "t").rglob("outcomes.journal"))
+    task = run(tmp_path / "again", corpus, journal, judge={"min_answer_mass": 0, "max_same_answer": 1}, **engine)
+    summary = json.loads((task.output / "summary.json").read_text())  # nothing was asked again
+    rows = list(read_jsonl(task.output / "review_evaluations.jsonl"))
+    masses = [answer["mass"] for row in rows for answer in row["answers"].values()]
+    assert summary["judge"]["answer_mass"] == pytest.approx(sum(masses) / len(masses), abs=1e-4)
+    assert summary["judge"]["answer_mass"] < 0.1
+    assert summary["judge"]["items"]["summary"].keys() >= {"yes_share", "spread", "answer_mass"}
 
 
 def test_cut_reviews_are_reported_and_resuming_ends_the_same(

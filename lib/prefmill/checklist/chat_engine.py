@@ -1,0 +1,128 @@
+"""The chat engine: servers with chat completions alone, whose answers are words among their likeliest tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefmill.checklist.completions import RefusedError
+from prefmill.checklist.engine import ChatConfig, Outcome
+from prefmill.checklist.items import Checklist
+from prefmill.checklist.prompted import Read, ReviewRequest
+from prefmill.checklist.prompts import NO, YES, plain_prompt
+from prefmill.checklist.server_engine import ServerEngine, as_logp
+from prefmill.core.errors import InputError
+from prefmill.core.records import Paper, Review
+
+if TYPE_CHECKING:
+    import httpx
+
+_AROUND = " \t\n\r.,:;!*\"'`_▁Ġ"  # of a word as a token: spaces in tokenizers' spellings, marks, Markdown
+_VOTE_TOKENS = 4  # of a sampled answer: a word of several tokens and what stands before it
+
+
+@dataclass(frozen=True)
+class _Asked(ReviewRequest):
+    paper: Paper | None = None
+
+
+class ChatEngine(ServerEngine):
+    """Asks every item of a review in a request of its own, as text.
+
+    P(yes) is the mass of all spellings of yes among the `top_logprobs` likeliest tokens, over that of yes and no. With
+    `top_logprobs: 0` it is the share of yes among `votes` answers sampled at temperature 1, with its standard error.
+    A review whose answer is neither fails: the likeliest token is named.
+    """
+
+    name = "chat"
+
+    def __init__(self, config: ChatConfig, checklist: Checklist) -> None:
+        super().__init__(checklist, config, config.model_name_or_path)
+        self._config = config
+
+    def prompt(self, paper: Paper, review: Review) -> str:
+        """What the server is asked about the first item."""
+        return plain_prompt(paper, review["text"], self.checklist.items[0].question, self._config.include_paper)
+
+    @property
+    def cache_hit_rate(self) -> float | None:
+        """Nobody knows: such servers tell it in ways of their own, or not."""
+        return None
+
+    def requests(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewRequest]:
+        """A request for every review; whether it fits is for the server to say."""
+        for paper, reviews in papers:
+            for review in reviews:
+                yield _Asked(review["review_id"], review["paper_id"], (), (), review["text"], paper=paper)
+
+    async def outcome(self, client: httpx.AsyncClient, request: ReviewRequest) -> Outcome:
+        """The items one after the other, so that a server with a prefix cache reads the review once."""
+        assert isinstance(request, _Asked)
+        assert request.paper is not None
+        found = []
+        for item in self.checklist.items:
+            text = plain_prompt(request.paper, request.text, item.question, self._config.include_paper)
+            found.append(await (self._likeliest if self._config.top_logprobs else self._voted)(client, text))
+        return request.outcome(self.checklist.ids, found)
+
+    async def _likeliest(self, client: httpx.AsyncClient, text: str) -> Read:
+        """P(yes) and mass from the likeliest first tokens."""
+        asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": self._config.top_logprobs}
+        (choice, *_) = await self._ask(client, text, asked)
+        content = (choice.get("logprobs") or {}).get("content") or [{}]
+        return self._read(content[0].get("top_logprobs") or [])
+
+    def _read(self, tokens: Sequence[Mapping[str, Any]]) -> Read:
+        found = [(_word(token.get("token")), as_logp(token.get("logprob"))) for token in tokens]
+        shares = [(word, math.exp(logp)) for word, logp in found if logp is not None]
+        if not shares or sum(share for _, share in shares) > 1.01:
+            raise InputError(
+                "the server gives no log-probabilities", where=self._server.url, got=f"{list(tokens)[:3]}",
+                expected=f"those of its {self._config.top_logprobs} likeliest tokens (engine.top_logprobs)",
+                fix="set engine.top_logprobs=0 to count sampled answers, or use a server that gives them",
+            )  # fmt: skip
+        yes, no = (sum(share for word, share in shares if word == answer.casefold()) for answer in (YES, NO))
+        if not yes + no:
+            likeliest = max(shares, key=lambda pair: pair[1])[0]
+            raise RefusedError(f"neither {YES} nor {NO} among the {len(shares)} likeliest tokens, first {likeliest!r}")
+        return Read(yes / (yes + no), min(1.0, yes + no))
+
+    async def _voted(self, client: httpx.AsyncClient, text: str) -> Read:
+        """P(yes) as a share of sampled answers. Its error is of (yes + 1) / (n + 2), as all alike is not certain."""
+        words: list[str] = []
+        while len(words) < self._config.votes:  # a server that knows no `n` gives one at a time
+            asked = {"max_tokens": _VOTE_TOKENS, "temperature": 1, "n": self._config.votes - len(words)}
+            choices = await self._ask(client, text, asked)
+            words += [_first_word((choice.get("message") or {}).get("content")) for choice in choices]
+        yes, no = (words.count(answer.casefold()) for answer in (YES, NO))
+        if not yes + no:
+            raise RefusedError(f"none of {len(words)} sampled answers is {YES} or {NO}, the first {words[0]!r}")
+        smoothed = (yes + 1) / (yes + no + 2)
+        stderr = math.sqrt(smoothed * (1 - smoothed) / (yes + no))
+        return Read(yes / (yes + no), (yes + no) / len(words), stderr)
+
+    async def _ask(self, client: httpx.AsyncClient, text: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The choices, at least one; raises InputError where there is none."""
+        messages = [{"role": "user", "content": text}]
+        body = {"model": self._model, "messages": messages, **asked, **self._config.extra_body}
+        content = await self._server.ask(client, "POST", "chat/completions", body)
+        self.num_requests += 1
+        self.num_prompt_tokens += int((content.get("usage") or {}).get("prompt_tokens") or 0)
+        choices = [choice for choice in content.get("choices") or [] if isinstance(choice, dict)]
+        if not choices:
+            raise InputError(
+                "the server did not answer every prompt", where=self._server.url, got=str(content)[:300],
+                expected="a choice", fix="use a server that speaks OpenAI's chat completions",
+            )  # fmt: skip
+        return choices
+
+
+def _first_word(text: Any) -> str:
+    return _word((str(text or "").split() or [""])[0])
+
+
+def _word(token: Any) -> str:
+    """The word that a token or an answer is, without case, spaces and marks around it."""
+    return str(token).strip(_AROUND).casefold()
