@@ -24,6 +24,9 @@ NUM_PAPERS = 40
 Answers = Mapping[str, Sequence[float]]
 
 
+ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny model judges nothing
+
+
 def make_split_rows() -> tuple[Rows, Rows]:
     """Papers that are of train and of dev in turn, and their reviews."""
     papers, reviews = make_rows(NUM_PAPERS)
@@ -38,7 +41,7 @@ def scored(
     """The scores that score_reviews gives, as an artifact."""
     inputs = {"corpus": [corpus], **({"calibration": [calibration]} if calibration else {})}
     task = make_task(folder, "score_reviews", inputs)
-    config = validate(score_reviews.ScoreReviewsConfig, {"engine": engine, **settings})
+    config = validate(score_reviews.ScoreReviewsConfig, {"engine": engine, "judge": ANY_JUDGE, **settings})
     score_reviews.run(config, task)
     return make_artifact(task.output, "review_scores", config.model_dump(mode="json"), corpus=corpus)
 

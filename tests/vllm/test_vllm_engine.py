@@ -108,7 +108,9 @@ def test_a_stopped_shard_asks_only_for_what_is_missing(
     corpus = publish(tmp_path / "c", "review_corpus", Provenance("s", "all", "f", {}, {}, "0", {}), {})
     task = Task("r", "score_reviews", "all", {}, {}, {"corpus": (corpus,)}, tmp_path / "o", tmp_path)
     monkeypatch.setattr(stage, "open_engine", lambda *_: engine)
-    config = validate(stage.ScoreReviewsConfig, {"engine": {"engine": "vllm", "model_name_or_path": "it"}})
+    any_judge = {"min_answer_mass": 0, "max_same_answer": 1}
+    settings = {"engine": {"engine": "vllm", "model_name_or_path": "it"}, "judge": any_judge}
+    config = validate(stage.ScoreReviewsConfig, settings)
     journal = task.work / "outcomes.journal"
 
     def stop(*_: Any) -> None:
