@@ -144,7 +144,8 @@ class Shard:
         self.command = [
             sys.executable, "-m", "stages.score_reviews", "run=mine", f"workspace={folder}", f"inputs.corpus={corpus}",
             "engine.engine=openai", f"engine.model_name_or_path={judge}", f"engine.served_model_name={NAME}",
-            f"engine.reviews_in_flight={IN_FLIGHT}", "engine.num_retries=1", "judge={min_answer_mass: 0, max_same_answer: 1}",
+            f"engine.reviews_in_flight={IN_FLIGHT}", "engine.num_retries=1",
+            "judge={min_answer_mass: 0, max_same_answer: 1}",
         ]  # fmt: skip
         self.environment = os.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY}
         self.printed = ""

@@ -24,7 +24,7 @@ _VOTE_TOKENS = 4  # of a sampled answer: a word of several tokens and what stand
 
 
 @dataclass(frozen=True)
-class _Asked(ReviewRequest):
+class _ChatRequest(ReviewRequest):
     paper: Paper | None = None
 
 
@@ -55,11 +55,11 @@ class ChatEngine(ServerEngine):
         """A request for every review; whether it fits is for the server to say."""
         for paper, reviews in papers:
             for review in reviews:
-                yield _Asked(review["review_id"], review["paper_id"], (), (), review["text"], paper=paper)
+                yield _ChatRequest(review["review_id"], review["paper_id"], (), (), review["text"], paper=paper)
 
     async def outcome(self, client: httpx.AsyncClient, request: ReviewRequest) -> Outcome:
         """The items one after the other, so that a server with a prefix cache reads the review once."""
-        assert isinstance(request, _Asked)
+        assert isinstance(request, _ChatRequest)
         assert request.paper is not None
         found = []
         for item in self.checklist.items:

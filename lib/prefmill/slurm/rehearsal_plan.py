@@ -94,7 +94,7 @@ def _with_tiny_models(values: Any, folder: Path, stage: str) -> Any:
         return values
     replaced = {key: _with_tiny_models(item, folder, stage) for key, item in values.items()}
     name = replaced.get("model_name_or_path")
-    if name and replaced.get("engine") != "openai":  # a server goes on serving what it serves
+    if name and replaced.get("engine") not in ("openai", "chat"):  # a server goes on serving what it serves
         replaced["model_name_or_path"] = str(_tiny(_architecture(stage, name), folder))
         replaced.pop("revision", None)
     if replaced.get("engine") == "vllm":  # which takes all the memory there is, and minutes for its graphs
