@@ -29,7 +29,7 @@ SWEEP ?= configs/pipelines/sweep.yaml
 ARGS ?=
 RUN_IMAGES = $(BIN)/prefmill run $(IMAGES) $(ARGS)
 
-.PHONY: help install install-gpu demo test test-quick test-timing test-gpu bench-gpu lint vllm lock lock-gpu slurm-up slurm-down
+.PHONY: help install install-gpu demo test test-quick test-timing test-faults test-gpu bench-gpu lint vllm lock lock-gpu slurm-up slurm-down
 .PHONY: all generate annotate build-pairs train-reward train-dspo sweep
 .DEFAULT_GOAL := help
 
@@ -52,6 +52,10 @@ test-quick: $(VENV)/.installed ## The inner loop, under 3 minutes
 
 test-timing: $(VENV)/.installed ## Tests with threads, waits or clocks 20 times each, idle and under load; ARGS=tests/unit for some
 	$(BIN)/python -m tests.timing $(ARGS)
+
+test-faults: $(VENV)/.installed ## A matrix of faults on a real Slurm, over 3 random seeds; SLURM=24.11 for that release
+	bash tests/system_packages.sh faketime $(if $(SLURM),mmdebstrap patchelf)
+	$(BIN)/python -m tests.slurm.fault_matrix --release "$(SLURM)" $(ARGS)
 
 test-gpu: $(VENV)/.installed ## One GPU, ten minutes, no download; after `make install-gpu`
 	$(BIN)/pytest -m gpu tests/gpu

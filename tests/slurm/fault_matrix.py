@@ -79,7 +79,9 @@ def play_all(cluster: Cluster, root: Path, names: Sequence[str], num_seeds: int)
     (checkout / "configs/pipelines/storm.yaml").write_text(PIPELINE)
     base = "export: [OMP_NUM_THREADS]\nresources: { partition: main, time_limit_minutes: 10 }\n"
     (checkout / "configs/clusters/storm.yaml").write_text(base)
-    (checkout / "configs/clusters/late.yaml").write_text(f"{base}setup: ['{LATE}']\n")
+    (checkout / "configs/clusters/late.yaml").write_text(
+        f"{base}setup: ['{LATE}']\nstages: {{ advance: {{ options: {{ exclude: n1 }} }} }}\n"
+    )
     programs = fake_programs(root / "programs")
     calm = _calm(Site(cluster, checkout, root / "disk" / "calm"))
     played = []

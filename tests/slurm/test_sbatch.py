@@ -105,3 +105,14 @@ def test_a_dpo_whose_sft_has_failed_says_so_and_ends(site: Site) -> None:
     text = (site.checkout / f"train-{job}_3.out").read_text()
     assert "element 0 is not queued" in text
     assert digests(site.workspace, "alone") == {}
+
+
+@pytest.mark.slow
+def test_stages_by_their_index_wait_for_each_other(site: Site) -> None:
+    job = sbatch(site, "--array=0-2", "sbatch/run_pipeline.sbatch", "configs/pipelines/toy.yaml", "run=stages")
+    site.wait(seconds=180)
+    assert len(digests(site.workspace, "stages")) == 7, site.logs()
+    assert f"waits for {job}_0" in (site.checkout / f"stages-{job}_1.out").read_text()
+    job = sbatch(site, "--array=7", "sbatch/run_pipeline.sbatch", "configs/pipelines/toy.yaml", "run=stages")
+    site.wait()
+    assert "expected: 0 make, 1 use, 2 join" in (site.checkout / f"stages-{job}_7.out").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import ArrayValue
@@ -13,8 +14,15 @@ SINGLE_TASK = "all"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-def elements(stage: str, array: Mapping[str, int | list[ArrayValue]]) -> Iterator[tuple[str, dict[str, ArrayValue]]]:
+def elements(
+    stage: str, array: Mapping[str, int | list[ArrayValue] | Mapping[str, Any]]
+) -> Iterator[tuple[str, dict[str, ArrayValue]]]:
     """Every element's name and array values; names join the values with '-', a number's preceded by its key."""
+    if sum(isinstance(given, Mapping) for given in array.values()) > 1:
+        raise ConfigError(
+            f"elements of stage {stage} have settings under two array keys", got=", ".join(array),
+            fix="give settings to the values of one key, and list those of the others",
+        )  # fmt: skip
     options: list[list[tuple[str, ArrayValue]]] = []
     for key, given in array.items():
         if key == "shard" and not isinstance(given, int):
@@ -22,7 +30,7 @@ def elements(stage: str, array: Mapping[str, int | list[ArrayValue]]) -> Iterato
                 f"the shards of stage {stage} are counted, not listed", got=given, expected="their number",
                 fix=f"array: {{shard: {len(given) or 1}}}",
             )  # fmt: skip
-        values: Sequence[ArrayValue] = list(range(given)) if isinstance(given, int) else given
+        values: Sequence[ArrayValue] = list(range(given)) if isinstance(given, int) else list(given)
         if not values or len(set(values)) != len(values):
             raise ConfigError(
                 f"array key '{key}' of stage {stage} needs distinct values",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.places import stages_folder
 from prefmill.core.stage import ArrayValue
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
+from prefmill.pipeline.stage_entry import with_settings
 from prefmill.pipeline.state import CODE_VERSION, code_version
 
 _UNSAFE = (":", "\\")  # in PYTHONPATH and in #SBATCH lines they mean something else
@@ -19,13 +21,14 @@ _UNSAFE = (":", "\\")  # in PYTHONPATH and in #SBATCH lines they mean something 
 
 def freeze(pipeline: PipelineFile, plan: Plan, source: Path) -> dict[str, Any]:
     """`pipeline` with all that it refers to written out, so that later edits of files change nothing."""
-    first = {task.stage.name: task for task in reversed(plan.tasks)}
     values = pipeline.model_dump(mode="json") | {"run": plan.run, "workspace": str(plan.workspace)}
     for name, entry in values["stages"].items():
-        keys = first[name].config.model_dump(mode="json", exclude_unset=True)
-        frozen = {key: value for key, value in keys.items() if key not in entry["array"]}
-        again = validate(first[name].stage.config, frozen | _element_keys(first[name]), where=source)
-        assert again == first[name].config, f"the configuration of {name} does not survive being written out"
+        tasks = [task for task in plan.tasks if task.stage.name == name]
+        settings = with_settings(entry["array"])
+        for value, element in entry["array"][settings].items() if settings else ():
+            mine = next(task for task in tasks if (settings, value) in task.values.items())
+            element.update(config=None, set=_written_out(mine, entry["array"], source))
+        frozen = {} if settings else _written_out(tasks[0], entry["array"], source)
         inputs = {
             key: str(Path(given).expanduser().absolute())
             if isinstance(given, str)
@@ -34,6 +37,15 @@ def freeze(pipeline: PipelineFile, plan: Plan, source: Path) -> dict[str, Any]:
         }
         entry.update(config=None, set=frozen, inputs=inputs)
     return values
+
+
+def _written_out(task: PlannedTask, array: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The keys given to a task, without those that its array gives."""
+    keys = task.config.model_dump(mode="json", exclude_unset=True)
+    frozen = {key: value for key, value in keys.items() if key not in array}
+    again = validate(task.stage.config, frozen | _element_keys(task), where=source)
+    assert again == task.config, f"the configuration of {task.key} does not survive being written out"
+    return frozen
 
 
 def snapshot(target: Path) -> None:

@@ -66,14 +66,41 @@ def training_task(
 
     Raises PipelineError where what it reads is missing and no element of this array is going to make it.
     """
-    pipeline, overrides = (Path(arguments[0]), arguments[1:]) if arguments else (_DEFAULT_PIPELINE, [])
-    if "=" in pipeline.name and not pipeline.exists():
-        pipeline, overrides = _DEFAULT_PIPELINE, arguments
-    plan = make_plan(read_pipeline(pipeline, overrides), pipeline)
+    plan = _plan_of(arguments)[1]
     tasks = [task for stage in stages for task in plan.tasks if task.stage.name == stage]
     task = element(tasks, environment)
     missing = [tasks.index(other) for other in plan.upstream(task) if other in tasks and not _made(other)]
     return task, _queued_elements(missing, environment) if missing else []
+
+
+def pipeline_stage(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[PlannedTask], list[str]]:
+    """All tasks of the stage that this element is, and the elements it has to wait for.
+
+    Stages count from 0 in the order of the pipeline file. Raises ConfigError where there is no such stage,
+    PipelineError where what it reads is missing and no element of this array is going to make it.
+    """
+    pipeline, plan = _plan_of(arguments)
+    stages = list(pipeline.stages)
+    index = int(environment.get("SLURM_ARRAY_TASK_ID", "-1"))
+    if not 0 <= index < len(stages):
+        numbered = ", ".join(f"{number} {stage}" for number, stage in enumerate(stages))
+        raise ConfigError(
+            "this pipeline has no such stage", got=f"SLURM_ARRAY_TASK_ID={environment.get('SLURM_ARRAY_TASK_ID')}",
+            expected=numbered, fix=f"submit with --array=0-{len(stages) - 1}, or some of these numbers",
+        )  # fmt: skip
+    tasks = plan.select(stages[index])
+    makers = {other.stage.name for task in tasks for other in plan.upstream(task) if not _made(other)}
+    missing = sorted(stages.index(stage) for stage in makers)
+    return tasks, _queued_elements(missing, environment) if missing else []
+
+
+def _plan_of(arguments: Sequence[str]) -> tuple[PipelineFile, Plan]:
+    """The pipeline that `[PIPELINE] [key=value ...]` names, and its plan."""
+    path, overrides = (Path(arguments[0]), arguments[1:]) if arguments else (_DEFAULT_PIPELINE, [])
+    if "=" in path.name and not path.exists():
+        path, overrides = _DEFAULT_PIPELINE, arguments
+    pipeline = read_pipeline(path, overrides)
+    return pipeline, make_plan(pipeline, path)
 
 
 def give_back_until_ready(me: str, waits_for: Sequence[str]) -> None:

@@ -30,9 +30,8 @@ def with_stage_keys(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         before = entry.get("set") or {} if isinstance(entry, Mapping) else None
         if not isinstance(before, Mapping):
             continue
-        kept = {old: given for old, given in before.items() if not f"{old}.".startswith(f"{key}.")}
         given = merge({}, [f"value={text}"], "the command line")["value"]
-        stages[stage] = {**entry, "set": {**kept, key: given}}
+        stages[stage] = {**_without(entry, key), "set": {**_kept(before, key), key: given}}
     return {**values, "stages": stages}
 
 
@@ -46,3 +45,24 @@ def require_stages(overrides: Sequence[str], stages: Sequence[str], keys: Sequen
                 f"no stage '{head}' in this pipeline" + (f" (did you mean '{near[0]}.{key}'?)" if near else ""),
                 where="the command line", got=item, expected=", ".join(stages), fix="write STAGE.KEY=VALUE",
             )  # fmt: skip
+
+
+def _kept(keys: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {old: given for old, given in keys.items() if not f"{old}.".startswith(f"{key}.")}
+
+
+def _without(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A stage's entry, of whose elements none sets `key` any more: the command line speaks for all of them."""
+    array = entry.get("array")
+    if not isinstance(array, Mapping):
+        return dict(entry)
+    kept = {
+        name: {value: _of_element(own, key) for value, own in given.items()} if isinstance(given, Mapping) else given
+        for name, given in array.items()
+    }
+    return {**entry, "array": kept}
+
+
+def _of_element(own: Any, key: str) -> Any:
+    has_set = isinstance(own, Mapping) and isinstance(own.get("set"), Mapping)
+    return {**own, "set": _kept(own["set"], key)} if has_set else own

@@ -31,35 +31,7 @@ from prefmill.core.places import default_workspace
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
 from prefmill.pipeline.overrides import names_stage_key, require_stages, with_stage_keys
-
-
-class Need(StrictConfig):
-    """Which stage makes an input: `stage`, or one of `stages` by array key `by`; `where` picks of its elements."""
-
-    stage: str | None = None
-    by: str | None = None
-    stages: dict[str, str] = {}
-    where: dict[str, ArrayValue] = {}
-    match: Match | None = None
-
-
-class StageEntry(StrictConfig):
-    """A stage in a pipeline: its configuration, its array and where its inputs come from.
-
-    `config` names a file: `demo` means configs/<stage>/demo.yaml beside the pipeline's folder. `set` is laid over
-    it: `lora.r` sets that key alone, `lora` all that stands under it. `array` gives an element for every
-    combination of its keys' values, words or numbers; a number alone means 0 to n-1. `resources` are what a task
-    of it gets on a cluster, laid over the cluster file's. `processes` are the ranks of a training: one per GPU
-    unless given.
-    """
-
-    config: str | None = None
-    set: dict[str, Any] = {}
-    array: dict[str, int | list[ArrayValue]] = {}
-    needs: dict[str, str | Need] = {}
-    inputs: dict[str, str | list[str]] = {}
-    resources: dict[str, Any] = {}
-    processes: int | None = Field(None, ge=1)
+from prefmill.pipeline.stage_entry import ElementEntry, Need, StageEntry, with_settings
 
 
 class PipelineFile(StrictConfig):
@@ -230,23 +202,28 @@ class _Planner:
 
     def _config(self, stage: Stage[Any], entry: StageEntry, values: Mapping[str, ArrayValue]) -> StrictConfig:
         """The configuration of one element; elements that differ only in what is no key of it share one."""
-        own = tuple((key, value) for key, value in values.items() if key in stage.config.model_fields)
+        keys = {*stage.config.model_fields, with_settings(self.arrays[stage.name])}
+        own = tuple((key, value) for key, value in values.items() if key in keys)
         if (stage.name, own) not in self.configs:
             self.configs[stage.name, own] = self._load_config(stage, entry, values)
         return self.configs[stage.name, own]
 
     def _load_config(self, stage: Stage[ConfigT], entry: StageEntry, values: Mapping[str, ArrayValue]) -> ConfigT:
-        path = self._config_path(stage.name, entry.config) if entry.config else None
+        settings = with_settings(self.arrays[stage.name])
+        mine = self.arrays[stage.name][settings][values[settings]] if settings else ElementEntry()
+        name = mine.config or entry.config
+        path = self._config_path(stage.name, name) if name else None
         given = modern(stage.config, merge(read_yaml(path), where=path)) if path else {}
         fields = stage.config.model_fields
         element = {key: value for key, value in values.items() if key in fields}
-        stray = [key for key in values if key not in fields and key != "shard"]
+        stray = [key for key in values if key not in fields and key not in ("shard", settings)]
         if stray:
             raise ConfigError(
                 f"array key '{stray[0]}' is no key of stage {stage.name}{nearest(stray[0], list(fields))}",
                 where=self.source, expected=", ".join(["shard", *fields]), fix="correct the stage's `array`",
             )  # fmt: skip
-        values = {**lay_over(given, modern(stage.config, entry.set)), **element}
+        keys = lay_over(lay_over(given, modern(stage.config, entry.set)), modern(stage.config, mine.set))
+        values = {**keys, **element}
         return load(stage.config, values, where=f"stage {stage.name}", origins=self._origins(stage.name, entry, path))
 
     def _origins(self, name: str, entry: StageEntry, path: Path | None) -> dict[str, str]:

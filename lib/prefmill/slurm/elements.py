@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.pipeline.attempts import idle_attempts, progressed, read_attempts
-from prefmill.pipeline.worker import read_status
+from prefmill.pipeline.worker import STATUS, read_status
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.failures import Evidence
 from prefmill.slurm.jobs import Element, JobState
@@ -89,7 +89,7 @@ def collect_evidence(tried: Tried, logs: Path, account: JobState | None, queued:
     """What is known of a task's newest element, now that it has ended; `logs` are the task's."""
     started = next((job.started for job in (account, queued) if job is not None and job.started), None)
     status = read_status(logs)
-    if not _is_of(status, tried.element, started):
+    if not _is_of(status, tried.element) or _is_of_earlier_start(logs, started):
         status = {}
     further, idle = _progress(logs, status)
     log = _own_part(logs.parent / f"{logs.name}.log", tried.name) + "\n" + _tail(tried.slurm_log)
@@ -100,7 +100,7 @@ def left_end_record(tried: Tried) -> bool:
     """Whether this element's task has written how it ended; one that was requeued goes on."""
     logs = tried.submission.workspace / "logs" / tried.submission.run / tried.job.stage
     status = read_status(logs / tried.array.tasks[tried.index])
-    return _is_of(status, tried.element, None) and status.get("state") in _END_STATES
+    return _is_of(status, tried.element) and status.get("state") in _END_STATES
 
 
 def has_room(folder: Path) -> bool:
@@ -122,11 +122,18 @@ def has_room(folder: Path) -> bool:
     return True
 
 
-def _is_of(status: Mapping[str, Any], element: Element, started: float | None) -> bool:
-    """Whether a status was written by the last start of this element, and not by an earlier one or another job."""
+def _is_of(status: Mapping[str, Any], element: Element) -> bool:
+    """Whether a status was written by this element, and not by another job."""
     job = status.get("job", {})
-    same = (job.get("array_job_id"), job.get("array_task_id")) == (element[0], str(element[1]))
-    return same and (started is None or status["time"] >= started - _CLOCKS_DIFFER_SECONDS)
+    return (job.get("array_job_id"), job.get("array_task_id")) == (element[0], str(element[1]))
+
+
+def _is_of_earlier_start(logs: Path, started: float | None) -> bool:
+    """Whether the status was written before Slurm last started its element: by the file's time, not by the node's.
+
+    A node whose clock is minutes behind would otherwise seem to have written it before it began.
+    """
+    return started is not None and (logs / STATUS).stat().st_mtime < started - _CLOCKS_DIFFER_SECONDS
 
 
 def _progress(logs: Path, status: Mapping[str, Any]) -> tuple[bool, int]:

@@ -22,7 +22,13 @@ Kind = Literal[
     "refused", "bug", "launch", "early", "stale", "cancelled", "unknown",
 ]  # fmt: skip
 MEMORY_FACTOR = 1.5
-MISSING = "no finished artifact here"  # how artifacts.read begins
+# How a reader's error begins where the input's maker is at fault: it has finished, or been made anew, since.
+INPUT_ERRORS = (
+    "no finished artifact here",
+    "artifact is damaged",
+    "artifact's content has changed",
+    "unreadable manifest",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ POLICIES: Mapping[Kind, Policy] = {
     "refused": Policy(0, "correct what the error names, then submit again"),
     "bug": Policy(2, "mend what the traceback shows, then submit again: queued jobs run the code as it was"),
     "launch": Policy(1, "see its Slurm log: python, the environment or a path is missing on that node"),
-    "early": Policy(2, f"see why it was started before its input was there, {AGAIN}"),
+    "early": Policy(2, f"see why its input was not there, or not as it was made, {AGAIN}"),
     "stale": Policy(2, "see `prefmill why` for what differs: a file outside the pipeline may be changing"),
     "cancelled": Policy(0, "if it was not meant to be cancelled: `prefmill rerun {task}`"),
     "unknown": Policy(0, "see its log and `sacct`; if it should run again: `prefmill rerun {task}`"),
@@ -207,7 +213,7 @@ def _by_status(evidence: Evidence) -> Failure | None:
         return Failure("preempted", _first(error), "status file")
     if error.startswith("cannot write:"):
         return Failure("disk", _first(error), "status file")
-    if kind == "ArtifactError" and error.startswith(MISSING):  # what made it has finished since
+    if kind == "ArtifactError" and error.startswith(INPUT_ERRORS):
         return Failure("early", _first(error), "status file")
     return Failure("refused", _first(error), "status file") if kind in _REFUSALS else None
 

@@ -3,6 +3,7 @@
 python -m prefmill.slurm.job ARRAY.json                                 an element of a submission
 python -m prefmill.slurm.job --stage NAME [CONFIG] [key=value ...]      sbatch/NAME.sbatch, by hand
 python -m prefmill.slurm.job --stages A,B PIPELINE [key=value ...]      sbatch/train_pipeline.sbatch
+python -m prefmill.slurm.job --pipeline PIPELINE [key=value ...]        sbatch/run_pipeline.sbatch
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from prefmill.core.config import validate
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError
 from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS, idle_attempts
-from prefmill.pipeline.manual_submission import give_back_until_ready, stage_task, training_task
+from prefmill.pipeline.manual_submission import give_back_until_ready, pipeline_stage, stage_task, training_task
 from prefmill.pipeline.oom_backoff import read_smaller, start_over_when_smaller
 from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
 from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, SignalWatcher, run_elsewhere
@@ -55,13 +56,14 @@ def main(argv: Sequence[str]) -> int:
     warnings = SignalWatcher(SIGNAL_SECONDS)
     warnings.listen()
     try:
-        job = _find(argv)
-        if job is None:
-            return 0
-        warnings.seconds = job.signal_seconds
-        redirect(job.task)
-        with _looked_after(job):
-            return run(job, warnings)
+        for job in _find(argv):
+            warnings.seconds = job.signal_seconds
+            redirect(job.task)
+            with _looked_after(job):
+                code = run(job, warnings)
+            if code:
+                return code
+        return 0
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -121,17 +123,21 @@ def redirect(task: PlannedTask) -> None:
     print(f"--- {task.key} in job {element_id(os.environ)} on {os.uname().nodename}", flush=True)
 
 
-def _find(argv: Sequence[str]) -> JobTask | None:
-    """The task this job is to run; None where it has given its node back to wait for another task."""
+def _find(argv: Sequence[str]) -> list[JobTask]:
+    """The tasks this job is to run, one after the other; none where it has given its node back to wait for others."""
     if argv[0] == "--stage":
-        return JobTask(stage_task(argv[1], argv[2:], os.environ))
-    if argv[0] == "--stages":
+        return [JobTask(stage_task(argv[1], argv[2:], os.environ))]
+    if argv[0] not in ("--stages", "--pipeline"):
+        return [submitted_task(Path(argv[0]), os.environ)]
+    if argv[0] == "--pipeline":
+        tasks, waits_for = pipeline_stage(argv[1:], os.environ)
+    else:
         task, waits_for = training_task(argv[1].split(","), argv[2:], os.environ)
-        if waits_for:
-            give_back_until_ready(str(element_id(os.environ)), waits_for)
-            return None
-        return JobTask(task)
-    return submitted_task(Path(argv[0]), os.environ)
+        tasks = [task]
+    if waits_for:
+        give_back_until_ready(str(element_id(os.environ)), waits_for)
+        return []
+    return [JobTask(task) for task in tasks]
 
 
 def submitted_task(path: Path, environment: Mapping[str, str]) -> JobTask:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.config import modern, validate
+from prefmill.core.config import StrictConfig, modern, validate
 from prefmill.core.files import write_atomic
 from prefmill.pipeline.freeze import freeze
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
+from prefmill.pipeline.stage_entry import with_settings
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
 from prefmill.training.config import TrainingConfig
 
@@ -41,15 +42,27 @@ def rehearsal_of(pipeline: PipelineFile, plan: Plan, source: Path, cluster: Clus
         resources = resources_for(cluster, name, pipeline.stages[name].resources)
         given = modern(Resources, pipeline.stages[name].resources)
         entry["resources"] = {**given, "time_limit_minutes": min(resources.time_limit_minutes, MINUTES)}
-        entry["set"] = _small(name, plan, entry["set"], resources, folder)
+        settings = with_settings(entry["array"])
+        for value, element in entry["array"][settings].items() if settings else ():
+            config = _config_of(plan, name, [(settings, value)])
+            element["set"] = _small(name, config, element["set"], resources, folder)
+        if not settings:
+            entry["set"] = _small(name, _config_of(plan, name, []), entry["set"], resources, folder)
         for links in ("inputs", "needs"):
             entry[links].pop("calibration", None)  # fitted for the real judge
     small = validate(PipelineFile, values, where=source)
     return small, make_plan(small, source)
 
 
-def _small(name: str, plan: Plan, given: dict[str, Any], resources: Resources, folder: Path) -> dict[str, Any]:
-    config = next(task.config for task in plan.tasks if task.stage.name == name)
+def _config_of(plan: Plan, stage: str, values: list[tuple[str | None, str]]) -> StrictConfig:
+    """The configuration of a stage's first task with these array values."""
+    tasks = (task for task in plan.tasks if task.stage.name == stage)
+    return next(task.config for task in tasks if set(values) <= set(task.values.items()))
+
+
+def _small(
+    name: str, config: StrictConfig, given: dict[str, Any], resources: Resources, folder: Path
+) -> dict[str, Any]:
     keys = type(config).model_fields
     small = {**given, **{key: value for key, value in SMALL.get(name, {}).items() if key in keys}}
     if isinstance(config, TrainingConfig):
