@@ -24,7 +24,7 @@ from tests.conftest import REPOSITORY
 from tests.slurm import releases
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site, free_ports, write_checkout
-from tests.slurm.faults import FAULTS, ONE_AT_A_TIME
+from tests.slurm.faults import FAULTS, INTERRUPT, ONE_AT_A_TIME
 from tests.slurm.scene import NUM_TASKS, PIPELINE, Scene, fake_programs, live
 from tests.slurm.test_job import rows
 from tests.slurm.test_submit import digests
@@ -92,7 +92,7 @@ def play_all(cluster: Cluster, root: Path, names: Sequence[str], num_seeds: int)
             site = Site(cluster, checkout, root / "disk" / f"{name.replace(' ', '_')}{group[0]}")
             scene = Scene(site, programs, [f"r{seed}" for seed in group], random.Random(group[0]))
             found = play(scene, name, calm)
-            attempts += sum(len(rows(path)) for path in site.workspace.glob("logs/r*/*/*/attempts.jsonl"))
+            attempts += _attempts(scene)
             problems += found
             _keep(site.workspace, root / "failed") if found else None
             shutil.rmtree(site.workspace)
@@ -122,10 +122,16 @@ def play(scene: Scene, name: str, calm: dict[str, str]) -> list[str]:
         pass
     scene.site.cluster.ask("scontrol", "update", "NodeName=ALL", "State=resume")
     problems += [problem for run in scene.runs for problem in check(scene, run, calm)]
+    if name in INTERRUPT and _attempts(scene) <= NUM_TASKS * len(scene.runs):
+        problems.append("nothing was interrupted")
     problems += [f"{twin}: left after cancel: {left}" for twin in twins if (left := _gone(scene, twin))]
     scene.site.cluster.ask("scancel", "--me")
     _gone(scene, "")
     return problems
+
+
+def _attempts(scene: Scene) -> int:
+    return sum(len(rows(path)) for path in scene.site.workspace.glob("logs/r*/*/*/attempts.jsonl"))
 
 
 def check(scene: Scene, run: str, calm: dict[str, str]) -> list[str]:

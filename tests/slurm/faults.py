@@ -54,6 +54,7 @@ def power_cut(scene: Scene) -> Iterator[None]:
 
 
 def time_limit(scene: Scene) -> Iterator[None]:
+    scene.arguments.append("train.step_seconds=2.5")  # Slurm looks at time limits every thirty seconds
     yield
     ask = scene.site.cluster.ask
     scene.each(lambda run, task: ask("scontrol", "update", f"jobid={scene.element(run, task)}", "EndTime=now+1"))
@@ -61,7 +62,10 @@ def time_limit(scene: Scene) -> Iterator[None]:
 
 
 def _preempted(scene: Scene, partition: str) -> Iterator[None]:
-    scene.arguments.append(f"stages.train.resources={{partition: {partition}, options: {{nodelist: n3}}}}")
+    scene.arguments += [
+        "train.step_seconds=1.5",
+        f"stages.train.resources={{partition: {partition}, options: {{nodelist: n3}}}}",
+    ]
     yield
     for run in scene.runs:
         scene.trained(run, 3)
@@ -257,5 +261,11 @@ FAULTS: dict[str, Fault] = {
         submit_cut_off, follow_up_cancelled, slurmctld_killed, slurmdbd_down, max_submit_jobs_6, second_user,
         clock_90_s_behind, corrupt_manifest, flipped_bit,
     )
+}  # fmt: skip
+# Faults after which some task must have had more than one attempt.
+INTERRUPT = {
+    "killed worker", "killed child", "power cut", "time limit", "preempted by requeue", "preempted by cancel",
+    "full disk", "sbatch fails one in three", "sbatch accepted but reported failed", "follow up cancelled",
+    "slurmdbd down", "clock 90 s behind",
 }  # fmt: skip
 ONE_AT_A_TIME = {"max submit jobs 6"}
