@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
-
 from prefmill.core.config import ExternalPath
 from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.demo.text import Shape
-from prefmill.families.mdlm.config import DiffusionTrainingConfig
+from prefmill.families.mdlm.config import DiffusionSftConfig
 from prefmill.training.config import start_model
 
 
-class MdlmSftConfig(DiffusionTrainingConfig):
+class MdlmSftConfig(DiffusionSftConfig):
     """`sft_data_path` is a file of chats, instead of build_datasets' of this `modality`.
 
     `new_model` is the size of a model to train from nothing, with a tokenizer learnt from the training rows.
@@ -24,8 +22,6 @@ class MdlmSftConfig(DiffusionTrainingConfig):
     modality: Modality = "clean"
     sft_data_path: ExternalPath | None = None
     new_model: Shape | None = None
-    learning_rate: float = Field(1e-5, gt=0)
-    diffusion_steps: int = Field(1, ge=1)
 
 
 def run(config: MdlmSftConfig, task: Task) -> Metrics:
@@ -63,7 +59,7 @@ def _chats(config: MdlmSftConfig, task: Task) -> tuple[Path, Path | None]:
 
 STAGE = Stage(
     name="mdlm_sft",
-    version=2,  # balanced draws in independent blocks
+    version=3,  # answers filled to blocks of their own
     config=MdlmSftConfig,
     run=run,
     root="checkpoints",

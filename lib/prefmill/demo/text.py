@@ -64,19 +64,31 @@ def build_qwen2(folder: Path, texts: Sequence[str], seed: int, hidden_size: int 
 def create_masked_diffusion(
     tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int, initializer_range: float = 0.02
 ) -> PreTrainedModel:
-    """A stand-in for LLaDA: a Llama that attends both ways, with random fp32 weights that follow from its arguments.
+    """A small LLaDA, in its published form, with random fp32 weights that follow from its arguments."""
+    from prefmill.families.mdlm.native import LladaConfig, LladaForCausalLM
 
-    `config.mask_token_id` names the mask token, as in LLaDA's configuration.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), initializer_range=initializer_range, **special_ids(tokenizer), **shape.model_dump()
+    config = LladaConfig.from_dict(
+        {
+            "model_type": LladaConfig.model_type,
+            "architectures": ["LLaDAModelLM"],
+            "d_model": shape.hidden_size,
+            "n_layers": shape.num_hidden_layers,
+            "n_heads": shape.num_attention_heads,
+            "n_kv_heads": shape.num_key_value_heads,
+            "mlp_hidden_size": shape.intermediate_size,
+            "max_sequence_length": shape.max_position_embeddings,
+            "vocab_size": len(tokenizer),
+            "embedding_size": len(tokenizer),
+            "rope_theta": 10_000.0,
+            "rms_norm_eps": 1e-6,
+            "weight_tying": False,
+            "mask_token_id": tokenizer.mask_token_id,
+            **special_ids(tokenizer),
+        }
     )
-    config.is_causal = False
-    config.mask_token_id = tokenizer.mask_token_id
+    config.initializer_range = initializer_range
     with seeded(seed):
-        model = LlamaForCausalLM(config)
+        model: PreTrainedModel = LladaForCausalLM(config)
     model.generation_config = generation_defaults(tokenizer)
     return model
 

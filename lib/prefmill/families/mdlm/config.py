@@ -80,6 +80,14 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
         return self.max_diffusion_steps if self.diffusion_steps == "auto" else self.diffusion_steps
 
 
+class DiffusionSftConfig(DiffusionTrainingConfig):
+    """Keys of mdlm_sft: answers are filled with end tokens up to a multiple of `answer_block_tokens`."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    diffusion_steps: int = Field(1, ge=1)
+    answer_block_tokens: int = Field(32, ge=1)
+
+
 class DiffusionPreferenceConfig(DiffusionTrainingConfig):
     """Keys of mdlm_dpo, those of preference training among them."""
 

@@ -19,8 +19,8 @@ from prefmill.families.mdlm.family import (
     Drawing,
     LiveVariance,
     by_epoch,
+    diffusion_family,
     encode_responses,
-    preference_family,
 )
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
 from prefmill.families.mdlm.scorer import score_batch
@@ -58,7 +58,7 @@ def train_diffusion_dpo(
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings, DiffusionFamily.supplies)
     live = LiveVariance(config.num_draws, config.beta, config.variance_tolerance, config.diffusion_steps == "auto")
-    family = preference_family(drawing_of(config), live)
+    family = diffusion_family(drawing_of(config), live)
     rescoring = diffusion_rescoring(config, tokenizer, family, groups)
     data = Preferences(
         train=train_data(groups, config),

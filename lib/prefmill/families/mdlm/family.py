@@ -99,35 +99,13 @@ class DiffusionFamily(Family):
         )
 
 
-def preference_family(drawing: Drawing, live: LiveVariance) -> DiffusionFamily:
-    """The family whose rows are drawn by `drawing`."""
+def diffusion_family(drawing: Drawing, live: LiveVariance | None = None) -> DiffusionFamily:
+    """The family whose rows are drawn by `drawing`; fine-tuning has groups of one response, its pair with itself."""
 
     def encode(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> DiffusionBatch:
         return encode_pairs(groups, parts, epoch, drawing)
 
     return DiffusionFamily(encode, score_batch, live)
-
-
-def sft_family(drawing: Drawing, eos_token_id: int) -> DiffusionFamily:
-    """The family of fine-tuning: every group is one response, filled up to the longest of its microbatch.
-
-    As LLaDA's guidelines have it: what fills up are end tokens, masked and learnt like any other, so that the model
-    learns where answers end; prompts are never masked.
-    """
-
-    def encode(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> DiffusionBatch:
-        members = [groups[part.group] for part in parts]
-        width = max(len(group.responses[0]) for group in members)
-        samples = [(group.prompt, fill(group.responses[0], width, eos_token_id)) for group in members]
-        places = range(len(samples))
-        return encode_samples(samples, [drawing.of(*sample, epoch) for sample in samples], places, places)
-
-    return DiffusionFamily(encode, score_batch)
-
-
-def fill(response: list[int], width: int, eos_token_id: int) -> list[int]:
-    """`response` and end tokens, `width` in all."""
-    return response + [eos_token_id] * (width - len(response))
 
 
 def encode_pairs(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int, drawing: Drawing) -> DiffusionBatch:

@@ -116,7 +116,8 @@ class LladaConfig(_AsPublished, LlamaConfig):
         }
         keys.setdefault("num_key_value_heads", published["n_heads"])
         keys.setdefault("vocab_size", published["vocab_size"])
-        keys.setdefault("intermediate_size", published["mlp_ratio"] * published["d_model"])
+        if "intermediate_size" not in keys:
+            keys["intermediate_size"] = published["mlp_ratio"] * published["d_model"]
         return {**keys, **{key: published[key] for key in _IDS if published.get(key) is not None}}
 
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
 from prefmill.families.causal.chat import Answer, encode
-from prefmill.families.mdlm.config import DiffusionTrainingConfig
-from prefmill.families.mdlm.family import Drawing, sft_family
+from prefmill.families.mdlm.config import DiffusionSftConfig
+from prefmill.families.mdlm.family import Drawing, diffusion_family
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
 from prefmill.families.mdlm.training import (
     NoMargins,
@@ -31,9 +31,7 @@ from prefmill.training.objectives import Settings, mix
 from prefmill.training.preferences import Preferences, train_data, val_data
 
 
-def train_diffusion_sft(
-    config: DiffusionTrainingConfig, task: Task, start: str, train: Path, val: Path | None
-) -> Metrics:
+def train_diffusion_sft(config: DiffusionSftConfig, task: Task, start: str, train: Path, val: Path | None) -> Metrics:
     """Fine-tune `start` on the chats in `train`: the loss is -B/L per token, the mean over rows (LLaDA, eq. 5)."""
     config = recomputed_by_layer(config)
     options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -41,8 +39,7 @@ def train_diffusion_sft(
     groups = load_chats(train, tokenizer, config, task)
     held_out = load_chats(val, tokenizer, config, task) if val is not None else []
     settings = Settings(beta=1.0)
-    assert tokenizer.eos_token_id is not None
-    family = sft_family(Drawing(config.num_draws, config.sampling, config.seed), tokenizer.eos_token_id)
+    family = diffusion_family(Drawing(config.num_draws, config.sampling, config.seed))
     rescoring = diffusion_rescoring(config, tokenizer, family, groups)
     data = Preferences(
         train=train_data(groups, config),
@@ -60,17 +57,20 @@ def train_diffusion_sft(
         processor=tokenizer,
         publish=partial(publish_and_export, rescoring, tokenizer, config, task, start),
         resume=partial(choose_checkpoint, config),
-        counts={"train_rows": len(groups)},
+        counts={"train_rows": len(groups), "answer_block_tokens": config.answer_block_tokens},
         logged={"val_loss": "eval_loss"},
     )
     return run_training(spec)
 
 
-def load_chats(
-    path: Path, tokenizer: PreTrainedTokenizerBase, config: DiffusionTrainingConfig, task: Task
-) -> list[Group]:
-    """The chats in `path`, each a group of one response; over-long rows are reported and dropped, or refused."""
+def load_chats(path: Path, tokenizer: PreTrainedTokenizerBase, config: DiffusionSftConfig, task: Task) -> list[Group]:
+    """The chats in `path`, each a group of one response; over-long rows are reported and dropped, or refused.
+
+    Responses end in end tokens up to a multiple of `answer_block_tokens`, or as far as `max_length` goes.
+    """
     groups, dropped = [], []
+    end = tokenizer.eos_token_id
+    assert end is not None
     for row in tqdm(file_rows(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
         messages, answer = chat_of(row.values, row.where)
         prompt, response = encode(tokenizer, messages, answer, row.values.get("tools") or ())
@@ -78,11 +78,27 @@ def load_chats(
         if len(prompt) + len(response) > config.max_length:
             dropped.append({"id": name, "file": path.parent.name, "num_tokens": len(prompt) + len(response)})
         else:
-            groups.append(Group(prompt, [response], [Pair(name, 0, 0)]))
+            room = config.max_length - len(prompt)
+            filled = fill(response, min(room, multiple(len(response), config.answer_block_tokens)), end)
+            groups.append(Group(prompt, [filled], [Pair(name, 0, 0)]))
     report_dropped(task, dropped, len(groups), config)
     if not groups:
         raise InputError("no rows to train on", where=path, fix="check the file")
     return groups
+
+
+def multiple(length: int, block: int) -> int:
+    """`length` rounded up to a multiple of `block`."""
+    return -(-length // block) * block
+
+
+def fill(response: list[int], width: int, end: int) -> list[int]:
+    """`response` and end tokens, `width` in all.
+
+    The model learns them like any other token, and so where answers stop. The width follows from the row alone:
+    filled up to the longest of a microbatch, as by LLaDA's guidelines, a model trained row by row learns no stop.
+    """
+    return response + [end] * (width - len(response))
 
 
 def chat_of(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], Answer]:

@@ -11,9 +11,9 @@ from prefmill.families.mdlm.family import (
     LiveVariance,
     encode_pairs,
     margin_variance,
-    sft_family,
 )
 from prefmill.families.mdlm.memory import LLADA_8B, THREE_B, estimate_memory
+from prefmill.families.mdlm.sft import fill, multiple
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group, Pair
 
@@ -33,12 +33,13 @@ def test_a_response_in_two_pairs_is_a_sample_once_and_draws_follow_the_epoch() -
     assert (alone.masked[0] == batches[0].masked[0]).all(), "a row's draws do not depend on its batch"
 
 
-def test_fine_tuning_fills_answers_with_end_tokens_that_are_learnt() -> None:
-    groups = [Group([5], [[7, 8]], [Pair("a", 0, 0)]), Group([5, 6], [[9, 9, 9, 9]], [Pair("b", 0, 0)])]
-    batch = sft_family(Drawing(16, "balanced", 0), 2).encode(groups, [GroupPart(0, (0,)), GroupPart(1, (0,))], 0)
-    assert batch.input_ids[0].tolist() == [5, 7, 8, 2, 2, 0]
-    assert batch.lengths.tolist() == [4, 4]
-    assert batch.masked[0].any(0).tolist() == [False, True, True, True, True, False]
+def test_fine_tuning_fills_answers_with_end_tokens_by_the_row_alone() -> None:
+    assert fill([7, 8], multiple(2, 4), 2) == [7, 8, 2, 2]
+    assert fill([7] * 4, multiple(4, 4), 2) == [7] * 4
+    group = Group([5], [[7, 8, 2, 2]], [Pair("a", 0, 0)])
+    batch = encode_pairs([group], [GroupPart(0, (0,))], 0, Drawing(16, "balanced", 0))
+    assert batch.lengths.tolist() == [4]
+    assert batch.masked[0].any(0).tolist() == [False, True, True, True, True], "the fill is learnt too"
 
 
 def test_scores_are_means_over_the_same_draws_for_policy_and_reference() -> None:
