@@ -48,6 +48,7 @@ def test_kind_answers_rise_from_half_to_nine_in_ten_and_only_by_right_labels(
     true, shuffled = (metrics_of(tmp_path / name)["models"] for name in ("true", "control"))
     shares = {name: found["wanted_share"] for name, found in {**true, "shuffled": shuffled["after"]}.items()}
     print(f"kind answers, seed {seed}: {shares}")
+    assert min(found["ended_share"] for found in true.values()) >= 0.95, "answers stop"
     assert shares["before"] == pytest.approx(0.5, abs=0.05)
     assert shares["after"] >= 0.9
     assert shares["shuffled"] == pytest.approx(0.5, abs=0.05)

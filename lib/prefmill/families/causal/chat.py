@@ -104,6 +104,12 @@ def _num_tokens(tokenizer: PreTrainedTokenizerBase, whole: str, end: int, ids: S
     return len(before)
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer's turn, which for LLaDA is another than the text's: tried on one answer."""
+    _, ids = encode(tokenizer, [{"role": "user", "content": _PROBE}], _PROBE)
+    return next(token for token in ids if token in template_of(tokenizer).control)
+
+
 @dataclass(frozen=True)
 class Template:
     """What a tokenizer's chat template does, found by trying it once.

@@ -32,7 +32,9 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
     block_tokens: int | None = Field(None, ge=1, description="semi-autoregressive blocks; none: one block")
     num_steps: int | None = Field(None, ge=1, description="steps of unmasking in all; none: one a token")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    remasking: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
+    guidance: float = Field(0.0, ge=0, description="classifier-free guidance: weight of the prompt beyond 1")
+    prefix_cache: bool = Field(False, description="keep keys and values of what precedes a block: faster, not exact")
     wanted_pattern: str | None = Field(None, description="a regular expression that wanted answers match")
     benchmarks: list[BenchmarkConfig] = []
     batch_size: int = Field(32, ge=1, description="answers generated together")
@@ -72,4 +74,6 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
         from prefmill.families.mdlm.generation import Unmasking
 
         block, steps = self.block_tokens or self.num_tokens, self.num_steps or self.num_tokens
-        return Unmasking(self.num_tokens, block, steps, temperature, self.remasking, self.seed)
+        return Unmasking(
+            self.num_tokens, block, steps, temperature, self.remasking, self.seed, self.guidance, self.prefix_cache
+        )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,11 +16,12 @@ from tqdm import tqdm
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import has_gpu
-from prefmill.families.causal.chat import Answer, encode, prompt_text
+from prefmill.families.causal.chat import Answer, encode, prompt_text, turn_end
+from prefmill.families.causal.generation import end_token_ids
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig, Question, read_questions
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 from prefmill.families.mdlm.family import Drawing
-from prefmill.families.mdlm.generation import Unmasking, generate
+from prefmill.families.mdlm.generation import Unmasking, generate, takes_padding
 from prefmill.families.mdlm.likelihood import Likelihood, bounds, chain
 from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of, predicts_next
 from prefmill.families.mdlm.scorer import patch_forward, restore_forward
@@ -27,6 +29,14 @@ from prefmill.store.jsonl import JsonlWriter
 from prefmill.training.data import PreferencePair, read_pairs
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WrittenAnswer:
+    """What a model wrote, without its end; `ended` unless it filled all the tokens that it was given."""
+
+    text: str
+    ended: bool
 
 
 @dataclass
@@ -56,19 +66,19 @@ class Loaded:
         finally:
             restore_forward(self.model)
 
-    def answers(self, prompts: Sequence[str], how: Unmasking) -> list[str]:
-        """An answer to every user's message, in order; prompts of one length run together."""
-        encoded = [self._prompt(text) for text in prompts]
-        written: dict[int, str] = {}
-        places = sorted(range(len(prompts)), key=lambda place: (len(encoded[place]), place))
-        for start in tqdm(range(len(places)), desc=f"{self.label}: answers", unit=" answers"):
-            if places[start] in written:
-                continue
-            length = len(encoded[places[start]])
-            batch = [place for place in places[start:] if len(encoded[place]) == length][: self.config.batch_size]
-            own = replace(how, seed=how.seed * 1_000_003 + start)  # or every batch would be drawn alike
-            ids = generate(self.model, [encoded[p] for p in batch], own, self.mask_token_id, self.shifted)
-            written |= {place: self._text(tokens) for place, tokens in zip(batch, ids, strict=True)}
+    def answers(self, prompts: Sequence[str], how: Unmasking) -> list[WrittenAnswer]:
+        """An answer to every user's message, in order."""
+        return self.continuations([self._prompt(text) for text in prompts], how)
+
+    def continuations(self, prompts: Sequence[list[int]], how: Unmasking) -> list[WrittenAnswer]:
+        """An answer to every prompt (token ids), in order; those of about one length run together."""
+        written: dict[int, WrittenAnswer] = {}
+        ends = answer_ends(self.model, self.tokenizer)
+        places = batches_by_length(list(map(len, prompts)), self.config.batch_size, takes_padding(self.model))
+        for number, batch in enumerate(tqdm(places, desc=f"{self.label}: answers", unit=" batches")):
+            own = replace(how, seed=how.seed * 1_000_003 + number)  # or every batch would be drawn alike
+            found = generate(self.model, [prompts[p] for p in batch], own, self.mask_token_id, self.shifted, ends)
+            written |= {place: self._answer(ids, ends) for place, ids in zip(batch, found, strict=True)}
         return [written[place] for place in range(len(prompts))]
 
     def encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -80,12 +90,16 @@ class Loaded:
         ids: list[int] = self.tokenizer(said, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _text(self, tokens: list[int]) -> str:
-        """An answer up to its first end token."""
-        end = self.tokenizer.eos_token_id
-        kept = tokens[: tokens.index(end)] if end in tokens else tokens
-        text: str = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return text
+    def _answer(self, ids: list[int], ends: Collection[int]) -> WrittenAnswer:
+        text: str = self.tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)
+        return WrittenAnswer(text.strip(), ended=ids[-1] in ends)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, mixed: bool) -> list[list[int]]:
+    """Places of prompts of these lengths, the shortest first, in batches; of one length each unless `mixed`."""
+    ordered = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
+    runs = [ordered] if mixed else [list(run) for _, run in groupby(ordered, key=lambda place: lengths[place])]
+    return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
 
 
 def evaluate_models(
@@ -113,6 +127,12 @@ def evaluate_models(
     write_atomic(task.output / "metrics.json", json.dumps({"models": metrics, **comparison}, indent=1) + "\n")
     write_atomic(task.output / "report.md", report(metrics, comparison))
     return {**{f"{label}_{key}": value for label, row in metrics.items() for key, value in row.items()}, **comparison}
+
+
+def answer_ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer: the end of a turn as the template has it, and the ends that model and tokenizer state."""
+    stated = getattr(model, "generation_config", None)
+    return frozenset({*end_token_ids(stated, tokenizer), turn_end(tokenizer)})
 
 
 def load(label: str, name: str, config: DiffusionEvaluationConfig) -> Loaded:
@@ -148,6 +168,8 @@ def summarise(rows: Sequence[Row]) -> Row:
         }
         if chosen[0]["chain"] is not None:
             found["chosen_chain_nats_per_token"] = fmean(row["chain"] / row["num_tokens"] for row in chosen)
+    if generated:
+        found["ended_share"] = fmean(row["ended"] for row in generated)
     if generated and generated[0]["wanted"] is not None:
         found["wanted_share"] = fmean(row["wanted"] for row in generated)
     for name in sorted({row["benchmark"] for row in rows if row["kind"] == "benchmark"}):
@@ -211,9 +233,9 @@ def _generation_rows(loaded: Loaded, pairs: Sequence[PreferencePair]) -> Iterato
     prompts = list(dict.fromkeys(pair.messages[-1]["content"] for pair in pairs if len(pair.messages) == 1))
     asked = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     pattern = None if config.wanted_pattern is None else re.compile(config.wanted_pattern)
-    for prompt, text in zip(asked, loaded.answers(asked, config.unmasking) if asked else [], strict=True):
-        wanted = None if pattern is None else bool(pattern.search(text))
-        yield {"kind": "generation", "prompt": prompt, "text": text, "wanted": wanted}
+    for prompt, answer in zip(asked, loaded.answers(asked, config.unmasking) if asked else [], strict=True):
+        wanted = None if pattern is None else bool(pattern.search(answer.text))
+        yield {"kind": "generation", "prompt": prompt, "text": answer.text, "wanted": wanted, "ended": answer.ended}
 
 
 def _benchmark_rows(
@@ -240,7 +262,7 @@ def _choose(loaded: Loaded, questions: Sequence[Question]) -> list[str]:
 
 def _write(loaded: Loaded, questions: Sequence[Question]) -> list[str]:
     """The answer that is written to every question, taking the likeliest tokens."""
-    return loaded.answers([question.text for question in questions], loaded.config.greedy)
+    return [answer.text for answer in loaded.answers([question.text for question in questions], loaded.config.greedy)]
 
 
 def _implicit(likelihoods: Mapping[str, Sequence[tuple[Likelihood, Likelihood]]]) -> Row:

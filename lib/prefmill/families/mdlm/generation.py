@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Remasking = Literal["low_confidence", "random"]
+from prefmill.core.errors import InputError
+
+Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
 
 @dataclass(frozen=True)
 class Unmasking:
-    """How answers are generated (LLaDA, arXiv 2502.09992, algorithm 5).
+    """How answers are generated (LLaDA, arXiv 2502.09992, algorithm 5; Dream, arXiv 2508.15487).
 
     `num_tokens` in blocks of `block_tokens`, each over its share of `num_steps` in all. A step fills every masked
     place of the block with a token drawn at `temperature` (0: the likeliest) and masks again those it is least sure
-    of, or random ones. With a step for each token, temperature 1 and `random` the answers are draws from the model.
+    of: by the token's probability, by its lead over the second (`margin`), by the negative `entropy`, or at `random`.
+    With a step for each token, temperature 1 and `random` the answers are draws from the model.
+
+    `guidance` w > 0 takes (1 + w) x logits - w x logits without the prompt (classifier-free guidance). `prefix_cache`
+    keeps keys and values of what precedes a block while it is filled (Fast-dLLM, arXiv 2505.22618): an approximation,
+    as these would change with the block.
     """
 
     num_tokens: int
@@ -27,29 +35,49 @@ class Unmasking:
     temperature: float
     remasking: Remasking
     seed: int
+    guidance: float = 0.0
+    prefix_cache: bool = False
 
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[list[int]], how: Unmasking, mask_token_id: int, shifted: bool = False
+    model: Any,
+    prompts: Sequence[list[int]],
+    how: Unmasking,
+    mask_token_id: int,
+    shifted: bool = False,
+    end_ids: Collection[int] = (),
 ) -> list[list[int]]:
-    """The answers to prompts (token ids) of one common length, `num_tokens` ids each, under a model's own forward.
+    """The answers to prompts (token ids), `num_tokens` ids at most, under a model's own forward.
 
-    Raises ValueError where blocks do not divide the answer or the steps.
+    An answer stops at the first of `end_ids`, which is its last token then. Prompts of unequal length are filled from
+    the left (only for a model that `takes_padding`). Raises ValueError where blocks do not divide answer or steps.
     """
     num_blocks, left = divmod(how.num_tokens, how.block_tokens)
     if left or how.num_steps % num_blocks or how.num_steps > how.num_tokens:
         raise ValueError("num_tokens must be a multiple of block_tokens, and num_steps of the number of blocks")
     device = next(model.parameters()).device
-    start = torch.tensor(prompts, device=device)
-    blank = torch.full((len(prompts), how.num_tokens), mask_token_id, device=device)
-    ids = torch.cat([start, blank], dim=1)
-    generator = torch.Generator(device="cpu").manual_seed(how.seed)
+    canvas = _Canvas.blank(prompts, how.num_tokens, mask_token_id, device)
+    reader = _Reader(model, how, mask_token_id, shifted)
+    generator = torch.Generator(device=device).manual_seed(how.seed)
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
     for block in range(num_blocks):
-        begin = start.shape[1] + block * how.block_tokens
-        _fill_block(model, ids, (begin, begin + how.block_tokens), how, num_blocks, mask_token_id, shifted, generator)
-    answers: list[list[int]] = ids[:, start.shape[1] :].tolist()
+        begin = canvas.begin + block * how.block_tokens
+        _fill_block(reader, canvas, begin, how.num_steps // num_blocks, generator)
+        for row, ids in zip(rows, canvas.ids[:, canvas.begin : begin + how.block_tokens].tolist(), strict=True):
+            answers[row] = until_end(ids, end_ids)
+        going = [n for n, row in enumerate(rows) if answers[row][-1] not in end_ids]
+        if not going:
+            break
+        canvas, rows = canvas.only(going), [rows[n] for n in going]
     return answers
+
+
+def until_end(ids: list[int], end_ids: Collection[int]) -> list[int]:
+    """`ids` up to the first that ends an answer, that included."""
+    place = next((place for place, token in enumerate(ids) if token in end_ids), len(ids))
+    return ids[: place + 1]
 
 
 def settled_at(block_tokens: int, num_steps: int) -> list[int]:
@@ -58,36 +86,144 @@ def settled_at(block_tokens: int, num_steps: int) -> list[int]:
     return [base + (step < more) for step in range(num_steps)]
 
 
-def _fill_block(
-    model: Any,
-    ids: Tensor,
-    block: tuple[int, int],
-    how: Unmasking,
-    num_blocks: int,
-    mask_token_id: int,
-    shifted: bool,
-    generator: torch.Generator,
-) -> None:
-    """Settle the tokens of a block of `ids` [B, T], in place."""
-    begin, end = block
-    for count in settled_at(end - begin, how.num_steps // num_blocks):
-        logits = model(input_ids=ids, use_cache=False).logits
-        here = logits[:, begin - 1 : end - 1] if shifted else logits[:, begin:end]
-        here = here.float().cpu().clone()
-        here[..., mask_token_id] = -torch.inf  # a mask is no answer
-        tokens = draw_tokens(here, how.temperature, generator)
-        if how.remasking == "low_confidence":
-            sure = here.softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        else:
-            sure = torch.rand(tokens.shape, generator=generator)
-        masked = (ids[:, begin:end] == mask_token_id).cpu()
-        best = sure.masked_fill(~masked, -1.0).topk(count, dim=1).indices
-        ids[:, begin:end].scatter_(1, best.to(ids.device), tokens.gather(1, best).to(ids.device))
+def takes_padding(model: Any) -> bool:
+    """Whether filling up on the left changes nothing: tried on one row, since versions of LLaDA's code ignore masks."""
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.get_input_embeddings().num_embeddings
+    other = ids.clone()
+    other[0, :2] = ids[0, -1]
+    mask = (torch.arange(8, device=ids.device) >= 2).long()[None]
+    keys = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0), "use_cache": False}
+    with torch.no_grad():
+        try:
+            one, two = (model(input_ids=rows, **keys).logits[0, 2:] for rows in (ids, other))
+        except TypeError:  # a forward that has no such arguments
+            return False
+    return torch.equal(one, two)
 
 
 def draw_tokens(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """A token for every place from logits [..., V]: the likeliest at temperature 0, else drawn (Gumbel-max, fp64)."""
     if temperature == 0:
         return logits.argmax(-1)
-    noise = torch.rand(logits.shape, dtype=torch.float64, generator=generator).clamp_min(1e-300)
+    noise = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator).clamp_min(1e-300)
     return (logits.double() / temperature - torch.log(-torch.log(noise))).argmax(-1)
+
+
+def sureness(logits: Tensor, tokens: Tensor, how: Unmasking, generator: torch.Generator) -> Tensor:
+    """How sure the model is of `tokens` [B, T], from logits [B, T, V]: the surest settle first."""
+    if how.remasking == "random":
+        return torch.rand(tokens.shape, device=tokens.device, generator=generator)
+    if how.remasking == "low_confidence":
+        return logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    # Dream's sampler measures what it draws from, at its temperature; LLaDA's above the model's own probabilities.
+    p = (logits / (how.temperature or 1.0)).softmax(-1)
+    best: Tensor = p.topk(2, dim=-1).values
+    return torch.special.xlogy(p, p).sum(-1) if how.remasking == "entropy" else best[..., 0] - best[..., 1]
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """Prompts and the answers as far as they are settled: `ids` [B, T], the answers from column `begin` on.
+
+    `valid` [B, T] is False on what fills prompts up on the left, None where nothing does; `prompt` [B, T] is True on
+    what is asked.
+    """
+
+    ids: Tensor
+    begin: int
+    valid: Tensor | None
+    prompt: Tensor
+
+    @classmethod
+    def blank(cls, prompts: Sequence[list[int]], num_tokens: int, mask: int, device: torch.device) -> _Canvas:
+        """All of the answer masked."""
+        width = max(map(len, prompts))
+        rows = [[mask] * (width - len(prompt)) + prompt + [mask] * num_tokens for prompt in prompts]
+        ids = torch.tensor(rows, device=device)
+        starts = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+        columns = torch.arange(ids.shape[1], device=device)
+        valid = columns >= starts[:, None]
+        padded = any(len(prompt) < width for prompt in prompts)
+        return cls(ids, width, valid if padded else None, valid & (columns < width))
+
+    def only(self, rows: list[int]) -> _Canvas:
+        """Some of the rows."""
+        valid = None if self.valid is None else self.valid[rows]
+        return _Canvas(self.ids[rows], self.begin, valid, self.prompt[rows])
+
+
+@dataclass
+class _Reader:
+    """Reads a block's logits off a model, guided and through the cache as the configuration says."""
+
+    model: Any
+    how: Unmasking
+    mask_token_id: int
+    shifted: bool
+    cache: Any = field(default=None, init=False)
+
+    def logits(self, canvas: _Canvas, begin: int) -> Tensor:
+        """Of the block that begins at column `begin`, [B, block, V] in fp32; a mask is no answer."""
+        first = begin - self.shifted
+        ids, valid = canvas.ids, canvas.valid
+        if self.how.guidance:
+            ids = torch.cat([ids, ids.masked_fill(canvas.prompt, self.mask_token_id)])
+            valid = None if valid is None else valid.repeat(2, 1)
+        found = self._forward(ids, valid, first).float()
+        if self.how.guidance:
+            given, free = found.chunk(2)
+            found = free + (1 + self.how.guidance) * (given - free)
+        found[..., self.mask_token_id] = -torch.inf
+        return found
+
+    def _forward(self, ids: Tensor, valid: Tensor | None, first: int) -> Tensor:
+        keys: dict[str, Any] = {"use_cache": self.how.prefix_cache}
+        skip = 0 if self.cache is None else first
+        if valid is not None:
+            keys["attention_mask"] = valid.long()
+        if valid is not None or skip:
+            places = torch.ones_like(ids) if valid is None else valid.long()
+            keys["position_ids"] = (places.cumsum(1) - 1).clamp_min(0)[:, skip:]
+        if skip:
+            keys["past_key_values"] = self.cache
+        last = first + self.how.block_tokens
+        with _only_places(self.model, first - skip, last - skip):
+            out = self.model(input_ids=ids[:, skip:], **keys)
+        if self.how.prefix_cache:
+            self.cache = getattr(out, "past_key_values", None)
+            if self.cache is None:
+                raise InputError(
+                    "this model keeps no keys and values",
+                    where=self.model.config.model_type,
+                    fix="set prefix_cache=false",
+                )
+            self.cache.crop(first - ids.shape[1])  # the forward appended what it was shown
+        # A head that no hook sees gives every place.
+        logits: Tensor = out.logits
+        return logits if logits.shape[1] == self.how.block_tokens else logits[:, first - skip : last - skip]
+
+
+def _fill_block(reader: _Reader, canvas: _Canvas, begin: int, num_steps: int, generator: torch.Generator) -> None:
+    """Settle the tokens of the block of `canvas` that begins at column `begin`, in place."""
+    how, reader.cache = reader.how, None
+    block = canvas.ids[:, begin : begin + how.block_tokens]
+    for count in settled_at(how.block_tokens, num_steps):
+        logits = reader.logits(canvas, begin)
+        tokens = draw_tokens(logits, how.temperature, generator)
+        sure = sureness(logits, tokens, how, generator).masked_fill(block != reader.mask_token_id, -torch.inf)
+        best = sure.topk(count, dim=1).indices
+        block.scatter_(1, best, tokens.gather(1, best))
+
+
+@contextmanager
+def _only_places(model: Any, first: int, last: int) -> Iterator[None]:
+    """Within, the head projects these places alone: a whole row times LLaDA's vocabulary would fill a GPU."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, first:last],))
+    try:
+        yield
+    finally:
+        handle.remove()
