@@ -31,6 +31,7 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     Three keys are other names of TrainingConfig's: `use_mixed_precision` of `precision` (bf16 or fp32),
     `gradient_checkpointing` of `activation_checkpointing`, and `gradient_accumulation_steps`, which times
     `per_device_train_batch_size` is `effective_batch_size`: what one GPU would take, however many there are.
+    Answers are filled with end tokens up to a multiple of `answer_block_tokens`.
     `diffusion_steps` counts the draws of a row, `auto` follows the live variance up to `max_diffusion_steps`.
     """
 
@@ -42,6 +43,7 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     max_diffusion_steps: int = Field(32, ge=2)
     variance_tolerance: float = Field(0.05, gt=0)
     sampling: Sampling = "balanced"
+    answer_block_tokens: int = Field(1, ge=1)
     forward_batch_size: int = runtime(8, formerly="rows_at_once", ge=1)
 
     save_steps: int = runtime(500, ge=1)
@@ -81,7 +83,7 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
 
 
 class DiffusionSftConfig(DiffusionTrainingConfig):
-    """Keys of mdlm_sft: answers are filled with end tokens up to a multiple of `answer_block_tokens`."""
+    """Keys of mdlm_sft."""
 
     learning_rate: float = Field(1e-5, gt=0)
     diffusion_steps: int = Field(1, ge=1)

@@ -21,6 +21,7 @@ from prefmill.families.mdlm.family import (
     by_epoch,
     diffusion_family,
     encode_responses,
+    fill_groups,
 )
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
 from prefmill.families.mdlm.scorer import score_batch
@@ -53,8 +54,8 @@ def train_diffusion_dpo(
     config = recomputed_by_layer(config)
     options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_diffusion_tokenizer(policy, template=config, today=task.began_on, **options)
-    groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels)
-    held_out = load_groups(val, tokenizer, config, task) if val is not None else []
+    groups = fill_groups(load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels), config, tokenizer)
+    held_out = fill_groups(load_groups(val, tokenizer, config, task), config, tokenizer) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings, DiffusionFamily.supplies)
     live = LiveVariance(config.num_draws, config.beta, config.variance_tolerance, config.diffusion_steps == "auto")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from prefmill.families.causal.group_layout import responses_of
-from prefmill.families.mdlm.config import Sampling
+from prefmill.families.mdlm.config import DiffusionTrainingConfig, Sampling
 from prefmill.families.mdlm.estimator import Draws, draws_of, recommend_draws
 from prefmill.families.mdlm.scorer import DiffusionBatch, encode_samples, score_batch
 from prefmill.training.batches import GroupPart
@@ -106,6 +107,24 @@ def diffusion_family(drawing: Drawing, live: LiveVariance | None = None) -> Diff
         return encode_pairs(groups, parts, epoch, drawing)
 
     return DiffusionFamily(encode, score_batch, live)
+
+
+def fill_groups(
+    groups: Sequence[Group], config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Group]:
+    """Groups whose responses go on in end tokens up to a multiple of `answer_block_tokens`, or to `max_length`.
+
+    The model learns them like any other token, and so where answers stop. The width follows from the row alone:
+    filled up to the longest of a microbatch, as by LLaDA's guidelines, a model trained row by row learns no stop.
+    """
+    end, block = tokenizer.eos_token_id, config.answer_block_tokens
+    assert isinstance(end, int)
+
+    def filled(prompt: list[int], response: list[int]) -> list[int]:
+        width = min(config.max_length - len(prompt), -(-len(response) // block) * block)
+        return response + [end] * (width - len(response))
+
+    return [replace(group, responses=[filled(group.prompt, one) for one in group.responses]) for group in groups]
 
 
 def encode_pairs(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int, drawing: Drawing) -> DiffusionBatch:

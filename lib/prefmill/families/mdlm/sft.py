@@ -14,7 +14,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.stage import Metrics, Task
 from prefmill.families.causal.chat import Answer, encode
 from prefmill.families.mdlm.config import DiffusionSftConfig
-from prefmill.families.mdlm.family import Drawing, diffusion_family
+from prefmill.families.mdlm.family import Drawing, diffusion_family, fill_groups
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
 from prefmill.families.mdlm.training import (
     NoMargins,
@@ -64,13 +64,8 @@ def train_diffusion_sft(config: DiffusionSftConfig, task: Task, start: str, trai
 
 
 def load_chats(path: Path, tokenizer: PreTrainedTokenizerBase, config: DiffusionSftConfig, task: Task) -> list[Group]:
-    """The chats in `path`, each a group of one response; over-long rows are reported and dropped, or refused.
-
-    Responses end in end tokens up to a multiple of `answer_block_tokens`, or as far as `max_length` goes.
-    """
+    """The chats in `path`, each a group of one response; over-long rows are reported and dropped, or refused."""
     groups, dropped = [], []
-    end = tokenizer.eos_token_id
-    assert end is not None
     for row in tqdm(file_rows(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
         messages, answer = chat_of(row.values, row.where)
         prompt, response = encode(tokenizer, messages, answer, row.values.get("tools") or ())
@@ -78,27 +73,11 @@ def load_chats(path: Path, tokenizer: PreTrainedTokenizerBase, config: Diffusion
         if len(prompt) + len(response) > config.max_length:
             dropped.append({"id": name, "file": path.parent.name, "num_tokens": len(prompt) + len(response)})
         else:
-            room = config.max_length - len(prompt)
-            filled = fill(response, min(room, multiple(len(response), config.answer_block_tokens)), end)
-            groups.append(Group(prompt, [filled], [Pair(name, 0, 0)]))
+            groups.append(Group(prompt, [response], [Pair(name, 0, 0)]))
     report_dropped(task, dropped, len(groups), config)
     if not groups:
         raise InputError("no rows to train on", where=path, fix="check the file")
-    return groups
-
-
-def multiple(length: int, block: int) -> int:
-    """`length` rounded up to a multiple of `block`."""
-    return -(-length // block) * block
-
-
-def fill(response: list[int], width: int, end: int) -> list[int]:
-    """`response` and end tokens, `width` in all.
-
-    The model learns them like any other token, and so where answers stop. The width follows from the row alone:
-    filled up to the longest of a microbatch, as by LLaDA's guidelines, a model trained row by row learns no stop.
-    """
-    return response + [end] * (width - len(response))
+    return fill_groups(groups, config, tokenizer)
 
 
 def chat_of(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], Answer]:

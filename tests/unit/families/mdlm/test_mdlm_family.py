@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from prefmill.core.config import validate
+from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.families.mdlm.family import (
     DiffusionFamily,
     Drawing,
     LiveVariance,
     encode_pairs,
+    fill_groups,
     margin_variance,
 )
 from prefmill.families.mdlm.memory import LLADA_8B, THREE_B, estimate_memory
-from prefmill.families.mdlm.sft import fill, multiple
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group, Pair
 
@@ -34,9 +39,12 @@ def test_a_response_in_two_pairs_is_a_sample_once_and_draws_follow_the_epoch() -
 
 
 def test_fine_tuning_fills_answers_with_end_tokens_by_the_row_alone() -> None:
-    assert fill([7, 8], multiple(2, 4), 2) == [7, 8, 2, 2]
-    assert fill([7] * 4, multiple(4, 4), 2) == [7] * 4
-    group = Group([5], [[7, 8, 2, 2]], [Pair("a", 0, 0)])
+    config = validate(DiffusionTrainingConfig, {"answer_block_tokens": 4, "max_length": 7})
+    end: Any = SimpleNamespace(eos_token_id=2)
+    pair = [Pair("a", 0, 1)]
+    (found,) = fill_groups([Group([5], [[7, 8], [7] * 4, [7] * 5], pair)], config, end)
+    assert found.responses == [[7, 8, 2, 2], [7] * 4, [7] * 5 + [2]], "max_length leaves room for one"
+    group = Group([5], found.responses[:1], [Pair("a", 0, 0)])
     batch = encode_pairs([group], [GroupPart(0, (0,))], 0, Drawing(16, "balanced", 0))
     assert batch.lengths.tolist() == [4]
     assert batch.masked[0].any(0).tolist() == [False, True, True, True, True], "the fill is learnt too"
