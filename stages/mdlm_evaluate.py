@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prefmill.core.config import ExternalPath
 from prefmill.core.errors import ConfigError
@@ -27,12 +29,26 @@ def run(config: MdlmEvaluateConfig, task: Task) -> Metrics:
     if config.model_name_or_path is not None:
         models = {"model": config.model_name_or_path, **models}
     pairs = _pairs(config, task)
-    if not models or (pairs is None and not config.benchmarks):
+    if not models or (pairs is None and not config.benchmarks and config.harness is None):
         raise ConfigError(
             "no model to evaluate" if not models else "nothing to evaluate on", where=f"{task.stage}:{task.name}",
-            fix="give inputs.before, inputs.after or model_name_or_path; inputs.datasets, pairs_path or benchmarks",
+            fix="give inputs.before, inputs.after or model_name_or_path; and inputs.datasets, pairs_path or harness",
         )  # fmt: skip
-    return evaluate_models(config, task, models, pairs)
+    return evaluate_models(config, task, models, pairs, _harness(config))
+
+
+def _harness(config: MdlmEvaluateConfig) -> Any:
+    """What adds the rows of the harness's tasks; None without tasks."""
+    if config.harness is None:
+        return None
+    try:
+        from prefmill.integrations.lm_harness import task_rows
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "lm-evaluation-harness is not installed", where="harness", got=f"no module {error.name}",
+            fix="pip install 'prefmill[harness]'",
+        ) from None  # fmt: skip
+    return partial(task_rows, config)
 
 
 def _pairs(config: MdlmEvaluateConfig, task: Task) -> Path | None:
@@ -44,7 +60,7 @@ def _pairs(config: MdlmEvaluateConfig, task: Task) -> Path | None:
 
 STAGE = Stage(
     name="mdlm_evaluate",
-    version=2,  # balanced draws in independent blocks
+    version=3,  # answers stop at the turn's end
     config=MdlmEvaluateConfig,
     run=run,
     root="data",

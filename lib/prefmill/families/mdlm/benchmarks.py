@@ -17,8 +17,9 @@ from prefmill.store.row_files import SourceRow, file_rows, hub_rows
 class BenchmarkConfig(StrictConfig):
     """A file or hub dataset of questions.
 
-    `multiple_choice` rows have `question`, `choices` (texts) and `answer` (a choice's number from 0, or its letter);
-    `exact_match` rows `question` and `answer`, a text. `columns` maps these names to the data's own.
+    `multiple_choice` rows have `question`, `choices` (texts) and `answer` (a choice's label where choices have any,
+    else its number from 0 or its letter); `exact_match` rows `question` and `answer`, a text to be written word for
+    word. `columns` maps these names to the data's own.
     """
 
     name: str
@@ -65,7 +66,7 @@ def _question(row: SourceRow, config: BenchmarkConfig) -> Question:
     name = str(row.values.get("id", row.number))
     try:
         choices = _choices(values["choices"]) if config.kind == "multiple_choice" else ()
-        answer = str(values["answer"]) if not choices else choices[_place(values["answer"])]
+        answer = str(values["answer"]) if not choices else choices[_place(values["answer"], values["choices"])]
     except (IndexError, TypeError, ValueError, KeyError):
         choices, answer = (), ""
     if not isinstance(values["question"], str) or not answer or (config.kind == "multiple_choice" and not choices):
@@ -73,6 +74,11 @@ def _question(row: SourceRow, config: BenchmarkConfig) -> Question:
             f"not a row of {config.kind}", where=row.where, got=f"keys {', '.join(row.values)}",
             expected="question, answer" + (", choices" if config.kind == "multiple_choice" else ""),
             fix="map the data's names with columns",
+        )  # fmt: skip
+    if "####" in answer:
+        raise InputError(
+            "this answer is a solution, which no model writes word for word", where=row.where, got=answer[-60:],
+            expected="a text that is the answer", fix="set harness.tasks=[gsm8k], which reads the number off",
         )  # fmt: skip
     return Question(name, values["question"], choices, answer)
 
@@ -83,8 +89,11 @@ def _choices(value: Any) -> tuple[str, ...]:
     return tuple(str(text) for text in texts)
 
 
-def _place(answer: Any) -> int:
-    """A choice's number from 0, from the number or its letter."""
+def _place(answer: Any, choices: Any) -> int:
+    """A choice's number from 0: by its own label (ARC has letters or 1 to 4), else its number or letter."""
+    labels = [str(label) for label in choices.get("label", ())] if isinstance(choices, Mapping) else []
+    if labels:
+        return labels.index(str(answer).strip())
     if isinstance(answer, str) and answer.strip().upper() in set("ABCDEFGHIJ"):
         return ord(answer.strip().upper()) - ord("A")
     place = int(answer)

@@ -6,13 +6,23 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from prefmill.core.config import runtime
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
 from prefmill.core.precision import Precision
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig
 from prefmill.families.mdlm.config import DiffusionModelConfig, Sampling
 
 if TYPE_CHECKING:
     from prefmill.families.mdlm.generation import Unmasking
+
+
+class HarnessConfig(StrictConfig):
+    """Tasks of lm-evaluation-harness; `path` is a folder of its task files (YAML), which name their local data."""
+
+    tasks: list[str] = Field(min_length=1)
+    path: ExternalPath | None = None
+    num_fewshot: int | None = Field(None, ge=0)
+    num_rows: int | None = Field(None, ge=1)
+    chat: bool = False
 
 
 class DiffusionEvaluationConfig(DiffusionModelConfig):
@@ -37,6 +47,7 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
     prefix_cache: bool = Field(False, description="keep keys and values of what precedes a block: faster, not exact")
     wanted_pattern: str | None = Field(None, description="a regular expression that wanted answers match")
     benchmarks: list[BenchmarkConfig] = []
+    harness: HarnessConfig | None = Field(None, description="tasks of lm-evaluation-harness")
     batch_size: int = Field(32, ge=1, description="answers generated together")
     forward_batch_size: int = runtime(16, formerly="rows_at_once", ge=1)
     seed: int = 0
@@ -63,17 +74,28 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
     @property
     def unmasking(self) -> Unmasking:
         """How answers are written."""
-        return self._unmasking(self.temperature)
+        return self.unmasking_of(None, self.temperature)
 
     @property
     def greedy(self) -> Unmasking:
         """How answers are written that are to be right."""
-        return self._unmasking(0.0)
+        return self.unmasking_of(None, 0.0)
 
-    def _unmasking(self, temperature: float) -> Unmasking:
+    def unmasking_of(self, num_tokens: int | None, temperature: float) -> Unmasking:
+        """How answers of about `num_tokens` are written: whole blocks, as many steps a token as configured."""
         from prefmill.families.mdlm.generation import Unmasking
 
-        block, steps = self.block_tokens or self.num_tokens, self.num_steps or self.num_tokens
+        wanted = num_tokens or self.num_tokens
+        block = self.block_tokens or wanted
+        whole = -(-wanted // block) * block
+        steps = (self.num_steps or self.num_tokens) * block // self.num_tokens or 1
         return Unmasking(
-            self.num_tokens, block, steps, temperature, self.remasking, self.seed, self.guidance, self.prefix_cache
-        )
+            whole, block, steps * (whole // block), temperature, self.remasking, self.seed, self.guidance,
+            self.prefix_cache,
+        )  # fmt: skip
+
+    def one_by_one(self, num_tokens: int) -> Unmasking:
+        """The likeliest token of `num_tokens` first, one a step."""
+        from prefmill.families.mdlm.generation import Unmasking
+
+        return Unmasking(num_tokens, num_tokens, num_tokens, 0.0, "low_confidence", self.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -71,14 +71,20 @@ class Loaded:
         return self.continuations([self._prompt(text) for text in prompts], how)
 
     def continuations(self, prompts: Sequence[list[int]], how: Unmasking) -> list[WrittenAnswer]:
-        """An answer to every prompt (token ids), in order; those of about one length run together."""
-        written: dict[int, WrittenAnswer] = {}
+        """An answer to every prompt (token ids), in order."""
         ends = answer_ends(self.model, self.tokenizer)
+        return [self._answer(ids, ends) for ids in self.unmasked(prompts, how, ends)]
+
+    def unmasked(
+        self, prompts: Sequence[list[int]], how: Unmasking, ends: Collection[int] = frozenset()
+    ) -> list[list[int]]:
+        """Token ids of an answer to every prompt, in order; prompts of about one length run together."""
+        written: dict[int, list[int]] = {}
         places = batches_by_length(list(map(len, prompts)), self.config.batch_size, takes_padding(self.model))
         for number, batch in enumerate(tqdm(places, desc=f"{self.label}: answers", unit=" batches")):
             own = replace(how, seed=how.seed * 1_000_003 + number)  # or every batch would be drawn alike
             found = generate(self.model, [prompts[p] for p in batch], own, self.mask_token_id, self.shifted, ends)
-            written |= {place: self._answer(ids, ends) for place, ids in zip(batch, found, strict=True)}
+            written |= dict(zip(batch, found, strict=True))
         return [written[place] for place in range(len(prompts))]
 
     def encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -103,9 +109,16 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, mixed: bool) -> l
 
 
 def evaluate_models(
-    config: DiffusionEvaluationConfig, task: Task, models: Mapping[str, str], pairs_file: Path | None
+    config: DiffusionEvaluationConfig,
+    task: Task,
+    models: Mapping[str, str],
+    pairs_file: Path | None,
+    more: Callable[[Loaded], Iterable[Row]] | None = None,
 ) -> Metrics:
-    """Evaluate the models by their labels; writes metrics.json, the rows behind it and report.md."""
+    """Evaluate the models by their labels; writes metrics.json, the rows behind it and report.md.
+
+    `more` adds rows of a kind of its own: a `task` with its `measure` and `value`.
+    """
     pairs = list(read_pairs(pairs_file))[: config.num_pairs] if pairs_file is not None else []
     questions = {item.name: (item, read_questions(item)) for item in config.benchmarks}
     metrics: dict[str, Row] = {}
@@ -118,6 +131,7 @@ def evaluate_models(
                 *_likelihood_rows(loaded, pairs, likelihoods[label]),
                 *_generation_rows(loaded, pairs),
                 *_benchmark_rows(loaded, questions),
+                *(more(loaded) if more is not None else ()),
             ]
             for row in rows:
                 writer.write({"model": label, **row})
@@ -175,7 +189,7 @@ def summarise(rows: Sequence[Row]) -> Row:
     for name in sorted({row["benchmark"] for row in rows if row["kind"] == "benchmark"}):
         asked = [row for row in rows if row.get("benchmark") == name]
         found[f"{name}_accuracy"] = fmean(row["right"] for row in asked)
-    return found
+    return found | {row["measure"]: row["value"] for row in rows if row["kind"] == "task"}
 
 
 def report(metrics: Mapping[str, Row], comparison: Row) -> str:
