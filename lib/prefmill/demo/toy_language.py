@@ -89,5 +89,7 @@ def build_model(folder: Path, texts: Sequence[str], shape: Shape, seed: int) -> 
 def new_model(train: Path, folder: Path, shape: Shape, seed: int) -> Path:
     """Save an untrained model to `folder`, its tokenizer learnt from the rows of `train`."""
     chats = [chat_of(row.values, row.where) for row in file_rows(train)]
-    texts = [text for messages, answer in chats for text in (*(turn["content"] for turn in messages), answer)]
+    # An answer is a text or a turn; what the tokenizer is not shown it splits into bytes.
+    turns = [[*messages, {"content": answer} if isinstance(answer, str) else answer] for messages, answer in chats]
+    texts = [str(turn["content"]) for chat in turns for turn in chat]
     return build_model(folder, texts, shape, seed)
