@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prefmill.core.config import validate
-from prefmill.families.mdlm.config import DiffusionTrainingConfig
+from prefmill.families.mdlm.config import DiffusionSftConfig
 from prefmill.families.mdlm.family import (
     DiffusionFamily,
     Drawing,
@@ -39,10 +39,10 @@ def test_a_response_in_two_pairs_is_a_sample_once_and_draws_follow_the_epoch() -
 
 
 def test_fine_tuning_fills_answers_with_end_tokens_by_the_row_alone() -> None:
-    config = validate(DiffusionTrainingConfig, {"answer_block_tokens": 4, "max_length": 7})
+    config = validate(DiffusionSftConfig, {"answer_block_tokens": 4, "max_length": 8})
     end: Any = SimpleNamespace(eos_token_id=2)
     pair = [Pair("a", 0, 1)]
-    (found,) = fill_groups([Group([5], [[7, 8], [7] * 4, [7] * 5], pair)], config, end)
+    (found,) = fill_groups([Group([5, 6], [[7, 8], [7] * 4, [7] * 5], pair)], config, end)
     assert found.responses == [[7, 8, 2, 2], [7] * 4, [7] * 5 + [2]], "max_length leaves room for one"
     group = Group([5], found.responses[:1], [Pair("a", 0, 0)])
     batch = encode_pairs([group], [GroupPart(0, (0,))], 0, Drawing(16, "balanced", 0))
