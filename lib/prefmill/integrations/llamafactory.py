@@ -1,226 +1,258 @@
-"""LLaMA-Factory's preference configurations as prefmill's: `prefmill import llamafactory CONFIG.yaml`.
+"""LLaMA-Factory's configurations of sft and dpo as prefmill's: `prefmill import llamafactory CONFIG.yaml`.
 
 Every key is translated, known to change no result, or refused: nothing is dropped in silence.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefmill.core.config import read_yaml
 from prefmill.core.errors import ConfigError
+from prefmill.integrations.llamafactory_data import Datasets
+from prefmill.integrations.llamafactory_keys import NO_EFFECT, REFUSED, TAKEN
 
-_INFO = "dataset_info.json"
-# Keys that say where to write, how to show it or how fast, and never what comes out.
-_NO_EFFECT = {
-    "do_train", "output_dir", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers", "plot_loss",
-    "ddp_timeout", "save_only_model", "logging_dir", "run_name", "resume_from_checkpoint", "cache_dir",
-    "low_cpu_mem_usage", "use_fast_tokenizer", "include_num_input_tokens_seen", "print_param_status",
-    "ddp_find_unused_parameters", "pad_to_multiple_of", "hub_model_id", "push_to_hub", "save_strategy",
-    "logging_strategy", "per_device_eval_batch_size", "eval_strategy", "eval_steps", "do_eval",
-    "dataloader_pin_memory", "tokenized_path", "preprocessing_batch_size", "flash_attn", "video_max_pixels",
-    "video_min_pixels", "video_fps", "video_maxlen",
-}  # fmt: skip
-_SAME_NAME = (
-    "model_name_or_path", "trust_remote_code", "learning_rate", "lr_scheduler_type", "weight_decay",
-    "max_grad_norm", "seed", "per_device_train_batch_size", "logging_steps", "save_steps",
-    "dataloader_num_workers", "deepspeed", "simpo_gamma",
-)  # fmt: skip
 # What LLaMA-Factory does where its file is silent and prefmill does something else.
 _THEIR_DEFAULTS: Mapping[str, Any] = {
-    "learning_rate": 5e-5, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8,
+    "stage": "sft", "learning_rate": 5e-5, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8,
     "num_train_epochs": 3.0, "gradient_accumulation_steps": 1, "pref_loss": "sigmoid", "pref_beta": 0.1,
     "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "cutoff_len": 2048, "dataset_dir": "data",
     "seed": 42,
 }  # fmt: skip
-_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo_mean", "simpo": "simpo"}
-_COLUMNS = {
-    "sharegpt": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
-    "alpaca": {"prompt": "instruction", "query": "input", "history": "history", "chosen": "chosen",
-               "rejected": "rejected"},
+_THEIR_PIXELS = {"max_pixels": 768 * 768, "min_pixels": 32 * 32}
+_SAME_NAME: Mapping[str, type | tuple[type, ...]] = {
+    "model_name_or_path": str, "trust_remote_code": bool, "learning_rate": float, "lr_scheduler_type": str,
+    "weight_decay": float, "max_grad_norm": float, "seed": int, "optim": str,
+    "logging_steps": int, "save_steps": int, "save_total_limit": int, "dataloader_num_workers": int, "deepspeed": str,
+    "ddp_timeout": int,
 }  # fmt: skip
-_TAGS = ("role", "content", "user", "assistant", "system")
+_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo_mean", "simpo": "simpo"}
+_ATTENTION = {"fa2": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
+_OF_PREFERENCES = ("pref_loss", "pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing", "ref_model")
+_LANGUAGE_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # Qwen2-VL and its kin
 
 
 class Imported(NamedTuple):
-    """A configuration of the stage dpo, and what a reader should know about how it was made."""
+    """A configuration of prefmill's `stage`, and what a reader should know about how it was made."""
 
+    stage: str
     config: dict[str, Any]
     notes: list[str]
 
 
 def import_config(path: Path, num_gpus: int = 1) -> Imported:
-    """The configuration in `path`, a LLaMA-Factory YAML of the stage dpo, for prefmill's stage dpo.
+    """The configuration in `path`, a LLaMA-Factory YAML of the stage sft or dpo.
 
-    Raises ConfigError for keys that prefmill cannot honour, naming each.
+    Raises ConfigError for keys that prefmill cannot honour, naming each with the reason, and for values of the wrong
+    kind.
     """
-    given = read_yaml(path)
-    rest = {**_THEIR_DEFAULTS, **given}
-    _require(rest.pop("stage", "sft"), {"dpo"}, "stage", path)
-    rest = {key: value for key, value in rest.items() if key not in _NO_EFFECT and value is not None}
-    config: dict[str, Any] = {}
-    notes: list[str] = []
-    for step in (_dataset, _loss, _schedule, _adapter, _precision, _lengths):
-        step(rest, config, notes, path)
-    at_once = rest["per_device_train_batch_size"] * rest.pop("gradient_accumulation_steps") * num_gpus
-    config["effective_batch_size"] = at_once
-    notes.append(f"effective_batch_size {at_once} is that of {num_gpus} GPUs: import again with --gpus for another")
-    config |= {key: rest.pop(key) for key in _SAME_NAME if key in rest}
-    config["layout"] = "group"
-    if rest:
+    given = {key: value for key, value in read_yaml(path).items() if value is not None}
+    refused = {key: REFUSED.get(key, "not known here") for key, value in given.items() if _counts(key, value)}
+    if refused:
         raise ConfigError(
-            "keys that prefmill does not have", where=path, got=", ".join(f"{key}={rest[key]}" for key in sorted(rest)),
+            "keys that prefmill does not have", where=path,
+            got="".join(f"\n    {key}={given[key]}: {why}" for key, why in sorted(refused.items())),
             fix="take them out of a copy of the file if you can do without them, and import that",
         )  # fmt: skip
-    return Imported(config, notes)
+    known = {key: value for key, value in given.items() if key in TAKEN or key in _AT_ONE_VALUE or key == "template"}
+    reading = _Reading({**_THEIR_DEFAULTS, **known}, path, num_gpus)
+    return Imported(reading.stage, reading.translate(), reading.notes)
 
 
-Step = Callable[[dict[str, Any], dict[str, Any], list[str], Path], None]
+# Keys whose one value that changes nothing is not false.
+_AT_ONE_VALUE: Mapping[str, Any] = {"lora_dropout": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
 
 
-def _dataset(rest: dict[str, Any], config: dict[str, Any], notes: list[str], path: Path) -> None:
-    names = rest.pop("dataset", "")
-    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    if len(names) != 1 or not names[0]:
-        raise ConfigError(
-            "one dataset at a time", where=path, got=", ".join(names) or "none",
-            fix="put the rows of several preference datasets into one file",
-        )  # fmt: skip
-    folder = Path(rest.pop("dataset_dir"))
-    entry = _entry(folder, names[0])
-    config |= _where(folder, entry)
-    config["image_folder"] = str(rest.pop("media_dir", folder))
-    if "max_samples" in rest:
-        config["max_rows"] = rest.pop("max_samples")
-    held_out = rest.pop("val_size", 0.0)
-    if held_out >= 1:
-        raise ConfigError("val_size as a number of rows is not known", where=path, fix="give val_size as a share")
-    if held_out:
-        config["val_fraction"] = float(held_out)
-        notes.append("validation prompts are drawn with all of their pairs, so they are not LLaMA-Factory's rows")
-    if rest.pop("packing", False) or rest.pop("streaming", False):
-        raise ConfigError("packing and streaming are not options of prefmill", where=path, fix="set them to false")
+def _counts(key: str, value: Any) -> bool:
+    if key in REFUSED:
+        return bool(value) and value != "none" and not (key == "max_steps" and value == -1)
+    return key not in TAKEN and key not in NO_EFFECT
 
 
-def _entry(folder: Path, name: str) -> dict[str, Any]:
-    """The registry's entry of a dataset, which must be one of preferences."""
-    try:
-        info = json.loads((folder / _INFO).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "cannot read LLaMA-Factory's dataset registry", where=folder / _INFO, got=error,
-            fix="run this in the folder llamafactory-cli is run in, or set dataset_dir",
-        ) from None  # fmt: skip
-    if name not in info:
-        raise ConfigError(
-            f"no dataset '{name}' in the registry", where=folder / _INFO, expected=", ".join(info),
-            fix="name one of these under `dataset`, or add it to the registry",
-        )  # fmt: skip
-    entry: dict[str, Any] = info[name]
-    if not entry.get("ranking"):
-        raise ConfigError(
-            f"dataset '{name}' is not one of preferences", where=folder / _INFO, fix='its entry needs "ranking": true'
+class _Reading:
+    """One file on its way into a configuration: what is left of it, and what it has become."""
+
+    def __init__(self, rest: dict[str, Any], path: Path, num_gpus: int) -> None:
+        self.rest, self.path, self.num_gpus = rest, path, num_gpus
+        self.config: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.stage: str = self.one_of("stage", {"sft": "sft", "dpo": "dpo"})
+
+    def translate(self) -> dict[str, Any]:
+        """All of it, in the order of a configuration that people read."""
+        self._defaults_of_the_rest()
+        datasets = Datasets(self.take("dataset_dir", str), self.take("media_dir", str), self.stage, self.path)
+        self.config |= datasets.keys(self.rest.pop("dataset", ""), self.take("max_samples", int))
+        self._held_out()
+        if self.stage == "dpo":
+            self._loss()
+        else:
+            for key in _OF_PREFERENCES:
+                self.rest.pop(key, None)
+            history = self.take("mask_history", bool, False)
+            self.config["train_on"] = "last_turn" if history else "all_assistant_turns"
+        self._schedule()
+        self._adapter(datasets.has_images)
+        self._precision()
+        self._lengths(datasets.has_images)
+        self._batch()
+        self.config |= {key: self.take(key, kind) for key, kind in _SAME_NAME.items() if key in self.rest}
+        assert not self.rest, f"keys of TAKEN that nothing takes: {', '.join(self.rest)}"
+        return self.config
+
+    def take(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value of `key`; raises ConfigError where it is of another kind. A whole number is a float too."""
+        value: Any = self.rest.pop(key, default)
+        kinds = (float, int) if kind is float else kind
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool)):
+            name = kind.__name__ if isinstance(kind, type) else " or ".join(item.__name__ for item in kind)
+            raise ConfigError(
+                f"{key} is of another kind", where=self.path, got=repr(value), expected=name, fix=f"correct {key}"
+            )
+        return value if kind is not float or value is None else float(str(value))
+
+    def one_of(self, key: str, known: Mapping[str, str]) -> str:
+        """The translation of a word."""
+        value = self.take(key, str)
+        if value not in known:
+            raise ConfigError(
+                f"prefmill does not take over this {key}", where=self.path, got=value, expected=", ".join(known),
+                fix="other stages and losses: see docs/stages/",
+            )  # fmt: skip
+        return known[value]
+
+    def _defaults_of_the_rest(self) -> None:
+        for key, only in _AT_ONE_VALUE.items():
+            if self.take(key, float, only) != only:
+                raise ConfigError(
+                    f"prefmill has no {key}", where=self.path, got=f"another than {only}", fix=f"set {key} to {only}"
+                )
+        template = self.rest.pop("template", None)
+        if template is not None:
+            self.notes.append(
+                f"chats are put together by the model's own chat template, not by LLaMA-Factory's '{template}': where "
+                "they differ, or the model has none, give chat_template"
+            )
+        if (thinks := self.take("enable_thinking", bool)) is not None:
+            self.config["chat_template_kwargs"] = {"enable_thinking": thinks}
+
+    def _held_out(self) -> None:
+        held_out = self.take("val_size", float, 0.0)
+        if held_out >= 1:
+            raise ConfigError(
+                "val_size as a number of rows is not known", where=self.path, fix="give val_size as a share"
+            )
+        if held_out:
+            self.config["val_fraction"] = held_out
+            self.notes.append("validation prompts are drawn with all of their rows: they are not LLaMA-Factory's rows")
+
+    def _loss(self) -> None:
+        loss = self.one_of("pref_loss", _LOSSES)
+        self.config |= {"beta": self.take("pref_beta", float), "loss_type": [loss], "loss_weights": [1.0]}
+        self.config["label_smoothing"] = self.take("dpo_label_smoothing", float, 0.0)
+        if (gamma := self.take("simpo_gamma", float)) is not None:
+            self.config["simpo_gamma"] = gamma
+        if anchor := self.take("pref_ftx", float, 0.0):
+            self.config["loss_type"].append("sft")
+            self.config["loss_weights"].append(anchor)
+        if (reference := self.take("ref_model", str)) is not None:
+            self.config["ref_name"] = reference
+        self.take("mask_history", bool)
+
+    def _schedule(self) -> None:
+        epochs = self.take("num_train_epochs", float)
+        if epochs != int(epochs):
+            raise ConfigError("training takes whole epochs", where=self.path, got=epochs, fix="round num_train_epochs")
+        self.config["num_train_epochs"] = int(epochs)
+        ratio, steps = self.take("warmup_ratio", float, 0.0), self.take("warmup_steps", float, 0.0)
+        self.config["warmup_steps"] = steps or ratio
+        reports = self.take("report_to", (str, list), "none")
+        reports = [reports] if isinstance(reports, str) else reports
+        self.config["report_to"] = [name for name in reports if name in ("tensorboard", "wandb", "trackio")]
+
+    def _adapter(self, has_images: bool) -> None:
+        kind = self.one_of("finetuning_type", {"full": "full", "lora": "lora"})
+        rank, target = self.take("lora_rank", int), self.take("lora_target", (str, list))
+        alpha, scaled = self.take("lora_alpha", float), self.take("use_rslora", bool, False)
+        dora, adapter = self.take("use_dora", bool, False), self.take("adapter_name_or_path", str)
+        modules = [name.strip() for name in target.split(",")] if isinstance(target, str) else target
+        frozen = self._frozen(has_images)
+        if kind == "full" and (frozen or adapter):
+            raise ConfigError(
+                "prefmill trains the vision part too" if frozen else "an adapter is not trained as a whole model",
+                where=self.path, got=", ".join(f"{key}: true" for key in frozen) or f"adapter_name_or_path: {adapter}",
+                fix="set them to false in a copy of the file" if frozen else "merge it, and name the merged model",
+            )  # fmt: skip
+        if kind == "full":
+            return
+        if adapter is not None:
+            self._go_on_with(adapter)
+            return
+        if frozen:  # the vision part stands below `visual`, and has layers of the same names
+            modules = _LANGUAGE_LAYERS if modules == ["all"] else modules
+            modules = rf"(?!.*visual).*\.({'|'.join(modules)})"
+        elif modules == ["all"]:
+            modules = "all-linear"
+        alpha = 2.0 * rank if alpha is None else alpha
+        # rsLoRA scales by alpha over the root of the rank, LoRA by alpha over the rank.
+        alpha = alpha * rank**0.5 if scaled else alpha
+        self.config["lora"] = {"r": rank, "alpha": alpha, "use_dora": dora, "target_modules": modules}
+
+    def _go_on_with(self, adapter: str) -> None:
+        if "," in adapter:
+            raise ConfigError(
+                "training goes on with one adapter", where=self.path, got=adapter, fix="merge all but the last"
+            )
+        self.config["lora"] = {"start": adapter}
+        if self.stage == "dpo":
+            self.config.setdefault("ref_name", self.rest.get("model_name_or_path"))
+            self.notes.append("the reference is the base without the adapter, as in LLaMA-Factory")
+
+    def _frozen(self, has_images: bool) -> list[str]:
+        """The keys that freeze the vision part; LLaMA-Factory freezes it where its file is silent."""
+        keys = ("freeze_vision_tower", "freeze_multi_modal_projector")
+        given = {key: self.take(key, bool) for key in keys}
+        if not has_images and all(value is None for value in given.values()):
+            return []
+        found = [key for key, value in given.items() if value is not False]
+        if len(found) == 1:
+            raise ConfigError(
+                "prefmill freezes tower and projector together", where=self.path, got=f"{found[0]}: true",
+                fix="set both to the same",
+            )  # fmt: skip
+        return found
+
+    def _precision(self) -> None:
+        bf16, fp16 = self.take("bf16", bool, False), self.take("fp16", bool, False)
+        self.config["precision"] = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+        off = self.take("disable_gradient_checkpointing", bool, False)
+        self.take("gradient_checkpointing", bool)  # LLaMA-Factory checkpoints unless it is disabled
+        self.config["activation_checkpointing"] = not off
+        attention, liger = self.take("flash_attn", str, "auto"), self.take("enable_liger_kernel", bool, False)
+        if self.stage == "sft":
+            if attention in _ATTENTION:
+                self.config["attn_implementation"] = _ATTENTION[attention]
+            if liger:
+                self.config["use_liger_kernel"] = True
+        if self.take("fsdp", (str, bool)):
+            self.config["fsdp"] = True
+
+    def _lengths(self, has_images: bool) -> None:
+        self.config |= {"max_length": self.take("cutoff_len", int), "on_overlong": "drop"}
+        self.notes.append("rows over max_length are left out and listed in the logs; LLaMA-Factory cuts them off")
+        given = {f"{end}_pixels": self.take(f"image_{end}_pixels", int) for end in ("max", "min")}
+        if has_images:
+            self.config |= {key: given[key] or pixels for key, pixels in _THEIR_PIXELS.items()}
+            self.notes.append(
+                "images are scaled once, by the model's processor, within LLaMA-Factory's bounds on pixels"
+            )
+
+    def _batch(self) -> None:
+        at_once, steps = self.take("per_device_train_batch_size", int), self.take("gradient_accumulation_steps", int)
+        whole = at_once * steps * self.num_gpus
+        self.config |= {"per_device_train_batch_size": at_once, "effective_batch_size": whole}
+        self.notes.append(
+            f"effective_batch_size {whole} is that of {self.num_gpus} GPUs: import again with --gpus for another"
         )
-    return entry
-
-
-def _where(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A registry entry as keys of PairSource.
-
-    Once `columns` or `tags` is there, LLaMA-Factory takes every name that it leaves out for None: so do we.
-    """
-    formatting = entry.get("formatting", "alpaca")
-    known = _COLUMNS.get(formatting)
-    if known is None or entry.get("script_url") or (entry.get("ms_hub_url") and not entry.get("hf_hub_url")):
-        raise ConfigError(
-            "this kind of dataset is not known", got=dict(entry), expected="a file or the hub",
-            fix="give the entry a file_name or an hf_hub_url",
-        )  # fmt: skip
-    found: dict[str, Any] = {"pair_format": formatting}
-    if "hf_hub_url" in entry:
-        found |= {"dataset": entry["hf_hub_url"], "dataset_revision": entry.get("revision")}
-        found |= {"subset": entry.get("subset"), "split": entry.get("split", "train")}
-    else:
-        found["dataset"] = str(folder / entry["file_name"])
-    named = entry.get("columns", {})
-    columns = {ours: named[theirs] for theirs, ours in known.items() if named.get(theirs)}
-    columns |= {key: named[key] for key in ("system", "images") if named.get(key)}
-    tags = {tag: entry["tags"][f"{tag}_tag"] for tag in _TAGS if entry.get("tags", {}).get(f"{tag}_tag")}
-    found |= {"columns": {ours: theirs for ours, theirs in columns.items() if ours != theirs}, "tags": tags}
-    return {key: value for key, value in found.items() if value}
-
-
-def _loss(rest: dict[str, Any], config: dict[str, Any], notes: list[str], path: Path) -> None:
-    loss = rest.pop("pref_loss")
-    _require(loss, set(_LOSSES), "pref_loss", path)
-    config |= {"beta": rest.pop("pref_beta"), "loss_type": [_LOSSES[loss]], "loss_weights": [1.0]}
-    config["label_smoothing"] = rest.pop("dpo_label_smoothing", 0.0)
-    anchor = rest.pop("pref_ftx", 0.0)
-    if anchor:
-        config["loss_type"].append("sft")
-        config["loss_weights"].append(float(anchor))
-    if rest.pop("pref_bco_weight", 0.0):
-        raise ConfigError("the BCO term is not known", where=path, fix="set pref_bco_weight to 0")
-
-
-def _schedule(rest: dict[str, Any], config: dict[str, Any], notes: list[str], path: Path) -> None:
-    epochs = float(rest.pop("num_train_epochs"))
-    if epochs != int(epochs) or rest.pop("max_steps", -1) > 0:
-        raise ConfigError("training takes whole epochs", where=path, fix="give num_train_epochs, without max_steps")
-    config["num_train_epochs"] = int(epochs)
-    ratio, steps = rest.pop("warmup_ratio", 0.0), rest.pop("warmup_steps", 0)
-    config["warmup_steps"] = float(steps or ratio)
-    reports = rest.pop("report_to", "none")
-    reports = [reports] if isinstance(reports, str) else list(reports)
-    config["report_to"] = [name for name in reports if name in ("tensorboard", "wandb", "trackio")]
-
-
-def _adapter(rest: dict[str, Any], config: dict[str, Any], notes: list[str], path: Path) -> None:
-    kind = rest.pop("finetuning_type")
-    _require(kind, {"full", "lora"}, "finetuning_type", path)
-    rank, target = rest.pop("lora_rank"), rest.pop("lora_target")
-    alpha, dora = rest.pop("lora_alpha", 2 * rank), rest.pop("use_dora", False)
-    if kind == "lora":
-        modules = "all-linear" if target == "all" else [name.strip() for name in target.split(",")]
-        config["lora"] = {"r": rank, "alpha": float(alpha), "use_dora": dora, "target_modules": modules}
-    if rest.pop("lora_dropout", 0.0):
-        raise ConfigError("dropout is off in preference training", where=path, fix="set lora_dropout to 0")
-    if "images" in config.get("columns", {}) or rest.get("freeze_vision_tower") is not None:
-        _vision(rest, kind, path)
-
-
-def _vision(rest: dict[str, Any], kind: str, path: Path) -> None:
-    frozen = [key for key in ("freeze_vision_tower", "freeze_multi_modal_projector") if rest.pop(key, True)]
-    if kind == "full" and frozen:
-        raise ConfigError(
-            "prefmill trains the vision part too", where=path, got=", ".join(f"{key}: true" for key in frozen),
-            fix="set them to false in a copy of the file",
-        )  # fmt: skip
-    rest.pop("freeze_language_model", None)
-
-
-def _precision(rest: dict[str, Any], config: dict[str, Any], notes: list[str], path: Path) -> None:
-    bf16, fp16 = rest.pop("bf16", False), rest.pop("fp16", False)
-    config["precision"] = "bf16" if bf16 else "fp16" if fp16 else "fp32"
-    config["activation_checkpointing"] = not rest.pop("disable_gradient_checkpointing", False)
-
-
-def _lengths(rest: dict[str, Any], config: dict[str, Any], notes: list[str], path: Path) -> None:
-    config |= {"max_length": rest.pop("cutoff_len"), "on_overlong": "drop"}
-    notes.append("rows over max_length are left out and listed in the logs; LLaMA-Factory cuts them off")
-    template = rest.pop("template", None)
-    notes.append(f"chats are put together by the model's own chat template, not by LLaMA-Factory's '{template}'")
-    for theirs, ours in (("image_max_pixels", "max_pixels"), ("image_min_pixels", "min_pixels")):
-        if theirs in rest:
-            config[ours] = rest.pop(theirs)
-
-
-def _require(value: Any, known: set[str], key: str, path: Path) -> None:
-    if value not in known:
-        raise ConfigError(
-            f"prefmill's dpo does not take over this {key}", where=path, got=value, expected=", ".join(sorted(known)),
-            fix="other stages and losses: see docs/stages/",
-        )  # fmt: skip

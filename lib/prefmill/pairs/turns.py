@@ -57,6 +57,8 @@ def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, lis
     role_key = tags.get("role") or ("role" if "role" in message else "from")
     content_key = tags.get("content") or ("content" if "content" in message else "value")
     said = message.get(role_key)
+    if said == "function_call":  # ShareGPT's turn that is a call
+        return as_turn({"role": "assistant", "tool_calls": _calls(message.get(content_key), what)}, what, {})
     roles = {tags[role]: role for role in ("user", "assistant", "system") if role in tags} or ROLES
     turn: Turn = {"role": roles[said], **_beside(message, what)} if said in roles else {}
     if not turn or (content_key not in message and "tool_calls" not in turn):
@@ -77,6 +79,15 @@ def _beside(message: Mapping[str, Any], what: str) -> Turn:
     if calls:
         found["tool_calls"] = [_call(call, what) for call in calls]
     return found | {key: message[key] for key in _OF_TOOLS if message.get(key)}
+
+
+def _calls(text: Any, what: str) -> list[Any]:
+    """One call or a list of them, in JSON."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        raise BadRowError(f"{what}: a function_call is JSON, not {_shown(text)}") from None
+    return found if isinstance(found, list) else [found]
 
 
 def _call(call: Any, what: str) -> Turn:

@@ -11,13 +11,17 @@ import torch
 import yaml
 
 from prefmill.cli.main import main
-from prefmill.core.config import load
+from prefmill.core.config import load, validate
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Task
 from prefmill.integrations.llamafactory import import_config
+from prefmill.integrations.llamafactory_keys import NO_EFFECT, REFUSED, TAKEN
+from prefmill.pairs.chats import write_chats
+from prefmill.pairs.sources import write_pairs
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from stages.dpo import DpoConfig, run
+from stages.sft import SftConfig
 from tests.tiny import sentence
 
 # The shape of the examples that LLaMA-Factory ships, with this file's own values.
@@ -47,13 +51,22 @@ TAGS = {"role_tag": "who", "content_tag": "text", "user_tag": "H", "assistant_ta
 def write(tmp_path: Path, **keys: Any) -> Path:
     columns = {"messages": "talk", "chosen": "best", "rejected": "worst"}
     entry = {"file_name": "mine.json", "ranking": True, "formatting": "sharegpt", "columns": columns, "tags": TAGS}
-    info = {"mine": entry, "sft": {"file_name": "x.json"},
+    talks = {"file_name": "talks.json", "formatting": "sharegpt", "columns": {"messages": "talk", "tools": "can"}}
+    info = {"mine": entry, "sft": {"file_name": "x.json"}, "talks": {**talks, "tags": TAGS},
+            "clips": {**talks, "columns": {"messages": "talk", "videos": "v"}},
+            "pictures": {**talks, "columns": {"messages": "talk", "images": "shown"}, "tags": TAGS},
+            "pairs_of_pictures": {**entry, "columns": {**columns, "images": "shown"}},
+            "other": {**entry, "file_name": "other.json"},
             "orca": {"hf_hub_url": "a/b", "ranking": True, "subset": "en", "columns": {
                 "prompt": "question", "chosen": "chosen", "rejected": "rejected", "system": "system"}}}  # fmt: skip
     data = tmp_path / "data"
     data.mkdir(exist_ok=True)
     (data / "dataset_info.json").write_text(json.dumps(info))
     (data / "mine.json").write_text(json.dumps(rows()))
+    (data / "other.json").write_text(json.dumps(rows(30)))
+    (data / "x.json").write_text(json.dumps([{"instruction": "Q?", "input": "", "output": "A"}]))
+    turns = [{"who": "H", "text": "Q?"}, {"who": "B", "text": "A"}]
+    (data / "talks.json").write_text(json.dumps([{"talk": turns * 2, "can": "[]"}]))
     given = {**GIVEN, "dataset_dir": str(data), **keys}
     path = tmp_path / "lf.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
@@ -61,7 +74,7 @@ def write(tmp_path: Path, **keys: Any) -> Path:
 
 
 def test_every_key_is_taken_over(tmp_path: Path) -> None:
-    config, notes = import_config(write(tmp_path, bf16=True, pref_ftx=0.3, max_samples=9), num_gpus=4)
+    _, config, notes = import_config(write(tmp_path, bf16=True, pref_ftx=0.3, max_samples=9), num_gpus=4)
     assert config == {
         "pair_format": "sharegpt", "dataset": str(tmp_path / "data" / "mine.json"),
         "columns": {"conversations": "talk", "chosen": "best", "rejected": "worst"},
@@ -71,7 +84,7 @@ def test_every_key_is_taken_over(tmp_path: Path) -> None:
         "report_to": [], "precision": "bf16", "activation_checkpointing": True, "max_length": 256,
         "on_overlong": "drop", "effective_batch_size": 16, "model_name_or_path": "m", "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine", "seed": 42, "per_device_train_batch_size": 2, "logging_steps": 1,
-        "save_steps": 500, "layout": "group",
+        "save_steps": 500, "ddp_timeout": 180000000,
     }  # fmt: skip
     assert any("4 GPUs" in note for note in notes)
 
@@ -79,7 +92,7 @@ def test_every_key_is_taken_over(tmp_path: Path) -> None:
 def test_what_the_file_leaves_out_is_llamafactorys_default(tmp_path: Path) -> None:
     silent = ["finetuning_type", "learning_rate", "num_train_epochs", "lr_scheduler_type", "pref_beta", "warmup_ratio",
               "per_device_train_batch_size", "gradient_accumulation_steps", "cutoff_len", "pref_loss"]  # fmt: skip
-    config, _ = import_config(write(tmp_path, **dict.fromkeys(silent)))
+    _, config, _ = import_config(write(tmp_path, **dict.fromkeys(silent)))
     assert config["lora"] == {"r": 8, "alpha": 16.0, "use_dora": False, "target_modules": "all-linear"}
     assert (config["learning_rate"], config["num_train_epochs"], config["lr_scheduler_type"]) == (5e-5, 3, "linear")
     assert (config["effective_batch_size"], config["max_length"], config["beta"]) == (8, 2048, 0.1)
@@ -87,22 +100,168 @@ def test_what_the_file_leaves_out_is_llamafactorys_default(tmp_path: Path) -> No
 
 
 def test_hub_datasets_and_columns_left_out(tmp_path: Path) -> None:
-    config, _ = import_config(write(tmp_path, dataset="orca"))
+    _, config, _ = import_config(write(tmp_path, dataset="orca"))
     assert (config["dataset"], config["subset"], config["split"]) == ("a/b", "en", "train")
     assert (config["pair_format"], config["columns"]) == ("alpaca", {"instruction": "question"})
+
+
+LORA = {"finetuning_type": "lora"}
+SFT = {"stage": "sft", "dataset": "sft"}
+PICTURES = {**LORA, "stage": "sft", "dataset": "pictures"}
+LANGUAGE = r"(?!.*visual).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def full(**keys: Any) -> dict[str, Any]:
+    return {"r": 8, "alpha": 16.0, "use_dora": False, "target_modules": "all-linear", **keys}
+
+
+# For every key that is taken: LLaMA-Factory's lines, and prefmill's keys that must come of them.
+EXPECTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "stage": (SFT, {"train_on": "all_assistant_turns", "pair_format": "instruction_output"}),
+    "model_name_or_path": ({"model_name_or_path": "x/y"}, {"model_name_or_path": "x/y"}),
+    "trust_remote_code": ({"trust_remote_code": True}, {"trust_remote_code": True}),
+    "adapter_name_or_path": ({**LORA, "adapter_name_or_path": "a"}, {"lora": {"start": "a"}, "ref_name": "m"}),
+    "finetuning_type": ({"finetuning_type": "full"}, {"lora": None}),
+    "lora_rank": ({**LORA, "lora_rank": 4}, {"lora": full(r=4, alpha=8.0)}),
+    "lora_alpha": ({**LORA, "lora_alpha": 5}, {"lora": full(alpha=5.0)}),
+    "use_dora": ({**LORA, "use_dora": True}, {"lora": full(use_dora=True)}),
+    "use_rslora": ({**LORA, "lora_rank": 4, "use_rslora": True}, {"lora": full(r=4, alpha=16.0)}),
+    "lora_target": ({**LORA, "lora_target": ["q_proj", "k_proj"]}, {"lora": full(target_modules=["q_proj", "k_proj"])}),
+    "freeze_vision_tower": (PICTURES, {"lora": full(target_modules=LANGUAGE)}),
+    "freeze_multi_modal_projector": (
+        {**PICTURES, "freeze_vision_tower": False, "freeze_multi_modal_projector": False}, {"lora": full()}
+    ),
+    "ref_model": ({"ref_model": "x"}, {"ref_name": "x"}), "pref_beta": ({"pref_beta": 0.3}, {"beta": 0.3}),
+    "pref_loss": ({"pref_loss": "ipo"}, {"loss_type": ["ipo_mean"]}),
+    "pref_ftx": ({"pref_ftx": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    "simpo_gamma": ({"pref_loss": "simpo", "simpo_gamma": 0.7}, {"loss_type": ["simpo"], "simpo_gamma": 0.7}),
+    "dpo_label_smoothing": ({"dpo_label_smoothing": 0.1}, {"label_smoothing": 0.1}),
+    "dataset": ({"dataset": "mine, other"}, {"dataset": None}),  # see the test of mixtures
+    "dataset_dir": ({}, {"image_folder": "DATA"}), "media_dir": ({"media_dir": "m"}, {"image_folder": "m"}),
+    "max_samples": ({"max_samples": 5}, {"max_rows": 5}), "val_size": ({"val_size": 0.2}, {"val_fraction": 0.2}),
+    "mask_history": ({**SFT, "mask_history": True}, {"train_on": "last_turn"}),
+    "cutoff_len": ({"cutoff_len": 99}, {"max_length": 99, "on_overlong": "drop"}),
+    "enable_thinking": ({"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}),
+    "image_max_pixels": ({**PICTURES, "image_max_pixels": 262144}, {"max_pixels": 262144, "min_pixels": 1024}),
+    "image_min_pixels": ({**PICTURES, "image_min_pixels": 2048}, {"max_pixels": 589824, "min_pixels": 2048}),
+    "learning_rate": ({"learning_rate": 1}, {"learning_rate": 1.0}),
+    "num_train_epochs": ({"num_train_epochs": 2.0}, {"num_train_epochs": 2}),
+    "lr_scheduler_type": ({"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant"}),
+    "warmup_ratio": ({"warmup_ratio": 0.1}, {"warmup_steps": 0.1}),
+    "warmup_steps": ({"warmup_ratio": 0.1, "warmup_steps": 7}, {"warmup_steps": 7.0}),
+    "weight_decay": ({"weight_decay": 0.1}, {"weight_decay": 0.1}),
+    "max_grad_norm": ({"max_grad_norm": 0.5}, {"max_grad_norm": 0.5}),
+    "optim": ({"optim": "paged_adamw_8bit"}, {"optim": "paged_adamw_8bit"}), "seed": ({"seed": 1234}, {"seed": 1234}),
+    "bf16": ({"bf16": True}, {"precision": "bf16"}), "fp16": ({"fp16": True}, {"precision": "fp16"}),
+    "per_device_train_batch_size": (
+        {"per_device_train_batch_size": 3}, {"per_device_train_batch_size": 3, "effective_batch_size": 6}
+    ),
+    "gradient_accumulation_steps": ({"gradient_accumulation_steps": 5}, {"effective_batch_size": 10}),
+    "disable_gradient_checkpointing": ({"disable_gradient_checkpointing": True}, {"activation_checkpointing": False}),
+    "gradient_checkpointing": ({"gradient_checkpointing": True}, {"activation_checkpointing": True}),
+    "flash_attn": ({**SFT, "flash_attn": "disabled"}, {"attn_implementation": "eager"}),
+    "enable_liger_kernel": ({**SFT, "enable_liger_kernel": True}, {"use_liger_kernel": True}),
+    "deepspeed": ({"deepspeed": "ds.json"}, {"deepspeed": "ds.json"}),
+    "fsdp": ({"fsdp": "full_shard auto_wrap"}, {"fsdp": True}),
+    "ddp_timeout": ({"ddp_timeout": 77}, {"ddp_timeout": 77}),
+    "logging_steps": ({"logging_steps": 2}, {"logging_steps": 2}), "save_steps": ({"save_steps": 9}, {"save_steps": 9}),
+    "save_total_limit": ({"save_total_limit": 3}, {"save_total_limit": 3}),
+    "dataloader_num_workers": ({"dataloader_num_workers": 4}, {"dataloader_num_workers": 4}),
+    "report_to": ({"report_to": "wandb"}, {"report_to": ["wandb"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", sorted(TAKEN))
+def test_a_key_that_is_taken_is_in_the_training(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, expected = EXPECTED[key]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    adapter = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "peft_type": "LORA"}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "a" / "adapter_model.safetensors").touch()
+    stage, config, _ = import_config(write(tmp_path, **given))
+    made = validate({"sft": SftConfig, "dpo": DpoConfig}[stage], config)
+    for name, value in expected.items():
+        found = getattr(made, name)
+        if value == "DATA":
+            assert str(found) == str(tmp_path / "data")
+        elif isinstance(value, dict) and name == "lora":
+            assert {field: getattr(found, field) for field in value if field != "start"} == {
+                field: item for field, item in value.items() if field != "start"
+            }
+            assert str(found.start) == (str(tmp_path / "a") if "start" in value else "None")
+        else:
+            assert (str(found) if isinstance(found, Path) else found) in (value, str(tmp_path / str(value)))
+
+
+def test_a_frozen_vision_part_gets_no_adapter() -> None:
+    import re
+
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig())
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    adapted = {name for name in linear if re.fullmatch(LANGUAGE, name)}
+    assert adapted == {name for name in linear if "visual" not in name} - {"lm_head"}
+    assert any("visual" in name and name.endswith("gate_proj") for name in linear)
+
+
+def test_several_files_are_a_mixture_of_all_their_rows(tmp_path: Path) -> None:
+    _, config, _ = import_config(write(tmp_path, dataset="mine, other", max_samples=20))
+    assert [(Path(part["file"]).name, part["weight"]) for part in config["mixture"]] == [
+        ("mine.json", 12.0), ("other.json", 20)
+    ]  # fmt: skip
+    made = validate(DpoConfig, config)
+    train, _ = write_pairs(made, tmp_path / "own", tmp_path / "bad.json")
+    assert len(list(read_jsonl(train))) == 12 + 20
+
+
+@pytest.mark.parametrize("name", ["sft", "talks"])
+def test_chats_are_read_as_the_registry_says(name: str, tmp_path: Path) -> None:
+    _, config, _ = import_config(write(tmp_path, stage="sft", dataset=name))
+    train, _ = write_chats(validate(SftConfig, config), tmp_path / "own", tmp_path / "bad.json")
+    (row,) = read_jsonl(train)
+    roles = [turn["role"] for turn in row["messages"]]
+    assert roles == ["user", "assistant"] * (2 if name == "talks" else 1)
+
+
+def test_every_key_has_one_verdict_and_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", "llamafactory", "--keys"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len({line.split()[0] for line in lines}) == len(TAKEN) + len(NO_EFFECT) + len(REFUSED)
+    assert EXPECTED.keys() == TAKEN.keys()
+    assert ["ddp_timeout", "taken", "ddp_timeout"] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize("key", [*sorted(NO_EFFECT), "layout"])
+def test_a_key_without_effect_leaves_no_trace(key: str, tmp_path: Path) -> None:
+    value: Any = {"lora_dropout": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}.get(key, True)
+    plain, given = (import_config(write(tmp_path, **({} if key == "layout" else {key: found})))[1]
+                    for found in (None, value))  # fmt: skip
+    assert plain == given
+    assert "layout" not in given
 
 
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
-        ({"stage": "sft"}, "stage(.|\n)*sft"), ({"pref_loss": "orpo"}, "orpo"),
-        ({"use_galore": True}, "use_galore=True"),
-        ({"finetuning_type": "freeze"}, "freeze"), ({"dataset": "mine,orca"}, "one dataset at a time"),
-        ({"dataset": "nosuch"}, "mine, sft, orca"), ({"dataset": "sft"}, "not one of preferences"),
+        ({"stage": "kto"}, "stage(.|\n)*kto"), ({"pref_loss": "orpo"}, "orpo"),
+        ({"use_galore": True}, "use_galore=True: another optimizer"),
+        ({"finetuning_type": "freeze"}, "freeze"), ({"dataset": "mine,orca"}, "where each is a file"),
+        ({"dataset": None}, "no dataset is named"), ({"stage": "sft"}, "not one to fine-tune on"),
+        ({"max_steps": 7}, "max_steps=7: trainings take whole epochs"), ({"nosuch": 1}, "nosuch=1: not known here"),
+        ({"learning_rate": "fast"}, "learning_rate is of another kind"), ({"lora_rank": 8.5}, "lora_rank is of"),
+        ({"bf16": "yes"}, "bf16 is of another kind"), ({"adam_beta2": 0.95}, "no adam_beta2"),
+        ({"finetuning_type": "lora", "adapter_name_or_path": "a,b"}, "one adapter"),
+        ({"adapter_name_or_path": "a"}, "not trained as a whole model"),
+        ({"finetuning_type": "lora", "freeze_vision_tower": True, "freeze_multi_modal_projector": False}, "together"),
+        ({"dataset": "nosuch"}, "mine, sft, talks"), ({"dataset": "sft"}, "not one of preferences"),
         ({"dataset_dir": "nowhere"}, "run this in the folder"), ({"num_train_epochs": 1.5}, "whole epochs"),
-        ({"lora_dropout": 0.1}, "dropout"),
-        ({"ref_model": "x", "quantization_bit": 4}, "quantization_bit=4, ref_model=x"),
-        ({"val_size": 100}, "val_size"), ({"pref_bco_weight": 1.0}, "BCO"), ({"freeze_vision_tower": True}, "vision"),
+        ({"lora_dropout": 0.1}, "lora_dropout"), ({"dataset": "clips", "stage": "sft"}, "this kind of dataset"),
+        ({"quantization_bit": 4, "use_muon": True}, "quantization_bit=4(.|\n)*use_muon"),
+        ({"val_size": 100}, "val_size"), ({"pref_bco_weight": 1.0}, "pref_bco_weight=1.0: another loss"),
+        ({"freeze_vision_tower": True}, "vision"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, keys: dict[str, Any], why: str) -> None:

@@ -203,16 +203,9 @@ def _encode_row(
     places = turns.places(messages)
     if reader is None:
         ids, trained = encode_turns(tokenizer, messages, places, tools)
-        labels = [token if learnt else _IGNORED for token, learnt in zip(ids, trained, strict=True)]
-        return {"input_ids": ids, "labels": labels}
-    if len(places) > 1:
-        raise InputError(
-            "a chat with images is trained on its last turn alone", got=f"{len(places)} turns of the assistant",
-            fix="set train_on=last_turn",
-        )  # fmt: skip
-    prompt, completion = reader.encode(with_images(messages[:-1], images), messages[-1], tools)
-    return {
-        "input_ids": prompt + completion,
-        "labels": [_IGNORED] * len(prompt) + completion,
-        "image_paths": list(images),
-    }
+    else:
+        shown = [*with_images(messages[:-1], images), messages[-1]]  # an answer may name the marker
+        ids, trained = reader.encode_turns(shown, places, tools)
+    labels = [token if learnt else _IGNORED for token, learnt in zip(ids, trained, strict=True)]
+    encoded = {"input_ids": ids, "labels": labels}
+    return encoded if reader is None else {**encoded, "image_paths": list(images)}

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
-from prefmill.families.causal.chat import Answer, encode, image_paths, prompt_text
+from prefmill.families.causal.chat import Answer, encode, encode_turns, image_paths, prompt_text
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.store.pictures import image_size, open_image
 
@@ -54,18 +54,32 @@ class ImageReader:
             raise _own_image_tokens(prompt.count(self.image_token), len(image_paths(messages)))
         return self._expanded(prompt, messages), completion
 
+    def encode_turns(
+        self, messages: Sequence[Mapping[str, Any]], places: Sequence[int], tools: Sequence[Any] = ()
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole chat and which are trained, as `chat.encode_turns`."""
+        ids, trained = encode_turns(self.tokenizer, messages, places, tools)
+        if (self.image_token, True) in zip(ids, trained, strict=True):
+            raise _own_image_tokens(ids.count(self.image_token), len(image_paths(messages)))
+        marked = zip(ids, trained, self._times(ids, messages), strict=True)
+        expanded = [(token, learnt) for token, learnt, times in marked for _ in range(times)]
+        return [token for token, _ in expanded], [learnt for _, learnt in expanded]
+
     def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of the prompt alone, as `encode` gives them."""
         ids = self.tokenizer(prompt_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"]
         return self._expanded(ids, messages)
 
     def _expanded(self, prompt: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return [token for token, times in zip(prompt, self._times(prompt, messages), strict=True) for _ in range(times)]
+
+    def _times(self, ids: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """How often each token stands once images have all of theirs."""
         paths = image_paths(messages)
-        if prompt.count(self.image_token) != len(paths):
-            raise _own_image_tokens(prompt.count(self.image_token), len(paths))
+        if ids.count(self.image_token) != len(paths):
+            raise _own_image_tokens(ids.count(self.image_token), len(paths))
         counts = iter([self.num_tokens(self.grid(path)) for path in paths])
-        expanded = [[token] * (next(counts) if token == self.image_token else 1) for token in prompt]
-        return [token for run in expanded for token in run]
+        return [next(counts) if token == self.image_token else 1 for token in ids]
 
     def collapsed(self, prompt: Sequence[int]) -> list[int]:
         """`prompt` with one token an image, as the chat template has it."""

@@ -223,3 +223,16 @@ def test_markers_and_images_must_agree(reader: ImageReader, pictures: list[str])
         reader.encode([{"role": "user", "content": "<|image_pad|>"}], "answer")
     with pytest.raises(InputError, match=r"missing image|not an image|damaged image"):
         reader.grid(str(Path(pictures[0]).parent / "none.png"))
+
+
+def test_every_turn_of_a_chat_with_images_can_be_trained(reader: ImageReader, pictures: list[str]) -> None:
+    said = [("user", "<image>Which?"), ("assistant", "a cat"), ("user", "And <image>?"), ("assistant", "a dog")]
+    messages = with_images([{"role": role, "content": text} for role, text in said], pictures[:2])
+    ids, trained = reader.encode_turns(messages, [1, 3])
+    prompt, completion = reader.encode(messages[:-1], "a dog")
+    assert ids == prompt + completion
+    learnt = reader.tokenizer.decode([token for token, wanted in zip(ids, trained, strict=True) if wanted])
+    assert learnt == "a cat<|im_end|>\na dog<|im_end|>\n"
+    token = reader.tokenizer.decode([reader.image_token])
+    with pytest.raises(InputError, match="image tokens of its own"):
+        reader.encode_turns([messages[0], {"role": "assistant", "content": token}], [1])
