@@ -35,6 +35,12 @@ def image_paths(messages: Sequence[Turn]) -> list[str]:
             for part in turn["content"] if part["type"] == "image"]  # fmt: skip
 
 
+def text_of(turn: Turn) -> str:
+    """What a turn says, images aside."""
+    content = turn["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], answer: Answer, tools: Sequence[Any] = ()
 ) -> tuple[list[int], list[int]]:
@@ -199,7 +205,7 @@ def _until_its_end(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
 
 
 def _require_said(turn: Turn) -> None:
-    if not str(turn["content"]).strip() and not turn.get("tool_calls"):
+    if not text_of(turn).strip() and not turn.get("tool_calls"):
         raise InputError("an empty answer cannot be trained on", got=repr(turn["content"]), fix="leave the row out")
 
 
@@ -216,7 +222,7 @@ def _require_tools(tools: Sequence[Any], whole: str) -> None:
 
 def _check_answer(turn: Turn, completion: str) -> None:
     """Raise InputError where the completion lacks a part of the turn, white space aside, or has a second thought."""
-    found, answer = "".join(completion.split()), str(turn["content"])
+    found, answer = "".join(completion.split()), text_of(turn)
     for what, text in _parts_of(turn):
         if "".join(text.split()) not in found:
             raise InputError(
@@ -231,7 +237,7 @@ def _check_answer(turn: Turn, completion: str) -> None:
 
 def _parts_of(turn: Turn) -> Iterator[tuple[str, str]]:
     """Everything in an assistant's turn that is to be learnt, with a name for messages."""
-    yield "a part of the answer", str(turn["content"])
+    yield "a part of the answer", text_of(turn)
     yield from ((f"the answer's {name}", str(turn[name])) for name in _REASONING if turn.get(name))
     for call in turn.get("tool_calls") or ():
         yield "the answer's tool_calls", call["function"]["name"]
