@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
+
 from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
@@ -17,7 +19,9 @@ from prefmill.training.preference_config import PreferenceConfig
 class DpoConfig(PreferenceConfig, PairSource, ChatRows):
     """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one."""
 
-    modality: Modality = "clean"
+    modality: Modality = Field(
+        "clean", description="dataset to train on: clean (text), clean_images (figures) or vision (page images)"
+    )
 
 
 def run(config: DpoConfig, task: Task) -> Metrics:

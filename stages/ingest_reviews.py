@@ -15,8 +15,10 @@ from prefmill.reviews.store import CorpusStore
 class IngestReviewsConfig(BadRowConfig, PaperConfig):
     """Where the reviews are, how papers are split, and what becomes of bad rows."""
 
-    sources: list[Source] = Field(min_length=1)
-    splits: SplitConfig = Field(default_factory=SplitConfig)
+    sources: list[Source] = Field(min_length=1, description="list of sources, each with its `format`")
+    splits: SplitConfig = Field(
+        default_factory=SplitConfig, description="shares of papers for train, val, dev and test"
+    )
 
 
 def run(config: IngestReviewsConfig, task: Task) -> Metrics:

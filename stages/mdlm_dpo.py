@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
@@ -22,7 +22,7 @@ class MdlmDpoConfig(DiffusionPreferenceConfig, PairSource):
     `preference_data_path` is another name of `dataset`: a file, or a name on the hub.
     """
 
-    modality: Modality = "clean"
+    modality: Modality = Field("clean", description="dataset to train on")
 
     @model_validator(mode="before")
     @classmethod

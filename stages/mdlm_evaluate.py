@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from prefmill.core.config import ExternalPath
 from prefmill.core.errors import ConfigError
 from prefmill.core.records import Modality
@@ -16,8 +18,10 @@ from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 class MdlmEvaluateConfig(DiffusionEvaluationConfig):
     """`pairs_path` is a file of preference rows, instead of build_datasets' held-out pairs of this `modality`."""
 
-    modality: Modality = "clean"
-    pairs_path: ExternalPath | None = None
+    modality: Modality = Field("clean", description="dataset to evaluate on")
+    pairs_path: ExternalPath | None = Field(
+        None, description="a file of preference pairs; none: those of the input `datasets`"
+    )
 
 
 def run(config: MdlmEvaluateConfig, task: Task) -> Metrics:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
+
 from prefmill.core.config import ExternalPath
 from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
@@ -19,9 +21,9 @@ class MdlmSftConfig(DiffusionSftConfig):
     `new_model` is the size of a model to train from nothing, with a tokenizer learnt from the training rows.
     """
 
-    modality: Modality = "clean"
-    sft_data_path: ExternalPath | None = None
-    new_model: Shape | None = None
+    modality: Modality = Field("clean", description="dataset to train on")
+    sft_data_path: ExternalPath | None = Field(None, description="a file of `messages`, or of `prompt` and `completion`")
+    new_model: Shape | None = Field(None, description="size of a model to train from scratch, its tokenizer learned from the rows")
 
 
 def run(config: MdlmSftConfig, task: Task) -> Metrics:

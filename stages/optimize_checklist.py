@@ -19,11 +19,11 @@ from prefmill.core.stage import Metrics, Reads, Stage, Task
 class OptimizeChecklistConfig(StrictConfig):
     """One block for each step. A step whose block and whose predecessors have not changed is not run again."""
 
-    propose: ProposeConfig = ProposeConfig()
-    score: ScoreConfig = ScoreConfig()
-    select: SelectConfig = SelectConfig()
-    refit: RefitConfig = RefitConfig()
-    export: ExportConfig = ExportConfig()
+    propose: ProposeConfig = Field(ProposeConfig(), description="step 0: where candidate items come from")
+    score: ScoreConfig = Field(ScoreConfig(), description="step 1: the engine that answers them on the dev split")
+    select: SelectConfig = Field(SelectConfig(), description="step 2: how items are chosen")
+    refit: RefitConfig = Field(RefitConfig(), description="step 3: how their weights are estimated")
+    export: ExportConfig = Field(ExportConfig(), description="step 4: what is written")
     seed: int = Field(0, ge=0, description="of folds, bootstrap samples, permutations and proposals")
     step: StepName | None = runtime(
         None, description="with --force: run this step again, and the others only where its output has changed"

@@ -18,7 +18,9 @@ from prefmill.training.config import TrainingConfig, start_model
 class SftConfig(TrainingConfig, ChatSource, TrainedTurns):
     """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one."""
 
-    modality: Modality = "clean"
+    modality: Modality = Field(
+        "clean", description="dataset to train on: clean (text), clean_images (figures) or vision (page images)"
+    )
     learning_rate: float = Field(1e-5, gt=0)
     num_train_epochs: int = Field(3, ge=1)
 

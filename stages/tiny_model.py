@@ -17,10 +17,15 @@ class TinyModelConfig(TrainingConfig):
 
     can_shard: ClassVar[bool] = False
 
-    shape: Shape = Field(default_factory=Shape)
-    vocab_size: int = Field(1536, ge=300)
-    initializer_range: float = Field(0.05, gt=0)
-    train_on_prompt: bool = True
+    shape: Shape = Field(
+        default_factory=Shape,
+        description="hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size",
+    )
+    vocab_size: int = Field(1536, ge=300, description="most tokens of the byte-level BPE tokenizer")
+    initializer_range: float = Field(0.05, gt=0, description="standard deviation of the initial weights")
+    train_on_prompt: bool = Field(
+        True, description="count the prompt in the loss too, which teaches a small model to copy from it"
+    )
     precision: Precision = "fp32"
     learning_rate: float = Field(3e-3, gt=0)
     num_train_epochs: int = Field(2, ge=1)

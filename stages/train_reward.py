@@ -26,14 +26,23 @@ class TrainRewardConfig(TrainingConfig):
     num_train_epochs: int = Field(3, ge=1)
     per_device_train_batch_size: int = Field(16, ge=1)
     effective_batch_size: int = Field(64, ge=1)
-    prompt_half: Literal["all", "policy", "judge"] = renamed("half", "all")
-    hidden_size: int = Field(64, ge=1)
-    trainable: Literal["all", "vision", "heads"] = "all"
-    crop_scale: float = Field(1.0, gt=0, le=1)
-    overall_for_missing: bool = False
-    shuffle_labels: bool = False
-    num_resamples: int = Field(2000, ge=1000, le=1_000_000)
-    confidence: float = Field(0.95, gt=0.5, lt=1)
+    prompt_half: Literal["all", "policy", "judge"] = renamed(
+        "half", "all", description="`policy` or `judge`: halves of the training prompts that share none"
+    )
+    hidden_size: int = Field(64, ge=1, description="width of each head's hidden layer")
+    trainable: Literal["all", "vision", "heads"] = Field(
+        "all", description="`vision`: the text tower is frozen; `heads`: all of CLIP is"
+    )
+    crop_scale: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="below 1, every epoch shows a random part of a prompt's images, at least this share of each side",
+    )
+    overall_for_missing: bool = Field(False, description="a head without an answer learns the overall choice")
+    shuffle_labels: bool = Field(False, description="control: labels at random")
+    num_resamples: int = Field(2000, ge=1000, le=1_000_000, description="bootstrap samples of the intervals")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the intervals")
 
     @model_validator(mode="after")
     def _whole_weights(self) -> TrainRewardConfig:

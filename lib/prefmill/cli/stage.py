@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -62,14 +63,15 @@ def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
 
 
 def _stage_help(name: str) -> str:
+    from prefmill.cli.keys import keys_of
     from prefmill.core.stage import load_stage
 
     stage = load_stage(name)
     lines = ["keys:"]
-    for key, item in stage.config.model_fields.items():
-        default = "required" if item.is_required() else repr(item.get_default(call_default_factory=True))
-        lines.append(f"  {key:<32} {default:<24} {item.description or ''}".rstrip())
+    for key in keys_of(stage.config):
+        lines.append(f"  {key.name:<32} {key.type}, default {key.default}")
+        lines += textwrap.wrap(key.description, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "inputs:"]
-    for key, reads in stage.reads.items():
-        lines.append(f"  inputs.{key:<25} {reads.kind}{' (optional)' if reads.optional else ''}")
+    for name_of_input, reads in stage.reads.items():
+        lines.append(f"  inputs.{name_of_input:<25} {reads.kind}{' (optional)' if reads.optional else ''}")
     return "\n".join([*lines, "", "example:", f"  python -m stages.{name} configs/{name}/demo.yaml run=mine"])

@@ -25,6 +25,13 @@ class StrictConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """A stage that gives a key another default keeps its description."""
+        for name, field in cls.model_fields.items():
+            inherited = (base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, StrictConfig))
+            field.description = field.description or next((item.description for item in inherited if item), None)
+
     def made_otherwise(self) -> dict[str, Any]:
         """Part of the identity beside the keys: what the same keys make now and did not make before."""
         return {}

@@ -35,8 +35,12 @@ Progress = Callable[[int, int | None, str], None]  # done, total where known, un
 class BadRowConfig(StrictConfig):
     """What becomes of rows that cannot be used: `fail` at the first, or set them aside up to a share of all rows."""
 
-    on_bad_row: Literal["fail", "quarantine"] = "fail"
-    max_quarantined_share: float = Field(0.01, ge=0, le=1)
+    on_bad_row: Literal["fail", "quarantine"] = Field(
+        "fail", description="`fail` at the first unusable row, or `quarantine` it"
+    )
+    max_quarantined_share: float = Field(
+        0.01, ge=0, le=1, description="an error when more than this share of the rows is in quarantine"
+    )
 
 
 @dataclass

@@ -32,12 +32,16 @@ class PaperConfig(StrictConfig):
     read PDFs at a time. `title_only` papers have neither text nor abstract: keep them, or drop them with their reviews.
     """
 
-    texts: ExternalPath | None = None
-    pdfs: ExternalPath | None = None
-    require_files: bool = True
-    title_only: Literal["keep", "drop"] = later("keep")
-    pdf: PdfConfig = Field(default_factory=PdfConfig)
-    workers: int = runtime(1, ge=1)
+    texts: ExternalPath | None = Field(None, description="folder with <paper_id>.txt")
+    pdfs: ExternalPath | None = Field(None, description="folder with <paper_id>.pdf: text, page images and figures")
+    require_files: bool = Field(
+        True, description="a paper without its file is a bad row; false: the text of its row is used"
+    )
+    title_only: Literal["keep", "drop"] = later(
+        "keep", description="`keep` papers with neither text nor abstract, or `drop` them with their reviews"
+    )
+    pdf: PdfConfig = Field(default_factory=PdfConfig, description="how PDFs are read")
+    workers: int = runtime(1, ge=1, description="processes that read PDFs")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from prefmill.core.config import StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
@@ -20,7 +22,10 @@ BAD_ROWS = "bad_rows.json"  # in a task's logs
 class RowPolicy(StrictConfig):
     """`on_bad_row: drop` leaves out rows that are at fault themselves, and lists them."""
 
-    on_bad_row: Literal["fail", "drop"] = "fail"
+    on_bad_row: Literal["fail", "drop"] = Field(
+        "fail",
+        description="`fail` at a row with a fault (form, template, images, equal sides), or `drop` and list it",
+    )
 
 
 @dataclass

@@ -20,10 +20,12 @@ class LoraConfig(StrictConfig):
     `start` is the folder of an adapter to go on with, which says the other keys itself.
     """
 
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    use_dora: bool = False
-    target_modules: str | list[str] = "all-linear"
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32, gt=0, description="scale: the update is multiplied by alpha / r")
+    use_dora: bool = Field(False, description="DoRA: learn magnitude and direction apart")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="layers that get an adapter: their names, or all-linear"
+    )
     start: ExternalPath | None = later(None)
 
     @model_validator(mode="before")
@@ -50,40 +52,62 @@ class TrainingConfig(StrictConfig):
     own_head: ClassVar[bool] = False
     compiles_itself: ClassVar[bool] = False
 
-    model_name_or_path: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    attn_implementation: str | None = None
-    precision: Precision = "bf16"
-    save_dtype: Precision | Literal["auto"] = later("auto")
-    max_length: int = Field(4096, ge=2)
-    on_overlong: Literal["fail", "drop"] = "fail"
+    model_name_or_path: str | None = Field(
+        None, description="hub name or folder of the model to start from; leave it out where an input gives the model"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(False, description="allow the model's own Python code")
+    attn_implementation: str | None = Field(None, description="transformers' name of the attention; none: its choice")
+    precision: Precision = Field(
+        "bf16", description="bf16, fp16 or fp32 to compute in; trained weights are kept in fp32"
+    )
+    save_dtype: Precision | Literal["auto"] = later(
+        "auto",
+        description="of the published weights; auto: as the base's files, or fp32 where that would lose the training",
+    )
+    max_length: int = Field(4096, ge=2, description="most tokens of a row; nothing is ever truncated")
+    on_overlong: Literal["fail", "drop"] = Field(
+        "fail",
+        description="`fail` at rows longer than `max_length`, or `drop` them and list them in overlong_rows.json",
+    )
 
-    learning_rate: float = Field(gt=0)
-    num_train_epochs: int = Field(ge=1)
-    per_device_train_batch_size: int = Field(1, ge=1)
-    effective_batch_size: int = Field(16, ge=1)
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = Field(0.0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    lora: LoraConfig | None = None
-    activation_checkpointing: bool = False
-    deepspeed: ExternalPath | None = None
-    fsdp: bool = False
-    seed: int = 42
-    optim: str | None = later(None)
-    use_liger_kernel: bool = later(False)
-    torch_compile: bool = later(False)
-    deterministic: bool = later(False)
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    num_train_epochs: int = Field(ge=1, description="passes over the training rows")
+    per_device_train_batch_size: int = Field(1, ge=1, description="rows per rank and forward pass")
+    effective_batch_size: int = Field(
+        16, ge=1, description="rows per optimizer step over all ranks; accumulation is derived from it"
+    )
+    lr_scheduler_type: str = Field("cosine", description="transformers' name of the schedule")
+    warmup_steps: float = Field(0.0, ge=0, description="steps of warm-up, or below 1 their share of all steps")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    lora: LoraConfig | None = Field(
+        None, description="train an adapter, {r: 16, alpha: 32}, and merge it; `lora.start`: one to go on with"
+    )
+    activation_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    deepspeed: ExternalPath | None = Field(
+        None, description="a DeepSpeed JSON file, such as configs/deepspeed/zero3.json"
+    )
+    fsdp: bool = Field(False, description="shard weights, gradients and optimizer with FSDP2; instead of `deepspeed`")
+    seed: int = Field(42, description="of adapters and of the order of rows")
+    optim: str | None = later(None, description="transformers' name of the optimizer; none: the Trainer's default")
+    use_liger_kernel: bool = later(False, description="Liger's kernels (package liger-kernel)")
+    torch_compile: bool = later(False, description="compile the model")
+    deterministic: bool = later(False, description="the same bits on a GPU too, slower")
 
-    logging_steps: int = runtime(10, ge=1)
-    save_steps: int = runtime(500, ge=1)
-    save_minutes: float = runtime(5.0, gt=0)
-    save_total_limit: int = runtime(2, ge=2)  # while one is written, the one before it is what a kill leaves
-    dataloader_num_workers: int = runtime(0, ge=0)
-    report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(["tensorboard"])
-    ddp_timeout: int = runtime(21600, ge=1)  # seconds; ranks wait for the slowest one's share of hours of work
+    logging_steps: int = runtime(10, ge=1, description="steps between two points of the curves")
+    save_steps: int = runtime(500, ge=1, description="steps between two checkpoints, a multiple of `logging_steps`")
+    save_minutes: float = runtime(5.0, gt=0, description="minutes after which the next logged step saves too")
+    save_total_limit: int = runtime(
+        2, ge=2, description="checkpoints kept while training"
+    )  # while one is written, the one before it is what a kill leaves
+    dataloader_num_workers: int = runtime(0, ge=0, description="processes that load rows")
+    report_to: list[Literal["trackio", "tensorboard", "wandb"]] = runtime(
+        ["tensorboard"], description="trackers: tensorboard, trackio, wandb; all write below the task's logs"
+    )
+    ddp_timeout: int = runtime(
+        21600, ge=1, description="seconds that ranks wait for each other"
+    )  # seconds; ranks wait for the slowest one's share of hours of work
 
     @model_validator(mode="before")
     @classmethod

@@ -24,18 +24,31 @@ class PreferenceConfig(TrainingConfig):
 
     learning_rate: float = Field(5e-6, gt=0)
     num_train_epochs: int = Field(2, ge=1)
-    beta: float = Field(0.1, gt=0)
-    loss_type: list[str] = ["sigmoid"]
-    loss_weights: list[float] = [1.0]
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    simpo_gamma: float = 0.5
-    ld_alpha: float | None = Field(None, ge=0, le=1)
-    layout: Literal["auto", "group", "pairwise"] = "auto"
-    max_tokens_per_microbatch: int | None = Field(None, ge=2)
-    shuffle_labels: bool = False
-    ref_name: str | None = None
-    ref_folder: ExternalPath | None = None
-    ref_revision: str | None = None
+    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference")
+    loss_type: list[str] = Field(["sigmoid"], description="one or several objectives")
+    loss_weights: list[float] = Field([1.0], description="a weight for each of `loss_type`")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="assumed rate of wrong labels, below 0.5 (conservative `sigmoid`, `robust`)"
+    )
+    simpo_gamma: float = Field(0.5, description="target margin of `simpo`")
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="LD-DPO: weight, 0 to 1, of the tokens beyond the other side's length; none: 1"
+    )
+    layout: Literal["auto", "group", "pairwise"] = Field(
+        "auto",
+        description="`group` runs a prompt once, `pairwise` once per side; auto: group where the model allows",
+    )
+    max_tokens_per_microbatch: int | None = Field(
+        None, ge=2, description="split larger groups (`group` only); none: do not"
+    )
+    shuffle_labels: bool = Field(False, description="control: swap chosen and rejected at random, by seed and pair")
+    ref_name: str | None = Field(
+        None, description="hub name or folder of another reference; none: the policy before its first step"
+    )
+    ref_folder: ExternalPath | None = Field(
+        None, description="set from `ref_name` where that is a folder; its content counts"
+    )
+    ref_revision: str | None = Field(None, description="branch, tag or commit of the reference on the hub")
 
     @model_validator(mode="before")
     @classmethod

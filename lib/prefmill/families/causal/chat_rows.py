@@ -23,7 +23,10 @@ class TrainedTurns(ChatRows):
     They differ where a chat has several: the calls of tools before an answer, and the answers before the last one.
     """
 
-    train_on: TrainOn = later("completion")
+    train_on: TrainOn = later(
+        "completion",
+        description="`completion`: the assistant's turns after the last user's; `last_turn`; `all_assistant_turns`",
+    )
 
     def places(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Which turns of a chat are trained."""

@@ -10,5 +10,9 @@ from prefmill.core.config import StrictConfig
 class ImageLimits(StrictConfig):
     """Images are scaled to between `min_pixels` and `max_pixels`; None is what the model's processor says."""
 
-    min_pixels: int | None = Field(None, ge=1)
-    max_pixels: int | None = Field(None, ge=784)
+    min_pixels: int | None = Field(
+        None, ge=1, description="images are scaled up to this many pixels; none: the limit of the model's processor"
+    )
+    max_pixels: int | None = Field(
+        None, ge=784, description="images are scaled down to this many pixels; none: the limit of the model's processor"
+    )

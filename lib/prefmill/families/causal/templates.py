@@ -24,10 +24,14 @@ class ChatTemplate(StrictConfig):
     day for one that reads the clock. A trained model is published with the template and these values as defaults.
     """
 
-    chat_template: str | None = later(None)
-    chat_template_file: ExternalPath | None = later(None)
-    chat_template_kwargs: dict[str, Any] = later({})
-    template_date: str | None = later(None)
+    chat_template: str | None = later(None, description="Jinja text or a file; none: the model's own")
+    chat_template_file: ExternalPath | None = later(
+        None, description="set from `chat_template` where that names a file; its content counts"
+    )
+    chat_template_kwargs: dict[str, Any] = later(
+        {}, description="variables of the template, such as {enable_thinking: false}"
+    )
+    template_date: str | None = later(None, description="YYYY-MM-DD, for a template that reads the clock")
 
     @model_validator(mode="before")
     @classmethod

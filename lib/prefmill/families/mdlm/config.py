@@ -20,9 +20,9 @@ class DiffusionModelConfig(ChatTemplate):
     `mask_token_id` defaults to that of the model's configuration or tokenizer, `shifted_logits` to true for Dream only.
     """
 
-    mask_token_id: int | None = Field(None, ge=0)
-    shifted_logits: bool | None = None
-    quantization: Quantization | None = None
+    mask_token_id: int | None = Field(None, ge=0, description="the model's mask token; none: read from the model")
+    shifted_logits: bool | None = Field(None, description="whether the output at a position is for the next token; none: read from the model")
+    quantization: Quantization | None = Field(None, description="`4bit`: an NF4 base (needs bitsandbytes and `lora`)")
 
 
 class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
@@ -39,17 +39,17 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
 
     per_device_train_batch_size: int = Field(1, ge=1)
     num_train_epochs: int = Field(3, ge=1)
-    diffusion_steps: int | Literal["auto"] = 20
-    max_diffusion_steps: int = Field(32, ge=2)
-    variance_tolerance: float = Field(0.05, gt=0)
-    sampling: Sampling = "balanced"
-    answer_block_tokens: int = Field(1, ge=1)
-    forward_batch_size: int = runtime(8, formerly="rows_at_once", ge=1)
+    diffusion_steps: int | Literal["auto"] = Field(20, description="masks drawn per row, or auto: as many as `variance_tolerance` needs")
+    max_diffusion_steps: int = Field(32, ge=2, description="most masks per row where `diffusion_steps` is auto")
+    variance_tolerance: float = Field(0.05, gt=0, description="share of the loss's variance that the draws may add")
+    sampling: Sampling = Field("balanced", description="how masks are drawn: `balanced`, `systematic`, `iid` (VRPO) or `inverse_t` (1/t)")
+    answer_block_tokens: int = Field(1, ge=1, description="answers are filled with end tokens to a multiple of this")
+    forward_batch_size: int = runtime(8, formerly="rows_at_once", ge=1, description="masked rows per forward pass; results do not depend on it")
 
     save_steps: int = runtime(500, ge=1)
     logging_steps: int = runtime(50, ge=1)
-    output_dir: ExternalPath | None = runtime(None)
-    resume_from_checkpoint: bool | ExternalPath = runtime(True)
+    output_dir: ExternalPath | None = runtime(None, description="a folder of yours that gets a copy of the finished model")
+    resume_from_checkpoint: bool | ExternalPath = runtime(True, description="none: the newest complete one; false: start anew; or a trainer's checkpoint-N folder")
 
     @model_validator(mode="before")
     @classmethod
@@ -94,12 +94,12 @@ class DiffusionPreferenceConfig(DiffusionTrainingConfig):
     """Keys of mdlm_dpo, those of preference training among them."""
 
     learning_rate: float = Field(5e-6, gt=0)
-    beta: float = Field(0.1, gt=0)
-    loss_type: list[str] = ["sigmoid"]
-    loss_weights: list[float] = [1.0]
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    simpo_gamma: float = 0.5
-    shuffle_labels: bool = False
+    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference")
+    loss_type: list[str] = Field(["sigmoid"], description="one or several objectives; VRPO: [sigmoid, sft]")
+    loss_weights: list[float] = Field([1.0], description="a weight for each of `loss_type`; VRPO: [1.0, 0.05]")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed rate of wrong labels, below 0.5")
+    simpo_gamma: float = Field(0.5, description="target margin of `simpo`")
+    shuffle_labels: bool = Field(False, description="control: swap chosen and rejected at random, by seed and pair")
 
 
 def _rename(values: dict[str, Any], alias: str, name: str, convert: Any) -> None:

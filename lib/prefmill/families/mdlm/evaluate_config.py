@@ -35,22 +35,22 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
     precision: Precision = Field("bf16", description="fp32 where results must not depend on the hardware")
     num_pairs: int | None = Field(None, ge=1, description="held-out pairs to take, from the first; none: all")
     diffusion_steps: int = Field(64, ge=2, description="draws for a likelihood")
-    sampling: Sampling = "balanced"
+    sampling: Sampling = Field("balanced", description="how masks are drawn for a likelihood; the same for all models")
     exact_chain: bool = Field(True, description="also the chain of conditionals, one forward a token")
     samples_per_prompt: int = Field(1, ge=1, description="answers to every held-out prompt")
     num_tokens: int = Field(128, ge=1, description="tokens of an answer")
     block_tokens: int | None = Field(None, ge=1, description="semi-autoregressive blocks; none: one block")
     num_steps: int | None = Field(None, ge=1, description="steps of unmasking in all; none: one a token")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
-    remasking: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
+    remasking: Literal["low_confidence", "margin", "entropy", "random"] = Field("low_confidence", description="which tokens are masked again while generating")
     guidance: float = Field(0.0, ge=0, description="classifier-free guidance: weight of the prompt beyond 1")
     prefix_cache: bool = Field(False, description="keep keys and values of what precedes a block: faster, not exact")
     wanted_pattern: str | None = Field(None, description="a regular expression that wanted answers match")
-    benchmarks: list[BenchmarkConfig] = []
+    benchmarks: list[BenchmarkConfig] = Field([], description="list of {name, kind, file or dataset, ...}")
     harness: HarnessConfig | None = Field(None, description="tasks of lm-evaluation-harness")
     batch_size: int = Field(32, ge=1, description="answers generated together")
-    forward_batch_size: int = runtime(16, formerly="rows_at_once", ge=1)
-    seed: int = 0
+    forward_batch_size: int = runtime(16, formerly="rows_at_once", ge=1, description="masked rows per forward pass")
+    seed: int = Field(0, description="of the draws; the same for all models")
 
     @field_validator("wanted_pattern")
     @classmethod

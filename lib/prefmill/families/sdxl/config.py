@@ -34,40 +34,56 @@ class SdxlPreferenceConfig(TrainingConfig):
     own_head: ClassVar[bool] = True
     compiles_itself: ClassVar[bool] = True
 
-    variant: str | None = None
-    resolution: int = Field(1024, ge=8, multiple_of=8)
-    random_flip: bool = False
-    vae_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    variant: str | None = Field(None, description="of the pipeline's weights on the hub, such as fp16")
+    resolution: int = Field(1024, ge=8, multiple_of=8, description="pixels of the short side; the middle is cut out")
+    random_flip: bool = Field(False, description="mirror both images of a pair in half of the epochs")
+    vae_precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="of the VAE; fp16 only with one made for it"
+    )
 
-    objective: str = "dspo"
-    beta: float = Field(5000.0, gt=0)
-    dspo_lambda: float = Field(1.0, ge=0)
-    dspo_stop_gradient: bool = True
-    mapo_snr: float | None = later(None, gt=0)
-    sft_weight: float = Field(0.0, ge=0)
-    reward_temperature: float = Field(1.0, gt=0)
-    reward_weights: dict[str, float] | None = None
-    min_snr_gamma: float | None = Field(None, gt=0)
-    prompt_half: Literal["all", "policy"] = renamed("half", "all")
-    shuffle_labels: bool = False
+    objective: str = Field(
+        "dspo", description="dpo, dspo, dspo_official_sdxl, dspo_rm, mapo, sft, sigmoid, hinge or ipo"
+    )
+    beta: float = Field(
+        5000.0,
+        gt=0,
+        description="strength of the tie to the reference, on mean errors; for mapo the weight of its second term",
+    )
+    dspo_lambda: float = Field(1.0, ge=0, description="how far dspo moves the target off the reference")
+    dspo_stop_gradient: bool = Field(True, description="whether dspo's two factors are constants")
+    mapo_snr: float | None = later(None, gt=0, description="mapo's signal-to-noise factor")
+    sft_weight: float = Field(0.0, ge=0, description="weight of the winner's error, added to any objective")
+    reward_temperature: float = Field(1.0, gt=0, description="temperature of dspo_rm")
+    reward_weights: dict[str, float] | None = Field(None, description="weight of each head by name, for dspo_rm")
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="min-SNR weighting of the errors, commonly 5; none: no weighting"
+    )
+    prompt_half: Literal["all", "policy"] = renamed(
+        "half", "all", description="`policy`: only prompts that the reward model of the other half has never seen"
+    )
+    shuffle_labels: bool = Field(False, description="control: winner and loser at random")
 
     learning_rate: float = Field(5e-5, gt=0)
     num_train_epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of `num_train_epochs`")
     effective_batch_size: int = Field(8, ge=1)
     lora: AdapterConfig | None = Field(default_factory=AdapterConfig)
-    use_ema: bool = False
-    ema_decay: float = Field(0.9999, gt=0, lt=1)
+    use_ema: bool = Field(False, description="publish the moving average of the weights")
+    ema_decay: float = Field(0.9999, gt=0, lt=1, description="of the moving average")
     optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "sgd"] = "adamw_torch_fused"
     torch_compile: bool = False
 
     logging_steps: int = runtime(50, ge=1)
-    sample_steps: int | None = runtime(None, ge=1)
-    num_samples: int = runtime(4, ge=1)
-    sample_inference_steps: int = runtime(25, ge=1)
-    vae_batch_size: int = runtime(4, ge=1)
-    cache_dir: ExternalPath | None = runtime(None)
-    save_merged: bool = False
+    sample_steps: int | None = runtime(
+        None, ge=1, description="steps between two sample images in the logs; none: no samples"
+    )
+    num_samples: int = runtime(4, ge=1, description="prompts drawn for each sample")
+    sample_inference_steps: int = runtime(25, ge=1, description="denoising steps of a sample")
+    vae_batch_size: int = runtime(4, ge=1, description="images per pass of the VAE")
+    cache_dir: ExternalPath | None = runtime(
+        None, description="folder of latents, embeddings and reference errors; none: data/cache"
+    )
+    save_merged: bool = Field(False, description="also publish the pipeline with the adapter merged")
 
     @model_validator(mode="before")
     @classmethod
