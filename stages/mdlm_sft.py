@@ -22,8 +22,12 @@ class MdlmSftConfig(DiffusionSftConfig):
     """
 
     modality: Modality = Field("clean", description="dataset to train on")
-    sft_data_path: ExternalPath | None = Field(None, description="a file of `messages`, or of `prompt` and `completion`")
-    new_model: Shape | None = Field(None, description="size of a model to train from scratch, its tokenizer learned from the rows")
+    sft_data_path: ExternalPath | None = Field(
+        None, description="a file of `messages`, or of `prompt` and `completion`"
+    )
+    new_model: Shape | None = Field(
+        None, description="size of a model to train from scratch, its tokenizer learned from the rows"
+    )
 
 
 def run(config: MdlmSftConfig, task: Task) -> Metrics:

@@ -42,28 +42,18 @@ class PairSource(RowPolicy):
 
     forms: ClassVar[Mapping[str, Form]] = FORMS
 
-    dataset: str | None = Field(
-        None, description="a file, whose content counts, or a dataset's name on the hub; none: the input `datasets`"
-    )
+    dataset: str | None = Field(None, description="a file, or a name on the hub; none: the input `datasets`")
     dataset_file: ExternalPath | None = Field(None, description="set from `dataset` where that names a file")
     dataset_revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
     split: str = Field("train", description="split of a hub dataset")
-    subset: str | int | None = Field(
-        None, description="configuration of a hub dataset, or a number of rows drawn by `seed`"
-    )
+    subset: str | int | None = Field(None, description="a hub dataset's configuration, or rows to draw by `seed`")
     max_rows: int | None = Field(None, ge=1, description="use the first so many rows; none: all")
     encoding: str = later("utf-8", description="of text files")
     pair_format: str | None = Field(None, description="form of the rows; none: recognized by their keys")
-    columns: dict[str, str] = Field(
-        {}, description="{ours: theirs}, where the data has other names for the keys of its form"
-    )
-    tags: dict[str, str] = Field(
-        {}, description="{role, content, user, assistant, system}: other names inside messages"
-    )
+    columns: dict[str, str] = Field({}, description="{ours: theirs}: other names of the form's keys")
+    tags: dict[str, str] = Field({}, description="{role: theirs, ...}: other names inside messages")
     image_folder: Path | None = Field(None, description="folder that image paths are relative to; none: the file's")
-    val_fraction: float = Field(
-        0.0, ge=0, lt=1, description="share of the prompts held out for validation, each with all of its rows"
-    )
+    val_fraction: float = Field(0.0, ge=0, lt=1, description="share of the prompts held out, with all their rows")
     seed: int = Field(42, description="of rows drawn, of adapters and of the order of rows")
     mixture: list[MixedFile] = later([], description="instead of `dataset`: [{file: a.jsonl, weight: 2}, ...]")
 

@@ -21,7 +21,9 @@ class DiffusionModelConfig(ChatTemplate):
     """
 
     mask_token_id: int | None = Field(None, ge=0, description="the model's mask token; none: read from the model")
-    shifted_logits: bool | None = Field(None, description="whether the output at a position is for the next token; none: read from the model")
+    shifted_logits: bool | None = Field(
+        None, description="whether the output at a position is for the next token; none: read from the model"
+    )
     quantization: Quantization | None = Field(None, description="`4bit`: an NF4 base (needs bitsandbytes and `lora`)")
 
 
@@ -39,17 +41,27 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
 
     per_device_train_batch_size: int = Field(1, ge=1)
     num_train_epochs: int = Field(3, ge=1)
-    diffusion_steps: int | Literal["auto"] = Field(20, description="masks drawn per row, or auto: as many as `variance_tolerance` needs")
+    diffusion_steps: int | Literal["auto"] = Field(
+        20, description="masks drawn per row, or auto: as many as `variance_tolerance` needs"
+    )
     max_diffusion_steps: int = Field(32, ge=2, description="most masks per row where `diffusion_steps` is auto")
     variance_tolerance: float = Field(0.05, gt=0, description="share of the loss's variance that the draws may add")
-    sampling: Sampling = Field("balanced", description="how masks are drawn: `balanced`, `systematic`, `iid` (VRPO) or `inverse_t` (1/t)")
+    sampling: Sampling = Field(
+        "balanced", description="how masks are drawn: `balanced`, `systematic`, `iid` (VRPO) or `inverse_t` (1/t)"
+    )
     answer_block_tokens: int = Field(1, ge=1, description="answers are filled with end tokens to a multiple of this")
-    forward_batch_size: int = runtime(8, formerly="rows_at_once", ge=1, description="masked rows per forward pass; results do not depend on it")
+    forward_batch_size: int = runtime(
+        8, formerly="rows_at_once", ge=1, description="masked rows per forward pass; results do not depend on it"
+    )
 
     save_steps: int = runtime(500, ge=1)
     logging_steps: int = runtime(50, ge=1)
-    output_dir: ExternalPath | None = runtime(None, description="a folder of yours that gets a copy of the finished model")
-    resume_from_checkpoint: bool | ExternalPath = runtime(True, description="none: the newest complete one; false: start anew; or a trainer's checkpoint-N folder")
+    output_dir: ExternalPath | None = runtime(
+        None, description="a folder of yours that gets a copy of the finished model"
+    )
+    resume_from_checkpoint: bool | ExternalPath = runtime(
+        True, description="none: the newest complete one; false: start anew; or a trainer's checkpoint-N folder"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -42,7 +42,9 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
     block_tokens: int | None = Field(None, ge=1, description="semi-autoregressive blocks; none: one block")
     num_steps: int | None = Field(None, ge=1, description="steps of unmasking in all; none: one a token")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
-    remasking: Literal["low_confidence", "margin", "entropy", "random"] = Field("low_confidence", description="which tokens are masked again while generating")
+    remasking: Literal["low_confidence", "margin", "entropy", "random"] = Field(
+        "low_confidence", description="which tokens are masked again while generating"
+    )
     guidance: float = Field(0.0, ge=0, description="classifier-free guidance: weight of the prompt beyond 1")
     prefix_cache: bool = Field(False, description="keep keys and values of what precedes a block: faster, not exact")
     wanted_pattern: str | None = Field(None, description="a regular expression that wanted answers match")
