@@ -161,7 +161,7 @@ class Recipe:
         self.trained = [value for value in self.unet.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         files = sorted((pairs / "images").iterdir())[: 2 * PAIRS_A_STEP]
-        self.pixels = torch.stack([load_pixels(path, SMALL.pixels, False)[0] for path in files])
+        self.pixels = torch.stack([load_pixels(path, (SMALL.pixels, SMALL.pixels), False)[0] for path in files])
         tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
         texts = [f"a picture, number {number}" for number in range(PAIRS_A_STEP)]
         self.tokens = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids

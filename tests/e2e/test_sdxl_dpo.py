@@ -124,7 +124,7 @@ def test_cached_references_are_those_computed_anew(
         pair, epoch = by_id[row["pair_id"]], row["epoch"]
         flip = bool(draw(43, pair.pair_id, epoch, (1,), 2).timestep)
         flips.add(flip)
-        read = [load_pixels(path, 32, flip) for path in pair.images]
+        read = [load_pixels(path, (32, 32), flip) for path in pair.images]
         noise = draw(42, pair.pair_id, epoch, (4, 16, 16), 1000)
         text, pooled = encode_prompt(encoder, [pair.prompt] * 2, device)
         batch = SdxlBatch(
@@ -210,6 +210,19 @@ def test_killed_and_rerun_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
+def test_wide_pairs_are_trained_whole_without_some_captions(tmp_path: Path, model: Artifact) -> None:
+    """The start is the reference still: it has seen the same buckets, offsets and dropped captions."""
+    keys = {**KEYS, "bucket_step": 8, "caption_dropout": 0.5, "noise_offset": 0.1, "per_device_train_batch_size": 1}
+    keys |= {"max_steps": 2, "use_ema": False, "cache_dir": str(tmp_path / "c")}
+    pairs = make_pairs(tmp_path / "pairs", train=4, val=2, size=(64, 32))
+    told = run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)
+    assert (told["num_cut_images"], told["num_cut_prompts"]) == (12, 0)  # by a twelfth: the nearest is 40 x 24
+    assert rows_of(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    speeds = list(read_jsonl(tmp_path / "logs" / "speed" / "rank0.jsonl"))
+    assert all(row["images_per_second"] > 0 for row in speeds)
+
+
+@pytest.mark.slow
 def test_the_average_is_what_is_saved(undisturbed: Path) -> None:
     last = undisturbed / "out" / "checkpoint-6"
     average, weights = load_file(last / "ema.safetensors"), load_file(last / "adapter_model.safetensors")
@@ -275,6 +288,8 @@ def test_configurations_it_refuses(tmp_path: Path, model: Artifact, pairs: Artif
     for values, message in (
         ({"max_length": 10}, "a key of text models"),
         ({"reward_temperature": 2.0}, "only objective dspo_rm"),
+        ({"bucket_step": 64}, "per_device_train_batch_size: 1"),
+        ({"bucket_step": 40}, "must divide resolution"),
         ({"mapo_snr": 0.5}, "only objective mapo"),
         ({"attn_implementation": "flash"}, "sdpa, xformers, sliced"),
         ({"fsdp": True, "lora": None}, "shard it with deepspeed"),
@@ -283,7 +298,7 @@ def test_configurations_it_refuses(tmp_path: Path, model: Artifact, pairs: Artif
         ({"lora": None, "save_merged": True}, "always saved as a pipeline"),
     ):
         with pytest.raises(ConfigError, match=message):
-            validate(SdxlDpoConfig, values)
+            validate(SdxlDpoConfig, {"per_device_train_batch_size": 2, **values})
     keys = {**KEYS, "cache_dir": str(tmp_path / "cache")}
     for more, message in (({"optim": "adamw_bnb_8bit"}, "bitsandbytes"), ({"precision": "fp16"}, "fp16 needs a GPU")):
         with pytest.raises(ConfigError, match=message):

@@ -13,12 +13,12 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
+from prefmill.families.sdxl.generator import decode, too_long
 from prefmill.images.files import inspect_image
 from prefmill.store.missing import Progress, silent
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from PIL.PngImagePlugin import PngInfo
 
 _LARGEST_BATCH = 64
@@ -115,22 +115,6 @@ def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) 
     return latents
 
 
-def decode(model: Any, latents: torch.Tensor) -> Image:
-    """One image of latents [C, h, w], decoded in the VAE's own precision."""
-    import torch
-
-    vae = model.vae
-    scaled = latents[None].to(vae.dtype) / vae.config.scaling_factor
-    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        scaled = scaled * scaled.new_tensor(std).view(shape) + scaled.new_tensor(mean).view(shape)
-    with torch.inference_mode():
-        pixels = vae.decode(scaled, return_dict=False)[0]
-    image: Image = model.image_processor.postprocess(pixels, output_type="pil")[0]
-    return image
-
-
 def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
     """How many images go through the UNet at once: what one needs, measured on a GPU, in the memory that is free."""
     import torch
@@ -149,9 +133,9 @@ def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
 
 def cut_prompts(model: Any, prompts: Iterable[ImagePrompt]) -> list[str]:
     """The ids of prompts longer than the model's text encoders read: their ends have no effect."""
-    longest = min(tokenizer.model_max_length for tokenizer in (model.tokenizer, model.tokenizer_2))
-    lengths = {prompt["prompt_id"]: len(model.tokenizer(prompt["prompt"])["input_ids"]) for prompt in prompts}
-    return sorted(prompt_id for prompt_id, length in lengths.items() if length > longest)
+    given = list(prompts)
+    long = set(too_long((model.tokenizer, model.tokenizer_2), [row["prompt"] for row in given]))
+    return sorted(row["prompt_id"] for row in given if row["prompt"] in long)
 
 
 class _BatchSize:

@@ -16,30 +16,31 @@ SPEED = "speed"
 
 
 class Speed:
-    """Counts a rank's tokens between two log lines. `tokens_per_second` is of all work, evaluation and saving too."""
+    """Counts a rank's tokens, or images, between two log lines; a second of them is of all work, evaluation too."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._path = folder / SPEED / f"rank{rank}.jsonl"
-        self._tokens, self._since = 0, time.monotonic()
+        self._count, self._unit, self._since = 0, "tokens", time.monotonic()
 
-    def add(self, tokens: int) -> None:
-        """Take in a microbatch of so many tokens, padding and prompts included."""
-        self._tokens += tokens
+    def add(self, count: int, unit: str = "tokens") -> None:
+        """Take in a microbatch of so many tokens, padding and prompts included, or of so many images."""
+        self._count, self._unit = self._count + count, unit
 
     def window(self, step: int) -> dict[str, float]:
-        """`tokens_per_second` since the last call and `peak_memory_gb` since the start, written to the rank's file.
+        """`tokens_per_second`, or `images_per_second`, since the last call; `peak_memory_gb` since the start; filed.
 
         Returns them for the tracker: the sum and the highest over ranks, and each rank's as `rank0/...` where there are
         several. Every rank must call.
         """
         seconds = max(time.monotonic() - self._since, 1e-9)
-        own = {"tokens_per_second": self._tokens / seconds, "peak_memory_gb": peak_memory_gb()}
+        rate = f"{self._unit}_per_second"
+        own = {rate: self._count / seconds, "peak_memory_gb": peak_memory_gb()}
         append_row(self._path, {"step": step, **own})
-        self._tokens, self._since = 0, time.monotonic()
+        self._count, self._since = 0, time.monotonic()
         ranks = from_all_ranks(own)
         each = {f"rank{n}/{name}": value for n, values in enumerate(ranks) for name, value in values.items()}
         return {
-            "tokens_per_second": sum(values["tokens_per_second"] for values in ranks),
+            rate: sum(values[rate] for values in ranks),
             "peak_memory_gb": max(values["peak_memory_gb"] for values in ranks),
             **(each if len(ranks) > 1 else {}),
         }

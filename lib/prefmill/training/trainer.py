@@ -145,7 +145,7 @@ class PreferenceTrainer(Trainer):
         if inputs["num_pairs"] == 0:
             return losses.sum() * 0.0
         if model.training:
-            self.telemetry.speed.add(num_tokens(inputs["batch"]))
+            self.telemetry.speed.add(*work_of(inputs["batch"]))
             self.telemetry.add(inputs["pair_ids"], scores, self.objective, self.settings)
         return losses.sum() * (self.args.world_size / inputs["step_pairs"])
 
@@ -196,10 +196,12 @@ def pair_ids(groups: Sequence[AnyGroup], parts: Sequence[GroupPart]) -> list[str
     return [groups[part.group].pairs[pair].pair_id for part in parts for pair in part.pairs]
 
 
-def num_tokens(batch: Any) -> int:
-    """Tokens that the model runs over for a batch; 0 for families without tokens."""
+def work_of(batch: Any) -> tuple[int, str]:
+    """How many images (a batch of those has `num_images`) or else tokens the model runs over, and which of them."""
+    if hasattr(batch, "num_images"):
+        return int(batch.num_images), "images"
     tokens = getattr(batch, "input_ids", None)
-    return 0 if tokens is None else int(tokens.numel())
+    return (0 if tokens is None else int(tokens.numel())), "tokens"
 
 
 def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:

@@ -140,7 +140,7 @@ def test_every_stage_reads_the_picture_that_people_see(
     assert np.array_equal(np.asarray(shown(page, name)), seen)
     assert torch.equal(reward.read([(file, None)]), reward.read([(plain, None)]))
     assert np.array_equal(score(["a prompt"], [file]), score(["a prompt"], [plain]))
-    for ours, theirs in zip(load_pixels(file, 64, False), load_pixels(plain, 64, False), strict=True):
+    for ours, theirs in zip(load_pixels(file, (64, 64), False), load_pixels(plain, (64, 64), False), strict=True):
         assert torch.equal(ours, theirs)
     assert language.grid(str(file)) == language.grid(str(plain))
     assert torch.equal(language.pixels([str(file)])[0], language.pixels([str(plain)])[0])
@@ -174,7 +174,7 @@ def test_models_refuse_what_cannot_be_read(name: str, models: tuple[PixelReader,
     reward, score, language = models
     readers = (
         lambda: reward.read([(ZOO / name, None)]), lambda: score(["a prompt"], [ZOO / name]),
-        lambda: load_pixels(ZOO / name, 64, False), lambda: language.pixels([str(ZOO / name)]),
+        lambda: load_pixels(ZOO / name, (64, 64), False), lambda: language.pixels([str(ZOO / name)]),
     )  # fmt: skip
     for read in readers:
         with pytest.raises(ImageError, match=rf"{BAD[name]}[\s\S]*{name}[\s\S]*fix: +\w+"):

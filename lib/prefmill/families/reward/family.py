@@ -30,6 +30,11 @@ class RewardBatch:
     weights: Tensor
 
     @property
+    def num_images(self) -> int:
+        """S."""
+        return len(self.prompt_of)
+
+    @property
     def lengths(self) -> Tensor:
         """A reward sums over nothing: 1 for each of the S images."""
         return torch.ones(len(self.prompt_of), device=self.prompt_of.device)

@@ -15,8 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.sdxl.encoding import TextKeys
+from prefmill.families.sdxl.generator import decode
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.store.tensor_cache import TensorCache
+from prefmill.training.pictures import log_picture
 
 EMA_FILE = "ema.safetensors"
 SAMPLES = "samples"
@@ -81,9 +83,11 @@ class SampleGrid(TrainerCallback):
     """Draws the prompts every so many steps, each from its own fixed noise, side by side in one picture in the logs."""
 
     def __init__(
-        self, sampling: TrainingSamples, folder: SdxlFolder, cache: TensorCache, texts: TextKeys, logs: Path
-    ) -> None:
-        self.sampling, self.folder, self.cache, self.texts, self.logs = sampling, folder, cache, texts, logs
+        self, sampling: TrainingSamples, folder: SdxlFolder, cache: TensorCache, texts: TextKeys, logs: Path,
+        trackers: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.sampling, self.folder, self.cache, self.texts = sampling, folder, cache, texts
+        self.logs, self.trackers = logs, trackers
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -95,22 +99,22 @@ class SampleGrid(TrainerCallback):
         precision = self.sampling.precision
         autocast = torch.autocast(args.device.type, torch_dtype(precision), enabled=precision != "fp32")
         with torch.no_grad(), autocast:
-            images = self._draw(model.get_base_model() if hasattr(model, "get_base_model") else model, args.device)
+            images = self.draw(model.get_base_model() if hasattr(model, "get_base_model") else model, args.device)
         model.train()
-        save_grid(images, self.logs / SAMPLES / f"step_{state.global_step:05}.png")
+        path = self.logs / SAMPLES / f"step_{state.global_step:05}.png"
+        save_grid(images, path)
+        log_picture(self.trackers, self.logs, SAMPLES, path, state.global_step)
 
-    def _draw(self, unet: Any, device: torch.device) -> list[Any]:
-        """An image of every prompt; one at a time, as training leaves little memory."""
-        from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+    def draw(self, unet: Any, device: torch.device) -> list[Any]:
+        """An image of every prompt as generate_images draws it; one at a time, as training leaves little memory."""
+        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-        pipeline = StableDiffusionXLPipeline(
-            vae=self.folder.load(AutoencoderKL, "vae", "fp32").to(device),
-            text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
-            scheduler=EulerDiscreteScheduler.from_pretrained(self.folder.path, subfolder="scheduler"),
-            add_watermarker=False,
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            self.folder.path, vae=self.folder.load(AutoencoderKL, "vae", "fp32").to(device), unet=unet,
+            text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, add_watermarker=False,
         )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
-        nothing = self._embeddings("", device)
+        nothing = self._embeddings(None, device)
         images = []
         for number, prompt in enumerate(self.sampling.prompts):
             given = self._embeddings(prompt, device)
@@ -121,20 +125,12 @@ class SampleGrid(TrainerCallback):
                 num_inference_steps=self.sampling.inference_steps,
                 generator=torch.Generator().manual_seed(number), output_type="latent",
             )  # fmt: skip
-            images += decode(pipeline, drawn.images)
+            images += [decode(pipeline, latents) for latents in drawn.images]
         return images
 
-    def _embeddings(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
+    def _embeddings(self, prompt: str | None, device: torch.device) -> dict[str, Tensor]:
         kept = self.cache.load(self.texts.of(prompt))
         return {name: value[None].to(device) for name, value in kept.items()}
-
-
-def decode(pipeline: Any, latents: Tensor) -> list[Any]:
-    """Images of latents, by the pipeline's VAE in fp32: in fp16 it overflows."""
-    with torch.autocast(latents.device.type, enabled=False):
-        pixels = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor, return_dict=False)[0]
-    images: list[Any] = pipeline.image_processor.postprocess(pixels, output_type="pil")
-    return images
 
 
 def save_grid(images: Sequence[Any], path: Path) -> None:

@@ -36,7 +36,15 @@ class SdxlPreferenceConfig(TrainingConfig):
 
     variant: str | None = Field(None, description="of the pipeline's weights on the hub, such as fp16")
     resolution: int = Field(1024, ge=8, multiple_of=8, description="pixels of the short side; the middle is cut out")
+    bucket_step: int | None = later(
+        None,
+        ge=8,
+        multiple_of=8,
+        description="64: pairs keep the winner's aspect ratio, at sizes in steps of 64 pixels",
+    )
     random_flip: bool = Field(False, description="mirror both images of a pair in half of the epochs")
+    caption_dropout: float = later(0.0, ge=0, lt=1, description="share of pairs and epochs trained without a prompt")
+    noise_offset: float = later(0.0, ge=0, le=1, description="moves each channel's noise by so much x N(0, 1)")
     vae_precision: Literal["fp32", "fp16", "bf16"] = Field(
         "fp32", description="of the VAE; fp16 only with one made for it"
     )
@@ -104,6 +112,10 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
             raise ValueError(f"attn_implementation is one of {', '.join(ATTENTION)}")
+        if self.bucket_step and self.resolution % self.bucket_step:
+            raise ValueError("bucket_step must divide resolution, so that squares stay as they are")
+        if self.bucket_step and self.per_device_train_batch_size > 1:
+            raise ValueError("with bucket_step pairs differ in size: set per_device_train_batch_size: 1")
         if self.fsdp:
             raise ValueError("fsdp does not know a UNet's blocks: shard it with deepspeed")
         if self.deepspeed is not None and self.lora is not None:

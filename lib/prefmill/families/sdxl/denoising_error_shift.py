@@ -70,7 +70,8 @@ def _encoded(
     images = ImageKeys(folder.digest("vae"), resolution or _native_resolution(folder), "fp32")
     encoders = folder.digest("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     texts = TextKeys(encoders, base.precision)
-    files = {(path, digest, False) for pair in pairs for path, digest in zip(pair.images, pair.digests, strict=True)}
+    square = images.size(1, 1)
+    files = {(path, sha, False, square) for pair in pairs for path, sha in zip(pair.images, pair.digests, strict=True)}
     encode_images(sorted(files), folder, images, store, _VAE_BATCH, device)
     encode_texts(sorted({pair.prompt for pair in pairs}), folder, texts, store, device)
     return PairReader(store, images, texts, load_schedule(folder.path, None), _SEED)

@@ -22,7 +22,7 @@ from prefmill.families.reward.data import Half, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid, TrainingSamples
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, read_image_pairs, swap_by_coin
-from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
+from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts, tell_cut
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name
@@ -54,6 +54,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     args = _arguments(config, task, data.plan)
     with unsharded_loading():
         reader = _encode(config, task, folder, schedule, args.device, train, held_out, data.plan)
+    told = tell_cut([*train, *held_out], folder, reader.images)
     references = [_references(config, folder, reader, given, args.device, objective) for given in (train, held_out)]
     predictions = _predictions(references) if "residuals" in objective.needs else None
     ema = Ema(config.ema_decay) if config.use_ema else None
@@ -68,7 +69,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         publish=partial(_publish, ema, config, task, folder),
         reference=partial(_compute, references, (data, held), task) if objective.needs_reference else None,
         callbacks=[*([ema] if ema else []), *_samples(config, task, folder, reader, held_out or train)],
-        counts={"pairs": len(train), "val_pairs": len(held_out)},
+        counts={"pairs": len(train), "val_pairs": len(held_out), **told},
     )  # fmt: skip
     return run_training(spec)
 
@@ -136,19 +137,21 @@ def _encode(
 ) -> PairReader:  # fmt: skip
     """Have the latents and embeddings of all pairs in the cache."""
     cache = TensorCache(cache_folder(task, config.cache_dir))
-    images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision)
+    images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision, config.bucket_step)
     encoders = folder.digest("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     texts = TextKeys(encoders, config.precision)
-    reader = PairReader(cache, images, texts, schedule, config.seed, config.random_flip)
+    reader = PairReader(
+        cache, images, texts, schedule, config.seed, config.random_flip, config.caption_dropout, config.noise_offset
+    )
     epochs = sorted({item.epoch for item in plan})
     seen = [(pair, epoch) for epoch in epochs for pair in train] + [(pair, 0) for pair in held_out]
     files = {
-        (path, digest, reader.flipped(pair.pair_id, epoch))
+        (path, digest, reader.flipped(pair.pair_id, epoch), reader.size(pair))
         for pair, epoch in seen
         for path, digest in zip(pair.images, pair.digests, strict=True)
     }
     encode_images(sorted(files), folder, images, cache, config.vae_batch_size, device)
-    encode_texts(sorted({"", *(pair.prompt for pair in [*train, *held_out])}), folder, texts, cache, device)
+    encode_texts([None, *sorted({pair.prompt for pair in [*train, *held_out]})], folder, texts, cache, device)
     return reader
 
 
@@ -208,7 +211,7 @@ def _samples(
     sampling = TrainingSamples(
         prompts, config.sample_steps, config.sample_inference_steps, config.resolution, config.precision
     )
-    return [SampleGrid(sampling, folder, reader.cache, reader.texts, task.logs)]
+    return [SampleGrid(sampling, folder, reader.cache, reader.texts, task.logs, config.report_to)]
 
 
 def _publish(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +17,42 @@ from tqdm import tqdm
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_bytes, digest_json
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.core.stage import Metrics
+from prefmill.families.sdxl.data import PairImages
+from prefmill.families.sdxl.generator import too_long
 from prefmill.families.sdxl.loading import SdxlFolder
-from prefmill.store.pictures import open_image
+from prefmill.store.pictures import image_size, open_image
 from prefmill.store.tensor_cache import TensorCache
 
+Size = tuple[int, int]  # width, height in pixels
+
 _VERSION = 1
+_NOTICED = 0.05  # of an image's area: rounding to whole latents cuts less
+_log = logging.getLogger(__name__)
 _DECODER = 2  # latents of pictures that were read sideways or without white are not taken again
 
 
 @dataclass(frozen=True)
 class ImageKeys:
-    """Names cached latents: the VAE, the resolution and the precision decide what an image becomes."""
+    """Names cached latents: VAE, resolution, precision and buckets decide what an image becomes.
+
+    With a `bucket_step`, in pixels, an image keeps its aspect ratio, see `bucket`; else its middle square is cut out.
+    """
 
     vae: str
     resolution: int
     precision: Precision
+    bucket_step: int | None = None
 
-    def of(self, image_digest: str, flipped: bool = False) -> str:
+    def size(self, width: int, height: int) -> Size:
+        """The width and height in pixels that an image of this size is brought to."""
+        square = (self.resolution, self.resolution)
+        return bucket(width, height, self.resolution, self.bucket_step) if self.bucket_step else square
+
+    def of(self, image_digest: str, flipped: bool = False, size: Size | None = None) -> str:
         """The key of an image with this sha256; mirrored it is another one."""
-        said = [_DECODER, self.vae, self.resolution, self.precision, image_digest, flipped]
+        said: list[Any] = [_DECODER, self.vae, self.resolution, self.precision, image_digest, flipped]
+        said += [size] if size and size != (self.resolution, self.resolution) else []
         return f"{digest_json(said)}-latents"
 
 
@@ -43,48 +63,63 @@ class TextKeys:
     encoders: str
     precision: Precision
 
-    def of(self, prompt: str) -> str:
-        """The key of a prompt."""
+    def of(self, prompt: str | None) -> str:
+        """The key of a prompt; of None that of no prompt, as guidance leads away from it."""
+        if prompt is None:
+            return f"{digest_json([_VERSION, self.encoders, self.precision])}-no-text"
         return f"{digest_json([_VERSION, self.encoders, self.precision, digest_bytes(prompt.encode())])}-text"
 
 
 def encode_images(
-    images: Sequence[tuple[Path, str, bool]],
+    images: Sequence[tuple[Path, str, bool, Size]],
     folder: SdxlFolder,
     keys: ImageKeys,
     cache: TensorCache,
     batch_size: int,
     device: torch.device,
 ) -> None:
-    """Keep `latents` [C, H/8, W/8] fp32 and `time_ids` [6] fp32 of images (file, sha256, mirrored) not yet kept.
+    """Keep `latents` [C, H/8, W/8] fp32 and `time_ids` [6] fp32 of images (file, sha256, mirrored, size) not yet kept.
 
     In a distributed run each rank does its share. Raises InputError for an image that cannot be read, or whose latents
     are not numbers.
     """  # fmt: skip
-    missing = _own_share(sorted({keys.of(digest, flip): (path, flip) for path, digest, flip in images}.items()), cache)
+    wanted = {keys.of(digest, flip, size): (path, flip, size) for path, digest, flip, size in images}
+    # By size, so that a batch holds pictures of one size.
+    missing = _own_share(sorted(wanted.items(), key=lambda item: (item[1][2], item[0])), cache)
     if missing:
         from diffusers import AutoencoderKL
 
         vae = folder.load(AutoencoderKL, "vae", keys.precision).to(device).eval()
-        for start in tqdm(range(0, len(missing), batch_size), desc="encoding images", unit=" batches"):
-            part = missing[start : start + batch_size]
-            read = [load_pixels(path, keys.resolution, flip) for _, (path, flip) in part]
+        for part in tqdm(list(_of_one_size(missing, batch_size)), desc="encoding images", unit=" batches"):
+            read = [load_pixels(path, size, flip) for _, (path, flip, size) in part]
             latents = encode_pixels(vae, torch.stack([pixels for pixels, _ in read]).to(device))
-            for (key, (path, _)), (_, time_ids), latent in zip(part, read, latents, strict=True):
+            for (key, (path, _, _)), (_, time_ids), latent in zip(part, read, latents, strict=True):
                 _require_numbers(latent, path, keys.precision)
                 cache.save(key, {"latents": latent.cpu(), "time_ids": time_ids})
     wait_for_all()
 
 
+def _of_one_size(images: Sequence[tuple[str, Any]], batch_size: int) -> Iterator[list[tuple[str, Any]]]:
+    for _, same in groupby(images, key=lambda item: item[1][2]):
+        held = list(same)
+        yield from (held[start : start + batch_size] for start in range(0, len(held), batch_size))
+
+
 def encode_texts(
-    prompts: Sequence[str], folder: SdxlFolder, keys: TextKeys, cache: TensorCache, device: torch.device
+    prompts: Sequence[str | None], folder: SdxlFolder, keys: TextKeys, cache: TensorCache, device: torch.device
 ) -> None:
-    """Keep `embeddings` [77, D] and `pooled` [P] of the prompts not yet kept, in the precision of the encoders."""
+    """Keep `embeddings` [77, D] and `pooled` [P] of the prompts not yet kept, in the precision of the encoders.
+
+    No prompt, None, is zeros where the pipeline says so, as SDXL does, and the empty prompt elsewhere. Prompts longer
+    than the encoders read are told in the log.
+    """
     missing = _own_share(sorted({keys.of(prompt): prompt for prompt in prompts}.items()), cache)
     if missing:
         encoder = load_encoders(folder, keys.precision).to(device)
         for key, prompt in tqdm(missing, desc="encoding prompts", unit=" prompts"):
-            embeddings, pooled = encode_prompt(encoder, [prompt], device)
+            embeddings, pooled = encode_prompt(encoder, [prompt or ""], device)
+            if prompt is None and encoder.config.force_zeros_for_empty_prompt:
+                embeddings, pooled = embeddings * 0, pooled * 0
             cache.save(key, {"embeddings": embeddings[0].cpu(), "pooled": pooled[0].cpu()})
     wait_for_all()
 
@@ -119,22 +154,63 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     return latents * float(vae.config.scaling_factor)
 
 
-def load_pixels(path: Path, resolution: int, flip: bool) -> tuple[Tensor, Tensor]:
-    """An image scaled and cut around its centre, [3, R, R] in [-1, 1], and SDXL's six size and crop numbers, fp32."""
+def bucket(width: int, height: int, resolution: int, step: int) -> Size:
+    """Width and height in pixels, multiples of `step`, of about resolution^2 and nearest to the image's aspect ratio.
+
+    As SDXL was trained (Podell et al. 2023, arXiv 2307.01952, section 2.3): no bucket is larger than the square's area.
+    """
+    area = resolution * resolution
+    wide = [(w, area // w // step * step) for w in range(resolution, area // step + 1, step)]
+    sizes = [*wide, *((w, h) for h, w in wide)]  # a portrait has the size of the landscape turned
+    return min(sizes, key=lambda size: (abs(log(size[0] * height / size[1] / width)), size))
+
+
+def cut_share(width: int, height: int, size: Size) -> float:
+    """The share of an image's area, in [0, 1), that scaling it to cover `size` leaves outside."""
+    scale = max(size[0] / width, size[1] / height)
+    return 1 - size[0] * size[1] / (width * height * scale**2)
+
+
+def load_pixels(path: Path, size: Size, flip: bool) -> tuple[Tensor, Tensor]:
+    """An image scaled to cover `size` (width, height) and cut around its centre, [3, H, W] in [-1, 1].
+
+    With SDXL's six numbers of size and crop, fp32.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
     image = open_image(path)
     width, height = image.size
-    scale = resolution / min(width, height)
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    image = image.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
+    scale = max(size[0] / width, size[1] / height)
+    scaled = (max(size[0], round(width * scale)), max(size[1], round(height * scale)))
+    left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + size[0], top + size[1]))
     if flip:
-        image, left = ImageOps.mirror(image), size[0] - resolution - left
+        image, left = ImageOps.mirror(image), scaled[0] - size[0] - left
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
     # In fp32 down to the UNet: bf16 rounds 1345 to 1344.
-    return pixels, torch.tensor([height, width, top, left, resolution, resolution], dtype=torch.float32)
+    return pixels, torch.tensor([height, width, top, left, size[1], size[0]], dtype=torch.float32)
+
+
+def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys) -> Metrics:
+    """How many prompts and images training sees only a part of, for the metrics; the log names the first."""
+    from transformers import CLIPTokenizer
+
+    tokenizers = [CLIPTokenizer.from_pretrained(folder.path, subfolder=part) for part in ("tokenizer", "tokenizer_2")]
+    long = too_long(tokenizers, {pair.prompt for pair in pairs})
+    sizes = {path: image_size(path) for pair in pairs for path in pair.images}
+    shares = {path: cut_share(*size, images.size(*size)) for path, size in sizes.items()}
+    cut = [path for path, share in shares.items() if share > _NOTICED]
+    if long:
+        _log.warning(
+            "%d prompts are longer than the text encoders read; their ends have no effect: %s", len(long), long[0]
+        )
+    if cut:
+        _log.warning(
+            "%d of %d images are cut, by up to %.0f %% of their area, such as %s; bucket_step: 64 keeps them whole",
+            len(cut), len(sizes), 100 * max(shares.values()), cut[0].name,
+        )  # fmt: skip
+    return {"num_cut_prompts": len(long), "num_cut_images": len(cut)}
 
 
 def wait_for_all() -> None:

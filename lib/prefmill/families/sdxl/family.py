@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from prefmill.families.sdxl.data import PairImages
-from prefmill.families.sdxl.encoding import ImageKeys, TextKeys
+from prefmill.families.sdxl.encoding import ImageKeys, Size, TextKeys
 from prefmill.families.sdxl.noise import NoiseSchedule, draw
+from prefmill.store.pictures import image_size
 from prefmill.store.tensor_cache import TensorCache
 from prefmill.training.batches import GroupPart
 from prefmill.training.family import Family
@@ -52,6 +54,11 @@ class SdxlBatch:
         return self.chosen + self.num_pairs
 
     @property
+    def num_images(self) -> int:
+        """S."""
+        return len(self.latents)
+
+    @property
     def lengths(self) -> Tensor:
         """Ones: an error is a mean already."""
         return torch.ones(len(self.latents), device=self.latents.device)
@@ -78,6 +85,17 @@ class PairReader:
     schedule: NoiseSchedule
     seed: int
     random_flip: bool = False
+    caption_dropout: float = 0.0
+    noise_offset: float = 0.0
+
+    def prompt(self, pair: PairImages, epoch: int) -> str | None:
+        """The prompt that an epoch shows with a pair; none in a share `caption_dropout` of them."""
+        chance = random.Random(f"{self.seed}:{epoch}:{pair.pair_id}").random() if self.caption_dropout else 1.0
+        return None if chance < self.caption_dropout else pair.prompt
+
+    def size(self, pair: PairImages) -> Size:
+        """The size in pixels that both images of a pair are brought to: the winner's bucket."""
+        return self.images.size(*image_size(pair.images[0])) if self.images.bucket_step else self.images.size(1, 1)
 
     def flipped(self, pair_id: str, epoch: int) -> bool:
         """Whether an epoch sees both images of a pair mirrored."""
@@ -86,7 +104,7 @@ class PairReader:
     def keys(self, pair: PairImages, epoch: int) -> list[str]:
         """The keys of the latents of winner and loser in an epoch."""
         flip = self.flipped(pair.pair_id, epoch)
-        return [self.images.of(digest, flip) for digest in pair.digests]
+        return [self.images.of(digest, flip, self.size(pair)) for digest in pair.digests]
 
     def batch(self, pairs: Sequence[PairImages], epochs: Sequence[int]) -> SdxlBatch:
         """These pairs, each as its epoch has it."""
@@ -95,11 +113,13 @@ class PairReader:
         ]
         sides = [pair[0] for pair in kept] + [pair[1] for pair in kept]
         latents = torch.stack([side["latents"] for side in sides])
+        shape, given = tuple(latents.shape[1:]), list(zip(pairs, epochs, strict=True))
         draws = [
-            draw(self.seed, pair.pair_id, epoch, tuple(latents.shape[1:]), self.schedule.num_timesteps)
-            for pair, epoch in zip(pairs, epochs, strict=True)
+            draw(self.seed, pair.pair_id, epoch, shape, self.schedule.num_timesteps, self.noise_offset)
+            for pair, epoch in given
         ] * 2
-        texts = [self.cache.load(self.texts.of(pair.prompt)) for pair in pairs] * 2
+        said = [self.prompt(pair, epoch) for pair, epoch in given]
+        texts = [self.cache.load(self.texts.of(prompt)) for prompt in said] * 2
         labels = [pair.soft_label for pair in pairs]
         return SdxlBatch(
             latents,

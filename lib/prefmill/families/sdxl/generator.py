@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +12,9 @@ from prefmill.core.precision import Precision, torch_dtype
 from prefmill.distributed.devices import device_type
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
     from prefmill.core.artifact import Artifact
 
 PIPELINE_FILE = "model_index.json"
@@ -101,6 +105,29 @@ def open_pipeline(source: GeneratorSource) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device_type())
     return pipeline
+
+
+def decode(model: Any, latents: Tensor) -> Image:
+    """One image of a pipeline's latents [C, h, w], decoded in the VAE's own precision, whatever runs around it."""
+    import torch
+
+    vae = model.vae
+    scaled = latents[None].to(vae.dtype) / vae.config.scaling_factor
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        shape = (1, -1, 1, 1)
+        scaled = scaled * scaled.new_tensor(std).view(shape) + scaled.new_tensor(mean).view(shape)
+    # In training's autocast the VAE would run in fp16 or bf16, where it overflows.
+    with torch.inference_mode(), torch.autocast(latents.device.type, enabled=False):
+        pixels = vae.decode(scaled, return_dict=False)[0]
+    image: Image = model.image_processor.postprocess(pixels, output_type="pil")[0]
+    return image
+
+
+def too_long(tokenizers: Sequence[Any], prompts: Iterable[str]) -> list[str]:
+    """The prompts that are longer than the text encoders read, sorted."""
+    longest = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    return sorted(prompt for prompt in prompts if len(tokenizers[0](prompt)["input_ids"]) > longest)
 
 
 def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:

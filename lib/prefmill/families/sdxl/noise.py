@@ -11,6 +11,8 @@ from torch import Tensor
 
 from prefmill.core.errors import ConfigError
 
+_NOTHING_LEFT = 1e-6  # a signal-to-noise ratio that only zero terminal SNR (Lin et al. 2023) has; SDXL's own is 5e-3
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -20,12 +22,19 @@ class Draw:
     noise: Tensor
 
 
-def draw(seed: int, pair_id: str, epoch: int, shape: tuple[int, ...], num_timesteps: int) -> Draw:
-    """What follows from (seed, pair, epoch), on any rank and machine, in whatever order it is asked for."""
+def draw(seed: int, pair_id: str, epoch: int, shape: tuple[int, ...], num_timesteps: int, offset: float = 0.0) -> Draw:
+    """What follows from (seed, pair, epoch), on any rank and machine, in whatever order it is asked for.
+
+    With an `offset` each channel's noise is moved by offset x N(0, 1) as a whole (Guttenberg 2023): pictures may
+    become dark or bright.
+    """
     digest = hashlib.sha256(f"{seed}:{epoch}:{pair_id}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     timestep = int(torch.randint(num_timesteps, (), generator=generator))
-    return Draw(timestep, torch.randn(shape, generator=generator))
+    noise = torch.randn(shape, generator=generator)
+    if offset:  # drawn last: a run without it keeps its noise
+        noise += offset * torch.randn(shape[0], 1, 1, generator=generator)
+    return Draw(timestep, noise)
 
 
 @dataclass(frozen=True)
@@ -80,5 +89,11 @@ def load_schedule(folder: Path, min_snr_gamma: float | None) -> NoiseSchedule:
         raise ConfigError(
             "a UNet with this kind of prediction cannot be trained", where=folder / "scheduler", got=prediction,
             expected="epsilon or v_prediction", fix="start from another checkpoint",
+        )  # fmt: skip
+    if prediction == "epsilon" and scheduler.alphas_cumprod[-1] < _NOTHING_LEFT:
+        raise ConfigError(
+            "a schedule that ends in pure noise cannot be learnt by predicting the noise", where=folder / "scheduler",
+            got="rescale_betas_zero_snr: true with prediction_type: epsilon", expected="v_prediction",
+            fix="correct scheduler_config.json: the checkpoint's card says which of the two it was trained with",
         )  # fmt: skip
     return NoiseSchedule(scheduler.alphas_cumprod.float(), prediction, min_snr_gamma)

@@ -77,7 +77,8 @@ class ReferenceErrors:
 
     def _key(self, epoch: int, part: int) -> str:
         pairs = self.pairs[part * CHUNK : (part + 1) * CHUNK]
-        content = [[pair.pair_id, self.reader.texts.of(pair.prompt), *self.reader.keys(pair, epoch)] for pair in pairs]
+        read = self.reader
+        content = [[pair.pair_id, read.texts.of(read.prompt(pair, epoch)), *read.keys(pair, epoch)] for pair in pairs]
         said = [
             content,
             epoch,
@@ -86,6 +87,7 @@ class ReferenceErrors:
             self.with_predictions,
             self.one_side_at_once,
             self.settings,
+            *([self.reader.noise_offset] if self.reader.noise_offset else []),
         ]
         return f"{digest_json(said)}-reference"
 
