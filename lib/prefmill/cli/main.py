@@ -18,6 +18,7 @@ from prefmill.cli.pipelines import add_pipeline_commands
 from prefmill.cli.runs import add_commands
 
 EXAMPLES = """examples:
+  prefmill init work                                        configs and sbatch scripts in a folder of yours
   prefmill run configs/pipelines/demo.yaml                  the whole pipeline on this machine
   prefmill run configs/pipelines/demo.yaml dpo.beta=0.2     again: only what depends on that key
   prefmill run configs/pipelines/demo.yaml --only dpo       one stage, or one task as dpo:clean
@@ -119,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     tiny.set_defaults(command=_tiny_models)
 
+    init = commands.add_parser("init", help="lay down configs, sbatch scripts and a first pipeline in a folder")
+    init.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
+    init.set_defaults(command=_init)
+
     completion = commands.add_parser("completion", help="print the script that completes words in your shell")
     completion.add_argument("shell", choices=SHELLS)
     completion.set_defaults(command=_completion)
@@ -154,6 +159,14 @@ def _tiny_models(arguments: argparse.Namespace) -> int:
 
     for path in build_all(arguments.folder, arguments.seed):
         print(path)
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from prefmill.cli.init import lay_down
+
+    for line in lay_down(arguments.folder):
+        print(line)
     return 0
 
 

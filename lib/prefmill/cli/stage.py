@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from prefmill.cli.console import Console, add_verbosity
 from prefmill.cli.guard import guarded
+from prefmill.core.places import STAGES
 from prefmill.core.stage import Stage
 
 
@@ -28,7 +29,7 @@ def run_stage(stage: str, argv: Sequence[str]) -> int:
     from prefmill.core.stage import load_stage
 
     parser = argparse.ArgumentParser(
-        prog=f"python -m stages.{stage}", description=load_stage(stage).summary, epilog=_stage_help(stage),
+        prog=f"python -m {STAGES}.{stage}", description=load_stage(stage).summary, epilog=_stage_help(stage),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("config", nargs="?", help="YAML file with the stage's keys")
@@ -74,4 +75,4 @@ def _stage_help(name: str) -> str:
     lines += ["", "inputs:"]
     for name_of_input, reads in stage.reads.items():
         lines.append(f"  inputs.{name_of_input:<25} {reads.kind}{' (optional)' if reads.optional else ''}")
-    return "\n".join([*lines, "", "example:", f"  python -m stages.{name} configs/{name}/demo.yaml run=mine"])
+    return "\n".join([*lines, "", "example:", f"  python -m {STAGES}.{name} configs/{name}/demo.yaml run=mine"])
