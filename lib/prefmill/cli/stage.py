@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 from prefmill.cli.console import Console, add_verbosity
 from prefmill.cli.guard import guarded
+from prefmill.core.aliases import ALIASES
+from prefmill.core.config import StrictConfig, former_names
 from prefmill.core.places import STAGES
 from prefmill.core.stage import Stage
 
@@ -36,8 +38,32 @@ def run_stage(stage: str, argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
     parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
     add_verbosity(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(as_keys(argv, parser))
     return guarded(lambda: _run_stage(stage, arguments))
+
+
+def as_keys(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of other trainers as prefmill's form: `--config FILE --beta 0.1` is `FILE beta=0.1`.
+
+    A flag without a value is true. The flags that `parser` has stay as they are.
+    """
+    own = {option for action in parser._actions for option in action.option_strings}
+    config: list[str] = []
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        flag, has_value, value = words.pop(0).partition("=")
+        if not flag.startswith("--") or flag in own:
+            rest.append(flag + has_value + value)
+            continue
+        if not has_value:
+            value = words.pop(0) if words and not words[0].startswith("-") and "=" not in words[0] else "true"
+        key = flag.removeprefix("--").replace("-", "_")
+        if key in ("config", "config_file"):
+            config.append(value)
+        else:
+            rest.append(f"{key}={value}")
+    return [*config, *rest]
 
 
 def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
@@ -63,15 +89,28 @@ def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
     return code
 
 
+def other_names(config: type[StrictConfig]) -> dict[str, list[str]]:
+    """Of keys that older files and other tools call otherwise, those names."""
+    found: dict[str, list[str]] = {}
+    own: dict[str, str] = getattr(config, "OTHER_NAMES", {})
+    former = {old: new for new, old in former_names(config).items()}
+    for other, name in {**ALIASES, **former, **own}.items():
+        if name in config.model_fields and other not in config.model_fields:
+            found.setdefault(name, []).append(other)
+    return found
+
+
 def _stage_help(name: str) -> str:
     from prefmill.cli.keys import keys_of
     from prefmill.core.stage import load_stage
 
     stage = load_stage(name)
     lines = ["keys:"]
+    others = other_names(stage.config)
     for key in keys_of(stage.config):
         lines.append(f"  {key.name:<32} {key.type}, default {key.default}")
         lines += textwrap.wrap(key.description, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [f"      also: {', '.join(others[key.name])}"] if key.name in others else []
     lines += ["", "inputs:"]
     for name_of_input, reads in stage.reads.items():
         lines.append(f"  inputs.{name_of_input:<25} {reads.kind}{' (optional)' if reads.optional else ''}")

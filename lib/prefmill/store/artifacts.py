@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json, write_atomic
 from prefmill.store.stamps import stamp
 
+# What any Trainer leaves beside a model: pickles that only resuming reads.
+_TRAINER_STATE = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth")
 SUPERSEDED, _REMAKING = ".superseded", ".remaking"
 SCHEMA_VERSIONS: dict[str, int] = {}  # of the kinds whose files have changed form; every kind starts at 1
 
@@ -104,7 +107,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def payload(folder: Path) -> list[Path]:
     """The files that are an artifact's content: all but the manifest, the run record and resume state."""
-    return sorted(path for path in _walk(folder) if path.name not in {MANIFEST, RUN_RECORD} or path.parent != folder)
+    own = {folder / MANIFEST, folder / RUN_RECORD}
+    return sorted(path for path in _walk(folder) if path not in own and not _TRAINER_STATE.fullmatch(path.name))
 
 
 def remaking(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,6 +88,7 @@ class PreferenceTrainer(Trainer):
         self.family, self.objective, self.settings, self.telemetry = family, objective, settings, telemetry
         self._val = PlannedBatches(val, family) if val is not None else None
         self._epoch_of_step = {item.step + 1: item.epoch for item in train.plan}
+        self._passes = passes_after(self._epoch_of_step)
         super().__init__(
             model=model,
             args=args,
@@ -154,10 +156,15 @@ class PreferenceTrainer(Trainer):
         return self.family.pair_scores(model, inputs["batch"], inputs["ref_chosen"], inputs["ref_rejected"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means over the pairs since the last log, and how fast the ranks were; every rank logs."""
+        """Add the means over the pairs since the last log, and how fast the ranks were; every rank logs.
+
+        The epoch that is logged is the pass over the data: the Trainer's own is the share of the plan of all passes.
+        """
         if "loss" in logs:
             logs = {**logs, **self.telemetry.means(), **self.telemetry.speed.window(self.state.global_step)}
+        share, self.state.epoch = self.state.epoch, self._passes.get(self.state.global_step, 0.0)
         super().log(logs, start_time)
+        self.state.epoch = share
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, margin and accuracy over the validation pairs, of which every rank scores its share."""
@@ -214,6 +221,16 @@ def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch
         "gradient_accumulation_steps": num_microbatches,
     }
     return fsdp_mixed_precision(TrainingArguments(**given | one_epoch), config)
+
+
+def passes_after(epoch_of_step: dict[int, int]) -> dict[int, float]:
+    """How often the data were gone through after every step: 1.5 in the middle of the second pass."""
+    num_steps, seen = Counter(epoch_of_step.values()), Counter[int]()
+    found = {}
+    for step, epoch in sorted(epoch_of_step.items()):
+        seen[epoch] += 1
+        found[step] = epoch + seen[epoch] / num_steps[epoch]
+    return found
 
 
 class _StepTelemetry(TrainerCallback):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath, runtime
+from prefmill.core.config import ExternalPath, later, runtime
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.mdlm.loading import Quantization
 from prefmill.training.config import TrainingConfig
@@ -38,6 +38,11 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     """
 
     own_head: ClassVar[bool] = True
+    OTHER_NAMES: ClassVar[dict[str, str]] = {  # shown by --help; `_other_names` converts their values
+        "use_mixed_precision": "precision",
+        "gradient_accumulation_steps": "effective_batch_size",
+        "preference_data_path": "dataset",
+    }
 
     per_device_train_batch_size: int = Field(1, ge=1)
     num_train_epochs: int = Field(3, ge=1)
@@ -49,7 +54,7 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     sampling: Sampling = Field(
         "balanced", description="how masks are drawn: `balanced`, `systematic`, `iid` (VRPO) or `inverse_t` (1/t)"
     )
-    answer_block_tokens: int = Field(1, ge=1, description="answers are filled with end tokens to a multiple of this")
+    answer_block_tokens: int = later(1, ge=1, description="answers are filled with end tokens to a multiple of this")
     forward_batch_size: int = runtime(
         8, formerly="rows_at_once", ge=1, description="masked rows per forward pass; results do not depend on it"
     )

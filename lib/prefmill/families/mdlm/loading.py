@@ -99,8 +99,8 @@ def attends_both_ways(model: Any) -> bool:
 
 def mask_token_of(model: Any, tokenizer: Any, given: int | None = None) -> int:
     """The id of the mask token: given, of the model's configuration, or of the tokenizer; raises InputError without."""
-    found = [given, getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id]
-    mask = next((value for value in found if value is not None), None)
+    stated = getattr(model.config, "mask_token_id", None)
+    mask = next((value for value in (given, stated, tokenizer.mask_token_id) if value is not None), None)
     if mask is None:
         raise InputError(
             "the model has no mask token", where=getattr(model.config, "name_or_path", None) or model.config.model_type,
@@ -112,7 +112,20 @@ def mask_token_of(model: Any, tokenizer: Any, given: int | None = None) -> int:
             "the mask token is not in the model's vocabulary", got=f"mask_token_id {mask}", expected=f"0 to {size - 1}",
             fix="set mask_token_id to the id that the model was trained with (LLaDA-8B: 126336)",
         )  # fmt: skip
+    # Another token's id would train without a fault to see: the model has not learnt to fill it in.
+    if stated not in (None, mask) or is_text(tokenizer, mask):
+        raise InputError(
+            "this is not the token that the model was trained with as its mask", got=f"mask_token_id {mask}",
+            expected=f"{stated}, as config.json says" if stated is not None else "a special token",
+            fix="leave mask_token_id out" if stated is not None else "set mask_token_id to the tokenizer's mask token",
+        )  # fmt: skip
     return int(mask)
+
+
+def is_text(tokenizer: Any, token: int) -> bool:
+    """Whether the tokenizer writes `token` for text, rather than as a special token or not at all."""
+    words: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return token in words.values() and token not in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 def predicts_next(model: Any, given: bool | None = None) -> bool:

@@ -236,7 +236,16 @@ def test_mask_token_and_shift_come_from_the_model_unless_given(tiny_folder: Path
         config=SimpleNamespace(model_type="Dream", mask_token_id=9), get_input_embeddings=lambda: embedding
     )
     tokenizer = SimpleNamespace(mask_token_id=7)
-    assert (mask_token_of(model, tokenizer), mask_token_of(model, tokenizer, 5)) == (9, 5)
+    assert (mask_token_of(model, tokenizer), mask_token_of(model, tokenizer, 9)) == (9, 9)
+    with pytest.raises(InputError, match=r"9, as config\.json says"):
+        mask_token_of(model, tokenizer, 5)
+    words = SimpleNamespace(
+        mask_token_id=None, get_vocab=lambda: {"a": 4, "<mask>": 5}, added_tokens_decoder={5: ""}, all_special_ids=[]
+    )
+    plain: Any = SimpleNamespace(config=SimpleNamespace(model_type="x"), get_input_embeddings=lambda: embedding)
+    assert mask_token_of(plain, words, 5) == 5
+    with pytest.raises(InputError, match="not the token that the model was trained with"):
+        mask_token_of(plain, words, 4)
     assert predicts_next(model)
     assert not predicts_next(model, False)
     assert not predicts_next(SimpleNamespace(config=SimpleNamespace(model_type="llada")))
