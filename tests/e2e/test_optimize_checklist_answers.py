@@ -101,7 +101,7 @@ def test_where_all_items_count_the_same_none_is_dropped(
     task = task_of(tmp_path / "t", corpus)
     assert "no choice among them predicts better" in optimize(task, select=labels)["conclusion"][0]
     summary = json.loads((task.output / "summary.json").read_text())
-    assert set(summary["weights"].values()) == {1.0}
+    assert len(set(summary["weights"].values())) == 1
     assert set(summary["dropped"]) <= {"constant", "redundant"}
 
 
@@ -118,7 +118,7 @@ def test_weights_are_fitted_and_worth_it_where_items_count_differently(
     fitted, equal = summaries["fitted"], summaries["equal"]
     assert set(fitted["weights"]) == set(equal["weights"]) == {"courtesy", "question"}
     assert fitted["weights"]["courtesy"] / fitted["weights"]["question"] == pytest.approx(4, abs=0.6)
-    assert set(equal["weights"].values()) == {1.0}
+    assert set(equal["weights"].values()) == {12.0}  # of 24 candidates: scores range as with all at 1
     assert fitted["correlation"]["value"] > equal["correlation"]["value"] + 0.02
 
 
@@ -134,9 +134,14 @@ def test_shuffled_labels_report_no_signal(tmp_path: Path, corpus: Artifact, rows
     metrics = optimize(task, select=labels)
     assert metrics["signal"] is False
     assert metrics["conclusion"][0].startswith("No signal")
-    assert {item.weight for item in load_checklist(task.output / "optimal_checklist.json").items} == {1.0}
+    exported = [item.weight for item in load_checklist(task.output / "optimal_checklist.json").items]
+    assert len(set(exported)) == 1
+    assert sum(exported) == pytest.approx(24, abs=0.1)
     with pytest.raises(InputError, match="no signal"):
         optimize(task_of(tmp_path / "f", corpus), select=labels, export={"on_no_signal": "fail"})
+
+
+BOTH = {"summary": 1.5, "importance": 1.5}  # of 3 candidates
 
 
 def held_out(signal: bool, low: float, high: float) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def held_out(signal: bool, low: float, high: float) -> dict[str, Any]:
     better = {"advantage": {"value": 0.2, "low": 0.1, "high": 0.3}}
     baselines = {"length_only": better, "rating_only": better, "all_items_equal": advantage}
     return {
-        "target": "confidence", "signal": signal, "all_equal": False, "p_value": 0.5, "alpha": 0.05,
+        "target": "confidence", "signal": signal, "model": "chosen", "p_value": 0.5, "alpha": 0.05,
         "correlation": found, "baselines": baselines,
     }  # fmt: skip
 
@@ -153,12 +158,18 @@ def held_out(signal: bool, low: float, high: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("signal", "advantage", "on_worse", "weights", "told"),
     [
-        (True, (0.1, 0.2), "equal", {"summary": 1.5}, "better than length only, rating only and all items equal."),
-        (True, (-0.1, 0.2), "equal", {"summary": 1.5}, "not shown to differ from all items equal."),
-        (True, (-0.2, -0.1), "keep", {"summary": 1.5}, "worse than all items equal."),
-        (True, (-0.2, -0.1), "equal", {"summary": 1, "importance": 1}, "Exported with equal weights: the 2 of 3 items"),
-        (False, (0.1, 0.2), "equal", {"summary": 1, "importance": 1}, "No signal"),
-        (True, (0.1, 0.2), "none kept", {"summary": 1, "importance": 1}, "no item is chosen steadily. Exported"),
+        (True, (0.1, 0.2), "equal", {"summary": 3}, "better than length only, rating only and all items equal."),
+        (True, (-0.1, 0.2), "equal", {"summary": 3}, "not shown to differ from all items equal."),
+        (True, (-0.2, -0.1), "keep", {"summary": 3}, "worse than all items equal."),
+        (
+            True,
+            (-0.2, -0.1),
+            "equal",
+            BOTH,
+            "Exported with equal weights: the 2 of 3 items",
+        ),
+        (False, (0.1, 0.2), "equal", BOTH, "No signal"),
+        (True, (0.1, 0.2), "none kept", BOTH, "no item is chosen steadily. Exported"),
     ],
 )
 def test_what_is_exported_follows_from_what_is_shown(

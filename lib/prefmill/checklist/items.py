@@ -20,6 +20,12 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
+def _counts(weight: float) -> float:
+    if not weight:
+        raise ValueError("a weight is not 0: leave the item out")
+    return weight
+
+
 PatternText = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
 
 
@@ -43,12 +49,15 @@ class Rule(StrictConfig):
 
 
 class Item(StrictConfig):
-    """A question about a review, worded so that yes is good; `source` names the guide and its idea."""
+    """A question about a review, worded so that yes is good; `source` names the guide and its idea.
+
+    A negative `weight`, as optimize_checklist may find, makes yes speak against a review.
+    """
 
     id: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)
     question: str = Field(min_length=1)
     source: str = Field(min_length=1)
-    weight: float = Field(1.0, gt=0)
+    weight: Annotated[float, AfterValidator(_counts)] = 1.0
     rule: Rule | None = None
     paraphrases: tuple[str, ...] = ()
 

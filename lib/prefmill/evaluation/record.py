@@ -42,7 +42,7 @@ def write_evaluation(
     metrics = {
         **heading,
         "checklist": digest_json(checklist.model_dump(mode="json")),
-        "max_score": sum(item.weight for item in checklist.items),
+        "max_score": sum(max(0.0, item.weight) for item in checklist.items),
         "accept_rating": accept_rating,
         "num_papers": len({row["paper_id"] for row in generations}),
         "num_reviews": len(generations),

@@ -36,7 +36,7 @@ class ScoreConfig(StrictConfig):
 class SelectConfig(StrictConfig):
     """What items are chosen to predict, which are dropped beforehand, and how strict the choice is."""
 
-    target: Target = Field("confidence", description="confidence, decision_agreement or labels")
+    target: Target = Field("confidence", description="confidence, rating, decision_agreement or labels")
     labels: ExternalPath | None = Field(None, description="CSV with review_id and label, for the target labels")
     accept_rating: float = Field(6.0, description="a rating from here on recommends acceptance")
     min_labels: int = Field(100, ge=20, description="dev reviews that must have the target")
@@ -48,12 +48,17 @@ class SelectConfig(StrictConfig):
     inner_folds: int = Field(5, ge=2, description="of papers, to choose the penalty")
     num_penalties: int = Field(20, ge=2, description="on the regularisation path")
     num_bootstrap: int = Field(50, ge=10, description="samples of papers, to see which items are chosen again")
+    shrink: bool = Field(True, description="also try weights for all items, shrunk by a ridge or elastic net")
+    signed: bool = Field(False, description="of shrunk weights: also below zero, a yes that speaks against a review")
+    l1_ratio: float = Field(0.0, ge=0, le=1, description="of shrunk weights: 0 ridge, between an elastic net, 1 lasso")
     min_stability: float = Field(0.9, gt=0, le=1, description="share of the samples that must choose an item")
 
     @model_validator(mode="after")
     def _has_labels(self) -> Self:
         if (self.target == "labels") != (self.labels is not None):
             raise ValueError("target labels and the file `labels` go together: give both or neither")
+        if self.signed and not self.shrink:
+            raise ValueError("signed is of shrunk weights: set shrink=true, or leave signed out")
         return self
 
 

@@ -15,6 +15,13 @@ from prefmill.core.files import write_atomic
 
 SUMMARY = "summary.json"
 ALL_EQUAL = "all_items_equal"
+_AS_MODELLED = {
+    "chosen": "",
+    "all_equal": ", all that pass the screen, with equal weights: no choice among them predicts better",
+    "shrunk": ", with shrunk weights: many that tell a little predict better than the few that are chosen steadily",
+    "shrunk_signed": ", with shrunk weights of both signs: these predict better than a choice, and a yes to an item "
+    "of negative weight speaks against a review",
+}
 Row = Mapping[str, Any]
 
 
@@ -35,6 +42,7 @@ def write_export(
         )  # fmt: skip
     falls_back = not (held_out["signal"] and weights) or (config.on_worse == "equal" and _is_worse(held_out, ALL_EQUAL))
     chosen = {item["id"]: 1.0 for item in items if _passed(item)} if falls_back else dict(weights)
+    chosen = spread_over(chosen, len(items))
     kept = tuple(item.model_copy(update={"weight": chosen[item.id]}) for item in candidates.items if item.id in chosen)
     save_checklist(Checklist(name=config.name, items=kept), folder / OPTIMAL_CHECKLIST)
     summary = {**held_out, "num_candidates": len(items), "weights": {item.id: item.weight for item in kept}}
@@ -42,6 +50,16 @@ def write_export(
     summary["falls_back"] = falls_back
     summary["conclusion"] = conclusion(held_out, falls_back, len(weights), len(kept), len(items))
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def spread_over(weights: Mapping[str, float], score_range: float) -> dict[str, float]:
+    """`weights` in such a unit that scores range over `score_range`, the number of candidates.
+
+    Thresholds on scores (`min_checkmark_diff`) then mean the same share of the range as with all items at weight 1:
+    a checklist of one item has scores of 0 and 24, not of 0 and 1, which differ by less than any pair needs.
+    """
+    size = sum(map(abs, weights.values())) or 1.0
+    return {name: round(weight * score_range / size, 3) for name, weight in weights.items()}
 
 
 def conclusion(held_out: Row, falls_back: bool, num_kept: int, num_exported: int, num_candidates: int) -> str:
@@ -74,8 +92,7 @@ def _finding(held_out: Row, num_kept: int, num_candidates: int) -> str:
         verdicts[verdict].append(name.replace("_", " "))
     compared = ", ".join(f"{verdict} {_listed(names)}" for verdict, names in verdicts.items() if names)
     kept = f"{num_kept} of {num_candidates} items are kept"
-    if held_out["all_equal"]:
-        kept += ", all that pass the screen, with equal weights: no choice among them predicts better"
+    kept += _AS_MODELLED[held_out["model"]]
     return (
         f"{kept}. On held-out papers such a checklist's score correlates with "
         f"{target} at {found['value']:.2f} ({interval}): {compared}."

@@ -29,7 +29,7 @@ def checklist_scores(design: Design, training: Array, rules: SelectionRules, equ
     """
     coefficients = select(design, design.target[None], training, rules).coefficients[0]
     if equal:
-        coefficients = (coefficients > 0) * design.spread
+        coefficients = np.sign(coefficients) * design.spread
     return _held_out(coefficients @ design.answers.T, training)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ from prefmill.checklist.optimize.held_out import (
     permutation_test,
     rounded,
 )
-from prefmill.checklist.optimize.lasso import solve
-from prefmill.checklist.optimize.moments import Array, weighted_moments
 from prefmill.checklist.optimize.select_step import selection_rules
 from prefmill.checklist.optimize.selection import Design
 from prefmill.core.files import write_atomic
@@ -40,7 +39,7 @@ def write_refit(
     select_config: SelectConfig,
     candidates: Checklist,
     items: Sequence[Row],
-    all_equal: bool,
+    model: str,
     scored: Sequence[Row],
     seed: int,
     folder: Path,
@@ -48,31 +47,26 @@ def write_refit(
 ) -> None:
     """Write `weights.json` (by item id, their mean 1) and `held_out.json` (correlations, baselines, the test).
 
-    `all_equal` where the step select found no choice better than all items with the same weight.
+    `model` is what the step select found best: chosen items, all equal, or all with shrunk weights.
     """
     reviews, target, _ = with_target(scored, select_config, config.outer_folds)
     passed = [item["id"] for item in items if item["status"] in ("kept", "not_chosen")]
-    kept = [item["id"] for item in items if item["status"] == "kept"]
-    write_atomic(folder / WEIGHTS, json.dumps(_weights(config, reviews, target, kept, all_equal), indent=1) + "\n")
+    write_atomic(folder / WEIGHTS, json.dumps(_weights(config, items), indent=1) + "\n")
     design = design_of(reviews, target, passed)
     held_out = _held_out(config, select_config, design, reviews, candidates.ids, seed, progress)
-    held_out["all_equal"] = all_equal
+    held_out["model"] = model
     held_out["signal"] = held_out["p_value"] <= config.alpha
     write_atomic(folder / HELD_OUT, json.dumps(held_out, indent=1) + "\n")
 
 
-def _weights(
-    config: RefitConfig, reviews: Sequence[Row], target: Array, kept: Sequence[str], all_equal: bool
-) -> dict[str, float]:
-    if not kept:
-        return {}
-    if config.weights == "equal" or all_equal:
-        return dict.fromkeys(kept, 1.0)
-    design = design_of(reviews, target, kept)
-    found = weighted_moments(design.answers, target[None], np.ones((1, len(reviews))))
-    weights = solve(found.gram, found.cross, np.zeros((1, 1)))[0, 0] / design.spread
-    scaled = weights / weights.mean()
-    return {name: max(_SMALLEST_WEIGHT, round(float(w), 3)) for name, w in zip(kept, scaled, strict=True)}
+def _weights(config: RefitConfig, items: Sequence[Row]) -> dict[str, float]:
+    """The weights of a yes, by item id; the mean of their sizes is 1."""
+    kept = {item["id"]: float(item["weight"]) for item in items if item["status"] == "kept"}
+    if config.weights == "equal":
+        kept = {name: math.copysign(1.0, weight) for name, weight in kept.items()}
+    mean = sum(map(abs, kept.values())) / max(1, len(kept))
+    scaled = {name: round(weight / mean, 3) for name, weight in kept.items()}
+    return {name: weight or _SMALLEST_WEIGHT for name, weight in scaled.items()}
 
 
 def _held_out(

@@ -140,7 +140,7 @@ class _Steps:
                 self.plan.select,
                 self.candidates,
                 self.items(),
-                _read(self.task.output / "select" / select_step.SUMMARY)["all_equal"],
+                _read(self.task.output / "select" / select_step.SUMMARY)["model"],
                 self.scored(),
                 self.plan.seed,
                 folder,

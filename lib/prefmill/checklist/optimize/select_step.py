@@ -16,7 +16,7 @@ from prefmill.checklist.optimize.dev_data import answers, design_of, with_target
 from prefmill.checklist.optimize.lasso import path
 from prefmill.checklist.optimize.moments import Array, weighted_moments
 from prefmill.checklist.optimize.screening import Screened, ScreenRules, screen
-from prefmill.checklist.optimize.selection import Selection, SelectionRules, select
+from prefmill.checklist.optimize.selection import MODELS, Selection, SelectionRules, select
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.store.jsonl import write_jsonl
@@ -27,7 +27,10 @@ Row = Mapping[str, Any]
 
 def selection_rules(config: SelectConfig, seed: int) -> SelectionRules:
     """The configuration as the procedure takes it."""
-    return SelectionRules(config.inner_folds, config.num_penalties, config.num_bootstrap, config.min_stability, seed)
+    return SelectionRules(
+        config.inner_folds, config.num_penalties, config.num_bootstrap, config.min_stability, seed,
+        config.shrink, config.signed, config.l1_ratio,
+    )  # fmt: skip
 
 
 def write_selection(
@@ -55,7 +58,8 @@ def write_selection(
     design = design_of(reviews, target, ids)
     everything = np.ones((1, len(reviews)))
     selection = select(design, target[None], everything, selection_rules(config, seed))
-    write_jsonl(folder / ITEMS, _item_rows(candidates, screened, ids, selection, reviews, target))
+    weights = dict(zip(ids, (selection.coefficients[0, 0] / design.spread).tolist(), strict=True))
+    write_jsonl(folder / ITEMS, _item_rows(candidates, screened, weights, selection, reviews, target))
     found = weighted_moments(design.answers, target[None], everything)
     solutions = path(found.gram, found.cross, selection.penalties)[:, 0, 0] / design.spread
     write_jsonl(folder / PATH, _path_rows(ids, solutions, selection))
@@ -66,8 +70,8 @@ def write_selection(
         "num_labels_outside_dev": num_other_labels,
         "num_candidates": len(screened),
         "num_passed": len(ids),
-        "all_equal": bool(selection.all_equal[0, 0]),
-        "num_kept": int((selection.coefficients > 0).sum()),
+        "model": MODELS[int(selection.model[0, 0])],
+        "num_kept": int((selection.coefficients != 0).sum()),
     }
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
@@ -90,17 +94,16 @@ def _screen(
 def _item_rows(
     candidates: Checklist,
     screened: Sequence[Screened],
-    ids: Sequence[str],
+    weights: Mapping[str, float],
     selection: Selection,
     reviews: Sequence[Row],
     target: Array,
 ) -> list[dict[str, Any]]:
-    stability = dict(zip(ids, selection.stability[0, 0], strict=True))
-    kept = {name for name, weight in zip(ids, selection.coefficients[0, 0], strict=True) if weight > 0}
+    stability = dict(zip(weights, selection.stability[0, 0], strict=True))
     yes, _ = answers(reviews, candidates.ids)
     rows = []
     for k, (item, found) in enumerate(zip(candidates.items, screened, strict=True)):
-        status = found.status if found.status != "passed" else "kept" if item.id in kept else "not_chosen"
+        status = found.status if found.status != "passed" else "kept" if weights[item.id] else "not_chosen"
         rows.append(
             {
                 **asdict(found),
@@ -108,6 +111,7 @@ def _item_rows(
                 "question": item.question,
                 "source": item.source,
                 "stability": round(float(stability[item.id]), 6) if item.id in stability else None,
+                "weight": round(weights.get(item.id, 0.0), 9),
                 "target_correlation": _correlation(yes[:, k], target),
             }
         )

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from prefmill.checklist.optimize.elastic_net import shrunk_path
 from prefmill.checklist.optimize.lasso import path, solve
 from prefmill.checklist.optimize.moments import Array, Moments, squared_errors, variance, weighted_moments
 
 Papers = NDArray[np.int64]
+MODELS = ("chosen", "all_equal", "shrunk", "shrunk_signed")
 _SMALLEST_PENALTY = 0.02  # of the one that leaves no item
 
 
@@ -26,13 +28,19 @@ class Design:
 
 @dataclass(frozen=True)
 class SelectionRules:
-    """How strict the choice is; every number follows from these and the data."""
+    """How strict the choice is; every number follows from these and the data.
+
+    `shrink` tries weights for all items too, shrunk by an elastic net of `l1_ratio`, with `signed` also below zero.
+    """
 
     num_folds: int
     num_penalties: int
     num_bootstrap: int
     min_stability: float
     seed: int
+    shrink: bool = False
+    signed: bool = False
+    l1_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Selection:
 
     `penalties` [L, P, Q] and `errors` [L, P, Q] (mean squared, of the inner folds) with their standard errors;
     `chosen` [P, Q] the penalty's index; `stability` [P, Q, K] the share of bootstrap samples that chose the item;
-    `all_equal` [P, Q] where no choice did better than all items equal; `coefficients` [P, Q, K] of the items kept.
+    `model` [P, Q] the place in MODELS of the one that predicts the inner folds best; its `coefficients` [P, Q, K].
     """
 
     penalties: Array
@@ -49,7 +57,7 @@ class Selection:
     error_ses: Array
     chosen: NDArray[np.int64]
     stability: Array
-    all_equal: NDArray[np.bool_]
+    model: NDArray[np.int64]
     coefficients: Array
 
 
@@ -60,7 +68,8 @@ def select(design: Design, targets: Array, training: Array, rules: SelectionRule
     (Hastie, Tibshirani and Friedman 2009, section 7.10); an item is kept when at least `min_stability` of the
     bootstrap samples of papers choose it at that penalty (Bach 2008); kept items are refitted by least squares.
     All of that is done in each inner fold too: where all items with equal weights predict the inner folds better
-    than what it chose there, no choice is made (equal weights are hard to beat with few data: Dawes 1979).
+    than what it chose there, no choice is made (equal weights are hard to beat with few data: Dawes 1979). With
+    `shrink`, all items with shrunk weights are taken where they predict these folds better by a standard error.
     """
     inner, held_out = _inner_sets(design.papers, training, rules)
     sets = np.vstack([training, inner])
@@ -78,12 +87,35 @@ def select(design: Design, targets: Array, training: Array, rules: SelectionRule
     stability = _stability(design, targets, sets, penalty, rules)
     kept = (stability >= rules.min_stability).astype(float)
     fitted, equal = solve(found.gram, found.cross, np.zeros_like(penalty), allowed=kept), _equal(found, design.spread)
-    fitted_error, equal_error = (
-        _by_fold(squared_errors(item[:, num_sets:], train, test), rules).mean(axis=-1) for item in (fitted, equal)
-    )
-    all_equal = equal_error < fitted_error
-    coefficients = np.where(all_equal[..., None], equal[:, :num_sets], fitted[:, :num_sets])
-    return Selection(penalties, errors, error_ses, chosen, stability[:, :num_sets], all_equal, coefficients)
+    models = [fitted, equal]
+    if rules.shrink:
+        signs = (False, True) if rules.signed else (False,)
+        models += [_shrunk(found, train, test, num_sets, rules, signed) for signed in signs]
+    folds = [_by_fold(squared_errors(item[:, num_sets:], train, test), rules) for item in models]
+    model = _best(folds, rules)
+    coefficients = np.take_along_axis(np.stack(models)[:, :, :num_sets], model[None, ..., None], axis=0)[0]
+    return Selection(penalties, errors, error_ses, chosen, stability[:, :num_sets], model, coefficients)
+
+
+def _shrunk(found: Moments, train: Moments, test: Moments, num_sets: int, rules: SelectionRules, signed: bool) -> Array:
+    """Coefficients [P, Q * (1 + F), K] of all items, shrunk as much as predicts a training set's inner folds best."""
+    solutions = shrunk_path(found.gram, found.cross, rules.l1_ratio, signed)
+    errors = np.stack([_by_fold(squared_errors(item[:, num_sets:], train, test), rules).mean(-1) for item in solutions])
+    best = errors.argmin(axis=0)
+    place = np.hstack([best, np.repeat(best, rules.num_folds, axis=1)])
+    result: Array = np.take_along_axis(solutions, place[None, ..., None], axis=0)[0]
+    return result
+
+
+def _best(folds: list[Array], rules: SelectionRules) -> NDArray[np.int64]:
+    """The model [P, Q] by errors [P, Q, F] of each: a later one must be better, a shrunk one by a standard error."""
+    model: NDArray[np.int64] = (folds[1].mean(axis=-1) < folds[0].mean(axis=-1)).astype(np.int64)
+    best = np.where(model[..., None], folds[1], folds[0])
+    for place, errors in enumerate(folds[2:], 2):
+        gain = best - errors
+        surely = gain.mean(axis=-1) > gain.std(axis=-1, ddof=1) / np.sqrt(rules.num_folds)
+        model, best = np.where(surely, place, model), np.where(surely[..., None], errors, best)
+    return model
 
 
 def assign_inner_folds(papers: Papers, training: Array, num_folds: int, seed: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from typing import Any
 from prefmill.core.files import digest_json, digest_path, write_atomic
 
 RECORD = "step.json"
-_VERSION = 1  # raise it when the same settings would give other content
+_VERSION = 2  # raise it when the same settings would give other content
 
 
 @dataclass(frozen=True)

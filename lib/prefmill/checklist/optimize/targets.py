@@ -1,4 +1,4 @@
-"""What items are chosen to predict: confidence, agreement with the decision, or people's labels."""
+"""What items are chosen to predict: confidence, the rating, agreement with the decision, or people's labels."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Any, Literal
 from prefmill.checklist.label_files import LabelFile
 from prefmill.core.errors import InputError
 
-Target = Literal["confidence", "decision_agreement", "labels"]
+Target = Literal["confidence", "rating", "decision_agreement", "labels"]
 COLUMNS = ("review_id", "label")
 
 
 def target_values(
     target: Target, reviews: Sequence[Mapping[str, Any]], accept_rating: float, labels: Mapping[str, float]
 ) -> dict[str, float]:
-    """The target of every review that has one, by review id; higher is better.
+    """The target of every review that has one, by review id; higher is better. `rating` is in points of 1 to 10.
 
     `decision_agreement` is 1 where the rating is at or above `accept_rating` exactly when the paper was accepted;
     papers without a decision and withdrawn ones, on which nobody decided, have none.
     """
     if target == "labels":
         return {row["review_id"]: labels[row["review_id"]] for row in reviews if row["review_id"] in labels}
+    if target == "rating":
+        return {row["review_id"]: float(row["rating"]) for row in reviews}
     if target == "confidence":
         return {row["review_id"]: float(row["confidence"]) for row in reviews if row["confidence"] is not None}
     decided = [row for row in reviews if row["decision"] not in (None, "withdrawn")]
