@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -17,6 +18,8 @@ from prefmill.training.config import TrainingConfig, start_model
 
 class SftConfig(TrainingConfig, ChatSource, TrainedTurns):
     """`modality` says which of build_datasets' datasets to train on; `dataset` names any other one."""
+
+    can_quantize: ClassVar[bool] = True
 
     modality: Modality = Field(
         "clean", description="dataset to train on: clean (text), clean_images (figures) or vision (page images)"

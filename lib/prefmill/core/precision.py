@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["bf16", "fp16", "fp32"]
+Quantization = Literal["4bit"]
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:

@@ -179,6 +179,7 @@ class _Reading:
         dora, adapter = self.take("use_dora", bool, False), self.take("adapter_name_or_path", str)
         modules = [name.strip() for name in target.split(",")] if isinstance(target, str) else target
         frozen = self._frozen(has_images)
+        self._quantization(kind)
         if kind == "full" and (frozen or adapter):
             raise ConfigError(
                 "prefmill trains the vision part too" if frozen else "an adapter is not trained as a whole model",
@@ -199,6 +200,19 @@ class _Reading:
         # rsLoRA scales by alpha over the root of the rank, LoRA by alpha over the rank.
         alpha = alpha * rank**0.5 if scaled else alpha
         self.config["lora"] = {"r": rank, "alpha": alpha, "use_dora": dora, "target_modules": modules}
+
+    def _quantization(self, kind: str) -> None:
+        """4 bits by bitsandbytes, their scales quantized too: what LLaMA-Factory's QLoRA is by default."""
+        bits, method = self.take("quantization_bit", int), self.take("quantization_method", str, "bnb")
+        double = self.take("double_quantization", bool, True)
+        if bits is None:
+            return
+        if bits != 4 or method not in ("bnb", "bitsandbytes") or not double or kind != "lora":
+            raise ConfigError(
+                "this quantization is not known", where=self.path, expected="4 bits by bnb, double, under an adapter",
+                got=f"{bits} bits by {method}, double_quantization {double}, {kind}", fix="leave quantization_bit out",
+            )  # fmt: skip
+        self.config["quantization"] = "4bit"
 
     def _go_on_with(self, adapter: str) -> None:
         if "," in adapter:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.core.precision import Precision
+from prefmill.core.precision import Precision, Quantization
 from prefmill.core.stage import Task
 from prefmill.training.adapter_folder import base_of, is_adapter, lora_of
 
@@ -45,12 +45,14 @@ class TrainingConfig(StrictConfig):
 
     `effective_batch_size` counts what one optimizer step sees over all ranks; accumulation follows from it.
     A stage that saves what ranks hold together sets `can_shard`, one that scores through a head or model call of its
-    own `own_head`, one that compiles its model itself `compiles_itself`.
+    own `own_head`, one that compiles its model itself `compiles_itself`, one whose frozen base may be `quantization:
+    4bit` under an adapter (QLoRA) `can_quantize`.
     """
 
     can_shard: ClassVar[bool] = True
     own_head: ClassVar[bool] = False
     compiles_itself: ClassVar[bool] = False
+    can_quantize: ClassVar[bool] = False
 
     model_name_or_path: str | None = Field(
         None, description="hub name or folder of the model to start from; leave it out where an input gives the model"
@@ -83,6 +85,9 @@ class TrainingConfig(StrictConfig):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     lora: LoraConfig | None = Field(
         None, description="train an adapter, {r: 16, alpha: 32}, and merge it; `lora.start`: one to go on with"
+    )
+    quantization: Quantization | None = later(
+        None, description="`4bit`: the frozen base in NF4 under `lora` (QLoRA, needs bitsandbytes); not sharded"
     )
     activation_checkpointing: bool = Field(False, description="less memory for about a third more time")
     deepspeed: ExternalPath | None = Field(
@@ -138,6 +143,18 @@ class TrainingConfig(StrictConfig):
             raise ValueError("fsdp and deepspeed both shard the model: give one of them")
         if (self.fsdp or self.deepspeed) and not self.can_shard:
             raise ValueError("this stage trains whole models: leave out fsdp and deepspeed")
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_frozen_base_is_quantized(self) -> TrainingConfig:
+        if self.quantization is None:
+            return self
+        if not self.can_quantize:
+            raise ValueError("this stage trains on whole weights: leave quantization out")
+        if self.lora is None:
+            raise ValueError("a quantized model cannot be trained itself: add a lora section")
+        if self.fsdp or self.deepspeed:
+            raise ValueError("a quantized base is whole on every rank: leave out fsdp and deepspeed")
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ class PreferenceConfig(TrainingConfig):
     """
 
     own_head: ClassVar[bool] = True
+    can_quantize: ClassVar[bool] = True
 
     learning_rate: float = Field(5e-6, gt=0)
     num_train_epochs: int = Field(2, ge=1)

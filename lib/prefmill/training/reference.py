@@ -67,6 +67,7 @@ def computed_as(config: TrainingConfig) -> dict[str, Any]:
     return {
         "precision": config.precision, "weights": weights_precision(config), "attention": config.attn_implementation,
         "fsdp": uses_fsdp(config), "deepspeed": config.deepspeed is not None,
+        **({"quantization": config.quantization} if config.quantization else {}),
     }  # fmt: skip
 
 

@@ -131,6 +131,11 @@ EXPECTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "freeze_multi_modal_projector": (
         {**PICTURES, "freeze_vision_tower": False, "freeze_multi_modal_projector": False}, {"lora": full()}
     ),
+    "quantization_bit": ({**LORA, "quantization_bit": 4}, {"quantization": "4bit"}),
+    "quantization_method": (
+        {**LORA, "quantization_bit": 4, "quantization_method": "bnb"}, {"quantization": "4bit"}
+    ),
+    "double_quantization": ({**LORA, "double_quantization": False}, {"quantization": None}),
     "ref_model": ({"ref_model": "x"}, {"ref_name": "x"}), "pref_beta": ({"pref_beta": 0.3}, {"beta": 0.3}),
     "pref_loss": ({"pref_loss": "ipo"}, {"loss_type": ["ipo_mean"]}),
     "pref_ftx": ({"pref_ftx": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
@@ -259,7 +264,9 @@ def test_a_key_without_effect_leaves_no_trace(key: str, tmp_path: Path) -> None:
         ({"dataset": "nosuch"}, "mine, sft, talks"), ({"dataset": "sft"}, "not one of preferences"),
         ({"dataset_dir": "nowhere"}, "run this in the folder"), ({"num_train_epochs": 1.5}, "whole epochs"),
         ({"lora_dropout": 0.1}, "lora_dropout"), ({"dataset": "clips", "stage": "sft"}, "this kind of dataset"),
-        ({"quantization_bit": 4, "use_muon": True}, "quantization_bit=4(.|\n)*use_muon"),
+        ({"fp8": True, "use_muon": True}, "fp8=True(.|\n)*use_muon"),
+        ({"quantization_bit": 4}, "4 bits by bnb(.|\n)*full"), ({**LORA, "quantization_bit": 8}, "8 bits by bnb"),
+        ({**LORA, "quantization_bit": 4, "double_quantization": False}, "double_quantization False"),
         ({"val_size": 100}, "val_size"), ({"pref_bco_weight": 1.0}, "pref_bco_weight=1.0: another loss"),
         ({"freeze_vision_tower": True}, "vision"),
     ],

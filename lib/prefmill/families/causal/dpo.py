@@ -156,6 +156,7 @@ def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> An
         revision=revision,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        quantization=config.quantization,
     )
     return as_scorer(model, config.layout, name)
 
@@ -190,11 +191,14 @@ def causal_rescoring(
     config: PreferenceConfig, groups: Sequence[Group], pad: int, reader: ImageReader | None
 ) -> Rescoring:
     """The shortest pairs' log-likelihoods; saved models are scored pairwise with plain attention in fp32."""
-    plain = config.model_copy(update={"precision": "fp32", "attn_implementation": None, "layout": "pairwise"})
+    fp32 = {"precision": "fp32", "attn_implementation": None, "layout": "pairwise", "quantization": None}
+    plain = config.model_copy(update=fp32)
     parts = shortest_pairs(groups, lambda group, pair: group.tokens_of(pair))
     families = [causal_family(given, pad, reader) for given in (plain, config)]
     score, live = (pair_scorer(family, groups, parts) for family in families)
-    return Rescoring(lambda name: load_policy(name, plain, config.revision), score, live)
+    return Rescoring(
+        lambda name: load_policy(name, plain, config.revision), score, live, config.quantization is not None
+    )
 
 
 def _one_by_one(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
-from prefmill.core.precision import Precision, torch_dtype
+from prefmill.core.precision import Precision, Quantization, torch_dtype
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.training.adapter_folder import is_adapter
 
@@ -54,10 +54,12 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The causal LM of `name_or_path` in `precision`, from safetensors only; raises InputError when it cannot load.
 
-    A model that also takes images is loaded with its vision part.
+    A model that also takes images is loaded with its vision part. With `quantization` its linear layers hold 4 bits a
+    weight and compute in `precision`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -65,16 +67,39 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
         kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        return kind.from_pretrained(
+        model: PreTrainedModel = kind.from_pretrained(
             name_or_path,
             dtype=torch_dtype(precision),
             revision=revision,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation or _own_attention(config),
             use_safetensors=True,
+            **({} if quantization is None else {"quantization_config": four_bit(precision)}),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _unloadable("model", name_or_path, error) from error
+    for module in model.modules() if quantization else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU bitsandbytes would repack weights in eval mode, and could not train on them again (0.50).
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def four_bit(precision: Precision) -> Any:
+    """4-bit NF4 weights with their scales quantized too (QLoRA, arXiv 2305.14314); raises InputError without it."""
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise InputError(
+            "quantization needs bitsandbytes", got="not installed", fix="install it, or leave quantization out"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype(precision),
+    )
 
 
 def _own_attention(config: Any) -> str | None:

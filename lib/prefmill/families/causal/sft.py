@@ -117,6 +117,7 @@ def _load(name: str, config: TrainingConfig, precision: Precision) -> Any:
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        quantization=config.quantization,
     )
 
 
@@ -132,7 +133,7 @@ def sft_rescoring(config: TrainingConfig, rows: Dataset, collate: Any) -> Rescor
         trust = config.trust_remote_code
         return load_model(name, precision="fp32", revision=config.revision, trust_remote_code=trust)
 
-    return Rescoring(load, score, score)
+    return Rescoring(load, score, score, config.quantization is not None)
 
 
 def _row_score(model: Any, row: Mapping[str, Any], collate: Any, device: torch.device) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, later, runtime
+from prefmill.core.precision import Quantization
 from prefmill.families.causal.templates import ChatTemplate
-from prefmill.families.mdlm.loading import Quantization
 from prefmill.training.config import TrainingConfig
 
 Sampling = Literal["balanced", "systematic", "iid", "inverse_t"]
@@ -38,12 +38,15 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     """
 
     own_head: ClassVar[bool] = True
+    can_quantize: ClassVar[bool] = True
     OTHER_NAMES: ClassVar[dict[str, str]] = {  # shown by --help; `_other_names` converts their values
         "use_mixed_precision": "precision",
         "gradient_accumulation_steps": "effective_batch_size",
         "preference_data_path": "dataset",
     }
 
+    # In the identity at its default too, as it was before other stages had the key.
+    quantization: Quantization | None = Field(None, description="`4bit`: an NF4 base (needs bitsandbytes and `lora`)")
     per_device_train_batch_size: int = Field(1, ge=1)
     num_train_epochs: int = Field(3, ge=1)
     diffusion_steps: int | Literal["auto"] = Field(
@@ -87,10 +90,6 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
             raise ValueError("diffusion_steps is a number from 1 on, or auto")
         if self.diffusion_steps == "auto" and self.max_diffusion_steps & (self.max_diffusion_steps - 1):
             raise ValueError("max_diffusion_steps must be a power of two: auto halves and doubles the draws")
-        if self.quantization is not None and self.lora is None:
-            raise ValueError("a quantized model cannot be trained itself: add a lora section")
-        if self.quantization is not None and (self.fsdp or self.deepspeed):
-            raise ValueError("a quantized model is held whole on every GPU: leave out fsdp and deepspeed")
         return self
 
     @property

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.precision import Precision, torch_dtype
-from prefmill.families.causal.loading import load_tokenizer, require_folder
+from prefmill.core.precision import Precision, Quantization, torch_dtype
+from prefmill.families.causal.loading import four_bit, load_tokenizer, require_folder
 from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from datetime import date
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Quantization = Literal["4bit"]
 
 
 def check_remote_code(trust: bool, name: str, revision: str | None) -> None:
@@ -155,7 +153,7 @@ def _load(
 
     from prefmill.families.mdlm import native  # noqa: F401 - the Auto classes know LLaDA and Dream from here on
 
-    extra = {} if quantization is None else {"quantization_config": _four_bit(precision)}
+    extra = {} if quantization is None else {"quantization_config": four_bit(precision)}
     require_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
@@ -209,15 +207,3 @@ def _check_complete(model: Any, info: Mapping[str, Any], name: str) -> None:
             expected="every weight in its files, every buffer computed",
             fix="its code does not run on this transformers: give a model named in docs/stages/mdlm_sft.md",
         )  # fmt: skip
-
-
-def _four_bit(precision: Precision) -> Any:
-    """4-bit NF4 weights with their scales quantized too (QLoRA, arXiv 2305.14314)."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch_dtype(precision),
-    )
