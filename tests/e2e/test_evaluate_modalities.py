@@ -138,7 +138,7 @@ def test_people_are_compared_on_the_same_papers(corpus: Artifact, base: Path, tm
 
 def test_what_cannot_see_is_refused(corpus: Artifact, tmp_path: Path) -> None:
     blind = save_tiny_qwen2(tmp_path / "blind")
-    with pytest.raises(InputError, match="a model of text alone cannot see these images"):
+    with pytest.raises(InputError, match="this model cannot be shown images"):
         evaluate(corpus, blind, tmp_path, modality="vision")
 
 

@@ -123,7 +123,7 @@ def _reader(source: ModelSource, tokenizer: PreTrainedTokenizerBase, writing: Wr
     reader = open_reader(source.name_or_path, tokenizer, writing.limits, families=WRITING, **source.origin)
     if reader is None:
         raise InputError(
-            "a model of text alone cannot see these images", where=source.name_or_path, got=writing.modality,
+            "this model cannot be shown images", where=source.name_or_path, got=writing.modality,
             fix="evaluate a vision-language model such as Qwen2.5-VL, or use modality: clean",
         )  # fmt: skip
     return reader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 ADAPTER = "adapter"  # its folder in the artifact
 
 
-def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
-    """`model` with the adapter that `config.lora` asks for, or unchanged."""
+def add_adapter(model: PreTrainedModel, config: TrainingConfig, frozen: Sequence[str] = ()) -> Any:
+    """`model` with the adapter that `config.lora` asks for, none on the modules called `frozen`; or unchanged."""
     if config.lora is None:
         return model
     import peft
@@ -41,6 +42,7 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig) -> Any:
                 lora_dropout=0.0,
                 use_dora=config.lora.use_dora,
                 target_modules=config.lora.target_modules,
+                exclude_modules=list(frozen) or None,
             ),
         )
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from prefmill.core.config import later
-from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.image_limits import FrozenParts, ImageLimits
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.training.bad_rows import RowPolicy
 
 TrainOn = Literal["completion", "last_turn", "all_assistant_turns"]
 
 
-class ChatRows(ChatTemplate, ImageLimits, RowPolicy):
-    """What `dpo` and `sft` say of their rows: the template, the bounds on images, and what becomes of bad rows."""
+class ChatRows(ChatTemplate, ImageLimits, FrozenParts, RowPolicy):
+    """What `dpo` and `sft` say of their rows: the template, bounds on images and what they train, and of bad rows."""
 
 
 class TrainedTurns(ChatRows):

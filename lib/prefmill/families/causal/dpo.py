@@ -21,6 +21,7 @@ from prefmill.families.causal.chat import encode
 from prefmill.families.causal.chat_rows import ChatRows
 from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.families.causal.image_batches import add_images
+from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.load_check import as_scorer
@@ -34,6 +35,7 @@ from prefmill.families.causal.scorer import (
 )
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
+from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter, put_on
 from prefmill.training.bad_rows import BadRows
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
@@ -82,10 +84,11 @@ def train_dpo(
     objective = mix(config.loss_type, config.loss_weights, settings, Family.supplies)
     check_reference(config, objective, policy, tokenizer)
     rescoring = causal_rescoring(config, groups, tokenizer.pad_token_id, reader)
+    processor = reader or KeptProcessor(tokenizer, policy, config.revision)
     spec = TrainingSpec(
         config=config,
         task=task,
-        load=lambda: add_adapter(load_policy(policy, config, config.revision), config),
+        load=lambda: load_trained(policy, config, rows, any(group.images for group in groups)),
         data=Preferences(
             train=PreferenceData(groups, None, _plan(groups, config)),
             val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
@@ -93,8 +96,8 @@ def train_dpo(
             objective=objective,
             settings=settings,
         ),
-        processor=reader or tokenizer,
-        publish=lambda trainer: publish(trainer, reader or tokenizer, config, task, policy, rescoring),
+        processor=processor,
+        publish=lambda trainer: publish(trainer, processor, config, task, policy, rescoring),
         reference=partial(_reference, task, groups, held_out, tokenizer, config, reader)
         if objective.needs_reference
         else None,
@@ -142,10 +145,16 @@ def _placed(pair: PreferencePair, reader: ImageReader | None) -> PreferencePair:
     """`pair` with its images where their markers stand."""
     if pair.images and reader is None:
         raise InputError(
-            "a model of text alone cannot see these images", where=f"pair {pair.pair_id}", got=pair.images[0],
+            "this model cannot be shown images", where=f"pair {pair.pair_id}", got=pair.images[0],
             fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
         )  # fmt: skip
     return replace(pair, messages=with_images(pair.messages, pair.images))
+
+
+def load_trained(name: str, config: PreferenceConfig, parts: FrozenParts, with_images: bool) -> Any:
+    """The model to tune with its adapter, its frozen parts without gradient and without one."""
+    model = load_policy(name, config, config.revision)
+    return add_adapter(model, config, freeze(model, parts, with_images))
 
 
 def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> Any:

@@ -1,10 +1,10 @@
-"""Bounds on the pixels of images, as configuration."""
+"""Bounds on the pixels of images, and which parts of a model with a vision part are trained, as configuration."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.core.config import StrictConfig
+from prefmill.core.config import StrictConfig, later
 
 
 class ImageLimits(StrictConfig):
@@ -16,3 +16,18 @@ class ImageLimits(StrictConfig):
     max_pixels: int | None = Field(
         None, ge=784, description="images are scaled down to this many pixels; none: the limit of the model's processor"
     )
+
+
+class FrozenParts(StrictConfig):
+    """Which parts of a model that also takes images stay as they are: its encoder, its way to the text, the text part.
+
+    None is frozen where no row has an image, and trained where one has.
+    """
+
+    freeze_vision_tower: bool | None = later(
+        None, description="keep the encoder of images as it is; none: where no row has an image"
+    )
+    freeze_projector: bool | None = later(
+        None, description="keep the layers that bring images to the text; none: where no row has an image"
+    )
+    freeze_language_model: bool = later(False, description="keep the text part and its head as they are")

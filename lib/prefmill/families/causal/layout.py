@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.other_reference import reference_parts
+from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.preference_config import PreferenceConfig
 
 # Found by the load check alone, with weights at hand (docs/models.md): a mixer that starts from no state, layers that
@@ -49,10 +50,9 @@ def _why_not_group(name: str, revision: str | None, config: PreferenceConfig) ->
     found = AutoConfig.from_pretrained(name, revision=revision, **options)
     if found.model_type in _PAIRWISE_ONLY:
         return f"a model of type {found.model_type} cannot share prompts"
-    kind = AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            use_group_attention(kind.from_config(found, **options))
+            use_group_attention(auto_class(found).from_config(found, **options))
     except ConfigError as error:
         got = error.details["got"]
         return error.what.removeprefix("layout: ") + (f" ({got})" if got else "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision, Quantization, torch_dtype
 from prefmill.families.causal.templates import ChatTemplate
+from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.adapter_folder import is_adapter
 
 if TYPE_CHECKING:
@@ -61,13 +62,12 @@ def load_model(
     A model that also takes images is loaded with its vision part. With `quantization` its linear layers hold 4 bits a
     weight and compute in `precision`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     require_folder(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        model: PreTrainedModel = kind.from_pretrained(
+        model: PreTrainedModel = auto_class(config).from_pretrained(
             name_or_path,
             dtype=torch_dtype(precision),
             revision=revision,

@@ -23,9 +23,11 @@ from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.families.causal.chat import encode_turns
 from prefmill.families.causal.chat_rows import TrainedTurns
+from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
+from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter
 from prefmill.training.arguments import trainer_arguments
@@ -65,13 +67,14 @@ def train_sft(
     parts = [part for part in (chats.train, chats.val) if part is not None]
     check_positions(model_name, (len(ids) for part in parts for ids in part["input_ids"]), config)
     rescoring = sft_rescoring(config, chats.train, chats.collate)
+    processor = reader or KeptProcessor(tokenizer, model_name, config.revision)
     spec = TrainingSpec(
         config=config,
         task=task,
-        load=lambda: add_adapter(_load(model_name, config, weights_precision(config)), config),
+        load=lambda: _load_trained(model_name, config, turns, any(chats.train["image_paths"]) if reader else False),
         data=chats,
-        processor=reader or tokenizer,
-        publish=lambda trainer: publish(trainer, reader or tokenizer, config, task, model_name, rescoring),
+        processor=processor,
+        publish=lambda trainer: publish(trainer, processor, config, task, model_name, rescoring),
         counts={"train_rows": len(chats.train)},
         logged={"val_loss": "eval_loss"},
     )
@@ -108,6 +111,11 @@ class Chats:
         trainer.model_accepts_loss_kwargs = True
         check_every_step(trainer)
         return trainer
+
+
+def _load_trained(name: str, config: TrainingConfig, parts: FrozenParts, with_images: bool) -> Any:
+    model = _load(name, config, weights_precision(config))
+    return add_adapter(model, config, freeze(model, parts, with_images))
 
 
 def _load(name: str, config: TrainingConfig, precision: Precision) -> Any:
@@ -162,7 +170,7 @@ def load_chats(
         images = [str(path.parent.parent / name) for name in row.get("images", ())]
         if images and reader is None:
             raise InputError(
-                "a model of text alone cannot see these images", where=f"{path}, row {row['id']}", got=images[0],
+                "this model cannot be shown images", where=f"{path}, row {row['id']}", got=images[0],
                 fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
             )  # fmt: skip
         with bad.row(f"{path.parent.name}, row {row['id']}"):

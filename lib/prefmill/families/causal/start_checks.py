@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.config import TrainingConfig
 
 
@@ -43,10 +44,9 @@ def _config(name: str, config: TrainingConfig) -> Any:
 
 
 def _try_attention(name: str, found: Any, config: TrainingConfig) -> None:
-    kind = AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
     try:
         with torch.device("meta"):  # no memory, no weights: the constructor alone decides
-            kind.from_config(
+            auto_class(found).from_config(
                 found, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
             )
     except (ValueError, ImportError) as error:
