@@ -2,6 +2,7 @@
 
     python -m benchmarks.dpo_step REVIEWS [--prompt-tokens 4000] [--response-tokens 150] [--groups 2] [--repeats 5]
     python -m benchmarks.dpo_step REVIEWS --short              # prompts of 100 tokens
+    python -m benchmarks.dpo_step REVIEWS --layers window      # of 512; or hybrid: three of four with a state
     python -m benchmarks.dpo_step REVIEWS --gpu --prompt-tokens 16000 --response-tokens 600
 
 REVIEWS is a JSONL of reviews, plain or .gz. Groups are accepted papers as they are there: which reviews beat which by
@@ -10,7 +11,9 @@ corpus' mean of pairs and responses. Their texts are random words: speed depends
 pairs, dtype and threads on all sides, in one process, in turns; an epoch is the reference's scores, then forward,
 backward and AdamW over all pairs. TRL runs with every setting of `TRL_SETTINGS` once, and then with its fastest.
 Peak memory is what a fresh process adds to what it held before its first score. The last line is for machines: how many
-times more pairs a second than TRL. Targets: 10 (2.5 with --short), 1.5 beside pair-wise sharing, a third of the memory.
+times more pairs a second than TRL. Targets: 11 (2.5 with --short, 4 with --layers), 1.5 beside pair-wise sharing, a
+third of the memory. The share of the machine's peak counts a step's products (of attention half of each square) against
+the fastest fp32 product of two matrices of 2048 in the same run.
 """
 
 from __future__ import annotations
@@ -41,6 +44,13 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "batch 4": {"per_device_train_batch_size": 4},
     "batch 4, checkpointing": {"per_device_train_batch_size": 4, "gradient_checkpointing": True},
 }
+LAYERS: dict[str, dict[str, Any]] = {  # model_type and its keys, beside those of every size
+    "full": {"model_type": "qwen2", "attention_dropout": 0.0},
+    "window": {"model_type": "mistral", "sliding_window": 512, "head_dim": 64},
+    "hybrid": {"model_type": "qwen3_5_text", "head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+               "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+               "layer_types": ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 2},
+}  # fmt: skip
 OURS, PAIR_ONLY = "group layout", "shared within a pair"
 
 
@@ -52,6 +62,7 @@ class Setting:
     pairs: list[list[tuple[int, int]]]
     prompt_tokens: int
     gpu: bool
+    layers: str = "full"
 
     @property
     def num_pairs(self) -> int:
@@ -77,10 +88,11 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--short", action="store_true", help="prompts of 100 tokens")
+    parser.add_argument("--layers", choices=list(LAYERS), default="full")
     parser.add_argument("--gpu", action="store_true", help="Qwen2.5-3B's shape in bf16 on the first GPU")
     given = parser.parse_args()
     setting = draw(given.reviews, given.groups, 100 if given.short else given.prompt_tokens, given.response_tokens)
-    setting = replace(setting, gpu=given.gpu)
+    setting = replace(setting, gpu=given.gpu, layers=given.layers)
     responses = sum(map(len, setting.lengths))
     print(f"{given.groups} papers, {setting.num_pairs} pairs, {responses} responses of {given.response_tokens} tokens "
           f"on average, prompts of {setting.prompt_tokens}; {torch.get_num_threads()} threads", flush=True)  # fmt: skip
@@ -117,17 +129,18 @@ def _shape(reviews: Sequence[tuple[float, int]]) -> tuple[list[int], list[tuple[
 
 
 def create_model(setting: Setting) -> Any:
-    """A Qwen2 with random weights: 6 layers, 256 wide, 8,000 words; on a GPU of Qwen2.5-3B's shape."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """A model with random weights: 6 layers, 256 wide, 8,000 words; on a GPU of Qwen2.5-3B's shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     small = {"vocab_size": 8000, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,
              "num_key_value_heads": 2, "intermediate_size": 768}  # fmt: skip
     large = {"vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
              "num_key_value_heads": 2, "intermediate_size": 11_008}  # fmt: skip
+    given = (large if setting.gpu else small) | LAYERS[setting.layers]
     torch.manual_seed(0)
-    config = Qwen2Config(**(large if setting.gpu else small), tie_word_embeddings=True, max_position_embeddings=32_768,
-                         attention_dropout=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
-    model = Qwen2ForCausalLM(config)
+    config = AutoConfig.for_model(**given, tie_word_embeddings=True, max_position_embeddings=32_768,
+                                  bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
     return model.to("cuda", torch.bfloat16) if setting.gpu else model
 
 
@@ -264,11 +277,7 @@ def measure(setting: Setting, best: str, repeats: int) -> tuple[dict[str, Runner
 
 
 def _timed(setting: Setting, work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    if setting.gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return _seconds(lambda: (work(), torch.cuda.synchronize() if setting.gpu else None))
 
 
 def peak_memory(setting: Setting, name: str) -> float:
@@ -325,12 +334,33 @@ def report(
         print(f"{title:<26} {rates[name]:8.3f} pairs/s; reference {min(seconds[name]['cache']):7.2f} s, step "
               f"{min(seconds[name]['step']):7.2f} s; epoch {min(epochs):.2f} to {max(epochs):.2f} s; "
               f"{runner.tokens} tokens, {memory[name]:.2f} GB")  # fmt: skip
+    if not setting.gpu:
+        print(f"{OURS}: {_share_of_peak(runners[OURS].step, min(seconds[OURS]['step']))}")
     tokens = runners[best].tokens / runners[OURS].tokens
     print(f"max |delta logp| {difference:.1e}; tokens {tokens:.2f}x fewer than TRL; step alone "
           f"{min(seconds[best]['step']) / min(seconds[OURS]['step']):.2f}x TRL's speed")  # fmt: skip
     print(f"memory: {memory[OURS] / memory[best]:.2f} of TRL's (target: at most 0.33)")
     print(f"beside sharing within a pair: {rates[OURS] / rates[PAIR_ONLY]:.2f}x (target: 1.5)")
     print(f"ratio: {rates[OURS] / rates[best]:.2f}")
+
+
+def _share_of_peak(step: Callable[[], None], seconds: float) -> str:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    left, right = torch.randn(2, 2048, 2048)
+    fastest = min(_seconds(lambda: left @ right) for _ in range(10))
+    peak = 2 * 2048**3 / fastest
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count / (2 if "attention" in str(kind) else 1) for kind, count in counts.items())
+    return f"{products / seconds / peak:.0%} of this machine's peak of {peak / 1e9:.0f} GFLOP/s in products"
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
