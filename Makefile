@@ -29,7 +29,7 @@ SWEEP ?= configs/pipelines/sweep.yaml
 ARGS ?=
 RUN_IMAGES = $(BIN)/prefmill run $(IMAGES) $(ARGS)
 
-.PHONY: help install install-gpu demo test test-quick test-timing test-faults test-gpu bench-gpu lint vllm lock lock-gpu slurm-up slurm-down
+.PHONY: help install install-gpu demo test test-quick test-timing test-faults test-gpu bench-gpu coverage docs lint vllm lock lock-gpu slurm-up slurm-down
 .PHONY: all generate annotate build-pairs train-reward train-dspo sweep
 .DEFAULT_GOAL := help
 
@@ -62,6 +62,12 @@ test-gpu: $(VENV)/.installed ## One GPU, ten minutes, no download; after `make i
 
 bench-gpu: $(VENV)/.installed ## The decisive figures of one GPU, into benchmarks/results
 	$(BIN)/python -m benchmarks.gpu
+
+coverage: $(VENV)/.installed ## The share of the code that the quick tests run, a line each for what they leave out
+	$(BIN)/pytest -q -m "not slow" --numprocesses 2 $(SHARED) --cov=prefmill --cov=stages --cov-report=term-missing:skip-covered
+
+docs: $(VENV)/.installed ## The documentation as a site, into site/; a link that leads nowhere fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(VENV)/.installed ## ruff, mypy, and the layers of the library
 	$(BIN)/ruff check .
