@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 UV_VERSION := 0.13.8
 REVIEWS ?=
+MODEL ?=
 ifeq ($(REVIEWS),)
 DEMO := configs/pipelines/demo.yaml
 else
-DEMO := configs/pipelines/demo_reviews.yaml 'ingest_reviews.sources=[{format: jsonl, path: "$(REVIEWS)"}]'
+DEMO := configs/pipelines/demo_$(if $(MODEL),model,reviews).yaml 'ingest_reviews.sources=[{format: jsonl, path: "$(REVIEWS)"}]' \
+  $(if $(MODEL),'sft.model_name_or_path=$(MODEL)' 'evaluate.model_name_or_path=$(MODEL)')
 endif
 
 # uv does not read pip's settings: pass on where wheels lie on disk.
@@ -40,7 +42,7 @@ install: $(VENV)/.installed ## The environment alone, in .venv
 
 install-gpu: $(VENV)/.installed-gpu ## The environment for NVIDIA GPUs: CUDA builds of torch and vLLM
 
-demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE takes real reviews
+demo: $(VENV)/.installed ## The review pipeline on this machine; REVIEWS=FILE takes real reviews, MODEL=NAME with them a real model
 	$(BIN)/prefmill run $(DEMO)
 
 test: $(VENV)/.installed-vllm lint ## Every test this machine can run

@@ -43,6 +43,7 @@ STAGE = Stage(
     config=BuildImagePairsConfig,
     run=run,
     root="data",
+    on="images",
     writes="image_pairs",
     reads={"ratings": Reads("image_ratings", "rate_images", optional=True)},
 )

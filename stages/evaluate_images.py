@@ -77,6 +77,7 @@ STAGE = Stage(
     config=EvaluateImagesConfig,
     run=run,
     root="data",
+    on="images",
     writes="image_evaluation",
     reads={
         "tuned": Reads("image_checkpoint", "sdxl_dpo", match="elementwise"),

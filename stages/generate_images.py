@@ -59,6 +59,7 @@ STAGE = Stage(
     config=GenerateImagesConfig,
     run=run,
     root="data",
+    on="images",
     writes="generated_images",
     reads={"model": Reads("checkpoint", optional=True), "tuned": Reads("image_checkpoint", optional=True)},
     preload=("torch", "transformers", "diffusers"),

@@ -37,6 +37,7 @@ STAGE = Stage(
     config=RateImagesConfig,
     run=run,
     root="data",
+    on="images",
     writes="image_ratings",
     reads={
         "images": Reads("generated_images", "generate_images", optional=True),

@@ -101,6 +101,7 @@ STAGE = Stage(
     config=ReportConfig,
     run=run,
     root="data",
+    on="both",
     writes="report",
     result="report.html",
     names_run=True,

@@ -42,6 +42,7 @@ STAGE = Stage(
     config=SdxlDpoConfig,
     run=run,
     root="checkpoints",
+    on="images",
     trains=True,
     writes="image_checkpoint",
     reads={

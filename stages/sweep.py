@@ -23,6 +23,7 @@ STAGE = Stage(
     config=SweepConfig,
     run=run,
     root="checkpoints",
+    on="both",
     writes="sweep",
     result="sweep.html",
     reads={

@@ -30,6 +30,7 @@ STAGE = Stage(
     config=TinyImageModelConfig,
     run=run,
     root="checkpoints",
+    on="images",
     writes="checkpoint",
     preload=("torch", "transformers", "diffusers"),
 )

@@ -26,7 +26,9 @@ def run(config: ToyImagePairsConfig, task: Task) -> Metrics:
     )
 
 
-STAGE = Stage(name="toy_image_pairs", config=ToyImagePairsConfig, run=run, root="data", writes="image_pairs")
+STAGE = Stage(
+    name="toy_image_pairs", config=ToyImagePairsConfig, run=run, root="data", on="images", writes="image_pairs"
+)
 
 if __name__ == "__main__":
     from prefmill.cli.stage import main

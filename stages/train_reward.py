@@ -77,6 +77,7 @@ STAGE = Stage(
     config=TrainRewardConfig,
     run=run,
     root="checkpoints",
+    on="images",
     trains=True,
     writes="reward_model",
     reads={

@@ -1,4 +1,4 @@
-"""python -m tests.docs.diagrams writes docs/images/flow.svg and layers.svg: the stages and the library, from the code."""
+"""python -m tests.docs.diagrams writes the drawings of docs/images: the stages and the library, from the code."""
 
 from __future__ import annotations
 

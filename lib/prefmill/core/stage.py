@@ -6,7 +6,7 @@ import importlib
 import json
 import pkgutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from graphlib import TopologicalSorter
@@ -143,6 +143,7 @@ class Stage(Generic[ConfigT]):
     result: str | None = None
     trains: bool = False
     names_run: bool = False
+    on: Literal["text", "images", "both"] = "text"
 
     @property
     def summary(self) -> str:
@@ -177,15 +178,28 @@ def describe_stages(markdown: bool = False) -> str:
         for name, stage in stages.items()
     }
     ordered = [stages[str(name)] for name in TopologicalSorter(graph).static_order()]
-    if markdown:
-        rows = [
-            f"| [{stage.name}](docs/stages/{stage.name}.md) | {stage.summary} | {_inputs(stage)} | `{stage.writes}` |"
-            for stage in ordered
-        ]
-        return "\n".join(["| stage | what it does | reads | writes |", "|---|---|---|---|", *rows])
-    return "\n".join(
-        f"{stage.name:<20} {stage.summary}\n{'':<20} reads {_inputs(stage)}; writes {stage.writes}" for stage in ordered
-    )
+    parts = {title: [stage for stage in ordered if stage.on == on] for on, title in _SUBJECTS.items()}
+    return "\n\n".join((_table if markdown else _list)(title, part) for title, part in parts.items())
+
+
+_SUBJECTS = {"text": "Text", "images": "Images", "both": "Text and images"}
+
+
+def _table(title: str, stages: Sequence[Stage[Any]]) -> str:
+    rows = [
+        f"| [{stage.name}](docs/stages/{stage.name}.md) | {stage.summary} | {_inputs(stage)} | `{stage.writes}` |"
+        for stage in stages
+    ]
+    return "\n".join([f"| {title.lower()} | what it does | reads | writes |", "|---|---|---|---|", *rows])
+
+
+def _list(title: str, stages: Sequence[Stage[Any]]) -> str:
+    width = 20
+    lines = [
+        f"{stage.name:<{width}} {stage.summary}\n{'':<{width}} reads {_inputs(stage)}; writes {stage.writes}"
+        for stage in stages
+    ]
+    return "\n".join([f"{title}:", *lines])
 
 
 def _inputs(stage: Stage[Any]) -> str:
