@@ -76,10 +76,10 @@ def causal_step() -> tuple[Family, Any, Any]:
 def diffusion_step() -> tuple[Family, Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from prefmill.families.mdlm.family import Drawing, LiveVariance, preference_family
+    from prefmill.families.mdlm.family import Drawing, LiveVariance, diffusion_family
     from prefmill.families.mdlm.scorer import patch_forward
 
-    family = preference_family(Drawing(2, "balanced", 0), LiveVariance(2, 0.5, 0.05))
+    family = diffusion_family(Drawing(2, "balanced", 0), LiveVariance(2, 0.5, 0.05))
     model = LlamaForCausalLM(LlamaConfig(**TINY, is_causal=False))
     return family, patch_forward(model, mask_token_id=NUM_TOKENS), family.encode(toy_pairs(2), PARTS, 0)
 
