@@ -149,7 +149,7 @@ def _load(
     name: str, precision: Precision, revision: str | None, trust: bool, attention: str | None,
     quantization: Quantization | None,
 ) -> Any:  # fmt: skip
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from prefmill.families.mdlm import native  # noqa: F401 - the Auto classes know LLaDA and Dream from here on
 
@@ -157,10 +157,11 @@ def _load(
     require_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
-        # Dream's kin register themselves under AutoModel only.
+        # BERT, ModernBERT and EuroBERT fill masks by a head of their own; Dream's kin are under AutoModel only.
         known = getattr(config, "auto_map", None) or {}
-        is_ours = type(config) in AutoModelForCausalLM._model_mapping
-        auto = AutoModelForCausalLM if is_ours or "AutoModelForCausalLM" in known or not known else AutoModel
+        is_causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in known or not known
+        auto = AutoModelForCausalLM if is_causal else AutoModel
+        auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else auto
         with uninitialised_is_nan():
             model, info = auto.from_pretrained(
                 name, config=config, revision=revision, trust_remote_code=trust, dtype=torch_dtype(precision),

@@ -23,7 +23,16 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from prefmill.core.errors import InputError
+from prefmill.families.mdlm.as_published import AsPublished, require_fixed
+from prefmill.families.mdlm.native_moe import (
+    CONVERSIONS,
+    Llada2Config,
+    Llada2ForCausalLM,
+    LladaMoeConfig,
+    LladaMoeForCausalLM,
+    OlderLladaMoeConfig,
+    OlderLladaMoeForCausalLM,
+)
 
 # What LLaDA calls each key of LlamaConfig (its configuration descends from OLMo's).
 _LLADA_KEYS = {
@@ -65,52 +74,21 @@ _LLADA_NAMES = {
 _IDS = ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id")
 
 
-class _AsPublished:
-    """A configuration read from, and written back as, the form its model was published in."""
-
-    published: dict[str, Any]
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration of a published config.json; raises InputError for what the module cannot do."""
-        read: Any = super().from_dict(cls.translate(config_dict), **kwargs)  # type: ignore[misc]
-        config = read[0] if isinstance(read, tuple) else read
-        config.is_causal, config.published = False, dict(config_dict)
-        return read
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What save_pretrained writes: the published keys with the values they had, and the weights' dtype."""
-        mine: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
-        if not hasattr(self, "published"):
-            return mine
-        known = ("dtype", "transformers_version", "quantization_config")
-        return {**self.published, **{key: mine[key] for key in known if key in mine}}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of transformers' own class."""
-        return {key: value for key, value in super().to_dict().items() if key != "published"}  # type: ignore[misc]
-
-    @classmethod
-    def translate(cls, published: Mapping[str, Any]) -> dict[str, Any]:
-        """The same configuration in the words of transformers' class."""
-        return dict(published)
-
-
-class LladaConfig(_AsPublished, LlamaConfig):
+class LladaConfig(AsPublished, LlamaConfig):
     """LLaDA's configuration (arXiv 2502.09992) as a Llama's."""
 
     model_type = "llada"
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As published; LLaDA-MoE goes by the same model type and is told by its experts."""
+        kind: Any = LladaMoeConfig if "num_experts" in config_dict else super()
+        return kind.from_dict(config_dict, **kwargs)
+
+    @classmethod
     def translate(cls, published: Mapping[str, Any]) -> dict[str, Any]:
         """LLaDA's keys as LlamaConfig's; raises InputError for a block that is not Llama's."""
-        for key, expected in _LLADA_FIXED.items():
-            if published.get(key, expected) != expected:
-                raise InputError(
-                    "this LLaDA is built in another way than the published ones", where="config.json",
-                    got=f"{key}: {published[key]}", expected=f"{key}: {expected}",
-                    fix="load it by its own code: trust_remote_code=true and a pinned revision",
-                )  # fmt: skip
+        require_fixed(published, _LLADA_FIXED)
         keys: dict[str, Any] = {
             ours: published[theirs] for ours, theirs in _LLADA_KEYS.items() if published.get(theirs) is not None
         }
@@ -127,7 +105,7 @@ class LladaForCausalLM(LlamaForCausalLM):
     config_class = LladaConfig
 
 
-class DreamConfig(_AsPublished, Qwen2Config):
+class DreamConfig(AsPublished, Qwen2Config):
     """Dream's configuration (arXiv 2508.15487), also DiffuCoder's: Qwen2's own keys."""
 
     model_type = "Dream"
@@ -139,7 +117,7 @@ class DreamForCausalLM(Qwen2ForCausalLM):
     config_class = DreamConfig
 
 
-class A2dQwen2Config(_AsPublished, Qwen2Config):
+class A2dQwen2Config(AsPublished, Qwen2Config):
     """A Qwen2 that was converted to masked diffusion, as the library dllm writes it."""
 
     model_type = "a2d-qwen2"
@@ -151,7 +129,7 @@ class A2dQwen2ForCausalLM(Qwen2ForCausalLM):
     config_class = A2dQwen2Config
 
 
-class A2dQwen3Config(_AsPublished, Qwen3Config):
+class A2dQwen3Config(AsPublished, Qwen3Config):
     """A Qwen3 that was converted to masked diffusion, as the library dllm writes it."""
 
     model_type = "a2d-qwen3"
@@ -168,12 +146,15 @@ MODELS: tuple[tuple[Any, Any], ...] = (
     (DreamConfig, DreamForCausalLM),
     (A2dQwen2Config, A2dQwen2ForCausalLM),
     (A2dQwen3Config, A2dQwen3ForCausalLM),
+    (LladaMoeConfig, LladaMoeForCausalLM),
+    (OlderLladaMoeConfig, OlderLladaMoeForCausalLM),
+    (Llada2Config, Llada2ForCausalLM),
 )
 SHIFTED = ("Dream",)  # the output at a place is for the token after it
 
 for _config, _model in MODELS:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
-register_checkpoint_conversion_mapping(
-    "llada", [WeightRenaming(theirs, ours) for theirs, ours in _LLADA_NAMES.items()], overwrite=True
-)
+_LLADA = [WeightRenaming(theirs, ours) for theirs, ours in _LLADA_NAMES.items()]
+for _name, _steps in {"llada": _LLADA, **CONVERSIONS}.items():
+    register_checkpoint_conversion_mapping(_name, _steps, overwrite=True)
