@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -108,9 +109,9 @@ def play(scene: Scene, name: str, calm: dict[str, str]) -> list[str]:
     problems: list[str] = []
     try:
         next(fault)
-        for run in [*scene.runs, *twins]:
-            done = scene.prefmill(*scene.command(run))
-            problems += [f"{run}: submit: {done.stderr}"] if done.returncode else []
+        with ThreadPoolExecutor(4) as pool:  # all train when the fault comes
+            submitted = pool.map(lambda run: scene.prefmill(*scene.command(run)), [*scene.runs, *twins])
+        problems += [f"submit: {done.stderr}" for done in submitted if done.returncode]
         next(fault)
         for twin in twins:
             done = scene.about("cancel", twin)
@@ -172,7 +173,7 @@ def digests_or_none(site: Site, run: str) -> dict[str, str]:
 
 def _gone(scene: Scene, run: str) -> list[str]:
     """What is still queued of a run after a while."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # a controller that was killed learns late which jobs have ended
     while (left := live(scene.site, run) if run else scene.site.queue()) and time.monotonic() < deadline:
         scene.site.hurry(900)
         time.sleep(0.5)

@@ -22,7 +22,7 @@ stages:
   make: {{ array: {{ shard: 2 }}, set: {{ seconds: 2 }} }}
   use: {{ array: {{ shard: 2 }} }}
   join: {{}}
-  train: {{ array: {{ shard: 2 }}, set: {{ steps: {NUM_STEPS}, step_seconds: 0.3, save_steps: 5 }} }}
+  train: {{ array: {{ shard: 2 }}, set: {{ steps: {NUM_STEPS}, step_seconds: 0.8, save_steps: 5 }} }}
 """
 REAL = 'exec {real} "$@"\n'
 SQUEUE = """case $mode in

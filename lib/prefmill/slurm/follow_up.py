@@ -55,7 +55,11 @@ def live_follow_ups(found: Sequence[Submission]) -> dict[str, str] | None:
     """The state of every follow-up job of a run that is queued or running; None where Slurm does not answer."""
     ids = [job_id for one in found for job_id in one.advance_ids()]
     shown = slurm.queue(ids) if ids else {}
-    return None if shown is None else {job_id: job.state for (job_id, _), job in shown.items() if job.live}
+    return (
+        None
+        if shown is None
+        else {job_id: job.state for (job_id, _), job in shown.items() if job.live and job_id in ids}
+    )
 
 
 def book(found: Sequence[Submission], wait: Wait) -> str:

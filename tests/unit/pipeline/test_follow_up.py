@@ -1,0 +1,126 @@
+# ruff: noqa: F811 - `run` is a fixture
+"""The job that looks after a run is booked, told when to look and booked anew; `cancel` ends all there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_sightings import ME, RUNNING, WAITS, Run, run  # noqa: F401
+
+from prefmill.pipeline.decisions import Decisions
+from prefmill.pipeline.state import inspect
+from prefmill.pipeline.verify import verify_run
+from prefmill.pipeline.worker import execute
+from prefmill.slurm.follow_up import Wait, book_again
+from prefmill.slurm.rerun import cancel
+from prefmill.slurm.status import read_rows
+from prefmill.slurm.submission import Intent
+from prefmill.slurm.view import look, next_look
+
+HEALER = f"43|N/A|43|PENDING|Dependency||N/A|{ME}|afterany:41_*(unfulfilled)"
+
+
+def with_script(run: Run) -> None:
+    (run.submission.folder / "arrays" / "advance.sbatch").write_text("#!/bin/sh\n")
+
+
+def said_to_slurm(run: Run, program: str) -> list[str]:
+    path = run.programs / f"{program}.said"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def listen(run: Run, program: str) -> None:
+    run.script(program, f'echo "$@" >> {run.programs}/{program}.said')
+
+
+def test_when_to_look_again(run: Run) -> None:
+    run.slurm(squeue=f"{RUNNING}\n{WAITS}")
+    wait = next_look(look(run.workspace, "toy"))
+    assert wait == Wait(("41", "42"))
+    assert (wait.dependency, wait.begin) == ("afterany:41?afterany:42", "now")
+    run.slurm(squeue=WAITS)  # of 41 nobody knows: no job's end tells of it
+    assert next_look(look(run.workspace, "toy")) == Wait(minutes=10)
+    run.slurm(squeue=WAITS.replace("Dependency|", "DependencyNeverSatisfied|"), sacct="41_0|FAILED|1:0|n1|1||")
+    assert next_look(look(run.workspace, "toy")) is None  # only what waits for nothing is left
+
+
+def test_a_queued_follow_up_is_told_and_a_lost_one_submitted_again(run: Run) -> None:
+    with_script(run)
+    run.slurm(squeue=f"{RUNNING}\n{WAITS}\n{HEALER}")
+    listen(run, "scontrol")
+    run.advance()
+    assert said_to_slurm(run, "scontrol") == ["update jobid=43 dependency=afterany:41?afterany:42 StartTime=now"]
+    assert run.sent == 0
+    run.slurm(squeue=f"{RUNNING}\n{WAITS}")
+    assert any("no job looks after this run" in note for note in read_rows(run.workspace, "toy").notes)
+    assert "job 99 looks after the run" in run.advance()
+    assert run.sent == 1
+    assert [job.job_id for job in run.submission.jobs()] == ["41", "42", "43", "99"]
+
+
+def test_a_task_submits_it_again_unless_the_task_is_cancelled(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_script(run)
+    run.slurm(squeue=f"{RUNNING}\n{HEALER}")
+    book_again(run.workspace, "toy", "make:all")
+    run.slurm(code=1)  # nobody knows
+    book_again(run.workspace, "toy", "make:all")
+    assert run.sent == 0
+    run.slurm(squeue=RUNNING)
+    book_again(run.workspace, "toy", "make:all")
+    assert run.sent == 1
+    assert "job 99 looks after the run" in capsys.readouterr().out
+    Decisions(run.workspace, "toy").record("make:all", "41_0", "cancel")
+    book_again(run.workspace, "toy", "make:all")
+    assert run.sent == 1
+
+
+def test_cancel_ends_every_job_of_a_run_and_reads_no_manifest(run: Run) -> None:
+    """An earlier element of a task, the follow-up job, and a job of which only the intent was noted."""
+    run.plan.tasks[0].output.mkdir(parents=True)
+    (run.plan.tasks[0].output / "manifest.json").write_text('{"kind": "review_cor')
+    (run.submission.folder / "jobs.jsonl").open("a").write(json.dumps(
+        {"kind": "array", "stage": "make", "chunk": 0, "job_id": "50", "indices": [0], "dependency": "", "time": 2e9}
+    ) + "\n")  # fmt: skip
+    run.submission.record_intent(Intent("toy.use.1234", "array", "use", 0, (0,), "", 0.0))
+    again = RUNNING.replace("41|0|41", "50|0|50")
+    lost = RUNNING.replace("41|0|41", "60|0|60")
+    shown = f"{RUNNING}\n{WAITS}\n{HEALER}\n{again}\n{lost}"
+    run.slurm(squeue=f"{shown}\ntoy.use.1234|60")
+    listen(run, "scancel")
+    said: list[str] = []
+    cancel(run.workspace, "toy", None, said.append)
+    assert said == ["job 60 is use's: its submission was cut off before that was noted", "run toy: 2 tasks cancelled"]
+    assert sorted(said_to_slurm(run, "scancel")[0].split()) == ["41_0", "42_0", "43", "50_0", "60_0"]
+    assert {row["task"] for row in Decisions(run.workspace, "toy").stopped().values()} == {"make:all", "use:all"}
+    cancel(run.workspace, "toy", "use", said.append)
+    assert sorted(said_to_slurm(run, "scancel")[1].split()) == ["42_0", "60_0"]
+
+
+def test_an_unreadable_manifest_concerns_its_own_task_and_damage_is_found(
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make, use = run.plan.tasks[0], next(task for task in run.plan.tasks if task.stage.name == "use")
+    for task in run.plan.tasks:
+        execute(task)
+    assert verify_run(run.workspace, "toy") == 0
+    (use.output / "manifest.json").write_text('{"kind"')
+    states = inspect(run.plan)
+    assert states[make.key].freshness == "complete"
+    assert states[use.key].reasons[0].startswith("unreadable manifest: ")
+    assert verify_run(run.workspace, "toy") == 1
+    execute(use)
+    assert verify_run(run.workspace, "toy") == 0
+    payload = next(path for path in Path(make.output).iterdir() if path.suffix == ".jsonl")
+    data = payload.read_bytes()
+    payload.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    capsys.readouterr()
+    assert verify_run(run.workspace, "toy") == 1
+    assert f"DAMAGED  {make.key}: artifact's content has changed" in capsys.readouterr().out
+    assert inspect(run.plan)[make.key].reasons[0].startswith("artifact's content has changed since it was made: ")
