@@ -31,7 +31,7 @@ from tests.slurm.cluster import Cluster
 
 # A stage that does nothing; a shard of it reads the same shard of the stage before.
 STAGE = '''"""Stage {number} of the benchmark."""
-from prefmill.config import StrictConfig
+from prefmill.core.config import StrictConfig
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 class Config(StrictConfig):

@@ -85,8 +85,8 @@ class Site:
 
     def hurry(self, within_seconds: float = 30) -> None:
         """Start at once what is to start soon: Slurm holds back what was requeued."""
-        for line in self.queue("%i %r %S"):
-            job, reason, start = line.split()
+        for line in self.queue("%i|%S|%r"):
+            job, start, reason = line.split("|", 2)
             known = start[:1].isdigit() and reason == "BeginTime"
             if known and datetime.fromisoformat(start).timestamp() - time.time() < within_seconds:
                 self.cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
