@@ -22,7 +22,7 @@ from prefmill.reviews.generated import generate
 from prefmill.reviews.join import papers_with_reviews
 from prefmill.reviews.store import CorpusStore
 from prefmill.store.artifacts import read, read_manifest
-from prefmill.store.jsonl import read_jsonl
+from prefmill.store.jsonl import JsonlWriter, read_jsonl
 from prefmill.store.stamps import verify
 
 
@@ -288,7 +288,7 @@ def test_generated_images_are_part_of_the_corpus(tmp_path: Path) -> None:
     verify(corpus)
 
 
-@pytest.mark.parametrize("moment", ["add", "link", "merge_titles", "reviews_of"])
+@pytest.mark.parametrize("moment", ["add", "link", "merge_titles", "write"])
 def test_killed_at_any_point_it_ends_with_the_same_content(tmp_path: Path, moment: str) -> None:
     config = {"sources": [{**generated(20), "images": True}]}
     undisturbed = ingest(tmp_path / "a", **config).manifest.content_digest
@@ -303,14 +303,15 @@ def test_killed_at_any_point_it_ends_with_the_same_content(tmp_path: Path, momen
 
 def _kill_at(moment: str, task: PlannedTask) -> None:
     calls = iter(range(1000))
-    original = getattr(CorpusStore, moment)
+    owner: Any = JsonlWriter if moment == "write" else CorpusStore
+    original = getattr(owner, moment)
 
     def killing(*arguments: Any) -> Any:
-        if next(calls) >= (10 if moment in ("add", "reviews_of") else 0):
+        if next(calls) >= (10 if moment in ("add", "write") else 0):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
-    setattr(CorpusStore, moment, killing)
+    setattr(owner, moment, killing)
     try:
         execute(task)
     finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+import msgspec
 
 from prefmill.checklist.debug_prompts import show_outcome, show_prompts
 from prefmill.checklist.engine import Engine, Outcome
@@ -31,7 +31,7 @@ OPTIMAL_CHECKLIST = "optimal_checklist.json"  # of the artifact that optimize_ch
 _JOURNAL = "outcomes.journal"
 PaperReviews = tuple[Paper, list[Review]]
 Place = tuple[str, str]
-_parse_ids = TypeAdapter(ReviewIds).validate_json  # passes over the rest of a row
+_parse_ids = msgspec.json.Decoder(ReviewIds).decode  # passes over the rest of a row
 
 
 @dataclass(frozen=True)

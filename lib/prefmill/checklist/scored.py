@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
+import msgspec
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError
@@ -17,7 +17,7 @@ from prefmill.reviews.join import papers_with_reviews
 from prefmill.store.jsonl import parse_json, read_jsonl
 
 EVALUATIONS, FAILURES, CHECKLIST = "review_evaluations.jsonl", "failures.jsonl", "checklist.json"
-_parse_scores = TypeAdapter(EvaluationScores).validate_json  # passes over the answers, which are most of a row
+_parse_scores = msgspec.json.Decoder(EvaluationScores).decode  # passes over the answers, which are most of a row
 _RESCORE = "rerun score_reviews on this corpus and give all of its shards"
 
 

@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 
 from prefmill.core.errors import InputError
 from prefmill.reviews.rows import Place, RawRow, RowProblem, excerpt
+from prefmill.store.jsonl import parse_json
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv",)
 JSON = (".json", *JSON_LINES)
@@ -63,7 +64,7 @@ def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             continue
         place = Place(source, str(path), number)
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except UnicodeDecodeError as error:
             yield RowProblem(place, f"invalid UTF-8 at byte {error.start}", _UTF8_FIX, excerpt(line))
         except (ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from prefmill.core.config import StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
-from prefmill.core.records import Paper
+from prefmill.core.records import Paper, Review
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
 from prefmill.reviews.rows import Item, PaperRow, RawRow, RowError, RowProblem, Skipped, Unknown
 from prefmill.reviews.scale import COMMON_SCALE, common_rating, prompt_scale
@@ -150,6 +150,7 @@ def write_corpus(
         papers = stack.enter_context(JsonlWriter(reader.output / "papers.jsonl"))
         reviews = stack.enter_context(JsonlWriter(reader.output / "reviews.jsonl"))
         located = (((place, key), paper) for place, paper, key in store.papers())
+        reviews_of = _InOrder(store.reviews_by_paper())
         num_papers = store.count("papers")
         bar = tqdm(read_documents(located, reader), desc="corpus", unit="paper", total=num_papers)
         for done, ((place, key), paper, document) in enumerate(bar, 1):
@@ -162,7 +163,7 @@ def write_corpus(
                 tally.left_out += 1
                 continue
             row = _paper(paper, document, "test" if paper.paper_id in test_ids else split_of(key, splits))
-            written = list(store.reviews_of(paper.paper_id))
+            written = reviews_of[paper.paper_id]
             scale = prompt_scale(written)
             papers.write(row if scale == COMMON_SCALE else {**row, "scale": list(scale)})
             for review in written:
@@ -179,6 +180,16 @@ def write_corpus(
     summary = _summary(tally, papers.num_rows, reviews.num_rows, store.count("problems"))
     write_atomic(reader.output / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+class _InOrder:
+    """Groups that come in order of their keys, looked up by rising keys; those that nobody asks for are passed over."""
+
+    def __init__(self, groups: Iterator[tuple[str, list[Review]]]) -> None:
+        self._groups = groups
+
+    def __getitem__(self, key: str) -> list[Review]:
+        return next((rows for name, rows in self._groups if name == key), [])
 
 
 def _take(

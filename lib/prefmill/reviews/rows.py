@@ -148,6 +148,8 @@ def excerpt(raw: Any) -> str:
 
 def check_fields(values: Mapping[str, Any], required: set[str], valid: set[str], ignore_extra: bool, what: str) -> None:
     """Raises RowError when a required field is missing or, unless they are ignored, an unknown one is there."""
+    if required <= values.keys() <= valid:
+        return
     missing = sorted(required - values.keys())
     if missing:
         reason = f"missing in the {what}: {', '.join(missing)}"
@@ -167,6 +169,8 @@ def clean_text(value: object, name: str) -> str:
         return ""
     if not isinstance(value, str):
         raise RowError(f"{name} is not text but {type(value).__name__}", f"write {name} as text")
+    if value.isascii() and value.isprintable():  # most titles, ids and short texts, without a search
+        return value.strip()
     if "\r" in value:
         value = _NEWLINES.sub("\n", value)
     if _CONTROL.search(value):

@@ -56,14 +56,19 @@ class SourceConfig(StrictConfig, ABC):
                 raise ValueError(f"rating_words: {word!r} is {number:g}, outside rating_min to rating_max ({bounds})")
         return self
 
-    @property
-    def scale(self) -> Scale:
-        """The lowest and the highest rating."""
-        return float(self.rating_min), float(self.rating_max)
-
     def made_otherwise(self) -> dict[str, Any]:
         """A scale that is not 1 to 10: corpora made before rows kept it are not what is made now."""
         return {} if self.scale == COMMON_SCALE else {"scale": "kept"}
+
+    @cached_property
+    def previous_paper(self) -> list[Any]:
+        """What the last row said of its paper and what became of it: a memory of one, for tables of reviews."""
+        return []
+
+    @cached_property
+    def scale(self) -> Scale:
+        """The lowest and the highest rating."""
+        return float(self.rating_min), float(self.rating_max)
 
     @cached_property
     def decisions_by_word(self) -> dict[str, Decision]:

@@ -9,6 +9,8 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,7 +68,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             self._add_review(place, item)
         elif isinstance(item, DecisionRow):
             self._add_decision(place, item)
-        elif item != self._last_paper:  # sources repeat the paper on each of its reviews
+        elif (
+            item is not self._last_paper and item != self._last_paper
+        ):  # sources repeat the paper on each of its reviews
             self._add_paper(place, item)
             self._last_paper = item
 
@@ -91,14 +95,11 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         for file, line, item, key, *paper in self._database.execute(query):
             yield self._place(file, line, item), _paper(paper), key
 
-    def reviews_of(self, paper_id: str) -> Iterator[Review]:
-        """A paper's reviews, in order of their ids."""
-        query = f"SELECT {_REVIEW_COLUMNS} FROM reviews WHERE paper_id = ? ORDER BY review_id"  # noqa: S608
-        for *values, sub_scores, low, high in self._database.execute(query, (paper_id,)):
-            row: Any = {**dict(zip(_REVIEW_FIELDS, values, strict=True)), "sub_scores": parse_json(sub_scores)}
-            if (low, high) != COMMON_SCALE:
-                row["scale"] = [low, high]
-            yield row
+    def reviews_by_paper(self) -> Iterator[tuple[str, list[Review]]]:
+        """Each paper's id and its reviews, both in order of their ids: one walk along the index."""
+        query = f"SELECT {_REVIEW_COLUMNS} FROM reviews ORDER BY paper_id, review_id"  # noqa: S608
+        for paper_id, rows in groupby(self._database.execute(query), itemgetter(1)):
+            yield paper_id, list(map(_review, rows))
 
     def find_paper(self, identifier: str, key: str) -> str | None:
         """The id of the paper with that id, with an id that was merged into it, or with that title key."""
@@ -214,6 +215,17 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def _place(self, file: int, line: int | None, item: str | None) -> Place:
         return Place(*self._files[file], line, item)
+
+
+def _review(row: Any) -> Review:
+    review_id, paper_id, text, rating, confidence, venue, sub_scores, low, high = row
+    review: Review = {
+        "review_id": review_id, "paper_id": paper_id, "text": text, "rating": rating, "confidence": confidence,
+        "venue": venue, "sub_scores": {} if sub_scores == "{}" else parse_json(sub_scores),
+    }  # fmt: skip
+    if (low, high) != COMMON_SCALE:
+        review["scale"] = [low, high]
+    return review
 
 
 def _paper(values: Any) -> PaperRow:

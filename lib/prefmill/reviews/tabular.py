@@ -30,6 +30,7 @@ from prefmill.reviews.source import FileSource, SourceConfig
 REQUIRED_FIELDS = {"paper_id", "title", "review_id", "review_text", "rating"}
 # decision_raw, the venue's own wording, is allowed beside the decision and not read.
 VALID_FIELDS = REQUIRED_FIELDS | {"abstract", "text", "decision", "decision_raw", "confidence", "venue", "sub_scores"}
+_PAPER_FIELDS = ("paper_id", "title", "abstract", "text", "decision", "venue")
 _SUB_SCORE_COLUMN = "sub_scores."
 _DECISION_FIX = (
     f"use one of {', '.join(DECISIONS)}, leave it empty, or say in decision_words of this source which it means"
@@ -102,20 +103,8 @@ class GeneratedSource(SourceConfig):
 def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False) -> list[Item]:
     """The paper and the review of one row; raises RowError naming the field at fault."""
     check_fields(values, REQUIRED_FIELDS, VALID_FIELDS, config.ignore_extra_fields, "row")
-    venue = clean_text(values.get("venue"), "venue") or config.venue
-    decision, unknown = config.decision(values.get("decision"))
-    if unknown:
-        raise RowError(f"unknown {unknown[0]}", _DECISION_FIX)
+    paper = _paper(values, config, drawn)
     confidence, unknown = config.confidence(values.get("confidence"))
-    paper = PaperRow(
-        paper_id=parse_id(values["paper_id"], "paper_id", config.id_prefix),
-        title=required_text(values["title"], "title"),
-        abstract=clean_text(values.get("abstract"), "abstract"),
-        text=clean_text(values.get("text"), "text"),
-        decision=decision,
-        venue=venue,
-        drawn=drawn,
-    )
     review = ReviewRow(
         review_id=parse_id(values["review_id"], "review_id", config.id_prefix),
         paper_id=paper.paper_id,
@@ -123,10 +112,32 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         rating=config.rating(values["rating"]),
         scale=config.scale,
         confidence=confidence,
-        venue=venue,
+        venue=paper.venue,
         sub_scores=_sub_scores(values.get("sub_scores")),
     )
     return [paper, review, *unknown]
+
+
+def _paper(values: dict[str, Any], config: SourceConfig, drawn: bool) -> PaperRow:
+    """The paper of a row; the one of the row before where that says the same, as each review repeats its paper."""
+    said = [values.get(name) for name in _PAPER_FIELDS]
+    if config.previous_paper and config.previous_paper[0] == said:
+        known: PaperRow = config.previous_paper[1]
+        return known
+    decision, unknown = config.decision(values.get("decision"))
+    if unknown:
+        raise RowError(f"unknown {unknown[0]}", _DECISION_FIX)
+    paper = PaperRow(
+        paper_id=parse_id(values["paper_id"], "paper_id", config.id_prefix),
+        title=required_text(values["title"], "title"),
+        abstract=clean_text(values.get("abstract"), "abstract"),
+        text=clean_text(values.get("text"), "text"),
+        decision=decision,
+        venue=clean_text(values.get("venue"), "venue") or config.venue,
+        drawn=drawn,
+    )
+    config.previous_paper[:] = [said, paper]
+    return paper
 
 
 def _sub_scores(value: Any) -> dict[str, float]:

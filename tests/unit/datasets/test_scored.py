@@ -66,7 +66,7 @@ def test_evaluations_that_do_not_fit(artifact: Any, corpus: Artifact, evaluation
 
 def test_an_evaluation_without_its_scores_is_named_by_its_line(artifact: Any, corpus: Artifact) -> None:
     shard = artifact("s", "review_scores", review_evaluations=[*scores("a1"), *ids("a2")])
-    with pytest.raises(InputError, match=r"(?s)review_evaluations\.jsonl:2.*checkmark_score.*Field required"):
+    with pytest.raises(InputError, match=r"(?s)review_evaluations\.jsonl:2.*missing required field `checkmark_score`"):
         join(corpus, shard)
 
 
