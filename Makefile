@@ -71,11 +71,12 @@ coverage: $(VENV)/.installed ## The share of the code that the quick tests run, 
 docs: $(VENV)/.installed ## The documentation as a site, into site/; a link that leads nowhere fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-lint: $(VENV)/.installed ## ruff, mypy, and the layers of the library
+lint: $(VENV)/.installed ## ruff, mypy, the layers of the library, and the words of its pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m tests.docs.words
 
 vllm: $(VENV)/.installed-vllm ## Add the CPU build of vLLM to the environment
 

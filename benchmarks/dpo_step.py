@@ -11,7 +11,7 @@ corpus' mean of pairs and responses. Their texts are random words: speed depends
 pairs, dtype and threads on all sides, in one process, in turns; an epoch is the reference's scores, then forward,
 backward and AdamW over all pairs. TRL runs with every setting of `TRL_SETTINGS` once, and then with its fastest.
 Peak memory is what a fresh process adds to what it held before its first score. The last line is for machines: how many
-times more pairs a second than TRL. Targets: 11 (2.5 with --short, 4 with --layers), 1.5 beside pair-wise sharing, a
+times more pairs per second than TRL. Targets: 11 (2.5 with --short, 4 with --layers), 1.5 beside pair-wise sharing, a
 third of the memory. The share of the machine's peak counts a step's products (of attention half of each square) against
 the fastest fp32 product of two matrices of 2048 in the same run.
 """
@@ -259,7 +259,7 @@ def sweep(setting: Setting) -> str:
         runner.cache()
         runner.step()
         seconds[name] = sum(_timed(setting, work) for work in (runner.cache, runner.step))
-        print(f"TRL, {name:<24} {first.num_pairs / seconds[name]:8.3f} pairs a second on one paper", flush=True)
+        print(f"TRL, {name:<24} {first.num_pairs / seconds[name]:8.3f} pairs per second on one paper", flush=True)
     return min(seconds, key=lambda name: seconds[name])
 
 

@@ -63,7 +63,7 @@ def long(tiny: bool) -> str:
 
 
 def beside_trl(prompt: int, response: int, num_groups: int, tiny: bool) -> str:
-    """Pairs and tokens a second and the share of the GPU's peak, ours and TRL's, references computed before."""
+    """Pairs and tokens per second and the share of the GPU's peak, ours and TRL's, references computed before."""
     if tiny:
         prompt, response, num_groups = prompt // 200, response // 10, 1
     setting = Setting([[response] * RESPONSES] * num_groups, [PAIRS] * num_groups, prompt, gpu=not tiny)
@@ -161,7 +161,7 @@ def peak(tiny: bool) -> str:
 
 
 def peak_gb(device: torch.device, make: Callable[[], Any], length: int, layout: str) -> float:
-    """A training step's peak in bf16 with checkpointing, one pair of `length` tokens a side; 0 on a CPU."""
+    """A training step's peak in bf16 with checkpointing, one pair of `length` tokens per side; 0 on a CPU."""
     from prefmill.families.causal.group_attention import use_group_attention
 
     with device:

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the three answers; returns 0 when all are within their bounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="corpora for the known items (default: 5)")
-    parser.add_argument("--papers", type=int, default=450, help="papers of each, about 4 reviews a paper")
+    parser.add_argument("--papers", type=int, default=450, help="papers of each, about 4 reviews per paper")
     parser.add_argument("--draws", type=int, default=200, help="small corpora for intervals and shuffled targets")
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / ".work" / "optimize", metavar="DIR")
     arguments = parser.parse_args(argv)

@@ -14,11 +14,11 @@ way has a process of its own and they take turns; vLLM's cache is emptied before
   With --paper-first title and abstract follow the item, and a paper's reviews share them as well.
 - usual, review first: the same with the item last, which is what the prefix cache alone does for a usual script.
 - one by one: transformers' `generate` of 16 tokens, one prompt of the usual script at a time. A review is asked one
-  item (in turn), so items a second are extrapolated from a 24th of the work. One forward: 1 token instead of 16.
+  item (in turn), so items per second are extrapolated from a 24th of the work. One forward: 1 token instead of 16.
 
 The bound is the usual script's tokens (prompts and 16 each) over those left when no prefix is read twice. Figures are
 of a way's fastest turn; start-up lasts from its process's start to the first review's answers. The last line is for
-machines: how many times more items a second than the usual script. Targets: 12, and 70 % of the bound; 20 beside one by
+machines: how many times more items per second than the usual script. Goals: 12, and 70 % of the bound; 20 beside one by
 one; the transformers engine at 60 % of the vLLM engine on a CPU.
 
 Predicted before the first run, for 8 layers of 512 and two idle cores: bound 16; usual script 6 items/s; vLLM engine
@@ -245,7 +245,7 @@ def report(measured: dict[str, Measured], prompts: Sequence[tuple[int, ...]]) ->
     """Print every way's figures, what they amount to, and the line for machines."""
     for name, way in measured.items():
         total = way.done.num_items / (way.startup + min(way.seconds))
-        tokens = f"; {way.done.num_tokens / way.done.num_items:.1f} tokens an item" if way.done.num_tokens else ""
+        tokens = f"; {way.done.num_tokens / way.done.num_items:.1f} tokens per item" if way.done.num_tokens else ""
         turns = f"{way.done.num_items} items in {min(way.seconds):.2f} to {max(way.seconds):.2f} s"
         started = f"start-up {way.startup:.1f} s, with it {total:.2f} items/s"
         print(f"{name:<23} {way.rate:7.2f} items/s; {turns}; {started}{tokens}")
@@ -256,7 +256,7 @@ def report(measured: dict[str, Measured], prompts: Sequence[tuple[int, ...]]) ->
     print(f"max |delta p_yes| between the engines {apart:.1e}; p_yes from {min(every):.3f} to {max(every):.3f}")
     usual, distinct = measured[USUAL].done.num_tokens / len(prompts), distinct_tokens(prompts) / len(prompts)
     bound, reached = usual / distinct, rates[OURS] / rates[USUAL]
-    print(f"bound: {usual:.1f} tokens an item against {distinct:.1f}, {bound:.2f}x; reached {reached / bound:.0%} of "
+    print(f"bound: {usual:.1f} tokens per item against {distinct:.1f}, {bound:.2f}x; reached {reached / bound:.0%} of "
           "it (target: 70%)")  # fmt: skip
     print(f"beside the usual script, review first: {rates[OURS] / rates[REVIEW_FIRST]:.2f}x")
     print(f"beside one by one: {rates[OURS] / rates[ONE_BY_ONE]:.1f}x (target: 20); one forward: "

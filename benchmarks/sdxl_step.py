@@ -64,7 +64,7 @@ OURS, DEFAULT = "sdxl_dpo, dpo", "sdxl_dpo, dspo"
 def main() -> int:
     """Count, measure and print; returns 0."""
     torch.manual_seed(0)
-    print("TFLOPs a pair at SDXL's size, 1024 x 1024 pixels")
+    print("TFLOPs per pair at SDXL's size, 1024 x 1024 pixels")
     counts = count()
     for name, flops in counts.items():
         against = "" if name.startswith(" ") else f"{counts[RECIPE] / flops:8.2f} x"
@@ -110,7 +110,7 @@ def measure(folder: Path) -> float:
     model, pairs = make_pipeline(folder / "model"), make_pairs(folder / "pairs", (STEPS + WARM_UP) * PAIRS_A_STEP)
     recipe = Recipe(model.path, pairs.path)
     print(
-        f"seconds a pair at an eighth of SDXL's width, {SMALL.pixels} pixels, {PAIRS_A_STEP} pairs a step, one thread"
+        f"seconds a pair at an eighth of SDXL's width, {SMALL.pixels} pixels, {PAIRS_A_STEP} pairs per step, one thread"
     )
     parts = recipe.parts()
     shares = {name: seconds / parts["UNet"] for name, seconds in parts.items()}

@@ -1,4 +1,4 @@
-"""Tunes a model on preference pairs, against itself as it was before the first step."""
+"""DPO: trains on preference pairs, with the starting model as reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells how good the judge is: agreement with people and other judges, biases, injected instructions; calibrates it."""
+"""Measures the judge: agreement with people and other judges, biases, injected instructions; calibrates it."""
 
 from __future__ import annotations
 

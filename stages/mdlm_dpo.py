@@ -1,4 +1,4 @@
-"""Tunes a masked-diffusion language model on preference pairs, against itself as it was before the first step."""
+"""DPO for masked-diffusion language models, with the starting model as reference."""
 
 from __future__ import annotations
 

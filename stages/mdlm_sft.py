@@ -18,7 +18,7 @@ from prefmill.training.config import start_model
 class MdlmSftConfig(DiffusionSftConfig):
     """`sft_data_path` is a file of chats, instead of build_datasets' of this `modality`.
 
-    `new_model` is the size of a model to train from nothing, with a tokenizer learnt from the training rows.
+    `new_model` is the size of a model to train from scratch, with a tokenizer learnt from the training rows.
     """
 
     modality: Modality = Field("clean", description="dataset to train on")

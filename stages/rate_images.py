@@ -16,7 +16,7 @@ class RateImagesConfig(StrictConfig):
     rater: RaterConfig = Field(PeopleConfig(by="people"), description="people, reward or sharpness; see the page")
     images: ExternalPath | None = Field(None, description="a folder of yours with images.csv, in place of the input")
     dimensions: list[Dimension] = Field(list(DIMENSIONS), min_length=1, description="what is asked, in this order")
-    max_pairs_per_prompt: int | None = Field(None, ge=1, description="of more images a prompt; none: every two")
+    max_pairs_per_prompt: int | None = Field(None, ge=1, description="of more images per prompt; none: every two")
     seed: int = Field(0, description="of the sides, the order and the pairs drawn")
 
 

@@ -1,4 +1,4 @@
-"""Tunes SDXL on pairs of images, by DPO, DSPO or MaPO, with LoRA, DoRA or as a whole."""
+"""Fine-tunes SDXL on pairs of images, by DPO, DSPO or MaPO, with LoRA, DoRA or as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds a small language model from nothing and pre-trains it on the unfiltered reviews: a base model to tune."""
+"""Trains a small language model from scratch on the unfiltered reviews: a base model for demos."""
 
 from __future__ import annotations
 

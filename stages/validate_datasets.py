@@ -19,7 +19,7 @@ class ValidateDatasetsConfig(StrictConfig):
 
     stage: Part = Field("all", description="all, sft or dpo: which datasets to check")
     model_name_or_path: str | None = Field(None, description="count tokens with this model's tokenizer; none: do not")
-    max_length: int | None = Field(None, ge=1, description="tokens a row may have; none: the model's context")
+    max_length: int | None = Field(None, ge=1, description="tokens per row may have; none: the model's context")
     max_too_long_fraction: float = Field(0.05, ge=0, le=1, description="share of too long rows that is an error")
     max_length_accuracy: float = Field(0.65, ge=0.5, le=1, description="warn when length predicts the label better")
     min_shared_characters: int = Field(400, ge=0, description="a shorter review in two splits is only a warning")
@@ -57,7 +57,7 @@ def _require_no_errors(found: Validation, task: Task) -> None:
         raise PrefmillError(
             f"validation found {count:,} errors in the datasets", where=task.input("datasets").path,
             got="\n" + error_table(found.findings),
-            fix=f"mend the source or the configuration and rerun build_datasets; all of it: {task.logs / 'report.md'}",
+            fix=f"fix the source or the configuration and rerun build_datasets; all of it: {task.logs / 'report.md'}",
         )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_a_hook_passes_what_is_committed_and_stops_what_is_faulty(name: str, tmp
     file, text = FAULTY[name]
     (tmp_path / file).write_text(text)
     found = check(name, tmp_path / file)
-    if name == "format":  # it mends; pre-commit stops where a file was changed
+    if name == "format":  # it fixes; pre-commit stops where a file was changed
         assert (tmp_path / file).read_text() != text
     else:
         assert found.returncode != 0

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from prefmill.cli.completion import KEYS
+from prefmill.core.aliases import ALIASES, REFUSED
 from prefmill.core.stage import load_stage, stage_names
 from tests.conftest import REPOSITORY
 from tests.docs import keys
@@ -35,3 +36,10 @@ def test_help_has_the_descriptions() -> None:
     for key, field in load_stage("sft").config.model_fields.items():
         assert key in text
         assert " ".join(str(field.description).split()) in joined, key
+
+
+def test_the_page_for_users_of_older_scripts_has_every_alias() -> None:
+    text = (REPOSITORY / "docs" / "coming-from-your-scripts.md").read_text()
+    missing = [f"| `{alias}` | `{key}` |" for alias, key in ALIASES.items()]
+    missing += [f"| `{key}` | {instead} |" for key, instead in REFUSED.items()]
+    assert [row for row in missing if row not in text] == []

@@ -152,7 +152,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 def test_low_yield_is_a_warning(tmp_path: Path) -> None:
     task = build(tmp_path, sure(range(3)), splits={"train": 1.0, "val": 0.0, "test": 0.0})
     assert summary(task)["warnings"] == [
-        "only 3 of 12 prompts gave a pair: rate more, or make more images a prompt"
+        "only 3 of 12 prompts gave a pair: rate more, or make more images per prompt"
     ]  # fmt: skip
     habit = [rating(f"p{n:02}/{a}", f"p{n:02}/{b}", "left") for n in range(NUM_PROMPTS) for a, b in ((0, 1), (2, 3))]
     told = summary(build(tmp_path / "b", habit, num_seeds=4))

@@ -75,7 +75,10 @@ def test_dpo_improves_on_sft(true_labels: dict[int, Any], measure: str) -> None:
 
 def test_the_report_says_so_with_its_interval(true_labels: dict[int, Any]) -> None:
     for workspace, printed, compared in true_labels.values():
-        assert "[clean] Yes: on held-out papers, reviews by dpo fulfil more of the checklist than base" in printed
+        assert (
+            "[clean] Yes: on held-out papers, the dpo model’s reviews satisfy more checklist items than the base"
+            in printed
+        )
         gain = step(compared, "base", "dpo")["checkmark_score"]
         page = (workspace / "data/demo/report/all/report.html").read_text()
         assert f"+{gain['value']:.2f}" in page

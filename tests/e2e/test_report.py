@@ -72,7 +72,9 @@ def test_a_known_effect_is_reported_with_its_interval(inputs: Inputs, tmp_path: 
     assert factors["low"] < 8.5 - 3.5 < factors["high"]  # the means of 6..11 and 0..7
     assert pairs["base", "dpo"]["checkmark_score"]["p_holm"] < 0.01
     page = text_of(html)
-    assert "Yes: on held-out papers, reviews by dpo fulfil more of the checklist than base’s." in page
+    assert (
+        "Yes: on held-out papers, the dpo model’s reviews satisfy more checklist items than the base model’s." in page
+    )
     assert f"95% interval +{pairs['base', 'dpo']['checkmark_score']['low']:.2f} to" in page
     assert "quality factors, which the checklist does not know, agree" in page
     assert "The lexical engine looks for words, not for meaning" in page

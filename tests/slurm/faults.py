@@ -1,6 +1,6 @@
 """Faults of a real Slurm, its disks and its users, each of which a run has to survive: one generator for each.
 
-A fault does its part before submission, yields, and after submission injects; what follows its second `yield` mends
+A fault does its part before submission, yields, and after submission injects; what follows its second `yield` fixes
 what it broke, when the runs have ended. Moments and victims are drawn from the scene's random numbers.
 """
 

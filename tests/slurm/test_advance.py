@@ -63,12 +63,12 @@ def test_a_parent_that_fails_for_good_stops_what_reads_from_it_and_says_what_to_
     assert "stopped" in shown.stdout
     assert "the same error twice" in shown.stdout
     assert "make:shard0 has stopped" in shown.stdout
-    assert "to do: mend what the traceback shows" in shown.stdout
+    assert "to do: fix what the traceback shows" in shown.stdout
     files = ["configs/pipelines/toy.yaml", "join", f"workspace={site.workspace}", "run=bad", "make.fail=true"]
     why = site.prefmill("why", *files).stdout
     assert "make:shard0: missing" in why
     assert "stopped (bug, by status file): ValueError: told to fail" in why
-    assert "to do: mend what the traceback shows" in why
+    assert "to do: fix what the traceback shows" in why
     assert not list(site.workspace.glob("logs/bad/use/*/status.json"))  # nothing downstream has run
     assert not list(site.workspace.glob("logs/bad/join/*/status.json"))
     mended = site.submit("toy", "run=bad", cluster="heal")

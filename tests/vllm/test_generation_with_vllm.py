@@ -64,7 +64,7 @@ def written(
     corpus: Artifact, writer: Path, folder: Path, engine: GenerationEngine = VLLM, *, temperature: float = 1.0,
     seed: int = 1, batch_size: int = 3, backwards: bool = False, progress: Any = silent,
 ) -> list[Any]:  # fmt: skip
-    """Two reviews a paper; more than there are places in a batch, so that they move between them."""
+    """Two reviews per paper; more than there are places in a batch, so that they move between them."""
     sampling = Sampling(max_new_tokens=48, temperature=temperature, top_p=0.9, seed=seed)
     writing = Writing("clean", corpus.path, ImageLimits(), 2, None, batch_size, sampling, engine)
     papers = read_held_out(corpus, None, 0).papers

@@ -1,4 +1,4 @@
-"""Errors a user can act on: what happened, what was got, what was expected, how to mend it."""
+"""Errors a user can act on: what happened, what was got, what was expected, how to fix it."""
 
 from __future__ import annotations
 

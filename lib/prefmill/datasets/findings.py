@@ -42,7 +42,7 @@ class Findings:
         self.not_run: dict[str, str] = {}
 
     def error(self, check: str, where: str, what: str) -> None:
-        """Note a fault that must be mended before training."""
+        """Note a fault that must be fixed before training."""
         self._add(Finding(check, "error", where, what))
 
     def warning(self, check: str, where: str, what: str) -> None:

@@ -98,7 +98,7 @@ def _why_unscored(num_unscored: int, scores: Sequence[Artifact]) -> str:
     if any(shard.manifest.config.get("limit") or shard.manifest.config.get("debug") for shard in scores):
         return "score_reviews ran with `limit` or `debug`: rerun it without"
     if failed == num_unscored:
-        return f"the engine failed on them, as {FAILURES} of the scores says: mend that and rerun score_reviews"
+        return f"the engine failed on them, as {FAILURES} of the scores says: fix that and rerun score_reviews"
     return "give every shard of score_reviews"
 
 

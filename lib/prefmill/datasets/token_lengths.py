@@ -29,7 +29,7 @@ class TokenCounter:
 
     @property
     def counts_images(self) -> bool:
-        """Whether the model says how many tokens an image takes."""
+        """Whether the model says how many tokens per image takes."""
         return hasattr(self._image_processor, "get_number_of_image_patches")
 
     def count(self, example: CheckedRow) -> int:

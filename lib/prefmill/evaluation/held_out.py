@@ -97,7 +97,7 @@ def score_generations(
 ) -> list[ReviewEvaluation]:
     """The checklist's answers for each of `generations`, in their order; finished blocks are kept in `folder`.
 
-    A review without a word fulfils no item and is not shown to the engine: a model asked about nothing may say yes.
+    A review without a word satisfies no item and is not shown to the engine: a model asked about nothing may say yes.
     """
     by_paper = [list(group) for _, group in groupby(generations, key=lambda row: row["paper_id"])]
     blocks = [list(chain.from_iterable(rows)) for rows in in_batches(by_paper, PAPERS_PER_BLOCK)]

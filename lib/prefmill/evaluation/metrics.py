@@ -193,7 +193,7 @@ def _recommendation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _repeated_reviews(reviews: Sequence[EvaluatedReview]) -> float:
-    """The share of reviews whose very words were written more than once: a model that has collapsed shows here."""
+    """The share of exact duplicate reviews: a model that has collapsed shows here."""
     texts = [" ".join(words(review.generation["text"])) for review in reviews]
     counts: dict[str, int] = {}
     for text in texts:

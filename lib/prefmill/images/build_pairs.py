@@ -117,7 +117,7 @@ def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) 
     found = []
     if (covered := summary["num_prompts_with_pairs"]) < building.low_yield * summary["num_prompts"]:
         found.append(
-            f"only {covered} of {summary['num_prompts']} prompts gave a pair: rate more, or make more images a prompt"
+            f"only {covered} of {summary['num_prompts']} prompts gave a pair: rate more, or make more images per prompt"
         )
     for split, share in (("val", building.splits.val), ("test", building.splits.test)):
         if share and not summary["splits"][split]:

@@ -73,7 +73,7 @@ def plan_matchups(images: Iterable[GoodImage], most_per_prompt: int | None, seed
         raise InputError(
             "no two images of one prompt",
             got=f"{sum(map(len, by_prompt.values()))} images of {len(by_prompt)} prompts",
-            fix="make at least two images a prompt: `seeds` of generate_images",
+            fix="make at least two images per prompt: `seeds` of generate_images",
         )  # fmt: skip
     return found
 

@@ -71,7 +71,7 @@ def alone(workspace: Path, run: str) -> Iterator[None]:
     if not folder.is_dir():
         raise PipelineError(
             f"run {run} was not submitted to Slurm from here", where=folder,
-            fix="`prefmill submit PIPELINE --cluster FILE` does that; a local run is gone on with by `prefmill run`",
+            fix="`prefmill submit PIPELINE --cluster FILE` does that; to continue a local run use `prefmill run`",
         )  # fmt: skip
     deadline = time.monotonic() + _LOCK_SECONDS
     with (folder / "lock").open("ab") as stream:

@@ -53,7 +53,7 @@ def inspect_task(task: PlannedTask) -> TaskState:
     except ArtifactError as error:
         return TaskState("stale", (_in_words(error),))
     if manifest is None:
-        return TaskState("missing", ("not made yet: there is no manifest",))
+        return TaskState("missing", ("not run yet",))
     wanted = task_identity(task, read_inputs(task))
     if manifest.fingerprint not in fingerprints(task, wanted):
         made = {**manifest.identity, "config": modern(type(task.config), manifest.identity["config"])}
@@ -137,8 +137,10 @@ def code_version() -> str:
 
 def _waiting(task: PlannedTask, upstream: list[str]) -> TaskState:
     made = (task.output / MANIFEST).is_file()
-    note = "its present output is kept if they come out the same" if made else "it has never finished"
-    return TaskState("waiting", (f"waits for {', '.join(upstream)}; {note}",), tuple(upstream))
+    one = upstream[0] if len(upstream) == 1 else "these"
+    verb = "does" if len(upstream) == 1 else "do"
+    note = f" (output reused if {one} {verb} not change)" if made else ""
+    return TaskState("waiting", (f"waiting for {', '.join(upstream)}{note}",), tuple(upstream))
 
 
 def _in_words(error: ArtifactError) -> str:

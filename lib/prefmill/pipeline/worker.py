@@ -42,7 +42,7 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
 
     `run` takes the place of the stage's own, to have it run in other processes. Resumes an interrupted attempt at
     the same content. Finished output of any other stays in its place until the new one is published. Raises
-    PrefmillError for what the user can mend; the status file in the task's logs then says the same.
+    PrefmillError for what the user can fix; the status file in the task's logs then says the same.
     """
     with _locked(task), _reported(task):
         inputs = read_inputs(task)

@@ -25,8 +25,8 @@ from prefmill.store.jsonl import read_jsonl
 Row = dict[str, Any]
 MEASURES = {
     "preference_accuracy": "pairs whose chosen answer is the likelier one",
-    "chosen_nats_per_token": "log-likelihood of chosen answers, nats a token",
-    "rejected_nats_per_token": "log-likelihood of rejected answers, nats a token",
+    "chosen_nats_per_token": "log-likelihood of chosen answers, nats per token",
+    "rejected_nats_per_token": "log-likelihood of rejected answers, nats per token",
     "wanted_share": "answers of the wanted kind",
 }
 SHARES = {"preference_accuracy": "preference", "wanted_share": "wanted kind"}

@@ -17,9 +17,9 @@ EXTRA_MEASURES = (
     Measure("recommendation_f1", "Recommendation F1", "higher", 3, "F1 of accepted, over all reviews"),
     Measure(
         "rating_rank_correlation", "Rating rank correlation", "higher", 3,
-        "Spearman, between the mean ratings a paper got from the model and from people",
+        "Spearman, between the mean ratings per paper got from the model and from people",
     ),
-    Measure("repeated_reviews", "Repeated reviews", "lower", 1, "reviews whose very words were written twice", True),
+    Measure("repeated_reviews", "Repeated reviews", "lower", 1, "exact duplicate reviews", True),
 )  # fmt: skip
 Row = dict[str, Any]
 

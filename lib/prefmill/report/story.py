@@ -20,6 +20,11 @@ TOLERATED = {"distinct_2": 0.05, "repeated_4grams": 0.05}  # wording varies with
 NAMED_ITEMS = 4  # of those that never fire; the section on the checklist has all
 
 
+_FINDING = (
+    "{}: on held-out papers, the {{candidate}} model’s reviews satisfy {} checklist items than the {{baseline}} model’s"
+)
+
+
 @dataclass(frozen=True)
 class Story:
     """One modality in sentences; `doubts` runs from the most to the least serious and is never empty.
@@ -48,10 +53,9 @@ def tell(
     verdict = "mixed" if verdict == "helped" and worse else verdict
     names = {"candidate": pair["candidate"], "baseline": pair["baseline"], "worse": _listed(worse)}
     helped = {
-        "helped": "Yes: on held-out papers, reviews by {candidate} fulfil more of the checklist than {baseline}’s.",
-        "mixed": "In part: on held-out papers, reviews by {candidate} fulfil more of the checklist than {baseline}’s, "
-        "but are worse in {worse}.",
-        "hurt": "No: on held-out papers, reviews by {candidate} fulfil less of the checklist than {baseline}’s.",
+        "helped": _FINDING.format("Yes", "more") + ".",
+        "mixed": _FINDING.format("In part", "more") + ", but are worse in {worse}.",
+        "hurt": _FINDING.format("No", "fewer") + ".",
         "unclear": "Not shown: reviews by {candidate} and by {baseline} do not differ beyond chance.",
     }[verdict]  # fmt: skip
     return Story(
@@ -217,7 +221,7 @@ def _side_effects(compared: Compared, name: str) -> Iterator[str]:
     if unrated >= SHARE_OF_CONCERN:
         yield f"{unrated:.0%} of {name}’s reviews give no rating; they count as wrong recommendations."
     if model["repeated_reviews"] >= SHARE_OF_CONCERN:
-        yield f"{model['repeated_reviews']:.0%} of {name}’s reviews repeat another one word by word."
+        yield f"{model['repeated_reviews']:.0%} of {name}’s reviews repeat another one word for word."
 
 
 def _people_doubt(compared: Compared, name: str) -> Iterator[str]:

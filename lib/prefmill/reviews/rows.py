@@ -35,7 +35,7 @@ _DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first t
 
 
 class RowError(ValueError):
-    """A row that cannot be used: what is wrong with it and what would mend it."""
+    """A row that cannot be used: what is wrong with it and what would fix it."""
 
     def __init__(self, reason: str, fix: str) -> None:
         super().__init__(reason, fix)  # both, as worker processes send these back pickled

@@ -1,4 +1,4 @@
-"""`prefmill advance`: looks at what has ended, resubmits what can be mended, and re-points what waits for it.
+"""`prefmill advance`: looks at ended tasks, resubmits those that can be retried, and re-points what waits for them.
 
 It may run at any time, any number of times, by a job after each array, by cron or by hand: two at once take turns,
 and what one has done the next one sees. Submissions are never rewritten; their lists of jobs only grow.
@@ -46,7 +46,7 @@ class Retry:
 
 
 def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] = ()) -> View:
-    """Mend what can be mended in `run`; tasks in `again` are submitted anew whatever was decided about them.
+    """Retry failed tasks of `run`; those in `again` are submitted anew whatever was decided about them.
 
     Raises PipelineError where the run was never submitted or Slurm does not answer: then nothing is touched.
     """
@@ -81,7 +81,7 @@ def _judge(view: View, again: Collection[str], say: Say) -> Iterable[Retry]:
     for task in ended:
         upstream = [other.key for other in view.plan.upstream(task) if other.key in view.open]
         if any(key not in view.live and key not in going for key in upstream):
-            continue  # somebody has to mend what it reads first
+            continue  # somebody has to fix what it reads first
         retry = _decide(view, task, bool(upstream), task.key in again, accounts or {}, limits or {}, say)
         if retry is not None:
             going.add(task.key)

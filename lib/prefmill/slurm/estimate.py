@@ -47,7 +47,7 @@ def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: f
             "this would never start, or not fit", got="\n".join(["", *(f"    {line}" for line in problems)]),
             fix="correct these in the cluster file, the pipeline's `resources` or the stage's configuration",
         )  # fmt: skip
-    say("every request can start" if offered else "nothing against it that can be known without Slurm")
+    say("every request can start" if offered else "no problems found (partition limits not checked: Slurm unreachable)")
 
 
 def check_requests(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile) -> None:

@@ -57,7 +57,7 @@ POLICIES: Mapping[Kind, Policy] = {
     "disk": Policy(3, f"free space or raise the quota, {AGAIN}"),
     "killed": Policy(3, f"find out who kills it: its log and the node's, {AGAIN}"),
     "refused": Policy(0, "correct what the error names, then submit again"),
-    "bug": Policy(2, "mend what the traceback shows, then submit again: queued jobs run the code as it was"),
+    "bug": Policy(2, "fix what the traceback shows, then submit again: queued jobs run the code as it was"),
     "launch": Policy(1, "see its Slurm log: python, the environment or a path is missing on that node"),
     "early": Policy(2, f"see why its input was not there, or not as it was made, {AGAIN}"),
     "stale": Policy(2, "see `prefmill why` for what differs: a file outside the pipeline may be changing"),

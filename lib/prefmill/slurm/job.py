@@ -52,7 +52,7 @@ class JobTask:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the element this job is; returns its exit code: 0 done, 1 a bug, 2 something the user can mend."""
+    """Run the element this job is; returns its exit code: 0 done, 1 a bug, 2 something the user can fix."""
     warnings = SignalWatcher(SIGNAL_SECONDS)
     warnings.listen()
     try:

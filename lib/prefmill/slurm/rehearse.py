@@ -73,7 +73,7 @@ def _can_drill(plan: Plan) -> bool:
 
 
 def _follow(plan: Plan, drills: list[Drill], say: Say) -> bool:
-    """Look until nothing is left to happen, injecting the drills on the way; returns whether all is complete."""
+    """Look until the run ends, injecting the drills on the way; returns whether all is complete."""
     begun = shown = advanced = time.monotonic()
     while time.monotonic() - begun < _PATIENCE_SECONDS:
         view = look(plan.workspace, plan.run)

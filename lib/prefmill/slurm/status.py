@@ -83,7 +83,7 @@ def _exit_code(rows: Iterable[Row]) -> int:
 
 
 def watch_status(workspace: Path, run: str, seconds: float) -> int:
-    """Print the table again and again until nobody is going to act on an open task; 0 only when all is complete."""
+    """Print the table until nobody is going to act on an open task; 0 only when all is complete."""
     while True:
         seen = read_rows(workspace, run)
         text = render(run, seen.rows, seen.notes)

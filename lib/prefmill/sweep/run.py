@@ -172,7 +172,7 @@ def _require_hope(study: optuna.Study, place: Path) -> None:
     if num_broken >= _HOPELESS and all(trial["state"] != "complete" for trial in trials):
         raise PipelineError(
             f"the first {num_broken} trials have all failed", where=place, got=studies.last_reason(study),
-            fix="mend what that says, and give the study a new study_name",
+            fix="fix what that says, and give the study a new study_name",
         )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def _finish(study: optuna.Study, config: StudyConfig, task: Task, draw: Draw) ->
     if not complete:
         raise PipelineError(
             "no trial of the study has a value", where=study_folder(task, config.study_name),
-            got=studies.last_reason(study), fix="mend what that says, and give the study a new study_name",
+            got=studies.last_reason(study), fix="fix what that says, and give the study a new study_name",
         )  # fmt: skip
     sign = 1 if config.direction == "maximize" else -1
     best = max(complete, key=lambda row: (sign * row["value"], -row["number"]))

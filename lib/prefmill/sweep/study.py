@@ -91,7 +91,7 @@ def _is_entry(text: bytes) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the study's lock, its journal mended: a file that only one can create, on NFS (version 3 and later) too.
+    """Hold the study's lock, its journal fixed: a file that only one can create, on NFS (version 3 and later) too.
 
     Not Optuna's symbolic link: it is as old as the file it points to, so who waits cannot tell one holder from the
     next, and where that file is missing waits for a dead one for ever, on a whole processor.

@@ -15,6 +15,8 @@ from prefmill.training.config import TrainingConfig, accumulation
 if TYPE_CHECKING:
     pass
 
+PROJECT = "prefmill"  # in every tracker
+
 
 def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> dict[str, Any]:
     """Keyword arguments for transformers' TrainingArguments or TRL's SFTConfig; the tracker writes below the logs."""
@@ -25,6 +27,7 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
     _point_trackers(task)
     return {
         "output_dir": str(task.output),
+        "project": PROJECT,
         "run_name": f"{task.run}-{task.stage}-{task.name}",
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.num_train_epochs,
@@ -90,3 +93,4 @@ def _point_trackers(task: Task) -> None:
     os.environ.setdefault("TRACKIO_DIR", str(task.logs / "trackio"))
     os.environ.setdefault("WANDB_DIR", str(task.logs))
     os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)  # transformers' own default is "huggingface"

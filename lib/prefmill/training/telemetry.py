@@ -21,7 +21,7 @@ from prefmill.training.speed import Speed
 MARGINS = "margins"
 LOG = "margins_log.jsonl"
 ALARMS = "alarms.jsonl"
-CHOSEN_DROP = 0.5  # nats a token: e^-0.5 of the likelihood at every token
+CHOSEN_DROP = 0.5  # nats per token: e^-0.5 of the likelihood at every token
 
 
 class Telemetry:
@@ -75,7 +75,7 @@ class Telemetry:
     def means(self) -> dict[str, float]:
         """Means over the pairs of all ranks since the last call: margin, accuracy, that of "longer wins", likelihoods.
 
-        `chosen_change` is how much likelier the chosen side is than under the reference, in nats a token;
+        `chosen_change` is how much likelier the chosen side is than under the reference, in nats per token;
         `length_correlation` is that of margin and length difference: near 1 in a model that learns lengths alone.
         """
         rows, self._window = self._window, []
@@ -108,7 +108,7 @@ class Telemetry:
 
     def _alarm(self, step: int, change: float) -> None:
         """Say that the model unlearns what it is to prefer."""
-        said = f"chosen responses are {-change:.2f} nats a token less likely than under the reference"
+        said = f"chosen responses are {-change:.2f} nats per token less likely than under the reference"
         append_row(
             self._alarms, {"step": step, "alarm": said, "fix": "lower learning_rate, or mix in sft by loss_type"}
         )
@@ -142,7 +142,7 @@ def _chosen_change(row: dict[str, Any]) -> float:
 
 
 def gradient_coefficient(scores: PairScores, objective: Objective, settings: Settings) -> torch.Tensor:
-    """-dL/ds of the chosen score, [N]: how hard each pair pulls (b s(-bD) for the sigmoid objective)."""
+    """-dL/ds of the chosen score, [N]: gradient weight of the pair (b s(-bD) for the sigmoid objective)."""
     chosen = scores.chosen.detach().requires_grad_()
     detached = replace(scores, chosen=chosen, rejected=scores.rejected.detach())
     with torch.enable_grad():

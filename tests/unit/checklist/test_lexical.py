@@ -183,4 +183,4 @@ def test_thousands_of_reviews_a_second() -> None:
     for text in texts:
         engine.answers(text)
     rate = len(texts) / (time.process_time() - start)
-    assert rate > 3000, f"{rate:.0f} reviews a second"  # about 10,000 where this was written
+    assert rate > 3000, f"{rate:.0f} reviews per second"  # about 10,000 where this was written

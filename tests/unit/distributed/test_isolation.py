@@ -21,7 +21,7 @@ def note_process(path: Path) -> None:
 
 
 def refuse(path: Path) -> None:
-    raise InputError("no good", where=path, got=3, expected="4", fix="mend it")
+    raise InputError("no good", where=path, got=3, expected="4", fix="fix it")
 
 
 def fill_the_disk(path: Path) -> None:
@@ -49,7 +49,7 @@ def test_it_runs_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_error_a_user_can_mend_comes_back_whole(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         in_own_process(tmp_path, refuse, tmp_path)
-    assert str(caught.value) == str(InputError("no good", where=tmp_path, got=3, expected="4", fix="mend it"))
+    assert str(caught.value) == str(InputError("no good", where=tmp_path, got=3, expected="4", fix="fix it"))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(PrefmillError, match="cannot write: No space left on device"):
         in_own_process(tmp_path, fill_the_disk, tmp_path / "big")

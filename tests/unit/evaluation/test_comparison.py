@@ -37,7 +37,7 @@ def evaluated(model: str, scores: dict[str, list[float]], modality: str = "clean
 
 
 def scores(shift: float, num_papers: int = 20, seed: int = 0) -> dict[str, list[float]]:
-    """Two reviews a paper; papers differ, and the two models' reviews of a paper go together."""
+    """Two reviews per paper; papers differ, and the two models' reviews of a paper go together."""
     draw = np.random.default_rng(0)
     noise = np.random.default_rng(seed + 1)
     return {

@@ -133,7 +133,7 @@ def test_a_gain_with_a_harm_is_no_plain_yes(
     assert told.harms == ((harm,) if harm else ())
     assert told.verdict == ("mixed" if harm else "helped")
     label = (harm or "").split(":")[0].lower()
-    assert told.helped.endswith(f"but are worse in {label}." if harm else "more of the checklist than base’s.")
+    assert told.helped.endswith(f"but are worse in {label}." if harm else "than the base model’s.")
 
 
 def test_a_model_far_above_people_and_items_that_nobody_meets_are_doubts() -> None:

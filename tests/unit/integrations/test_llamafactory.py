@@ -290,7 +290,7 @@ def chatml(*turns: tuple[str, str]) -> str:
 
 
 def llamafactory_losses(folder: Path, data: list[dict[str, Any]], steps: int, ftx: float, loss: str) -> list[float]:
-    """The losses of LLaMA-Factory's DPO, four pairs a step, from its formulas, on full logits, one row at a time."""
+    """The losses of LLaMA-Factory's DPO, four pairs per step, from its formulas, on full logits, one row at a time."""
     from transformers import get_scheduler
 
     from prefmill.families.causal.loading import load_model, load_tokenizer

@@ -62,12 +62,12 @@ def test_the_queue_is_asked_once_and_only_when_something_is_open(run: Path, monk
 
 def test_what_stopped_says_what_to_do_and_blocks_the_rest(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decision = {"time": 1.0, "task": "a:all", "element": "1_0", "action": "stop", "kind": "bug", "why": "ValueError",
-                "reason": "the same error twice", "todo": "mend it"}  # fmt: skip
+                "reason": "the same error twice", "todo": "fix it"}  # fmt: skip
     write(run / "logs/r/submissions/decisions.jsonl", decision)
     waits = JobState("PENDING", "DependencyNeverSatisfied")
     found, _ = rows(run, monkeypatch, {("2", 0): waits, ("3", 0): JobState("PENDING", "Dependency")})
     assert found["a"].state == "stopped"
-    assert found["a"].reason == "bug: ValueError (the same error twice); to do: mend it"
+    assert found["a"].reason == "bug: ValueError (the same error twice); to do: fix it"
     assert [(found[key].state, found[key].reason) for key in "bc"] == [("blocked", "a:all has stopped")] * 2
     assert status.show_status(run, "r") == 1
 

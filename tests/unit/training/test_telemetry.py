@@ -19,7 +19,7 @@ SIGMOID = mix(["sigmoid"], [1.0], SETTINGS)
 
 
 def scores(change: float, lengths: tuple[list[float], list[float]] = ([10.0, 20.0], [20.0, 10.0])) -> PairScores:
-    """Two pairs whose chosen side became likelier by `change` nats a token."""
+    """Two pairs whose chosen side became likelier by `change` nats per token."""
     chosen_length, rejected_length = map(torch.tensor, lengths)
     reference = torch.tensor([-30.0, -60.0])
     return PairScores(
@@ -39,7 +39,7 @@ def test_the_alarm_is_for_chosen_answers_that_become_unlikely(tmp_path: Path, ch
 
 
 def test_margins_that_follow_lengths_show(tmp_path: Path) -> None:
-    """A change of equal nats a token makes the margin larger for the longer chosen side: correlation 1."""
+    """A change of equal nats per token makes the margin larger for the longer chosen side: correlation 1."""
     telemetry = Telemetry(tmp_path, 0)
     telemetry.add(["a", "b"], scores(0.5), SIGMOID, SETTINGS)
     telemetry.step(1, 0)

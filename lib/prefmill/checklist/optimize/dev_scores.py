@@ -118,6 +118,6 @@ def _require_few_failures(num_failed: int, share: float, num_reviews: int, lates
             "too many dev reviews could not be scored",
             got=f"{num_failed} failed, the latest {latest.review_id} of paper {latest.paper_id}: {latest.failure}",
             expected=f"at most {share:g} of the reviews (max_failed_share)",
-            fix="mend the cause (over-long reviews: engine.truncate_reviews=true), or raise max_failed_share. "
+            fix="fix the cause (over-long reviews: engine.truncate_reviews=true), or raise max_failed_share. "
             "What is scored is kept",
         )  # fmt: skip

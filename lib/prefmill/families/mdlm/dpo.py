@@ -46,7 +46,7 @@ from prefmill.training.trainer import PreferenceTrainer
 def train_diffusion_dpo(
     config: DiffusionPreferenceConfig, task: Task, policy: str, train: Path, val: Path | None
 ) -> Metrics:
-    """Tune `policy` on the pairs in `train` against itself as it was before the first step (VRPO, arXiv 2505.19223).
+    """Tune `policy` on the pairs in `train` with the starting model as reference (VRPO, arXiv 2505.19223).
 
     Policy and reference are scored with the same draws, which follow from seed, row and epoch: the reference's values
     are computed once, before training, and cached. Resumes from the newest complete checkpoint.

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of masked-diffusion models, or training a small one from nothing."""
+"""Supervised fine-tuning of masked-diffusion models, or training a small one from scratch."""
 
 from __future__ import annotations
 

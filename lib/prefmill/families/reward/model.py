@@ -71,7 +71,7 @@ class MultiHeadReward(PreTrainedModel):
     ) -> Tensor:
         """Rewards [B, K] of `pixel_values` [B, 3, H, W] for the prompts' `input_ids`, `attention_mask` [P, T].
 
-        `prompt_of` [B] says which of the P prompts an image is of; None: the first is of the first, and so on.
+        `prompt_of` [B] says which of the P prompts per image is of; None: the first is of the first, and so on.
         """
         image = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
         text = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output

@@ -40,7 +40,7 @@ from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_ar
 
 
 def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: Artifact) -> Metrics:
-    """Tune the UNet of the pipeline `start` on image pairs, against itself as it was before the first step.
+    """Tune the UNet of the pipeline `start` on image pairs, with the starting model as reference.
 
     Latents, text embeddings and the reference's errors are computed before training, or found in the cache: training
     runs the UNet alone. Resumes from the newest complete checkpoint.
