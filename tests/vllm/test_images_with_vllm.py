@@ -29,7 +29,7 @@ from prefmill.evaluation.model_reviews import ModelSource, Writing, write_review
 from prefmill.families.causal.generation import GenerationRequest, Sampling, encode_prompts
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
-from prefmill.families.causal.vision import WRITING, ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, open_reader, with_images
 from prefmill.families.causal.vllm_loading import image_options, open_vllm
 from prefmill.reviews.generated import generate
 from tests.conftest import left_out
@@ -107,7 +107,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray[A
 
 
 def reader_of(model: Path, limits: ImageLimits) -> ImageReader:
-    reader = open_reader(str(model), load_tokenizer(str(model)), limits, families=WRITING)
+    reader = open_reader(str(model), load_tokenizer(str(model)), limits)
     assert reader is not None
     return reader
 

@@ -28,7 +28,7 @@ from prefmill.families.causal.generation import (
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.templates import ChatTemplate
-from prefmill.families.causal.vision import WRITING, ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, open_reader, with_images
 from prefmill.families.causal.vllm_loading import image_options, on_cpu, open_vllm, require_vllm
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
 from prefmill.reviews.scale import COMMON_SCALE, rescaled, scale_of
@@ -120,7 +120,7 @@ def _chat(paper: Paper, writing: Writing) -> list[dict[str, Any]]:
 
 
 def _reader(source: ModelSource, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> ImageReader:
-    reader = open_reader(source.name_or_path, tokenizer, writing.limits, families=WRITING, **source.origin)
+    reader = open_reader(source.name_or_path, tokenizer, writing.limits, **source.origin)
     if reader is None:
         raise InputError(
             "this model cannot be shown images", where=source.name_or_path, got=writing.modality,

@@ -131,7 +131,7 @@ def _forward(
     given: dict[str, Any] = {"position_ids": position_ids, "segments": segments, "varlen": varlen}
     given = {name: value for name, value in given.items() if value is not None}
     if self.config.model_type in TRAINED:
-        given["inputs_embeds"] = embed(self, input_ids, pixel_values, image_grid_thw)
+        given |= embed(self, input_ids, pixel_values, image_grid_thw)
     else:
         given["input_ids"] = input_ids
     mask = attention_mask if self.masks_padding or position_ids is not None or _needs_mask_for_memory(self) else None

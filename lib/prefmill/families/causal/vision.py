@@ -1,6 +1,6 @@
 """Images in prompts of vision-language models: their tokens, their places in 3-D rotary positions, their pixels.
 
-Qwen2-VL and Qwen2.5-VL: an image of h x w patches is h/2 x w/2 tokens, and its positions are (time, row, column).
+Qwen2-VL to Qwen3.5: an image of h x w patches is h/2 x w/2 tokens, and its positions are (time, row, column).
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.store.pictures import image_size, open_image
 
 Grid = tuple[int, int, int]  # patches of an image: time (1), height, width
-TRAINED = frozenset({"qwen2_vl", "qwen2_5_vl"})
-WRITING = TRAINED | {"qwen3_vl"}  # whose images reach several layers: `embed` below knows one
+TRAINED = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
 
 
 class ImageReader:
@@ -173,11 +172,11 @@ def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[str]) ->
     return turns
 
 
-def embed(model: Any, input_ids: Tensor, pixels: Tensor | None, grids: Tensor | None) -> Tensor:
-    """Input embeddings [R, T, H] with the images' features at their tokens.
+def embed(model: Any, input_ids: Tensor, pixels: Tensor | None, grids: Tensor | None) -> dict[str, Any]:
+    """Arguments of the text model: input embeddings [R, T, H] with the images' features at their tokens.
 
-    Without images the vision part still runs, on one blank image that counts for nothing: under ZeRO-3 and DDP every
-    rank must run every part.
+    Qwen3-VL's early layers take features of their own too. Without images the vision part still runs, on one blank
+    image that counts for nothing: under ZeRO-3 and DDP every rank must run every part.
     """
     backbone = model.base_model
     embedded: Tensor = model.get_input_embeddings()(input_ids)
@@ -187,11 +186,15 @@ def embed(model: Any, input_ids: Tensor, pixels: Tensor | None, grids: Tensor | 
         blank = torch.zeros(side * side, vision.patch_embed.in_channels * vision.patch_embed.temporal_patch_size
                             * vision.patch_embed.patch_size**2, device=input_ids.device)  # fmt: skip
         grid = torch.tensor([[1, side, side]], device=input_ids.device)
-        return embedded + 0.0 * _features(backbone, blank, grid).sum().to(embedded.dtype)
-    features = _features(backbone, pixels, grids).to(embedded.dtype)
-    at_images = (input_ids == model.config.image_token_id)[..., None].expand_as(embedded)
-    assert at_images.sum() == features.numel(), "as many image tokens as features"
-    return embedded.masked_scatter(at_images, features)
+        features, deep = _features(backbone, blank, grid)
+        nothing = torch.stack([part.sum() for part in (features, *deep)]).sum() * 0.0
+        return {"inputs_embeds": embedded + nothing.to(embedded.dtype)}
+    features, deep = _features(backbone, pixels, grids)
+    at_images = input_ids == model.config.image_token_id
+    spread = at_images[..., None].expand_as(embedded)
+    assert spread.sum() == features.numel(), "as many image tokens as features"
+    given: dict[str, Any] = {"inputs_embeds": embedded.masked_scatter(spread, features.to(embedded.dtype))}
+    return given | ({"visual_pos_masks": at_images, "deepstack_visual_embeds": deep} if deep else {})
 
 
 def prompt_positions(reader: ImageReader) -> Callable[[Sequence[int], Sequence[str]], Tensor]:
@@ -206,8 +209,11 @@ def _own_image_tokens(found: int, expected: int) -> InputError:
     )  # fmt: skip
 
 
-def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> Tensor:
-    return torch.cat(tuple(backbone.get_image_features(pixels, grids, return_dict=True).pooler_output))
+def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Features [tokens, H] of all images, and of each layer that takes some too."""
+    found = backbone.get_image_features(pixels, grids, return_dict=True)
+    deep = getattr(found, "deepstack_features", None) or ()
+    return torch.cat(tuple(found.pooler_output)), [torch.cat(tuple(layer)) for layer in deep]
 
 
 @lru_cache(maxsize=65536)

@@ -14,19 +14,20 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 
 from prefmill.families.causal.processing import ImageTextProcessor
-from prefmill.families.causal.vision import WRITING
+
+_WRITING = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}  # whose module in vLLM has the form that this replaces
 
 
 def options_without_torchvision(name_or_path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """What to tell vLLM of the model `name_or_path`, and its class registered with a processor for images alone.
 
-    Nothing of a model that is none of `vision.WRITING`. The PIL form of the image processor's module stands in for
+    Nothing of a model that is none of `_WRITING`. The PIL form of the image processor's module stands in for
     the torchvision form: `smart_resize` is the same.
     """
     from vllm import ModelRegistry
 
     config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    if config.model_type not in WRITING:
+    if config.model_type not in _WRITING:
         return {}
     sys.modules.setdefault("transformers.models.qwen2_vl.image_processing_qwen2_vl", image_processing_pil_qwen2_vl)
     module = importlib.import_module(f"vllm.model_executor.models.{config.model_type}")
