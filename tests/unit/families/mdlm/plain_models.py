@@ -154,7 +154,7 @@ def modernbert(w: Weights, c: Config, ids: Tensor) -> Tensor:
         h = x if n == 0 else norm(x, f"{name}.attn_norm")
         q, k, v = (heads(p, c["num_attention_heads"]) for p in (h @ w[f"{name}.attn.Wqkv.weight"].T).chunk(3, 1))
         theta = c["rope_parameters"]["full_attention" if is_global else "sliding_attention"]["rope_theta"]
-        q, k = (rotate(each.float(), theta).to(x.dtype) for each in (q, k))  # as published, unlike the others
+        q, k = (rotate(each.float().to(x.dtype), theta) for each in (q, k))  # as published, unlike the others
         seen = attend(q, k, v, None if is_global else near)
         x = x + seen @ w[f"{name}.attn.Wo.weight"].T
         wide, gate = (norm(x, f"{name}.mlp_norm") @ w[f"{name}.mlp.Wi.weight"].T).chunk(2, 1)
