@@ -70,11 +70,9 @@ def note_shards(folder: Path) -> None:
     """Write down the shares of the weights and of Adam's first moments that this process holds when training ends."""
     from transformers import Trainer
 
-    from prefmill.distributed import sharding
-    from prefmill.families.causal import dpo
-    from prefmill.families.mdlm import dpo as mdlm_dpo
+    from prefmill.training import loop
 
-    original, original_model, scoring = Trainer.train, sharding.scoring_model, []
+    original, original_model, scoring = Trainer.train, loop.scoring_model, []
 
     @contextmanager
     def scoring_model(*given: Any) -> Iterator[Any]:
@@ -82,7 +80,7 @@ def note_shards(folder: Path) -> None:
             scoring.append(_held(model))
             yield model
 
-    dpo.scoring_model = mdlm_dpo.scoring_model = scoring_model
+    loop.scoring_model = scoring_model
 
     def train(self: Any, *given: Any, **more: Any) -> Any:
         done = original(self, *given, **more)

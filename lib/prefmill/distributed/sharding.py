@@ -1,6 +1,6 @@
 """How weights are spread over ranks: DeepSpeed's ZeRO and torch's FSDP2, and what stays the same under them.
 
-Models are loaded whole on the host and shared among ranks to score the reference; finished weights are gathered.
+Finished weights are gathered; how a model comes to its ranks is in `scoring`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -43,7 +43,7 @@ _PATCHED = "_prefmill_fsdp_on_cpu"
 def unsharded_loading() -> Iterator[None]:
     """Within, models are loaded whole, though DeepSpeed is to shard what is trained: transformers would shard them all.
 
-    They are sharded later, by `scoring_model` or when training starts; frozen helpers never are.
+    They are sharded later, by `scoring.scoring_model` or when training starts; frozen helpers never are.
     """
     from transformers.integrations import deepspeed
 
@@ -107,35 +107,6 @@ def fsdp_mixed_precision(arguments: ArgumentsT, config: Sharded) -> ArgumentsT:
     return arguments
 
 
-def scoring_context(trainer: Any, config: Sharded) -> AbstractContextManager[Any]:
-    """What the reference is scored in, so that it computes as the policy will: DeepSpeed trains without autocast."""
-    context: AbstractContextManager[Any] = nullcontext() if config.deepspeed else trainer.compute_loss_context_manager()
-    return context
-
-
-@contextmanager
-def scoring_model(model: Any, trainer: Any, config: Sharded) -> Iterator[Any]:
-    """Within, the model that the reference is scored with, on the trainer's device: held and computed as in training.
-
-    Where ranks share a model in training, they share it here: none holds it whole, and all run it equally often.
-    """
-    if uses_fsdp(config):
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-        yield fsdp2_prepare_model(trainer.accelerator, model)
-        _reshard(model)
-    elif shards_by_zero(config):
-        import deepspeed
-
-        deepspeed.zero.Init(module=model, config_dict_or_path=trainer.args.hf_deepspeed_config.config)
-        handles = [handle for part in _gathered_together(model) for handle in _gather_to_run(part)]
-        yield model
-        for handle in handles:
-            handle.remove()
-    else:
-        yield model.to(trainer.args.device)
-
-
 def shards_by_zero(config: Sharded) -> bool:
     """Whether DeepSpeed has ranks hold parts of the weights: stage 3."""
     if config.deepspeed is None:
@@ -148,28 +119,7 @@ def shares_weights(config: Sharded) -> bool:
     return uses_fsdp(config) or shards_by_zero(config)
 
 
-def _gathered_together(model: Any) -> list[nn.Module]:
-    """The modules whose weights come together when they run: decoder layers, and what has weights outside of them."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = [part for part in model.modules() if type(part).__name__ in (inner._no_split_modules or ())]
-    inside = {id(part) for layer in layers for part in layer.modules()}
-    return layers + [
-        part for part in model.modules() if id(part) not in inside and any(True for _ in part.parameters(recurse=False))
-    ]
-
-
-def _gather_to_run(module: nn.Module) -> list[Any]:
-    """Have the weights of `module` whole while it runs, and in parts again after; the handles of the hooks."""
-    import deepspeed
-
-    weights = deepspeed.zero.GatheredParameters(list(module.parameters()))
-    return [
-        module.register_forward_pre_hook(lambda *_: weights.__enter__()),
-        module.register_forward_hook(lambda *_: weights.__exit__(None, None, None)),
-    ]
-
-
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Have FSDP2 hold parts alone: the last forward left some whole, in storage that is not theirs."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -188,7 +138,7 @@ def whole_weights(model: nn.Module, keep: bool, trained: bool = False) -> dict[s
 
     Every rank must ask; those that do not `keep` them get an empty dictionary.
     """
-    _reshard(model)
+    reshard(model)
     weights = {}
     for name, value in model.named_parameters():
         if trained and not value.requires_grad:

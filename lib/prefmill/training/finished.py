@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from prefmill.core.errors import DivergedError, PipelineError
-from prefmill.core.precision import Precision
+from prefmill.core.precision import Precision, torch_dtype
+from prefmill.distributed.sharding import shares_weights
+from prefmill.training.config import TrainingConfig, weights_precision
 
 _STORED: dict[str, Precision] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -39,6 +41,23 @@ def stored_precision(name: str, revision: str | None) -> Precision:
             if part.get_dtype() in sizes:
                 sizes[part.get_dtype()] += torch.Size(part.get_shape()).numel()
     return _STORED[max(sizes, key=lambda kind: sizes[kind])] if any(sizes.values()) else "fp32"
+
+
+def loading_precision(name: str, config: TrainingConfig, revision: str | None) -> Precision:
+    """The precision to load weights in that will be kept in `weights_precision`.
+
+    As they are stored where ranks are going to share them: a mapped file takes no memory until a part of it is read,
+    and what is cast then is a part. An adapter is drawn in its base's precision, so that base is cast at once.
+    """
+    kept = weights_precision(config)
+    if not shares_weights(config) or config.lora is not None or not Path(name).is_dir():
+        return kept
+    return stored_precision(name, revision)
+
+
+def kept_dtype(config: TrainingConfig) -> torch.dtype | None:
+    """What weights are cast to once ranks have parts; None for an adapter's base, which was loaded so."""
+    return None if config.lora else torch_dtype(weights_precision(config))
 
 
 def take_trained(model: Any, weights: Mapping[str, Tensor]) -> None:

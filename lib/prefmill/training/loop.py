@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.scoring import scoring_model
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
 from prefmill.training.config import TrainingConfig
 from prefmill.training.family import Reference
+from prefmill.training.finished import kept_dtype
 from prefmill.training.savable import ensure_savable
 
 
@@ -32,10 +36,11 @@ class Trained(Protocol):
 class TrainingSpec:
     """What a training stage fills in; `run_training` does the rest.
 
-    `load` gives the model to train with its adapter, `reference` the reference's scores (train and val) while the
-    model still is as it starts. `processor` is saved beside the model; `publish` writes the finished folder and may
-    return metrics, every rank calls it. `counts` are metrics known beforehand, `logged` the names of others in the log,
-    whose last value counts. `resume` chooses the checkpoint in a folder.
+    `load` gives the model to train with its adapter. Before the first step, while the model is as it starts and where
+    it will run, `check` may refuse it, and `reference` gives the reference's scores (train and val). `processor` is
+    saved beside the model; `publish` writes the finished folder and may return metrics, every rank calls it. `counts`
+    are metrics known beforehand, `logged` the names of others in the log, whose last value counts. `resume` chooses the
+    checkpoint in a folder.
     """
 
     config: TrainingConfig
@@ -48,7 +53,8 @@ class TrainingSpec:
         default_factory=lambda: {f"val_{name}": f"eval_{name}" for name in ("accuracy", "f1", "margin")}
     )
     processor: Any = None
-    reference: Callable[[Any], tuple[Reference, Reference]] | None = None
+    check: Callable[[Any], None] | None = None
+    reference: Callable[[Any, Any], tuple[Reference, Reference]] | None = None
     callbacks: Sequence[TrainerCallback] = ()
     resume: Callable[[Path], str | None] = newest_checkpoint
 
@@ -62,8 +68,7 @@ def run_training(spec: TrainingSpec) -> Metrics:
     )
     if spec.processor is not None:
         ensure_savable(trainer.model, spec.processor)
-    if spec.reference is not None:
-        trainer.set_reference(*spec.reference(trainer))
+    _look_before(spec, trainer)
     resume_strictly(trainer)
     with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
         checkpoint = spec.resume(task.output)
@@ -73,6 +78,19 @@ def run_training(spec: TrainingSpec) -> Metrics:
     last = {name: value for row in trainer.state.log_history for name, value in row.items()}
     logged = {name: last.get(key) for name, key in spec.logged.items()}
     return {"steps": trainer.state.global_step, **spec.counts, **logged, **published}
+
+
+def _look_before(spec: TrainingSpec, trainer: Any) -> None:
+    """Check the model and score the reference, in one scope: ranks that share a model are given their parts once."""
+    if spec.check is None and spec.reference is None:
+        return
+    whole = nullcontext(trainer.model.eval())  # a family without a check shares its model when training starts
+    scope = scoring_model(trainer.model, trainer, spec.config, kept_dtype(spec.config)) if spec.check else whole
+    with torch.no_grad(), scope as model:
+        if spec.check is not None:
+            spec.check(model)
+        if spec.reference is not None:
+            trainer.set_reference(*spec.reference(trainer, model))
 
 
 def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, config: TrainingConfig) -> None:

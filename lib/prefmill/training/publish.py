@@ -14,7 +14,8 @@ from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.sharding import is_sharded, scoring_context, unsharded_loading, whole_weights
+from prefmill.distributed.scoring import scoring_context
+from prefmill.distributed.sharding import is_sharded, unsharded_loading, whole_weights
 from prefmill.training.adapter import ADAPTER, add_adapter, base_name, merge_adapter, save_adapter
 from prefmill.training.config import TrainingConfig
 from prefmill.training.finished import rounded, stored_precision, take_trained

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import digest_path
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
-from prefmill.distributed.sharding import scoring_context, scoring_model, shares_weights, unsharded_loading
+from prefmill.distributed.scoring import scoring_context, scoring_model
+from prefmill.distributed.sharding import shares_weights, unsharded_loading
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.chat_rows import ChatRows
 from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
@@ -24,7 +26,7 @@ from prefmill.families.causal.image_batches import add_images
 from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
-from prefmill.families.causal.load_check import as_scorer
+from prefmill.families.causal.load_check import as_scorer, check_in_shards
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.other_reference import check_reference, reference_parts
 from prefmill.families.causal.scorer import (
@@ -41,6 +43,7 @@ from prefmill.training.bad_rows import BadRows
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
 from prefmill.training.config import TrainingConfig, accumulation, weights_precision
 from prefmill.training.data import Group, PreferencePair, group_by_prompt, read_pairs, swap_by_coin
+from prefmill.training.finished import kept_dtype, loading_precision
 from prefmill.training.family import Family, Reference, by_group
 from prefmill.training.loop import TrainingSpec, report_dropped, run_training
 from prefmill.training.objectives import Settings, mix
@@ -97,6 +100,7 @@ def train_dpo(
             settings=settings,
         ),
         processor=processor,
+        check=lambda model: check_in_shards(model, config, policy),
         publish=lambda trainer: publish(trainer, processor, config, task, policy, rescoring),
         reference=partial(_reference, task, groups, held_out, tokenizer, config, reader)
         if objective.needs_reference
@@ -161,13 +165,13 @@ def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> An
     """The model to tune, as a scorer."""
     model = load_model(
         name,
-        precision=weights_precision(config),
+        precision=loading_precision(name, config, revision),
         revision=revision,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         quantization=config.quantization,
     )
-    return as_scorer(model, config.layout, name)
+    return as_scorer(model, config.layout, name, shares_weights(config))
 
 
 def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:
@@ -227,16 +231,16 @@ def _reference(
     config: PreferenceConfig,
     reader: ImageReader | None,
     trainer: PreferenceTrainer,
+    model: Any,
 ) -> tuple[Reference, Reference]:
     """The reference's scores of all responses, train and val; called while the policy still is as it starts."""
     at_once = [config.per_device_train_batch_size, config.max_tokens_per_microbatch]
     settings = {**computed_as(config), "layout": config.layout, "at_once": at_once, "ld_alpha": config.ld_alpha}
     other, device = reference_parts(config), trainer.args.device
-    with unsharded_loading():
-        model = trainer.model if other is None else _other_reference(*other, config)
     weights = start_weights(task, config) if other is None else _weights(*other, config)
     kept = kept_reference(task, weights, settings, device)
-    with torch.no_grad(), scoring_model(model.eval(), trainer, config) as reference, scoring_context(trainer, config):
+    scope = nullcontext(model) if other is None else _other_reference(*other, config, trainer)
+    with scope as reference, scoring_context(trainer, config):
         scoring = GroupScoring(
             content=lambda group: _content(group, config, reader),
             batches=lambda group: _response_batches(group, config, tokenizer.pad_token_id, reader),
@@ -248,9 +252,18 @@ def _reference(
     return by_group(scores[: len(train)]), by_group(scores[len(train) :])
 
 
-def _other_reference(base: str, adapter: Path | None, config: PreferenceConfig) -> Any:
-    model = load_policy(base, config, config.ref_revision)
-    return model if adapter is None else put_on(model, adapter)  # not merged: in bf16 that would round it away
+@contextmanager
+def _other_reference(
+    base: str, adapter: Path | None, config: PreferenceConfig, trainer: PreferenceTrainer
+) -> Iterator[Any]:
+    """Another checkpoint than the policy, as training would hold it."""
+    with unsharded_loading():
+        model = load_policy(base, config, config.ref_revision)
+    # Not merged: in bf16 that would round it away.
+    model, dtype = (model, kept_dtype(config)) if adapter is None else (put_on(model, adapter), None)
+    with scoring_model(model, trainer, config, dtype) as reference:
+        check_in_shards(reference, config, base)
+        yield reference
 
 
 def _weights(base: str, adapter: Path | None, config: PreferenceConfig) -> str:

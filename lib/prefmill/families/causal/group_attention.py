@@ -8,7 +8,8 @@ the layer's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +194,7 @@ def use_group_attention(model: Any) -> None:
     if unknown:
         raise _refused(f"layers of {', '.join(unknown)}", config.model_type)
     AttentionInterface.register(GROUP_ATTENTION, group_attention)
+    model.attention_before = config._attn_implementation
     attention_pattern.register()
     if config is model.config:
         model.set_attn_implementation(GROUP_ATTENTION)
@@ -202,6 +204,18 @@ def use_group_attention(model: Any) -> None:
     if config._attn_implementation != GROUP_ATTENTION:
         raise _refused("attention that cannot be exchanged", config.model_type)
     share_states(model)
+
+
+@contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """Within, `model` attends as before `use_group_attention`, if it was called."""
+    config = model.config.get_text_config()
+    now = config._attn_implementation
+    config._attn_implementation = getattr(model, "attention_before", now)
+    try:
+        yield
+    finally:
+        config._attn_implementation = now
 
 
 def _refused(got: str, where: str) -> ConfigError:

@@ -6,41 +6,56 @@ own shows as a difference. What the model itself says is its untouched forward i
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefmill.core.errors import InputError, PrefmillError
-from prefmill.distributed.sharding import is_sharded
-from prefmill.families.causal.group_attention import use_group_attention
+from prefmill.core.precision import torch_dtype
+from prefmill.distributed.sharding import shares_weights
+from prefmill.families.causal.group_attention import own_attention, use_group_attention
 from prefmill.families.causal.group_layout import pack
-from prefmill.families.causal.scorer import encode_sequences, patch_forward, score_batch
+from prefmill.families.causal.scorer import encode_sequences, forward_as, inner_model, patch_forward, score_batch
+from prefmill.training.preference_config import PreferenceConfig
 
 _DRAWS = re.compile(r"(?i).*(drop|jitter).*")  # attributes that functions draw by
 _PROMPT, _ANSWERS = 12, (7, 5)  # tokens
 # Nats that a sum over an answer may differ by: rounding alone, in another order of the same operations.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
 _NO_FAULT_OF_THE_MODEL = (PrefmillError, torch.OutOfMemoryError, MemoryError)
 Sequences = list[tuple[list[int], list[int]]]
 
 
-def as_scorer(model: Any, layout: str, name: str) -> Any:
+def as_scorer(model: Any, layout: str, name: str, shared: bool = False) -> Any:
     """`model` scoring instead of returning logits, its dropout off: reference and policy must agree.
 
-    Raises ConfigError and InputError where it would not compute its own likelihoods in `layout`.
+    Raises ConfigError and InputError where it would not compute its own likelihoods in `layout`; one that ranks are
+    to share is not run before they can run it together (`check_in_shards`).
     """
-    expected = own_likelihoods(model)
+    expected = None if shared else own_likelihoods(model)
     turn_off_dropout(model)
     if layout == "group":
         use_group_attention(model)
     patch_forward(model)
-    check_scorer(model, expected, layout, name)
+    if expected is not None:
+        check_scorer(model, expected, layout, name)
     return model
+
+
+def check_in_shards(model: Any, config: PreferenceConfig, name: str) -> None:
+    """As `check_scorer`, for a policy that ranks share and run together; any other was checked when it was loaded."""
+    if not shares_weights(config):
+        return
+    inner = inner_model(model)
+    with forward_as(inner, partial(type(inner).forward, inner)), own_attention(inner):
+        expected = own_likelihoods(model)
+    computed = torch_dtype(config.precision) if config.fsdp else model.dtype  # FSDP2 casts parts as it gathers them
+    check_scorer(model, expected, config.layout, name, computed)
 
 
 def turn_off_dropout(model: torch.nn.Module) -> None:
@@ -53,14 +68,8 @@ def turn_off_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def own_likelihoods(model: Any) -> tuple[Sequences, Tensor] | None:
-    """Two sequences and their likelihoods by the model's own forward, [2] float64; None where no rank can run it alone.
-
-    To be called before the model is changed in any way.
-    """
-    if any(map(is_sharded, model.parameters())):
-        logging.getLogger(__name__).warning("likelihoods are not checked: the model was loaded in shards")
-        return None
+def own_likelihoods(model: Any) -> tuple[Sequences, Tensor]:
+    """Two sequences and their likelihoods by the model's own forward, [2] float64, before it is changed in any way."""
     sequences = _sequences(model)
     was_training = model.training
     model.eval()
@@ -70,16 +79,17 @@ def own_likelihoods(model: Any) -> tuple[Sequences, Tensor] | None:
     return sequences, torch.stack(scores)
 
 
-def check_scorer(model: Any, expected: tuple[Sequences, Tensor] | None, layout: str, name: str) -> None:
+def check_scorer(
+    model: Any, expected: tuple[Sequences, Tensor], layout: str, name: str, computed: torch.dtype | None = None
+) -> None:
     """Raise InputError where the scorer of `model`, in train mode and in `layout`, differs from `expected`.
 
-    A model whose logits are more than a projection (scaled, capped) is given its own head first.
+    It may differ by the rounding of `computed`, the weights' dtype unless given. A model whose logits are more than a
+    projection (scaled, capped) is given its own head first.
     """
-    if expected is None:
-        return
-    tolerance, seen = _TOLERANCE[model.dtype], []
+    tolerance, seen = TOLERANCE[computed or model.dtype], []
     for own_head in (False, True):
-        model.own_head = own_head  # read by the scorer
+        inner_model(model).own_head = own_head  # read by the scorer
         try:
             found = _scored(model, expected[0], layout)
         except _NO_FAULT_OF_THE_MODEL:
@@ -116,7 +126,7 @@ def _sequences(model: Any) -> Sequences:
     config = model.config.get_text_config()
     special = {value for key, value in {**model.config.to_dict(), **config.to_dict()}.items()
                if key.endswith("token_id") and isinstance(value, int)}  # fmt: skip
-    count = min(model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", None) or math.inf)
+    count = min(model.get_input_embeddings().num_embeddings, getattr(config, "vocab_size", None) or math.inf)
     plain = [token for token in range(count) if token not in special]
     ids = [plain[(7 * place + 3) % len(plain)] for place in range(_PROMPT + sum(_ANSWERS))]
     prompt, rest = ids[:_PROMPT], ids[_PROMPT:]

@@ -93,7 +93,7 @@ def patch_forward(model: Any) -> Any:
     Done to `forward` itself, so that DDP, ZeRO-3 and adapters wrap it as they wrap any model. Logits are the output
     embeddings' projection, or where `model.own_head` is set (load_check does) what the model's own forward makes of it.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     inner.masks_padding, inner.own_head = _masks_padding(inner), False
     inner.forward = MethodType(_forward, inner)
     return model
@@ -107,7 +107,8 @@ def score_batch(model: Any, batch: Batch) -> Tensor:
     return scores
 
 
-def _inner(model: Any) -> Any:
+def inner_model(model: Any) -> Any:
+    """The model that an adapter wraps, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.sharding import scoring_context, scoring_model, shares_weights
+from prefmill.distributed.scoring import scoring_context
+from prefmill.distributed.sharding import shares_weights
 from prefmill.families.causal.dpo import load_groups
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
 from prefmill.families.mdlm.family import (
@@ -28,6 +29,7 @@ from prefmill.families.mdlm.scorer import score_batch
 from prefmill.families.mdlm.training import (
     DrawTelemetry,
     FollowOnResume,
+    check_in_shards,
     choose_checkpoint,
     diffusion_rescoring,
     load_scoring_model,
@@ -75,6 +77,7 @@ def train_diffusion_dpo(
         load=lambda: load_scoring_model(policy, config, tokenizer),
         data=data,
         processor=tokenizer,
+        check=partial(check_in_shards, config, tokenizer, policy),
         publish=partial(publish_and_export, rescoring, tokenizer, config, task, policy),
         reference=partial(_reference, task, groups, held_out, config) if objective.needs_reference else None,
         callbacks=[FollowOnResume(live)],
@@ -101,10 +104,11 @@ def _reference(
     val: Sequence[Group],
     config: DiffusionPreferenceConfig,
     trainer: PreferenceTrainer,
+    model: Any,
 ) -> tuple[Reference, Reference]:
     """The reference's values of the draws in training and validation; called while the policy is the reference."""
-    policy, device = trainer.model.eval(), trainer.args.device
-    with torch.no_grad(), scoring_model(policy, trainer, config) as model, scoring_context(trainer, config):
+    device = trainer.args.device
+    with scoring_context(trainer, config):
         values = reference_values(model, device, task, train, config.num_train_epochs, config)
         held_out = reference_values(model, device, task, val, 1, config)
     return by_epoch(values), by_epoch(held_out)

@@ -60,34 +60,39 @@ def load_diffusion_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
+    run: bool = True,
 ) -> PreTrainedModel:
     """The model of `name`, its dropout off; raises InputError for one that attends to what comes before only.
+
+    Unless `run`: then its weights stay in their mapped files, unread, until ranks have shared them.
 
     The models of `native` need no code of their own; others run theirs where `trust_remote_code` says so, and are then
     checked for weights and buffers that nothing has set.
     """
     check_remote_code(trust_remote_code, name, revision)
-    model = _load(name, precision, revision, trust_remote_code, attn_implementation, quantization)
+    model = _load(name, precision, revision, trust_remote_code, attn_implementation, quantization, run)
     switch_dropout_off(model)
+    if run:
+        require_both_ways(model, name)
+    return model
+
+
+def require_both_ways(model: Any, name: str) -> None:
+    """Raise InputError for a model that attends to what comes before only."""
     if not attends_both_ways(model):
         raise InputError(
             "this model attends to earlier tokens only", where=name, got=f"model_type {model.config.model_type}",
             expected="a masked-diffusion model: a later token changes what is predicted at an earlier place",
             fix="give a model trained with masks; a causal architecture as one has is_causal=false in config.json",
         )  # fmt: skip
-    return model
 
 
 def attends_both_ways(model: Any) -> bool:
     """Whether a later token changes an earlier output: tried on eight tokens, so that no list of models is needed."""
     import torch
 
-    from prefmill.distributed.sharding import is_sharded
-
-    if any(map(is_sharded, model.parameters())):  # no rank can run it yet: its configuration is taken at its word
-        return not getattr(model.config, "is_causal", True)
     device = next(model.parameters()).device
-    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
     other = ids.clone()
     other[0, -1] = ids[0, 0]
     with torch.no_grad():
@@ -104,7 +109,7 @@ def mask_token_of(model: Any, tokenizer: Any, given: int | None = None) -> int:
             "the model has no mask token", where=getattr(model.config, "name_or_path", None) or model.config.model_type,
             fix="set mask_token_id (LLaDA-8B: 126336)",
         )  # fmt: skip
-    size = model.get_input_embeddings().weight.shape[0]
+    size = model.get_input_embeddings().num_embeddings
     if not 0 <= mask < size:
         raise InputError(
             "the mask token is not in the model's vocabulary", got=f"mask_token_id {mask}", expected=f"0 to {size - 1}",
@@ -147,7 +152,7 @@ def switch_dropout_off(model: Any) -> Any:
 
 def _load(
     name: str, precision: Precision, revision: str | None, trust: bool, attention: str | None,
-    quantization: Quantization | None,
+    quantization: Quantization | None, read: bool,
 ) -> Any:  # fmt: skip
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -172,7 +177,7 @@ def _load(
             "cannot load the model", where=name, got=str(error).splitlines()[0],
             fix="check the name, the revision, and that what its code imports is installed (4bit: bitsandbytes)",
         ) from error  # fmt: skip
-    _check_complete(model, info, name)
+    _check_complete(model, info, name, read)
     return model
 
 
@@ -197,10 +202,10 @@ def uninitialised_is_nan() -> Iterator[None]:
         filling.fill_uninitialized_memory = fills
 
 
-def _check_complete(model: Any, info: Mapping[str, Any], name: str) -> None:
+def _check_complete(model: Any, info: Mapping[str, Any], name: str, read: bool) -> None:
     """Raise InputError for a weight that the files lack, or a weight or buffer that holds no number."""
     missing = sorted(info["missing_keys"])
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [*(model.named_parameters() if read else ()), *model.named_buffers()]
     unset = [key for key, value in tensors if value.is_floating_point() and value.isnan().any()]
     if missing or unset:
         raise InputError(

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from prefmill.core.errors import InputError
 from prefmill.distributed.sharding import missing_runs
-from prefmill.families.causal.scorer import forward_as, logps_inside, recomputed, restore_own_forward, sum_by_owner
+from prefmill.families.causal.scorer import (
+    forward_as,
+    inner_model,
+    logps_inside,
+    recomputed,
+    restore_own_forward,
+    sum_by_owner,
+)
 from prefmill.families.mdlm.estimator import Draws
 
 
@@ -122,11 +129,6 @@ def restore_forward(model: Any) -> None:
     """Give `model` its own forward back."""
     inner = inner_model(model)
     restore_own_forward(inner, inner.forward_before)
-
-
-def inner_model(model: Any) -> Any:
-    """The model that an adapter wraps, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def masked_logps(

@@ -18,6 +18,7 @@ from prefmill.families.mdlm.family import Drawing, diffusion_family, fill_groups
 from prefmill.families.mdlm.loading import load_diffusion_tokenizer
 from prefmill.families.mdlm.training import (
     NoMargins,
+    check_in_shards,
     choose_checkpoint,
     diffusion_rescoring,
     load_scoring_model,
@@ -55,6 +56,7 @@ def train_diffusion_sft(config: DiffusionSftConfig, task: Task, start: str, trai
         load=lambda: load_scoring_model(start, config, tokenizer),
         data=data,
         processor=tokenizer,
+        check=partial(check_in_shards, config, tokenizer, start),
         publish=partial(publish_and_export, rescoring, tokenizer, config, task, start),
         resume=partial(choose_checkpoint, config),
         counts={"train_rows": len(groups), "answer_block_tokens": config.answer_block_tokens},

@@ -14,18 +14,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefmill.core.artifact import CHECKPOINT_PREFIX
+from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.sharding import shards_by_zero
+from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_fsdp
+from prefmill.families.causal.scorer import inner_model
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
+from prefmill.families.mdlm.load_check import check_diffusion_model
 from prefmill.families.mdlm.loading import load_diffusion_model, mask_token_of, predicts_next
 from prefmill.families.mdlm.scorer import patch_forward
 from prefmill.store.artifacts import payload
 from prefmill.training.adapter import add_adapter
 from prefmill.training.checkpoints import newest_checkpoint
-from prefmill.training.config import weights_precision
 from prefmill.training.data import Group
 from prefmill.training.family import Family
+from prefmill.training.finished import loading_precision
 from prefmill.training.objectives import Objective, PairScores, Settings
 from prefmill.training.publish import publish
 from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
@@ -84,9 +87,11 @@ class FollowOnResume(TrainerCallback):
 
 def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model to train, with its adapter, returning the values of draws instead of logits."""
+    shared = shares_weights(config)
     model = load_diffusion_model(
         name,
-        precision=weights_precision(config),
+        run=not shared,
+        precision=loading_precision(name, config, config.revision),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
@@ -94,7 +99,24 @@ def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: Pr
     )
     if not getattr(model, "supports_gradient_checkpointing", False):
         model.gradient_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)
-    return add_adapter(install_for(model, config, tokenizer, config.forward_batch_size), config)
+    install_for(model, config, tokenizer, config.forward_batch_size)
+    if not shared:
+        check_loaded(model, config, tokenizer, name)
+    return add_adapter(model, config)
+
+
+def check_in_shards(config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase, name: str, model: Any) -> None:
+    """Check a model that ranks share and run together; any other was checked when it was loaded."""
+    if shares_weights(config):
+        check_loaded(model, config, tokenizer, name)
+
+
+def check_loaded(model: Any, config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise InputError where the scorer of `model` does not compute its own likelihoods."""
+    inner = inner_model(model)
+    mask, shifted = _outputs_of(inner, config, tokenizer)
+    exact = not uses_fsdp(config) and config.quantization is None
+    check_diffusion_model(model, name, mask, shifted, inner.dtype if exact else torch_dtype(config.precision))
 
 
 def recomputed_by_layer(config: ConfigT) -> ConfigT:
@@ -121,9 +143,13 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, forward_batch_size: int) -> Any:
     """`model` scoring, as the configuration says how its outputs are read."""
-    mask = mask_token_of(model, tokenizer, config.mask_token_id)
-    shifted = predicts_next(model, config.shifted_logits)
+    mask, shifted = _outputs_of(model, config, tokenizer)
     return patch_forward(model, mask_token_id=mask, shifted=shifted, forward_batch_size=forward_batch_size)
+
+
+def _outputs_of(model: Any, config: DiffusionModelConfig, tokenizer: Any) -> tuple[int, bool]:
+    """The id of the mask token, and whether the output at a place is for the token after it."""
+    return mask_token_of(model, tokenizer, config.mask_token_id), predicts_next(model, config.shifted_logits)
 
 
 def publish_and_export(

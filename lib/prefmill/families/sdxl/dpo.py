@@ -176,10 +176,10 @@ def _compute(
     data: Sequence[PreferenceData | None],
     task: Task,
     trainer: PreferenceTrainer,
+    model: Any,
 ) -> tuple[Reference, Reference]:
     """The reference's errors, by the policy that still is the reference, or with its adapter off."""
-    model = trainer.model
-    model.to(trainer.args.device).eval()
+    model.to(trainer.args.device)
     with trainer.compute_loss_context_manager():
         for errors, given in zip(references, data, strict=True):
             if given is not None:
