@@ -41,10 +41,10 @@ from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter, put_on
 from prefmill.training.bad_rows import BadRows
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
-from prefmill.training.config import TrainingConfig, accumulation, weights_precision
+from prefmill.training.config import TrainingConfig, accumulation
 from prefmill.training.data import Group, PreferencePair, group_by_prompt, read_pairs, swap_by_coin
-from prefmill.training.finished import kept_dtype, loading_precision
 from prefmill.training.family import Family, Reference, by_group
+from prefmill.training.finished import kept_dtype, loading_precision
 from prefmill.training.loop import TrainingSpec, report_dropped, run_training
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preference_config import PreferenceConfig
@@ -259,9 +259,9 @@ def _other_reference(
     """Another checkpoint than the policy, as training would hold it."""
     with unsharded_loading():
         model = load_policy(base, config, config.ref_revision)
-    # Not merged: in bf16 that would round it away.
-    model, dtype = (model, kept_dtype(config)) if adapter is None else (put_on(model, adapter), None)
-    with scoring_model(model, trainer, config, dtype) as reference:
+    if adapter is not None:
+        model = put_on(model, adapter)  # not merged: in bf16 that would round it away
+    with scoring_model(model, trainer, config, kept_dtype(config)) as reference:
         check_in_shards(reference, config, base)
         yield reference
 
