@@ -69,7 +69,8 @@ def _write(folder: Path, size: dict[str, int]) -> None:
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **size))
+    special = {"pad_token_id": tokenizer.pad_token_id, "mask_token_id": tokenizer.pad_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **size, **special))
     model.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write_jsonl(folder / "pairs.jsonl", pair_rows(2, 2))
@@ -108,8 +109,7 @@ def score(folder: Path, family: str, strategy: dict[str, Any], total: int) -> No
         if family == "causal":
             train_dpo(validate(PreferenceConfig, keys), *given)
         else:
-            more = {"diffusion_steps": 2, "mask_token_id": 3}
-            train_diffusion_dpo(validate(DiffusionPreferenceConfig, {**keys, **more}), *given)
+            train_diffusion_dpo(validate(DiffusionPreferenceConfig, {**keys, "diffusion_steps": 2}), *given)
     except ScoredError:
         (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(peak.stop() / total))
 

@@ -16,7 +16,7 @@ from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 
 pytestmark = pytest.mark.slow
 SFT: dict[str, Any] = {key: value for key, value in KEYS.items() if key != "layout"} | {
-    "diffusion_steps": 4, "forward_batch_size": 4, "per_device_train_batch_size": 2, "mask_token_id": 3,
+    "diffusion_steps": 4, "forward_batch_size": 4, "per_device_train_batch_size": 2,
 }  # fmt: skip
 DPO = {**SFT, "beta": 0.5}
 
@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_before_the_forks(*SLOW_IMPORTS)
     folder = tmp_path_factory.mktemp("strategies")
     config = save_tiny_qwen2(folder / "model") / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "is_causal": False}))
+    keys = json.loads(config.read_text())
+    config.write_text(json.dumps({**keys, "is_causal": False, "mask_token_id": keys["pad_token_id"]}))
     rows: list[Any] = pair_rows(8, 2)
     rows[0]["chosen"] = {"from": "gpt", "value": sentence(5, 290)}
     write_jsonl(folder / "pairs.jsonl", rows)
