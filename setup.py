@@ -6,19 +6,22 @@ A checkout keeps them in folders of their own (docs/decisions/0150-what-a-wheel-
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 STARTER = ("configs", "sbatch")
+# The command's own `editable_mode` is set too late, after its options are final.
+EDITABLE = "editable_wheel" in sys.argv
 
 
 class BuildPy(build_py):
     """Moves `stages` into the package and adds the starter files, unless the checkout itself is installed."""
 
     def finalize_options(self) -> None:
-        if not self.editable_mode:
+        if not EDITABLE:
             self.distribution.packages = [
                 "prefmill.stages" if name == "stages" else name for name in self.distribution.packages
             ]
@@ -27,7 +30,7 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
-        if self.editable_mode:
+        if EDITABLE:
             return
         for name in STARTER:
             target = Path(self.build_lib) / "prefmill" / "starter" / name

@@ -37,6 +37,20 @@ def test_a_wheel_has_one_top_level_package(site: Path) -> None:
     assert listed.read_text().split() == ["prefmill"]
 
 
+def test_an_installed_checkout_still_has_its_stages_from_any_folder(tmp_path: Path) -> None:
+    """Built as `pip install -e .` builds it: its finder maps both names to the checkout's folders."""
+    clean_copy(tmp_path / "checkout")
+    build = "from setuptools import build_meta as b; import sys; b.build_editable(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path / "checkout", check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("prefmill-*.whl")
+    archive = zipfile.ZipFile(wheel)
+    (finder,) = (name for name in archive.namelist() if name.endswith("_finder.py"))
+    mapping = archive.read(finder).decode()
+    assert f"'stages': '{tmp_path / 'checkout' / 'stages'}'" in mapping
+    assert "prefmill.stages" not in mapping
+
+
 def test_from_an_empty_folder_to_a_comparison(site: Path, tmp_path: Path) -> None:
     def shell(*words: str, folder: Path = tmp_path / "work") -> str:
         environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
