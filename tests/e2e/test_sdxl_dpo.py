@@ -82,7 +82,8 @@ def test_it_starts_at_the_reference_and_leaves_what_it_says(undisturbed: Path) -
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert (first["margin"], first["accuracy"], first["winner_error_change"]) == (0.0, 0.5, 0.0)
     files = set(content(undisturbed))
-    assert {"pytorch_lora_weights.safetensors", "comfyui.safetensors", "README.md"} <= files
+    assert {"pytorch_lora_weights.safetensors", "comfyui.safetensors", "lycoris.safetensors", "README.md"} <= files
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files
     assert {"merged/model_index.json", "merged/unet/config.json", "merged/vae/config.json"} <= files
     assert not any(b"/tmp" in data for name, data in content(undisturbed).items() if name.endswith((".json", ".md")))
     grids = sorted((undisturbed / "logs" / "samples").iterdir())

@@ -116,6 +116,8 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError("bucket_step must divide resolution, so that squares stay as they are")
         if self.bucket_step and self.per_device_train_batch_size > 1:
             raise ValueError("with bucket_step pairs differ in size: set per_device_train_batch_size: 1")
+        if self.lora is not None and self.lora.start is not None:
+            raise ValueError("lora.start: a UNet's adapter starts anew; start from merged/ of the one to go on with")
         if self.fsdp:
             raise ValueError("fsdp does not know a UNet's blocks: shard it with deepspeed")
         if self.deepspeed is not None and self.lora is not None:

@@ -1,4 +1,4 @@
-"""The finished model: an adapter for diffusers, one for ComfyUI and kohya's tools, and whole pipelines."""
+"""The finished model: an adapter for diffusers, PEFT, ComfyUI and LyCORIS, and whole pipelines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -18,10 +18,14 @@ from prefmill.core.stage import Task
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.dora import row_norms
 from prefmill.families.sdxl.loading import SdxlFolder
+from prefmill.training.adapter import ADAPTER, save_adapter
 from prefmill.training.publish import model_card
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-COMFYUI_FILE = "comfyui.safetensors"  # by kohya's key names
+# By kohya's key names. Tools disagree on DoRA's `dora_scale`: a file for each of the two rules.
+COMFYUI_FILE, LYCORIS_FILE = "comfyui.safetensors", "lycoris.safetensors"
+DORA_NORM = "prefmill_dora_norm"
+DoraNorm = Literal["base", "merged"]
 MERGED = "merged"
 _PEFT_PREFIX = "base_model.model."
 
@@ -29,7 +33,7 @@ _PEFT_PREFIX = "base_model.model."
 def save_finished(
     model: Any, weights: Mapping[str, Tensor] | None, config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder
 ) -> None:
-    """Write the artifact: the adapter in both forms and, where asked for, merged; a whole UNet as a pipeline.
+    """Write the artifact: the adapter in each tool's form and, where asked for, merged; a whole UNet as a pipeline.
 
     `weights` are the whole UNet's, where that is what was trained.
     """
@@ -39,9 +43,12 @@ def save_finished(
         modules = adapted_modules(model)
         state = adapter_state(model)
         save_diffusers(state, model.peft_config["default"], task.output / ADAPTER_FILE)
-        scales = {name: comfyui_scale(layer) for name, layer in modules.items() if layer.lora_magnitude_vector}
-        per_block = model.get_base_model().config.layers_per_block
-        save_comfyui(state, config.lora.alpha, scales, per_block, task.output / COMFYUI_FILE)
+        name = config.model_name_or_path
+        base = name if name and not Path(name).is_dir() else f"sha256:{folder.digest('unet')}"
+        save_adapter(model, base, config.revision, task.output / ADAPTER)
+        save_kohya(model, config.lora.alpha, "base", task.output / COMFYUI_FILE)
+        if config.lora.use_dora:
+            save_kohya(model, config.lora.alpha, "merged", task.output / LYCORIS_FILE)
         if config.save_merged:
             base = folder.load(type(model.get_base_model()), "unet", "fp32").state_dict()
             merged = {**base, **{f"{name}.weight": merged_weight(layer) for name, layer in modules.items()}}
@@ -68,12 +75,16 @@ def save_diffusers(state: Mapping[str, Tensor], settings: Any, path: Path) -> No
     save_with_metadata({f"unet.{name}": value for name, value in state.items()}, path, metadata)
 
 
-def save_comfyui(
-    state: Mapping[str, Tensor], alpha: float, scales: Mapping[str, Tensor], layers_per_block: int, path: Path
-) -> None:
-    """An adapter by kohya's keys, alpha as it is; `scales` are what DoRA's modules have for `dora_scale`, [out, 1]."""
+def save_kohya(model: Any, alpha: float, norm: DoraNorm, path: Path) -> None:
+    """An adapter by kohya's keys, alpha as it is, and DoRA's `dora_scale` [out, 1] for tools that divide it by `norm`.
+
+    `base`: ComfyUI's rule, rows of W + s B A times dora_scale / |W|. `merged`: LyCORIS', which is DoRA's own, rows
+    times dora_scale / |W + s B A|, dora_scale being the magnitude. The metadata say which. LoRA has no scale.
+    """
+    state, layers = adapter_state(model), adapted_modules(model)
+    scales = {name: dora_scale(layer, norm) for name, layer in layers.items() if layer.lora_magnitude_vector}
     modules = sorted(target_modules(state))
-    names = {name: original_name(name, layers_per_block) for name in modules}
+    names = {name: original_name(name, model.get_base_model().config.layers_per_block) for name in modules}
     if None in names.values():  # one file holds one kind of names
         names = dict(zip(modules, modules, strict=True))
     tensors: dict[str, Tensor] = {}
@@ -86,6 +97,7 @@ def save_comfyui(
             tensors[f"{key}.dora_scale"] = scales[module].contiguous()
     rank = min(value.shape[0] for name, value in tensors.items() if name.endswith("lora_down.weight"))
     metadata = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank)}
+    metadata |= {DORA_NORM: norm} if scales else {}
     save_with_metadata(tensors, path, {**metadata, "ss_network_alpha": str(float(alpha))})
 
 
@@ -98,17 +110,15 @@ def save_with_metadata(tensors: Mapping[str, Tensor], path: Path, metadata: Mapp
     path.write_bytes(len(padded).to_bytes(8, "little") + padded + data[8 + length :])
 
 
-def comfyui_scale(layer: Any, adapter: str = "default") -> Tensor:
-    """m |W| / |W + s B A| by row, [out, 1], fp32, on the CPU.
-
-    ComfyUI multiplies the rows of W + s B A by dora_scale / |W|, not by dora_scale / |W + s B A| as DoRA is defined:
-    given m itself it would make a model that nobody trained.
-    """
-    weight, a, b, scaling = _factors(layer, adapter)
-    squares = weight.square().sum(1)
-    magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
-    scale: Tensor = magnitude * squares.sqrt() / row_norms(weight, a, b, scaling, squares)
-    return scale[:, None].cpu()
+def dora_scale(layer: Any, norm: DoraNorm, adapter: str = "default") -> Tensor:
+    """The magnitude m by row, [out, 1], fp32, on the CPU; for the `base` rule m |W| / |W + s B A|."""
+    magnitude: Tensor = layer.lora_magnitude_vector[adapter].weight.detach().float()
+    if norm == "base":
+        # Given m itself a tool that divides by |W| would make a model that nobody trained.
+        weight, a, b, scaling = _factors(layer, adapter)
+        squares = weight.square().sum(1)
+        magnitude = magnitude * squares.sqrt() / row_norms(weight, a, b, scaling, squares)
+    return magnitude[:, None].cpu()
 
 
 def original_name(module: str, layers_per_block: int) -> str | None:
