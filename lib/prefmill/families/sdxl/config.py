@@ -23,6 +23,8 @@ class AdapterConfig(LoraConfig):
     @model_validator(mode="before")
     @classmethod
     def _alpha_follows_rank(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("start") is not None:
+            raise ValueError("start: a UNet's adapter starts anew; start from merged/ of the one to go on with")
         if not isinstance(values, dict) or values.get("alpha") is not None:
             return values
         return {**values, "alpha": 4.0 * values.get("r", cls.model_fields["r"].default)}
@@ -116,8 +118,6 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError("bucket_step must divide resolution, so that squares stay as they are")
         if self.bucket_step and self.per_device_train_batch_size > 1:
             raise ValueError("with bucket_step pairs differ in size: set per_device_train_batch_size: 1")
-        if self.lora is not None and self.lora.start is not None:
-            raise ValueError("lora.start: a UNet's adapter starts anew; start from merged/ of the one to go on with")
         if self.fsdp:
             raise ValueError("fsdp does not know a UNet's blocks: shard it with deepspeed")
         if self.deepspeed is not None and self.lora is not None:
