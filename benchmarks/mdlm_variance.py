@@ -45,7 +45,7 @@ def main() -> int:
         _show(f"joint by brute force, 10 tokens, {title} ties", 10, *_joint_differences(tilt), samples=400)
     with tempfile.TemporaryDirectory() as folder:
         _show(
-            "model before and after preference training, 7 tokens", 7, *_trained_differences(Path(folder)), samples=400
+            "model before and after preference training, 8 tokens", 8, *_trained_differences(Path(folder)), samples=400
         )
     print(f"ratio: {min(ratios):.2f}")
     return 0
@@ -151,6 +151,8 @@ def _trained_differences(folder: Path) -> tuple[list[Values], list[float]]:
             prompt, response = encode(tokenizer, pair.messages, answer)
             if len(response) != 7:
                 continue
+            # As in training, where an end token fills the block.
+            response.append(tokenizer.eos_token_id)
             sums = all_masked_sums(policy, prompt, response, mask) - all_masked_sums(reference, prompt, response, mask)
             values.append(_by_sums(sums))
             truths.append(float(moments_by_count(sums, len(response))[0].mean()))

@@ -19,6 +19,7 @@ from prefmill.distributed.devices import has_gpu
 from prefmill.families.causal.chat import Answer, encode, prompt_text, turn_end
 from prefmill.families.causal.generation import end_token_ids
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig, Question, read_questions
+from prefmill.families.mdlm.block_likelihood import block_bounds
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 from prefmill.families.mdlm.family import Drawing
 from prefmill.families.mdlm.generation import Unmasking, generate, takes_padding
@@ -53,14 +54,15 @@ class Loaded:
     def likelihoods(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
         """The likelihood of every (prompt, response), by the configured draws."""
         config = self.config
-        scorer = patch_forward(
-            self.model,
-            mask_token_id=self.mask_token_id,
-            shifted=self.shifted,
-            forward_batch_size=config.forward_batch_size,
-        )
         drawing = Drawing(config.diffusion_steps, config.sampling, config.seed)
         rows = tqdm(samples, desc=f"{self.label}: likelihoods", unit=" rows")
+        at_once, block = config.forward_batch_size, config.score_block_tokens
+        if block is not None:
+            found = block_bounds(self.model, rows, drawing, block, self.mask_token_id, self.shifted, at_once)
+            return list(found)
+        scorer = patch_forward(
+            self.model, mask_token_id=self.mask_token_id, shifted=self.shifted, forward_batch_size=at_once
+        )
         try:
             return list(bounds(scorer, rows, drawing))
         finally:

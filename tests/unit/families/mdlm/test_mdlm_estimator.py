@@ -198,3 +198,16 @@ def test_a_chains_conditionals_are_those_of_its_joint() -> None:
     bits = np.arange(16)
     masked = (bits[:, None] >> np.arange(4)) & 1 == 1
     assert chain.masked_logps(np.array([2, 0, 1, 1]), masked).sum(1) == pytest.approx(sums)
+
+
+def test_the_setting_vrpo_has_the_papers_draws() -> None:
+    """n counts with one masking each, drawn independently and shared: unbiased, and worse than `balanced` at 8."""
+    from prefmill.core.config import read_yaml, validate
+    from stages.mdlm_dpo import MdlmDpoConfig
+    from tests.conftest import REPOSITORY
+
+    config = validate(MdlmDpoConfig, read_yaml(REPOSITORY / "configs" / "mdlm_dpo" / "vrpo.yaml"))
+    assert (config.sampling, config.num_draws) == ("iid", 8)
+    assert (config.loss_type, config.loss_weights) == (["sigmoid", "sft"], [1.0, 0.05])
+    drawn = draws_of([5, 6, 7, 8, 9], 4, config.num_draws, config.sampling, seed=0, epoch=0)
+    assert drawn.weights == pytest.approx(4 / drawn.masked.sum(1)), "L/l, as in the paper's equation for B"
