@@ -25,7 +25,7 @@ from image_rating_artifacts import (
 )
 
 from prefmill.core.errors import InputError
-from prefmill.store.jsonl import write_jsonl
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 
 def own_images(folder: Path, header: str = "prompt_id,prompt,file") -> Path:
@@ -69,6 +69,30 @@ def test_own_ratings_may_name_files(tmp_path: Path) -> None:
     image = task.output / pairs(task)[0]["preferred"]
     assert image.read_bytes() == (folder / "p00a.png").read_bytes()
     assert not image.samefile(folder / "p00a.png")  # a later edit of theirs must not reach the artifact
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("p00a.png,me,1,1", "scored twice by one rater"),
+        ("p00a.png,her,nan,1", "no score, or one that is no number"),
+        ("gone.png,me,1,1", "unknown image"),
+    ],
+)
+def test_scores_become_comparisons_of_a_raters_images(tmp_path: Path, bad: str, reason: str) -> None:
+    folder, path = own_images(tmp_path / "mine"), tmp_path / "scores.csv"
+    lines = ["image,rater,overall,fidelity"]
+    for n in range(NUM_PROMPTS):
+        lines += [f"p{n:02}a.png,me,{6.0 + n / 10},3", f"p{n:02}b.png,me,{7.5 + n / 10},", f"p{n:02}b.png,you,9,1"]
+    path.write_text("\n".join([*lines, bad]) + "\n")
+    source = {"format": "scores", "scores": str(path), "images": str(folder)}
+    task = build_from(tmp_path / "run", source)
+    assert [row["preferred"] for row in pairs(task)] == [f"images/p{n:02}/p{n:02}b.png" for n in range(NUM_PROMPTS)]
+    assert not any(row["labels"].get("fidelity") for row in pairs(task))  # one side has no score there
+    (row,) = read_jsonl(task.output / "quarantine.jsonl")
+    assert (row["where"], row["reason"]) == (f"scores.csv:{3 * NUM_PROMPTS + 2}", reason)
+    with pytest.raises(InputError, match="no pair"):
+        build_from(tmp_path / "ties", {**source, "tie_margin": 2.0})
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import combinations
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
 
 from prefmill.core.errors import InputError
-from prefmill.core.image_rows import Dimension, GeneratedImage, Rating
+from prefmill.core.image_rows import DIMENSIONS, Dimension, GeneratedImage, Rating
 from prefmill.images.collection import Collection, SourceImage
 from prefmill.images.prompts import is_safe, prompt_id_of, read_table
 from prefmill.store.jsonl import read_jsonl
@@ -67,6 +70,45 @@ def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rati
         else:
             ids = {"prompt_id": left.prompt_id, "left": left.image_id, "right": right.image_id}
             yield where, Rating(**{**given, **ids})  # type: ignore[typeddict-item]
+
+
+def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterator[tuple[str, Rating]]:
+    """Ratings from a table of scores: two images of a prompt that a rater scored on a dimension are compared there.
+
+    Columns `image` (an id or a file), perhaps `rater`, and a column of numbers for each dimension scored; the higher
+    is the better, scores that differ by `tie_margin` or less are a tie. Cells may be empty. Lines that cannot be used
+    are set aside. Raises InputError where a column is missing.
+    """
+    known = {image.listed_as: image for image in collection.images.values()} | collection.images
+    scored: dict[tuple[str, str], dict[str, tuple[str, dict[str, float]]]] = defaultdict(dict)
+    for number, row in read_table(path, ("image",)):
+        where, rater = f"{path.name}:{number}", (row.get("rater") or "").strip() or path.stem
+        image, scores = known.get((row.get("image") or "").strip()), _scores(row)
+        if image is None:
+            collection.quarantine.add("rating", where, "unknown image", image_id=row.get("image"))
+        elif not scores:
+            collection.quarantine.add("rating", where, "no score, or one that is no number", row=row)
+        elif image.image_id in scored[image.prompt_id, rater]:
+            collection.quarantine.add("rating", where, "scored twice by one rater", image_id=image.image_id)
+        else:
+            scored[image.prompt_id, rater][image.image_id] = (where, scores)
+    for (prompt_id, rater), images in scored.items():
+        for (left, (where, ours)), (right, (_, theirs)) in combinations(images.items(), 2):
+            for dimension in (name for name in ours if name in theirs):
+                margin = ours[dimension] - theirs[dimension]
+                choice = "tie" if abs(margin) <= tie_margin else "left" if margin > 0 else "right"
+                given = {"prompt_id": prompt_id, "left": left, "right": right, "rater": rater}
+                yield where, Rating(**given, dimension=dimension, choice=choice)  # type: ignore[typeddict-item]
+
+
+def _scores(row: dict[str, str]) -> dict[str, float] | None:
+    """The scores of a line by dimension; None where a cell holds no finite number."""
+    given = {name: row[name].strip() for name in sorted(DIMENSIONS) if (row.get(name) or "").strip()}
+    try:
+        found = {name: float(text) for name, text in given.items()}
+    except ValueError:
+        return None
+    return found if all(map(isfinite, found.values())) else None
 
 
 def _fault(given: dict[str, str], left: SourceImage, right: SourceImage) -> str | None:

@@ -1,4 +1,4 @@
-"""Where preferences between images come from: ratings.csv, Pick-a-Pic's rows, ImageReward's rankings."""
+"""Where preferences come from: ratings.csv, tables of scores, Pick-a-Pic's rows, ImageReward's rankings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import Rating
 from prefmill.images.collection import Collection, SourceImage
-from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings
+from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings, read_scores
 from prefmill.images.prompts import is_safe, prompt_id_of
 from prefmill.store.jsonl import read_jsonl
 
@@ -29,6 +29,15 @@ class RatingsSource(StrictConfig):
     format: Literal["ratings"]
     ratings: ExternalPath
     images: ExternalPath
+
+
+class ScoresSource(StrictConfig):
+    """A table of scores, a line an image, about the images that `images`/images.csv (or .jsonl) lists."""
+
+    format: Literal["scores"]
+    scores: ExternalPath
+    images: ExternalPath
+    tie_margin: float = Field(0.0, ge=0, description="scores that differ by no more are a tie")
 
 
 class PickAPicSource(StrictConfig):
@@ -46,7 +55,7 @@ class ImageRewardSource(StrictConfig):
     images: ExternalPath
 
 
-PairSource = Annotated[RatingsSource | PickAPicSource | ImageRewardSource, Field(discriminator="format")]
+PairSource = Annotated[RatingsSource | ScoresSource | PickAPicSource | ImageRewardSource, Field(discriminator="format")]
 
 
 def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: Path) -> Collection:
@@ -55,10 +64,13 @@ def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: 
     for artifact in artifacts:
         read_artifact(artifact.path, artifact.manifest.task, collection)
     for source in sources:
-        if isinstance(source, RatingsSource):
+        if isinstance(source, (RatingsSource, ScoresSource)):
             for image in read_own_images(source.images):
                 collection.add_image(image)
-            collection.ratings += read_ratings(source.ratings, collection)
+            if isinstance(source, RatingsSource):
+                collection.ratings += read_ratings(source.ratings, collection)
+            else:
+                collection.ratings += read_scores(source.scores, collection, source.tie_margin)
         elif isinstance(source, PickAPicSource):
             _read_pickapic(source.path, work / "images", collection)
         else:
