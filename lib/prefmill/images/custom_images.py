@@ -80,7 +80,7 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
     are set aside. Raises InputError where a column is missing.
     """
     known = {image.listed_as: image for image in collection.images.values()} | collection.images
-    scored: dict[tuple[str, str], dict[str, tuple[str, dict[str, float]]]] = defaultdict(dict)
+    scored: dict[tuple[str, str], dict[str, tuple[str, dict[Dimension, float]]]] = defaultdict(dict)
     for number, row in read_table(path, ("image",)):
         where, rater = f"{path.name}:{number}", (row.get("rater") or "").strip() or path.stem
         image, scores = known.get((row.get("image") or "").strip()), _scores(row)
@@ -101,7 +101,7 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
                 yield where, Rating(**given, dimension=dimension, choice=choice)  # type: ignore[typeddict-item]
 
 
-def _scores(row: dict[str, str]) -> dict[str, float] | None:
+def _scores(row: dict[str, str]) -> dict[Dimension, float] | None:
     """The scores of a line by dimension; None where a cell holds no finite number."""
     given = {name: row[name].strip() for name in sorted(DIMENSIONS) if (row.get(name) or "").strip()}
     try:
