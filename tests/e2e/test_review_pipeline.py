@@ -200,17 +200,23 @@ def test_a_read_only_output_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_real_reviews_go_all_the_way(reviews_file: Path, tmp_path: Path) -> None:
-    """A slice of the real ICLR reviews through the configuration of `make demo REVIEWS=FILE`."""
+    """A slice of the real ICLR reviews as by `make demo REVIEWS=FILE`, then the same with MODEL=FOLDER."""
     sample = tmp_path / "slice.jsonl.gz"
     with gzip.open(reviews_file, "rt") as whole, gzip.open(sample, "wt") as part:
         part.writelines(itertools.islice(whole, 800))
-    printed = run(
-        tmp_path / "workspace",
+    workspace, pipelines = tmp_path / "workspace", REPOSITORY / "configs" / "pipelines"
+    keys = [
         f'ingest_reviews.sources=[{{format: jsonl, path: "{sample}"}}]',
-        "tiny_model.vocab_size=2048", "tiny_model.max_length=640", "evaluate.num_papers=10",
-        "evaluate.max_new_tokens=64", "report.num_resamples=1000", SMALL[1],
-        pipeline=REPOSITORY / "configs" / "pipelines" / "demo_reviews.yaml",
-    )  # fmt: skip
+        "evaluate.num_papers=10", "evaluate.max_new_tokens=64", "report.num_resamples=1000",
+    ]  # fmt: skip
+    tiny = ("tiny_model.vocab_size=2048", "tiny_model.max_length=640", SMALL[1])
+    printed = run(workspace, *keys, *tiny, pipeline=pipelines / "demo_reviews.yaml")
     assert printed.splitlines()[-1].endswith("report.html")
     assert len(digests(tmp_path / "workspace")) == 13
     assert all(len(steps) > 1 for steps in executed(tmp_path / "workspace").values())
+    model = Path(shutil.copytree(workspace / "checkpoints" / "demo_reviews" / "tiny_model" / "all", tmp_path / "model"))
+    own = [f"{stage}.model_name_or_path={model}" for stage in ("sft", "evaluate")]
+    short = ("sft.max_length=640", "dpo.max_length=640")
+    printed = run(workspace, *keys, *own, *short, pipeline=pipelines / "demo_model.yaml")
+    assert printed.splitlines()[-1].endswith("report.html")
+    assert (workspace / "checkpoints" / "demo_model" / "dpo" / "clean" / "adapter" / "adapter_config.json").is_file()
