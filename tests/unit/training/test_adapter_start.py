@@ -13,6 +13,7 @@ import pytest
 from prefmill.core.config import identity, validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.stage import Task
+from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
@@ -176,6 +177,9 @@ def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_q
             check_start(str(folder), tokenizer, PreferenceConfig(attn_implementation=attention, layout="pairwise"))
     check_start(str(folder), tokenizer, PreferenceConfig(attn_implementation="eager", layout="pairwise"))
     config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention", "indexed_attention"]}))
+    with pytest.raises(ConfigError, match="cannot share prompts in this model"):
+        choose_layout(PreferenceConfig(layout="group"), str(folder))
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     with pytest.raises(InputError, match="no embedding for"):
         check_start(str(folder), tokenizer, PreferenceConfig())

@@ -36,6 +36,7 @@ from prefmill.families.causal.scorer import (
     score_batch,
 )
 from prefmill.families.causal.start_checks import check_positions, check_start
+from prefmill.families.causal.templates import recorded_day
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter, put_on
@@ -110,6 +111,7 @@ def train_dpo(
             "groups": len(groups),
             "layout": config.layout,
             "why_pairwise": why_pairwise,
+            **recorded_day(tokenizer),
         },
     )
     return run_training(spec)

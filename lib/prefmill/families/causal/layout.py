@@ -26,10 +26,18 @@ def choose_layout(config: PreferenceConfig, policy: str) -> tuple[PreferenceConf
     """The configuration with `auto` replaced, and why it is pairwise then; None where it is group, or was not `auto`.
 
     What `auto` becomes follows from the configuration and the models alone, so that it is the same on every machine.
+    Raises ConfigError for `group` where the models do not allow it.
     """
-    if config.layout != "auto":
+    if config.layout == "pairwise":
         return config, None
     reason = _why_pairwise(config, policy)
+    if config.layout == "group":
+        if reason is not None:  # known before weights are loaded
+            raise ConfigError(
+                "layout: group cannot share prompts in this model", where=policy, got=reason,
+                fix="leave layout out, or set layout=pairwise, for this model",
+            )  # fmt: skip
+        return config, None
     if reason is not None:
         logging.getLogger(__name__).warning("layout: auto is pairwise: %s", reason)
     return config.model_copy(update={"layout": "pairwise" if reason else "group"}), reason

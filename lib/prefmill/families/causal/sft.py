@@ -26,6 +26,7 @@ from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.start_checks import check_positions, check_start
+from prefmill.families.causal.templates import recorded_day
 from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.store.jsonl import read_jsonl
@@ -75,7 +76,7 @@ def train_sft(
         data=chats,
         processor=processor,
         publish=lambda trainer: publish(trainer, processor, config, task, model_name, rescoring),
-        counts={"train_rows": len(chats.train)},
+        counts={"train_rows": len(chats.train), **recorded_day(tokenizer)},
         logged={"val_loss": "eval_loss"},
     )
     return run_training(spec)

@@ -105,6 +105,12 @@ class ChatTemplate(StrictConfig):
         )
 
 
+def recorded_day(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The metric `template_date` where the template reads the clock: what to set to write the same text again."""
+    clock = variables_of(tokenizer).get(_CLOCK)
+    return {"template_date": clock("%Y-%m-%d")} if clock and _CLOCK in str(tokenizer.chat_template) else {}
+
+
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What `put_on` gives the template at every call, beside the messages."""
     found: dict[str, Any] = tokenizer.__dict__.get("_prefmill_variables", {})

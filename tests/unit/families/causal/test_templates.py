@@ -18,7 +18,7 @@ from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.families.causal.dpo import load_groups
 from prefmill.families.causal.loading import load_tokenizer
 from prefmill.families.causal.sft import load_chats
-from prefmill.families.causal.templates import ChatTemplate
+from prefmill.families.causal.templates import ChatTemplate, recorded_day
 from prefmill.pairs.chats import ChatSource, write_chats
 from prefmill.pairs.sources import PairSource, write_pairs
 from prefmill.store.jsonl import read_jsonl
@@ -121,6 +121,8 @@ def test_the_clock_of_a_template_stands_still(folder: Path, monkeypatch: pytest.
         tokenizer = opened(folder, date(2024, 2, 29), chat_template=template)
         assert "Today is 29 Feb 2024." in prompt_text(tokenizer, USER)
         assert encode(tokenizer, USER, "Yes.")
+        assert recorded_day(tokenizer) == {"template_date": "2024-02-29"}
+        assert recorded_day(opened(folder, date(2024, 2, 29))) == {}, "a template without a clock"
         said = opened(folder, date(2024, 2, 29), chat_template=template, template_date="2020-01-01")
         assert "Today is 01 Jan 2020." in prompt_text(said, USER)
     finally:
