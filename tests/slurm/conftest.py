@@ -19,6 +19,8 @@ from tests.conftest import REPOSITORY, left_out
 from tests.slurm import releases
 from tests.slurm.cluster import Cluster, missing_commands
 
+HELD_SECONDS = 60  # Slurm holds back a requeued job for less: its node would drop it
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -80,15 +82,14 @@ class Site:
         deadline = time.monotonic() + seconds
         while not (ready() if ready else not self.queue()):
             assert time.monotonic() < deadline, f"still not so: {self.queue()}\n{self.logs()}"
-            self.hurry()
             time.sleep(0.2)
 
-    def hurry(self, within_seconds: float = 30) -> None:
-        """Start at once what is to start soon: Slurm holds back what was requeued."""
+    def hurry(self) -> None:
+        """Start now what is to start in some minutes; not what Slurm holds back for seconds after a requeue."""
         for line in self.queue("%i|%S|%r"):
             job, start, reason = line.split("|", 2)
             known = start[:1].isdigit() and reason == "BeginTime"
-            if known and datetime.fromisoformat(start).timestamp() - time.time() < within_seconds:
+            if known and datetime.fromisoformat(start).timestamp() - time.time() > HELD_SECONDS:
                 self.cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def logs(self) -> str:

@@ -156,7 +156,7 @@ def _wait(scene: Scene, calm: dict[str, str]) -> None:
     """Until every run is complete. Nobody waits for minutes on purpose: what Slurm holds back starts at once."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while any(len(digests_or_none(scene.site, run)) < len(calm) for run in scene.runs):
-        scene.site.hurry(900)
+        scene.site.hurry()
         if time.monotonic() > deadline:
             shown = "\n".join(scene.about("status", run).stdout for run in scene.runs)
             raise AssertionError(f"not complete after {PATIENCE_SECONDS} s: {scene.site.queue()}\n{shown}")
@@ -175,7 +175,7 @@ def _gone(scene: Scene, run: str) -> list[str]:
     """What is still queued of a run after a while."""
     deadline = time.monotonic() + 240  # a controller that was killed learns late which jobs have ended
     while (left := live(scene.site, run) if run else scene.site.queue()) and time.monotonic() < deadline:
-        scene.site.hurry(900)
+        scene.site.hurry()
         time.sleep(0.5)
     return left
 

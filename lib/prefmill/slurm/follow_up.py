@@ -79,9 +79,14 @@ def book(found: Sequence[Submission], wait: Wait) -> str:
         return f"no job looks after the run now ({error.details['got']}): the next task to start or end books one"
 
 
-def postpone(job_id: str, wait: Wait) -> bool:
-    """Have a pending follow-up job look when `wait` says; False where Slurm does not take that (yet)."""
-    words = [f"jobid={job_id}", f"dependency={wait.dependency}", f"StartTime={wait.begin}"]
+def postpone(job_id: str, wait: Wait, has_run: bool = True) -> bool:
+    """Have a pending follow-up job look when `wait` says; False where Slurm does not take that (yet).
+
+    Slurm holds back a requeued job until its node has forgotten it (cred_expire). One that is started before is dropped
+    there as "already killed": so the start of a job that has run is never brought forward.
+    """
+    words = [f"jobid={job_id}", f"dependency={wait.dependency}"]
+    words += [f"StartTime={wait.begin}"] if wait.minutes or not has_run else []
     return slurm.ask(["scontrol", "update", *words]) is not None
 
 

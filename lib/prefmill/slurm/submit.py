@@ -271,7 +271,7 @@ def _send(draft: Submission, calls: Sequence[Call], say: Say) -> None:
         raise
     finally:
         if healer:
-            postpone(healer, Wait(tuple(ids.values())) if ids else Wait(minutes=LOOK_MINUTES))
+            postpone(healer, Wait(tuple(ids.values())) if ids else Wait(minutes=LOOK_MINUTES), has_run=False)
     say(f"submission {draft.number:04d}: {len(ids)} of {len(calls)} arrays; `prefmill status` shows how it goes")
 
 

@@ -51,7 +51,7 @@ def test_a_queued_follow_up_is_told_and_a_lost_one_submitted_again(run: Run) -> 
     run.slurm(squeue=f"{RUNNING}\n{WAITS}\n{HEALER}")
     listen(run, "scontrol")
     run.advance()
-    assert said_to_slurm(run, "scontrol") == ["update jobid=43 dependency=afterany:41?afterany:42 StartTime=now"]
+    assert said_to_slurm(run, "scontrol") == ["update jobid=43 dependency=afterany:41?afterany:42"]
     assert run.sent == 0
     run.slurm(squeue=f"{RUNNING}\n{WAITS}")
     assert any("no job looks after this run" in note for note in read_rows(run.workspace, "toy").notes)
