@@ -77,14 +77,9 @@ Played = tuple[str, list[int], float, int, list[str]]
 def play_all(cluster: Cluster, root: Path, names: Sequence[str], num_seeds: int) -> list[Played]:
     """Every fault in a workspace of its own, which is removed where nothing is wrong."""
     checkout = write_checkout(root / "checkout")
-    (checkout / "configs/pipelines/storm.yaml").write_text(PIPELINE)
-    base = "export: [OMP_NUM_THREADS]\nresources: { partition: main, time_limit_minutes: 10 }\n"
-    (checkout / "configs/clusters/storm.yaml").write_text(base)
-    (checkout / "configs/clusters/late.yaml").write_text(
-        f"{base}setup: ['{LATE}']\nstages: {{ advance: {{ options: {{ exclude: n1 }} }} }}\n"
-    )
+    write_configs(checkout)
     programs = fake_programs(root / "programs")
-    calm = _calm(Site(cluster, checkout, root / "disk" / "calm"))
+    calm = undisturbed(Site(cluster, checkout, root / "disk" / "calm"))
     played = []
     for name in names:
         seeds = [random.SystemRandom().randrange(10_000) for _ in range(num_seeds)]
@@ -100,6 +95,16 @@ def play_all(cluster: Cluster, root: Path, names: Sequence[str], num_seeds: int)
         played.append((name, seeds, time.monotonic() - started, attempts, problems))
         print(_line(played[-1]), *problems, sep="\n  ", flush=True)
     return played
+
+
+def write_configs(checkout: Path) -> None:
+    """The pipeline that all faults meet, and its site, once with a node whose clock is behind."""
+    (checkout / "configs/pipelines/storm.yaml").write_text(PIPELINE)
+    base = "export: [OMP_NUM_THREADS]\nresources: { partition: main, time_limit_minutes: 10 }\n"
+    (checkout / "configs/clusters/storm.yaml").write_text(base)
+    (checkout / "configs/clusters/late.yaml").write_text(
+        f"{base}setup: ['{LATE}']\nstages: {{ advance: {{ options: {{ exclude: n1 }} }} }}\n"
+    )
 
 
 def play(scene: Scene, name: str, calm: dict[str, str]) -> list[str]:
@@ -180,7 +185,8 @@ def _gone(scene: Scene, run: str) -> list[str]:
     return left
 
 
-def _calm(site: Site) -> dict[str, str]:
+def undisturbed(site: Site) -> dict[str, str]:
+    """The digests of a run on this machine."""
     done = site.prefmill("run", "configs/pipelines/storm.yaml", f"workspace={site.workspace}", "run=calm")
     made = digests(site.workspace, "calm")
     assert len(made) == NUM_TASKS, done.stdout + done.stderr

@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from prefmill.slurm.cluster import read_cluster
-    from prefmill.slurm.estimate import check_requests
+    from prefmill.slurm.requests import check_requests
     from prefmill.slurm.submit import submit
 
     pipeline, plan = load_plan(arguments)

@@ -15,6 +15,7 @@ from prefmill.slurm.jobs import Partition
 from prefmill.slurm.memory import sharding
 from prefmill.slurm.places import LOCAL_FILESYSTEMS, filesystem
 from prefmill.slurm.policy import SitePolicy, read_policy
+from prefmill.slurm.requests import by_stage, objections
 from prefmill.slurm.script import refusal
 from prefmill.slurm.training_needs import training_needs
 from prefmill.slurm.view import Say
@@ -30,10 +31,10 @@ def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: f
     if offered is None:
         say("Slurm does not answer here: requests are not checked against partitions")
     problems: list[str] = []
-    for stage, tasks in _by_stage(plan).items():
+    for stage, tasks in by_stage(plan).items():
         resources = resources_for(cluster, stage, pipeline.stages[stage].resources)
         say(_request(stage, len(tasks), resources))
-        found = list(_objections(cluster, resources, offered, policy)) if offered else []
+        found = list(objections(cluster, resources, offered, policy)) if offered else []
         found += [*_without_gpu(tasks[0], resources, offered), *_missing_inputs(plan, tasks)]
         if offered and not found:  # what the rules above do not say
             found += refusal(cluster, resources)
@@ -48,38 +49,6 @@ def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: f
             fix="correct these in the cluster file, the pipeline's `resources` or the stage's configuration",
         )  # fmt: skip
     say("every request can start" if offered else "no problems found (partition limits not checked: Slurm unreachable)")
-
-
-def check_requests(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile) -> None:
-    """Raise PipelineError for stages that Slurm would accept and never start; nothing is checked where it is silent."""
-    offered = slurm.partitions() or {}
-    policy = read_policy() if offered else None
-    problems = [
-        f"{stage}: {text}"
-        for stage in (_by_stage(plan) if offered else {})
-        for text in _objections(
-            cluster, resources_for(cluster, stage, pipeline.stages[stage].resources), offered, policy
-        )
-    ]
-    if problems:
-        raise PipelineError(
-            "this would never start", got="\n".join(["", *(f"    {line}" for line in problems)]),
-            fix="correct these in the cluster file or the pipeline's `resources`",
-        )  # fmt: skip
-
-
-def _by_stage(plan: Plan) -> dict[str, list[PlannedTask]]:
-    found: dict[str, list[PlannedTask]] = {}
-    for task in plan.tasks:
-        found.setdefault(task.stage.name, []).append(task)
-    return found
-
-
-def _objections(
-    cluster: ClusterFile, resources: Resources, offered: Mapping[str, Partition], policy: SitePolicy | None
-) -> Iterator[str]:
-    yield from never_starts(resources, offered)
-    yield from policy.objections(cluster, resources) if policy else ()
 
 
 def _without_gpu(task: PlannedTask, resources: Resources, offered: Mapping[str, Partition] | None) -> Iterator[str]:
@@ -112,27 +81,6 @@ def _limit_notes(plan: Plan, cluster: ClusterFile, policy: SitePolicy | None) ->
     limit = policy.submit_limit(cluster) if policy else None
     if limit is not None and len(plan.tasks) + 1 > limit:
         yield f"{limit} jobs may be submitted at once, this takes {len(plan.tasks) + 1}: the rest follows as jobs end"
-
-
-def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iterator[str]:
-    """Why a task with these resources would wait for ever; Slurm itself accepts such jobs."""
-    partition = offered.get(resources.partition or "")
-    if partition is None:
-        known = ", ".join(sorted(name for name in offered if name))
-        yield f"there is no partition '{resources.partition or '(default)'}': {known}"
-        return
-    limits = [
-        ("nodes", resources.nodes, min(partition.nodes, partition.max_nodes or partition.nodes), ""),
-        ("time_limit_minutes", resources.time_limit_minutes, partition.max_minutes, ""),
-        ("gpus", resources.gpus, partition.gpus, " a node"),
-        ("cpus", resources.cpus, partition.cpus, " a node"),
-        ("memory_gb", resources.memory_gb, partition.memory_gb, " a node"),
-    ]
-    if not partition.up:
-        yield f"partition {partition.name} is down"
-    for name, wanted, limit, of_what in limits:
-        if wanted is not None and limit is not None and wanted > limit:
-            yield f"{name}: {wanted:g} asked for, {partition.name} has {limit:g}{of_what}"
 
 
 def _show_training(

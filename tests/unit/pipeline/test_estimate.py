@@ -10,9 +10,9 @@ import pytest
 
 from prefmill.core.stage import load_stage, stage_names
 from prefmill.slurm.cluster import Resources, read_cluster, resources_for
-from prefmill.slurm.estimate import never_starts
 from prefmill.slurm.jobs import Partition
 from prefmill.slurm.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size
+from prefmill.slurm.requests import never_starts
 from prefmill.training.config import LoraConfig, TrainingConfig
 from tests.conftest import REPOSITORY
 

@@ -1,0 +1,67 @@
+"""What a pipeline asks for against what the site's partitions have and its rules allow; no model is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prefmill.core.errors import PipelineError
+from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
+from prefmill.slurm import jobs as slurm
+from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
+from prefmill.slurm.jobs import Partition
+from prefmill.slurm.policy import SitePolicy, read_policy
+
+
+def check_requests(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile) -> None:
+    """Raise PipelineError for stages that Slurm would accept and never start; nothing is checked where it is silent."""
+    offered = slurm.partitions() or {}
+    policy = read_policy() if offered else None
+    problems = [
+        f"{stage}: {text}"
+        for stage in (by_stage(plan) if offered else {})
+        for text in objections(
+            cluster, resources_for(cluster, stage, pipeline.stages[stage].resources), offered, policy
+        )
+    ]
+    if problems:
+        raise PipelineError(
+            "this would never start", got="\n".join(["", *(f"    {line}" for line in problems)]),
+            fix="correct these in the cluster file or the pipeline's `resources`",
+        )  # fmt: skip
+
+
+def by_stage(plan: Plan) -> dict[str, list[PlannedTask]]:
+    """The plan's tasks, stage by stage."""
+    found: dict[str, list[PlannedTask]] = {}
+    for task in plan.tasks:
+        found.setdefault(task.stage.name, []).append(task)
+    return found
+
+
+def objections(
+    cluster: ClusterFile, resources: Resources, offered: Mapping[str, Partition], policy: SitePolicy | None
+) -> Iterator[str]:
+    """Why a task with these resources would be refused, or never start."""
+    yield from never_starts(resources, offered)
+    yield from policy.objections(cluster, resources) if policy else ()
+
+
+def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iterator[str]:
+    """Why a task with these resources would wait for ever; Slurm itself accepts such jobs."""
+    partition = offered.get(resources.partition or "")
+    if partition is None:
+        known = ", ".join(sorted(name for name in offered if name))
+        yield f"there is no partition '{resources.partition or '(default)'}': {known}"
+        return
+    limits = [
+        ("nodes", resources.nodes, min(partition.nodes, partition.max_nodes or partition.nodes), ""),
+        ("time_limit_minutes", resources.time_limit_minutes, partition.max_minutes, ""),
+        ("gpus", resources.gpus, partition.gpus, " a node"),
+        ("cpus", resources.cpus, partition.cpus, " a node"),
+        ("memory_gb", resources.memory_gb, partition.memory_gb, " a node"),
+    ]
+    if not partition.up:
+        yield f"partition {partition.name} is down"
+    for name, wanted, limit, of_what in limits:
+        if wanted is not None and limit is not None and wanted > limit:
+            yield f"{name}: {wanted:g} asked for, {partition.name} has {limit:g}{of_what}"
