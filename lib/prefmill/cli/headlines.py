@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def describe(task: PlannedTask) -> list[str]:
     metrics = manifest.metrics if manifest else {}
     found = [*_faults(metrics), *_findings(task.output), *_alarms(task.logs)]
     head = headline(metrics)
-    more = [f"! {len(found) - _MOST_WARNINGS} more warnings"] if len(found) > _MOST_WARNINGS else []
+    more = [_singular(f"! {len(found) - _MOST_WARNINGS} more warnings")] if len(found) > _MOST_WARNINGS else []
     return [*([f"  {head}"] if head else []), *(f"! {text}" for text in found[:_MOST_WARNINGS]), *more]
 
 
@@ -46,11 +47,13 @@ def headline(metrics: Mapping[str, Any]) -> str:
     parts = rows.items() if isinstance(rows, Mapping) else ()
     counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in parts]
     known = {name: metrics[name] for name in _PHRASES if isinstance(metrics.get(name), (int, float))}
-    return ", ".join([*counts, *(_PHRASES[name].format(value) for name, value in known.items())][:_MOST_PHRASES])
+    return ", ".join(
+        [*counts, *(_singular(_PHRASES[name].format(value)) for name, value in known.items())][:_MOST_PHRASES]
+    )
 
 
 def _faults(metrics: Mapping[str, Any]) -> Iterator[str]:
-    yield from (text.format(metrics[name]) for name, text in _FAULTS.items() if metrics.get(name))
+    yield from (_singular(text.format(metrics[name])) for name, text in _FAULTS.items() if metrics.get(name))
     if isinstance(told := metrics.get("warnings"), list):
         yield from map(str, told)
 
@@ -68,3 +71,8 @@ def _alarms(logs: Path) -> Iterator[str]:
     rows = path.read_text().splitlines() if path.is_file() else []
     if rows:
         yield f"{len(rows)} alarms during training, the last: {rows[-1][:160]}"
+
+
+def _singular(text: str) -> str:
+    """One of something: `1 warnings` is one warning."""
+    return re.sub(r"(?<![\d,.])1 (more )?(\w+)s\b", r"1 \1\2", text)
