@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from review_artifacts import contents, make_artifact, make_scores, make_task, read_rows
 
 from prefmill.core.artifact import Artifact
@@ -148,3 +150,28 @@ def test_every_section_that_says_something_is_kept(tmp_path: Path) -> None:
     assert "## Weaknesses\nNo baseline." in texts["r4c"]
     summary = json.loads(corpus.file("summary.json").read_text())
     assert summary["sources"][0]["skipped: section without content (N/A)"] == 1
+
+
+def test_the_advice_of_a_refusal_is_taken_until_it_builds(tmp_path: Path) -> None:
+    """Each remedy's `key: value` is set as it stands, and the next try gets further: no dead end."""
+    corpus = ingest(tmp_path, "no_decisions")
+    settings: dict[str, Any] = {"splits": ["train", "val"], "min_rating_diff": 9.5}
+    taken: list[str] = []
+    for attempt in range(4):
+        try:
+            assert pairs(tmp_path / str(attempt), corpus, **settings)
+            break
+        except InputError as refusal:
+            remedy = str(refusal)
+            advised = dict(re.findall(r"(splits|decisions): (\[[^\]]*\])", remedy.split("fix:")[1]))
+            taken += advised or ["lower"]
+            settings |= {key: yaml.safe_load(value) for key, value in advised.items()} or {"min_rating_diff": 2.0}
+            assert advised or "lower min_rating_diff" in remedy
+    assert taken == ["decisions", "splits", "lower"]
+
+
+def test_a_corpus_without_train_is_not_advised_to_do_without_it(tmp_path: Path) -> None:
+    only_val = {"splits": {"train": 0.01, "val": 0.97, "dev": 0.01, "test": 0.01}}
+    with pytest.raises(InputError, match="no scored reviews in split 'train'") as refusal:
+        pairs(tmp_path / "val", ingest(tmp_path, "no_decisions", only_val))
+    assert "splits: [" not in str(refusal.value)  # the cut is taken there

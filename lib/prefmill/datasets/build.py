@@ -20,10 +20,10 @@ from prefmill.core.errors import ArtifactError, InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Modality, Paper, Standing
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
-from prefmill.datasets.registry import SPLITS, SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
+from prefmill.datasets.registry import SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
 from prefmill.datasets.rows import IMAGES, PaperPrompt, dpo_row, make_prompt, sft_row
 from prefmill.datasets.selection import Rank, rank
-from prefmill.datasets.survey import Survey, check_buildable, check_scored, survey
+from prefmill.datasets.survey import Survey, check_buildable, check_scored, leaving_out, survey
 from prefmill.reviews.join import REVIEWS
 from prefmill.reviews.scale import VenueQuantiles
 from prefmill.store.jsonl import JsonlWriter, read_jsonl
@@ -153,7 +153,7 @@ class _Writer:
     def _empty_sft(self, key: DatasetKey) -> InputError:
         return InputError(
             f"no review is left for {key.folder}", got=f"none of the split's reviews is above the cut {self._cut}",
-            fix=f"raise sft_top_fraction, ingest more papers, or leave the split out: splits: {_others(key.split)}",
+            fix=f"raise sft_top_fraction, or ingest more papers{leaving_out(key.split)}",
         )  # fmt: skip
 
     def _empty_dpo(self, key: DatasetKey) -> InputError:
@@ -164,8 +164,7 @@ class _Writer:
             got, fix = f"dropped: {', '.join(explain_drops(dropped))}", REMEDIES[dropped.most_common(1)[0][0]]
         else:
             got, fix = f"no {' or '.join(self._rules.decisions)} paper with two scored reviews", "ingest more reviews"
-        leave_out = f"or leave the split out: splits: {_others(key.split)}"
-        return InputError(f"no pair is left for {key.folder}", got=got, fix=f"{fix}, {leave_out}")
+        return InputError(f"no pair is left for {key.folder}", got=got, fix=f"{fix}{leaving_out(key.split)}")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -183,10 +182,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         partial = target.with_name(f".{target.name}.partial")
         shutil.copyfile(source, partial)
         os.replace(partial, target)
-
-
-def _others(split: DatasetSplit) -> list[str]:
-    return [other for other in SPLITS if other != split]
 
 
 def _summary(found: Survey, writer: _Writer, rules: BuildRules, cut: Rank) -> dict[str, Any]:

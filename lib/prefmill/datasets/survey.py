@@ -10,7 +10,7 @@ from prefmill.checklist.scored import FAILURES, ScoredPaper
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, ConfigError, InputError
 from prefmill.core.records import Modality, Standing
-from prefmill.datasets.registry import DatasetSplit
+from prefmill.datasets.registry import SPLITS, DatasetSplit
 from prefmill.datasets.selection import Ranking, rank
 from prefmill.reviews.prompt import review_images
 
@@ -74,7 +74,7 @@ def check_buildable(
             raise InputError(
                 f"no scored reviews in split '{split}'", got=dict(sorted(found.reviews.items())),
                 expected=f"reviews of papers with split '{split}'",
-                fix=f"give that split a share in ingest_reviews, or leave it out: splits: {_without(splits, split)}",
+                fix=f"give that split a share in ingest_reviews{leaving_out(split)}",
             )  # fmt: skip
         if not found.wanted_decision[split]:
             raise InputError(
@@ -102,5 +102,7 @@ def _why_unscored(num_unscored: int, scores: Sequence[Artifact]) -> str:
     return "give every shard of score_reviews"
 
 
-def _without(splits: Collection[DatasetSplit], split: DatasetSplit) -> list[str]:
-    return [other for other in splits if other != split]
+def leaving_out(split: DatasetSplit) -> str:
+    """The way out without `split`, as a remedy goes on; none without train, where the SFT cut is taken."""
+    rest = [other for other in SPLITS if other != split]
+    return f", or leave the split out: splits: [{', '.join(rest)}]" if CUT_SPLIT in rest else ""
