@@ -36,6 +36,7 @@ from prefmill.families.reward.data import (
 from prefmill.families.reward.family import RewardFamily, reward_family
 from prefmill.families.reward.measures import DIGITS, fit_temperature, fit_tie_band, measure_head
 from prefmill.families.reward.model import MultiHeadReward, create_reward
+from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 from prefmill.store.jsonl import write_jsonl
 from prefmill.training.config import TrainingConfig
 from prefmill.training.loop import TrainingSpec, run_training
@@ -122,6 +123,8 @@ def split_rows(
 
 def load_clip(name: str, config: TrainingConfig) -> CLIPModel:
     """The CLIP to start from, in fp32 from safetensors; raises InputError when it cannot be loaded."""
+    if is_open_clip(name):
+        return load_open_clip(Path(name), config.attn_implementation)
     try:
         return CLIPModel.from_pretrained(
             name, dtype=torch.float32, revision=config.revision, attn_implementation=config.attn_implementation,
