@@ -43,6 +43,10 @@ class Resources(StrictConfig):
     setup: list[str] = []
     options: dict[str, str | int | bool] = {}
 
+    def ranks(self, processes: int | None) -> int:
+        """Ranks that train together; `processes` are the stage's own, of a node, where the cluster says nothing."""
+        return self.nodes * (self.processes or processes or max(self.gpus, 1))
+
     @field_validator("options")
     @classmethod
     def _leave_ours_alone(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:

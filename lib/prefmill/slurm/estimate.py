@@ -12,7 +12,7 @@ from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
 from prefmill.slurm.jobs import Partition
-from prefmill.slurm.memory import sharding
+from prefmill.slurm.memory import ORIGINS, sharding
 from prefmill.slurm.places import LOCAL_FILESYSTEMS, filesystem
 from prefmill.slurm.policy import SitePolicy, read_policy
 from prefmill.slurm.requests import by_stage, objections
@@ -108,6 +108,8 @@ def _show_training(
         return
     parts = {name: value for name, value in vars(needs.memory).items() if value >= 0.05}
     say(f"  {needs.memory.total:.1f} GB a GPU: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items()))
+    for name in parts:
+        say(f"    {name}: {ORIGINS[name]}")
     partition = offered.get(resources.partition or "")
     given = gpu_gb or (_GPU_GB.get(partition.gpu_type) if partition else None)
     if resources.gpus and given is not None and needs.memory.total > given:

@@ -7,15 +7,35 @@ counts them. What is predicted is a training's need at its longest rows, so that
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from prefmill.core.errors import ConfigError
 from prefmill.training.config import TrainingConfig, weights_precision
 
 GIGABYTE = 2.0**30
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_NF4_BYTES = 0.5 + 0.127 / 8  # 4 bits, and block scales that are quantized too (QLoRA, arXiv 2305.14314: 0.127 bits)
 _ADAM_BYTES = 8  # two moments in fp32
 _RUNTIME_GB = 1.5  # CUDA context, kernels, NCCL's buffers
 _FRAGMENTS = 0.05  # of everything: what the allocator cannot use
+
+
+# What each number of GpuMemory is made of, for whoever has to believe it.
+ORIGINS = {
+    "weights": "parameters x bytes a number, by rank under ZeRO-3 and FSDP2; 4 bits: 0.516 a linear weight",
+    "gradients": "trained parameters x bytes a number, by rank from ZeRO-2 on; whole where several passes add to them",
+    "optimizer": "8 bytes a trained parameter, and DeepSpeed's 4 of an fp32 copy, by rank from ZeRO-1 on",
+    "activations": "rows x tokens x the bytes that a layer keeps, counted from autograd",
+    "logits": "tokens projected together x vocabulary x (4 + 4 + bytes a number)",
+    "gathered": "the layers, embeddings and head that are whole at a time",
+    "runtime": "CUDA context, kernels, NCCL's buffers: an allowance",
+}
+# LLaDA-8B's config.json as published (arXiv 2502.09992), for machines that have not downloaded it.
+_LLADA_8B = {
+    "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12_288,
+    "vocab_size": 126_464, "embedding_size": 126_464, "max_sequence_length": 4096, "weight_tying": False,
+}  # fmt: skip
+_PUBLISHED = {"GSAI-ML/LLaDA-8B-Instruct": _LLADA_8B, "GSAI-ML/LLaDA-8B-Base": _LLADA_8B}
 
 
 @dataclass(frozen=True)
@@ -62,21 +82,33 @@ class Sharding:
 
 
 def model_size(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSize:
-    """The shape of a causal language model, from its config alone; raises ConfigError where that cannot be read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The shape of a language model, from its config alone; raises ConfigError where that cannot be read."""
+    from transformers import AutoConfig
+
+    from prefmill.families.mdlm.native import (
+        LladaConfig,  # transformers' Auto classes know LLaDA and Dream from here on
+    )
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         try:  # what is here already is not asked for again
             config = AutoConfig.from_pretrained(name_or_path, local_files_only=True, **options)
         except OSError:
+            if name_or_path in _PUBLISHED:
+                return _shape(LladaConfig.from_dict(dict(_PUBLISHED[name_or_path])), trust_remote_code=False)
             config = AutoConfig.from_pretrained(name_or_path, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             "cannot read the model's config", where=name_or_path, got=str(error).splitlines()[0],
             fix="download the model first, or give its folder",
         ) from None  # fmt: skip
+    return _shape(config, trust_remote_code)
+
+
+def _shape(config: Any, trust_remote_code: bool) -> ModelSize:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     linears = [layer for layer in model.get_decoder().modules() if isinstance(layer, torch.nn.Linear)]
@@ -91,11 +123,14 @@ def model_size(name_or_path: str, revision: str | None = None, trust_remote_code
     )  # fmt: skip
 
 
-def gpu_memory(size: ModelSize, config: TrainingConfig, world: int, rows: int, logits_at_once: int) -> GpuMemory:
+def gpu_memory(
+    size: ModelSize, config: TrainingConfig, world: int, rows: int, logits_at_once: int, several_passes: bool = False
+) -> GpuMemory:
     """What each of `world` GPUs needs for microbatches of `rows` sequences of `max_length` tokens.
 
     `logits_at_once` is how many tokens' logits exist together, in fp32 with their gradient. What DeepSpeed offloads is
-    not counted: see `host_memory`.
+    not counted: see `host_memory`. `several_passes` of a microbatch add to a gradient before ranks share it: autograd
+    holds it whole until the last.
     """
     shards, number, kept = sharding(config), _BYTES[config.precision], _BYTES[weights_precision(config)]
     trained = trained_parameters(size, config)
@@ -103,9 +138,10 @@ def gpu_memory(size: ModelSize, config: TrainingConfig, world: int, rows: int, l
     by_deepspeed = shards.stage > 0 and not config.fsdp
     optimizer = trained * (_ADAM_BYTES + (4 if by_deepspeed and kept < 4 else 0)) / (world if shards.stage >= 1 else 1)
     gradients = trained * (kept if by_deepspeed else 4) / (world if shards.stage >= 2 else 1)
+    gradients += trained * number if several_passes and shards.stage >= 2 and world > 1 else 0
     buckets = trained * 4 if world > 1 and not shards.stage else 0  # DDP sends copies
     copies = 0 if shards.stage or kept == number else size.linear_parameters * number
-    weights = size.parameters * kept / (world if shards.stage >= 3 else 1)
+    weights = _weight_bytes(size, config, kept) / (world if shards.stage >= 3 else 1)
     per_layer = layer_bytes(size, config.precision, residual=number if config.fsdp else kept) * config.max_length * rows
     boundaries = size.layers * size.hidden * (number if config.fsdp else kept) * config.max_length * rows
     activations = boundaries + per_layer if config.activation_checkpointing else size.layers * per_layer
@@ -116,6 +152,14 @@ def gpu_memory(size: ModelSize, config: TrainingConfig, world: int, rows: int, l
         logits=logits_at_once * size.vocabulary * (4 + 4 + number) / GIGABYTE,
         gathered=_gathered_bytes(size, config, world) / GIGABYTE if shards.stage >= 3 else 0.0,
     )  # fmt: skip
+
+
+def _weight_bytes(size: ModelSize, config: TrainingConfig, kept: int) -> float:
+    """Embeddings and head stay in bf16 beside linear layers in 4 bits, of which one at a time is whole in bf16."""
+    if config.quantization is None:
+        return size.parameters * kept
+    rest = size.parameters - size.linear_parameters
+    return size.linear_parameters * _NF4_BYTES + (rest + size.hidden * size.intermediate) * 2
 
 
 def host_memory(size: ModelSize, config: TrainingConfig, world: int) -> float:

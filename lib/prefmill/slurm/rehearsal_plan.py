@@ -42,12 +42,13 @@ def rehearsal_of(pipeline: PipelineFile, plan: Plan, source: Path, cluster: Clus
         resources = resources_for(cluster, name, pipeline.stages[name].resources)
         given = modern(Resources, pipeline.stages[name].resources)
         entry["resources"] = {**given, "time_limit_minutes": min(resources.time_limit_minutes, MINUTES)}
+        ranks = resources.ranks(pipeline.stages[name].processes)
         settings = with_settings(entry["array"])
         for value, element in entry["array"][settings].items() if settings else ():
             config = _config_of(plan, name, [(settings, value)])
-            element["set"] = _small(name, config, element["set"], resources, folder)
+            element["set"] = _small(name, config, element["set"], ranks, folder)
         if not settings:
-            entry["set"] = _small(name, _config_of(plan, name, []), entry["set"], resources, folder)
+            entry["set"] = _small(name, _config_of(plan, name, []), entry["set"], ranks, folder)
         for links in ("inputs", "needs"):
             entry[links].pop("calibration", None)  # fitted for the real judge
     small = validate(PipelineFile, values, where=source)
@@ -60,13 +61,11 @@ def _config_of(plan: Plan, stage: str, values: list[tuple[str | None, str]]) -> 
     return next(task.config for task in tasks if set(values) <= set(task.values.items()))
 
 
-def _small(
-    name: str, config: StrictConfig, given: dict[str, Any], resources: Resources, folder: Path
-) -> dict[str, Any]:
+def _small(name: str, config: StrictConfig, given: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any]:
     keys = type(config).model_fields
     small = {**given, **{key: value for key, value in SMALL.get(name, {}).items() if key in keys}}
     if isinstance(config, TrainingConfig):
-        small |= _short_training(config, resources)
+        small |= _short_training(config, ranks)
     if "sources" in small:
         small["sources"] = [_slice(one, number, folder) for number, one in enumerate(small["sources"])]
         small = {key: value for key, value in small.items() if key != "pdfs"}
@@ -74,10 +73,9 @@ def _small(
     return tiny
 
 
-def _short_training(config: TrainingConfig, resources: Resources) -> dict[str, Any]:
+def _short_training(config: TrainingConfig, ranks: int) -> dict[str, Any]:
     """Short, but long enough to be interrupted twice; precision, parallelism and checkpointing as they are."""
-    world = resources.nodes * (resources.processes or max(resources.gpus, 1))
-    at_once = config.per_device_train_batch_size * world
+    at_once = config.per_device_train_batch_size * ranks
     keys = {
         "max_length": min(config.max_length, LENGTH), "on_overlong": "drop", "save_steps": SAVE_STEPS,
         "logging_steps": LOGGING_STEPS, "effective_batch_size": at_once, "report_to": [],

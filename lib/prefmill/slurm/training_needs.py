@@ -8,9 +8,10 @@ from pathlib import Path
 
 from prefmill.core.artifact import MANIFEST
 from prefmill.core.errors import PrefmillError
+from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.slurm.cluster import Resources
-from prefmill.slurm.memory import GpuMemory, gpu_memory, host_memory, model_size
+from prefmill.slurm.memory import GpuMemory, gpu_memory, host_memory, model_size, sharding
 from prefmill.store.artifacts import read_manifest
 from prefmill.training.config import TrainingConfig, accumulation
 from prefmill.training.preference_config import PreferenceConfig
@@ -35,15 +36,20 @@ def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Train
     """What a training task needs, as far as it is known now; raises ConfigError for a batch that does not divide."""
     config = task.config
     assert isinstance(config, TrainingConfig), f"{task.stage.name} trains, but not by a TrainingConfig"
-    world = resources.nodes * (resources.processes or max(resources.gpus, 1))
+    world = resources.ranks(task.processes)
     accumulation(config, world)
     name, revision = _model_of(plan, task)
     steps = _steps(task, config)
     notes = [] if steps is not None else [f"steps: {_UNKNOWN} its dataset is made"]
     if name is None:
         return Training(task, world, "", None, steps, (*notes, f"memory: {_UNKNOWN} its model is made"))
-    pairs = isinstance(config, PreferenceConfig)
+    pairs, diffusion = isinstance(config, PreferenceConfig), isinstance(config, DiffusionTrainingConfig)
     rows = config.per_device_train_batch_size * (2 if pairs else 1)
+    if isinstance(config, DiffusionTrainingConfig):
+        rows = config.forward_batch_size
+        notes.append(f"{rows} maskings run together and are recomputed: draws take time, not memory")
+        if sharding(config).stage == 3 and config.deepspeed:  # as the trainer does
+            config = config.model_copy(update={"activation_checkpointing": True})
     if isinstance(config, PreferenceConfig) and config.layout != "pairwise":
         notes.append("a group runs its prompt once: less than this, as each pair is counted as two whole sequences")
     try:
@@ -53,7 +59,8 @@ def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Train
     offloaded = host_memory(size, config, world)
     if offloaded:
         notes.append(f"{offloaded * world:.0f} GB are offloaded to the hosts' memory, {offloaded:.1f} GB by each GPU")
-    memory = gpu_memory(size, config, world, rows, _SCORER_LOGITS if pairs else _TRL_LOGITS)
+    logits = _SCORER_LOGITS if pairs or diffusion else _TRL_LOGITS
+    memory = gpu_memory(size, config, world, rows, logits, several_passes=diffusion)
     return Training(task, world, f"{name} ({size.parameters / 1e9:.2f}B)", memory, steps, tuple(notes))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +144,37 @@ def test_the_shipped_cluster_file_has_an_entry_for_every_stage_and_gpus_for_what
     assert [name for name in training if not resources_for(cluster, name).gpus] == ["tiny_model"] * (
         "tiny_model" in training
     )
+
+
+@pytest.mark.slow
+def test_masked_diffusion_is_counted_as_it_runs() -> None:
+    """LLaDA-8B: parameters as published (8.02B), every number with its origin."""
+    told = {}
+    for name in ("mdlm_llada", "mdlm_llada_lora"):
+        files = [f"configs/pipelines/{name}.yaml", "--cluster", "configs/clusters/h100.yaml", "--gpu-memory", "80"]
+        command = [sys.executable, "-m", "prefmill.cli.main", "estimate", *files]
+        told[name] = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert all("GSAI-ML/LLaDA-8B-Instruct (8.02B), 8 GPUs" in text for text in told.values())
+    assert "38.9 GB a GPU: weights 1.9, gradients 16.8, optimizer 11.2" in told["mdlm_llada"]
+    assert "8.7 GB a GPU: weights 5.4" in told["mdlm_llada_lora"]
+    assert "    weights: parameters x bytes a number" in told["mdlm_llada"]
+
+
+def test_a_16_gb_card_holds_llada_8b_in_4_bits() -> None:
+    size = model_size("GSAI-ML/LLaDA-8B-Instruct")
+    keys: dict[str, Any] = {"lora": LoraConfig(r=16), "activation_checkpointing": True}
+    four_bit = training(**keys).model_copy(update={"quantization": "4bit", "max_length": 4096})
+    assert gpu_memory(size, four_bit, 1, 1, 256).total < 14
+    assert gpu_memory(size, training(**keys), 1, 1, 256).total > 16
+
+
+def test_several_passes_hold_gradients_whole(tmp_path: Path) -> None:
+    config = training(deepspeed=zero(tmp_path, 3))
+    once, often = (gpu_memory(SIZE, config, 8, 1, 1, several_passes=several) for several in (False, True))
+    assert (often.gradients - once.gradients) * 2**30 == pytest.approx(SIZE.parameters * 2)
+
+
+def test_a_stages_own_processes_are_its_ranks() -> None:
+    assert Resources(nodes=2, gpus=8).ranks(None) == 16
+    assert Resources(nodes=2, gpus=8).ranks(1) == 2
+    assert Resources(nodes=2, gpus=8, processes=4).ranks(1) == 8  # the cluster file has the last word, as in a job
