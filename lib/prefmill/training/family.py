@@ -59,6 +59,10 @@ class Family:
             ref_rejected,
         )
 
+    def beside(self, model: Any) -> Tensor | float:
+        """What a pair's loss has beside the objective, of the batch that `model` scored last: a scalar."""
+        return 0.0
+
     def reference_sides(self, scores: Tensor, index: int, pair: Any) -> tuple[Tensor, Tensor]:
         """Chosen and rejected of a group's pair number `index` in the reference's scores of the group."""
         return scores[pair.chosen], scores[pair.rejected]

@@ -143,7 +143,7 @@ class PreferenceTrainer(Trainer):
     ) -> Any:
         """The microbatch's share of its step's mean loss, a scalar; DDP averages over ranks, so it is scaled up."""
         scores = self.pair_scores(model, inputs)
-        losses = self.objective.loss(scores, self.settings)
+        losses = self.objective.loss(scores, self.settings) + self.family.beside(model)
         if inputs["num_pairs"] == 0:
             return losses.sum() * 0.0
         if model.training:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from prefmill.core.config import later
+from prefmill.core.config import StrictConfig, later
 from prefmill.families.causal.image_limits import FrozenParts, ImageLimits
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.training.bad_rows import RowPolicy
@@ -13,7 +13,15 @@ from prefmill.training.bad_rows import RowPolicy
 TrainOn = Literal["completion", "last_turn", "all_assistant_turns"]
 
 
-class ChatRows(ChatTemplate, ImageLimits, FrozenParts, RowPolicy):
+class RouterLoss(StrictConfig):
+    """The balancing loss of a mixture of experts (Fedus et al. 2021, arXiv 2101.03961)."""
+
+    router_aux_loss_coef: float | None = later(
+        None, ge=0, description="weight of the experts' balancing loss; none: in sft what the model says, in dpo 0"
+    )
+
+
+class ChatRows(ChatTemplate, ImageLimits, FrozenParts, RouterLoss, RowPolicy):
     """What `dpo` and `sft` say of their rows: the template, bounds on images and what they train, and of bad rows."""
 
 

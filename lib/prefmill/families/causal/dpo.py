@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prefmill.core.errors import InputError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import digest_path
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
@@ -23,12 +23,12 @@ from prefmill.families.causal.chat import encode
 from prefmill.families.causal.chat_rows import ChatRows
 from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
 from prefmill.families.causal.image_batches import add_images
-from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.load_check import as_scorer, check_in_shards
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.other_reference import check_reference, reference_parts
+from prefmill.families.causal.router_loss import RoutedFamily, count_routing
 from prefmill.families.causal.scorer import (
     Batch,
     encode_pairwise,
@@ -96,7 +96,7 @@ def train_dpo(
         data=Preferences(
             train=PreferenceData(groups, None, _plan(groups, config)),
             val=PreferenceData(held_out, None, _one_by_one(held_out, config)) if held_out else None,
-            family=causal_family(config, tokenizer.pad_token_id, reader),
+            family=causal_family(config, tokenizer.pad_token_id, reader, rows.router_aux_loss_coef),
             objective=objective,
             settings=settings,
         ),
@@ -157,9 +157,11 @@ def _placed(pair: PreferencePair, reader: ImageReader | None) -> PreferencePair:
     return replace(pair, messages=with_images(pair.messages, pair.images))
 
 
-def load_trained(name: str, config: PreferenceConfig, parts: FrozenParts, with_images: bool) -> Any:
+def load_trained(name: str, config: PreferenceConfig, parts: ChatRows, with_images: bool) -> Any:
     """The model to tune with its adapter, its frozen parts without gradient and without one."""
     model = load_policy(name, config, config.revision)
+    if parts.router_aux_loss_coef:
+        count_routing(model, name)
     return add_adapter(model, config, freeze(model, parts, with_images))
 
 
@@ -186,7 +188,9 @@ def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]
     return plan_group_batches(groups, epochs, target, at_once, ranks, max_tokens, config.seed)
 
 
-def causal_family(config: PreferenceConfig, pad: int, reader: ImageReader | None = None) -> Family:
+def causal_family(
+    config: PreferenceConfig, pad: int, reader: ImageReader | None = None, router_aux_loss_coef: float | None = None
+) -> Family:
     """Log-likelihoods of responses, the same in every epoch."""
 
     def encode_parts(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> Batch:
@@ -197,8 +201,16 @@ def causal_family(config: PreferenceConfig, pad: int, reader: ImageReader | None
             shown = [groups[part.group] for part in parts for _ in part.pairs for _side in range(2)]
         return add_images(batch, shown, reader) if reader else batch
 
+    if config.ld_alpha is not None and router_aux_loss_coef:
+        raise ConfigError(
+            "ld_alpha and router_aux_loss_coef do not go together",
+            got=router_aux_loss_coef,
+            fix="leave one of them out",
+        )
     if config.ld_alpha is not None:
         return DesensitizedFamily(encode_parts, score_batch, config.ld_alpha)
+    if router_aux_loss_coef:
+        return RoutedFamily(encode_parts, score_batch, router_aux_loss_coef)
     return Family(encode_parts, score_batch)
 
 

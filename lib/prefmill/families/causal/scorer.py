@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prefmill.distributed.sharding import pad_chunks
+from prefmill.families.causal.router_loss import balancing_loss
 from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
 from prefmill.families.causal.vision import TRAINED, embed
 from prefmill.training.batches import GroupPart
@@ -136,7 +137,12 @@ def _forward(
     else:
         given["input_ids"] = input_ids
     mask = attention_mask if self.masks_padding or position_ids is not None or _needs_mask_for_memory(self) else None
-    hidden = decoder_of(self)(attention_mask=mask, use_cache=False, **given)[0]
+    if getattr(self, "counts_routing", False) and self.training:
+        given["output_router_logits"] = True
+    output = decoder_of(self)(attention_mask=mask, use_cache=False, **given)
+    if "output_router_logits" in given:
+        self.router_loss = balancing_loss(output.router_logits, self.config.get_text_config(), attention_mask)
+    hidden = output[0]
     head = OwnHead(self) if self.own_head else self.get_output_embeddings()
     logps = token_logps(hidden[row, column], target, head)
     return sum_by_owner(logps, owner, num_responses)

@@ -64,6 +64,7 @@ def train_sft(
         val=None if val is None else load_chats(val, tokenizer, config, task, turns, reader),
         tokenizer=tokenizer,
         collate=partial(collate_images, reader=reader) if reader else None,
+        router_aux_loss_coef=turns.router_aux_loss_coef,
     )
     parts = [part for part in (chats.train, chats.val) if part is not None]
     check_positions(model_name, (len(ids) for part in parts for ids in part["input_ids"]), config)
@@ -90,12 +91,14 @@ class Chats:
     val: Dataset | None
     tokenizer: PreTrainedTokenizerBase
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None
+    router_aux_loss_coef: float | None = None
 
     def trainer(self, model: Any, config: TrainingConfig, task: Task, callbacks: list[TrainerCallback]) -> SFTTrainer:
         """TRL's trainer of `model`."""
         arguments = TrlConfig(
             **trainer_arguments(config, task, world_size()),
             max_length=None,
+            router_aux_loss_coef=self.router_aux_loss_coef,
             dataset_kwargs={"skip_prepare_dataset": True},
             eval_strategy="epoch" if self.val is not None else "no",
         )
