@@ -28,9 +28,9 @@ def rewrite(model: Path, folder: Path, **keys: Any) -> Path:
     return folder
 
 
-def windowed(model: Path, folder: Path, window: int) -> Path:
-    kinds = ["full_attention", "sliding_attention"]
-    return rewrite(model, folder, use_sliding_window=True, sliding_window=window, layer_types=kinds)
+def sparse(model: Path, folder: Path) -> Path:
+    """A copy whose second layer chooses its keys by content."""
+    return rewrite(model, folder, layer_types=["full_attention", "indexed_attention"])
 
 
 def chosen(model: Path, **keys: Any) -> tuple[str, str | None]:
@@ -42,16 +42,20 @@ def test_it_is_group_where_the_model_allows_it(tiny_qwen2: Path) -> None:
     assert chosen(tiny_qwen2) == ("group", None)
 
 
-def test_a_window_is_a_reason_where_rows_may_be_longer(
+def test_a_window_is_no_reason(tiny_qwen2: Path, tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    keys = {"use_sliding_window": True, "sliding_window": 8, "layer_types": kinds}
+    assert chosen(rewrite(tiny_qwen2, tmp_path / "windowed", **keys)) == ("group", None)
+
+
+def test_layers_that_choose_their_keys_are_a_reason(
     tiny_qwen2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = windowed(tiny_qwen2, tmp_path / "windowed", 63)
-    layout, reason = chosen(model, max_length=64)
+    layout, reason = chosen(sparse(tiny_qwen2, tmp_path / "sparse"))
     assert layout == "pairwise"
     assert reason is not None
-    assert "a window of 63" in reason
+    assert "layers of indexed_attention" in reason
     assert f"layout: auto is pairwise: {reason}" in caplog.text
-    assert chosen(model, max_length=63) == ("group", None)
 
 
 def test_an_attention_of_the_users_is_a_reason(tiny_qwen2: Path) -> None:
@@ -60,7 +64,7 @@ def test_an_attention_of_the_users_is_a_reason(tiny_qwen2: Path) -> None:
 
 
 def test_the_other_reference_must_allow_it_too(tiny_qwen2: Path, tmp_path: Path) -> None:
-    other = windowed(tiny_qwen2, tmp_path / "windowed", 8)
+    other = sparse(tiny_qwen2, tmp_path / "sparse")
     assert chosen(tiny_qwen2, ref_name=str(other))[0] == "pairwise"
 
 
@@ -73,18 +77,18 @@ def test_a_training_says_which_it_was(tiny_qwen2: Path, tmp_path: Path) -> None:
     rows = tmp_path / "data.jsonl"
     write_jsonl(rows, pair_rows(2, 2))
     keys = {"num_train_epochs": 1, "effective_batch_size": 4}
-    model = windowed(tiny_qwen2, tmp_path / "windowed", 8)
     found = {}
-    for name, start in (("group", tiny_qwen2), ("pairwise", model)):
+    for name, more in (("group", {}), ("pairwise", {"attn_implementation": "eager"})):
         auto, asked = (
-            train(tmp_path / f"{name}{n}", start, rows, **keys, **more) for n, more in enumerate(({}, {"layout": name}))
+            train(tmp_path / f"{name}{n}", tiny_qwen2, rows, **keys, **more, **layout)
+            for n, layout in enumerate(({}, {"layout": name}))
         )
         assert auto["layout"] == asked["layout"] == name
         weights = [digest_path(tmp_path / f"{name}{n}" / "out" / "model.safetensors") for n in range(2)]
         assert weights[0] == weights[1]
         found[name] = auto["why_pairwise"]
     assert found["group"] is None
-    assert "a window of 8" in found["pairwise"]
+    assert "attn_implementation is eager" in found["pairwise"]
 
 
 def test_the_identity_is_what_the_configuration_says() -> None:
