@@ -52,14 +52,16 @@ def send_follow_up(submission: Submission, wait: Wait) -> JobRecord:
 
 
 def live_follow_ups(found: Sequence[Submission]) -> dict[str, str] | None:
-    """The state of every follow-up job of a run that is queued or running; None where Slurm does not answer."""
+    """The state of every follow-up job of a run that is queued or running; None where Slurm does not answer.
+
+    One that Slurm holds after a failed launch never starts by itself: it is as good as lost.
+    """
     ids = [job_id for one in found for job_id in one.advance_ids()]
     shown = slurm.queue(ids) if ids else {}
-    return (
-        None
-        if shown is None
-        else {job_id: job.state for (job_id, _), job in shown.items() if job.live and job_id in ids}
-    )
+    if shown is None:
+        return None
+    own = {job_id: job for (job_id, _), job in shown.items() if job_id in ids}
+    return {job_id: job.state for job_id, job in own.items() if job.live and "requeued held" not in job.reason}
 
 
 def book(found: Sequence[Submission], wait: Wait) -> str:
@@ -73,6 +75,7 @@ def book(found: Sequence[Submission], wait: Wait) -> str:
         for job_id in (job_id for job_id, state in live.items() if state == "PENDING"):
             postpone(job_id, wait)
         return ""
+    slurm.cancel([(job_id, -1) for one in found[-1:] for job_id in one.advance_ids()])  # one that is held
     try:
         return f"job {send_follow_up(found[-1], wait).job_id} looks after the run"
     except PipelineError as error:

@@ -2,14 +2,13 @@
 
 python -m prefmill.slurm.healer RUN WORKSPACE
 
-Exits with 0 when the run is over. However else this process ends, the job's shell requeues the job.
+Exits with 0 when the run is over or the job requeued. However else this process ends, the job's shell requeues it.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,19 +18,16 @@ from prefmill.slurm.follow_up import me, requeue, send_follow_up
 from prefmill.slurm.submission import submissions
 from prefmill.slurm.view import next_look
 
-_PATIENCE_SECONDS = 60.0
-
 
 def main(argv: Sequence[str]) -> int:
-    """Look, and see to the next look; returns 0 when there is none to come, else 1."""
+    """Look, and see to the next look; returns 0."""
     run, workspace = argv[0], Path(argv[1])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it: what follows must still be done
     wait = next_look(advance(workspace, run, partial(print, flush=True)))
     if wait is None:
         return 0
     if requeue(me(), wait):
-        time.sleep(_PATIENCE_SECONDS)  # Slurm ends this process
-        return 1
+        return 0  # at once: a process that is still there when the job starts again has its node drained
     send_follow_up(submissions(workspace, run)[-1], wait)  # a site that requeues nothing
     return 0
 

@@ -55,7 +55,11 @@ def test_a_queued_follow_up_is_told_and_a_lost_one_submitted_again(run: Run) -> 
     assert run.sent == 0
     run.slurm(squeue=f"{RUNNING}\n{WAITS}")
     assert any("no job looks after this run" in note for note in read_rows(run.workspace, "toy").notes)
+    held = HEALER.replace("Dependency|", "launch failed requeued held|")
+    run.slurm(squeue=f"{RUNNING}\n{WAITS}\n{held}")
+    listen(run, "scancel")
     assert "job 99 looks after the run" in run.advance()
+    assert said_to_slurm(run, "scancel") == ["43"]
     assert run.sent == 1
     assert [job.job_id for job in run.submission.jobs()] == ["41", "42", "43", "99"]
 
