@@ -5,6 +5,7 @@
 Ingest: read a table of reviews, check what a row must have, one row a paper, a split by the hash of its title, both
 files in order. Build: join the scores, the best fifth by score for SFT, pairs of a paper whose rating and score agree.
 None names a faulty line, merges titles, reports what was dropped, resumes or publishes; FOLDER holds `reviews.jsonl`.
+polars is not among the requirements: `pip install polars` first.
 """
 
 from __future__ import annotations
