@@ -133,7 +133,7 @@ def test_what_it_refuses(policy: Artifact, tmp_path: Path) -> None:
         run(config, make_task("dpo", tmp_path, policy=policy, datasets=make_datasets(tmp_path / "data")))
     with pytest.raises(PipelineError, match="no preference dataset"):
         run(validate(DpoConfig, SETTINGS), make_task("dpo", tmp_path, policy=policy))
-    with pytest.raises(ConfigError, match="max_len is another name"):
+    with pytest.raises(ConfigError, match="one key under two names"):
         validate(DpoConfig, {"max_len": 3, "max_length": 3})
 
 
