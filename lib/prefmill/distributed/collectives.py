@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from prefmill.distributed.devices import rank
+
 ValueT = TypeVar("ValueT")
 
 
@@ -17,11 +19,6 @@ def from_all_ranks(value: ValueT) -> list[ValueT]:
     values: list[ValueT | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return [found for found in values if found is not None]
-
-
-def rank() -> int:
-    """This process's place among the ranks of its process group; 0 for one alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def num_ranks() -> int:

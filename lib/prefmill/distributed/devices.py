@@ -7,8 +7,9 @@ forked tasks may ask.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefmill.core.errors import ConfigError
 
@@ -24,13 +25,21 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
 
 
+def machine_has_gpu() -> bool:
+    """Whether a GPU of NVIDIA or AMD is here, whoever may use it; CUDA is not asked, or no fork could use it after."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
 def is_launched() -> bool:
     """Whether a launcher has started this process as one of its ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def rank() -> int:
-    """This process's place among all ranks, as the launcher says; 0 without one."""
+    """This process's place among all ranks: in its process group if there is one, else as the launcher says; or 0."""
+    group: Any = sys.modules.get("torch.distributed")  # not imported to ask
+    if group is not None and group.is_available() and group.is_initialized():
+        return int(group.get_rank())
     return int(os.environ.get("RANK", "0"))
 
 

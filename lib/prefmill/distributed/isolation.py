@@ -14,6 +14,7 @@ from typing import Any
 from prefmill.core import errors
 from prefmill.core.errors import AttemptError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
+from prefmill.distributed.devices import machine_has_gpu
 
 
 def in_own_process(folder: Path, work: Callable[..., None], *arguments: object) -> None:
@@ -40,8 +41,7 @@ def in_own_process(folder: Path, work: Callable[..., None], *arguments: object) 
 
 def _start_method() -> str:
     """CUDA cannot be used in a fork of a process that has as much as counted the GPUs."""
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
-    return "spawn" if has_gpu else "fork"
+    return "spawn" if machine_has_gpu() else "fork"
 
 
 def _run(failure: Path, work: Callable[..., None], *arguments: object) -> None:

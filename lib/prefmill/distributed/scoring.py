@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefmill.distributed.collectives import rank
+from prefmill.distributed.devices import rank
 from prefmill.distributed.sharding import Sharded, is_sharded, reshard, shards_by_zero, uses_fsdp
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from prefmill.core.files import digest_json, digest_path
 from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import Task
-from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank, rank_zero_says
-from prefmill.distributed.devices import device_kind
+from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank_zero_says
+from prefmill.distributed.devices import device_kind, rank
 from prefmill.distributed.sharding import uses_fsdp
 from prefmill.store.kept_tensors import KeptTensors
 from prefmill.store.missing import Progress, missing

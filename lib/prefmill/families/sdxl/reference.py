@@ -14,7 +14,8 @@ from torch import Tensor
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_json
 from prefmill.core.stage import Task
-from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank, rank_zero_says
+from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank_zero_says
+from prefmill.distributed.devices import rank
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.encoding import wait_for_all
 from prefmill.families.sdxl.family import PairReader, errors, predict_pairs
