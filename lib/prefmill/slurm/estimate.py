@@ -24,8 +24,13 @@ from prefmill.training.config import TrainingConfig
 _GPU_GB = {"h200": 141, "b200": 180, "h100": 80, "a100": 80, "l40s": 48, "a40": 48, "a6000": 48, "v100": 32, "l4": 24}
 
 
-def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: float | None, say: Say = print) -> None:
-    """Print what every stage asks for and training needs; raises PipelineError for what can never start, or fit."""
+def estimate(
+    pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: float | None, say: Say = print, tiny: bool = False
+) -> None:
+    """Print what every stage asks for and training needs; raises PipelineError for what can never start, or fit.
+
+    A `tiny` pipeline may train on CPUs.
+    """
     offered = slurm.partitions()
     policy = read_policy() if offered else None
     if offered is None:
@@ -35,7 +40,7 @@ def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: f
         resources = resources_for(cluster, stage, pipeline.stages[stage].resources)
         say(_request(stage, len(tasks), resources))
         found = list(objections(cluster, resources, offered, policy)) if offered else []
-        found += [*_without_gpu(tasks[0], resources, offered), *_missing_inputs(plan, tasks)]
+        found += [*([] if tiny else _without_gpu(tasks[0], resources, offered)), *_missing_inputs(plan, tasks)]
         if offered and not found:  # what the rules above do not say
             found += refusal(cluster, resources)
         problems += [f"{stage}: {text}" for text in found]
@@ -54,7 +59,7 @@ def estimate(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, gpu_gb: f
 def _without_gpu(task: PlannedTask, resources: Resources, offered: Mapping[str, Partition] | None) -> Iterator[str]:
     """A training takes days on CPUs; a site that has no GPU at all is there for small models."""
     has_gpus = offered is None or any(partition.gpus for partition in offered.values())
-    if task.stage.trains and not resources.gpus and has_gpus:
+    if isinstance(task.config, TrainingConfig) and task.stage.trains and not resources.gpus and has_gpus:
         yield f"it trains and gets no GPU: give it some as `gpus` under stages.{task.stage.name} of the cluster file"
 
 

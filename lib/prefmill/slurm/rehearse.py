@@ -44,7 +44,7 @@ class Drill:
 def rehearse(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterFile, say: Say = print) -> int:
     """Run the whole pipeline small, interrupt it, check that it resumes; returns 0 where all is well, else 1."""
     small, small_plan = rehearsal_of(pipeline, plan, source, cluster)
-    estimate(small, small_plan, cluster, None, say)
+    estimate(small, small_plan, cluster, None, say, tiny=True)
     for task in small_plan.tasks:  # what an earlier rehearsal has finished cannot be interrupted
         if task.stage.trains and read_manifest(task.output) is not None:
             set_aside(task.output)
