@@ -51,6 +51,8 @@ def row_of(model_type: str) -> Row | str:
     try:
         model = build(model_type)
         truth = own_scores(model)
+    except KeyError:  # which key it is depends on the order of a set, another one in each process
+        return "its configuration lacks a key"
     except Exception as error:  # as many kinds as there are architectures
         return next(iter(str(error).strip().splitlines()), type(error).__name__)[:110].strip(" :")
     outcomes = [_outcome(copy.deepcopy(model), truth, layout) for layout in ("group", "pairwise")]
