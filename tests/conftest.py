@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 # The dear first; vLLM last, as a process that has run it can no longer fork ranks that train.
-FOLDERS_IN_ORDER = ("slurm", "e2e", "docs", "fakecuda", "unit", "gpu", "vllm")
+FOLDERS_IN_ORDER = ("slurm", "e2e", "docs", "models", "fakecuda", "unit", "gpu", "vllm")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
