@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from prefmill.slurm import jobs as slurm
 from prefmill.slurm.advance import advance
 from prefmill.slurm.follow_up import me, requeue, send_follow_up
 from prefmill.slurm.submission import submissions
@@ -25,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it: what follows must still be done
     wait = next_look(advance(workspace, run, partial(print, flush=True)))
     if wait is None:
+        others = [job_id for one in submissions(workspace, run) for job_id in one.advance_ids() if job_id != me()]
+        slurm.cancel([(job_id, -1) for job_id in others])  # one that Slurm held would stay for ever
         return 0
     if requeue(me(), wait):
         return 0  # at once: a process that is still there when the job starts again has its node drained
