@@ -25,6 +25,7 @@ from prefmill.core.errors import ConfigError
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import pack
 
+# What TRL's fused head gives for each token: its losses and metrics are made of these, and look for them by row.
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _MARK = "_prefmill_shares_prompts"
 
@@ -87,6 +88,7 @@ class GroupDPOTrainer(DPOTrainer):
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # Numbers hash alike in every process, unlike text: all ranks must draw one order.
         return PromptSampler([hash(tuple(ids)) for ids in dataset["prompt_ids"]], self._train_batch_size, seed)
 
 
@@ -171,6 +173,7 @@ def sharing_prompts(model: Any) -> Iterator[None]:
         finally:
             self.set_attn_implementation(shared_attention)
 
+    # `generate` checks its arguments against the signature that TRL keeps on its own forward.
     forward.__signature__ = getattr(own_forward, "__signature__", None)  # type: ignore[attr-defined]
     base.base_model.forward = MethodType(_pick_rows(base.base_model.forward), base.base_model)
     base.forward = MethodType(forward, base)
@@ -206,6 +209,7 @@ def _shared(
     for name in _PER_TOKEN:
         values = getattr(output, name)
         if values is not None:
+            # The packed batch has each answer once: autograd adds up what all rows that have it send back.
             spread = values.new_zeros(input_ids.shape[0], input_ids.shape[1] - 1)
             setattr(output, name, spread.index_put((row, column), values[0][source]))
     return output
@@ -221,6 +225,7 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
     groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
     placed: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
     for tokens, mask, wanted in zip(ids, masks, scored, strict=True):
+        # A packed answer needs a token before it that predicts its first: without a prompt, the row's own first token.
         length, first = sum(mask), max(1, wanted.index(True) if True in wanted else 0)
         assert all(mask[:length]), "TRL pads on the right"
         prompt, answer = tuple(tokens[:first]), tuple(tokens[first:length])
@@ -249,6 +254,7 @@ def _pick_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
         output = forward(*args, **kwargs)
         if predicts is None:
             return output
+        # The head would otherwise be run over the prompt too, which is most of the tokens.
         return BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state[:, predicts])
 
     return picked

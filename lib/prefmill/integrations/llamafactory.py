@@ -21,6 +21,7 @@ _THEIR_DEFAULTS: Mapping[str, Any] = {
     "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "cutoff_len": 2048, "dataset_dir": "data",
     "seed": 42,
 }  # fmt: skip
+# LLaMA-Factory scales images to these bounds where its file names none.
 _THEIR_PIXELS = {"max_pixels": 768 * 768, "min_pixels": 32 * 32}
 _SAME_NAME: Mapping[str, type | tuple[type, ...]] = {
     "model_name_or_path": str, "trust_remote_code": bool, "learning_rate": float, "lr_scheduler_type": str,
@@ -28,6 +29,7 @@ _SAME_NAME: Mapping[str, type | tuple[type, ...]] = {
     "logging_steps": int, "save_steps": int, "save_total_limit": int, "dataloader_num_workers": int, "deepspeed": str,
     "ddp_timeout": int,
 }  # fmt: skip
+# LLaMA-Factory's ipo divides log-likelihoods by their lengths, as ipo_mean does.
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo_mean", "simpo": "simpo"}
 _ATTENTION = {"fa2": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
 _OF_PREFERENCES = ("pref_loss", "pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing", "ref_model")
@@ -48,6 +50,7 @@ def import_config(path: Path, num_gpus: int = 1) -> Imported:
     Raises ConfigError for keys that prefmill cannot honour, naming each with the reason, and for values of the wrong
     kind.
     """
+    # `key: null` is a key left out: its default counts.
     given = {key: value for key, value in read_yaml(path).items() if value is not None}
     refused = {key: REFUSED.get(key, "not known here") for key, value in given.items() if _counts(key, value)}
     if refused:
@@ -67,6 +70,7 @@ _AT_ONE_VALUE: Mapping[str, Any] = {"lora_dropout": 0.0, "adam_beta1": 0.9, "ada
 
 def _counts(key: str, value: Any) -> bool:
     if key in REFUSED:
+        # For max_steps -1 is transformers' way of saying no bound.
         return bool(value) and value != "none" and not (key == "max_steps" and value == -1)
     return key not in TAKEN and key not in NO_EFFECT
 
@@ -159,6 +163,7 @@ class _Reading:
             self.config["loss_weights"].append(anchor)
         if (reference := self.take("ref_model", str)) is not None:
             self.config["ref_name"] = reference
+        # Of preferences the answer alone is trained in any case.
         self.take("mask_history", bool)
 
     def _schedule(self) -> None:
@@ -167,6 +172,7 @@ class _Reading:
             raise ConfigError("training takes whole epochs", where=self.path, got=epochs, fix="round num_train_epochs")
         self.config["num_train_epochs"] = int(epochs)
         ratio, steps = self.take("warmup_ratio", float, 0.0), self.take("warmup_steps", float, 0.0)
+        # transformers 5 reads warmup_steps below 1 as a share of the steps; it goes before warmup_ratio there too.
         self.config["warmup_steps"] = steps or ratio
         reports = self.take("report_to", (str, list), "none")
         reports = [reports] if isinstance(reports, str) else reports

@@ -44,6 +44,7 @@ class Datasets:
         self.has_images = any("images" in entry.get("columns", {}) for entry in entries)
         found = self._source(entries[0]) if len(entries) == 1 else {"mixture": list(map(self._part, entries, names))}
         more = {} if max_rows is None else {"max_rows": max_rows}
+        # LLaMA-Factory's max_samples bounds each dataset, not their sum.
         if max_rows is not None and len(entries) > 1:
             found["mixture"] = [{**part, "weight": min(part["weight"], max_rows)} for part in found["mixture"]]
         return {**found, "image_folder": self.media or str(self.folder), **more}
@@ -98,6 +99,7 @@ class Datasets:
                 expected="a file or the hub; text and images", fix="give the entry a file_name or an hf_hub_url",
             )  # fmt: skip
         found: dict[str, Any] = {"pair_format": _FORMS[self.stage].get(formatting, formatting)}
+        # As LLaMA-Factory has it: a hub name goes before a file beside it.
         if "hf_hub_url" in entry:
             found |= {"dataset": entry["hf_hub_url"], "dataset_revision": entry.get("revision")}
             found |= {"subset": entry.get("subset"), "split": entry.get("split", "train")}

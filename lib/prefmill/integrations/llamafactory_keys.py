@@ -36,6 +36,7 @@ _SAVED = "where and how to save is prefmill's own"
 _SPEED = "how fast, never what comes out"
 _SHOWN = "how to show it"
 _EVALUATED = "evaluated at the end of every epoch, which changes no weight"
+# A key in none of the three tables is refused, so that a new one of theirs is never dropped in silence.
 NO_EFFECT: Mapping[str, str] = {
     "do_train": "a training it is", "output_dir": _SAVED, "overwrite_output_dir": _SAVED, "save_only_model": _SAVED,
     "save_strategy": _SAVED, "hub_model_id": _SAVED, "push_to_hub": _SAVED,

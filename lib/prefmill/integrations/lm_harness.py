@@ -70,10 +70,12 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first of each request's stop strings."""
         found: dict[int, str] = {}
+        # A batch has one temperature and one length, so each kind of request is run by itself.
         for settings in _distinct([request.args[1] for request in requests]):
             _require_known(settings)
             places = [place for place, request in enumerate(requests) if request.args[1] == settings]
             prompts = [self.tok_encode(requests[place].args[0]) for place in places]
+            # Tasks are written for transformers, which passes over a temperature without do_sample.
             temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
             texts = self.model.written(prompts, settings.get("max_gen_toks"), temperature)
             found |= {place: _until(text, settings.get("until")) for place, text in zip(places, texts, strict=True)}
@@ -101,6 +103,7 @@ class DiffusionTaskModel:
 
     def _greedy(self, samples: Sequence[Sample]) -> list[bool]:
         found: dict[int, bool] = {}
+        # The number of masked tokens is part of what the model is asked: answers of one length go together.
         for length in {len(continuation) for _, continuation in samples}:
             places = [place for place, (_, one) in enumerate(samples) if len(one) == length]
             ids = self.loaded.unmasked([samples[place][0] for place in places], self.loaded.config.one_by_one(length))
@@ -117,6 +120,7 @@ def run_tasks(model: TaskModel, config: HarnessConfig) -> Iterator[dict[str, Any
             "unknown tasks of the harness", got=", ".join(unknown), expected=", ".join(manager.all_tasks[:20]),
             fix="name tasks of harness.path, or leave it out for lm-eval's own",
         )  # fmt: skip
+    # Standard errors are left out below, so none are drawn.
     found = simple_evaluate(
         HarnessModel(model), tasks=list(config.tasks), num_fewshot=config.num_fewshot, limit=config.num_rows,
         task_manager=manager, apply_chat_template=config.chat, bootstrap_iters=0,
@@ -124,6 +128,7 @@ def run_tasks(model: TaskModel, config: HarnessConfig) -> Iterator[dict[str, Any
     assert found is not None
     for task, metrics in found["results"].items():
         for name, value in metrics.items():
+            # The harness writes `acc,none`: the measure, and the filter that its answers went through.
             metric, _, kind = name.partition(",")
             if isinstance(value, int | float) and kind and "stderr" not in metric:
                 label = f"{task}_{metric}" if kind == "none" else f"{task}_{metric}_{kind}"

@@ -24,6 +24,7 @@ from prefmill.pairs.sources import (
 from prefmill.pairs.turns import Chat, answer_to, as_answer, as_chat, place_images
 from prefmill.training.bad_rows import BadRows
 
+# Without these a row of a preference would have the keys of two forms, which is refused.
 _PREFERENCE_KEYS = ("chosen", "rejected", "label")
 
 
@@ -74,6 +75,7 @@ def write_chats(source: ChatSource, folder: Path, report: Path) -> tuple[Path, P
     naming the first bad row, or with `on_bad_row: drop` lists them in `report` and raises where no answer is left.
     """
     problems: list[UnusableRow] = []
+    # Read to the end first: `problems` is filled on the way.
     rows = list(tqdm(_distinct(_good(source, problems)), desc="reading chats", unit=" chats"))
     own = []
     bad = BadRows(report, source.on_bad_row == "drop", dict(problems))
@@ -97,6 +99,7 @@ def _good(source: ChatSource, problems: list[UnusableRow]) -> Iterator[tuple[str
 def _distinct(chats: Iterable[tuple[str, Judgement]]) -> Iterator[tuple[str, Judgement]]:
     seen: set[str] = set()
     for name, chat in chats:
+        # The key holds images and tools too: the same words about another picture are another example.
         key = prompt_of(replace(chat, messages=[*chat.messages, as_answer(chat.answer)]))
         if key not in seen:
             seen.add(key)
@@ -113,6 +116,7 @@ def _own_row(name: str, chat: Judgement, source: PairSource, folder: Path) -> di
 
 
 def _chat(row: Row, chat: Chat, what: str) -> Judgement:
+    # The last turn alone is the answer: whether earlier ones are trained is for `train_on` to say.
     answer = answer_to([], chat.turns[-1:], what)
     turns, images = place_images(Chat(chat.turns[:-1], chat.images), row)
     return Judgement(turns, answer, True, images)

@@ -61,6 +61,7 @@ class LengthEffect(NamedTuple):
     @property
     def is_real(self) -> bool:
         """Whether longer chosen sides have higher margins beyond two standard errors of no correlation."""
+        # Without a relation the standard error of a correlation of n points is about 1 / sqrt(n).
         return self.num_pairs > 0 and self.correlation > 2 / self.num_pairs**0.5
 
 
@@ -103,6 +104,7 @@ def read_histories(logs: Iterable[Path]) -> dict[str, History]:
 def length_effect(histories: Iterable[History]) -> LengthEffect:
     """Least squares through the origin of last margins on length differences; zeros where lengths do not differ."""
     points = [(item.length_difference, item.last) for item in histories]
+    # No intercept: sides of one length leave nothing for length to explain.
     squares = sum(x * x for x, _ in points)
     if not squares:
         return LengthEffect(0.0, 0.0, len(points))
@@ -112,6 +114,7 @@ def length_effect(histories: Iterable[History]) -> LengthEffect:
 
 def suspicions(history: History, effect: LengthEffect) -> tuple[Suspicion, ...]:
     """Why a pair looks wrong, or nothing. A pair seen once has not shown yet whether it was learned."""
+    # The first sighting is from before the pair's first update: it tells nothing of what was learned.
     later = [sighting.margin for sighting in history.sightings[1:]]
     predicted = effect.slope * history.length_difference
     found: list[Suspicion] = []
@@ -150,6 +153,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError as error:
+            # A whole row ends in a newline, after which an empty piece is last: what stands here instead was cut off.
             if number == len(lines):
                 return
             raise InputError(

@@ -28,6 +28,7 @@ from prefmill.pairs.turns import (
 
 Row = Mapping[str, Any]
 Tags = Mapping[str, str]
+# No template is given these by row: a row that needs them would lose them in silence.
 _UNTRAINED = ("functions", "chat_template_kwargs")
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 Kind = Literal["text", "list", "dict", "label", "text or list"]
@@ -89,6 +90,7 @@ def trl_messages(row: Row, tags: Tags) -> Preference:
 def prompt_and_messages(row: Row, tags: Tags) -> Preference:
     """`{prompt: "...", chosen: [...], rejected: [...]}` with or without the prompt repeated (UltraFeedback)."""
     chats = [as_chat(row[side], side, tags) for side in ("chosen", "rejected")]
+    # UltraFeedback repeats the prompt in both chats, other datasets hold the answers alone.
     if all(len(chat.turns) == 1 for chat in chats):
         prompt = Chat(_asked(row["prompt"]))
         return _preference(row, prompt, *_sides(row, prompt.turns, tags))
@@ -183,6 +185,7 @@ def unpaired_messages(row: Row, tags: Tags) -> Judgement:
     return _judgement(row, Chat(chat.turns[:-1], chat.images), answer)
 
 
+# Implicit forms take the prompt from how both sides begin: a row with a prompt of its own is of another form.
 _PROMPTS = ("prompt", "question", "instruction", "input", "conversations", "messages")
 _OLD = ("chosen_messages", "rejected_messages")
 FORMS: Mapping[str, Form] = {
@@ -239,6 +242,7 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
         _check_text(turn)
     if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
         raise BadRowError("an answer is empty")
+    # Sides that only look alike would teach white space, or how an accent is composed.
     said = {json.dumps({**answer, "content": normalize("NFC", answer["content"]).strip()}) for answer in answers}
     if len(said) < len(answers):
         raise BadRowError("chosen and rejected are the same, white space and Unicode's composition aside")
@@ -249,6 +253,7 @@ def _check_text(turn: Turn) -> None:
     if not isinstance(turn["content"], str):
         raise BadRowError("a turn of the prompt, or an answer, is not text")
     try:
+        # JSON can spell such halves and Python holds them, but no tokenizer takes them: training would end there.
         json.dumps(turn, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadRowError(f"half of a surrogate pair, which is no character: {error.object[error.start]!r}") from None
@@ -302,6 +307,7 @@ def _judgement(row: Row, prompt: Chat, answer: Answer) -> Judgement:
 
 def _label(value: Any) -> bool:
     """Whether the answer is good; text says so in words, as tables have it."""
+    # bool("false") is True: words from a table must be read as words.
     if isinstance(value, str):
         if value.strip().lower() not in _LABELS:
             raise BadRowError(f"label is the text {value!r}; expected one of {', '.join(_LABELS)}")

@@ -31,6 +31,7 @@ def mixed(
     shares = [part.weight / whole for part in files]
     total = min(len(found) / share for found, share in zip(rows, shares, strict=True))
     for place, (part, found, share) in enumerate(zip(files, rows, shares, strict=True)):
+        # A seed for each file: rows added to one leave the order in which another is drawn.
         drawn = list(_drawn(found, round(share * total), prompt_of, f"{seed}:{place}"))
         print(f"mixture: {len(drawn):,} of {len(found):,} rows of {part.file.name} ({share:.0%})", flush=True)
         yield from drawn
@@ -45,6 +46,7 @@ def _drawn(rows: Sequence[RowT], count: int, prompt_of: Callable[[RowT], str], s
     random.Random(seed).shuffle(prompts)
     chosen: set[int] = set()
     for places in prompts:
+        # A prompt that is too large is passed over: a later one may still fit.
         if len(chosen) + len(places) <= count:
             chosen.update(places)
     yield from (rows[place] for place in sorted(chosen))

@@ -141,6 +141,7 @@ def write_split(
     """Write rows, each with the key of its prompt, as `kind`_train and `kind`_val; None where nothing is held out."""
     files: dict[bool, list[str]] = {False: [], True: []}
     for prompt, row in rows:
+        # By a hash of the prompt: its pairs stay together, and rows that are added move no other prompt.
         files[_coin(prompt, source.seed) < source.val_fraction].append(to_json(row))
     if not files[False] or (source.val_fraction and not files[True]):
         raise InputError(
@@ -156,6 +157,7 @@ def write_split(
 def prompt_of(found: Preference | Judgement) -> str:
     """A key of what a prompt is: its turns, its images and its tools."""
     images = [_image_key(image) for image in found.images]
+    # Without tools the key is what it was before they were read, so that the same prompts are held out.
     return digest_json([found.messages, images, *([found.tools] if found.tools else [])])
 
 
@@ -183,6 +185,7 @@ def pair_up(
             problems += [UnusableRow(row.where, f"its prompt has {kind} answers only: no pair") for row, _ in answers]
         for winner_row, winner in good:
             for loser_row, loser in bad:
+                # Two people may have judged one answer both ways, which is no preference.
                 if winner.answer != loser.answer:
                     pair = Preference(winner.messages, winner.answer, loser.answer, winner.images, winner.tools)
                     yield f"{row_name(winner_row)}:{row_name(loser_row)}", pair
@@ -196,6 +199,7 @@ def _preferences(source: PairSource, problems: list[UnusableRow]) -> Iterator[tu
             judgements.append((row, found))
         else:
             yield row_name(row), found
+    # Answers to one prompt may stand anywhere in the file: these wait for its end.
     yield from pair_up(judgements, problems)
 
 
@@ -211,8 +215,10 @@ def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[Fou
 def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRow]:
     form, unused = source.pair_format, set[str]()
     for row in _drawn(read_rows(source), source):
+        # All columns are taken out before one is put back: two may swap names.
         row.values.update({ours: row.values.pop(theirs) for ours, theirs in source.columns.items()
                            if theirs in row.values and ours != theirs})  # fmt: skip
+        # The first row decides for all: a second form in one file is a fault to be told, not a choice to be made.
         form = form or detect(row.values, row.where, source.forms)
         unused |= {str(key) for key, value in row.values.items() if value is not None} - source.forms[form].keys
         try:
@@ -282,6 +288,7 @@ def image_path(image: Any, row_id: str, source: PairSource, folder: Path) -> str
     """Where an image is, relative to `folder` or absolute; bytes are written there first."""
     data = image.get("bytes") if isinstance(image, Mapping) else image
     if isinstance(data, bytes):
+        # Named by content: rows that share a picture share a file, and a resumed attempt writes none twice.
         path = folder / "images" / hashlib.sha256(data).hexdigest()
         if not path.is_file():
             check_image(data, f"row {row_id}")

@@ -21,6 +21,7 @@ ROLES = {
 }  # fmt: skip
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing, under the names that datasets give it
 _OF_TOOLS = ("name", "tool_call_id")
+# HH-RLHF begins a turn after a blank line: within a line the same word is text.
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -59,11 +60,13 @@ def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, lis
     said = message.get(role_key)
     if said == "function_call":  # ShareGPT's turn that is a call
         return as_turn({"role": "assistant", "tool_calls": _calls(message.get(content_key), what)}, what, {})
+    # LLaMA-Factory forgets its own names of speakers once a registry gives some: its files are read so.
     roles = {tags[role]: role for role in ("user", "assistant", "system") if role in tags} or ROLES
     turn: Turn = {"role": roles[said], **_beside(message, what)} if said in roles else {}
     if not turn or (content_key not in message and "tool_calls" not in turn):
         raise BadRowError(f"{what}: no known role and content in {_shown(message)}; roles are {', '.join(roles)}")
     content = message.get(content_key)
+    # OpenAI's chats have null for content beside calls of tools.
     text, images = _content("" if content is None and "tool_calls" in turn else content, what)
     return {**turn, "content": text}, images
 
@@ -73,6 +76,7 @@ def _beside(message: Mapping[str, Any], what: str) -> Turn:
     said = [message[key] for key in _REASONING if message.get(key)]
     if any(not isinstance(text, str) for text in said) or len(set(map(str, said))) > 1:
         raise BadRowError(f"{what}: reasoning is one text, not {_shown(said)}")
+    # OpenAI's form before it had tool_calls: one call, without an id.
     old = message.get("function_call")
     calls = message.get("tool_calls") or ([{"function": old}] if old else [])
     found: Turn = {"reasoning_content": said[0]} if said else {}
@@ -128,8 +132,10 @@ def place_images(prompt: Chat, row: Mapping[str, Any]) -> tuple[list[Turn], tupl
 
     Images without markers go before the first user turn's text, as TRL does; any other difference is a bad row.
     """
+    # A table has the column in every row, and null where a row has no image.
     column = next((row[key] for key in ("images", "image") if row.get(key) is not None), None)
     listed = list(column) if isinstance(column, (list, tuple)) else [] if column is None else [column]
+    # TRL's image parts only hold a place: their pictures are in the column.
     images = [image for image in prompt.images if image is not None]
     if images and listed:
         raise BadRowError("images stand both in the messages and in a column of their own")

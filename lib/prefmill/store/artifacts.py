@@ -39,6 +39,7 @@ def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[st
     if not files:
         raise ArtifactError("the stage wrote nothing", where=folder, fix="this is a bug in the stage: report it")
     schema_version = SCHEMA_VERSIONS.get(kind, 1)
+    # Stage, task and metrics are left out: what is made again and comes out the same makes nothing after it stale.
     content = {"kind": kind, "schema_version": schema_version, "files": sorted([e.path, e.sha256] for e in files)}
     manifest = Manifest(
         kind=kind,
@@ -55,6 +56,7 @@ def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[st
         content_digest=digest_json(content),
     )
     stamp(folder, files)
+    # Last of all: a kill before this leaves a task that is not done, never half an artifact.
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return Artifact(folder, manifest)
 
@@ -128,6 +130,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         if path.is_dir():
             if path.name != WORK and not path.name.startswith(CHECKPOINT_PREFIX):
                 yield from (item for item in path.rglob("*") if item.is_file())
+        # Partial writes and our own notes have names that begin with a point.
         elif not path.name.startswith("."):
             yield path
 
@@ -136,9 +139,11 @@ _CHUNK_BYTES = 1 << 20
 
 
 def _entry(path: Path, folder: Path) -> FileEntry:
+    # Reading a pickle runs whatever code is in it.
     if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle"}:
         raise ArtifactError("a pickle cannot be published", where=path, fix="this is a bug in the stage: report it")
     digest, size, lines = hashlib.sha256(), 0, 0
+    # Counted while hashing: a corpus of many gigabytes is read once.
     counts_rows = path.suffix in {".jsonl", ".csv"}
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):

@@ -34,6 +34,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        # Before the first append, which would otherwise become part of a torn line.
         _cut_torn_end(path)
         self._stream: IO[bytes] = path.open("ab")
 
@@ -41,6 +42,7 @@ class Journal(AbstractContextManager["Journal"]):
         """Add one entry; when this returns, it survives the end of this process."""
         head = _FAILED if failed else str(num_cut_tokens).encode()
         self._stream.write(head + b"\t" + to_json(row).encode() + b"\n")
+        # Not synced: a kill costs nothing that the kernel has, and what a power cut takes is scored again.
         self._stream.flush()
 
     def entries(self) -> Iterator[Entry]:
@@ -50,6 +52,7 @@ class Journal(AbstractContextManager["Journal"]):
 
     def ordered(self, key: Callable[[Entry], tuple[str, str]]) -> Iterator[Entry]:
         """Every entry, by its key; sorted on disk, so that memory does not grow with their number."""
+        # An empty name is a database of SQLite's own, in memory up to its cache and in a temporary file beyond.
         with contextlib.closing(sqlite3.connect("")) as places, self._path.open("rb") as stream:
             places.execute("CREATE TABLE places (first BLOB, second BLOB, start INTEGER)")
             places.executemany("INSERT INTO places VALUES (?, ?, ?)", _places(stream, key))

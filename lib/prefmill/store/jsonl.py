@@ -64,6 +64,7 @@ class JsonlWriter(AbstractContextManager["JsonlWriter"]):
     ) -> None:
         try:
             with self._stream as stream:
+                # Synced before the rename: after a power cut the name could otherwise stand for an empty file.
                 if kind is None:
                     stream.flush()
                     os.fsync(stream.fileno())

@@ -20,6 +20,7 @@ class KeptTensors:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # Node, process and time: no two writers share a file, though nodes share the disk and numbers come again.
         self._own = folder / f"{os.uname().nodename}.{os.getpid()}.{time.time_ns()}.jsonl"
 
     def read(self) -> dict[str, Tensor]:
@@ -42,6 +43,7 @@ class KeptTensors:
 
 
 def _line(key: str, value: Tensor) -> str:
+    # The widest type there is: keeping rounds no value, whatever it was computed in.
     numbers = value.detach().cpu().to(torch.float64).numpy()
     row = {"key": key, "shape": list(numbers.shape), "float64": base64.b64encode(numbers.astype("<f8").tobytes())}
     return json.dumps(row, default=bytes.decode) + "\n"

@@ -41,6 +41,7 @@ def missing(
     total = sum(map(size, keys))
     done = total - sum(map(size, left))
     with tqdm(total=total, initial=done, desc=unit, disable=not left) as bar:
+        # Before the first item too: a stop asked for while a model was loaded is heard here.
         advance(done, total, unit)
         for together in in_batches(left, at_once):
             yield together

@@ -45,6 +45,7 @@ def check_image(data: bytes, where: object, max_pixels: int = MAX_PIXELS) -> Ima
     """The image in `data`, decoded as it is stored and checked to its last byte; raises ImageError naming `where`."""
     with reading(where):
         _opened(io.BytesIO(data), where, max_pixels).verify()  # checksums to the end, which decoding does not need
+        # Opened anew: after verify() Pillow's image is of no further use.
         image = _opened(io.BytesIO(data), where, max_pixels)
         image.load()
         _require_scale(image, where)
@@ -73,6 +74,7 @@ def _as_seen(image: Image, where: object) -> Image:
     image.load()
     image = _eight_bits(ImageOps.exif_transpose(image))
     if image.has_transparency_data:
+        # Put on white first: RGB alone would show the colours that stand under transparent pixels, often black.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -112,6 +114,7 @@ def _opened(source: str | Path | io.BytesIO, where: object, max_pixels: int = MA
     """The size is looked at before any pixel is decoded."""
     from PIL import Image
 
+    # No other decoders: for EPS, Pillow starts Ghostscript on whatever the file says.
     image = Image.open(source, formats=_OPENED_AS)
     if image.width * image.height > max_pixels:
         raise _too_large(f"{image.width} x {image.height} pixels", where, max_pixels)
@@ -126,6 +129,7 @@ def _eight_bits(image: Image) -> Image:
     from PIL import Image
 
     values = np.asarray(image).astype(np.uint32)
+    # In 32 bits, as 16 cannot hold the product; the half of 65535 that is added makes the division round.
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 

@@ -68,6 +68,7 @@ def _text_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
     # A byte order mark is how Excel marks UTF-8; as text it would stand in the first column's name.
     name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     with pyarrow.input_stream(str(path), compression=_PACKED.get(path.suffix)) as stream:
+        # csv wants line ends as they are: a quoted cell may hold some.
         text = io.TextIOWrapper(io.BufferedReader(stream), encoding=name, newline="")
         try:
             yield from read(text, path)
@@ -92,6 +93,7 @@ def _json_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
+    # The limit is that of the process, not of this reader, and is set back for whoever reads csv beside us.
     before = csv.field_size_limit(_LONGEST_CELL)
     try:
         reader = csv.DictReader(text)
@@ -141,6 +143,7 @@ def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
 def _batched(batches: Any) -> Iterator[tuple[str, Any]]:
     number = 0
     for batch in batches:
+        # One batch at a time: all rows at once would hold every picture of the file in memory.
         for row in batch.to_pylist():
             number += 1
             yield f"row {number}", row
@@ -165,6 +168,7 @@ def _with_bytes(rows: Any) -> Any:
     """A dataset whose images stay the bytes that they are."""
     from datasets import Image, List
 
+    # Decoded pictures would have to be encoded again: other bytes, another digest, and a fault in the file hidden.
     for key, feature in rows.features.items():
         if isinstance(feature, Image):
             rows = rows.cast_column(key, Image(decode=False))

@@ -41,6 +41,7 @@ def check_content(artifact: Artifact, only_touched: bool = False) -> None:
 
 def verify(artifact: Artifact) -> None:
     """Hash every payload file again; raises ArtifactError on the first that differs from the manifest."""
+    # Stamps are not asked: a disk that changes bits by itself leaves inode and times as they were.
     _hash(artifact, artifact.manifest.files)
 
 
@@ -59,6 +60,7 @@ def _is_doubtful(artifact: Artifact, entry: FileEntry, stamps: dict[str, Stamp],
     """Whether a file may not be what its entry says, by its stamp."""
     known = stamps.get(entry.path)
     if known is None or known[-1] != entry.sha256:
+        # Not hashed yet: a plan lets it pass, the task that reads it does not.
         return not only_touched
     now = _facts(artifact.path / entry.path)
     return now[_MODIFIED] != known[_MODIFIED] if only_touched else now != known[:-1]

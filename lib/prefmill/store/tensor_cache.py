@@ -23,6 +23,7 @@ class TensorCache:
 
     def path(self, key: str) -> Path:
         """Where `key` is kept."""
+        # Spread over folders: network disks are slow with one that has a file for every picture.
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def holds(self, key: str) -> bool:
@@ -50,6 +51,7 @@ class TensorCache:
         """Keep `tensors`; another process may be doing the same."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Node and process: on a shared disk two nodes may have a process of the same number.
         partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         partial.replace(path)
