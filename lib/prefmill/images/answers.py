@@ -43,7 +43,9 @@ class AnswerBook:
         self._answers: dict[str, list[RaterAnswer]] = defaultdict(list)
         for line in _whole_lines(path):
             self._replay(line)
+        # Unbuffered: after a failed write no part of the line waits in memory to be written with the next one.
         self._stream = path.open("ab", buffering=0)
+        # A new file is listed in its folder: unless that is on disk too, a power cut loses the whole file.
         _sync_folder(path.parent)
 
     def of(self, rater: str) -> Sequence[RaterAnswer]:
@@ -118,6 +120,7 @@ class Session:
 
     def after(self, rater: str) -> Matchup | None:
         """The pair that will probably be asked after this one, to have its images fetched."""
+        # A pair already begun is left out: its images are on the page, so there is nothing to fetch early.
         open_pairs = [
             name for name in self._ordered(rater) if self._is_open(rater, name) and not self._done[rater][name]
         ]
@@ -185,6 +188,7 @@ class Session:
         matchup = self._matchups.get(row["matchup"])
         if matchup is None or row["dimension"] not in self.dimensions:
             return False
+        # By digest too, not by id alone: generating again with another model gives other images under the same ids.
         seen = {row["left"]: row["left_sha256"], row["right"]: row["right_sha256"]}
         return seen == {image.source.image_id: image.sha256 for image in (matchup.first, matchup.second)}
 
@@ -196,9 +200,11 @@ class Session:
 
     def _is_open(self, rater: str, name: str) -> bool:
         answered = len(self._done[rater][name])
+        # Who has begun a pair may complete it, even if others have rated it often enough by then.
         return answered < len(self.dimensions) and (answered > 0 or self._complete[name] < self._needed)
 
     def _ordered(self, rater: str) -> list[str]:
+        # In an order per rater: with a common one, an early end leaves the same last pairs without any rater.
         if rater not in self._order:
             self._order[rater] = sorted(self._matchups, key=lambda name: draw(self._seed, "order", rater, name))
         return self._order[rater]
@@ -217,6 +223,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
             assert isinstance(row, dict)
             assert isinstance(row["rater"], str)
         except (ValueError, AssertionError, KeyError, UnicodeDecodeError):
+            # After a power cut some file systems leave zeros where data was not written yet: no answers, so cut off.
             if any(rest.strip(b"\0") for rest in lines[number:]):
                 raise InputError(
                     "unreadable answer", where=f"{path}:{number}", got=repr(line[:80]),

@@ -48,10 +48,12 @@ def build_pairs(building: PairBuilding, artifacts: Sequence[Artifact], task: Tas
     quarantine, num_ratings = collection.quarantine, len(collection.ratings)
     if not num_ratings and not quarantine.rows:
         raise InputError("no ratings", where=f"{task.stage}:{task.name}", fix="give inputs.ratings or sources")
+    # Only images that a rating names are decoded: public data sets come with many more, and decoding is slow.
     wanted = {name for _, rating in collection.ratings for name in (rating["left"], rating["right"])}
     images = check_images([image for name, image in sorted(collection.images.items()) if name in wanted], quarantine)
     num_unread = sum(row["what"] in ("rating", "ranking", "row") for row in quarantine.rows)
     votes = count_votes(collection.ratings, images, quarantine)
+    # After the votes are counted: counting sets ratings aside too, and all of them are held against the limit.
     _require_quality(collection, num_ratings + num_unread, building.max_quarantined_share)
     fits = fit_strengths(votes, images)
     found, num_ties = choose_pairs(votes, images, fits, building.labels, building.min_agreement, quarantine)
@@ -95,6 +97,7 @@ def _summary(
     prompts = {image.prompt_id for image in collection.images.values()}
     labelled = {name: sum(pair["labels"][name] is not None for pair in pairs) for name in DIMENSIONS}
     told = figures(votes)
+    # eta is how readily raters called a tie: a high one explains why many ratings gave few pairs.
     for name in DIMENSIONS:
         told["dimensions"][name] |= {"num_pairs": labelled[name], "tie_eta": round(fits[name].eta, 4)}
     counts = Counter(pair["split"] for pair in pairs)
@@ -125,6 +128,7 @@ def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) 
     for name, told in summary["dimensions"].items():
         if told["num_votes"] and told["num_pairs"] < building.low_yield * summary["num_pairs"]:
             found.append(f"{name}: only {told['num_pairs']} of {summary['num_pairs']} pairs have a label")
+        # Below one half: with left, right and tie as choices, raters who guess agree on about a third.
         if told["agreement"] is not None and told["agreement"] < 0.5:
             found.append(f"{name}: two raters agree on {told['agreement']:.0%} of what both answered")
     for rater, told in votes.raters.items():
@@ -146,6 +150,7 @@ def _write(
     for number, image in enumerate(images.values(), 1):
         if image.file in used:
             path = image.source.path
+            # What came as bytes was written below `work` by this stage, so a hard link is safe and saves the copy.
             place(path, task.output / image.file, is_ours=image.source.is_ours or task.work in path.parents)
         task.progress(number, len(images), "images")
     write_jsonl(task.output / "pairs.jsonl", pairs)

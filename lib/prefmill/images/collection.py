@@ -86,6 +86,7 @@ class Collection:
 
         The same file again, as when two people rated the same images, is no matter.
         """
+        # The first meeting of an id decides: a split and a pair depend on the id, so it must mean one prompt.
         first = self._prompts.setdefault(image.prompt_id, image)
         if first.prompt != image.prompt:
             raise _two_meanings("prompt_id", image.prompt_id, first, image, (first.prompt, image.prompt))
@@ -99,6 +100,7 @@ def check_images(images: list[SourceImage], quarantine: Quarantine) -> dict[str,
     from tqdm import tqdm
 
     good = {}
+    # Threads do: Pillow lets go of the GIL while it decodes. map keeps the order, so reruns list the same faults.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         looked_at = tqdm(pool.map(_look, images), total=len(images), desc="check", unit="image")
         for image, found in zip(images, looked_at, strict=True):
@@ -121,6 +123,7 @@ def _look(image: SourceImage) -> GoodImage | ImageError:
 def _same_file(first: Path, second: Path) -> bool:
     if not (first.is_file() and second.is_file()):
         return first == second
+    # samefile first, as it reads nothing; copies of one image are still the same image.
     return first.samefile(second) or first.read_bytes() == second.read_bytes()
 
 

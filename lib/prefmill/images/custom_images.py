@@ -57,6 +57,7 @@ def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rati
     Images are named by their id or, in a listing of one's own, by their file. Raises InputError where a column is
     missing.
     """
+    # Ids on the right, so they win where one image is listed under another image's id.
     known = {image.listed_as: image for image in collection.images.values()} | collection.images
     for number, row in read_table(path, RATING_COLUMNS):
         where = f"{path.name}:{number}"
@@ -82,6 +83,7 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
     known = {image.listed_as: image for image in collection.images.values()} | collection.images
     scored: dict[tuple[str, str], dict[str, tuple[str, dict[Dimension, float]]]] = defaultdict(dict)
     for number, row in read_table(path, ("image",)):
+        # A table without raters is the work of one: named by its file, two tables are two raters.
         where, rater = f"{path.name}:{number}", (row.get("rater") or "").strip() or path.stem
         image, scores = known.get((row.get("image") or "").strip()), _scores(row)
         if image is None:
@@ -108,6 +110,7 @@ def _scores(row: dict[str, str]) -> dict[Dimension, float] | None:
         found = {name: float(text) for name, text in given.items()}
     except ValueError:
         return None
+    # float() also reads nan and inf: nan is neither above nor below any score, and inf - inf is nan.
     return found if all(map(isfinite, found.values())) else None
 
 
@@ -139,6 +142,7 @@ def _rows(listing: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _own_image(folder: Path, row: dict[str, Any], where: str, short: str) -> SourceImage:
+    # Spaces are made even first: the id is a hash of the text, and a stray one would make a second prompt.
     prompt, file = (" ".join(str(row.get(key) or "").split()) for key in ("prompt", "file"))
     if not prompt or not file:
         raise InputError(f"an image without a {'file' if prompt else 'prompt'}", where=where, fix="complete the line")
@@ -151,6 +155,7 @@ def _own_image(folder: Path, row: dict[str, Any], where: str, short: str) -> Sou
             "an id cannot be a file name", where=where, got=f"{prompt_id}, {image_id}",
             expected="letters, digits, - _ . in prompt_id, and image_id = prompt_id/name", fix="rename it",
         )  # fmt: skip
+    # Resolved, so that neither `..` nor a symbolic link leads to a file elsewhere.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError("an image outside its folder", where=where, got=file, fix="put it below the folder")
     return SourceImage(image_id, prompt_id, prompt, path, file, short)

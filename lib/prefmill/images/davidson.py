@@ -43,6 +43,7 @@ class Strengths:
     def preference(self, first: str, second: str) -> float:
         """P(`first` beats `second`) + P(tie) / 2, in (0, 1)."""
         half = (self.of[first] - self.of[second]) / 2
+        # The largest exponent is taken off first: exp of a large one would overflow.
         weights = np.exp(np.array([half, -half, self.eta]) - max(abs(half), self.eta))
         return float((weights[0] + weights[2] / 2) / weights.sum())
 
@@ -58,6 +59,8 @@ def fit(groups: Sequence[Sequence[Comparison]]) -> Strengths:
     for _ in range(_MAX_STEPS):
         d_theta, d_eta, decrement = votes.newton_step(theta, eta)
         scale = 1.0
+        # The log-posterior is strictly concave, so a step that is halved often enough raises it.
+        # The tolerance is for the top, where rounding alone says which value is higher.
         while (found := votes.posterior(theta + scale * d_theta, eta + scale * d_eta)) < value - _TOLERANCE:
             scale /= 2
         theta, eta, value = theta + scale * d_theta, eta + scale * d_eta, found
@@ -99,6 +102,7 @@ class _Votes:
         """
         half = (theta[self.prompt, self.first] - theta[self.prompt, self.second]) / 2
         logs = np.stack([half, -half, np.full_like(half, eta)])
+        # As in softmax: exp of a large difference would overflow.
         logs -= logs.max(axis=0)
         win, _, tie = np.exp(logs) / np.exp(logs).sum(axis=0)
         expected = win + tie / 2
@@ -108,6 +112,7 @@ class _Votes:
         blocks = self._blocks(self.total * (win + tie / 4 - expected**2))
         border = self._scatter(self.total * (tie / 2 - expected * tie))
         corner = float((self.total * tie * (1 - tie)).sum() + 1 / TIE_SCALE**2)
+        # Block elimination (Schur complement): one dense Hessian of all prompts would grow with their number squared.
         solved = np.linalg.solve(blocks, np.stack([gradient, border], axis=-1))
         by_gradient, by_border = solved[..., 0], solved[..., 1]
         schur = corner - float((border * by_border).sum())
@@ -118,6 +123,7 @@ class _Votes:
     def _scatter(self, values: Floats) -> Floats:
         """Sums [P, K] of what each comparison adds to its first image and takes from its second."""
         found = np.zeros(self.shape)
+        # add.at, because an image is in several comparisons: `found[...] +=` would count each place once.
         np.add.at(found, (self.prompt, self.first), values)
         np.add.at(found, (self.prompt, self.second), -values)
         return found
@@ -126,6 +132,7 @@ class _Votes:
         """The negative Hessian [P, K, K] in the strengths."""
         num_prompts, width = self.shape
         found: NDArray[Any] = np.zeros((num_prompts, width, width))
+        # Slots that a small prompt does not use have the prior alone: without it its block would be singular.
         found[:, np.arange(width), np.arange(width)] = 1 / STRENGTH_SCALE**2
         for row, column, sign in (
             (self.first, self.first, 1), (self.second, self.second, 1),

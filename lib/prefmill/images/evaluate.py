@@ -62,7 +62,9 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     """
     tuned, scorer = task.input("tuned"), task.input("scorer")
     prompts = held_out_prompts(wanted, task)
+    # Before any image is made: that takes hours, and this depends on the inputs alone.
     require_independent(scorer, tuned, prompts)
+    # All images before any score: the pipelines have left the device when the scorer comes.
     images = {side: _images(wanted, side, tuned, prompts, task) for side in SIDES}
     scores = {side: _scores(images[side], side, task, scorer) for side in SIDES}
     write_jsonl(task.output / SCORES, _score_rows(images, scores))
@@ -81,6 +83,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
         "drift": _drift(wanted, tuned, task),
         "num_grids": num_grids,
     }
+    # allow_nan=False: Python would write NaN, which is no JSON and which other readers refuse.
     write_atomic(task.output / METRICS, json.dumps(measured, indent=1, allow_nan=False) + "\n")
     overall = measured["dimensions"]["mean"]
     return {
@@ -118,6 +121,7 @@ def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[ImagePrompt]:
 def require_independent(scorer: Artifact, tuned: Artifact, prompts: Sequence[ImagePrompt]) -> None:
     """Raise ConfigError for a scorer that learnt from one of these prompts, or that the tuning was rewarded by."""
     trained_on = json.loads(scorer.file("trained_on.json").read_text())["prompt_ids"]
+    # By prompt, not by image: other images of a prompt that the scorer learnt would still flatter it.
     seen = sorted({row["prompt_id"] for row in prompts} & set(trained_on))
     if seen:
         raise ConfigError(
@@ -172,9 +176,12 @@ def compare(
     both = {side: np.column_stack([values, values.mean(axis=1)]).astype(np.float64) for side, values in scores.items()}
     difference = both["tuned"] - both["base"]
     wins = (difference > 0) + (difference == 0) / 2
+    # Less 1/2, because the p-value is that of a mean of 0.
     found = means(_by_prompt(wins - 0.5, prompt_ids), resampling)
+    # Where all prompts agree a bootstrap has no width: 9 wins of 9 would be 100 to 100 %.
     rates = [within(rate, resampling, -0.5, 0.5) for rate in found]
     gains = means(_by_prompt(difference, prompt_ids), resampling)
+    # The mean over the dimensions is one question of its own: Holm corrects for the choice among the others.
     adjusted = [*holm([rate.p_value for rate in rates[:-1]]), rates[-1].p_value]
     names = [*HEADS, "mean"]
     return {
@@ -224,6 +231,7 @@ def _scores(rows: Sequence[GeneratedImage], side: str, task: Task, scorer: Artif
 
     def rewards(block: Sequence[GeneratedImage]) -> list[list[float]]:
         found = opened()([row["prompt"] for row in block], [task.output / row["file"] for row in block])
+        # json does not write numpy numbers.
         return [[float(value) for value in row] for row in found]
 
     kept = kept_rows(task.work / side, "rewards", in_batches(rows, _BLOCK), rewards, task.advance, "images scored")
@@ -252,6 +260,7 @@ def _by_head(rewards: NDArray[np.float32]) -> dict[str, float]:
 def _by_prompt(values: NDArray[np.float64], prompt_ids: Sequence[str]) -> NDArray[np.float64]:
     """Means over each prompt's images, [P, K], in the order of the prompts' names."""
     names = sorted(set(prompt_ids))
+    # Each prompt counts once, however many seeds it has: its images are no independent draws.
     return np.stack([values[[one == name for one in prompt_ids]].mean(axis=0) for name in names])
 
 

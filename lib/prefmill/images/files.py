@@ -25,6 +25,7 @@ def inspect_image(content: bytes | Path, where: object = None, max_pixels: int =
     """Decode an image wholly, to be sure that it can be; raises ImageError naming the fault: see `check_image`."""
     where = where or (content if isinstance(content, Path) else None)
     with reading(where):
+        # Read once: the digest is that of the very bytes that were decoded, even if the file changes meanwhile.
         data = content.read_bytes() if isinstance(content, Path) else content
     image = check_image(data, where, max_pixels)
     width, height = upright_size(image)
@@ -34,6 +35,7 @@ def inspect_image(content: bytes | Path, where: object = None, max_pixels: int =
 def place(source: Path, target: Path, is_ours: bool) -> None:
     """Have the content of `source` at `target` too; files of finished artifacts are linked: nobody edits them."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    # What is there is whole: it comes by link or by rename, never by writing in place.
     if target.exists():
         return
     if is_ours:

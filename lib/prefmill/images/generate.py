@@ -38,6 +38,7 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
     _require_seeds(wanted.seeds)
     prompts = [row for row in read_prompts(wanted.prompts)[: wanted.num_prompts] if task.shard.holds(row["prompt_id"])]
     jobs = plan_jobs(prompts, wanted.seeds)
+    # In a file: a resumed task whose images are all there opens no model, and still has to report them.
     cut_file = task.work / "cut_prompts.json"
 
     def open_model() -> Any:
@@ -62,6 +63,7 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
 
 
 def _require_seeds(seeds: Sequence[int]) -> None:
+    # A seed given twice is an error and not one image: the count of images would not be what was asked for.
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigError("seeds must differ and not be negative", got=list(seeds), fix="correct seeds")
 

@@ -87,6 +87,7 @@ def make_images(
     from tqdm import tqdm
 
     with tqdm(total=len(jobs), desc="generate", unit="image") as bar:
+        # Looked at before the model is opened: loading it takes minutes, and a finished shard does not need it.
         if any(not (output / job.file).is_file() for job in jobs):
             model = open_model()
             size = _BatchSize(work / "batch_size", batch_size, lambda: fitting_batch(model, jobs[0], sampling))
@@ -110,6 +111,7 @@ def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) 
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
+            # Latents alone: the VAE is in fp32, and decoding a whole batch at once takes much memory.
             output_type="latent",
         ).images
     return latents
@@ -121,11 +123,13 @@ def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
 
     if not has_gpu():
         return _fitting_cpu_batch(model, sampling)
+    # One step is enough: every step needs the same memory.
     once = ImageSampling(1, sampling.guidance_scale, sampling.negative_prompt, sampling.height, sampling.width)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     draw_latents(model, [job], once)
     needed = max(torch.cuda.max_memory_allocated() - before, 1)
+    # Memory that torch keeps for its next tensors would not count as free.
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     return _power_of_two(min(_SHARE_OF_FREE_MEMORY * free / needed, _LARGEST_BATCH))
@@ -143,6 +147,7 @@ class _BatchSize:
 
     def __init__(self, path: Path, given: int | None, find: Callable[[], int]) -> None:
         self._path = path
+        # The kept size comes first: measuring again on another GPU would change the batches, and so the bytes.
         kept = int(path.read_text()) if path.is_file() else None
         self.value = min(kept or given or find(), given or _LARGEST_BATCH)
         self._keep()
@@ -170,6 +175,7 @@ def _batches(
     start = 0
     while start < len(jobs):
         batch = jobs[start : start + size.value]
+        # The whole batch again, not the missing part: with fewer images in it the others round differently.
         if any(not (output / job.file).is_file() for job in batch):
             try:
                 latents = draw_latents(model, batch, sampling)
@@ -202,6 +208,7 @@ def _store(
         with partial.open("wb") as stream:
             image.save(stream, format="PNG", pnginfo=metadata(job, sampling, label))
             stream.flush()
+            # Before the rename: after a power cut the name could otherwise stand for an empty file.
             os.fsync(stream.fileno())
         target = output / job.file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +229,7 @@ def metadata(job: ImageJob, sampling: ImageSampling, label: str) -> PngInfo:
         "guidance": str(sampling.guidance_scale),
     }
     for key, value in facts.items():
+        # iTXt holds UTF-8; the plain text of a PNG is Latin-1, and prompts need not be.
         info.add_itxt(key, value)
     return info
 
@@ -246,6 +254,7 @@ def _require_finite(latents: torch.Tensor, job: ImageJob, model: Any) -> None:
 def _fitting_cpu_batch(model: Any, sampling: ImageSampling) -> int:
     side = model.unet.config.sample_size * model.vae_scale_factor
     pixels = (sampling.height or side) * (sampling.width or side)
+    # Linux leaves its file cache out of this number, so it is on the safe side.
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return _power_of_two(min(free / 2 / (pixels * _CPU_BYTES_PER_PIXEL), _LARGEST_CPU_BATCH))
 
@@ -257,6 +266,7 @@ def _power_of_two(limit: float) -> int:
 def _free_memory() -> None:
     import torch
 
+    # A traceback and its frames form cycles, which hold the tensors until the collector runs.
     gc.collect()
     if has_gpu():
         torch.cuda.empty_cache()

@@ -28,6 +28,7 @@ def write_grids(output: Path, folder: str, rows: Sequence[GeneratedImage], sides
         target = output / folder / f"{number:03}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
+        # The format is named because Pillow would take it from the suffix, which is .partial.
         draw_grid(output, page, sides).save(partial, format="PNG")
         partial.replace(target)
     return len(pages)
@@ -67,5 +68,6 @@ def _fitted(image: Image) -> Image:
 
 def _shortened(text: str, limit: int) -> str:
     """What the built-in font can show of `text`."""
+    # Without FreeType Pillow has a bitmap font alone, which raises UnicodeEncodeError beyond Latin-1.
     plain = text.encode("latin-1", "replace").decode("latin-1")
     return plain if len(plain) <= limit else f"{plain[: limit - 3]}..."

@@ -91,6 +91,7 @@ def _read_rankings(source: ImageRewardSource, collection: Collection) -> None:
             image_id = f"{prompt_id}/{Path(file).stem}"
             collection.add_image(SourceImage(image_id, prompt_id, prompt, source.images / file, file, where))
             ranked.append((image_id, rank))
+        # Every pair of a ranking: k (k - 1) / 2 comparisons of k images, as InstructGPT (2022) takes them.
         for (left, left_rank), (right, right_rank) in itertools.combinations(ranked, 2):
             choice = _choice(right_rank - left_rank)
             collection.ratings.append((where, _overall(prompt_id, left, right, _RANKING, choice)))
@@ -107,6 +108,7 @@ def _ranking_fault(row: Any) -> str | None:
         return "as many ranks as images are needed"
     if not is_safe(str(row["id"])) or not str(row["prompt"]).strip():
         return "no usable id and prompt"
+    # The file comes from elsewhere: its names become ours, and must not lead out of the folder.
     stems = {Path(file).stem for file in files}
     if len(stems) < len(files) or not all(map(is_safe, stems)) or any(".." in Path(file).parts for file in files):
         return "images' names cannot be used"
@@ -124,6 +126,7 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
         prompt_id = prompt_id_of(prompt)
         for side, uid in enumerate(uids):
             image_id = f"{prompt_id}/{uid}"
+            # The same image is in many rows of Pick-a-Pic: its bytes are written once.
             if image_id not in collection.images:
                 file = _stored(row[f"jpg_{side}"], base, folder / image_id)
                 collection.add_image(SourceImage(image_id, prompt_id, prompt, file, file.name, where))
@@ -136,6 +139,7 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
 
 def _pickapic_rows(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Rows with where they stand and the folder that their paths are relative to."""
+    # Sorted: file systems list a folder in different orders, and the order decides which of two ratings is first.
     files = (
         sorted(item for item in path.rglob("*") if item.suffix in (".parquet", ".jsonl")) if path.is_dir() else [path]
     )
@@ -162,6 +166,7 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
         wanted = {*_PICKAPIC_KEYS, "has_label", "user_id"}
         table = parquet.ParquetFile(file)
         columns = [name for name in table.schema_arrow.names if name in wanted]
+        # 64 rows in memory at once: each holds two whole images as bytes.
         for batch in table.iter_batches(batch_size=64, columns=columns):
             yield from batch.to_pylist()
     except (OSError, ArrowException) as error:

@@ -44,6 +44,7 @@ def fit_strengths(votes: Votes, images: Mapping[str, GoodImage]) -> dict[Dimensi
     fits: dict[Dimension, Strengths] = {}
     for dimension in DIMENSIONS:
         groups: dict[str, list[Comparison]] = defaultdict(list)
+        # Sorted, so that sums of floats are taken in one order and the fit has the same bytes each time.
         for (first, second), answers in sorted(votes.of[dimension].items()):
             counts = Counter(answers.values())
             item = Comparison(first, second, counts[1.0], counts[0.0], counts[0.5])
@@ -70,6 +71,7 @@ def choose_pairs(
     for pair in votes.pairs():
         shares = {name: votes.share(pair, name) for name in DIMENSIONS}
         overall = _overall(shares)
+        # Content, not names: a preference between two equal files is noise.
         if images[pair[0]].sha256 == images[pair[1]].sha256:
             quarantine.add("pair", _pair_id(pair), "the same image twice")
         elif overall is None or (overall == 0.5 and not _disputed(votes, pair)):
@@ -85,6 +87,7 @@ def choose_pairs(
                 quarantine.add("pair", _pair_id(pair), "the prompt's other votes say otherwise")
             else:
                 found.append(_row(_pair_id(pair), images[winner], images[loser], sides))
+    # A prompt with n images has up to n (n - 1) / 2 pairs: without weights it would count for more than others.
     per_prompt = Counter(row["prompt_id"] for row in found)
     return [{**row, "weight": round(1 / per_prompt[row["prompt_id"]], _DIGITS)} for row in found], num_ties
 
@@ -109,6 +112,7 @@ class _Owners:
 
     def find(self, name: str) -> str:
         while (parent := self._parents.get(name, name)) != name:
+            # Path halving: chains stay short, however many prompts share an image.
             self._parents[name] = self._parents.get(parent, parent)
             name = parent
         return name
@@ -125,8 +129,10 @@ def _words(prompt: str) -> str:
 
 
 def _split_of(name: str, config: ImageSplitConfig) -> ImageSplit:
+    # By hash, not by shuffling: more prompts rated later leave those they share no image with where they are.
     digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
     position = int.from_bytes(digest[:8]) / 2**64
+    # test comes first: changing the share of val or train moves no prompt into it or out of it.
     if position < config.test:
         return "test"
     return "val" if position < config.test + config.val else "train"

@@ -45,6 +45,7 @@ def read_prompts(path: Path) -> list[ImagePrompt]:
 def prompt_id_of(text: str) -> str:
     """A readable id that follows from the prompt alone, so that adding prompts changes no other's images."""
     slug = _NOT_WORD.sub("-", text.lower()).strip("-")[:_SLUG_LENGTH].rstrip("-")
+    # Of the whole text: two prompts may share their first 40 characters.
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{slug}-{digest}" if slug else f"prompt-{digest}"
 
@@ -60,8 +61,10 @@ def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
     Raises InputError when it cannot be read as UTF-8, lacks a `required` column or has a line with more cells than
     the first: an unquoted comma would cut a prompt.
     """
+    # PartiPrompts does not quote: a prompt that begins with a quotation mark would swallow the lines after it.
     form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
     try:
+        # utf-8-sig: Excel puts a byte order mark in front, which would be part of the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, **form)
             header = [name.strip().lower() for name in next(reader, [])]

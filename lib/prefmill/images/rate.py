@@ -96,6 +96,7 @@ def rate_images(wanted: RateImages, task: Task) -> Metrics:
 def ratings_csv(ratings: Sequence[Rating]) -> str:
     """The table of all ratings, in order."""
     stream = io.StringIO()
+    # csv ends lines with \r\n unless told otherwise.
     writer = csv.DictWriter(stream, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(in_order(ratings))
@@ -169,6 +170,7 @@ def _ask_people(
     from prefmill.images.answers import AnswerBook, Session
     from prefmill.images.rating_server import RatingServer
 
+    # Somebody may press finish before all is rated: a rerun of the task must not open the page again.
     done = task.work / "finished"
     with contextlib.closing(AnswerBook(answers_file(task))) as book:
         session = Session(book, matchups, wanted.dimensions, rater.raters_per_pair, wanted.seed)
@@ -188,8 +190,10 @@ def _ask_people(
                         "cannot open the page's port", where=f"rater.port={rater.port}", got=error.strerror,
                         fix="choose another, or leave it out",
                     ) from None  # fmt: skip
+            # After the server has bound: port 0 is whatever the system chose, and the next attempt asks for it again.
             _keep(task.work / "server.json", json.dumps({"token": server.token, "port": server.port}))
             with _announced(server.url, server.port, task), server:
+                # A daemon, so that an error here ends the process: serve_forever would keep it alive.
                 threading.Thread(target=server.serve_forever, daemon=True).start()
                 report()
                 server.finished.wait()
@@ -214,6 +218,7 @@ def _announced(url: str, port: int, task: Task) -> Iterator[None]:
     path = task.logs / PAGE_FILE
     _keep(path, f"{url}\n{tunnel}\n")
     lines = f"Rate at  {url}\nfrom another machine first:  {tunnel}\n"
+    # The terminal and not stdout: that goes to a log, and the address holds the token.
     with contextlib.suppress(OSError), Path("/dev/tty").open("w") as terminal:
         terminal.write(lines)
     _log.warning("waiting for ratings: `prefmill rate %s` shows the page's address", task.run)
@@ -226,7 +231,9 @@ def _announced(url: str, port: int, task: Task) -> Iterator[None]:
 def _keep(path: Path, text: str) -> None:
     """Write a file that nobody else can read, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
+    # What a killed attempt left would make O_EXCL fail.
     partial.unlink(missing_ok=True)
+    # 0600 from the start: with chmod afterwards others could open the file in between.
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)
     os.replace(partial, path)

@@ -47,11 +47,13 @@ class Matchup:
 
     def placed(self, seed: int, rater: str) -> tuple[GoodImage, GoodImage]:
         """Left and right for one rater: at random, and the same whenever that rater is shown the pair."""
+        # By rater too: a habit of choosing one side then evens out over raters.
         return (self.first, self.second) if draw(seed, rater, self.matchup_id) % 2 else (self.second, self.first)
 
 
 def draw(seed: int, *names: str) -> int:
     """A random number that follows from its arguments alone."""
+    # Joined by a byte that no name holds: ("a", "bc") and ("ab", "c") must not give the same number.
     return int.from_bytes(hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()[:8])
 
 
@@ -67,6 +69,7 @@ def plan_matchups(images: Iterable[GoodImage], most_per_prompt: int | None, seed
     for prompt_id in sorted(by_prompt):
         ordered = sorted(by_prompt[prompt_id], key=lambda image: image.source.image_id)
         every = [Matchup(a, b) for a, b in itertools.combinations(ordered, 2) if a.sha256 != b.sha256]
+        # By a number per pair, not by shuffling: a further image leaves the order of the other pairs as it was.
         drawn = sorted(every, key=lambda item: draw(seed, item.matchup_id))[:most_per_prompt]
         found += sorted(drawn, key=lambda item: item.matchup_id)
     if not found:
@@ -130,6 +133,7 @@ def sharpness(prompts: Sequence[str], paths: Sequence[Path]) -> NDArray[np.float
     values = []
     for path in paths:
         grey = np.asarray(open_image(path).convert("L"), dtype=np.float64)
+        # The edge is repeated: zeros around a bright picture would count as its sharpest line.
         edges = np.pad(grey, 1, mode="edge")
         around = edges[:-2, 1:-1] + edges[2:, 1:-1] + edges[1:-1, :-2] + edges[1:-1, 2:]
         values.append(np.log1p((around - 4 * grey).var()))

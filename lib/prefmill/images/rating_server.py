@@ -39,6 +39,7 @@ class RefusalError(Exception):
 class RatingServer(ThreadingHTTPServer):
     """Serves a session's questions; `finished` is set when every pair has its raters, or somebody pressed finish."""
 
+    # A browser keeps its connection open: waiting for its thread would keep the server from closing.
     daemon_threads = True
 
     def __init__(
@@ -50,6 +51,7 @@ class RatingServer(ThreadingHTTPServer):
         on_answer: Callable[[], None] = lambda: None,
     ) -> None:
         self.session, self.token, self._on_answer = session, token, on_answer
+        # Each request has its own thread, and a session is not made for that.
         self.lock = threading.Lock()
         self.finished = threading.Event()
         self.was_asked_to_finish = False
@@ -133,7 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
     """Lets requests through that carry the token and come from a page of this server."""
 
     protocol_version = "HTTP/1.1"
+    # Python's own value names its version to anybody who asks.
     server_version, sys_version = "prefmill", ""
+    # HTTP/1.1 keeps connections open: a silent one would hold its thread for ever.
     timeout = 30
     server: RatingServer
 
@@ -171,11 +175,14 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdigit() or int(length) > _LARGEST_BODY:
             raise RefusalError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too long")
+        # Read before the token is checked: closing with bytes unread resets the connection, and the reply may be lost.
         raw = self.rfile.read(int(length))
         self._require_token()
         origin = self.headers.get("Origin")
+        # A page of another site can send a request here: its browser says where that came from.
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
             raise RefusalError(HTTPStatus.FORBIDDEN, "from another page")
+        # A form of another site cannot send JSON, and a script there must ask first (CORS), which nothing here allows.
         if self.headers.get_content_type() != "application/json":
             raise RefusalError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JSON is expected")
         action = self.path.removeprefix("/")
@@ -206,6 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _cookie(self) -> str:
+        # The port is in the name: browsers share cookies among all ports of a host.
         return f"prefmill_{self.server.port}"
 
     def _enter(self, token: str) -> None:
@@ -226,6 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._require_equal("" if morsel is None else morsel.value)
 
     def _require_equal(self, token: str) -> None:
+        # In constant time, and as bytes: compare_digest raises TypeError for text that is not ASCII.
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):
             raise RefusalError(HTTPStatus.FORBIDDEN, "open the address with the token that was printed")
 
@@ -245,6 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Security-Policy", policy)
+        # The images are files of users: without it a browser may take one for a page and run it.
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
         self.send_header("Cache-Control", cache)

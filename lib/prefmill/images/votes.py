@@ -54,6 +54,7 @@ class Votes:
         same = total = 0
         for votes in self.of[dimension].values():
             counts = Counter(votes.values())
+            # Pairs of raters are counted, not raters: with two raters per pair this is their plain agreement.
             total += len(votes) * (len(votes) - 1) // 2
             same += sum(count * (count - 1) // 2 for count in counts.values())
         return same / total if total else None
@@ -68,6 +69,7 @@ def count_votes(
     for where, rating in ratings:
         pair = _pair(rating)
         bad = next((name for name in pair if name not in images), None)
+        # Without the sides: the same answer given again with left and right exchanged is a duplicate too.
         asked = (rating["rater"], rating["dimension"], pair)
         if bad is not None:
             quarantine.add("rating", where, "its image cannot be used", image_id=bad)
@@ -78,6 +80,7 @@ def count_votes(
         else:
             quarantine.add("rating", where, "the rater said otherwise", first=first[asked][0], row=dict(rating))
             first[asked] = (first[asked][0], {**rating, "choice": "skip"})
+    # In a second pass: a later row may still take an earlier one back.
     for (rater, dimension, pair), (_, rating) in first.items():
         vote = _vote(rating)
         _figure(votes.raters[rater], rating)
