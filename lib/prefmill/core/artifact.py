@@ -45,7 +45,7 @@ class Manifest(BaseModel):
     identity: dict[str, Any]
     config: dict[str, Any]
     code_version: str
-    inputs: dict[str, list[str]]
+    inputs: dict[str, list[str]]  # content digests: what is behind an artifact is found by content, wherever it lies
     files: list[FileEntry]
     metrics: dict[str, Any]
     content_digest: str

@@ -23,6 +23,7 @@ from prefmill.core.files import digest_path
 class StrictConfig(BaseModel):
     """Base of every configuration: frozen, no unknown keys, no silent coercion, no NaN."""
 
+    # NaN and infinity are no JSON, in which identities and manifests are written.
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
@@ -42,6 +43,7 @@ _FEW_KEYS = 12
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
+# Path itself cannot be subclassed before Python 3.12.
 class ExternalPath(PosixPath):
     """A file or folder from outside the pipeline: its content, not its path, is part of a task's identity.
 
@@ -95,6 +97,7 @@ def modern(schema: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]
     return {present.get(key, key): value for key, value in values.items()}
 
 
+# Once a process: a sweep checks the same keys for every trial.
 @cache
 def _tell(note: str) -> None:
     print(f"note: {note}", file=sys.stderr)
@@ -107,6 +110,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
+        # A reference may point at a key that an override is yet to set.
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
         beside = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
@@ -140,10 +144,12 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
             fix="write the value itself; for a secret, give the variable's name and let the stage read it",
         )  # fmt: skip
     try:
+        # from_dotlist reads what stands after = as YAML: 0.1 is a number there and null is nothing.
         merged = OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.from_dotlist(list(overrides)))
         resolved = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(
+            # OmegaConf's further lines are about its own objects.
             "cannot merge the configuration", where=where, got=str(error).splitlines()[0],
             fix="check the overrides and ${...} references",
         ) from None  # fmt: skip

@@ -45,6 +45,7 @@ class PipelineError(PrefmillError):
     """A pipeline that cannot be planned, or a task that cannot go on."""
 
 
+# A class of its own: a sweep goes on after such trials, and ends after others that fail from the start.
 class DivergedError(PipelineError):
     """A training whose loss, gradient or weights are no longer numbers: its settings are at fault."""
 
@@ -57,6 +58,7 @@ class AttemptError(PrefmillError):
         super().__init__(what, **details)
 
 
+# Refusals that a user can end; any other OSError may be a bug, and keeps its traceback.
 _DISK_FIXES = {
     errno.ENOSPC: "free space on that disk, or set `workspace` to a larger one, and run again: finished work is kept",
     errno.EDQUOT: "raise the quota or set `workspace` to another disk, and run again: finished work is kept",

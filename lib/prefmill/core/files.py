@@ -24,6 +24,7 @@ def digest_json(value: Any) -> str:
 def digest_path(path: Path) -> str:
     """sha256 of a file's bytes, or of a folder's relative names and file digests; raises InputError if absent."""
     if path.is_dir():
+        # Sorted, as file systems list names in any order.
         files = sorted(item for item in path.rglob("*") if item.is_file())
         return digest_json([[item.relative_to(path).as_posix(), digest_path(item)] for item in files])
     try:
@@ -40,11 +41,13 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         with partial.open("w", encoding="utf-8") as stream:
             stream.write(text)
+            # Synced before the rename: after a power cut the name could otherwise stand for an empty file.
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    # The new name is in the folder, which has to reach the disk as well.
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

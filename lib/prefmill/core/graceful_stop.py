@@ -50,6 +50,7 @@ class StopWatch:
         request = self._request()
         if request is None:
             return False
+        # A logged loss is the mean since the one before: a stop in between gives a curve no undisturbed run has.
         until_logged = -step % logging_steps
         to_save = _SHARE_TO_SAVE * (request.deadline - request.asked)
         return until_logged == 0 or now + (until_logged + 1) * self._step_seconds > request.deadline - to_save

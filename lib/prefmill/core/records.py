@@ -76,4 +76,5 @@ class ReviewEvaluation(EvaluationScores):
     engine: str
 
 
+# LLaMA-Factory's, which datasets with images have in their texts already.
 IMAGE_MARKER = "<image>"

@@ -24,7 +24,7 @@ Metrics = dict[str, Any]
 ArrayValue = str | int | float
 Match = Literal["all", "elementwise"]
 PROGRESS = "progress.json"  # of a task, in its logs
-PROGRESS_INTERVAL_SECONDS = 1.0
+PROGRESS_INTERVAL_SECONDS = 1.0  # a write is synced to disk, which is too dear for every row
 STARTED = "started.json"  # of a task, in its work folder
 
 
@@ -52,6 +52,7 @@ class Shard:
         """Whether the row or group named `key` belongs here; stable across runs, machines and row order."""
         import hashlib
 
+        # Not Python's hash() of a text, which is another in every process.
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % self.count == self.index
 
 
@@ -93,6 +94,7 @@ class Task:
             record = json.loads((self.work / STARTED).read_text())
         except FileNotFoundError:
             record = {}
+        # Chat templates may write the day: resumed past midnight, a training must see the first one.
         return date.fromisoformat(record["date"]) if "date" in record else datetime.now(UTC).date()
 
     @property
@@ -116,6 +118,7 @@ class Task:
     def advance(self, done: int, total: int | None, unit: str) -> None:
         """`progress` of work that is kept as far as it is done; raises Stopped where a stop was asked for."""
         self.progress(done, total, unit)
+        # When all is done there is nothing left to stop.
         if done != total and self.stop_asked():
             raise Stopped(f"kept {done} of {total} {unit} and stopped")
 

@@ -89,6 +89,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values corrected for their number by Holm's step-down method (1979), in the order given."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        # A larger p-value may not come out below a smaller one.
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
@@ -97,8 +98,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 @cache
 def student_quantile(probability: float, degrees: int) -> float:
     """The quantile of Student's t; with t = sqrt(degrees) tan(a), its density in the angle a is cos(a)^(degrees-1)."""
+    # From here on the 97.5 % quantile is within 0.002 of the normal's.
     if degrees > 2000:
         return NormalDist().inv_cdf(probability)
+    # Added up on a grid, as SciPy, which has the function, is no dependency.
     angles = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
     density = np.cos(angles).clip(0) ** (degrees - 1)
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])

@@ -21,7 +21,9 @@ def visible_gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
+        # Device files are counted: asking CUDA would start it here, and no fork could use it any more.
         return [str(index) for index in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    # -1 is how CUDA is told to see none.
     return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
 
 
@@ -83,6 +85,7 @@ def claim_device() -> None:
     if not has_gpu():
         return
     if is_launched():
+        # Modulo, as a launcher may show each rank its own GPU alone, which is then number 0.
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     elif (count := torch.cuda.device_count()) > 1:
         raise ConfigError(

@@ -26,6 +26,7 @@ def in_own_process(folder: Path, work: Callable[..., None], *arguments: object) 
     depends on these. `folder` takes the error on its way.
     """
     failure = folder / "failure.json"
+    # What an earlier attempt left would be taken for this one's error.
     failure.unlink(missing_ok=True)
     context: Any = multiprocessing.get_context(_start_method())
     child = context.Process(target=_run, args=(failure, work, *arguments))
@@ -55,6 +56,7 @@ def _run(failure: Path, work: Callable[..., None], *arguments: object) -> None:
             record = {"mendable": True, "kind": type(shown).__name__, "what": shown.what, "details": details}
         else:
             record = {"mendable": False, "kind": type(shown).__name__, "what": traceback.format_exc(), "details": {}}
+        # As text: exceptions of many libraries cannot be pickled, or not be made again from their pickle.
         write_atomic(failure, json.dumps(record))
         sys.exit(1)
 

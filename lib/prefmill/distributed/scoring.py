@@ -32,12 +32,14 @@ def scoring_model(model: Any, trainer: Any, config: Sharded, dtype: torch.dtype 
     if uses_fsdp(config):
         _share_by_fsdp(model, trainer.accelerator, dtype)
         yield model.eval()
+        # The optimizer would otherwise be given the storage that the last forward left whole.
         reshard(model)
     elif shards_by_zero(config):
         _share_by_zero(model, trainer.args, dtype)
         handles = [handle for part in _gathered_together(model) for handle in _gather_to_run(part)]
         yield model.eval()
         for handle in handles:
+            # Training's engine puts in hooks of its own: with both, a layer would be gathered twice.
             handle.remove()
     else:
         yield model.to(trainer.args.device).eval()
@@ -62,6 +64,7 @@ def _share_by_fsdp(model: Any, accelerator: Any, dtype: torch.dtype | None) -> N
             )  # fmt: skip
             layer._apply(cast)  # type: ignore[no-untyped-call]
     for weight in model.parameters():
+        # Embeddings, final norm and head: accelerate shards them below, with the root.
         if not is_sharded(weight):
             weight.data = cast(weight).data
     # The layers are of another class now, by which accelerate would not find them.

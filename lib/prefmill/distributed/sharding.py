@@ -47,6 +47,7 @@ def unsharded_loading() -> Iterator[None]:
     """
     from transformers.integrations import deepspeed
 
+    # TrainingArguments set this when they are made, and every from_pretrained after that looks at it.
     planned = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed._hf_deepspeed_config_weak_ref = None
     try:
@@ -143,8 +144,10 @@ def whole_weights(model: nn.Module, keep: bool, trained: bool = False) -> dict[s
     for name, value in model.named_parameters():
         if trained and not value.requires_grad:
             continue
+        # All ranks enter, whoever keeps the weight: gathering needs every part.
         with _gathered(value) as whole:
             if keep:
+                # Cloned, as .cpu() copies nothing on a CPU, and DeepSpeed frees what it gathered.
                 weights[name] = whole.detach().cpu().clone()
     return weights
 
@@ -164,6 +167,7 @@ def missing_runs(count: int, module: Any) -> int:
     """
     if not runs_in_step(module):
         return 0
+    # On the GPU where there is one: NCCL sends nothing else.
     most = torch.tensor(count, device=device_type())
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     return int(most) - count
@@ -205,6 +209,7 @@ def allow_fsdp_on_cpu() -> None:
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            # Trainer's arguments ask PartialState, accelerate its own state: both must say the same.
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
@@ -218,4 +223,5 @@ def _rendezvous_alone() -> None:
         port = free.getsockname()[1]
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in alone.items():
+        # What a launcher has set stays.
         os.environ.setdefault(name, str(value))

@@ -62,11 +62,13 @@ def difference_at_equal_length(
     words, scores = [np.stack([before, after], axis=1) for before, after in zip(baseline, candidate, strict=True)]
     if not np.ptp(words, axis=0).any():
         return None
+    # Squares and products are averaged as well, so that every resample has a slope of its own.
     columns = np.concatenate([words, scores, words * words, words * scores], axis=1)
 
     def adjusted(drawn: Array) -> Array:
         mean_words, mean_scores, squares, products = (drawn[:, start : start + 2] for start in (0, 2, 4, 6))
         spread = (squares - mean_words**2).sum(axis=1)
+        # A resample of papers alike in length has no slope, and nothing is taken off.
         slope = np.divide(
             (products - mean_words * mean_scores).sum(axis=1), spread, out=np.zeros_like(spread), where=spread > 1e-9
         )
@@ -129,6 +131,7 @@ def _shared_papers(modality: str, group: Sequence[Evaluated]) -> list[str]:
             got=", ".join(item["model"] for item in group),
             fix="evaluate every model on the same corpus with the same num_papers and seed",
         )  # fmt: skip
+    # In one order for all models: their rows are paired by place.
     return sorted(shared)
 
 
@@ -146,6 +149,7 @@ def _describe(evaluated: Evaluated, rows: Sequence[Mapping[str, Any]], resamplin
         "measures": {
             measure.name: _mean(values, resampling, measure.is_share)
             for measure, values in ((item, _present(rows, item.name)) for item in MEASURES)
+            # A measure that a single paper has is left out, as it has no interval.
             if len(values) > 1
         },
         "recommendation_f1": _f1(rows, resampling),
@@ -217,10 +221,12 @@ def _difference(
         for before, after in zip(first, second, strict=True)
         if name in before["measures"] and name in after["measures"]
     ]
+    # One paper has no interval, and would be refused with the whole comparison.
     if len(both) < 2:
         return None
     pairs = np.array(both, dtype=np.float64)
     (found,) = means(pairs[:, 1:] - pairs[:, :1], resampling)
+    # A difference of two shares lies between -1 and 1.
     return _tested(within(found, resampling, -1.0) if is_share else found)
 
 

@@ -37,6 +37,7 @@ def score_again(
     They are given in a process of its own, as two models may not fit a GPU together; `folder` keeps what is done.
     """
     path = folder / SECOND_EVALUATIONS
+    # It appears whole: an attempt that finds it loads no model.
     if not path.is_file():
         in_own_process(folder, _score, generations, papers, engine, checklist, folder, progress)
     return list(read_jsonl(path))
@@ -66,6 +67,7 @@ def engine_agreement(
         np.array([[float(row["answers"][item]["yes"]) for item in ids] for row in side])
         for side in zip(*rows, strict=True)
     ]
+    # Answers about one paper are alike: the bootstrap draws papers, or intervals would be too short.
     by_answer = [paper for paper in by_review for _ in ids]
     scores = [np.array([row["checkmark_score"] for row in side]) for side in zip(*rows, strict=True)]
     found = agreement(by_answer, answers[0].ravel(), answers[1].ravel(), resampling)
@@ -94,6 +96,7 @@ def _score(
     progress: Progress,
 ) -> None:
     opened = open_engine(engine, checklist)
+    # The first engine keeps blocks under the same names one level up.
     blocks = folder / "second"
     blocks.mkdir(exist_ok=True)
     rows = score_generations(generations, papers, opened, checklist.ids, blocks, progress)

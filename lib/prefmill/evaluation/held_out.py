@@ -20,7 +20,7 @@ from prefmill.reviews.text_statistics import words
 from prefmill.store.jsonl import read_jsonl
 from prefmill.store.missing import Progress, in_batches, kept_rows, silent
 
-PAPERS_PER_BLOCK = 32
+PAPERS_PER_BLOCK = 32  # what a kill costs at most, in papers
 
 
 class Scorer(Protocol):
@@ -64,7 +64,9 @@ def read_held_out(corpus: Artifact, num_papers: int | None, seed: int, modality:
             expected=num_papers or "at least one",
             fix="give `test` a larger share in ingest_reviews, ingest more papers, or lower num_papers",
         )  # fmt: skip
+    # By hash: a larger num_papers keeps all that a smaller one had.
     chosen = set(sorted(ids, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())[:num_papers])
+    # Read a second time, so that the texts of papers not drawn never stand in memory.
     papers = {paper["paper_id"]: paper for paper in read_jsonl(path) if paper["paper_id"] in chosen}
     rows = (row for row in read_jsonl(corpus.file("reviews.jsonl")) if row["paper_id"] in chosen)
     reviews = {key: tuple(group) for key, group in groupby(rows, key=lambda row: str(row["paper_id"]))}
@@ -99,6 +101,7 @@ def score_generations(
 
     A review without a word satisfies no item and is not shown to the engine: a model asked about nothing may say yes.
     """
+    # Whole papers in a block: an engine reads a paper once for all of its reviews.
     by_paper = [list(group) for _, group in groupby(generations, key=lambda row: row["paper_id"])]
     blocks = [list(chain.from_iterable(rows)) for rows in in_batches(by_paper, PAPERS_PER_BLOCK)]
 

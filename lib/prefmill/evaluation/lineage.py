@@ -37,6 +37,7 @@ class Lineage:
     def __init__(self, artifacts: Iterable[Artifact], folders: Iterable[Path] = ()) -> None:
         self._known = {item.manifest.content_digest: item for item in artifacts}
         paths = [item.path.absolute() for item in self._known.values()] + [folder.absolute() for folder in folders]
+        # A task's folder is <workspace>/<root>/<run>/<stage>/<task>.
         for workspace in sorted({path.parents[3] for path in paths if len(path.parents) > 3}):
             self._known = {item.manifest.content_digest: item for item in _finished(workspace)} | self._known
 
@@ -83,6 +84,7 @@ def training_papers(checkpoint: Artifact, lineage: Lineage) -> TrainingPapers:
     for origin in _checkpoints(checkpoint, lineage):
         missing += len(origin.missing)
         read = [lineage.find(digest) for digest in _input_digests(origin.artifact)]
+        # Checkpoints before this one come by themselves, with their own inputs.
         sources |= {item.manifest.content_digest: item for item in read if item and item.manifest.kind != "checkpoint"}
     for source in sources.values():
         papers |= set(_paper_ids(source))
@@ -132,6 +134,7 @@ def _dataset_papers(artifact: Artifact) -> Iterator[str]:
     for entry in artifact.manifest.files:
         if entry.path.endswith("data.jsonl"):
             for row in read_jsonl(artifact.path / entry.path):
+                # build_datasets writes the paper of a pair as its group.
                 yield row["group"] if "group" in row else row["paper_id"]
 
 

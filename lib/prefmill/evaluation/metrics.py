@@ -40,6 +40,7 @@ class Measure:
     def show_difference(self, value: float) -> str:
         """A difference with its sign; of shares in percentage points."""
         number = f"{value * (100 if self.is_share else 1):+.{self.decimals}f}".replace("-", "−")
+        # A difference that rounds to zero has no direction: +0.00 would look like a gain.
         return number if number.strip("+−0.") else number[1:]
 
 
@@ -85,6 +86,7 @@ def measure_review(review: EvaluatedReview, paper: PaperFacts, accept_rating: fl
         values["num_factors"] = float(sum(review.factors.values()))
     if paper.decision is not None:
         recommends = rating is not None and rating >= accept_rating
+        # A review without a rating is wrong either way, or a model could gain by giving none.
         values["recommendation_correct"] = float(rating is not None and recommends == (paper.decision == "accepted"))
     if rating is not None and (human := _human_rating(review, paper)) is not None:
         values["rating_error"] = abs(rating - human)
@@ -111,6 +113,7 @@ def measure(
         "overall": {
             **overall,
             **_recommendation(rows),
+            # People's mean rating against itself would be 1.
             "rating_rank_correlation": None if reviews[0].is_human else rating_rank_correlation(rows),
             "repeated_reviews": _repeated_reviews(reviews),
             "num_empty": sum(not words(review.generation["text"]) for review in reviews),
@@ -138,6 +141,7 @@ def f1_score(true_positive: float, false_positive: float, false_negative: float)
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's rank correlation, ties at their mean rank; None below 3 values or where one side is constant."""
+    # Two points always lie on a line.
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
     return round(float(np.corrcoef(ranks(first), ranks(second))[0, 1]), DIGITS)
@@ -172,6 +176,7 @@ def _measure_paper(
 
 def _averages(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of every key over the rows that have it, in the order in which keys first appear."""
+    # No set: its order differs between processes, and files made again must have the same bytes.
     keys = dict.fromkeys(key for row in rows for key in row)
     means = {key: average(row.get(key) for row in rows) for key in keys}
     return {key: value for key, value in means.items() if value is not None}
@@ -194,6 +199,7 @@ def _recommendation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _repeated_reviews(reviews: Sequence[EvaluatedReview]) -> float:
     """The share of exact duplicate reviews: a model that has collapsed shows here."""
+    # By words: case, punctuation and white space make no other review.
     texts = [" ".join(words(review.generation["text"])) for review in reviews]
     counts: dict[str, int] = {}
     for text in texts:
@@ -212,5 +218,6 @@ def _human_rating(review: EvaluatedReview, paper: PaperFacts) -> float | None:
     if review.is_human:
         rating = review.generation["rating"]
         assert rating is not None
+        # With its own rating in the mean, a person would be nearer to it than any model could be.
         ratings.remove(rating)
     return float(np.mean(ratings)) if ratings else None

@@ -110,6 +110,7 @@ def _write(
         completions = _with_vllm(source, tokenizer, requests, writing, writing.generation, reader, folder, progress)
     else:
         completions = _with_transformers(source, tokenizer, requests, writing, reader, folder, progress)
+    # Engines finish in any order: sorted, the file has the same bytes after a kill.
     ordered = sorted(completions.values(), key=lambda row: (row["key"], row["sample"]))
     write_jsonl(folder / WRITTEN, [_as_generation(row, papers[row["key"]]) for row in ordered])
 

@@ -41,6 +41,7 @@ def write_evaluation(
     questions = {item.id: item.question for item in checklist.items}
     metrics = {
         **heading,
+        # By this, models scored with different checklists are refused when they are compared.
         "checklist": digest_json(checklist.model_dump(mode="json")),
         "max_score": sum(max(0.0, item.weight) for item in checklist.items),
         "accept_rating": accept_rating,
@@ -50,5 +51,6 @@ def write_evaluation(
     }
     write_jsonl(output / GENERATIONS, generations)
     write_jsonl(output / EVALUATIONS, evaluations)
+    # NaN is no JSON: one would make the whole file unreadable to a page.
     write_atomic(output / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return metrics

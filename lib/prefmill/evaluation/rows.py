@@ -41,4 +41,5 @@ class EvaluatedReview:
     generation: Generation
     evaluation: ReviewEvaluation
     factors: Mapping[str, bool] | None
+    # A person's rating is part of the paper's mean, and has to be taken out before the two are compared.
     is_human: bool = False

@@ -55,6 +55,7 @@ def beating(trial: Path, seconds: float) -> Iterator[None]:
             if stopped.wait(seconds):
                 return
 
+    # A daemon ends with its process, whatever ends that: a heart must not outlive its worker.
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
@@ -65,6 +66,7 @@ def beating(trial: Path, seconds: float) -> Iterator[None]:
 
 
 def _beat(trial: Path) -> None:
+    # Any text that is new each time would do: nobody compares it with a clock of their own.
     write_atomic(trial / HEARTBEAT, str(time.time_ns()))
 
 
@@ -81,6 +83,7 @@ class Watch:
             beat = (trial / HEARTBEAT).read_text()
         except FileNotFoundError:
             beat = ""
+        # A clock that is set forward would make all workers look dead.
         now = time.monotonic()
         known = self._heard.get(trial)
         if known is None or known[0] != beat:

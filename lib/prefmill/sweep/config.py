@@ -73,6 +73,7 @@ class StudyConfig(StrictConfig):
                 raise ValueError(
                     f"{name}: losses of different beta or learning rate cannot be compared; use a held-out F1"
                 )
+        # One beat that is late on a slow disk must not cost a living worker its trial.
         if self.stale_seconds < 2 * self.heartbeat_seconds:
             raise ValueError("stale_seconds must be at least 2 x heartbeat_seconds")
         return self
@@ -81,6 +82,7 @@ class StudyConfig(StrictConfig):
         """What every trial of a study has in common."""
         from prefmill.core.config import identity
 
+        # Not n_trials and nothing of the workers: a study may go on with more of both.
         shared = {"stage", "config", "set", "space", "metric", "direction", "judge", "seed", "sampler"}
         shared |= {"pruner", "prune_by", "startup_trials"}
         return {name: value for name, value in identity(self).items() if name in shared}
@@ -89,6 +91,7 @@ class StudyConfig(StrictConfig):
 def corners(space: dict[str, Choices | SearchInterval]) -> list[dict[str, Any]]:
     """Parameters that together take every end and choice of the space, to see that the stage accepts them."""
     ends = {name: _ends(item) for name, item in space.items()}
+    # Not every combination, whose number grows with each key: a stage checks most keys by themselves.
     return [
         {name: values[min(place, len(values) - 1)] for name, values in ends.items()}
         for place in range(max(map(len, ends.values())))

@@ -68,6 +68,7 @@ def sweep(config: StudyConfig, task: Task, draw: Draw) -> Metrics:
         if turn.does == "run":
             _work(study, config, folder, task, turn)
         else:
+            # At least once a beat: a worker is taken for dead by what was heard of it, so somebody must listen.
             time.sleep(min(_POLL_SECONDS, config.heartbeat_seconds))
     return _finish(study, config, task, draw)
 
@@ -95,6 +96,7 @@ def _next_turn(study: optuna.Study, config: StudyConfig, folder: Path, worker: s
             place = trial_folder(folder, trial["number"])
             if not _is_free(config, place, worker, watch):
                 continue
+            # A trial that kills its worker, by memory for one, would otherwise take down one after the other.
             if len(claim(place, worker).attempts) > config.max_attempts:
                 studies.fail(study, trial["number"], f"its worker died {config.max_attempts} times")
                 continue
@@ -133,6 +135,7 @@ def _work(study: optuna.Study, config: StudyConfig, folder: Path, task: Task, tu
             return
     with studies.locked(folder):
         known = read_claim(place)
+        # Another worker took this one for dead and went on with the trial: its value is theirs to tell.
         if known is None or known.worker != task.name or studies.rows(study)[turn.number]["state"] != "running":
             return
         if value is not None:
@@ -154,6 +157,7 @@ def _prune_watch(study: optuna.Study, config: StudyConfig, folder: Path, number:
     def look(curve: Path) -> None:
         nonlocal told
         values = evaluations(curve, config.prune_by)
+        # All workers share the lock: it is taken only for what is new.
         if len(values) == told:
             return
         told = len(values)
@@ -193,6 +197,7 @@ def _finish(study: optuna.Study, config: StudyConfig, task: Task, draw: Draw) ->
             got=studies.last_reason(study), fix="fix what that says, and give the study a new study_name",
         )  # fmt: skip
     sign = 1 if config.direction == "maximize" else -1
+    # Of equal values the first, so that every worker writes the same page.
     best = max(complete, key=lambda row: (sign * row["value"], -row["number"]))
     write_jsonl(task.output / TRIALS, rows)
     values = stage_values(config.config, config.set, best["params"])

@@ -98,6 +98,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     from optuna.storages.journal import JournalFileOpenLock
 
+    # Not under the journal's own name: Optuna locks that for each line it appends, and would wait for us.
     lock = JournalFileOpenLock(str(folder / "claims"), grace_period=_LOCK_GRACE_SECONDS)
     lock.acquire()
     try:
@@ -111,12 +112,14 @@ def ask(study: optuna.Study, config: StudyConfig) -> optuna.Trial:
     """A new trial with its parameters; what is drawn follows from the seed, its number and the trials that ended."""
     import optuna
 
+    # Only read, so the copies that Optuna makes of all trials by default are left out.
     number = len(study.get_trials(deepcopy=False))
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:4])
     samplers = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
+    # A new sampler a trial: one that lives on draws by how often it was asked in this process.
     study.sampler = samplers[config.sampler]()
     return study.ask({name: distribution(item) for name, item in config.space.items()})
 
@@ -153,6 +156,7 @@ def behind(study: optuna.Study, config: StudyConfig, number: int, values: Sequen
     pruner = median if config.pruner == "median" else optuna.pruners.HyperbandPruner()
     trial = study.get_trials(deepcopy=False)[number]
     for step in range(len(trial.intermediate_values) + 1, len(values) + 1):
+        # Through the storage: only `ask` gives a handle to report by, and another worker may have asked for this trial.
         study._storage.set_trial_intermediate_value(trial._trial_id, step, values[step - 1])
         # One at a time: a pruner looks at the newest, and a slow look must decide as a quick one does.
         if pruner.prune(study, study.get_trials(deepcopy=False)[number]):

@@ -68,6 +68,7 @@ def stage_values(
     file: ExternalPath | None, given: Mapping[str, Any], parameters: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """A stage's configuration: its file, keys laid over it, and a trial's parameters by dotted key."""
+    # Before references are resolved, so that ${...} in the file sees a trial's parameters.
     merged = lay_over(lay_over(read_yaml(file) if file else {}, given), parameters or {})
     return merge(merged, where=file)
 
@@ -127,6 +128,7 @@ def _run_stage(
     write_atomic(config, _to_yaml(values))
     given = [f"inputs.{name}=[{','.join(str(item.path) for item in items)}]" for name, items in inputs.items() if items]
     command = [sys.executable, "-m", f"{STAGES}.{stage.name}", str(config), f"run={RUN}", f"workspace={folder}", *given]
+    # Appended to: what an earlier attempt said stays.
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
             command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent,
@@ -135,6 +137,7 @@ def _run_stage(
     if code < 0:
         raise TrialInterrupted(f"stage {stage.name} was ended by signal {-code}")
     output, logs = folder / stage.root / RUN / stage.name / "all", _logs(folder, stage.name)
+    # The stage found its task's lock held: the worker that this trial was taken from is alive after all.
     if code and is_running(logs):
         raise TrialInterrupted(f"stage {stage.name} still runs in another worker")
     if code or read_manifest(output) is None:
@@ -156,6 +159,7 @@ def _wait(child: subprocess.Popen[bytes], look: Callable[[], None]) -> int:
             look()
         return int(child.returncode)
     finally:
+        # A pruned training, or one whose worker ends by an error, must not keep the GPU.
         child.kill()
         child.wait()
 
@@ -213,6 +217,7 @@ def _environment() -> dict[str, str]:
     """This process's, but that the stage does not take itself for the Slurm job around it."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     repository = str(stages_folder().parent)
+    # `python -m stages.X` must find the checkout, whatever folder this worker was started in.
     paths = [repository, *filter(None, [outside.get("PYTHONPATH")])]
     return {**outside, "PYTHONPATH": os.pathsep.join(paths)}
 
