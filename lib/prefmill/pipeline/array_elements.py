@@ -11,6 +11,7 @@ from prefmill.core.errors import ConfigError
 from prefmill.core.stage import ArrayValue
 
 SINGLE_TASK = "all"
+# No separators, as names become folders, and no dot in front: that marks output which is being remade.
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -31,6 +32,7 @@ def elements(
                 fix=f"array: {{shard: {len(given) or 1}}}",
             )  # fmt: skip
         values: Sequence[ArrayValue] = list(range(given)) if isinstance(given, int) else list(given)
+        # Two elements of one name would write to one folder.
         if not values or len(set(values)) != len(values):
             raise ConfigError(
                 f"array key '{key}' of stage {stage} needs distinct values",
@@ -39,6 +41,7 @@ def elements(
             )
         options.append([(key, value) for value in values])
     for combination in itertools.product(*options):
+        # A number alone would not say what it counts: `shard3`, not `3`.
         parts = [value if isinstance(value, str) else f"{key}{value}" for key, value in combination]
         name = "-".join(parts) or SINGLE_TASK
         if not SAFE_NAME.fullmatch(name):

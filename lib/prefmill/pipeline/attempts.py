@@ -15,6 +15,7 @@ from prefmill.store.jsonl import append_row
 
 EXECUTED = "executed_steps.jsonl"  # one row for every optimizer step this task ever took, repeats included
 ATTEMPTS = "attempts.jsonl"
+# Without a bound a task whose time limit is too short to save in would be requeued for ever.
 MAX_IDLE_ATTEMPTS = 5
 _VARIABLES = {
     "job_id": "SLURM_JOB_ID",
@@ -31,6 +32,7 @@ def this_job() -> dict[str, str]:
 
 def held_gpus() -> int:
     """The GPUs that this task's job holds on all of its nodes; outside Slurm those this process can see."""
+    # All that the job holds, used or not: that is what a cluster bills.
     if "SLURM_JOB_ID" in os.environ:
         return int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) * int(os.environ.get("SLURM_NNODES", "1"))
     return len(visible_gpus())
@@ -76,6 +78,7 @@ def idle_attempts(logs: Path) -> int:
 def progressed(logs: Path, attempt: dict[str, Any]) -> bool:
     """Whether an attempt has got further than all before it: in optimizer steps, or else in what it reports."""
     steps, own = _own_steps(logs, attempt)
+    # A resumed attempt repeats the steps after its checkpoint: those are no progress.
     best = max(steps[: len(steps) - len(own)], default=0)
     return max(own, default=0) > best or (not steps and _done(logs) > attempt["done_before"])
 
@@ -83,6 +86,7 @@ def progressed(logs: Path, attempt: dict[str, Any]) -> bool:
 def _own_steps(logs: Path, attempt: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Every step ever taken, and those of this attempt."""
     steps = _steps(logs / EXECUTED)
+    # Fewer than counted at the start: other content begins anew, and its log was cleared after the count.
     return steps, steps[attempt["steps_before"] :] if len(steps) >= attempt["steps_before"] else steps
 
 
@@ -115,6 +119,7 @@ def _done(logs: Path) -> int:
 
 
 def _last_sign(logs: Path, default: float) -> float:
+    # A killed attempt says nothing of its end; the file it wrote last tells when it was still alive.
     path = logs / PROGRESS
     return max(default, path.stat().st_mtime) if path.is_file() else default
 

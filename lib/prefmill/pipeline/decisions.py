@@ -54,6 +54,7 @@ class Decisions:
     def record(self, task: str, element: str, action: str, **details: Any) -> None:
         """Note a decision; on disk before this returns."""
         row = {"time": time.time(), "task": task, "element": element, "action": action, **details}
+        # On disk first: what is done about a decision that a kill then loses would be done again.
         append_row(self.path, row)
         self._rows.append(row)
 
@@ -77,6 +78,7 @@ def alone(workspace: Path, run: str) -> Iterator[None]:
     with (folder / "lock").open("ab") as stream:
         while True:
             try:
+                # Asked again and again, as flock itself knows no time limit.
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:

@@ -30,6 +30,7 @@ def freeze(pipeline: PipelineFile, plan: Plan, source: Path) -> dict[str, Any]:
             element.update(config=None, set=_written_out(mine, entry["array"], source))
         frozen = {} if settings else _written_out(tasks[0], entry["array"], source)
         inputs = {
+            # A relative path or `~` means something else in another folder or to another user.
             key: str(Path(given).expanduser().absolute())
             if isinstance(given, str)
             else [str(Path(path).expanduser().absolute()) for path in given]
@@ -44,6 +45,7 @@ def _written_out(task: PlannedTask, array: Mapping[str, Any], source: Path) -> d
     keys = task.config.model_dump(mode="json", exclude_unset=True)
     frozen = {key: value for key, value in keys.items() if key not in array}
     again = validate(task.stage.config, frozen | _element_keys(task), where=source)
+    # A job that would run with other keys than were planned is found now and not after its time in the queue.
     assert again == task.config, f"the configuration of {task.key} does not survive being written out"
     return frozen
 
@@ -61,11 +63,13 @@ def snapshot(target: Path) -> None:
     for name, folder in sources.items():
         if folder.is_dir():
             shutil.copytree(folder, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    # The copy is no checkout: git could not tell its version later.
     write_atomic(target / CODE_VERSION, code_version() + "\n")
 
 
 def check_path(path: Path) -> None:
     """Raise PipelineError for a path that cannot be given to Slurm safely."""
+    # A newline in a path would begin a line of its own in the batch script.
     wrong = [mark for mark in _UNSAFE if mark in str(path)] + [mark for mark in str(path) if not mark.isprintable()]
     if wrong:
         raise PipelineError(

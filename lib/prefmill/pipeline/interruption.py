@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 
 def wait_for_all(processes: Iterable[BaseProcess], seconds: float) -> None:
     """Wait until every process has ended, or the time is over."""
+    # One deadline for all of them: a wait for each would add up.
     deadline = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -20,6 +21,7 @@ def wait_for_all(processes: Iterable[BaseProcess], seconds: float) -> None:
 @contextlib.contextmanager
 def interrupted_by_term() -> Iterator[None]:
     """Have SIGTERM interrupt this process as Ctrl-C does; elsewhere than in the main thread nothing changes."""
+    # signal.signal raises ValueError in any other thread.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -33,6 +33,7 @@ def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
     store = _store()
     if rank():
         return _join(store.get(_WORD).decode())
+    # A stop that was asked of an earlier attempt would end this one too.
     clear_request(tasks[0].logs)
     try:
         execute(tasks[0], force, run=partial(_lead, tasks[0], partial(store.set, _WORD)))
@@ -42,6 +43,7 @@ def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
 
 
 def _lead(task: PlannedTask, say: Callable[[str], None], context: Task) -> Metrics:
+    # The others begin at this word; without them rank 0 would wait in its first collective call.
     say(str(write_spec(context.work / "attempt", task.stage, task.config, context)))
     return import_and_run(task.stage, task.config, context)
 
@@ -55,6 +57,8 @@ def _store() -> Any:
     """The launcher's key-value store, which the process group uses later."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    # As torch's own env:// rendezvous decides: where torchrun's agent serves the store, its port is taken.
     serves = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # multi_tenant: the process group opens a store at this port in this process later, and shares the server.
     return TCPStore(address, port, is_master=serves, timeout=_PATIENCE, multi_tenant=True)

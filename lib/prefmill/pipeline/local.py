@@ -75,6 +75,7 @@ def run_plan(
     selected = plan.select(only) if only else list(plan.tasks)
     point_latest(plan)
     write_plan(plan)
+    # Not spawn, which would pay for the imports in every task: 13 to 16 s of CPU for TRL.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_preload(selected))
     run = _Run(plan, list(selected), force, server, say, Slots(options.jobs), options)
@@ -161,6 +162,7 @@ class _Run:
         self.say(f"> {task.key}{f' ({ranks} ranks)' if ranks > 1 else ''} {_why(state, self.force)}")
         write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
         process = self.server.Process(target=_child, args=(task, self.force, place, ranks), name=task.key)
+        # A stop that was asked of an earlier attempt would end this one too.
         clear_request(task.logs)
         bar = Bar(task.key, task.logs, self.say)
         self.running[task.key] = _Running(task, process, time.monotonic(), place, bar, ranks)
@@ -202,6 +204,7 @@ class _Run:
                       default=0.0)  # fmt: skip
         for item in self.running.values():
             self.say(f"- {item.task.key} is stopping; Ctrl-C again ends it at once")
+            # Ranks have a parent of their own, which takes SIGTERM for a warning and asks them to save.
             item.process.terminate() if item.ranks > 1 else request_stop(item.task.logs, seconds)
         with contextlib.suppress(KeyboardInterrupt):
             wait_for_all([item.process for item in self.running.values()], seconds)
@@ -224,6 +227,7 @@ def _exit_code(item: _Running) -> int:
     code = item.process.exitcode
     assert code is not None
     if code < 0:
+        # A process that a signal ended could not say so itself.
         write_status(item.task, "killed", signal=signal.Signals(-code).name)
     return code
 
@@ -259,6 +263,7 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
     with log_path(task).open("ab", buffering=0) as log:
         sys.stdout.flush()
         sys.stderr.flush()
+        # The descriptors and not sys.stdout: compiled libraries and child processes print to them as well.
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     try:
@@ -309,4 +314,5 @@ def _why(state: TaskState, force: bool) -> str:
 
 def _preload(tasks: Iterable[PlannedTask]) -> list[str]:
     modules = {module for task in tasks for module in task.stage.preload}
+    # That module comes first: it turns the collector off for the imports after it.
     return ["prefmill.pipeline.preload_without_gc", "prefmill.pipeline.worker", *sorted(modules)]

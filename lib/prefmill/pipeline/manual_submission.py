@@ -29,6 +29,7 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     """
     arguments = joined(arguments)
     config, overrides = (arguments[0], arguments[1:]) if arguments else (None, [])
+    # A file may have `=` in its name, so what exists is taken for a file.
     if config is not None and "=" in config and not Path(config).exists():
         config, overrides = None, arguments
     where = [item for item in overrides if item.startswith(_OWN_KEYS)]
@@ -46,6 +47,7 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     keys = ["{}.{}={}".format(stage, *split_override(item)) for item in overrides if item not in where]
     values = with_stage_keys({"name": stage, "stages": {stage: entry}, **given}, keys)
     pipeline = validate(PipelineFile, values, where="the command line")
+    # Errors then name the command line as the place of a wrong key: there is no pipeline file here.
     pipeline._overridden = frozenset(split_override(item)[0] for item in keys)
     plan = make_plan(pipeline, Path(config or "."))
     return plan, names[-1] if names else None
@@ -113,6 +115,7 @@ def give_back_until_ready(me: str, waits_for: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _scontrol("requeuehold", me)
     for _ in range(_UPDATE_TRIES):  # accepted as soon as Slurm counts the job as pending again
+        # afterok and not afterany: without what those make, this element could only fail.
         if _scontrol("update", f"jobid={me}", f"dependency=afterok:{':'.join(waits_for)}", check=False):
             break
         time.sleep(0.1)
@@ -124,6 +127,7 @@ def give_back_until_ready(me: str, waits_for: Sequence[str]) -> None:
 def element(tasks: Sequence[PlannedTask], environment: Mapping[str, str]) -> PlannedTask:
     """The task whose place SLURM_ARRAY_TASK_ID names; raises ConfigError where there is none."""
     index = int(environment.get("SLURM_ARRAY_TASK_ID", "0"))
+    # Without an index the first of several tasks would be a guess.
     if index >= len(tasks) or ("SLURM_ARRAY_TASK_ID" not in environment and len(tasks) > 1):
         raise ConfigError(
             "this array has no such element", got=f"SLURM_ARRAY_TASK_ID={environment.get('SLURM_ARRAY_TASK_ID')}",
@@ -144,6 +148,7 @@ def _made(task: PlannedTask) -> bool:
 
 def _queued_elements(indices: Sequence[int], environment: Mapping[str, str]) -> list[str]:
     array = environment.get("SLURM_ARRAY_JOB_ID")
+    # -r, as pending elements of an array otherwise share one row, whose %K is a range.
     shown = subprocess.run(["squeue", "-h", "-r", "-j", str(array), "-o", "%K"], capture_output=True, text=True)
     alive = {line.strip() for line in shown.stdout.splitlines()}
     lost = [index for index in indices if str(index) not in alive]

@@ -36,4 +36,5 @@ def start_over_when_smaller(context: Task, keys: Mapping[str, Any]) -> None:
     print(f"prefmill: from the beginning, with {wanted}: GPU memory ran out", flush=True)
     for checkpoint in context.output.glob(f"{CHECKPOINT_PREFIX}*"):
         shutil.rmtree(checkpoint)
+    # Last: killed before this line, the next attempt deletes what is left of them.
     write_atomic(marker, wanted)

@@ -30,7 +30,9 @@ def with_stage_keys(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         before = entry.get("set") or {} if isinstance(entry, Mapping) else None
         if not isinstance(before, Mapping):
             continue
+        # Read as any other override is, so that 8 is a number and [a, b] a list.
         given = merge({}, [f"value={text}"], "the command line")["value"]
+        # `lora` replaces all under it, `lora.r` that key alone; what was set there before must not come back.
         stages[stage] = {**_without(entry, key), "set": {**_kept(before, key), key: given}}
     return {**values, "stages": stages}
 
@@ -48,6 +50,7 @@ def require_stages(overrides: Sequence[str], stages: Sequence[str], keys: Sequen
 
 
 def _kept(keys: Mapping[str, Any], key: str) -> dict[str, Any]:
+    # The dots keep `lora` from taking `lora_alpha` along.
     return {old: given for old, given in keys.items() if not f"{old}.".startswith(f"{key}.")}
 
 

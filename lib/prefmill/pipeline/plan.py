@@ -94,6 +94,7 @@ class Plan:
 
     def _find_upstream(self, task: PlannedTask) -> list[PlannedTask]:
         wanted = {path for paths in task.inputs.values() for path in paths}
+        # In the plan's order: a set of paths has another in every process.
         return [other for _, other in sorted(self._made[path] for path in wanted if path in self._made)]
 
     @cached_property
@@ -222,6 +223,7 @@ class _Planner:
                 f"array key '{stray[0]}' is no key of stage {stage.name}{nearest(stray[0], list(fields))}",
                 where=self.source, expected=", ".join(["shard", *fields]), fix="correct the stage's `array`",
             )  # fmt: skip
+        # Each layer is put under present names first, so that the later one wins whichever name it uses.
         keys = lay_over(lay_over(given, modern(stage.config, entry.set)), modern(stage.config, mine.set))
         values = {**keys, **element}
         return load(stage.config, values, where=f"stage {stage.name}", origins=self._origins(stage.name, entry, path))
@@ -255,6 +257,7 @@ class _Planner:
                 where=self.source, expected=", ".join(self.stages), fix="add that stage or correct `needs`",
             )  # fmt: skip
         names = {stage for need in needs for stage in [need.stage, *need.stages.values()] if stage}
+        # Inputs of a stage that is not in this pipeline are looked for on disk.
         return names & set(self.stages)
 
     def _inputs(
@@ -270,6 +273,7 @@ class _Planner:
             found = self._planned(producer, values, need)
         else:
             found = self._on_disk(producer, task, need.match) if producer in stage_names() else []
+        # An input picked by `where` is required, also where the stage could do without one.
         if not found and (need.where or not reads.optional):
             raise PipelineError(
                 f"nothing makes input '{key}' ({reads.kind}) of {name}:{task}", where=self.source,
@@ -296,7 +300,9 @@ class _Planner:
     def _on_disk(self, producer: str | None, task: str, match: Match | None) -> list[Path]:
         assert producer is not None
         folder = self._folder(load_stage(producer), SINGLE_TASK).parent
+        # A dot in front marks output that is being remade.
         names = [task, SINGLE_TASK] if match == "elementwise" else sorted(p.name for p in folder.glob("[!.]*"))
+        # The manifest is written last, so a folder that has one is complete.
         finished = [folder / name for name in names if (folder / name / MANIFEST).is_file()]
         return finished[:1] if match == "elementwise" else finished
 

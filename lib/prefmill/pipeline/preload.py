@@ -26,5 +26,6 @@ def import_now(modules: Iterable[str]) -> None:
 
 def collect_from_now_on() -> None:
     """Turn the collector on, for what is made from here on."""
+    # Before the collector is on: its first pass would go through everything the imports made.
     gc.freeze()
     gc.enable()

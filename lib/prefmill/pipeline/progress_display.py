@@ -21,6 +21,7 @@ class Bar:
 
     def __init__(self, key: str, logs: Path, say: Callable[[str], None]) -> None:
         self._key, self._path, self._say = key, logs / PROGRESS, say
+        # tqdm draws on stderr; in a file every redraw would be a line of its own.
         self._is_terminal = sys.stderr.isatty()
         self._bar: Any = tqdm(desc=key, leave=False, disable=not self._is_terminal)
         self._started = self._told = time.monotonic()

@@ -64,6 +64,7 @@ def run_rank(path: Path) -> int:
         stage, config, task = read_spec(path)
         metrics = import_and_run(stage, config, task)
     except Stopped as stopped:
+        # Exit code 0: torchrun ends the other ranks when one fails, and they may still be saving.
         _leave(path.with_name(RESULT), {"stopped": str(stopped)})
         return 0
     except Exception as error:
@@ -85,6 +86,7 @@ def _leave(path: Path, record: Mapping[str, Any], anyone: bool = False) -> None:
 
 
 def _peak_gpu_memory_gb() -> float | None:
+    # Not imported to ask: that takes seconds, in stages that never compute with it.
     torch = sys.modules.get("torch")
     if torch is None or not has_gpu():
         return None
@@ -93,5 +95,6 @@ def _peak_gpu_memory_gb() -> float | None:
 
 
 if __name__ == "__main__":
+    # An orphaned rank would go on writing where the next attempt works.
     end_with_parent()
     sys.exit(run_rank(Path(sys.argv[1])))

@@ -16,7 +16,9 @@ def point_latest(plan: Plan) -> None:
         (folder / plan.run).mkdir(parents=True, exist_ok=True)
         link = folder / f".latest.{os.getpid()}"
         link.unlink(missing_ok=True)
+        # Relative, so that it is still right in a workspace that was moved or copied.
         link.symlink_to(plan.run)
+        # By rename: at no moment is there no `latest`.
         os.replace(link, folder / "latest")
 
 

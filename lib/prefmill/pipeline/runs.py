@@ -45,7 +45,9 @@ class Removal:
 def run_names(workspace: Path) -> list[str]:
     """Every run with a folder under one of the roots, sorted."""
     folders = (path for root in ROOTS if (workspace / root).is_dir() for path in (workspace / root).iterdir())
+    # A link is `latest`, which is one of the others.
     names = {path.name for path in folders if path.is_dir() and not path.is_symlink() and path.name[0] != "."}
+    # A folder without a plan may be anybody's: it is not listed, and so never deleted.
     return sorted(name for name in names if name != _CACHE and (workspace / "logs" / name / "plan.json").is_file())
 
 
@@ -60,6 +62,7 @@ def summarise(workspace: Path, run: str) -> RunSummary:
     tasks = run_tasks(workspace, run)
     done = [task for task in tasks if (Path(task["output"]) / MANIFEST).is_file()]
     logs = [Path(task["logs"]) for task in tasks]
+    # Between two tasks a local run holds no task's lock; a task under Slurm has no lock of the run.
     if is_at_work(workspace, run) or any(map(is_running, logs)):
         state = "running"
     elif any(read_status(folder).get("state") in ("failed", "killed", "stopped") for folder in logs):
@@ -118,6 +121,7 @@ def removable(workspace: Path, runs: Iterable[str]) -> list[Removal]:
     """
     names = list(runs)
     found = [item for run in names if not _busy(workspace, run) for item in _of_run(workspace, run)]
+    # A cache belongs to the workspace: any of its runs may be reading it.
     if not any(_busy(workspace, run) for run in run_names(workspace)):
         found += _removals("cache, computed again when needed", (workspace / "data" / _CACHE).glob("*"))
     return found
@@ -166,6 +170,7 @@ def restore(output: Path, logs: Path) -> None:
         set_aside(output)
     os.rename(aside, output)
     if kept_logs.is_dir():
+        # Moved away first, as clear_telemetry empties the folder that it moves things to.
         earlier = kept_logs.rename(kept_logs.with_name(f".{kept_logs.name}"))
         clear_telemetry(logs, kept_logs)
         for path in telemetry(earlier):

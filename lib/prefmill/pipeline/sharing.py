@@ -77,16 +77,19 @@ def _take(folder: Path, task: PlannedTask) -> None:
     shutil.copytree(folder, made, copy_function=_link, ignore=left_out)
     run = folder.parents[1].name
     task.logs.mkdir(parents=True, exist_ok=True)
+    # Curves belong to content: those of the output that is replaced are kept with it.
     clear_telemetry(task.logs, superseded(task.logs) if task.output.exists() else None)
     for path in telemetry(task.logs.parents[2] / run / task.stage.name / task.name):
         shutil.copytree(path, task.logs / path.name) if path.is_dir() else shutil.copy2(path, task.logs)
     write_atomic(task.logs / SHARED_FROM, f"{run}\n")
+    # By rename, when all is there: until now the task has what it had before.
     put_in_place(made, task.output)
     write_status(task, "complete")
 
 
 def _link(source: str, target: str) -> None:
     try:
+        # Hard and not symbolic: deleting one run must not break another. No artifact is edited in place.
         os.link(source, target)
     except OSError:  # another disk, or one without hard links
         shutil.copy2(source, target)

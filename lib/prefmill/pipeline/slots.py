@@ -23,6 +23,7 @@ class Slots:
         Raises PipelineError for more ranks than GPUs.
         """
         ranks = task.processes or (max(self._num_gpus, 1) if task.stage.trains else 1)
+        # Without GPUs any number will do: the ranks then talk through gloo.
         if self._num_gpus and ranks > self._num_gpus:
             raise PipelineError(
                 "a rank needs a GPU of its own", where=task.key, got=f"processes: {ranks}",
@@ -39,6 +40,7 @@ class Slots:
         if not self._num_gpus:
             return {}
         mine, self._gpus = self._gpus[:ranks], self._gpus[ranks:]
+        # CUDA numbers its devices once, when it starts, so this has to be set before the task computes.
         return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
     def give_back(self, environment: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ class Need(StrictConfig):
 
     stage: str | None = None
     by: str | None = None
+    # Unlike a function, pydantic copies a mutable default for every instance.
     stages: dict[str, str] = {}
     where: dict[str, ArrayValue] = {}
     match: Match | None = None

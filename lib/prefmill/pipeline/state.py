@@ -59,6 +59,7 @@ def inspect_task(task: PlannedTask) -> TaskState:
         made = {**manifest.identity, "config": modern(type(task.config), manifest.identity["config"])}
         return TaskState("stale", tuple(differences(made, wanted)))
     try:
+        # Plans look at more files than they use: only those written to since are hashed here.
         check_content(read(task.output, task.stage.writes), only_touched=True)
     except ArtifactError as error:
         return TaskState("stale", (_in_words(error),))
@@ -74,18 +75,22 @@ def read_inputs(task: PlannedTask) -> dict[str, tuple[Artifact, ...]]:
 
 def task_identity(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> dict[str, Any]:
     """What decides a task's content: stage and its version, configuration, share of the rows, input content."""
+    # The values of other array keys are in the configuration already.
     outside = {key: [value, task.sizes[key]] for key, value in task.values.items() if key == "shard"}
     return {
         "stage": task.stage.name,
+        # Not the code's version: every commit would then make everything anew.
         "version": task.stage.version,
         "config": identity(task.config),
         "element": outside,
+        # By content: where an upstream is made again and comes out the same, nothing after it runs.
         "inputs": {name: [item.manifest.content_digest for item in items] for name, items in inputs.items()},
     }
 
 
 def fingerprints(task: PlannedTask, wanted: Mapping[str, Any]) -> tuple[str, str]:
     """What marks an output made of the identity `wanted`: under its keys' names now, and under their former ones."""
+    # All keys were renamed in one step, so one set of former names is enough.
     former = former_names(type(task.config))
     before = {former.get(key, key): value for key, value in wanted["config"].items()}
     return digest_json(wanted), digest_json({**wanted, "config": before})
@@ -123,6 +128,7 @@ def code_version() -> str:
     """The package's version, with the commit and `dirty` where prefmill runs from a git checkout or a copy of one."""
     import subprocess
 
+    # Asked first: the copy of a submission may lie in a checkout that has gone on since.
     copied = Path(__file__).parents[3] / CODE_VERSION
     if copied.is_file():
         return copied.read_text().strip()

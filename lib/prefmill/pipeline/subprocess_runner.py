@@ -23,6 +23,7 @@ from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.rank_entrypoint import FAILURE, RESULT, write_spec
 
 REQUEUED, TERMINATED = "requeued", "terminated"
+# Slurm kills 30 seconds after SIGTERM unless its KillWait says otherwise: 20 and 3 end before that.
 _POLL_SECONDS, _KILL_SECONDS, _TERM_SECONDS = 0.1, 3.0, 20.0
 _SAVING_SHARE = 0.85  # of the warning's time may pass before a training that is still saving is ended
 _ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
@@ -57,6 +58,7 @@ class Layout:
             return torchrun
         # srun takes neither the CPUs nor the whole environment of the job by itself.
         spread = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--export=ALL"]
+        # Without --kill-on-bad-exit the other nodes wait for the lost one until a collective call times out.
         return ["srun", *spread, f"--cpus-per-task={self.cpus}", "--kill-on-bad-exit=1", *torchrun]
 
 
@@ -88,11 +90,14 @@ def run_elsewhere(
 ) -> Metrics:
     """The metrics of the stage, run in child processes; raises AttemptError when they fail, stop or are ended."""
     folder = context.work / "attempt"
+    # A result that an earlier attempt left would be taken for this one's.
     shutil.rmtree(folder, ignore_errors=True)
     clear_request(context.logs)
     spec = write_spec(folder, task.stage, task.config, context)
+    # Where it is not set torchrun gives each of several ranks a single thread.
     threads = {"OMP_NUM_THREADS": str(max(1, layout.cpus // layout.processes))}
     log = task.logs.parent / f"{task.name}.log"
+    # The log holds earlier attempts too: only what this one prints may explain its end.
     offset = log.stat().st_size if log.is_file() else 0
     process = subprocess.Popen(
         layout.command(spec), env={**threads, **allocator(os.environ, task.stage.trains), **os.environ, **extra},
@@ -113,6 +118,7 @@ def allocator(environment: Mapping[str, str], trains: bool) -> dict[str, str]:
 
 def _shield(trains: bool) -> None:
     """Slurm warns every process of a job: those that are to save must not die of it, and their parent asks them."""
+    # What is ignored stays ignored after exec; a handler would be reset, and the signal deadly again.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if trains:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -125,6 +131,7 @@ def _wait(process: subprocess.Popen[bytes], warnings: SignalWatcher, logs: Path,
         if len(warnings.received) > told:
             told = len(warnings.received)
             patience = warnings.patience if trains else 0.0
+            # A second warning can only bring the end nearer: SIGTERM leaves less time than SIGUSR1.
             deadline = min(deadline or time.monotonic() + patience, time.monotonic() + patience)
             if trains:
                 request_stop(logs, patience)
@@ -148,6 +155,7 @@ def _collect(folder: Path, code: int, warnings: SignalWatcher, log: Path, offset
     if code == 0 and "metrics" in result:
         metrics: Metrics = result["metrics"]
         return metrics
+    # A stage that failed by itself has failed, whatever warning came too: requeueing would hide it.
     if warnings.received and not failure:
         raise _interrupted(warnings, result)
     first, host = _first_failure(log, offset) or (code, failure.get("host"))

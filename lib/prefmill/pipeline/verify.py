@@ -23,6 +23,7 @@ def verify_run(workspace: Path, run: str, say: Callable[[str], None] = print) ->
         try:
             artifact = read(output)
             verify(artifact)
+            # What was hashed just now need not be hashed again before it is used.
             stamp(output, artifact.manifest.files)
         except ArtifactError as error:
             damaged += 1

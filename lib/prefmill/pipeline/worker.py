@@ -44,12 +44,14 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
     the same content. Finished output of any other stays in its place until the new one is published. Raises
     PrefmillError for what the user can fix; the status file in the task's logs then says the same.
     """
+    # The lock first: a second worker must not write its status over that of the one at work.
     with _locked(task), _reported(task):
         inputs = read_inputs(task)
         if not force and inspect_task(task).freshness == "complete":
             keep_finished(task)
             return
         for artifact in (item for items in inputs.values() for item in items):
+            # Before any work: a flipped bit in an input would otherwise be trained on.
             check_content(artifact)
         origin = provenance(task, inputs)
         making = replace(task, output=_prepare(task, fingerprints(task, origin.identity), force))
@@ -57,9 +59,12 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
         context = task_context(making, inputs)
         metrics = run(context) if run else import_and_run(task.stage, task.config, context)
         publish(making.output, task.stage.writes, origin, metrics)
+        # After the manifest, as times and hosts are no part of the content.
         write_atomic(making.output / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
+        # A kill before this line leaves scratch in a finished folder; the next look at the task removes it.
         _clear_work(making.output)
         if making.output != task.output:
+            # Only now, and by rename: a rerun that fails leaves the old output where it was.
             put_in_place(making.output, task.output)
 
 
@@ -105,6 +110,7 @@ def is_running(logs: Path) -> bool:
     """Whether a live process holds the task with these logs; its lock is released however that process ends."""
     try:
         with (logs / "lock").open("rb") as stream:
+            # Shared, so that two who look at the same time do not take each other for the worker.
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -167,6 +173,7 @@ def _reported(task: PlannedTask) -> Iterator[None]:
     except Stopped as stopped:  # asked for, by Ctrl-C or a warning: what was done is kept
         _end(task, attempt, INTERRUPTED, error=str(stopped))
         raise
+    # Ctrl-C and sys.exit too: a status left at `running` would count this attempt as lost.
     except BaseException as error:
         explained = explain_os_error(error) if isinstance(error, OSError) else None
         shown = explained or error
@@ -196,6 +203,7 @@ def _prepare(task: PlannedTask, same: Sequence[str], force: bool) -> Path:
     if folder.exists() and not resumes:
         shutil.rmtree(folder)
     if not marker.is_file():
+        # Before anything else is made here: what lies in a folder without a mark is of unknown origin, and deleted.
         write_atomic(marker, json.dumps({"fingerprint": same[0], "date": datetime.now(UTC).date().isoformat()}))
     if not resumes:
         clear_telemetry(task.logs, superseded(task.logs) if finished else None)
