@@ -39,6 +39,7 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig, frozen: Sequence
                 task_type="CAUSAL_LM",
                 r=config.lora.r,
                 lora_alpha=config.lora.alpha,
+                # Dropout would part policy and reference before the first step.
                 lora_dropout=0.0,
                 use_dora=config.lora.use_dora,
                 target_modules=config.lora.target_modules,
@@ -73,10 +74,12 @@ def save_adapter(model: Any, base: str, revision: str | None, folder: Path) -> N
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    # PEFT's `auto` asks the hub for the base's configuration, to see whether the vocabulary has grown.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, value in state.items():
         require_finite(name, value)
     folder.mkdir(parents=True, exist_ok=True)
+    # The format refuses tensors that are not contiguous.
     tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     said = model.peft_config["default"].to_dict()

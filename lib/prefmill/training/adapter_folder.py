@@ -25,6 +25,7 @@ def base_of(folder: Path) -> str:
     """The model that an adapter is for, by name or path; raises ValueError where it cannot be found here."""
     base = str(read_adapter(folder).get("base_model_name_or_path") or "")
     is_path = base.startswith((".", "/", "~"))
+    # Our own adapters name a local base by the digest of its content, from which no path follows.
     if not base or base.startswith("sha256:") or (is_path and not Path(base).expanduser().is_dir()):
         raise ValueError(
             f"the base of this adapter is not here: {base or 'not named'}; give it as model_name_or_path, and this "
@@ -39,6 +40,7 @@ def lora_of(folder: Path) -> dict[str, Any]:
     odd = [key for key in ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern") if said.get(key)]
     if said.get("peft_type") != "LORA" or odd:
         raise ValueError(f"only plain LoRA adapters are continued, not {', '.join(odd) or said.get('peft_type')}")
+    # The older adapter_model.bin is a pickle, which may run code when it is read.
     if not (folder / _WEIGHTS).is_file():
         raise ValueError(f"the adapter has no {_WEIGHTS}: nothing else is loaded")
     found = {ours: said[theirs] for ours, theirs in _SAME.items() if theirs in said}
@@ -46,6 +48,7 @@ def lora_of(folder: Path) -> dict[str, Any]:
     return {
         **found,
         "alpha": float(found["alpha"]),
+        # PEFT writes a set in any order, which would give one adapter several identities.
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
     }
 

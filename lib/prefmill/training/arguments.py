@@ -39,6 +39,7 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.activation_checkpointing,
+        # The reentrant kind gives no gradient where no input asks for one, as under an adapter on a frozen base.
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.activation_checkpointing else None,
         **sharding_arguments(config),
         "bf16": config.precision == "bf16",
@@ -48,12 +49,15 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "data_seed": config.seed,
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
+        # By default the Trainer puts the running mean in place of a NaN loss, and hides it.
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit,
         "dataloader_num_workers": config.dataloader_num_workers,
+        # Without a GPU torch warns at every loader.
         "dataloader_pin_memory": not on_cpu,
+        # The Trainer would drop every key that the model's forward does not name.
         "remove_unused_columns": False,
         "report_to": list(config.report_to) or "none",
         "disable_tqdm": False,
@@ -89,6 +93,7 @@ def _liger(wanted: bool) -> dict[str, Any]:
 
 def _point_trackers(task: Task) -> None:
     """Have every tracker write below the task's logs; none of them needs the network."""
+    # Set over the user's own: pictures are written into this folder, beside the curves.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(task.logs / "tensorboard")
     os.environ.setdefault("TRACKIO_DIR", str(task.logs / "trackio"))
     os.environ.setdefault("WANDB_DIR", str(task.logs))

@@ -67,6 +67,7 @@ def list_bad_rows(found: Mapping[str, str], report: Path) -> None:
     """Add rows, by where they stand, to the list in `report`, and say how many."""
     if not found:
         return
+    # Files of one task are read one after the other, and share the list.
     before: Iterable[Mapping[str, str]] = json.loads(report.read_text()) if report.is_file() else []
     known = {row["where"]: row["what"] for row in before} | dict(found)
     write_atomic(report, json.dumps([{"where": where, "what": what} for where, what in known.items()], indent=1))

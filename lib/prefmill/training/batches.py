@@ -63,6 +63,7 @@ def plan_batches(
     """
     plan: list[Microbatch] = []
     for step, (epoch, members) in enumerate(_all_steps(groups, epochs, target_pairs, seed)):
+        # Over all ranks: a mean of the ranks' means would give pairs of emptier ranks more weight.
         step_pairs = sum(len(groups[member].pairs) for member in members)
         for parts in _spread(groups, members, num_microbatches):
             plan.append(Microbatch(parts, step_pairs, step, epoch))
@@ -88,6 +89,7 @@ def plan_group_batches(
         (epoch, members, _bins(groups, members, pairs_at_once, max_tokens))
         for epoch, members in _all_steps(groups, epochs, target_pairs, seed)
     ]
+    # The Trainer takes the same number of microbatches for every step of a training.
     rows = max(-(-len(bins) // world_size) for _, _, bins in steps)
     plan: list[Microbatch] = []
     for step, (epoch, members, bins) in enumerate(steps):
@@ -154,6 +156,7 @@ def _all_steps(
     """Epoch and groups of every optimizer step."""
     for epoch in range(epochs):
         order = list(range(len(groups)))
+        # Each epoch by a seed of its own; a string seeds the same in every process, unlike its hash().
         random.Random(f"{seed}:{epoch}").shuffle(order)
         for members in _steps(groups, order, target_pairs):
             yield epoch, members

@@ -38,6 +38,7 @@ class StageCallback(TrainerCallback):
             append_row(self.task.logs / EXECUTED, {"step": state.global_step})
             self.task.progress(state.global_step, state.max_steps, "steps")
             word = self._decide(state.global_step, int(args.logging_steps))
+        # After the last step there is nothing to break off: training ends by itself.
         if state.global_step < state.max_steps and (word := _rank_zero_says(word, args.device)):
             control.should_save = True
             self.stopping = control.should_training_stop = word == _STOP
@@ -56,6 +57,7 @@ class StageCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raise Stopped rather than have a half-trained model taken for the finished one."""
+        # Not right after the step: the Trainer writes its checkpoint after on_step_end, and would not get to it.
         if self.stopping:
             raise Stopped(f"saved and stopped at step {state.global_step} of {state.max_steps}")
 
@@ -101,6 +103,7 @@ def check_every_step(trainer: Any) -> None:
 
 def _require_numbers(loss: Tensor, grad_norm: Any, step: int) -> None:
     norm = 0.0 if grad_norm is None else grad_norm
+    # FSDP2 gives a DTensor, of which every rank holds a part.
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if math.isfinite(float(loss.detach() * 0 + norm)):  # one wait for the device, not two
         return

@@ -29,6 +29,7 @@ def resume_strictly(trainer: Any) -> None:
         return write(folder, *args, **kwargs)
 
     def refuse(result: Any) -> None:
+        # A tied weight is written under one of its names only.
         missing = sorted(set(result.missing_keys) - set(getattr(model, "all_tied_weights_keys", None) or ()))
         if missing:
             raise PipelineError(
@@ -57,7 +58,9 @@ def newest_checkpoint(folder: Path) -> str | None:
         if _is_complete(path):
             complete[int(path.name.removeprefix(CHECKPOINT_PREFIX))] = path
         else:
+            # A torn one would count in save_total_limit, and push a complete one out.
             shutil.rmtree(path)
+    # By number: as text, checkpoint-1000 comes before checkpoint-900.
     return str(complete[max(complete)]) if complete else None
 
 
@@ -82,6 +85,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
         return []
     rows: dict[int, dict[str, Any]] = {}
     for row in read_jsonl(path):
+        # Training and evaluation log one step in rows of their own.
         rows[row["step"]] = {**rows.get(row["step"], {}), **row}
     return [rows[step] for step in sorted(rows)]
 

@@ -26,6 +26,7 @@ class LoraConfig(StrictConfig):
     target_modules: str | list[str] = Field(
         "all-linear", description="layers that get an adapter: their names, or all-linear"
     )
+    # `later`: no part of the identity at its default, or trainings from before this key would be stale.
     start: ExternalPath | None = later(None)
 
     @model_validator(mode="before")
@@ -34,6 +35,7 @@ class LoraConfig(StrictConfig):
         if not isinstance(values, dict) or values.get("start") is None:
             return values
         found = lora_of(Path(str(values["start"])).expanduser())
+        # Before defaults are filled in, so only what the user wrote can disagree with the adapter.
         other = [key for key, value in found.items() if values.get(key, value) != value]
         if other:
             raise ValueError(f"the adapter to go on with has another {', '.join(other)}: leave it out")
@@ -124,6 +126,7 @@ class TrainingConfig(StrictConfig):
         lora = values.get("lora") or {}
         if lora.get("start") is not None:
             raise ValueError("model_name_or_path and lora.start are both adapters: give one of them")
+        # Both are written into the configuration, so that the record says what was trained from.
         base = base_of(Path(named).expanduser())
         return {**values, "model_name_or_path": base, "lora": {**lora, "start": named}}
 
@@ -199,6 +202,7 @@ def needs_less(config: object) -> dict[str, Any]:
     at_once = config.per_device_train_batch_size
     if at_once > 1:  # the next smaller divisor: the effective batch still divides by it
         return {"per_device_train_batch_size": next(n for n in range(at_once - 1, 0, -1) if at_once % n == 0)}
+    # Last, as it takes about a third more time.
     return {} if config.activation_checkpointing else {"activation_checkpointing": True}
 
 

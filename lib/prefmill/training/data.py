@@ -99,6 +99,7 @@ def _answer(said: Mapping[str, Any]) -> Answer:
 def swap_by_coin(pairs: Iterable[PreferencePair], seed: int) -> Iterator[PreferencePair]:
     """Pairs with chosen and rejected swapped by a fair coin keyed by (seed, id): a control that holds no preference."""
     for pair in pairs:
+        # Not hash(): Python salts that anew in every process.
         heads = hashlib.sha256(f"{seed}:{pair.pair_id}".encode()).digest()[0] % 2
         chosen, rejected = (pair.rejected, pair.chosen) if heads else (pair.chosen, pair.rejected)
         yield replace(pair, chosen=chosen, rejected=rejected)
@@ -113,6 +114,7 @@ def group_by_prompt(pairs: Iterable[PreferencePair], encode: Encode, bad: BadRow
     groups: dict[tuple[Any, ...], Group] = {}
     places: dict[tuple[Any, ...], dict[tuple[int, ...], int]] = {}
     for pair, prompt, chosen, rejected in _encoded(pairs, encode, bad or BadRows()):
+        # Images too: the same words about another picture are another prompt.
         key = (pair.group, tuple(prompt), pair.images)
         group = groups.setdefault(key, Group(prompt, [], [], pair.images))
         known = places.setdefault(key, {})

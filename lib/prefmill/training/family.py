@@ -51,6 +51,7 @@ class Family:
         scores = self.score(model, batch)
         lengths = batch.lengths.to(scores.dtype)
         return PairScores(
+            # A response of several pairs was run once; its gradient is the sum over them.
             scores[batch.chosen],
             scores[batch.rejected],
             lengths[batch.chosen],
@@ -61,6 +62,7 @@ class Family:
 
     def beside(self, model: Any) -> Tensor | float:
         """What a pair's loss has beside the objective, of the batch that `model` scored last: a scalar."""
+        # A mixture of experts gives its balancing loss here, outside the objective: docs/decisions/0138.
         return 0.0
 
     def reference_sides(self, scores: Tensor, index: int, pair: Any) -> tuple[Tensor, Tensor]:

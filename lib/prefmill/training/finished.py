@@ -37,8 +37,10 @@ def stored_precision(name: str, revision: str | None) -> Precision:
     path, sizes = file(leaf), dict.fromkeys(_STORED, 0)
     with safe_open(path, "pt") as stored:
         for key in stored.keys():  # noqa: SIM118 (no mapping)
+            # A slice reads the header alone, none of the weights.
             part = stored.get_slice(key)
             if part.get_dtype() in sizes:
+                # By elements, not tensors: norms are many and small, and often kept in fp32.
                 sizes[part.get_dtype()] += torch.Size(part.get_shape()).numel()
     return _STORED[max(sizes, key=lambda kind: sizes[kind])] if any(sizes.values()) else "fp32"
 
@@ -80,6 +82,7 @@ def rounded(model: Any, dtype: torch.dtype) -> Iterator[None]:
 
     Tied weights stay tied, and buffers are left alone.
     """
+    # A tied weight is one Parameter: new data reaches both of its places, a new Parameter would untie them.
     exact = {name: value.data for name, value in model.named_parameters()}
     for name, value in model.named_parameters():
         require_finite(name, value.data)

@@ -98,6 +98,7 @@ def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, 
     path = task.logs / "overlong_rows.json"
     if dropped:
         files = {row.get("file") for row in dropped}
+        # Training and validation files share the list; a rerun replaces the rows of its own file.
         others = [row for row in json.loads(path.read_text()) if row.get("file") not in files] if path.is_file() else []
         write_atomic(path, json.dumps([*others, *dropped], indent=1))
     if not dropped or (kept and config.on_overlong == "drop"):

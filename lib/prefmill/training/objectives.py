@@ -99,6 +99,7 @@ class Objective:
 
 def sigmoid(scores: PairScores, settings: Settings) -> Tensor:
     """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), conservative where the label is smoothed or soft."""
+    # A soft label p mixes the losses of both directions; log of sigmoid itself would be -inf for wide margins.
     u, p = settings.beta * scores.margin, _label(scores, settings)
     return -p * logsigmoid(u) - (1 - p) * logsigmoid(-u)  # -(1-e) log s(bD) - e log s(-bD)
 
@@ -196,6 +197,7 @@ def bradley_terry_heads(scores: PairScores, settings: Settings) -> Tensor:
     assert scores.head_deviations is not None
     assert scores.head_labels is not None
     margins = scores.margin[:, None] + scores.head_deviations
+    # NaN times 0 is still NaN, in the gradient too: it is replaced before the product.
     known, p = ~scores.head_labels.isnan(), scores.head_labels.nan_to_num(0.0)
     losses = (-p * logsigmoid(margins) - (1 - p) * logsigmoid(-margins)) * known
     return losses.sum(1) / known.sum(1).clamp(min=1)
@@ -264,6 +266,7 @@ def phi(error: Tensor) -> Tensor:
     """x / (e^x - 1), in fp32 at least; 1 at x = 0, falling; value and slope exact to a few last digits."""
     error = error.float() if error.dtype in (torch.bfloat16, torch.float16) else error
     square = error**2
+    # Bernoulli numbers: x / (e^x - 1) = sum of B_k x^k / k!.
     series = 1 - error / 2 + square / 12 - square**2 / 720 + square**3 / 30_240 - square**4 / 1_209_600
     small = error.abs() < _SMALL
     regular = torch.where(small, torch.ones_like(error), error)  # so that the branch not taken has a gradient

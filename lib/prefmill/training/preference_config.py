@@ -20,6 +20,7 @@ class PreferenceConfig(TrainingConfig):
     and whose content counts.
     """
 
+    # Answers are scored through the head itself, which Liger's kernels would replace.
     own_head: ClassVar[bool] = True
     can_quantize: ClassVar[bool] = True
 
@@ -60,6 +61,7 @@ class PreferenceConfig(TrainingConfig):
         if values.get("ref_folder") is not None:
             raise ValueError("give ref_name or ref_folder, not both")
         name = values["ref_name"]
+        # A relative folder without a dot looks like a name on the hub.
         is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
         return {**values, "ref_name": None, "ref_folder": name} if is_path else values
 

@@ -44,6 +44,7 @@ class Preferences:
 
 def train_data(groups: Sequence[AnyGroup], config: TrainingConfig) -> PreferenceData:
     """Groups in the microbatches of all epochs."""
+    # The reference is set later: it is scored by the model as the trainer has placed it.
     return PreferenceData(groups, None, plan_epochs(groups, config, config.num_train_epochs))
 
 

@@ -35,6 +35,7 @@ def publish(
     """
     model, device = trainer.model.eval(), trainer.args.device
     with torch.no_grad(), scoring_context(trainer, config):
+        # Before anything is gathered or merged: a weight that is lost on the way then shows as a difference.
         live = rescoring.live(model, device)
     sharded = any(map(is_sharded, model.parameters()))
     first = trainer.is_world_process_zero()
@@ -44,6 +45,7 @@ def publish(
         with torch.no_grad(), unsharded_loading():
             place = torch.device("cpu") if sharded else device  # one rank alone may not have room for all of it
             metrics = _publish_whole(weights, live, processor, config, task, start, rescoring, place)
+    # A rank that ended while rank 0 still scores would take the process group with it.
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -60,6 +62,7 @@ def write_folder(model: Any, processor: Any, folder: Path, precision: Precision,
     """A plain Hugging Face folder: weights in safetensors, rounded once, tokenizer or processor, and the card."""
     model.config._name_or_path = ""  # a path of this machine is no part of the content
     mend_generation_config(model)
+    # An attempt in another precision may have left more shards than this one writes.
     for stale in folder.glob("model*.safetensors*"):
         stale.unlink()
     with rounded(model, torch_dtype(precision)):
@@ -77,15 +80,18 @@ def _publish_whole(
     model = add_adapter(model, config).to(device).eval()
     take_trained(model, weights)
     trained = rescoring.score(model, device)
+    # What 4 bits had changed in the base is not in the finished folder: there is nothing to agree with.
     if not rescoring.quantized:
         check_live(live, trained, config.precision)
     if config.lora is not None:
+        # Before merging, which takes the adapter out of the model.
         save_adapter(model, base_name(start, config.revision, task), config.revision, task.output / ADAPTER)
     model = merge_adapter(model).cpu()
     auto: list[Precision] = ["fp32"]
     if config.save_dtype != "auto":
         auto = [config.save_dtype]
     elif (stored := stored_precision(start, config.revision)) != "fp32":
+        # The base's own precision halves the files, but at small learning rates rounds most of the training away.
         auto = [stored, "fp32"]
     for precision in auto:
         write_folder(model, processor, task.output, precision, model_card(task, config))
@@ -124,6 +130,7 @@ def model_card(task: Task, config: StrictConfig) -> str:
         for name, items in task.inputs.items()
         for item in items
     ]
+    # Keys that change no result (`runtime`) would give one model several cards.
     keys = identity(config)
     made_from, settings = (
         "\n".join(inputs or ["- nothing of this pipeline"]),

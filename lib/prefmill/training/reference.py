@@ -46,6 +46,7 @@ class GroupScoring:
         """The group's scores, [S, ...] float64 on the CPU."""
         batches = self.batches(group)
         calls = max(from_all_ranks(len(batches))) if self.in_step else len(batches)
+        # A rank with fewer batches runs its last one again: sharded weights are gathered by all ranks at once.
         found = [self.score(batches[min(call, len(batches) - 1)]).double().cpu() for call in range(calls)]
         return self.join(group, found[: len(batches)])
 
@@ -67,6 +68,7 @@ def computed_as(config: TrainingConfig) -> dict[str, Any]:
     return {
         "precision": config.precision, "weights": weights_precision(config), "attention": config.attn_implementation,
         "fsdp": uses_fsdp(config), "deepspeed": config.deepspeed is not None,
+        # Left out where unset, so that caches from before this key are still found.
         **({"quantization": config.quantization} if config.quantization else {}),
     }  # fmt: skip
 
@@ -87,13 +89,16 @@ def reference_scores(
     Stopped). One in a hundred of the scores that were kept is computed again; where it differs by more than rounding,
     all are.
     """
+    # By content, not by place: another order of rows, or more of them, finds what is kept.
     keys = [digest_json(scoring.content(group)) for group in groups]
     members = dict(zip(keys, groups, strict=True))
+    # Ranks that read the folder at different times would see different groups, and go different rounds.
     known = rank_zero_says(kept.read)
     held = {key: known[key] for key in members if key in known}
     if held and not _still_right(held, members, scoring, _TOLERANCE[precision]):
         held = {}
         rank_zero_says(kept.forget)
+    # Groups of one round are then about as long on every rank, so that no rank waits long.
     order = sorted(members, key=lambda key: -members[key].num_tokens)
     for together in missing(order, held.__contains__, advance_together(task), "reference groups", at_once=num_ranks()):
         made = _round(together, members, scoring)

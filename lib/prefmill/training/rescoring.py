@@ -14,6 +14,7 @@ from prefmill.core.precision import Precision
 from prefmill.training.batches import AnyGroup, GroupPart
 from prefmill.training.family import Family
 
+# Few, as after a sharded training one rank scores them alone, in fp32 on its CPU.
 NUM_SAMPLES = 8
 # How far the saved folder may be from the trained model, as a share of what training changed: docs/decisions/0107.
 LOST_SHARE: dict[Precision, float] = {"fp32": 0.01, "bf16": 0.1, "fp16": 0.1}
@@ -59,11 +60,13 @@ class Scores:
     def faithful(self, precision: Precision) -> bool:
         """Whether saving in this precision kept what training changed; False where a score is not a number."""
         effect, size = (float(value.norm()) for value in (self.trained - self.start, self.trained))
+        # The second term lets a training pass that changed next to nothing, where rounding of sums is all there is.
         return float((self.saved - self.trained).norm()) <= LOST_SHARE[precision] * effect + _ROUNDING * size
 
 
 def check_live(live: Tensor, trained: Tensor, precision: Precision) -> None:
     """Raises PipelineError where the model in training, [S], was not these weights: one was lost on the way."""
+    # `not <=` in place of `>`: NaN compares false with everything, and has to be refused.
     if not float((live - trained).norm()) <= COMPUTED[precision] * float(trained.norm()):
         raise PipelineError(
             "the weights to publish are not those of the model in training",
@@ -93,6 +96,7 @@ def pair_scorer(
         for part in parts:
             batch = family.encode(groups, [part], 0).to(device)
             scores = family.score(model, batch).double()
+            # Masked diffusion has a value for every draw, other families one a sample.
             scores = scores.reshape(len(scores), -1).mean(1)
             sides += [scores[batch.chosen], scores[batch.rejected]]
         return torch.cat(sides).cpu()

@@ -18,6 +18,7 @@ def ensure_savable(model: Any, processor: Any) -> None:
 
     Called before references are scored: whatever cannot be saved would be lost with the first checkpoint.
     """
+    # PEFT's wrapper would save the adapter alone, and leave the base's files untried.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     mend_generation_config(inner)
     generation = getattr(inner, _GENERATION, None)
@@ -45,6 +46,7 @@ def _save(name: str, part: Any, folder: Path) -> None:
     try:
         if part is not None:
             part.save_pretrained(folder)
+    # TypeError is json's, for a value of the configuration that it cannot write.
     except (ValueError, TypeError, OSError) as error:
         raise InputError(
             f"the model's {name} cannot be saved", where=f"{name} of the model to start from",

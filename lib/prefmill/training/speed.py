@@ -50,4 +50,5 @@ def peak_memory_gb() -> float:
     """The most this process has held, in GB of 2^30 bytes: of its GPU, or of the host where there is none."""
     if has_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts it in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

@@ -39,6 +39,7 @@ class Telemetry:
     def add(self, pair_ids: list[str], scores: PairScores, objective: Objective, settings: Settings) -> None:
         """Take in the pairs of one microbatch; their values stay on the device until the step is taken."""
         columns = self.columns(scores, objective, settings)
+        # Not detached, they would hold the graph of every microbatch until the step is taken.
         self._held.append((pair_ids, {name: column.detach() for name, column in columns.items()}))
 
     def columns(self, scores: PairScores, objective: Objective, settings: Settings) -> dict[str, torch.Tensor]:
@@ -129,6 +130,7 @@ def f1_by_coin(wins: Sequence[float], pair_ids: Sequence[str]) -> float:
 
 def correlation(left: list[float], right: list[float]) -> float:
     """Pearson's correlation, 0 where either side is constant."""
+    # NumPy would divide by a deviation of 0 and give NaN.
     if len(set(left)) < 2 or len(set(right)) < 2:
         return 0.0
     return float(np.corrcoef(left, right)[0, 1])
@@ -143,9 +145,11 @@ def _chosen_change(row: dict[str, Any]) -> float:
 
 def gradient_coefficient(scores: PairScores, objective: Objective, settings: Settings) -> torch.Tensor:
     """-dL/ds of the chosen score, [N]: gradient weight of the pair (b s(-bD) for the sigmoid objective)."""
+    # The graph begins at the scores: the model's own is not walked a second time.
     chosen = scores.chosen.detach().requires_grad_()
     detached = replace(scores, chosen=chosen, rejected=scores.rejected.detach())
     with torch.enable_grad():
+        # A loss depends on its own pair alone, so the gradient of the sum is that of every pair.
         (gradient,) = torch.autograd.grad(objective.loss(detached, settings).sum(), chosen)
     return -gradient
 

@@ -94,6 +94,7 @@ class PreferenceTrainer(Trainer):
             args=args,
             train_dataset=PlannedBatches(train, family),
             eval_dataset=self._val,
+            # An item of the plan is a whole microbatch already.
             data_collator=lambda items: items[0],
             callbacks=[*callbacks, _StepTelemetry(telemetry, self._epoch_of_step)],
         )
@@ -116,9 +117,11 @@ class PreferenceTrainer(Trainer):
         return self.accelerator.autocast()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        # The Trainer would shuffle: the plan has its order, and resuming skips along it.
         return SequentialSampler(self.train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        # The Trainer counts `labels`, which these batches do not have.
         return int(batch_samples[0]["step_pairs"])
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +148,7 @@ class PreferenceTrainer(Trainer):
         scores = self.pair_scores(model, inputs)
         losses = self.objective.loss(scores, self.settings) + self.family.beside(model)
         if inputs["num_pairs"] == 0:
+            # Times 0 rather than left out: the other ranks' gradient exchange waits for this backward pass.
             return losses.sum() * 0.0
         if model.training:
             self.telemetry.speed.add(*work_of(inputs["batch"]))
@@ -164,16 +168,19 @@ class PreferenceTrainer(Trainer):
             logs = {**logs, **self.telemetry.means(), **self.telemetry.speed.window(self.state.global_step)}
         share, self.state.epoch = self.state.epoch, self._passes.get(self.state.global_step, 0.0)
         super().log(logs, start_time)
+        # Callbacks tell an epoch that was broken off by the Trainer's own number.
         self.state.epoch = share
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, margin and accuracy over the validation pairs, of which every rank scores its share."""
         if self._val is None:
             return {}
+        # Not undone: the Trainer puts the model in train mode at every training step.
         self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             shares = from_all_ranks(self._evaluate_share(self._val))
         found = {index: values for share in shares for index, values in share.items()}
+        # Ranks took every n-th microbatch: back in the plan's order, so that sums do not depend on the ranks.
         losses, margins = torch.cat([found[index] for index in range(len(self._val))], dim=1)
         names = [name for item in self._val.data.plan for name in pair_ids(self._val.data.groups, item.parts)]
         metrics = self.telemetry.evaluated(losses, margins, names)
@@ -214,6 +221,7 @@ def work_of(batch: Any) -> tuple[int, str]:
 def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
     """The Trainer sees the plan of all epochs as one epoch of microbatches; the plan says where an epoch ends."""
     given = trainer_arguments(config, task, world_size())
+    # The Trainer has one number for all steps; a plan has equally many in each.
     num_microbatches = sum(item.step == 0 for item in plan) // world_size()
     one_epoch = {
         "num_train_epochs": 1,
