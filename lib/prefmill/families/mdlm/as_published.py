@@ -29,6 +29,7 @@ class AsPublished:
         """The configuration of a published config.json; raises InputError for what the module cannot do."""
         read: Any = super().from_dict(cls.translate(config_dict), **kwargs)  # type: ignore[misc]
         config = read[0] if isinstance(read, tuple) else read
+        # Masks are built in transformers by `is_causal` of the configuration, with no change to the model's code.
         config.is_causal, config.published = False, dict(config_dict)
         return read
 

@@ -75,6 +75,7 @@ def _question(row: SourceRow, config: BenchmarkConfig) -> Question:
             expected="question, answer" + (", choices" if config.kind == "multiple_choice" else ""),
             fix="map the data's names with columns",
         )  # fmt: skip
+    # GSM8K's answers are worked out in text, the number behind ####.
     if "####" in answer:
         raise InputError(
             "this answer is a solution, which no model writes word for word", where=row.where, got=answer[-60:],
@@ -97,6 +98,7 @@ def _place(answer: Any, choices: Any) -> int:
     if isinstance(answer, str) and answer.strip().upper() in set("ABCDEFGHIJ"):
         return ord(answer.strip().upper()) - ord("A")
     place = int(answer)
+    # A negative number would count from the last choice, and be taken for right.
     if place < 0:
         raise IndexError
     return place

@@ -40,6 +40,7 @@ def block_bounds(
             masked = torch.zeros(drawing.num_draws, end, dtype=torch.bool)
             masked[:, start:] = torch.from_numpy(drawn.masked)
             for rows in torch.split(torch.arange(drawing.num_draws), forward_batch_size):
+                # Later blocks are left out: no token of this one would see them.
                 sums = _masked_sums(model, ids[:end], masked[rows], block_tokens, mask_token_id, shifted)
                 values[rows] += torch.from_numpy(drawn.weights)[rows] * sums
         yield Likelihood(len(response), tuple(values.tolist()), tuple(block_sizes(drawing.num_draws, drawing.sampling)))
@@ -70,6 +71,7 @@ def _masked_sums(
     logits = model(input_ids=noisy, attention_mask=seen, use_cache=False).logits
     row, column = hidden.nonzero(as_tuple=True)
     places = logits[row, column - 1 if shifted else column]
+    # In fp32 at least: bf16 has 8 bits of precision, too few for a sum over a vocabulary.
     logps = places.log_softmax(-1, dtype=None if places.dtype == torch.float64 else torch.float32)
     found = logps.gather(-1, clean[column, None])[:, 0].double()
     return torch.zeros(len(noisy), dtype=torch.float64, device=weight.device).index_add(0, row, found).cpu()

@@ -77,6 +77,7 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
         """What this field's users write, as TrainingConfig calls it."""
         if not isinstance(values, dict):
             return values
+        # A copy: the mapping may be the caller's own, to be read again.
         values = dict(values)
         _rename(values, "gradient_checkpointing", "activation_checkpointing", lambda value: value)
         _rename(values, "use_mixed_precision", "precision", lambda value: "bf16" if value is True else "fp32")
@@ -102,7 +103,10 @@ class DiffusionSftConfig(DiffusionTrainingConfig):
     """Keys of mdlm_sft."""
 
     learning_rate: float = Field(1e-5, gt=0)
+    # One will do: this loss is linear in the draws, so their noise averages out over rows.
+    # That of preferences is not, and noise within a pair biases it (VRPO, arXiv 2505.19223).
     diffusion_steps: int = Field(1, ge=1)
+    # Without a fill a model trained row by row learns no end: docs/decisions/0139.
     answer_block_tokens: int = Field(32, ge=1)
 
 

@@ -59,6 +59,7 @@ def train_diffusion_dpo(
     groups = fill_groups(load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels), config, tokenizer)
     held_out = fill_groups(load_groups(val, tokenizer, config, task), config, tokenizer) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
+    # Before a model is loaded: an unknown objective costs no wait.
     objective = mix(config.loss_type, config.loss_weights, settings, DiffusionFamily.supplies)
     live = LiveVariance(config.num_draws, config.beta, config.variance_tolerance, config.diffusion_steps == "auto")
     family = diffusion_family(drawing_of(config), live)
@@ -79,6 +80,7 @@ def train_diffusion_dpo(
         processor=tokenizer,
         check=partial(check_in_shards, config, tokenizer, policy),
         publish=partial(publish_and_export, rescoring, tokenizer, config, task, policy),
+        # Objectives without a reference are spared the pass over all rows and epochs.
         reference=partial(_reference, task, groups, held_out, config) if objective.needs_reference else None,
         callbacks=[FollowOnResume(live)],
         resume=partial(choose_checkpoint, config),
@@ -110,6 +112,7 @@ def _reference(
     device = trainer.args.device
     with scoring_context(trainer, config):
         values = reference_values(model, device, task, train, config.num_train_epochs, config)
+        # Validation is drawn as in epoch 0 each time, so that its curve moves by the model alone.
         held_out = reference_values(model, device, task, val, 1, config)
     return by_epoch(values), by_epoch(held_out)
 
@@ -125,6 +128,7 @@ def reference_values(
     """The reference's value of every draw of every response, [S, E, n] a group."""
     drawing = drawing_of(config)
     said = {key: getattr(config, key) for key in ("quantization", "mask_token_id", "shifted_logits")}
+    # What the draws follow from is in the key: values of other draws are no reference for these.
     settings = {**computed_as(config), **said, "epochs": num_epochs, "drawing": repr(drawing)}
     scoring = GroupScoring(
         content=lambda group: [group.prompt, group.responses],

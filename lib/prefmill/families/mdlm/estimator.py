@@ -39,6 +39,7 @@ def draws_of(tokens: Sequence[int], length: int, num_draws: int, sampling: Sampl
     """
     content = np.asarray(tokens, dtype=np.int64).tobytes()
     digest = hashlib.sha256(f"{seed}:{epoch}:{length}:".encode() + content).digest()
+    # NumPy seeds by whole numbers, not by bytes; as a list all 32 of them count.
     return draw(length, num_draws, sampling, np.random.default_rng(list(digest)))
 
 
@@ -53,6 +54,7 @@ def draw(length: int, num_draws: int, sampling: Sampling, generator: np.random.G
     """
     if sampling == "inverse_t":
         t = 1.0 - generator.random(num_draws)  # in (0, 1]
+        # The 1/t form of LLaDA's pretraining loss (arXiv 2502.09992, eq. 3).
         return Draws(generator.random((num_draws, length)) < t[:, None], 1.0 / t)
     if sampling == "iid":
         counts = generator.integers(1, length + 1, num_draws)
@@ -91,6 +93,7 @@ def balanced_masks(
     load = np.zeros(len(order))
     masked = np.zeros((len(counts), len(order)), dtype=np.bool_)
     for index, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        # Loads that are equal but for rounding have to tie, or sums would decide in place of the random order.
         lightest = order[np.argsort(load[order].round(9), kind="stable")[:count]]
         masked[index, lightest] = True
         load[lightest] += weight

@@ -65,6 +65,7 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
         import re
 
         try:
+            # Found out here, not after hours of generation.
             re.compile(pattern or "")
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from None
@@ -72,6 +73,7 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
 
     @model_validator(mode="after")
     def _blocks_divide(self) -> Self:
+        # `generate` refuses the same, but only once the model is loaded.
         block = self.block_tokens or self.num_tokens
         steps = self.num_steps or self.num_tokens
         if self.num_tokens % block or steps > self.num_tokens or steps % (self.num_tokens // block):

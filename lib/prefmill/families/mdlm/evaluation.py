@@ -66,6 +66,7 @@ class Loaded:
         try:
             return list(bounds(scorer, rows, drawing))
         finally:
+            # Generation and the chain need the model's own logits again.
             restore_forward(self.model)
 
     def answers(self, prompts: Sequence[str], how: Unmasking) -> list[WrittenAnswer]:
@@ -95,10 +96,12 @@ class Loaded:
 
     def _prompt(self, text: str) -> list[int]:
         said = prompt_text(self.tokenizer, [{"role": "user", "content": text}])
+        # The template has written the first token: a tokenizer such as Llama's would add it again.
         ids: list[int] = self.tokenizer(said, add_special_tokens=False)["input_ids"]
         return ids
 
     def _answer(self, ids: list[int], ends: Collection[int]) -> WrittenAnswer:
+        # Ends are taken out by id: one that is no special token would stay in the text.
         text: str = self.tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)
         return WrittenAnswer(text.strip(), ended=ids[-1] in ends)
 
@@ -122,6 +125,7 @@ def evaluate_models(
     `more` adds rows of a kind of its own: a `task` with its `measure` and `value`.
     """
     pairs = list(read_pairs(pairs_file))[: config.num_pairs] if pairs_file is not None else []
+    # Before any model is loaded: a malformed row then ends the task at once.
     questions = {item.name: (item, read_questions(item)) for item in config.benchmarks}
     metrics: dict[str, Row] = {}
     likelihoods: dict[str, list[tuple[Likelihood, Likelihood]]] = {}
@@ -163,6 +167,7 @@ def load(label: str, name: str, config: DiffusionEvaluationConfig) -> Loaded:
         attn_implementation=config.attn_implementation,
         quantization=config.quantization,
     ).eval()
+    # Bitsandbytes puts 4-bit weights on the GPU while it loads them.
     if has_gpu() and config.quantization is None:
         model = model.to("cuda")
     mask = mask_token_of(model, tokenizer, config.mask_token_id)
@@ -246,6 +251,7 @@ def _chain(loaded: Loaded, pair: PreferencePair, answer: Answer) -> float:
 
 def _generation_rows(loaded: Loaded, pairs: Sequence[PreferencePair]) -> Iterator[Row]:
     config = loaded.config
+    # Not a set: its order differs by process, and draws go by a prompt's place.
     prompts = list(dict.fromkeys(pair.messages[-1]["content"] for pair in pairs if len(pair.messages) == 1))
     asked = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     pattern = None if config.wanted_pattern is None else re.compile(config.wanted_pattern)
@@ -273,6 +279,7 @@ def _choose(loaded: Loaded, questions: Sequence[Question]) -> list[str]:
     """The likeliest choice of every question."""
     samples = [loaded.encode(question.text, choice) for question in questions for choice in question.choices]
     found = iter(loaded.likelihoods(samples))
+    # By -n a tie goes to the first choice, not to the last in the alphabet.
     return [max((next(found).bound, -n, choice) for n, choice in enumerate(q.choices))[2].strip() for q in questions]
 
 

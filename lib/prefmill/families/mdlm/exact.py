@@ -88,6 +88,7 @@ def offset_pieces(law: Floats, num_draws: int) -> list[tuple[float, float]]:
     """Every stretch of offsets in [0, 1) on which systematic counts stay the same: a point inside, and its length."""
     edges = np.cumsum(law)[:-1]
     cuts = np.mod(edges[:, None] - np.arange(num_draws) / num_draws, 1.0)
+    # Rounded, as cuts that differ by rounding alone would leave a piece whose middle lies on an edge.
     ordered = np.unique(np.concatenate([[0.0, 1.0], cuts.ravel(), np.arange(num_draws) / num_draws]).round(14))
     return [((low + high) / 2, high - low) for low, high in pairwise(ordered.tolist())]
 
@@ -102,11 +103,14 @@ def exact_variances(sums: Floats, num_draws: int) -> dict[str, float]:
     shares = np.array(block_sizes(num_draws, "systematic")) / num_draws
     blocks = [_systematic_variance(means, variances, size) for size in block_sizes(num_draws, "systematic")]
     t = np.geomspace(0.001, 1, 20_001)
+    # Second moment: (1/t)^2 times the chance of a set of l tokens, t^l (1 - t)^(L - l); it is steep near 0.
     densities = [np.trapezoid(t ** (count - 2.0) * (1 - t) ** (length - count), t) for count in range(length + 1)]
     masked = np.array([bits.bit_count() for bits in range(len(sums))])
     second = float((sums**2 * np.array(densities)[masked]).sum())
     return {
+        # Blocks are independent: variances add, each by the square of its share.
         "systematic": float(shares**2 @ np.array(blocks)),
+        # The law of total variance: within a count, and between counts.
         "iid": float((variances.mean() + means.var()) / num_draws),
         "inverse_t": (second - float(means.mean()) ** 2) / num_draws,
     }

@@ -64,6 +64,7 @@ class LiveVariance:
         if count == 0:
             return {}
         variance = total / count
+        # Beyond the draws that were made too: the log then says that more would be needed.
         recommended = recommend_draws(variance, self.beta, self.tolerance, max(self.most, 1024))
         return {"draw_variance": variance, "recommended_draws": recommended, "draws": self.in_use}
 
@@ -86,6 +87,7 @@ class DiffusionFamily(Family):
         self, model: Any, batch: Any, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
     ) -> PairScores:
         """As `Family.pair_scores`; in training with the draws in use, and with their variance noted."""
+        # Evaluation takes all draws: its figures would else change with the number in use.
         num_draws = self.live.in_use if self.live and model.training else batch.weights.shape[1]
         batch = batch.first(num_draws)
         values = self.score(model, batch)
@@ -158,6 +160,7 @@ def margin_variance(sides: Sequence[Tensor], references: Sequence[Tensor | None]
     Half the squared difference of the two halves' means: each half is a sample by itself, while single draws of a
     block balance each other. The sides' draws are independent of each other, so their variances add.
     """
+    # The means of halves of n/2 draws differ by d with E[d^2] = 4 v / n: v is d^2 n / 4.
     num_draws = sides[0].shape[1] // 2 * 2
     total = torch.zeros(len(sides[0]), device=sides[0].device)
     for values, reference in zip(sides, references, strict=True):
@@ -170,6 +173,7 @@ def margin_variance(sides: Sequence[Tensor], references: Sequence[Tensor | None]
 def _over_ranks(total: float, count: int) -> tuple[float, int]:
     if not torch.distributed.is_initialized():
         return total, count
+    # NCCL moves memory of GPUs only.
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     values = torch.tensor([total, float(count)], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(values)

@@ -105,6 +105,7 @@ def draw_tokens(logits: Tensor, temperature: float, generator: torch.Generator) 
     """A token for every place from logits [..., V]: the likeliest at temperature 0, else drawn (Gumbel-max, fp64)."""
     if temperature == 0:
         return logits.argmax(-1)
+    # In fp32 the noise is cut off above, and rare tokens are drawn too seldom (arXiv 2409.02908).
     noise = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator).clamp_min(1e-300)
     return (logits.double() / temperature - torch.log(-torch.log(noise))).argmax(-1)
 
@@ -167,6 +168,7 @@ class _Reader:
         first = begin - self.shifted
         ids, valid = canvas.ids, canvas.valid
         if self.how.guidance:
+            # The prompt is masked, as LLaDA does, not left out: both passes have the same places.
             ids = torch.cat([ids, ids.masked_fill(canvas.prompt, self.mask_token_id)])
             valid = None if valid is None else valid.repeat(2, 1)
         found = self._forward(ids, valid, first).float()
@@ -205,7 +207,9 @@ class _Reader:
 
 def _fill_block(reader: _Reader, canvas: _Canvas, begin: int, num_steps: int, generator: torch.Generator) -> None:
     """Settle the tokens of the block of `canvas` that begins at column `begin`, in place."""
+    # A cache is good for one block: keys of earlier tokens change with every block that is settled.
     how, reader.cache = reader.how, None
+    # A view: what is settled in it is settled in the canvas.
     block = canvas.ids[:, begin : begin + how.block_tokens]
     for count in settled_at(how.block_tokens, num_steps):
         logits = reader.logits(canvas, begin)
@@ -222,6 +226,7 @@ def _only_places(model: Any, first: int, last: int) -> Iterator[None]:
     if head is None:
         yield
         return
+    # A hook, as models with code of their own need not know `logits_to_keep`.
     handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, first:last],))
     try:
         yield

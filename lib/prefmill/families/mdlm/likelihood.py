@@ -35,6 +35,7 @@ class Likelihood:
             return None
         sizes = np.array(self.blocks)
         means = np.add.reduceat(np.array(self.values), np.cumsum([0, *sizes[:-1]])) / sizes
+        # The last block may be smaller. K/(K-1), as the mean is estimated from the same blocks.
         shares = sizes / sizes.sum()
         return float(np.sqrt((shares**2 * (means - self.bound) ** 2).sum() * len(sizes) / (len(sizes) - 1)))
 
@@ -44,6 +45,7 @@ def bounds(scorer: Any, samples: Iterable[tuple[list[int], list[int]]], drawing:
     """The likelihood of every (prompt, response), under a model that is installed to score; the same draws for all."""
     device = next(scorer.parameters()).device
     for prompt, response in samples:
+        # Always epoch 0: all models that are compared meet the same draws.
         batch = encode_samples([(prompt, response)], [drawing.of(prompt, response, 0)]).to(device)
         values = tuple(score_batch(scorer, batch)[0].tolist())
         yield Likelihood(len(response), values, tuple(block_sizes(drawing.num_draws, drawing.sampling)))

@@ -65,6 +65,7 @@ def _own(model: Any, ids: list[int], masked: Any, mask_token_id: int, shifted: b
 def _scored(model: Any, ids: list[int], masked: Any) -> Tensor:
     batch = encode_samples([(ids[:_PROMPT], ids[_PROMPT:])], [Draws(masked, np.ones(len(masked)))])
     was_training = model.training
+    # Dropout inside a function is no module to switch off, and shows in train mode alone.
     model.train()
     with torch.no_grad():
         scores = score_batch(model, batch.to(model.device))

@@ -97,6 +97,7 @@ def attends_both_ways(model: Any) -> bool:
     other[0, -1] = ids[0, 0]
     with torch.no_grad():
         one, two = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
+    # To the bit: a causal mask gives later tokens a weight of exactly 0.
     return not torch.equal(one, two)
 
 
@@ -205,6 +206,7 @@ def uninitialised_is_nan() -> Iterator[None]:
 def _check_complete(model: Any, info: Mapping[str, Any], name: str, read: bool) -> None:
     """Raise InputError for a weight that the files lack, or a weight or buffer that holds no number."""
     missing = sorted(info["missing_keys"])
+    # To look at a weight in a mapped file would read it, on every rank.
     tensors = [*(model.named_parameters() if read else ()), *model.named_buffers()]
     unset = [key for key, value in tensors if value.is_floating_point() and value.isnan().any()]
     if missing or unset:

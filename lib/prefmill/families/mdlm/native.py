@@ -92,7 +92,9 @@ class LladaConfig(AsPublished, LlamaConfig):
         keys: dict[str, Any] = {
             ours: published[theirs] for ours, theirs in _LLADA_KEYS.items() if published.get(theirs) is not None
         }
+        # No number of its own is plain multi-head attention: a key head for every query head.
         keys.setdefault("num_key_value_heads", published["n_heads"])
+        # `embedding_size` is the vocabulary filled up for the hardware; the weights have that many rows.
         keys.setdefault("vocab_size", published["vocab_size"])
         if "intermediate_size" not in keys:
             keys["intermediate_size"] = published["mlp_ratio"] * published["d_model"]
@@ -150,9 +152,11 @@ MODELS: tuple[tuple[Any, Any], ...] = (
     (OlderLladaMoeConfig, OlderLladaMoeForCausalLM),
     (Llada2Config, Llada2ForCausalLM),
 )
+# Dream began as the autoregressive Qwen2.5, and kept its shift by one.
 SHIFTED = ("Dream",)  # the output at a place is for the token after it
 
 for _config, _model in MODELS:
+    # `exist_ok`: a transformers that knows one of these types by itself would else refuse at import.
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
 _LLADA = [WeightRenaming(theirs, ours) for theirs, ours in _LLADA_NAMES.items()]

@@ -45,6 +45,7 @@ class LladaMoeConfig(AsPublished, Qwen3MoeConfig):
     @classmethod
     def translate(cls, published: Mapping[str, Any]) -> dict[str, Any]:
         """LLaDA-MoE's keys as Qwen3MoeConfig's; raises InputError for what that cannot do."""
+        # False and null mean the same: the router's probabilities are not renormalised.
         require_fixed({**published, "norm_topk_prob": published.get("norm_topk_prob") or None}, _LLADA_MOE_FIXED)
         # Which conversion of weights applies goes by the model type, and this one is published under LLaDA's.
         keys = {key: value for key, value in published.items() if key != "model_type"}
@@ -133,6 +134,7 @@ def _fused(kind: str) -> WeightConverter:
     return WeightConverter([f".attention.query_key_value.{kind}"], ours, operations=[SplitHeads()])
 
 
+# Files have weights for each expert, transformers' modules one tensor for all of a layer's.
 _EXPERTS = get_checkpoint_conversion_mapping("qwen2_moe")
 CONVERSIONS = {
     "llada_moe": _EXPERTS,

@@ -116,8 +116,10 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forw
             return sum_by_owner(logps, places[0], len(rows.sample))
 
         together = list(chunks(ends, counts, forward_batch_size, input_ids.device))
+        # Sharded weights are gathered by all ranks at once, so every rank runs the model equally often.
         idle = [_nothing(input_ids.device)] * missing_runs(len(together), self)
         values = torch.cat(recomputed(sums, [(rows,) for rows in [*together, *idle]]))
+        # Chunks go by length: back to samples and draws. Idle runs come last; no place points at them.
         order = torch.argsort(torch.cat([rows.sample * weights.shape[1] + rows.draw for rows in together]))
         return weights * values[order].view(weights.shape)
 
@@ -149,6 +151,7 @@ def masked_logps(
         return logps_inside(states, targets[row, column], project)[None, :, None]
 
     with forward_as(head, logps):
+        # A cache would keep keys and values of every layer, which nothing reads.
         found: Tensor = plain(input_ids=noisy, use_cache=False).logits
     if len(runs) != 1:
         raise InputError(

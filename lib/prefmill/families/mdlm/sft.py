@@ -39,6 +39,7 @@ def train_diffusion_sft(config: DiffusionSftConfig, task: Task, start: str, trai
     tokenizer = load_diffusion_tokenizer(start, template=config, today=task.began_on, **options)
     groups = load_chats(train, tokenizer, config, task)
     held_out = load_chats(val, tokenizer, config, task) if val is not None else []
+    # The objective `sft` has no use for beta, which every Settings has.
     settings = Settings(beta=1.0)
     family = diffusion_family(Drawing(config.num_draws, config.sampling, config.seed))
     rescoring = diffusion_rescoring(config, tokenizer, family, groups)
@@ -72,6 +73,7 @@ def load_chats(path: Path, tokenizer: PreTrainedTokenizerBase, config: Diffusion
         messages, answer = chat_of(row.values, row.where)
         prompt, response = encode(tokenizer, messages, answer, row.values.get("tools") or ())
         name = str(row.values.get("id", row.number))
+        # Counted without the fill, which stops at max_length by itself.
         if len(prompt) + len(response) > config.max_length:
             dropped.append({"id": name, "file": path.parent.name, "num_tokens": len(prompt) + len(response)})
         else:

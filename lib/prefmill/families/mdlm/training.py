@@ -98,7 +98,9 @@ def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: Pr
         quantization=config.quantization,
     )
     if not getattr(model, "supports_gradient_checkpointing", False):
+        # The method of transformers raises for such a model; the Trainer calls it by this name.
         model.gradient_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)
+    # Before the adapter is put on: PEFT then wraps a model whose forward scores already.
     install_for(model, config, tokenizer, config.forward_batch_size)
     if not shared:
         check_loaded(model, config, tokenizer, name)
@@ -115,6 +117,7 @@ def check_loaded(model: Any, config: DiffusionTrainingConfig, tokenizer: PreTrai
     """Raise InputError where the scorer of `model` does not compute its own likelihoods."""
     inner = inner_model(model)
     mask, shifted = _outputs_of(inner, config, tokenizer)
+    # FSDP2 and 4-bit layers compute in the run's precision, whatever the weights' dtype says.
     exact = not uses_fsdp(config) and config.quantization is None
     check_diffusion_model(model, name, mask, shifted, inner.dtype if exact else torch_dtype(config.precision))
 
@@ -138,6 +141,7 @@ def checkpoint_layers(model: nn.Module) -> None:
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for layer in max(lists, key=len, default=()):
+        # No generator's state is kept: dropout is off, so a layer draws nothing.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -167,6 +171,7 @@ def diffusion_rescoring(
     config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase, family: Family, groups: Sequence[Group]
 ) -> Rescoring:
     """The shortest pairs' ELBOs over the first epoch's draws; what trained on 4-bit weights is saved on whole ones."""
+    # As anyone would load the finished folder: no special kernels, no adapter, whole weights.
     plain = {"precision": "fp32", "attn_implementation": None, "quantization": None, "lora": None}
     whole = config.model_copy(update=plain)
     parts = shortest_pairs(groups, lambda group, pair: group.tokens_of(pair))
@@ -183,6 +188,7 @@ def choose_checkpoint(config: DiffusionTrainingConfig, output: Path) -> str | No
     if config.resume_from_checkpoint is False:
         for path in output.glob(f"{CHECKPOINT_PREFIX}*"):
             shutil.rmtree(path)
+    # First the task's own: after a kill it goes on from there, not from the named folder once more.
     newest = newest_checkpoint(output)
     if newest is None and isinstance(config.resume_from_checkpoint, Path):
         return str(config.resume_from_checkpoint)
