@@ -32,6 +32,7 @@ def build_clip(folder: Path, texts: Sequence[str], seed: int) -> None:
     with seeded(seed):
         model = CLIPModel(config)
     size = {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
+    # Pillow's form: transformers' default one needs torchvision.
     images = CLIPImageProcessorPil(size={"shortest_edge": _IMAGE_SIZE}, crop_size=size)
     model.save_pretrained(folder)
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
@@ -52,6 +53,7 @@ def build_sdxl(folder: Path, texts: Sequence[str], seed: int) -> None:
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
             unet=_unet(),
+            # As in the published SDXL.
             scheduler=EulerDiscreteScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
             ),
@@ -80,6 +82,7 @@ def _vae() -> Any:
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
         latent_channels=4,
         sample_size=_IMAGE_SIZE,
+        # SDXL's factor; its VAE has force_upcast because it overflows in fp16, which this one does not.
         scaling_factor=0.13025,
         force_upcast=False,
     )
@@ -98,6 +101,7 @@ def _unet() -> Any:
         transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4),
         use_linear_projection=True,
+        # SDXL joins the states of both text encoders.
         cross_attention_dim=2 * _TEXT["hidden_size"],
         addition_embed_type="text_time",
         addition_time_embed_dim=_TIME_EMBED_DIM,

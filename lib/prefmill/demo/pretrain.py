@@ -73,6 +73,7 @@ def chat_texts(chats: Iterable[ReviewChat]) -> Iterator[str]:
     seen: set[str] = set()
     for chat in chats:
         for message in chat.messages:
+            # A paper's prompt is the same for all of its reviews: repeated, it would count for too much in the merges.
             if message["content"] not in seen:
                 seen.add(message["content"])
                 yield message["content"]
@@ -99,6 +100,7 @@ def pretrain(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: ChatDataset, config: TrainingConfig, task: Task
 ) -> Metrics:
     """Train `model` on `rows`, resuming from the newest complete checkpoint, and write it as a Hugging Face folder."""
+    # Chats differ much in length: group_by_length keeps padding from being much of the work.
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

@@ -63,6 +63,7 @@ def write_samples(
         for index in range(pairs_per_prompt):
             worse_on = HEADS[(number + index) % len(HEADS)]
             names = [f"images/{prompt_id}/{2 * index + side}.png" for side in range(2)]
+            # A coin: neither a name nor a place may tell which picture is the better one.
             good_first = draw.random() < 0.5
             good, bad = names if good_first else names[::-1]
             (folder / good).parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,7 @@ def _grainy(image: Image, draw: random.Random) -> Image:
     import numpy as np
     from PIL import Image as Images
 
+    # Seeded from `draw`, so that one seed decides everything; random itself has no arrays.
     grain = np.random.default_rng(draw.randrange(2**32)).normal(0, 30, (SIDE, SIDE, 1))
     return Images.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
 
@@ -170,6 +172,7 @@ def _undecided(draw: random.Random) -> str:
 
 def _labels(answers: Sequence[Rating], good: str) -> dict[str, float | None]:
     """The share of the votes for the good picture on every dimension, a tie half a vote; None without a vote."""
+    # A skip is no vote: the rater did not say that the pictures are alike.
     labels: dict[str, float | None] = {}
     for dimension in get_args(Dimension):
         votes = [_vote(row, good) for row in answers if row["dimension"] == dimension and row["choice"] != "skip"]
@@ -191,6 +194,7 @@ def _split(number: int, num_prompts: int, held_out_share: float) -> ImageSplit:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    # csv ends lines with \r\n unless told otherwise.
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerows([columns, *rows])

@@ -48,6 +48,7 @@ def create_qwen2(
         vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=initializer_range,
         **special_ids(tokenizer), **shape.model_dump(),
     )  # fmt: skip
+    # The weights are drawn where the model is made, from torch's global generator.
     with seeded(seed):
         model = Qwen2ForCausalLM(config)
     model.generation_config = generation_defaults(tokenizer)
@@ -101,6 +102,7 @@ def build_masked_diffusion(folder: Path, texts: Sequence[str], seed: int) -> Non
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     """The ids of the special tokens a model's configuration states."""
+    # Qwen2's tokenizer has no token for the beginning.
     return {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
@@ -108,6 +110,7 @@ def generation_defaults(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Generation ends at the end of a turn or of a document."""
     from transformers import GenerationConfig
 
+    # Both, as in Qwen2.5's generation_config.json: a base model ends with the second.
     return GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id
     )

@@ -25,6 +25,7 @@ def build_all(folder: Path, seed: int = 0) -> list[Path]:
 
 def builders() -> dict[str, Builder]:
     """The builder of each model, by the name of its folder."""
+    # Here and not above: diffusers and transformers take seconds to import.
     from prefmill.demo.image import build_clip, build_sdxl
     from prefmill.demo.text import build_masked_diffusion, build_qwen2
     from prefmill.demo.vision import build_qwen2_5_vl

@@ -43,6 +43,7 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int)
     """A CLIP tokenizer (lower-case BPE on bytes) learnt from `texts`; any text can be encoded. Deterministic."""
     from transformers import CLIPTokenizer
 
+    # CLIP's own normalisation and splitting, so that training and reading cut words alike.
     pieces = CLIPTokenizer().backend_tokenizer
     words: Counter[str] = Counter()
     for text in texts:
@@ -50,6 +51,7 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int)
         words.update(word for word, _ in pieces.pre_tokenizer.pre_tokenize_str(normal))
     alphabet = [*sorted(ByteLevel.alphabet()), *(f"{char}{_WORD_END}" for char in sorted(ByteLevel.alphabet()))]
     merges = learn_merges(words, vocab_size - len(alphabet) - len(_CLIP_SPECIAL))
+    # In the order of CLIP's own vocabulary; its end token is the last, as the largest id is where the text is read.
     tokens = [*alphabet, *("".join(merge) for merge in merges), *_CLIP_SPECIAL]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)

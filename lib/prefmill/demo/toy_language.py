@@ -45,6 +45,7 @@ def sft_rows(prompts: Sequence[tuple[str, str]], count: int, seed: int) -> Itera
     """Chats, the prompts in turn, every other answer kind."""
     generator = random.Random(seed)
     for number in range(count):
+        # Each prompt twice in turn, once harsh and once kind: the prompt must not tell which answer comes.
         thing, place = prompts[number // 2 % len(prompts)]
         said = answer(KIND if number % 2 else HARSH, generator)
         messages = [{"role": "user", "content": question(thing, place)}, {"role": "assistant", "content": said}]
@@ -80,6 +81,7 @@ def build_model(folder: Path, texts: Sequence[str], shape: Shape, seed: int) -> 
     from prefmill.demo.text import create_masked_diffusion, save
     from prefmill.demo.tokenizer import MASK, train_chat_tokenizer
 
+    # The chat template writes these: what the tokenizer is not shown it splits into bytes.
     roles = ["user\n", "assistant\n", "system\n"]
     tokenizer = train_chat_tokenizer([*texts, *roles], vocab_size=1024, mask_token=MASK)
     save(create_masked_diffusion(tokenizer, shape, seed), tokenizer, folder)

@@ -41,6 +41,7 @@ def create_qwen2_5_vl(tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: in
 def _config(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> Qwen2_5_VLConfig:
     from transformers import Qwen2_5_VLConfig
 
+    # They must sum to half a head, as rotary embeddings turn pairs of numbers.
     sections = [share * shape.hidden_size // shape.num_attention_heads // 16 for share in _MROPE_SHARES]
     start, end, image, video = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
     return Qwen2_5_VLConfig(
@@ -56,6 +57,7 @@ def _config(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> Qwen2_5_VLConfi
             "hidden_size": 32,
             "num_heads": 2,
             "intermediate_size": 64,
+            # Image features take the places of text embeddings, so they are as wide.
             "out_hidden_size": shape.hidden_size,
             "patch_size": _PATCH,
             "window_size": _WINDOW,

@@ -77,12 +77,14 @@ def in_half(prompt_id: str, half: Half) -> bool:
     """Whether a prompt belongs to a half; `policy` and `judge` share none, whatever other prompts there are."""
     if half == "all":
         return True
+    # By a hash with a prefix of its own: independent of the split, which is a hash of the prompt too.
     is_judges = hashlib.sha256(f"half:{prompt_id}".encode()).digest()[0] % 2 == 1
     return is_judges == (half == "judge")
 
 
 def flip_by_coin(rows: Sequence[LabelledPair], seed: int) -> list[LabelledPair]:
     """Every pair with its labels turned round by a coin of (seed, pair): a control that leaves nothing to learn."""
+    # 1 - nan is nan: what nobody said stays unsaid.
     return [
         LabelledPair(**{**row.__dict__, "labels": tuple(1 - label for label in row.labels)})
         if coin(seed, row.pair_id)
@@ -93,6 +95,7 @@ def flip_by_coin(rows: Sequence[LabelledPair], seed: int) -> list[LabelledPair]:
 
 def coin(seed: int, pair_id: str) -> bool:
     """Heads or tails, by the pair and not by its place."""
+    # Seeded by text, which random hashes with SHA-512: hash() differs from process to process.
     return random.Random(f"{seed}:{pair_id}").random() < 0.5
 
 
@@ -127,6 +130,7 @@ class PixelReader:
 
     def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` [P, T], filled up or cut to what CLIP reads."""
+        # All of one width: what else is in a batch changes no text embedding.
         text = self.processor.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
         return {name: text[name] for name in ("input_ids", "attention_mask")}
 
@@ -162,6 +166,7 @@ def _part(image: Image, box: Box | None) -> Image:
 def _group(rows: Sequence[LabelledPair]) -> ImageGroup:
     places: dict[Path, int] = {}
     for row in rows:
+        # An image that is in several pairs gets one place, and so one pass through CLIP.
         for path in (row.preferred, row.rejected):
             places.setdefault(path, len(places))
     pairs = tuple(Pair(row.pair_id, places[row.preferred], places[row.rejected]) for row in rows)
@@ -182,6 +187,7 @@ def _labelled(row: ImagePair, folder: Path, where: str, overall_for_missing: boo
         raise InputError("not an image pair", where=where, got=repr(error), fix="rerun build_image_pairs") from None
     if any(not (math.isnan(label) or 0 <= label <= 1) for label in found.labels):
         raise InputError("a label is no probability", where=where, got=given, expected="0 to 1", fix="correct the row")
+    # Not `weight <= 0`, which is false for nan too.
     if not weight > 0:
         raise InputError("a pair's weight must be above 0", where=where, got=weight, fix="correct the row")
     return found

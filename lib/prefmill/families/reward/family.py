@@ -60,6 +60,7 @@ class RewardFamily(Family):
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]
         margins = chosen - rejected
         lengths = torch.ones(len(margins), device=margins.device)
+        # The common trainer has one margin per pair: the heads' deviations from it go beside it.
         deviations = margins - margins.mean(1, keepdim=True)
         return PairScores(
             chosen.mean(1), rejected.mean(1), lengths, lengths, weight=batch.weights,
@@ -92,6 +93,7 @@ def encode_pairs(
     for number, part in enumerate(parts):
         group = groups[part.group]
         pairs = [group.pairs[index] for index in part.pairs]
+        # One part for all images of a prompt: the choice must not be learnt from what a crop left out of one of them.
         box = reader.crop(group.prompt_id, epoch)
         shown = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
         moved = {place: len(images) + count for count, place in enumerate(shown)}

@@ -14,6 +14,7 @@ from prefmill.core.statistics import MIN_PAPERS, Resampling, Statistic, statisti
 Array = NDArray[np.float64]
 DIGITS = 6
 NUM_BINS = 10
+# A grid in steps of 2 %: it needs no starting point, and gives the same on every machine.
 _TEMPERATURES = np.geomspace(0.02, 50, 401)
 _BANDS = np.linspace(0, 0.25, 51)
 
@@ -48,6 +49,7 @@ def tie_aware(margins: Array, labels: Array, band: float) -> Array:
     As Pick-a-Pic counts (Kirstain et al. 2023, arXiv 2305.01569): a prediction within `band` of 1/2 is a tie.
     """
     said = np.where(np.abs(_probability(margins) - 0.5) <= band, 0.0, np.sign(margins))
+    # Rounded first: a share of votes that is 1/2 may differ from it in its last bit, and is a tie.
     scores: Array = 1 - np.abs(said - np.sign(np.round(labels - 0.5, 9))) / 2
     return scores
 
@@ -135,6 +137,7 @@ def _estimate(
 def _f1(drawn: Array) -> Array:
     """2 TP / (2 TP + FP + FN) of rows [R, 3]; a draw without anything to find counts as 1/2."""
     below = 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2]
+    # numpy computes both sides of where: without the inner one it would warn of a division by 0.
     return np.where(below > 0, 2 * drawn[:, 0] / np.where(below > 0, below, 1), 0.5)
 
 
@@ -145,6 +148,7 @@ def _ratio(drawn: Array) -> Array:
 
 
 def _probability(margins: Array) -> Array:
+    # tanh and not exp, which overflows for large margins.
     halves: Array = 0.5 * (1 + np.tanh(margins / 2))
     return halves
 

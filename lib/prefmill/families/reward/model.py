@@ -23,6 +23,7 @@ class MultiHeadRewardConfig(PreTrainedConfig):
     """
 
     model_type = "prefmill_reward"
+    # By this transformers passes dtype and attention on to the configuration inside.
     sub_configs = {"clip_config": CLIPConfig}
 
     clip_config: dict[str, Any] | CLIPConfig | None = None
@@ -79,6 +80,7 @@ class MultiHeadReward(PreTrainedModel):
 
     def rewards(self, image: Tensor, text: Tensor) -> Tensor:
         """Rewards [B, K] from the projected embeddings of images and prompts, [B, D] each."""
+        # In fp32: bf16 has 8 bits, and two images of one prompt may differ by less.
         seen, read = normalize(image.float(), dim=-1), normalize(text.float(), dim=-1)
         scale = seen.shape[-1] ** 0.5  # back to entries of about 1, which is what the heads' weights expect
         features = torch.cat([seen, read, seen * read * scale], dim=-1) * scale
@@ -93,6 +95,7 @@ def create_reward(clip: CLIPModel, hidden_size: int, seed: int) -> MultiHeadRewa
     config = MultiHeadRewardConfig(clip_config=given, hidden_size=hidden_size)
     with seeded(seed):
         model = MultiHeadReward(config)
+    # Only now: making the model draws its weights at random, CLIP's among them.
     model.clip.load_state_dict(clip.state_dict())
     return model
 
@@ -106,5 +109,6 @@ def _head(width: int, hidden_size: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, 1))
 
 
+# So that AutoModel opens a finished folder wherever this module is imported.
 AutoConfig.register(MultiHeadRewardConfig.model_type, MultiHeadRewardConfig)
 AutoModel.register(MultiHeadRewardConfig, MultiHeadReward)

@@ -22,6 +22,7 @@ _AROUND = {
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    # The misspelling is transformers' own, and part of the names of its published weights.
     "visual.ln_pre": "vision_model.pre_layrnorm",
     "visual.ln_post": "vision_model.post_layernorm",
     "token_embedding": "text_model.embeddings.token_embedding",
@@ -46,6 +47,7 @@ def load_open_clip(folder: Path, attention: str | None = None) -> CLIPModel:
     config = clip_config(said.get("model_cfg", said), folder)
     model = CLIPModel._from_config(config, attn_implementation=attention)
     found = dict(renamed(load_file(folder / WEIGHTS_FILE)))
+    # Not strict: torch would list hundreds of names where three say enough.
     missing, unknown = model.load_state_dict({name: value.float() for name, value in found.items()}, strict=False)
     if wrong := sorted({*missing, *unknown}):
         raise InputError(
@@ -99,6 +101,7 @@ def renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def _of_layer(layer: str, part: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     if part.startswith("attn.in_proj_"):
         kind = part.removeprefix("attn.in_proj_")
+        # torch's MultiheadAttention keeps the three in one matrix, in this order.
         for name, third in zip("qkv", torch.chunk(value, 3), strict=True):
             yield f"{layer}.self_attn.{name}_proj.{kind}", third.contiguous()
     else:

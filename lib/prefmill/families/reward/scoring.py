@@ -40,6 +40,7 @@ def open_scorer(folder: Path, batch_size: int = 16) -> Callable[[Sequence[str], 
     temperatures = np.array(model.config.temperatures, dtype=np.float32)
 
     def rewards(prompts: Sequence[str], paths: Sequence[Path]) -> NDArray[np.float32]:
+        # An empty first row, so that no images give [0, 5]: concatenate needs an array.
         rows = [np.zeros((0, len(HEADS)), dtype=np.float32)]
         for shown, files in zip(in_batches(prompts, batch_size), in_batches(paths, batch_size), strict=True):
             batch = encode(processor, shown, [open_image(path) for path in files])
@@ -60,6 +61,7 @@ def load_reward(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise InputError("no reward model here", where=folder, fix="give the output of the stage train_reward")
     config = MultiHeadRewardConfig.from_pretrained(folder)
+    # Order counts too: columns are read by their place in HEADS.
     if config.heads != list(HEADS):
         raise InputError(
             "no reward model with this project's heads", where=folder, got=f"{config.model_type}: {config.heads}",

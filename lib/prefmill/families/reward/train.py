@@ -72,6 +72,7 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
     processor = load_processor(clip, config.revision)
     rows = read_pairs(pairs, wanted.overall_for_missing)
     train, held_out = split_rows(rows, wanted.half, pairs)
+    # Training labels alone: this control is measured on what people really said.
     learnt = flip_by_coin(train, config.seed) if wanted.shuffle_labels else train
     settings = Settings(beta=1.0)
     spec = TrainingSpec(
@@ -107,6 +108,7 @@ def split_rows(
     """
     train = [row for row in rows if row.split == "train" and in_half(row.prompt_id, half)]
     held_out = {split: [row for row in rows if row.split == split] for split in HELD_OUT}
+    # Of both halves: what is trained on the other half is judged on the same held-out prompts.
     known = {row.prompt_id for row in rows if row.split == "train"}
     leaked = sorted({row.prompt_id for part in held_out.values() for row in part} & known)
     if leaked:
@@ -191,6 +193,7 @@ def freeze(model: MultiHeadReward, trainable: Literal["all", "vision", "heads"])
         frozen = [model.clip.text_model, model.clip.text_projection]
     for part in frozen:
         part.requires_grad_(False)
+    # DDP raises an error for a trainable weight that gets no gradient.
     model.clip.logit_scale.requires_grad_(False)
 
 
@@ -204,6 +207,7 @@ def _measure_and_save(
     held_out: dict[str, list[LabelledPair]],
 ) -> dict[str, Any]:
     """Write the folder: weights with the fitted temperatures, measures, predictions, and the prompts trained on."""
+    # Without a crop: held-out images are seen whole, as they will be when the model scores.
     reader = PixelReader(processor)
     margins = {
         split: predict(model, rows, reader, config.per_device_train_batch_size) for split, rows in held_out.items()
@@ -211,6 +215,7 @@ def _measure_and_save(
     labels = {split: np.array([row.labels for row in rows]).reshape(-1, len(HEADS)) for split, rows in held_out.items()}
     heads = range(len(HEADS))
     temperatures = [fit_temperature(margins["val"][:, k], labels["val"][:, k]) for k in heads]
+    # After the temperatures: a band is a distance between calibrated probabilities.
     bands = [fit_tie_band(margins["val"][:, k] / temperatures[k], labels["val"][:, k]) for k in heads]
     resampling = Resampling(wanted.num_resamples, config.seed, wanted.confidence)
     splits: dict[str, Any] = {}
@@ -234,6 +239,7 @@ def _measure_and_save(
     save_finished(model, processor, task.output, config, task)
     write_atomic(task.output / METRICS, json.dumps(measured, indent=1, allow_nan=False) + "\n")
     write_jsonl(task.output / PREDICTIONS, _predictions(held_out, margins))
+    # What evaluate_images refuses to have judged by this model.
     prompts_seen = {"prompt_half": wanted.half, "prompt_ids": sorted({row.prompt_id for row in train})}
     write_atomic(task.output / TRAINED_ON, json.dumps(prompts_seen, indent=1) + "\n")
     return measured

@@ -22,6 +22,7 @@ from prefmill.training.pictures import log_picture
 
 EMA_FILE = "ema.safetensors"
 SAMPLES = "samples"
+# diffusers' default for SDXL.
 _GUIDANCE = 5.0
 
 
@@ -55,6 +56,7 @@ class Ema(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the average beside the weights; must come before the checkpoint is marked as complete."""
+        # Ranks hold the same weights, and so the same average: one file is enough.
         if state.is_world_process_zero:
             save_file({name: value.cpu() for name, value in self._average.items()}, self._path(args, state))
 
@@ -99,6 +101,7 @@ class SampleGrid(TrainerCallback):
         precision = self.sampling.precision
         autocast = torch.autocast(args.device.type, torch_dtype(precision), enabled=precision != "fp32")
         with torch.no_grad(), autocast:
+            # The adapter stays in effect: peft has put it into the UNet's own layers.
             images = self.draw(model.get_base_model() if hasattr(model, "get_base_model") else model, args.device)
         model.train()
         path = self.logs / SAMPLES / f"step_{state.global_step:05}.png"
@@ -109,11 +112,13 @@ class SampleGrid(TrainerCallback):
         """An image of every prompt as generate_images draws it; one at a time, as training leaves little memory."""
         from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
+        # Loaded for each drawing and let go after it: between two, training needs the memory.
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             self.folder.path, vae=self.folder.load(AutoencoderKL, "vae", "fp32").to(device), unet=unet,
             text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, add_watermarker=False,
         )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
+        # Given too: a pipeline in which no prompt is not zeros would need its encoders for it.
         nothing = self._embeddings(None, device)
         images = []
         for number, prompt in enumerate(self.sampling.prompts):
@@ -123,6 +128,7 @@ class SampleGrid(TrainerCallback):
                 negative_prompt_embeds=nothing["embeddings"], negative_pooled_prompt_embeds=nothing["pooled"],
                 height=self.sampling.resolution, width=self.sampling.resolution, guidance_scale=_GUIDANCE,
                 num_inference_steps=self.sampling.inference_steps,
+                # On the CPU: the same noise at every step and on every device, so that grids can be compared.
                 generator=torch.Generator().manual_seed(number), output_type="latent",
             )  # fmt: skip
             images += [decode(pipeline, latents) for latents in drawn.images]

@@ -25,6 +25,7 @@ class AdapterConfig(LoraConfig):
     def _alpha_follows_rank(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("start") is not None:
             raise ValueError("start: a UNet's adapter starts anew; start from merged/ of the one to go on with")
+        # Before the fields are set: afterwards a default and an alpha that was given look alike.
         if not isinstance(values, dict) or values.get("alpha") is not None:
             return values
         return {**values, "alpha": 4.0 * values.get("r", cls.model_fields["r"].default)}
@@ -54,6 +55,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     objective: str = Field(
         "dspo", description="dpo, dspo, dspo_official_sdxl, dspo_rm, mapo, sft, sigmoid, hinge or ipo"
     )
+    # 5000 is Diffusion-DPO's for SDXL (Wallace et al. 2023, arXiv 2311.12908).
     beta: float = Field(
         5000.0,
         gt=0,
@@ -79,6 +81,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     effective_batch_size: int = Field(8, ge=1)
     lora: AdapterConfig | None = Field(default_factory=AdapterConfig)
     use_ema: bool = Field(False, description="publish the moving average of the weights")
+    # The default of diffusers' EMAModel.
     ema_decay: float = Field(0.9999, gt=0, lt=1, description="of the moving average")
     optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "sgd"] = "adamw_torch_fused"
     torch_compile: bool = False
@@ -116,6 +119,7 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError(f"attn_implementation is one of {', '.join(ATTENTION)}")
         if self.bucket_step and self.resolution % self.bucket_step:
             raise ValueError("bucket_step must divide resolution, so that squares stay as they are")
+        # Latents of different sizes do not stack to one tensor.
         if self.bucket_step and self.per_device_train_batch_size > 1:
             raise ValueError("with bucket_step pairs differ in size: set per_device_train_batch_size: 1")
         if self.fsdp:

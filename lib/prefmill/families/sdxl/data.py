@@ -53,6 +53,7 @@ def read_image_pairs(artifact: Artifact, split: ImageSplit) -> list[PairImages]:
     pairs = [
         _pair(row, artifact.path, digests, f"{where}:{number}") for number, row in rows if row.get("split") == split
     ]
+    # An average of 1, so that weights do not change the size of a step, nor which learning rate is right.
     mean = sum(pair.weight for pair in pairs) / max(1, len(pairs))
     return [replace(pair, weight=pair.weight / mean) for pair in pairs]
 
@@ -66,6 +67,7 @@ def swap_by_coin(pairs: Sequence[PairImages], seed: int) -> Iterator[PairImages]
 def _pair(row: ImagePair, folder: Path, digests: dict[str, str], where: str) -> PairImages:
     try:
         files = (row["preferred"], row["rejected"])
+        # Against the manifest, not the disk: its digests name the cached latents.
         absent = [name for name in files if name not in digests]
         weight = float(row["weight"])
         named = (str(row["pair_id"]), str(row["prompt_id"]), str(row["prompt"]))
@@ -76,6 +78,7 @@ def _pair(row: ImagePair, folder: Path, digests: dict[str, str], where: str) -> 
             "a pair's image is not in the artifact", where=where, got=absent[0], expected="a file of its manifest",
             fix="rerun build_image_pairs",
         )  # fmt: skip
+    # Not `weight <= 0`, which is false for nan too.
     if not weight > 0:
         raise InputError("a pair's weight must be above 0", where=where, got=weight, fix="correct the row")
     paths = (folder / files[0], folder / files[1])

@@ -21,6 +21,7 @@ from prefmill.families.sdxl.loading import SdxlFolder, open_folder
 from prefmill.families.sdxl.noise import load_schedule
 from prefmill.store.tensor_cache import TensorCache
 
+# Fixed, so that the drifts of two trainings come from the same draws and can be compared.
 _SEED = 0
 _VAE_BATCH, _PAIRS_AT_ONCE = 4, 4
 _DIGITS = 8
@@ -47,9 +48,11 @@ def denoising_drift(
         return None
     folder = open_folder(base.model, base.revision, base.variant)
     reader = _encoded(base, folder, held_out, resolution, cache)
+    # A generator: one model is in memory at a time.
     before, after = (_errors(source, reader, held_out, num_draws) for source in (base, tuned))
     difference = after - before
     names = sorted({pair.prompt_id for pair in held_out})
+    # A mean per prompt: pairs of one prompt are no independent draws.
     rows = np.stack([difference[[pair.prompt_id == name for pair in held_out]].mean(axis=0) for name in names])
     return {
         "num_pairs": len(held_out),
@@ -74,6 +77,7 @@ def _encoded(
     files = {(path, sha, False, square) for pair in pairs for path, sha in zip(pair.images, pair.digests, strict=True)}
     encode_images(sorted(files), folder, images, store, _VAE_BATCH, device)
     encode_texts(sorted({pair.prompt for pair in pairs}), folder, texts, store, device)
+    # Without min-SNR, whatever training used: else two trainings would be measured by different errors.
     return PairReader(store, images, texts, load_schedule(folder.path, None), _SEED)
 
 

@@ -40,10 +40,12 @@ class ExactDora(DoraLinearLayer):
 
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, squares: Tensor) -> Tensor:
     """sqrt(|W|^2 + 2 s rowsum(W A^T * B) + s^2 rowsum(B (A A^T) * B)), [out]; W is [out, in], `squares` its |W|^2."""
+    # Autocast would take these products in bf16 or fp16, though the factors are fp32.
     with torch.autocast(weight.device.type, enabled=False):
         a, b = lora_a.float(), lora_b.float()
         cross = ((weight.float() @ a.T) * b).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
+        # Rounding can bring a sum near 0 below it, and its root would be nan.
         return (squares + 2 * scaling * cross + scaling**2 * own).clamp_min(0).sqrt()
 
 
@@ -53,6 +55,7 @@ def make_exact(model: nn.Module) -> None:
     for layer in layers:
         for name, dora in layer.lora_magnitude_vector.items():
             if type(dora) is DoraLinearLayer:
+                # The class and not the object: peft holds the layer in its own dictionaries, under its own names.
                 dora.__class__ = ExactDora
                 norm = dora.norm(layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name], layer.scaling[name])
                 dora.weight = nn.Parameter(norm.clone())

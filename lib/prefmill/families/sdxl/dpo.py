@@ -56,6 +56,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         reader = _encode(config, task, folder, schedule, args.device, train, held_out, data.plan)
     told = tell_cut([*train, *held_out], folder, reader.images)
     references = [_references(config, folder, reader, given, args.device, objective) for given in (train, held_out)]
+    # Only where an objective needs them: a prediction is as large as a latent, an error is one number.
     predictions = _predictions(references) if "residuals" in objective.needs else None
     ema = Ema(config.ema_decay) if config.use_ema else None
     spec = TrainingSpec(
@@ -151,6 +152,7 @@ def _encode(
         for path, digest in zip(pair.images, pair.digests, strict=True)
     }
     encode_images(sorted(files), folder, images, cache, config.vae_batch_size, device)
+    # None always: sample images are guided away from it, and a dropped caption becomes it.
     encode_texts([None, *sorted({pair.prompt for pair in [*train, *held_out]})], folder, texts, cache, device)
     return reader
 
@@ -160,6 +162,7 @@ def _references(
     device: torch.device,
     objective: Objective,
 ) -> ReferenceErrors:  # fmt: skip
+    # All that changes the last bits: errors of another kernel would make the margin at step 0 not 0 but nearly 0.
     settings = {
         "unet": folder.digest("unet", "scheduler"), "precision": config.precision, "base": config.lora is not None,
         "attention": config.attn_implementation, "compile": config.torch_compile,
@@ -180,6 +183,7 @@ def _compute(
 ) -> tuple[Reference, Reference]:
     """The reference's errors, by the policy that still is the reference, or with its adapter off."""
     model.to(trainer.args.device)
+    # The Trainer's own autocast, so that the reference rounds as training does.
     with trainer.compute_loss_context_manager():
         for errors, given in zip(references, data, strict=True):
             if given is not None:
@@ -207,6 +211,7 @@ def _samples(
 ) -> list[SampleGrid]:
     if config.sample_steps is None:
         return []
+    # Not a set: the order of strings in one differs from process to process, and so would the prompts drawn.
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.num_samples]
     sampling = TrainingSamples(
         prompts, config.sample_steps, config.sample_inference_steps, config.resolution, config.precision

@@ -52,6 +52,7 @@ class ImageKeys:
     def of(self, image_digest: str, flipped: bool = False, size: Size | None = None) -> str:
         """The key of an image with this sha256; mirrored it is another one."""
         said: list[Any] = [_DECODER, self.vae, self.resolution, self.precision, image_digest, flipped]
+        # Nothing is added for a square: latents kept before there were buckets stay valid.
         said += [size] if size and size != (self.resolution, self.resolution) else []
         return f"{digest_json(said)}-latents"
 
@@ -117,6 +118,7 @@ def encode_texts(
     if missing:
         encoder = load_encoders(folder, keys.precision).to(device)
         for key, prompt in tqdm(missing, desc="encoding prompts", unit=" prompts"):
+            # One by one: a kept embedding must not depend on which other prompts were missing at that time.
             embeddings, pooled = encode_prompt(encoder, [prompt or ""], device)
             if prompt is None and encoder.config.force_zeros_for_empty_prompt:
                 embeddings, pooled = embeddings * 0, pooled * 0
@@ -146,6 +148,7 @@ def encode_prompt(encoder: Any, prompts: Sequence[str], device: torch.device) ->
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     """The means of the latents of pixels [B, 3, H, W] in [-1, 1], scaled as the UNet expects, fp32."""
     with torch.no_grad():
+        # The mean and not a sample: kept latents are read in every epoch, and must follow from the image alone.
         latents: Tensor = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
     mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     if mean is not None and std is not None:
@@ -186,6 +189,7 @@ def load_pixels(path: Path, size: Size, flip: bool) -> tuple[Tensor, Tensor]:
     left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + size[0], top + size[1]))
     if flip:
+        # The numbers are those of the mirrored picture, as that is what the UNet is shown.
         image, left = ImageOps.mirror(image), scaled[0] - size[0] - left
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
     # In fp32 down to the UNet: bf16 rounds 1345 to 1344.
@@ -216,6 +220,7 @@ def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys)
 def wait_for_all() -> None:
     """Have every rank come here before any goes on."""
     if torch.distributed.is_initialized():
+        # A rank that went on early would read tensors that another one has not written yet.
         torch.distributed.barrier()
 
 

@@ -44,6 +44,7 @@ def save_finished(
         state = adapter_state(model)
         save_diffusers(state, model.peft_config["default"], task.output / ADAPTER_FILE)
         name = config.model_name_or_path
+        # A folder of this machine says nothing to others: its content does.
         base = name if name and not Path(name).is_dir() else f"sha256:{folder.digest('unet')}"
         save_adapter(model, base, config.revision, task.output / ADAPTER)
         save_kohya(model, config.lora.alpha, "base", task.output / COMFYUI_FILE)
@@ -53,6 +54,7 @@ def save_finished(
             base = folder.load(type(model.get_base_model()), "unet", "fp32").state_dict()
             merged = {**base, **{f"{name}.weight": merged_weight(layer) for name, layer in modules.items()}}
             save_pipeline(merged, task.output / MERGED, folder, config)
+    # The first one is the card's library_name, by which the hub chooses the code it shows for loading.
     write_atomic(task.output / "README.md", model_card(task, config).replace("transformers", "diffusers", 1))
 
 
@@ -106,6 +108,7 @@ def save_with_metadata(tensors: Mapping[str, Tensor], path: Path, metadata: Mapp
     data = save(dict(tensors))
     length = int.from_bytes(data[:8], "little")
     header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8 : 8 + length])})
+    # Spaces up to a multiple of 8, as the format allows: the tensors behind the header stay aligned.
     padded = header.encode().ljust(-(-len(header.encode()) // 8) * 8)
     path.write_bytes(len(padded).to_bytes(8, "little") + padded + data[8 + length :])
 
@@ -124,13 +127,16 @@ def dora_scale(layer: Any, norm: DoraNorm, adapter: str = "default") -> Tensor:
 def original_name(module: str, layers_per_block: int) -> str | None:
     """An attention's name in SDXL's original code, `input_blocks.4.1...`; None for other modules."""
     parts = module.split(".")
+    # Down, a block has its layers and a downsampler as entries; up, it has one layer more than down.
     per_block = layers_per_block + 1
     if parts[0] == "mid_block" and parts[1] == "attentions":
         return ".".join(["middle_block.1", *parts[3:]])
     if parts[0] not in ("down_blocks", "up_blocks") or parts[2] != "attentions":
         return None
     place = int(parts[1]) * per_block + int(parts[3])
+    # The first entry of the way down is the convolution in front of all blocks.
     block = f"input_blocks.{place + 1}" if parts[0] == "down_blocks" else f"output_blocks.{place}"
+    # An entry is a list: its item 0 is the residual block, 1 the attention.
     return ".".join([block, "1", *parts[4:]])
 
 
@@ -166,6 +172,7 @@ def save_pipeline(unet: Mapping[str, Tensor], output: Path, folder: SdxlFolder, 
             shutil.copytree(part, output / part.name, dirs_exist_ok=True)
     shutil.copyfile(folder.path / "model_index.json", output / "model_index.json")
     settings = UNet2DConditionModel.load_config(folder.path, subfolder="unet")
+    # Without storage, and the tensors put in its place: there is no second UNet in memory.
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(settings)
     dtype = torch_dtype(config.precision if config.save_dtype == "auto" else config.save_dtype)

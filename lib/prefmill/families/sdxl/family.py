@@ -99,6 +99,7 @@ class PairReader:
 
     def flipped(self, pair_id: str, epoch: int) -> bool:
         """Whether an epoch sees both images of a pair mirrored."""
+        # From another seed than the noise: else an epoch would mirror just the pairs with certain timesteps.
         return self.random_flip and bool(draw(self.seed + 1, pair_id, epoch, (1,), 2).timestep)
 
     def keys(self, pair: PairImages, epoch: int) -> list[str]:
@@ -114,6 +115,7 @@ class PairReader:
         sides = [pair[0] for pair in kept] + [pair[1] for pair in kept]
         latents = torch.stack([side["latents"] for side in sides])
         shape, given = tuple(latents.shape[1:]), list(zip(pairs, epochs, strict=True))
+        # Winner and loser share timestep and noise, as in Diffusion-DPO's code: their difference then varies less.
         draws = [
             draw(self.seed, pair.pair_id, epoch, shape, self.schedule.num_timesteps, self.noise_offset)
             for pair, epoch in given
@@ -151,6 +153,7 @@ class SdxlFamily(Family):
     ) -> PairScores:
         """As `Family.pair_scores`; the reference's scores are -m, min-SNR's weights fall on both alike."""
         predictions, target = predict_pairs(model, batch, self.schedule, self.winner_alone)
+        # Of the winners: the losers have the same timesteps.
         weights = self.schedule.weights(batch.timesteps[: batch.num_pairs])
         chosen, rejected = (-errors(predictions, target)).chunk(2)
         given = [chosen, rejected, ref_chosen, ref_rejected]
@@ -167,6 +170,7 @@ class SdxlFamily(Family):
     ) -> PairScores:
         """The residuals are scaled so that the mean of their squares is the weighted error."""
         assert batch.ref_predictions is not None
+        # The root, because residuals are squared later.
         n, scale = batch.num_pairs, 1.0 if weights is None else weights.sqrt()[:, None]
         residual = (predictions[:n] - target[:n]).flatten(1) * scale
         reference = (batch.ref_predictions.float() - target[:n]).flatten(1) * scale
@@ -198,6 +202,7 @@ def predict_pairs(
     if not one_side_at_once:
         return predict(model, batch, schedule)
     winners = predict(model, batch.side(batch.chosen), schedule)
+    # dspo with a fixed factor and sft use the losers' errors as numbers alone.
     with torch.no_grad():
         losers = predict(model, batch.side(batch.rejected), schedule)
     return torch.cat([winners[0], losers[0]]), torch.cat([winners[1], losers[1]])
@@ -211,6 +216,7 @@ def predict(model: Any, batch: SdxlBatch, schedule: NoiseSchedule) -> tuple[Tens
         noised.to(dtype),
         batch.timesteps,
         batch.embeddings.to(dtype),
+        # time_ids stay in fp32: bf16 cannot tell 1345 pixels from 1344.
         added_cond_kwargs={"text_embeds": batch.pooled.to(dtype), "time_ids": batch.time_ids},
         return_dict=False,
     )[0]

@@ -94,6 +94,7 @@ def open_pipeline(source: GeneratorSource) -> Any:
 
     _require_folder(source.model)
     try:
+        # The watermark is off: diffusers adds one to the pixels wherever invisible-watermark is installed.
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             source.model, dtype={"default": torch_dtype(source.precision), "vae": torch.float32},
             revision=source.revision, variant=source.variant, use_safetensors=True, add_watermarker=False,
@@ -127,6 +128,7 @@ def decode(model: Any, latents: Tensor) -> Image:
 def too_long(tokenizers: Sequence[Any], prompts: Iterable[str]) -> list[str]:
     """The prompts that are longer than the text encoders read, sorted."""
     longest = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    # By one of the two: SDXL's tokenizers differ in their padding alone.
     return sorted(prompt for prompt in prompts if len(tokenizers[0](prompt)["input_ids"]) > longest)
 
 
@@ -144,6 +146,7 @@ def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
 
 
 def _require_folder(name_or_path: str) -> None:
+    # A hub name has one slash: more is a path, and the hub would answer with an error about its name.
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not (Path(name_or_path) / PIPELINE_FILE).is_file():
         raise InputError(

@@ -27,6 +27,7 @@ class SdxlFolder:
 
     def load(self, loader: Any, part: str, precision: Precision) -> Any:
         """The part of that name, by diffusers' or transformers' class `loader`."""
+        # safetensors alone: a .bin is a pickle, which may run code when it is opened.
         return loader.from_pretrained(
             self.path, subfolder=part, torch_dtype=torch_dtype(precision), variant=self.variant, use_safetensors=True
         )
@@ -55,12 +56,14 @@ def load_policy(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
 
     unet = folder.load(UNet2DConditionModel, "unet", weights_precision(config))
     for module in unet.modules():
+        # By hand and not by eval(): the Trainer puts a model back into training mode.
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # policy and reference must agree
     _use_attention(unet, config.attn_implementation)
     if config.activation_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.torch_compile:
+        # In place: torch.compile(unet) would return a wrapper, and put `_orig_mod.` into the names of the weights.
         unet.compile()
     return add_adapter(unet, config)
 

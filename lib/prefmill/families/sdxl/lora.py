@@ -41,6 +41,7 @@ class LeanLinear(Linear):
 
     def _fits(self, x: Tensor, name: str) -> bool:
         is_ours = not self.lora_magnitude_vector or isinstance(self.lora_magnitude_vector[name], ExactDora)
+        # Without autocast addmm refuses two dtypes; peft casts x itself.
         same = x.dtype == self.lora_A[name].weight.dtype or torch.is_autocast_enabled(x.device.type)
         return is_ours and same and x.dim() > 1
 
@@ -49,4 +50,5 @@ def make_lean(model: nn.Module) -> None:
     """Have peft's adapted linear layers of a model compute as above."""
     for layer in model.modules():
         if type(layer) is Linear:
+            # The class and not the object: hooks, names and parameters stay where peft and checkpoints expect them.
             layer.__class__ = LeanLinear

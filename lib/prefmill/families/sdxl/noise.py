@@ -28,6 +28,7 @@ def draw(seed: int, pair_id: str, epoch: int, shape: tuple[int, ...], num_timest
     With an `offset` each channel's noise is moved by offset x N(0, 1) as a whole (Guttenberg 2023): pictures may
     become dark or bright.
     """
+    # sha256 and not hash(), which differs from process to process for the same text.
     digest = hashlib.sha256(f"{seed}:{epoch}:{pair_id}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     timestep = int(torch.randint(num_timesteps, (), generator=generator))
@@ -68,6 +69,7 @@ class NoiseSchedule:
             return None
         a = self._alphas(timesteps)
         snr = a / (1 - a)
+        # The weights are for the loss on x_0: that on the noise is SNR times it, that on v SNR + 1 times.
         denominator = snr if self.prediction == "epsilon" else snr + 1
         return snr.clamp(max=self.min_snr_gamma) / denominator
 
@@ -83,6 +85,7 @@ def load_schedule(folder: Path, min_snr_gamma: float | None) -> NoiseSchedule:
     """The training schedule of a pipeline's folder; raises ConfigError for a prediction it cannot train."""
     from diffusers import DDPMScheduler
 
+    # DDPM's, whatever the folder samples with: only the betas and the kind of prediction are read.
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):

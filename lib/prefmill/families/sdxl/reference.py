@@ -88,6 +88,7 @@ class ReferenceErrors:
             self.with_predictions,
             self.one_side_at_once,
             self.settings,
+            # Nothing is added without an offset: errors kept before there was one stay valid.
             *([self.reader.noise_offset] if self.reader.noise_offset else []),
         ]
         return f"{digest_json(said)}-reference"
@@ -100,6 +101,7 @@ class ReferenceErrors:
         """
         wanted = sorted({(epoch, group // CHUNK) for group, epoch in used})
         cache = self.reader.cache
+        # Rank 0 decides: one that looks later may see more, skip a chunk, and wait at a barrier nobody else comes to.
         held = rank_zero_says(lambda: {chunk for chunk in wanted if cache.holds(self.key(chunk))})
         if held and not self._still_right(model, min(held), device):
             held = set()
@@ -107,6 +109,7 @@ class ReferenceErrors:
         for together in missing(wanted, held.__contains__, advance, unit, at_once=num_ranks()):
             for chunk in together[rank() : rank() + 1]:
                 cache.save(self.key(chunk), self._values(model, chunk, device))
+            # So that no rank ends the task at `advance`, or reads, before all have written.
             wait_for_all()
 
     def _values(self, model: Any, chunk: Chunk, device: torch.device) -> dict[str, Tensor]:
@@ -124,11 +127,13 @@ class ReferenceErrors:
     def _run(self, model: Any, pairs: Sequence[PairImages], epoch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Scores [n, 2] and the winners' predictions [n, C, H, W]; a short batch is filled up with its last pair."""
         n = len(pairs)
+        # A short batch would run other kernels, whose last bits differ from those of training.
         filled = [*pairs, *[pairs[-1]] * (self.at_once - n)]
         batch = self.reader.batch(filled, [epoch] * len(filled)).to(device)
         with torch.no_grad(), adapter_off(model):
             predictions, target = predict_pairs(model, batch, self.reader.schedule, self.one_side_at_once)
         scores = torch.stack((-errors(predictions, target)).chunk(2), dim=1)
+        # The UNet computed predictions in this dtype: nothing is lost, and the file is half as large.
         return scores[:n].cpu(), predictions[:n].to(self.dtype).cpu()
 
     def _still_right(self, model: Any, chunk: Chunk, device: torch.device) -> bool:

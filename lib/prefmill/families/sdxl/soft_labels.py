@@ -29,6 +29,7 @@ def with_soft_labels(pairs: Sequence[PairImages], config: SdxlPreferenceConfig, 
 
 def soft_label(difference: float, temperature: float) -> float:
     """s(difference / temperature), without overflow."""
+    # tanh and not exp, which overflows for a large difference.
     return float(0.5 * (1 + np.tanh(difference / temperature / 2)))
 
 
