@@ -36,6 +36,7 @@ class MaskPattern:
         """What these places see of these, [queries, keys] bool."""
         places = (torch.arange(span.start, span.stop, device=device) for span in (queries, keys))
         query, key = next(places)[:, None], next(places)[None]
+        # A pattern may look at queries alone or at keys alone, and then gives a single column or row.
         return torch.as_tensor(self.sees(0, 0, query, key)).expand(len(queries), len(keys))
 
 
@@ -52,6 +53,7 @@ def register() -> None:
 def _pattern(
     *, mask_function: Any, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any
 ) -> MaskPattern | None:
+    # transformers hands on this very function unless something was laid over it; without a mask kernels are faster.
     if mask_function is causal_mask_function:
         return None
     # Only a function that transformers made of the window alone is one: callers may have laid others over it.

@@ -68,7 +68,9 @@ def encode_turns(
     _refuse_templated(tokenizer, [turn for place, turn in enumerate(messages) if place not in places])
     whole = _render(tokenizer, messages, tools, add_generation_prompt=False)
     _require_tools(tools, whole)
+    # In characters first: a part that is tokenised by itself may give other tokens than within the whole.
     spans = [_span(tokenizer, messages, place, tools, whole) for place in places]
+    # LLaDA's template writes the next answer's header behind the last answer.
     whole = whole[: spans[-1][1]]
     ids = _ids(tokenizer, whole)
     trained = [False] * len(ids)
@@ -105,6 +107,7 @@ def _num_tokens(tokenizer: PreTrainedTokenizerBase, whole: str, end: int, ids: S
     if end == len(whole):
         return len(ids)
     before = _ids(tokenizer, whole[:end])
+    # Tokenizers may merge letters across the border: that token would be of both sides.
     if list(ids[: len(before)]) != before:
         raise _mismatch("the answer's first letters join the last token of the prompt", whole, whole[:end])
     return len(before)
@@ -132,6 +135,7 @@ class Template:
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template as it behaves; a user's turn alone is tried, which every template takes."""
+    # By the text of the template: one that is put on the tokenizer later is tried anew.
     known: dict[str, Template] = tokenizer.__dict__.setdefault("_prefmill_templates", {})
     text = str(tokenizer.chat_template)
     if text not in known:
@@ -142,6 +146,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         control = {int(place) for place, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         header = unasked.split(_PROBE)[0].strip()
+        # A header without a control token (`User:`) is ordinary text, which a message may well hold.
         known[text] = Template(
             wants_parts, header if control.intersection(_ids(tokenizer, header)) else "", asked == unasked != "",
             frozenset(control),
@@ -150,6 +155,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The template writes special tokens itself: the tokenizer would put a second BOS in front.
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -158,6 +164,7 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], tools: Sequence[Any], add_generation_prompt: bool
 ) -> str:
     given = _as_parts(messages) if template_of(tokenizer).wants_parts else list(messages)
+    # None for no tools: Llama 3.1's template asks `tools is not none`, and would open its section for an empty list.
     return apply_template(
         tokenizer, list(map(_under_all_names, given)), add_generation_prompt, tools=list(tools) or None
     )
@@ -222,6 +229,7 @@ def _require_tools(tools: Sequence[Any], whole: str) -> None:
 
 def _check_answer(turn: Turn, completion: str) -> None:
     """Raise InputError where the completion lacks a part of the turn, white space aside, or has a second thought."""
+    # Many templates strip an answer, which takes nothing that is to be learnt.
     found, answer = "".join(completion.split()), text_of(turn)
     for what, text in _parts_of(turn):
         if "".join(text.split()) not in found:
@@ -253,6 +261,7 @@ def _leaves(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _leaves(item)
+    # Quotes and other letters are escaped by some templates and not by others: such a text could not be found.
     elif isinstance(value, str) and value.isalnum() and value.isascii():
         yield value
 

@@ -16,6 +16,7 @@ TrainOn = Literal["completion", "last_turn", "all_assistant_turns"]
 class RouterLoss(StrictConfig):
     """The balancing loss of a mixture of experts (Fedus et al. 2021, arXiv 2101.03961)."""
 
+    # None rather than 0: before this key sft took the model's own value, and still does unless told otherwise.
     router_aux_loss_coef: float | None = later(
         None, ge=0, description="weight of the experts' balancing loss; none: in sft what the model says, in dpo 0"
     )

@@ -79,6 +79,7 @@ def train_dpo(
     config, why_pairwise = choose_layout(config, policy)
     options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(policy, template=rows, today=task.began_on, **options)
+    # From the configuration alone: refused before rows are tokenised and weights are loaded.
     check_start(policy, tokenizer, config)
     reader = open_reader(policy, tokenizer, rows, TRAINED, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
@@ -140,6 +141,7 @@ def load_groups(
         for pair in group.pairs
         if group.tokens_of(pair) > config.max_length
     ]
+    # Pair by pair: the others of the same prompt stay.
     kept = [group for group in (group.up_to(config.max_length) for group in groups) if group.pairs]
     report_dropped(task, dropped, sum(len(group.pairs) for group in kept), config)
     if not kept:
@@ -162,6 +164,7 @@ def load_trained(name: str, config: PreferenceConfig, parts: ChatRows, with_imag
     model = load_policy(name, config, config.revision)
     if parts.router_aux_loss_coef:
         count_routing(model, name)
+    # Frozen first: an adapter is not put on modules that stay as they are.
     return add_adapter(model, config, freeze(model, parts, with_images))
 
 
@@ -201,6 +204,7 @@ def causal_family(
             shown = [groups[part.group] for part in parts for _ in part.pairs for _side in range(2)]
         return add_images(batch, shown, reader) if reader else batch
 
+    # Each is a family of its own, and none is both.
     if config.ld_alpha is not None and router_aux_loss_coef:
         raise ConfigError(
             "ld_alpha and router_aux_loss_coef do not go together",
@@ -218,6 +222,7 @@ def causal_rescoring(
     config: PreferenceConfig, groups: Sequence[Group], pad: int, reader: ImageReader | None
 ) -> Rescoring:
     """The shortest pairs' log-likelihoods; saved models are scored pairwise with plain attention in fp32."""
+    # As whoever loads the folder computes: one row a response, the model's own attention, whole weights.
     fp32 = {"precision": "fp32", "attn_implementation": None, "layout": "pairwise", "quantization": None}
     plain = config.model_copy(update=fp32)
     parts = shortest_pairs(groups, lambda group, pair: group.tokens_of(pair))
@@ -249,6 +254,7 @@ def _reference(
 ) -> tuple[Reference, Reference]:
     """The reference's scores of all responses, train and val; called while the policy still is as it starts."""
     at_once = [config.per_device_train_batch_size, config.max_tokens_per_microbatch]
+    # Another packing or batch size adds in another order: scores are kept for each.
     settings = {**computed_as(config), "layout": config.layout, "at_once": at_once, "ld_alpha": config.ld_alpha}
     other, device = reference_parts(config), trainer.args.device
     weights = start_weights(task, config) if other is None else _weights(*other, config)
@@ -271,6 +277,7 @@ def _other_reference(
     base: str, adapter: Path | None, config: PreferenceConfig, trainer: PreferenceTrainer
 ) -> Iterator[Any]:
     """Another checkpoint than the policy, as training would hold it."""
+    # transformers' sharded loading would come before the adapter is put on; `scoring_model` shares both together.
     with unsharded_loading():
         model = load_policy(base, config, config.ref_revision)
     if adapter is not None:
@@ -286,6 +293,7 @@ def _weights(base: str, adapter: Path | None, config: PreferenceConfig) -> str:
 
 def _content(group: Group, config: PreferenceConfig, reader: ImageReader | None) -> list[Any]:
     """All that a group's scores depend on but the model and the settings."""
+    # With LD-DPO alone the score of a response depends on its rival.
     pairs = [(pair.chosen, pair.rejected) for pair in group.pairs] if config.ld_alpha is not None else None
     return [group.prompt, group.responses, reader.digest([group.images]) if reader else None, pairs]
 
@@ -305,6 +313,7 @@ def _response_batches(
         batches = [pack([cut]) for cut in cut_responses(group, config.max_tokens_per_microbatch)]
         shown = [[group]] * len(batches)
     else:
+        # A pair is two rows in training: as many here need no more memory.
         at_once = 2 * config.per_device_train_batch_size
         sequences = [(group.prompt, response) for response in group.responses]
         batches = [encode_sequences(sequences[n : n + at_once], pad) for n in range(0, len(sequences), at_once)]

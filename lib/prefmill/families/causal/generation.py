@@ -78,6 +78,7 @@ def encode_prompts(
 
 def max_prompt_tokens(config: PreTrainedConfig, max_new_tokens: int) -> int | None:
     """The longest prompt that leaves room for the answer; None where the model states no limit."""
+    # The configuration of a model with a vision part has this limit in its text part.
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return None
@@ -134,6 +135,7 @@ def generate_batch(
     end_ids = end_token_ids(model.generation_config, tokenizer)
     length = max(len(request.prompt_ids) for request in batch)
     assert tokenizer.pad_token_id is not None
+    # On the left: generate() goes on from the last column of every row, which must be the end of its prompt.
     padded = [[tokenizer.pad_token_id] * (length - len(item.prompt_ids)) + [*item.prompt_ids] for item in batch]
     mask = [[0] * (length - len(item.prompt_ids)) + [1] * len(item.prompt_ids) for item in batch]
     tokens = torch.tensor(padded, device=model.device)
@@ -146,6 +148,7 @@ def generate_batch(
             attention_mask=torch.tensor(mask, device=model.device),
             logits_processor=_processors(batch, sampling, length),
             max_new_tokens=sampling.max_new_tokens,
+            # Sampling in transformers draws from one generator for the whole batch: rows would depend on each other.
             do_sample=False,
         )
     answers = [row[length:] for row in output.tolist()]
@@ -169,6 +172,7 @@ class KeyedSampler:
 
         step = input_ids.shape[1] - self._prompt_length
         uniform = torch.as_tensor(self._uniforms[:, step : step + 1], device=scores.device)
+        # In float64: in fp32 a cumulative sum near 1 does not grow by a probability below 3e-8.
         probabilities = torch.softmax(scores.double() / self._sampling.temperature, dim=-1)
         chosen = inverse_cdf(keep_top_p(probabilities, self._sampling.top_p), uniform)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
@@ -178,8 +182,10 @@ def keep_top_p(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """`probabilities` [B, V] with zeros outside the smallest set of tokens whose mass reaches `top_p`."""
     if top_p >= 1:
         return probabilities
+    # Stable: tokens of the same probability keep their order on every device.
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
+    # The mass before a token counts: the one that crosses `top_p` stays, and the likeliest always does.
     return probabilities.scatter(1, order, ordered.masked_fill(before >= top_p, 0.0))
 
 
@@ -195,11 +201,13 @@ def inverse_cdf(masses: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """`count` numbers in [0, 1) that follow from (seed, key, sample) alone, on every machine."""
+    # PCG64 by name: NumPy may put another generator behind `default_rng`.
     return np.random.Generator(np.random.PCG64(stream_seed(seed, key, sample))).random(count)
 
 
 def stream_seed(seed: int, key: str, sample: int) -> int:
     """128 bits that name the random stream of a sample: they follow from (seed, key, sample) alone."""
+    # Python's own hash of a string is another one in every process.
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}/{sample}".encode()).digest()[:16])
 
 
@@ -251,6 +259,7 @@ def _images(
         return {}
     assert reader is not None, "requests with images come with their reader"
     pixels, grids = reader.pixels(paths)
+    # From these transformers makes the positions in three dimensions; without them it refuses images.
     kinds = (tokens == reader.image_token).int()
     return {
         "pixel_values": pixels.to(tokens.device), "image_grid_thw": grids.to(tokens.device), "mm_token_type_ids": kinds,

@@ -122,6 +122,7 @@ def _prompt(query: Tensor, key: Tensor, value: Tensor, scoring: LayerAttention) 
         queries = range(start, min(start + _QUERIES_AT_ONCE, length))
         keys = range((scoring.pattern or MaskPattern()).first_key(start), queries.stop)
         seen = (keys.start, keys.stop)
+        # Written out, autograd would keep the scores of every block of every layer.
         work = _again if scoring.written_out else _attend
         parts.append(
             work(_rows(query, (start, queries.stop)), _rows(key, seen), _rows(value, seen), queries, keys, scoring)
@@ -149,6 +150,7 @@ def _respond(
 
     states = (query, key, value, prompt_key, prompt_value)
     if torch.is_grad_enabled() and length < before:
+        # Nothing in it is random: saving the generator's state for every response would be for nothing.
         again: Tensor = checkpoint(attend, *states, use_reentrant=False, preserve_rng_state=False)
         return again
     return attend(*states)
@@ -179,6 +181,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, queries: range, keys: ran
     if scoring.sinks is not None:
         sinks = scoring.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
+    # In fp32 at least, as transformers' own softmax for Gemma 2; in float64 where a test computes in it.
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide)[..., : len(keys)].to(value.dtype)
     return weights @ value
@@ -190,10 +193,12 @@ def use_group_attention(model: Any) -> None:
     Layers that carry a state along the sequence share their prompt's too.
     """
     config = model.config.get_text_config()
+    # Sparse layers choose keys by content, which would not show in the few tokens of the load check.
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if unknown:
         raise _refused(f"layers of {', '.join(unknown)}", config.model_type)
     AttentionInterface.register(GROUP_ATTENTION, group_attention)
+    # A model that ranks share is checked after this, and then needs its own attention once more.
     model.attention_before = config._attn_implementation
     attention_pattern.register()
     if config is model.config:

@@ -55,6 +55,7 @@ def pack(groups: Sequence[Prompted]) -> Batch:
         for response in responses:
             begin = len(tokens)
             tokens += response
+            # The same positions as in a row of its own: rotary embeddings know nothing of the other responses.
             positions += range(len(prompt), len(prompt) + len(response))
             columns += [last, *range(begin, len(tokens) - 1)]
             ranges.append((begin, len(tokens)))
@@ -64,6 +65,7 @@ def pack(groups: Sequence[Prompted]) -> Batch:
     none = torch.empty(0, dtype=torch.long)
     return Batch(
         input_ids=torch.tensor([tokens]),
+        # Nothing is padded, but the router's loss counts tokens by the mask.
         attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
         row=torch.zeros(len(columns), dtype=torch.long),
         column=torch.tensor(columns),
@@ -83,6 +85,7 @@ def cut_responses(group: Group, max_tokens: int | None) -> Iterator[Prompted]:
     held: list[list[int]] = []
     size = len(group.prompt)
     for response in group.responses:
+        # A response that is too long by itself still goes, alone: none is left without a score.
         if held and max_tokens is not None and size + len(response) > max_tokens:
             yield group.prompt, held
             held, size = [], len(group.prompt)

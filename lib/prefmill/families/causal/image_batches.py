@@ -33,6 +33,7 @@ def _packed(batch: Batch, prompts: Sequence[Tensor]) -> Tensor:
     for segment, prompt in zip(batch.segments, prompts, strict=True):
         positions[:, 0, slice(*segment.prompt)] = prompt
         for begin, end in segment.responses:
+            # Text goes on after the highest of the three: an image has more tokens than positions along an axis.
             positions[:, 0, begin:end] = prompt.max() + 1 + torch.arange(end - begin)
     return positions
 
@@ -43,5 +44,6 @@ def _rows(batch: Batch, prompts: Sequence[Tensor]) -> Tensor:
     for row, prompt in enumerate(prompts):
         length = prompt.shape[1]
         positions[:, row, :length] = prompt
+        # Padding is counted on too: it stands behind the answer, where no token looks.
         positions[:, row, length:] = prompt.max() + 1 + torch.arange(batch.input_ids.shape[1] - length)
     return positions

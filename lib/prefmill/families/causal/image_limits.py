@@ -13,6 +13,7 @@ class ImageLimits(StrictConfig):
     min_pixels: int | None = Field(
         None, ge=1, description="images are scaled up to this many pixels; none: the limit of the model's processor"
     )
+    # 784 is 28 x 28 pixels: a single image token of Qwen2-VL, 2 x 2 patches of 14.
     max_pixels: int | None = Field(
         None, ge=784, description="images are scaled down to this many pixels; none: the limit of the model's processor"
     )

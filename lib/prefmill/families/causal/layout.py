@@ -47,6 +47,7 @@ def _why_pairwise(config: PreferenceConfig, policy: str) -> str | None:
     if config.attn_implementation is not None:
         return f"attn_implementation is {config.attn_implementation}, and group brings its own"
     other = reference_parts(config)
+    # Policy and reference run the same packed rows.
     models = [(policy, config.revision)] + ([(other[0], config.ref_revision)] if other is not None else [])
     reasons = (_why_not_group(name, revision, config) for name, revision in models)
     return next(filter(None, reasons), None)
@@ -59,6 +60,7 @@ def _why_not_group(name: str, revision: str | None, config: PreferenceConfig) ->
     if found.model_type in _PAIRWISE_ONLY:
         return f"a model of type {found.model_type} cannot share prompts"
     try:
+        # A model of any size fits: on this device weights have shapes and no memory.
         with torch.device("meta"):
             use_group_attention(auto_class(found).from_config(found, **options))
     except ConfigError as error:

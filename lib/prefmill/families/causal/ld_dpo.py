@@ -44,6 +44,7 @@ class DesensitizedFamily(Family):
 def per_token(batch: Batch) -> Batch:
     """`batch` with a score for each of its C completion tokens instead of one a response."""
     count = len(batch.target)
+    # The scorer sums by owner: with an owner for every token it sums nothing.
     return replace(batch, owner=torch.arange(count, device=batch.target.device), lengths=torch.ones_like(batch.target))
 
 
@@ -58,6 +59,7 @@ def pair_sums(tokens: Tensor, lengths: Tensor, chosen: Tensor, rejected: Tensor,
 
     `lengths` [S] are the responses', `chosen` and `rejected` [N] places in [0, S).
     """
+    # A response may be in several pairs: it has other weights beside a longer rival.
     sides = torch.cat([chosen, rejected])
     shared = torch.minimum(lengths[chosen], lengths[rejected]).repeat(2)
     owner = torch.arange(len(sides), device=sides.device).repeat_interleave(lengths[sides])
