@@ -21,6 +21,7 @@ def agreement(papers: Sequence[str], judge: Array, other: Array, resampling: Res
     Kappa (Cohen 1960) and F1 of yes are 1 where both say one and the same thing throughout. A paper, named by
     `papers` [N], is drawn with all its answers; intervals are None below 2 papers. N is at least 1.
     """
+    # Every measure below follows from sums of these cells, so that a bootstrap draw is a product of matrices.
     cells = np.stack([judge * other, judge * (1 - other), (1 - judge) * other, (1 - judge) * (1 - other)], axis=1)
     sums = _per_paper(papers, cells)
     return {
@@ -49,6 +50,7 @@ def rank_correlation(papers: Sequence[str], first: Array, second: Array, resampl
 
     The ranks are those in the whole sample: they are not ranked anew in each draw.
     """
+    # Two points always correlate at 1 or -1.
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     a, b = (ranks(values.tolist()) for values in (first, second))
@@ -61,6 +63,7 @@ def _per_paper(papers: Sequence[str], values: Array) -> Array:
     """The sums over each paper's rows of `values` [N, K]: [P, K]."""
     names, index = np.unique(np.asarray(papers, dtype=str), return_inverse=True)
     sums = np.zeros((len(names), values.shape[1]))
+    # Not sums[index] += values, which adds one row alone where an index is repeated.
     np.add.at(sums, index, values)
     return sums
 

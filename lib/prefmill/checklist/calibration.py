@@ -50,6 +50,7 @@ class Calibration:
 
 def tempered(p_yes: Array, temperature: float) -> Array:
     """Probabilities whose log-odds are divided by `temperature` (> 0); above 0.5 stays above, below stays below."""
+    # The logistic function by tanh, which cannot overflow.
     result: Array = (1 + np.tanh(_log_odds(p_yes) / temperature / 2)) / 2
     return result
 
@@ -73,7 +74,9 @@ def calibration_error(p_yes: Array, labels: Array) -> float:
 
     The expected calibration error (Naeini et al. 2015) of P(yes) itself, [N] each, in [0, 1].
     """
+    # p = 1 belongs to the last bin, not to an eleventh.
     bins = np.minimum((p_yes * NUM_BINS).astype(int), NUM_BINS - 1)
+    # A bin's gap times its count is its sum of p - label: nothing is divided, so an empty bin needs no care.
     gaps = np.bincount(bins, weights=p_yes - labels, minlength=NUM_BINS)
     return float(np.abs(gaps).sum() / len(p_yes))
 
@@ -96,6 +99,7 @@ def fit_temperature(p_yes: Array, labels: Array, min_labels: int) -> float:
             expected="probabilities of a model", fix="set calibrate=false; rules have none",
         )  # fmt: skip
     temperature = _likeliest(p_yes, labels)
+    # The search ends close to a bound but never on it.
     if not _LOWEST * 1.01 < temperature < _HIGHEST / 1.01:
         meaning = "never wrong" if temperature < 1 else "no better than chance"
         raise InputError(
@@ -181,6 +185,7 @@ def _likeliest(p_yes: Array, labels: Array) -> float:
     signed = np.where(labels > 0.5, -odds, odds)
 
     def loss(log_temperature: float) -> float:
+        # -log P(label) is log(1 + exp(x)): logaddexp does not overflow where the judge is sure and wrong.
         return float(np.logaddexp(0.0, signed * math.exp(-log_temperature)).mean())
 
     return math.exp(golden_section(loss, math.log(_LOWEST), math.log(_HIGHEST)))
@@ -207,5 +212,6 @@ def golden_section(function: Callable[[float], float], low: float, high: float) 
 
 def _log_odds(p_yes: Array) -> Array:
     p = np.clip(p_yes, _EDGE, 1 - _EDGE)
+    # log1p keeps the digits that 1 - p loses for a small p.
     result: Array = np.log(p) - np.log1p(-p)
     return result

@@ -77,6 +77,7 @@ class ChatEngine(ServerEngine):
     def _read(self, tokens: Sequence[Mapping[str, Any]]) -> Read:
         found = [(_word(token.get("token")), as_logp(token.get("logprob"))) for token in tokens]
         shares = [(word, math.exp(logp)) for word, logp in found if logp is not None]
+        # Different tokens share 1 at most: a server that writes 0 for each would give every one probability 1.
         if not shares or sum(share for _, share in shares) > 1.01:
             raise InputError(
                 "the server gives no log-probabilities", where=self._server.url, got=f"{list(tokens)[:3]}",
@@ -85,6 +86,7 @@ class ChatEngine(ServerEngine):
             )  # fmt: skip
         yes, no = (sum(share for word, share in shares if word == answer.casefold()) for answer in (YES, NO))
         if not yes + no:
+            # A model that opens a thought ends up here: its likeliest token tells a reader why.
             likeliest = max(shares, key=lambda pair: pair[1])[0]
             raise RefusedError(f"neither {YES} nor {NO} among the {len(shares)} likeliest tokens, first {likeliest!r}")
         return Read(yes / (yes + no), min(1.0, yes + no))
@@ -95,10 +97,12 @@ class ChatEngine(ServerEngine):
         while len(words) < self._config.votes:  # a server that knows no `n` gives one at a time
             asked = {"max_tokens": _VOTE_TOKENS, "temperature": 1, "n": self._config.votes - len(words)}
             choices = await self._ask(client, text, asked)
+            # At least one choice comes each time (else _ask raises), so this loop ends.
             words += [_first_word((choice.get("message") or {}).get("content")) for choice in choices]
         yes, no = (words.count(answer.casefold()) for answer in (YES, NO))
         if not yes + no:
             raise RefusedError(f"none of {len(words)} sampled answers is {YES} or {NO}, the first {words[0]!r}")
+        # Agresti and Coull 1998: the plain standard error would be 0 where all votes agree.
         smoothed = (yes + 1) / (yes + no + 2)
         stderr = math.sqrt(smoothed * (1 - smoothed) / (yes + no))
         return Read(yes / (yes + no), (yes + no) / len(words), stderr)
@@ -106,6 +110,7 @@ class ChatEngine(ServerEngine):
     async def _ask(self, client: httpx.AsyncClient, text: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The choices, at least one; raises InputError where there is none."""
         messages = [{"role": "user", "content": text}]
+        # extra_body comes last, so that a user's key wins over ours.
         body = {"model": self._model, "messages": messages, **asked, **self._config.extra_body}
         content = await self._server.ask(client, "POST", "chat/completions", body)
         self.num_requests += 1

@@ -19,6 +19,7 @@ from prefmill.checklist.engine import ServerConfig
 from prefmill.core.errors import ConfigError, InputError, PrefmillError
 
 LONGEST_WAIT_SECONDS = 60.0
+# What OpenAI's own client asks again for, and 425 (too early, RFC 8470).
 _TRANSIENT = {408, 409, 425, 429}  # and every 5xx
 _SHOWN_CHARACTERS = 300
 _log = logging.getLogger(__name__)
@@ -92,8 +93,10 @@ class Server:
                 trouble, wait = self._said(response), retry_after(response.headers)
             except httpx.TransportError as error:
                 trouble = f"{type(error).__name__} {error}".strip()
+            # Where another request has given up, minutes of waiting here would only hold up its error.
             if attempt >= self.config.num_retries or self.giving_up:
                 raise self._unreachable(trouble, attempt + 1)
+            # 1, 2, 4 and up to 60 s: the default of 8 retries outlasts a server that is back after three minutes.
             wait = min(LONGEST_WAIT_SECONDS, wait if wait is not None else 2.0**attempt)
             attempt += 1
             self._tell(attempt, trouble, wait)
@@ -101,6 +104,7 @@ class Server:
 
     def _content(self, response: httpx.Response) -> dict[str, Any]:
         status, said = response.status_code, self._said(response)
+        # Key and address are the same for every review, so these end the task in place of failing reviews one by one.
         if status in (401, 403):
             raise ConfigError(
                 "the server refuses the key", where=self.url, got=said,
@@ -130,6 +134,7 @@ class Server:
         """The status and the start of what the server said, on one line and without the key."""
         text = " ".join(response.text.split())
         if self.key:
+            # A server may repeat the key that it refuses, and this text goes into logs.
             text = text.replace(self.key, "***")
         return f"{response.status_code} {response.reason_phrase}: {text[:_SHOWN_CHARACTERS]}"
 
@@ -176,6 +181,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
             seconds = float(headers.get(name, "")) / unit
         except ValueError:
             continue
+        # float() reads "nan" and "inf" too.
         return max(0.0, seconds) if math.isfinite(seconds) else None
     try:
         then = parsedate_to_datetime(headers.get("retry-after", "")).timestamp()

@@ -19,6 +19,7 @@ def show_prompts(papers: Iterator[tuple[Paper, Reviews]], engine: Engine) -> Ite
         for review in reviews:
             prompt = engine.prompt(paper, review)
             if prompt is not None:
+                # tqdm.write, as a plain print would tear the progress bar.
                 tqdm.write(f"--- prompt: {_name(paper['paper_id'], review['review_id'])}\n{printable(prompt)}\n---")
         yield paper, reviews
 

@@ -67,6 +67,7 @@ class VllmConfig(_JudgeConfig):
 class ServerConfig(StrictConfig):
     """A server that speaks one of OpenAI's interfaces, and how it is asked."""
 
+    # All of this is left out of a task's identity: another address for the same model makes nothing stale.
     base_url_env: str = runtime("OPENAI_BASE_URL", min_length=1, description="the variable that holds the server's URL")
     api_key_env: str = runtime("OPENAI_API_KEY", min_length=1, description="the variable that holds its key")
     reviews_in_flight: int = runtime(16, ge=1, description="reviews asked about at a time, each with all its items")
@@ -87,12 +88,14 @@ class ChatConfig(ServerConfig):
     engine: Literal["chat"] = "chat"
     model_name_or_path: str = Field(min_length=1, description="the server's name for the model")
     include_paper: IncludePaper = Field("none", description="what of the paper stands before the review")
+    # 20 is the most that OpenAI's own interface gives.
     top_logprobs: int = Field(20, ge=0, le=20, description="as many as the server gives; 0: none, count sampled votes")
     votes: int = Field(16, ge=2, description="answers sampled an item where top_logprobs is 0")
     extra_body: dict[str, Any] = Field({}, description="more of a request, such as {max_completion_tokens: 1}")
 
 
 AnyEngineConfig = LexicalConfig | TransformersConfig | VllmConfig | OpenAIConfig | ChatConfig
+# With a discriminator pydantic reports the named engine's faults alone, not those of all five.
 EngineConfig = Annotated[AnyEngineConfig, Field(discriminator="engine")]
 
 
@@ -156,6 +159,7 @@ class Engine(ABC):
             "review_id": outcome.review_id,
             "paper_id": outcome.paper_id,
             "answers": answers,
+            # Adding 0.0: the sum of no yes is the integer 0, and a score is always a float.
             "checkmark_score": sum(item.weight for item in self.checklist.items if answers[item.id]["yes"]) + 0.0,
             "mean_p_yes": round(sum(answer["p_yes"] for answer in answers.values()) / len(answers), 6),
             "engine": self.name,
@@ -164,6 +168,7 @@ class Engine(ABC):
     def _tempered(self, answers: Mapping[str, Answer]) -> dict[str, Answer]:
         if self.temperature is None:
             return dict(answers)
+        # Imported here, as it needs numpy, which neither rules nor the configuration load.
         from prefmill.checklist.calibration import temper
 
         return temper(answers, self.temperature)

@@ -29,6 +29,7 @@ def verified_quote(answer: str, review: str) -> str | None:
     review's own text.
     """
     try:
+        # raw_decode, as a model may write on behind the JSON.
         content, _ = _JSON.raw_decode(answer.strip())
     except ValueError:
         return None
@@ -64,6 +65,7 @@ def _plain(text: str) -> tuple[str, list[int]]:
     """`text` in lower case, with plain marks and single spaces, and where in `text` each character stands."""
     letters: list[str] = []
     places = []
+    # One character for one, here and below, so that places stay those of `text`.
     for place, letter in enumerate(text.translate(_PLAIN)):
         if letter.isspace():
             if letters and letters[-1] == " ":

@@ -43,6 +43,7 @@ def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collecti
 
 
 def _label(row: dict[str, str | None], where: str, review_ids: Collection[str], item_ids: Collection[str]) -> Label:
+    # DictReader gives None for columns that a short line lacks.
     values = {name: (row[name] or "").strip() for name in COLUMNS}
     for name in COLUMNS:
         if not values[name]:

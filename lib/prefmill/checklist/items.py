@@ -16,11 +16,13 @@ SHIPPED = Path(__file__).with_name("default.yaml")
 
 
 def _compiles(pattern: str) -> str:
+    # At reading, so that a faulty pattern is reported with its file and key before anything is scored.
     compile_patterns((pattern,))
     return pattern
 
 
 def _counts(weight: float) -> float:
+    # Such an item would be asked about every review and change no score.
     if not weight:
         raise ValueError("a weight is not 0: leave the item out")
     return weight

@@ -18,9 +18,11 @@ _MOST_WITH_FEW = 20  # of reviews: with fewer, all alike says nothing
 class JudgeGate(StrictConfig):
     """When a model is not believed; rules are never stopped. What was scored is kept for a rerun with another gate."""
 
+    # Models that do not answer were measured at 0.02 and less; weak judges lie well above 0.1.
     min_answer_mass: float = runtime(
         0.1, ge=0, le=1, description="least mean probability that the model gives to yes and no together; 0: any"
     )
+    # Of all items together: a single item may well be true of every review.
     max_same_answer: float = runtime(
         0.98, ge=0.5, le=1, description="most of all answers that may be the same, yes or no; 1: any"
     )
@@ -31,6 +33,7 @@ class JudgeGate(StrictConfig):
 class ItemCount:
     """One item's answers, summed; `mass` over those whose mass is known."""
 
+    # Sums alone, so that memory does not grow with the corpus.
     num: int = 0
     yes: int = 0
     p_sum: float = 0.0
@@ -62,6 +65,7 @@ class ItemCount:
         return {
             "yes_share": round(self.yes / num, _DIGITS),
             "mean_p_yes": round(mean, _DIGITS),
+            # Rounding may leave the variance of equal numbers a little below 0.
             "spread": round(math.sqrt(max(0.0, self.p_squares / num - mean * mean)), _DIGITS),
             "answer_mass": round(self.mass_sum / self.num_mass, _DIGITS) if self.num_mass else None,
             "p_yes_stderr": round(math.sqrt(self.stderr_squares / num), _DIGITS) if self.stderr_squares else None,

@@ -66,6 +66,7 @@ def variants(sampled: Sampled, rules: Rules, seed: int) -> Iterator[Changed]:
     yield UNCHANGED, None, text
     yield from _moved(sampled, rules, seed)
     yield PADDED, None, f"{text.rstrip()}\n\n{_padding(len(text.split()))}"
+    # Any added text moves a model a little: the neutral line shows how much of a shift is due to that alone.
     for name, line in {CONTROL: _NEUTRAL, **INJECTIONS}.items():
         yield name, None, f"{text.rstrip()}\n\n{line}"
 
@@ -99,6 +100,7 @@ def _answers(reviews: Sequence[Sampled], rules: Rules, engine: Engine, seed: int
     for sampled, name, _, text in asked:
         review_id = f"{sampled.review['review_id']} {name}"
         changed: Review = {**sampled.review, "text": text, "review_id": review_id}
+        # Variants of one paper go in together, so that an engine reads the paper once.
         if papers and papers[-1][0]["paper_id"] == sampled.paper["paper_id"]:
             papers[-1][1].append(changed)
         else:
@@ -124,6 +126,7 @@ def _moved(sampled: Sampled, rules: Rules, seed: int) -> Iterator[Changed]:
     found = {name: index for name, index in shown.items() if index is not None}
     if not found:
         return
+    # By a hash: every attempt moves the same sentence, in whatever order the items come.
     name = min(found, key=lambda key: hashlib.sha256(f"{seed}:{sampled.review['review_id']}:{key}".encode()).digest())
     start, end = review.starts[found[name]], review.starts[found[name] + 1]
     sentence, rest = review.text[start:end].strip(), f"{review.text[:start]}{review.text[end:]}".strip("\n")

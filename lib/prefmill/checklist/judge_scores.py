@@ -91,6 +91,7 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
     """
     check_inputs(corpus, shards)
     checklist = load_checklist(shards[0].file(CHECKLIST))
+    # From the manifest: an engine described by hand could be another judge.
     settings = _same("engine", shards, [shard.manifest.config.get("engine") for shard in shards])
     summaries = [json.loads(shard.file(SUMMARY).read_text()) for shard in shards]
     temperature = _same("temperature", shards, [summary.get("temperature") for summary in summaries])
@@ -132,6 +133,7 @@ def _answered_papers(
     corpus: Artifact, shards: Sequence[Artifact]
 ) -> Iterator[tuple[Paper, list[tuple[Review, ReviewEvaluation]], list[str]]]:
     papers = scored_papers(corpus, shards, with_answers=True)
+    # with_answers makes them whole evaluations, which the type of scored_papers does not tell.
     return cast("Iterator[tuple[Paper, list[tuple[Review, ReviewEvaluation]], list[str]]]", papers)
 
 
@@ -140,6 +142,7 @@ def _quotes(answers: Mapping[str, Answer]) -> dict[str, str]:
 
 
 def _same(what: str, shards: Sequence[Artifact], values: Sequence[Any]) -> Any:
+    # As JSON with sorted keys: mappings have no hash, and the order of their keys means nothing.
     if len({json.dumps(value, sort_keys=True) for value in values}) > 1:
         raise InputError(
             f"the shards were scored with different settings: {what}",

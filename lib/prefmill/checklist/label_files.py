@@ -25,6 +25,7 @@ class LabelFile:
     def rows(self) -> Iterator[tuple[int, dict[str, str | None]]]:
         """Every row with its line; raises InputError for no such file, no UTF-8, no CSV, or a missing column."""
         try:
+            # Spreadsheets write a byte-order mark, which would be read as part of the first column's name.
             with self.path.open(encoding="utf-8-sig", newline="") as stream:
                 reader = csv.DictReader(stream)
                 header = tuple(reader.fieldnames or ())

@@ -56,6 +56,7 @@ class LexicalEngine(Engine):
         """The answer to every item for a review's text."""
         review = Sentences(text)
         masks = [self._words.of(sentence) for sentence in review.sentences]
+        # A rule without a word in the whole review needs no pass over its sentences.
         held = reduce(or_, masks, 0)
         return {
             name: self._answer(rule.first(review.sentences, masks, bit) if held & bit else None, review)
@@ -78,6 +79,7 @@ class Sentences:
         lowered = text.lower()
         if len(lowered) != len(text):  # a few capitals become two characters; positions must stay
             lowered = "".join(low if len(low := character.lower()) == 1 else character for character in text)
+        # Patterns hold the plain apostrophe; one character for one, so positions stay.
         self.lowered = lowered.replace("’", "'")
         self.starts = _starts(self.lowered)
         sentences = [self.lowered[start:end].strip() for start, end in pairwise(self.starts)]
@@ -142,10 +144,12 @@ class WordMasks(dict[str, int]):
 
     def of(self, sentence: str) -> int:
         """The mask of a lowercase sentence."""
+        # dict's own look-up: Python code (__missing__) runs only for a word that is new.
         return reduce(or_, map(self.__getitem__, sentence.split()), self._always)
 
     def __missing__(self, word: str) -> int:
         if len(self) >= MAX_WORDS:
+            # All at once: keeping track of use would cost at every look-up, and frequent words are back soon.
             self.clear()
         mask = reduce(or_, (bit for literal, bit in self._literals if literal in word), 0)
         self[word] = mask

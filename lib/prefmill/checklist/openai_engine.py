@@ -88,8 +88,10 @@ class OpenAIEngine(ServerEngine):
         return {
             "max_tokens": 1,
             "logprobs": len(both),
+            # For servers without logprob_token_ids too: of processed log-probabilities these are the likeliest two.
             "allowed_token_ids": both,
             "logprob_token_ids": both,
+            # Several tokens may have the same text, and would be one key of top_logprobs.
             "return_tokens_as_token_ids": True,
         }
 
@@ -105,6 +107,7 @@ class OpenAIEngine(ServerEngine):
         """
         lengths = [len(prompt) for prompt in prompts]
         sent = sum(lengths)
+        # A server that adds a first token or a chat template would silently answer about another text.
         if usage.get("prompt_tokens", sent) != sent:
             raise InputError(
                 "the server read other prompts than were sent", where=self._server.url,
@@ -122,6 +125,7 @@ class OpenAIEngine(ServerEngine):
     def _choices(self, content: dict[str, Any], num_prompts: int) -> list[dict[str, Any]]:
         """What the server answers to each prompt; raises InputError where an answer is missing."""
         choices = content.get("choices") or []
+        # OpenAI's interface does not promise the order of the prompts: the index tells which one is answered.
         by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, dict)}
         if by_index.keys() != set(range(num_prompts)):
             raise InputError(

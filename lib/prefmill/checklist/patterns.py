@@ -37,6 +37,7 @@ def compile_patterns(texts: tuple[str, ...]) -> Pattern:
 def _check(text: str) -> Literals | None:
     """The literals of one pattern; None where there are none."""
     try:
+        # Compiled as well as parsed: a look-behind of varying width is refused only there.
         re.compile(text)
         tree = list(_parser.parse(text))
     except re.error as error:
@@ -95,10 +96,12 @@ def _literals(tree: Any) -> Literals | None:
     """Strings of which any match of a sequence holds one: the element whose shortest string is longest."""
     best: Literals | None = None
     run = ""
+    # The last pair ends a run of letters that reaches to the pattern's end.
     for operation, argument in [*tree, (None, None)]:
         if operation is ops.LITERAL:
             run += chr(argument)
             continue
+        # Texts are looked up word by word, so a literal with a space in it would never be found.
         word = max(run.split(), key=len, default="")
         for candidate in (frozenset({word}) if word else None, _literals_of(operation, argument)):
             if candidate and (best is None or _worth(candidate) > _worth(best)):
@@ -117,6 +120,7 @@ def _literals_of(operation: Any, argument: Any) -> Literals | None:
         return frozenset().union(*(part for part in parts if part)) if all(parts) else None
     if operation is ops.IN:
         return _characters(argument)
+    # Nothing from look-arounds: what they hold may lie outside the match, or must not be there.
     return None
 
 

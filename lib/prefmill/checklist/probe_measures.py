@@ -48,6 +48,7 @@ def measure_probes(
 
     def shift(variant: str) -> Found | None:
         changed = by_variant.get(variant, {})
+        # Only where both were answered: else the means would be of different reviews.
         return _shift([(unchanged[key], changed[key]) for key in changed if key in unchanged], weights, resampling)
 
     return {
@@ -56,6 +57,7 @@ def measure_probes(
         "num_reviews": len({row["review_id"] for row in rows}),
         "num_asked": len(rows),
         "num_failed": sum(row["answers"] is None for row in rows),
+        # Against the stored answers: what moves where nothing was changed is the judge's own noise.
         "repeat": _shift([(_stored(judge, key), item) for key, item in unchanged.items()], weights, resampling),
         "paraphrases": _paraphrases(list(unchanged.values()), restated, judge, resampling),
         "position": _position(by_variant.get(FRONT, {}), by_variant.get(END, {}), judge, resampling),
@@ -103,6 +105,7 @@ def _position(
     first: Mapping[str, Probed], last: Mapping[str, Probed], judge: Judge, resampling: Resampling
 ) -> Found | None:
     """P(yes) of the moved sentence's item where it stands first, less where it stands last."""
+    # First against last: two texts of the same words, so that the place alone differs.
     both = [(first[key], last[key]) for key in first if key in last]
     if not both:
         return None
@@ -151,4 +154,5 @@ def probability_gaps(first: Array, second: Array) -> Found:
 
 def _largest(shifts: Array) -> float:
     """The shift that is farthest from 0, with its sign."""
+    # Adding 0.0 turns minus zero, which would be printed as -0.0, into zero.
     return round(float(shifts.ravel()[np.abs(shifts).argmax()]), _DIGITS) + 0.0

@@ -29,6 +29,7 @@ class Read(NamedTuple):
     @property
     def yes(self) -> bool:
         """Whether the answer is yes, by the rounded P(yes) that a row holds."""
+        # Rounded first: else a row could say yes beside a p_yes of 0.5.
         return round(self.p_yes, _DECIMALS) > 0.5
 
     def answer(self) -> Answer:
@@ -95,6 +96,7 @@ class Fit:
         if room < 1 or (cut and not self.truncate):
             left = max(0, room)
             failure = f"{len(ids)} tokens, with room for {left} of {self.max_length} beside the rest of the prompt"
+        # Not ids[:-cut], which is empty where nothing is cut.
         kept = ids[: len(ids) - cut]
         return ReviewRequest(review["review_id"], review["paper_id"], shared, kept, review["text"], cut, failure)
 
@@ -123,6 +125,7 @@ class ConcurrentEngine(PromptedEngine):
 
     def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
         """The answers to every review, in the order given."""
+        # Without closing, what a caller that stops early has left in flight could run on until garbage collection.
         with closing(self.numbered(papers)) as outcomes:
             yield from _in_order(outcomes)
 
@@ -160,9 +163,11 @@ def _in_order(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[Outcome]:
 
 def p_of(log_odds: float) -> float:
     """The probability with these log-odds."""
+    # math.exp overflows from 710 on.
     return 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0
 
 
 def read_of(log_yes: float, log_no: float) -> Read:
     """The answer with these log-probabilities over the whole vocabulary."""
+    # Probabilities from float32 may add up to a little more than 1.
     return Read(p_of(log_yes - log_no), min(1.0, math.exp(log_yes) + math.exp(log_no)))

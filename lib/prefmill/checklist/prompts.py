@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TokenIds = tuple[int, ...]
 YES, NO = "Yes", "No"
+# A template is Jinja and marks no place for its content: a known text is rendered, and the result cut there.
 _SENTINEL = "PREFMILL CONTENT"
 _INSTRUCTIONS = (
     "You judge a peer review of a scientific paper by one question. The review stands between the lines BEGIN REVIEW "
@@ -72,6 +73,7 @@ class Prompts:
         opening, ending = _template(tokenizer)
         self._opening = self._own(opening + _INSTRUCTIONS)
         self._before_review = self._own(_BEFORE_REVIEW)
+        # Pieces are encoded apart: no token spans two of them, so a cached prefix fits whatever comes behind it.
         after, end = self._own(_AFTER_REVIEW), self._own(ending)
         form = self._own(_ANSWER_FORM)
         self.questions: tuple[TokenIds, ...] = tuple(
@@ -112,16 +114,19 @@ class Prompts:
         """
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate has no token
         ids = self._encode(text, split_special_tokens=True)
+        # split_special_tokens spares added tokens that are not special, such as those around a tool call.
         if self._markers.keys().isdisjoint(ids):
             return ids
         for marker in self._markers.values():
             text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+        # A marker of one character is still whole with a space behind it, so its token is dropped.
         return tuple(token for token in self._encode(text, split_special_tokens=True) if token not in self._markers)
 
     def _own(self, text: str) -> TokenIds:
         return self._encode(text, split_special_tokens=False)
 
     def _encode(self, text: str, split_special_tokens: bool) -> TokenIds:
+        # The template writes the first token itself. transformers would warn of lengths, which Fit looks after.
         encoded = self._tokenizer(
             text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
         )
@@ -163,6 +168,7 @@ def _markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Tokens beside the ordinary vocabulary, by id: none may come from foreign text. Runs of spaces do no harm."""
     added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
     special = dict(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
+    # The unknown token is no marker: any text may hold a character that the vocabulary lacks.
     return {
         index: text for index, text in (added | special).items() if text.strip() and index != tokenizer.unk_token_id
     }

@@ -71,6 +71,7 @@ def measure_quality(config: JudgeQualityConfig, task: Task, conclude: Callable[[
         "calibration": None if fitted is None else asdict(fitted),
     }
     quality["conclusion"] = conclude(quality)
+    # allow_nan=False: NaN is no JSON, and strict parsers refuse the whole file.
     write_atomic(task.output / QUALITY, json.dumps(quality, indent=1, allow_nan=False) + "\n")
     write_jsonl(task.output / LABELLED, [row for rows in labelled for row in rows])
     write_jsonl(task.output / BETWEEN, differences)
@@ -99,6 +100,7 @@ def _describe(judge: Judge) -> Found:
 def _read_labels(config: JudgeQualityConfig, judge: Judge) -> list[Label]:
     if config.labels is None:
         return []
+    # A label of a review that could not be scored is counted as such, not refused as unknown.
     return read_item_labels(config.labels, judge.by_id.keys() | judge.unscored, judge.checklist.ids)
 
 
@@ -140,6 +142,7 @@ def _against_people(judge: Judge, rows: Sequence[Row], resampling: Resampling) -
     return {
         **_agreement(rows, resampling),
         "num_reviews": len({row["review_id"] for row in rows}),
+        # The pooled kappa also rewards knowing which items are mostly yes; this mean does not.
         "mean_item_kappa": round(float(np.mean(kappas)), 6),
         "items": items,
     }
@@ -151,11 +154,13 @@ def _agreement(rows: Sequence[Row], resampling: Resampling) -> Found:
 
 
 def _calibrate(config: JudgeQualityConfig, judge: Judge, rows: Sequence[Row]) -> Calibration:
+    # What is fitted on tempered answers is a factor to their temperature, not the judge's own.
     if judge.temperature is not None:
         raise InputError(
             "these scores have a temperature already", where=judge.name, got=judge.temperature,
             expected="the judge's own probabilities", fix="give scores made without the input calibration",
         )  # fmt: skip
+    # Dev alone, so that measures on test papers are of labels the temperature has not seen.
     fitting = [row for row in rows if row["split"] == FITTED_ON]
     p_yes, labels = (np.array([float(row[name]) for row in fitting]) for name in ("p_yes", "label"))
     settings = judge.engine_config().model_dump(mode="json")
@@ -228,6 +233,7 @@ def _length(judge: Judge, rows: Sequence[Row], resampling: Resampling) -> Found:
     papers = [review.paper_id for review in judge.reviews]
     lengths = np.array([float(review.num_words) for review in judge.reviews])
     scores = np.array([review.score for review in judge.reviews])
+    # Score against length is no bias by itself, as long reviews may deserve more yes; the judge's error is.
     errors: dict[str, list[float]] = {}
     for row in rows:
         errors.setdefault(row["review_id"], []).append(float(row["yes"]) - float(row["label"]))
@@ -250,8 +256,10 @@ def _probe(
     task: Task,
 ) -> tuple[Found, list[Row]]:
     """Change a sample of reviews, ask again, and measure what moved; raises InputError where nothing could be asked."""
+    # Rules do not read how an item is worded.
     num_paraphrases = config.max_paraphrases if judge.has_probabilities else 0
     asked, restated = with_paraphrases(judge.checklist, num_paraphrases)
+    # Every item has a prompt of its own, so order should not matter: reversed, one pass checks that and repetition.
     backwards = Checklist(name=asked.name, items=asked.items[::-1])
     engine = judge.engine_config().model_copy(update={"evidence": False})  # a second pass that nothing here reads
 
@@ -260,6 +268,7 @@ def _probe(
 
     ids = sample(list(judge.by_id), config.num_probed, config.seed)
     reviews = list(sampled_reviews(corpus, shards, ids))
+    # Not in the output: an attempt that is killed leaves its rows there for the next one.
     folder = task.work / f"probes-{judge.name}"
     rows = list(ask(reviews, judge.checklist, opened, config.seed, folder, task.advance))
     if all(row["answers"] is None for row in rows):

@@ -113,6 +113,7 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
     with Journal(task.work / _JOURNAL) as journal:
         counts = Counts()
         for entry in journal.entries():
+            # Failures of earlier attempts count as well: reruns do not get round max_failed_share bit by bit.
             counts.count(entry.failed)
         done = (_journaled_place(entry) for entry in journal.ordered(_journaled_place))
         reviews = _in_shard(papers_with_reviews(corpus), task.shard)
@@ -121,15 +122,18 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
         upper_bound = min(num_rows, scoring.limit or num_rows)
         pace = Pace()
         _score_rest(_left(reviews, done), scoring, journal, counts, upper_bound, task, pace)
+        # Now the shard's own size is known; until here the whole corpus stood in for it.
         _require_few_failures(counts, scoring.max_failed_share, counts.num_done)
         tally = _write_rows(journal, task.output)
     if scoring.gate is not None:
+        # Over all outcomes, those of earlier attempts included, which the first look did not see.
         check(tally.answers, scoring.gate)
     save_checklist(scoring.checklist, task.output / CHECKLIST)
     summary = _summary(tally, scoring, task.shard)
     write_atomic(task.output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     metrics = {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
     found = warnings(summary["judge"], len(scoring.checklist.ids)) if scoring.gate is not None else []
+    # The pace is no part of the payload: the same scores make the same files, however fast.
     return {**metrics, **pace.figures(), "warnings": found}
 
 
@@ -153,6 +157,7 @@ def _score_rest(
             failed = outcome.failure is not None
             counts.count(failed)
             if failed:
+                # Before the journal has it: a rerun asks again about the review that ended the task.
                 _require_few_failures(counts, scoring.max_failed_share, upper_bound, outcome)
             journal.append(row, outcome.num_cut_tokens, failed)
             if not failed:
@@ -164,6 +169,7 @@ def _score_rest(
             bar.set_postfix_str(shown, refresh=False)
             bar.update()
             unit = f"reviews, {shown}" if shown else "reviews"
+            # Papers are dealt out by hash: a shard may hold more than its share, and must not look done before it is.
             task.advance(counts.num_done, max(expected, counts.num_done + 1), unit)
         bar.total = counts.num_done
     task.progress(counts.num_done, counts.num_done, "reviews")
@@ -253,6 +259,7 @@ def _write_rows(journal: Journal, output: Path) -> Tally:
         for entry in journal.ordered(_journaled_place):
             row = entry.row()
             tally.add(row, entry.num_cut_tokens, entry.failed)
+            # The journal's own bytes, not written anew from the parsed row.
             (failures if entry.failed else evaluations).write_line(entry.json.decode())
             if entry.num_cut_tokens:
                 truncated.write(
@@ -288,6 +295,7 @@ def _num_yes(tally: Tally, name: str) -> int:
 
 def _num_reviews(corpus: Artifact) -> int:
     path = corpus.file(REVIEWS)
+    # From the manifest, which spares a pass over the corpus.
     rows = next(entry.rows for entry in corpus.manifest.files if entry.path == REVIEWS)
     if not rows:
         raise InputError("the corpus holds no reviews", where=path, fix="check the sources given to ingest_reviews")

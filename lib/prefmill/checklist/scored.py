@@ -53,6 +53,7 @@ class Groups:
             return []
         if self._head[0] < paper_id:
             self._refuse()
+        # Before the next group is asked for: groupby's groups share one iterator, and moving on empties the last.
         rows = list(self._head[1])
         self._head = next(self._groups, None)
         return rows
@@ -80,6 +81,7 @@ def scored_papers(corpus: Artifact, scores: Sequence[Artifact], with_answers: bo
     evaluations = evaluations_by_paper(scores, with_answers)
     for paper, reviews in papers_with_reviews(corpus):
         yield _match(paper, reviews, evaluations.take(paper["paper_id"]))
+    # Rows behind the last paper would else stay unread, and nobody would know.
     evaluations.close()
 
 
@@ -87,6 +89,7 @@ def evaluations_by_paper(scores: Sequence[Artifact], with_answers: bool = False)
     """The evaluations of all shards in `scores`, to be taken paper by paper."""
     parse = parse_json if with_answers else _parse_scores
     shards = [read_jsonl(shard.file(EVALUATIONS), parse) for shard in scores]
+    # heapq.merge holds one row of each shard, so memory does not grow with the corpus.
     merged = shards[0] if len(shards) == 1 else heapq.merge(*shards, key=itemgetter("paper_id", "review_id"))
     return Groups(merged, " and ".join(str(shard.path / EVALUATIONS) for shard in scores))
 

@@ -61,6 +61,7 @@ class ServerEngine(ConcurrentEngine):
             client = self._server.client()
             try:
                 while True:
+                    # After trouble nothing new is asked; what is under way is awaited, and kept.
                     while failure is None and len(waiting) < self._in_flight:
                         number, request = next(rest, (0, None))
                         if request is None:
@@ -73,10 +74,12 @@ class ServerEngine(ConcurrentEngine):
                         try:
                             yield task.result()
                         except PrefmillError as error:
+                            # The first error is told: later ones are mostly the same trouble again.
                             failure, self._server.giving_up = failure or error, True
                 if failure is not None:
                     raise failure
             finally:
+                # The next call has all of its retries again.
                 self._server.giving_up = False
                 runner.run(client.aclose())
 

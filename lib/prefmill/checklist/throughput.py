@@ -19,6 +19,7 @@ class Pace:
 
     def start(self, engine: Engine) -> None:
         """Begin to count."""
+        # Monotonic: the wall clock may be set back meanwhile.
         self._engine, self._started = engine, time.monotonic()
 
     def add(self, num_items: int) -> None:

@@ -50,6 +50,7 @@ class TransformersEngine(PromptedEngine):
             attn_implementation=config.attn_implementation,
         )
         self.model.eval().to(device_type())
+        # A model that also reads images keeps its text model's limits in a configuration of their own.
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
         self._shared: tuple[TokenIds, Cache | None] = ((), None)
@@ -70,6 +71,7 @@ class TransformersEngine(PromptedEngine):
         """The cache of a review and what stands before it."""
         self._count(shared, review)
         before = self._shared_cache(shared)
+        # A forward extends its cache in place, and the paper's next review needs this one as it is.
         return read(self.model, review, copy.deepcopy(before)) if review else before
 
     def _answers(self, cache: Cache) -> list[Read]:
@@ -115,6 +117,7 @@ class TransformersEngine(PromptedEngine):
 def read(model: PreTrainedModel, ids: TokenIds, cache: Cache | None) -> Cache:
     """The cache after `ids`, which continue `cache` (changed in place)."""
     tokens = torch.tensor([ids], device=model.device)
+    # Only the cache is wanted: logits of all positions would take length times vocabulary numbers.
     output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     result: Cache = output.past_key_values
     return result
@@ -140,6 +143,7 @@ def answer_logps(
     answer = answers[0]
     rows = [question + answer[:-1] for question in questions]
     logits, _, _ = _continue(model, cache, rows, num_kept=len(answer))
+    # In float64, so that the sum over a whole vocabulary adds no rounding of its own.
     logps = logits.double().log_softmax(dim=-1)
     if len(answers) > 1:
         return logps[:, 0, [ids[0] for ids in answers]]
@@ -157,6 +161,7 @@ def write(
     """The likeliest tokens after each of `rows` on top of `cache`, until they are done or the model ends its turn."""
     logits, mask, repeated = _continue(model, cache, rows, num_kept=1)
     ends = model.generation_config.eos_token_id
+    # Chat models often name several: the end of a turn and the end of a text.
     ends = {*ends} if isinstance(ends, list) else {ends}
     written: list[list[int]] = [[] for _ in rows]
     going = set(range(len(rows)))
@@ -192,13 +197,16 @@ def _continue(
     """
     length, past = max(map(len, rows)), cache.get_seq_length()
     pads = [length - len(row) for row in rows]
+    # Any id serves as padding, since the mask hides it; not every tokenizer has a padding token.
     tokens = torch.tensor([[0] * pad + [*row] for pad, row in zip(pads, rows, strict=True)], device=model.device)
     mask = torch.tensor([[1] * past + [0] * pad + [1] * (length - pad) for pad in pads], device=model.device)
+    # batch_repeat_interleave works in place.
     repeated: Any = copy.deepcopy(cache)
     repeated.batch_repeat_interleave(len(rows))
     output = model(
         input_ids=tokens,
         attention_mask=mask,
+        # transformers numbers positions without a look at the mask, and would count the padding.
         position_ids=(mask.cumsum(1) - 1)[:, past:],
         past_key_values=repeated,
         use_cache=True,

@@ -99,6 +99,7 @@ class VllmEngine(ConcurrentEngine):
         name = str(self.num_requests)
         by_id[name] = (asked, *place)
         prompt = {"prompt_token_ids": [*asked.request.shared, *asked.request.review, *behind]}
+        # Not LLM.generate, which returns only when all of its prompts are done.
         self._llm.llm_engine.add_request(name, prompt, sampling)
         self.num_requests += 1
         asked.waiting += 1
@@ -108,6 +109,7 @@ class VllmEngine(ConcurrentEngine):
         answers = self.prompts.answers
         if answers.single:
             return [((), answers.yes + answers.no)]
+        # Not prompt_logprobs, which would need one request: with them vLLM reads nothing from its prefix cache.
         return [(ids[:index], (ids[index],)) for ids in (answers.yes, answers.no) for index in range(len(ids))]
 
     def _answered(self, by_id: _ById) -> list[_Asked]:
@@ -123,6 +125,7 @@ class VllmEngine(ConcurrentEngine):
                 asked.waiting -= 1
                 self.num_prompt_tokens += len(output.prompt_token_ids)
                 self.num_cached_tokens += output.num_cached_tokens or 0
+                # `found` is empty for the first pass alone: quotes that come back must not ask for quotes again.
                 if not asked.waiting and not asked.found:
                     asked.found = self._read(asked)
                     if self._config.evidence:
@@ -168,9 +171,11 @@ def _open(config: VllmConfig) -> Any:
 
 def _one_token(allowed: TokenIds) -> Any:
     """Ask for one of these tokens, with the log-probability of each."""
+    # Imported here: vLLM is an extra, and the other engines work without it.
     from vllm import SamplingParams
 
     wanted = list(allowed)
+    # Not detokenized: ids and log-probabilities are all that is read.
     return SamplingParams(
         max_tokens=1, temperature=0.0, allowed_token_ids=wanted, logprob_token_ids=wanted, detokenize=False
     )
