@@ -36,6 +36,7 @@ def draw_figure(paper: PaperRow) -> Image:
     figure = Image.new("RGB", FIGURE_SIZE, "white")
     draw = ImageDraw.Draw(figure)
     match = _GAIN.search(paper.abstract)
+    # The two abstracts of the phrase bank word the gain differently, a group each.
     gain = int(match[1] or match[2]) if match else 0
     width, height = FIGURE_SIZE
     for left, bar, colour in ((20, 30, "gray"), (66, 30 + 5 * gain, "steelblue")):

@@ -39,6 +39,7 @@ def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Pa
         return [path]
     names = tuple(f"{ending}{packed}" for ending in endings for packed in ("", ".gz"))
     found = sorted(file for file in path.rglob("*") if file.name.endswith(names) and file.is_file())
+    # Archives made on macOS hold a hidden `._name` beside every file, which is no text.
     found = [file for file in found if not file.name.startswith(".") and without not in file.parts]
     if not found:
         expected = ", ".join(f"*{ending}" for ending in endings)
@@ -54,6 +55,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with _reading(path) as (stream, lines_read):
         for number, line in enumerate(stream, 1):
             lines_read[0] = number
+            # Left in place, a byte order mark would become a part of a CSV file's first column name.
             yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
@@ -67,6 +69,7 @@ def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             values = parse_json(line)
         except UnicodeDecodeError as error:
             yield RowProblem(place, f"invalid UTF-8 at byte {error.start}", _UTF8_FIX, excerpt(line))
+        # Nesting that is too deep ends in a RecursionError, which is no ValueError.
         except (ValueError, RecursionError) as error:
             fix = "correct or delete that line; each line is one JSON object"
             yield RowProblem(place, f"not JSON: {error}", fix, excerpt(line.strip()))
@@ -79,6 +82,7 @@ def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
 
     An array is read piece by piece, as a venue's dump need not fit into memory.
     """
+    # Only the beginning is read here: a generator that is left unfinished would keep the file open.
     with contextlib.closing(_read_text(path)) as chunks:
         beginning = next(chunks, "")
     if _ARRAY.match(beginning):
@@ -91,6 +95,7 @@ def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
 
 def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     """The rows of a CSV file with a header, as text by column."""
+    # The csv module's own limit of 131,072 characters is below a long paper's text.
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
     reader = csv.DictReader(_text_lines(path), restkey="", strict=True)
     start = 2
@@ -98,6 +103,7 @@ def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
         _check_header(reader.fieldnames, path)
         for values in reader:
             place = Place(source, str(path), start)
+            # The reader knows only where a row ends, and a quoted cell may go over many lines.
             start = reader.line_num + 1
             if "" in values or None in values.values():
                 reason = f"the row has not the header's {len(reader.fieldnames or ())} cells"
@@ -174,6 +180,7 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 def _read_text(path: Path) -> Generator[str]:
     """The file's text in pieces of about a megabyte."""
+    # A piece may end within a character: this decoder keeps its first bytes for the next piece.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with _reading(path) as (stream, lines_read):
         while True:
@@ -215,6 +222,7 @@ def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
         try:
             values, position = decoder.raw_decode(buffer, position)
         except ValueError as error:
+            # Mostly the object only goes on in the next piece; it is a fault where the file ends.
             buffer, position, counted = _grow(buffer[position:], chunks, path, line, error), 0, 0
             continue
         yield as_row(values, Place(source, str(path), line, f"item {index}"))

@@ -61,6 +61,7 @@ def generate(seed: int, num_papers: int) -> Iterator[dict[str, Any]]:
 
 def generate_paper(seed: int, index: int) -> list[dict[str, Any]]:
     """The review rows of paper `index` (3 to 5), from (seed, index) alone: any slice can be made by itself."""
+    # Python seeds from text by sha512 and not by hash(), so every process draws the same papers.
     rng = random.Random(f"{seed}/{index}")
     paper = _write_paper(rng, seed, index)
     reviews = [_review(rng, paper, number) for number in range(rng.choice((3, 4, 4, 5)))]
@@ -98,6 +99,7 @@ def compose(rng: random.Random, words: dict[str, str], factors: Sequence[str], n
 
 def _write_paper(rng: random.Random, seed: int, index: int) -> GeneratedPaper:
     merit = rng.gauss(0, 1)
+    # Both factors are odd: no title comes twice, and every seed begins at another one.
     words = _title_words((index * _TITLE_STEP + seed * 7919) % NUM_TITLES)
     words["bench"] = rng.choice(phrases.BENCHMARKS)
     words["base"], words["other"] = rng.sample(phrases.BASELINES, 2)
@@ -161,7 +163,9 @@ def _level(value: float, num_levels: int) -> int:
 
 def _pattern(templates: Sequence[str]) -> re.Pattern[str]:
     """What any of `templates` looks like with its gaps filled by any word."""
+    # The gap `seeds` is filled with two words, such as "one seed".
     gaps = dict.fromkeys(phrases.SLOTS, r"\w+") | {"seeds": r"\w+ seeds?"}
+    # re.escape has put a backslash before both brackets of a gap.
     filled = [re.sub(r"%\\?\((\w+)\\?\)s", lambda gap: gaps[gap[1]], re.escape(text.lower())) for text in templates]
     return re.compile("|".join(rf"(?<!\w){text}" for text in filled))
 

@@ -112,6 +112,7 @@ def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Reject
         counts: Counter[str] = Counter()
         for row in tqdm(read_source(source, number), desc=f"source {number}", unit="row", unit_scale=True):
             tally.rows += 1
+            # No total: to count the rows, every source would have to be read twice.
             progress(tally.rows, None, "rows")
             _take(row, store, rejects, counts, tally.unknown)
         if not counts:
@@ -127,6 +128,7 @@ def link(store: CorpusStore, rejects: Rejects, tally: IngestTally) -> None:
     """Make whole papers of what was collected: decisions, no orphans, one paper a title."""
     for problem in store.link():
         rejects.add(problem)
+    # Before titles are merged: a merged paper has the smallest id, which must not be that of a dropped paper.
     tally.unreviewed = store.drop_unreviewed()
     tally.merged = store.merge_titles()
     tally.repeated = store.num_repeated
@@ -165,15 +167,18 @@ def write_corpus(
             row = _paper(paper, document, "test" if paper.paper_id in test_ids else split_of(key, splits))
             written = reviews_of[paper.paper_id]
             scale = prompt_scale(written)
+            # No key on 1 to 10: a corpus that was made before rows kept their scale has the same bytes.
             papers.write(row if scale == COMMON_SCALE else {**row, "scale": list(scale)})
             for review in written:
                 reviews.write(review)
                 tally.ratings[common_rating(review)] += 1
             _count(tally, row, document, len(written))
+        # Still inside the writers' block: they rename their files only when it ends without an error.
         rejects.check_share(tally.rows)
         if not reviews.num_rows:
             raise InputError("no review is left", got=f"{tally.rows} rows", fix="check the sources and the quarantine")
     if rejects.config.on_bad_row == "quarantine":
+        # Last, as documents that cannot be read are found while the papers are written.
         _write_quarantine(store, reader.output / "quarantine.jsonl")
     for warning in tally.warnings():
         _log.warning("%s", warning)
@@ -211,6 +216,7 @@ def _take(
             elif isinstance(item, Unknown):
                 unknown[str(item)] += 1
             else:
+                # A row's paper stays in the store where its review is at fault: other rows bring more reviews of it.
                 store.add(read.place, item)
     except RowError as error:
         rejects.add(problem_with(read, error))

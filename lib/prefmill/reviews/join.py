@@ -27,6 +27,7 @@ def papers_with_reviews(corpus: Artifact) -> Iterator[tuple[Paper, list[Review]]
         while review is not None and review["paper_id"] == paper_id:
             group.append(review)
             line, review = next(reviews, (0, None))
+        # Both files rise, so the paper of this review can no longer come.
         if review is not None and review["paper_id"] < paper_id:
             break
         yield paper, group
@@ -43,6 +44,7 @@ def _ordered(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
     previous: list[str] = []
     for number, row in enumerate(read_jsonl(path), 1):
         current = [row[key] for key in keys]
+        # Equal keys are refused as well: a repeated review would be scored and paired twice.
         if previous and current <= previous:
             raise InputError(
                 "rows are out of order or repeated", where=f"{path}:{number}",

@@ -66,6 +66,7 @@ class OpenReviewSource(FileSource):
     sub_score_fields: list[str] = list(forms.SUB_SCORE_FIELDS)
     exclude_fields: list[str] = []
 
+    # Before the fields are checked, so that a key beside the preset replaces the preset's value.
     @model_validator(mode="before")
     @classmethod
     def _lay_over_preset(cls, values: Any) -> Any:
@@ -88,10 +89,12 @@ class OpenReviewSource(FileSource):
         if values.get("ddate"):
             return [Skipped("deleted note")]
         content = _content(values, wrapped=self.format == "openreview_v2")
+        # In OpenReview a submission is its own forum; each reply has the submission's id there.
         if values.get("forum", values.get("id")) == values.get("id"):
             return self._paper(values, content, names)
         if names & _lower(self.review_invitations):
             return self._review(values, content)
+        # min: a set of strings has another order in every process, and summaries would differ.
         return self._decision(values, content, names) or [Skipped(min(names))]
 
     def _paper(self, note: Mapping[str, Any], content: Mapping[str, Any], names: set[str]) -> list[Item]:
@@ -165,6 +168,7 @@ def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
     details = row.values.get("details")
     yield dataclasses.replace(row, place=dataclasses.replace(row.place, item=_note_name(row.values)))
     if isinstance(details, dict):
+        # The API uses the name that was asked for: details=replies, or details=directReplies.
         replies = details.get("replies") or details.get("directReplies") or []
         for reply in replies if isinstance(replies, list) else [replies]:
             name = _note_name(reply) if isinstance(reply, dict) else "reply"
@@ -178,6 +182,7 @@ def _note_name(note: Mapping[str, Any]) -> str:
 def _invitation_names(note: Mapping[str, Any]) -> set[str]:
     """The last parts of a note's invitations, in lower case: `official_review`, `decision`, ..."""
     invitations = note.get("invitations") or [note.get("invitation")]
+    # API 2 adds `/-/Edit` to notes that a venue edited, whatever their kind.
     return {str(item).rsplit("/", 1)[-1].lower() for item in invitations if item} - {"edit"}
 
 
@@ -186,6 +191,7 @@ def _content(note: Mapping[str, Any], wrapped: bool) -> dict[str, Any]:
     content = note.get("content")
     if not isinstance(content, dict):
         raise RowError("note without content", "dump whole notes, with id, forum, invitation(s) and content")
+    # Read in the wrong form, a note would lose its fields or have mappings for texts.
     is_wrapped = any(isinstance(value, dict) and "value" in value for value in content.values())
     if content and is_wrapped != wrapped:
         right = "openreview_v2" if is_wrapped else "openreview_v1"
@@ -203,6 +209,7 @@ def _split_content(
     sections: dict[str, str] = {}
     left_out: list[Item] = []
     for name, value in content.items():
+        # bool is asked for first: to Python True is an int, and a ticked box would be a sub-score of 1.
         if _NOT_SECTIONS.fullmatch(name) or isinstance(value, bool) or value is None:
             continue
         if isinstance(value, (int, float)) or (name in sub_scores and begins_with_number(str(value))):
@@ -227,6 +234,7 @@ def _section(name: str, value: Any) -> str | None:
 
 
 def _join(sections: Mapping[str, str]) -> str:
+    # Older forms, such as ICLR's until 2021, have one text field, which needs no heading.
     if len(sections) == 1:
         return next(iter(sections.values()))
     return "\n\n".join(f"## {name.replace('_', ' ').capitalize()}\n{text}" for name, text in sections.items())
@@ -235,6 +243,7 @@ def _join(sections: Mapping[str, str]) -> str:
 def _group(note: Mapping[str, Any]) -> str:
     """The venue's group, such as `ICLR.cc/2024/Conference`."""
     invitations = note.get("invitations") or [note.get("invitation")]
+    # An invitation may be of one submission (`.../Paper7/-/Revision`): the shortest group is the venue's.
     return str(note.get("domain") or min((str(item).split("/-/", 1)[0] for item in invitations if item), key=len))
 
 

@@ -29,7 +29,7 @@ _DECISION_NOTE: dict[str, Any] = {"decision_invitations": ["decision"], "decisio
 PRESETS: Mapping[Any, Mapping[str, Any]] = {
     "iclr_2017": {"review_invitations": ["review"], "decision_invitations": ["acceptance"]},
     "iclr_2018": {"decision_invitations": ["acceptance_decision"]},
-    "iclr_2019": {"decision_invitations": ["meta_review"], "decision_fields": ["recommendation"]},
+    "iclr_2019": {"decision_invitations": ["meta_review"], "decision_fields": ["recommendation"]},  # no decision notes
     "iclr_2020": {**_DECISION_NOTE, "rating_max": 8.0},  # 1, 3, 6, 8
     "iclr_2021": _DECISION_NOTE,
     "iclr_2022": {**_DECISION_NOTE, "rating_fields": ["recommendation"]},

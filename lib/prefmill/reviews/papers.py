@@ -67,6 +67,7 @@ class DocumentReader:
         try:
             return self._read(paper)
         except RowError as error:
+            # A paper that is left out must leave no images: no row of the corpus would name them.
             for folder in self._image_folders(paper.paper_id):
                 shutil.rmtree(folder, ignore_errors=True)
             return error
@@ -130,6 +131,7 @@ class DocumentReader:
         if record.is_file():
             return PdfContent(**json.loads(record.read_text(encoding="utf-8")))
         content = extract()
+        # After the images: a run killed before this line reads the PDF again and keeps no half of it.
         write_atomic(record, json.dumps(dataclasses.asdict(content)))
         return content
 
@@ -154,6 +156,7 @@ def read_documents(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(reader.config.workers, context, end_with_parent) as pool:
         stream = iter(papers)
+        # In batches: pool.map takes everything it is given at once, and the texts would fill the memory.
         while batch := list(itertools.islice(stream, 16 * reader.config.workers)):
             documents = pool.map(reader, [paper for _, paper in batch])
             yield from ((tag, paper, document) for (tag, paper), document in zip(batch, documents, strict=True))

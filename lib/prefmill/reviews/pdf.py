@@ -29,7 +29,7 @@ class PdfConfig(StrictConfig):
     """
 
     max_pages: int = Field(12, ge=1)
-    max_pixels: int = Field(250_880, ge=784)
+    max_pixels: int = Field(250_880, ge=784)  # 320 tokens of Qwen2-VL, each 28 x 28 pixels
     max_figures: int = Field(8, ge=0)
     min_figure_side: int = Field(64, ge=1)
 
@@ -52,6 +52,7 @@ def extract_pdf(path: Path, pages: Path, figures: Path, config: PdfConfig) -> Pd
     import pypdfium2
 
     for folder in (pages, figures):
+        # A run that was killed may have left more images here than this one saves.
         shutil.rmtree(folder, ignore_errors=True)
     try:
         with pypdfium2.PdfDocument(path) as document:
@@ -75,6 +76,7 @@ def _extract(document: Any, pages: Path, figures: Path, config: PdfConfig) -> Pd
         for figure in _figures(page, config)[: config.max_figures - num_figures]:
             save_image(figure, figures, num_figures, config.max_pixels)
             num_figures += 1
+        # PDFium holds a page and its objects in memory until it is closed.
         page.close()
     return PdfContent(clean_text("\n\n".join(texts), "text"), num_pages, num_figures)
 
@@ -112,4 +114,5 @@ def _figures(page: Any, config: PdfConfig) -> list[Image]:
             found.append((-top, left, item.get_bitmap(render=False).to_pil()))
         except pypdfium2.PdfiumError:  # an image format that PDFium renders but does not hand out
             found.append((-top, left, item.get_bitmap(render=True).to_pil()))
+    # Sorted by place alone: Pillow images cannot be compared where two are at the same place.
     return [image for _, _, image in sorted(found, key=lambda figure: figure[:2])]

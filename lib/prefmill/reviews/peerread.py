@@ -77,6 +77,7 @@ class PeerReadSource(FileSource):
         return [paper]
 
     def _review(self, entry: dict[str, Any]) -> list[Item]:
+        # PeerRead's conferences spell this key in two ways.
         if entry.get("is_meta_review") or entry.get("IS_META_REVIEW"):
             return [Skipped("meta-review")]
         if "RECOMMENDATION" not in entry:
@@ -86,6 +87,7 @@ class PeerReadSource(FileSource):
         paper_id = parse_id(str(entry[_PAPER]), "id", self.id_prefix)
         confidence, unknown = self.confidence(entry.get("REVIEWER_CONFIDENCE"))
         review = ReviewRow(
+            # PeerRead gives reviews no ids; their order in a file is fixed.
             review_id=f"{paper_id}-r{entry[_INDEX]}",
             paper_id=paper_id,
             text=required_text(entry["comments"], "comments"),
@@ -93,6 +95,7 @@ class PeerReadSource(FileSource):
             scale=self.scale,
             confidence=confidence,
             venue=clean_text(entry[_VENUE], "conference") or self.venue,
+            # Sorted, as a set of strings has another order in every process.
             sub_scores={key.lower(): parse_score(entry[key], key) for key in sorted(_SCORES & entry.keys())},
         )
         return [review, *unknown]

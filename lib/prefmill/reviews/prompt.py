@@ -39,6 +39,7 @@ def review_messages(paper: Paper, modality: Modality) -> list[Message]:
     `clean` gives title, abstract and text; `clean_images` its figures too; `vision` title, abstract and page images.
     Raises InputError when an image modality meets a paper without images.
     """
+    # `:g` writes 10.0 as 10, as venues and reviewers do.
     instruction = _INSTRUCTION.format(*scale_of(paper))
     parts = [instruction, f"Title: {neutralise(paper['title'])}", f"Abstract: {neutralise(paper['abstract'])}"]
     if modality != "vision" and paper["text"].strip():
@@ -51,6 +52,7 @@ def review_messages(paper: Paper, modality: Modality) -> list[Message]:
 
 def prompt_title(prompt: str) -> str | None:
     """The title in a prompt made by `review_messages`; None in any other text."""
+    # The first match: a paper's text may have such a line too, and comes after the title.
     match = _TITLE_LINE.search(prompt)
     return match[1] if match else None
 
@@ -76,6 +78,7 @@ def split_completion(text: str, scale: Scale) -> tuple[str, float | None]:
     """A completion as review text and rating within `scale`; None, and the text whole, when no last line gives one."""
     body, _, last = text.strip().rpartition("\n")
     match = _RATING_LINE.fullmatch(last.strip())
+    # Whoever writes 7/10 where 1 to 5 was asked for has not answered on the prompt's scale.
     rating = float(match[1]) if match and float(match[2] or scale[1]) == scale[1] else None
     if rating is None or not scale[0] <= rating <= scale[1]:
         return text.strip(), None

@@ -16,7 +16,7 @@ from prefmill.core.records import Decision
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 
 _EXCERPT_CHARS = 200
-_MAX_ID_CHARS = 200
+_MAX_ID_CHARS = 200  # file names may have 255 bytes, with an ending
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
 _NEWLINES = re.compile(r"\r\n?")
 _NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
@@ -28,6 +28,7 @@ DECISIONS: tuple[Decision, ...] = ("accepted", "rejected", "withdrawn", "desk_re
 _DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first that matches
     (re.compile(r"desk[ _-]?reject", re.IGNORECASE), "desk_rejected"),
     (re.compile(r"withdraw|retracted", re.IGNORECASE), "withdrawn"),
+    # "Submitted to ICLR 2024" is how OpenReview shows a rejected paper.
     (re.compile(r"reject|not accept|invite to workshop|submitted to|\d{4} submitted", re.IGNORECASE), "rejected"),
     (re.compile(r"accept|\b(poster|oral|spotlight|notable|talk)\b|\btop[ -]?\d+ ?%", re.IGNORECASE), "accepted"),
     (re.compile(r"\d{4} (main|findings|industry|long|short)\b", re.IGNORECASE), "accepted"),  # EMNLP 2023 Main
@@ -142,12 +143,14 @@ class RawRow:
 def excerpt(raw: Any) -> str:
     """The beginning of a row, to recognise it by."""
     text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else str(raw)
+    # JSON can spell half of a surrogate pair, which no log and no UTF-8 file can take.
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "..."
 
 
 def check_fields(values: Mapping[str, Any], required: set[str], valid: set[str], ignore_extra: bool, what: str) -> None:
     """Raises RowError when a required field is missing or, unless they are ignored, an unknown one is there."""
+    # Two set comparisons pass nearly every row; only faulty rows pay for the rest.
     if required <= values.keys() <= valid:
         return
     missing = sorted(required - values.keys())
@@ -207,6 +210,7 @@ def parse_score(value: Any, name: str) -> float:
     if isinstance(value, str):
         match = _LEADING_NUMBER.match(value)
         number = float(match[1]) if match else None
+    # bool is named because to Python it is an int: `true` would be a rating of 1.
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
         raise RowError(f"{name} is not a number: {excerpt(repr(value))}", f"give {name} a number, or remove the row")
     return float(number)

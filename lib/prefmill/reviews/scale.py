@@ -59,4 +59,5 @@ class VenueQuantiles:
         """The place of the review's rating; its venue must have been counted."""
         ratings, below = self._ratings[review["venue"]], self._below[review["venue"]]
         rating = common_rating(review)
+        # Midranks: their mean is 1/2 at every venue, however many of its ratings are equal.
         return (below[bisect_left(ratings, rating)] + below[bisect_right(ratings, rating)]) / (2 * below[-1])

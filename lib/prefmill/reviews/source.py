@@ -38,12 +38,13 @@ class SourceConfig(StrictConfig, ABC):
     # Whole numbers, as those of the first release: 1.0 has another fingerprint, and corpora would be made again.
     rating_min: float = Field(1, allow_inf_nan=False)
     rating_max: float = Field(10, allow_inf_nan=False)
+    # `later` keys are no part of the identity at their default, so corpora made before them stay valid.
     rating_words: dict[str, float] = later({})
     confidence_words: dict[str, Annotated[float, Field(ge=1, le=5)]] = later({})
     decision_words: dict[str, Decision] = later({})
     decimal_comma: bool = later(False)
     venue: str = ""
-    id_prefix: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")
+    id_prefix: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")  # ids name files
     ignore_extra_fields: bool = False
 
     @model_validator(mode="after")
@@ -60,6 +61,7 @@ class SourceConfig(StrictConfig, ABC):
         """A scale that is not 1 to 10: corpora made before rows kept it are not what is made now."""
         return {} if self.scale == COMMON_SCALE else {"scale": "kept"}
 
+    # A cached property is no field: it is neither a key nor a part of the identity.
     @cached_property
     def previous_paper(self) -> list[Any]:
         """What the last row said of its paper and what became of it: a memory of one, for tables of reviews."""

@@ -16,6 +16,7 @@ from prefmill.core.records import Split
 from prefmill.reviews.files import read_lines
 from prefmill.reviews.rows import RowError, excerpt
 
+# Test is first: its papers depend on its own share alone, not on those of dev, val and train.
 _ORDER: tuple[Split, ...] = ("test", "dev", "val", "train")
 _NOT_WORD = re.compile(r"[\W_]+")
 
@@ -38,7 +39,7 @@ class SplitConfig(StrictConfig):
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
         total = self.train + self.val + self.dev + self.test
-        if abs(total - 1) > 1e-6:
+        if abs(total - 1) > 1e-6:  # 0.7 + 0.1 + 0.1 + 0.1 is 0.9999999999999999
             raise ValueError(f"train + val + dev + test is {total:g}; make it 1")
         if self.test_set is not None and self.test > 0:
             raise ValueError("test_set names the test papers: set test to 0 and share it out among the others")
@@ -50,6 +51,7 @@ def title_key(title: str) -> str:
 
     Raises RowError when the title has no letter or digit.
     """
+    # NFKC, as titles copied from PDFs may hold ligatures, or accents apart from their letters.
     key = _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", title).casefold()).strip()
     if not key:
         raise RowError(f"title without letters or digits: {excerpt(title)!r}", "correct the title")
@@ -58,6 +60,7 @@ def title_key(title: str) -> str:
 
 def split_of(key: str, config: SplitConfig) -> Split:
     """The split of the paper with this title key, from a hash of seed and key."""
+    # Not hash(), which gives another number for the same text in every process.
     digest = hashlib.sha256(f"{config.seed}/{key}".encode()).digest()
     position = int.from_bytes(digest[:8]) / 2**64
     bound = 0.0
@@ -85,6 +88,7 @@ def read_test_set(config: SplitConfig, find_paper: Callable[[str, str], str | No
             unmatched.append((number, entry))
         else:
             found.add(paper_id)
+    # A list of which nothing matches is the wrong file, even where unmatched lines are allowed.
     if not found or (unmatched and config.require_test_papers):
         raise _unmatched(config.test_set, unmatched)
     return frozenset(found)

@@ -46,6 +46,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         for stale in path.parent.glob(f"{path.name}*"):
             stale.unlink()
         self._path = path
+        # No journal, no syncs, one transaction that is never committed: a store that was interrupted is thrown away,
+        # and no other connection reads it.
         self._database = sqlite3.connect(path, isolation_level=None)
         self._database.executescript(
             f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{_CACHE_KILOBYTES}; {_SCHEMA} BEGIN;"
@@ -59,6 +61,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._database.close()
+        # SQLite says "database or disk is full"; as ENOSPC it is told like every other full disk.
         if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
 
@@ -113,11 +116,13 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def link(self) -> Iterator[RowProblem]:
         """Index the reviews and bring decisions to their papers; what belongs to no paper is yielded."""
+        # Only now: to build an index once costs less than to keep it right through every insert.
         self._database.execute("CREATE INDEX by_paper ON reviews (paper_id, review_id)")
         self._database.execute("CREATE INDEX by_title ON papers (title_key)")
         for table, what in (("reviews", "review"), ("decisions", "decision")):
             unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
             query = f"SELECT paper_id, file, line, item FROM {table} WHERE {unknown}"  # noqa: S608
+            # Fetched whole, as the caller puts each problem into this database before it asks for the next.
             for paper_id, *place in self._database.execute(query).fetchall():
                 fix = "add the paper's row or submission note to the sources, or remove this one"
                 yield RowProblem(
@@ -169,6 +174,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             review.review_id, review.paper_id, review.text, review.rating, review.confidence, review.venue,
             to_json(review.sub_scores) if review.sub_scores else "{}", *review.scale, *self._located(place),
         )  # fmt: skip
+        # Inserted without a look, as nearly every id is new; the earlier row is read only on a clash.
         with contextlib.suppress(sqlite3.IntegrityError):
             self._database.execute("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             return
@@ -200,6 +206,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
     def _replace(self, kept: PaperRow, dropped_id: str) -> None:
         self._database.execute("UPDATE reviews SET paper_id = ? WHERE paper_id = ?", (kept.paper_id, dropped_id))
         self._database.execute("DELETE FROM papers WHERE paper_id = ?", (dropped_id,))
+        # A test set may list the dropped id, which must still find its paper.
         self._database.execute("INSERT INTO aliases VALUES (?, ?)", (dropped_id, kept.paper_id))
 
     def _update(self, paper: PaperRow) -> None:

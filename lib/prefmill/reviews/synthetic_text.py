@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# The five lists of a title have sixteen words each: an odd step through 2**20 titles repeats none.
 ADJECTIVES = (
     "sparse", "robust", "fast", "deep", "adaptive", "local", "global", "causal", "modular", "stable", "shared",
     "recurrent", "layered", "linear", "discrete", "guided",
@@ -32,6 +33,7 @@ SEEDS = ("one seed", "three seeds", "ten seeds")
 CODE_STATES = ("missing", "public")
 SLOTS = (*TITLE_SLOTS, "bench", "base", "other", "gain", "seeds", "code", "number")
 
+# drawn.py finds the gain by the words around it in these sentences.
 ABSTRACTS = (
     "We propose %(adjective)s %(method)s for %(topic)s of %(data)s. "
     "It uses %(part)s and beats %(base)s by %(gain)s points on %(bench)s.",
@@ -126,6 +128,7 @@ RARITY = {
     "summary": 0.5, "strengths": 0.7, "location": 1.1, "baseline": 1.0, "statistics": 1.6, "limitations": 1.3,
     "reproducibility": 1.4, "related_work": 1.1, "clarity": 0.8, "question": 0.9, "suggestion": 1.0, "courtesy": 1.2,
 }  # fmt: skip
+# At least as many as generated.py's _MAX_SENTENCES, as a review draws them without repeating.
 VAGUE = (
     "It is an interesting area these days.",
     "I am not sure what to think of it.",

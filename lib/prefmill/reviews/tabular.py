@@ -75,6 +75,7 @@ class CsvSource(FileSource):
         """The row's paper and review."""
         fields = {column: field for field, column in self.columns.items()}
         named = {fields.get(column, column): cell for column, cell in values.items()}
+        # A CSV row cannot leave out a column: an empty cell is a review without that sub-score.
         sub_scores = {
             name.removeprefix(_SUB_SCORE_COLUMN): cell for name, cell in named.items() if _is_sub_score(name) and cell
         }
@@ -136,6 +137,7 @@ def _paper(values: dict[str, Any], config: SourceConfig, drawn: bool) -> PaperRo
         venue=clean_text(values.get("venue"), "venue") or config.venue,
         drawn=drawn,
     )
+    # In place, as a configuration is frozen.
     config.previous_paper[:] = [said, paper]
     return paper
 
@@ -145,6 +147,7 @@ def _sub_scores(value: Any) -> dict[str, float]:
         return {}
     if not isinstance(value, dict):
         raise RowError(f"sub_scores is not an object but {type(value).__name__}", "write names and numbers")
+    # Sorted: the store compares them as JSON to see whether a review is listed twice word for word.
     scores = ((str(name), _sub_score(score, f"sub_scores.{name}")) for name, score in sorted(value.items()))
     return {name: score for name, score in scores if score is not None}
 
