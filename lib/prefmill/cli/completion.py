@@ -14,6 +14,7 @@ from pathlib import Path
 from prefmill.core.places import default_workspace
 
 KEYS = Path(__file__).parent / "keys.json"  # written by `python -m tests.docs.keys`: importing the stages takes seconds
+# COMP_WORDBREAKS: bash cuts words at `=` and `:`, and would complete the parts of `run=mine` and `dpo:clean` alone.
 _BASH = """_prefmill() {
   local IFS=$'\\n'
   COMPREPLY=($(prefmill __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
@@ -22,6 +23,7 @@ _BASH = """_prefmill() {
 COMP_WORDBREAKS=${COMP_WORDBREAKS//[=:]/}
 complete -o default -F _prefmill prefmill
 """
+# zsh reads bash's completions through bashcompinit, so one script does for both.
 _SCRIPTS = {"bash": _BASH, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{_BASH}"}
 SHELLS = tuple(_SCRIPTS)
 _RUN_FIRST = ("status", "advance", "pair", "pairs", "rate", "rm", "gc", "compare")
@@ -68,6 +70,7 @@ def _values(before: Sequence[str], word: str) -> Iterable[str]:
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    # argparse has no public way to ask a parser for its subcommands.
     found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(found[0].choices)
 

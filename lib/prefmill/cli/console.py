@@ -29,6 +29,7 @@ class Console:
         if self._quiet and (sign in _ROUTINE if sign else line.startswith("  ")):
             return
         first, *rest = line.split("\n")
+        # Flushed: Python keeps back what goes to a pipe or a file, and a run would show nothing for minutes.
         print("\n".join([paint(first, _COLOURS.get(sign)), *rest]), flush=True)
         if self._verbose and sign == ">":
             stage, _, task = line.split()[1].partition(":")

@@ -51,6 +51,7 @@ def _import(arguments: argparse.Namespace) -> int:
     if arguments.config is None:
         raise ConfigError("no file to import", fix="name one, or give --keys")
     imported = import_config(arguments.config, arguments.gpus)
+    # Before it is written: a file that the stage would refuse is not left behind.
     validate(load_stage(imported.stage).config, imported.config, where=arguments.config)
     output = arguments.output or Path("configs") / imported.stage / f"{arguments.config.stem}.yaml"
     header = f"# Imported from LLaMA-Factory's {arguments.config.name}.\n"
@@ -65,6 +66,7 @@ def _pair(arguments: argparse.Namespace) -> int:
     from prefmill.report.pair_report import tell
 
     logs, run = _run_logs(arguments)
+    # A run that has trained on no preferences still has texts and scores to show.
     trained = any(logs.glob("*/*/margins"))
     histories = read_histories(margins_logs(logs, arguments.task)) if trained else {}
     print(tell(logs.parents[1], run, arguments.pair_id, histories))
@@ -111,6 +113,7 @@ def _run_logs(arguments: argparse.Namespace) -> tuple[Path, str]:
     from prefmill.core.places import default_workspace
 
     workspace = arguments.workspace or default_workspace()
+    # `latest` is a link: behind it is the run's own name.
     logs = (workspace / "logs" / arguments.run).resolve()
     if not logs.is_dir():
         raise InputError("no such run", where=logs, fix="list runs: ls logs/")

@@ -63,9 +63,11 @@ def check_packages() -> Iterator[Diagnosis]:
     wrong = 0
     for text in importlib.metadata.requires("prefmill") or []:
         requirement = Requirement(text)
+        # Packages of an extra are not required: no extra has the empty name.
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         found = _version(requirement.name)
+        # Without prereleases=True older versions of packaging refuse builds such as a vendor's 2.8.0a0 of torch.
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             wrong += 1
             yield Diagnosis(
@@ -86,6 +88,7 @@ def check_packages() -> Iterator[Diagnosis]:
 
 def check_accelerators() -> Iterator[Diagnosis]:
     """The GPUs that the driver shows, without touching them."""
+    # Not through torch, whose import takes seconds.
     listed = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     if listed:
         yield from (Diagnosis("ok", f"GPU {line.strip()}") for line in listed.splitlines())
@@ -113,9 +116,11 @@ def check_disk(workspace: Path) -> Iterator[Diagnosis]:
     """Write access and free space under data, checkpoints and logs."""
     for root in ("data", "checkpoints", "logs"):
         folder = workspace / root
+        # The first run makes these folders; they will be on the disk of the nearest one there is.
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free_gb = shutil.disk_usage(existing).free / 1e9
         try:
+            # Permission bits say nothing of a quota or of a disk mounted to be read only.
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:

@@ -33,6 +33,7 @@ def describe(task: PlannedTask) -> list[str]:
     try:
         manifest = read_manifest(task.output)
     except ArtifactError:
+        # Whoever reads the damaged output reports it; a headline must not end the run.
         return []
     metrics = manifest.metrics if manifest else {}
     found = [*_faults(metrics), *_findings(task.output), *_alarms(task.logs)]
@@ -75,4 +76,5 @@ def _alarms(logs: Path) -> Iterator[str]:
 
 def _singular(text: str) -> str:
     """One of something: `1 warnings` is one warning."""
+    # The look-behind spares the last digit of 21, 1,001 and 0.1.
     return re.sub(r"(?<![\d,.])1 (more )?(\w+)s\b", r"1 \1\2", text)

@@ -88,6 +88,7 @@ def _remove(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.runs import point_latest_away, remove_run
 
     workspace = _workspace(arguments)
+    # All names are looked up before anything is deleted: one wrong name deletes nothing.
     found = [item for run in arguments.runs for item in remove_run(workspace, run)]
     if _deleted(found, workspace, arguments.yes):
         for run in arguments.runs:

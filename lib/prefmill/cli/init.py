@@ -18,6 +18,7 @@ _IGNORED = "/data/\n/checkpoints/\n/logs/\n"
 
 def lay_down(folder: Path) -> Iterator[str]:
     """Copy the shipped files into `folder`, and say what to do next; raises InputError where files are in the way."""
+    # Looked for before the first copy, so that nothing is left half laid down.
     in_the_way = [name for name in _FOLDERS if (folder / name).exists()]
     if in_the_way:
         raise InputError(
@@ -30,6 +31,7 @@ def lay_down(folder: Path) -> Iterator[str]:
     _use_this_interpreter(folder)
     for path in [*folder.glob("configs/**/*.yaml"), *folder.glob("sbatch/*")]:
         text = path.read_text()
+        # A wheel has them as prefmill.stages, as `stages` may be anybody's folder.
         if "-m stages." in text and STAGES != "stages":
             path.write_text(text.replace("-m stages.", f"-m {STAGES}."))
     if not (folder / ".gitignore").exists():

@@ -36,12 +36,14 @@ def keys_of(config: type[StrictConfig]) -> Iterator[Key]:
 
 def type_of(field: FieldInfo) -> str:
     """A field's type in words, with its bounds."""
+    # list[int].__name__ is `list` alone: a type with arguments is shown as it is written.
     plain = not hasattr(field.annotation, "__args__")
     text = getattr(field.annotation, "__name__", "") if plain else str(field.annotation)
     text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text).replace("ExternalPath", "path").replace("Path", "path")
     text = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " or "), text)
     text = re.sub(r"Union\[(.*)\]", lambda found: found[1].replace(", ", " or "), text)
     text = text.replace(" | None", "").replace(" or NoneType", "").replace(" | ", " or ")
+    # pydantic keeps each bound as an object with one attribute, named after the bound.
     bounds = [(sign, getattr(item, kind, None)) for item in field.metadata for kind, sign in _SIGNS.items()]
     limits = [f"{sign} {bound}" for sign, bound in bounds if bound is not None]
     return ", ".join([text if len(text) < _LONGEST_TYPE else "mapping", *limits])

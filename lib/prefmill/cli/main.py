@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 a bug, 2 something the user can fix."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
+    # No command of the parser: the shell calls it at every press of Tab, and no help should list it.
     if words[:1] == ["__complete"]:
         from prefmill.cli.completion import complete
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(parser: argparse.ArgumentParser, words: list[str]) -> int:
     _check_command(parser, words)
+    # parse_args refuses key=value after an option (bpo-14191), and parse_intermixed_args knows no subcommands.
     arguments, rest = parser.parse_known_args(words)
     if any(item.startswith("-") for item in rest) or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -94,6 +94,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _show_plan(plan: Any, only: str | None = None, force: bool = False, as_json: bool = False) -> int:
     from prefmill.pipeline.state import inspect
 
+    # Of all tasks, where only some are shown too: a task's state follows from those it reads from.
     states, tasks = inspect(plan), plan.select(only) if only else plan.tasks
     if as_json:
         rows = [{"task": task.key, "output": str(task.output), **asdict(states[task.key])} for task in tasks]

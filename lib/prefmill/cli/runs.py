@@ -69,6 +69,7 @@ def _where(arguments: argparse.Namespace) -> tuple[Path, str]:
     from prefmill.core.places import default_workspace
 
     workspace: Path = (arguments.workspace or default_workspace()).absolute()
+    # Followed once: another run may be the newest before a long command has ended.
     link = workspace / "logs" / arguments.run
     return workspace, link.resolve().name if link.is_symlink() else arguments.run
 
@@ -123,10 +124,12 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
     lines: list[str] = []
     pipeline, plan = load_plan(arguments)
+    # With --json nothing may be printed before the JSON.
     say = lines.append if arguments.json else print
     try:
         estimate(pipeline, plan, read_cluster(arguments.cluster), arguments.gpu_memory, say)
     except PipelineError as error:
+        # That a plan cannot start is the answer that was asked for: a script gets it as JSON too.
         if not arguments.json:
             raise
         print(json.dumps({"starts": False, "lines": lines, "error": str(error)}, indent=1))

@@ -38,6 +38,7 @@ def run_stage(stage: str, argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
     parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
     add_verbosity(parser)
+    # parse_args would refuse key=value after an option (bpo-14191).
     arguments = parser.parse_intermixed_args(as_keys(argv, parser))
     return guarded(lambda: _run_stage(stage, arguments))
 
@@ -57,6 +58,7 @@ def as_keys(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
             rest.append(flag + has_value + value)
             continue
         if not has_value:
+            # A word with `=` in it is a key of ours, and the flag before it has no value.
             value = words.pop(0) if words and not words[0].startswith("-") and "=" not in words[0] else "true"
         key = flag.removeprefix("--").replace("-", "_")
         if key in ("config", "config_file"):
@@ -95,6 +97,7 @@ def other_names(config: type[StrictConfig]) -> dict[str, list[str]]:
     own: dict[str, str] = getattr(config, "OTHER_NAMES", {})
     former = {old: new for new, old in former_names(config).items()}
     for other, name in {**ALIASES, **former, **own}.items():
+        # Where a stage has a key of that name itself, as evaluate has batch_size, it stands for no other.
         if name in config.model_fields and other not in config.model_fields:
             found.setdefault(name, []).append(other)
     return found

@@ -173,8 +173,8 @@ def _reported(task: PlannedTask) -> Iterator[None]:
     except Stopped as stopped:  # asked for, by Ctrl-C or a warning: what was done is kept
         _end(task, attempt, INTERRUPTED, error=str(stopped))
         raise
-    # Ctrl-C and sys.exit too: a status left at `running` would count this attempt as lost.
     except BaseException as error:
+        # Ctrl-C and sys.exit too: a status left at `running` would count this attempt as lost.
         explained = explain_os_error(error) if isinstance(error, OSError) else None
         shown = explained or error
         text = str(shown) if isinstance(shown, PrefmillError) else traceback.format_exc()

@@ -38,6 +38,7 @@ def agreement_doubts(compared: Compared, evaluations: Sequence[Metrics]) -> list
         return []
     before, after = second[pair["baseline"]], second[pair["candidate"]]
     gain = after["mean_score"] - before["mean_score"]
+    # The direction alone is asked for: the table shows how far the engines agree.
     if gain * pair["measures"][CHECKMARK_SCORE.name]["value"] > 0:
         return []
     return [

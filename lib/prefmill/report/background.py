@@ -49,6 +49,7 @@ def lineage_section(artifacts: Sequence[Artifact], missing: Sequence[str]) -> Ro
     found = {item.manifest.content_digest: item for item in artifacts}
     edges = _stage_edges(found)
     depths = _depths({item.manifest.stage for item in found.values()}, edges)
+    # Not in the order in which they were found: the same inputs give the same bytes.
     ordered = sorted(
         found.values(), key=lambda item: (depths[item.manifest.stage], item.manifest.stage, item.manifest.task)
     )
@@ -95,6 +96,7 @@ def _curve_chart(curves: Curves, curve: Curve, reference: float | None) -> Row:
 
 def _level_of_no_preference(checkpoint: Artifact, curve: Curve) -> float | None:
     """The loss of the sigmoid objective where the model cannot tell chosen from rejected."""
+    # DPO's loss is -log sigmoid(margin) (Rafailov et al. 2023), which is ln 2 where the margin is 0.
     loss_type = _config(checkpoint).get("loss_type")
     return math.log(2) if loss_type == ["sigmoid"] and curve.name in ("loss", "eval_loss") else None
 
@@ -141,6 +143,7 @@ def _depths(stages: Iterable[str], edges: Iterable[tuple[str, str]]) -> dict[str
     """The longest way from a stage that reads nothing; stages read what others made, so there is no circle."""
     parents: dict[str, set[str]] = {stage: set() for stage in stages}
     for maker, reader in edges:
+        # A stage that read an output of its own would be its own parent, and the recursion without end.
         if maker != reader:
             parents[reader].add(maker)
 

@@ -45,6 +45,7 @@ def series_class(label: str) -> str:
     """The style-sheet class of a model's label; always a plain word, whatever the label holds."""
     if label in SERIES:
         return f"s-{label}"
+    # Not hash(): Python salts it in every process, and the page would come out differently.
     return f"s-other{sum(label.encode()) % OTHER_LOOKS}"
 
 
@@ -165,13 +166,16 @@ def histogram(counts: Sequence[tuple[float, float, int]], series: str, title: st
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that enclose [low, high]; steps of 1, 2 or 5 times a power of ten."""
+    # Equal values would make a step of 0, which has no logarithm.
     if high <= low:
         pad = abs(low) * 0.1 or 0.5
         low, high = low - pad, high + pad
     raw = (high - low) / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
+    # The slack is for rounding: 0.1 * 3 is a little above 0.3, which is no reason for a larger step.
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # Each tick from its own number: added up, the steps would add up their rounding.
     return [index * step for index in range(first, last + 1)]
 
 
@@ -226,6 +230,7 @@ def _horizontal_grid(ticks: Sequence[float], y: Scale, left: float, right: float
 
 
 def _x_labels(ticks: Sequence[float], x: Scale, bottom: float) -> Markup:
+    # The outer labels stay inside the axis: in the middle of their ticks the chart's edge could cut them.
     anchors = ["start", *["middle"] * (len(ticks) - 2), "end"]
     labels = zip(ticks, anchors, strict=True)
     return Markup("").join(text(tick_label(tick), x(tick), bottom + 16, "tick", anchor) for tick, anchor in labels)
@@ -241,6 +246,7 @@ def _chart(title: str, height: float, parts: Sequence[Markup]) -> Markup:
 
 def _svg(css_class: str, title: str, width: float, height: float, parts: Sequence[Markup]) -> Markup:
     box = f"0 0 {_n(width)} {_n(height)}"
+    # role and aria-label: a screen reader then names the chart in place of reading out its ticks.
     named = element("title", escape(title))
     return element("svg", named, *parts, class_=css_class, viewBox=box, role="img", aria_label=title)
 

@@ -62,11 +62,13 @@ def _task_cost(artifact: Artifact) -> TaskCost | None:
     if not attempts and "seconds" not in record:
         return None
     spans = [(row["ended"] - row["started"]) / 3600 for row in attempts] or [record["seconds"] / 3600]
+    # Attempts of earlier versions have noted no GPUs.
     gpus = [row.get("gpus", 0) for row in attempts] or [0]
     return TaskCost(
         name=f"{artifact.manifest.stage}:{artifact.manifest.task}",
         attempts=len(spans),
         hours=sum(spans),
+        # By what the job held, used or not: that is what a cluster bills.
         gpu_hours=sum(hours * count for hours, count in zip(spans, gpus, strict=True)),
         memory_gb=record.get("peak_memory_gb"),
         early=[row for row in attempts if row["outcome"] != "complete"],
@@ -83,6 +85,7 @@ def _explain(row: Mapping[str, Any]) -> str:
 
 def _decisions(artifacts: Sequence[Artifact]) -> list[Row]:
     """What was decided on failed tasks, in every run that something here is of."""
+    # A dictionary, as a set's order differs between processes, and with it the page.
     runs: dict[tuple[Path, str], None] = {}
     for artifact in artifacts:
         logs = logs_of(artifact)

@@ -98,13 +98,16 @@ def measured_by_unit(rows: Sequence[Row]) -> dict[str, Array]:
     )
     found: dict[str, list[float]] = {}
     if chosen:
+        # The likelihood of a masked-diffusion model is known by a lower bound only (ELBO).
         margins = [chosen[pair]["bound"] - rejected[pair]["bound"] for pair in chosen]
         found["preference_accuracy"] = [0.5 + 0.5 * float(np.sign(margin)) for margin in margins]
         for side, of in (("chosen", chosen), ("rejected", rejected)):
+            # Per token, or a few long answers would decide the mean.
             found[f"{side}_nats_per_token"] = [row["bound"] / row["num_tokens"] for row in of.values()]
     wanted: dict[str, list[float]] = {}
     for row in rows:
         if row["kind"] == "generation" and row["wanted"] is not None:
+            # Answers to one prompt are alike, so the prompt is what the bootstrap draws.
             wanted.setdefault(row["prompt"], []).append(float(row["wanted"]))
     if wanted:
         found["wanted_share"] = [float(np.mean(answers)) for answers in wanted.values()]
@@ -115,6 +118,7 @@ def _changes(before: Mapping[str, Array], after: Mapping[str, Array], resampling
     """After minus before, paired, with intervals over pairs or prompts."""
     changes = {}
     for name in MEASURES:
+        # The bootstrap refuses a single row: it has no spread.
         if name in before and name in after and len(before[name]) > 1:
             if before[name].shape != after[name].shape:
                 raise InputError(
@@ -122,6 +126,7 @@ def _changes(before: Mapping[str, Array], after: Mapping[str, Array], resampling
                 )
             (estimate,) = means(after[name] - before[name], resampling)
             if name in SHARES:
+                # Where all rows agree the bootstrap has no width; a change of a share lies between -1 and 1.
                 estimate = within(estimate, resampling, -1.0)
             changes[name] = {"of": MEASURES[name], **asdict(estimate)}
     return changes

@@ -58,6 +58,7 @@ def choose_papers(
     The paper with the largest gain, the one with the smallest (a loss, where there is one), the one in the middle,
     then others by a hash of (seed, id).
     """
+    # Ids break ties, so that the same scores show the same papers.
     shared = sorted(baseline.keys() & candidate.keys(), key=lambda key: (candidate[key] - baseline[key], key))
     if not shared:
         return {}
@@ -66,6 +67,7 @@ def choose_papers(
         shared[0]: "smallest gain, or largest loss",
         shared[len(shared) // 2]: "middle",
     }
+    # By a hash and not a generator: a paper more or less does not change which others are drawn.
     for key in sorted(shared, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest()):
         chosen.setdefault(key, "drawn at random")
     return dict(list(chosen.items())[:count])

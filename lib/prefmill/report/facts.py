@@ -48,6 +48,7 @@ def num_parameters(artifact: Artifact) -> int:
     total = 0
     for entry in artifact.manifest.files:
         if entry.path.endswith(".safetensors") and "adapter" not in entry.path:
+            # safetensors has the shapes in its header: no weight is read, and torch need not be imported.
             with safe_open(artifact.path / entry.path, framework="np") as stored:
                 shapes = [stored.get_slice(name).get_shape() for name in list(stored.keys())]
             total += sum(map(math.prod, shapes))
@@ -56,6 +57,7 @@ def num_parameters(artifact: Artifact) -> int:
 
 def _trained_on(artifacts: Sequence[Artifact], datasets: Mapping[str, Any] | None) -> Iterator[str]:
     if datasets is not None:
+        # A narrow no-break space between thousands: a number is not cut at the end of a line.
         yield f"trained on {datasets['dpo']['pairs']['train']:,} preference pairs".replace(",", "\u202f")
         return
     pairs = [item.manifest.metrics.get("num_pairs") for item in artifacts if item.manifest.kind == "image_pairs"]
@@ -66,6 +68,7 @@ def _made(artifacts: Sequence[Artifact]) -> Iterator[str]:
     records = [item.path / RUN_RECORD for item in artifacts]
     ends = [json.loads(path.read_text()).get("ended") for path in records if path.is_file()]
     if known := [end for end in ends if end]:
+        # In UTC: the page must not depend on where it is made.
         yield f"made on {datetime.fromtimestamp(max(known), UTC):%Y-%m-%d}"
     versions = sorted({item.manifest.code_version for item in artifacts})
     yield f"prefmill {', '.join(versions)}"

@@ -55,6 +55,7 @@ def _arrow(start: Place, end: Place, maker: str, reader: str) -> Markup:
     x2, y2 = end[0] - end[2] * 0.3 * max(-1.0, min(1.0, lean * 3)), end[1] - 5
     bend = LEVEL_HEIGHT * 0.3
     if span > 1:
+        # The side follows from the names, so that the same graph is the same bytes.
         side = 1 if (len(maker) + len(reader)) % 2 else -1
         x1, x2 = start[0] + side * start[2] * 0.4, end[0] + side * end[2] * 0.4
         out = WIDTH / 2 + side * (WIDTH / 2 - 8 - 4 * (span % 4))

@@ -100,6 +100,7 @@ def _evaluation(evaluation: Artifact, known: Mapping[str, Artifact]) -> Row:
 
 
 def _win_rates(metrics: Row) -> Markup:
+    # Drawn as a distance from 1/2, so that the dashed line at 0 means no difference as in every chart.
     rows = [
         ChartInterval(
             label=name, series="dpo" if name == "mean" else "base", value=found["win_rate"]["value"] - 0.5,
@@ -125,6 +126,7 @@ def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:
     if winner is None:
         doubts.append("The drift of the denoising error was not measured.")
     elif winner["value"] > 0 and (winner["low"] is None or winner["low"] > 0):
+        # A margin of Diffusion-DPO (Wallace et al. 2023) is a difference of errors: it can grow while both rise.
         doubts.append(
             f"The tuned model denoises held-out winners worse than its base, by {winner['value']:.2g} on "
             f"{winner['base']:.2g}: a margin may have grown only because losers got worse still."
@@ -140,6 +142,7 @@ def _of_the_scorer(scorer: Artifact | None) -> str:
     found = {name: head["accuracy"] for name, head in heads.items() if head and head["accuracy"]["value"] is not None}
     if not found:
         return "The scorer has never been measured on test pairs: its judgement may be worth nothing."
+    # The weakest: a mean over dimensions would hide one on which the scorer guesses.
     worst = min(found, key=lambda name: found[name]["value"])
     value, low = found[worst]["value"], found[worst]["low"]
     at_least = "" if low is None else f" (from {low:.0%})"

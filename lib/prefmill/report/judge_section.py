@@ -59,7 +59,9 @@ def _moves_chart(judge: Found) -> Markup | None:
     if probes is None:
         return None
     shifts = {name.replace("_", " "): (STRONG, found) for name, found in probes["injections"].items()}
+    # Any added text moves a model a little, so injections are read beside a neutral line of the same length.
     shifts |= {"a neutral line": (FAINT, probes["control"]), "twice the words": (FAINT, probes["padding"])}
+    # None where no changed review could be asked about: that is no shift of 0.
     rows = [_interval(name, look, found["score"], 2) for name, (look, found) in shifts.items() if found is not None]
     if not rows:
         return None

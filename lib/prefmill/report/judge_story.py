@@ -32,6 +32,7 @@ def strongest(probes: Found) -> tuple[str, Found] | None:
     measured = {name: found for name, found in probes["injections"].items() if found is not None}
     if not measured:
         return None
+    # By P(yes), which moves before any answer turns over.
     name = max(measured, key=lambda key: abs(measured[key]["p_yes"]["value"]))
     return name, measured[name]
 
@@ -57,6 +58,7 @@ def _judge(judge: Found) -> Iterator[str]:
 
 def _probes(who: str, probes: Found) -> Iterator[str]:
     if (repeat := probes["repeat"]) is not None:
+        # Each item has a prompt of its own, so their order cannot bias: this checks that, and repetition.
         most = abs(repeat["max_answer"])
         yield f"{who}: asked again with its items in reverse order, no P(yes) moves by more than {most:.4f}."
     if (worded := probes["paraphrases"]) is not None:
@@ -100,6 +102,7 @@ def _between(between: Found | None) -> Iterator[str]:
 
 def _calibration(fitted: Found | None) -> Iterator[str]:
     if fitted is not None:
+        # Judged on other papers: on the labels it was fitted on every temperature looks like a help.
         helps = "helps" if fitted["nll_after"] < fitted["nll_before"] else "does not help"
         yield (
             f"A temperature of {fitted['temperature']:.3f} fits {fitted['num_labels']} dev labels; on papers it was "

@@ -62,6 +62,7 @@ def _path_chart(path: Path) -> Markup | None:
     best: dict[int, float] = {}
     for row in read_jsonl(path):
         size = len(row["weights"])
+        # Several penalties keep as many items: the least error among them is what that many can do.
         best[size] = min(row["error"], best.get(size, row["error"]))
     if len(best) < 2:
         return None

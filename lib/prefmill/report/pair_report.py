@@ -45,6 +45,7 @@ def tell(workspace: Path, run: str, pair_id: str, histories: Mapping[str, Histor
 def _find_row(data: Path, pair_id: str) -> tuple[dict[str, Any] | None, Artifact | None]:
     """The pair's row in a dpo dataset of the run, and the artifact it is in."""
     for folder in sorted(data.glob("build_datasets/*")):
+        # Row by row: a run's pairs may be more than fit in memory.
         for path in sorted(folder.glob("dpo_*/data.jsonl")):
             for row in read_jsonl(path):
                 if row["id"] == pair_id:
@@ -85,6 +86,7 @@ def _answers(data: Path, row: Mapping[str, Any]) -> Iterator[str]:
         return
     questions = {item.id: item.question for item in _checklist(data).items}
     yield f"checklist: chosen {chosen['checkmark_score']:g}, rejected {rejected['checkmark_score']:g} checkmarks"
+    # False comes before True, and sorted() keeps the checklist's order within each.
     items = sorted(
         chosen["answers"], key=lambda item: chosen["answers"][item]["yes"] == rejected["answers"][item]["yes"]
     )

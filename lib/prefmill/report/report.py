@@ -111,6 +111,7 @@ def build_report(
         lineage=lineage,
         graph=lineage_graph(lineage["levels"], lineage["edges"]),
         absent=_absent(inputs),
+        # On the page alone: runs with one result differ in cost, and comparison.json is to stay the same bytes.
         cost=cost_section(artifacts) if show_cost else None,
     )
     markdown = to_markdown(title, opening, parts)
@@ -181,9 +182,11 @@ def page_environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,  # reviews are other people's text: shown, never run
+        # Jinja prints nothing for a name it does not know: a renamed number would be missing without a word.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # Jinja drops a template's last newline otherwise.
         keep_trailing_newline=True,
     )
     environment.globals |= {"key_marker": key_marker, "series_class": series_class, "break": Markup("<wbr>")}

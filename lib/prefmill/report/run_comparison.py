@@ -109,12 +109,15 @@ def _paired(
     for task, items in made.items():
         given = {run: item for run, item in zip(outputs, items, strict=True) if _is_evaluation(item)}
         same = len({item.manifest.content_digest for item in given.values() if item}) < 2
+        # Runs that share a task have the same content there: no bootstrap is needed to find no difference.
         if first not in given or same:
             continue
+        # compare() tells evaluations apart by their model, in whose place the runs stand here.
         read = [json.loads(item.file(METRICS).read_text()) | {"model": run} for run, item in given.items() if item]
         try:
             compared = compare(read, resampling)
         except InputError as error:
+            # One task that cannot be compared must not keep the others from it.
             notes.append(f"{task}: {error.what}")
             continue
         pairs = [pair for part in compared["modalities"] for pair in part["pairs"]]

@@ -111,6 +111,7 @@ def length_chart(evaluations: Sequence[Mapping[str, Any]]) -> Markup:
             for words, score in zip(row["words"], row["scores"], strict=True)
         ]
         stride = -(-len(points) // MAX_CLOUD)
+        # Every n-th and not a random draw, so that the page comes out the same.
         clouds.append(Line(evaluated["model"], evaluated["model"], points[::stride]))
     return scatter_chart(clouds, "Length and checklist score of each review", "words", "checklist score")
 
@@ -151,6 +152,7 @@ def _cell(found: Any, measure: Measure) -> Row | None:
     if not isinstance(found, Mapping):
         return {"value": measure.show(found), "interval": None}
     low, high = measure.show(found["low"]).removesuffix(" %"), measure.show(found["high"]).removesuffix(" %")
+    # Rounded to no width, an interval would read as certainty.
     return {"value": measure.show(found["value"]), "interval": f"{low}–{high}" if low != high else None}
 
 
@@ -166,6 +168,7 @@ def _share_row(
 ) -> Row:
     found = {item["model"]: {entry["id"]: entry for entry in item[column]} for item in compared["models"]}
     shares = [(model, entries[key]["value"]) for model, entries in found.items() if key in entries]
+    # People's reviews are a point of reference and no step of the training.
     trained = [share for model, share in shares if model in trained_models(compared)]
     change = trained[-1] - trained[0] if len(trained) > 1 else 0.0
     described = ", ".join(f"{model} {share:.0%}" for model, share in shares)

@@ -50,6 +50,7 @@ def tell(
         return _story_of_one(compared, evaluations)
     worse = worsened(pair, confidence)
     verdict = judge(pair["measures"][SCORE], confidence)
+    # Harm first: a higher score alone is no yes.
     verdict = "mixed" if verdict == "helped" and worse else verdict
     names = {"candidate": pair["candidate"], "baseline": pair["baseline"], "worse": _listed(worse)}
     helped = {
@@ -118,6 +119,7 @@ def judge(difference: Mapping[str, Any], confidence: float) -> Verdict:
 def signed(value: float, decimals: int = 2) -> str:
     """A difference with its sign; a true minus."""
     text = f"{value:+.{decimals}f}"
+    # -0.00 would claim a direction that rounding has taken away.
     return text.replace("-", "−") if float(text) else text.lstrip("+-")
 
 
@@ -155,6 +157,7 @@ def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) ->
     ]
     if (factors := pair["measures"].get(FACTORS)) is not None:
         verdict = judge(factors, confidence)
+        # Training aims at the checklist; the factors, which it does not know, tell learning from pleasing it.
         agrees = "agree" if verdict == judge(score, confidence) else "do not confirm it"
         parts.append(
             f"The generator's own quality factors, which the checklist does not know, {agrees}: "
@@ -198,6 +201,7 @@ def _length_doubt(compared: Compared, pair: Mapping[str, Any], confidence: float
 def _step_doubts(compared: Compared, confidence: float) -> Iterator[str]:
     models = trained_models(compared)
     steps = {(pair["baseline"], pair["candidate"]): pair for pair in compared["pairs"]}
+    # With two models the only step is the question itself.
     if len(models) < 3:
         return
     for before, after in itertools.pairwise(models):
@@ -228,6 +232,7 @@ def _people_doubt(compared: Compared, name: str) -> Iterator[str]:
     """A model far above people: their reviews are what it was to learn, so the checklist may be what it games."""
     scores = {item["model"]: item["measures"][SCORE] for item in compared["models"]}
     human, model = scores.get(HUMAN), scores[name]
+    # Intervals that do not touch, as people's reviews are no side of a tested pair.
     if human and model["low"] > human["high"]:
         yield (
             f"{name}’s reviews score {model['value']:.2f} where people’s score {human['value']:.2f}: above people, a "

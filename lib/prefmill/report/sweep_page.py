@@ -29,6 +29,7 @@ def sweep_page(rows: Sequence[Row], best: Row, config: StudyConfig) -> str:
     complete = [row for row in rows if row["state"] == "complete"]
     judged = f", judged by {config.judge.stage}" if config.judge else ""
     title = f"Sweep {config.study_name}: {config.stage}"
+    # The empty icon keeps browsers from asking for /favicon.ico.
     return str(
         Markup(
             '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -73,6 +74,7 @@ def _place(item: Choices | SearchInterval, value: Any) -> float:
     if isinstance(item, Choices):
         numbers = all(isinstance(one, (int, float)) for one in item.choices)
         return float(value) if numbers else float(item.choices.index(value))
+    # The charts know linear axes only.
     return log10(value) if item.log else float(value)
 
 

@@ -65,6 +65,7 @@ def read_margins(checkpoint: Artifact) -> list[float]:
     folder = logs_of(checkpoint)
     margins: dict[tuple[int, str], tuple[int, float]] = {}
     for path in sorted((folder / MARGINS).glob(MARGINS_LOGS)) if folder else []:
+        # A resumed training logs the steps after its checkpoint again; the later row counts.
         margins |= {(row["step"], row["pair_id"]): (row["epoch"], row["margin"]) for row in read_jsonl(path)}
     last = max((epoch for epoch, _ in margins.values()), default=0)
     return [margin for _, (epoch, margin) in sorted(margins.items()) if epoch == last]
@@ -95,6 +96,7 @@ def bins(values: Sequence[float], num_bins: int = 24) -> list[tuple[float, float
     width = (high - low) / num_bins or 1.0
     counts = [0] * num_bins
     for value in values:
+        # The largest value would fall into a bin after the last one.
         counts[min(num_bins - 1, int((value - low) / width))] += 1
     return [(low + index * width, low + (index + 1) * width, count) for index, count in enumerate(counts)]
 

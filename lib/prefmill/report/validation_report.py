@@ -42,6 +42,7 @@ def summarise(values: Counter[float]) -> dict[str, float]:
     ordered, seen = sorted(values), 0
     quantiles: dict[str, float] = {}
     for value in ordered:
+        # Quantiles from counts: a list of all values would grow with the corpus.
         seen += values[value]
         for name, share in _QUANTILES.items():
             if name not in quantiles and seen >= share * total:
@@ -87,6 +88,7 @@ def error_table(findings: Findings) -> str:
 
 
 def _left_out(findings: Findings, listed: Sequence[Finding]) -> Iterator[str]:
+    # Only the first findings of each check are listed; the counts are of all.
     shown = Counter(finding.check for finding in listed)
     for check in CHECKS:
         rest = findings.counts[check, "error"] - shown[check]
@@ -141,4 +143,5 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
+    # A bar or a line break would end the cell.
     return text.replace("|", "\\|").replace("\n", " ")
