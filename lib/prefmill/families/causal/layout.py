@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal.group_attention import use_group_attention
+from prefmill.families.causal.loading import require_folder
 from prefmill.families.causal.other_reference import reference_parts
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.preference_config import PreferenceConfig
@@ -55,6 +56,7 @@ def _why_pairwise(config: PreferenceConfig, policy: str) -> str | None:
 
 def _why_not_group(name: str, revision: str | None, config: PreferenceConfig) -> str | None:
     """The refusal of a model without weights: what decides is its configuration and its code."""
+    require_folder(name)
     options = {"trust_remote_code": config.trust_remote_code}
     found = AutoConfig.from_pretrained(name, revision=revision, **options)
     if found.model_type in _PAIRWISE_ONLY:
