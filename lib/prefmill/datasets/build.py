@@ -54,6 +54,7 @@ def build_datasets(
     """
     check_inputs(corpus, scores)
     if rules.rating_unit == "quantiles":
+        # A pass of its own: the place of a rating is known only when all ratings of its venue are.
         quantiles = VenueQuantiles(read_jsonl(corpus.file(REVIEWS)))
         rules = replace(rules, pairs=replace(rules.pairs, quantiles=quantiles))
     passes = _Passes(corpus, scores, progress)
@@ -67,6 +68,7 @@ def build_datasets(
         writer.open(stack, keys)
         for scored in passes.papers("building"):
             writer.add(scored)
+        # Inside the with: where one dataset is empty, no file of any of them appears.
         writer.check()
     write_registry(output, run, keys)
     summary = _summary(found, writer, rules, cut)
@@ -117,6 +119,7 @@ class _Writer:
         good = [item for item in scored.reviews if rank(item.evaluation) <= self._cut]
         pairs = pairs_of(scored.reviews, self._rules.pairs, self.dropped[split]) if self._wanted(scored.paper) else []
         self.sft_selected[split] += len(good)
+        # Counted before modalities, so that a lack of images is told apart from filters that dropped all pairs.
         self.num_pairs[split] += len(pairs)
         for modality in self._rules.modalities if good or pairs else ():
             prompt = make_prompt(scored.paper, modality)
@@ -173,12 +176,14 @@ def link_or_copy(source: Path, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        # A hard link and not a symbolic one: the datasets stay whole when the corpus is deleted.
         os.link(source, target)
     except FileNotFoundError:
         raise ArtifactError(
             "an image that papers.jsonl names is missing", where=source, fix="rerun ingest_reviews with --force"
         ) from None
     except OSError:  # another disk, or one without hard links
+        # Under another name first: what a killed copy left would pass for the image in the next run.
         partial = target.with_name(f".{target.name}.partial")
         shutil.copyfile(source, partial)
         os.replace(partial, target)
@@ -195,6 +200,7 @@ def _summary(found: Survey, writer: _Writer, rules: BuildRules, cut: Rank) -> di
             "cut": {
                 "checkmark_score": -cut.minus_checkmark_score,
                 "mean_p_yes": -cut.minus_mean_p_yes,
+                # Text, as many readers of JSON lose digits of numbers above 2**53.
                 "id_hash": f"{cut.id_hash:016x}",
             },
             "train_reviews": len(found.ranking),

@@ -37,6 +37,7 @@ def rating_problems_of(train: Mapping[float, int], val: Mapping[float, int]) -> 
         return
     (mean, deviation, count), (mean_val, _, count_val) = moments(train), moments(val)
     shift = abs(mean - mean_val)
+    # The second bound is three standard errors: with few rows in val a large shift may be chance.
     if shift > _RATING_SHIFT_SD * deviation and shift > 3 * deviation * math.sqrt(1 / count + 1 / count_val):
         yield f"the mean rating is {mean:.2f} in train and {mean_val:.2f} in val"
 
@@ -70,9 +71,11 @@ class Repeats:
             same_id.add(again)
             findings.error("duplicates", str(again), f"same id as {first}")
         for first, again in self._texts.repeated():
+            # A row that is there twice under one id is an error already.
             if again not in same_id:
                 findings.warning("duplicates", str(again), f"same text as {first}, under another id")
         for first, other in self._texts.shared_with(self._reversed):
+            # Each contradiction is found from both of its rows, and is told at the later one.
             if first < other:
                 findings.error("contradictions", str(other), f"the reverse of the preference in {first}")
 

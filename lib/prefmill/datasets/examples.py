@@ -12,7 +12,8 @@ from prefmill.datasets.registry import DatasetKey
 from prefmill.reviews.prompt import asked_scale, split_completion
 from prefmill.reviews.scale import COMMON_SCALE, Scale, rescaled
 
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]  # min_length alone lets blanks pass
+# Strict, as pydantic would read "2" as 2.0, and `datasets` fails on a column of two types.
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -52,7 +53,7 @@ class _Turn(BaseModel):
 
 class _SharegptTurn(BaseModel):
     model_config = _STRICT
-    speaker: Literal["system", "human", "gpt"] = Field(alias="from")
+    speaker: Literal["system", "human", "gpt"] = Field(alias="from")  # a keyword of Python
     value: Text
 
 
@@ -122,6 +123,7 @@ def read_examples(folder: Path, key: DatasetKey) -> Iterator[tuple[int, CheckedR
     with (folder / key.file_name()).open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
+                # From the bytes in one step: a line that is no JSON is then the same error as a field at fault.
                 row = form.model_validate_json(line)
             except ValidationError as error:
                 yield number, "; ".join(_explain(detail) for detail in error.errors(include_url=False))

@@ -64,5 +64,6 @@ class Findings:
     def _add(self, finding: Finding) -> None:
         assert finding.check in CHECKS, finding.check
         self.counts[finding.check, finding.severity] += 1
+        # A fault of the source is often on every row: a few show it, and memory does not grow with the rest.
         if self.counts[finding.check, finding.severity] <= self._max_listed:
             self.listed.append(finding)

@@ -52,11 +52,13 @@ class LengthBias:
         self._close_group()
         count, groups = self.num_pairs, self.num_groups
         mean = self._sum_wins / count
+        # The sum over papers of (wins - mean * size)**2, multiplied out so that no paper need be kept.
         squares = self._sum_wins2 - 2 * mean * self._sum_wins_size + mean**2 * self._sum_size2
         if groups < 2 or squares <= 1e-9 * count:
             from prefmill.core.statistics import wilson  # numpy, which no stage imports while it is only listed
 
             return ShareInterval(mean, *wilson(mean, groups, _CONFIDENCE))
+        # groups / (groups - 1), as the mean was estimated from the same papers.
         error = _Z * math.sqrt(squares * groups / (groups - 1)) / count
         return ShareInterval(mean, max(0.0, mean - error), min(1.0, mean + error))
 

@@ -58,6 +58,7 @@ class Occurrences:
         if not self._keys:
             return
         keys, places = np.asarray(self._keys), np.asarray(self._places)
+        # lexsort takes its last argument first: equal keys come together, the first place first.
         order = np.lexsort((places, keys))
         keys, places = keys[order], places[order]
         repeats = np.flatnonzero(keys[1:] == keys[:-1]) + 1
@@ -81,5 +82,7 @@ class Occurrences:
 
 def fingerprint(*parts: str) -> int:
     """64 bits of a hash of texts, blind to case and to the amount of white space."""
+    # split() takes \x1f for white space, so no part can hold the separator that stands between parts.
     normal = "\x1f".join(" ".join(part.casefold().split()) for part in parts)
+    # 64 bits: that two of a million texts agree by chance has a probability of 3e-8.
     return int.from_bytes(hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest())

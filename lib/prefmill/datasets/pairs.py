@@ -102,8 +102,10 @@ def fault(pair: ReviewPair, rules: PairRules) -> Dropped | None:
         return "rating_and_checkmark_disagree"
     if pair.checkmark_diff < rules.min_checkmark_diff:
         return "checkmark_diff_too_small"
+    # By words, as two copies of a review may differ in their line breaks.
     if pair.chosen.review["text"].split() == pair.rejected.review["text"].split():
         return "same_text"
+    # Last, so that it counts only pairs that would be kept: none at all shows that the file is of other datasets.
     return "excluded" if pair.pair_id in rules.exclude else None
 
 
@@ -127,4 +129,5 @@ def _standing(scored: ScoredReview) -> tuple[float, float, str]:
 
 
 def _clearest_first(pair: ReviewPair) -> tuple[float, float, str]:
+    # The id comes last, so that equal pairs are cut alike in every run.
     return -pair.checkmark_diff, -pair.rating_diff, pair.pair_id

@@ -62,7 +62,7 @@ def dataset_keys(modalities: Iterable[Modality], splits: Iterable[DatasetSplit])
     return [
         DatasetKey(kind, modality, split)
         for kind in KINDS
-        for modality in dict.fromkeys(modalities)
+        for modality in dict.fromkeys(modalities)  # each once and in order, unlike a set
         for split in dict.fromkeys(splits)
     ]
 
@@ -71,13 +71,14 @@ def entry(key: DatasetKey) -> dict[str, Any]:
     """The registry entry of a dataset, with every column and tag its loader needs."""
     images = {} if key.modality == "clean" else {"images": "images"}
     if key.kind == "sft":
+        # To LLaMA-Factory OpenAI's form is a special case of sharegpt, told by its tags.
         columns = {"messages": "messages", **images}
         return {"file_name": key.file_name(), "formatting": "sharegpt", "columns": columns, "tags": _OPENAI_TAGS}
     columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", **images}
     return {
         "file_name": key.file_name(),
         "formatting": "sharegpt",
-        "ranking": True,
+        "ranking": True,  # without it LLaMA-Factory does not look at chosen and rejected
         "columns": columns,
         "tags": _SHAREGPT_TAGS,
     }

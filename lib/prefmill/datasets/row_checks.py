@@ -28,6 +28,7 @@ def contrast_problems(example: CheckedRow, min_rating_diff: float, min_checkmark
     if example.rating_diff is None or example.checkmark_diff is None:
         return
     chosen, rejected = (answer.rating for answer in example.answers)
+    # A missing rating is told by rating_problems, once.
     if chosen is not None and rejected is not None and not _equal(chosen - rejected, example.rating_diff):
         yield f"rating_diff is {example.rating_diff:g}, but the ratings are {chosen:g} and {rejected:g}"
     if example.rating_diff < min_rating_diff:

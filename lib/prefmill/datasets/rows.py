@@ -53,6 +53,7 @@ def dpo_row(prompt: PaperPrompt, pair: ReviewPair) -> dict[str, Any]:
         "rejected": {"from": "gpt", "value": review_completion(pair.rejected.review, prompt.scale)},
         "chosen_id": pair.chosen.review["review_id"],
         "rejected_id": pair.rejected.review["review_id"],
+        # Floats even where they are whole: `datasets` takes a column's type from the first rows.
         "rating_diff": float(pair.rating_diff),
         "checkmark_diff": float(pair.checkmark_diff),
     }

@@ -20,6 +20,7 @@ class Rank(NamedTuple):
 
 def rank(evaluation: EvaluationScores) -> Rank:
     """The place of a review; smaller is better, and no two reviews are equal."""
+    # A hash and not the id itself: ids of a source often begin alike, and one source would win all ties.
     digest = hashlib.sha256(evaluation["review_id"].encode()).digest()
     return Rank(-evaluation["checkmark_score"], -evaluation["mean_p_yes"], int.from_bytes(digest[:8]))
 
@@ -44,6 +45,7 @@ class Ranking:
         import numpy as np
 
         assert len(self), "no reviews to rank"
+        # lexsort takes its last argument first: the order of Rank, from behind.
         order = np.lexsort((self._hashes, self._probabilities, self._scores))
         last = int(order[num_selected(len(self), fraction) - 1])
         return Rank(self._scores[last], self._probabilities[last], self._hashes[last])

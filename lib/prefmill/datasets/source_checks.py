@@ -65,10 +65,12 @@ def check_against_source(
             _report_unknown(head[1], findings)
             head = next(rows, None)
         if head is not None and head[0] == paper_id:
+            # Used up before the next group is asked for: groupby then empties this one.
             for example in head[1]:
                 for problem in source_problems(example, source, claims):
                     findings.error("source", example.where, problem)
             head = next(rows, None)
+        # Train and val are noted where the datasets' rows are read; these papers are in no dataset.
         if source.paper["split"] in ("dev", "test"):
             _note_held_out(source, leaks, lines)
     while head is not None:
@@ -111,7 +113,7 @@ def _difference_problems(example: CheckedRow, source: Source) -> Iterator[str]:
 
 
 def _unequal(name: str, recorded: float | None, derived: float) -> Iterator[str]:
-    if recorded is None or not math.isclose(recorded, derived, abs_tol=1e-5):
+    if recorded is None or not math.isclose(recorded, derived, abs_tol=1e-5):  # rows are rounded to six digits
         yield f"{name} is {recorded}, but the source gives {derived:g}"
 
 
@@ -133,6 +135,7 @@ def _sources(corpus: Artifact, scores: Sequence[Artifact]) -> Iterator[Source]:
 
 def _merged(folder: Path, keys: Iterable[DatasetKey]) -> Iterator[CheckedRow]:
     """The rows of all datasets, by paper."""
+    # Needs every dataset sorted by paper: validate.py comes here only where no error of order was found.
     return heapq.merge(*(_examples(folder, key) for key in keys), key=attrgetter("paper_id"))
 
 

@@ -37,6 +37,7 @@ def registry_problems(registry: Mapping[str, Any], keys: Sequence[DatasetKey]) -
     """Entries that are missing, of no dataset, or other than their loaders need."""
     by_folder = {}
     for name, given in registry.items():
+        # By the ending, as the run's name before it may hold underscores itself.
         folder = next((folder for folder in ALL_KEYS if name.endswith(f"_{folder}")), None)
         if folder is None or ALL_KEYS[folder] not in keys:
             yield f"entry '{name}' has no dataset"
@@ -68,6 +69,7 @@ def entry_problems(given: Any, needed: Any, path: str = "") -> Iterator[str]:
 
 def grid_problems(keys: Sequence[DatasetKey]) -> Iterator[str]:
     """Datasets that are missing beside the others: every modality has both kinds and the same splits."""
+    # Only modalities and splits that are there: a build may be asked for fewer than all.
     splits = {key.split for key in keys}
     for key in dataset_keys({key.modality: None for key in keys}, [split for split in SPLITS if split in splits]):
         if key not in keys:

@@ -44,6 +44,7 @@ def survey(papers: Iterable[ScoredPaper], modalities: Collection[Modality], deci
         if unscored:
             found.num_unscored += len(unscored)
             found.first_unscored = found.first_unscored or unscored[0]
+        # Not of val as well: a cut of its own would mean another quality there.
         if split == CUT_SPLIT:
             for scored in reviews:
                 found.ranking.add(rank(scored.evaluation))

@@ -21,10 +21,12 @@ class TokenCounter:
 
     def __init__(self, tokenizer: Any, image_processor: Any, folder: Path) -> None:
         self._tokenizer, self._image_processor, self._folder = tokenizer, image_processor, folder
+        # Caches of the instance: a decorated method would keep it and its tokenizer in memory for good.
         self._prompt_length = lru_cache(maxsize=64)(self._count_prompt)
         self._image_length = lru_cache(maxsize=4096)(self._count_image)
         asked = self._count_chat([{"role": "user", "content": "a"}], True)
         answer = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        # What a template writes after an answer, such as <|im_end|> and a newline, as a difference of two chats.
         self._num_closing = max(0, self._count_chat(answer, False) - asked - self._count_text("b"))
 
     @property
@@ -36,6 +38,7 @@ class TokenCounter:
         """Tokens of the prompt with its images and the longest completion."""
         longest = max(self._count_text(answer.completion) for answer in example.answers)
         images = sum(self._image_length(name) for name in example.images)
+        # Without markers: in the model's input each one becomes its image's tokens, which are added here.
         return self._prompt_length(example.prompt.replace(IMAGE_MARKER, "")) + longest + self._num_closing + images
 
     def _count_prompt(self, prompt: str) -> int:
@@ -45,6 +48,7 @@ class TokenCounter:
         return self._count_text(apply_template(self._tokenizer, messages, asks))
 
     def _count_text(self, text: str) -> int:
+        # The template has already written the special tokens.
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _count_image(self, name: str) -> int:
@@ -76,6 +80,7 @@ def context_of(name_or_path: str) -> int:
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError("no model configuration", where=name_or_path, got=first_line, fix="set max_length") from None
+    # Models of images and text state their context in the part of the configuration for text.
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int):
         raise ConfigError("the model does not state its context", where=name_or_path, fix="set max_length")

@@ -59,10 +59,12 @@ def validate_datasets(
     """Run every check that the inputs allow on the datasets of `part`; faults are collected, not raised."""
     validator = _Validator(datasets, part, limits, progress)
     if model_name_or_path:
+        # First, so that a model that cannot be loaded is told before minutes of reading.
         validator.open_model(model_name_or_path)
     validator.check_rows()
     validator.check_structure()
     validator.check_source(corpus, scores)
+    # Last, as leaks are told here, and check_source has noted the papers of dev and test.
     validator.check_whole()
     return validator.result
 
@@ -97,11 +99,13 @@ class _Validator:
                     self._progress(done, total, "rows")
 
     def check_structure(self) -> None:
+        # All datasets, whatever `part` is, as the registry names them all.
         keys = keys_in(self._folder)
         for problem in registry_problems(read_registry(self._folder), keys):
             self._findings.error("registry", REGISTRY, problem)
         for problem in grid_problems(keys):
             self._findings.error("completeness", SUMMARY, problem)
+        # A folder's name begins with its kind, sft or dpo.
         counted = {folder: rows for folder, rows in self._summary["datasets"].items() if folder[:3] in self._kinds}
         for problem in count_problems({"datasets": counted}, self._num_rows):
             self._findings.error("completeness", SUMMARY, problem)
@@ -109,6 +113,7 @@ class _Validator:
     def check_source(self, corpus: Artifact | None, scores: Sequence[Artifact]) -> None:
         if corpus is None:
             self._findings.skip("source", "no corpus was given")
+        # The comparison goes through both sides in order: after a row out of order every other would look unknown.
         elif self._findings.has_errors("format", "order"):
             self._findings.skip("source", "the errors of format and order come first")
         else:
@@ -171,6 +176,7 @@ class _Validator:
                 yield check, problem
 
     def _check_tokens(self, counter: TokenCounter, example: CheckedRow) -> None:
+        # An image at fault has no size to count, and is told by the check of images.
         if example.images and (not counter.counts_images or any(image_problems(example, self._folder))):
             return
         limit, folder = self.result.max_length, example.key.folder
@@ -194,6 +200,7 @@ class _Validator:
         limit = self._limits.length_accuracy
         for folder, bias in self.result.length_bias.items():
             found = bias.accuracy()
+            # The whole interval must be beyond the limit: with few pairs such a share comes up by chance.
             word = "longer" if found.low > limit else "shorter" if found.high < 1 - limit else None
             if word is not None:
                 share = found.value if word == "longer" else 1 - found.value
