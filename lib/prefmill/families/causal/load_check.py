@@ -37,6 +37,7 @@ def as_scorer(model: Any, layout: str, name: str, shared: bool = False) -> Any:
     Raises ConfigError and InputError where it would not compute its own likelihoods in `layout`; one that ranks are
     to share is not run before they can run it together (`check_in_shards`).
     """
+    # Before anything is changed: this is what the scorer is held against.
     expected = None if shared else own_likelihoods(model)
     turn_off_dropout(model)
     if layout == "group":
@@ -114,6 +115,7 @@ def _scored(model: Any, sequences: Sequences, layout: str) -> Tensor:
     else:
         batch = encode_sequences(sequences, pad=0)
     was_training = model.training
+    # In train mode on purpose: dropout inside functions (StarCoder2) shows in no other.
     model.train()
     with torch.no_grad():
         scores = score_batch(model, batch.to(model.device))
@@ -128,6 +130,7 @@ def _sequences(model: Any) -> Sequences:
                if key.endswith("token_id") and isinstance(value, int)}  # fmt: skip
     count = min(model.get_input_embeddings().num_embeddings, getattr(config, "vocab_size", None) or math.inf)
     plain = [token for token in range(count) if token not in special]
+    # Fixed rather than drawn: the check must not differ between ranks or attempts.
     ids = [plain[(7 * place + 3) % len(plain)] for place in range(_PROMPT + sum(_ANSWERS))]
     prompt, rest = ids[:_PROMPT], ids[_PROMPT:]
     return [(prompt, rest[: _ANSWERS[0]]), (prompt, rest[_ANSWERS[0] :])]

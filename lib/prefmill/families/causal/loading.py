@@ -44,6 +44,7 @@ def load_tokenizer(
                 "the tokenizer has neither a pad nor an end token", where=name_or_path,
                 got="pad_token and eos_token unset", fix="set them in the folder's tokenizer_config.json",
             )  # fmt: skip
+        # Masks and labels say what is padding, the token never does: the end token may stand for it.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -73,6 +74,7 @@ def load_model(
             revision=revision,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation or _own_attention(config),
+            # A pickled checkpoint can run code when it is opened.
             use_safetensors=True,
             **({} if quantization is None else {"quantization_config": four_bit(precision)}),
         )
@@ -110,6 +112,7 @@ def _own_attention(config: Any) -> str | None:
 
 def require_folder(name_or_path: str) -> None:
     """Raise InputError for what looks like a path and is no folder: a hub would be asked for it otherwise."""
+    # A name on the hub has one slash at most.
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).is_dir():
         raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")

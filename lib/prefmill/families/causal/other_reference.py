@@ -46,16 +46,19 @@ def check_reference(
             fix="leave ref_name out, or add an objective with a reference, such as sigmoid",
         )  # fmt: skip
     trust, revision = config.trust_remote_code, config.ref_revision
+    # Its template never writes a prompt: any day will do for one that reads the clock.
     other = load_tokenizer(name, revision=revision, trust_remote_code=trust, today=date.today())
     _same_vocabulary(name, tokenizer.get_vocab(), other.get_vocab())
     mine = AutoConfig.from_pretrained(policy, revision=config.revision, trust_remote_code=trust)
     theirs = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    # Embeddings are often padded beyond the vocabulary: more are fine, fewer would fail in the midst of scoring.
     rows = theirs.get_text_config().vocab_size
     if rows <= max(tokenizer.get_vocab().values()):
         raise InputError(
             "the reference has no embedding for some tokens", where=name, got=f"{rows} embeddings",
             expected=f"at least {max(tokenizer.get_vocab().values()) + 1}", fix="name another checkpoint in ref_name",
         )  # fmt: skip
+    # Patches and positions come from the policy's reader, and mean something else to another family.
     if hasattr(mine, "vision_config") and theirs.model_type != mine.model_type:
         raise InputError(
             "the reference does not see images as the policy does", where=name, got=theirs.model_type,

@@ -29,6 +29,7 @@ def load_processor(name_or_path: str, *, revision: str | None = None, trust_remo
     try:
         if is_torchvision_available():
             return AutoProcessor.from_pretrained(name_or_path, **options)
+        # A class that is named does not look at the model's type: any other would be opened as if it were Qwen's.
         _require_qwen2_vl(name_or_path, options)
         return ImageTextProcessor.from_pretrained(name_or_path, **options)
     except (OSError, ValueError) as error:

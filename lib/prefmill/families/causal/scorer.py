@@ -61,6 +61,7 @@ class Batch:
 
 def encode_sequences(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
     """Prompt and response token ids, each pair of them a row of its own, padded on the right; no preferences yet."""
+    # Padded on the right: positions count from 0 unasked, and causal attention never sees the padding.
     rows = [prompt + response for prompt, response in sequences]
     width = max(map(len, rows))
     input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
@@ -137,6 +138,7 @@ def _forward(
     else:
         given["input_ids"] = input_ids
     mask = attention_mask if self.masks_padding or position_ids is not None or _needs_mask_for_memory(self) else None
+    # Only a training step takes the loss from the model, and with it the graph that it holds.
     if getattr(self, "counts_routing", False) and self.training:
         given["output_router_logits"] = True
     output = decoder_of(self)(attention_mask=mask, use_cache=False, **given)
@@ -144,6 +146,7 @@ def _forward(
         self.router_loss = balancing_loss(output.router_logits, self.config.get_text_config(), attention_mask)
     hidden = output[0]
     head = OwnHead(self) if self.own_head else self.get_output_embeddings()
+    # Of completions alone: in fp32 the logits of a prompt of 4,000 tokens would take 2.4 GB.
     logps = token_logps(hidden[row, column], target, head)
     return sum_by_owner(logps, owner, num_responses)
 
@@ -158,6 +161,7 @@ class _Hidden(BaseModelOutputWithPast):
     """Hidden states as the output of any kind of model: what else is asked of it is None."""
 
     def __getattr__(self, name: str) -> None:
+        # Python looks such names up for protocols of its own (copy, pickle), and would call None.
         if name.startswith("__"):
             raise AttributeError(name)
 
@@ -179,6 +183,7 @@ class OwnHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [C, V] of hidden states [C, H]."""
+        # The ids are counted only: the part that would embed them is the one that is replaced.
         model, ids = self._model, torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         part = decoder_of(model) if model.base_model is model else model.base_model
         with forward_as(part, lambda *_, **__: _Hidden(last_hidden_state=hidden[None])):
@@ -223,6 +228,7 @@ def _masks_padding(model: Any) -> bool:
     config = model.config.get_text_config()
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    # A window as long as the context hides nothing.
     if window and window >= (getattr(config, "max_position_embeddings", None) or window + 1):
         kinds -= {"sliding_attention"}
     return bool(kinds - {"full_attention"}) or not model._can_set_attn_implementation()
@@ -238,6 +244,7 @@ def _needs_mask_for_memory(model: Any) -> bool:
 
 def token_logps(hidden: Tensor, target: Tensor, head: nn.Module | OwnHead) -> Tensor:
     """log p(target) from hidden states [C, H] and token ids [C], [C] fp32, in chunks forward and backward."""
+    # Where ranks share the head, each has to run it equally often, however long its own answers are.
     states, targets = (pad_chunks(torch.split(values, LOGITS_AT_ONCE), head) for values in (hidden, target))
     return _logps_of(states, targets, head)
 

@@ -97,8 +97,10 @@ class Chats:
         """TRL's trainer of `model`."""
         arguments = TrlConfig(
             **trainer_arguments(config, task, world_size()),
+            # TRL's default is to cut rows at 1,024 tokens; over-long ones are dropped or refused before.
             max_length=None,
             router_aux_loss_coef=self.router_aux_loss_coef,
+            # Rows are token ids with labels: nothing is left to template, tokenise or cut.
             dataset_kwargs={"skip_prepare_dataset": True},
             eval_strategy="epoch" if self.val is not None else "no",
         )
@@ -143,6 +145,7 @@ def sft_rescoring(config: TrainingConfig, rows: Dataset, collate: Any) -> Rescor
 
     def load(name: str) -> Any:
         trust = config.trust_remote_code
+        # As whoever loads the finished folder: whole weights, no attention asked for.
         return load_model(name, precision="fp32", revision=config.revision, trust_remote_code=trust)
 
     return Rescoring(load, score, score, config.quantization is not None)
@@ -154,6 +157,7 @@ def _row_score(model: Any, row: Mapping[str, Any], collate: Any, device: torch.d
     batch = collate([row]) if collate else {**plain, "attention_mask": torch.ones_like(plain["input_ids"])}
     count = int((batch["labels"] != _IGNORED).sum())
     loss: Tensor = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss
+    # The loss is a mean over the tokens that are trained.
     return -loss.double() * count
 
 
@@ -201,6 +205,7 @@ def collate_images(rows: Sequence[Mapping[str, Any]], reader: ImageReader) -> di
     paths = [path for row in rows for path in row["image_paths"]]
     if paths:
         batch["pixel_values"], batch["image_grid_thw"] = reader.pixels(paths)
+        # From these transformers makes the positions in three dimensions; without them it refuses images.
         batch["mm_token_type_ids"] = (batch["input_ids"] == reader.image_token).int()
     return batch
 

@@ -42,6 +42,7 @@ class PromptStates:
     def for_rows(self, count: int) -> PromptStates:
         """The same states for `count` rows."""
         conv, recurrent = (
+            # Views of one state: no copy for each response, and all gradients add up in it.
             {place: states.expand(count, *states.shape[1:]) for place, states in kept.items()}
             for kept in (self.conv_states, self.recurrent_states)
         )
@@ -59,6 +60,7 @@ class PromptStates:
         before = self.conv_states.get(state_idx)
         if before is not None:
             conv_states = torch.cat([before, conv_states], dim=-1)
+        # A prompt shorter than the kernel begins in zeros, as a convolution pads it.
         whole = F.pad(conv_states, (max(0, size - conv_states.shape[-1]), 0))
         self.conv_states[state_idx] = whole[..., -size:]
         return whole
@@ -102,6 +104,7 @@ def _tell(parts: Sequence[nn.Module], _module: nn.Module, _args: Any, kwargs: di
 
 
 def _carries_state(kind: type) -> bool:
+    # By what its code calls, not by its class: a new architecture that speaks to the cache is taken too.
     methods = (inspect.unwrap(method) for _, method in inspect.getmembers(kind, inspect.isfunction))
     return any(_UPDATES.intersection(method.__code__.co_names) for method in methods)
 

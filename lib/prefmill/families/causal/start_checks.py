@@ -17,6 +17,7 @@ def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingC
     """Raise InputError for a token without an embedding, ConfigError for an attention that the model does not take."""
     found = _config(name, config)
     rows, largest = found.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=-1)
+    # A GPU would stop with an assertion that names no token.
     if largest >= rows:
         raise InputError(
             "the tokenizer has tokens that the model has no embedding for", where=name, got=f"{rows} embeddings",

@@ -70,6 +70,7 @@ class ChatTemplate(StrictConfig):
                 "the model has no chat template", where=name,
                 fix="use an instruction-tuned model, or give the file of one with chat_template=FILE",
             )  # fmt: skip
+        # Some checkpoints have several templates by name (Command R: one for tools, one for documents).
         texts = own if isinstance(own, dict) else {"": own}
         written = {key: self._defaults + text for key, text in texts.items()}
         tokenizer.chat_template = written if isinstance(own, dict) else written[""]
@@ -79,6 +80,7 @@ class ChatTemplate(StrictConfig):
                 "the chat template reads the clock: tomorrow's prompts would be others", where=name, got=_CLOCK,
                 fix=f"set template_date={date.today().isoformat()}",
             )  # fmt: skip
+        # Not written into the template, as variables are: a published model is to say the day on which it is used.
         tokenizer.__dict__["_prefmill_variables"] = {} if day is None else {_CLOCK: day.strftime}
 
     @property

@@ -109,6 +109,7 @@ def _chosen(device: str, dtype: torch.dtype, head_size: int, value_size: int) ->
     return "loop" if reason else "varlen"
 
 
+# torch.compile takes the choice as a constant: the log's line would break its graph.
 _once = lru_cache(_chosen)
 _choose: Callable[..., Kernel] = torch.compiler.assume_constant_result(_once)  # type: ignore[no-untyped-call]
 
@@ -181,6 +182,7 @@ def _rows(spans: Sequence[Range]) -> Tensor:
 
 
 def _starts(lengths: Any) -> Tensor:
+    # Flash attention takes cumulative lengths in int32 only.
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 

@@ -36,6 +36,7 @@ class ImageReader:
         config = AutoConfig.from_pretrained(name, **options)
         self.image_token: int = config.image_token_id
         self.processor = AutoImageProcessor.from_pretrained(name, **options)
+        # Under these names, which speak of edges, Qwen2-VL keeps numbers of pixels.
         size = dict(self.processor.size)
         bounds = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
         self.processor.size = {key: bounds[key] or size[key] for key in bounds}
@@ -112,6 +113,7 @@ class ImageReader:
                     torch.arange(rows).repeat_interleave(columns),
                     torch.arange(columns).repeat(rows),
                 ]))  # fmt: skip
+                # Qwen2-VL (arXiv 2409.12191), 3D rotary positions: what follows an image goes on after its longer side.
                 place, start = place + rows * columns, start + max(rows, columns)
             else:
                 end = place
@@ -187,6 +189,7 @@ def embed(model: Any, input_ids: Tensor, pixels: Tensor | None, grids: Tensor | 
                             * vision.patch_embed.patch_size**2, device=input_ids.device)  # fmt: skip
         grid = torch.tensor([[1, side, side]], device=input_ids.device)
         features, deep = _features(backbone, blank, grid)
+        # Times 0, yet in the graph: gradients of 0 reach every weight of the vision part.
         nothing = torch.stack([part.sum() for part in (features, *deep)]).sum() * 0.0
         return {"inputs_embeds": embedded + nothing.to(embedded.dtype)}
     features, deep = _features(backbone, pixels, grids)
@@ -220,6 +223,7 @@ def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> tuple[Tensor, lis
 def _grid(path: str, patch: int, merge: int, least: int, most: int) -> Grid:
     width, height = image_size(path)
     try:
+        # The processor's own rule, so that a size gives the number of tokens and no pixel is decoded.
         height, width = smart_resize(height, width, factor=patch * merge, min_pixels=least, max_pixels=most)
     except ValueError as error:
         raise InputError("this image cannot be used", where=path, got=error, fix="leave it out") from None

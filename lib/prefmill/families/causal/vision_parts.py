@@ -47,6 +47,7 @@ def freeze(model: Any, parts: FrozenParts, with_images: bool) -> list[str]:
             fix="set freeze_language_model=false, or another of these keys",
         )  # fmt: skip
     for name, weight in model.named_parameters():
+        # Only ever turned off: weights in 4 bits are integers, of which torch takes no gradient.
         weight.requires_grad_(weight.requires_grad and not frozen[weights[name]])
     return sorted({name.rpartition(".")[0] for name, part in weights.items() if frozen[part]})
 
@@ -58,6 +59,7 @@ def part_of_weights(model: Any) -> dict[str, str]:
     """
     from prefmill.families.causal.scorer import decoder_of
 
+    # By identity: a head that is tied to the embeddings has no name of its own.
     text = {id(weight) for part in (decoder_of(model), model.get_output_embeddings()) for weight in part.parameters()}
     return {
         name: "language_model" if id(weight) in text else "projector" if _PROJECTOR.search(name) else "vision_tower"
@@ -77,6 +79,7 @@ class KeptProcessor:
 
         self._tokenizer.save_pretrained(folder)
         for leaf in _FILES:
+            # Checkpoints have some of these files; without this a missing one raises.
             options: Any = {"revision": self._revision, "_raise_exceptions_for_missing_entries": False}
             if found := cached_file(self._name, leaf, **options):
                 shutil.copyfile(found, Path(folder) / leaf)

@@ -50,6 +50,7 @@ def generate_with_vllm(
             for request in requests
             if (request.key, request.sample) not in done
         )
+        # Twice what the engine runs at once: a request waits whenever another ends.
         with closing(_finished(llm.llm_engine, left, 2 * batch_size)) as finished:
             for request, ids in finished:
                 row = as_completion(request, ids, end_ids, tokenizer, sampling)
@@ -72,6 +73,7 @@ def _finished(
     try:
         while True:
             for number, (request, prompt, parameters) in islice(numbered, num_in_flight - len(waiting)):
+                # LLM.generate gives everything back at the end: a kill would lose it all.
                 engine.add_request(str(number), prompt, parameters)
                 waiting[str(number)] = request
             if not waiting:

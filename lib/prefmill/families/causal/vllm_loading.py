@@ -79,6 +79,7 @@ def image_options(reader: ImageReader, requests: Sequence[GenerationRequest]) ->
     """What `open_vllm` must know of images: how many a prompt has at most, and the reader's bounds on their pixels."""
     most = max(len(request.images) for request in requests)
     return {
+        # vLLM reserves memory for the largest input of each kind that it may be given.
         "limit_mm_per_prompt": {"image": most, "video": 0},
         "mm_processor_kwargs": {"size": dict(reader.processor.size)},
     }

@@ -29,6 +29,7 @@ def options_without_torchvision(name_or_path: str, revision: str | None, trust_r
     config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if config.model_type not in _WRITING:
         return {}
+    # Before vLLM's module, which imports `smart_resize` from there at its top.
     sys.modules.setdefault("transformers.models.qwen2_vl.image_processing_qwen2_vl", image_processing_pil_qwen2_vl)
     module = importlib.import_module(f"vllm.model_executor.models.{config.model_type}")
     architecture: str = config.architectures[0]
