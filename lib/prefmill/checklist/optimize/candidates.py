@@ -34,6 +34,7 @@ def with_paraphrases(candidates: Checklist, max_paraphrases: int) -> tuple[Check
     items, restated = list(candidates.items), {}
     for number, item in enumerate(candidates.items):
         wordings = item.paraphrases[:max_paraphrases]
+        # By the item's place, as its id may already have the 64 characters that an id can have.
         ids = [PARAPHRASE.format(item=number, number=index) for index in range(len(wordings))]
         restated[item.id] = ids
         items += [

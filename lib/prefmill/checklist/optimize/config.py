@@ -38,6 +38,7 @@ class SelectConfig(StrictConfig):
 
     target: Target = Field("confidence", description="confidence, rating, decision_agreement or labels")
     labels: ExternalPath | None = Field(None, description="CSV with review_id and label, for the target labels")
+    # In points of 1 to 10, to which every venue's ratings are mapped.
     accept_rating: float = Field(6.0, description="a rating from here on recommends acceptance")
     min_labels: int = Field(100, ge=20, description="dev reviews that must have the target")
     min_answer_share: float = Field(0.02, ge=0, lt=0.5, description="constant: the rarer answer is rarer than this")
@@ -67,6 +68,7 @@ class RefitConfig(StrictConfig):
 
     weights: Literal["fitted", "equal"] = Field("fitted", description="by least squares, or every kept item 1")
     outer_folds: int = Field(5, ge=2, description="of papers; each is held out from the whole choice once")
+    # With the true target there are 200 values, so that p comes in steps of 0.005.
     num_permutations: int = Field(199, ge=19, description="of the target, for the test of any signal")
     alpha: float = Field(0.05, ge=0.001, lt=0.5, description="a signal is reported when the test's p is at most this")
     num_resamples: int = Field(10_000, ge=1000, le=1_000_000, description="bootstrap samples of papers, for intervals")

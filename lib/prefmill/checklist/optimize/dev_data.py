@@ -36,6 +36,7 @@ def item_rows(path: Path) -> list[Row]:
 def answers(reviews: Sequence[Row], ids: Sequence[str]) -> tuple[Array, Array]:
     """Yes as 0 or 1, and P(yes), [N, K] each."""
     values = np.array([[row["answers"][name] for name in ids] for row in reviews], dtype=np.float64)
+    # Without ids numpy gives [N, 0] and no last axis.
     values = values.reshape(len(reviews), len(ids), 2)
     return values[..., 0], values[..., 1]
 
@@ -63,6 +64,7 @@ def design_of(reviews: Sequence[Row], target: Array, ids: Sequence[str]) -> Desi
     spread = yes.std(axis=0)
     assert (spread > 0).all(), "constant items are dropped before"
     _, papers = np.unique([row["paper_id"] for row in reviews], return_inverse=True)
+    # In units of their spread one penalty is as strict with rare answers as with frequent ones.
     return Design(yes / spread, spread, target, papers.astype(np.int64))
 
 

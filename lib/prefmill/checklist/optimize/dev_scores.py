@@ -56,6 +56,7 @@ def score_dev(
         entries = list(journal.entries())
         num_failed = sum(entry.failed for entry in entries)
         bar.update(len(entries))
+        # score() keeps the order given, so the number of entries tells where to go on.
         for outcome in _outcomes(_behind(papers, len(entries)), open_engine):
             num_failed += outcome.failure is not None
             _require_few_failures(num_failed, max_failed_share, len(facts), outcome)
@@ -63,6 +64,7 @@ def score_dev(
             bar.update()
             progress(int(bar.n), len(facts), "reviews scored")
         with JsonlWriter(output / "reviews.jsonl") as done, JsonlWriter(output / "failures.jsonl") as failed:
+            # From the journal alone: an interrupted attempt and an undisturbed one write the same bytes.
             for entry in journal.entries():
                 row = entry.row()
                 (failed if entry.failed else done).write(row if entry.failed else facts[row["review_id"]] | row)
@@ -72,6 +74,7 @@ def _sample(papers: list[PaperReviews], max_reviews: int) -> list[PaperReviews]:
     kept, count = set(), 0
     for paper, reviews in sorted(papers, key=lambda item: hashlib.sha256(item[0]["paper_id"].encode()).digest()):
         count += len(reviews)
+        # Ends at the first paper that does not fit: passing over it would prefer papers with few reviews.
         if count > max_reviews:
             break
         kept.add(paper["paper_id"])

@@ -26,6 +26,7 @@ def shrunk_path(gram: Array, cross: Array, l1_ratio: float, signed: bool) -> Arr
     largest = np.maximum(np.abs(cross).max(axis=2), 1e-12)
     found, last = [], np.zeros_like(cross)
     for strength in STRENGTHS:
+        # A penalty of the largest covariance leaves no weight, so the absolute part need not be heavier.
         absolute = l1_ratio * min(strength, 1.0) * largest
         last = _solve(gram, cross, absolute, (1 - l1_ratio) * strength * size, last, signed)
         found.append(last)

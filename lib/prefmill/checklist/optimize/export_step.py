@@ -40,6 +40,7 @@ def write_export(
             got=f"p = {held_out['p_value']:.3g}", expected=f"at most {held_out['alpha']:g}",
             fix="label or ingest more dev reviews, name another target, or set export.on_no_signal=equal",
         )  # fmt: skip
+    # Weights may be empty beside a signal: folds choose well, but on all reviews no item is steady.
     falls_back = not (held_out["signal"] and weights) or (config.on_worse == "equal" and _is_worse(held_out, ALL_EQUAL))
     chosen = {item["id"]: 1.0 for item in items if _passed(item)} if falls_back else dict(weights)
     chosen = spread_over(chosen, len(items))
@@ -100,6 +101,7 @@ def _finding(held_out: Row, num_kept: int, num_candidates: int) -> str:
 
 
 def _is_better(held_out: Row, baseline: str) -> bool:
+    # Only where the whole interval is on one side: less would claim more than the numbers allow.
     return bool(held_out["baselines"][baseline]["advantage"]["low"] > 0)
 
 

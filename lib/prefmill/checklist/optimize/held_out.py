@@ -38,6 +38,7 @@ def fitted_scores(features: Array, target: Array, training: Array) -> Array:
     design = np.column_stack([np.ones(len(features)), features])
     scores = []
     for inside in training.astype(bool):
+        # lstsq, as features may be collinear: a rating of two values and its square are.
         solution, *_ = np.linalg.lstsq(design[inside], target[inside], rcond=None)
         scores.append(design @ solution)
     return _held_out(np.stack(scores), training)
@@ -55,6 +56,7 @@ def correlation(scores: Array, design: Design, training: Array, resampling: Resa
 
 def gain(scores: Array, baseline: Array, design: Design, training: Array, resampling: Resampling) -> Estimate:
     """How much better `scores` correlate than `baseline`, both [N], on the same resampled papers."""
+    # In one row of a paper: each draw takes the same papers for both, and what they share cancels.
     values = np.hstack([_per_paper(design, training, item) for item in (scores, baseline)])
     size = _MOMENTS_OF_A_SCORE
     return statistic(values, resampling, lambda means: _correlations(means[:, :size]) - _correlations(means[:, size:]))
@@ -88,6 +90,7 @@ def permutation_test(
         found.append(_fold_correlations(design, targets[start : start + _PERMUTED_AT_ONCE], training, rules))
         progress(min(start + _PERMUTED_AT_ONCE, len(targets)), len(targets))
     values = np.concatenate(found).round(9)  # a tie stays one under rounding, and counts against a signal
+    # The true target is among the values, so that p is never 0 (Phipson and Smyth 2010).
     return float(values[0]), float((values >= values[0]).mean())
 
 
@@ -125,6 +128,7 @@ def _per_paper(design: Design, training: Array, scores: Array) -> Array:
     """Sums over each paper's reviews [papers, 6] of 1, score, target, and their products."""
     target = design.target.copy()
     for inside in training.astype(bool):
+        # Scores are centred in their fold as well; folds' means differ by chance alone.
         target[~inside] -= target[~inside].mean()
     values = np.stack([np.ones(len(target)), scores, target, scores**2, target**2, scores * target], axis=1)
     _, index = np.unique(design.papers, return_inverse=True)

@@ -51,6 +51,7 @@ def squared_errors(coefficients: Array, train: Moments, test: Moments) -> Array:
     """Mean squared error [P, Q] on `test` of predictions made with `coefficients` [P, Q, K] around `train`'s means."""
     offset = (test.target_mean - train.target_mean) - np.einsum("pqk,qk->pq", coefficients, test.mean - train.mean)
     explained = 2 * np.einsum("pqk,pqk->pq", coefficients, test.cross)
+    # The square written out needs moments alone: P x Q fits are judged without predicting a single review.
     errors: Array = test.target_var - explained + variance(coefficients, test.gram) + offset**2
     return errors
 
@@ -58,4 +59,5 @@ def squared_errors(coefficients: Array, train: Moments, test: Moments) -> Array:
 def variance(coefficients: Array, gram: Array) -> Array:
     """Variance [P, Q] of the scores that `coefficients` [P, Q, K] give, from covariances `gram` [Q, K, K]."""
     result: Array = np.einsum("pqk,pqk->pq", coefficients, np.einsum("qkl,pql->pqk", gram, coefficients))
+    # Rounding may leave it below 0, and callers take its root.
     return np.maximum(result, 0.0)

@@ -19,6 +19,7 @@ from prefmill.store.missing import Progress
 MIN_CHARACTERS, MAX_CHARACTERS = 15, 200
 MAX_SAME_WORDS = 0.7  # of two questions' words: above it they ask the same
 _EXAMPLE_CHARACTERS = 2000
+# Models number their lines, or put a bullet before them, even when asked for questions alone.
 _MARK = re.compile(r"^\s*(?:[-*•]|\(?\d{1,3}[.):])\s*")
 _WORD = re.compile(r"[a-z]+")
 _STOP = re.compile(r"(?:an?|and|are|at|be|by|does|do|for|has|have|in|is|its?|of|on|or|review|that|the|this|to|with)")
@@ -37,6 +38,7 @@ def propose(
         )  # fmt: skip
     known = [item.question for item in load_checklist(config.candidates).items] if config.candidates else []
     known += [item.question for item in load_checklist().items] if config.shipped else []
+    # A generator of its own, which no library draws from.
     examples = random.Random(seed).sample(list(reviews), min(config.num_examples, len(reviews)))
     answer = _generate(engine, request(known, examples, config.num_proposals), config, seed, work, progress)
     questions = new_questions(answer, known)[: config.num_proposals]
@@ -76,11 +78,13 @@ def new_questions(answer: str, known: Sequence[str]) -> list[str]:
 def item_id(question: str) -> str:
     """An id that follows from the question."""
     words = "_".join(_content(question))[:40].strip("_")
+    # Long questions may begin alike: the hash of the whole keeps their ids apart.
     return f"proposed_{words}_{hashlib.sha256(question.encode()).hexdigest()[:6]}"
 
 
 def _asks_the_same(first: str, second: str) -> bool:
     a, b = ({*_content(text)} for text in (first, second))
+    # Of the shorter one: a question that stands inside another asks nothing new.
     return len(a & b) > MAX_SAME_WORDS * min(len(a), len(b)) if a and b else first == second
 
 

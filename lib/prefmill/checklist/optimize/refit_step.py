@@ -50,6 +50,7 @@ def write_refit(
     `model` is what the step select found best: chosen items, all equal, or all with shrunk weights.
     """
     reviews, target, _ = with_target(scored, select_config, config.outer_folds)
+    # Not the kept ones alone: every outer fold chooses anew among all that passed.
     passed = [item["id"] for item in items if item["status"] in ("kept", "not_chosen")]
     write_atomic(folder / WEIGHTS, json.dumps(_weights(config, items), indent=1) + "\n")
     design = design_of(reviews, target, passed)
@@ -66,6 +67,7 @@ def _weights(config: RefitConfig, items: Sequence[Row]) -> dict[str, float]:
         kept = {name: math.copysign(1.0, weight) for name, weight in kept.items()}
     mean = sum(map(abs, kept.values())) / max(1, len(kept))
     scaled = {name: round(weight / mean, 3) for name, weight in kept.items()}
+    # A checklist refuses a weight of 0, which rounding may make of a small one.
     return {name: weight or _SMALLEST_WEIGHT for name, weight in scaled.items()}
 
 
@@ -85,6 +87,7 @@ def _held_out(
     scores = checklist_scores(design, training, rules, equal=config.weights == "equal")
     features = baseline_features(reviews)
     baselines = {name: fitted_scores(values, design.target, training) for name, values in features.items()}
+    # All candidates, those screened out included: the checklist that one has without any choice.
     baselines["all_items_equal"] = fixed_scores(answers(reviews, all_ids)[0].sum(axis=1), training)
     _, p_value = permutation_test(design, training, rules, config.num_permutations, progress)
     return {

@@ -52,6 +52,7 @@ class Optimisation:
 def optimize(plan: Optimisation, task: Task, redo: StepName | None) -> Metrics:
     """Run the steps that are due, and put the checklist and the summary where other stages look for them."""
     steps = _Steps(plan, task.input("corpus"), task)
+    # The worker keeps the output that is being replaced, so that its steps can be taken over.
     ran = run_steps(steps.all(), task.output, superseded(task.output), redo)
     exported = task.output / "export"
     for name in (OPTIMAL_CHECKLIST, export_step.SUMMARY):
@@ -76,10 +77,12 @@ class _Steps:
         """In order. A step's settings decide its content together with the steps before it."""
         plan, seed = self.plan, {"seed": self.plan.seed}
         corpus = {"corpus": self.corpus.manifest.content_digest}
+        # Without a model the candidates depend on neither seed nor corpus, and stay when these change.
         proposing = {**seed, **corpus} if plan.propose.engine is not None else {}
         return [
             Step("propose", {**identity(plan.propose), **proposing}, self.propose),
             Step("score", {**identity(plan.score), **corpus}, self.score),
+            # The number of outer folds decides here whether there are enough papers.
             Step("select", {**identity(plan.select), **seed, "outer_folds": plan.refit.outer_folds}, self.select),
             Step("refit", {**identity(plan.refit), **seed}, self.refit),
             Step("export", identity(plan.export), self.export),
@@ -132,6 +135,7 @@ class _Steps:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total
+                # The test says how many are done; tqdm wants how many more.
                 bar.update(done - bar.n)
                 self.task.progress(done, total, "permutations")
 

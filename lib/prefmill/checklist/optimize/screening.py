@@ -51,6 +51,7 @@ def screen(
     ]
     passed = [k for k, item in enumerate(found) if item.status == "passed"]
     kept: list[int] = []
+    # Compared with kept items alone: of two that repeat each other only one can be dropped.
     for k in sorted(passed, key=lambda k: (-(found[k].paraphrase_kappa or 0.0), k)):
         found[k] = _beside(found[k], yes[:, k], [(ids[other], yes[:, other]) for other in kept], rules)
         kept += [k] if found[k].status == "passed" else []
@@ -81,12 +82,14 @@ def mutual_information(first: Array, second: Array) -> float:
     joint = np.array([[((first == a) & (second == b)).mean() for b in (0, 1)] for a in (0, 1)])
     entropies = [_entropy(joint.sum(axis=axis)) for axis in (0, 1)]
     shared = sum(entropies) - _entropy(joint.ravel())
+    # Rounding may leave the share a little outside.
     return float(np.clip(shared / min(entropies), 0, 1)) if min(entropies) > 0 else 0.0
 
 
 def _alone(name: str, yes: Array, p_yes: Array, paraphrases: Array, rules: ScreenRules) -> Screened:
     share = float(yes.mean())
     paraphrase = float(np.mean([kappa(yes, other) for other in paraphrases])) if len(paraphrases) else None
+    # Rules give 0 or 1, from which every seed draws the same.
     seeds = None if np.isin(p_yes, (0.0, 1.0)).all() else seed_kappa(p_yes)
     status: Status = "passed"
     if min(share, 1 - share) < rules.min_answer_share:
@@ -122,5 +125,6 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _entropy(shares: Array) -> float:
+    # 0 log 0 is 0 in the limit, and NaN in numpy.
     positive = shares[shares > 0]
     return float(-(positive * np.log(positive)).sum())

@@ -56,8 +56,10 @@ def write_selection(
             fix="propose other items, use another engine, or loosen the thresholds of `select`",
         )  # fmt: skip
     design = design_of(reviews, target, ids)
+    # What is exported is chosen on all dev reviews; the step refit measures the procedure on held-out ones.
     everything = np.ones((1, len(reviews)))
     selection = select(design, target[None], everything, selection_rules(config, seed))
+    # Back from units of spread to what one yes is worth.
     weights = dict(zip(ids, (selection.coefficients[0, 0] / design.spread).tolist(), strict=True))
     write_jsonl(folder / ITEMS, _item_rows(candidates, screened, weights, selection, reviews, target))
     found = weighted_moments(design.answers, target[None], everything)
@@ -135,4 +137,5 @@ def _path_rows(ids: Sequence[str], solutions: Array, selection: Selection) -> li
 
 
 def _correlation(yes: Array, target: Array) -> float | None:
+    # The correlation of a constant is NaN, which JSON does not have.
     return round(float(np.corrcoef(yes, target)[0, 1]), 6) if yes.std() > 0 else None

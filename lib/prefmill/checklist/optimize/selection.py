@@ -113,6 +113,7 @@ def _best(folds: list[Array], rules: SelectionRules) -> NDArray[np.int64]:
     best = np.where(model[..., None], folds[1], folds[0])
     for place, errors in enumerate(folds[2:], 2):
         gain = best - errors
+        # Of the paired difference: what makes a fold hard for both models is no doubt about which is better.
         surely = gain.mean(axis=-1) > gain.std(axis=-1, ddof=1) / np.sqrt(rules.num_folds)
         model, best = np.where(surely, place, model), np.where(surely[..., None], errors, best)
     return model
@@ -133,11 +134,13 @@ def one_standard_error(errors: Array, error_ses: Array) -> NDArray[np.int64]:
     """The index of the largest penalty, [P, Q], whose error [L, P, Q] is within one standard error of the least."""
     best = errors.argmin(axis=0)
     bound = np.take_along_axis(errors + error_ses, best[None], axis=0)
+    # Penalties fall, so the first one within the bound is the largest.
     return np.asarray((errors <= bound).argmax(axis=0), dtype=np.int64)
 
 
 def _inner_sets(papers: Papers, training: Array, rules: SelectionRules) -> tuple[Array, Array]:
     """Training and held-out part [Q * F, N] of every inner fold, a training set's folds together."""
+    # Another seed than the outer folds have, so that inner folds do not follow their order.
     folds = assign_inner_folds(papers, training, rules.num_folds, rules.seed + 1)
     held_out = folds[:, None, :] == np.arange(rules.num_folds)[None, :, None]
     shape = (-1, training.shape[1])
@@ -150,6 +153,7 @@ def _by_fold(values: Array, rules: SelectionRules) -> Array:
 
 
 def _penalties(cross: Array, count: int) -> Array:
+    # From the largest covariance on no weight is above 0. Where all are below 0, a penalty must not be.
     largest = np.maximum(cross.max(axis=2), 1e-12)
     penalties: Array = np.geomspace(1.0, _SMALLEST_PENALTY, count)[:, None, None] * largest
     return penalties
@@ -169,6 +173,7 @@ def _stability(design: Design, targets: Array, training: Array, penalty: Array, 
     generator = np.random.default_rng(rules.seed + 2)
     counts = np.zeros((*penalty.shape, design.answers.shape[1]))
     for _ in range(rules.num_bootstrap):
+        # A paper's number of draws is its weight: a bootstrap sample without a copy of any review.
         drawn = generator.multinomial(len(unique), np.full(len(unique), 1 / len(unique)))[index]
         sample = weighted_moments(design.answers, targets, training * drawn)
         counts += solve(sample.gram, sample.cross, penalty) > 0

@@ -36,12 +36,14 @@ def run_steps(steps: Sequence[Step], output: Path, earlier: Path, redo: str | No
     done: dict[str, str] = {}
     ran = []
     for step, key in zip(steps, keys, strict=True):
+        # A copy, as `done` grows with every step.
         wanted = {"key": key, "reads": dict(done)}
         folder = output / step.name
         if not _is_made_from(folder, wanted):
             shutil.rmtree(folder, ignore_errors=True)
             source = earlier / step.name
             if not whole and step.name != redo and _is_made_from(source, wanted):
+                # Without the record, which is written last: a copy that is cut short is no finished step.
                 shutil.copytree(source, folder, ignore=shutil.ignore_patterns(RECORD))
             else:
                 folder.mkdir(parents=True)

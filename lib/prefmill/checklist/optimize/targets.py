@@ -76,7 +76,9 @@ def require_learnable(
 
 def _number(text: str | None) -> float | None:
     try:
+        # csv gives None where a line is short.
         value = float(text or "")
     except ValueError:
         return None
+    # float() reads "nan" and "inf", and one of them would spoil every mean.
     return value if math.isfinite(value) else None
