@@ -52,7 +52,9 @@ def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] 
     """
     with alone(workspace, run):
         require_owner(submissions(workspace, run))
+        # Under the lock, or two looks could each submit the same retry.
         view = look(workspace, run, say)
+        # On disk before anything is sent: retries are counted from this line on, also by the next look.
         for key in sorted(again):
             tried = view.tried[key]
             view.decisions.record(key, tried.name, AGAIN, submission=tried.submission.number)
@@ -113,6 +115,7 @@ def _decide(
     row = _row(failure, decision)
     if decision.action == RETRY:
         return Retry(task, tried, frozenset(), row, decision.memory_gb or memory)
+    # Looks come every few minutes: the same decision would be told and written at each of them.
     if before.get("action") != decision.action:
         view.decisions.record(task.key, tried.name, decision.action, submission=tried.submission.number, **row)
         say(show(task.key, {**row, "action": decision.action}))
@@ -120,6 +123,7 @@ def _decide(
 
 
 def _row(failure: Failure, decision: Decision) -> dict[str, object]:
+    # Where Slurm names several nodes and nothing tells which has failed, leaving out all would cost healthy ones.
     node = failure.node if POLICIES[failure.kind].excludes_node and not several(failure.node) else ""
     values = {"kind": failure.kind, "why": failure.why, "source": failure.source, "signature": failure.signature}
     asked = {key: value for key, value in asdict(decision).items() if key not in ("action", "why") and value}
@@ -147,6 +151,7 @@ def _submit(view: View, retries: Iterable[Retry], say: Say) -> int:
     """One sbatch call for all elements of a chunk that go the same way; what reads from them comes after."""
     groups: dict[tuple[str, int, int, float | None, bool], list[Retry]] = {}
     for retry in retries:
+        # An array has one dependency: elements with nothing to wait for would be held back by the others'.
         waits = any(other.key in view.open for other in view.plan.upstream(retry.task))
         where = retry.tried.array
         key = (where.stage, retry.tried.submission.number, where.chunk, retry.memory_gb, waits)
@@ -182,9 +187,11 @@ def _order(view: View, group: list[Retry]) -> Order:
     waits = dependency(TaskBatch(first.array.stage, first.array.chunk, indices, needs), _whole(view), {})
     resources = validate(Resources, first.array.resources)
     excluded = _excluded(view, resources, group)
+    # In MB, as sbatch takes no fractions.
     options = [f"--mem={round(group[0].memory_gb * 1024)}M"] if group[0].memory_gb else []
     options += [f"--exclude={','.join(excluded)}"] if excluded else []
     for retry in group:
+        # Before sbatch is called: the job may start at once, and reads its keys from this file.
         if isinstance(keys := retry.row.get("smaller"), Mapping):
             write_smaller(retry.task.logs, first.submission.number, keys)
     where = (first.array.stage, first.array.chunk, first.array.script)

@@ -129,6 +129,7 @@ def decide(
     policy = POLICIES[failure.kind]
     todo = policy.todo.format(task=task)
     charged = [row for row in past if row["kind"] == failure.kind and row["action"] == "retry"]
+    # Not counted: every retry is smaller than the one before, until nothing is left that could be.
     if failure.kind == "gpu_memory":
         return _smaller(means.smaller, todo)
     if policy.retries is None:
@@ -179,6 +180,7 @@ def _with_more_memory(means: RetryOptions, todo: str) -> Decision:
 
 
 _REFUSALS = {"ConfigError", "InputError", "ArtifactError", "PipelineError", "DivergedError", "PrefmillError"}
+# The order matters: a rank that a broken GPU or full memory has ended gives all others NCCL errors.
 _SIGNATURES: Sequence[tuple[Kind, re.Pattern[str]]] = [
     ("gpu", re.compile(r"NVRM: Xid|\bXid \(|uncorrectable (NVLink |ECC )?error|fallen off the bus|ECC error", re.I)),
     ("gpu_memory", re.compile(r"CUDA out of memory|torch\.(cuda\.)?OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")),
@@ -201,6 +203,7 @@ def _by_status(evidence: Evidence) -> Failure | None:
     status = evidence.status
     state, kind, error = status.get("state"), status.get("kind"), str(status.get("error", ""))
     cancelled = any(job is not None and job.state == "CANCELLED" for job in (evidence.account, evidence.queued))
+    # What had saved and waited to start again may have been cancelled since: its status is older than that.
     if state == "requeued" and not cancelled:
         return Failure("preempted", f"saved when warned by {status.get('signal')}", "status file")
     if state == "complete":
@@ -219,6 +222,7 @@ def _by_status(evidence: Evidence) -> Failure | None:
 
 
 def _by_log(evidence: Evidence) -> Failure | None:
+    # The accounting comes after the log: without cgroups it calls a job that ran out of memory just FAILED.
     text = f"{evidence.status.get('error', '')}\n{evidence.log}"
     for kind, pattern in _SIGNATURES:
         match = pattern.search(text)
@@ -255,6 +259,7 @@ def _by_traces(evidence: Evidence) -> Failure:
         if status.get("signal"):
             return Failure("killed", _first(error), "status file", _node(evidence))
         return Failure("bug", _last(error), "status file", _node(evidence), signature(error))
+    # A process that can still write changes this state: it was SIGKILL, or the node is lost.
     if state == "running":
         return Failure("killed", "it ended without a word", "status file", _node(evidence))
     if job is not None and job.state == "FAILED":

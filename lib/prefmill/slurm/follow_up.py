@@ -18,6 +18,7 @@ from prefmill.slurm.submission import ARRAYS, JobRecord, Submission, submissions
 ADVANCE = "advance"
 LOOK_MINUTES = 10
 _JOBS_NAMED = 40  # those that end first; after each look they are named anew
+# Six seconds. Where that is too short the job starts by itself, two minutes after its requeue.
 _REQUEUE_TRIES = 60
 
 
@@ -61,6 +62,7 @@ def live_follow_ups(found: Sequence[Submission]) -> dict[str, str] | None:
     if shown is None:
         return None
     own = {job_id: job for (job_id, _), job in shown.items() if job_id in ids}
+    # Slurm calls a held job PENDING too; only the reason tells that it will not start.
     return {job_id: job.state for job_id, job in own.items() if job.live and "requeued held" not in job.reason}
 
 
@@ -113,8 +115,10 @@ def book_again(workspace: Path, run: str, task: str) -> None:
         found = submissions(workspace, run)
         if not found or not script_of(found[-1]).is_file() or live_follow_ups(found) != {}:
             return
+        # Only now the lock: hundreds of tasks may start at once, and nearly all have found nothing to do.
         with alone(workspace, run):
             found = submissions(workspace, run)
+            # A task that `prefmill cancel` ends must not bring back a job that retries it.
             cancelled = Decisions(workspace, run).last(task).get("action") == CANCEL
             if not cancelled and (said := book(found, Wait(minutes=1))):
                 print(f"prefmill: {said}", flush=True)

@@ -92,6 +92,7 @@ def send_fitting(order: Order) -> JobRecord | None:
         try:
             return send(replace(order, indices=order.indices[:count]))
         except FullError:
+            # Slurm refuses an array as a whole and does not say how many elements it would take.
             count //= 2
     return None
 
@@ -101,6 +102,7 @@ def find(intent: Intent) -> str | None:
     named = slurm.named([intent.name], intent.time)
     if named is None:
         return None
+    # The oldest is kept: its number is the lowest, and it has waited longest.
     first, *others = sorted(named.get(intent.name, []), key=int) or [""]
     if others:  # sbatch itself asks again when the controller is slow
         slurm.cancel([(job_id, -1) for job_id in others])
@@ -129,11 +131,13 @@ def settle(found: Sequence[Submission]) -> Iterator[str]:
 
 def _verdict(order: Order, answer: SbatchAnswer) -> PipelineError | None:
     """What a failed call means: a limit, a refusal, or None where the answer leaves doubt."""
+    # First: Slurm's "Resource temporarily unavailable" is a limit, though it reads like a passing trouble.
     if _FULL.search(answer.error):
         return FullError(
             "a limit on submitted jobs is reached", where=order.script, got=answer.error,
             fix="wait until some have ended: the job that looks after the run, or `prefmill advance`, submits the rest",
         )  # fmt: skip
+    # Before a refusal: an unreachable controller is told as "Batch job submission failed" too.
     if _TRANSIENT.search(answer.error) or not _REFUSED.search(answer.error):
         return None
     return SbatchRefusedError(

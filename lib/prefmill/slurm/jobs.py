@@ -16,6 +16,7 @@ from dataclasses import dataclass
 Element = tuple[str, int]  # an array's job id and the index; -1 for a job that is no array
 
 LIVE_STATES = {
+    # A job that is COMPLETING may still have processes that write.
     "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
     "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD",
 }  # fmt: skip
@@ -91,6 +92,7 @@ def accounting(job_ids: Sequence[str]) -> dict[Element, JobState] | None:
     """The last record of every element of these jobs in the accounting; None where there is no accounting."""
     found: dict[Element, JobState] = {}
     for ids in _batches(job_ids):
+        # Without -D, so that of a job that was requeued only its last start is shown.
         text = ask(["sacct", "-nP", "-j", ids, "-o", _ACCOUNT_FIELDS])
         if text is None:
             return None
@@ -108,6 +110,7 @@ def named(names: Sequence[str], since: float) -> dict[str, list[str]] | None:
         queued = ask(["squeue", "-h", "-t", "all", "--name", batch, "-o", "%j|%F"])
         if queued is None:
             return None
+        # Not told when to begin, sacct looks for a name among the jobs of today alone.
         begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - _CLOCKS_DIFFER_SECONDS))
         ended = ask(["sacct", "-nXP", "--name", batch, "-S", begin, "-o", "JobName,JobID"]) or ""
         for name, _, job_id in (line.partition("|") for line in [*queued.splitlines(), *ended.splitlines()]):
@@ -116,7 +119,9 @@ def named(names: Sequence[str], since: float) -> dict[str, list[str]] | None:
                 found[name].append(job)
     if set(names) <= found.keys():
         return found
+    # Asked last: it lists the jobs of everybody.
     shown = ask(["scontrol", "-o", "show", "job"])
+    # Here every element of an array has an id of its own; Slurm's other commands name them by the array's.
     pairs = _SHOWN_JOB.findall(shown or "")
     more = {name: [array or job] for job, array, name in reversed(pairs) if name in names}
     return None if shown is None else {**more, **found}
@@ -125,6 +130,7 @@ def named(names: Sequence[str], since: float) -> dict[str, list[str]] | None:
 def is_purged(name: str) -> bool:
     """Whether slurmctld says in words that it knows no such job or element, as it does MinJobAge after its end."""
     done = _call(["scontrol", "show", "job", name])
+    # scontrol denies a job on stderr, but an element of an array that it knows on stdout, with exit code 0.
     return done is not None and (_NO_SUCH_JOB in done.stderr or f"Job {name} not found" in done.stdout)
 
 
@@ -166,6 +172,7 @@ def clean_state(text: str) -> str:
 def waits_for(job: JobState) -> tuple[set[Element], bool]:
     """The elements a pending job still waits for (index -1 for a whole array), and whether one of them has failed."""
     found = _DEPENDENCY.findall(job.dependency)
+    # A whole array is shown as 41_*, an element as 41_3.
     elements = {(job_id, int(index[1:]) if index[1:].isdigit() else -1) for job_id, index, _ in found}
     broken = job.reason == "DependencyNeverSatisfied" or any(state == "failed" for _, _, state in found)
     return elements, broken
@@ -197,6 +204,7 @@ def ask(command: Sequence[str]) -> str | None:
 def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
     if shutil.which(command[0]) is None:
         return None
+    # Times are otherwise local and name no zone, and the C library's part of an error is translated.
     environment = os.environ | {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"}
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment)
@@ -288,6 +296,7 @@ def _upper(size: str) -> int | None:
 
 
 def _number(text: str) -> int:
+    # sinfo writes 64+ in a line of nodes that differ.
     digits = re.match(r"\d+", text)
     return int(digits.group()) if digits else 0
 

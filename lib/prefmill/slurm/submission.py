@@ -114,11 +114,13 @@ class Submission:
 
     def drop_intent(self, intent: Intent) -> None:
         """Note that no job came of a call."""
+        # Added and not taken out: a file that only grows loses one line at most when a process is killed.
         append_row(self.folder / INTENTS, {"dropped": intent.name})
 
     def open_intents(self) -> list[Intent]:
         """The calls of which it is not noted what came of them."""
         rows = _rows(self.folder / INTENTS)
+        # A job's own record settles its call: between the two files no kill can leave a call half settled.
         settled = {row["dropped"] for row in rows if "dropped" in row} | {job.name for job in self.jobs()}
         found = [Intent(**row | {"indices": tuple(row["indices"])}) for row in rows if "dropped" not in row]
         return [intent for intent in found if intent.name not in settled]
@@ -148,6 +150,7 @@ def claim_folder(workspace: Path, run: str) -> tuple[int, Path]:
         folder = submissions_folder(workspace, run) / f"{number:04d}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # Of two processes mkdir succeeds for one alone; looking first would leave time for both.
             folder.mkdir()
         except FileExistsError:
             continue
@@ -169,6 +172,7 @@ def read_submission(folder: Path) -> Submission:
         raise PipelineError(
             "no submission here", where=folder, expected=f"a {RECORD}", fix="submit the pipeline with `prefmill submit`"
         ) from None
+    # Submissions of earlier versions do not say what they wanted: none of their tasks counts as unsent.
     wanted = tuple((stage, chunk, tuple(indices)) for stage, chunk, indices in values.get("wanted", []))
     return Submission(folder, **values | {"workspace": Path(values["workspace"]), "wanted": wanted})
 
@@ -192,6 +196,7 @@ def require_owner(found: Sequence[Submission]) -> None:
 def user_name() -> str:
     """Who this is, as Slurm shows it."""
     try:
+        # Not $USER, which any shell can set: Slurm goes by the user id.
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:  # a container without this user
         return str(os.geteuid())
@@ -200,6 +205,7 @@ def user_name() -> str:
 def write_array(array: ArrayFile) -> None:
     """Write a chunk's description."""
     values = {key: value for key, value in asdict(array).items() if key != "path"}
+    # Not atomic, and it need not be: without the record, which comes last, nobody reads this folder.
     array.path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 

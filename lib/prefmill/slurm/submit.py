@@ -85,6 +85,7 @@ def submit(
     with _alone(plan, dry_run):
         found = submissions(plan.workspace, plan.run)
         require_owner(found)
+        # Before the queue is looked at: a job whose answer was lost counts as queued from here on.
         for line in [] if dry_run else settle(found):
             say(line)
         queued = queued_tasks(plan)
@@ -105,6 +106,7 @@ def submit(
         if dry_run:
             _show(draft, calls, texts, say)
             return
+        # With kill-on-invalid-dep=no Slurm never removes these, and new jobs would stand beside them.
         stuck = [item.element for key, item in queued.items() if key not in live]
         if stuck and not slurm.cancel(stuck):
             raise PipelineError("Slurm does not cancel what can never run", got=stuck, fix="scancel these elements")
@@ -204,6 +206,7 @@ def _calls(
         array = arrays[batch.stage, batch.chunk]
         resources = validate(Resources, array.resources)
         indices = [index for other in same for index in other.indices]
+        # One script serves both calls of a chunk, and every retry: what runs is an option of the call.
         text = array_script(cluster, resources, f"{draft.run}.{batch.stage}", indices, array.path, draft.code_folder)
         yield Call(batch, array, text, resources.max_concurrent, partial(dependency, batch, whole))
 
@@ -218,6 +221,7 @@ def _healer_text(draft: Submission, cluster: ClusterFile) -> dict[Path, str]:
 
 def _small(cluster: ClusterFile) -> Resources:
     """What the repair job gets: little, where the site's defaults run, unless its file says otherwise."""
+    # A site's GPUs, nodes and memory are for trainings: this job needs Python and a place to run.
     shared = {key: value for key, value in cluster.resources.items() if key in ("partition", "python", "setup")}
     defaults = {"time_limit_minutes": _ADVANCE_MINUTES, **shared}
     return resources_for(cluster.model_copy(update={"resources": defaults}), ADVANCE)
@@ -234,6 +238,7 @@ def _show(draft: Submission, calls: Sequence[Call], texts: Mapping[Path, str], s
 def _write(
     draft: Submission, plan: Plan, arrays: Mapping[tuple[str, int], ArrayFile], texts: Mapping[Path, str]
 ) -> None:
+    # Before the first job: `prefmill status` and `logs` find the run by these, even if this process is killed halfway.
     point_latest(plan)
     write_plan(plan)
     snapshot(draft.code_folder)
@@ -245,6 +250,7 @@ def _write(
     for script, text in texts.items():
         script.write_text(text, encoding="utf-8")
     (logs / ADVANCE / f"{ADVANCE}.out").touch()  # a full disk then has room for its lines, or loses only those
+    # Last: until then a process that is killed leaves a folder that counts for nothing.
     write_submission(draft)
 
 
@@ -265,11 +271,13 @@ def _send(draft: Submission, calls: Sequence[Call], say: Say) -> None:
                 say(f"no more jobs may be submitted now: {who} the rest when some have ended")
                 break
     except SbatchRefusedError:
+        # Nothing was sent, so nothing has to be looked after.
         if healer and not ids:
             slurm.cancel([(healer, -1)])
             healer = ""
         raise
     finally:
+        # After a failure as well: what was sent until then has to be looked after.
         if healer:
             postpone(healer, Wait(tuple(ids.values())) if ids else Wait(minutes=LOOK_MINUTES), has_run=False)
     say(f"submission {draft.number:04d}: {len(ids)} of {len(calls)} arrays; `prefmill status` shows how it goes")
@@ -280,6 +288,7 @@ def _first_follow_up(draft: Submission, say: Say) -> str:
     if not script_of(draft).is_file():
         return ""
     before = submissions(draft.workspace, draft.run)[:-1]
+    # An older one would go on to look with the code of its own submission.
     slurm.cancel([(job_id, -1) for job_id in live_follow_ups(before) or {}])
     try:
         return send_follow_up(draft, Wait(minutes=_SUBMITTING_MINUTES)).job_id
@@ -297,5 +306,6 @@ def _alone(plan: Plan, dry_run: bool) -> Iterator[None]:
     folder = submissions_folder(plan.workspace, plan.run)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("wb") as stream:
+        # The kernel gives this lock back however the process ends; a file that stands for one would stay.
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
