@@ -15,6 +15,7 @@ from prefmill.core.config import ExternalPath, StrictConfig, load, merge, modern
 from prefmill.core.errors import ConfigError
 
 SIGNAL_SECONDS = 120  # a batch script submitted by hand asks for the same: sbatch/*.sbatch
+# Not sbatch's ALL: what the shell holds, secrets among it, would stay in Slurm's spool.
 _BASIC_EXPORTS = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z-]*")
@@ -119,6 +120,7 @@ def read_cluster(path: Path) -> ClusterFile:
                 f"'{clash[0]}' is exported and a secret", where=path, fix="take it out of `export`: values exported to "
                 "jobs are kept by Slurm",
             )  # fmt: skip
+        # Read to be checked alone: a missing name would otherwise show hours later, when a task starts.
         read_secrets(cluster.secrets)
     return cluster
 
@@ -129,6 +131,7 @@ def resources_for(
     """What a task of `stage` gets: the site's defaults, then the site's for that stage, then the pipeline's."""
     layered: dict[str, Any] = {}
     for layer in (cluster.resources, cluster.stages.get(stage, {}), given or {}):
+        # Each layer by its present names first: else a key under a former name could not be overridden by its new one.
         layered |= modern(Resources, merge(layer))
     return validate(Resources, layered, where=f"{where or 'the cluster file'}: resources of {stage}")
 
@@ -148,6 +151,7 @@ def read_secrets(secrets: Secrets) -> dict[str, str]:
             "others can read the secrets", where=secrets.file, got=stat.filemode(status.st_mode),
             expected="-rw------- and owned by you", fix=f"chmod 600 '{secrets.file}'",
         )  # fmt: skip
+    # Such a file is often one that a shell sources as well.
     pairs = [line.strip().removeprefix("export ").split("=", 1) for line in text.splitlines() if "=" in line]
     values = {name.strip(): value.strip().strip("'\"") for name, value in pairs if not name.strip().startswith("#")}
     missing = [name for name in secrets.names if name not in values]

@@ -72,6 +72,7 @@ def unsent(submissions: Sequence[Submission]) -> dict[str, Tried]:
             nothing = JobRecord("array", stage, chunk, f"unsent-{one.number}", (), "", 0.0)
             for index in indices:
                 key = f"{stage}:{array.tasks[index]}"
+                # A newer submission counts for its tasks, whether it has sent them or not.
                 found.pop(key, None)
                 if (stage, chunk, index) not in sent:
                     found[key] = Tried(one, array, nothing, index, sent=False)
@@ -114,6 +115,7 @@ def has_room(folder: Path) -> bool:
     probe = folder / f".room.{os.getpid()}"
     try:  # a quota is seen by trying only
         with probe.open("wb") as stream:
+            # A file that is only made longer takes no blocks, and no quota would object.
             os.posix_fallocate(stream.fileno(), 0, max(wanted, 1))
     except OSError:
         return False
@@ -149,6 +151,7 @@ def _progress(logs: Path, status: Mapping[str, Any]) -> tuple[bool, int]:
 def _own_part(path: Path, name: str) -> str:
     """The end of a task's log, from where this very job began to write."""
     text = _tail(path)
+    # Where a long log has pushed our mark out of view and no other is in it, all of it is ours.
     begin = text.rfind(f" in job {name} on ")
     return text[begin:] if begin >= 0 or text.count("\n--- ") == 0 else ""
 

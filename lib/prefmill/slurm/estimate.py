@@ -21,6 +21,7 @@ from prefmill.slurm.training_needs import training_needs
 from prefmill.slurm.view import Say
 from prefmill.training.config import TrainingConfig
 
+# A100 and V100 are sold in two sizes: these are the larger ones, and --gpu-memory says otherwise.
 _GPU_GB = {"h200": 141, "b200": 180, "h100": 80, "a100": 80, "l40s": 48, "a40": 48, "a6000": 48, "v100": 32, "l4": 24}
 
 
@@ -78,12 +79,14 @@ def _place_notes(plan: Plan, cluster: ClusterFile) -> Iterator[str]:
     """Places that compute nodes may not see, by the kind of file system they are on here."""
     for what, path in (("the workspace", plan.workspace), ("the interpreter", Path(cluster.python or sys.executable))):
         kind = filesystem(path)
+        # Only a note: a disk of this machine may be exported to the nodes under the same path.
         if kind in LOCAL_FILESYSTEMS:
             yield f"{what} {path} is on a disk of this machine ({kind}): nodes see it only if it is exported to them"
 
 
 def _limit_notes(plan: Plan, cluster: ClusterFile, policy: SitePolicy | None) -> Iterator[str]:
     limit = policy.submit_limit(cluster) if policy else None
+    # One more than tasks: the job that looks after the run counts too.
     if limit is not None and len(plan.tasks) + 1 > limit:
         yield f"{limit} jobs may be submitted at once, this takes {len(plan.tasks) + 1}: the rest follows as jobs end"
 

@@ -53,6 +53,7 @@ class JobTask:
 
 def main(argv: Sequence[str]) -> int:
     """Run the element this job is; returns its exit code: 0 done, 1 a bug, 2 something the user can fix."""
+    # Before anything is read: without a handler the first warning would end this process, and nothing be requeued.
     warnings = SignalWatcher(SIGNAL_SECONDS)
     warnings.listen()
     try:
@@ -75,8 +76,10 @@ def run(job: JobTask, warnings: SignalWatcher) -> int:
 
     def in_children(context: Task) -> Metrics:
         config = job.task.config.model_copy(update=job.smaller)
+        # Checkpoints made with other microbatches hold random states that do not fit these.
         start_over_when_smaller(context, job.smaller)
         metrics = run_elsewhere(replace(job.task, config=config), context, layout, warnings, job.secrets())
+        # These are no part of the identity, so only the manifest's metrics say what the task ran with.
         return {**metrics, **job.smaller}
 
     try:
@@ -117,6 +120,7 @@ def redirect(task: PlannedTask) -> None:
     log = task.logs.parent / f"{task.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{task.key}: see {log}", flush=True)
+    # Added to, so that what earlier attempts have written stays to be read.
     with log.open("ab", buffering=0) as stream:
         os.dup2(stream.fileno(), sys.stdout.fileno())
         os.dup2(stream.fileno(), sys.stderr.fileno())

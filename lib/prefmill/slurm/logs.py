@@ -42,6 +42,7 @@ def show_logs(workspace: Path, run: str, selector: str, lines: int, follow: bool
 def select_logs(workspace: Path, run: str, selector: str) -> dict[str, Path]:
     """The log of every selected task, by `stage:task`."""
     plan = workspace / "logs" / run / "plan.json"
+    # From the plan's record: configurations may have changed since, and take seconds to read.
     keys = [task["key"] for task in json.loads(plan.read_text())["tasks"]] if plan.is_file() else []
     stage, _, name = selector.partition(":")
     found = [key for key in keys if key.partition(":")[0] == stage and name in ("", key.partition(":")[2])]
@@ -83,6 +84,7 @@ def read_on(path: Path, place: int) -> tuple[Sequence[str], int]:
     except FileNotFoundError:
         return [], 0
     whole = data[: data.rfind(b"\n") + 1]
+    # A line that is not whole yet is left for the next look, or it would be printed in two.
     return _split(whole), place + len(whole)
 
 

@@ -109,11 +109,13 @@ def _shape(config: Any, trust_remote_code: bool) -> ModelSize:
     import torch
     from transformers import AutoModelForCausalLM
 
+    # Shapes alone: on the meta device a model of any size takes no memory and no download.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     linears = [layer for layer in model.get_decoder().modules() if isinstance(layer, torch.nn.Linear)]
     text = config.get_text_config()
     heads = text.num_key_value_heads or text.num_attention_heads
+    # Some models, such as Qwen3-0.6B, have heads wider than hidden_size divided by their number.
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelSize(
         parameters=model.num_parameters(), linear_parameters=sum(layer.weight.numel() for layer in linears),
@@ -140,6 +142,7 @@ def gpu_memory(
     gradients = trained * (kept if by_deepspeed else 4) / (world if shards.stage >= 2 else 1)
     gradients += trained * number if several_passes and shards.stage >= 2 and world > 1 else 0
     buckets = trained * 4 if world > 1 and not shards.stage else 0  # DDP sends copies
+    # Autocast keeps the weights it has cast until its context ends.
     copies = 0 if shards.stage or kept == number else size.linear_parameters * number
     weights = _weight_bytes(size, config, kept) / (world if shards.stage >= 3 else 1)
     per_layer = layer_bytes(size, config.precision, residual=number if config.fsdp else kept) * config.max_length * rows

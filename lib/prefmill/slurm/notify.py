@@ -24,6 +24,7 @@ def announce(folder: Path, cluster: ClusterFile, outcome: Mapping[str, Any]) -> 
     """
     if cluster.webhook is None:
         return None
+    # By its content: a run that was told as stopped and is then completed is told again.
     marker, digest = folder / ANNOUNCED, digest_json(dict(outcome))
     if marker.is_file() and json.loads(marker.read_text())["digest"] == digest:
         return None
@@ -33,6 +34,7 @@ def announce(folder: Path, cluster: ClusterFile, outcome: Mapping[str, Any]) -> 
     problem = _post(address, outcome)
     if problem is not None:
         return f"the webhook in {cluster.webhook} was not reached ({problem})"
+    # After the post: a kill in between then tells it twice; the other order would not tell it at all.
     write_atomic(marker, json.dumps({"digest": digest}))
     return f"told the webhook in {cluster.webhook}"
 
@@ -55,6 +57,7 @@ def _post(address: str, outcome: Mapping[str, Any]) -> str | None:
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}"
     except (OSError, ValueError) as error:
+        # Not the error's text, which may hold the address.
         return type(error).__name__
 
 

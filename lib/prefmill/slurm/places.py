@@ -14,6 +14,7 @@ def filesystem(path: Path) -> str:
         lines = [line.split(" ") for line in _MOUNTS.read_text().splitlines()]
     except OSError:
         return ""
+    # The kernel writes a space in a path as \040, since spaces part its fields.
     mounts = {Path(fields[1].replace("\\040", " ")): fields[2] for fields in lines}
     absolute = path.absolute()
     return next((mounts[parent] for parent in (absolute, *absolute.parents) if parent in mounts), "")

@@ -73,6 +73,7 @@ class SitePolicy:
                 known = ", ".join(sorted({one.account for one in self.associations}))
                 yield f"account '{account}' is none of yours: {known}"
             return
+        # slurmdbd makes a QOS "normal" by itself, the default where nobody has set one.
         qos = str(resources.options.get("qos") or cluster.qos or association.default_qos or "normal")
         if "qos" in self.enforced and qos not in association.qos:
             yield f"qos '{qos}' does not go with account {account}: {', '.join(association.qos)}"
@@ -102,12 +103,14 @@ class SitePolicy:
 def read_policy() -> SitePolicy | None:
     """The rules for this user; None where there is no accounting, and so none but the partitions'."""
     me = user_name()
+    # -P, as columns would cut long names off.
     associations = slurm.ask(["sacctmgr", "-nP", "show", "association", f"user={me}", f"format={_ASSOCIATION}"])
     if associations is None:
         return None
     default = slurm.ask(["sacctmgr", "-nP", "show", "user", me, "format=DefaultAccount"]) or ""
     qos = slurm.ask(["sacctmgr", "-nP", "show", "qos", f"format={_QOS}"]) or ""
     config = slurm.ask(["scontrol", "show", "config"]) or ""
+    # A limit of a kind that is not named here is kept in the books alone: jobs above it run.
     enforced = re.search(r"^AccountingStorageEnforce\s*=\s*(\S+)", config, re.M)
     return SitePolicy(
         frozenset(enforced[1].split(",") if enforced else ()), default.strip(),
@@ -119,6 +122,7 @@ def read_policy() -> SitePolicy | None:
 
 def _association(line: str) -> Association:
     account, partition, qos, default, submit, wall, most, group = line.split("|")
+    # A group's limit is for all of its jobs together: one job above it can never start either.
     limits = JobLimits(f"account {account}", _count(submit), minutes(wall), (parse_tres(most), parse_tres(group)))
     return Association(account, partition, tuple(qos.split(",")), default, limits)
 

@@ -33,6 +33,7 @@ def queued_tasks(plan: Plan) -> dict[str, Queued]:
     found = submissions(plan.workspace, plan.run)
     tried = newest(found)
     wanted = [tried[task.key] for task in plan.tasks if task.key in tried and not (task.output / MANIFEST).is_file()]
+    # Jobs of finished tasks as well: a manifest is written before its job has ended.
     seen = sight(wanted, [one.job.job_id for one in tried.values()]) if tried else Sightings()
     if seen is None:
         raise PipelineError("Slurm does not say what is queued", fix="try again when `squeue` answers")

@@ -75,6 +75,7 @@ def _small(name: str, config: StrictConfig, given: dict[str, Any], ranks: int, f
 
 def _short_training(config: TrainingConfig, ranks: int) -> dict[str, Any]:
     """Short, but long enough to be interrupted twice; precision, parallelism and checkpointing as they are."""
+    # One microbatch a step: every step is then as short as this number of ranks allows.
     at_once = config.per_device_train_batch_size * ranks
     keys = {
         "max_length": min(config.max_length, LENGTH), "on_overlong": "drop", "save_steps": SAVE_STEPS,

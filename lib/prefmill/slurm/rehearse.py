@@ -81,6 +81,7 @@ def _follow(plan: Plan, drills: list[Drill], say: Say) -> bool:
             return True
         _strike(view, drills, say)
         if time.monotonic() - advanced > _ADVANCE_SECONDS or not view.live:
+            # The job that looks after the run comes back after two minutes at the earliest: too late for a drill.
             view = advance(plan.workspace, plan.run, say=_quietly(say))
             advanced = time.monotonic()
             if only_held(view):
@@ -140,12 +141,14 @@ def _recovering(task: PlannedTask, drills: list[Drill]) -> bool:
 def _warn(task: PlannedTask, view: View) -> bool:
     """The signal that Slurm sends before the time is over."""
     name = slurm.element_name(view.live[task.key])
+    # --batch: to the batch script's process alone, as B:USR1 in the script has Slurm do it.
     return slurm.ask(["scancel", "--batch", "--signal=USR1", name]) is not None
 
 
 def _kill(task: PlannedTask, view: View) -> bool:
     """SIGKILL to the processes that the worker has started, on its own node."""
     status, job = read_status(task.logs), view.queue[view.live[task.key]]
+    # --overlap: a training on several nodes has a step of its own, whose end a second one would wait for.
     step = ["srun", f"--jobid={job.raw_id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={status['host']}"]
     return slurm.ask([*step, "--chdir=/", "pkill", "-KILL", "-P", str(status["pid"])]) is not None
 
@@ -163,6 +166,7 @@ def _judge(drill: Drill) -> Iterator[str]:
         yield f"recorded as {rows[0]['outcome'] if rows else 'nothing'} instead of {' or '.join(drill.outcomes)}"
     elif len(rows) < 2 or rows[1]["first_step"] is None:
         yield "it was not resumed"
+    # No more than the steps between two saves may be lost, or it has gone on from too old a checkpoint.
     elif rows[1]["first_step"] == 1 or (rows[0]["last_step"] or 0) - rows[1]["first_step"] >= SAVE_STEPS:
         yield f"it had got to step {rows[0]['last_step']} and went on from step {rows[1]['first_step']}"
 

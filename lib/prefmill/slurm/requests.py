@@ -53,6 +53,7 @@ def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iter
         known = ", ".join(sorted(name for name in offered if name))
         yield f"there is no partition '{resources.partition or '(default)'}': {known}"
         return
+    # Each is the largest that any node has: that no node has them all is for `sbatch --test-only` to say.
     limits = [
         ("nodes", resources.nodes, min(partition.nodes, partition.max_nodes or partition.nodes), ""),
         ("time_limit_minutes", resources.time_limit_minutes, partition.max_minutes, ""),

@@ -45,6 +45,7 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
         for task in again:
             if (task.output / MANIFEST).is_file():
                 set_aside(task.output)
+    # Outside of the lock, which `advance` takes itself.
     advance(workspace, run, say, [task.key for task in again])
 
 
@@ -69,6 +70,7 @@ def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) ->
         keys = {every[element] for element in ended if element in every} | {
             k for k, one in tried.items() if not one.sent
         }
+        # Noted before scancel: no look retries what ends now, and no ending task books another follow-up job.
         for key in sorted(keys):
             _note_cancel(Decisions(workspace, run), key, tried[key])
         if ended and not slurm.cancel(ended):

@@ -26,6 +26,7 @@ class ScriptExecutor(submitit.SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
         """Always positive: Slurm is here."""
+        # Where it finds no srun submitit refuses to make an executor; a dry run and the tests need none.
         return 2
 
 
@@ -48,9 +49,11 @@ def healer_script(cluster: ClusterFile, resources: Resources, run: str, workspac
     output = str(workspace / "logs" / run / "advance" / "advance.out").replace("%", "%%")
     text = _render(cluster, resources, f"{run}.advance", output, {}, command, code)
     before, _, last = text.rstrip("\n").rpartition("exec ")
+    # A requeue sends TERM: the shell has to outlive python to know how that has ended.
     return f"{before}trap '' TERM\n{last} && exit 0\n{_AGAIN}"
 
 
+# If the update is never accepted, the requeued job still starts once its node has forgotten it.
 _AGAIN = """scontrol requeue "$SLURM_JOB_ID"
 for _ in 1 2 3 4 5 6 7 8 9 10; do  # accepted as soon as Slurm counts the job as pending again
   sleep 0.5
@@ -125,6 +128,7 @@ def max_array_size(cluster: ClusterFile) -> int:
         shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):  # only a dry run gets this far without Slurm
         return DEFAULT_MAX_ARRAY_SIZE
+    # The largest index is one less than this, so an array that begins at 0 may have exactly as many elements.
     sizes = [line.split("=")[1] for line in shown.stdout.splitlines() if line.startswith("MaxArraySize")]
     return int(sizes[0]) if sizes else DEFAULT_MAX_ARRAY_SIZE
 
@@ -146,13 +150,16 @@ def _render(
         "export": ",".join(cluster.exported),
         "kill-on-invalid-dep": "no",  # a child whose parent failed can then still be repaired
         "output": output,
+        # Some sites set JobRequeue=0, and Slurm then refuses to requeue a job that has not asked for it.
         "requeue": True,
     }
     executor = ScriptExecutor(code)
     executor.update_parameters(
         **_parameters(cluster, resources), job_name=name, setup=_setup(cluster, resources, code), use_srun=False,
+        # Unless told None, submitit asks for the wckey "submitit", which sites that track such keys refuse.
         stderr_to_stdout=True, wckey=None, additional_parameters=options,
     )  # fmt: skip
+    # By exec python takes the shell's place: the warning (B:USR1) goes to the batch script's process alone.
     text: str = executor._make_submission_file_text(f"exec {shlex.join([python, *command])}", "")
     return text
 
@@ -169,6 +176,7 @@ def _parameters(cluster: ClusterFile, resources: Resources) -> dict[str, Any]:
         "qos": cluster.qos,
         "time": resources.time_limit_minutes,
         "nodes": resources.nodes,
+        # One on every node: torchrun starts the ranks there.
         "ntasks_per_node": 1,
         "cpus_per_task": resources.cpus,
         "gpus_per_node": resources.gpus or None,
@@ -181,6 +189,7 @@ def _setup(cluster: ClusterFile, resources: Resources, code: Path) -> list[str]:
     own = [
         "set -e",
         "unset SLURM_EXPORT_ENV",  # steps get what the job has, not the list the job was submitted with
+        # Without PYTHONSAFEPATH `python -m` puts the working folder first: the checkout, which may have changed since.
         f"export PYTHONPATH={path} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false",
     ]
     return [*cluster.setup, *resources.setup, *own]

@@ -42,6 +42,7 @@ def sight(tried: Iterable[Tried], others: Iterable[str] = ()) -> Sightings | Non
         return None
     strangers = dict(_strangers(wanted, shown))
     own = {element: job for element, job in shown.items() if element not in strangers}
+    # squeue forgets a job some minutes after its end; the accounting keeps it.
     absent = [one for one in wanted if one.element not in shown]
     ids = sorted({one.job.job_id for one in absent})
     accounts = (slurm.accounting(ids) or {}) if ids else {}
@@ -76,6 +77,7 @@ def _without_record(absent: Iterable[Tried]) -> tuple[dict[Element, str], dict[E
     for one in absent:
         if left_end_record(one):
             ended[one.element] = OWN_RECORD
+        # Slurm knows an array as long as one of its elements: a purged element has to be asked for itself.
         elif _old_enough(one, purge_seconds) and (is_purged(one.job.job_id) or is_purged(one.name)):
             ended[one.element] = PURGED
         else:

@@ -109,10 +109,12 @@ def read_rows(workspace: Path, run: str) -> Table:
         key, output, logs = task["key"], Path(task["output"]), Path(task["logs"])
         one = tried.get(key)
         row = _row(key, output, logs, one, seen, decisions.last(key, one.name) if one else {})
+        # The plan lists what is upstream first, so what a task needs has its row already.
         rows[key] = _blocked(row, [rows[other] for other in task["needs"] if other in rows])
     healing = seen is not None and any(seen.live((job_id, -1)) for job_id in healers)
     wants_healer = seen is not None and bool(found) and script_of(found[-1]).is_file()
     notes += _notes(run, list(rows.values()), healing, wants_healer)
+    # Without an answer from Slurm nobody can say that all is over: --watch goes on.
     somebody = seen is None or healing or is_at_work(workspace, run)
     return Table(list(rows.values()), notes, _goes_on(list(rows.values()), somebody))
 
@@ -139,6 +141,7 @@ def render(run: str, rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
     """The table, what it cost, and the notes."""
     cells = [_COLUMNS, *(line for stage in _by_stage(rows) for line in _lines(stage))]
     widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
+    # Padded here and painted below: codes of colours would count in a column's width.
     table = ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
     counts = Counter(row.state for row in rows)
     summary = f"{len(rows)} tasks: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
@@ -176,6 +179,7 @@ def _row(
     status, past = read_status(logs), read_attempts(logs)
     state, reason, job = _state(output, logs, status, tried, seen, decided)
     begun = status.get("attempt", {}).get("started") if state == "running" else None
+    # A node's clock may be set back during an attempt, whose time is then not known.
     seconds = sum(max(0.0, row.get("ended", row["started"]) - row["started"]) for row in past)
     resources = tried.array.resources if tried else {}
     return Row(
@@ -229,6 +233,7 @@ def _left_state(
     """What an attempt that has ended left, where nobody has judged it."""
     state = str(status.get("state", "waiting"))
     error = str(status.get("error", "")).strip().splitlines()
+    # The last line of Python's traceback says what went wrong, of our own errors the first one.
     error = error[-1:] if error[:1] == ["Traceback (most recent call last):"] else error[:1]
     if tried and seen and not (state == "failed" and error):
         return "ended", f"Slurm: {job.state}" if job else seen.ended.get(tried.element, "its job is gone")
@@ -265,6 +270,7 @@ def _progress(logs: Path, status: Mapping[str, Any]) -> str:
 
 def _seconds_left(progress: Mapping[str, Any], attempt: Mapping[str, Any]) -> float | None:
     """By the pace of this attempt."""
+    # A resumed attempt counts from its checkpoint on: what came before was not done in its time.
     done = progress["done"] - attempt.get("done_before", 0)
     if not progress["total"] or done <= 0 or progress["time"] <= attempt["started"]:
         return None

@@ -50,6 +50,7 @@ def make_batches(plan: Plan, todo: Sequence[PlannedTask], live: Mapping[str, Ele
             chunks.setdefault(chunk, {})[index] = needs
         made = [batch for chunk, needs in sorted(chunks.items()) for batch in _split(stage, chunk, needs)]
         names = {(batch.chunk, index): batch.name for batch in made for index in batch.indices}
+        # No job has an id before sbatch is called: later stages name the batch, and `dependency` puts the id in.
         elements |= {task.key: (names[places[task.key]], places[task.key][1]) for task in of_stage}
         batches += made
     return batches
@@ -66,6 +67,7 @@ def dependency(batch: TaskBatch, whole: Mapping[str, tuple[int, ...]], ids: Mapp
 
 
 def _split(stage: str, chunk: int, needs: Mapping[int, frozenset[Element]]) -> Iterator[TaskBatch]:
+    # A dependency holds a whole array back: those with nothing to wait for get an array of their own.
     for waits in (False, True):
         indices = tuple(sorted(index for index, elements in needs.items() if bool(elements) is waits))
         if indices:

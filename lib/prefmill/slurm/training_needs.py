@@ -37,6 +37,7 @@ def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Train
     config = task.config
     assert isinstance(config, TrainingConfig), f"{task.stage.name} trains, but not by a TrainingConfig"
     world = resources.ranks(task.processes)
+    # For its error alone: a batch that does not divide among the ranks would end the job at its start.
     accumulation(config, world)
     name, revision = _model_of(plan, task)
     steps = _steps(task, config)
@@ -75,6 +76,7 @@ def _model_of(plan: Plan, task: PlannedTask) -> tuple[str | None, str | None]:
     for folder in folders:
         if (folder / MANIFEST).is_file():
             return str(folder), None
+    # Until then it has the shape of the model that its maker starts from: training changes no shape.
     makers = [other for other in plan.upstream(task) if other.output in folders]
     return _model_of(plan, makers[0]) if makers else (None, None)
 

@@ -60,6 +60,7 @@ def look(workspace: Path, run: str, say: Say = print) -> View:
     latest = found[-1]
     plan = make_plan(validate(PipelineFile, latest.pipeline, where=latest.folder), Path(latest.source))
     states = inspect(plan)
+    # What was wanted and not sent comes last: it counts even where an earlier submission had a job for it.
     tried = newest(found) | unsent(found)
     open_tasks = {task.key: task for task in plan.tasks if states[task.key].freshness != "complete"}
     wanted = [one for key, one in tried.items() if key in open_tasks]
