@@ -111,7 +111,10 @@ class ChatEngine(ServerEngine):
         """The choices, at least one; raises InputError where there is none."""
         messages = [{"role": "user", "content": text}]
         # extra_body comes last, so that a user's key wins over ours.
-        body = {"model": self._model, "messages": messages, **asked, **self._config.extra_body}
+        extra = self._config.extra_body
+        body = {"model": self._model, "messages": messages, **asked, **extra}
+        if "max_completion_tokens" in extra:
+            del body["max_tokens"]  # newer servers refuse both names of one limit together
         content = await self._server.ask(client, "POST", "chat/completions", body)
         self.num_requests += 1
         self.num_prompt_tokens += int((content.get("usage") or {}).get("prompt_tokens") or 0)

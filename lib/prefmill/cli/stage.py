@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -59,13 +60,19 @@ def as_keys(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
             continue
         if not has_value:
             # A word with `=` in it is a key of ours, and the flag before it has no value.
-            value = words.pop(0) if words and not words[0].startswith("-") and "=" not in words[0] else "true"
+            value = words.pop(0) if words and _is_value(words[0]) else "true"
         key = flag.removeprefix("--").replace("-", "_")
         if key in ("config", "config_file"):
             config.append(value)
         else:
             rest.append(f"{key}={value}")
     return [*config, *rest]
+
+
+def _is_value(word: str) -> bool:
+    """Whether `word` belongs to the flag before it; `-0.5` does."""
+    is_number = re.fullmatch(r"-[\d.]+(e[-+]?\d+)?", word) is not None
+    return is_number or not (word.startswith("-") or "=" in word)
 
 
 def _run_stage(stage: str, arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -258,10 +258,11 @@ def row_name(row: SourceRow) -> str:
 
 def identified(rows: Iterable[tuple[str, FoundT]]) -> Iterator[tuple[str, FoundT]]:
     """Rows by names that are all different: a name met again gets a number."""
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
     for name, found in rows:
-        seen[name] = seen.get(name, 0) + 1
-        yield (name if seen[name] == 1 else f"{name}~{seen[name]}"), found
+        names = chain([name], (f"{name}~{number}" for number in count(2)))
+        taken.add(free := next(other for other in names if other not in taken))
+        yield free, found
 
 
 def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, folder: Path) -> dict[str, Any]:

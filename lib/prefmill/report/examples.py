@@ -62,11 +62,9 @@ def choose_papers(
     shared = sorted(baseline.keys() & candidate.keys(), key=lambda key: (candidate[key] - baseline[key], key))
     if not shared:
         return {}
-    chosen = {
-        shared[-1]: "largest gain",
-        shared[0]: "smallest gain, or largest loss",
-        shared[len(shared) // 2]: "middle",
-    }
+    chosen = {shared[-1]: "largest gain"}
+    chosen.setdefault(shared[0], "smallest gain, or largest loss")
+    chosen.setdefault(shared[len(shared) // 2], "middle")
     # By a hash and not a generator: a paper more or less does not change which others are drawn.
     for key in sorted(shared, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest()):
         chosen.setdefault(key, "drawn at random")

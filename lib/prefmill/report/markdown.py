@@ -49,4 +49,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is: other people's words may hold its signs, or HTML."""
     # Words are joined by single spaces, as a line break would end the row of a table.
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split())).replace("\\---", "---")
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))

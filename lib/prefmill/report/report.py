@@ -133,7 +133,7 @@ def _tables(compared: Compared, metrics: Sequence[Mapping[str, Any]], confidence
         "score_chart": sections.score_chart(compared),
         "difference_chart": sections.difference_chart(compared),
         "measures": sections.measure_table(compared),
-        "pairs": sections.pair_table(compared),
+        "pairs": sections.pair_table(compared, confidence),
         "agreement": agreement_rows(metrics),
         "items": sections.item_rows(compared, questions, confidence),
         "factors": sections.factor_rows(compared, confidence),

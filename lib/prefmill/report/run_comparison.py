@@ -90,8 +90,7 @@ def _keys(artifact: Artifact | None) -> dict[str, Any]:
 
 def _numbers(artifact: Artifact | None) -> dict[str, Any]:
     metrics = artifact.manifest.metrics if artifact else {}
-    leaves = dict(flatten(metrics))
-    return {key: value for key, value in leaves.items() if isinstance(value, (int, float)) and value is not True}
+    return {key: value for key, value in flatten(metrics) if type(value) in (int, float)}  # a bool is an int too
 
 
 def _differing(task: str, found: Sequence[Mapping[str, Any]]) -> list[RunValues]:

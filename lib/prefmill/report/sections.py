@@ -59,7 +59,7 @@ def measure_table(compared: Compared) -> list[Row]:
     return rows
 
 
-def pair_table(compared: Compared) -> list[Row]:
+def pair_table(compared: Compared, confidence: float) -> list[Row]:
     """Every pair with each of its measures, as differences."""
     labels = {item.name: item for item in MEASURES}
     return [
@@ -75,7 +75,7 @@ def pair_table(compared: Compared) -> list[Row]:
                     "interval": " to ".join(labels[name].show_difference(found[end]) for end in ("low", "high")),
                     "p": p_text(found["p_value"]),
                     "p_holm": p_text(found["p_holm"]),
-                    "good": _is_good(found, labels[name]),
+                    "good": _is_good(found, labels[name], confidence),
                 }
                 for name, found in pair["measures"].items()
             ],
@@ -156,9 +156,9 @@ def _cell(found: Any, measure: Measure) -> Row | None:
     return {"value": measure.show(found["value"]), "interval": f"{low}–{high}" if low != high else None}
 
 
-def _is_good(found: Mapping[str, Any], measure: Measure) -> bool | None:
+def _is_good(found: Mapping[str, Any], measure: Measure, confidence: float) -> bool | None:
     """Whether a difference that holds after correction is to the good; None where it does not hold or matter."""
-    if found["p_holm"] >= 0.05 or measure.better is None:
+    if found["p_holm"] >= 1 - confidence or measure.better is None:
         return None
     return bool((found["value"] > 0) == (measure.better == "higher"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from prefmill.report.charts import Line, line_chart, scatter_chart
 from prefmill.sweep.config import Choices, SearchInterval, StudyConfig
@@ -103,6 +103,6 @@ def _cells(row: Row, config: StudyConfig) -> list[str]:
     values = (row["params"][name] for name in config.space)
     return [
         str(row["number"]),
-        *(f"{one:.3g}" if isinstance(one, float) else str(escape(one)) for one in values),
+        *(f"{one:.3g}" if isinstance(one, float) else str(one) for one in values),
         shown,
     ]

@@ -134,6 +134,8 @@ def json_file_row(path: Path, source: int) -> RawRow | RowProblem:
     except UnicodeDecodeError as error:
         place = dataclasses.replace(place, line=content.count(b"\n", 0, error.start) + 1)
         return RowProblem(place, "invalid UTF-8", _UTF8_FIX, excerpt(content))
+    except RecursionError as error:
+        return RowProblem(place, f"not JSON: {error}", "remove the file", excerpt(content))
     except json.JSONDecodeError as error:
         place = dataclasses.replace(place, line=error.lineno)
         return RowProblem(place, f"not JSON: {error.msg}", "correct that line, or remove the file", excerpt(content))

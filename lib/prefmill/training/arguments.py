@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefmill.core.config import nearest
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Task
 from prefmill.distributed.devices import claim_device, has_gpu
 from prefmill.training.config import TrainingConfig, accumulation
-
-if TYPE_CHECKING:
-    pass
 
 PROJECT = "prefmill"  # in every tracker
 

@@ -68,7 +68,7 @@ def _weights(config: RefitConfig, items: Sequence[Row]) -> dict[str, float]:
     mean = sum(map(abs, kept.values())) / max(1, len(kept))
     scaled = {name: round(weight / mean, 3) for name, weight in kept.items()}
     # A checklist refuses a weight of 0, which rounding may make of a small one.
-    return {name: weight or _SMALLEST_WEIGHT for name, weight in scaled.items()}
+    return {name: weight or math.copysign(_SMALLEST_WEIGHT, weight) for name, weight in scaled.items()}
 
 
 def _held_out(
