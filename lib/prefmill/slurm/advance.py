@@ -1,6 +1,6 @@
 """`prefmill advance`: looks at ended tasks, resubmits those that can be retried, and re-points what waits for them.
 
-It may run at any time, any number of times, by a job after each array, by cron or by hand: two at once take turns,
+It may run at any time, any number of times, by the run's follow-up job, by cron or by hand: two at once take turns,
 and what one has done the next one sees. Submissions are never rewritten; their lists of jobs only grow.
 """
 
@@ -30,8 +30,6 @@ from prefmill.slurm.submission import JobRecord, require_owner, submissions
 from prefmill.slurm.task_batches import TaskBatch, dependency
 from prefmill.slurm.view import Say, View, look, next_look
 from prefmill.training.config import needs_less
-
-_SECONDS_BETWEEN_TRIES = (0, 5, 20)
 
 
 @dataclass(frozen=True)

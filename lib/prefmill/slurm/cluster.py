@@ -74,7 +74,7 @@ class ClusterFile(StrictConfig):
 
     A pipeline's own `resources` are laid over both. `export` names variables that jobs take along from the shell
     that submits; secrets do not belong there. `signal_seconds` is how long before its end a task is told to save.
-    `advance` adds a small job after each stage that classifies failures and resubmits failed tasks that can be retried.
+    `advance` adds one small job to a run; it classifies failures and resubmits failed tasks that can be retried.
     `webhook` names the secret or variable that holds an address to tell when a run has ended.
     """
 

@@ -100,10 +100,12 @@ def send_fitting(order: Order) -> JobRecord | None:
 def find(intent: Intent) -> str | None:
     """The id of the job with this intent's name, "" where Slurm says that there is none, None where it says nothing."""
     named = slurm.named([intent.name], intent.time)
-    if named is None:
-        return None
-    # The oldest is kept: its number is the lowest, and it has waited longest.
-    first, *others = sorted(named.get(intent.name, []), key=int) or [""]
+    return None if named is None else _oldest(named.get(intent.name, []))
+
+
+def _oldest(job_ids: Sequence[str]) -> str:
+    """The one that is kept of the jobs of one call, "" for none; it has waited longest. The others are cancelled."""
+    first, *others = sorted(job_ids, key=int) or [""]
     if others:  # sbatch itself asks again when the controller is slow
         slurm.cancel([(job_id, -1) for job_id in others])
     return first
@@ -122,9 +124,9 @@ def settle(found: Sequence[Submission]) -> Iterator[str]:
         if named is None:
             continue
         for intent in intents:
-            if ids := named.get(intent.name):
-                submission.record_job(intent, ids[0])
-                yield f"job {ids[0]} is {intent.stage}'s: its submission was cut off before that was noted"
+            if job_id := _oldest(named.get(intent.name, [])):
+                submission.record_job(intent, job_id)
+                yield f"job {job_id} is {intent.stage}'s: its submission was cut off before that was noted"
             else:
                 submission.drop_intent(intent)
 

@@ -122,9 +122,11 @@ def named(names: Sequence[str], since: float) -> dict[str, list[str]] | None:
     # Asked last: it lists the jobs of everybody.
     shown = ask(["scontrol", "-o", "show", "job"])
     # Here every element of an array has an id of its own; Slurm's other commands name them by the array's.
-    pairs = _SHOWN_JOB.findall(shown or "")
-    more = {name: [array or job] for job, array, name in reversed(pairs) if name in names}
-    return None if shown is None else {**more, **found}
+    more: dict[str, dict[str, None]] = {}
+    for job, array, name in _SHOWN_JOB.findall(shown or ""):
+        more.setdefault(name, {})[array or job] = None
+    others = {name: list(more[name]) for name in names if name in more}
+    return None if shown is None else {**others, **found}
 
 
 def is_purged(name: str) -> bool:

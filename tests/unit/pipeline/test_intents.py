@@ -89,6 +89,23 @@ def test_nothing_is_sent_again_before_slurm_has_said_that_it_has_no_such_job(run
     assert run.submission.open_intents() == []  # of the other Slurm has said that there is no job
 
 
+def test_of_two_jobs_of_one_call_that_was_cut_off_the_later_is_cancelled(run: Run) -> None:
+    sbatch(run, fails(TIMED_OUT, accepts=run))
+    run.script("squeue", "exit 1")
+    run.script("scontrol", "exit 1")
+    with pytest.raises(PipelineError, match="Slurm takes no job now"):
+        send(order(run))
+    (intent,) = run.submission.open_intents()
+    jobs = [f"echo 'JobId={number} JobName={intent.name} UserId=x'" for number in (9, 8)]
+    run.script("squeue", "exit 0")
+    run.script("scontrol", "; ".join(jobs))
+    run.script("scancel", f'echo "$@" >> {run.workspace}/cancelled')
+    assert [line.split()[1] for line in settle([run.submission])] == ["8"]
+    words = (run.workspace / "cancelled").read_text().split()
+    assert "9" in words
+    assert "8" not in words
+
+
 def test_as_many_elements_are_sent_as_there_is_room_for(run: Run) -> None:
     few = 'case "$*" in *array=0-1*) echo Submitted batch job 5;; *) ' + fails(FULL) + ";; esac"
     sbatch(run, few)
