@@ -19,18 +19,18 @@ from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.tiny import save_tiny_qwen2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timing]
-STEPS = 60
+STEPS = 400  # a second of signals and of looking at steps is a part of the training, however fast the machine
 
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
-    """One training of 60 steps that by its keys saves at the end alone."""
+    """One training of 400 steps that by its keys saves at the end alone."""
     chats = [{"prompt": f"Paper {n}?", "completion": f"It has {n} proofs."} for n in range(4 * STEPS)]
     write_jsonl(tmp_path / "chats.jsonl", chats)
     keys = {
         "model_name_or_path": str(save_tiny_qwen2(tmp_path / "model")), "dataset": str(tmp_path / "chats.jsonl"),
         "max_length": 64, "learning_rate": 1e-3, "precision": "fp32", "num_train_epochs": 1,
-        "per_device_train_batch_size": 4, "effective_batch_size": 4, "logging_steps": 5, "save_steps": 500,
+        "per_device_train_batch_size": 4, "effective_batch_size": 4, "logging_steps": 20, "save_steps": 500,
         "report_to": [],
     }  # fmt: skip
     path = tmp_path / "one.yaml"
@@ -68,7 +68,7 @@ def test_an_interrupted_training_saves_and_repeats_at_most_one_step(pipeline: Pa
     assert calm.returncode == 0, calm.stdout + calm.stderr
     kept = (pipeline.parent / "checkpoints" / "calm" / "sft" / "all").glob("checkpoint-*")
     by_the_clock = sorted(int(path.name.removeprefix("checkpoint-")) for path in kept)
-    assert by_the_clock == [STEPS - 5, STEPS]  # where a loss is logged; two are kept
+    assert by_the_clock == [STEPS - 20, STEPS]  # where a loss is logged; two are kept
     for number, at_step in ((signal.SIGINT, 7), (signal.SIGTERM, len(executed(pipeline.parent, "cut")) + 23)):
         code, printed = interrupt(pipeline, "cut", number, at_step)
         assert code == 130, printed
