@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def checkpoint(folder: Path, model_type: str) -> Path:
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    processor = {"gemma3": "Gemma3ImageProcessor", "qwen3_5": "Qwen2VLImageProcessor"}[model_type]
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": processor}))
     return folder
 
 

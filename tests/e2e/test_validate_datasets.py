@@ -52,7 +52,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel({"[U]": 0}, unk_token="[U]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[U]", chat_template=template).save_pretrained(folder)
+    special = {"unk_token": "[U]", "pad_token": "[U]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special).save_pretrained(folder)
     LlamaConfig(max_position_embeddings=4096).save_pretrained(folder)
     return folder
 
