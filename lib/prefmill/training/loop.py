@@ -104,8 +104,10 @@ def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, 
     if not dropped or (kept and config.on_overlong == "drop"):
         return
     longest = max(row["num_tokens"] for row in dropped)
+    # With `drop` this is a file of which nothing is left: to drop more is no way out.
+    drop = "" if config.on_overlong == "drop" else ", or set on_overlong=drop to leave them out"
     raise ConfigError(
         f"{len(dropped)} of {len(dropped) + kept} rows are longer than max_length",
         where=path, got=f"up to {longest} tokens", expected=f"at most {config.max_length}",
-        fix=f"raise max_length to {longest}, or set on_overlong=drop to leave them out; nothing is ever truncated",
+        fix=f"raise max_length to {longest}{drop}; nothing is ever truncated",
     )  # fmt: skip
