@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.dpo_step import Runner, Setting, groups_of, own_runner, trl_runner
-from prefmill.families.causal.group_attention import group_attention, loop_attention
+from prefmill.families.causal.group_attention import LayerAttention, group_attention, loop_attention
 from prefmill.families.causal.group_layout import encode_groups
 from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
 from prefmill.families.causal.varlen_attention import Segment, varlen_index
@@ -211,7 +211,7 @@ def _attentions(device: torch.device, prompt: int, length: int, count: int) -> d
     given = [value.requires_grad_(device.type == "cuda") for value in drawn]
     index = varlen_index([segment]).to(device)
     works: dict[str, Callable[[], Tensor]] = {
-        "loop": lambda: loop_attention(given[0], given[1], given[2], [segment], None),
+        "loop": lambda: loop_attention(given[0], given[1], given[2], [segment], LayerAttention(None)),
         "varlen": lambda: group_attention(None, *given, None, segments=[segment], varlen=index)[0],  # type: ignore[misc]
         "flex": _flex(given, prompt, length),
     }
