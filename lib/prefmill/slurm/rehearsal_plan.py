@@ -37,7 +37,8 @@ def rehearsal_of(pipeline: PipelineFile, plan: Plan, source: Path, cluster: Clus
     """`pipeline` made small, as a run of its own beside the real one; writes tiny models and the slice of the data."""
     run = f"{plan.run}-rehearsal"
     folder = plan.workspace / "logs" / run / "rehearsal"
-    values = freeze(pipeline, plan, source) | {"run": run}
+    # Taken from another run, nothing would be rehearsed; the real run takes nothing of it, as its models are tiny.
+    values = freeze(pipeline, plan, source) | {"run": run, "share": False}
     for name, entry in values["stages"].items():
         resources = resources_for(cluster, name, pipeline.stages[name].resources)
         given = modern(Resources, pipeline.stages[name].resources)
