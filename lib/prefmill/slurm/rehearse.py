@@ -27,6 +27,7 @@ from prefmill.training.checkpoints import COMPLETE
 
 _POLL_SECONDS, _TABLE_SECONDS, _ADVANCE_SECONDS = 0.5, 15.0, 20.0
 _PATIENCE_SECONDS = 4 * 3600.0
+_RECORD_SECONDS = 15.0  # within which a worker on a busy node has recorded its end
 
 
 @dataclass
@@ -159,9 +160,9 @@ def _judge(drill: Drill) -> Iterator[str]:
     if drill.task is None:
         yield "no training ran long enough to be interrupted after it had saved"
         return
-    rows = read_attempts(drill.task.logs)[drill.attempts_before :]
     if drill.problems:
         return
+    rows = _attempts_since(drill.attempts_before, drill.task)
     if not rows or rows[0]["outcome"] not in drill.outcomes:
         yield f"recorded as {rows[0]['outcome'] if rows else 'nothing'} instead of {' or '.join(drill.outcomes)}"
     elif len(rows) < 2 or rows[1]["first_step"] is None:
@@ -173,3 +174,13 @@ def _judge(drill: Drill) -> Iterator[str]:
 
 def _quietly(say: Say) -> Say:
     return lambda line: say(line) if not line.startswith("run ") else None
+
+
+def _attempts_since(before: int, task: PlannedTask) -> list[dict[str, Any]]:
+    """The task's later attempts. A worker records its last a moment after the output is complete, so look again."""
+    deadline = time.monotonic() + _RECORD_SECONDS
+    while True:
+        rows = read_attempts(task.logs)[before:]
+        if (rows and rows[-1]["outcome"] == "complete") or time.monotonic() > deadline:
+            return rows
+        time.sleep(_POLL_SECONDS)
