@@ -32,7 +32,9 @@ def anonymous_bytes() -> int:
 def return_freed_memory() -> None:
     """Have glibc map every large buffer by itself: kept in its heap, freed ones would count as held for ever."""
     m_mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(m_mmap_threshold, 256 * 1024)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 256 * 1024)
+    libc.malloc_trim(0)  # what the process forked from has freed would take part of the model unseen
 
 
 class Peak:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def _own_cluster_only(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Only the cluster's own tests see the cluster, which stays up until the last test has run."""
     if _folder(request.node) != "slurm":
         monkeypatch.delenv("SLURM_CONF", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_put_back() -> Iterator[None]:
+    """A training run in this process points trackers at its own logs: later commands would write there as well."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def left_out(component: str, missing: str) -> None:
