@@ -12,6 +12,7 @@ installed, prefmill. The last line is for machines.
 from __future__ import annotations
 
 import argparse
+import compileall
 import importlib.util
 import os
 import re
@@ -79,10 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_all(cluster: Cluster, root: Path, stages: int, tasks: int, repeats: int) -> None:
     nodes = ",".join(cluster.node_names)  # drained: jobs are accepted and queued, and none starts
     cluster.ask("scontrol", "update", f"NodeName={nodes}", "State=drain", "Reason=benchmark")
+    checkout = _write_checkout(root / "checkout", stages, tasks)
     ways: dict[str, Callable[[Path], None]] = {
         "submitit map_array": lambda folder: submitit_map(folder, stages, tasks),
         "plain sbatch": lambda folder: plain_sbatch(folder, stages, tasks),
-        "prefmill submit": lambda folder: prefmill_submit(folder, stages, tasks),
+        "prefmill submit": lambda folder: prefmill_submit(folder, checkout),
     }
     if importlib.util.find_spec("datatrove"):
         ways["datatrove"] = lambda folder: datatrove_launch(folder, stages, tasks)
@@ -142,10 +144,8 @@ def plain_sbatch(folder: Path, stages: int, tasks: int) -> None:
         before = before.strip()
 
 
-def prefmill_submit(folder: Path, stages: int, tasks: int) -> None:
-    """The command a user gives, interpreter and imports included, in a checkout of its own."""
-    checkout = folder / "checkout"
-    _write_checkout(checkout, stages, tasks)
+def prefmill_submit(folder: Path, checkout: Path) -> None:
+    """The command a user gives, interpreter and imports included."""
     command = ["submit", "configs/pipelines/bench.yaml", "--cluster", "cluster.yaml", f"workspace={folder}/work"]
     environment = {"PYTHONPATH": f"{checkout}/lib:{checkout}", "PYTHONSAFEPATH": "1"}
     subprocess.run(
@@ -172,7 +172,8 @@ def _nothing(*_: object) -> None:
     """A task."""
 
 
-def _write_checkout(checkout: Path, stages: int, tasks: int) -> None:
+def _write_checkout(checkout: Path, stages: int, tasks: int) -> Path:
+    """A checkout with the benchmark's pipeline, compiled as any command but the first finds it."""
     repository = Path(__file__).parents[1]
     shutil.copytree(repository / "lib", checkout / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     (checkout / "stages").mkdir()
@@ -185,6 +186,8 @@ def _write_checkout(checkout: Path, stages: int, tasks: int) -> None:
     (checkout / "configs" / "pipelines" / "bench.yaml").write_text(f"name: bench\nstages:\n{entries}\n")
     (checkout / "cluster.yaml").write_text("resources: { partition: main, time_limit_minutes: 10 }\n")
     (checkout / "pyproject.toml").touch()
+    compileall.compile_dir(checkout, quiet=1)
+    return checkout
 
 
 def _report(found: dict[str, list[Measured]], stages: int, tasks: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from prefmill.slurm import jobs as slurm
@@ -104,19 +105,26 @@ def read_policy() -> SitePolicy | None:
     """The rules for this user; None where there is no accounting, and so none but the partitions'."""
     me = user_name()
     # -P, as columns would cut long names off.
-    associations = slurm.ask(["sacctmgr", "-nP", "show", "association", f"user={me}", f"format={_ASSOCIATION}"])
+    books = ["sacctmgr", "-nP", "show"]
+    queries = [
+        [*books, "association", f"user={me}", f"format={_ASSOCIATION}"],
+        [*books, "user", me, "format=DefaultAccount"],
+        [*books, "qos", f"format={_QOS}"],
+        ["scontrol", "show", "config"],
+        ["scontrol", "-o", "show", "partition"],
+    ]
+    with ThreadPoolExecutor(len(queries)) as pool:  # each waits for Slurm alone, and a submission for all of them
+        associations, *others = pool.map(slurm.ask, queries)
     if associations is None:
         return None
-    default = slurm.ask(["sacctmgr", "-nP", "show", "user", me, "format=DefaultAccount"]) or ""
-    qos = slurm.ask(["sacctmgr", "-nP", "show", "qos", f"format={_QOS}"]) or ""
-    config = slurm.ask(["scontrol", "show", "config"]) or ""
+    default, qos, config, partitions = (answer or "" for answer in others)
     # A limit of a kind that is not named here is kept in the books alone: jobs above it run.
     enforced = re.search(r"^AccountingStorageEnforce\s*=\s*(\S+)", config, re.M)
     return SitePolicy(
         frozenset(enforced[1].split(",") if enforced else ()), default.strip(),
         tuple(_association(line) for line in associations.splitlines() if line.count("|") == _ASSOCIATION.count(",")),
         {limits.name.removeprefix("QOS "): limits for limits in map(_qos_limits, qos.splitlines())},
-        _partitions(slurm.ask(["scontrol", "-o", "show", "partition"]) or ""),
+        _partitions(partitions),
     )  # fmt: skip
 
 
