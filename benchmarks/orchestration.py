@@ -4,7 +4,7 @@
 
 Needs the programs of `make slurm-up`; a cluster is started for it and ended. The nodes are drained, so that jobs are
 queued but none runs: submission alone is measured, for prefmill with its interpreter, imports, copy of the code and
-one `advance` job a stage. The others are called in a process that has imported them.
+the follow-up job. The others are called in a process that has imported them.
 Compared, in this order and again in the next repeat: bare submitit `map_array`, plain sbatch, datatrove where it is
 installed, prefmill. The last line is for machines.
 """
