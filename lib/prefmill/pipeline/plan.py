@@ -71,7 +71,7 @@ class PlannedTask:
     logs: Path
     processes: int | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """`stage:task`, the name users give."""
         return f"{self.stage.name}:{self.name}"
@@ -161,6 +161,7 @@ class _Planner:
         self.arrays = {name: modern(self.stages[name].config, entry.array) for name, entry in pipeline.stages.items()}
         self.elements = {name: dict(elements(name, array)) for name, array in self.arrays.items()}
         self.folders: dict[str, Path] = {}
+        self.needs: dict[tuple[str, str], Need] = {}
         self.configs: dict[tuple[Any, ...], StrictConfig] = {}
         self.outputs: dict[tuple[str, tuple[str, ...]], dict[tuple[ArrayValue, ...], list[Path]]] = {}
 
@@ -240,9 +241,11 @@ class _Planner:
         return self.source.resolve().parent.parent / stage / f"{name}.yaml"
 
     def _need(self, name: str, key: str, reads: Reads) -> Need:
-        given = self.pipeline.stages[name].needs.get(key)
-        need = Need(stage=given) if isinstance(given, str) else given or Need(stage=reads.stage)
-        return need.model_copy(update={"match": need.match or reads.match})
+        if (name, key) not in self.needs:
+            given = self.pipeline.stages[name].needs.get(key)
+            need = Need(stage=given) if isinstance(given, str) else given or Need(stage=reads.stage)
+            self.needs[name, key] = need.model_copy(update={"match": need.match or reads.match})
+        return self.needs[name, key]
 
     def _upstream_stages(self, name: str) -> set[str]:
         entry = self.pipeline.stages[name]
@@ -284,7 +287,7 @@ class _Planner:
 
     def _planned(self, producer: str, values: Mapping[str, ArrayValue], need: Need) -> list[Path]:
         array = self.arrays[producer]
-        where = modern(self.stages[producer].config, need.where)
+        where = modern(self.stages[producer].config, need.where) if need.where else {}
         for key in where.keys() - array:
             raise PipelineError(f"stage {producer} has no array key '{key}'", where=self.source, fix="correct `where`")
         values = where if need.match == "all" else {**values, **where}

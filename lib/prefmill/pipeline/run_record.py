@@ -34,4 +34,6 @@ def write_plan(plan: Plan) -> None:
         for task in plan.tasks
     ]
     path = plan.workspace / "logs" / plan.run / "plan.json"
-    write_atomic(path, json.dumps({"run": plan.run, "tasks": tasks}, indent=1) + "\n")
+    # A line per task. `indent` would have it written by Python's own encoder, ten times as slowly.
+    lines = ",\n".join(json.dumps(task) for task in tasks)
+    write_atomic(path, f'{{"run": {json.dumps(plan.run)}, "tasks": [\n{lines}\n]}}\n')

@@ -8,7 +8,7 @@ import pwd
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +110,7 @@ class Submission:
 
     def record_intent(self, intent: Intent) -> None:
         """Note a call that is about to be made; on disk before this returns."""
-        append_row(self.folder / INTENTS, asdict(intent))
+        append_row(self.folder / INTENTS, vars(intent))
 
     def drop_intent(self, intent: Intent) -> None:
         """Note that no job came of a call."""
@@ -127,7 +127,7 @@ class Submission:
 
     def record_job(self, intent: Intent, job_id: str) -> JobRecord:
         """Note the job that came of a call; on disk before this returns."""
-        values = asdict(intent) | {"job_id": job_id, "time": time.time()}
+        values = vars(intent) | {"job_id": job_id, "time": time.time()}
         append_row(self.folder / JOBS, values)
         return JobRecord(**values)
 
@@ -160,7 +160,7 @@ def claim_folder(workspace: Path, run: str) -> tuple[int, Path]:
 
 def write_submission(submission: Submission) -> None:
     """Write the record that makes the folder a submission: last, when code and arrays are there."""
-    values = {key: value for key, value in asdict(submission).items() if key != "folder"}
+    values = {key: value for key, value in vars(submission).items() if key != "folder"}
     write_atomic(submission.folder / RECORD, json.dumps(values | {"workspace": str(submission.workspace)}, indent=1))
 
 
@@ -204,9 +204,9 @@ def user_name() -> str:
 
 def write_array(array: ArrayFile) -> None:
     """Write a chunk's description."""
-    values = {key: value for key, value in asdict(array).items() if key != "path"}
+    values = {key: value for key, value in vars(array).items() if key != "path"}
     # Not atomic, and it need not be: without the record, which comes last, nobody reads this folder.
-    array.path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    array.path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def read_array(path: Path) -> ArrayFile:
