@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.dpo_step import Runner, Setting, groups_of, own_runner, trl_runner
+from benchmarks.dpo_step import Runner, own_runner, trl_runner
+from benchmarks.dpo_work import Setting, groups_of
 from prefmill.families.causal.group_attention import LayerAttention, group_attention, loop_attention
 from prefmill.families.causal.group_layout import encode_groups
 from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
@@ -237,7 +238,8 @@ def _flex(given: list[Tensor], prompt: int, length: int) -> Callable[[], Tensor]
 def first_step(tiny: bool) -> str:
     """Seconds from a process's start to the end of its first optimizer step."""
     code = (
-        "from benchmarks.dpo_step import Setting, groups_of, own_runner\n"
+        "from benchmarks.dpo_step import own_runner\n"
+        "from benchmarks.dpo_work import Setting, groups_of\n"
         f"setting = Setting([[50, 50]], [[(0, 1)]], 100, gpu={not tiny})\n"
         "runner = own_runner(setting, groups_of(setting))\n"
         "runner.cache(); runner.step()"

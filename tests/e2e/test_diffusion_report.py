@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import opens_cleanly
+from page_checks import opens_cleanly
 from training_artifacts import make_task
 
 from prefmill.core.artifact import Artifact, Provenance

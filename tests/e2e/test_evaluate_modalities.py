@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from evaluation_artifacts import make_task, publish_as
+from page_checks import opens_cleanly
 from PIL import Image
 from pipeline_runs import REPOSITORY, executed, ran, run
-from test_report import opens_cleanly
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import load, validate

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from page_checks import browse, opens_cleanly
 from photo_pairs import write_photo_ratings
-from test_report import browse, opens_cleanly
 
 from prefmill.core.artifact import Artifact
 from prefmill.store.artifacts import read_manifest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from browser import started
 from evaluation_artifacts import make_corpus, make_evaluation, make_task, make_training
+from page_checks import browse, inner_width, opens_cleanly, requested
 
 from prefmill.checklist.items import load_checklist
 from prefmill.core.artifact import RUN_RECORD, Artifact
@@ -23,7 +23,6 @@ from prefmill.store.jsonl import write_jsonl
 from stages.report import ReportConfig, run
 
 HOSTILE = '</p><script>document.title="owned"</script>"><img src=x onerror="document.title=\'owned\'"><style>*{}</style>{{ 7*7 }}'  # noqa: E501
-PHONE_SCREENS = 15
 FACTORS = {"human": (2, 9), "base": (0, 7), "sft": (3, 9), "dpo": (6, 11)}
 Inputs = dict[str, list[Artifact]]
 
@@ -266,18 +265,6 @@ def test_nothing_outside_the_file_is_named(inputs: Inputs, tmp_path: Path) -> No
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
 
 
-def browse(chromium: str, page: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open `page` in a real browser and wait until it is quiet."""
-    profile = page.parent / "profile"
-    command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--disable-extensions", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=3000",
-        f"--user-data-dir={profile}", *options, page.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("which", ["plain", "hostile"])
@@ -286,26 +273,6 @@ def test_in_a_browser_nothing_fails_nothing_is_fetched_and_nothing_overflows(
 ) -> None:
     html, _ = write_report(inputs if which == "plain" else hostile_inputs, tmp_path)
     opens_cleanly(chromium, tmp_path, html, width)
-
-
-def opens_cleanly(chromium: str, folder: Path, html: str, width: int) -> None:
-    """No message on the console, nothing fetched, nothing wider than a window of `width`."""
-    page, log, shot = (folder / name for name in ("page.html", "net.json", "page.png"))
-    page.write_text(html)
-    done = browse(chromium, page, f"--window-size={width},2000", f"--log-net-log={log}", f"--screenshot={shot}")
-    assert "CONSOLE" not in done.stderr, done.stderr
-    assert requested(log) == set()
-    assert shot.stat().st_size > 20_000
-    with started(chromium, folder / "tabs") as browser, browser.tab() as tab:
-        tab.resize(width, 844)
-        tab.open(page.as_uri())
-        tab.wait("document.readyState == 'complete'")
-        assert tab.accessibility_faults() == []
-        assert tab.printed_pages() <= tab.read("document.querySelectorAll('.verdict').length")  # a sheet a verdict
-        if width < 500:
-            assert tab.read("document.documentElement.scrollHeight") <= PHONE_SCREENS * 844
-    # An outer page, which may run scripts, measures the report in a frame: it must not be wider than the window.
-    assert inner_width(chromium, folder, html, width) <= width
 
 
 @pytest.mark.slow
@@ -335,22 +302,3 @@ def test_the_markdown_says_what_the_page_says(hostile_inputs: Inputs, tmp_path: 
     assert [cell.split()[0] for cell in row.split("|")[2:-1]] == [f"{score:.2f}" for score in scores]
     assert markdown.splitlines()[4].strip("*") in text_of(html)
     assert not re.search(r"(?<!\\)<", markdown)
-
-
-def requested(log: Path) -> set[str]:
-    """Every address that the page had fetched; what the browser asks for itself has no origin as its initiator."""
-    starts = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    return {start["url"] for start in starts if start.get("initiator", "not an origin") != "not an origin"}
-
-
-def inner_width(chromium: str, folder: Path, html: str, width: int) -> int:
-    framed = folder / "framed.html"
-    escaped = html.replace("&", "&amp;").replace('"', "&quot;")
-    framed.write_text(
-        f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{escaped}"></iframe><script>onload = () => '
-        "{ document.title = frames[0].document.documentElement.scrollWidth }</script>"
-    )
-    done = browse(chromium, framed, "--dump-dom", "--window-size=1600,1000")
-    found = re.search(r"<title>(\d+)</title>", done.stdout)
-    assert found, done.stdout[:300]
-    return int(found[1])
