@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from page_checks import opens_cleanly, text_of
+from page_checks import opens_cleanly
 from pipeline_runs import DEMO, SMALL, run
+from test_report import text_of
 
 from tests.documented_runs import DocumentedRun
 
