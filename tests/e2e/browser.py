@@ -69,6 +69,14 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
+    def tap(self, selector: str) -> None:
+        """A finger on the middle of an element, which must be on the screen and not under another one."""
+        box = self.read(f"{_element(selector)}.getBoundingClientRect().toJSON()")
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        assert self.read(f"{_element(selector)}.contains(document.elementFromPoint({x}, {y}))"), selector
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def resize(self, width: int, height: int) -> None:
         """Show the page as in a window of this size; below 500 pixels as on a phone, with touch."""
         phone = width < 500
@@ -107,6 +115,10 @@ class Page:
         return {
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
         }
+
+
+def _element(selector: str) -> str:
+    return f"document.querySelector({json.dumps(selector)})"
 
 
 @contextlib.contextmanager

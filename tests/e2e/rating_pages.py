@@ -97,11 +97,12 @@ class Asking:
 
     def act(self, action: str, rater: str, **body: Any) -> dict[str, Any]:
         """What the page shows after an action."""
-        number = self.state(rater)["number"]
-        status, _, text = self.request("POST", f"/{action}", {"rater": rater, "number": number, **body})
+        shown = self.state(rater)
+        seen = {"rater": rater, "number": shown["number"], **(shown["question"] or {})}
+        status, _, text = self.request("POST", f"/{action}", seen | body)
         assert status == 200, text
-        shown: dict[str, Any] = json.loads(text)
-        return shown
+        following: dict[str, Any] = json.loads(text)
+        return following
 
     def state(self, rater: str) -> dict[str, Any]:
         shown: dict[str, Any] = json.loads(self.request("GET", f"/state?rater={rater}")[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from image_artifacts import make_images, task_for
-from rating_pages import Asking, asking, rate
+from rating_pages import PATIENCE_SECONDS, Asking, asking, rate
 
 from prefmill.cli.main import main
 from prefmill.core.artifact import Artifact
@@ -55,6 +56,42 @@ def test_what_is_let_in(door: Asking, method: str, path: str, body: Any, headers
     if path == "/" and status == 200:
         assert "unsafe-inline" not in sent["Content-Security-Policy"]
         assert (sent["Referrer-Policy"], sent["X-Content-Type-Options"]) == ("no-referrer", "nosniff")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "Content-Length: many", "Content-Length: \xb2", "Content-Length: -1", "Accept: */*",
+        "Content-Length: 16\r\nContent-Length: 16", "Content-Length: 16\r\nTransfer-Encoding: chunked",
+        "Content-Length: 16\r\nOrigin: http://[evil", "Content-Length: 16\r\nHost: 127.0.0.1",
+        "Content-Length: 16\r\nno colon here",
+    ],
+)  # fmt: skip
+def test_faults_of_headers_are_answered(door: Asking, fault: str) -> None:
+    head = [
+        f"Host: 127.0.0.1:{door.port}",
+        f"Cookie: prefmill_{door.port}={door.token}",
+        "Content-Type: application/json",
+    ]
+    assert _status(door, "POST /answer HTTP/1.1", *head, fault) == 400
+
+
+@pytest.mark.parametrize("request_line", ["GET http://[evil/state HTTP/1.1", "GET / HTTP/1.1"])
+def test_faults_of_addresses_are_answered(door: Asking, request_line: str) -> None:
+    host = () if request_line == "GET / HTTP/1.1" else (f"Host: 127.0.0.1:{door.port}",)
+    assert _status(door, request_line, *host) == 400
+
+
+def test_another_programs_cookie_does_not_hide_ours(door: Asking) -> None:
+    cookie = f'theme={{"dark": [1, 2]}}; prefmill_{door.port}={door.token}; other="a'
+    assert door.request("GET", "/state?rater=ann", Cookie=cookie)[0] == 200
+
+
+def _status(door: Asking, *lines: str) -> int:
+    """The status of a request that no client would send."""
+    with socket.create_connection(("127.0.0.1", door.port), timeout=PATIENCE_SECONDS) as connection:
+        connection.sendall("\r\n".join((*lines, "", '{"rater": "ann"}')).encode("latin-1"))
+        return int(connection.recv(4096).split()[1])
 
 
 @pytest.fixture(scope="module")

@@ -220,8 +220,9 @@ def test_a_torn_answer_is_cut_off_and_a_damaged_one_is_named(tmp_path: Path, ima
 def test_a_page_that_is_behind_changes_nothing(tmp_path: Path, images: Artifact) -> None:
     """A second tab, or a request sent twice because its reply was lost."""
     with asking(tmp_path, images) as people:
+        shown = people.state("ann")
         for _ in range(2):
-            body = {"rater": "ann", "number": 0, "choice": "left"}
+            body = {"rater": "ann", "number": 0, "choice": "left", **shown["question"]}
             status, _, text = people.request("POST", "/answer", body)
             assert (status, json.loads(text)["number"]) == (200, 1)
         assert people.act("undo", "ann")["number"] == 0
@@ -241,6 +242,27 @@ def test_two_raters_share_the_pairs_when_one_is_enough(tmp_path: Path, images: A
                 break
         assert len(set(prompts)) == 3
         assert people.wait() == 0
+
+
+def test_an_answer_is_about_what_was_shown_though_others_rated_it_meanwhile(tmp_path: Path, images: Artifact) -> None:
+    """Ann looks at a pair; Ben rates it, which is enough; the server is killed; Ann answers."""
+    with asking(tmp_path, images, dimensions=["overall"]) as people:
+        shown = people.state("ann")["question"]
+        while people.state("ben")["question"]["prompt"] != shown["prompt"]:
+            people.act("answer", "ben", choice="tie")
+        people.act("answer", "ben", choice="tie")
+        people.kill()
+        people.start()
+        body = {"rater": "ann", "number": 0, "choice": "left", **shown}
+        status, _, text = people.request("POST", "/answer", body)
+        assert (status, json.loads(text)["number"]) == (200, 1)
+        given = answers(people.task)
+        assert given[-1]["rater"] == "ann"
+        assert {given[-1][side] for side in ("left", "right")} == {given[-2][side] for side in ("left", "right")}
+        status, _, _ = people.request("POST", "/answer", {**body, "number": 1})
+        assert (status, len(answers(people.task))) == (200, len(given))  # answered once already
+        for wrong, expected in (({"left": "/image/00"}, 404), ({"dimension": "taste"}, 400)):
+            assert people.request("POST", "/answer", {**body, "number": 1, **wrong})[0] == expected
 
 
 def test_sides_are_drawn_for_each_rater_and_stay(tmp_path: Path, images: Artifact) -> None:
@@ -269,14 +291,15 @@ def test_a_full_disk_is_said_and_leaves_no_half_answer(tmp_path: Path, images: A
     book = AnswerBook(tmp_path / "answers.jsonl")
     session = Session(book, plan_matchups(good.values(), None, 0), DIMENSIONS, 1, 0)
     with RatingServer(session, good, "t") as server:
-        server.act("answer", "ann", {"number": 0, "choice": "left"})
+        server.act("answer", "ann", {"number": 0, "choice": "left", **server.state("ann")["question"]})
         before = (tmp_path / "answers.jsonl").read_bytes()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("prefmill.images.answers.os.fsync", _full)
             with pytest.raises(RefusalError, match="could not be kept: No space left"):
-                server.act("answer", "ann", {"number": 1, "choice": "left"})
+                server.act("answer", "ann", {"number": 1, "choice": "left", **server.state("ann")["question"]})
         assert (tmp_path / "answers.jsonl").read_bytes() == before
-        assert server.act("answer", "ann", {"number": 1, "choice": "tie"})["number"] == 2
+        shown = server.state("ann")["question"]
+        assert server.act("answer", "ann", {"number": 1, "choice": "tie", **shown})["number"] == 2
     book.close()
 
 

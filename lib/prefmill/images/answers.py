@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -29,6 +31,20 @@ class RaterAnswer(TypedDict):
     right: str
     left_sha256: str
     right_sha256: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a rater is shown: two images, side by side, and the dimension asked about."""
+
+    left: GoodImage
+    right: GoodImage
+    dimension: Dimension
+
+    @property
+    def matchup_id(self) -> str:
+        """Names the two images, whichever side they are on."""
+        return ":".join(sorted((self.left.source.image_id, self.right.source.image_id)))
 
 
 class AnswerBook:
@@ -104,41 +120,36 @@ class Session:
         self._needed = raters_per_pair
         self._done: dict[str, dict[str, set[Dimension]]] = defaultdict(lambda: defaultdict(set))
         self._complete: Counter[str] = Counter()  # for every pair, the raters who answered all of its questions
-        self._order: dict[str, list[str]] = {}
+        self._full: set[str] = set()  # pairs that have raters enough
+        self._order: dict[str, dict[str, int]] = {}
         for rater in book.raters():
             for row in filter(self._is_valid, book.of(rater)):
                 self._count(row, 1)
 
-    def question(self, rater: str) -> tuple[Matchup, Dimension] | None:
+    def question(self, rater: str) -> Question | None:
         """What `rater` is asked next: first what they began, then pairs that lack raters; None when that is all."""
-        open_pairs = [name for name in self._ordered(rater) if self._is_open(rater, name)]
-        if not open_pairs:
+        name = next(self._open_pairs(rater), None)
+        if name is None:
             return None
-        done = self._done[rater]
-        name = next((name for name in open_pairs if done[name]), open_pairs[0])
-        return self._matchups[name], next(item for item in self.dimensions if item not in done[name])
+        answered = self._done[rater].get(name, ())
+        left, right = self._matchups[name].placed(self._seed, rater)
+        return Question(left, right, next(item for item in self.dimensions if item not in answered))
 
     def after(self, rater: str) -> Matchup | None:
         """The pair that will probably be asked after this one, to have its images fetched."""
-        # A pair already begun is left out: its images are on the page, so there is nothing to fetch early.
-        open_pairs = [
-            name for name in self._ordered(rater) if self._is_open(rater, name) and not self._done[rater][name]
-        ]
-        asked = self.question(rater)
-        return next((self._matchups[name] for name in open_pairs if asked and name != asked[0].matchup_id), None)
+        following = next(itertools.islice(self._open_pairs(rater), 1, None), None)
+        return None if following is None else self._matchups[following]
 
-    def placed(self, matchup: Matchup, rater: str) -> tuple[GoodImage, GoodImage]:
-        """Left and right, as `rater` is shown them."""
-        return matchup.placed(self._seed, rater)
+    def answer(self, rater: str, shown: Question, choice: Choice) -> None:
+        """Record `choice` about what `rater` was shown; nothing where they have answered that, or it is not asked here.
 
-    def answer(self, rater: str, choice: Choice) -> None:
-        """Record `choice` as the answer to what `rater` is asked."""
-        asked = self.question(rater)
-        assert asked is not None
-        matchup, dimension = asked
-        left, right = self.placed(matchup, rater)
+        Others may have rated the pair enough since it was shown: the answer still is about that pair and no other.
+        """
+        name, left, right = shown.matchup_id, shown.left, shown.right
+        if name not in self._matchups or shown.dimension not in set(self.dimensions) - self._done[rater][name]:
+            return
         row = RaterAnswer(
-            rater=rater, matchup=matchup.matchup_id, dimension=dimension, choice=choice,
+            rater=rater, matchup=name, dimension=shown.dimension, choice=choice,
             left=left.source.image_id, right=right.source.image_id,
             left_sha256=left.sha256, right_sha256=right.sha256,
         )  # fmt: skip
@@ -160,12 +171,15 @@ class Session:
 
     def progress(self, rater: str) -> tuple[int, int]:
         """Pairs this rater has completed, and those they have completed or may still be asked."""
-        complete = sum(len(done) == len(self.dimensions) for done in self._done[rater].values())
-        return complete, complete + sum(self._is_open(rater, name) for name in self._matchups)
+        # From what this rater did, not from every pair: it is asked at each answer, and pairs may be thousands.
+        mine = self._done[rater]
+        complete = {name for name, answered in mine.items() if len(answered) == len(self.dimensions)}
+        begun = {name for name, answered in mine.items() if answered} - complete
+        return len(complete), len(self._matchups) + len(self._full & (complete | begun)) - len(self._full)
 
     def num_rated(self) -> int:
         """Pairs that have raters enough."""
-        return sum(count >= self._needed for count in self._complete.values())
+        return len(self._full)
 
     @property
     def is_complete(self) -> bool:
@@ -197,16 +211,21 @@ class Session:
         before = len(answered) == len(self.dimensions)
         answered.add(row["dimension"]) if by == 1 else answered.discard(row["dimension"])
         self._complete[row["matchup"]] += (len(answered) == len(self.dimensions)) - before
+        is_full = self._complete[row["matchup"]] >= self._needed
+        self._full.add(row["matchup"]) if is_full else self._full.discard(row["matchup"])
 
-    def _is_open(self, rater: str, name: str) -> bool:
-        answered = len(self._done[rater][name])
-        # Who has begun a pair may complete it, even if others have rated it often enough by then.
-        return answered < len(self.dimensions) and (answered > 0 or self._complete[name] < self._needed)
+    def _open_pairs(self, rater: str) -> Iterator[str]:
+        """What `rater` may still be asked, in order: first what they began, even if others have rated it enough."""
+        mine, order = self._done[rater], self._ordered(rater)
+        begun = [name for name, answered in mine.items() if 0 < len(answered) < len(self.dimensions)]
+        yield from sorted(begun, key=order.__getitem__)
+        yield from (name for name in order if name not in self._full and not mine.get(name))
 
-    def _ordered(self, rater: str) -> list[str]:
+    def _ordered(self, rater: str) -> dict[str, int]:
         # In an order per rater: with a common one, an early end leaves the same last pairs without any rater.
         if rater not in self._order:
-            self._order[rater] = sorted(self._matchups, key=lambda name: draw(self._seed, "order", rater, name))
+            drawn = sorted(self._matchups, key=lambda name: draw(self._seed, "order", rater, name))
+            self._order[rater] = {name: place for place, name in enumerate(drawn)}
         return self._order[rater]
 
 

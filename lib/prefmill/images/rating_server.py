@@ -11,13 +11,12 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from prefmill.images.answers import Choice, Session
+from prefmill.images.answers import Choice, Question, Session
 from prefmill.images.collection import GoodImage
 from prefmill.store.pictures import shown_bytes
 
@@ -26,6 +25,7 @@ _PAGE = Path(__file__).with_name("rating_page.html")
 _RATER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,39}")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _LARGEST_BODY = 4_096
+_ONCE = ("Host", "Content-Length", "Content-Type", "Origin")
 
 
 class RefusalError(Exception):
@@ -41,6 +41,8 @@ class RatingServer(ThreadingHTTPServer):
 
     # A browser keeps its connection open: waiting for its thread would keep the server from closing.
     daemon_threads = True
+    # Python queues 5: of 50 browsers that come back at once, the others would wait a second to be let in.
+    request_queue_size = 256
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class RatingServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.finished = threading.Event()
         self.was_asked_to_finish = False
-        self._images = {self.image_name(name): image for name, image in images.items()}
+        self._images = {_name(token, image): image for image in images.values()}
         super().__init__((HOST, port), _Handler)
         if session.is_complete:
             self.finished.set()
@@ -70,14 +72,10 @@ class RatingServer(ThreadingHTTPServer):
         """The address to open, with the token."""
         return f"http://{HOST}:{self.port}/?token={self.token}"
 
-    def image_name(self, image_id: str) -> str:
-        """An image's name on the page, which tells nothing of its seed or model."""
-        return hmac.new(self.token.encode(), image_id.encode(), hashlib.sha256).hexdigest()[:24]
-
     def image(self, name: str) -> GoodImage:
         """The image of that name."""
         if name not in self._images:
-            raise RefusalError(HTTPStatus.NOT_FOUND, "no such image")
+            raise RefusalError(HTTPStatus.NOT_FOUND, "no such image: reload this page")
         return self._images[name]
 
     def state(self, rater: str) -> dict[str, Any]:
@@ -87,11 +85,11 @@ class RatingServer(ThreadingHTTPServer):
         shown: dict[str, Any] = {"number": self.session.number(rater), "done": done, "total": total, "question": None}
         if asked is None or self.finished.is_set():
             return {**shown, "closed": self.finished.is_set(), "ahead": []}
-        left, right = self.session.placed(asked[0], rater)
         following = self.session.after(rater)
         ahead = [] if following is None else [following.first, following.second]
         shown["question"] = {
-            "prompt": asked[0].prompt, "dimension": asked[1], "left": self._address(left), "right": self._address(right)
+            "prompt": asked.left.source.prompt, "dimension": asked.dimension,
+            "left": self._address(asked.left), "right": self._address(asked.right),
         }  # fmt: skip
         return {**shown, "closed": False, "ahead": [self._address(image) for image in ahead]}
 
@@ -115,8 +113,7 @@ class RatingServer(ThreadingHTTPServer):
         if action == "answer":
             if body.get("choice") not in get_args(Choice):
                 raise RefusalError(HTTPStatus.BAD_REQUEST, "no such choice")
-            if self.session.question(rater) is not None:
-                self.session.answer(rater, body["choice"])
+            self.session.answer(rater, self._shown(body), body["choice"])
         elif action == "undo":
             self.session.undo(rater)
         else:
@@ -127,8 +124,16 @@ class RatingServer(ThreadingHTTPServer):
         if self.was_asked_to_finish or self.session.is_complete:
             self.finished.set()
 
+    def _shown(self, body: Mapping[str, Any]) -> Question:
+        """The question that a page says it showed; raises RefusalError for images or a dimension unknown here."""
+        left, right = (self.image(str(body.get(side)).removeprefix("/image/")) for side in ("left", "right"))
+        dimension = body.get("dimension")
+        if dimension not in self.session.dimensions:
+            raise RefusalError(HTTPStatus.BAD_REQUEST, "no such dimension: reload this page")
+        return Question(left, right, dimension)
+
     def _address(self, image: GoodImage) -> str:
-        return f"/image/{self.image_name(image.source.image_id)}"
+        return f"/image/{_name(self.token, image)}"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -139,6 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "prefmill", ""
     # HTTP/1.1 keeps connections open: a silent one would hold its thread for ever.
     timeout = 30
+    # Head and body leave as one packet: apart, the second waits for the first to be acknowledged.
+    wbufsize = -1
     server: RatingServer
 
     def do_GET(self) -> None:
@@ -151,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: addresses hold the token."""
 
     def _get(self) -> None:
-        url = urlsplit(self.path)
+        url = _parsed(self.path)
         query = parse_qs(url.query)
         if "token" in query:
             self._enter(query["token"][0])
@@ -173,14 +180,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _post(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _LARGEST_BODY:
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise RefusalError(HTTPStatus.BAD_REQUEST, "Content-Length is not a number")
+        if int(length) > _LARGEST_BODY:
             raise RefusalError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too long")
         # Read before the token is checked: closing with bytes unread resets the connection, and the reply may be lost.
         raw = self.rfile.read(int(length))
         self._require_token()
         origin = self.headers.get("Origin")
         # A page of another site can send a request here: its browser says where that came from.
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin is not None and _parsed(origin).netloc != self.headers.get("Host"):
             raise RefusalError(HTTPStatus.FORBIDDEN, "from another page")
         # A form of another site cannot send JSON, and a script there must ask first (CORS), which nothing here allows.
         if self.headers.get_content_type() != "application/json":
@@ -199,11 +208,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _guarded(self, handle: Callable[[], None]) -> None:
         try:
+            self._require_sound_headers()
             self._require_loopback()
             handle()
         except RefusalError as refusal:
             self.close_connection = True
             self._reply(refusal.status, refusal.why.encode(), "text/plain; charset=utf-8")
+
+    def _require_sound_headers(self) -> None:
+        """Headers that two programs could read in two ways are not read at all."""
+        counts = {name: len(self.headers.get_all(name, [])) for name in _ONCE}
+        if (
+            self.headers.defects
+            or counts["Host"] != 1
+            or max(counts.values()) > 1
+            or "Transfer-Encoding" in self.headers
+        ):
+            raise RefusalError(HTTPStatus.BAD_REQUEST, "the request's headers cannot be read")
 
     def _require_loopback(self) -> None:
         """A name that an attacker's page had resolved to this machine is not let in."""
@@ -227,11 +248,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _require_token(self) -> None:
-        try:
-            morsel = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie)
-        except CookieError:
-            morsel = None
-        self._require_equal("" if morsel is None else morsel.value)
+        # Not by SimpleCookie: it reads nothing beside a cookie that it dislikes, such as another local program's.
+        found = re.search(rf"(?:^|;)\s*{self._cookie}=([^;]*)", self.headers.get("Cookie", ""))
+        self._require_equal(found[1].strip() if found else "")
 
     def _require_equal(self, token: str) -> None:
         # In constant time, and as bytes: compare_digest raises TypeError for text that is not ASCII.
@@ -260,6 +279,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", cache)
         self.end_headers()
         self.wfile.write(body)
+
+
+def _name(token: str, image: GoodImage) -> str:
+    """An image's name on the page: tells nothing of its seed or model, and is another one for another picture."""
+    content = f"{image.source.image_id}\0{image.sha256}"
+    return hmac.new(token.encode(), content.encode(), hashlib.sha256).hexdigest()[:24]
+
+
+def _parsed(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        raise RefusalError(HTTPStatus.BAD_REQUEST, "not an address") from None
 
 
 def _rater(name: object) -> str:
