@@ -71,8 +71,9 @@ class Server:
 
     def kill(self) -> None:
         """As a crash does, with whatever it had started."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     @property
     def has_finished(self) -> bool:
@@ -168,7 +169,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     workspace = Path(tempfile.mkdtemp(prefix="rating_load"))
     try:
         draw_pairs(workspace / "images", arguments.answers // RATERS_PER_PAIR)
-        return asyncio.run(_measure(workspace, arguments))
+        server = Server(workspace, workspace / "images")
+        try:
+            return asyncio.run(_measure(server, workspace, arguments))
+        finally:
+            server.kill()
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 
@@ -185,8 +190,7 @@ def draw_pairs(folder: Path, count: int) -> None:
     (folder / "images.csv").write_text("\n".join(lines) + "\n")
 
 
-async def _measure(workspace: Path, arguments: argparse.Namespace) -> int:
-    server = Server(workspace, workspace / "images")
+async def _measure(server: Server, workspace: Path, arguments: argparse.Namespace) -> int:
     raters = [Rater(f"rater{index:02}", server, arguments.pause) for index in range(arguments.raters)]
     began = time.monotonic()
     working = asyncio.gather(*(rater.rate() for rater in raters))

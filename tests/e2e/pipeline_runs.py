@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import MANIFEST
+from prefmill.core.places import MANIFEST
 from prefmill.pipeline.attempts import EXECUTED
 from prefmill.store.jsonl import read_jsonl
 

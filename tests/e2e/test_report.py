@@ -16,8 +16,9 @@ from evaluation_artifacts import make_corpus, make_evaluation, make_task, make_t
 from page_checks import browse, inner_width, opens_cleanly, requested
 
 from prefmill.checklist.items import load_checklist
-from prefmill.core.artifact import RUN_RECORD, Artifact
+from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, InputError
+from prefmill.core.places import RUN_RECORD
 from prefmill.store.artifacts import publish
 from prefmill.store.jsonl import write_jsonl
 from stages.report import ReportConfig, run

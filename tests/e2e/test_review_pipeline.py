@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from pipeline_runs import DEMO, REPOSITORY, SMALL, command, digests, environment, executed, prefmill, ran, run
 
-from prefmill.core.artifact import MANIFEST
-from prefmill.pipeline.worker import is_running
+from prefmill.core.places import MANIFEST
+from prefmill.pipeline.task_status import is_running
 
 SAVE_STEPS = {"tiny_model": 10, "sft": 3, "dpo": 3}
 

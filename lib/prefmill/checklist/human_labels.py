@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefmill.checklist.label_files import LabelFile
-from prefmill.core.config import nearest
-from prefmill.core.errors import InputError
+from prefmill.core.errors import InputError, nearest
 
 COLUMNS = ("review_id", "item_id", "label")
 _ANSWERS = {"yes": True, "1": True, "true": True, "no": False, "0": False, "false": False}

@@ -62,7 +62,7 @@ def _runs(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from prefmill.core.files import write_atomic
     from prefmill.core.statistics import Resampling
-    from prefmill.pipeline.runs import run_tasks
+    from prefmill.pipeline.run_record import run_tasks
     from prefmill.report.run_comparison import compare_runs, comparison_page, finished_outputs, show
     from prefmill.store.artifacts import read_manifest
 
@@ -97,7 +97,8 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 
 def _collect(arguments: argparse.Namespace) -> int:
-    from prefmill.pipeline.runs import removable, run_names, run_tasks
+    from prefmill.pipeline.run_record import run_names, run_tasks
+    from prefmill.pipeline.runs import removable
 
     workspace = _workspace(arguments)
     for run in arguments.runs:
@@ -120,7 +121,8 @@ def _deleted(found: Sequence[Any], workspace: Path, sure: bool) -> bool:
 
 
 def _restore(arguments: argparse.Namespace) -> int:
-    from prefmill.pipeline.runs import restore, run_tasks, select_tasks
+    from prefmill.pipeline.run_record import run_tasks, select_tasks
+    from prefmill.pipeline.runs import restore
 
     workspace = _workspace(arguments)
     for task in select_tasks(run_tasks(workspace, arguments.run), arguments.selector):

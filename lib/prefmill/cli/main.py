@@ -72,8 +72,7 @@ def _check_command(parser: argparse.ArgumentParser, words: list[str]) -> None:
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if words[0].startswith("-") or words[0] in commands.choices:
         return
-    from prefmill.core.config import nearest
-    from prefmill.core.errors import PipelineError
+    from prefmill.core.errors import PipelineError, nearest
 
     names = list(commands.choices)
     raise PipelineError(

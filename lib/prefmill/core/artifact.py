@@ -11,17 +11,6 @@ from pydantic import BaseModel, ConfigDict
 
 from prefmill.core.errors import ArtifactError
 
-MANIFEST = "manifest.json"
-
-
-RUN_RECORD = "run.json"
-
-
-WORK = "work"  # a task's own scratch: partial output to resume from, never published
-
-
-CHECKPOINT_PREFIX = "checkpoint-"  # the trainer's own, for resuming
-
 
 class FileEntry(BaseModel):
     """One payload file: path below the artifact, size, rows (text lines of .jsonl and .csv), sha256."""

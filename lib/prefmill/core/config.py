@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, Validat
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from prefmill.core.aliases import ALIASES, REFUSED, aliases_in, without_sections
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, nearest
 from prefmill.core.files import digest_path
 
 
@@ -236,12 +236,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def nearest(word: str, candidates: Sequence[str]) -> str:
-    """` (did you mean 'x'?)` for the closest candidate, or nothing."""
-    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f" (did you mean '{match[0]}'?)" if match else ""
 
 
 def _counts(field: Any, value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -74,3 +76,9 @@ def explain_os_error(error: OSError) -> PrefmillError | None:
     if fix is None:
         return None
     return PrefmillError(f"cannot write: {error.strerror}", where=error.filename or "(file not named)", fix=fix)
+
+
+def nearest(word: str, candidates: Sequence[str]) -> str:
+    """` (did you mean 'x'?)` for the closest candidate, or nothing."""
+    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""

@@ -1,10 +1,11 @@
-"""Files written whole or not at all, and digests of content."""
+"""Files written whole or not at all, rows appended to a log, and digests of content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,14 @@ def write_atomic(path: Path, text: str) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one row and have it on disk before going on, so that a kill loses none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as stream:
+        # After a line that a crash or a full disk cut off: this row must not become a part of it.
+        torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
+        stream.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())

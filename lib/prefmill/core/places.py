@@ -1,6 +1,7 @@
-"""Where stages and outputs are: in a checkout, in the copy a submission keeps, or with an installed package.
+"""Where stages and outputs are (in a checkout, in the copy a submission keeps, or with an installed package), and the
+names of the files that a task leaves.
 
-Imports nothing heavy: shell completion asks here.
+Imports nothing heavy: shell completion and `prefmill status` ask here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,16 @@ from pathlib import Path
 
 # Named by its place: a wheel may claim no such top-level name as `stages`, and a folder of that name may be anybody's.
 STAGES = "prefmill.stages" if (Path(__file__).resolve().parents[1] / "stages").is_dir() else "stages"
+
+# In a task's output.
+MANIFEST = "manifest.json"
+RUN_RECORD = "run.json"
+WORK = "work"  # the task's own scratch: partial output to resume from, never published
+STARTED = "started.json"  # in the scratch
+CHECKPOINT_PREFIX = "checkpoint-"  # the trainer's own, for resuming
+# In its logs.
+PROGRESS = "progress.json"
+STATUS = "status.json"
 
 
 def stages_folder() -> Path:

@@ -13,19 +13,17 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Generic, Literal
 
-from prefmill.core.artifact import WORK, Artifact
-from prefmill.core.config import ConfigT, nearest
-from prefmill.core.errors import PipelineError
+from prefmill.core.artifact import Artifact
+from prefmill.core.config import ConfigT
+from prefmill.core.errors import PipelineError, nearest
 from prefmill.core.files import write_atomic
 from prefmill.core.graceful_stop import STOP, Stopped
-from prefmill.core.places import STAGES, stages_folder
+from prefmill.core.places import PROGRESS, STAGES, STARTED, WORK, stages_folder
 
 Metrics = dict[str, Any]
 ArrayValue = str | int | float
 Match = Literal["all", "elementwise"]
-PROGRESS = "progress.json"  # of a task, in its logs
 PROGRESS_INTERVAL_SECONDS = 1.0  # a write is synced to disk, which is too dear for every row
-STARTED = "started.json"  # of a task, in its work folder
 
 
 @dataclass(frozen=True)

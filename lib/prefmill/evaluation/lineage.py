@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefmill.core.artifact import MANIFEST, Artifact
+from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, PipelineError
+from prefmill.core.places import MANIFEST
 from prefmill.store.artifacts import read_manifest
 from prefmill.store.jsonl import read_jsonl
 

@@ -34,7 +34,7 @@ class RaterAnswer(TypedDict):
 
 
 @dataclass(frozen=True)
-class Question:
+class ShownPair:
     """What a rater is shown: two images, side by side, and the dimension asked about."""
 
     left: GoodImage
@@ -126,21 +126,21 @@ class Session:
             for row in filter(self._is_valid, book.of(rater)):
                 self._count(row, 1)
 
-    def question(self, rater: str) -> Question | None:
+    def question(self, rater: str) -> ShownPair | None:
         """What `rater` is asked next: first what they began, then pairs that lack raters; None when that is all."""
         name = next(self._open_pairs(rater), None)
         if name is None:
             return None
         answered = self._done[rater].get(name, ())
         left, right = self._matchups[name].placed(self._seed, rater)
-        return Question(left, right, next(item for item in self.dimensions if item not in answered))
+        return ShownPair(left, right, next(item for item in self.dimensions if item not in answered))
 
     def after(self, rater: str) -> Matchup | None:
         """The pair that will probably be asked after this one, to have its images fetched."""
         following = next(itertools.islice(self._open_pairs(rater), 1, None), None)
         return None if following is None else self._matchups[following]
 
-    def answer(self, rater: str, shown: Question, choice: Choice) -> None:
+    def answer(self, rater: str, shown: ShownPair, choice: Choice) -> None:
         """Record `choice` about what `rater` was shown; nothing where they have answered that, or it is not asked here.
 
         Others may have rated the pair enough since it was shown: the answer still is about that pair and no other.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from prefmill.images.answers import Choice, Question, Session
+from prefmill.images.answers import Choice, ShownPair, Session
 from prefmill.images.collection import GoodImage
 from prefmill.store.pictures import shown_bytes
 
@@ -124,13 +124,13 @@ class RatingServer(ThreadingHTTPServer):
         if self.was_asked_to_finish or self.session.is_complete:
             self.finished.set()
 
-    def _shown(self, body: Mapping[str, Any]) -> Question:
+    def _shown(self, body: Mapping[str, Any]) -> ShownPair:
         """The question that a page says it showed; raises RefusalError for images or a dimension unknown here."""
         left, right = (self.image(str(body.get(side)).removeprefix("/image/")) for side in ("left", "right"))
         dimension = body.get("dimension")
         if dimension not in self.session.dimensions:
             raise RefusalError(HTTPStatus.BAD_REQUEST, "no such dimension: reload this page")
-        return Question(left, right, dimension)
+        return ShownPair(left, right, dimension)
 
     def _address(self, image: GoodImage) -> str:
         return f"/image/{_name(self.token, image)}"

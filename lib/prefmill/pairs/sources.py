@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
-from prefmill.core.config import ExternalPath, later, nearest
-from prefmill.core.errors import InputError
+from prefmill.core.config import ExternalPath, later
+from prefmill.core.errors import InputError, nearest
 from prefmill.core.files import digest_json
 from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse
 from prefmill.pairs.mixture import MixedFile, mixed

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.stage import PROGRESS
+from prefmill.core.files import append_row
+from prefmill.core.places import PROGRESS
 from prefmill.distributed.devices import visible_gpus
-from prefmill.store.jsonl import append_row
 
 EXECUTED = "executed_steps.jsonl"  # one row for every optimizer step this task ever took, repeats included
 ATTEMPTS = "attempts.jsonl"

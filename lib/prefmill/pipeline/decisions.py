@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import PipelineError
-from prefmill.store.jsonl import append_row
+from prefmill.core.files import append_row
 
 DECISIONS = "decisions.jsonl"
 AGAIN, CANCEL, STOP, RETRY, WAIT = "again", "cancel", "stop", "retry", "wait"

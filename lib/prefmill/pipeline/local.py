@@ -20,6 +20,7 @@ from typing import Any
 
 from prefmill.core.errors import PrefmillError
 from prefmill.core.graceful_stop import Stopped, clear_request, request_stop
+from prefmill.core.places import STATUS
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.interruption import interrupted_by_term, wait_for_all
@@ -31,18 +32,8 @@ from prefmill.pipeline.sharing import TAKEN, share
 from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
 from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher, run_elsewhere
-from prefmill.pipeline.worker import (
-    EXIT_BUG,
-    EXIT_USER_ERROR,
-    INTERRUPTED,
-    STATUS,
-    at_work,
-    execute,
-    is_running,
-    keep_finished,
-    read_status,
-    write_status,
-)
+from prefmill.pipeline.task_status import INTERRUPTED, at_work, is_running, read_status, write_status
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, keep_finished
 from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import CHECKPOINT_PREFIX
 from prefmill.core.files import write_atomic
+from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.stage import Task
 
 SMALLER = "smaller.json"

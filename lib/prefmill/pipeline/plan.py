@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
-from prefmill.core.artifact import MANIFEST
 from prefmill.core.config import (
     COMMAND_LINE,
     ConfigT,
@@ -21,13 +20,12 @@ from prefmill.core.config import (
     load,
     merge,
     modern,
-    nearest,
     read_yaml,
     split_override,
     validate,
 )
-from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.core.places import default_workspace
+from prefmill.core.errors import ConfigError, PipelineError, nearest
+from prefmill.core.places import MANIFEST, default_workspace
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
 from prefmill.pipeline.overrides import names_stage_key, require_stages, with_stage_keys

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prefmill.core.stage import PROGRESS
+from prefmill.core.places import PROGRESS
 
 HEARTBEAT_SECONDS = 60.0
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from prefmill.core.errors import PipelineError, nearest
 from prefmill.core.files import write_atomic
-from prefmill.pipeline.plan import Plan
+
+if TYPE_CHECKING:  # `prefmill status` reads the record, and no configuration
+    from prefmill.pipeline.plan import Plan
+
+ROOTS = ("data", "checkpoints", "logs")
+CACHE = "cache"  # data/cache is no run
 
 
 def point_latest(plan: Plan) -> None:
     """Point `data/latest`, `checkpoints/latest` and `logs/latest` at this run."""
-    for root in ("data", "checkpoints", "logs"):
+    for root in ROOTS:
         folder = plan.workspace / root
         (folder / plan.run).mkdir(parents=True, exist_ok=True)
         link = folder / f".latest.{os.getpid()}"
@@ -37,3 +45,43 @@ def write_plan(plan: Plan) -> None:
     # A line per task. `indent` would have it written by Python's own encoder, ten times as slowly.
     lines = ",\n".join(json.dumps(task) for task in tasks)
     write_atomic(path, f'{{"run": {json.dumps(plan.run)}, "tasks": [\n{lines}\n]}}\n')
+
+
+def run_names(workspace: Path) -> list[str]:
+    """Every run with a folder under one of the roots, sorted."""
+    folders = (path for root in ROOTS if (workspace / root).is_dir() for path in (workspace / root).iterdir())
+    # A link is `latest`, which is one of the others.
+    names = {path.name for path in folders if path.is_dir() and not path.is_symlink() and path.name[0] != "."}
+    # A folder without a plan may be anybody's: it is not listed, and so never deleted.
+    return sorted(name for name in names if name != CACHE and (workspace / "logs" / name / "plan.json").is_file())
+
+
+def run_tasks(workspace: Path, run: str) -> list[dict[str, Any]]:
+    """The tasks of a run as its plan recorded them; raises PipelineError where there is no such run."""
+    path = workspace / "logs" / run / "plan.json"
+    if not path.is_file():
+        names = run_names(workspace)
+        raise PipelineError(
+            f"no such run{nearest(run, names)}", where=path.parent, expected=", ".join(names) or "(none yet)",
+            fix="list the runs: prefmill runs",
+        )  # fmt: skip
+    tasks: list[dict[str, Any]] = json.loads(path.read_text())["tasks"]
+    return [{**task, **{name: str(_here(workspace, task[name])) for name in ("output", "logs")}} for task in tasks]
+
+
+def _here(workspace: Path, recorded: str) -> Path:
+    """A task's folder below this workspace: a copy of one may not lead to, or delete, what the original holds."""
+    return workspace.joinpath(*Path(recorded).parts[-4:])
+
+
+def select_tasks(tasks: list[dict[str, Any]], selector: str) -> list[dict[str, Any]]:
+    """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError naming the nearest where there are none."""
+    stage, _, name = selector.partition(":")
+    parts = {task["key"]: task["key"].split(":", 1) for task in tasks}
+    found = [task for task in tasks if parts[task["key"]][0] == stage and name in ("", parts[task["key"]][1])]
+    if not found:
+        raise PipelineError(
+            f"no task '{selector}' in this run{nearest(selector, list(parts))}", expected=", ".join(parts),
+            fix="name a stage, or a task as STAGE:TASK",
+        )  # fmt: skip
+    return found

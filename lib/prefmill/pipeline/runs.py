@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -10,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import CHECKPOINT_PREFIX, MANIFEST, WORK, Manifest
-from prefmill.core.config import nearest
+from prefmill.core.artifact import Manifest
 from prefmill.core.errors import ArtifactError, PipelineError
-from prefmill.pipeline.worker import clear_telemetry, is_at_work, is_running, read_status, set_aside, telemetry
+from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WORK
+from prefmill.pipeline.run_record import CACHE, ROOTS, run_names, run_tasks
+from prefmill.pipeline.task_status import is_at_work, is_running, read_status
+from prefmill.pipeline.worker import clear_telemetry, set_aside, telemetry
 from prefmill.store.artifacts import SUPERSEDED, read_manifest, remaking, superseded
-
-ROOTS = ("data", "checkpoints", "logs")
-_CACHE = "cache"  # data/cache is no run
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,6 @@ class Removal:
     path: Path
     reason: str
     size: int
-
-
-def run_names(workspace: Path) -> list[str]:
-    """Every run with a folder under one of the roots, sorted."""
-    folders = (path for root in ROOTS if (workspace / root).is_dir() for path in (workspace / root).iterdir())
-    # A link is `latest`, which is one of the others.
-    names = {path.name for path in folders if path.is_dir() and not path.is_symlink() and path.name[0] != "."}
-    # A folder without a plan may be anybody's: it is not listed, and so never deleted.
-    return sorted(name for name in names if name != _CACHE and (workspace / "logs" / name / "plan.json").is_file())
 
 
 def list_runs(workspace: Path) -> list[RunSummary]:
@@ -83,37 +72,6 @@ def headline(tasks: Iterable[dict[str, Any]]) -> str:
     return ""
 
 
-def run_tasks(workspace: Path, run: str) -> list[dict[str, Any]]:
-    """The tasks of a run as its plan recorded them; raises PipelineError where there is no such run."""
-    path = workspace / "logs" / run / "plan.json"
-    if not path.is_file():
-        names = run_names(workspace)
-        raise PipelineError(
-            f"no such run{nearest(run, names)}", where=path.parent, expected=", ".join(names) or "(none yet)",
-            fix="list the runs: prefmill runs",
-        )  # fmt: skip
-    tasks: list[dict[str, Any]] = json.loads(path.read_text())["tasks"]
-    return [{**task, **{name: str(_here(workspace, task[name])) for name in ("output", "logs")}} for task in tasks]
-
-
-def _here(workspace: Path, recorded: str) -> Path:
-    """A task's folder below this workspace: a copy of one may not lead to, or delete, what the original holds."""
-    return workspace.joinpath(*Path(recorded).parts[-4:])
-
-
-def select_tasks(tasks: list[dict[str, Any]], selector: str) -> list[dict[str, Any]]:
-    """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError naming the nearest where there are none."""
-    stage, _, name = selector.partition(":")
-    parts = {task["key"]: task["key"].split(":", 1) for task in tasks}
-    found = [task for task in tasks if parts[task["key"]][0] == stage and name in ("", parts[task["key"]][1])]
-    if not found:
-        raise PipelineError(
-            f"no task '{selector}' in this run{nearest(selector, list(parts))}", expected=", ".join(parts),
-            fix="name a stage, or a task as STAGE:TASK",
-        )  # fmt: skip
-    return found
-
-
 def removable(workspace: Path, runs: Iterable[str]) -> list[Removal]:
     """Finished tasks' checkpoints and scratch, superseded output and abandoned remakes of `runs`, and all caches.
 
@@ -123,7 +81,7 @@ def removable(workspace: Path, runs: Iterable[str]) -> list[Removal]:
     found = [item for run in names if not _busy(workspace, run) for item in _of_run(workspace, run)]
     # A cache belongs to the workspace: any of its runs may be reading it.
     if not any(_busy(workspace, run) for run in run_names(workspace)):
-        found += _removals("cache, computed again when needed", (workspace / "data" / _CACHE).glob("*"))
+        found += _removals("cache, computed again when needed", (workspace / "data" / CACHE).glob("*"))
     return found
 
 

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
-from prefmill.core.artifact import CHECKPOINT_PREFIX, MANIFEST, WORK
 from prefmill.core.errors import ArtifactError, PrefmillError
 from prefmill.core.files import write_atomic
+from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WORK
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.state import fingerprints, inspect_task, read_inputs, task_identity
-from prefmill.pipeline.worker import clear_telemetry, is_running, put_in_place, telemetry, write_status
+from prefmill.pipeline.task_status import is_running, write_status
+from prefmill.pipeline.worker import clear_telemetry, put_in_place, telemetry
 from prefmill.store.artifacts import read, remaking, superseded
 
 SHARED_FROM = "shared_from.txt"  # in the logs of a task whose output another run made

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefmill import __version__
-from prefmill.core.artifact import MANIFEST, Artifact, Manifest, Provenance
+from prefmill.core.artifact import Artifact, Manifest, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json
+from prefmill.core.places import MANIFEST
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.store.artifacts import read, read_manifest
 from prefmill.store.stamps import check_content

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from prefmill.core.artifact import MANIFEST
 from prefmill.core.errors import ArtifactError
-from prefmill.pipeline.runs import run_tasks
+from prefmill.core.places import MANIFEST
+from prefmill.pipeline.run_record import run_tasks
 from prefmill.store.artifacts import read
 from prefmill.store.stamps import stamp, verify
 

@@ -18,21 +18,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import MANIFEST, RUN_RECORD, WORK, Artifact
+from prefmill.core.artifact import Artifact
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
 from prefmill.core.graceful_stop import Stopped
-from prefmill.core.stage import STARTED, Metrics, Stage, Task
+from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WORK
+from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.distributed.devices import claim_device
 from prefmill.pipeline import attempts
 from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.preload import import_now
 from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
+from prefmill.pipeline.task_status import INTERRUPTED, read_status, write_status
 from prefmill.store.artifacts import publish, remaking, superseded
 from prefmill.store.stamps import check_content
 
-STATUS, INTERRUPTED = "status.json", "interrupted"
 EXIT_USER_ERROR, EXIT_BUG = 2, 1
 _LOCK_PATIENCE_SECONDS = 15.0
 
@@ -88,59 +89,6 @@ def task_context(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) 
         output=task.output,
         logs=task.logs,
     )
-
-
-def write_status(task: PlannedTask, state: str, **details: Any) -> None:
-    """Record the state of this attempt in the task's logs, for `prefmill status`."""
-    record = {"state": state, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-    record |= {"job": attempts.this_job(), **details}
-    write_atomic(task.logs / STATUS, json.dumps(record, indent=1) + "\n")
-
-
-def read_status(logs: Path) -> dict[str, Any]:
-    """The status last recorded in a task's logs; empty where there is none."""
-    try:
-        record: dict[str, Any] = json.loads((logs / STATUS).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return record
-
-
-def is_running(logs: Path) -> bool:
-    """Whether a live process holds the task with these logs; its lock is released however that process ends."""
-    try:
-        with (logs / "lock").open("rb") as stream:
-            # Shared, so that two who look at the same time do not take each other for the worker.
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def at_work(workspace: Path, run: str) -> Iterator[None]:
-    """Have `is_at_work` say so until the block ends or this process does, between two tasks too."""
-    with _run_lock(workspace, run).open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_SH)
-        yield
-
-
-def is_at_work(workspace: Path, run: str) -> bool:
-    """Whether a `prefmill run` on this machine goes through the tasks of this run."""
-    try:
-        with _run_lock(workspace, run).open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _run_lock(workspace: Path, run: str) -> Path:
-    return workspace / "logs" / run / "run.lock"
 
 
 @contextlib.contextmanager

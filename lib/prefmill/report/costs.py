@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import RUN_RECORD, Artifact
+from prefmill.core.artifact import Artifact
+from prefmill.core.places import RUN_RECORD
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import Decisions
 from prefmill.report.training_logs import logs_of

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
-from prefmill.core.artifact import RUN_RECORD, Artifact
+from prefmill.core.artifact import Artifact
+from prefmill.core.places import RUN_RECORD
 
 MODELS = ("checkpoint", "image_checkpoint")
 

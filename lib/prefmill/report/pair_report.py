@@ -8,8 +8,7 @@ from typing import Any
 
 from prefmill.checklist.items import Checklist, load_checklist
 from prefmill.core.artifact import Artifact
-from prefmill.core.config import nearest
-from prefmill.core.errors import ArtifactError, InputError
+from prefmill.core.errors import ArtifactError, InputError, nearest
 from prefmill.core.records import ReviewEvaluation
 from prefmill.pairs.forensics import SUSPICIONS, History, length_effect, suspicions
 from prefmill.store.artifacts import read

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import RUN_RECORD, Artifact
+from prefmill.core.artifact import Artifact
+from prefmill.core.places import RUN_RECORD
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 

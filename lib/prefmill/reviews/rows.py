@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.config import nearest
+from prefmill.core.errors import nearest
 from prefmill.core.records import Decision
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 

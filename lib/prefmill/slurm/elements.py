@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefmill.core.places import STATUS
 from prefmill.pipeline.attempts import idle_attempts, progressed, read_attempts
-from prefmill.pipeline.worker import STATUS, read_status
+from prefmill.pipeline.task_status import read_status
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.failures import Evidence
 from prefmill.slurm.jobs import Element, JobState

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from prefmill.core.artifact import MANIFEST
 from prefmill.core.errors import PipelineError, PrefmillError
+from prefmill.core.places import MANIFEST
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for

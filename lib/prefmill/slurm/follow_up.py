@@ -13,9 +13,8 @@ from prefmill.core.errors import PipelineError, PrefmillError
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.intents import Order, send
-from prefmill.slurm.submission import ARRAYS, JobRecord, Submission, submissions
+from prefmill.slurm.submission import ADVANCE, JobRecord, Submission, script_of, submissions
 
-ADVANCE = "advance"
 LOOK_MINUTES = 10
 _JOBS_NAMED = 40  # those that end first; after each look they are named anew
 # Six seconds. Where that is too short the job starts by itself, two minutes after its requeue.
@@ -38,11 +37,6 @@ class Wait:
     def begin(self) -> str:
         """The earliest time to start."""
         return f"now+{self.minutes}minutes" if self.minutes else "now"
-
-
-def script_of(submission: Submission) -> Path:
-    """The follow-up job's script; absent where the cluster file wants none."""
-    return submission.folder / ARRAYS / f"{ADVANCE}.sbatch"
 
 
 def send_follow_up(submission: Submission, wait: Wait) -> JobRecord:

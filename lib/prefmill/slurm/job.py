@@ -27,7 +27,8 @@ from prefmill.pipeline.manual_submission import give_back_until_ready, pipeline_
 from prefmill.pipeline.oom_backoff import read_smaller, start_over_when_smaller
 from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
 from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, SignalWatcher, run_elsewhere
-from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, write_status
+from prefmill.pipeline.task_status import write_status
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute
 from prefmill.slurm.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
 from prefmill.slurm.follow_up import book_again
 from prefmill.slurm.submission import read_array, read_submission

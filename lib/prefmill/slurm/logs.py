@@ -8,8 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefmill.core.config import nearest
-from prefmill.core.errors import PipelineError
+from prefmill.core.errors import PipelineError, nearest
 from prefmill.slurm.elements import newest
 from prefmill.slurm.submission import submissions
 from prefmill.slurm.view import Say

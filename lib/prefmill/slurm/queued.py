@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefmill.core.artifact import MANIFEST
 from prefmill.core.errors import PipelineError
+from prefmill.core.places import MANIFEST
 from prefmill.pipeline.plan import Plan
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import CHECKPOINT_PREFIX
-from prefmill.core.stage import PROGRESS
+from prefmill.core.places import CHECKPOINT_PREFIX, PROGRESS
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
-from prefmill.pipeline.worker import read_status, set_aside
+from prefmill.pipeline.task_status import read_status
+from prefmill.pipeline.worker import set_aside
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.advance import advance
 from prefmill.slurm.cluster import ClusterFile

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prefmill.core.artifact import MANIFEST
-from prefmill.core.config import nearest
-from prefmill.core.errors import PipelineError
+from prefmill.core.errors import PipelineError, nearest
+from prefmill.core.places import MANIFEST
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.worker import set_aside

@@ -14,19 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import MANIFEST
-from prefmill.core.stage import PROGRESS
+from prefmill.core.places import MANIFEST, PROGRESS
 from prefmill.core.terminal import paint_states
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
-from prefmill.pipeline.runs import run_tasks
-from prefmill.pipeline.worker import INTERRUPTED, is_at_work, is_running, read_status
+from prefmill.pipeline.run_record import run_tasks
+from prefmill.pipeline.task_status import INTERRUPTED, is_at_work, is_running, read_status
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest, unsent
-from prefmill.slurm.follow_up import script_of
 from prefmill.slurm.jobs import JobState
 from prefmill.slurm.sightings import Sightings, sight
-from prefmill.slurm.submission import submissions
+from prefmill.slurm.submission import script_of, submissions
 
 _COLUMNS = ("TASK", "STATE", "PROGRESS", "NODE", "TIME", "GPU-H", "RESTARTS", "REASON")
 _ROWS_OF_A_STAGE = 12  # a stage with more tasks is summed up in a row, and only what needs a look is listed

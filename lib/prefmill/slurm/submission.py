@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import append_row, write_atomic
 from prefmill.pipeline.decisions import submissions_folder
-from prefmill.store.jsonl import append_row
 
+ADVANCE = "advance"
 RECORD, JOBS, INTENTS, CODE, ARRAYS = "submission.json", "jobs.jsonl", "intents.jsonl", "code", "arrays"
 Kind = Literal["array", "advance"]
 
@@ -224,3 +224,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def script_of(submission: Submission) -> Path:
+    """The follow-up job's script; absent where the cluster file wants none."""
+    return submission.folder / ARRAYS / f"{ADVANCE}.sbatch"

@@ -20,25 +20,19 @@ from prefmill.pipeline.sharing import share_finished
 from prefmill.pipeline.state import code_version, inspect
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
-from prefmill.slurm.follow_up import (
-    ADVANCE,
-    LOOK_MINUTES,
-    Wait,
-    live_follow_ups,
-    postpone,
-    script_of,
-    send_follow_up,
-)
+from prefmill.slurm.follow_up import LOOK_MINUTES, Wait, live_follow_ups, postpone, send_follow_up
 from prefmill.slurm.intents import FullError, Order, SbatchRefusedError, send_fitting, settle
 from prefmill.slurm.queued import Queued, queued_tasks
 from prefmill.slurm.script import array_script, healer_script, max_array_size
 from prefmill.slurm.submission import (
+    ADVANCE,
     ArrayFile,
     Submission,
     array_path,
     claim_folder,
     next_number,
     require_owner,
+    script_of,
     submissions,
     user_name,
     write_array,

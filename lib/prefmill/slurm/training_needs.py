@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefmill.core.artifact import MANIFEST
 from prefmill.core.errors import PrefmillError
+from prefmill.core.places import MANIFEST
 from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.slurm.cluster import Resources

@@ -10,18 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prefmill.core.artifact import (
-    CHECKPOINT_PREFIX,
-    MANIFEST,
-    RUN_RECORD,
-    WORK,
-    Artifact,
-    FileEntry,
-    Manifest,
-    Provenance,
-)
+from prefmill.core.artifact import Artifact, FileEntry, Manifest, Provenance
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json, write_atomic
+from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, RUN_RECORD, WORK
 from prefmill.store.stamps import stamp
 
 # What any Trainer leaves beside a model: pickles that only resuming reads.

@@ -1,17 +1,16 @@
-"""JSON Lines: rows read one by one, written whole or not at all, or appended to a log."""
+"""JSON Lines: rows read one by one, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import msgspec
-import pydantic_core
 
 from prefmill.core.errors import InputError
 
@@ -93,6 +92,8 @@ def to_json(row: Any) -> str:
 
 
 def _to_json(row: Any) -> str:
+    import pydantic_core  # `prefmill status` reads rows and never comes here
+
     try:
         line = pydantic_core.to_json(row).decode()
     except ValueError:  # halves of surrogate pairs, and what json.dumps refuses in its own words
@@ -102,14 +103,3 @@ def _to_json(row: Any) -> str:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row and have it on disk before going on, so that a kill loses none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as stream:
-        # After a line that a crash or a full disk cut off: this row must not become a part of it.
-        torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
-        stream.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())

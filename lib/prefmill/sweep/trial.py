@@ -19,7 +19,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.places import STAGES, stages_folder
 from prefmill.core.stage import Stage, load_stage
 from prefmill.distributed.isolation import end_with_parent
-from prefmill.pipeline.worker import is_running, read_status
+from prefmill.pipeline.task_status import is_running, read_status
 from prefmill.store.artifacts import read, read_manifest
 from prefmill.sweep.config import StudyConfig, corners
 from prefmill.training.checkpoints import STEPS, read_curve

@@ -6,8 +6,7 @@ import importlib.util
 import os
 from typing import Any
 
-from prefmill.core.config import nearest
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, nearest
 from prefmill.core.stage import Task
 from prefmill.distributed.devices import claim_device, has_gpu
 from prefmill.training.config import TrainingConfig, accumulation

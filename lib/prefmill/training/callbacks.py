@@ -13,10 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefmill.core.errors import DivergedError
+from prefmill.core.files import append_row
 from prefmill.core.graceful_stop import Stopped, StopWatch
 from prefmill.core.stage import Task
 from prefmill.pipeline.attempts import EXECUTED
-from prefmill.store.jsonl import append_row
 from prefmill.training.checkpoints import STEPS, mark_complete
 
 _GO_ON, _SAVE, _STOP = 0, 1, 2  # what rank 0 has all ranks do after a step

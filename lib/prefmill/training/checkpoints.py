@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import CHECKPOINT_PREFIX
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
+from prefmill.core.places import CHECKPOINT_PREFIX
 
 
 def resume_strictly(trainer: Any) -> None:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefmill.core.config import nearest
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, nearest
 
 OFFICIAL_DIVERGENCE = 0.1
 _SMALL = 0.1  # below it the closed form of `phi` loses digits, its gradient twice as many: a series takes over

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from prefmill.core.files import append_row
 from prefmill.distributed.collectives import from_all_ranks
 from prefmill.distributed.devices import has_gpu
-from prefmill.store.jsonl import append_row
 
 SPEED = "speed"
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefmill.core.files import append_row
 from prefmill.distributed.collectives import from_all_ranks
-from prefmill.store.jsonl import append_row
 from prefmill.training.objectives import Objective, PairScores, Settings
 from prefmill.training.speed import Speed
 

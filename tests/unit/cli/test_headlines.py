@@ -11,7 +11,7 @@ import pytest
 
 from prefmill.cli.headlines import describe, headline
 from prefmill.core.artifact import Provenance
-from prefmill.core.stage import PROGRESS
+from prefmill.core.places import PROGRESS
 from prefmill.pipeline import progress_display
 from prefmill.pipeline.progress_display import Bar
 from prefmill.store.artifacts import publish

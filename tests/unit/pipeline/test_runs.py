@@ -11,10 +11,11 @@ from toys import RUNS
 from prefmill.core.errors import PipelineError
 from prefmill.pipeline import runs
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
-from prefmill.pipeline.run_record import write_plan
+from prefmill.pipeline.run_record import run_names, write_plan
 from prefmill.pipeline.sharing import share, share_finished
 from prefmill.pipeline.state import inspect
-from prefmill.pipeline.worker import execute, read_status
+from prefmill.pipeline.task_status import read_status
+from prefmill.pipeline.worker import execute
 from prefmill.store.artifacts import read, read_manifest
 
 
@@ -127,7 +128,7 @@ def test_runs_are_listed_the_latest_first_and_removed_whole(tmp_path: Path) -> N
     assert found["old"].size > 100
     runs.remove(runs.remove_run(tmp_path, "new"))
     runs.point_latest_away(tmp_path, "new")
-    assert runs.run_names(tmp_path) == ["old"]
+    assert run_names(tmp_path) == ["old"]
     assert (tmp_path / "logs" / "latest").resolve().name == "old"
     with pytest.raises(PipelineError, match=r"no such run \(did you mean 'old'"):
         runs.remove_run(tmp_path, "odl")

@@ -246,7 +246,7 @@ def test_a_watch_of_tasks_that_were_never_submitted_ends_with_1(run: Run, monkey
 
 
 def test_a_watch_of_a_local_run_goes_on_between_two_tasks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefmill.pipeline.worker import at_work
+    from prefmill.pipeline.task_status import at_work
 
     (run.submission.folder / "jobs.jsonl").write_text("")
     looks = Looks(monkeypatch, lambda: run.finish("make", "use"))

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from toys import RUNS, toy_plan
 
-from prefmill.core.artifact import MANIFEST
 from prefmill.core.errors import PrefmillError
+from prefmill.core.places import MANIFEST, STATUS
 from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline import worker
 from prefmill.pipeline.plan import Plan
 from prefmill.pipeline.state import inspect
+from prefmill.pipeline.task_status import is_running
 from prefmill.pipeline.worker import execute
 from prefmill.store.artifacts import read, read_manifest
 
@@ -29,7 +30,7 @@ def run(plan: Plan) -> list[str]:
 
 
 def status(plan: Plan, index: int = 0) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((plan.tasks[index].logs / worker.STATUS).read_text())
+    record: dict[str, Any] = json.loads((plan.tasks[index].logs / STATUS).read_text())
     return record
 
 
@@ -131,10 +132,10 @@ def test_two_workers_do_not_share_a_task(tmp_path: Path, monkeypatch: pytest.Mon
     plan.tasks[0].logs.mkdir(parents=True)
     with (plan.tasks[0].logs / "lock").open("wb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert worker.is_running(plan.tasks[0].logs)
+        assert is_running(plan.tasks[0].logs)
         with pytest.raises(PrefmillError, match="already running"):
             execute(plan.tasks[0])
-    assert not worker.is_running(plan.tasks[0].logs)
+    assert not is_running(plan.tasks[0].logs)
 
 
 def test_shards_partition_the_rows(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.core.artifact import MANIFEST, Artifact, Provenance
+from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.errors import ArtifactError
+from prefmill.core.places import MANIFEST
 from prefmill.store.artifacts import publish, read
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.stamps import verify

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefmill.core.files import append_row
 from prefmill.core.graceful_stop import Stopped, clear_request, request_stop
 from prefmill.core.stage import Task
-from prefmill.store.jsonl import append_row, read_jsonl
+from prefmill.store.jsonl import read_jsonl
 from prefmill.store.kept_tensors import KeptTensors
 from prefmill.training.data import Group
 from prefmill.training.reference import GroupScoring, kept_reference, reference_scores

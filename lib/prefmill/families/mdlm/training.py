@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefmill.core.artifact import CHECKPOINT_PREFIX
+from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_fsdp

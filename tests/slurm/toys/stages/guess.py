@@ -20,7 +20,7 @@ def run(config: GuessConfig, task: Task) -> Metrics:
     """Take the steps that are left, each noted in the logs."""
     import time
 
-    from prefmill.store.jsonl import append_row
+    from prefmill.core.files import append_row
 
     done = task.work / "steps"
     first = int(done.read_text()) if done.is_file() else 0

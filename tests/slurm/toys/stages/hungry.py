@@ -18,8 +18,8 @@ class HungryConfig(TrainingConfig):
 
 def run(config: HungryConfig, task: Task) -> Metrics:
     """Save a checkpoint, then run out of memory as torch does, until it is small enough."""
+    from prefmill.core.files import append_row
     from prefmill.pipeline.attempts import EXECUTED
-    from prefmill.store.jsonl import append_row
     from prefmill.training.checkpoints import mark_complete, newest_checkpoint
 
     first = 1 if newest_checkpoint(task.output) is None else 2

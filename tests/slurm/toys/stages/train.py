@@ -31,9 +31,9 @@ def run(config: TrainConfig, task: Task) -> Metrics:
     import os
     import time
 
+    from prefmill.core.files import append_row
     from prefmill.core.graceful_stop import Stopped, StopWatch
     from prefmill.pipeline.attempts import EXECUTED
-    from prefmill.store.jsonl import append_row
     from prefmill.training.checkpoints import newest_checkpoint
 
     if config.groups:
@@ -69,7 +69,7 @@ def _score(task: Task, num_groups: int, seconds: float) -> None:
 
     import torch
 
-    from prefmill.store.jsonl import append_row
+    from prefmill.core.files import append_row
     from prefmill.training.data import Group
     from prefmill.training.reference import GroupScoring, kept_reference, reference_scores
 

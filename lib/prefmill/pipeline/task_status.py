@@ -1,0 +1,75 @@
+"""What a task, and the run it is part of, say of themselves while they are at work: a status file and locks."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefmill.core.files import write_atomic
+from prefmill.core.places import STATUS
+from prefmill.pipeline import attempts
+
+if TYPE_CHECKING:  # `prefmill status` reads these files, and no configuration
+    from prefmill.pipeline.plan import PlannedTask
+
+INTERRUPTED = "interrupted"
+
+
+def write_status(task: PlannedTask, state: str, **details: Any) -> None:
+    """Record the state of this attempt in the task's logs, for `prefmill status`."""
+    record = {"state": state, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    record |= {"job": attempts.this_job(), **details}
+    write_atomic(task.logs / STATUS, json.dumps(record, indent=1) + "\n")
+
+
+def read_status(logs: Path) -> dict[str, Any]:
+    """The status last recorded in a task's logs; empty where there is none."""
+    try:
+        record: dict[str, Any] = json.loads((logs / STATUS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record
+
+
+def is_running(logs: Path) -> bool:
+    """Whether a live process holds the task with these logs; its lock is released however that process ends."""
+    try:
+        with (logs / "lock").open("rb") as stream:
+            # Shared, so that two who look at the same time do not take each other for the worker.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def at_work(workspace: Path, run: str) -> Iterator[None]:
+    """Have `is_at_work` say so until the block ends or this process does, between two tasks too."""
+    with _run_lock(workspace, run).open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        yield
+
+
+def is_at_work(workspace: Path, run: str) -> bool:
+    """Whether a `prefmill run` on this machine goes through the tasks of this run."""
+    try:
+        with _run_lock(workspace, run).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _run_lock(workspace: Path, run: str) -> Path:
+    return workspace / "logs" / run / "run.lock"
