@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from prefmill.images.answers import Choice, ShownPair, Session
+from prefmill.images.answers import Choice, Session, ShownPair
 from prefmill.images.collection import GoodImage
 from prefmill.store.pictures import shown_bytes
 
