@@ -21,6 +21,8 @@ from prefmill.slurm.training_needs import training_needs
 from prefmill.slurm.view import Say
 from prefmill.training.config import TrainingConfig
 
+_CARDS_GB = (24, 80)
+_SMALLER = {"text": "a shorter max_length", "images": "a smaller per_device_train_batch_size or resolution"}
 # A100 and V100 are sold in two sizes: these are the larger ones, and --gpu-memory says otherwise.
 _GPU_GB = {"h200": 141, "b200": 180, "h100": 80, "a100": 80, "l40s": 48, "a40": 48, "a6000": 48, "v100": 32, "l4": 24}
 
@@ -106,8 +108,9 @@ def _show_training(
         return
     config = task.config
     assert isinstance(config, TrainingConfig)
+    rows = f"up to {config.max_length} tokens, " if task.stage.on == "text" else ""
     say(
-        f"  {needs.model or 'model'}, {needs.world} GPUs, {sharding(config).name}, up to {config.max_length} tokens, "
+        f"  {needs.model or 'model'}, {needs.world} GPUs, {sharding(config).name}, {rows}"
         f"batch {config.effective_batch_size}: {needs.steps if needs.steps is not None else '?'} steps"
     )
     for note in needs.notes:
@@ -118,15 +121,22 @@ def _show_training(
     say(f"  {needs.memory.total:.1f} GB a GPU: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items()))
     for name in parts:
         say(f"    {name}: {ORIGINS[name]}")
+    say("  " + _cards(needs.memory.total))
     partition = offered.get(resources.partition or "")
     given = gpu_gb or (_GPU_GB.get(partition.gpu_type) if partition else None)
     if resources.gpus and given is not None and needs.memory.total > given:
         yield (
             f"{task.stage.name}: {needs.memory.total:.0f} GB needed on each GPU, which has {given:g}: a higher ZeRO "
-            f"stage, more nodes, activation_checkpointing, lora or a shorter max_length"
+            f"stage, more nodes, activation_checkpointing, lora or {_SMALLER[task.stage.on]}"
         )
     elif resources.gpus and given is None:
         say("  the GPUs' memory is not known: give --gpu-memory GB to have it checked")
+
+
+def _cards(needed: float) -> str:
+    """Which of the usual sizes of GPU hold it."""
+    fits = [f"{size} GB: {'fits' if needed <= size else 'does not fit'}" for size in _CARDS_GB]
+    return "; ".join(fits)
 
 
 def _request(stage: str, count: int, resources: Resources) -> str:

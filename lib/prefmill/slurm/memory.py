@@ -16,6 +16,7 @@ GIGABYTE = 2.0**30
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _NF4_BYTES = 0.5 + 0.127 / 8  # 4 bits, and block scales that are quantized too (QLoRA, arXiv 2305.14314: 0.127 bits)
 _ADAM_BYTES = 8  # two moments in fp32
+_OPTIMIZER_BYTES = {"adamw_bnb_8bit": 2, "sgd": 0}  # others: Adam's
 _RUNTIME_GB = 1.5  # CUDA context, kernels, NCCL's buffers
 _FRAGMENTS = 0.05  # of everything: what the allocator cannot use
 
@@ -25,9 +26,10 @@ ORIGINS = {
     "weights": "parameters x bytes a number, by rank under ZeRO-3 and FSDP2; 4 bits: 0.516 a linear weight",
     "gradients": "trained parameters x bytes a number, by rank from ZeRO-2 on; whole where several passes add to them",
     "optimizer": "8 bytes a trained parameter, and DeepSpeed's 4 of an fp32 copy, by rank from ZeRO-1 on",
-    "activations": "rows x tokens x the bytes that a layer keeps, counted from autograd",
+    "activations": "what autograd keeps of a microbatch: rows x tokens x a layer's bytes, or counted on an image model",
     "logits": "tokens projected together x vocabulary x (4 + 4 + bytes a number)",
     "gathered": "the layers, embeddings and head that are whole at a time",
+    "average": "4 bytes a trained parameter: the moving average of the weights",
     "runtime": "CUDA context, kernels, NCCL's buffers: an allowance",
 }
 # LLaDA-8B's config.json as published (arXiv 2502.09992), for machines that have not downloaded it.
@@ -36,6 +38,15 @@ _LLADA_8B = {
     "vocab_size": 126_464, "embedding_size": 126_464, "max_sequence_length": 4096, "weight_tying": False,
 }  # fmt: skip
 _PUBLISHED = {"GSAI-ML/LLaDA-8B-Instruct": _LLADA_8B, "GSAI-ML/LLaDA-8B-Base": _LLADA_8B}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How many numbers a model has, an optimizer changes, and autocast keeps copies of."""
+
+    parameters: int
+    trained: int
+    cast: int
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,9 @@ class GpuMemory:
     gradients: float
     optimizer: float
     activations: float
-    logits: float
+    logits: float = 0.0
     gathered: float = 0.0
+    average: float = 0.0
     runtime: float = _RUNTIME_GB
 
     @property
@@ -135,26 +147,39 @@ def gpu_memory(
     holds it whole until the last.
     """
     shards, number, kept = sharding(config), _BYTES[config.precision], _BYTES[weights_precision(config)]
-    trained = trained_parameters(size, config)
-    # DeepSpeed trains fp32 copies of what it computes with; without it the weights are fp32 themselves.
-    by_deepspeed = shards.stage > 0 and not config.fsdp
-    optimizer = trained * (_ADAM_BYTES + (4 if by_deepspeed and kept < 4 else 0)) / (world if shards.stage >= 1 else 1)
-    gradients = trained * (kept if by_deepspeed else 4) / (world if shards.stage >= 2 else 1)
-    gradients += trained * number if several_passes and shards.stage >= 2 and world > 1 else 0
-    buckets = trained * 4 if world > 1 and not shards.stage else 0  # DDP sends copies
-    # Autocast keeps the weights it has cast until its context ends.
-    copies = 0 if shards.stage or kept == number else size.linear_parameters * number
-    weights = _weight_bytes(size, config, kept) / (world if shards.stage >= 3 else 1)
+    numbers = Numbers(size.parameters, trained_parameters(size, config), size.linear_parameters)
+    states = model_states(numbers, config, world, _weight_bytes(size, config, kept), several_passes)
     per_layer = layer_bytes(size, config.precision, residual=number if config.fsdp else kept) * config.max_length * rows
     boundaries = size.layers * size.hidden * (number if config.fsdp else kept) * config.max_length * rows
     activations = boundaries + per_layer if config.activation_checkpointing else size.layers * per_layer
     return GpuMemory(
-        weights=(0 if shards.offloads_weights else weights + copies) / GIGABYTE,
-        gradients=(0 if shards.offloads_optimizer else gradients + buckets) / GIGABYTE,
-        optimizer=(0 if shards.offloads_optimizer else optimizer) / GIGABYTE, activations=activations / GIGABYTE,
+        **states, activations=activations / GIGABYTE,
         logits=logits_at_once * size.vocabulary * (4 + 4 + number) / GIGABYTE,
         gathered=_gathered_bytes(size, config, world) / GIGABYTE if shards.stage >= 3 else 0.0,
     )  # fmt: skip
+
+
+def model_states(
+    numbers: Numbers, config: TrainingConfig, world: int, weight_bytes: float, several_passes: bool = False
+) -> dict[str, float]:
+    """The GB of `weights`, of which there are `weight_bytes` in all, `gradients` and `optimizer` on each GPU."""
+    shards, number, kept = sharding(config), _BYTES[config.precision], _BYTES[weights_precision(config)]
+    trained = numbers.trained
+    # DeepSpeed trains fp32 copies of what it computes with; without it the weights are fp32 themselves.
+    by_deepspeed = shards.stage > 0 and not config.fsdp
+    each = _OPTIMIZER_BYTES.get(config.optim or "", _ADAM_BYTES) + (4 if by_deepspeed and kept < 4 else 0)
+    optimizer = trained * each / (world if shards.stage >= 1 else 1)
+    gradients = trained * (kept if by_deepspeed else 4) / (world if shards.stage >= 2 else 1)
+    gradients += trained * number if several_passes and shards.stage >= 2 and world > 1 else 0
+    buckets = trained * 4 if world > 1 and not shards.stage else 0  # DDP sends copies
+    # Autocast keeps the weights it has cast until its context ends.
+    copies = 0 if shards.stage or kept == number else numbers.cast * number
+    weights = weight_bytes / (world if shards.stage >= 3 else 1)
+    return {
+        "weights": (0 if shards.offloads_weights else weights + copies) / GIGABYTE,
+        "gradients": (0 if shards.offloads_optimizer else gradients + buckets) / GIGABYTE,
+        "optimizer": (0 if shards.offloads_optimizer else optimizer) / GIGABYTE,
+    }
 
 
 def _weight_bytes(size: ModelSize, config: TrainingConfig, kept: int) -> float:

@@ -44,6 +44,8 @@ def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Train
     notes = [] if steps is not None else [f"steps: {_UNKNOWN} its dataset is made"]
     if name is None:
         return Training(task, world, "", None, steps, (*notes, f"memory: {_UNKNOWN} its model is made"))
+    if task.stage.on == "images":
+        return _image_training(task, config, world, name, steps, notes)
     pairs, diffusion = isinstance(config, PreferenceConfig), isinstance(config, DiffusionTrainingConfig)
     rows = config.per_device_train_batch_size * (2 if pairs else 1)
     if isinstance(config, DiffusionTrainingConfig):
@@ -65,6 +67,21 @@ def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Train
     return Training(task, world, f"{name} ({size.parameters / 1e9:.2f}B)", memory, steps, tuple(notes))
 
 
+def _image_training(
+    task: PlannedTask, config: TrainingConfig, world: int, name: str, steps: int | None, told: list[str]
+) -> Training:
+    from prefmill.slurm.image_memory import count, image_memory, notes  # torch takes seconds
+
+    try:
+        counted = count(name, config)
+    except PrefmillError as error:
+        told.append(f"memory: {error.what}: {error.details['got']}")
+        return Training(task, world, name, None, steps, tuple(told))
+    model = f"{name} ({counted.numbers.parameters / 1e9:.2f}B)"
+    memory = image_memory(counted, config, world)
+    return Training(task, world, model, memory, steps, (*told, *notes(counted, config)))
+
+
 def _model_of(plan: Plan, task: PlannedTask) -> tuple[str | None, str | None]:
     """The model a task starts from: its own, that of a finished input, or what the task before starts from."""
     config = task.config
@@ -83,6 +100,9 @@ def _model_of(plan: Plan, task: PlannedTask) -> tuple[str | None, str | None]:
 
 def _steps(task: PlannedTask, config: TrainingConfig) -> int | None:
     """Optimizer steps, from the rows of a finished dataset; None where there is none yet."""
+    given: int | None = getattr(config, "max_steps", None)
+    if given is not None:
+        return given
     modality = getattr(config, "modality", "clean")
     wanted = f"{task.stage.name}_{modality}_train/data.jsonl"
     for folder in [path for paths in task.inputs.values() for path in paths]:

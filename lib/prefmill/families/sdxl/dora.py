@@ -7,6 +7,7 @@ no product of B and A the size of W is made.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class ExactDora(DoraLinearLayer):
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, squares: Tensor) -> Tensor:
     """sqrt(|W|^2 + 2 s rowsum(W A^T * B) + s^2 rowsum(B (A A^T) * B)), [out]; W is [out, in], `squares` its |W|^2."""
     # Autocast would take these products in bf16 or fp16, though the factors are fp32.
-    with torch.autocast(weight.device.type, enabled=False):
+    # `prefmill estimate` comes here on the meta device, which has no autocast.
+    with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
         a, b = lora_a.float(), lora_b.float()
         cross = ((weight.float() @ a.T) * b).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)

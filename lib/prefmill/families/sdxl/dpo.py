@@ -64,7 +64,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         task=task,
         load=partial(_load, folder, config),
         data=Preferences(
-            data, held, sdxl_family(reader, predictions, _winner_alone(config)), objective, settings, ErrorTelemetry,
+            data, held, sdxl_family(reader, predictions, winner_alone(config)), objective, settings, ErrorTelemetry,
             args,
         ),
         publish=partial(_publish, ema, config, task, folder),
@@ -170,7 +170,7 @@ def _references(
     }  # fmt: skip
     at_once, residuals = config.per_device_train_batch_size, "residuals" in objective.needs
     return ReferenceErrors(
-        pairs, reader, settings, at_once, torch_dtype(config.precision), residuals, _winner_alone(config)
+        pairs, reader, settings, at_once, torch_dtype(config.precision), residuals, winner_alone(config)
     )
 
 
@@ -201,7 +201,7 @@ def _predictions(references: Sequence[ReferenceErrors]) -> Callable[[PairImages,
     return prediction
 
 
-def _winner_alone(config: SdxlPreferenceConfig) -> bool:
+def winner_alone(config: SdxlPreferenceConfig) -> bool:
     """Whether the loser's prediction has no part in the gradient."""
     return config.objective == "sft" or (config.objective == "dspo" and config.dspo_stop_gradient)
 

@@ -42,7 +42,7 @@ class LeanLinear(Linear):
     def _fits(self, x: Tensor, name: str) -> bool:
         is_ours = not self.lora_magnitude_vector or isinstance(self.lora_magnitude_vector[name], ExactDora)
         # Without autocast addmm refuses two dtypes; peft casts x itself.
-        same = x.dtype == self.lora_A[name].weight.dtype or torch.is_autocast_enabled(x.device.type)
+        same = x.dtype == self.lora_A[name].weight.dtype or x.is_meta or torch.is_autocast_enabled(x.device.type)
         return is_ours and same and x.dim() > 1
 
 

@@ -1,0 +1,110 @@
+"""The memory of image trainings: parameters against diffusers' own models, activations against torch's allocator."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.slurm.image_memory import CLIP_L_14, SDXL_UNET, count_reward, count_unet, image_memory
+from stages.train_reward import TrainRewardConfig
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.slow
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+CLIP = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
+SMALL = {**SDXL_UNET, "block_out_channels": (32, 64), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 4),
+         "transformer_layers_per_block": (1, 2), "cross_attention_dim": 64}  # fmt: skip
+
+
+def unet(**keys: Any) -> SdxlPreferenceConfig:
+    return SdxlPreferenceConfig.model_validate({"objective": "dpo", **keys})
+
+
+def small(folder: Path) -> str:
+    (folder / "unet").mkdir()
+    (folder / "unet" / "config.json").write_text(json.dumps({**SMALL, "_class_name": "UNet2DConditionModel"}))
+    return str(folder)
+
+
+def test_sdxl_and_its_adapter_have_the_numbers_that_diffusers_gives_them() -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        model = UNet2DConditionModel.from_config(SDXL_UNET)
+    assert sum(weight.numel() for weight in model.parameters()) == 2_567_463_684  # as published
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+    layers = [layer for name, layer in model.named_modules() if name.endswith(targets)]
+    whole, adapted = (count_unet(SDXL, unet(lora=lora)).numbers for lora in (None, {"r": 16}))
+    assert whole.parameters == whole.trained == 2_567_463_684
+    # A [16, in], B [out, 16], and DoRA's magnitude [out].
+    assert adapted.trained == sum(
+        16 * (layer.in_features + layer.out_features) + layer.out_features for layer in layers
+    )
+    assert adapted.parameters == whole.parameters + adapted.trained
+
+
+def test_clip_has_the_numbers_that_transformers_gives_it() -> None:
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(**CLIP_L_14))
+    assert clip.num_parameters() == 427_616_513  # as published
+    counted = {part: count_reward(CLIP, TrainRewardConfig(trainable=part)) for part in ("all", "vision", "heads")}
+    heads = counted["heads"].numbers.trained
+    assert counted["all"].numbers.parameters == 427_616_513 + heads
+    assert counted["all"].numbers.trained == 427_616_512 + heads  # CLIP's logit scale is frozen
+    assert counted["heads"].kept_bytes < counted["vision"].kept_bytes < counted["all"].kept_bytes
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "dora"])
+def test_activations_are_what_the_allocator_still_holds(tmp_path: Path, lora: dict[str, int] | None) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch.profiler import ProfilerActivity, profile
+
+    from prefmill.families.sdxl.loading import add_adapter
+
+    config = unet(precision="fp32", resolution=256, lora=lora)
+    model = add_adapter(UNet2DConditionModel.from_config(SMALL).train(), config)
+    added = {"text_embeds": torch.randn(2, 2816 - 6 * 256), "time_ids": torch.randn(2, 6)}
+    given = torch.randn(2, 4, 32, 32), torch.tensor([1, 2]), torch.randn(2, 77, 64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        out = model(*given, added_cond_kwargs=added, return_dict=False)[0]
+    held = sum(event.self_cpu_memory_usage for event in seen.key_averages()) - out.untyped_storage().nbytes()
+    assert count_unet(small(tmp_path), config).kept_bytes == pytest.approx(held, rel=0.03)
+
+
+def test_memory_follows_objective_resolution_checkpointing_and_optimizer(tmp_path: Path) -> None:
+    name = small(tmp_path)
+
+    def kept(**keys: Any) -> float:
+        return count_unet(name, unet(**keys)).kept_bytes
+
+    assert kept(objective="dspo") == pytest.approx(kept() / 2, rel=0.01)  # the losers run without a gradient
+    assert kept(resolution=512) == pytest.approx(kept() / 4, rel=0.05)
+    assert kept(activation_checkpointing=True) < kept() / 2
+    config = unet(lora=None, optim="adamw_bnb_8bit", use_ema=True)
+    counted = count_unet(name, config)
+    memory, trained = image_memory(counted, config, 1), counted.numbers.trained / 2**30
+    parts = (memory.optimizer, memory.average, memory.gradients)
+    assert parts == pytest.approx((2 * trained, 4 * trained, 4 * trained))
+
+
+def test_estimate_tells_what_fits_which_card() -> None:
+    command = [sys.executable, "-m", "prefmill.cli.main", "estimate", "configs/pipelines/sdxl.yaml"]
+    cluster = ["--cluster", "configs/clusters/h100.yaml", "--gpu-memory", "80"]
+    run = subprocess.run([*command, *cluster], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert f"{SDXL} (2.59B), 8 GPUs" in run.stdout
+    assert f"{CLIP} (0.43B), 8 GPUs" in run.stdout
+    assert "a microbatch of 1 at 1024 x 1024 pixels" in run.stdout
+    assert "0.26 MB an image (4 x 128 x 128 numbers of 4 bytes)" in run.stdout
+    assert run.stdout.count("24 GB: fits; 80 GB: fits") == 2
