@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from datetime import date
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What quantized weights are multiplied by: without it the numbers in the file are not the weights.
+_SCALES = re.compile(r"(?i).*(scale|zero|absmax|quant).*")
 
 
 def load_tokenizer(
@@ -35,7 +40,7 @@ def load_tokenizer(
     require_folder(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except load_errors() as error:
         raise _unloadable("tokenizer", name_or_path, error) from error
     (template or ChatTemplate()).put_on(tokenizer, name_or_path, today)
     if tokenizer.pad_token_id is None:
@@ -58,7 +63,9 @@ def load_model(
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
-    """The causal LM of `name_or_path` in `precision`, from safetensors only; raises InputError when it cannot load.
+    """The causal LM of `name_or_path` in `precision`, from safetensors only.
+
+    Raises InputError when it cannot load, or not as a whole.
 
     A model that also takes images is loaded with its vision part. With `quantization` its linear layers hold 4 bits a
     weight and compute in `precision`.
@@ -68,7 +75,7 @@ def load_model(
     require_folder(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        model: PreTrainedModel = auto_class(config).from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             name_or_path,
             dtype=torch_dtype(precision),
             revision=revision,
@@ -76,15 +83,49 @@ def load_model(
             attn_implementation=attn_implementation or _own_attention(config),
             # A pickled checkpoint can run code when it is opened.
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             **({} if quantization is None else {"quantization_config": four_bit(precision)}),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except load_errors() as error:
         raise _unloadable("model", name_or_path, error) from error
+    require_whole(model, info, name_or_path)
     for module in model.modules() if quantization else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On a CPU bitsandbytes would repack weights in eval mode, and could not train on them again (0.50).
             module.support_avx512bf16_for_cpu = False
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """Errors of a folder that cannot be loaded; cut weights and a config.json at odds with itself are no OSError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, ImportError, SafetensorError, StrictDataclassError
+
+
+def require_whole(model: Any, info: Mapping[str, Any], name: str) -> None:
+    """Raise InputError for a weight that the files lack, have in another shape, or have with a scale that is not read.
+
+    transformers puts random numbers in the place of such a weight, says so in a warning, and goes on.
+    """
+    modules = {key for key, _ in model.named_modules()}
+    found = [f"{key}: not in the files" for key in sorted(info["missing_keys"])]
+    found += [
+        f"{key}: of shape {list(theirs)}, not {list(ours)}" for key, theirs, ours in sorted(info["mismatched_keys"])
+    ]
+    for key in sorted(info["unexpected_keys"]):
+        owner, _, part = key.rpartition(".")
+        if owner in modules and _SCALES.fullmatch(part):
+            found.append(f"{key}: not read, and the weight means nothing without it")
+    if found:
+        raise InputError(
+            "the files do not hold this model", where=name, got="; ".join(found[:3]) + ("; ..." if found[3:] else ""),
+            expected=f"every weight of {type(model).__name__}",
+            fix="give the whole model that config.json speaks of, with weights that are not quantized",
+        )  # fmt: skip
 
 
 def four_bit(precision: Precision) -> Any:
@@ -125,6 +166,19 @@ def require_folder(name_or_path: str) -> None:
 
 def _unloadable(what: str, name_or_path: str, error: Exception) -> InputError:
     return InputError(
-        f"cannot load the {what}", where=name_or_path, got=str(error).splitlines()[0],
-        fix="check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)",
-    )  # fmt: skip
+        f"cannot load the {what}",
+        where=name_or_path,
+        got=" ".join(str(error).split())[:300],
+        fix=_fix(name_or_path, error),
+    )
+
+
+def _fix(name_or_path: str, error: Exception) -> str:
+    folder = Path(name_or_path)
+    if "quantiz" in str(error):
+        return "install what reads such weights, or give the model before it was quantized"
+    if not folder.is_dir():
+        return "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)"
+    if isinstance(error, OSError) and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        return "its weights are pickles, which can run code when they are opened: save them as safetensors"
+    return "check that the folder is whole: config.json, the tokenizer, every file of weights that an index names"

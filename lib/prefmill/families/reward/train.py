@@ -22,6 +22,7 @@ from prefmill.core.image_rows import HEADS
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
 from prefmill.distributed.devices import rank
+from prefmill.families.causal.loading import load_errors, require_whole
 from prefmill.families.reward.data import (
     Half,
     LabelledPair,
@@ -128,12 +129,15 @@ def load_clip(name: str, config: TrainingConfig) -> CLIPModel:
     if is_open_clip(name):
         return load_open_clip(Path(name), config.attn_implementation)
     try:
-        return CLIPModel.from_pretrained(
+        model, info = CLIPModel.from_pretrained(
             name, dtype=torch.float32, revision=config.revision, attn_implementation=config.attn_implementation,
-            use_safetensors=True,
+            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
+    except load_errors() as error:
         raise _unloadable("the CLIP model", name, error) from error
+    require_whole(model, info, name)
+    whole: CLIPModel = model
+    return whole
 
 
 def load_processor(name: str, revision: str | None) -> Any:

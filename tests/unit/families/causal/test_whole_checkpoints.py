@@ -1,0 +1,66 @@
+"""A model whose files lack a weight, or mean other numbers than they hold, is refused where it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prefmill.core.errors import InputError
+from prefmill.families.causal.loading import load_model
+from tests.tiny import save_tiny_qwen2
+
+Weights = dict[str, Tensor]
+
+
+def rewrite(folder: Path, change: Callable[[Weights], Weights]) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def configure(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: {k: v for k, v in w.items() if "layers.1.mlp" not in k}, "layers.1.mlp.down_proj.weight: not in"),
+        (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, "lm_head.weight: not in"),
+        (lambda w: {f"renamed.{k}": v for k, v in w.items()}, "embed_tokens.weight: not in"),
+        (lambda w: {**w, "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1)}, "weight_scale_inv: not read"),
+        (lambda w: {**w, "lm_head.weight": torch.ones(3, 32)}, r"of shape \[3, 32\]"),
+    ],
+)
+def test_weights_that_are_not_there_are_named(tmp_path: Path, change: Callable[[Weights], Weights], named: str) -> None:
+    rewrite(save_tiny_qwen2(tmp_path), change)
+    with pytest.raises(InputError, match=named):
+        load_model(str(tmp_path), precision="fp32")
+
+
+def test_a_tied_head_and_weights_that_nothing_reads_are_no_fault(tmp_path: Path) -> None:
+    rewrite(save_tiny_qwen2(tmp_path), lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"})
+    rewrite(tmp_path, lambda w: {**w, "v_head.weight": torch.ones(1)})  # TRL's value head
+    configure(tmp_path, tie_word_embeddings=True)
+    model = load_model(str(tmp_path), precision="fp32")
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_files_that_cannot_be_read_name_what_to_do(tmp_path: Path) -> None:
+    path = save_tiny_qwen2(tmp_path) / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="folder is whole"):
+        load_model(str(tmp_path), precision="fp32")
+    path.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="save them as safetensors"):
+        load_model(str(tmp_path), precision="fp32")
+    configure(tmp_path, num_hidden_layers=5)
+    with pytest.raises(InputError, match="layer_types"):
+        load_model(str(tmp_path), precision="fp32")
