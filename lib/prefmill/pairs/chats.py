@@ -11,17 +11,17 @@ from tqdm import tqdm
 
 from prefmill.core.errors import InputError
 from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, Row, Tags, alpaca_prompt
+from prefmill.pairs.pictures import image_path
 from prefmill.pairs.sources import (
     PairSource,
     UnusableRow,
     identified,
-    image_path,
     parsed_rows,
     prompt_of,
     row_name,
     write_split,
 )
-from prefmill.pairs.turns import Chat, answer_to, as_answer, as_chat, place_images
+from prefmill.pairs.turns import Chat, as_answer, as_chat, place_images, sole_answer
 from prefmill.training.bad_rows import BadRows
 
 # Without these a row of a preference would have the keys of two forms, which is refused.
@@ -111,12 +111,12 @@ def _own_row(name: str, chat: Judgement, source: PairSource, folder: Path) -> di
     if chat.tools:
         row["tools"] = list(chat.tools)
     if chat.images:
-        row["images"] = [image_path(image, name, source, folder) for image in chat.images]
+        row["images"] = [image_path(image, name, source.image_base, folder) for image in chat.images]
     return row
 
 
 def _chat(row: Row, chat: Chat, what: str) -> Judgement:
     # The last turn alone is the answer: whether earlier ones are trained is for `train_on` to say.
-    answer = answer_to([], chat.turns[-1:], what)
+    answer = sole_answer(chat.turns[-1:], what)
     turns, images = place_images(Chat(chat.turns[:-1], chat.images), row)
     return Judgement(turns, answer, True, images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,10 +19,12 @@ from prefmill.pairs.turns import (
     answer_to,
     as_answer,
     as_chat,
-    as_turn,
+    as_prompt,
+    is_transcript,
     parse_dialogue,
     place_images,
     refuse_untrained,
+    sole_answer,
     split_prompt,
     tools_of,
 )
@@ -30,10 +33,12 @@ Row = Mapping[str, Any]
 Tags = Mapping[str, str]
 # No template is given these by row: a row that needs them would lose them in silence.
 _UNTRAINED = ("functions", "chat_template_kwargs")
-_LABELS = {"true": True, "false": False, "1": True, "0": False}
+_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+# A list of messages that a table, or Python's str(), made text of.
+_LISTED = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](?:system|user|human|assistant|gpt)['"]""")
 Kind = Literal["text", "list", "dict", "label", "text or list"]
 _TYPES: dict[Kind, tuple[type, ...]] = {
-    "text": (str,), "list": (list, tuple), "dict": (dict,), "label": (bool, int, str),
+    "text": (str,), "list": (list, tuple), "dict": (dict,), "label": (bool, int, float, str),
     "text or list": (str, list, tuple),
 }  # fmt: skip
 
@@ -92,7 +97,7 @@ def prompt_and_messages(row: Row, tags: Tags) -> Preference:
     chats = [as_chat(row[side], side, tags) for side in ("chosen", "rejected")]
     # UltraFeedback repeats the prompt in both chats, other datasets hold the answers alone.
     if all(len(chat.turns) == 1 for chat in chats):
-        prompt = Chat(_asked(row["prompt"]))
+        prompt = Chat(as_prompt(row["prompt"]))
         return _preference(row, prompt, *_sides(row, prompt.turns, tags))
     turns, chosen, rejected = split_prompt(*(chat.turns for chat in chats))
     if turns[-1]["content"].strip() != row["prompt"].strip():
@@ -116,8 +121,8 @@ def system_input(row: Row, tags: Tags) -> Preference:
 
 
 def instruction_responses(row: Row, tags: Tags) -> Preference:
-    """`{system, instruction, chosen_response, rejected_response}`."""
-    return _strings(row, row["instruction"], "chosen_response", "rejected_response")
+    """`{system, instruction, chosen_response, rejected_response}`, `input` and `history` where there are any."""
+    return _preference(row, Chat(alpaca_prompt(row)), row["chosen_response"], row["rejected_response"])
 
 
 def alpaca(row: Row, tags: Tags) -> Preference:
@@ -127,19 +132,23 @@ def alpaca(row: Row, tags: Tags) -> Preference:
 
 def alpaca_prompt(row: Row) -> list[Turn]:
     """The turns of Alpaca's `instruction`, `input`, `system`, `history`; raises BadRowError for a bad history."""
-    asked = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    parts = [part for part in (row["instruction"], row.get("input")) if part]
+    history = row.get("history") or []
+    if not all(isinstance(part, str) for part in parts) or not isinstance(history, (list, tuple)):
+        raise BadRowError("instruction and input are texts, history is a list")
     turns: list[Turn] = []
-    for exchange in row.get("history") or []:
-        if len(exchange) != 2:
+    for exchange in history:
+        # A mapping or a text of two letters has two items as well.
+        if not isinstance(exchange, (list, tuple)) or [type(said) for said in exchange] != [str, str]:
             raise BadRowError("history is a list of [what was said, what was answered]")
         turns += [{"role": role, "content": said} for role, said in zip(("user", "assistant"), exchange, strict=True)]
-    return [*turns, *_asked(asked)]
+    return [*turns, {"role": "user", "content": "\n".join(parts)}]
 
 
 def sharegpt(row: Row, tags: Tags) -> Preference:
     """`{conversations: [{from, value}], chosen: {from, value}, rejected: {from, value}}`: LLaMA-Factory, prefmill."""
     prompt = as_chat(row["conversations"], "conversations", tags)
-    answers = [answer_to([], [as_turn(row[side], side, tags)[0]], side) for side in ("chosen", "rejected")]
+    answers = [answer_to([], as_chat([row[side]], side, tags), side) for side in ("chosen", "rejected")]
     return _preference(row, prompt, *answers)
 
 
@@ -170,10 +179,10 @@ def implicit_strings(row: Row, tags: Tags) -> Preference:
 def unpaired(row: Row, tags: Tags) -> Judgement:
     """`{prompt, completion, label}`: text or messages, good or not."""
     asked = row["prompt"]
-    chat = Chat(_asked(asked)) if isinstance(asked, str) else as_chat(asked, "prompt", tags)
+    chat = Chat(as_prompt(asked)) if isinstance(asked, str) else as_chat(asked, "prompt", tags)
     completion = row["completion"]
     answer: Answer = completion if isinstance(completion, str) else answer_to(
-        chat.turns, as_chat(completion, "completion", tags).turns, "completion"
+        chat.turns, as_chat(completion, "completion", tags), "completion"
     )  # fmt: skip
     return _judgement(row, chat, answer)
 
@@ -181,7 +190,7 @@ def unpaired(row: Row, tags: Tags) -> Judgement:
 def unpaired_messages(row: Row, tags: Tags) -> Judgement:
     """`{messages, label}`: a chat that ends with the answer, good or not."""
     chat = as_chat(row["messages"], "messages", tags)
-    answer = answer_to([], chat.turns[-1:], "messages")
+    answer = sole_answer(chat.turns[-1:], "messages")
     return _judgement(row, Chat(chat.turns[:-1], chat.images), answer)
 
 
@@ -231,7 +240,8 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
     if not form.fits(row):
         needs = ", ".join(f"{key} ({kind})" for key, kind in form.needs.items())
         raise BadRowError(f"not of the form {name}, which has {needs}; keys are {', '.join(map(str, row))}")
-    refuse_untrained(row, _UNTRAINED)
+    for values in (row, row.get("input")):  # OpenAI's rows have some in `input`
+        refuse_untrained(values if isinstance(values, Mapping) else {}, _UNTRAINED)
     found = form.parse(row, tags)
     found = replace(found, messages=_with_system(row, found.messages), tools=tools_of(row))
     if not found.messages or found.messages[-1]["role"] not in ("user", "tool"):
@@ -242,6 +252,12 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
         _check_text(turn)
     if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
         raise BadRowError("an answer is empty")
+    if found.messages[-1]["role"] == "user" and not found.messages[-1]["content"].strip():
+        raise BadRowError("the prompt is empty")
+    if not all(answer.get("train", True) for answer in answers):
+        raise BadRowError("an answer has weight 0: nothing of the row is to be trained on")
+    if any(map(is_transcript, answers)):
+        raise BadRowError("an answer is a whole transcript: remove the prompt's own column, its turns are the prompt")
     # Sides that only look alike would teach white space, or how an accent is composed.
     said = {json.dumps({**answer, "content": normalize("NFC", answer["content"]).strip()}) for answer in answers}
     if len(said) < len(answers):
@@ -252,6 +268,8 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
 def _check_text(turn: Turn) -> None:
     if not isinstance(turn["content"], str):
         raise BadRowError("a turn of the prompt, or an answer, is not text")
+    if turn["role"] != "tool" and turn["content"].lstrip().startswith("[") and _LISTED.search(turn["content"]):
+        raise BadRowError("a list of messages as text: give it as a list, which .jsonl and .parquet can hold")
     try:
         # JSON can spell such halves and Python holds them, but no tokenizer takes them: training would end there.
         json.dumps(turn, ensure_ascii=False).encode()
@@ -284,15 +302,11 @@ def _prompt_of(chat: Chat, turns: Sequence[Turn]) -> Chat:
 
 
 def _strings(row: Row, asked: str, chosen: str = "chosen", rejected: str = "rejected") -> Preference:
-    return _preference(row, Chat(_asked(asked)), row[chosen], row[rejected])
-
-
-def _asked(text: str) -> list[Turn]:
-    return [{"role": "user", "content": text}]
+    return _preference(row, Chat(as_prompt(asked)), row[chosen], row[rejected])
 
 
 def _sides(row: Row, prompt: Sequence[Turn], tags: Tags, good: str = "chosen", bad: str = "rejected") -> list[Answer]:
-    return [answer_to(prompt, as_chat(row[side], side, tags).turns, side) for side in (good, bad)]
+    return [answer_to(prompt, as_chat(row[side], side, tags), side) for side in (good, bad)]
 
 
 def _preference(row: Row, prompt: Chat, chosen: Answer, rejected: Answer) -> Preference:
@@ -306,10 +320,9 @@ def _judgement(row: Row, prompt: Chat, answer: Answer) -> Judgement:
 
 
 def _label(value: Any) -> bool:
-    """Whether the answer is good; text says so in words, as tables have it."""
-    # bool("false") is True: words from a table must be read as words.
-    if isinstance(value, str):
-        if value.strip().lower() not in _LABELS:
-            raise BadRowError(f"label is the text {value!r}; expected one of {', '.join(_LABELS)}")
-        return _LABELS[value.strip().lower()]
-    return bool(value)
+    """Whether the answer is good: true or false, 1 or 0, or their text, as tables have it."""
+    # Not bool(): "false", -1 for a bad answer and a grade of 2 out of 5 are all true to Python.
+    name = str(value).strip().lower()
+    if name not in _LABELS:
+        raise BadRowError(f"label is {value!r}; expected one of {', '.join(_LABELS)}")
+    return _LABELS[name]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, count, islice
@@ -18,9 +18,10 @@ from prefmill.core.errors import InputError, nearest
 from prefmill.core.files import digest_json
 from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse
 from prefmill.pairs.mixture import MixedFile, mixed
+from prefmill.pairs.pictures import image_key, image_path, write_by_rename
+from prefmill.pairs.remarks import Remarks, repeats_prompt
 from prefmill.pairs.turns import BadRowError, Turn, as_answer
 from prefmill.store.jsonl import to_json
-from prefmill.store.pictures import check_image, open_image
 from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows, is_saved_to_disk
 from prefmill.training.bad_rows import BadRows, RowPolicy
 
@@ -75,6 +76,15 @@ class PairSource(RowPolicy):
             raise ValueError(f"no such form{nearest(name, list(cls.forms))}; forms are {', '.join(cls.forms)}")
         return name
 
+    @field_validator("encoding")
+    @classmethod
+    def _is_one(cls, name: str) -> str:
+        try:
+            codecs.lookup(name)
+        except LookupError:
+            raise ValueError(f"no such encoding: {name}; for example utf-8, utf-16, latin-1, cp1252") from None
+        return name
+
     @model_validator(mode="after")
     def _consistent(self) -> PairSource:
         if (self.dataset is not None) + (self.dataset_file is not None) + bool(self.mixture) > 1:
@@ -97,6 +107,11 @@ class PairSource(RowPolicy):
     def source_name(self) -> str:
         """What to call the dataset in messages."""
         return str(self.dataset_file or self.dataset or ", ".join(str(part.file) for part in self.mixture))
+
+    @property
+    def image_base(self) -> Path:
+        """The folder that paths of images are relative to."""
+        return self.image_folder or (self.dataset_file.parent if self.dataset_file else Path())
 
     @property
     def parts(self) -> list[PairSource]:
@@ -131,7 +146,8 @@ def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, P
             own.append((group, _own_row(pair_id, group, pair, source, folder)))
     bad.tell(len(own))
     if not own:
-        raise InputError("no pairs to train on", where=source.source_name, fix=f"see the rows in {report}")
+        fix = f"see the rows in {report}" if problems else "give a file that has rows"
+        raise InputError("no pairs to train on", where=source.source_name, fix=fix)
     return write_split(own, source, folder, "dpo")
 
 
@@ -150,13 +166,13 @@ def write_split(
         )  # fmt: skip
     train, val = folder / f"{kind}_train" / "data.jsonl", folder / f"{kind}_val" / "data.jsonl"
     for path, lines in ((train, files[False]), (val, files[True])):
-        _write_text(path, "".join(line + "\n" for line in lines))
+        write_by_rename(path, "".join(line + "\n" for line in lines).encode())
     return train, val if files[True] else None
 
 
 def prompt_of(found: Preference | Judgement) -> str:
     """A key of what a prompt is: its turns, its images and its tools."""
-    images = [_image_key(image) for image in found.images]
+    images = [image_key(image) for image in found.images]
     # Without tools the key is what it was before they were read, so that the same prompts are held out.
     return digest_json([found.messages, images, *([found.tools] if found.tools else [])])
 
@@ -213,16 +229,17 @@ def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[Fou
 
 
 def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRow]:
-    form, unused = source.pair_format, set[str]()
+    form, remarks = source.pair_format, Remarks(set(source.columns.values()))
     for row in _drawn(read_rows(source), source):
+        remarks.missing -= row.values.keys()
         # All columns are taken out before one is put back: two may swap names.
         row.values.update({ours: row.values.pop(theirs) for ours, theirs in source.columns.items()
                            if theirs in row.values and ours != theirs})  # fmt: skip
         # The first row decides for all: a second form in one file is a fault to be told, not a choice to be made.
         form = form or detect(row.values, row.where, source.forms)
-        unused |= {str(key) for key, value in row.values.items() if value is not None} - source.forms[form].keys
+        remarks.add_unused(row.values, source.forms[form], source.tags)
         try:
-            yield row, parse(row.values, form, source.tags, source.forms)
+            found = parse(row.values, form, source.tags, source.forms)
         except BadRowError as error:
             if source.on_bad_row == "fail":
                 raise InputError(
@@ -230,8 +247,10 @@ def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRo
                     fix="correct or remove it, or leave such rows out with on_bad_row=drop",
                 ) from None  # fmt: skip
             problems.append(UnusableRow(row.where, str(error)))
-    if unused:
-        print(f"columns that are not used: {', '.join(sorted(unused))}", flush=True)
+        else:
+            remarks.num_repeated += repeats_prompt(found)
+            yield row, found
+    remarks.tell(source.source_name)
 
 
 def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]:
@@ -276,7 +295,7 @@ def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, fol
     if pair.tools:
         row["tools"] = list(pair.tools)
     if pair.images:
-        row["images"] = [image_path(image, pair_id, source, folder) for image in pair.images]
+        row["images"] = [image_path(image, pair_id, source.image_base, folder) for image in pair.images]
     return row
 
 
@@ -285,46 +304,5 @@ def _said(turn: Turn) -> dict[str, Any]:
     return {"from": _SPEAKERS[turn["role"]], "value": turn["content"], **more}
 
 
-def image_path(image: Any, row_id: str, source: PairSource, folder: Path) -> str:
-    """Where an image is, relative to `folder` or absolute; bytes are written there first."""
-    data = image.get("bytes") if isinstance(image, Mapping) else image
-    if isinstance(data, bytes):
-        # Named by content: rows that share a picture share a file, and a resumed attempt writes none twice.
-        path = folder / "images" / hashlib.sha256(data).hexdigest()
-        if not path.is_file():
-            check_image(data, f"row {row_id}")
-            _write_bytes(path, data)
-        return path.relative_to(folder).as_posix()
-    named = image.get("path") if isinstance(image, Mapping) else image
-    base = source.image_folder or (source.dataset_file.parent if source.dataset_file else Path())
-    found = (base / str(named).removeprefix("file://")).absolute()
-    if not isinstance(named, str) or "://" in named.removeprefix("file://") or not found.is_file():
-        raise InputError(
-            "no such image", where=f"row {row_id}", got=named, expected=f"a file below {base}, or the image's bytes",
-            fix="set image_folder to the folder that image paths are relative to; download what is only a URL",
-        )  # fmt: skip
-    open_image(found)  # to its end: a cut file or a bomb would end the training, hours from here
-    return found.as_posix()
-
-
-def _image_key(image: Any) -> str:
-    data = image.get("bytes") if isinstance(image, Mapping) else image
-    if isinstance(data, bytes):
-        return hashlib.sha256(data).hexdigest()
-    return str(image.get("path") if isinstance(image, Mapping) else image)
-
-
 def _coin(key: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8]) / 2**64
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write_bytes(path, text.encode())
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write by rename under a name of this rank's own: all ranks write the same content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

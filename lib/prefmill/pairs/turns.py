@@ -1,10 +1,12 @@
 """Chats of other people's datasets as prefmill's turns: `{"role", "content"}`, images as markers in the text.
 
-An assistant's turn may also have `reasoning_content` and `tool_calls`, a tool's `name` and `tool_call_id`.
+An assistant's turn may also have `reasoning_content`, `tool_calls` and `train: False`, a tool's `name` and
+`tool_call_id`.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,8 @@ ROLES = {
 }  # fmt: skip
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing, under the names that datasets give it
 _OF_TOOLS = ("name", "tool_call_id")
+_WEIGHTS = ("weight", "loss_weight", "loss", "train", "training")  # OpenAI's, LLaMA-Factory's, ms-swift's, axolotl's
+READ = {*_REASONING, *_OF_TOOLS, *_WEIGHTS, "role", "content", "from", "value", "tool_calls", "function_call"}
 # HH-RLHF begins a turn after a blank line: within a line the same word is text.
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -62,7 +66,8 @@ def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, lis
         return as_turn({"role": "assistant", "tool_calls": _calls(message.get(content_key), what)}, what, {})
     # LLaMA-Factory forgets its own names of speakers once a registry gives some: its files are read so.
     roles = {tags[role]: role for role in ("user", "assistant", "system") if role in tags} or ROLES
-    turn: Turn = {"role": roles[said], **_beside(message, what)} if said in roles else {}
+    known = isinstance(said, str) and said in roles
+    turn: Turn = {"role": roles[str(said)], **_beside(message, what)} if known else {}
     if not turn or (content_key not in message and "tool_calls" not in turn):
         raise BadRowError(f"{what}: no known role and content in {_shown(message)}; roles are {', '.join(roles)}")
     content = message.get(content_key)
@@ -79,7 +84,14 @@ def _beside(message: Mapping[str, Any], what: str) -> Turn:
     # OpenAI's form before it had tool_calls: one call, without an id.
     old = message.get("function_call")
     calls = message.get("tool_calls") or ([{"function": old}] if old else [])
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise BadRowError(f"{what}: tool_calls are a list, not {_shown(calls)}")
     found: Turn = {"reasoning_content": said[0]} if said else {}
+    weights = [message[key] for key in _WEIGHTS if message.get(key) is not None]
+    if any(weight not in (0, 1) for weight in weights):
+        raise BadRowError(f"{what}: a turn is trained on (1) or not (0): {_shown(message)}")
+    if 0 in weights:
+        found["train"] = False
     if calls:
         found["tool_calls"] = [_call(call, what) for call in calls]
     return found | {key: message[key] for key in _OF_TOOLS if message.get(key)}
@@ -97,6 +109,7 @@ def _calls(text: Any, what: str) -> list[Any]:
 def _call(call: Any, what: str) -> Turn:
     """A call of a tool with its arguments as an object: templates write JSON of them, of text they would quote it."""
     function = call.get("function", call) if isinstance(call, Mapping) else {}
+    function = function if isinstance(function, Mapping) else {}
     try:
         given = function.get("arguments", {})
         arguments = json.loads(given) if isinstance(given, str) else given
@@ -110,7 +123,8 @@ def _call(call: Any, what: str) -> Turn:
 
 def tools_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """The tools that a row offers, as a list or as its JSON; raises BadRowError for anything else."""
-    given = row.get("tools") or []
+    asked = row.get("input")  # OpenAI's rows have them beside the messages
+    given = (asked if isinstance(asked, Mapping) else row).get("tools") or []
     try:
         tools = json.loads(given) if isinstance(given, str) else given
     except ValueError:
@@ -133,17 +147,19 @@ def place_images(prompt: Chat, row: Mapping[str, Any]) -> tuple[list[Turn], tupl
     Images without markers go before the first user turn's text, as TRL does; any other difference is a bad row.
     """
     # A table has the column in every row, and null where a row has no image.
-    column = next((row[key] for key in ("images", "image") if row.get(key) is not None), None)
+    columns = [row[key] for key in ("images", "image") if key in row]
+    column = next((value for value in columns if value is not None), None)
     listed = list(column) if isinstance(column, (list, tuple)) else [] if column is None else [column]
     # TRL's image parts only hold a place: their pictures are in the column.
     images = [image for image in prompt.images if image is not None]
     if images and listed:
         raise BadRowError("images stand both in the messages and in a column of their own")
-    images = images or listed
+    images = list(map(_decoded, images or listed))
     markers = sum(turn["content"].count(IMAGE_MARKER) for turn in prompt.turns)
     if not images and prompt.images:
         raise BadRowError("an image part has no image")
-    if not images or markers == len(images):
+    # Without a column for images `<image>` may be text, such as a tag's name.
+    if markers == len(images) or (not images and not columns):
         return prompt.turns, tuple(images)
     if markers:
         raise BadRowError(f"{markers} {IMAGE_MARKER} markers for {len(images)} images")
@@ -164,6 +180,20 @@ def parse_dialogue(text: str, what: str) -> list[Turn]:
     return [{"role": ROLES[speaker.lower()], "content": words.strip()} for speaker, words in zip(speakers, said)]  # noqa: B905
 
 
+def as_prompt(text: str) -> list[Turn]:
+    """The user's turn, or the turns of a transcript of `Human:` and `Assistant:` that ends where the answer begins."""
+    if text.lstrip().startswith("Human:") and text.rstrip().endswith("Assistant:"):
+        turns = parse_dialogue(text, "prompt")
+        if turns[-1] == {"role": "assistant", "content": ""}:
+            return turns[:-1]
+    return [{"role": "user", "content": text}]
+
+
+def is_transcript(answer: Turn) -> bool:
+    """Whether an answer holds the turns before it as well."""
+    return answer["content"].lstrip().startswith("Human:") and "\n\nAssistant:" in answer["content"]
+
+
 def split_prompt(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> tuple[list[Turn], Answer, Answer]:
     """The turns that both chats begin with, and the one answer that each goes on with."""
     shared = 0
@@ -177,10 +207,13 @@ def split_prompt(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> tuple[list
     return prompt, sole_answer(chosen[shared:], "chosen"), sole_answer(rejected[shared:], "rejected")
 
 
-def answer_to(prompt: Sequence[Turn], side: Sequence[Turn], what: str) -> Answer:
+def answer_to(prompt: Sequence[Turn], side: Chat, what: str) -> Answer:
     """The answer in `side`, which may repeat the prompt before it."""
-    repeats = len(side) > len(prompt) and list(side[: len(prompt)]) == list(prompt)
-    return sole_answer(side[len(prompt) :] if repeats else side, what)
+    repeats = len(side.turns) > len(prompt) and side.turns[: len(prompt)] == list(prompt)
+    answer = sole_answer(side.turns[len(prompt) :] if repeats else side.turns, what)
+    if side.images and IMAGE_MARKER in as_answer(answer)["content"]:
+        raise BadRowError(f"{what}: answers cannot hold images")
+    return answer
 
 
 def sole_answer(turns: Sequence[Turn], what: str) -> Answer:
@@ -213,6 +246,17 @@ def _content(content: Any, what: str) -> tuple[str, list[Any]]:
         else:
             raise BadRowError(f"{what}: parts are text or images, not {_shown(part)}")
     return "".join(texts), images
+
+
+def _decoded(image: Any) -> Any:
+    """An image whose bytes stand in a `data:` URL as those bytes, any other as it is."""
+    url = image.get("url", image) if isinstance(image, Mapping) else image
+    if not isinstance(url, str) or not url.startswith("data:"):
+        return url
+    try:
+        return base64.b64decode(url.partition(";base64,")[2], validate=True)
+    except ValueError:
+        raise BadRowError(f"an image's data are not base64: {_shown(url)}") from None
 
 
 def _image(part: Mapping[str, Any]) -> Any:

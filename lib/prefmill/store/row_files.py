@@ -31,13 +31,25 @@ def file_rows(path: Path, encoding: str = "utf-8", split: str = "train") -> Iter
     Text is `encoding`, a byte order mark is no text; of a folder with several splits `split` is read. Raises InputError
     where it is not readable.
     """
-    for number, (place, values) in enumerate(_rows_of(path, encoding, split)):
+    for number, (place, values) in enumerate(_readable(path, encoding, split)):
         if not isinstance(values, dict):
             raise InputError(
                 "a row is an object with keys", where=f"{path}:{place}", got=type(values).__name__,
-                fix="correct or delete that row",
+                fix="correct or delete that row; a file that is one list is named .json",
             )  # fmt: skip
         yield SourceRow(f"{path}:{place}", number, values)
+
+
+def _readable(path: Path, encoding: str, split: str) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowException
+
+    try:
+        yield from _rows_of(path, encoding, split)
+    except (OSError, ArrowException, csv.Error) as error:
+        raise InputError(
+            "cannot read the file", where=path, got=str(error), fix="download or write it again; in a table, look for "
+            "a quote that is not closed: quotes within a cell are doubled",
+        ) from None  # fmt: skip
 
 
 def is_saved_to_disk(path: Path) -> bool:
@@ -86,23 +98,31 @@ def _jsonl_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _loads(text.read(), str(path))
-    if not isinstance(rows, list):
-        raise InputError("a .json file holds one list of rows", where=path, fix="name it .jsonl if it has one a line")
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    """Rows of one list, or one a line, as the hub's files of this name mostly are."""
+    whole = text.read()
+    if not whole.lstrip().startswith("["):
+        yield from _jsonl_rows(io.StringIO(whole), path)
+        return
+    yield from ((f"row {number}", row) for number, row in enumerate(_loads(whole, str(path)), 1))
 
 
 def _csv_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
     # The limit is that of the process, not of this reader, and is set back for whoever reads csv beside us.
     before = csv.field_size_limit(_LONGEST_CELL)
     try:
-        reader = csv.DictReader(text)
+        reader = csv.DictReader(text, strict=True)
+        header = reader.fieldnames or []
+        if len(set(header)) < len(header):
+            raise InputError(
+                "a column stands there twice", where=f"{path}:1", got=", ".join(header), fix="name every column once"
+            )
         for row in reader:
-            if None in row:
+            cells = [cell for cell in row.values() if cell is not None]
+            if None in row or len(cells) < len(header):
                 raise InputError(
-                    "a row has more cells than the table has columns", where=f"{path}:{reader.line_num}",
-                    got=", ".join(row[None]), expected=f"{len(reader.fieldnames or ())} cells",
-                    fix="put quotes around a cell that holds a comma",
+                    f"a row has {'more' if None in row else 'fewer'} cells than the table has columns",
+                    where=f"{path}:{reader.line_num}", got=str(cells)[:200], expected=f"{len(header)} cells",
+                    fix="put quotes around a cell that holds a comma or a line break, and fill the row up with commas",
                 )  # fmt: skip
             yield str(reader.line_num), row
     finally:
@@ -137,7 +157,7 @@ def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
                 f"no split '{split}' in this folder", where=path, expected=", ".join(found), fix="correct split"
             )
         found = found[split]
-    yield from ((f"row {number}", dict(row)) for number, row in enumerate(_with_bytes(found), 1))
+    yield from ((f"row {number}", _given(dict(row))) for number, row in enumerate(_with_bytes(found), 1))
 
 
 def _batched(batches: Any) -> Iterator[tuple[str, Any]]:
@@ -146,7 +166,17 @@ def _batched(batches: Any) -> Iterator[tuple[str, Any]]:
         # One batch at a time: all rows at once would hold every picture of the file in memory.
         for row in batch.to_pylist():
             number += 1
-            yield f"row {number}", row
+            yield f"row {number}", _given(row)
+
+
+def _given(value: Any, depth: int = 0) -> Any:
+    """`value` without the nulls in its inner mappings: a column gives every row the keys that any row has.
+
+    The arguments of a call would otherwise be trained with those of other calls, each as null.
+    """
+    if isinstance(value, dict):
+        return {key: _given(item, depth + 1) for key, item in value.items() if item is not None or not depth}
+    return [_given(item, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def hub_rows(name: str, subset: str | None, split: str, revision: str | None) -> Iterator[SourceRow]:
@@ -161,7 +191,7 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None) ->
             fix="check name, subset and split, your network or HF_HOME cache, and access (`prefmill doctor`)",
         ) from error  # fmt: skip
     for number, values in enumerate(_with_bytes(rows)):
-        yield SourceRow(f"{name}[{number}]", number, dict(values))
+        yield SourceRow(f"{name}[{number}]", number, _given(dict(values)))
 
 
 def _with_bytes(rows: Any) -> Any:
@@ -179,6 +209,14 @@ def _with_bytes(rows: Any) -> Any:
 
 def _loads(data: str, where: str) -> Any:
     try:
-        return json.loads(data)
-    except ValueError as error:
+        return json.loads(data, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise InputError("not JSON", where=where, got=str(error), fix="correct or delete that line") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # json keeps the last of them and says nothing
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found

@@ -38,8 +38,9 @@ class TrainedTurns(ChatRows):
     )
 
     def places(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Which turns of a chat are trained."""
+        """Which turns of a chat are trained: none that its row gives the weight 0."""
         roles = [turn["role"] for turn in messages]
         after = max((place for place, role in enumerate(roles) if role == "user"), default=-1)
         first = {"completion": after, "last_turn": len(roles) - 2, "all_assistant_turns": -1}[self.train_on]
-        return [place for place, role in enumerate(roles) if role == "assistant" and place > first]
+        trained = [role == "assistant" and turn.get("train", True) for role, turn in zip(roles, messages, strict=True)]
+        return [place for place, is_trained in enumerate(trained) if is_trained and place > first]

@@ -1,0 +1,66 @@
+"""What rows of others hold that is no fault and deserves a word: not read, or trained where nobody expects it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefmill.core.errors import InputError
+from prefmill.pairs.formats import Form, Judgement, Preference
+from prefmill.pairs.turns import READ, as_answer
+
+_LONG_PROMPT = 20  # characters; a shorter question is often repeated in a good answer
+
+
+@dataclass
+class Remarks:
+    """Gathered row by row: columns asked for that no row had yet, what nothing reads, prompts within answers."""
+
+    missing: set[str]
+    unused: set[str] = field(default_factory=set)
+    num_repeated: int = 0
+
+    def add_unused(self, values: Mapping[str, Any], form: Form, tags: Mapping[str, str]) -> None:
+        """Add columns, and keys of messages, that hold something which nothing reads."""
+        self.unused |= {str(key) for key, value in values.items() if value is not None} - form.keys
+        for key, kind in form.needs.items():
+            value = values.get(key)
+            if kind == "dict" and isinstance(value, Mapping) and "messages" in value:
+                self.unused |= _unread({**value, "messages": None, "tools": None}, key, tags)
+                value = value["messages"]
+            self.unused |= _unread(value, key, tags)
+
+    def tell(self, where: str) -> None:
+        """Print them; raises InputError for columns that no row has."""
+        if self.missing:
+            raise InputError(
+                "columns names what no row has", where=where, got=", ".join(sorted(self.missing)),
+                fix="correct columns, or leave these out of it",
+            )  # fmt: skip
+        if self.unused:
+            print(f"columns that are not used: {', '.join(sorted(self.unused))}", flush=True)
+        if self.num_repeated:
+            print(
+                f"{self.num_repeated:,} rows have answers that begin with the whole prompt: it is trained as a part of "
+                "them", flush=True,
+            )  # fmt: skip
+
+
+def repeats_prompt(found: Preference | Judgement) -> bool:
+    """Whether every answer begins with the whole of a prompt that is long enough to tell."""
+    asked = found.messages[-1]["content"].strip()
+    answers = [found.chosen, found.rejected] if isinstance(found, Preference) else [found.answer]
+    return len(asked) >= _LONG_PROMPT and all(
+        as_answer(answer)["content"].lstrip().startswith(asked) for answer in answers
+    )
+
+
+def _unread(messages: Any, what: str, tags: Mapping[str, str]) -> set[str]:
+    """What messages hold that nothing reads, such as `messages.score`; empty values, which tables fill in, aside."""
+    listed = messages if isinstance(messages, (list, tuple)) else [messages]
+    read = {*READ, *tags.values()}
+    return {
+        f"{what}.{key}" for message in listed if isinstance(message, Mapping)
+        for key, value in message.items() if key not in read and value not in (None, "", [], {})
+    }  # fmt: skip
