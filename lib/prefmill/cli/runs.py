@@ -37,15 +37,21 @@ def add_commands(commands: Any) -> None:
     cancel = _command(commands, "cancel", "end the jobs of a run, a stage or a task", _cancel)
     cancel.add_argument("selector", nargs="?", metavar="STAGE[:TASK]", help="default: everything")
 
-    estimate = _planned(commands, "estimate", "check memory and limits before you queue", _estimate)
+    estimate = _planned(commands, "estimate", "check memory and limits before you queue", _estimate, required=False)
+    estimate.add_argument(
+        "--measure", action="store_true", help="run slices of scoring and training here and forecast their hours"
+    )
+    estimate.add_argument("--only", metavar="STAGE[:TASK]", help="with --measure: this stage or task")
     estimate.add_argument("--json", action="store_true", help="print JSON")
     estimate.add_argument("--gpu-memory", type=float, metavar="GB", help="of a GPU, where Slurm does not name its type")
     _planned(commands, "rehearse", "the whole pipeline on the cluster, tiny, with a fire drill", _rehearse)
 
 
-def _planned(commands: Any, name: str, summary: str, command: Command) -> argparse.ArgumentParser:
+def _planned(
+    commands: Any, name: str, summary: str, command: Command, required: bool = True
+) -> argparse.ArgumentParser:
     parser = pipeline_command(commands, name, summary, command)
-    parser.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
+    parser.add_argument("--cluster", type=Path, required=required, metavar="FILE", help="a file of configs/clusters/")
     return parser
 
 
@@ -119,15 +125,15 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
 def _estimate(arguments: argparse.Namespace) -> int:
     from prefmill.core.errors import PipelineError
-    from prefmill.slurm.cluster import read_cluster
-    from prefmill.slurm.estimate import estimate
 
+    if arguments.cluster is None and not arguments.measure:
+        raise PipelineError("nothing to compare with", fix="give --cluster FILE, or --measure, or both")
     lines: list[str] = []
     pipeline, plan = load_plan(arguments)
     # With --json nothing may be printed before the JSON.
     say = lines.append if arguments.json else print
     try:
-        estimate(pipeline, plan, read_cluster(arguments.cluster), arguments.gpu_memory, say)
+        _check_and_forecast(arguments, pipeline, plan, say)
     except PipelineError as error:
         # That a plan cannot start is the answer that was asked for: a script gets it as JSON too.
         if not arguments.json:
@@ -137,6 +143,20 @@ def _estimate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"starts": True, "lines": lines, "error": None}, indent=1))
     return 0
+
+
+def _check_and_forecast(arguments: argparse.Namespace, pipeline: Any, plan: Any, say: Callable[[str], None]) -> None:
+    from prefmill.slurm.cluster import read_cluster, resources_for
+    from prefmill.slurm.estimate import estimate
+    from prefmill.slurm.forecast import forecast
+
+    resources = {}
+    if arguments.cluster is not None:
+        cluster = read_cluster(arguments.cluster)
+        estimate(pipeline, plan, cluster, arguments.gpu_memory, say)
+        resources = {name: resources_for(cluster, name, item.resources) for name, item in pipeline.stages.items()}
+    if arguments.measure:
+        forecast(plan, resources, say, (lambda _: None) if arguments.json else print, arguments.only)
 
 
 def _rehearse(arguments: argparse.Namespace) -> int:

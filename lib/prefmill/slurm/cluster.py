@@ -7,12 +7,13 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, load, merge, modern, renamed, validate
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, nearest
+from prefmill.core.stage import stage_names
 
 SIGNAL_SECONDS = 120  # a batch script submitted by hand asks for the same: sbatch/*.sbatch
 # Not sbatch's ALL: what the shell holds, secrets among it, would stay in Slurm's spool.
@@ -75,7 +76,8 @@ class ClusterFile(StrictConfig):
     A pipeline's own `resources` are laid over both. `export` names variables that jobs take along from the shell
     that submits; secrets do not belong there. `signal_seconds` is how long before its end a task is told to save.
     `advance` adds one small job to a run; it classifies failures and resubmits failed tasks that can be retried.
-    `webhook` names the secret or variable that holds an address to tell when a run has ended.
+    `webhook` names the secret or variable that holds an address to tell when a run has ended. `throughput` are rows a
+    second and GPU by kind of GPU and stage, {h100: {dpo: 12.5}}: `estimate` makes hours of them.
     """
 
     account: str | None = None
@@ -90,11 +92,20 @@ class ClusterFile(StrictConfig):
     webhook: str | None = None
     resources: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
+    throughput: dict[str, dict[str, Annotated[float, Field(gt=0)]]] = {}
 
     @field_validator("export")
     @classmethod
     def _are_names(cls, names: list[str]) -> list[str]:
         return _variable_names(names)
+
+    @field_validator("throughput")
+    @classmethod
+    def _are_stages(cls, table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        unknown = sorted({name for rates in table.values() for name in rates} - set(stage_names()))
+        if unknown:
+            raise ValueError(f"no stage '{unknown[0]}'{nearest(unknown[0], stage_names())}")
+        return table
 
     @field_validator("webhook")
     @classmethod

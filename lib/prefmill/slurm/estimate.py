@@ -11,12 +11,14 @@ from prefmill.core.places import MANIFEST
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
+from prefmill.slurm.forecast import stated
 from prefmill.slurm.jobs import Partition
 from prefmill.slurm.memory import ORIGINS, sharding
 from prefmill.slurm.places import LOCAL_FILESYSTEMS, filesystem
 from prefmill.slurm.policy import SitePolicy, read_policy
 from prefmill.slurm.requests import by_stage, objections
 from prefmill.slurm.script import refusal
+from prefmill.slurm.slices import is_measurable
 from prefmill.slurm.training_needs import training_needs
 from prefmill.slurm.view import Say
 from prefmill.training.config import TrainingConfig
@@ -49,6 +51,8 @@ def estimate(
         problems += [f"{stage}: {text}" for text in found]
         if tasks[0].stage.trains and isinstance(tasks[0].config, TrainingConfig):
             problems += _show_training(plan, tasks[0], resources, offered or {}, gpu_gb, say)
+        for line in _stated_hours(cluster, tasks[0], resources, offered or {}):
+            say(line)
     for note in (*_place_notes(plan, cluster), *_limit_notes(plan, cluster, policy)):
         say(note)
     if problems:
@@ -57,6 +61,16 @@ def estimate(
             fix="correct these in the cluster file, the pipeline's `resources` or the stage's configuration",
         )  # fmt: skip
     say("every request can start" if offered else "no problems found (partition limits not checked: Slurm unreachable)")
+
+
+def _stated_hours(
+    cluster: ClusterFile, task: PlannedTask, resources: Resources, offered: Mapping[str, Partition]
+) -> Iterator[str]:
+    """What the site's throughput table says of a task, where the kind of its GPUs is known, or the table has one."""
+    partition = offered.get(resources.partition or "")
+    kinds = [partition.gpu_type] if partition and partition.gpu_type else list(cluster.throughput)
+    if len(kinds) == 1 and is_measurable(task):
+        yield from stated(task, resources, cluster.throughput.get(kinds[0], {}), kinds[0])
 
 
 def _without_gpu(task: PlannedTask, resources: Resources, offered: Mapping[str, Partition] | None) -> Iterator[str]:

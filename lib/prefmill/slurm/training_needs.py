@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from prefmill.core.errors import PrefmillError
 from prefmill.core.places import MANIFEST
@@ -12,7 +11,7 @@ from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.slurm.cluster import Resources
 from prefmill.slurm.memory import GpuMemory, gpu_memory, host_memory, model_size, sharding
-from prefmill.store.artifacts import read_manifest
+from prefmill.slurm.slices import rows_of
 from prefmill.training.config import TrainingConfig, accumulation
 from prefmill.training.preference_config import PreferenceConfig
 
@@ -103,16 +102,5 @@ def _steps(task: PlannedTask, config: TrainingConfig) -> int | None:
     given: int | None = getattr(config, "max_steps", None)
     if given is not None:
         return given
-    modality = getattr(config, "modality", "clean")
-    wanted = f"{task.stage.name}_{modality}_train/data.jsonl"
-    for folder in [path for paths in task.inputs.values() for path in paths]:
-        rows = _rows(folder, wanted)
-        if rows is not None:
-            return math.ceil(rows / config.effective_batch_size) * config.num_train_epochs
-    return None
-
-
-def _rows(folder: Path, name: str) -> int | None:
-    manifest = read_manifest(folder)
-    files = manifest.files if manifest else []
-    return next((entry.rows for entry in files if entry.path == name), None)
+    rows = rows_of(task)
+    return None if rows is None else math.ceil(rows / config.effective_batch_size) * config.num_train_epochs

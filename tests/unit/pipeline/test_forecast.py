@@ -1,0 +1,105 @@
+"""Hours ahead of time: a line through slices, a stated throughput, and slices that are whole groups."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefmill.cli.main import main
+from prefmill.core.config import load
+from prefmill.core.errors import ConfigError
+from prefmill.core.stage import load_stage
+from prefmill.pipeline.plan import PlannedTask
+from prefmill.slurm import slices
+from prefmill.slurm.cluster import ClusterFile, Resources, read_cluster
+from prefmill.slurm.forecast import seconds_for, stated
+from prefmill.slurm.slices import Timed, rows_of
+from prefmill.store.artifacts import publish, read
+from prefmill.store.jsonl import read_jsonl, write_jsonl
+from tests.conftest import REPOSITORY
+
+
+def test_a_forecast_is_a_start_and_so_much_for_each_row() -> None:
+    # 10 s to start and 0.5 s a row; the first slice, which found cold disks, does not count.
+    times = [Timed(4, 90.0), Timed(16, 18.0), Timed(64, 42.0)]
+    assert seconds_for(times, 1000) == pytest.approx(510)
+    assert seconds_for([Timed(16, 18.0)], 16) == 18  # every row was in the slice
+    assert seconds_for([Timed(16, 20.0), Timed(64, 18.0)], 1000) == 18  # noise alone: never less than was seen
+
+
+def task_of(stage: str, folder: Path, pairs: int, **keys: object) -> PlannedTask:
+    found = load_stage(stage)
+    config = found.config.model_validate({"model_name_or_path": "m", "learning_rate": 1e-5, **keys})
+    rows = [{"id": str(n), "group": f"g{n // 3}", "images": [f"images/{n}.png"]} for n in range(pairs)]
+    write_jsonl(folder / "dpo_clean_train" / "data.jsonl", rows)
+    write_jsonl(folder / "dpo_clean_val" / "data.jsonl", rows[: pairs // 4])
+    (folder / "images").mkdir()
+    for row in rows:
+        (folder / row["images"][0]).write_text(row["id"])
+    origin = slices.Provenance("build_datasets", "all", "f", {}, {}, "v", {})
+    publish(folder, "preference_datasets", origin, {})
+    return PlannedTask("r", found, "clean", {}, {}, config, {"datasets": (folder,)}, folder / "o", folder / "l")
+
+
+@pytest.mark.parametrize("stage", ["dpo", "mdlm_dpo"])
+def test_a_slice_is_whole_groups_from_all_of_the_file_with_their_images(stage: str, tmp_path: Path) -> None:
+    task = task_of(stage, tmp_path / "made", pairs=300)
+    assert rows_of(task) == 300
+    small = slices._slice(task, 30, tmp_path / "scratch")
+    (folder,) = small.inputs["datasets"]
+    assert read(folder, "preference_datasets").manifest.stage == "build_datasets"
+    train = list(read_jsonl(folder / "dpo_clean_train" / "data.jsonl"))
+    assert len(train) == rows_of(small) == 30
+    groups = {row["group"] for row in train}
+    assert all(sum(row["group"] == name for row in train) == 3 for name in groups)
+    numbers = [int(row["id"]) for row in train]
+    assert numbers == sorted(numbers)
+    assert max(numbers) > 150  # not the first rows of the file
+    assert (folder / train[0]["images"][0]).read_text() == train[0]["id"]
+    val = list(read_jsonl(folder / "dpo_clean_val" / "data.jsonl"))
+    assert 7 <= len(val) <= 9  # a tenth of 75, in whole groups
+    assert small.output.is_relative_to(tmp_path / "scratch")
+    assert small.logs.is_relative_to(tmp_path / "scratch")
+    assert small.config == task.config
+
+
+def test_slices_grow_until_rows_weigh_more_than_the_start() -> None:
+    assert not slices._enough([Timed(8, 10.0)], 1000)
+    assert not slices._enough([Timed(8, 10.0), Timed(32, 11.0)], 1000)
+    assert slices._enough([Timed(8, 10.0), Timed(32, 11.0), Timed(128, 23.0)], 1000)
+    assert slices._enough([Timed(8, 10.0)], 8)
+    assert slices._enough([Timed(8, 10.0), Timed(8, 10.0)], None)  # a dataset of the user's ends there
+    assert slices._enough([Timed(8, 200.0), Timed(32, 210.0)], 1000)  # long enough
+
+
+def test_a_sites_throughput_becomes_hours(tmp_path: Path) -> None:
+    task = task_of("dpo", tmp_path / "made", pairs=300, num_train_epochs=2)
+    (line,) = stated(task, Resources(nodes=2, gpus=4), {"dpo": 0.01}, "h100")
+    assert line.startswith(
+        "  about 2.1 hours a task: 300 rows x 2 epochs at 0.01 per second on each of 8"
+    )  # 600/0.01/8 s
+    assert list(stated(task, Resources(), {"sft": 1.0}, "h100")) == []
+    path = tmp_path / "cluster.yaml"
+    path.write_text("throughput: {h100: {dpo: 0}}")
+    with pytest.raises(ConfigError, match="greater than 0"):
+        load(ClusterFile, path)
+    path.write_text("throughput: {h100: {dpp: 1}}")
+    with pytest.raises(ConfigError, match="dpp"):
+        read_cluster(path)
+
+
+def test_without_measuring_torch_is_not_imported(tmp_path: Path) -> None:
+    files = [str(REPOSITORY / "configs" / name) for name in ("pipelines/demo.yaml", "clusters/test.yaml")]
+    words = ["estimate", files[0], "--cluster", files[1], f"workspace={tmp_path}"]
+    code = f"import sys; from prefmill.cli.main import main; main({words!r}); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "steps: not known before its dataset is made" in done.stdout
+
+
+def test_something_to_compare_with_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["estimate", str(REPOSITORY / "configs/pipelines/demo.yaml"), f"workspace={tmp_path}"]) == 2
+    assert "give --cluster FILE, or --measure" in capsys.readouterr().err
