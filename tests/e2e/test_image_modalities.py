@@ -114,7 +114,7 @@ def test_the_first_loss_is_that_of_rows_one_at_a_time(
         images = [str(datasets.path / name) for name in row["images"]]
         prompt, answer = reader.encode(with_images(row["messages"][:-1], images), row["messages"][-1]["content"])
         ids = torch.tensor([prompt + answer])
-        pixels, grids = reader.pixels(images)
+        pixels, grids = reader.pixels(images).values()
         with torch.no_grad():
             logits = model(
                 input_ids=ids, pixel_values=pixels, image_grid_thw=grids,

@@ -143,7 +143,7 @@ def test_every_stage_reads_the_picture_that_people_see(
     for ours, theirs in zip(load_pixels(file, (64, 64), False), load_pixels(plain, (64, 64), False), strict=True):
         assert torch.equal(ours, theirs)
     assert language.grid(str(file)) == language.grid(str(plain))
-    assert torch.equal(language.pixels([str(file)])[0], language.pixels([str(plain)])[0])
+    assert torch.equal(language.pixels([str(file)])["pixel_values"], language.pixels([str(plain)])["pixel_values"])
     assert np.array_equal(sharpness(["a prompt"], [file]), sharpness(["a prompt"], [plain]))
     assert np.array_equal(grid_of(file), grid_of(plain))
 

@@ -21,12 +21,14 @@ GROUP_ATTENTION = "prefmill_group"  # its name among transformers' attention imp
 class MaskPattern:
     """`sees(batch, head, query, key)` on int64 places is bool; no query sees further back than `reach` tokens.
 
-    `reach` counts the query itself and is None without such a bound; `window` says that it is all.
+    `reach` counts the query itself and is None without such a bound; `window` says that it is all. `ahead`: a query may
+    see keys behind itself (tokens of one image).
     """
 
     sees: Callable[[int, int, Tensor, Tensor], Tensor] = causal_mask_function
     reach: int | None = None
     window: bool = False
+    ahead: bool = False
 
     def first_key(self, query: int) -> int:
         """The first key that a query at this place may see."""
@@ -42,7 +44,7 @@ class MaskPattern:
 
 def is_causal(pattern: MaskPattern | None, length: int) -> bool:
     """Whether `pattern` is plain causal attention in sequences of `length` tokens: a window as long is none."""
-    return pattern is None or (pattern.reach is not None and pattern.reach >= length)
+    return pattern is None or (not pattern.ahead and pattern.reach is not None and pattern.reach >= length)
 
 
 def register() -> None:
@@ -51,11 +53,17 @@ def register() -> None:
 
 
 def _pattern(
-    *, mask_function: Any, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any
+    *,
+    mask_function: Any,
+    config: Any,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    allow_is_causal_skip: bool = True,
+    **_: Any,
 ) -> MaskPattern | None:
     # transformers hands on this very function unless something was laid over it; without a mask kernels are faster.
     if mask_function is causal_mask_function:
         return None
     # Only a function that transformers made of the window alone is one: callers may have laid others over it.
     window = not use_vmap and local_size is not None and local_size == getattr(config, "sliding_window", None)
-    return MaskPattern(mask_function, local_size, window)
+    return MaskPattern(mask_function, local_size, window, ahead=use_vmap or not allow_is_causal_skip)

@@ -37,7 +37,7 @@ from prefmill.families.causal.scorer import (
 )
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.templates import recorded_day
-from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, open_reader, with_images
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter, put_on
 from prefmill.training.bad_rows import BadRows
@@ -81,7 +81,7 @@ def train_dpo(
     tokenizer = load_tokenizer(policy, template=rows, today=task.began_on, **options)
     # From the configuration alone: refused before rows are tokenised and weights are loaded.
     check_start(policy, tokenizer, config)
-    reader = open_reader(policy, tokenizer, rows, TRAINED, **options)
+    reader = open_reader(policy, tokenizer, rows, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
     check_positions(policy, (group.tokens_of(pair) for group in [*groups, *held_out] for pair in group.pairs), config)

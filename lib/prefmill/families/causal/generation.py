@@ -258,12 +258,7 @@ def _images(
     if not paths:
         return {}
     assert reader is not None, "requests with images come with their reader"
-    pixels, grids = reader.pixels(paths)
-    # From these transformers makes the positions in three dimensions; without them it refuses images.
-    kinds = (tokens == reader.image_token).int()
-    return {
-        "pixel_values": pixels.to(tokens.device), "image_grid_thw": grids.to(tokens.device), "mm_token_type_ids": kinds,
-    }  # fmt: skip
+    return {name: value.to(tokens.device) for name, value in reader.inputs(paths, tokens).items()}
 
 
 def _processors(batch: Sequence[GenerationRequest], sampling: Sampling, prompt_length: int) -> list[KeyedSampler]:

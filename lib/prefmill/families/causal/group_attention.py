@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,12 @@ _QUERIES_AT_ONCE = 512  # of a prompt, where a mask or scores must exist
 class LayerAttention:
     """How a layer makes weights of scores: scaled, seen through `pattern`, capped (Gemma 2), beside `sinks` [heads].
 
-    A sink is a score that takes weight and gives no value (gpt-oss).
+    A sink is a score that takes weight and gives no value (gpt-oss). With images `each` segment has its pattern.
     """
 
     scale: float | None
     pattern: MaskPattern | None = None
+    each: tuple[MaskPattern | None, ...] | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
 
@@ -49,7 +50,11 @@ class LayerAttention:
 
     def is_causal(self, length: int) -> bool:
         """Whether torch's causal attention is this, in sequences of `length` tokens."""
-        return not self.written_out and is_causal(self.pattern, length)
+        return not self.written_out and self.each is None and is_causal(self.pattern, length)
+
+    def of(self, segment: int) -> LayerAttention:
+        """This layer's in one segment."""
+        return self if self.each is None else replace(self, pattern=self.each[segment], each=None)
 
 
 def group_attention(
@@ -57,7 +62,7 @@ def group_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: MaskPattern | Tensor | None,
+    attention_mask: MaskPattern | tuple[MaskPattern | None, ...] | Tensor | None,
     *,
     segments: Sequence[Segment] | None = None,
     varlen: VarlenIndex | None = None,
@@ -79,12 +84,14 @@ def group_attention(
         raise _refused("a model that makes its attention masks itself", type(module).__name__)
     # Under autocast rotary positions leave queries and keys in fp32, beside values in the precision computed in.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    scoring = LayerAttention(scaling, attention_mask, softcap, s_aux)
+    each = attention_mask if isinstance(attention_mask, tuple) else None
+    pattern = None if isinstance(attention_mask, tuple) else attention_mask
+    scoring = LayerAttention(scaling, pattern, each, softcap, s_aux)
     if varlen is not None and attention_kernel(query, value) == "varlen":
         causal = scoring.is_causal(max(varlen.longest_prompt, varlen.longest_keys))
-        if causal or (not scoring.written_out and attention_mask is not None and attention_mask.window):
+        if causal or (not scoring.written_out and pattern is not None and pattern.window):
             query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-            window = None if causal or attention_mask is None else attention_mask.reach
+            window = None if causal or pattern is None else pattern.reach
             return varlen_attention(query, key, value, varlen, scaling, window)[None], None
     return loop_attention(query, key, value, segments, scoring), None
 
@@ -98,11 +105,11 @@ def loop_attention(
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     parts: list[Tensor] = []
-    for segment in segments:
-        keys, values = _rows(key, segment.prompt), _rows(value, segment.prompt)
-        parts += _prompt(_rows(query, segment.prompt), keys, values, scoring)
+    for place, segment in enumerate(segments):
+        keys, values, own = _rows(key, segment.prompt), _rows(value, segment.prompt), scoring.of(place)
+        parts += _prompt(_rows(query, segment.prompt), keys, values, own)
         for span in segment.responses:
-            parts.append(_respond(_rows(query, span), _rows(key, span), _rows(value, span), keys, values, scoring))
+            parts.append(_respond(_rows(query, span), _rows(key, span), _rows(value, span), keys, values, own))
     # Rows first: kernels lay their results out so, and a copy is saved.
     attended = torch.cat([part.transpose(1, 2) for part in parts], dim=1)
     assert attended.shape[1] == query.shape[2], "segments must cover the sequence"
@@ -119,8 +126,8 @@ def _prompt(query: Tensor, key: Tensor, value: Tensor, scoring: LayerAttention) 
         ]
     parts = []
     for start in range(0, length, _QUERIES_AT_ONCE):
-        queries = range(start, min(start + _QUERIES_AT_ONCE, length))
-        keys = range((scoring.pattern or MaskPattern()).first_key(start), queries.stop)
+        queries, pattern = range(start, min(start + _QUERIES_AT_ONCE, length)), scoring.pattern or MaskPattern()
+        keys = range(pattern.first_key(start), length if pattern.ahead else queries.stop)
         seen = (keys.start, keys.stop)
         # Written out, autograd would keep the scores of every block of every layer.
         work = _again if scoring.written_out else _attend

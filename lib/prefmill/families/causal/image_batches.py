@@ -20,10 +20,11 @@ def add_images(batch: Batch, groups: Sequence[Group], reader: ImageReader) -> Ba
     """
     if not any(group.images for group in groups):
         return batch
-    places = [reader.positions(group.prompt, [reader.grid(path) for path in group.images]) for group in groups]
-    pixels, grids = reader.pixels([path for group in groups for path in group.images])
-    positions = _packed(batch, places) if batch.segments is not None else _rows(batch, places)
-    return replace(batch, position_ids=positions, pixel_values=pixels, image_grid_thw=grids)
+    batch = replace(batch, images=reader.pixels([path for group in groups for path in group.images]))
+    places = [found for group in groups if (found := reader.positions(group.prompt, group.images)) is not None]
+    if not places:  # a family whose positions only count on
+        return batch
+    return replace(batch, position_ids=_packed(batch, places) if batch.segments is not None else _rows(batch, places))
 
 
 def _packed(batch: Batch, prompts: Sequence[Tensor]) -> Tensor:

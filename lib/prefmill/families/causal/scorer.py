@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prefmill.distributed.sharding import pad_chunks
 from prefmill.families.causal.router_loss import balancing_loss
 from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
-from prefmill.families.causal.vision import TRAINED, embed
+from prefmill.families.causal.vision_families import FAMILIES
+from prefmill.families.causal.vision_parts import decoder_of
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group
 
@@ -32,8 +32,8 @@ class Batch:
     `input_ids`, `attention_mask` [R, T] int64; `row`, `column`, `target`, `owner` [C]: the hidden state at
     (row, column) predicts token `target` of response `owner`; `lengths` [S] in tokens; `chosen`, `rejected` [N]
     name each pair's responses. Packed groups ([1, T]) also say where each token stands in its own sequence
-    (`position_ids` [1, T]) and where the groups lie (`segments`, `varlen`). With images come their `pixel_values`
-    [patches, D] and `image_grid_thw` [images, 3], and `position_ids` are [3, R, T].
+    (`position_ids` [1, T]) and where the groups lie (`segments`, `varlen`). `images` are what the model's forward takes
+    of them, by name; Qwen's then have `position_ids` [3, R, T].
     """
 
     input_ids: Tensor
@@ -48,14 +48,15 @@ class Batch:
     position_ids: Tensor | None = None
     segments: tuple[Segment, ...] | None = None
     varlen: VarlenIndex | None = None
-    pixel_values: Tensor | None = None
-    image_grid_thw: Tensor | None = None
+    images: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
             values[name] = value.to(device) if isinstance(value, (Tensor, VarlenIndex)) else value
+        if self.images is not None:
+            values["images"] = {name: value.to(device) for name, value in self.images.items()}
         return Batch(**values)
 
 
@@ -126,22 +127,21 @@ def _forward(
     position_ids: Tensor | None = None,
     segments: tuple[Segment, ...] | None = None,
     varlen: VarlenIndex | None = None,
-    pixel_values: Tensor | None = None,
-    image_grid_thw: Tensor | None = None,
+    images: dict[str, Tensor] | None = None,
     **_: Any,
 ) -> Tensor:
     """Log-likelihood of every response, [S] float64: the sum over its tokens, end of turn included."""
     given: dict[str, Any] = {"position_ids": position_ids, "segments": segments, "varlen": varlen}
     given = {name: value for name, value in given.items() if value is not None}
-    if self.config.model_type in TRAINED:
-        given |= embed(self, input_ids, pixel_values, image_grid_thw)
-    else:
-        given["input_ids"] = input_ids
     mask = attention_mask if self.masks_padding or position_ids is not None or _needs_mask_for_memory(self) else None
     # Only a training step takes the loss from the model, and with it the graph that it holds.
     if getattr(self, "counts_routing", False) and self.training:
         given["output_router_logits"] = True
-    output = decoder_of(self)(attention_mask=mask, use_cache=False, **given)
+    family = FAMILIES.get(self.config.model_type)
+    if family is not None:
+        output = family.run(self, input_ids, mask, images, **given)
+    else:
+        output = decoder_of(self)(input_ids=input_ids, attention_mask=mask, use_cache=False, **given)
     if "output_router_logits" in given:
         self.router_loss = balancing_loss(output.router_logits, self.config.get_text_config(), attention_mask)
     hidden = output[0]
@@ -149,12 +149,6 @@ def _forward(
     # Of completions alone: in fp32 the logits of a prompt of 4,000 tokens would take 2.4 GB.
     logps = token_logps(hidden[row, column], target, head)
     return sum_by_owner(logps, owner, num_responses)
-
-
-def decoder_of(model: Any) -> Any:
-    """The text model that returns hidden states; of a model with a vision part, the part that reads its embeddings."""
-    found = model.get_decoder()  # a guess by attribute names: ModernBERT's is its output projection, Llama 4's itself
-    return found if isinstance(found, PreTrainedModel) and found is not model else model.model
 
 
 class _Hidden(BaseModelOutputWithPast):

@@ -27,7 +27,7 @@ from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.templates import recorded_day
-from prefmill.families.causal.vision import TRAINED, ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, open_reader, with_images
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter
@@ -58,7 +58,7 @@ def train_sft(
     options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(model_name, template=turns, today=task.began_on, **options)
     check_start(model_name, tokenizer, config)
-    reader = open_reader(model_name, tokenizer, turns, TRAINED, **options)
+    reader = open_reader(model_name, tokenizer, turns, **options)
     chats = Chats(
         train=load_chats(train, tokenizer, config, task, turns, reader),
         val=None if val is None else load_chats(val, tokenizer, config, task, turns, reader),
@@ -203,11 +203,7 @@ def collate_images(rows: Sequence[Mapping[str, Any]], reader: ImageReader) -> di
         for key, value in padding.items()
     }
     paths = [path for row in rows for path in row["image_paths"]]
-    if paths:
-        batch["pixel_values"], batch["image_grid_thw"] = reader.pixels(paths)
-        # From these transformers makes the positions in three dimensions; without them it refuses images.
-        batch["mm_token_type_ids"] = (batch["input_ids"] == reader.image_token).int()
-    return batch
+    return batch | reader.inputs(paths, batch["input_ids"])
 
 
 def _encode_row(

@@ -1,46 +1,74 @@
-"""Images in prompts of vision-language models: their tokens, their places in 3-D rotary positions, their pixels.
-
-Qwen2-VL to Qwen3.5: an image of h x w patches is h/2 x w/2 tokens, and its positions are (time, row, column).
-"""
+"""Images in prompts of vision-language models: their tokens as the model's processor writes them, and their pixels."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
 from prefmill.families.causal.chat import Answer, encode, encode_turns, image_paths, prompt_text
 from prefmill.families.causal.image_limits import ImageLimits
-from prefmill.store.pictures import image_size, open_image
-
-Grid = tuple[int, int, int]  # patches of an image: time (1), height, width
-TRAINED = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
+from prefmill.families.causal.vision_parts import KeptProcessor
 
 
 class ImageReader:
-    """Reads images as a model's processor does; `limits` replace the processor's own bounds on pixels."""
+    """Reads images as a model's processor does; `limits` replace the processor's own bounds on pixels.
+
+    A family says how an image stands in the text (`written`) and what the model's forward takes of it (`pixels`).
+    """
+
+    types_name = "mm_token_type_ids"  # under which the model's forward is told which tokens are an image's
+    placeholder_key = "image_token_id"  # of the configuration
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits, **options: Any) -> None:
-        self.tokenizer = tokenizer
-        config = AutoConfig.from_pretrained(name, **options)
-        self.image_token: int = config.image_token_id
-        self.processor = AutoImageProcessor.from_pretrained(name, **options)
-        # Under these names, which speak of edges, Qwen2-VL keeps numbers of pixels.
-        size = dict(self.processor.size)
-        bounds = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
-        self.processor.size = {key: bounds[key] or size[key] for key in bounds}
-        self.merge: int = self.processor.merge_size
+        self.tokenizer, self._limits = tokenizer, limits
+        self._name, self._options = name, options
+        self.config = AutoConfig.from_pretrained(name, **options)
+        self.image_token: int = self.config.image_token_id
+        # Written out before it is tokenised: in Gemma 3's vocabulary line breaks around an image join their neighbours.
+        self._writer: Any = _Writer(tokenizer, self)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's image processor; raises InputError where its folder has none: rows of text need none."""
+        try:
+            return AutoImageProcessor.from_pretrained(self._name, **self._options)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                "this model's image processor cannot be loaded", where=self._name, got=str(error).splitlines()[0],
+                fix="put the base model's preprocessor_config.json into the folder, or leave rows with images out",
+            ) from None  # fmt: skip
+
+    @property
+    def placeholder(self) -> str:
+        """The text by which the chat template says that here is an image."""
+        return self._token(self.placeholder_key)
+
+    def written(self, path: str) -> str:
+        """What stands in the text for the image in the file `path`."""
+        raise NotImplementedError
+
+    def pixels(self, paths: Sequence[str]) -> dict[str, Tensor]:
+        """Images one after another as the model's forward takes them: `pixel_values` fp32, their shapes or places."""
+        raise NotImplementedError
+
+    def positions(self, prompt: Sequence[int], images: Sequence[str]) -> Tensor | None:
+        """The rotary positions of a prompt's tokens, [3, P] int64; None where they only count on."""
+        return None
+
+    @property
+    def vllm_options(self) -> dict[str, Any]:
+        """How vLLM reads images alike."""
+        raise NotImplementedError
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], answer: Answer, tools: Sequence[Any] = ()
@@ -49,107 +77,85 @@ class ImageReader:
 
         Images stand in `messages` as parts `{"type": "image", "path": ...}`: see `with_images`.
         """
-        prompt, completion = encode(self.tokenizer, messages, answer, tools)
-        if self.image_token in completion:
-            raise _own_image_tokens(prompt.count(self.image_token), len(image_paths(messages)))
-        return self._expanded(prompt, messages), completion
+        return encode(self._writer, messages, answer, tools)
 
     def encode_turns(
         self, messages: Sequence[Mapping[str, Any]], places: Sequence[int], tools: Sequence[Any] = ()
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a whole chat and which are trained, as `chat.encode_turns`."""
-        ids, trained = encode_turns(self.tokenizer, messages, places, tools)
-        if (self.image_token, True) in zip(ids, trained, strict=True):
-            raise _own_image_tokens(ids.count(self.image_token), len(image_paths(messages)))
-        marked = zip(ids, trained, self._times(ids, messages), strict=True)
-        expanded = [(token, learnt) for token, learnt, times in marked for _ in range(times)]
-        return [token for token, _ in expanded], [learnt for _, learnt in expanded]
+        return encode_turns(self._writer, messages, places, tools)
 
     def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of the prompt alone, as `encode` gives them."""
-        ids = self.tokenizer(prompt_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"]
-        return self._expanded(ids, messages)
-
-    def _expanded(self, prompt: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return [token for token, times in zip(prompt, self._times(prompt, messages), strict=True) for _ in range(times)]
-
-    def _times(self, ids: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """How often each token stands once images have all of theirs."""
-        paths = image_paths(messages)
-        if ids.count(self.image_token) != len(paths):
-            raise _own_image_tokens(ids.count(self.image_token), len(paths))
-        counts = iter([self.num_tokens(self.grid(path)) for path in paths])
-        return [next(counts) if token == self.image_token else 1 for token in ids]
+        ids: list[int] = self.tokenizer(prompt_text(self._writer, messages), add_special_tokens=False)["input_ids"]
+        return ids
 
     def collapsed(self, prompt: Sequence[int]) -> list[int]:
         """`prompt` with one token an image, as the chat template has it."""
         runs = groupby(prompt, lambda token: token == self.image_token)
         return [token for is_image, run in runs for token in ([self.image_token] if is_image else run)]
 
-    def num_tokens(self, grid: Grid) -> int:
-        """Tokens of an image in the prompt."""
-        return grid[1] * grid[2] // self.merge**2
-
-    def grid(self, path: str) -> Grid:
-        """The patches that an image will have, from its size alone."""
-        return _grid(path, self.processor.patch_size, self.merge, *self._bounds)
-
-    def pixels(self, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Pixel values [patches, 3 x 2 x patch x patch] fp32 of images one after another, and their grids [n, 3]."""
-        images = [open_image(path) for path in paths]
-        read = self.processor(images=images, return_tensors="pt")
-        return read["pixel_values"], read["image_grid_thw"]
-
-    def positions(self, prompt: Sequence[int], grids: Sequence[Grid]) -> Tensor:
-        """The rotary positions of a prompt's tokens, [3, P] int64: time, row, column."""
-        runs: list[Tensor] = []
-        place, start, images = 0, 0, iter(grids)
-        while place < len(prompt):
-            if prompt[place] == self.image_token:
-                _, height, width = next(images)
-                rows, columns = height // self.merge, width // self.merge
-                runs.append(start + torch.stack([
-                    torch.zeros(rows * columns, dtype=torch.long),
-                    torch.arange(rows).repeat_interleave(columns),
-                    torch.arange(columns).repeat(rows),
-                ]))  # fmt: skip
-                # Qwen2-VL (arXiv 2409.12191), 3D rotary positions: what follows an image goes on after its longer side.
-                place, start = place + rows * columns, start + max(rows, columns)
-            else:
-                end = place
-                while end < len(prompt) and prompt[end] != self.image_token:
-                    end += 1
-                runs.append((start + torch.arange(end - place)).expand(3, -1))
-                place, start = end, start + end - place
-        return torch.cat(runs, dim=1)
+    def inputs(self, paths: Sequence[str], input_ids: Tensor) -> dict[str, Tensor]:
+        """All that the model's own forward takes beside `input_ids` [R, T]; nothing without images."""
+        if not paths:
+            return {}
+        # From these transformers makes masks, and positions in three dimensions; without them Qwen's refuse images.
+        return {**self.pixels(paths), self.types_name: (input_ids == self.image_token).int()}
 
     def digest(self, images: Sequence[Sequence[str]]) -> str:
         """What the pixels of these prompts' images are: of every file's bytes, and the bounds they are resized to."""
         content = [[_file_digest(path) for path in paths] for paths in images]
-        return hashlib.sha256(json.dumps([content, self._bounds]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([content, self._bounds if any(images) else None]).encode()).hexdigest()
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write tokenizer and image processor as a vision-language model's folder has them."""
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        """Write the tokenizer, and the files for images as the model's folder has them."""
+        KeptProcessor(self.tokenizer, self._name, self._options.get("revision")).save_pretrained(folder)
+
+    def _token(self, key: str) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(getattr(self.config, key)))
 
     @property
-    def _bounds(self) -> tuple[int, int]:
-        return self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
+    def _bounds(self) -> Any:
+        return self.processor.to_dict()
+
+
+class _Writer:
+    """A tokenizer whose chat template writes images out in full."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: ImageReader) -> None:
+        self._tokenizer, self._reader = tokenizer, reader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        return self._tokenizer(*given, **options)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The chat as text; raises InputError for image tokens that the messages hold themselves."""
+        text = str(self._tokenizer.apply_chat_template(list(messages), **options))
+        paths, placeholder = image_paths(messages), self._reader.placeholder
+        token = str(self._tokenizer.convert_ids_to_tokens(self._reader.image_token))
+        parts = text.split(placeholder)
+        if len(parts) - 1 != len(paths) or (token != placeholder and token in text):
+            raise InputError(
+                "the text holds image tokens of its own", got=max(len(parts) - 1, text.count(token)),
+                expected=len(paths),
+                fix="remove the model's image token from the texts, or use the model's own chat template",
+            )  # fmt: skip
+        written = [*map(self._reader.written, paths), ""]
+        return "".join(piece for pair in zip(parts, written, strict=True) for piece in pair)
 
 
 def open_reader(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    limits: ImageLimits,
-    families: Collection[str] = TRAINED,
-    **options: Any,
+    name: str, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits, **options: Any
 ) -> ImageReader | None:
-    """The reader of the model `name`, of one of `families`; None for any other: it is shown text alone."""
-    config = AutoConfig.from_pretrained(name, **options)
-    if config.model_type not in families:
-        return None
-    return ImageReader(name, tokenizer, limits, **options)
+    """The reader of the model `name`; None where its images are not known: it is shown text alone."""
+    # Below this module, as each family's reader is one.
+    from prefmill.families.causal.vision_families import FAMILIES
+
+    family = FAMILIES.get(AutoConfig.from_pretrained(name, **options).model_type)
+    return None if family is None else family.reader(name, tokenizer, limits, **options)
 
 
 def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[str]) -> list[dict[str, Any]]:
@@ -172,62 +178,6 @@ def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[str]) ->
     if left:
         raise InputError("more images than image markers", got=len(images), fix="write one <image> for each image")
     return turns
-
-
-def embed(model: Any, input_ids: Tensor, pixels: Tensor | None, grids: Tensor | None) -> dict[str, Any]:
-    """Arguments of the text model: input embeddings [R, T, H] with the images' features at their tokens.
-
-    Qwen3-VL's early layers take features of their own too. Without images the vision part still runs, on one blank
-    image that counts for nothing: under ZeRO-3 and DDP every rank must run every part.
-    """
-    backbone = model.base_model
-    embedded: Tensor = model.get_input_embeddings()(input_ids)
-    vision = backbone.visual
-    if pixels is None or grids is None:
-        side = vision.spatial_merge_size
-        blank = torch.zeros(side * side, vision.patch_embed.in_channels * vision.patch_embed.temporal_patch_size
-                            * vision.patch_embed.patch_size**2, device=input_ids.device)  # fmt: skip
-        grid = torch.tensor([[1, side, side]], device=input_ids.device)
-        features, deep = _features(backbone, blank, grid)
-        # Times 0, yet in the graph: gradients of 0 reach every weight of the vision part.
-        nothing = torch.stack([part.sum() for part in (features, *deep)]).sum() * 0.0
-        return {"inputs_embeds": embedded + nothing.to(embedded.dtype)}
-    features, deep = _features(backbone, pixels, grids)
-    at_images = input_ids == model.config.image_token_id
-    spread = at_images[..., None].expand_as(embedded)
-    assert spread.sum() == features.numel(), "as many image tokens as features"
-    given: dict[str, Any] = {"inputs_embeds": embedded.masked_scatter(spread, features.to(embedded.dtype))}
-    return given | ({"visual_pos_masks": at_images, "deepstack_visual_embeds": deep} if deep else {})
-
-
-def prompt_positions(reader: ImageReader) -> Callable[[Sequence[int], Sequence[str]], Tensor]:
-    """Rotary positions [3, P] of a prompt with these images."""
-    return lambda prompt, images: reader.positions(prompt, [reader.grid(path) for path in images])
-
-
-def _own_image_tokens(found: int, expected: int) -> InputError:
-    return InputError(
-        "the text holds image tokens of its own", got=found, expected=expected,
-        fix="remove the model's image token from the texts, or use the model's own chat template",
-    )  # fmt: skip
-
-
-def _features(backbone: Any, pixels: Tensor, grids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Features [tokens, H] of all images, and of each layer that takes some too."""
-    found = backbone.get_image_features(pixels, grids, return_dict=True)
-    deep = getattr(found, "deepstack_features", None) or ()
-    return torch.cat(tuple(found.pooler_output)), [torch.cat(tuple(layer)) for layer in deep]
-
-
-@lru_cache(maxsize=65536)
-def _grid(path: str, patch: int, merge: int, least: int, most: int) -> Grid:
-    width, height = image_size(path)
-    try:
-        # The processor's own rule, so that a size gives the number of tokens and no pixel is decoded.
-        height, width = smart_resize(height, width, factor=patch * merge, min_pixels=least, max_pixels=most)
-    except ValueError as error:
-        raise InputError("this image cannot be used", where=path, got=error, fix="leave it out") from None
-    return 1, height // patch, width // patch
 
 
 @lru_cache(maxsize=65536)

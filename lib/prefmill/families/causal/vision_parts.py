@@ -57,14 +57,20 @@ def part_of_weights(model: Any) -> dict[str, str]:
 
     The text model and its head are what the model says; what brings images to it goes by the names in use.
     """
-    from prefmill.families.causal.scorer import decoder_of
-
     # By identity: a head that is tied to the embeddings has no name of its own.
     text = {id(weight) for part in (decoder_of(model), model.get_output_embeddings()) for weight in part.parameters()}
     return {
         name: "language_model" if id(weight) in text else "projector" if _PROJECTOR.search(name) else "vision_tower"
         for name, weight in model.named_parameters()
     }
+
+
+def decoder_of(model: Any) -> Any:
+    """The text model that returns hidden states; of a model with a vision part, the part that reads its embeddings."""
+    from transformers import PreTrainedModel
+
+    found = model.get_decoder()  # a guess by attribute names: ModernBERT's is its output projection, Llama 4's itself
+    return found if isinstance(found, PreTrainedModel) and found is not model else model.model
 
 
 class KeptProcessor:

@@ -81,7 +81,7 @@ def image_options(reader: ImageReader, requests: Sequence[GenerationRequest]) ->
     return {
         # vLLM reserves memory for the largest input of each kind that it may be given.
         "limit_mm_per_prompt": {"image": most, "video": 0},
-        "mm_processor_kwargs": {"size": dict(reader.processor.size)},
+        "mm_processor_kwargs": reader.vllm_options,
     }
 
 

@@ -47,7 +47,7 @@ def test_a_turned_picture_is_read_upright(
     Image.fromarray(STORED[orientation]).save(path, exif=exif)
     assert np.array_equal(np.asarray(open_image(path)), SEEN)
     assert reader.grid(path) == (1, 4, 8)
-    pixels, grids = reader.pixels([path])
+    pixels, grids = reader.pixels([path]).values()
     expected = Qwen2VLImageProcessorPil.from_pretrained(tiny_vl)(images=[Image.fromarray(SEEN)], return_tensors="pt")
     assert grids.tolist() == expected["image_grid_thw"].tolist()
     assert (pixels == expected["pixel_values"]).all()

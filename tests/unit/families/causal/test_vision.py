@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from prefmill.core.errors import InputError
-from prefmill.families.causal import vision
+from prefmill.families.causal import qwen_vision
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import encode_groups
 from prefmill.families.causal.image_batches import add_images
@@ -90,8 +90,7 @@ def one_at_a_time(model: Any, group: Group, response: list[int], reader: ImageRe
     ids = torch.tensor([group.prompt + response])
     given: dict[str, Any] = {"input_ids": ids}
     if group.images:
-        given["pixel_values"], given["image_grid_thw"] = reader.pixels(group.images)
-        given["mm_token_type_ids"] = (ids == reader.image_token).int()
+        given |= reader.inputs(group.images, ids)
     logits = model(**given).logits[0, len(group.prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
 
@@ -132,7 +131,7 @@ def test_an_image_counts_in_the_scores(tiny_vl: Path, groups: list[Group], reade
     model = load(tiny_vl, torch.float32, "group")
     batch = encoded(groups, "group", reader)
     before = score_batch(model, batch)
-    batch.pixel_values[: int(batch.image_grid_thw[0].prod())] *= -1
+    batch.images["pixel_values"][: int(batch.images["image_grid_thw"][0].prod())] *= -1
     after = score_batch(model, batch)
     count = len(groups[0].responses)
     assert (before[:count] - after[:count]).abs().min() > 1e-4
@@ -143,8 +142,13 @@ def test_images_are_encoded_once_a_prompt(
     tiny_vl: Path, groups: list[Group], reader: ImageReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = vision._features
-    monkeypatch.setattr(vision, "_features", lambda m, p, g: seen.append(len(g)) or original(m, p, g))  # type: ignore[func-returns-value]
+    original = qwen_vision._features
+
+    def count(model: Any, images: dict[str, torch.Tensor]) -> Any:
+        seen.append(len(images["image_grid_thw"]))
+        return original(model, images)
+
+    monkeypatch.setattr(qwen_vision, "_features", count)
     score_batch(load(tiny_vl, torch.float32, "group"), encoded(groups, "group", reader))
     assert seen == [3], "two images, none, one, whatever the number of responses"
 
@@ -161,7 +165,7 @@ def test_positions_are_those_of_transformers(tiny_vl: Path, groups: list[Group],
 
 
 def test_grids_from_sizes_are_those_of_the_processor(reader: ImageReader, pictures: list[str]) -> None:
-    assert [list(reader.grid(path)) for path in pictures] == reader.pixels(pictures)[1].tolist()
+    assert [list(reader.grid(path)) for path in pictures] == reader.pixels(pictures)["image_grid_thw"].tolist()
 
 
 def test_limits_replace_the_processors(tiny_vl: Path, pictures: list[str], reader: ImageReader, tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ def test_limits_replace_the_processors(tiny_vl: Path, pictures: list[str], reade
     assert small is not None
     for path in pictures:
         assert small.num_tokens(small.grid(path)) <= 4
-        assert list(small.grid(path)) == small.pixels([path])[1][0].tolist()
+        assert list(small.grid(path)) == small.pixels([path])["image_grid_thw"][0].tolist()
     assert small.digest([pictures]) != reader.digest([pictures])
     small.save_pretrained(tmp_path)
     again = open_reader(str(tiny_vl), load_tokenizer(str(tiny_vl)), ImageLimits())

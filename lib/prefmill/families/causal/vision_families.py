@@ -1,0 +1,29 @@
+"""The model types whose images are known, each with its reader and the way its text part is given them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prefmill.families.causal.gemma_vision import Gemma3Reader, Gemma4Reader, read_gemma
+from prefmill.families.causal.qwen_vision import QwenReader, read_qwen
+from prefmill.families.causal.vision import ImageReader
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """`run(model, input_ids, mask, images, **given)` gives hidden states as the model's text part does."""
+
+    reader: type[ImageReader]
+    run: Callable[..., Any]
+
+
+FAMILIES = {
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        VisionFamily(QwenReader, read_qwen),
+    ),
+    "gemma3": VisionFamily(Gemma3Reader, read_gemma),
+    "gemma4": VisionFamily(Gemma4Reader, read_gemma),
+}
