@@ -91,7 +91,7 @@ def read_gemma(
         given["segments"] = segments
     if images is None:
         output = decoder_of(model)(input_ids=input_ids, attention_mask=mask, use_cache=False, **given)
-        return _beside(output, _blank_features(model))
+        return output if model.config.vision_config is None else _beside(output, _blank_features(model))
     masks = image_masks(model, input_ids, mask, segments)
     return model.base_model(input_ids=input_ids, attention_mask=masks, use_cache=False, **images, **given)
 
