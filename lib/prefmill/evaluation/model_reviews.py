@@ -29,6 +29,7 @@ from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision_parts import require_both_ways
 from prefmill.families.causal.vllm_loading import image_options, on_cpu, open_vllm, require_vllm
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
 from prefmill.reviews.scale import COMMON_SCALE, rescaled, scale_of
@@ -143,6 +144,8 @@ def _with_transformers(
     model = load_model(
         source.name_or_path, precision=source.precision, attn_implementation=attention, **source.origin
     ).to(_device())
+    if reader is not None:
+        require_both_ways(model)
     require_fitting(requests, max_prompt_tokens(model.config, writing.sampling.max_new_tokens))
     return generate_reviews(
         model, tokenizer, requests, writing.sampling, writing.batch_size, folder, progress, reader=reader

@@ -13,6 +13,7 @@ import numpy as np
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.chat import image_paths, prompt_text
+from prefmill.families.causal.vision_parts import sees_both_ways
 from prefmill.store.missing import Progress, kept_rows, silent
 
 if TYPE_CHECKING:
@@ -139,11 +140,12 @@ def generate_batch(
     padded = [[tokenizer.pad_token_id] * (length - len(item.prompt_ids)) + [*item.prompt_ids] for item in batch]
     mask = [[0] * (length - len(item.prompt_ids)) + [1] * len(item.prompt_ids) for item in batch]
     tokens = torch.tensor(padded, device=model.device)
+    shown = _images(batch, tokens, reader)
     with torch.inference_mode(), _plain_generation(model, tokenizer, end_ids):
         output = model.generate(
             use_cache=True,  # training may have left it off
-            **_room(model, length + sampling.max_new_tokens),
-            **_images(batch, tokens, reader),
+            **_room(model, length + sampling.max_new_tokens, shown),
+            **shown,
             input_ids=tokens,
             attention_mask=torch.tensor(mask, device=model.device),
             logits_processor=_processors(batch, sampling, length),
@@ -238,14 +240,15 @@ def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         model.train(training)
 
 
-def _room(model: PreTrainedModel, num_tokens: int) -> dict[str, Any]:
+def _room(model: PreTrainedModel, num_tokens: int, shown: Mapping[str, Any]) -> dict[str, Any]:
     """Room for all keys and values from the start, as what grows is copied at every token; nothing for other models.
 
     transformers itself goes by this attribute; compiling a model for a few batches would take longer than they do.
     """
     from transformers import StaticCache
 
-    if not model._can_compile_fullgraph:
+    # With this cache transformers (5.19) makes no mask for a prompt: an image's tokens would see none behind them.
+    if not model._can_compile_fullgraph or (shown and sees_both_ways(model)):
         return {}
     return {"past_key_values": StaticCache(model.config, max_cache_len=num_tokens), "disable_compile": True}
 

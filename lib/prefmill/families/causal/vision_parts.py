@@ -33,6 +33,8 @@ def freeze(model: Any, parts: FrozenParts, with_images: bool) -> list[str]:
     """
     if not hasattr(model.config, "vision_config"):
         return []
+    if with_images:
+        require_both_ways(model)
     unseen = not with_images
     frozen = {
         "vision_tower": unseen if parts.freeze_vision_tower is None else parts.freeze_vision_tower,
@@ -50,6 +52,23 @@ def freeze(model: Any, parts: FrozenParts, with_images: bool) -> list[str]:
         # Only ever turned off: weights in 4 bits are integers, of which torch takes no gradient.
         weight.requires_grad_(weight.requires_grad and not frozen[weights[name]])
     return sorted({name.rpartition(".")[0] for name, part in weights.items() if frozen[part]})
+
+
+def sees_both_ways(model: Any) -> bool:
+    """Whether the tokens of an image are to see each other in `model`, later ones too."""
+    text = model.config.get_text_config()
+    return model.config.model_type == "gemma3" or getattr(text, "use_bidirectional_attention", None) == "vision"
+
+
+def require_both_ways(model: Any) -> None:
+    """Raise ConfigError for attention that cannot let an image's tokens see each other where the model wants it."""
+    attention = str(model.config.get_text_config()._attn_implementation)
+    # transformers would run it, and leave the images' part of the mask out.
+    if sees_both_ways(model) and "flash" in attention:
+        raise ConfigError(
+            "this attention shows an image's tokens only those before them", where=model.config.model_type,
+            got=attention, fix="set attn_implementation=sdpa for rows with images",
+        )  # fmt: skip
 
 
 def part_of_weights(model: Any) -> dict[str, str]:

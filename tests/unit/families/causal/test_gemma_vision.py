@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,14 @@ from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal import group_attention
-from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.chat import prompt_text
+from prefmill.families.causal.generation import Sampling, encode_prompts, end_token_ids, generate_batch
+from prefmill.families.causal.image_limits import FrozenParts, ImageLimits
 from prefmill.families.causal.load_check import as_scorer
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.scorer import score_batch
 from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision_parts import freeze
 from prefmill.training.data import Group, PreferencePair, group_by_prompt
 from tests.models.gemma import save_gemma
 from tests.tiny import sentence
@@ -36,7 +38,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_type, keys = KINDS[request.param]
-    return save_gemma(model_type, tmp_path_factory.mktemp("gemma"), **keys)
+    return save_gemma(model_type, tmp_path_factory.mktemp(request.param.replace(" ", "_")), **keys)
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +66,15 @@ def groups(reader: ImageReader, pictures: list[str]) -> list[Group]:
             sentence(50 + n, 5), sentence(70 + 10 * n + index, 9 + index), paths,
         )
         for n, paths in enumerate([(pictures[0],), (), tuple(pictures)])
-        for index in range(2)
+        for index in range(3)
     ]  # fmt: skip
     return group_by_prompt(pairs, reader.encode)
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are cut into several blocks of queries, some in the midst of an image."""
     monkeypatch.setattr(group_attention, "_QUERIES_AT_ONCE", 4)
-    yield
 
 
 def in_float64(folder: Path) -> Any:
@@ -98,7 +99,7 @@ def test_scores_and_gradients_equal_the_models_own(
     with InFloat64():
         plain = in_float64(folder)
         scorer = as_scorer(copy.deepcopy(plain), layout, "tiny").train()
-        batch = encoded_of(groups, layout, reader)
+        batch = encoded(groups, layout, reader)
         scores = score_batch(scorer, batch)
         found = torch.stack([scores[batch.chosen], scores[batch.rejected]], 1).flatten()
         expected = expected_of(plain, groups, reader)
@@ -108,13 +109,63 @@ def test_scores_and_gradients_equal_the_models_own(
         assert_same_gradients(plain, scorer, 1e-8)
 
 
-def encoded_of(groups: list[Group], layout: str, reader: ImageReader) -> Any:
-    from prefmill.families.causal.group_layout import encode_groups
-    from prefmill.families.causal.image_batches import add_images
-    from prefmill.families.causal.scorer import encode_pairwise
-    from prefmill.training.batches import GroupPart
+def test_prompts_and_pixels_are_those_of_the_models_processor(
+    folder: Path, reader: ImageReader, pictures: list[str]
+) -> None:
+    said = f"<image>{sentence(1, 2)}<image>"
+    messages = with_images([{"role": "user", "content": said}], pictures)
+    images = [Image.open(path) for path in pictures]
+    if reader.config.model_type == "gemma3":
+        processor = Gemma3Processor.from_pretrained(folder)
+        text = prompt_text(reader.tokenizer, messages)
+        given = processor(text=[text], images=[images], return_tensors="pt", add_special_tokens=False)
+        assert given["input_ids"][0].tolist() == reader.encode_prompt(messages)
+        assert "\n\n\n" in reader.tokenizer.convert_ids_to_tokens(given["input_ids"][0]), "the case that needs the text"
+        assert given["token_type_ids"][0].sum() == 2 * reader.config.mm_tokens_per_image
+    else:  # its own needs torchvision, for videos
+        given = reader.processor(images, return_tensors="pt")
+        counts = [reader.written(path).count("<|image|>") for path in pictures]
+        assert counts == list(given["num_soft_tokens_per_image"])
+    assert torch.equal(reader.pixels(pictures)["pixel_values"], given["pixel_values"])
 
-    parts = [GroupPart(index, tuple(range(len(group.pairs)))) for index, group in enumerate(groups)]
-    if layout == "group":
-        return add_images(encode_groups(groups, parts), groups, reader)
-    return add_images(encode_pairwise(groups, parts, 0), [group for group in groups for _ in range(4)], reader)
+
+def test_answers_are_generated_as_one_at_a_time(folder: Path, reader: ImageReader, pictures: list[str]) -> None:
+    chats = {
+        str(n): with_images([{"role": "user", "content": sentence(n, 3 + n) + "<image>" * n}], pictures[:n])
+        for n in range(3)
+    }
+    model = load_model(str(folder), precision="fp32")
+    requests = encode_prompts(reader.tokenizer, chats, 1, reader)
+    found = generate_batch(model, reader.tokenizer, requests, Sampling(6, 0.0, 1.0, 0), reader)
+    ends = end_token_ids(model.generation_config, reader.tokenizer)
+    for request, answer in zip(requests, found, strict=True):
+        ids = list(request.prompt_ids)
+        for _ in range(6):  # the model's own forward on the whole row, without a cache
+            row = torch.tensor([ids])
+            with torch.no_grad():
+                ids.append(int(model(input_ids=row, **reader.inputs(request.images, row)).logits[0, -1].argmax()))
+            if ids[-1] in ends:
+                break
+        answered = [token for token in ids[len(request.prompt_ids) :] if token not in ends]
+        assert answer["text"] == reader.tokenizer.decode(answered, skip_special_tokens=True)
+
+
+def test_image_tokens_in_texts_are_refused(reader: ImageReader, pictures: list[str]) -> None:
+    for token in {reader.placeholder, reader.tokenizer.convert_ids_to_tokens(reader.image_token)}:
+        with pytest.raises(InputError, match="image tokens of its own"):
+            reader.encode_prompt(with_images([{"role": "user", "content": f"<image>{token}"}], pictures[:1]))
+
+
+def test_bounds_and_vllm_and_flash_are_refused(folder: Path, reader: ImageReader) -> None:
+    with pytest.raises(ConfigError, match="size of their own"):
+        open_reader(str(folder), reader.tokenizer, ImageLimits(max_pixels=784))
+    with pytest.raises(ConfigError, match="not given to vLLM"):
+        _ = reader.vllm_options
+    model = load_model(str(folder), precision="fp32")
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    if "small" not in folder.name:
+        with pytest.raises(ConfigError, match="only those before them"):
+            freeze(model, FrozenParts(), with_images=True)
+    else:  # causal throughout
+        freeze(model, FrozenParts(), with_images=True)
+    freeze(model, FrozenParts(), with_images=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from transformers import Gemma3Config
+from transformers import LlavaConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from prefmill.demo.tiny_models import build
@@ -76,5 +76,5 @@ def test_a_prompt_is_collapsed_to_one_token_an_image(reader: ImageReader) -> Non
 
 def test_a_family_whose_images_are_not_known_has_no_reader(tiny_vl: Path, tmp_path: Path) -> None:
     """Its rows of text alone are trained."""
-    Gemma3Config().save_pretrained(tmp_path)
+    LlavaConfig().save_pretrained(tmp_path)
     assert open_reader(str(tmp_path), load_tokenizer(str(tiny_vl)), ImageLimits()) is None
