@@ -32,7 +32,8 @@ from prefmill.families.causal.image_batches import add_images
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.processing import load_processor
 from prefmill.families.causal.scorer import patch_forward, score_batch
-from prefmill.families.causal.vision import open_reader, with_images
+from prefmill.families.causal.vision import with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.integrations.group_dpo_trainer import GroupDPOTrainer
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import PreferencePair, group_by_prompt

@@ -101,7 +101,8 @@ def test_the_first_loss_is_that_of_rows_one_at_a_time(
     """The mean over the completions' tokens of a whole epoch in one step, by transformers' own forward."""
     from prefmill.families.causal.image_limits import ImageLimits
     from prefmill.families.causal.loading import load_model, load_tokenizer
-    from prefmill.families.causal.vision import open_reader, with_images
+    from prefmill.families.causal.vision import with_images
+    from prefmill.families.causal.vision_families import open_reader
 
     path = datasets.path / "sft_vision_train" / "data.jsonl"
     rows = list(read_jsonl(path))
@@ -177,7 +178,7 @@ def test_another_picture_makes_another_reference_key(base: Artifact, tmp_path: P
 
     from prefmill.families.causal.image_limits import ImageLimits
     from prefmill.families.causal.loading import load_tokenizer
-    from prefmill.families.causal.vision import open_reader
+    from prefmill.families.causal.vision_families import open_reader
 
     for name, colour in (("a.png", 1), ("b.png", 2)):
         Image.new("RGB", (60, 60), (colour, 0, 0)).save(tmp_path / name)

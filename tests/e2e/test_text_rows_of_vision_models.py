@@ -43,15 +43,16 @@ def checkpoint(folder: Path, model_type: str) -> Path:
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    processor = {"gemma3": "Gemma3ImageProcessor", "qwen3_5": "Qwen2VLImageProcessor"}[model_type]
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": processor}))
+    if model_type == "gemma3":  # rows of text need no files for images
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Gemma3ImageProcessor"}))
     return folder
 
 
 def train(stage: Any, folder: Path, base: Path, datasets: Artifact, **keys: Any) -> dict[str, torch.Tensor]:
     config = validate(stage.STAGE.config, {**SETTINGS, "model_name_or_path": str(base), **keys})
     stage.run(config, make_task(stage.STAGE.name, folder, datasets=datasets))
-    output = next(path.parent for path in folder.rglob("preprocessor_config.json") if "state" not in str(path))
+    output = next(path.parent for path in folder.rglob("model.safetensors") if "state" not in str(path))
+    assert (output / "preprocessor_config.json").is_file() == (base / "preprocessor_config.json").is_file()
     return load_file(output / "model.safetensors")
 
 

@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, int], ...] = (  # the first that matches a key's whole n
     (r"mamba_d_state|state_size|ssm_state_size", 8), (r"mamba_n_groups|n_groups|mamba_ngroups", 1),
     (r"mamba_chunk_size|chunk_size", 4),
     (r"mamba_d_ssm", 64), (r"mamba_dt_rank|time_step_rank", 4),
-    (r"image_size", 16), (r"patch_size", 4), (r"num_channels|in_channels", 3),
+    (r"mm_tokens_per_image", 4), (r"image_size", 16), (r"patch_size", 4), (r"num_channels|in_channels", 3),
 )  # fmt: skip
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}}
 _MLA = {"num_key_value_heads": 4}  # every head has keys of its own, compressed

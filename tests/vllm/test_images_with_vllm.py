@@ -29,7 +29,8 @@ from prefmill.evaluation.model_reviews import ModelSource, Writing, write_review
 from prefmill.families.causal.generation import GenerationRequest, Sampling, encode_prompts
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vllm_loading import image_options, open_vllm
 from prefmill.reviews.generated import generate
 from tests.conftest import left_out

@@ -28,7 +28,8 @@ from prefmill.families.causal.generation import (
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.templates import ChatTemplate
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import require_both_ways
 from prefmill.families.causal.vllm_loading import image_options, on_cpu, open_vllm, require_vllm
 from prefmill.reviews.prompt import review_images, review_messages, split_completion

@@ -82,6 +82,7 @@ class _Reading:
         self.rest, self.path, self.num_gpus = rest, path, num_gpus
         self.config: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.fixed_size = False
         self.stage: str = self.one_of("stage", {"sft": "sft", "dpo": "dpo"})
 
     def translate(self) -> dict[str, Any]:
@@ -134,6 +135,7 @@ class _Reading:
                     f"prefmill has no {key}", where=self.path, got=f"another than {only}", fix=f"set {key} to {only}"
                 )
         template = self.rest.pop("template", None)
+        self.fixed_size = str(template).startswith("gemma")  # whose processors know no bounds on pixels
         if template is not None:
             self.notes.append(
                 f"chats are put together by the model's own chat template, not by LLaMA-Factory's '{template}': where "
@@ -263,7 +265,7 @@ class _Reading:
         self.config |= {"max_length": self.take("cutoff_len", int), "on_overlong": "drop"}
         self.notes.append("rows over max_length are left out and listed in the logs; LLaMA-Factory cuts them off")
         given = {f"{end}_pixels": self.take(f"image_{end}_pixels", int) for end in ("max", "min")}
-        if has_images:
+        if has_images and not self.fixed_size:
             self.config |= {key: given[key] or pixels for key, pixels in _THEIR_PIXELS.items()}
             self.notes.append(
                 "images are scaled once, by the model's processor, within LLaMA-Factory's bounds on pixels"

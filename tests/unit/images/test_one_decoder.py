@@ -19,7 +19,8 @@ from prefmill.core.image_rows import GeneratedImage
 from prefmill.demo.tiny_models import build
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_tokenizer
-from prefmill.families.causal.vision import ImageReader, open_reader
+from prefmill.families.causal.vision import ImageReader
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.reward.data import PixelReader
 from prefmill.families.reward.model import create_reward
 from prefmill.families.reward.scoring import open_scorer

@@ -37,7 +37,8 @@ from prefmill.families.causal.scorer import (
 )
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.templates import recorded_day
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter, put_on
 from prefmill.training.bad_rows import BadRows

@@ -27,7 +27,8 @@ from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.templates import recorded_day
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter

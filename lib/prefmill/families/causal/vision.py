@@ -147,17 +147,6 @@ class _Writer:
         return "".join(piece for pair in zip(parts, written, strict=True) for piece in pair)
 
 
-def open_reader(
-    name: str, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits, **options: Any
-) -> ImageReader | None:
-    """The reader of the model `name`; None where its images are not known: it is shown text alone."""
-    # Below this module, as each family's reader is one.
-    from prefmill.families.causal.vision_families import FAMILIES
-
-    family = FAMILIES.get(AutoConfig.from_pretrained(name, **options).model_type)
-    return None if family is None else family.reader(name, tokenizer, limits, **options)
-
-
 def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[str]) -> list[dict[str, Any]]:
     """`messages` with every `<image>` marker replaced by the image that it stands for; unchanged without images."""
     if not images:

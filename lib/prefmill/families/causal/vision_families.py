@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
 from prefmill.families.causal.gemma_vision import Gemma3Reader, Gemma4Reader, read_gemma
+from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.qwen_vision import QwenReader, read_qwen
 from prefmill.families.causal.vision import ImageReader
 
@@ -27,3 +30,11 @@ FAMILIES = {
     "gemma3": VisionFamily(Gemma3Reader, read_gemma),
     "gemma4": VisionFamily(Gemma4Reader, read_gemma),
 }
+
+
+def open_reader(
+    name: str, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits, **options: Any
+) -> ImageReader | None:
+    """The reader of the model `name`; None where its images are not known: it is shown text alone."""
+    family = FAMILIES.get(AutoConfig.from_pretrained(name, **options).model_type)
+    return None if family is None else family.reader(name, tokenizer, limits, **options)

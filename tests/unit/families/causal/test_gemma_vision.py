@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from prefmill.families.causal.image_limits import FrozenParts, ImageLimits
 from prefmill.families.causal.load_check import as_scorer
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.scorer import score_batch
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import freeze
 from prefmill.training.data import Group, PreferencePair, group_by_prompt
 from tests.models.gemma import save_gemma
@@ -92,6 +94,7 @@ def expected_of(model: Any, groups: list[Group], reader: ImageReader) -> torch.T
     ])  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["group", "pairwise"])
 def test_scores_and_gradients_equal_the_models_own(
     layout: str, folder: Path, groups: list[Group], reader: ImageReader
@@ -129,6 +132,19 @@ def test_prompts_and_pixels_are_those_of_the_models_processor(
     assert torch.equal(reader.pixels(pictures)["pixel_values"], given["pixel_values"])
 
 
+def greedy(model: Any, reader: ImageReader, ids: list[int], images: Sequence[str], count: int) -> str:
+    """The likeliest tokens by the model's own forward on the whole row, without a cache."""
+    start, ends = len(ids), end_token_ids(model.generation_config, reader.tokenizer)
+    for _ in range(count):
+        row = torch.tensor([ids])
+        with torch.no_grad():
+            ids.append(int(model(input_ids=row, **reader.inputs(images, row)).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    answered = [token for token in ids[start:] if token not in ends]
+    return str(reader.tokenizer.decode(answered, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def test_answers_are_generated_as_one_at_a_time(folder: Path, reader: ImageReader, pictures: list[str]) -> None:
     chats = {
         str(n): with_images([{"role": "user", "content": sentence(n, 3 + n) + "<image>" * n}], pictures[:n])
@@ -137,17 +153,8 @@ def test_answers_are_generated_as_one_at_a_time(folder: Path, reader: ImageReade
     model = load_model(str(folder), precision="fp32")
     requests = encode_prompts(reader.tokenizer, chats, 1, reader)
     found = generate_batch(model, reader.tokenizer, requests, Sampling(6, 0.0, 1.0, 0), reader)
-    ends = end_token_ids(model.generation_config, reader.tokenizer)
     for request, answer in zip(requests, found, strict=True):
-        ids = list(request.prompt_ids)
-        for _ in range(6):  # the model's own forward on the whole row, without a cache
-            row = torch.tensor([ids])
-            with torch.no_grad():
-                ids.append(int(model(input_ids=row, **reader.inputs(request.images, row)).logits[0, -1].argmax()))
-            if ids[-1] in ends:
-                break
-        answered = [token for token in ids[len(request.prompt_ids) :] if token not in ends]
-        assert answer["text"] == reader.tokenizer.decode(answered, skip_special_tokens=True)
+        assert answer["text"] == greedy(model, reader, list(request.prompt_ids), request.images, 6)
 
 
 def test_image_tokens_in_texts_are_refused(reader: ImageReader, pictures: list[str]) -> None:

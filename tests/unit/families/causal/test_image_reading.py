@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ from PIL import ExifTags, Image
 from transformers import LlavaConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from prefmill.core.errors import InputError
 from prefmill.demo.tiny_models import build
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_tokenizer
-from prefmill.families.causal.vision import ImageReader, open_reader
+from prefmill.families.causal.vision import ImageReader, with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.store.pictures import open_image
 
 SEEN = np.random.default_rng(0).integers(0, 256, (56, 112, 3), dtype=np.uint8)
@@ -72,6 +75,18 @@ def test_a_prompt_is_collapsed_to_one_token_an_image(reader: ImageReader) -> Non
     image = reader.image_token
     assert reader.collapsed([1, image, image, image, 2, image, 3]) == [1, image, 2, image, 3]
     assert reader.collapsed([1, 2]) == [1, 2]
+
+
+def test_without_files_for_images_text_is_read_and_an_image_refused(tiny_vl: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_vl, folder, ignore=shutil.ignore_patterns("*processor_config.json"))
+    reader = open_reader(str(folder), load_tokenizer(str(folder)), ImageLimits())
+    assert reader is not None
+    assert reader.encode([{"role": "user", "content": "a"}], "b")[1]
+    assert reader.digest([[]])
+    reader.save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match="image processor cannot be loaded"):
+        reader.encode_prompt(with_images([{"role": "user", "content": "<image>"}], ["a.png"]))
 
 
 def test_a_family_whose_images_are_not_known_has_no_reader(tiny_vl: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.load_check import as_scorer
 from prefmill.families.causal.loading import load_tokenizer
 from prefmill.families.causal.scorer import score_batch
-from prefmill.families.causal.vision import open_reader, with_images
+from prefmill.families.causal.vision import with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.training.data import PreferencePair, group_by_prompt
 from tests.models.tiny_configs import tiny_config
 from tests.tiny import sentence
@@ -32,14 +33,15 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("qwen2_5_vl", tmp_path_factory.mktemp("vl"))
 
 
-def model_of(model_type: str, tokenizer: Any, folder: Path) -> Any:
+def model_of(model_type: str, tokenizer: Any, folder: Path, **text_keys: Any) -> Any:
     """A tiny model in float64, its folder with all that a reader needs."""
     config = tiny_config(model_type)
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = (
         tokenizer.convert_tokens_to_ids(list(names))
     )
-    config.text_config.vocab_size = len(tokenizer)
+    for key, value in {"vocab_size": len(tokenizer), **text_keys}.items():
+        setattr(config.text_config, key, value)
     if hasattr(config.vision_config, "deepstack_visual_indexes"):
         config.vision_config.deepstack_visual_indexes = [0, 1]
     config.save_pretrained(folder)

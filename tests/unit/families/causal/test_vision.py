@@ -18,7 +18,8 @@ from prefmill.families.causal.image_batches import add_images
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
-from prefmill.families.causal.vision import ImageReader, open_reader, with_images
+from prefmill.families.causal.vision import ImageReader, with_images
+from prefmill.families.causal.vision_families import open_reader
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group, PreferencePair, group_by_prompt
 from tests.tiny import sentence
