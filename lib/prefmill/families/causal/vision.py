@@ -35,7 +35,7 @@ class ImageReader:
         self.config = AutoConfig.from_pretrained(name, **options)
         self.image_token: int = self.config.image_token_id
         # Written out before it is tokenised: in Gemma 3's vocabulary line breaks around an image join their neighbours.
-        self._writer: Any = _Writer(tokenizer, self)
+        self._writer: Any = _ImageWriter(tokenizer, self)
 
     @cached_property
     def processor(self) -> Any:
@@ -119,7 +119,7 @@ class ImageReader:
         return self.processor.to_dict()
 
 
-class _Writer:
+class _ImageWriter:
     """A tokenizer whose chat template writes images out in full."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: ImageReader) -> None:
