@@ -33,7 +33,10 @@ _SAME_NAME: Mapping[str, type | tuple[type, ...]] = {
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo_mean", "simpo": "simpo"}
 _ATTENTION = {"fa2": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
 _OF_PREFERENCES = ("pref_loss", "pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing", "ref_model")
-_LANGUAGE_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # Qwen2-VL and its kin
+_PARTS = {
+    "freeze_vision_tower": "freeze_vision_tower", "freeze_multi_modal_projector": "freeze_projector",
+    "freeze_language_model": "freeze_language_model",
+}  # fmt: skip
 
 
 class Imported(NamedTuple):
@@ -186,23 +189,19 @@ class _Reading:
         alpha, scaled = self.take("lora_alpha", float), self.take("use_rslora", bool, False)
         dora, adapter = self.take("use_dora", bool, False), self.take("adapter_name_or_path", str)
         modules = [name.strip() for name in target.split(",")] if isinstance(target, str) else target
-        frozen = self._frozen(has_images)
+        self._frozen(has_images)
         self._quantization(kind)
-        if kind == "full" and (frozen or adapter):
+        if kind == "full" and adapter:
             raise ConfigError(
-                "prefmill trains the vision part too" if frozen else "an adapter is not trained as a whole model",
-                where=self.path, got=", ".join(f"{key}: true" for key in frozen) or f"adapter_name_or_path: {adapter}",
-                fix="set them to false in a copy of the file" if frozen else "merge it, and name the merged model",
+                "an adapter is not trained as a whole model", where=self.path, got=f"adapter_name_or_path: {adapter}",
+                fix="merge it, and name the merged model",
             )  # fmt: skip
         if kind == "full":
             return
         if adapter is not None:
             self._go_on_with(adapter)
             return
-        if frozen:  # the vision part stands below `visual`, and has layers of the same names
-            modules = _LANGUAGE_LAYERS if modules == ["all"] else modules
-            modules = rf"(?!.*visual).*\.({'|'.join(modules)})"
-        elif modules == ["all"]:
+        if modules == ["all"]:
             modules = "all-linear"
         alpha = 2.0 * rank if alpha is None else alpha
         # rsLoRA scales by alpha over the root of the rank, LoRA by alpha over the rank.
@@ -232,19 +231,12 @@ class _Reading:
             self.config.setdefault("ref_name", self.rest.get("model_name_or_path"))
             self.notes.append("the reference is the base without the adapter, as in LLaMA-Factory")
 
-    def _frozen(self, has_images: bool) -> list[str]:
-        """The keys that freeze the vision part; LLaMA-Factory freezes it where its file is silent."""
-        keys = ("freeze_vision_tower", "freeze_multi_modal_projector")
-        given = {key: self.take(key, bool) for key in keys}
-        if not has_images and all(value is None for value in given.values()):
-            return []
-        found = [key for key, value in given.items() if value is not False]
-        if len(found) == 1:
-            raise ConfigError(
-                "prefmill freezes tower and projector together", where=self.path, got=f"{found[0]}: true",
-                fix="set both to the same",
-            )  # fmt: skip
-        return found
+    def _frozen(self, has_images: bool) -> None:
+        """Which parts stay as they are; where its file is silent LLaMA-Factory trains the language model alone."""
+        for theirs, ours in _PARTS.items():
+            silent = True if has_images and ours != "freeze_language_model" else None
+            if (frozen := self.take(theirs, bool, silent)) is not None:
+                self.config[ours] = frozen
 
     def _precision(self) -> None:
         bf16, fp16 = self.take("bf16", bool, False), self.take("fp16", bool, False)

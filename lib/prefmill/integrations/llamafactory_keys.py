@@ -12,7 +12,8 @@ TAKEN: Mapping[str, str] = {
     "trust_remote_code": "trust_remote_code", "adapter_name_or_path": "lora.start; of dpo also ref_name",
     "finetuning_type": "lora, or none", "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "use_dora": "lora.use_dora",
     "use_rslora": "lora.alpha, times the root of the rank", "lora_target": "lora.target_modules",
-    "freeze_vision_tower": "lora.target_modules", "freeze_multi_modal_projector": "lora.target_modules",
+    "freeze_vision_tower": "freeze_vision_tower", "freeze_multi_modal_projector": "freeze_projector",
+    "freeze_language_model": "freeze_language_model",
     "quantization_bit": "quantization, 4 alone", "quantization_method": "bnb alone",
     "double_quantization": "true alone, as by default",
     "ref_model": "ref_name", "pref_beta": "beta", "pref_loss": "loss_type", "pref_ftx": "loss_type, loss_weights",
@@ -51,7 +52,7 @@ NO_EFFECT: Mapping[str, str] = {
     "per_device_eval_batch_size": _EVALUATED, "eval_strategy": _EVALUATED, "eval_steps": _EVALUATED,
     "do_eval": _EVALUATED, "ray_num_workers": "ranks are started by prefmill",
     "video_max_pixels": "no videos", "video_min_pixels": "no videos", "video_fps": "no videos",
-    "video_maxlen": "no videos", "freeze_language_model": "with an adapter the language model is frozen under it",
+    "video_maxlen": "no videos",
     "lora_dropout": "0 is taken; any other is refused", "template": "the model's own chat template is used",
     "adam_beta1": "0.9 is taken; any other is refused", "adam_beta2": "0.999 is taken; any other is refused",
 }  # fmt: skip
