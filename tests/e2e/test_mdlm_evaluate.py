@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.demo.toy_language import KIND_PATTERN
+from prefmill.families.mdlm import evaluated_model
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from stages.mdlm_evaluate import MdlmEvaluateConfig
 
@@ -62,6 +64,46 @@ def test_before_and_after(tmp_path: Path, models: tuple[Artifact, Artifact], dat
     rows = list(read_jsonl(tmp_path / "a" / "out" / "rows.jsonl"))
     assert {row["kind"] for row in rows} == {"likelihood", "generation", "benchmark"}
     assert all(row["standard_error"] >= 0 for row in rows if row["kind"] == "likelihood")
+
+
+def test_a_killed_evaluation_goes_on_and_writes_the_same(
+    tmp_path: Path, models: tuple[Artifact, Artifact], datasets: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**KEYS, "benchmarks": questions(tmp_path), "num_pairs": 12}
+    inputs = {"before": models[0], "after": models[1], "datasets": datasets}
+    work = Work(monkeypatch)
+    run_stage("mdlm_evaluate", tmp_path / "whole", keys, **inputs)
+    needed, work.finished = work.finished, 0
+    work.dies_at = needed // 2
+    with pytest.raises(KilledError):
+        run_stage("mdlm_evaluate", tmp_path / "killed", keys, **inputs)
+    run_stage("mdlm_evaluate", tmp_path / "killed", keys, **inputs)
+    assert work.finished == needed  # nothing that was kept is made again
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+class KilledError(Exception):
+    """The process is gone."""
+
+
+class Work:
+    """Counts batches of answers and of likelihoods that came to their end; at number `dies_at` it dies, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.finished, self.dies_at = 0, -1
+        for name in ("generate", "bounds"):
+            monkeypatch.setattr(evaluated_model, name, self.counted(getattr(evaluated_model, name)))
+
+    def counted(self, make: Callable[..., Iterable[Any]]) -> Callable[..., list[Any]]:
+        def counted(*given: Any) -> list[Any]:
+            if self.finished == self.dies_at:
+                self.dies_at = -1
+                raise KilledError
+            made = list(make(*given))
+            self.finished += 1
+            return made
+
+        return counted
 
 
 def test_answers_to_one_prompt_are_drawn_anew_in_every_batch(

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig, HarnessConfig
-from prefmill.families.mdlm.evaluation import Loaded
+from prefmill.families.mdlm.evaluated_model import Loaded
 
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature"}
 Sample = tuple[list[int], list[int]]

@@ -17,7 +17,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.generation import GenerationRequest, Sampling, generate_batch
 from prefmill.families.causal.scorer import encode_sequences, patch_forward, score_batch
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig, HarnessConfig
-from prefmill.families.mdlm.evaluation import load
+from prefmill.families.mdlm.evaluated_model import load
 from tests.tiny import save_tiny_qwen2, sentence
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: make install")
@@ -103,13 +103,15 @@ def test_a_causal_model_has_the_numbers_of_the_harness_own_adapter(tmp_path: Pat
                     assert (mine[0], mine[1]) == (pytest.approx(own[0], abs=1e-4), own[1])
 
 
-def test_a_masked_diffusion_model_runs_both_tasks_by_its_bounds(tiny_diffusion: Path, tasks: Path) -> None:
+def test_a_masked_diffusion_model_runs_both_tasks_by_its_bounds(
+    tiny_diffusion: Path, tasks: Path, tmp_path: Path
+) -> None:
     from prefmill.integrations.lm_harness import task_rows
 
     keys = {"precision": "fp32", "diffusion_steps": 8, "num_tokens": 8, "block_tokens": 4,
             "harness": {"tasks": ["local_choice", "local_written"], "path": str(tasks)}}  # fmt: skip
     config = validate(DiffusionEvaluationConfig, keys)
-    loaded = load("m", str(tiny_diffusion), config)
+    loaded = load("m", str(tiny_diffusion), config, tmp_path)
     rows = list(task_rows(config, loaded))
     measures = {row["measure"]: row["value"] for row in rows if row["kind"] == "task"}
     assert {"local_choice_acc", "local_choice_acc_norm", "local_written_exact_match"} <= measures.keys()

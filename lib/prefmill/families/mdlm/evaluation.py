@@ -4,113 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-from tqdm import tqdm
 
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.devices import has_gpu
-from prefmill.families.causal.chat import Answer, encode, prompt_text, turn_end
-from prefmill.families.causal.generation import end_token_ids
+from prefmill.families.causal.chat import encode
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig, Question, read_questions
-from prefmill.families.mdlm.block_likelihood import block_bounds
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
-from prefmill.families.mdlm.family import Drawing
-from prefmill.families.mdlm.generation import Unmasking, generate, takes_padding
-from prefmill.families.mdlm.likelihood import Likelihood, bounds, chain
-from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of, predicts_next
-from prefmill.families.mdlm.scorer import patch_forward, restore_forward
+from prefmill.families.mdlm.evaluated_model import Loaded, Row, load
+from prefmill.families.mdlm.likelihood import Likelihood
 from prefmill.store.jsonl import JsonlWriter
 from prefmill.training.data import PreferencePair, read_pairs
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class WrittenAnswer:
-    """What a model wrote, without its end; `ended` unless it filled all the tokens that it was given."""
-
-    text: str
-    ended: bool
-
-
-@dataclass
-class Loaded:
-    """A model to evaluate, with its tokenizer and how its outputs are read."""
-
-    label: str
-    model: Any
-    tokenizer: Any
-    mask_token_id: int
-    shifted: bool
-    config: DiffusionEvaluationConfig
-
-    def likelihoods(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
-        """The likelihood of every (prompt, response), by the configured draws."""
-        config = self.config
-        drawing = Drawing(config.diffusion_steps, config.sampling, config.seed)
-        rows = tqdm(samples, desc=f"{self.label}: likelihoods", unit=" rows")
-        at_once, block = config.forward_batch_size, config.score_block_tokens
-        if block is not None:
-            found = block_bounds(self.model, rows, drawing, block, self.mask_token_id, self.shifted, at_once)
-            return list(found)
-        scorer = patch_forward(
-            self.model, mask_token_id=self.mask_token_id, shifted=self.shifted, forward_batch_size=at_once
-        )
-        try:
-            return list(bounds(scorer, rows, drawing))
-        finally:
-            # Generation and the chain need the model's own logits again.
-            restore_forward(self.model)
-
-    def answers(self, prompts: Sequence[str], how: Unmasking) -> list[WrittenAnswer]:
-        """An answer to every user's message, in order."""
-        return self.continuations([self._prompt(text) for text in prompts], how)
-
-    def continuations(self, prompts: Sequence[list[int]], how: Unmasking) -> list[WrittenAnswer]:
-        """An answer to every prompt (token ids), in order."""
-        ends = answer_ends(self.model, self.tokenizer)
-        return [self._answer(ids, ends) for ids in self.unmasked(prompts, how, ends)]
-
-    def unmasked(
-        self, prompts: Sequence[list[int]], how: Unmasking, ends: Collection[int] = frozenset()
-    ) -> list[list[int]]:
-        """Token ids of an answer to every prompt, in order; prompts of about one length run together."""
-        written: dict[int, list[int]] = {}
-        places = batches_by_length(list(map(len, prompts)), self.config.batch_size, takes_padding(self.model))
-        for number, batch in enumerate(tqdm(places, desc=f"{self.label}: answers", unit=" batches")):
-            own = replace(how, seed=how.seed * 1_000_003 + number)  # or every batch would be drawn alike
-            found = generate(self.model, [prompts[p] for p in batch], own, self.mask_token_id, self.shifted, ends)
-            written |= dict(zip(batch, found, strict=True))
-        return [written[place] for place in range(len(prompts))]
-
-    def encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        """Token ids of a user's message and an answer to it."""
-        return encode(self.tokenizer, [{"role": "user", "content": question}], answer)
-
-    def _prompt(self, text: str) -> list[int]:
-        said = prompt_text(self.tokenizer, [{"role": "user", "content": text}])
-        # The template has written the first token: a tokenizer such as Llama's would add it again.
-        ids: list[int] = self.tokenizer(said, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _answer(self, ids: list[int], ends: Collection[int]) -> WrittenAnswer:
-        # Ends are taken out by id: one that is no special token would stay in the text.
-        text: str = self.tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)
-        return WrittenAnswer(text.strip(), ended=ids[-1] in ends)
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int, mixed: bool) -> list[list[int]]:
-    """Places of prompts of these lengths, the shortest first, in batches; of one length each unless `mixed`."""
-    ordered = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
-    runs = [ordered] if mixed else [list(run) for _, run in groupby(ordered, key=lambda place: lengths[place])]
-    return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
 
 
 def evaluate_models(
@@ -130,48 +36,17 @@ def evaluate_models(
     metrics: dict[str, Row] = {}
     likelihoods: dict[str, list[tuple[Likelihood, Likelihood]]] = {}
     with JsonlWriter(task.output / "rows.jsonl") as writer:
-        for number, (label, name) in enumerate(models.items()):
-            loaded = load(label, name, config)
-            likelihoods[label] = _pair_likelihoods(loaded, pairs)
-            rows = [
-                *_likelihood_rows(loaded, pairs, likelihoods[label]),
-                *_generation_rows(loaded, pairs),
-                *_benchmark_rows(loaded, questions),
-                *(more(loaded) if more is not None else ()),
-            ]
+        for label, name in models.items():
+            # Not bound to a name here: the next model is loaded when this one's memory is free.
+            rows, likelihoods[label] = _evaluate(load(label, name, config, task.work / label, task.advance), pairs,
+                                                 questions, more)  # fmt: skip
             for row in rows:
                 writer.write({"model": label, **row})
             metrics[label] = summarise(rows)
-            task.progress(number + 1, len(models), "models")
     comparison = _implicit(likelihoods)
     write_atomic(task.output / "metrics.json", json.dumps({"models": metrics, **comparison}, indent=1) + "\n")
     write_atomic(task.output / "report.md", report(metrics, comparison))
     return {**{f"{label}_{key}": value for label, row in metrics.items() for key, value in row.items()}, **comparison}
-
-
-def answer_ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """What ends an answer: the end of a turn as the template has it, and the ends that model and tokenizer state."""
-    stated = getattr(model, "generation_config", None)
-    return frozenset({*end_token_ids(stated, tokenizer), turn_end(tokenizer)})
-
-
-def load(label: str, name: str, config: DiffusionEvaluationConfig) -> Loaded:
-    """A model ready to be evaluated."""
-    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = load_diffusion_tokenizer(name, template=config, **options)
-    model = load_diffusion_model(
-        name,
-        precision=config.precision,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        quantization=config.quantization,
-    ).eval()
-    # Bitsandbytes puts 4-bit weights on the GPU while it loads them.
-    if has_gpu() and config.quantization is None:
-        model = model.to("cuda")
-    mask = mask_token_of(model, tokenizer, config.mask_token_id)
-    return Loaded(label, model, tokenizer, mask, predicts_next(model, config.shifted_logits), config)
 
 
 def summarise(rows: Sequence[Row]) -> Row:
@@ -217,36 +92,43 @@ def report(metrics: Mapping[str, Row], comparison: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pair_likelihoods(loaded: Loaded, pairs: Sequence[PreferencePair]) -> list[tuple[Likelihood, Likelihood]]:
+def _evaluate(
+    loaded: Loaded,
+    pairs: Sequence[PreferencePair],
+    questions: Mapping[str, tuple[BenchmarkConfig, Sequence[Question]]],
+    more: Callable[[Loaded], Iterable[Row]] | None,
+) -> tuple[list[Row], list[tuple[Likelihood, Likelihood]]]:
+    """All rows of one model, and the likelihoods of both sides of every pair."""
     samples = [
         encode(loaded.tokenizer, pair.messages, answer, pair.tools)
         for pair in pairs
         for answer in (pair.chosen, pair.rejected)
     ]
-    found = loaded.likelihoods(samples) if samples else []
-    return list(zip(found[::2], found[1::2], strict=True))
+    found = loaded.likelihoods(samples)
+    chains = loaded.chains(samples) if loaded.config.exact_chain else [None] * len(samples)
+    rows = [
+        *_likelihood_rows(pairs, found, chains),
+        *_generation_rows(loaded, pairs),
+        *_benchmark_rows(loaded, questions),
+        *(more(loaded) if more is not None else ()),
+    ]
+    return rows, list(zip(found[::2], found[1::2], strict=True))
 
 
 def _likelihood_rows(
-    loaded: Loaded, pairs: Sequence[PreferencePair], found: Sequence[tuple[Likelihood, Likelihood]]
+    pairs: Sequence[PreferencePair], found: Sequence[Likelihood], chains: Sequence[float | None]
 ) -> Iterator[Row]:
-    for pair, sides in zip(pairs, found, strict=True):
-        for side, answer, likelihood in zip(("chosen", "rejected"), (pair.chosen, pair.rejected), sides, strict=True):
-            yield {
-                "kind": "likelihood",
-                "pair_id": pair.pair_id,
-                "side": side,
-                "num_tokens": likelihood.num_tokens,
-                "bound": likelihood.bound,
-                "standard_error": likelihood.standard_error,
-                "chain": _chain(loaded, pair, answer) if loaded.config.exact_chain else None,
-            }
-
-
-def _chain(loaded: Loaded, pair: PreferencePair, answer: Answer) -> float:
-    prompt, response = encode(loaded.tokenizer, pair.messages, answer, pair.tools)
-    at_once = loaded.config.forward_batch_size
-    return chain(loaded.model, prompt, response, loaded.mask_token_id, loaded.shifted, at_once)
+    sides = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+    for (pair, side), likelihood, exact in zip(sides, found, chains, strict=True):
+        yield {
+            "kind": "likelihood",
+            "pair_id": pair.pair_id,
+            "side": side,
+            "num_tokens": likelihood.num_tokens,
+            "bound": likelihood.bound,
+            "standard_error": likelihood.standard_error,
+            "chain": exact,
+        }
 
 
 def _generation_rows(loaded: Loaded, pairs: Sequence[PreferencePair]) -> Iterator[Row]:
@@ -255,7 +137,7 @@ def _generation_rows(loaded: Loaded, pairs: Sequence[PreferencePair]) -> Iterato
     prompts = list(dict.fromkeys(pair.messages[-1]["content"] for pair in pairs if len(pair.messages) == 1))
     asked = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     pattern = None if config.wanted_pattern is None else re.compile(config.wanted_pattern)
-    for prompt, answer in zip(asked, loaded.answers(asked, config.unmasking) if asked else [], strict=True):
+    for prompt, answer in zip(asked, loaded.answers(asked, config.unmasking), strict=True):
         wanted = None if pattern is None else bool(pattern.search(answer.text))
         yield {"kind": "generation", "prompt": prompt, "text": answer.text, "wanted": wanted, "ended": answer.ended}
 

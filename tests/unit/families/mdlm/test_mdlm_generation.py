@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prefmill.demo.text import Shape
 from prefmill.demo.toy_language import build_model
-from prefmill.families.mdlm.evaluation import answer_ends, batches_by_length
+from prefmill.families.mdlm.evaluated_model import answer_ends, batches_by_length
 from prefmill.families.mdlm.generation import Unmasking, generate, settled_at, takes_padding, until_end
 from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer
 from tests.conftest import REPOSITORY

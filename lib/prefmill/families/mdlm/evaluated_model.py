@@ -1,0 +1,167 @@
+"""A masked-diffusion model that is evaluated: likelihoods and answers, kept as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain as chain_of
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefmill.core.files import digest_json
+from prefmill.distributed.devices import has_gpu
+from prefmill.families.causal.chat import encode, prompt_text, turn_end
+from prefmill.families.causal.generation import end_token_ids
+from prefmill.families.mdlm.block_likelihood import block_bounds
+from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
+from prefmill.families.mdlm.family import Drawing
+from prefmill.families.mdlm.generation import Unmasking, generate, takes_padding
+from prefmill.families.mdlm.likelihood import Likelihood, bounds, chain
+from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of, predicts_next
+from prefmill.families.mdlm.scorer import patch_forward, restore_forward
+from prefmill.store.missing import Progress, in_batches, kept_rows, silent
+
+SAMPLES_PER_BLOCK = 8  # what a kill costs at most, in responses
+Row = dict[str, Any]
+
+
+class Asked(NamedTuple):
+    """A prompt in batch `number`, by which its draws go."""
+
+    number: int
+    prompt: list[int]
+
+
+@dataclass(frozen=True)
+class WrittenAnswer:
+    """What a model wrote, without its end; `ended` unless it filled all the tokens that it was given."""
+
+    text: str
+    ended: bool
+
+
+@dataclass
+class Loaded:
+    """A model to evaluate, with its tokenizer and how its outputs are read.
+
+    What it has said is kept in `folder` block by block: an interrupted evaluation goes on from there.
+    """
+
+    label: str
+    model: Any
+    tokenizer: Any
+    mask_token_id: int
+    shifted: bool
+    config: DiffusionEvaluationConfig
+    folder: Path
+    advance: Progress
+
+    def likelihoods(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
+        """The likelihood of every (prompt, response), by the configured draws."""
+        rows = self._kept("likelihoods", in_batches(samples, SAMPLES_PER_BLOCK), self._likelihoods)
+        return [Likelihood(row["num_tokens"], tuple(row["values"]), tuple(row["blocks"])) for row in rows]
+
+    def chains(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """log p of every (prompt, response), a forward for each token, in order."""
+        return self._kept("chains", in_batches(samples, SAMPLES_PER_BLOCK), self._chains)
+
+    def answers(self, prompts: Sequence[str], how: Unmasking) -> list[WrittenAnswer]:
+        """An answer to every user's message, in order."""
+        return self.continuations([self._prompt(text) for text in prompts], how)
+
+    def continuations(self, prompts: Sequence[list[int]], how: Unmasking) -> list[WrittenAnswer]:
+        """An answer to every prompt (token ids), in order."""
+        ends = answer_ends(self.model, self.tokenizer)
+        return [self._answer(ids, ends) for ids in self.unmasked(prompts, how, ends)]
+
+    def unmasked(
+        self, prompts: Sequence[list[int]], how: Unmasking, ends: Collection[int] = frozenset()
+    ) -> list[list[int]]:
+        """Token ids of an answer to every prompt, in order; prompts of about one length run together."""
+        places = batches_by_length(list(map(len, prompts)), self.config.batch_size, takes_padding(self.model))
+
+        def write(batch: Sequence[Asked]) -> list[list[int]]:
+            own = replace(how, seed=how.seed * 1_000_003 + batch[0].number)  # or every batch would be drawn alike
+            given = [asked.prompt for asked in batch]
+            return generate(self.model, given, own, self.mask_token_id, self.shifted, ends)
+
+        blocks = [[Asked(number, prompts[place]) for place in batch] for number, batch in enumerate(places)]
+        found = self._kept("answers", blocks, write, [vars(how), sorted(ends)])
+        written = dict(zip(chain_of.from_iterable(places), found, strict=True))
+        return [written[place] for place in range(len(prompts))]
+
+    def encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of a user's message and an answer to it."""
+        return encode(self.tokenizer, [{"role": "user", "content": question}], answer)
+
+    def _kept(
+        self, name: str, blocks: Sequence[Sequence[Any]], make: Callable[[Sequence[Any]], list[Any]], how: object = None
+    ) -> list[Any]:
+        """`make`'s rows of every block, kept under what was asked: a benchmark's are other files than the pairs'."""
+        asked = digest_json([name, blocks, how])[:16]
+        return kept_rows(self.folder, f"{name}-{asked}", blocks, make, self.advance, f"{self.label}: {name}")
+
+    def _likelihoods(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[Row]:
+        config = self.config
+        drawing = Drawing(config.diffusion_steps, config.sampling, config.seed)
+        at_once, block = config.forward_batch_size, config.score_block_tokens
+        if block is not None:
+            found = block_bounds(self.model, samples, drawing, block, self.mask_token_id, self.shifted, at_once)
+            return list(map(vars, found))
+        scorer = patch_forward(
+            self.model, mask_token_id=self.mask_token_id, shifted=self.shifted, forward_batch_size=at_once
+        )
+        try:
+            return list(map(vars, bounds(scorer, samples, drawing)))
+        finally:
+            # Generation and the chain need the model's own logits again.
+            restore_forward(self.model)
+
+    def _chains(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        how = (self.mask_token_id, self.shifted, self.config.forward_batch_size)
+        return [chain(self.model, prompt, response, *how) for prompt, response in samples]
+
+    def _prompt(self, text: str) -> list[int]:
+        said = prompt_text(self.tokenizer, [{"role": "user", "content": text}])
+        # The template has written the first token: a tokenizer such as Llama's would add it again.
+        ids: list[int] = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _answer(self, ids: list[int], ends: Collection[int]) -> WrittenAnswer:
+        # Ends are taken out by id: one that is no special token would stay in the text.
+        text: str = self.tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)
+        return WrittenAnswer(text.strip(), ended=ids[-1] in ends)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, mixed: bool) -> list[list[int]]:
+    """Places of prompts of these lengths, the shortest first, in batches; of one length each unless `mixed`."""
+    ordered = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
+    runs = [ordered] if mixed else [list(run) for _, run in groupby(ordered, key=lambda place: lengths[place])]
+    return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
+
+
+def answer_ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer: the end of a turn as the template has it, and the ends that model and tokenizer state."""
+    stated = getattr(model, "generation_config", None)
+    return frozenset({*end_token_ids(stated, tokenizer), turn_end(tokenizer)})
+
+
+def load(label: str, name: str, config: DiffusionEvaluationConfig, folder: Path, advance: Progress = silent) -> Loaded:
+    """A model ready to be evaluated, which keeps what it says in `folder`."""
+    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_diffusion_tokenizer(name, template=config, **options)
+    model = load_diffusion_model(
+        name,
+        precision=config.precision,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+        quantization=config.quantization,
+    ).eval()
+    # Bitsandbytes puts 4-bit weights on the GPU while it loads them.
+    if has_gpu() and config.quantization is None:
+        model = model.to("cuda")
+    mask = mask_token_of(model, tokenizer, config.mask_token_id)
+    shifted = predicts_next(model, config.shifted_logits)
+    return Loaded(label, model, tokenizer, mask, shifted, config, folder, advance)
