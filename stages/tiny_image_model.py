@@ -1,4 +1,4 @@
-"""Builds a tiny SDXL or CLIP with random weights, for demos and tests of the image pipeline without downloads."""
+"""Builds a tiny SDXL, SD 1.5, SD 3 or CLIP with random weights, for demos and tests of the image pipeline without downloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from prefmill.core.stage import Metrics, Stage, Task
 class TinyImageModelConfig(StrictConfig):
     """Which model."""
 
-    architecture: Literal["sdxl", "clip"] = Field("sdxl", description="sdxl makes images, clip judges them")
+    architecture: Literal["sdxl", "sd15", "sd3", "clip"] = Field(
+        "sdxl", description="sdxl, sd15 and sd3 make images, clip judges them"
+    )
     seed: int = Field(0, description="of the random weights")
 
 

@@ -306,5 +306,5 @@ def test_configurations_it_refuses(tmp_path: Path, model: Artifact, pairs: Artif
             run_stage("sdxl_dpo", tmp_path / "run", {**keys, **more}, model=model, pairs=pairs)
     with pytest.raises(PipelineError, match="no reward model"):
         run_stage("sdxl_dpo", tmp_path / "run", {**keys, "objective": "dspo_rm"}, model=model, pairs=pairs)
-    with pytest.raises(InputError, match="no SDXL pipeline"):
+    with pytest.raises(InputError, match="no diffusers pipeline here"):
         run_stage("sdxl_dpo", tmp_path / "run", {**keys, "model_name_or_path": str(tmp_path)}, pairs=pairs)

@@ -1,4 +1,4 @@
-"""A tiny CLIP and a tiny SDXL, for the image pipeline."""
+"""A tiny CLIP and tiny SDXL, SD 1.5 and SD 3 pipelines, for the image pipeline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.seeding import seeded
-from prefmill.demo.tokenizer import train_clip_tokenizer
+from prefmill.demo.tokenizer import letter_tokenizer, train_clip_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,12 +52,65 @@ def build_sdxl(folder: Path, texts: Sequence[str], seed: int) -> None:
             text_encoder_2=CLIPTextModelWithProjection(text_config),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
-            unet=_unet(),
+            unet=_unet(
+                # SDXL joins the states of both text encoders.
+                cross_attention_dim=2 * _TEXT["hidden_size"],
+                addition_embed_type="text_time",
+                addition_time_embed_dim=_TIME_EMBED_DIM,
+                projection_class_embeddings_input_dim=_SDXL_TIME_IDS * _TIME_EMBED_DIM + _PROJECTION_DIM,
+            ),
             # As in the published SDXL.
             scheduler=EulerDiscreteScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
             ),
         )
+    pipeline.save_pretrained(folder)
+
+
+def build_sd15(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny Stable Diffusion 1.5 pipeline to `folder`: one text encoder, no added conditions."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = train_clip_tokenizer(texts, _VOCAB_SIZE, _MAX_TEXT_LENGTH)
+    with seeded(seed):
+        pipeline = StableDiffusionPipeline(
+            vae=_vae(scaling_factor=0.18215),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer))),
+            tokenizer=tokenizer,
+            unet=_unet(cross_attention_dim=_TEXT["hidden_size"]),
+            # As in the published SD 1.5.
+            scheduler=PNDMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
+                set_alpha_to_one=False,
+            ),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    pipeline.save_pretrained(folder)
+
+
+def build_sd3(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny Stable Diffusion 3.5 pipeline to `folder`: two CLIPs and a T5, a transformer, flow matching."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    tokenizer, letters = train_clip_tokenizer(texts, _VOCAB_SIZE, _MAX_TEXT_LENGTH), letter_tokenizer()
+    clip = CLIPTextConfig(**_text_config(tokenizer))
+    joint = 2 * _TEXT["hidden_size"]  # both CLIPs' states beside each other, as wide as T5's
+    t5 = T5Config(vocab_size=len(letters), d_model=joint, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    with seeded(seed):
+        pipeline = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=_IMAGE_SIZE // 2, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+                caption_projection_dim=32, joint_attention_dim=joint, pooled_projection_dim=2 * _PROJECTION_DIM,
+                pos_embed_max_size=24, dual_attention_layers=(0,), qk_norm="rms_norm",
+            ),
+            # As in the published SD 3.5: 16 channels, shifted.
+            vae=_vae(scaling_factor=1.5305, shift_factor=0.0609, latent_channels=16),
+            text_encoder=CLIPTextModelWithProjection(clip), text_encoder_2=CLIPTextModelWithProjection(clip),
+            text_encoder_3=T5EncoderModel(t5), tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=letters,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )  # fmt: skip
     pipeline.save_pretrained(folder)
 
 
@@ -72,23 +125,23 @@ def _text_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def _vae() -> Any:
+def _vae(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
+    given = {"latent_channels": 4, "scaling_factor": 0.13025, **more}  # SDXL's factor
     return AutoencoderKL(
         block_out_channels=(8, 16),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
         sample_size=_IMAGE_SIZE,
-        # SDXL's factor; its VAE has force_upcast because it overflows in fp16, which this one does not.
-        scaling_factor=0.13025,
+        # SDXL's VAE has force_upcast because it overflows in fp16, which this one does not.
         force_upcast=False,
+        **given,
     )
 
 
-def _unet() -> Any:
+def _unet(**more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -101,9 +154,5 @@ def _unet() -> Any:
         transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4),
         use_linear_projection=True,
-        # SDXL joins the states of both text encoders.
-        cross_attention_dim=2 * _TEXT["hidden_size"],
-        addition_embed_type="text_time",
-        addition_time_embed_dim=_TIME_EMBED_DIM,
-        projection_class_embeddings_input_dim=_SDXL_TIME_IDS * _TIME_EMBED_DIM + _PROJECTION_DIM,
+        **more,
     )

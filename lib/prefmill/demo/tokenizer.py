@@ -1,4 +1,4 @@
-"""Tokenizers trained on the spot, in the forms of Qwen2.5 and CLIP."""
+"""Tokenizers made on the spot, in the forms of Qwen2.5, CLIP and T5."""
 
 from __future__ import annotations
 
@@ -55,6 +55,15 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int)
     tokens = [*alphabet, *("".join(merge) for merge in merges), *_CLIP_SPECIAL]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def letter_tokenizer() -> PreTrainedTokenizerBase:
+    """A T5 tokenizer whose tokens are the printable ASCII characters."""
+    from transformers import T5Tokenizer
+
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    letters = [("\u2581", -1.0), *((chr(code), -2.0) for code in range(33, 127))]  # the first begins a word
+    return T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=512)
 
 
 def learn_merges(words: Mapping[str, int], num_merges: int) -> list[tuple[str, str]]:

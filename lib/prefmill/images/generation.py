@@ -13,6 +13,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
+from prefmill.families.sdxl.backbone import BACKBONES, denoiser
 from prefmill.families.sdxl.generator import decode, too_long
 from prefmill.images.files import inspect_image
 from prefmill.store.missing import Progress, silent
@@ -138,7 +139,9 @@ def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
 def cut_prompts(model: Any, prompts: Iterable[ImagePrompt]) -> list[str]:
     """The ids of prompts longer than the model's text encoders read: their ends have no effect."""
     given = list(prompts)
-    long = set(too_long((model.tokenizer, model.tokenizer_2), [row["prompt"] for row in given]))
+    tokenizers = {name: part for name, part in model.components.items() if name.startswith("tokenizer") and part}
+    backbone = BACKBONES[type(model).__name__]
+    long = set(too_long(tokenizers, backbone, [row["prompt"] for row in given]))
     return sorted(row["prompt_id"] for row in given if row["prompt"] in long)
 
 
@@ -252,7 +255,7 @@ def _require_finite(latents: torch.Tensor, job: ImageJob, model: Any) -> None:
 
 
 def _fitting_cpu_batch(model: Any, sampling: ImageSampling) -> int:
-    side = model.unet.config.sample_size * model.vae_scale_factor
+    side = denoiser(model).config.sample_size * model.vae_scale_factor
     pixels = (sampling.height or side) * (sampling.width or side)
     # Linux leaves its file cache out of this number, so it is on the safe side.
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

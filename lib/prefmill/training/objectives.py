@@ -3,7 +3,8 @@
 D = [log pi(y_w) - log pi_ref(y_w)] - [log pi(y_l) - log pi_ref(y_l)], s = the logistic function, b = beta,
 e = label smoothing. A new objective is a function here, its line in `OBJECTIVES` with what it needs, and its test.
 
-Of images a score is -m, m = mean over channels and places of (eps_hat - eps)^2, and u = (b / 2) D. At 1024 x 1024
+Of images a score is -m, m = mean over channels and places of (eps_hat - eps)^2, of flow matching (v_hat - v)^2, and
+u = (b / 2) D. At 1024 x 1024
 pixels b = 5000 on the mean is 5000 / 2 / 65,536 = 0.038 a squared difference: a b quoted for sums is not this one.
 """
 
@@ -80,12 +81,18 @@ class Settings:
 
 
 Loss = Callable[[PairScores, Settings], Tensor]
-Need = Literal["reference", "lengths", "label_smoothing", "errors", "residuals", "soft_label", "heads"]
+Need = Literal[
+    "reference", "lengths", "label_smoothing", "errors", "noise_errors", "velocity_errors", "residuals", "soft_label",
+    "heads",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of pairs, and what it needs: `errors` are scores that are -m, `lengths` those that are sums."""
+    """A loss of pairs, and what it needs: `errors` are scores that are -m, `lengths` those that are sums.
+
+    Of errors, a model of diffusion has those of a noise, one of flow matching those of a velocity.
+    """
 
     loss: Loss
     needs: frozenset[Need] = frozenset()
@@ -144,6 +151,14 @@ def sft(scores: PairScores, settings: Settings) -> Tensor:
 def dpo(scores: PairScores, settings: Settings) -> Tensor:
     """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, eq. 14): `sigmoid` on errors, with b / 2."""
     return sigmoid(scores, replace(settings, beta=settings.beta / 2))  # -p log s(u) - (1-p) log s(-u)
+
+
+def flow_dpo(scores: PairScores, settings: Settings) -> Tensor:
+    """Flow-DPO (Liu et al. 2025, arXiv 2501.13918) with a constant b: `dpo` on the errors of a velocity.
+
+    m = the mean of (v_th(x_t, t) - v)^2, v = eps - x_0. The derivation's b_t = b (1 - t)^2 is dropped, as in the paper.
+    """
+    return dpo(scores, settings)  # -log s(-(b/2) [(m_w - m_w_ref) - (m_l - m_l_ref)])
 
 
 def dspo_rm(scores: PairScores, settings: Settings) -> Tensor:
@@ -211,11 +226,12 @@ OBJECTIVES: dict[str, Objective] = {
     "sigmoid_norm": Objective(sigmoid_norm, frozenset({"reference", "lengths"})),
     "simpo": Objective(simpo, frozenset({"lengths"})),
     "sft": Objective(sft),
-    "dpo": Objective(dpo, frozenset({"reference", "errors"})),
-    "dspo": Objective(dspo, frozenset({"reference", "errors", "residuals"})),
-    "dspo_official_sdxl": Objective(dspo_official_sdxl, frozenset({"reference", "errors", "residuals"})),
+    "dpo": Objective(dpo, frozenset({"reference", "noise_errors"})),
+    "flow_dpo": Objective(flow_dpo, frozenset({"reference", "velocity_errors"})),
+    "dspo": Objective(dspo, frozenset({"reference", "noise_errors", "residuals"})),
+    "dspo_official_sdxl": Objective(dspo_official_sdxl, frozenset({"reference", "noise_errors", "residuals"})),
     "dspo_rm": Objective(dspo_rm, frozenset({"reference", "errors", "soft_label"})),
-    "mapo": Objective(mapo, frozenset({"errors"})),
+    "mapo": Objective(mapo, frozenset({"noise_errors"})),
     "bradley_terry_heads": Objective(bradley_terry_heads, frozenset({"heads"})),
 }
 

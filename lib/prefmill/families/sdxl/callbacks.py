@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.families.sdxl.backbone import prompt_arguments
 from prefmill.families.sdxl.encoding import TextKeys
 from prefmill.families.sdxl.generator import decode
 from prefmill.families.sdxl.loading import SdxlFolder
@@ -110,13 +111,11 @@ class SampleGrid(TrainerCallback):
 
     def draw(self, unet: Any, device: torch.device) -> list[Any]:
         """An image of every prompt as generate_images draws it; one at a time, as training leaves little memory."""
-        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+        from diffusers import AutoencoderKL
 
         # Loaded for each drawing and let go after it: between two, training needs the memory.
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            self.folder.path, vae=self.folder.load(AutoencoderKL, "vae", "fp32").to(device), unet=unet,
-            text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, add_watermarker=False,
-        )  # fmt: skip
+        parts = {self.folder.backbone.part: unet, **dict.fromkeys(self.folder.encoders)}
+        pipeline = self.folder.load_pipeline(**parts, vae=self.folder.load(AutoencoderKL, "vae", "fp32").to(device))
         pipeline.set_progress_bar_config(disable=True)
         # Given too: a pipeline in which no prompt is not zeros would need its encoders for it.
         nothing = self._embeddings(None, device)
@@ -124,8 +123,7 @@ class SampleGrid(TrainerCallback):
         for number, prompt in enumerate(self.sampling.prompts):
             given = self._embeddings(prompt, device)
             drawn = pipeline(
-                prompt_embeds=given["embeddings"], pooled_prompt_embeds=given["pooled"],
-                negative_prompt_embeds=nothing["embeddings"], negative_pooled_prompt_embeds=nothing["pooled"],
+                **prompt_arguments(given), **prompt_arguments(nothing, "negative_"),
                 height=self.sampling.resolution, width=self.sampling.resolution, guidance_scale=_GUIDANCE,
                 num_inference_steps=self.sampling.inference_steps,
                 # On the CPU: the same noise at every step and on every device, so that grids can be compared.

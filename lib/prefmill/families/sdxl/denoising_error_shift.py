@@ -13,6 +13,7 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.statistics import MIN_PAPERS, Resampling, means
 from prefmill.distributed.devices import device_type
+from prefmill.families.sdxl.backbone import denoiser
 from prefmill.families.sdxl.data import PairImages, read_image_pairs
 from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
 from prefmill.families.sdxl.family import PairReader, errors, predict
@@ -71,31 +72,31 @@ def _encoded(
     device = torch.device(device_type())
     store = TensorCache(cache)
     images = ImageKeys(folder.digest("vae"), resolution or _native_resolution(folder), "fp32")
-    encoders = folder.digest("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    encoders = folder.digest(*folder.encoders)
     texts = TextKeys(encoders, base.precision)
     square = images.size(1, 1)
     files = {(path, sha, False, square) for pair in pairs for path, sha in zip(pair.images, pair.digests, strict=True)}
     encode_images(sorted(files), folder, images, store, _VAE_BATCH, device)
     encode_texts(sorted({pair.prompt for pair in pairs}), folder, texts, store, device)
     # Without min-SNR, whatever training used: else two trainings would be measured by different errors.
-    return PairReader(store, images, texts, load_schedule(folder.path, None), _SEED)
+    return PairReader(store, images, texts, load_schedule(folder.path, None, folder.backbone.conditions), _SEED)
 
 
 def _native_resolution(folder: SdxlFolder) -> int:
-    """The size in pixels that the UNet was made for."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    """The size in pixels that the model was made for."""
+    from diffusers import AutoencoderKL
 
-    unet = UNet2DConditionModel.load_config(folder.path, subfolder="unet")
+    settings = folder.denoiser_class.load_config(folder.path, subfolder=folder.backbone.part)
     blocks = AutoencoderKL.load_config(folder.path, subfolder="vae")["block_out_channels"]
     scale: int = 2 ** (len(blocks) - 1)
-    return int(unet["sample_size"]) * scale
+    return int(settings["sample_size"]) * scale
 
 
 def _errors(
     source: GeneratorSource, reader: PairReader, pairs: Sequence[PairImages], num_draws: int
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """m of winner and loser, [N, 2], the mean over the draws."""
-    unet = open_pipeline(source).unet.eval()
+    unet = denoiser(open_pipeline(source)).eval()
     device = next(unet.parameters()).device
     totals = np.zeros((len(pairs), 2))
     for epoch in range(num_draws):

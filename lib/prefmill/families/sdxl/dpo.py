@@ -1,4 +1,4 @@
-"""Preference training of SDXL: caches, the reference, the trainer, the finished folder."""
+"""Preference training of SDXL and its kin: caches, the reference, the trainer, the finished folder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from prefmill.families.sdxl.data import PairImages, read_image_pairs, swap_by_co
 from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts, tell_cut
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
-from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name
-from prefmill.families.sdxl.noise import NoiseSchedule, load_schedule
+from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name, require_patches
+from prefmill.families.sdxl.noise import ERRORS, Schedule, load_schedule
 from prefmill.families.sdxl.reference import ReferenceErrors, used_by
 from prefmill.families.sdxl.soft_labels import with_soft_labels
 from prefmill.families.sdxl.telemetry import ErrorTelemetry
@@ -40,15 +40,16 @@ from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_ar
 
 
 def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: Artifact) -> Metrics:
-    """Tune the UNet of the pipeline `start` on image pairs, with the starting model as reference.
+    """Tune the UNet or transformer of the pipeline `start` on image pairs, with the starting model as reference.
 
     Latents, text embeddings and the reference's errors are computed before training, or found in the cache: training
-    runs the UNet alone. Resumes from the newest complete checkpoint.
+    runs that alone. Resumes from the newest complete checkpoint.
     """
     folder = open_folder(start, config.revision, config.variant)
-    schedule = load_schedule(folder.path, config.min_snr_gamma)
+    require_patches(folder, config)
+    schedule = load_schedule(folder.path, config.min_snr_gamma, folder.backbone.conditions)
     settings = settings_of(config, schedule)
-    objective = choose_objective(config, settings)
+    objective = choose_objective(config, settings, schedule)
     train, held_out = (_pairs(config, task, pairs, split, objective) for split in ("train", "val"))
     data, held = PreferenceData(train, None, _plan(train, config)), val_data(held_out, config)
     args = _arguments(config, task, data.plan)
@@ -80,7 +81,7 @@ def _load(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
         return load_policy(folder, config)
 
 
-def settings_of(config: SdxlPreferenceConfig, schedule: NoiseSchedule) -> Settings:
+def settings_of(config: SdxlPreferenceConfig, schedule: Schedule) -> Settings:
     """The numbers of the objective, of configuration and schedule."""
     return Settings(
         config.beta, dspo_lambda=config.dspo_lambda, dspo_stop_gradient=config.dspo_stop_gradient,
@@ -88,11 +89,11 @@ def settings_of(config: SdxlPreferenceConfig, schedule: NoiseSchedule) -> Settin
     )  # fmt: skip
 
 
-def choose_objective(config: SdxlPreferenceConfig, settings: Settings) -> Objective:
+def choose_objective(config: SdxlPreferenceConfig, settings: Settings, schedule: Schedule) -> Objective:
     """The configured objective, with the anchor to the winner's error where it has a weight."""
     anchor = [("sft", config.sft_weight)] if config.sft_weight else []
     names, weights = zip((config.objective, 1.0), *anchor, strict=True)
-    return mix(names, weights, settings, SdxlFamily.supplies)
+    return mix(names, weights, settings, SdxlFamily.supplies - ERRORS | {schedule.supplies})
 
 
 def _pairs(
@@ -133,13 +134,13 @@ def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbat
 
 
 def _encode(
-    config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, schedule: NoiseSchedule, device: torch.device,
+    config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, schedule: Schedule, device: torch.device,
     train: Sequence[PairImages], held_out: Sequence[PairImages], plan: Sequence[Microbatch],
 ) -> PairReader:  # fmt: skip
     """Have the latents and embeddings of all pairs in the cache."""
     cache = TensorCache(cache_folder(task, config.cache_dir))
     images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision, config.bucket_step)
-    encoders = folder.digest("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    encoders = folder.digest(*folder.encoders)
     texts = TextKeys(encoders, config.precision)
     reader = PairReader(
         cache, images, texts, schedule, config.seed, config.random_flip, config.caption_dropout, config.noise_offset
@@ -164,8 +165,8 @@ def _references(
 ) -> ReferenceErrors:  # fmt: skip
     # All that changes the last bits: errors of another kernel would make the margin at step 0 not 0 but nearly 0.
     settings = {
-        "unet": folder.digest("unet", "scheduler"), "precision": config.precision, "base": config.lora is not None,
-        "attention": config.attn_implementation, "compile": config.torch_compile,
+        "unet": folder.digest(folder.backbone.part, "scheduler"), "precision": config.precision,
+        "base": config.lora is not None, "attention": config.attn_implementation, "compile": config.torch_compile,
         "device": device_kind(device),
     }  # fmt: skip
     at_once, residuals = config.per_device_train_batch_size, "residuals" in objective.needs

@@ -1,4 +1,4 @@
-"""Images and prompts as the UNet sees them: encoded once, by content, before training; VAE and encoders then go."""
+"""Images and prompts as the model sees them: encoded once, by content, before training; VAE and encoders then go."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import digest_bytes, digest_json
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.core.stage import Metrics
+from prefmill.families.sdxl.backbone import backbone_of
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.generator import too_long
 from prefmill.families.sdxl.loading import SdxlFolder
@@ -109,7 +110,7 @@ def _of_one_size(images: Sequence[tuple[str, Any]], batch_size: int) -> Iterator
 def encode_texts(
     prompts: Sequence[str | None], folder: SdxlFolder, keys: TextKeys, cache: TensorCache, device: torch.device
 ) -> None:
-    """Keep `embeddings` [77, D] and `pooled` [P] of the prompts not yet kept, in the precision of the encoders.
+    """Keep `embeddings` [L, D] and `pooled` [P] of the prompts not yet kept, in the precision of the encoders.
 
     No prompt, None, is zeros where the pipeline says so, as SDXL does, and the empty prompt elsewhere. Prompts longer
     than the encoders read are told in the log.
@@ -120,7 +121,7 @@ def encode_texts(
         for key, prompt in tqdm(missing, desc="encoding prompts", unit=" prompts"):
             # One by one: a kept embedding must not depend on which other prompts were missing at that time.
             embeddings, pooled = encode_prompt(encoder, [prompt or ""], device)
-            if prompt is None and encoder.config.force_zeros_for_empty_prompt:
+            if prompt is None and encoder.config.get("force_zeros_for_empty_prompt"):
                 embeddings, pooled = embeddings * 0, pooled * 0
             cache.save(key, {"embeddings": embeddings[0].cpu(), "pooled": pooled[0].cpu()})
     wait_for_all()
@@ -128,21 +129,17 @@ def encode_texts(
 
 def load_encoders(folder: SdxlFolder, precision: Precision) -> Any:
     """The pipeline with its text encoders alone."""
-    from diffusers import StableDiffusionXLPipeline
-
-    return StableDiffusionXLPipeline.from_pretrained(
-        folder.path, unet=None, vae=None, torch_dtype=torch_dtype(precision), variant=folder.variant,
-        use_safetensors=True, add_watermarker=False,
-    )  # fmt: skip
+    return folder.load_pipeline(**{folder.backbone.part: None}, vae=None, torch_dtype=torch_dtype(precision))
 
 
 def encode_prompt(encoder: Any, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, 77, D] and pooled embeddings [B, P] of prompts, cut to 77 tokens."""
+    """Embeddings [B, L, D] and pooled embeddings [B, P] of prompts, cut to L tokens; P is 0 for SD 1.5."""
+    names = {name: list(prompts) for name in backbone_of(type(encoder).__name__, "encoder").prompts}
     with torch.no_grad():
-        embeddings, _, pooled, _ = encoder.encode_prompt(
-            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        embeddings, *more = encoder.encode_prompt(
+            **names, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-    return embeddings, pooled
+    return embeddings, more[1] if len(more) > 1 else embeddings.new_zeros(len(prompts), 0)
 
 
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
@@ -154,7 +151,7 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     if mean is not None and std is not None:
         shape = (1, -1, 1, 1)
         latents = (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape)
-    return latents * float(vae.config.scaling_factor)
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * float(vae.config.scaling_factor)
 
 
 def bucket(width: int, height: int, resolution: int, step: int) -> Size:
@@ -198,10 +195,11 @@ def load_pixels(path: Path, size: Size, flip: bool) -> tuple[Tensor, Tensor]:
 
 def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys) -> Metrics:
     """How many prompts and images training sees only a part of, for the metrics; the log names the first."""
-    from transformers import CLIPTokenizer
+    from transformers import AutoTokenizer
 
-    tokenizers = [CLIPTokenizer.from_pretrained(folder.path, subfolder=part) for part in ("tokenizer", "tokenizer_2")]
-    long = too_long(tokenizers, {pair.prompt for pair in pairs})
+    names = [name for name in folder.encoders if name.startswith("tokenizer")]
+    tokenizers = {name: AutoTokenizer.from_pretrained(folder.path, subfolder=name) for name in names}
+    long = too_long(tokenizers, folder.backbone, {pair.prompt for pair in pairs})
     sizes = {path: image_size(path) for pair in pairs for path in pair.images}
     shares = {path: cut_share(*size, images.size(*size)) for path, size in sizes.items()}
     cut = [path for path, share in shares.items() if share > _NOTICED]

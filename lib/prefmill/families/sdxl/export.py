@@ -38,21 +38,23 @@ def save_finished(
     `weights` are the whole UNet's, where that is what was trained.
     """
     if weights is not None:
-        save_pipeline(weights, task.output, folder, config)
+        # With the buffers: SD 3 keeps its table of positions as one.
+        save_pipeline({**model.state_dict(), **weights}, task.output, folder, config)
     elif config.lora is not None:
         modules = adapted_modules(model)
-        state = adapter_state(model)
-        save_diffusers(state, model.peft_config["default"], task.output / ADAPTER_FILE)
+        state, part = adapter_state(model), folder.backbone.part
+        save_diffusers(state, model.peft_config["default"], task.output / ADAPTER_FILE, part)
         name = config.model_name_or_path
         # A folder of this machine says nothing to others: its content does.
-        base = name if name and not Path(name).is_dir() else f"sha256:{folder.digest('unet')}"
+        base = name if name and not Path(name).is_dir() else f"sha256:{folder.digest(part)}"
         save_adapter(model, base, config.revision, task.output / ADAPTER)
-        save_kohya(model, config.lora.alpha, "base", task.output / COMFYUI_FILE)
-        if config.lora.use_dora:
-            save_kohya(model, config.lora.alpha, "merged", task.output / LYCORIS_FILE)
+        norms: dict[DoraNorm, str] = {"base": COMFYUI_FILE, "merged": LYCORIS_FILE}
+        for norm, file in norms.items():
+            if folder.backbone.kohya and (norm == "base" or config.lora.use_dora):
+                save_kohya(model, config.lora.alpha, norm, task.output / file, folder.backbone.original_names)
         if config.save_merged:
-            base = folder.load(type(model.get_base_model()), "unet", "fp32").state_dict()
-            merged = {**base, **{f"{name}.weight": merged_weight(layer) for name, layer in modules.items()}}
+            whole = folder.load_denoiser("fp32").state_dict()
+            merged = {**whole, **{f"{name}.weight": merged_weight(layer) for name, layer in modules.items()}}
             save_pipeline(merged, task.output / MERGED, folder, config)
     # The first one is the card's library_name, by which the hub chooses the code it shows for loading.
     write_atomic(task.output / "README.md", model_card(task, config).replace("transformers", "diffusers", 1))
@@ -66,18 +68,18 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
     return {name.removeprefix(_PEFT_PREFIX): value.detach().cpu().contiguous() for name, value in sorted(state.items())}
 
 
-def save_diffusers(state: Mapping[str, Tensor], settings: Any, path: Path) -> None:
+def save_diffusers(state: Mapping[str, Tensor], settings: Any, path: Path, part: str = "unet") -> None:
     """An adapter that `pipeline.load_lora_weights` reads, with the metadata without which it takes alpha for rank."""
     said = {
-        "unet.r": settings.r, "unet.lora_alpha": settings.lora_alpha, "unet.use_dora": settings.use_dora,
-        "unet.lora_dropout": 0.0, "unet.bias": "none",
-        "unet.target_modules": sorted(target_modules(state)),
+        "r": settings.r, "lora_alpha": settings.lora_alpha, "use_dora": settings.use_dora, "lora_dropout": 0.0,
+        "bias": "none", "target_modules": sorted(target_modules(state)),
     }  # fmt: skip
+    said = {f"{part}.{name}": value for name, value in said.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(said, sort_keys=True)}
-    save_with_metadata({f"unet.{name}": value for name, value in state.items()}, path, metadata)
+    save_with_metadata({f"{part}.{name}": value for name, value in state.items()}, path, metadata)
 
 
-def save_kohya(model: Any, alpha: float, norm: DoraNorm, path: Path) -> None:
+def save_kohya(model: Any, alpha: float, norm: DoraNorm, path: Path, original_names: bool = True) -> None:
     """An adapter by kohya's keys, alpha as it is, and DoRA's `dora_scale` [out, 1] for tools that divide it by `norm`.
 
     `base`: ComfyUI's rule, rows of W + s B A times dora_scale / |W|. `merged`: LyCORIS', which is DoRA's own, rows
@@ -86,9 +88,10 @@ def save_kohya(model: Any, alpha: float, norm: DoraNorm, path: Path) -> None:
     state, layers = adapter_state(model), adapted_modules(model)
     scales = {name: dora_scale(layer, norm) for name, layer in layers.items() if layer.lora_magnitude_vector}
     modules = sorted(target_modules(state))
-    names = {name: original_name(name, model.get_base_model().config.layers_per_block) for name in modules}
-    if None in names.values():  # one file holds one kind of names
-        names = dict(zip(modules, modules, strict=True))
+    names: dict[str, str | None] = dict(zip(modules, modules, strict=True))
+    if original_names:
+        original = {name: original_name(name, model.get_base_model().config.layers_per_block) for name in modules}
+        names = names if None in original.values() else original  # one file holds one kind of names
     tensors: dict[str, Tensor] = {}
     for module, name in names.items():
         key = f"lora_unet_{str(name).replace('.', '_')}"
@@ -163,23 +166,21 @@ def merged_weight(layer: Any, adapter: str = "default") -> Tensor:
 
 
 def save_pipeline(unet: Mapping[str, Tensor], output: Path, folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:
-    """A whole pipeline: this UNet in the run's precision, and all else as it is in `folder`."""
-    from diffusers import UNet2DConditionModel
-
+    """A whole pipeline: this UNet or transformer in the run's precision, and all else as it is in `folder`."""
+    name, loader = folder.backbone.part, folder.denoiser_class
     output.mkdir(parents=True, exist_ok=True)
     for part in sorted(folder.path.iterdir()):
-        if part.is_dir() and part.name != "unet" and _is_part(part):
+        if part.is_dir() and part.name != name and _is_part(part):
             shutil.copytree(part, output / part.name, dirs_exist_ok=True)
     shutil.copyfile(folder.path / "model_index.json", output / "model_index.json")
-    settings = UNet2DConditionModel.load_config(folder.path, subfolder="unet")
-    # Without storage, and the tensors put in its place: there is no second UNet in memory.
+    # Without storage, and the tensors put in its place: there is no second model in memory.
     with torch.device("meta"):
-        model = UNet2DConditionModel.from_config(settings)
+        model = loader.from_config(loader.load_config(folder.path, subfolder=name))
     dtype = torch_dtype(config.precision if config.save_dtype == "auto" else config.save_dtype)
     state = {name: value.detach().to("cpu", dtype) for name, value in unet.items()}
     model.load_state_dict(state, assign=True)
     model.register_to_config(_name_or_path="")  # a path of this machine is no part of the content
-    model.save_pretrained(output / "unet", variant=folder.variant)
+    model.save_pretrained(output / name, variant=folder.variant)
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor, float]:

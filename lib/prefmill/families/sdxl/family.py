@@ -1,4 +1,4 @@
-"""The SDXL family of the preference trainer: a sample's score is the negative error of its noise's prediction."""
+"""The SDXL family of the preference trainer: a sample's score is the negative error of the model's prediction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.encoding import ImageKeys, Size, TextKeys
-from prefmill.families.sdxl.noise import NoiseSchedule, draw
+from prefmill.families.sdxl.noise import ERRORS, Schedule, draw
 from prefmill.store.pictures import image_size
 from prefmill.store.tensor_cache import TensorCache
 from prefmill.training.batches import GroupPart
@@ -82,7 +82,7 @@ class PairReader:
     cache: TensorCache
     images: ImageKeys
     texts: TextKeys
-    schedule: NoiseSchedule
+    schedule: Schedule
     seed: int
     random_flip: bool = False
     caption_dropout: float = 0.0
@@ -117,7 +117,15 @@ class PairReader:
         shape, given = tuple(latents.shape[1:]), list(zip(pairs, epochs, strict=True))
         # Winner and loser share timestep and noise, as in Diffusion-DPO's code: their difference then varies less.
         draws = [
-            draw(self.seed, pair.pair_id, epoch, shape, self.schedule.num_timesteps, self.noise_offset)
+            draw(
+                self.seed,
+                pair.pair_id,
+                epoch,
+                shape,
+                self.schedule.num_timesteps,
+                self.noise_offset,
+                self.schedule.sample,
+            )
             for pair, epoch in given
         ] * 2
         said = [self.prompt(pair, epoch) for pair, epoch in given]
@@ -142,9 +150,9 @@ class SdxlFamily(Family):
     Where the gradient goes through the `winner_alone`, the losers run without one, which saves their backward pass.
     """
 
-    supplies = frozenset({"reference", "errors", "residuals", "soft_label"})
+    supplies = frozenset({"reference", "errors", *ERRORS, "residuals", "soft_label"})  # a model has one of ERRORS
 
-    schedule: NoiseSchedule
+    schedule: Schedule
     residuals: bool = False
     winner_alone: bool = False
 
@@ -195,9 +203,7 @@ def sdxl_family(
     return SdxlFamily(encode, score, reader.schedule, predictions is not None, winner_alone)
 
 
-def predict_pairs(
-    model: Any, batch: SdxlBatch, schedule: NoiseSchedule, one_side_at_once: bool
-) -> tuple[Tensor, Tensor]:
+def predict_pairs(model: Any, batch: SdxlBatch, schedule: Schedule, one_side_at_once: bool) -> tuple[Tensor, Tensor]:
     """As `predict`; or the winners first and then, without a gradient, the losers."""
     if not one_side_at_once:
         return predict(model, batch, schedule)
@@ -208,19 +214,14 @@ def predict_pairs(
     return torch.cat([winners[0], losers[0]]), torch.cat([winners[1], losers[1]])
 
 
-def predict(model: Any, batch: SdxlBatch, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """What the UNet predicts for the noised samples and what it should, [S, C, H, W] fp32 both."""
+def predict(model: Any, batch: SdxlBatch, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """What the model predicts for the noised samples and what it should, [S, C, H, W], fp32 at least."""
     noised = schedule.add(batch.latents, batch.noise, batch.timesteps)
     dtype = next(model.parameters()).dtype
-    prediction = model(
-        noised.to(dtype),
-        batch.timesteps,
-        batch.embeddings.to(dtype),
-        # time_ids stay in fp32: bf16 cannot tell 1345 pixels from 1344.
-        added_cond_kwargs={"text_embeds": batch.pooled.to(dtype), "time_ids": batch.time_ids},
-        return_dict=False,
-    )[0]
-    return prediction.float(), schedule.target(batch.latents, batch.noise, batch.timesteps)
+    given = schedule.conditions(batch.embeddings.to(dtype), batch.pooled.to(dtype), batch.time_ids)
+    prediction = model(noised.to(dtype), timestep=schedule.times(batch.timesteps), **given, return_dict=False)[0]
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    return prediction.to(wide), schedule.target(batch.latents, batch.noise, batch.timesteps)
 
 
 def errors(predictions: Tensor, target: Tensor) -> Tensor:

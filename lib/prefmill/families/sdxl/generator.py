@@ -1,8 +1,8 @@
-"""Loading a diffusers SDXL pipeline, whole or as an adapter on a base, for making images."""
+"""Loading a diffusers pipeline, whole or as an adapter on a base, for making images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.distributed.devices import device_type
+from prefmill.families.sdxl.backbone import PIPELINE_FILE, Backbone, backbone_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from prefmill.core.artifact import Artifact
 
-PIPELINE_FILE = "model_index.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER_NAME = "adapter"
 
@@ -85,22 +85,23 @@ def choose_source(keys: ModelKeys, model: Artifact | None, tuned: Artifact | Non
 
 
 def open_pipeline(source: GeneratorSource) -> Any:
-    """diffusers' StableDiffusionXLPipeline on this machine's device; the VAE is in fp32, where it cannot overflow.
+    """diffusers' pipeline on this machine's device; the VAE is in fp32, where it cannot overflow.
 
-    Raises InputError when it cannot be loaded or is no SDXL.
+    Raises InputError when it cannot be loaded or is of no kind that `backbone` knows.
     """
+    import diffusers
     import torch
-    from diffusers import StableDiffusionXLPipeline
 
     _require_folder(source.model)
     try:
-        # The watermark is off: diffusers adds one to the pixels wherever invisible-watermark is installed.
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
+        name = diffusers.DiffusionPipeline.load_config(source.model, revision=source.revision)["_class_name"]
+        options = backbone_of(name, source.model).options
+        pipeline = getattr(diffusers, name).from_pretrained(
             source.model, dtype={"default": torch_dtype(source.precision), "vae": torch.float32},
-            revision=source.revision, variant=source.variant, use_safetensors=True, add_watermarker=False,
+            revision=source.revision, variant=source.variant, use_safetensors=True, **options,
         )  # fmt: skip
     except (OSError, ValueError, TypeError) as error:
-        raise _unloadable("the SDXL pipeline", source.model, error) from error
+        raise _unloadable("the pipeline", source.model, error) from error
     if source.adapter is not None:
         add_adapter(pipeline, source.adapter, source.adapter_scale)
     pipeline.set_progress_bar_config(disable=True)
@@ -113,7 +114,7 @@ def decode(model: Any, latents: Tensor) -> Image:
     import torch
 
     vae = model.vae
-    scaled = latents[None].to(vae.dtype) / vae.config.scaling_factor
+    scaled = latents[None].to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
         shape = (1, -1, 1, 1)
@@ -125,11 +126,12 @@ def decode(model: Any, latents: Tensor) -> Image:
     return image
 
 
-def too_long(tokenizers: Sequence[Any], prompts: Iterable[str]) -> list[str]:
-    """The prompts that are longer than the text encoders read, sorted."""
-    longest = min(tokenizer.model_max_length for tokenizer in tokenizers)
-    # By one of the two: SDXL's tokenizers differ in their padding alone.
-    return sorted(prompt for prompt in prompts if len(tokenizers[0](prompt)["input_ids"]) > longest)
+def too_long(tokenizers: Mapping[str, Any], backbone: Backbone, prompts: Iterable[str]) -> list[str]:
+    """The prompts of which no text encoder reads the end, sorted; `tokenizers` by their parts' names."""
+    # SDXL's two tokenizers differ in their padding alone. Of SD 3's three T5's, where it is there, reads the farthest.
+    tokenizer = tokenizers.get("tokenizer_3") or tokenizers["tokenizer"]
+    longest = (backbone.t5_tokens if "tokenizer_3" in tokenizers else None) or tokenizer.model_max_length
+    return sorted(prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > longest)
 
 
 def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:

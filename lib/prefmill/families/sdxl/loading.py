@@ -1,9 +1,10 @@
-"""The parts of an SDXL pipeline, from a folder or the hub, and the UNet to train."""
+"""The parts of a pipeline, from a folder or the hub, and the UNet or transformer to train."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from torch import nn
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import digest_json, digest_path
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.families.sdxl.backbone import PIPELINE_FILE, Backbone, backbone_of, read_index
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.training.config import weights_precision
-
-PIPELINE_FILE = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,41 @@ class SdxlFolder:
 
     path: Path
     variant: str | None = None
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The parts by name, library and class."""
+        return read_index(self.path)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """What differs in this kind of pipeline."""
+        return backbone_of(self.index["_class_name"], self.path)
+
+    @property
+    def denoiser_class(self) -> Any:
+        """diffusers' class of the UNet or transformer."""
+        import diffusers
+
+        return getattr(diffusers, self.index[self.backbone.part][1])
+
+    @property
+    def encoders(self) -> list[str]:
+        """The names of the text encoders and tokenizers that are there."""
+        return [name for name in sorted(self.index) if name.startswith(("text_encoder", "tokenizer"))]
+
+    def load_denoiser(self, precision: Precision) -> Any:
+        """The UNet or transformer."""
+        return self.load(self.denoiser_class, self.backbone.part, precision)
+
+    def load_pipeline(self, **parts: Any) -> Any:
+        """The pipeline with these parts in place of its own, None for none."""
+        import diffusers
+
+        loader = getattr(diffusers, self.index["_class_name"])
+        return loader.from_pretrained(
+            self.path, variant=self.variant, use_safetensors=True, **self.backbone.options, **parts
+        )
 
     def load(self, loader: Any, part: str, precision: Precision) -> Any:
         """The part of that name, by diffusers' or transformers' class `loader`."""
@@ -42,19 +77,31 @@ def open_folder(name: str, revision: str | None, variant: str | None) -> SdxlFol
     path = Path(name)
     if not path.is_dir():
         path = _fetch(name, revision, variant)
-    if not (path / PIPELINE_FILE).is_file() or not (path / "text_encoder_2").is_dir():
+    if not (path / PIPELINE_FILE).is_file():
         raise InputError(
-            "no SDXL pipeline here", where=name, expected=f"a folder with {PIPELINE_FILE}, unet, vae and two encoders",
-            fix="give a diffusers SDXL folder, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0",
+            "no diffusers pipeline here", where=name, expected=f"a folder with {PIPELINE_FILE}",
+            fix="give a diffusers folder, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0",
         )  # fmt: skip
-    return SdxlFolder(path, variant)
+    folder = SdxlFolder(path, variant)
+    _ = folder.backbone  # here, where a wrong kind costs nothing yet
+    return folder
+
+
+def require_patches(folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:
+    """Raise ConfigError where the latents of the configured sizes are no whole number of a transformer's patches."""
+    settings = folder.denoiser_class.load_config(folder.path, subfolder=folder.backbone.part)
+    step = 8 * settings.get("patch_size", 1)
+    for key in ("resolution", "bucket_step"):
+        if (getattr(config, key) or 0) % step:
+            raise ConfigError(
+                "a picture of this size does not divide into patches", where=key, got=getattr(config, key),
+                expected=f"a multiple of {step}", fix=f"correct {key}",
+            )  # fmt: skip
 
 
 def load_policy(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
-    """The UNet to train, with its adapter: a frozen base in the precision of the run, what is trained in fp32."""
-    from diffusers import UNet2DConditionModel
-
-    unet = folder.load(UNet2DConditionModel, "unet", weights_precision(config))
+    """The model to train, with its adapter: a frozen base in the precision of the run, what is trained in fp32."""
+    unet = folder.load_denoiser(weights_precision(config))
     for module in unet.modules():
         # By hand and not by eval(): the Trainer puts a model back into training mode.
         if isinstance(module, nn.Dropout):
@@ -89,8 +136,8 @@ def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
             model = peft.get_peft_model(unet, settings)
     except ValueError as error:
         raise ConfigError(
-            "the adapter does not fit this UNet", where="lora.target_modules", got=str(error).splitlines()[0],
-            fix="name linear layers of the UNet, such as to_q, to_k, to_v, to_out.0",
+            "the adapter does not fit this model", where="lora.target_modules", got=str(error).splitlines()[0],
+            fix="name linear layers of the model, such as to_q, to_k, to_v, to_out.0",
         ) from None  # fmt: skip
     make_exact(model)
     make_lean(model)
@@ -111,26 +158,26 @@ def optimizer_name(config: SdxlPreferenceConfig) -> str:
 
 def _use_attention(unet: Any, name: str | None) -> None:
     """diffusers' default already is torch's memory-efficient attention."""
-    if name == "sliced":
-        unet.set_attention_slice("auto")
-    if name == "xformers":
-        try:
+    try:
+        if name == "sliced":
+            unet.set_attention_slice("auto")  # which a transformer has not
+        if name == "xformers":
             unet.enable_xformers_memory_efficient_attention()
-        except (ModuleNotFoundError, ValueError, NotImplementedError) as error:
-            raise ConfigError(
-                "this attention cannot be used here", where="attn_implementation", got=str(error).splitlines()[0],
-                fix="install xformers on a machine with a GPU, or set attn_implementation: sdpa",
-            ) from None  # fmt: skip
+    except (ModuleNotFoundError, ValueError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(
+            "this attention cannot be used here", where="attn_implementation", got=str(error).splitlines()[0],
+            fix="set attn_implementation: sdpa; xformers needs its package and a GPU, sliced a UNet",
+        ) from None  # fmt: skip
 
 
 def _fetch(name: str, revision: str | None, variant: str | None) -> Path:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
     options: Mapping[str, Any] = {"revision": revision, "variant": variant, "use_safetensors": True}
     try:
-        return Path(StableDiffusionXLPipeline.download(name, **options))
+        return Path(DiffusionPipeline.download(name, **options))
     except (OSError, ValueError) as error:
         raise InputError(
-            "cannot fetch the SDXL pipeline", where=name, got=str(error).splitlines()[0],
+            "cannot fetch the pipeline", where=name, got=str(error).splitlines()[0],
             fix="check the name, the network or HF_HOME, and access to gated models; or give a folder",
         ) from None  # fmt: skip

@@ -1,16 +1,22 @@
-"""Noise: what a pair is noised with in an epoch, and what a UNet is to predict of it."""
+"""Noise: what a pair is noised with in an epoch, and what a model is to predict of it, by diffusion or flow."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from prefmill.core.errors import ConfigError
+from prefmill.families.sdxl.backbone import Conditions, sdxl_conditions
+from prefmill.training.objectives import Need
 
+ERRORS: frozenset[Need] = frozenset({"noise_errors", "velocity_errors"})
 _NOTHING_LEFT = 1e-6  # a signal-to-noise ratio that only zero terminal SNR (Lin et al. 2023) has; SDXL's own is 5e-3
 
 
@@ -22,7 +28,24 @@ class Draw:
     noise: Tensor
 
 
-def draw(seed: int, pair_id: str, epoch: int, shape: tuple[int, ...], num_timesteps: int, offset: float = 0.0) -> Draw:
+Sampling = Callable[[int, torch.Generator], int]
+
+
+def uniform(num_timesteps: int, generator: torch.Generator) -> int:
+    """A timestep below `num_timesteps`, all of them alike."""
+    return int(torch.randint(num_timesteps, (), generator=generator))
+
+
+def logit_normal(num_timesteps: int, generator: torch.Generator) -> int:
+    """A timestep as SD 3 draws it, s(N(0, 1)) of the way (Esser et al. 2024, arXiv 2403.03206, eq. 19)."""
+    share = torch.sigmoid(torch.randn((), generator=generator))
+    return min(int(share * num_timesteps), num_timesteps - 1)  # s(x) rounds to 1 for a large x
+
+
+def draw(
+    seed: int, pair_id: str, epoch: int, shape: tuple[int, ...], num_timesteps: int, offset: float = 0.0,
+    sample: Sampling = uniform,
+) -> Draw:  # fmt: skip
     """What follows from (seed, pair, epoch), on any rank and machine, in whatever order it is asked for.
 
     With an `offset` each channel's noise is moved by offset x N(0, 1) as a whole (Guttenberg 2023): pictures may
@@ -31,25 +54,37 @@ def draw(seed: int, pair_id: str, epoch: int, shape: tuple[int, ...], num_timest
     # sha256 and not hash(), which differs from process to process for the same text.
     digest = hashlib.sha256(f"{seed}:{epoch}:{pair_id}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    timestep = int(torch.randint(num_timesteps, (), generator=generator))
+    timestep = sample(num_timesteps, generator)
     noise = torch.randn(shape, generator=generator)
     if offset:  # drawn last: a run without it keeps its noise
         noise += offset * torch.randn(shape[0], 1, 1, generator=generator)
     return Draw(timestep, noise)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The forward process: `alphas` are the cumulative products, [T], fp32."""
+    """The forward process of diffusion: `alphas` are the cumulative products, [T], fp32."""
+
+    supplies: ClassVar[Need] = "noise_errors"
 
     alphas: Tensor
     prediction: str = "epsilon"
     min_snr_gamma: float | None = None
+    conditions: Conditions = sdxl_conditions
 
     @property
     def num_timesteps(self) -> int:
         """T."""
         return len(self.alphas)
+
+    @property
+    def sample(self) -> Sampling:
+        """How a timestep is drawn."""
+        return uniform
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """What a UNet is told of the timesteps: their numbers, [S]."""
+        return timesteps
 
     def add(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(a) x_0 + sqrt(1 - a) eps, [S, ...]."""
@@ -81,8 +116,74 @@ class NoiseSchedule:
         return self._alphas(timesteps).view(-1, *[1] * (like.dim() - 1))
 
 
-def load_schedule(folder: Path, min_snr_gamma: float | None) -> NoiseSchedule:
-    """The training schedule of a pipeline's folder; raises ConfigError for a prediction it cannot train."""
+@dataclass(frozen=True, eq=False)
+class FlowSchedule:
+    """Rectified flow (Liu et al. 2022, arXiv 2209.03003): `sigmas` are the shares of noise, [T], falling, fp32."""
+
+    supplies: ClassVar[Need] = "velocity_errors"
+
+    sigmas: Tensor
+    conditions: Conditions
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.sigmas)
+
+    @property
+    def sample(self) -> Sampling:
+        """How a timestep is drawn."""
+        return logit_normal
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """What a transformer is told of the timesteps: T sigma, [S] fp32."""
+        return self._sigmas(timesteps) * self.num_timesteps
+
+    def add(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = (1 - sigma) x_0 + sigma eps, [S, ...]."""
+        sigma = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity, eps - x_0, the same at all timesteps."""
+        return noise - latents
+
+    def weights(self, timesteps: Tensor) -> None:
+        """None: min-SNR's weights are for errors of noise."""
+
+    def _sigmas(self, timesteps: Tensor) -> Tensor:
+        return self.sigmas.to(timesteps.device, non_blocking=True)[timesteps]
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def load_schedule(folder: Path, min_snr_gamma: float | None, conditions: Conditions = sdxl_conditions) -> Schedule:
+    """The training schedule of a pipeline's folder; raises ConfigError for one that cannot be trained."""
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if scheduler["_class_name"].startswith("FlowMatch"):
+        return _load_flow(folder, min_snr_gamma, conditions)
+    return _load_diffusion(folder, min_snr_gamma, conditions)
+
+
+def _load_flow(folder: Path, min_snr_gamma: float | None, conditions: Conditions) -> FlowSchedule:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    if scheduler.config.use_dynamic_shifting:
+        raise ConfigError(
+            "a schedule whose shift depends on the picture's size cannot be trained", where=folder / "scheduler",
+            got="use_dynamic_shifting: true", fix="set it to false in scheduler_config.json, and `shift`",
+        )  # fmt: skip
+    if min_snr_gamma is not None:
+        raise ConfigError(
+            "min-SNR weighs errors of noise, a flow-matching model predicts velocities", where="min_snr_gamma",
+            got=min_snr_gamma, fix="leave out min_snr_gamma",
+        )  # fmt: skip
+    return FlowSchedule(scheduler.sigmas.float(), conditions)
+
+
+def _load_diffusion(folder: Path, min_snr_gamma: float | None, conditions: Conditions) -> NoiseSchedule:
     from diffusers import DDPMScheduler
 
     # DDPM's, whatever the folder samples with: only the betas and the kind of prediction are read.
@@ -99,4 +200,4 @@ def load_schedule(folder: Path, min_snr_gamma: float | None) -> NoiseSchedule:
             got="rescale_betas_zero_snr: true with prediction_type: epsilon", expected="v_prediction",
             fix="correct scheduler_config.json: the checkpoint's card says which of the two it was trained with",
         )  # fmt: skip
-    return NoiseSchedule(scheduler.alphas_cumprod.float(), prediction, min_snr_gamma)
+    return NoiseSchedule(scheduler.alphas_cumprod.float(), prediction, min_snr_gamma, conditions)

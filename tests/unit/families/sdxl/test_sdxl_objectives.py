@@ -28,7 +28,7 @@ from prefmill.training.objectives import (
 )
 from prefmill.training.telemetry import gradient_coefficient
 
-NAMES = ("dpo", "dspo", "dspo_official_sdxl", "dspo_rm", "mapo", "sft")
+NAMES = ("dpo", "flow_dpo", "dspo", "dspo_official_sdxl", "dspo_rm", "mapo", "sft")
 N, D = 5, 12
 SETTINGS = Settings(beta=7.0)
 
@@ -74,7 +74,7 @@ def scalar(name: str, given: dict[str, Tensor], n: int, settings: Settings) -> f
     winner, loser = mean_square("w"), mean_square("l")
     u = -(SETTINGS.beta / 2) * ((winner - loser) - (mean_square("ref_w") - mean_square("ref_l")))
     p, push = given["p"][n].item(), 1 - logistic(u)
-    if name in ("dpo", "dspo_rm"):
+    if name in ("dpo", "flow_dpo", "dspo_rm"):
         return -p * math.log(logistic(u)) - (1 - p) * math.log(logistic(-u))
     if name == "dspo":
         total = 0.0

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefmill.families.sdxl.backbone import sdxl_conditions
 from prefmill.families.sdxl.family import SdxlBatch, SdxlFamily, errors, predict
-from prefmill.families.sdxl.noise import NoiseSchedule
+from prefmill.families.sdxl.noise import FlowSchedule, NoiseSchedule, Schedule
 from prefmill.training.objectives import Objective, Settings
 
 DIM, MEAN, SPREAD, STEPS = 16, 1.0, 0.5, 100
@@ -20,6 +21,11 @@ DIM, MEAN, SPREAD, STEPS = 16, 1.0, 0.5, 100
 def make_schedule() -> NoiseSchedule:
     """A hundred steps, almost nothing left of the data after the last."""
     return NoiseSchedule(torch.cumprod(1 - torch.linspace(1e-3, 0.12, STEPS), 0))
+
+
+def make_flow() -> FlowSchedule:
+    """A hundred steps from noise to data, evenly."""
+    return FlowSchedule(torch.arange(STEPS, 0, -1) / STEPS, sdxl_conditions)
 
 
 class Denoiser(nn.Module):
@@ -31,8 +37,8 @@ class Denoiser(nn.Module):
             nn.Linear(DIM + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, DIM)
         )
 
-    def forward(self, noised: Tensor, timesteps: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
-        angles = timesteps[:, None] / STEPS * math.pi * torch.tensor([0.5, 1, 2, 4, 8, 16, 32, 64])
+    def forward(self, noised: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        angles = timestep[:, None] / STEPS * math.pi * torch.tensor([0.5, 1, 2, 4, 8, 16, 32, 64])
         known = torch.cat([noised.flatten(1), angles.sin(), angles.cos()], 1)
         return (self.layers(known).view_as(noised),)
 
@@ -42,7 +48,7 @@ def draw_data(count: int, mode: float, generator: torch.Generator) -> Tensor:
     return mode * MEAN + SPREAD * torch.randn(count, DIM, 1, 1, generator=generator)
 
 
-def make_batch(winners: Tensor, losers: Tensor, schedule: NoiseSchedule, generator: torch.Generator) -> SdxlBatch:
+def make_batch(winners: Tensor, losers: Tensor, schedule: Schedule, generator: torch.Generator) -> SdxlBatch:
     """Pairs with noise and timestep in common."""
     n = len(winners)
     noise = torch.randn(n, DIM, 1, 1, generator=generator)
@@ -54,7 +60,7 @@ def make_batch(winners: Tensor, losers: Tensor, schedule: NoiseSchedule, generat
     )  # fmt: skip
 
 
-def pretrain(seed: int, schedule: NoiseSchedule, steps: int = 1500) -> Denoiser:
+def pretrain(seed: int, schedule: Schedule, steps: int = 1500) -> Denoiser:
     """A denoiser of both modes in equal parts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +89,7 @@ class Tuning:
     labels: str = "true"
 
 
-def tune(base: Denoiser, tuning: Tuning, schedule: NoiseSchedule, seed: int, residuals: bool = False) -> Denoiser:
+def tune(base: Denoiser, tuning: Tuning, schedule: Schedule, seed: int, residuals: bool = False) -> Denoiser:
     """`base` tuned on pairs whose winner is of the mode +1, through the family and the objective of the stage."""
     generator = torch.Generator().manual_seed(1000 + seed)
     model = copy.deepcopy(base)
@@ -123,7 +129,7 @@ class Measured:
     winner_error_change: float
 
 
-def measure(model: Denoiser, base: Denoiser, schedule: NoiseSchedule, count: int = 4000) -> Measured:
+def measure(model: Denoiser, base: Denoiser, schedule: Schedule, count: int = 4000) -> Measured:
     """What `model` makes, and how much worse than `base` it predicts the noise of points around +1."""
     generator = torch.Generator().manual_seed(77)
     samples = sample(model, schedule, count, generator).flatten(1)
@@ -136,14 +142,25 @@ def measure(model: Denoiser, base: Denoiser, schedule: NoiseSchedule, count: int
 
 
 @torch.no_grad()
-def sample(model: Denoiser, schedule: NoiseSchedule, count: int, generator: torch.Generator) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020), nothing clipped, [N, 16, 1, 1]."""
-    alphas = schedule.alphas
+def sample(model: Denoiser, schedule: Schedule, count: int, generator: torch.Generator) -> Tensor:
+    """Samples of a model, [N, 16, 1, 1]: Euler's steps along a flow, ancestral ones of a diffusion."""
     x = torch.randn(count, DIM, 1, 1, generator=generator)
+    if isinstance(schedule, NoiseSchedule):
+        return _ancestral(model, schedule, x, generator)
+    for t in range(STEPS):
+        after = schedule.sigmas[t + 1] if t + 1 < STEPS else torch.tensor(0.0)
+        velocity = model(x, schedule.times(torch.full((count,), t)))[0]
+        x = x + (after - schedule.sigmas[t]) * velocity
+    return x
+
+
+def _ancestral(model: Denoiser, schedule: NoiseSchedule, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Ho et al. 2020, nothing clipped."""
+    alphas = schedule.alphas
     for t in range(STEPS - 1, -1, -1):
         before = alphas[t - 1] if t else torch.tensor(1.0)
         ratio = alphas[t] / before
-        noise = model(x, torch.full((count,), t))[0]
+        noise = model(x, torch.full((len(x),), t))[0]
         x = (x - (1 - ratio) / (1 - alphas[t]).sqrt() * noise) / ratio.sqrt()
         if t:
             x += ((1 - before) / (1 - alphas[t]) * (1 - ratio)).sqrt() * torch.randn(x.shape, generator=generator)

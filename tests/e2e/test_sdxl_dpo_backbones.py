@@ -1,0 +1,125 @@
+"""sdxl_dpo and generate_images on SD 1.5 and SD 3: start, files, samples, drawings, and objectives that do not fit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_pair_artifacts import make_pairs
+from mdlm_artifacts import run_stage
+from safetensors.torch import load_file
+from training_artifacts import publish_as
+
+from prefmill.core.artifact import Artifact
+from prefmill.core.errors import ConfigError
+from prefmill.demo.tiny_models import build
+from prefmill.families.sdxl.backbone import denoiser
+from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
+from prefmill.store.jsonl import read_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
+
+KEYS: dict[str, Any] = {
+    "resolution": 32, "precision": "fp32", "lora": {"r": 4}, "learning_rate": 1e-2, "max_steps": 2,
+    "per_device_train_batch_size": 2, "effective_batch_size": 4, "logging_steps": 1, "report_to": [],
+    "sample_steps": 2, "num_samples": 1, "sample_inference_steps": 2,
+}  # fmt: skip
+OBJECTIVE = {"sd15": "dpo", "sd3": "flow_dpo"}
+PART = {"sd15": "unet", "sd3": "transformer"}
+
+
+@pytest.fixture(scope="module", params=OBJECTIVE)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return publish_as(build(request.param, tmp_path_factory.mktemp("model") / request.param), "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_pairs(tmp_path_factory.mktemp("pairs"), train=8)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, model: Artifact, pairs: Artifact, cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    keys = {"objective": OBJECTIVE[model.path.name], "save_merged": True, "cache_dir": str(cache)}
+    run_stage("sdxl_dpo", folder, {**KEYS, **keys}, model=model, pairs=pairs)
+    return folder
+
+
+@pytest.mark.slow
+def test_it_starts_at_the_reference_and_learns(tuned: Path, model: Artifact) -> None:
+    first, second = (row for row in read_curve(tuned / "logs" / STEPS) if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (first["margin"], first["accuracy"]) == (0.0, 0.5)
+    assert first["grad_norm"] > 0
+    assert second["loss"] != first["loss"]
+    assert (tuned / "logs" / "samples" / "step_00002.png").is_file()
+    kohya = {path.name for path in (tuned / "out").glob("*.safetensors")} - {"pytorch_lora_weights.safetensors"}
+    assert kohya == ({"comfyui.safetensors", "lycoris.safetensors"} if model.path.name == "sd15" else set())
+
+
+@pytest.mark.slow
+def test_adapter_and_merged_pipeline_are_one_model_in_diffusers(tuned: Path, model: Artifact) -> None:
+    """And not the base: the adapter was read, magnitudes and alpha included."""
+    source = GeneratorSource(str(model.path), "tiny", "fp32")
+    drawn = []
+    for given in (
+        source,
+        GeneratorSource(str(model.path), "tiny", "fp32", adapter=tuned / "out"),
+        GeneratorSource(str(tuned / "out" / "merged"), "tiny", "fp32"),
+    ):
+        pipeline = open_pipeline(given)
+        generator = torch.Generator().manual_seed(0)
+        drawn.append(pipeline("a red square", num_inference_steps=2, generator=generator, output_type="latent").images)
+    torch.testing.assert_close(drawn[1], drawn[2], atol=1e-4, rtol=1e-4)
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_images_are_drawn_from_it(tuned: Path, model: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text(f"prompt\na red square\n{'very ' * 400}long\n")
+    keys = {"prompts": str(tmp_path / "prompts.csv"), "seeds": [0], "num_inference_steps": 2, "precision": "fp32"}
+    adapter = publish_as(tuned / "out", "image_checkpoint")
+    told = run_stage("generate_images", tmp_path, keys, model=model, tuned=adapter)
+    assert (told["num_images"], told["num_cut_prompts"]) == (2, 1)
+    assert [(row["width"], row["height"]) for row in read_jsonl(tmp_path / "out" / "images.jsonl")] == [(32, 32)] * 2
+
+
+@pytest.mark.slow
+def test_the_whole_model_is_a_pipeline_again(model: Artifact, pairs: Artifact, cache: Path, tmp_path: Path) -> None:
+    name = model.path.name
+    keys = {"objective": OBJECTIVE[name], "lora": None, "activation_checkpointing": True, "cache_dir": str(cache)}
+    run_stage("sdxl_dpo", tmp_path, {**KEYS, **keys}, model=model, pairs=pairs)
+    first = next(row for row in read_curve(tmp_path / "logs" / STEPS) if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    file = Path(PART[name]) / "diffusion_pytorch_model.safetensors"
+    after, before = load_file(tmp_path / "out" / file), load_file(model.path / file)
+    assert set(after) == set(before)
+    assert any(not torch.equal(after[key], before[key]) for key in after)
+    loaded = denoiser(open_pipeline(GeneratorSource(str(tmp_path / "out"), "tiny", "fp32"))).state_dict()
+    assert all(torch.equal(loaded[key], after[key]) for key in after)
+
+
+def test_objectives_that_do_not_fit_are_refused_in_words(model: Artifact, pairs: Artifact, tmp_path: Path) -> None:
+    flow = model.path.name == "sd3"
+    for objective in ("mapo", "dspo", "dspo_official_sdxl", "dpo") if flow else ("flow_dpo",):
+        with pytest.raises(ConfigError, match=f"'{objective}' does not fit this model family") as refused:
+            run_stage("sdxl_dpo", tmp_path, {**KEYS, "objective": objective}, model=model, pairs=pairs)
+        assert f"it needs {'noise' if flow else 'velocity'}_errors" in str(refused.value)
+        assert "flow_dpo" in str(refused.value)
+
+
+def test_pictures_that_do_not_divide_into_patches_are_refused(model: Artifact, pairs: Artifact, tmp_path: Path) -> None:
+    """16 pixels for SD 3, whose patches are two latents wide."""
+    if model.path.name == "sd3":
+        with pytest.raises(ConfigError, match=r"does not divide into patches[\s\S]*a multiple of 16"):
+            run_stage(
+                "sdxl_dpo", tmp_path, {**KEYS, "objective": "flow_dpo", "resolution": 40}, model=model, pairs=pairs
+            )
