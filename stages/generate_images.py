@@ -1,4 +1,4 @@
-"""Makes images of prompts with a diffusers SDXL checkpoint or adapter, one for every prompt and seed."""
+"""Makes images of prompts with a diffusers checkpoint or adapter, one for every prompt and seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tunes SDXL on pairs of images, by DPO, DSPO or MaPO, with LoRA, DoRA or as a whole."""
+"""Fine-tunes SDXL, SD 1.5 or SD 3 on pairs of images, by DPO, Flow-DPO, DSPO or MaPO, with LoRA, DoRA or as a whole."""
 
 from __future__ import annotations
 

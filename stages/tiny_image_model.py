@@ -1,4 +1,4 @@
-"""Builds a tiny SDXL, SD 1.5, SD 3 or CLIP with random weights, for demos and tests of the image pipeline without downloads."""
+"""Builds a tiny SDXL, SD 1.5, SD 3 or CLIP with random weights, for demos and tests of images without downloads."""
 
 from __future__ import annotations
 

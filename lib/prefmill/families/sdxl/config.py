@@ -53,7 +53,8 @@ class SdxlPreferenceConfig(TrainingConfig):
     )
 
     objective: str = Field(
-        "dspo", description="dpo, dspo, dspo_official_sdxl, dspo_rm, mapo, sft, sigmoid, hinge or ipo"
+        "dspo",
+        description="dpo, dspo, dspo_official_sdxl, dspo_rm, mapo, sft, sigmoid, hinge or ipo; for SD 3 flow_dpo",
     )
     # 5000 is Diffusion-DPO's for SDXL (Wallace et al. 2023, arXiv 2311.12908).
     beta: float = Field(
