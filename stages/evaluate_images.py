@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Reads, Stage, Task
@@ -19,6 +19,9 @@ class EvaluateImagesConfig(StrictConfig):
     variant: str | None = Field(None, description="of a hub model's weights, such as fp16")
     precision: Precision = Field("fp16", description="of UNet and text encoders; the VAE decodes in fp32")
     prompts: ExternalPath | None = Field(None, description=".csv or .tsv of prompts; none: the pairs' held-out ones")
+    published_scorer: ExternalPath | None = later(
+        None, description="folder of PickScore, HPSv2, ImageReward or LAION's aesthetics predictor, as scorer"
+    )
     splits: list[ImageSplit] = Field(["val", "test"], min_length=1, description="of the pairs: held out")
     num_prompts: int | None = Field(None, ge=2, description="take the first so many, by prompt_id; none: all")
     seeds: list[int] = Field([0, 1], min_length=1, description="an image of each prompt for every seed and model")
@@ -58,6 +61,7 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
         precision=config.precision,
         revision=config.revision,
         variant=config.variant,
+        published_scorer=config.published_scorer,
         prompts=config.prompts,
         splits=config.splits,
         num_prompts=config.num_prompts,
@@ -82,7 +86,7 @@ STAGE = Stage(
     reads={
         "tuned": Reads("image_checkpoint", "sdxl_dpo", match="elementwise"),
         "model": Reads("checkpoint", optional=True),
-        "scorer": Reads("reward_model", "train_reward"),
+        "scorer": Reads("reward_model", "train_reward", optional=True),
         "pairs": Reads("image_pairs", "build_image_pairs", optional=True),
     },
     preload=("torch", "transformers", "diffusers", "peft"),

@@ -18,9 +18,12 @@ from training_artifacts import content, make_task
 from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError, PipelineError
+from prefmill.core.files import digest_path
 from prefmill.core.image_rows import HEADS
 from prefmill.core.statistics import Resampling
+from prefmill.demo.tiny_models import build
 from prefmill.images.evaluate import compare, conclusion
+from prefmill.report.image_sections import _doubts
 from prefmill.store.artifacts import publish
 from prefmill.store.jsonl import read_jsonl
 from stages.evaluate_images import STAGE, EvaluateImagesConfig
@@ -105,6 +108,25 @@ def test_scorers_that_may_not_judge_are_refused(tmp_path: Path, given: Mapping[s
     with pytest.raises(PipelineError, match="no model to start from"):
         evaluate(tmp_path / "d", {name: item for name, item in given.items() if name != "model"})
     assert not list(tmp_path.glob("*/out/base")), "nothing was drawn before it was refused"
+
+
+@pytest.mark.slow
+def test_a_published_scorer_judges_by_its_one_score(tmp_path: Path, given: Mapping[str, Artifact]) -> None:
+    """A plain CLIP's folder, read as PickScore is; the report names it and doubts it."""
+    clip = build("clip", tmp_path / "pickscore")
+    inputs = {name: item for name, item in given.items() if name != "scorer"}
+    told = evaluate(tmp_path / "a", inputs, published_scorer=str(clip), drift_draws=0)
+    measured = json.loads((tmp_path / "a" / "out" / "metrics.json").read_text())
+    assert list(measured["dimensions"]) == ["mean"]
+    assert (measured["published_scorer"], measured["scorer"]) == ("pickscore", digest_path(clip))
+    rows = list(read_jsonl(tmp_path / "a" / "out" / "scores.jsonl"))
+    wins = np.mean([(row["tuned"]["score"] > row["base"]["score"]) for row in rows])
+    assert told["win_rate"] == pytest.approx(wins, abs=1e-6)
+    assert "pickscore, from elsewhere" in _doubts(measured, None)[0]
+    with pytest.raises(ConfigError, match="two scorers to judge with"):
+        evaluate(tmp_path / "b", given, published_scorer=str(clip))
+    with pytest.raises(ConfigError, match="no scorer to judge with"):
+        evaluate(tmp_path / "c", inputs)
 
 
 def scores(values: list[float]) -> np.ndarray[Any, Any]:

@@ -16,6 +16,8 @@ from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.image_rows import DIMENSIONS
 from prefmill.core.stage import Task
+from prefmill.demo.tiny_models import build
+from prefmill.families.reward.scoring import open_scorer
 from prefmill.store.artifacts import payload
 from prefmill.store.jsonl import read_jsonl
 
@@ -93,6 +95,26 @@ def test_a_reward_model_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     }  # fmt: skip
     with pytest.raises(ConfigError, match="no reward model to rate with"):
         rate(task_for(tmp_path / "x" / "u", "rate_images", images=images), rater={"by": "reward"})
+
+
+def test_a_published_scorer_rates_by_its_one_score(tmp_path: Path) -> None:
+    """A plain CLIP's folder, read as PickScore is: the same choice on every dimension, and the higher score wins."""
+    clip, images = build("clip", tmp_path / "clip"), make_images(tmp_path / "images")
+    task = task_for(tmp_path / "x" / "t", "rate_images", images=images)
+    rate(task, rater={"by": "reward", "folder": str(clip)})
+    listed = {row["image_id"]: row for row in read_jsonl(images.path / "images.jsonl")}
+    names = sorted(listed)
+    found = open_scorer(clip)(
+        [listed[name]["prompt"] for name in names], [images.path / listed[name]["file"] for name in names]
+    )
+    scores = dict(zip(names, found[:, 0], strict=True))
+    rows = ratings(task)
+    assert {row["dimension"] for row in rows} == set(DIMENSIONS)
+    assert all(row["choice"] == ("left" if scores[row["left"]] > scores[row["right"]] else "right") for row in rows)
+    reward = publish_as(build("clip", tmp_path / "reward"), "reward_model")
+    task = task_for(tmp_path / "x" / "u", "rate_images", images=images, reward=reward)
+    with pytest.raises(ConfigError, match="two reward models to rate with"):
+        rate(task, rater={"by": "reward", "folder": str(clip)})
 
 
 def test_many_images_a_prompt_give_every_pair_or_as_many_as_asked(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import digest_path, write_atomic
 from prefmill.core.image_rows import HEADS, GeneratedImage, ImagePrompt, ImageSplit
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
@@ -43,6 +43,7 @@ class ImageEvaluation:
     precision: Precision
     revision: str | None
     variant: str | None
+    published_scorer: Path | None
     prompts: Path | None
     splits: Sequence[ImageSplit]
     num_prompts: int | None
@@ -61,10 +62,11 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     Interrupted, it makes the images that are missing. Raises ConfigError when the scorer has seen a prompt that it is
     to judge, or rewarded the tuning.
     """
-    tuned, scorer = task.input("tuned"), task.input("scorer")
+    tuned, scorer = task.input("tuned"), one_scorer(wanted, task)
     prompts = held_out_prompts(wanted, task)
     # Before any image is made: that takes hours, and this depends on the inputs alone.
-    require_independent(scorer, tuned, prompts)
+    if isinstance(scorer, Artifact):
+        require_independent(scorer, tuned, prompts)
     # All images before any score: the pipelines have left the device when the scorer comes.
     images = {side: _images(wanted, side, tuned, prompts, task) for side in SIDES}
     scores = {side: _scores(images[side], side, task, scorer) for side in SIDES}
@@ -72,8 +74,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     shown = images["base"][: wanted.num_grid_prompts * len(wanted.seeds)]
     num_grids = write_grids(task.output, GRIDS, shown, SIDES, len(wanted.seeds))
     measured: dict[str, Any] = {
-        "scorer": scorer.manifest.content_digest,
-        "scorer_shares_training_prompts": shares_training_prompts(scorer, tuned),
+        **_of_scorer(scorer, tuned),
         "base": wanted.base_label,
         "tuned": tuned.manifest.content_digest,
         "num_prompts": len(prompts),
@@ -117,6 +118,27 @@ def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[ImagePrompt]:
             got=len(chosen), expected="at least 2", fix="rate more prompts, or give prompts=FILE",
         )  # fmt: skip
     return chosen
+
+
+def one_scorer(wanted: ImageEvaluation, task: Task) -> Artifact | Path:
+    """The reward model given as input, or the folder of a published one; raises ConfigError for both and for none."""
+    given = task.optional_input("scorer")
+    if (given is None) == (wanted.published_scorer is None):
+        raise ConfigError(
+            "no scorer to judge with" if given is None else "two scorers to judge with",
+            where=f"{task.stage}:{task.name}", fix="give inputs.scorer=FOLDER of train_reward, or published_scorer",
+        )  # fmt: skip
+    return given or wanted.published_scorer  # type: ignore[return-value]
+
+
+def _of_scorer(scorer: Artifact | Path, tuned: Artifact) -> dict[str, Any]:
+    if isinstance(scorer, Path):
+        # What it learnt from is not recorded: nobody can say that it shares no prompt.
+        return {
+            "scorer": digest_path(scorer), "published_scorer": scorer.name, "scorer_shares_training_prompts": False
+        }  # fmt: skip
+    shares = shares_training_prompts(scorer, tuned)
+    return {"scorer": scorer.manifest.content_digest, "scorer_shares_training_prompts": shares}
 
 
 def require_independent(scorer: Artifact, tuned: Artifact, prompts: Sequence[ImagePrompt]) -> None:
@@ -184,7 +206,8 @@ def compare(
     gains = means(_by_prompt(difference, prompt_ids), resampling)
     # The mean over the dimensions is one question of its own: Holm corrects for the choice among the others.
     adjusted = [*holm([rate.p_value for rate in rates[:-1]]), rates[-1].p_value]
-    names = [*HEADS, "mean"]
+    names = [*HEADS, "mean"] if len(rates) > 2 else ["mean"]  # a published scorer has one score, and no dimensions
+    adjusted, rates, gains = adjusted[-len(names) :], rates[-len(names) :], gains[-len(names) :]
     return {
         name: {
             "win_rate": {
@@ -226,9 +249,9 @@ def _images(
     return [{**row, "file": f"{side}/{row['file']}"} for row in rows]
 
 
-def _scores(rows: Sequence[GeneratedImage], side: str, task: Task, scorer: Artifact) -> NDArray[np.float32]:
-    """The scorer's rewards of a side's images, [N, 5]; it is loaded only where some are missing."""
-    opened = cache(lambda: open_scorer(scorer.path))
+def _scores(rows: Sequence[GeneratedImage], side: str, task: Task, scorer: Artifact | Path) -> NDArray[np.float32]:
+    """The scorer's rewards of a side's images, [N, K]; it is loaded only where some are missing."""
+    opened = cache(lambda: open_scorer(scorer if isinstance(scorer, Path) else scorer.path))
 
     def rewards(block: Sequence[GeneratedImage]) -> list[list[float]]:
         found = opened()([row["prompt"] for row in block], [task.output / row["file"] for row in block])
@@ -236,7 +259,7 @@ def _scores(rows: Sequence[GeneratedImage], side: str, task: Task, scorer: Artif
         return [[float(value) for value in row] for row in found]
 
     kept = kept_rows(task.work / side, "rewards", in_batches(rows, _BLOCK), rewards, task.advance, "images scored")
-    return np.array(kept, dtype=np.float32).reshape(-1, len(HEADS))
+    return np.array(kept, dtype=np.float32).reshape(len(rows), -1)
 
 
 def _score_rows(
@@ -255,7 +278,10 @@ def _score_rows(
 
 
 def _by_head(rewards: NDArray[np.float32]) -> dict[str, float]:
-    return {name: round(float(value), _DIGITS) for name, value in zip(HEADS, rewards, strict=True)}
+    return {
+        name: round(float(value), _DIGITS)
+        for name, value in zip(HEADS if len(rewards) > 1 else ["score"], rewards, strict=True)
+    }
 
 
 def _by_prompt(values: NDArray[np.float64], prompt_ids: Sequence[str]) -> NDArray[np.float64]:

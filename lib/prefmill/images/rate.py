@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import write_atomic
-from prefmill.core.image_rows import Dimension, Rating
+from prefmill.core.image_rows import HEADS, Dimension, Rating
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
 from prefmill.images.custom_images import image_of_row, read_own_images
@@ -46,9 +46,13 @@ class PeopleConfig(StrictConfig):
 
 
 class RewardConfig(StrictConfig):
-    """The reward model given as input `reward`; rewards that differ by `tie_margin` or less are a tie."""
+    """The reward model given as input `reward`, or a published one in `folder`; rewards within `tie_margin` are a tie.
+
+    A published one has one score, which counts on every dimension.
+    """
 
     by: Literal["reward"]
+    folder: ExternalPath | None = later(None, description="of PickScore, HPSv2, ImageReward or LAION's aesthetics")
     tie_margin: float = Field(0.0, ge=0)
 
 
@@ -145,16 +149,20 @@ def _ask_program(
         scorer = sharpness
     else:
         model = task.optional_input("reward")
-        if model is None:
+        if (model is None) == (rater.folder is None):
             raise ConfigError(
-                "no reward model to rate with", where=f"{task.stage}:{task.name}",
-                fix="give inputs.reward=FOLDER of train_reward, or another rater.by",
+                "no reward model to rate with" if model is None else "two reward models to rate with",
+                where=f"{task.stage}:{task.name}",
+                fix="give inputs.reward=FOLDER of train_reward, or rater.folder, or another rater.by",
             )  # fmt: skip
-        from functools import partial
-
         from prefmill.families.reward.scoring import score_images
 
-        scorer = partial(score_images, model.path)
+        folder = model.path if model is not None else rater.folder
+
+        def scorer(prompts: Sequence[str], paths: Sequence[Path]) -> Any:
+            found = score_images(folder, prompts, paths)  # type: ignore[arg-type]
+            return found.repeat(len(HEADS), axis=1) if found.shape[1] == 1 else found
+
     scores = score_all([image for _, image in sorted(images.items())], scorer, task.work, task.advance)
     return rate_by_scores(matchups, scores, rater.by, wanted.dimensions, rater.tie_margin, wanted.seed)
 

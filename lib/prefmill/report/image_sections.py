@@ -114,7 +114,8 @@ def _win_rates(metrics: Row) -> Markup:
 
 def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:
     """What a careful reader would ask first."""
-    doubts = [_of_the_scorer(scorer)]
+    published = metrics.get("published_scorer")
+    doubts = [_of_a_published(published) if published else _of_the_scorer(scorer)]
     if metrics["scorer_shares_training_prompts"]:
         doubts.append(
             "The scorer has learnt from prompts that the model was tuned on, so both may share the taste of those "
@@ -133,6 +134,13 @@ def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:
         )
     doubts.append("A scorer is no person: a model can please it by what people do not care for. Look at the images.")
     return doubts
+
+
+def _of_a_published(name: str) -> str:
+    return (
+        f"The scorer is {name}, from elsewhere: it may have learnt from these prompts or from the preferences that the "
+        "model was tuned on, and how well it agrees with your raters was not measured."
+    )
 
 
 def _of_the_scorer(scorer: Artifact | None) -> str:

@@ -1,4 +1,4 @@
-"""Scoring images with a trained reward model."""
+"""Scoring images with a trained reward model, or with a published scorer."""
 
 from __future__ import annotations
 
@@ -21,35 +21,55 @@ if TYPE_CHECKING:
 def score_images(
     folder: Path, prompts: Sequence[str], paths: Sequence[Path], batch_size: int = 16
 ) -> NDArray[np.float32]:
-    """Rewards [N, 5] of N images for their prompts, by the reward model in `folder`: see `open_scorer`."""
+    """Rewards of N images for their prompts, by the reward model in `folder`: see `open_scorer`."""
     return open_scorer(folder, batch_size)(prompts, paths)
 
 
 def open_scorer(folder: Path, batch_size: int = 16) -> Callable[[Sequence[str], Sequence[Path]], NDArray[np.float32]]:
     """The reward model in `folder` as a function of N prompts and images: rewards [N, 5], columns as in `HEADS`.
 
-    They are logits divided by the head's temperature: of two images of one prompt, s(a - b) is the probability that
-    the first is the better one. Raises InputError when the folder holds no reward model or an image cannot be read.
+    Those of a published scorer have one column, see `published`. This project's are logits divided by the head's
+    temperature: of two images of one prompt, s(a - b) is the probability that the first is the better one. Raises
+    InputError when the folder holds no scorer or an image cannot be read.
     """
     import numpy as np
     import torch
 
-    model, processor = load_reward(folder)
-    device = device_type()
-    model.to(device).eval()
-    temperatures = np.array(model.config.temperatures, dtype=np.float32)
+    from prefmill.families.reward.published import open_published
+
+    ours = is_trained_here(folder)
+    score = _open_reward(folder, device_type()) if ours else open_published(folder, device_type())
 
     def rewards(prompts: Sequence[str], paths: Sequence[Path]) -> NDArray[np.float32]:
-        # An empty first row, so that no images give [0, 5]: concatenate needs an array.
-        rows = [np.zeros((0, len(HEADS)), dtype=np.float32)]
+        # An empty first row, so that no images give [0, K]: concatenate needs an array.
+        rows = [np.zeros((0, len(HEADS) if ours else 1), dtype=np.float32)]
         for shown, files in zip(in_batches(prompts, batch_size), in_batches(paths, batch_size), strict=True):
-            batch = encode(processor, shown, [open_image(path) for path in files])
             with torch.inference_mode():
-                found = model(**{name: value.to(device) for name, value in batch.items()})
-            rows.append(found.cpu().numpy() / temperatures)
+                found = score(shown, [open_image(path) for path in files])
+            rows.append(found.float().cpu().numpy().reshape(len(files), -1))
         return np.concatenate(rows)
 
     return rewards
+
+
+def is_trained_here(folder: Path) -> bool:
+    """Whether this folder says that it is a reward model of train_reward."""
+    config = folder / "config.json"
+    return config.is_file() and "prefmill_reward" in config.read_text(encoding="utf-8")
+
+
+def _open_reward(folder: Path, device: str) -> Callable[[Sequence[str], Sequence[Image]], Any]:
+    import torch
+
+    model, processor = load_reward(folder)
+    model.to(device).eval()
+    temperatures = torch.tensor(model.config.temperatures, device=device)
+
+    def score(prompts: Sequence[str], images: Sequence[Image]) -> Any:
+        batch = {name: value.to(device) for name, value in encode(processor, prompts, images).items()}
+        return model(**batch) / temperatures
+
+    return score
 
 
 def load_reward(folder: Path) -> tuple[Any, Any]:
