@@ -17,6 +17,9 @@ from prefmill.store.jsonl import read_jsonl
 
 IMAGES_FILES = ("images.csv", "images.jsonl")
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
+# What a table filled in by hand has instead: other names, and a column for each dimension.
+_OLD_NAMES = {"image_a": "left", "image_b": "right", "image_0": "left", "image_1": "right", "preference": "choice"}
+_OLD_CHOICES = {"a": "left", "b": "right", "0": "left", "1": "right", "equal": "tie", "": ""}
 _CHOICES = ("left", "right", "tie", "skip")
 
 
@@ -54,12 +57,15 @@ def image_of_row(folder: Path, row: GeneratedImage, where: str) -> SourceImage:
 def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rating]]:
     """The rows of a ratings.csv with where they stand; those that cannot be used are set aside.
 
+    A table without `dimension` has one column per dimension, or `choice` alone for overall; without `rater` it is the
+    work of one, named by the file. `image_a` and `image_b` may stand for left and right, and `a`, `b` for the choice.
+
     Images are named by their id or, in a listing of one's own, by their file. Raises InputError where a column is
     missing.
     """
     # Ids on the right, so they win where one image is listed under another image's id.
     known = {image.listed_as: image for image in collection.images.values()} | collection.images
-    for number, row in read_table(path, RATING_COLUMNS):
+    for number, row in _rating_rows(path):
         where = f"{path.name}:{number}"
         given = {key: (row.get(key) or "").strip() for key in ("prompt_id", *RATING_COLUMNS)}
         left, right = known.get(given["left"]), known.get(given["right"])
@@ -71,6 +77,30 @@ def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rati
         else:
             ids = {"prompt_id": left.prompt_id, "left": left.image_id, "right": right.image_id}
             yield where, Rating(**{**given, **ids})  # type: ignore[typeddict-item]
+
+
+def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """A row for each dimension rated, under our names."""
+    for number, cells in read_table(path, ()):
+        row = {_OLD_NAMES.get(name, name): value for name, value in cells.items()}
+        rated = [name for name in DIMENSIONS if name in row]
+        missing = [name for name in ("left", "right") if name not in row]
+        if missing or not (rated or "choice" in row):
+            raise InputError(
+                f"no column {', '.join([*missing, *([] if rated else ['choice'])])}", where=f"{path}:1",
+                got=", ".join(cells), expected=", ".join(RATING_COLUMNS), fix="name the columns on the first line",
+            )  # fmt: skip
+        row = {"rater": path.stem, **row}
+        if "dimension" in row or not rated:
+            yield number, {"dimension": "overall", **row, "choice": _old_choice(row.get("choice", ""))}
+            continue
+        for name in rated:
+            if row[name].strip():
+                yield number, {**row, "dimension": name, "choice": _old_choice(row[name])}
+
+
+def _old_choice(text: str) -> str:
+    return _OLD_CHOICES.get(text.strip().lower(), text)
 
 
 def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterator[tuple[str, Rating]]:

@@ -1,4 +1,4 @@
-"""Where preferences come from: ratings.csv, tables of scores, Pick-a-Pic's rows, ImageReward's rankings."""
+"""Where preferences come from: ratings.csv, scores, pairs.jsonl, Pick-a-Pic's rows, ImageReward's rankings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from pydantic import Field
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.errors import InputError
-from prefmill.core.image_rows import Rating
+from prefmill.core.image_rows import DIMENSIONS, Rating
 from prefmill.images.collection import Collection, SourceImage
 from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings, read_scores
 from prefmill.images.prompts import is_safe, prompt_id_of
 from prefmill.store.jsonl import read_jsonl
 
 _RANKING = "ranking"  # the rater of a published ranking
+# The better image first: our own names, and those of other preference files.
+_SIDES = (
+    ("preferred", "rejected"), ("chosen", "rejected"), ("winner", "loser"), ("win", "lose"), ("image_w", "image_l"),
+    ("preferred_image", "rejected_image"), ("chosen_image", "rejected_image"),
+)  # fmt: skip
 _PICKAPIC_KEYS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
 
 
@@ -40,6 +45,17 @@ class ScoresSource(StrictConfig):
     tie_margin: float = Field(0.0, ge=0, description="scores that differ by no more are a tie")
 
 
+class PairsSource(StrictConfig):
+    """A pairs.jsonl of other tools and older scripts: a line a pair, with its prompt and the files of both images.
+
+    Files are relative to `images`, or to the file's folder.
+    """
+
+    format: Literal["pairs"]
+    pairs: ExternalPath
+    images: ExternalPath | None = None
+
+
 class PickAPicSource(StrictConfig):
     """Pick-a-Pic's rows: a .parquet or .jsonl file, or a folder of them; in .jsonl `jpg_0` is the path of a file."""
 
@@ -55,7 +71,9 @@ class ImageRewardSource(StrictConfig):
     images: ExternalPath
 
 
-PairSource = Annotated[RatingsSource | ScoresSource | PickAPicSource | ImageRewardSource, Field(discriminator="format")]
+PairSource = Annotated[
+    RatingsSource | ScoresSource | PairsSource | PickAPicSource | ImageRewardSource, Field(discriminator="format")
+]
 
 
 def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: Path) -> Collection:
@@ -71,11 +89,44 @@ def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: 
                 collection.ratings += read_ratings(source.ratings, collection)
             else:
                 collection.ratings += read_scores(source.scores, collection, source.tie_margin)
+        elif isinstance(source, PairsSource):
+            _read_pairs(source, collection)
         elif isinstance(source, PickAPicSource):
             _read_pickapic(source.path, work / "images", collection)
         else:
             _read_rankings(source, collection)
     return collection
+
+
+def _read_pairs(source: PairsSource, collection: Collection) -> None:
+    """Every row as a vote for its better image, overall and on each dimension that the row has a label for."""
+    folder = source.images or source.pairs.parent
+    for number, row in enumerate(read_jsonl(source.pairs), 1):
+        where = f"{source.pairs.name}:{number}"
+        sides = next((names for names in _SIDES if all(isinstance(row.get(name), str) for name in names)), None)
+        prompt, labels = " ".join(str(row.get("prompt") or "").split()), _labels(row)
+        if sides is None or not prompt or labels is None:
+            reason = "no prompt" if not prompt else "no two images" if sides is None else "a label outside 0 to 1"
+            collection.quarantine.add("pair", where, reason, row=row)
+            continue
+        prompt_id = str(row.get("prompt_id") or prompt_id_of(prompt))
+        ids = [f"{prompt_id}/{Path(row[name]).stem}" for name in sides]
+        if not all(map(is_safe, "/".join(ids).split("/"))) or any(".." in Path(row[name]).parts for name in sides):
+            collection.quarantine.add("pair", where, "images' names cannot be used", row=row)
+            continue
+        for image_id, name in zip(ids, sides, strict=True):
+            collection.add_image(SourceImage(image_id, prompt_id, prompt, folder / row[name], row[name], where))
+        given = {"prompt_id": prompt_id, "left": ids[0], "right": ids[1], "rater": str(row.get("rater") or "pairs")}
+        for dimension, label in {"overall": 1.0, **labels}.items():
+            collection.ratings.append((where, Rating(**given, dimension=dimension, choice=_choice(label - 0.5))))  # type: ignore[typeddict-item]
+
+
+def _labels(row: dict[str, Any]) -> dict[str, float] | None:
+    """The probabilities, by dimension, that the better image is the better one there: in `labels` or in columns."""
+    said = {**row, **(row["labels"] if isinstance(row.get("labels"), dict) else {})}
+    found = {name: said[name] for name in DIMENSIONS if said.get(name) is not None}
+    fits = all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in found.values())
+    return {name: float(value) for name, value in found.items()} if fits else None
 
 
 def _read_rankings(source: ImageRewardSource, collection: Collection) -> None:

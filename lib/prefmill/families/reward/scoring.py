@@ -78,8 +78,6 @@ def load_reward(folder: Path) -> tuple[Any, Any]:
 
     from prefmill.families.reward.model import MultiHeadReward, MultiHeadRewardConfig
 
-    if not (folder / "config.json").is_file():
-        raise InputError("no reward model here", where=folder, fix="give the output of the stage train_reward")
     config = MultiHeadRewardConfig.from_pretrained(folder)
     # Order counts too: columns are read by their place in HEADS.
     if config.heads != list(HEADS):

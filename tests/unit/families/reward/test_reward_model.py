@@ -108,5 +108,5 @@ def test_what_cannot_be_scored_is_named(folder: Path, tmp_path: Path, pictures: 
         score_images(folder, ["a boat"], [cut])
     with pytest.raises(InputError, match=r"missing image|not an image|damaged image"):
         score_images(folder, ["a boat"], [tmp_path / "absent.png"])
-    with pytest.raises(InputError, match="no reward model here"):
+    with pytest.raises(InputError, match="no scorer of images here"):
         score_images(tmp_path, ["a boat"], pictures[:1])
