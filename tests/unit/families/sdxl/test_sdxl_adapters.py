@@ -275,5 +275,5 @@ def test_alpha_is_four_times_the_rank_and_targets_are_checked(sdxl: SdxlFolder) 
         3.0,
     ]
     config = validate(SdxlPreferenceConfig, {"lora": {"target_modules": ["to_nothing"]}})
-    with pytest.raises(ConfigError, match="does not fit this UNet"):
+    with pytest.raises(ConfigError, match="does not fit this model"):
         add_adapter(unet_of(sdxl), config)
