@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,17 @@ def create_reward(clip: CLIPModel, hidden_size: int, seed: int) -> MultiHeadRewa
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The arguments of `forward` among what a processor returns."""
     return {name: batch[name] for name in INPUTS}
+
+
+def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:
+    """What the model takes of these images and prompts; prompts are filled up or cut to what CLIP reads.
+
+    The same width for every prompt: a reward does not depend on what else is in the batch.
+    """
+    batch = processor(
+        text=list(prompts), images=list(images), padding="max_length", truncation=True, return_tensors="pt"
+    )
+    return inputs_of(batch)
 
 
 def _head(width: int, hidden_size: int) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prefmill.core.errors import InputError
+from prefmill.families.reward.model import encode
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 
 if TYPE_CHECKING:
@@ -63,8 +64,6 @@ def _hps(folder: Path, device: str) -> Scorer:
 
 def _clip(model: Any, folder: Path, device: str, scale: float) -> Scorer:
     from transformers import CLIPProcessor
-
-    from prefmill.families.reward.scoring import encode
 
     processor, model = CLIPProcessor.from_pretrained(_require_processor(folder)), model.to(device).eval()
 
@@ -179,7 +178,7 @@ def _weights(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
         raise InputError(
             "no safetensors of this scorer", where=folder, expected=name,
-            fix="convert its weights once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NAME)",
+            fix="convert its weights once, under their own names, with save_file of safetensors.torch",
         )  # fmt: skip
     return folder / name
 

@@ -61,6 +61,8 @@ def is_trained_here(folder: Path) -> bool:
 def _open_reward(folder: Path, device: str) -> Callable[[Sequence[str], Sequence[Image]], Any]:
     import torch
 
+    from prefmill.families.reward.model import encode
+
     model, processor = load_reward(folder)
     model.to(device).eval()
     temperatures = torch.tensor(model.config.temperatures, device=device)
@@ -86,16 +88,3 @@ def load_reward(folder: Path) -> tuple[Any, Any]:
             expected=", ".join(HEADS), fix="give the output of the stage train_reward",
         )  # fmt: skip
     return MultiHeadReward.from_pretrained(folder, dtype="float32"), CLIPProcessor.from_pretrained(folder)
-
-
-def encode(processor: Any, prompts: Sequence[str], images: Sequence[Image]) -> dict[str, Any]:
-    """What the model takes of these images and prompts; prompts are filled up or cut to what CLIP reads.
-
-    The same width for every prompt: a reward does not depend on what else is in the batch.
-    """
-    from prefmill.families.reward.model import inputs_of
-
-    batch = processor(
-        text=list(prompts), images=list(images), padding="max_length", truncation=True, return_tensors="pt"
-    )
-    return inputs_of(batch)
