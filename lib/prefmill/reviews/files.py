@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections.abc import Generator, Iterator
@@ -20,6 +21,9 @@ from prefmill.store.jsonl import parse_json
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv",)
 JSON = (".json", *JSON_LINES)
+_PACKED = ("", ".gz", ".zst", ".xz")
+_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".tsv", ".xlsx", ".parquet") for packed in _PACKED)
+_log = logging.getLogger(__name__)
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(r'\s*(?:\[|\{[^\[]*"notes"\s*:\s*\[)')  # an array, or an API answer that holds one
@@ -38,9 +42,12 @@ def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Pa
     if not path.is_dir():
         return [path]
     names = tuple(f"{ending}{packed}" for ending in endings for packed in ("", ".gz"))
-    found = sorted(file for file in path.rglob("*") if file.name.endswith(names) and file.is_file())
     # Archives made on macOS hold a hidden `._name` beside every file, which is no text.
-    found = [file for file in found if not file.name.startswith(".") and without not in file.parts]
+    inside = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and without not in file.parts]
+    found = [file for file in inside if file.name.lower().endswith(names) and file.is_file()]
+    other = [file.name for file in inside if file.name.lower().endswith(_DATA) and file not in set(found)]
+    if found and other:
+        _log.warning("%s: %d files are of another kind and not read: %s", path, len(other), ", ".join(other[:5]))
     if not found:
         expected = ", ".join(f"*{ending}" for ending in endings)
         raise InputError("a folder without review files", where=path, expected=expected, fix="check the source's path")
@@ -202,6 +209,11 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
 
 
 def _check_header(names: Any, path: Path) -> None:
+    if names and len(names) == 1 and re.search(r"[;\t]", names[0]):
+        raise InputError(
+            "the header is one cell: the table has another separator than commas", where=f"{path}:1", got=names[0],
+            fix="save it with commas between the cells",
+        )  # fmt: skip
     if names and (len(set(names)) < len(names) or not all(names)):
         raise InputError(
             "the header has an empty or repeated column", where=f"{path}:1", got=", ".join(names),

@@ -88,6 +88,8 @@ class OpenReviewSource(FileSource):
             raise RowError("not a note: no invitation", "dump whole notes, with id, forum, invitation(s) and content")
         if values.get("ddate"):
             return [Skipped("deleted note")]
+        if values.get("referent") not in (None, "", values.get("id")):  # API 1 lists what a note said before beside it
+            return [Skipped("earlier version of a note")]
         content = _content(values, wrapped=self.format == "openreview_v2")
         # In OpenReview a submission is its own forum; each reply has the submission's id there.
         if values.get("forum", values.get("id")) == values.get("id"):
@@ -111,6 +113,8 @@ class OpenReviewSource(FileSource):
 
     def _review(self, note: Mapping[str, Any], content: Mapping[str, Any]) -> list[Item]:
         fields = {name.lower(): value for name, value in content.items()}
+        if len(fields) < len(content):
+            raise RowError("two fields have one name, case aside", "rename or remove one of them")
         rating = _first(fields, self.rating_fields)
         if rating is None:
             raise RowError(
@@ -198,7 +202,13 @@ def _content(note: Mapping[str, Any], wrapped: bool) -> dict[str, Any]:
         raise RowError(f"the content is in the form of {right}", f"set format: {right} for this source")
     if not wrapped:
         return content
-    return {name: value.get("value") for name, value in content.items() if isinstance(value, dict)}
+    # A value that stands bare among wrapped ones is read too; one that is hidden has its readers alone.
+    return {name: value.get("value", _shown(value)) if isinstance(value, dict) else value
+            for name, value in content.items()}  # fmt: skip
+
+
+def _shown(value: dict[str, Any]) -> dict[str, Any] | None:
+    return None if value.keys() <= {"readers", "writers", "signatures"} else value
 
 
 def _split_content(

@@ -32,8 +32,9 @@ _SCORES = {
     "IMPACT", "SUBSTANCE", "APPROPRIATENESS", "MEANINGFUL_COMPARISON", "SOUNDNESS_CORRECTNESS", "ORIGINALITY",
     "CLARITY", "REPLICABILITY",
 }  # fmt: skip
+_RATINGS = ("RECOMMENDATION", "SCORE")  # some of its conferences have the latter
 _REVIEW_VALID = _SCORES | {
-    "comments", "RECOMMENDATION", "REVIEWER_CONFIDENCE", "PRESENTATION_FORMAT", "TITLE", "DATE", "OTHER_KEYS",
+    *_RATINGS, "comments", "REVIEWER_CONFIDENCE", "PRESENTATION_FORMAT", "TITLE", "DATE", "OTHER_KEYS",
     "IS_META_REVIEW", "is_meta_review", "IS_ANNOTATED",
 }  # fmt: skip
 # What a review takes from its paper and place when a file is unfolded.
@@ -68,7 +69,7 @@ class PeerReadSource(FileSource):
         if accepted not in (True, False, None):
             raise RowError(f"accepted is {accepted!r}", "write true, false or null")
         paper = PaperRow(
-            paper_id=parse_id(str(values["id"]), "id", self.id_prefix),
+            paper_id=self._paper_id(values["id"]),
             title=required_text(values["title"], "title"),
             abstract=clean_text(values.get("abstract"), "abstract"),
             decision=None if accepted is None else "accepted" if accepted else "rejected",
@@ -80,18 +81,19 @@ class PeerReadSource(FileSource):
         # PeerRead's conferences spell this key in two ways.
         if entry.get("is_meta_review") or entry.get("IS_META_REVIEW"):
             return [Skipped("meta-review")]
-        if "RECOMMENDATION" not in entry:
+        rating = next((entry[name] for name in _RATINGS if entry.get(name) is not None), None)
+        if rating is None:
             return [Skipped("comment without a recommendation")]
         own = {name: value for name, value in entry.items() if name not in (_PAPER, _VENUE, _INDEX)}
         check_fields(own, {"comments"}, _REVIEW_VALID, self.ignore_extra_fields, "review")
-        paper_id = parse_id(str(entry[_PAPER]), "id", self.id_prefix)
+        paper_id = self._paper_id(entry[_PAPER])
         confidence, unknown = self.confidence(entry.get("REVIEWER_CONFIDENCE"))
         review = ReviewRow(
             # PeerRead gives reviews no ids; their order in a file is fixed.
             review_id=f"{paper_id}-r{entry[_INDEX]}",
             paper_id=paper_id,
             text=required_text(entry["comments"], "comments"),
-            rating=self.rating(entry["RECOMMENDATION"]),
+            rating=self.rating(rating),
             scale=self.scale,
             confidence=confidence,
             venue=clean_text(entry[_VENUE], "conference") or self.venue,
@@ -99,6 +101,9 @@ class PeerReadSource(FileSource):
             sub_scores={key.lower(): parse_score(entry[key], key) for key in sorted(_SCORES & entry.keys())},
         )
         return [review, *unknown]
+
+    def _paper_id(self, value: Any) -> str:
+        return parse_id("" if value is None else str(value), "id", self.id_prefix)
 
 
 def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:

@@ -22,14 +22,20 @@ _NEWLINES = re.compile(r"\r\n?")
 _NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
 # "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th", "4.5.1" or "6,5"
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
+# "6-7", "5 -> 6", "6 or 7", "6, 7", "6%", and "4/5" or "4 out of 5", where the 5 is to be the scale's end
+_SECOND_NUMBER = re.compile(
+    r"\s*(?:(?P<of>/|(?:out )?of\b)|-+>?|[–—→±~,;]|to\b|or\b)\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)"
+)
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
 
 DECISIONS: tuple[Decision, ...] = ("accepted", "rejected", "withdrawn", "desk_rejected")
 _DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first that matches
     (re.compile(r"desk[ _-]?reject", re.IGNORECASE), "desk_rejected"),
     (re.compile(r"withdraw|retracted", re.IGNORECASE), "withdrawn"),
+    # "not recommended for acceptance", "no acceptance", "unaccepted"
+    (re.compile(r"\b(not|never|cannot)\b[^.,;:]*accept|\b(no|non)[ -]?accept|unaccept", re.IGNORECASE), "rejected"),
     # "Submitted to ICLR 2024" is how OpenReview shows a rejected paper.
-    (re.compile(r"reject|not accept|invite to workshop|submitted to|\d{4} submitted", re.IGNORECASE), "rejected"),
+    (re.compile(r"reject|invite to workshop|submitted to|\d{4} submitted", re.IGNORECASE), "rejected"),
     (re.compile(r"accept|\b(poster|oral|spotlight|notable|talk)\b|\btop[ -]?\d+ ?%", re.IGNORECASE), "accepted"),
     (re.compile(r"\d{4} (main|findings|industry|long|short)\b", re.IGNORECASE), "accepted"),  # EMNLP 2023 Main
 )
@@ -225,7 +231,7 @@ def parse_rating(
     value: Any, scale: Scale, words: Mapping[str, float] | None = None, decimal_comma: bool = False
 ) -> float:
     """A rating within `scale`; `words` gives the number of a rating in words, `decimal_comma` reads 6,5 as 6.5."""
-    rating = parse_score(_as_number(value, words or {}, decimal_comma), "rating")
+    rating = parse_score(_as_number(value, scale, words or {}, decimal_comma), "rating")
     if not scale[0] <= rating <= scale[1]:
         raise RowError(
             f"rating {rating:g} is outside the scale {scale[0]:g} to {scale[1]:g}",
@@ -234,7 +240,21 @@ def parse_rating(
     return rating
 
 
-def _as_number(value: Any, words: Mapping[str, float], decimal_comma: bool) -> Any:
+def _sole_number(text: str, scale: Scale) -> str:
+    """`text`; raises RowError where its number is one of two, or of another scale, such as 4/5."""
+    number = _LEADING_NUMBER.match(text)
+    second = _SECOND_NUMBER.match(text, number.end()) if number else None
+    end = second and (100 if second["percent"] else float(second["number"]) if second["of"] else None)
+    if second and end != scale[1]:
+        raise RowError(
+            f"rating {excerpt(text)!r} is no number on the scale {scale[0]:g} to {scale[1]:g}",
+            "write one number, say in rating_words of this source what it means, or set rating_min and rating_max to "
+            "the scale that it is on",
+        )
+    return text
+
+
+def _as_number(value: Any, scale: Scale, words: Mapping[str, float], decimal_comma: bool) -> Any:
     """What `parse_score` can read; raises RowError, with the key to set, for words and commas that it cannot."""
     if not isinstance(value, str):
         return value
@@ -243,13 +263,13 @@ def _as_number(value: Any, words: Mapping[str, float], decimal_comma: bool) -> A
         return number
     if _DECIMAL_COMMA.match(value):
         if decimal_comma:
-            return value.replace(",", ".", 1)
+            return _sole_number(value.replace(",", ".", 1), scale)
         raise RowError(
             f"rating {excerpt(value)!r} has a decimal comma",
             "write a point, or set decimal_comma: true for this source",
         )
     if begins_with_number(value):
-        return value
+        return _sole_number(value, scale)
     raise RowError(
         f"rating is not a number: {excerpt(value)!r}",
         "give the number of each of the venue's words in rating_words of this source, such as "
@@ -263,16 +283,15 @@ def word_key(text: str) -> str:
 
 
 def parse_confidence(value: Any, words: Mapping[str, float] | None = None) -> float | Unknown | None:
-    """A confidence from 1 to 5, None where there is none; one in words that `words` does not have is unknown."""
+    """A confidence from 1 to 5, None where there is none; a word that `words` lacks and another number are unknown."""
     if value is None or value == "":
         return None
     number = (words or {}).get(word_key(value)) if isinstance(value, str) else None
     if number is None and isinstance(value, str) and not begins_with_number(value):
         return Unknown("confidence", value)
     confidence = parse_score(value if number is None else number, "confidence")
-    if not 1 <= confidence <= 5:
-        raise RowError(f"confidence {confidence:g} is outside the scale 1 to 5", "correct it, or leave it empty")
-    return confidence
+    # A venue's own scale, 0 to 100 say, is no reason to lose its reviews.
+    return confidence if 1 <= confidence <= 5 else Unknown("confidence", str(value))
 
 
 def parse_decision(value: Any, words: Mapping[str, Decision] | None = None) -> Decision | Unknown | None:

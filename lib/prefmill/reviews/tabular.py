@@ -18,6 +18,7 @@ from prefmill.reviews.rows import (
     ReviewRow,
     RowError,
     RowProblem,
+    Unknown,
     begins_with_number,
     check_fields,
     clean_text,
@@ -74,6 +75,8 @@ class CsvSource(FileSource):
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""
         fields = {column: field for field, column in self.columns.items()}
+        if missing := sorted(fields.keys() - values.keys()):
+            raise RowError(f"columns names '{missing[0]}', which the file has not", "correct columns of this source")
         named = {fields.get(column, column): cell for column, cell in values.items()}
         # A CSV row cannot leave out a column: an empty cell is a review without that sub-score.
         sub_scores = {
@@ -106,6 +109,7 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
     check_fields(values, REQUIRED_FIELDS, VALID_FIELDS, config.ignore_extra_fields, "row")
     paper = _paper(values, config, drawn)
     confidence, unknown = config.confidence(values.get("confidence"))
+    scores, in_words = _sub_scores(values.get("sub_scores"))
     review = ReviewRow(
         review_id=parse_id(values["review_id"], "review_id", config.id_prefix),
         paper_id=paper.paper_id,
@@ -114,9 +118,9 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         scale=config.scale,
         confidence=confidence,
         venue=paper.venue,
-        sub_scores=_sub_scores(values.get("sub_scores")),
+        sub_scores=scores,
     )
-    return [paper, review, *unknown]
+    return [paper, review, *unknown, *in_words]
 
 
 def _paper(values: dict[str, Any], config: SourceConfig, drawn: bool) -> PaperRow:
@@ -142,21 +146,17 @@ def _paper(values: dict[str, Any], config: SourceConfig, drawn: bool) -> PaperRo
     return paper
 
 
-def _sub_scores(value: Any) -> dict[str, float]:
+def _sub_scores(value: Any) -> tuple[dict[str, float], list[Item]]:
+    """Sub-scores by name, and the answers in words, which are none."""
     if not value:
-        return {}
+        return {}, []
     if not isinstance(value, dict):
         raise RowError(f"sub_scores is not an object but {type(value).__name__}", "write names and numbers")
     # Sorted: the store compares them as JSON to see whether a review is listed twice word for word.
-    scores = ((str(name), _sub_score(score, f"sub_scores.{name}")) for name, score in sorted(value.items()))
-    return {name: score for name, score in scores if score is not None}
-
-
-def _sub_score(value: Any, name: str) -> float | None:
-    """A sub-score; None for none, and for an answer in words, which is no score."""
-    if value is None or (isinstance(value, str) and not begins_with_number(value)):
-        return None
-    return parse_score(value, name)
+    given = [(str(name), score) for name, score in sorted(value.items()) if score not in (None, "")]
+    in_words = {name for name, score in given if isinstance(score, str) and not begins_with_number(score)}
+    scores = {name: parse_score(score, f"sub_scores.{name}") for name, score in given if name not in in_words}
+    return scores, [Unknown("sub-score in words", name) for name in sorted(in_words)]
 
 
 def _is_sub_score(name: str) -> bool:

@@ -12,7 +12,7 @@ from read_sources import Holder, items_of, read, source, write
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.reviews.generated import generate
-from prefmill.reviews.rows import PaperRow, ReviewRow, Skipped
+from prefmill.reviews.rows import PaperRow, ReviewRow, Skipped, Unknown
 
 ROW = {
     "paper_id": "p1",
@@ -29,10 +29,12 @@ ROW = {
 }
 PAPER = PaperRow("p1", "A title", "An abstract.", "", "accepted", "V 2024")
 REVIEW = ReviewRow("r1", "p1", "Good.\nReally.", 8.0, None, "V 2024", {"clarity": 2.0, "soundness": 3.0})
+READING = Unknown("sub-score in words", "reading")
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    assert items_of(source(format="jsonl", path=write(tmp_path / "x.jsonl", json.dumps(ROW)))) == [PAPER, REVIEW]
+    items = items_of(source(format="jsonl", path=write(tmp_path / "x.jsonl", json.dumps(ROW))))
+    assert items == [PAPER, REVIEW, READING]
 
 
 def test_jsonl_with_only_what_is_required(tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_jsonl_with_only_what_is_required(tmp_path: Path) -> None:
 def test_a_row_at_fault_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = write(tmp_path / "x.jsonl", json.dumps(ROW) + "\n" + json.dumps({**ROW, **change}) + "\n")
     items, problems = read(source(format="jsonl", path=path))
-    assert items == [PAPER, REVIEW]
+    assert items == [PAPER, REVIEW, READING]
     assert len(problems) == 1
     assert reason in problems[0].reason
     assert problems[0].place.line == 2
@@ -74,7 +76,7 @@ def test_missing_fields_are_named_and_extra_ones_may_be_ignored(tmp_path: Path) 
     _, problems = read(source(format="jsonl", path=write(tmp_path / "x.jsonl", json.dumps(row))))
     assert problems[0].reason == "missing in the row: rating, title"
     path = write(tmp_path / "y.jsonl", json.dumps({**ROW, "extra": 1}))
-    assert items_of(source(format="jsonl", path=path, ignore_extra_fields=True)) == [PAPER, REVIEW]
+    assert items_of(source(format="jsonl", path=path, ignore_extra_fields=True)) == [PAPER, REVIEW, READING]
 
 
 def test_csv_with_its_own_column_names(tmp_path: Path) -> None:

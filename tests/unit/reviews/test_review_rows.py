@@ -59,8 +59,9 @@ def test_confidence_may_be_missing_but_not_wrong() -> None:
     assert parse_confidence(None) is None
     assert parse_confidence("") is None
     assert parse_confidence("4: confident") == 4.0
-    with pytest.raises(RowError, match="outside the scale 1 to 5"):
-        parse_confidence(6)
+    assert parse_confidence(80) == Unknown("confidence", "80")
+    with pytest.raises(RowError, match="not a number"):
+        parse_confidence([4])
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,28 @@ that cannot be, or that would teach the model something else than the answer and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
+from prefmill.families.causal.chat_checks import (
+    OTHER_TEMPLATE,
+    REASONING,
+    Turn,
+    check_answer,
+    require_said,
+    require_shown,
+    require_tools,
+    text_of,
+)
 from prefmill.families.causal.templates import variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turn = Mapping[str, Any]
 Answer = str | Turn  # text alone, or a turn that also has `reasoning_content` or `tool_calls`
 _PROBE = "probe"
-_OTHER_TEMPLATE = "give one that does with chat_template=FILE"
-# Under which names templates look for a turn's reasoning: Qwen3's, OpenRouter's, gpt-oss'.
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], tools: Sequence[Any] = ()) -> str:
@@ -33,12 +39,6 @@ def image_paths(messages: Sequence[Turn]) -> list[str]:
     """The images that stand in `messages` as parts, in their order."""
     return [part["path"] for turn in messages if isinstance(turn["content"], list)
             for part in turn["content"] if part["type"] == "image"]  # fmt: skip
-
-
-def text_of(turn: Turn) -> str:
-    """What a turn says, images aside."""
-    content = turn["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def encode(
@@ -60,27 +60,36 @@ def encode_turns(
     """Token ids of a chat as the template writes it whole, and whether each is of an assistant's turn at `places`.
 
     `places` are ascending and end with the last turn. Raises InputError for an empty answer, a prompt that is templated
-    already, and a template that refuses the messages, leaves out tools, changes what was said before an answer, drops a
-    part of the answer or its reasoning, doubles its thought, or never ends it.
+    already, an answer that holds the token of its end, and a template that refuses the messages, leaves out tools or a
+    part of the prompt, changes what was said before an answer, drops a part of the answer or its reasoning, doubles its
+    thought, or never ends it.
     """
     for place in places:
-        _require_said(messages[place])
-    _refuse_templated(tokenizer, [turn for place, turn in enumerate(messages) if place not in places])
+        require_said(messages[place])
+    before = [turn for place, turn in enumerate(messages) if place not in places]
+    _refuse_templated(tokenizer, before)
     whole = _render(tokenizer, messages, tools, add_generation_prompt=False)
-    _require_tools(tools, whole)
+    require_tools(tools, whole)
+    require_shown(before, whole)
     # In characters first: a part that is tokenised by itself may give other tokens than within the whole.
     spans = [_span(tokenizer, messages, place, tools, whole) for place in places]
     # LLaDA's template writes the next answer's header behind the last answer.
     whole = whole[: spans[-1][1]]
     ids = _ids(tokenizer, whole)
     trained = [False] * len(ids)
-    for begin, end in spans:
+    for (begin, end), place in zip(spans, places, strict=True):
         tokens = slice(_num_tokens(tokenizer, whole, begin, ids), _num_tokens(tokenizer, whole, end, ids))
         trained[tokens] = [True] * (tokens.stop - tokens.start)
-        if not template_of(tokenizer).control.intersection(ids[tokens]):
+        ends = [token for token in ids[tokens] if token in template_of(tokenizer).control]
+        if ends and tokenizer.convert_ids_to_tokens(ends[-1]) in text_of(messages[place]):
+            raise InputError(
+                "an answer holds the token that ends it: the model would learn to stop there",
+                got=whole[begin:end][-80:], expected="the answer alone", fix="remove the token from the data",
+            )  # fmt: skip
+        if not ends:
             raise InputError(
                 "the chat template never ends an answer: the model would learn no stop", got=whole[begin:end][-80:],
-                expected="an end token behind the answer", fix=_OTHER_TEMPLATE,
+                expected="an end token behind the answer", fix=OTHER_TEMPLATE,
             )  # fmt: skip
     return ids, trained
 
@@ -98,7 +107,13 @@ def _span(
     # write a turn otherwise once others follow (Qwen3, without an empty thought): what it writes then is trained.
     if template_of(tokenizer).appends_header or not whole.startswith(through):
         through = prompt + _until_its_end(tokenizer, prompt, whole[len(prompt) :])
-    _check_answer(messages[place], through[len(prompt) :])
+    answer = text_of(messages[place]).strip()
+    if is_last and answer not in through[len(prompt) :] and answer in whole[len(through) :]:
+        raise InputError(
+            "the chat template opens an answer with a header that it leaves out of a prompt", got=whole[-160:],
+            expected="that header where add_generation_prompt asks for it", fix=OTHER_TEMPLATE,
+        )  # fmt: skip
+    check_answer(messages[place], through[len(prompt) :])
     return len(prompt), len(through)
 
 
@@ -174,13 +189,17 @@ def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[Any], add_generation_prompt: bool, **variables: Any
 ) -> str:
     """What the template makes of `messages`, with its clock standing still; raises InputError where it refuses them."""
-    from jinja2.exceptions import TemplateError
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     try:
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt,
             **{**variables_of(tokenizer), **variables},
         )  # fmt: skip
+    except TemplateSyntaxError as error:
+        raise InputError(
+            "the chat template is no Jinja that can be read", got=str(error), fix=f"correct it, or {OTHER_TEMPLATE}"
+        ) from None
     except (TemplateError, TypeError) as error:  # a template that joins text and None raises TypeError
         raise InputError(
             "the chat template refuses these messages", got=str(error), expected="roles that the template takes",
@@ -190,8 +209,8 @@ def apply_template(
 
 
 def _under_all_names(turn: Turn) -> Turn:
-    said = next((turn[name] for name in _REASONING if turn.get(name)), None)
-    return turn if said is None else {**turn, **dict.fromkeys(_REASONING, said)}
+    said = next((turn[name] for name in REASONING if turn.get(name)), None)
+    return turn if said is None else {**turn, **dict.fromkeys(REASONING, said)}
 
 
 def _as_parts(messages: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -209,61 +228,6 @@ def _until_its_end(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
         return completion
     closing = str(tokenizer.convert_ids_to_tokens(ends[0]))
     return completion[: completion.index(closing) + len(closing)]
-
-
-def _require_said(turn: Turn) -> None:
-    if not text_of(turn).strip() and not turn.get("tool_calls"):
-        raise InputError("an empty answer cannot be trained on", got=repr(turn["content"]), fix="leave the row out")
-
-
-def _require_tools(tools: Sequence[Any], whole: str) -> None:
-    """Raise InputError for a tool that the template does not show the model."""
-    for tool in tools:
-        name = str(tool.get("function", tool).get("name"))
-        if name not in whole:
-            raise InputError(
-                "the chat template leaves the tools out", got=whole[:160], expected=f"the tool '{name}'",
-                fix=_OTHER_TEMPLATE + ", or remove 'tools' from the rows",
-            )  # fmt: skip
-
-
-def _check_answer(turn: Turn, completion: str) -> None:
-    """Raise InputError where the completion lacks a part of the turn, white space aside, or has a second thought."""
-    # Many templates strip an answer, which takes nothing that is to be learnt.
-    found, answer = "".join(completion.split()), text_of(turn)
-    for what, text in _parts_of(turn):
-        if "".join(text.split()) not in found:
-            raise InputError(
-                f"the chat template drops {what}", got=completion[:160], expected=text[:160], fix=_OTHER_TEMPLATE
-            )
-    if 0 < answer.count("<think>") < completion.count("<think>"):
-        raise InputError(
-            "the chat template puts a thought before the answer's own", got=completion[:160], expected=answer[:160],
-            fix=_OTHER_TEMPLATE,
-        )  # fmt: skip
-
-
-def _parts_of(turn: Turn) -> Iterator[tuple[str, str]]:
-    """Everything in an assistant's turn that is to be learnt, with a name for messages."""
-    yield "a part of the answer", text_of(turn)
-    yield from ((f"the answer's {name}", str(turn[name])) for name in _REASONING if turn.get(name))
-    for call in turn.get("tool_calls") or ():
-        yield "the answer's tool_calls", call["function"]["name"]
-        yield from (("the arguments of a tool call", text) for text in _leaves(call["function"]["arguments"]))
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Names and plain texts in the arguments of a call; how numbers and others are written is the template's matter."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield str(name)
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    # Quotes and other letters are escaped by some templates and not by others: such a text could not be found.
-    elif isinstance(value, str) and value.isalnum() and value.isascii():
-        yield value
 
 
 def _refuse_templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn]) -> None:

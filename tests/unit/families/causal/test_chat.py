@@ -154,3 +154,48 @@ def test_sentencepiece_words_are_those_of_the_whole(tmp_path: Path) -> None:
     prompt, completion = encode(tokenizer, USER, "Yes.")
     whole = tokenizer("[INST]Say yes.[/INST]\nYes.</s>", add_special_tokens=False)["input_ids"]
     assert prompt + completion == whole
+
+
+ONE = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+LOOP = "{% for m in messages %}BODY{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ("{% if m.role != 'system' %}" + ONE + "{% endif %}", "role system"),
+        ("{% if m.role != 'tool' %}" + ONE + "{{ m.tool_calls }}{% endif %}", "role tool"),
+        (ONE, "role assistant"),  # the call of the tool
+        (ONE.replace("m.content", "m.content[:9]") + "{{ m.tool_calls }}", "role user"),
+        (ONE.replace("m.content", "m.content | e") + "{{ m.tool_calls }}", "role user"),
+        ("{% if loop.index > 2 or m.role == 'system' %}" + ONE + "{{ m.tool_calls }}{% endif %}", "role user"),
+    ],
+)
+def test_a_template_that_leaves_out_a_part_of_the_prompt_is_refused(make: MakeTokenizer, body: str, named: str) -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it <b>cold</b> there?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3 degrees"},
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=named):
+        encode(make(LOOP.replace("BODY", body)), turns, "Yes.")
+
+
+def test_a_result_written_as_json_and_an_earlier_thought_are_no_loss(make: MakeTokenizer) -> None:
+    body = ONE.replace("m.content", "m.content | tojson if m.role == 'tool' else m.content.split('</think>')[-1]")
+    turns = [
+        *USER, {"role": "assistant", "content": "<think>Hm.</think>Yes.", "tool_calls": [CALL]},
+        {"role": "tool", "content": 'It is "cold"\nthere.'},
+    ]  # fmt: skip
+    prompt, _ = encode(make(LOOP.replace("BODY", body + "{{ m.tool_calls }}")), turns, "Yes.")
+    assert prompt
+
+
+def test_an_answer_that_holds_its_own_end_and_a_header_that_is_left_out_are_refused(make: MakeTokenizer) -> None:
+    for answer in ("Yes.<|im_end|>", "Yes.<|im_end|>No."):
+        with pytest.raises(InputError, match="holds the token that ends it"):
+            encode(make(), USER, answer)
+    with pytest.raises(InputError, match="leaves out of a prompt"):
+        encode(make("{% for m in messages %}" + ONE + "{% endfor %}"), USER, "Yes.")
+    with pytest.raises(InputError, match="no Jinja"):
+        encode(make("{% for m in messages %}"), USER, "Yes.")

@@ -1,0 +1,117 @@
+"""Reviews that are nearly right: one number of two, half of a note, the file beside the one that is read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.core.errors import InputError
+from prefmill.reviews.rows import (
+    DecisionRow,
+    PaperRow,
+    ReviewRow,
+    RowError,
+    Skipped,
+    Unknown,
+    decision_in,
+    parse_rating,
+)
+from tests.unit.reviews.read_sources import items_of, read, source, write
+
+ROW = {"paper_id": "p1", "title": "T", "review_id": "r1", "review_text": "Fine.", "rating": 6}
+
+
+@pytest.mark.parametrize(
+    "text", ["4/5", "3 out of 5", "6-7", "6 - 7", "6 or 7", "5 -> 6", "5→6", "6 to 7", "6, 7", "6;7", "6±1", "60%"]
+)
+def test_two_numbers_and_another_scale_are_no_rating(text: str) -> None:
+    with pytest.raises(RowError, match="no number on the scale 1 to 10") as caught:
+        parse_rating(text, (1, 10))
+    assert parse_rating(text, (1, 10), {text: 6}) == 6, caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "scale", "rating"),
+    [("7/10", (1, 10), 7), ("4 out of 5", (1, 5), 4), ("60%", (0, 100), 60), ("10: Top 5%", (1, 10), 10),
+     ("1-strong reject", (1, 10), 1), ("-2 (reject)", (-3, 3), -2), ("6 (was 5)", (1, 10), 6)],
+)  # fmt: skip
+def test_one_number_with_words_is_a_rating(text: str, scale: tuple[float, float], rating: float) -> None:
+    assert parse_rating(text, scale) == rating
+
+
+@pytest.mark.parametrize(
+    "text", ["Unaccepted", "No acceptance", "Not recommended for acceptance", "The paper cannot be accepted"]
+)
+def test_a_denied_acceptance_is_a_rejection(text: str) -> None:
+    assert decision_in(text) == "rejected"
+    assert decision_in("Accept: no concerns, not even small ones") == "accepted"
+
+
+def test_answers_in_words_and_confidences_on_another_scale_are_counted(tmp_path: Path) -> None:
+    row = {**ROW, "confidence": 80, "sub_scores": {"clarity": "good", "novelty": "3 fair", "impact": None}}
+    items = items_of(source(format="jsonl", path=write(tmp_path / "x.jsonl", row)))
+    review = next(item for item in items if isinstance(item, ReviewRow))
+    assert (review.confidence, review.sub_scores) == (None, {"novelty": 3.0})
+    unknown = [item for item in items if isinstance(item, Unknown)]
+    assert unknown == [Unknown("confidence", "80"), Unknown("sub-score in words", "clarity")]
+
+
+def test_a_folders_other_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jsonl", "b.JSONL", "c.json", "notes.txt", ".hidden.json"):
+        write(tmp_path / name, {**ROW, "review_id": name})
+    with caplog.at_level(logging.WARNING):
+        items = items_of(source(format="jsonl", path=tmp_path))
+    assert [item.review_id for item in items if isinstance(item, ReviewRow)] == ["a.jsonl", "b.JSONL"]
+    assert "1 files are of another kind and not read: c.json" in caplog.text
+
+
+def test_a_table_with_another_separator_or_column_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", ";".join(ROW) + "\n" + ";".join(map(str, ROW.values())) + "\n")
+    with pytest.raises(InputError, match="another separator"):
+        read(source(format="csv", path=path))
+    path = write(tmp_path / "x.csv", ",".join(ROW) + "\n" + ",".join(map(str, ROW.values())) + "\n")
+    _, problems = read(source(format="csv", path=path, columns={"abstract": "abstrct"}))
+    assert [problem.reason for problem in problems] == ["columns names 'abstrct', which the file has not"]
+
+
+def note(**values: Any) -> dict[str, Any]:
+    return {
+        "id": "n1", "forum": "f1", "invitations": ["A.cc/2024/C/Submission1/-/Official_Review"],
+        "content": {"rating": {"value": "6: good"}, "summary": {"value": "Long."}}, **values,
+    }  # fmt: skip
+
+
+def notes_of(path: Path, *notes: dict[str, Any], version: int = 2) -> tuple[list[Any], list[Any]]:
+    path.write_text("".join(json.dumps(item) + "\n" for item in notes))
+    items, problems = read(source(format=f"openreview_v{version}", path=path))
+    return [item for item in items if not isinstance(item, (PaperRow, DecisionRow))], problems
+
+
+def test_what_stands_bare_in_a_wrapped_note_is_kept(tmp_path: Path) -> None:
+    content = {**note()["content"], "weaknesses": "Bare.", "odd": {"text": "?"}, "hidden": {"readers": ["x"]}}
+    (review, unknown), _ = notes_of(tmp_path / "x.jsonl", note(content=content))
+    assert "Bare." in review.text
+    assert unknown == Unknown("field", "odd")
+
+
+def test_an_earlier_version_is_no_second_review_and_two_fields_of_one_name_are_a_fault(tmp_path: Path) -> None:
+    old = {"invitation": "A.cc/2020/C/Paper1/-/Official_Review", "content": {"rating": "6", "review": "a"}}
+    items, _ = notes_of(
+        tmp_path / "x.jsonl", note(**old, referent=None), note(**old, id="n2", referent="n1"), version=1
+    )
+    assert [type(item) for item in items] == [ReviewRow, Skipped]
+    old["content"] = {"rating": "6", "review": "a", "Review": "b"}
+    _, problems = notes_of(tmp_path / "x.jsonl", note(**old), version=1)
+    assert "one name" in problems[0].reason
+
+
+def test_peerreads_score_is_a_rating_and_null_no_id(tmp_path: Path) -> None:
+    paper = {"id": "1", "title": "T", "reviews": [{"comments": "c", "SCORE": 4}]}
+    items = items_of(source(format="peerread", path=write(tmp_path / "x.json", paper)))
+    assert [item.rating for item in items if isinstance(item, ReviewRow)] == [4]
+    _, problems = read(source(format="peerread", path=write(tmp_path / "x.json", {**paper, "id": None})))
+    assert {problem.reason for problem in problems} == {"empty id"}
