@@ -9,9 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from prefmill.core.config import ExternalPath, StrictConfig, later
 from prefmill.core.records import Modality, Standing
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.datasets.build import BuildRules, RatingUnit, build_datasets
+from prefmill.datasets.build import BuildRules, build_datasets
 from prefmill.datasets.pairs import PairRules, read_exclude
 from prefmill.datasets.registry import DatasetSplit
+from prefmill.reviews.scale import RatingUnit
 
 
 class BuildDatasetsConfig(StrictConfig):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from prefmill.checklist.engine import EngineConfig, LexicalConfig
-from prefmill.core.config import ExternalPath
+from prefmill.checklist.engine import AnyEngineConfig, EngineConfig, LexicalConfig
+from prefmill.checklist.judge_gate import JudgeGate
+from prefmill.core.config import ExternalPath, later, runtime
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision
 from prefmill.core.records import Modality
@@ -16,6 +17,7 @@ from prefmill.evaluation.generators import GenerationEngine, TransformersGenerat
 from prefmill.evaluation.rows import HUMAN
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.templates import ChatTemplate
+from prefmill.reviews.scale import RatingUnit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,13 +55,29 @@ class EvaluateConfig(ImageLimits, ChatTemplate):
     engine: EngineConfig = Field(LexicalConfig(), description="the checklist engine; see score_reviews")
     second_engine: EngineConfig | None = Field(None, description="scores them too, to see how far engines agree")
     checklist: ExternalPath | None = Field(None, description="as in score_reviews; none: the shipped 24 items")
-    accept_rating: float = Field(6.0, description="a rating from here on recommends acceptance")
+    accept_rating: float = Field(6.0, description="a rating from here on recommends acceptance, in the rating_unit")
+    rating_unit: RatingUnit = later(
+        "points", description="points of a scale of 1 to 10, or quantiles (0 to 1) of the venue's own ratings"
+    )
+    judge: JudgeGate = runtime(JudgeGate(), description="when a model's answers are not believed; as in score_reviews")
+
+    @model_validator(mode="after")
+    def _fits_its_unit(self) -> Self:
+        if self.rating_unit == "quantiles" and not 0 < self.accept_rating < 1:
+            raise ValueError("with rating_unit: quantiles, accept_rating is a share, such as accept_rating: 0.6")
+        return self
 
     @model_validator(mode="after")
     def _two_engines(self) -> Self:
         if self.second_engine == self.engine:
             raise ValueError("second_engine is the same as engine: it would agree with itself")
         return self
+
+    def gate(self, engine: AnyEngineConfig) -> JudgeGate | None:
+        """When answers of this engine are not believed; rules always are."""
+        if isinstance(engine, LexicalConfig):
+            return None
+        return self.judge if self.model == HUMAN else self.judge.mass_alone
 
 
 def run(config: EvaluateConfig, task: Task) -> Metrics:
@@ -69,7 +87,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     from prefmill.checklist.score import choose_checklist
     from prefmill.core.statistics import Resampling
     from prefmill.evaluation.engine_agreement import engine_agreement
-    from prefmill.evaluation.held_out import human_generations, read_held_out, score_generations
+    from prefmill.evaluation.held_out import AcceptRule, human_generations, read_held_out, score_generations
     from prefmill.evaluation.lineage import check_training
     from prefmill.evaluation.record import write_evaluation
 
@@ -81,8 +99,8 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
     generations = human_generations(held_out) if is_human else _write_reviews(config, task, held_out)
     checklist = choose_checklist(config.checklist, task.optional_input("checklist"))
     second = _score_again(config, task, held_out, generations, checklist) if config.second_engine else None
-    engine = open_engine(config.engine, checklist, temperature)
-    evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, task.work, task.advance)
+    engine, gate = open_engine(config.engine, checklist, temperature), config.gate(config.engine)
+    evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, task.work, task.advance, gate)
     heading = {
         "model": config.model,
         "modality": config.modality,
@@ -93,7 +111,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
         "training": training,
         "num_papers_left_out": len(held_out.papers) - len({row["paper_id"] for row in generations}),
     }
-    accept = config.accept_rating
+    accept = AcceptRule.of(task.input("corpus"), config.accept_rating, config.rating_unit)
     metrics = write_evaluation(task.output, heading, generations, evaluations, held_out, checklist, accept)
     return {"num_papers": metrics["num_papers"], "num_reviews": metrics["num_reviews"], **metrics["overall"]}
 
@@ -105,7 +123,8 @@ def _score_again(
     from prefmill.store.jsonl import write_jsonl
 
     assert config.second_engine is not None
-    rows = score_again(generations, held_out.papers, config.second_engine, checklist, task.work, task.advance)
+    gate = config.gate(config.second_engine)
+    rows = score_again(generations, held_out.papers, config.second_engine, checklist, task.work, task.advance, gate)
     write_jsonl(task.output / SECOND_EVALUATIONS, rows)
     return rows
 

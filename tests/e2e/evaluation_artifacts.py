@@ -17,7 +17,7 @@ from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.stage import Task
-from prefmill.evaluation.held_out import HeldOut, human_generations, read_held_out, score_generations
+from prefmill.evaluation.held_out import AcceptRule, HeldOut, human_generations, read_held_out, score_generations
 from prefmill.evaluation.record import write_evaluation
 from prefmill.evaluation.rows import HUMAN, Generation
 from prefmill.reviews import synthetic_text as phrases
@@ -123,7 +123,7 @@ def make_evaluation(
     engine = open_engine(LexicalConfig(), checklist)
     evaluations = score_generations(generations, held_out.papers, engine, checklist.ids, folder / "work")
     heading = {"model": model, "modality": "clean", "engine": engine.name, "training": None, "num_papers_left_out": 0}
-    write_evaluation(folder, heading, generations, evaluations, held_out, checklist, 6.0)
+    write_evaluation(folder, heading, generations, evaluations, held_out, checklist, AcceptRule(6.0))
     return publish_as(folder, "evaluation", {"model": model, "modality": "clean"}, corpus=corpus)
 
 

@@ -19,12 +19,10 @@ from prefmill.core.config import validate
 from prefmill.core.stage import Task
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 
-QUICK = {"num_probed": 0, "num_resamples": 1000}
+ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny model judges nothing
+QUICK = {"num_probed": 0, "num_resamples": 1000, "judge": ANY_JUDGE}
 NUM_PAPERS = 40
 Answers = Mapping[str, Sequence[float]]
-
-
-ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny model judges nothing
 
 
 def make_split_rows() -> tuple[Rows, Rows]:

@@ -24,8 +24,9 @@ def reports(documented_mdlm: DocumentedRun, tmp_path_factory: pytest.TempPathFac
     """The pages, costs included, and of reviews with a second engine."""
     folder = tmp_path_factory.mktemp("runs")
     second = "evaluate.second_engine={engine: transformers, model_name_or_path: "
+    any_judge = "evaluate.judge={min_answer_mass: 0, max_same_answer: 1}"
     base = folder / "checkpoints" / "demo" / "tiny_model" / "all"
-    keys = [*SMALL, "report.show_cost=true", f"{second}{base}, truncate_reviews: true}}"]
+    keys = [*SMALL, "report.show_cost=true", f"{second}{base}, truncate_reviews: true}}", any_judge]
     run(folder, *keys, pipeline=DEMO)
     folders = {"demo": folder, "mdlm": documented_mdlm.checkout}
     return {name: (at / "data" / name / "report" / "all" / "report.html").read_text() for name, at in folders.items()}

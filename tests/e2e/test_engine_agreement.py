@@ -54,6 +54,9 @@ def test_agreement_is_that_of_the_answers() -> None:
     assert engine_agreement(empty, rows(first, "one"), rows(second, "two"), Resampling(1000)) is None
 
 
+ANY_JUDGE = {"judge": {"min_answer_mass": 0, "max_same_answer": 1}}  # a tiny model judges nothing
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_corpus(tmp_path_factory.mktemp("workspace"), 24)
@@ -64,8 +67,10 @@ def test_a_second_engine_scores_the_same_reviews(corpus: Artifact, tmp_path: Pat
     output = tmp_path / "data" / "run" / "evaluate" / "human-clean"
     judge = {"engine": "transformers", "model_name_or_path": str(save_tiny_qwen2(tmp_path / "judge"))}
     long = {**judge, "truncate_reviews": True}
-    config = load(STAGE.config, {"model": "human", "second_engine": long})
-    run(config, make_task("evaluate", output, {"corpus": [corpus]}))
+    keys = {"model": "human", "second_engine": long}
+    with pytest.raises(InputError, match="this judge says"):  # as it was said in the other process
+        run(load(STAGE.config, keys), make_task("evaluate", tmp_path / "data" / "refused", {"corpus": [corpus]}))
+    run(load(STAGE.config, keys | ANY_JUDGE), make_task("evaluate", output, {"corpus": [corpus]}))
     first, second = (list(read_jsonl(output / name)) for name in ("evaluations.jsonl", SECOND_EVALUATIONS))
     assert [row["review_id"] for row in first] == [row["review_id"] for row in second]
     assert {row["engine"] for row in first} == {"lexical"}
@@ -86,7 +91,8 @@ def test_a_second_engine_scores_the_same_reviews(corpus: Artifact, tmp_path: Pat
 @pytest.mark.slow
 def test_a_temperature_moves_probabilities_and_turns_no_answer(corpus: Artifact, tmp_path: Path) -> None:
     judge = {"engine": "transformers", "model_name_or_path": str(save_tiny_qwen2(tmp_path / "judge"))}
-    config = load(STAGE.config, {"model": "human", "num_papers": 3, "engine": {**judge, "truncate_reviews": True}})
+    keys = {"model": "human", "num_papers": 3, "engine": {**judge, "truncate_reviews": True}, **ANY_JUDGE}
+    config = load(STAGE.config, keys)
     fitted = tmp_path / "data" / "run" / "judge_quality" / "all"
     fitted.mkdir(parents=True)
     of_judge = judge_of(config.engine.model_dump(mode="json"))

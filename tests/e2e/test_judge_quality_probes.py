@@ -138,6 +138,8 @@ def test_a_real_model_is_probed_resumed_and_calibrated(
     csv_path = write_labels(tmp_path / "labels.csv", labels)
     settings: dict[str, Any] = {"num_probed": 12, "labels": str(csv_path), "calibrate": True}
     inputs = {"corpus": corpus, "scores": scores}
+    with pytest.raises(InputError, match="of its mass on an answer"):  # not asked again at all
+        measure(tmp_path / "refused", inputs, num_probed=12, judge={"max_same_answer": 1})
     quality, task = measure(tmp_path / "t", inputs, **settings)
     probes = quality["judges"][0]["probes"]
     assert probes["repeat"]["max_answer"] == pytest.approx(0, abs=1e-4)  # the items are asked in reverse order

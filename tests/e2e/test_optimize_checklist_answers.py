@@ -62,6 +62,28 @@ def test_an_unreliable_item_is_found_by_its_paraphrase(
     assert {row["paraphrase_kappa"] for row in others} == {1.0}
 
 
+def test_a_judge_that_answers_nothing_is_stopped_early_and_kept(
+    tmp_path: Path, corpus: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Mumbler(LexicalEngine):
+        def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+            for outcome in super().score(papers):
+                asked.append(outcome.review_id)
+                answers: Any = {name: {**answer, "mass": 0.02} for name, answer in outcome.answers.items()}
+                yield Outcome(outcome.review_id, outcome.paper_id, answers)
+
+    monkeypatch.setattr(optimize_run, "open_engine", lambda config, checklist: Mumbler(LexicalConfig(), checklist))
+    task, model = task_of(tmp_path / "t", corpus), {"engine": "transformers", "model_name_or_path": "judge"}
+    for num_asked, keys in ((50, {}), (50, {"after_reviews": 1000})):  # a rerun with a later look gets round nothing
+        with pytest.raises(InputError, match=r"puts 2 % of its mass(.|\n)*set score.judge.min_answer_mass=0"):
+            optimize(task, score={"engine": model, "judge": keys, "max_reviews": 50 if keys else 5000})
+        assert len(asked) == num_asked
+    optimize(task, score={"engine": model, "judge": {"min_answer_mass": 0}})
+    assert len(asked) == len(set(asked)) > 50
+
+
 def test_labels_of_people(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
     """Labels that follow one item find it; labels of other splits are not used, and counted."""
     path = tmp_path / "labels.csv"

@@ -18,6 +18,11 @@ _MOST_WITH_FEW = 20  # of reviews: with fewer, all alike says nothing
 class JudgeGate(StrictConfig):
     """When a model is not believed; rules are never stopped. What was scored is kept for a rerun with another gate."""
 
+    @property
+    def mass_alone(self) -> JudgeGate:
+        """The gate for texts that may well be alike: reviews of a poor model lack, of a good one have, every item."""
+        return self.model_copy(update={"max_same_answer": 1.0})
+
     # Models that do not answer were measured at 0.02 and less; weak judges lie well above 0.1.
     min_answer_mass: float = runtime(
         0.1, ge=0, le=1, description="least mean probability that the model gives to yes and no together; 0: any"
@@ -105,19 +110,19 @@ def in_words(found: Mapping[str, Any]) -> str:
     return f"this judge says yes to {_percent(found['yes_share'])}{puts}"
 
 
-def check(counts: AnswerCounts, gate: JudgeGate) -> None:
-    """Raise InputError where the answers so far are not to be believed."""
+def check(counts: AnswerCounts, gate: JudgeGate, key: str = "judge") -> None:
+    """Raise InputError where the answers so far are not to be believed; `key` is where the gate is configured."""
     found = counts.overall()
     mass, yes = found["answer_mass"], found["yes_share"]
     if mass is not None and mass < gate.min_answer_mass:
         raise _not_believed(
-            found, f"at least {_percent(gate.min_answer_mass)} (judge.min_answer_mass)",
-            "use a model that follows instructions, or another chat template, or set judge.min_answer_mass=0",
+            found, f"at least {_percent(gate.min_answer_mass)} ({key}.min_answer_mass)",
+            f"use a model that follows instructions, or another chat template, or set {key}.min_answer_mass=0",
         )  # fmt: skip
     if counts.num_reviews >= _MOST_WITH_FEW and max(yes, 1 - yes) > gate.max_same_answer:
         raise _not_believed(
-            found, f"at most {_percent(gate.max_same_answer)} of one answer (judge.max_same_answer)",
-            "use a stronger model, or items that tell reviews apart, or set judge.max_same_answer=1",
+            found, f"at most {_percent(gate.max_same_answer)} of one answer ({key}.max_same_answer)",
+            f"use a stronger model, or items that tell reviews apart, or set {key}.max_same_answer=1",
         )  # fmt: skip
 
 

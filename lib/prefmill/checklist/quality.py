@@ -15,6 +15,7 @@ from prefmill.checklist.engine import Engine
 from prefmill.checklist.engines import open_engine
 from prefmill.checklist.human_labels import Label, read_item_labels
 from prefmill.checklist.items import Checklist
+from prefmill.checklist.judge_gate import check
 from prefmill.checklist.judge_probes import ask, sample
 from prefmill.checklist.judge_scores import Judge, Scored, read_judge, sampled_reviews
 from prefmill.checklist.optimize.candidates import with_paraphrases
@@ -255,7 +256,12 @@ def _probe(
     resampling: Resampling,
     task: Task,
 ) -> tuple[Found, list[Row]]:
-    """Change a sample of reviews, ask again, and measure what moved; raises InputError where nothing could be asked."""
+    """Change a sample of reviews, ask again, and measure what moved.
+
+    Raises InputError where nothing could be asked, or a model's answers so far do not pass the gate.
+    """
+    if (judge.settings or {}).get("engine") != "lexical":
+        check(judge.answers, config.judge)  # before hours of questions to a judge that does not answer them
     # Rules do not read how an item is worded.
     num_paraphrases = config.max_paraphrases if judge.has_probabilities else 0
     asked, restated = with_paraphrases(judge.checklist, num_paraphrases)

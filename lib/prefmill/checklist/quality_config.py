@@ -6,7 +6,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath, StrictConfig
+from prefmill.checklist.judge_gate import JudgeGate
+from prefmill.core.config import ExternalPath, StrictConfig, runtime
 
 
 class JudgeQualityConfig(StrictConfig):
@@ -22,6 +23,7 @@ class JudgeQualityConfig(StrictConfig):
     num_resamples: int = Field(10_000, ge=1000, le=1_000_000, description="bootstrap samples of papers, for intervals")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
     seed: int = Field(0, ge=0, description="of the sample of reviews, the folds and the bootstrap")
+    judge: JudgeGate = runtime(JudgeGate(), description="when a model is not asked again; as in score_reviews")
 
     @model_validator(mode="after")
     def _has_labels(self) -> Self:

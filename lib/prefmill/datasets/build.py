@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,10 +25,9 @@ from prefmill.datasets.rows import IMAGES, PaperPrompt, dpo_row, make_prompt, sf
 from prefmill.datasets.selection import Rank, rank
 from prefmill.datasets.survey import Survey, check_buildable, check_scored, leaving_out, survey
 from prefmill.reviews.join import REVIEWS
-from prefmill.reviews.scale import VenueQuantiles
+from prefmill.reviews.scale import RatingUnit, VenueQuantiles
 from prefmill.store.jsonl import JsonlWriter, read_jsonl
 
-RatingUnit = Literal["points", "quantiles"]
 Progress = Callable[[int, int | None, str], None]
 
 

@@ -94,13 +94,13 @@ def _by_modality(evaluations: Sequence[Evaluated]) -> dict[str, list[Evaluated]]
                 f"two evaluations of modality {modality} have the same model label", got=", ".join(labels),
                 fix="give each model its own label in the evaluate stage's `model`",
             )  # fmt: skip
-        for key in ("checklist", "engine", "accept_rating"):
+        for key in ("checklist", "engine", "accept_rating", "rating_unit"):
             _require_same(group, key, modality)
     return groups
 
 
 def _require_same(group: Sequence[Evaluated], key: str, modality: str) -> None:
-    values = {item["model"]: item[key] for item in group}
+    values = {item["model"]: item.get(key) for item in group}
     if len(set(map(str, values.values()))) > 1:
         raise InputError(
             f"the evaluations of modality {modality} differ in {key}: their scores cannot be compared",

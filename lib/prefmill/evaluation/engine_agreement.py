@@ -12,6 +12,7 @@ from prefmill.checklist.agreement import agreement, mean_shift, rank_correlation
 from prefmill.checklist.engine import AnyEngineConfig
 from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import Checklist
+from prefmill.checklist.judge_gate import JudgeGate
 from prefmill.core.records import Paper, ReviewEvaluation
 from prefmill.core.statistics import Resampling
 from prefmill.distributed.isolation import in_own_process
@@ -31,6 +32,7 @@ def score_again(
     checklist: Checklist,
     folder: Path,
     progress: Progress = silent,
+    gate: JudgeGate | None = None,
 ) -> list[ReviewEvaluation]:
     """The second engine's answers, in the order of `generations`.
 
@@ -39,7 +41,7 @@ def score_again(
     path = folder / SECOND_EVALUATIONS
     # It appears whole: an attempt that finds it loads no model.
     if not path.is_file():
-        in_own_process(folder, _score, generations, papers, engine, checklist, folder, progress)
+        in_own_process(folder, _score, generations, papers, engine, checklist, folder, progress, gate)
     return list(read_jsonl(path))
 
 
@@ -94,10 +96,11 @@ def _score(
     checklist: Checklist,
     folder: Path,
     progress: Progress,
+    gate: JudgeGate | None,
 ) -> None:
     opened = open_engine(engine, checklist)
     # The first engine keeps blocks under the same names one level up.
     blocks = folder / "second"
     blocks.mkdir(exist_ok=True)
-    rows = score_generations(generations, papers, opened, checklist.ids, blocks, progress)
+    rows = score_generations(generations, papers, opened, checklist.ids, blocks, progress, gate)
     write_jsonl(folder / SECOND_EVALUATIONS, rows)

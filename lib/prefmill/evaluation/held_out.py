@@ -10,12 +10,14 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Protocol
 
+from prefmill.checklist.judge_gate import AnswerCounts, JudgeGate, check
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
 from prefmill.core.records import Modality, Paper, Review, ReviewEvaluation
 from prefmill.evaluation.rows import Generation, PaperFacts
+from prefmill.reviews.join import REVIEWS
 from prefmill.reviews.prompt import review_images
-from prefmill.reviews.scale import common_rating
+from prefmill.reviews.scale import RatingUnit, VenueQuantiles, common_rating
 from prefmill.reviews.text_statistics import words
 from prefmill.store.jsonl import read_jsonl
 from prefmill.store.missing import Progress, in_batches, kept_rows, silent
@@ -31,6 +33,23 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
+class AcceptRule:
+    """A `rating` from here on recommends acceptance: in points, or with `quantiles` its place among its venue's."""
+
+    rating: float
+    quantiles: VenueQuantiles | None = None
+
+    @classmethod
+    def of(cls, corpus: Artifact, rating: float, unit: RatingUnit) -> AcceptRule:
+        """The rule in this unit; all of the corpus's reviews say how a venue rates."""
+        return cls(rating, VenueQuantiles(read_jsonl(corpus.file(REVIEWS))) if unit == "quantiles" else None)
+
+    def threshold(self, paper: Paper) -> float:
+        """The rating, in points of 1 to 10."""
+        return self.rating if self.quantiles is None else self.quantiles.rating_at(paper["venue"], self.rating)
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Papers of the test split, by id in sorted order, and the reviews people wrote of them.
 
@@ -41,10 +60,11 @@ class HeldOut:
     reviews: Mapping[str, tuple[Review, ...]]
     is_generated: bool
 
-    def facts(self) -> dict[str, PaperFacts]:
-        """Decision and human ratings by paper."""
+    def facts(self, accept: AcceptRule) -> dict[str, PaperFacts]:
+        """Decision, human ratings and the rating that recommends acceptance, by paper."""
+        ratings = {key: tuple(map(common_rating, self.reviews.get(key, ()))) for key in self.papers}
         return {
-            key: PaperFacts(paper["decision"], tuple(common_rating(review) for review in self.reviews.get(key, ())))
+            key: PaperFacts(paper["decision"], ratings[key], accept.threshold(paper))
             for key, paper in self.papers.items()
         }
 
@@ -68,7 +88,7 @@ def read_held_out(corpus: Artifact, num_papers: int | None, seed: int, modality:
     chosen = set(sorted(ids, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())[:num_papers])
     # Read a second time, so that the texts of papers not drawn never stand in memory.
     papers = {paper["paper_id"]: paper for paper in read_jsonl(path) if paper["paper_id"] in chosen}
-    rows = (row for row in read_jsonl(corpus.file("reviews.jsonl")) if row["paper_id"] in chosen)
+    rows = (row for row in read_jsonl(corpus.file(REVIEWS)) if row["paper_id"] in chosen)
     reviews = {key: tuple(group) for key, group in groupby(rows, key=lambda row: str(row["paper_id"]))}
     return HeldOut(papers, reviews, _is_generated(corpus))
 
@@ -96,19 +116,39 @@ def score_generations(
     item_ids: Sequence[str],
     folder: Path,
     progress: Progress = silent,
+    gate: JudgeGate | None = None,
 ) -> list[ReviewEvaluation]:
     """The checklist's answers for each of `generations`, in their order; finished blocks are kept in `folder`.
 
     A review without a word satisfies no item and is not shown to the engine: a model asked about nothing may say yes.
+    Raises InputError where a model's answers do not pass the `gate`.
     """
     # Whole papers in a block: an engine reads a paper once for all of its reviews.
     by_paper = [list(group) for _, group in groupby(generations, key=lambda row: row["paper_id"])]
     blocks = [list(chain.from_iterable(rows)) for rows in in_batches(by_paper, PAPERS_PER_BLOCK)]
 
-    def score(block: Sequence[Generation]) -> list[ReviewEvaluation]:
-        return _score_block(block, papers, engine, item_ids)
+    seen = AnswerCounts()
 
-    return kept_rows(folder, "scored", blocks, score, progress, "reviews scored")
+    def score(block: Sequence[Generation]) -> list[ReviewEvaluation]:
+        # Of the blocks before: these are kept, for a rerun with another gate.
+        if gate is not None and seen.num_reviews >= gate.after_reviews:
+            check(seen, gate)
+        rows = _score_block(block, papers, engine, item_ids)
+        _count(seen, block, rows)
+        return rows
+
+    found = kept_rows(folder, "scored", blocks, score, progress, "reviews scored")
+    if gate is not None:
+        counts = AnswerCounts()
+        _count(counts, generations, found)
+        check(counts, gate)
+    return found
+
+
+def _count(counts: AnswerCounts, generations: Sequence[Generation], rows: Sequence[ReviewEvaluation]) -> None:
+    for generation, row in zip(generations, rows, strict=True):
+        if words(generation["text"]):
+            counts.add(row["answers"])
 
 
 def _shows(paper: Paper, modality: Modality) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prefmill.core.records import Decision
 from prefmill.core.statistics import ranks
 from prefmill.evaluation.rows import EvaluatedReview, PaperFacts
 from prefmill.reviews.text_statistics import distinct_share, repeated_share, words
@@ -68,7 +67,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-def measure_review(review: EvaluatedReview, paper: PaperFacts, accept_rating: float) -> Values:
+def measure_review(review: EvaluatedReview, paper: PaperFacts) -> Values:
     """Every measure of MEASURES that this review has."""
     generation = review.generation
     rating, tokens = generation["rating"], words(generation["text"])
@@ -85,7 +84,7 @@ def measure_review(review: EvaluatedReview, paper: PaperFacts, accept_rating: fl
     if review.factors is not None:
         values["num_factors"] = float(sum(review.factors.values()))
     if paper.decision is not None:
-        recommends = rating is not None and rating >= accept_rating
+        recommends = rating is not None and rating >= paper.accept_rating
         # A review without a rating is wrong either way, or a model could gain by giving none.
         values["recommendation_correct"] = float(rating is not None and recommends == (paper.decision == "accepted"))
     if rating is not None and (human := _human_rating(review, paper)) is not None:
@@ -97,7 +96,6 @@ def measure(
     reviews: Sequence[EvaluatedReview],
     papers: Mapping[str, PaperFacts],
     questions: Mapping[str, str],
-    accept_rating: float,
 ) -> dict[str, Any]:
     """The content of metrics.json but for its heading: `overall`, `items`, `factors` and `papers`.
 
@@ -105,7 +103,7 @@ def measure(
     means, however many reviews it has.
     """
     rows = [
-        _measure_paper(paper_id, list(group), papers[paper_id], accept_rating)
+        _measure_paper(paper_id, list(group), papers[paper_id])
         for paper_id, group in groupby(reviews, key=lambda review: review.generation["paper_id"])
     ]
     overall = {item.name: average(row["measures"].get(item.name) for row in rows) for item in MEASURES}
@@ -153,10 +151,8 @@ def rating_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return rank_correlation([row["rating"] for row in both], [row["human_rating"] for row in both])
 
 
-def _measure_paper(
-    paper_id: str, reviews: list[EvaluatedReview], paper: PaperFacts, accept_rating: float
-) -> dict[str, Any]:
-    measured = [measure_review(review, paper, accept_rating) for review in reviews]
+def _measure_paper(paper_id: str, reviews: list[EvaluatedReview], paper: PaperFacts) -> dict[str, Any]:
+    measured = [measure_review(review, paper) for review in reviews]
     ratings = [review.generation["rating"] for review in reviews]
     answers = [review.evaluation["answers"] for review in reviews]
     factors = [review.factors for review in reviews if review.factors is not None]
@@ -168,7 +164,7 @@ def _measure_paper(
         "measures": _averages(measured),
         "items": _averages([{key: float(answer["yes"]) for key, answer in by_item.items()} for by_item in answers]),
         "factors": _averages([{key: float(held) for key, held in by_name.items()} for by_name in factors]),
-        "confusion": _confusion(ratings, paper.decision, accept_rating),
+        "confusion": _confusion(ratings, paper),
         "scores": [values["checkmark_score"] for values in measured],
         "words": [int(values["num_words"]) for values in measured],
     }
@@ -182,12 +178,12 @@ def _averages(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: value for key, value in means.items() if value is not None}
 
 
-def _confusion(ratings: Sequence[float | None], decision: Decision | None, accept_rating: float) -> list[int] | None:
+def _confusion(ratings: Sequence[float | None], paper: PaperFacts) -> list[int] | None:
     """True positives, false positives and false negatives for "accepted"; no rating recommends nothing."""
-    if decision is None:
+    if paper.decision is None:
         return None
-    accepted = decision == "accepted"
-    recommended = sum(rating is not None and rating >= accept_rating for rating in ratings)
+    accepted = paper.decision == "accepted"
+    recommended = sum(rating is not None and rating >= paper.accept_rating for rating in ratings)
     return [recommended, 0, len(ratings) - recommended] if accepted else [0, recommended, 0]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from prefmill.checklist.items import Checklist
 from prefmill.core.files import digest_json, write_atomic
 from prefmill.core.records import ReviewEvaluation
-from prefmill.evaluation.held_out import HeldOut
+from prefmill.evaluation.held_out import AcceptRule, HeldOut
 from prefmill.evaluation.metrics import measure
 from prefmill.evaluation.rows import HUMAN, EvaluatedReview, Generation
 from prefmill.reviews.generated import quality_factors
@@ -26,7 +26,7 @@ def write_evaluation(
     evaluations: Sequence[ReviewEvaluation],
     held_out: HeldOut,
     checklist: Checklist,
-    accept_rating: float,
+    accept: AcceptRule,
 ) -> dict[str, Any]:
     """Measure the reviews and write all three files; returns the content of metrics.json.
 
@@ -44,10 +44,11 @@ def write_evaluation(
         # By this, models scored with different checklists are refused when they are compared.
         "checklist": digest_json(checklist.model_dump(mode="json")),
         "max_score": sum(max(0.0, item.weight) for item in checklist.items),
-        "accept_rating": accept_rating,
+        "accept_rating": accept.rating,
+        **({} if accept.quantiles is None else {"rating_unit": "quantiles"}),
         "num_papers": len({row["paper_id"] for row in generations}),
         "num_reviews": len(generations),
-        **measure(scored, held_out.facts(), questions, accept_rating),
+        **measure(scored, held_out.facts(accept), questions),
     }
     write_jsonl(output / GENERATIONS, generations)
     write_jsonl(output / EVALUATIONS, evaluations)

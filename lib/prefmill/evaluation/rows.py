@@ -28,10 +28,11 @@ class Generation(TypedDict):
 
 @dataclass(frozen=True)
 class PaperFacts:
-    """What people said of a paper: their decision and their ratings."""
+    """What people said of a paper: their decision, their ratings, and from which rating on one recommends it."""
 
     decision: Decision | None
     ratings: tuple[float, ...]
+    accept_rating: float
 
 
 @dataclass(frozen=True)

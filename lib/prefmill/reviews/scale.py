@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Literal
 
+from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review
 
 Scale = tuple[float, float]  # the lowest and the highest rating
@@ -39,6 +42,9 @@ def prompt_scale(reviews: Sequence[Review]) -> Scale:
     return min(counts, key=lambda scale: (-counts[scale], scale), default=COMMON_SCALE)
 
 
+RatingUnit = Literal["points", "quantiles"]
+
+
 class VenueQuantiles:
     """The place of a rating among all those of its venue: the share below it and half of those equal, in (0, 1).
 
@@ -54,6 +60,20 @@ class VenueQuantiles:
             venue: [0, *accumulate(counts[venue][rating] for rating in ratings)]
             for venue, ratings in self._ratings.items()
         }
+
+    def rating_at(self, venue: str, place: float) -> float:
+        """The lowest of the venue's ratings, in points of 1 to 10, whose place is at least `place`; else infinity.
+
+        Raises InputError for a venue of which no rating was counted.
+        """
+        if venue not in self._ratings:
+            raise InputError(
+                "no rating to take quantiles of", where=f"venue {venue}",
+                fix="ingest its reviews, or set rating_unit=points",
+            )  # fmt: skip
+        ratings, below = self._ratings[venue], self._below[venue]
+        places = [(low + high) / (2 * below[-1]) for low, high in pairwise(below)]
+        return next((rating for rating, found in zip(ratings, places, strict=True) if found >= place), math.inf)
 
     def __call__(self, review: Review) -> float:
         """The place of the review's rating; its venue must have been counted."""

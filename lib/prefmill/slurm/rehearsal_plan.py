@@ -20,15 +20,22 @@ MINUTES = 20
 ROWS, PAPERS = 400, 60  # of the user's file, or of the generated corpus in place of what cannot be cut
 SAVE_STEPS, LOGGING_STEPS, LENGTH = 20, 5, 1024
 _ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dpo": "sdxl", "train_reward": "clip"}
+_ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny judge judges nothing
 # Keys of stages that do not train; those a stage does not have are left out.
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "build_datasets": {"min_checkmark_diff": 0.01, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
     "validate_datasets": {"max_length": LENGTH},
-    "score_reviews": {"judge": {"min_answer_mass": 0, "max_same_answer": 1}},  # a tiny judge judges nothing
-    "optimize_checklist": {"max_reviews": 100},
+    "score_reviews": {"judge": _ANY_JUDGE},
+    "optimize_checklist": {"score": {"max_reviews": 100, "judge": _ANY_JUDGE}},
     # People's labels name reviews that the slice may not hold.
-    "judge_quality": {"num_probed": 8, "labels": None, "calibrate": False},
-    "evaluate": {"num_papers": 4, "samples_per_paper": 1, "max_new_tokens": 16, "max_prompt_tokens": LENGTH},
+    "judge_quality": {"num_probed": 8, "labels": None, "calibrate": False, "judge": _ANY_JUDGE},
+    "evaluate": {
+        "num_papers": 4,
+        "samples_per_paper": 1,
+        "max_new_tokens": 16,
+        "max_prompt_tokens": LENGTH,
+        "judge": _ANY_JUDGE,
+    },
     "mdlm_evaluate": {"num_papers": 4},
 }
 
@@ -64,7 +71,10 @@ def _config_of(plan: Plan, stage: str, values: list[tuple[str | None, str]]) -> 
 
 def _small(name: str, config: StrictConfig, given: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any]:
     keys = type(config).model_fields
-    small = {**given, **{key: value for key, value in SMALL.get(name, {}).items() if key in keys}}
+    small = dict(given)
+    for key, value in SMALL.get(name, {}).items():
+        if key in keys:
+            small[key] = {**(given.get(key) or {}), **value} if isinstance(value, dict) else value
     if isinstance(config, TrainingConfig):
         small |= _short_training(config, ranks)
     if "sources" in small:

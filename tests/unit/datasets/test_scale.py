@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefmill.checklist.scored import ScoredReview
+from prefmill.core.errors import InputError
 from prefmill.datasets.pairs import PairRules, pairs_of
 from prefmill.reviews.prompt import asked_scale, review_completion, review_messages, split_completion
-from prefmill.reviews.scale import COMMON_SCALE, Scale, VenueQuantiles, prompt_scale, rescaled
+from prefmill.reviews.scale import COMMON_SCALE, Scale, VenueQuantiles, common_rating, prompt_scale, rescaled
 
 RULES = PairRules(2.0, 1.0, None, frozenset())
 BOUNDS = st.tuples(st.integers(-100, 100), st.integers(1, 200)).map(lambda b: (float(b[0]), float(b[0] + b[1])))
@@ -90,3 +91,13 @@ def test_quantiles_are_mid_ranks(shares: list[float]) -> None:
     assert [quantiles(row) for row in rows] == pytest.approx(
         [(sum(x < own for x in shares) + sum(x <= own for x in shares)) / 2 / len(shares) for own in shares]
     )
+
+
+@given(SHARES, st.floats(0.01, 0.99))
+def test_a_rating_is_accepted_from_its_venues_quantile_on(shares: list[float], place: float) -> None:
+    rows = [scored.review for scored in reviews((0.0, 5.0), shares)]
+    quantiles = VenueQuantiles(rows)
+    threshold = quantiles.rating_at(rows[0]["venue"], place)
+    assert [quantiles(row) >= place for row in rows] == [common_rating(row) >= threshold for row in rows]
+    with pytest.raises(InputError, match=r"venue another(.|\n)*rating_unit=points"):
+        quantiles.rating_at("another", place)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from prefmill.checklist.judge_gate import JudgeGate
 from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.errors import InputError, PipelineError
 from prefmill.core.records import Paper, Review, ReviewEvaluation
-from prefmill.evaluation.held_out import human_generations, read_held_out, score_generations
+from prefmill.evaluation.held_out import AcceptRule, human_generations, read_held_out, score_generations
 from prefmill.evaluation.lineage import Lineage, check_training, training_papers
 from prefmill.store.artifacts import publish
 from prefmill.store.jsonl import write_jsonl
@@ -60,8 +61,8 @@ def test_only_test_papers_are_evaluated_on(tmp_path: Path) -> None:
     held_out = read_held_out(make_corpus(tmp_path), None, 0)
     assert list(held_out.papers) == TEST_IDS
     assert sorted(held_out.reviews) == [key for key in TEST_IDS if key != "p04"]
-    assert held_out.facts()["p04"].ratings == ()
-    assert held_out.facts()["p00"].ratings == (5.0, 5.0)
+    assert held_out.facts(AcceptRule(6))["p04"].ratings == ()
+    assert held_out.facts(AcceptRule(6))["p00"].ratings == (5.0, 5.0)
 
 
 def test_a_draw_of_papers_follows_from_the_seed(tmp_path: Path) -> None:
@@ -93,10 +94,11 @@ def test_human_reviews_become_generations(tmp_path: Path) -> None:
 
 
 class YesToEverything:
-    """An engine that counts what it is shown, and says yes even to nothing."""
+    """An engine that counts what it is shown, and says yes even to nothing, with this mass on its answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, mass: float = 0.9) -> None:
         self.shown: list[str] = []
+        self.mass = mass
 
     def evaluate(self, papers: Iterator[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewEvaluation]:
         for _, reviews in papers:
@@ -105,7 +107,7 @@ class YesToEverything:
                 yield {
                     "review_id": review["review_id"],
                     "paper_id": review["paper_id"],
-                    "answers": {"q": {"yes": True, "p_yes": 1.0}},
+                    "answers": {"q": {"yes": True, "p_yes": 1.0, "mass": self.mass}},
                     "checkmark_score": 1.0,
                     "mean_p_yes": 1.0,
                     "engine": "yes",
@@ -175,3 +177,26 @@ def test_another_runs_damaged_manifest_does_not_matter(tmp_path: Path) -> None:
     damaged.mkdir(parents=True)
     (damaged / "manifest.json").write_text("{")
     assert training_papers(base, Lineage([base])).num_missing == 0
+
+
+def test_a_judge_that_answers_nothing_is_stopped_and_what_it_said_is_kept(tmp_path: Path) -> None:
+    rows: Any = [{"paper_id": f"p{n:03}", "sample": 0, "text": "good", "rating": None} for n in range(100)]
+    papers: Any = {row["paper_id"]: {} for row in rows}
+    engine, gate = YesToEverything(mass=0.02), JudgeGate(max_same_answer=1)
+    with pytest.raises(InputError, match="this judge says yes to 100 % and puts 2 % of its mass on an answer"):
+        score_generations(rows, papers, engine, ["q"], tmp_path, gate=gate)
+    assert len(engine.shown) == 64  # of 50 reviews on it is judged, before the next block of 32 papers
+    with pytest.raises(InputError, match="2 % of its mass"):  # a rerun does not get round it
+        score_generations(rows[:64], papers, engine, ["q"], tmp_path, gate=gate)
+    any_judge = JudgeGate(min_answer_mass=0, max_same_answer=1)
+    assert len(score_generations(rows, papers, engine, ["q"], tmp_path, gate=any_judge)) == 100
+    assert len(engine.shown) == 100
+
+
+def test_a_constant_judge_is_stopped_on_reviews_by_people_alone(tmp_path: Path) -> None:
+    rows: Any = [{"paper_id": f"p{n:03}", "sample": 0, "text": "good", "rating": None} for n in range(30)]
+    papers: Any = {row["paper_id"]: {} for row in rows}
+    with pytest.raises(InputError, match="at most 98 % of one answer"):
+        score_generations(rows, papers, YesToEverything(), ["q"], tmp_path, gate=JudgeGate())
+    # A model may well write reviews that are alike in every item.
+    assert score_generations(rows, papers, YesToEverything(), ["q"], tmp_path / "b", gate=JudgeGate().mass_alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,9 +24,9 @@ def review(
 
 
 PAPERS = {
-    "a": PaperFacts("accepted", (8.0, 6.0)),
-    "b": PaperFacts("rejected", (3.0, 5.0)),
-    "c": PaperFacts(None, ()),
+    "a": PaperFacts("accepted", (8.0, 6.0), 6),
+    "b": PaperFacts("rejected", (3.0, 5.0), 6),
+    "c": PaperFacts(None, (), 6),
 }
 
 
@@ -40,7 +41,7 @@ def test_words_and_ngrams() -> None:
 
 def test_a_recommendation_is_right_when_it_agrees_with_the_decision() -> None:
     def correct(paper: str, rating: float | None) -> float | None:
-        return measure_review(review(paper, "x", rating, ()), PAPERS[paper], 6).get("recommendation_correct")
+        return measure_review(review(paper, "x", rating, ()), PAPERS[paper]).get("recommendation_correct")
 
     assert correct("a", 6) == 1
     assert correct("a", 5.5) == 0
@@ -48,20 +49,22 @@ def test_a_recommendation_is_right_when_it_agrees_with_the_decision() -> None:
     assert correct("b", 1) == 1
     assert correct("b", None) == 0  # no recommendation is not a right one, not even for a rejected paper
     assert correct("c", 6) is None
-    assert measure_review(review("w", "x", 3, ()), PaperFacts("withdrawn", ()), 6)["recommendation_correct"] == 1
+    strict = replace(PAPERS["a"], accept_rating=7)  # each paper's own: a venue's quantile differs from another's
+    assert measure_review(review("a", "x", 6.5, ()), strict)["recommendation_correct"] == 0
+    assert measure_review(review("w", "x", 3, ()), PaperFacts("withdrawn", (), 6))["recommendation_correct"] == 1
 
 
 def test_the_rating_error_is_against_the_other_people() -> None:
-    model = measure_review(review("a", "x", 4, ()), PAPERS["a"], 6)
-    human = measure_review(review("a", "x", 8, (), human=True), PAPERS["a"], 6)
+    model = measure_review(review("a", "x", 4, ()), PAPERS["a"])
+    human = measure_review(review("a", "x", 8, (), human=True), PAPERS["a"])
     assert model["rating_error"] == 3  # from the mean of 8 and 6
     assert human["rating_error"] == 2  # from the 6 of the other one
-    assert "rating_error" not in measure_review(review("a", "x", None, ()), PAPERS["a"], 6)
-    assert "rating_error" not in measure_review(review("c", "x", 4, ()), PAPERS["c"], 6)
+    assert "rating_error" not in measure_review(review("a", "x", None, ()), PAPERS["a"])
+    assert "rating_error" not in measure_review(review("c", "x", 4, ()), PAPERS["c"])
 
 
 def test_an_empty_review_is_counted() -> None:
-    values = measure_review(review("a", " \n", None, (False,)), PAPERS["a"], 6)
+    values = measure_review(review("a", " \n", None, (False,)), PAPERS["a"])
     assert (values["empty"], values["num_words"], values["has_rating"], values["checkmark_score"]) == (1, 0, 0, 0)
     assert "distinct_2" not in values
 
@@ -73,7 +76,7 @@ def test_every_paper_counts_the_same_however_many_reviews_it_has() -> None:
         review("b", "one two", 6, (False, False), 1),
         review("c", "", 5, (False, True), 0),
     ]
-    found = measure(reviews, PAPERS, {"q0": "Zero?", "q1": "One?"}, 6)
+    found = measure(reviews, PAPERS, {"q0": "Zero?", "q1": "One?"})
     overall = found["overall"]
     assert overall["checkmark_score"] == pytest.approx((1.5 + 0 + 1) / 3, abs=1e-6)
     assert overall["num_factors"] == pytest.approx((2.5 + 1 + 0) / 3, abs=1e-6)
@@ -90,7 +93,7 @@ def test_every_paper_counts_the_same_however_many_reviews_it_has() -> None:
 
 
 def test_without_a_generated_corpus_there_are_no_factors() -> None:
-    found = measure([review("a", "x y", 7, (True,))], PAPERS, {"q0": "?"}, 6)
+    found = measure([review("a", "x y", 7, (True,))], PAPERS, {"q0": "?"})
     assert found["factors"] is None
     assert found["overall"]["num_factors"] is None
     assert found["overall"]["rating_rank_correlation"] is None

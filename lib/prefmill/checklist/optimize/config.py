@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from prefmill.checklist.engine import EngineConfig, LexicalConfig
+from prefmill.checklist.judge_gate import JudgeGate
 from prefmill.checklist.optimize.targets import Target
 from prefmill.core.config import ExternalPath, StrictConfig, runtime
 
@@ -31,6 +32,7 @@ class ScoreConfig(StrictConfig):
     max_reviews: int | None = Field(5000, ge=1, description="dev reviews used at most, whole papers; none: all")
     max_paraphrases: int = Field(1, ge=0, description="of each item, asked to see whether answers stay the same")
     max_failed_share: float = runtime(0.0, ge=0, le=1, description="fail when more of the reviews cannot be scored")
+    judge: JudgeGate = runtime(JudgeGate(), description="when a model's answers are not believed; as in score_reviews")
 
 
 class SelectConfig(StrictConfig):

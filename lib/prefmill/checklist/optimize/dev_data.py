@@ -35,7 +35,7 @@ def item_rows(path: Path) -> list[Row]:
 
 def answers(reviews: Sequence[Row], ids: Sequence[str]) -> tuple[Array, Array]:
     """Yes as 0 or 1, and P(yes), [N, K] each."""
-    values = np.array([[row["answers"][name] for name in ids] for row in reviews], dtype=np.float64)
+    values = np.array([[row["answers"][name][:2] for name in ids] for row in reviews], dtype=np.float64)
     # Without ids numpy gives [N, 0] and no last axis.
     values = values.reshape(len(reviews), len(ids), 2)
     return values[..., 0], values[..., 1]

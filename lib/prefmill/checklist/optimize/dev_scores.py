@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from prefmill.checklist.engine import Engine, Outcome
+from prefmill.checklist.judge_gate import AnswerCounts, JudgeGate, check
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
-from prefmill.core.records import Paper, Review
+from prefmill.core.records import Answer, Paper, Review
 from prefmill.reviews.join import PAPERS, papers_with_reviews
 from prefmill.reviews.scale import common_rating
 from prefmill.store.journal import Journal
@@ -19,6 +20,7 @@ from prefmill.store.jsonl import JsonlWriter
 from prefmill.store.missing import Progress
 
 SPLIT = "dev"
+_GATE = "score.judge"
 PaperReviews = tuple[Paper, list[Review]]
 
 
@@ -44,10 +46,12 @@ def score_dev(
     journal_path: Path,
     output: Path,
     progress: Progress,
+    gate: JudgeGate | None = None,
 ) -> None:
     """Write `reviews.jsonl` (facts and answers of each review) and `failures.jsonl`; resumes behind the journal.
 
-    Raises InputError as soon as more than `max_failed_share` of the reviews could not be scored.
+    Raises InputError as soon as more than `max_failed_share` of the reviews could not be scored, or where a model's
+    answers do not pass the `gate`.
     """
     from tqdm import tqdm
 
@@ -55,14 +59,22 @@ def score_dev(
     with Journal(journal_path) as journal, tqdm(total=len(facts), desc="score", unit="review") as bar:
         entries = list(journal.entries())
         num_failed = sum(entry.failed for entry in entries)
+        counts = AnswerCounts()
+        for entry in entries:
+            _count(counts, entry.row())
         bar.update(len(entries))
         # score() keeps the order given, so the number of entries tells where to go on.
         for outcome in _outcomes(_behind(papers, len(entries)), open_engine):
             num_failed += outcome.failure is not None
             _require_few_failures(num_failed, max_failed_share, len(facts), outcome)
-            journal.append(_row(outcome), failed=outcome.failure is not None)
+            journal.append(row := _row(outcome), failed=outcome.failure is not None)
+            _count(counts, row)
+            if gate is not None and counts.num_reviews == gate.after_reviews:
+                check(counts, gate, _GATE)
             bar.update()
             progress(int(bar.n), len(facts), "reviews scored")
+        if gate is not None:
+            check(counts, gate, _GATE)
         with JsonlWriter(output / "reviews.jsonl") as done, JsonlWriter(output / "failures.jsonl") as failed:
             # From the journal alone: an interrupted attempt and an undisturbed one write the same bytes.
             for entry in journal.entries():
@@ -100,8 +112,20 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     ids = {"review_id": outcome.review_id, "paper_id": outcome.paper_id}
     if outcome.failure is not None:
         return {**ids, "reason": outcome.failure}
-    answers = {name: [int(answer["yes"]), answer["p_yes"]] for name, answer in outcome.answers.items()}
+    mass = {name: [answer["mass"]] if "mass" in answer else [] for name, answer in outcome.answers.items()}
+    answers = {name: [int(answer["yes"]), answer["p_yes"], *mass[name]] for name, answer in outcome.answers.items()}
     return {**ids, "answers": answers}
+
+
+def _count(counts: AnswerCounts, row: Mapping[str, Any]) -> None:
+    """Take in a row that has answers, those of earlier attempts too: a rerun does not get round the gate."""
+    if "answers" in row:
+        found: dict[str, Answer] = {}
+        for name, (yes, p_yes, *mass) in row["answers"].items():
+            found[name] = {"yes": bool(yes), "p_yes": p_yes}
+            if mass:
+                found[name]["mass"] = mass[0]
+        counts.add(found)
 
 
 def _facts(paper: Paper, review: Review) -> dict[str, Any]:

@@ -114,6 +114,7 @@ class _Steps:
             self.task.work / _JOURNAL,
             folder,
             self.task.advance,
+            None if config.engine.engine == "lexical" else config.judge,
         )
         write_atomic(folder / PARAPHRASES, json.dumps(restated, indent=1) + "\n")
 
