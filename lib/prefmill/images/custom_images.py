@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import combinations
@@ -15,6 +16,7 @@ from prefmill.images.collection import Collection, SourceImage
 from prefmill.images.prompts import is_safe, prompt_id_of, read_table
 from prefmill.store.jsonl import read_jsonl
 
+_log = logging.getLogger(__name__)
 IMAGES_FILES = ("images.csv", "images.jsonl")
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
 # What a table filled in by hand has instead: other names, and a column for each dimension.
@@ -29,7 +31,10 @@ def read_own_images(folder: Path) -> Iterator[SourceImage]:
     An image's id is its `image_id` where given, else `<prompt_id>/<name of the file>`. Raises InputError naming the
     line that lacks a prompt or a file, has an unsafe id, or whose file lies outside the folder.
     """
-    listing = next((folder / name for name in IMAGES_FILES if (folder / name).is_file()), None)
+    listings = [folder / name for name in IMAGES_FILES if (folder / name).is_file()]
+    if len(listings) > 1:
+        raise InputError("two lists of the images", where=folder, got=" and ".join(IMAGES_FILES), fix="remove one")
+    listing = next(iter(listings), None)
     if listing is None:
         raise InputError(
             "no list of the images", where=folder, expected=" or ".join(IMAGES_FILES),
@@ -111,10 +116,12 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
     are set aside. Raises InputError where a column is missing.
     """
     known = {image.listed_as: image for image in collection.images.values()} | collection.images
+    unused = set[str]()
     scored: dict[tuple[str, str], dict[str, tuple[str, dict[Dimension, float]]]] = defaultdict(dict)
     for number, row in read_table(path, ("image",)):
         # A table without raters is the work of one: named by its file, two tables are two raters.
         where, rater = f"{path.name}:{number}", (row.get("rater") or "").strip() or path.stem
+        unused |= {name for name, cell in row.items() if cell.strip()} - {"image", "rater", *DIMENSIONS}
         image, scores = known.get((row.get("image") or "").strip()), _scores(row)
         if image is None:
             collection.quarantine.add("rating", where, "unknown image", image_id=row.get("image"))
@@ -124,6 +131,8 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
             collection.quarantine.add("rating", where, "scored twice by one rater", image_id=image.image_id)
         else:
             scored[image.prompt_id, rater][image.image_id] = (where, scores)
+    if unused:
+        _log.warning("%s: columns that are no dimension are not used: %s", path, ", ".join(sorted(unused)))
     for (prompt_id, rater), images in scored.items():
         for (left, (where, ours)), (right, (_, theirs)) in combinations(images.items(), 2):
             for dimension in (name for name in ours if name in theirs):
@@ -139,6 +148,8 @@ def _scores(row: dict[str, str]) -> dict[Dimension, float] | None:
     try:
         found = {name: float(text) for name, text in given.items()}
     except ValueError:
+        return None
+    if any("_" in text for text in given.values()):  # to Python 1_0 is 10
         return None
     # float() also reads nan and inf: nan is neither above nor below any score, and inf - inf is nan.
     return found if all(map(isfinite, found.values())) else None
@@ -168,12 +179,18 @@ def _rows(listing: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if listing.suffix == ".csv":
         yield from read_table(listing, ("prompt", "file"))
     else:
-        yield from enumerate(read_jsonl(listing), 1)
+        for number, row in enumerate(read_jsonl(listing), 1):
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "file")):
+                raise InputError(
+                    "not a row of the images", where=f"{listing}:{number}", got=str(row)[:200],
+                    expected="an object with the texts prompt and file", fix="correct the line",
+                )  # fmt: skip
+            yield number, row
 
 
 def _own_image(folder: Path, row: dict[str, Any], where: str, short: str) -> SourceImage:
     # Spaces are made even first: the id is a hash of the text, and a stray one would make a second prompt.
-    prompt, file = (" ".join(str(row.get(key) or "").split()) for key in ("prompt", "file"))
+    prompt, file = " ".join(row["prompt"].split()), row["file"].strip()
     if not prompt or not file:
         raise InputError(f"an image without a {'file' if prompt else 'prompt'}", where=where, fix="complete the line")
     prompt_id = str(row.get("prompt_id") or "") or prompt_id_of(prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -136,7 +137,7 @@ def _read_rankings(source: ImageRewardSource, collection: Collection) -> None:
         if reason := _ranking_fault(row):
             collection.quarantine.add("ranking", where, reason, row={key: row.get(key) for key in ("id", "ranking")})
             continue
-        prompt_id, prompt = row["id"], " ".join(row["prompt"].split())
+        prompt_id, prompt = str(row["id"]), " ".join(row["prompt"].split())
         ranked = []
         for file, rank in zip(row["generations"], row["ranking"], strict=True):
             image_id = f"{prompt_id}/{Path(file).stem}"
@@ -157,11 +158,19 @@ def _ranking_fault(row: Any) -> str | None:
         return "not a ranking"
     if len(files) != len(row["ranking"]):
         return "as many ranks as images are needed"
-    if not is_safe(str(row["id"])) or not str(row["prompt"]).strip():
+    if not all(map(_is_number, row["ranking"])):
+        return "a rank that is no number"
+    if not _is_name(row["id"]) or not isinstance(row["prompt"], str) or not row["prompt"].strip():
         return "no usable id and prompt"
+    if not all(isinstance(file, str) for file in files):
+        return "images' names cannot be used"
     # The file comes from elsewhere: its names become ours, and must not lead out of the folder.
     stems = {Path(file).stem for file in files}
-    if len(stems) < len(files) or not all(map(is_safe, stems)) or any(".." in Path(file).parts for file in files):
+    if (
+        len(stems) < len(files)
+        or not all(map(is_safe, stems))
+        or any(".." in Path(file).parts or Path(file).is_absolute() for file in files)
+    ):
         return "images' names cannot be used"
     return None
 
@@ -169,11 +178,16 @@ def _ranking_fault(row: Any) -> str | None:
 def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
     """Every row as a user's rating on the dimension `overall`; 0.5 : 0.5 is a tie, a row without a label a skip."""
     for where, base, row in _pickapic_rows(path):
-        prompt = " ".join(str(row["caption"] or "").split())
-        uids = [str(row[f"image_{side}_uid"]) for side in (0, 1)]
-        if not prompt or not all(map(is_safe, uids)):
+        given = [row["image_0_uid"], row["image_1_uid"]]
+        if not isinstance(row["caption"], str) or not row["caption"].strip() or not all(map(_is_name, given)):
             collection.quarantine.add("row", where, "no usable caption and uids")
             continue
+        labelled = str(row.get("has_label", True)).lower() in ("true", "1", "1.0")
+        margin = _margin(row["label_0"], row["label_1"])
+        if labelled and margin is None:
+            collection.quarantine.add("row", where, "labels that are no shares of 1")
+            continue
+        prompt, uids = " ".join(row["caption"].split()), list(map(str, given))
         prompt_id = prompt_id_of(prompt)
         for side, uid in enumerate(uids):
             image_id = f"{prompt_id}/{uid}"
@@ -182,8 +196,7 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
                 file = _stored(row[f"jpg_{side}"], base, folder / image_id)
                 collection.add_image(SourceImage(image_id, prompt_id, prompt, file, file.name, where))
         left, right = (f"{prompt_id}/{uid}" for uid in uids)
-        labelled = row.get("has_label", True)
-        choice = _choice(float(row["label_0"]) - float(row["label_1"])) if labelled else "skip"
+        choice = "skip" if not labelled or margin is None else _choice(margin)
         rater = str(row.get("user_id") or "pickapic")
         collection.ratings.append((where, _overall(prompt_id, left, right, rater, choice)))
 
@@ -198,7 +211,7 @@ def _pickapic_rows(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
         raise InputError("no .parquet or .jsonl file in the folder", where=path, fix="give Pick-a-Pic's files")
     for file in files:
         for number, row in enumerate(_file_rows(file), 1):
-            missing = [key for key in _PICKAPIC_KEYS if key not in row]
+            missing = [key for key in _PICKAPIC_KEYS if not isinstance(row, dict) or key not in row]
             if missing:
                 raise InputError(
                     "not a row of Pick-a-Pic", where=f"{file}:{number}", got=f"no {', '.join(missing)}",
@@ -208,6 +221,8 @@ def _pickapic_rows(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
 
 
 def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        raise InputError("no such file", where=file, fix="check the path")
     if file.suffix != ".parquet":
         yield from read_jsonl(file)
         return
@@ -250,6 +265,25 @@ def _json_list(path: Path) -> list[Any]:
             fix="give ImageReward's JSON of rankings, a list of objects",
         )  # fmt: skip
     return rows
+
+
+def _margin(first: Any, second: Any) -> float | None:
+    """How much more the first image was chosen, of shares that sum to 1; None for anything else."""
+    try:
+        ours, theirs = float(first), float(second)
+    except (TypeError, ValueError):
+        return None
+    # NaN fails both; -1 and -1, or 0 and 0, would be a tie that nobody called.
+    return ours - theirs if min(ours, theirs) >= 0 and abs(ours + theirs - 1) < 1e-6 else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether an id from elsewhere, text or a whole number, can name a file; null is none."""
+    return type(value) in (str, int) and is_safe(str(value))
 
 
 def _choice(margin: float) -> Literal["left", "right", "tie"]:

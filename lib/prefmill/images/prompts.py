@@ -58,11 +58,13 @@ def is_safe(name: str) -> bool:
 def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and fields of every row of a .csv or .tsv file, names in lower case, lines without any text left out.
 
-    Raises InputError when it cannot be read as UTF-8, lacks a `required` column or has a line with more cells than
-    the first: an unquoted comma would cut a prompt.
+    Raises InputError when it cannot be read as UTF-8, lacks a `required` column, has one twice, or has a line with more
+    or fewer cells than the first: an unquoted comma or line break would cut a prompt.
     """
     # PartiPrompts does not quote: a prompt that begins with a quotation mark would swallow the lines after it.
-    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+    form: dict[str, Any] = (
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
+    )
     try:
         # utf-8-sig: Excel puts a byte order mark in front, which would be part of the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -72,30 +74,38 @@ def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
             if missing:
                 raise InputError(
                     f"no column {', '.join(missing)}", where=f"{path}:1", got=", ".join(header) or "an empty file",
-                    expected=", ".join(required), fix="name the columns on the first line",
+                    expected=", ".join(required), fix="name the columns on the first line, with commas between them",
                 )  # fmt: skip
+            named = [name for name in header if name]
+            if len(set(named)) < len(named):
+                raise InputError("a column stands there twice", where=f"{path}:1", got=", ".join(header),
+                                 fix="name every column once")  # fmt: skip
             for row in reader:
                 if any(cell.strip() for cell in row):
                     _require_columns(row, header, f"{path}:{reader.line_num}")
                     yield reader.line_num, dict(zip(header, row, strict=False))
     except FileNotFoundError:
         raise InputError("no such file", where=path, fix="check the path") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise InputError("cannot read the table", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
+    except csv.Error as error:
+        fix = "look for a quote that is not closed: quotes within a cell are doubled"
+        raise InputError("cannot read the table", where=path, got=str(error), fix=fix) from None
 
 
 def _require_columns(row: list[str], header: list[str], where: str) -> None:
-    surplus = row[len(header) :]
-    if any(cell.strip() for cell in surplus):
+    surplus = any(cell.strip() for cell in row[len(header) :])
+    if surplus or len(row) < len(header):
         raise InputError(
-            "a line has more cells than the first line has columns", where=where, got=", ".join(row),
-            expected=f"{len(header)}: {', '.join(header)}",
-            fix='write a cell that holds a comma in double quotes, "like, this", or save the table as .tsv',
+            f"a line has {'more' if surplus else 'fewer'} cells than the first line has columns", where=where,
+            got=", ".join(row), expected=f"{len(header)}: {', '.join(header)}",
+            fix='write a cell that holds a comma or a line break in double quotes, "like, this", or save the table as '
+            ".tsv; fill a short line up",
         )  # fmt: skip
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    if path.suffix not in (".csv", ".tsv"):
+    if path.suffix.lower() not in (".csv", ".tsv"):
         raise InputError(
             "prompts are read from .csv or .tsv", where=path, got=path.suffix or "no suffix",
             fix="name the file by what it holds: .csv with commas, .tsv with tabs",

@@ -1,0 +1,125 @@
+"""Tables and published rows of images that are nearly right: refused by line, set aside by row, or told."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmill.core.errors import InputError
+from prefmill.images.collection import Collection
+from prefmill.images.pair_sources import ImageRewardSource, PickAPicSource, RatingsSource, ScoresSource, collect
+from prefmill.images.prompts import read_prompts
+
+LISTING, RATING = (
+    "prompt,file\na cat,a.png\na cat,b.png\n",
+    "left,right,rater,dimension,choice\na.png,b.png,x,overall,left\n",
+)
+PICK = {
+    "caption": "a cat", "image_0_uid": "u0", "image_1_uid": "u1", "jpg_0": "a.png", "jpg_1": "b.png",
+    "label_0": 1, "label_1": 0,
+}  # fmt: skip
+RANK = {"id": 7, "prompt": "a cat", "generations": ["a.png", "b.png"], "ranking": [1, 2]}
+
+
+def written(folder: Path, **files: str) -> Path:
+    for name, text in {"images_csv": LISTING, "ratings_csv": RATING, **files}.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+def rated(folder: Path) -> Collection:
+    source = RatingsSource(format="ratings", ratings=str(folder / "ratings.csv"), images=str(folder))  # type: ignore[arg-type]
+    return collect([source], [], folder / "work")
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"images_csv": "prompt,file,prompt_id\na cat,a.png,c\na cat,b.png\n"}, "fewer cells"),
+        ({"images_csv": "prompt,file,File\na cat,a.png,b.png\n"}, "stands there twice"),
+        ({"images_jsonl": "{}\n"}, "two lists"),
+        ({"ratings_csv": RATING.replace(",left\n", "\n")}, "fewer cells"),
+        ({"ratings_csv": RATING.replace("left\n", '"left\n')}, "quote that is not closed"),
+    ],
+)
+def test_a_table_that_would_be_another_is_refused(tmp_path: Path, files: dict[str, str], why: str) -> None:
+    assert rated(written(tmp_path)).ratings
+    with pytest.raises(InputError, match=why):
+        rated(written(tmp_path, **files))
+
+
+@pytest.mark.parametrize("row", [[1], 5, {"prompt": ["a"], "file": "a.png"}, {"prompt": "a cat", "file": None}])
+def test_a_row_of_another_kind_is_named(tmp_path: Path, row: Any) -> None:
+    written(tmp_path, images_jsonl=json.dumps(row) + "\n")
+    (tmp_path / "images.csv").unlink()
+    with pytest.raises(InputError, match=r"images\.jsonl:1"):
+        rated(tmp_path)
+
+
+def test_a_file_with_two_spaces_in_its_name_is_that_file(tmp_path: Path) -> None:
+    listing = "prompt,file,prompt_id,image_id\na cat,a  b.png,c,c/a\na cat,b.png,c,c/b\n"
+    written(tmp_path, images_csv=listing, ratings_csv=RATING.replace("a.png", "a  b.png"))
+    assert rated(tmp_path).images["c/a"].path.name == "a  b.png"
+
+
+def test_a_prompt_that_a_line_break_cuts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.CSV").write_text("prompt,prompt_id\na red\nboat,boat\n")
+    with pytest.raises(InputError, match=r"fewer cells(.|\n)*p.CSV:2"):
+        read_prompts(tmp_path / "p.CSV")
+
+
+def test_columns_of_scores_that_are_no_dimension_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path, scores_csv="image,overall,stlye\na.png,3,1\nb.png,1_0,2\n")
+    source = ScoresSource(format="scores", scores=str(tmp_path / "scores.csv"), images=str(tmp_path))  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING):
+        found = collect([source], [], tmp_path / "work")
+    assert "stlye" in caplog.text
+    assert [row["where"] for row in found.quarantine.rows] == ["scores.csv:3"]  # 1_0 is no number
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label_0": None}, {"label_0": float("nan")}, {"label_0": "yes"}, {"label_0": 0}, {"label_0": 7},
+        {"caption": ["a"]}, {"image_0_uid": None},
+    ],
+)  # fmt: skip
+def test_a_published_row_without_a_label_or_a_name_is_set_aside(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert pick(tmp_path, {}).ratings
+    found = pick(tmp_path, change)
+    assert (found.ratings, len(found.quarantine.rows)) == ([], 1)
+
+
+def pick(folder: Path, change: dict[str, Any]) -> Collection:
+    (folder / "p.jsonl").write_text(json.dumps({**PICK, **change}) + "\n")
+    return collect([PickAPicSource(format="pickapic", path=str(folder / "p.jsonl"))], [], folder / "work")  # type: ignore[arg-type]
+
+
+def test_a_label_that_is_said_not_to_be_one_is_a_skip(tmp_path: Path) -> None:
+    for said in ("False", False, None):
+        ((_, rating),) = pick(tmp_path, {"has_label": said}).ratings
+        assert rating["choice"] == "skip"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranking": [1, None]}, {"ranking": ["1", "2"]}, {"ranking": [1, float("nan")]}, {"ranking": [True, False]},
+        {"id": None}, {"prompt": None}, {"prompt": 5}, {"generations": [1, 2]}, {"generations": ["/a.png", "b.png"]},
+    ],
+)  # fmt: skip
+def test_a_ranking_that_is_none_is_set_aside(tmp_path: Path, change: dict[str, Any]) -> None:
+    found = ranked(tmp_path, change)
+    assert (found.ratings, len(found.quarantine.rows)) == ([], 1)
+    ((_, rating),) = ranked(tmp_path, {}).ratings
+    assert (rating["prompt_id"], rating["choice"]) == ("7", "left")
+
+
+def ranked(folder: Path, change: dict[str, Any]) -> Collection:
+    (folder / "r.json").write_text(json.dumps([{**RANK, **change}]))
+    source = ImageRewardSource(format="imagereward", rankings=str(folder / "r.json"), images=str(folder))  # type: ignore[arg-type]
+    return collect([source], [], folder / "work")
