@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
-from prefmill.core.config import ExternalPath
+from prefmill.core.config import ExternalPath, later, validate
 from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.demo.text import Shape
 from prefmill.families.mdlm.config import DiffusionSftConfig
+from prefmill.pairs.chats import ChatSource, write_chats
+from prefmill.training.bad_rows import BAD_ROWS, RowPolicy
 from prefmill.training.config import start_model
 
 
-class MdlmSftConfig(DiffusionSftConfig):
+class MdlmSftConfig(DiffusionSftConfig, RowPolicy):
     """`sft_data_path` is a file of chats, instead of build_datasets' of this `modality`.
 
     `new_model` is the size of a model to train from scratch, with a tokenizer learnt from the training rows.
@@ -23,8 +26,9 @@ class MdlmSftConfig(DiffusionSftConfig):
 
     modality: Modality = Field("clean", description="dataset to train on")
     sft_data_path: ExternalPath | None = Field(
-        None, description="a file of `messages`, or of `prompt` and `completion`"
+        None, description="a file of chats, in any form that sft takes, instead of the input `datasets`"
     )
+    on_bad_row: Literal["fail", "drop"] = later("fail", description=RowPolicy.model_fields["on_bad_row"].description)
     new_model: Shape | None = Field(
         None, description="size of a model to train from scratch, its tokenizer learned from the rows"
     )
@@ -57,7 +61,8 @@ def _chats(config: MdlmSftConfig, task: Task) -> tuple[Path, Path | None]:
             fix="give either inputs.datasets=FOLDER or sft_data_path=FILE",
         )  # fmt: skip
     if datasets is None:
-        return Path(str(config.sft_data_path)), None
+        source = validate(ChatSource, {"dataset_file": str(config.sft_data_path), "on_bad_row": config.on_bad_row})
+        return write_chats(source, task.work / "chats", task.logs / BAD_ROWS)
     val = datasets.path / f"sft_{config.modality}_val" / "data.jsonl"
     has_val = val.is_file() and val.stat().st_size > 0
     return datasets.file(f"sft_{config.modality}_train/data.jsonl"), val if has_val else None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mdlm_artifacts import SHAPE, SMALL, make_toy, run_stage
+from PIL import Image
 from training_artifacts import content, executed_steps, kill_after, publish_as
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError, PipelineError
-from prefmill.store.jsonl import write_jsonl
+from prefmill.demo.toy_language import THINGS
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from stages.mdlm_sft import MdlmSftConfig
 
@@ -67,16 +70,32 @@ def test_resuming_can_be_forbidden_or_start_from_another_folder(
 
 
 def test_a_file_of_prompts_and_completions_tunes_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
-    rows = [{"prompt": "how is the table", "completion": f"it is clear and {word}"} for word in ("old", "new")] * 8
+    rows = [{"prompt": f"how is the {thing}", "completion": f"it is clear and {word}"}
+            for word in ("old", "new") for thing in THINGS[:8]]  # fmt: skip
     write_jsonl(tmp_path / "chats.jsonl", rows)
     keys = {**SMALL, "num_train_epochs": 1, "sft_data_path": str(tmp_path / "chats.jsonl")}
     model = publish_as(undisturbed / "out", "checkpoint")
     exported = tmp_path / "mine"
     assert run_stage("mdlm_sft", tmp_path / "a", {**keys, "output_dir": str(exported)}, model=model)["train_rows"] == 16
     assert (exported / "model.safetensors").read_bytes() == content(tmp_path / "a")["model.safetensors"]
-    (tmp_path / "chats.jsonl").write_text('{"question": "x"}\n')
-    with pytest.raises(InputError, match="not a row to fine-tune on"):
-        run_stage("mdlm_sft", tmp_path / "b", keys, model=model)
+
+
+def test_rows_are_read_as_sft_reads_them(tmp_path: Path, undisturbed: Path) -> None:
+    """A system column is part of the prompt, rows at fault are refused by name or dropped, and images are refused."""
+    path, model = tmp_path / "chats.jsonl", publish_as(undisturbed / "out", "checkpoint")
+    good = {"system": "be brief", "prompt": "how is the table", "completion": "it is clear and old"}
+    write_jsonl(path, [good, {"prompt": "how is the proof", "completion": ""}, {"question": "x"}])
+    keys = {**SMALL, "num_train_epochs": 1, "effective_batch_size": 4, "sft_data_path": str(path)}
+    with pytest.raises(InputError, match="row"):
+        run_stage("mdlm_sft", tmp_path / "a", keys, model=model)
+    assert run_stage("mdlm_sft", tmp_path / "b", {**keys, "on_bad_row": "drop"}, model=model)["train_rows"] == 1
+    assert len(json.loads((tmp_path / "b" / "logs" / "bad_rows.json").read_text())) == 2
+    (kept,) = read_jsonl(next((tmp_path / "b").rglob("sft_train/data.jsonl")))
+    assert [turn["role"] for turn in kept["messages"]] == ["system", "user", "assistant"]
+    write_jsonl(path, [{**good, "images": ["a.png"], "prompt": "<image>"}])
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="cannot be shown images"):
+        run_stage("mdlm_sft", tmp_path / "c", {**keys, "on_bad_row": "drop"}, model=model)
 
 
 def test_keys_have_the_names_this_field_knows() -> None:

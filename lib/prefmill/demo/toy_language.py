@@ -8,9 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.families.mdlm.sft import chat_of
-from prefmill.store.jsonl import write_jsonl
-from prefmill.store.row_files import file_rows
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from prefmill.demo.text import Shape
@@ -90,8 +88,6 @@ def build_model(folder: Path, texts: Sequence[str], shape: Shape, seed: int) -> 
 
 def new_model(train: Path, folder: Path, shape: Shape, seed: int) -> Path:
     """Save an untrained model to `folder`, its tokenizer learnt from the rows of `train`."""
-    chats = [chat_of(row.values, row.where) for row in file_rows(train)]
-    # An answer is a text or a turn; what the tokenizer is not shown it splits into bytes.
-    turns = [[*messages, {"content": answer} if isinstance(answer, str) else answer] for messages, answer in chats]
-    texts = [str(turn["content"]) for chat in turns for turn in chat]
+    # What the tokenizer is not shown it splits into bytes.
+    texts = [str(turn["content"]) for row in read_jsonl(train) for turn in row["messages"]]
     return build_model(folder, texts, shape, seed)

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
@@ -30,13 +28,12 @@ from prefmill.families.causal.templates import recorded_day
 from prefmill.families.causal.vision import ImageReader, with_images
 from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
-from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter
 from prefmill.training.arguments import trainer_arguments
-from prefmill.training.bad_rows import BadRows
 from prefmill.training.callbacks import check_every_step
+from prefmill.training.chats import encoded_chats
 from prefmill.training.config import TrainingConfig, weights_precision
-from prefmill.training.loop import TrainingSpec, report_dropped, run_training
+from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.publish import publish
 from prefmill.training.rescoring import NUM_SAMPLES, Rescoring
 
@@ -174,24 +171,12 @@ def load_chats(
 
     With a `reader` rows also have the paths of their images; without one raises InputError for a row with images.
     """
-    rows, dropped, bad = [], [], BadRows.of(config, task)
-    for row in tqdm(read_jsonl(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
-        images = [str(path.parent.parent / name) for name in row.get("images", ())]
-        if images and reader is None:
-            raise InputError(
-                "this model cannot be shown images", where=f"{path}, row {row['id']}", got=images[0],
-                fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
-            )  # fmt: skip
-        with bad.row(f"{path.parent.name}, row {row['id']}"):
-            encoded = _encode_row(row, tokenizer, turns, reader, images)
-            num_tokens = len(encoded["input_ids"])
-            if num_tokens > config.max_length:
-                dropped.append({"id": row["id"], "file": path.parent.name, "num_tokens": num_tokens})
-            else:
-                rows.append(encoded)
-    bad.tell(len(rows) + len(dropped))
-    report_dropped(task, dropped, len(rows), config)
-    return Dataset.from_list(rows)
+
+    def encode(row: Mapping[str, Any], images: Sequence[str]) -> tuple[dict[str, Any], int]:
+        encoded = _encode_row(row, tokenizer, turns, reader, images)
+        return encoded, len(encoded["input_ids"])
+
+    return Dataset.from_list(encoded_chats(path, encode, config, task, reader is not None))
 
 
 def collate_images(rows: Sequence[Mapping[str, Any]], reader: ImageReader) -> dict[str, Tensor]:

@@ -24,21 +24,11 @@ from prefmill.families.mdlm.family import (
     encode_responses,
     fill_groups,
 )
-from prefmill.families.mdlm.loading import load_diffusion_tokenizer
 from prefmill.families.mdlm.scorer import score_batch
-from prefmill.families.mdlm.training import (
-    DrawTelemetry,
-    FollowOnResume,
-    check_in_shards,
-    choose_checkpoint,
-    diffusion_rescoring,
-    load_scoring_model,
-    publish_and_export,
-    recomputed_by_layer,
-)
+from prefmill.families.mdlm.training import DrawTelemetry, FollowOnResume, diffusion_spec, opened
 from prefmill.training.data import Group
 from prefmill.training.family import Reference
-from prefmill.training.loop import TrainingSpec, run_training
+from prefmill.training.loop import run_training
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preferences import Preferences, train_data, val_data
 from prefmill.training.reference import GroupScoring, computed_as, kept_reference, reference_scores, start_weights
@@ -53,37 +43,30 @@ def train_diffusion_dpo(
     Policy and reference are scored with the same draws, which follow from seed, row and epoch: the reference's values
     are computed once, before training, and cached. Resumes from the newest complete checkpoint.
     """
-    config = recomputed_by_layer(config)
-    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = load_diffusion_tokenizer(policy, template=config, today=task.began_on, **options)
+    config, tokenizer = opened(config, task, policy)
     groups = fill_groups(load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels), config, tokenizer)
     held_out = fill_groups(load_groups(val, tokenizer, config, task), config, tokenizer) if val is not None else []
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     # Before a model is loaded: an unknown objective costs no wait.
     objective = mix(config.loss_type, config.loss_weights, settings, DiffusionFamily.supplies)
     live = LiveVariance(config.num_draws, config.beta, config.variance_tolerance, config.diffusion_steps == "auto")
-    family = diffusion_family(drawing_of(config), live)
-    rescoring = diffusion_rescoring(config, tokenizer, family, groups)
     data = Preferences(
         train=train_data(groups, config),
         val=val_data(held_out, config),
-        family=family,
+        family=diffusion_family(drawing_of(config), live),
         objective=objective,
         settings=settings,
         telemetry=partial(DrawTelemetry, live=live),
     )
-    spec = TrainingSpec(
-        config=config,
-        task=task,
-        load=lambda: load_scoring_model(policy, config, tokenizer),
-        data=data,
-        processor=tokenizer,
-        check=partial(check_in_shards, config, tokenizer, policy),
-        publish=partial(publish_and_export, rescoring, tokenizer, config, task, policy),
+    spec = diffusion_spec(
+        config,
+        task,
+        policy,
+        tokenizer,
+        data,
         # Objectives without a reference are spared the pass over all rows and epochs.
         reference=partial(_reference, task, groups, held_out, config) if objective.needs_reference else None,
         callbacks=[FollowOnResume(live)],
-        resume=partial(choose_checkpoint, config),
         counts={"pairs": sum(len(group.pairs) for group in groups)},
         logged={
             "val_accuracy": "eval_accuracy",

@@ -21,15 +21,16 @@ from prefmill.families.causal.scorer import inner_model
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.load_check import check_diffusion_model
-from prefmill.families.mdlm.loading import load_diffusion_model, mask_token_of, predicts_next
+from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of, predicts_next
 from prefmill.families.mdlm.scorer import patch_forward
 from prefmill.store.artifacts import payload
 from prefmill.training.adapter import add_adapter
 from prefmill.training.checkpoints import newest_checkpoint
-from prefmill.training.data import Group
 from prefmill.training.family import Family
 from prefmill.training.finished import loading_precision
+from prefmill.training.loop import TrainingSpec
 from prefmill.training.objectives import Objective, PairScores, Settings
+from prefmill.training.preferences import Preferences
 from prefmill.training.publish import publish
 from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
 from prefmill.training.speed import Speed
@@ -83,6 +84,41 @@ class FollowOnResume(TrainerCallback):
         """The log is restored with the checkpoint: the last recommendation in it holds."""
         for row in state.log_history:
             self.live.follow(row)
+
+
+def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrainedTokenizerBase]:
+    """The configuration as it runs here, and the tokenizer of `start`."""
+    tokenizer = load_diffusion_tokenizer(
+        start,
+        template=config,
+        today=task.began_on,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return recomputed_by_layer(config), tokenizer
+
+
+def diffusion_spec(
+    config: DiffusionTrainingConfig,
+    task: Task,
+    start: str,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Preferences,
+    **more: Any,
+) -> TrainingSpec:
+    """The training of `start` on `data`; `more` are keys of TrainingSpec."""
+    rescoring = diffusion_rescoring(config, tokenizer, data.family, data.train.groups)
+    return TrainingSpec(
+        config=config,
+        task=task,
+        load=lambda: load_scoring_model(start, config, tokenizer),
+        data=data,
+        processor=tokenizer,
+        check=partial(check_in_shards, config, tokenizer, start),
+        publish=partial(publish_and_export, rescoring, tokenizer, config, task, start),
+        resume=partial(choose_checkpoint, config),
+        **more,
+    )
 
 
 def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -168,7 +204,7 @@ def publish_and_export(
 
 
 def diffusion_rescoring(
-    config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase, family: Family, groups: Sequence[Group]
+    config: DiffusionTrainingConfig, tokenizer: PreTrainedTokenizerBase, family: Family, groups: Sequence[Any]
 ) -> Rescoring:
     """The shortest pairs' ELBOs over the first epoch's draws; what trained on 4-bit weights is saved on whole ones."""
     # As anyone would load the finished folder: no special kernels, no adapter, whole weights.
