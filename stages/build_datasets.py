@@ -65,7 +65,7 @@ def run(config: BuildDatasetsConfig, task: Task) -> Metrics:
             exclude=read_exclude(config.exclude) if config.exclude else frozenset(),
         ),
     )
-    summary = build_datasets(task.input("corpus"), task.inputs["scores"], task.output, task.run, rules, task.progress)
+    summary = build_datasets(task.input("corpus"), task.inputs["scores"], task.output, rules, task.progress)
     rows = {name: counts["rows"] for name, counts in summary["datasets"].items()}
     return {"rows": rows, "sft_cut": summary["sft"]["cut"], "unscored_reviews": summary["unscored_reviews"]}
 

@@ -120,10 +120,10 @@ def test_dev_and_test_papers_appear_nowhere(built: Task, generated: Any) -> None
     assert not [paper["paper_id"] for paper in held_out if paper["paper_id"] in text or paper["title"] in text]
 
 
-def test_shards_and_a_second_time_make_the_same_bytes(tmp_path: Path, built: Task, generated: Any) -> None:
+def test_shards_another_run_and_a_second_time_make_the_same_bytes(tmp_path: Path, built: Task, generated: Any) -> None:
     one_shard = make_inputs(tmp_path, *generated, num_shards=1)
-    again = build(tmp_path, one_shard)
-    again = build(tmp_path, one_shard)  # over its own output, as after a kill
+    again = build(tmp_path, one_shard, "other")
+    again = build(tmp_path, one_shard, "other")  # over its own output, as after a kill
     names = sorted(path.relative_to(built.output) for path in built.output.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(again.output) for path in again.output.rglob("*") if path.is_file())
     for name in names:
@@ -149,7 +149,7 @@ def test_images_of_each_modality(with_images: tuple[Inputs, Task]) -> None:
 def test_twelve_datasets_by_name(with_images: tuple[Inputs, Task]) -> None:
     _, task = with_images
     names = {
-        f"r_{kind}_{modality}_{split}"
+        f"{kind}_{modality}_{split}"
         for kind in ("sft", "dpo")
         for modality in ("clean", "clean_images", "vision")
         for split in ("train", "val")

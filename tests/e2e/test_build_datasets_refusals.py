@@ -58,8 +58,8 @@ def test_no_val_papers_unless_left_out(tmp_path: Path) -> None:
         build(tmp_path, inputs)
     task = build(tmp_path, inputs, splits=["train"])
     assert sorted(json.loads((task.output / "dataset_info.json").read_text())) == [
-        "r_dpo_clean_train",
-        "r_sft_clean_train",
+        "dpo_clean_train",
+        "sft_clean_train",
     ]
 
 

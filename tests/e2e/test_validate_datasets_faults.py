@@ -56,7 +56,7 @@ def lost_dataset(folder: Path) -> None:
 def incomplete_tags(folder: Path) -> None:
     path = folder / "dataset_info.json"
     registry = json.loads(path.read_text())
-    del registry["r_sft_clean_train"]["tags"]["role_tag"]
+    del registry["sft_clean_train"]["tags"]["role_tag"]
     path.write_text(json.dumps(registry))
 
 
@@ -121,7 +121,7 @@ FAULTS: dict[str, Fault] = {
     "lost row": (rows_of("sft_clean_train", lambda r: r[:-1]), "completeness", "summary.json", "sft_clean_train: "),
     "no rows": (rows_of("sft_clean_val", lambda r: r.clear()), "completeness", "summary.json", "sft_clean_val: 0 rows"),
     "lost dataset": (lost_dataset, "completeness", "summary.json", "dataset dpo_vision_val is missing"),
-    "tags": (incomplete_tags, "registry", "dataset_info.json", "entry 'r_sft_clean_train': tags.role_tag is missing"),
+    "tags": (incomplete_tags, "registry", "dataset_info.json", "entry 'sft_clean_train': tags.role_tag is missing"),
     "no rating": (rows_of("sft_clean_train", without_rating), "ratings", "sft_clean_train:5", "no last line"),
     "order": (rows_of("sft_clean_train", lambda r: r.reverse()), "order", "sft_clean_train:", "paper "),
     "swapped": (rows_of("dpo_clean_train", swapped), "contrast", "dpo_clean_train:2", "rating_diff is "),

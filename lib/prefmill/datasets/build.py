@@ -45,7 +45,7 @@ class BuildRules:
 
 
 def build_datasets(
-    corpus: Artifact, scores: Sequence[Artifact], output: Path, run: str, rules: BuildRules, progress: Progress
+    corpus: Artifact, scores: Sequence[Artifact], output: Path, rules: BuildRules, progress: Progress
 ) -> dict[str, Any]:
     """Write the datasets, their registry and summary.json below `output`; returns the summary.
 
@@ -69,7 +69,7 @@ def build_datasets(
             writer.add(scored)
         # Inside the with: where one dataset is empty, no file of any of them appears.
         writer.check()
-    write_registry(output, run, keys)
+    write_registry(output, keys)
     summary = _summary(found, writer, rules, cut)
     write_atomic(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary

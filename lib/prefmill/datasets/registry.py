@@ -45,16 +45,12 @@ class DatasetKey(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Its folder in the artifact, such as `dpo_clean_train`."""
+        """Its folder in the artifact, and its name in the registry: `dpo_clean_train`."""
         return f"{self.kind}_{self.modality}_{self.split}"
 
     def file_name(self) -> str:
         """Its rows, relative to the artifact."""
         return f"{self.folder}/{ROWS}"
-
-    def name(self, run: str) -> str:
-        """Its name in the registry."""
-        return f"{run}_{self.folder}"
 
 
 def dataset_keys(modalities: Iterable[Modality], splits: Iterable[DatasetSplit]) -> list[DatasetKey]:
@@ -84,9 +80,10 @@ def entry(key: DatasetKey) -> dict[str, Any]:
     }
 
 
-def write_registry(folder: Path, run: str, keys: Iterable[DatasetKey]) -> None:
+def write_registry(folder: Path, keys: Iterable[DatasetKey]) -> None:
     """Write `dataset_info.json` into `folder`, the folder to give LLaMA-Factory as `dataset_dir`."""
-    entries = {key.name(run): entry(key) for key in keys}
+    # Without the run's name: the same datasets of another run have the same content.
+    entries = {key.folder: entry(key) for key in keys}
     write_atomic(folder / REGISTRY, json.dumps(entries, indent=2) + "\n")
 
 

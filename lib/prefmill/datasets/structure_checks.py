@@ -37,8 +37,8 @@ def registry_problems(registry: Mapping[str, Any], keys: Sequence[DatasetKey]) -
     """Entries that are missing, of no dataset, or other than their loaders need."""
     by_folder = {}
     for name, given in registry.items():
-        # By the ending, as the run's name before it may hold underscores itself.
-        folder = next((folder for folder in ALL_KEYS if name.endswith(f"_{folder}")), None)
+        # By the ending: datasets of earlier versions are named with their run before it.
+        folder = next((folder for folder in ALL_KEYS if f"_{name}".endswith(f"_{folder}")), None)
         if folder is None or ALL_KEYS[folder] not in keys:
             yield f"entry '{name}' has no dataset"
         else:

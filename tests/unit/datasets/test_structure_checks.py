@@ -17,12 +17,17 @@ KEYS = dataset_keys(["clean", "vision"], ["train", "val"])
 
 @pytest.fixture
 def registry() -> dict[str, Any]:
-    return json.loads(json.dumps({key.name("run_a"): entry(key) for key in KEYS}))
+    # As earlier versions named them, with the run.
+    return json.loads(json.dumps({f"run_a_{key.folder}": entry(key) for key in KEYS}))
 
 
 def test_a_written_registry_is_sound(tmp_path: Path) -> None:
-    write_registry(tmp_path, "run_a", KEYS)
+    write_registry(tmp_path, KEYS)
     assert list(registry_problems(read_registry(tmp_path), KEYS)) == []
+
+
+def test_a_registry_of_an_earlier_version_is_sound(registry: dict[str, Any]) -> None:
+    assert list(registry_problems(registry, KEYS)) == []
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
