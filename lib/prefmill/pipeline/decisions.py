@@ -14,7 +14,7 @@ from prefmill.core.errors import PipelineError
 from prefmill.core.files import append_row
 
 DECISIONS = "decisions.jsonl"
-AGAIN, CANCEL, STOP, RETRY, WAIT = "again", "cancel", "stop", "retry", "wait"
+AGAIN, CANCEL, STOP, RETRY, WAIT, RELEASE = "again", "cancel", "stop", "retry", "wait", "release"
 EXCLUSION_SECONDS = 24 * 3600.0  # a node that failed gets work again after that
 _LOCK_SECONDS = 300.0
 

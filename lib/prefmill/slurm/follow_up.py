@@ -56,8 +56,7 @@ def live_follow_ups(found: Sequence[Submission]) -> dict[str, str] | None:
     if shown is None:
         return None
     own = {job_id: job for (job_id, _), job in shown.items() if job_id in ids}
-    # Slurm calls a held job PENDING too; only the reason tells that it will not start.
-    return {job_id: job.state for job_id, job in own.items() if job.live and "requeued held" not in job.reason}
+    return {job_id: job.state for job_id, job in own.items() if job.live and not job.held_after_launch}
 
 
 def book(found: Sequence[Submission], wait: Wait) -> str:

@@ -58,6 +58,11 @@ class JobState:
         """Whether it is queued or running; an unknown state is neither alive nor ended well."""
         return self.state in LIVE_STATES
 
+    @property
+    def held_after_launch(self) -> bool:
+        """Whether its node could not launch it, so that Slurm holds it: it is PENDING, and never starts by itself."""
+        return self.state == "PENDING" and "requeued held" in self.reason
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -184,6 +189,11 @@ def set_dependency(element: Element, dependency: str) -> bool:
     """Have a pending element wait for something else; "" for nothing. False where Slurm refuses."""
     name = element_name(element)
     return ask(["scontrol", "update", f"jobid={name}", f"dependency={dependency}"]) is not None
+
+
+def release(element: Element) -> bool:
+    """Have Slurm start an element that it holds; False where it refuses."""
+    return ask(["scontrol", "release", element_name(element)]) is not None
 
 
 def cancel(elements: Sequence[Element]) -> bool:

@@ -128,3 +128,16 @@ def test_an_unreadable_manifest_concerns_its_own_task_and_damage_is_found(
     assert verify_run(run.workspace, "toy") == 1
     assert f"DAMAGED  {make.key}: artifact's content has changed" in capsys.readouterr().out
     assert inspect(run.plan)[make.key].reasons[0].startswith("artifact's content has changed since it was made: ")
+
+
+def test_what_slurm_holds_after_a_failed_launch_is_released_three_times(run: Run) -> None:
+    """As after slurmctld was killed: it launched a job twice, and held it though its task had finished meanwhile."""
+    run.finish("make")
+    held = RUNNING.replace("RUNNING|None", "PENDING|launch failed requeued held")
+    run.slurm(squeue=f"{held}\n{WAITS}\n{HEALER}")
+    listen(run, "scontrol")
+    told = [run.advance() for _ in range(4)]
+    assert "make:all release: launch (1 of 3): Slurm says: launch failed requeued held" in told[0]
+    assert "release" not in told[3]
+    assert [line for line in said_to_slurm(run, "scontrol") if "release" in line] == ["release 41_0"] * 3
+    assert run.sent == 0
