@@ -56,6 +56,7 @@ class Cluster:
     cpus: int = 16
     gpus: int = 8
     max_array_size: int = 1001
+    min_job_age: int = 300
     programs: Path | None = None  # of another release than the one that is installed
     more: str = ""  # lines of slurm.conf
 
@@ -151,7 +152,7 @@ class Cluster:
         values = {
             "root": self.root, "host": socket.gethostname().split(".")[0], "user": getpass.getuser(),
             "port": self.port, "dbd_port": self.port + 1, "nodes": self.nodes, "cpus": self.cpus, "gpus": self.gpus,
-            "max_array_size": self.max_array_size,
+            "max_array_size": self.max_array_size, "min_job_age": self.min_job_age,
         }  # fmt: skip
         etc = self.root / "etc"
         for name in ("slurm.conf", "slurmdbd.conf"):

@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     disk = root / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(disk)], check=True)
-    cluster = Cluster(root / "slurm", free_ports(), programs=releases.programs(arguments.release), more=SLURM_CONF)
+    programs = releases.programs(arguments.release)
+    # What a killed slurmctld has lost counts as ended when it could have been purged: after a minute, not after five.
+    cluster = Cluster(root / "slurm", free_ports(), min_job_age=60, programs=programs, more=SLURM_CONF)
     os.environ.update(cluster.environment)
     try:
         cluster.up()

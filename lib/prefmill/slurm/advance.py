@@ -31,7 +31,6 @@ from prefmill.slurm.task_batches import TaskBatch, dependency
 from prefmill.slurm.view import Say, View, look, next_look
 from prefmill.training.config import needs_less
 
-
 # Slurm drains the node where a launch failed: a job that is at fault itself would drain them all.
 _RELEASES = 3
 

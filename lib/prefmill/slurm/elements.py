@@ -94,7 +94,7 @@ def collect_evidence(tried: Tried, logs: Path, account: JobState | None, queued:
     if not _is_of(status, tried.element) or _is_of_earlier_start(logs, started):
         status = {}
     further, idle = _progress(logs, status)
-    log = _own_part(logs.parent / f"{logs.name}.log", tried.name) + "\n" + _tail(tried.slurm_log)
+    log = _own_part(logs.parent / f"{logs.name}.log", tried.name) + "\n" + read_tail(tried.slurm_log)
     return Evidence(status, log, account, queued, further, idle)
 
 
@@ -151,13 +151,14 @@ def _progress(logs: Path, status: Mapping[str, Any]) -> tuple[bool, int]:
 
 def _own_part(path: Path, name: str) -> str:
     """The end of a task's log, from where this very job began to write."""
-    text = _tail(path)
+    text = read_tail(path)
     # Where a long log has pushed our mark out of view and no other is in it, all of it is ours.
     begin = text.rfind(f" in job {name} on ")
     return text[begin:] if begin >= 0 or text.count("\n--- ") == 0 else ""
 
 
-def _tail(path: Path) -> str:
+def read_tail(path: Path) -> str:
+    """The end of a log; empty where there is none."""
     try:
         with path.open("rb") as stream:
             stream.seek(0, os.SEEK_END)

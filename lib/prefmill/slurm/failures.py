@@ -16,6 +16,7 @@ from typing import Any, Literal
 from prefmill.core.files import digest_bytes
 from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS
 from prefmill.slurm.jobs import JobState
+from prefmill.slurm.launches import why_no_task
 
 Kind = Literal[
     "preempted", "time_limit", "no_progress", "node", "gpu", "nccl", "host_memory", "gpu_memory", "disk", "killed",
@@ -263,7 +264,7 @@ def _by_traces(evidence: Evidence) -> Failure:
     if state == "running":
         return Failure("killed", "it ended without a word", "status file", _node(evidence))
     if job is not None and job.state == "FAILED":
-        return Failure("launch", f"its job ended with exit code {job.exit_code} before the task began", "Slurm")
+        return Failure("launch", why_no_task(job, evidence.log), "Slurm")
     shown = f"Slurm's state is {job.state}" if job else "Slurm has no record of its job"
     left = f"its status file says {state}" if state else "it left no status file"
     return Failure("unknown", f"{shown}, and {left}", "nothing")

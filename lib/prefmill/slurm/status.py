@@ -21,8 +21,10 @@ from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
 from prefmill.pipeline.run_record import run_tasks
 from prefmill.pipeline.task_status import INTERRUPTED, is_at_work, is_running, read_status
 from prefmill.slurm import jobs as slurm
-from prefmill.slurm.elements import Tried, newest, unsent
+from prefmill.slurm.elements import Tried, newest, read_tail, unsent
 from prefmill.slurm.jobs import JobState
+from prefmill.slurm.launches import last_words
+from prefmill.slurm.pending import held, why_queued
 from prefmill.slurm.sightings import Sightings, sight
 from prefmill.slurm.submission import script_of, submissions
 
@@ -109,7 +111,8 @@ def read_rows(workspace: Path, run: str) -> Table:
         row = _row(key, output, logs, one, seen, decisions.last(key, one.name) if one else {})
         # The plan lists what is upstream first, so what a task needs has its row already.
         rows[key] = _blocked(row, [rows[other] for other in task["needs"] if other in rows])
-    healing = seen is not None and any(seen.live((job_id, -1)) for job_id in healers)
+    jobs = [seen.queue[job_id, -1] for job_id in healers if (job_id, -1) in seen.queue] if seen else []
+    healing = any(job.live and not job.held_after_launch for job in jobs)
     wants_healer = seen is not None and bool(found) and script_of(found[-1]).is_file()
     notes += _notes(run, list(rows.values()), healing, wants_healer)
     # Without an answer from Slurm nobody can say that all is over: --watch goes on.
@@ -199,7 +202,7 @@ def _state(
     """A finished artifact is the truth, then the queue; a status that says running without a process is none."""
     job = seen.queue.get(tried.element) if tried and seen else None
     if job is not None and job.live:
-        return (*_live_state(job), job)
+        return (*_live_state(job, tried.name if tried else ""), job)
     if _is_complete(output, logs):
         return "complete", "", job
     if is_running(logs):
@@ -219,10 +222,11 @@ def _is_complete(output: Path, logs: Path) -> bool:
     return (output / MANIFEST).is_file() and read_status(logs).get("state", "complete") == "complete"
 
 
-def _live_state(job: JobState) -> tuple[str, str]:
+def _live_state(job: JobState, name: str) -> tuple[str, str]:
     if job.state != "PENDING":
         return "running", ""
-    return ("held", "what it reads has failed") if slurm.waits_for(job)[1] else ("queued", _why_queued(job))
+    reason = "what it reads has failed" if slurm.waits_for(job)[1] else held(job, name)
+    return ("held", reason) if reason else ("queued", why_queued(job))
 
 
 def _left_state(
@@ -234,16 +238,15 @@ def _left_state(
     # The last line of Python's traceback says what went wrong, of our own errors the first one.
     error = error[-1:] if error[:1] == ["Traceback (most recent call last):"] else error[:1]
     if tried and seen and not (state == "failed" and error):
-        return "ended", f"Slurm: {job.state}" if job else seen.ended.get(tried.element, "its job is gone")
+        # A job that began no task has no log but Slurm's.
+        said = last_words(read_tail(tried.slurm_log)) if state == "waiting" else ""
+        ended = f"Slurm: {job.state}" if job else seen.ended.get(tried.element, "its job is gone")
+        return "ended", ended + f": {said}" * bool(said)
     if state == INTERRUPTED:
         return state, f"{status['error']}: run again to resume"
     if state in ("running", "complete", "killed"):
         return "interrupted", f"{status.get('signal', 'its process ended early')}: run again to resume"
     return state, error[0] if state == "failed" and error else ""
-
-
-def _why_queued(job: JobState) -> str:
-    return job.reason if job.reason not in ("None", "Dependency") else "waits for others" * (job.reason != "None")
 
 
 def _blocked(row: Row, upstream: Sequence[Row]) -> Row:

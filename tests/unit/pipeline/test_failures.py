@@ -60,6 +60,23 @@ def test_the_class_follows_the_evidence(evidence: Evidence, kind: str, source: s
     assert (failure.kind, failure.source) == (kind, source), failure.why
 
 
+@pytest.mark.parametrize(
+    ("code", "log", "said"),
+    [
+        ((0, 53), "", "0:53 before the task began: Slurm could not open its log on that node"),
+        ((127, 0), "script: line 9: /opt/py: No such file or directory\n", "127:0 before the task began: a program is "
+         "missing on that node, such as the interpreter in the cluster file's `python`: script: line 9: /opt/py: No"),
+        ((2, 0), "--- a:all in job 1_0 on n1\nerror: a:all is already running\n  fix: wait\n\na:all: see /l/a.log\n",
+         "2:0 before the task began: error: a:all is already running"),
+    ],
+)  # fmt: skip
+def test_a_launch_that_failed_is_told_in_words(code: tuple[int, int], log: str, said: str) -> None:
+    job = JobState("FAILED", exit_code=code[0], signal=code[1], node="n1")
+    failure = classify(Evidence(log=log, account=job))
+    assert failure.kind == "launch"
+    assert failure.why.startswith(f"its job ended on n1 with {said}")
+
+
 def test_the_node_is_the_one_slurm_names() -> None:
     assert (
         classify(Evidence({"state": "running", "host": "login"}, account=JobState("NODE_FAIL", node="n2"))).node == "n2"

@@ -72,6 +72,33 @@ def test_what_stopped_says_what_to_do_and_blocks_the_rest(run: Path, monkeypatch
     assert status.show_status(run, "r") == 1
 
 
+@pytest.mark.parametrize(
+    ("reason", "state", "said"),
+    [
+        ("JobHeldUser", "held", "to do: `scontrol release 1_0`"),
+        ("JobHeldAdmin", "held", "ask the cluster's operators to release 1_0"),
+        ("launch failed requeued held", "held", "could not launch it; to do: `prefmill advance`"),
+        ("launch failure limit exceeded requeued held", "held", "could not launch it; to do: `prefmill advance`"),
+        ("InvalidQOS", "held", "correct account and qos in the cluster file"),
+        ("QOSMaxCpuPerJobLimit", "held", "lower its resources"),
+        ("AssocMaxWallDurationPerJobLimit", "held", "lower its resources"),
+        ("PartitionTimeLimit", "held", "lower its resources"),
+        ("QOSMaxNodePerUserLimit", "queued", "it starts when other jobs have ended"),
+        ("AssocGrpGRES", "queued", "it starts when other jobs have ended"),
+        ("QOSMaxSubmitJobPerUserLimit", "queued", "it starts when other jobs have ended"),
+        ("Nodes required for job are DOWN, DRAINED or reserved", "queued", "`sinfo -R`"),
+        ("Priority", "queued", "Priority"),
+    ],
+)
+def test_a_pending_job_says_why_and_what_to_do(
+    run: Path, monkeypatch: pytest.MonkeyPatch, reason: str, state: str, said: str
+) -> None:
+    found, _ = rows(run, monkeypatch, {("1", 0): JobState("PENDING", reason)})
+    assert found["a"].state == state
+    assert found["a"].reason.startswith(reason)
+    assert said in found["a"].reason
+
+
 def test_no_answer_from_slurm_is_said_and_nothing_is_made_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "queue", lambda ids: None)
     table = read_rows(run, "r")
