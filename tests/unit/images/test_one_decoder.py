@@ -119,7 +119,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RatingServer]:
 def shown(page: RatingServer, name: str) -> Image.Image:
     """The picture that the page sends, decoded as a browser would: no alpha, no turn, no second frame left to it."""
     connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=30)
-    connection.request("GET", f"/image/{page.image_name(f'p/{name}')}", headers={"Cookie": f"prefmill_{page.port}=t"})
+    (address,) = (known for known, image in page._images.items() if image.source.image_id == f"p/{name}")
+    connection.request("GET", f"/image/{address}", headers={"Cookie": f"prefmill_{page.port}=t"})
     reply = connection.getresponse()
     image = Image.open(io.BytesIO(reply.read()))
     assert reply.getheader("Content-Type") == Image.MIME[str(image.format)]
