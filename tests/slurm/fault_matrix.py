@@ -2,7 +2,8 @@
 
     python -m tests.slurm.fault_matrix [--release 24.11] [--only "killed child"] [--seeds 3]
 
-As root, for a small disk of its own and for nodes. The table goes to benchmarks/results/faults-slurm-RELEASE.txt.
+As root, for a small disk of its own and for nodes. Each row goes to benchmarks/results/faults-slurm-RELEASE.txt as soon as
+it is there, in place of an earlier one of the same fault.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -58,15 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster.up()
         cluster.ask("sacctmgr", "-iQ", "add", "account", "mill")
         cluster.ask("sacctmgr", "-iQ", "add", "user", "root", "account=mill")
-        played = play_all(cluster, root, arguments.only or list(FAULTS), arguments.seeds)
+        release = arguments.release or releases.installed()
+        played = list(play_all(cluster, root, arguments.only or list(FAULTS), arguments.seeds, release))
     finally:
         cluster.down()
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    lines = _table(played)
-    print("\n".join(lines))
-    if not arguments.only:
-        name = arguments.release or releases.installed()
-        (REPOSITORY / "benchmarks/results" / f"faults-slurm-{name}.txt").write_text("\n".join(lines) + "\n")
     failed = any(problems for *_, problems in played)
     if not failed:
         shutil.rmtree(root)
@@ -76,13 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 Played = tuple[str, list[int], float, int, list[str]]
 
 
-def play_all(cluster: Cluster, root: Path, names: Sequence[str], num_seeds: int) -> list[Played]:
+def play_all(cluster: Cluster, root: Path, names: Sequence[str], num_seeds: int, release: str) -> Iterator[Played]:
     """Every fault in a workspace of its own, which is removed where nothing is wrong."""
     checkout = write_checkout(root / "checkout")
     write_configs(checkout)
     programs = fake_programs(root / "programs")
     calm = undisturbed(Site(cluster, checkout, root / "disk" / "calm"))
-    played = []
     for name in names:
         seeds = [random.SystemRandom().randrange(10_000) for _ in range(num_seeds)]
         started, problems, attempts = time.monotonic(), [], 0
@@ -94,9 +90,10 @@ def play_all(cluster: Cluster, root: Path, names: Sequence[str], num_seeds: int)
             problems += found
             _keep(site.workspace, root / "failed") if found else None
             shutil.rmtree(site.workspace)
-        played.append((name, seeds, time.monotonic() - started, attempts, problems))
-        print(_line(played[-1]), *problems, sep="\n  ", flush=True)
-    return played
+        played = (name, seeds, time.monotonic() - started, attempts, problems)
+        _note(played, release)
+        print(_line(played), *problems, sep="\n  ", flush=True)
+        yield played
 
 
 def write_configs(checkout: Path) -> None:
@@ -164,10 +161,19 @@ def _wait(scene: Scene, calm: dict[str, str]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while any(len(digests_or_none(scene.site, run)) < len(calm) for run in scene.runs):
         scene.site.hurry()
+        if scene.advised:
+            _do_as_status_says(scene)
         if time.monotonic() > deadline:
             shown = "\n".join(scene.about("status", run).stdout for run in scene.runs)
             raise AssertionError(f"not complete after {PATIENCE_SECONDS} s: {scene.site.queue()}\n{shown}")
         time.sleep(1)
+
+
+def _do_as_status_says(scene: Scene) -> None:
+    time.sleep(10)
+    for run in scene.runs:
+        if "`prefmill advance" in scene.about("status", run).stdout:
+            scene.about("advance", run)
 
 
 def digests_or_none(site: Site, run: str) -> dict[str, str]:
@@ -204,19 +210,21 @@ def _keep(workspace: Path, target: Path) -> None:
 def _line(played: Played) -> str:
     name, seeds, seconds, attempts, problems = played
     verdict = "FAILED" if problems else "as undisturbed"
-    return f"{name:<38} {' '.join(f'{seed:>4}' for seed in seeds)}  {verdict:<15} {attempts:>3}  {seconds:4.0f} s"
+    return f"{name:<38} {' '.join(f'{seed:>4}' for seed in seeds)}  {verdict:<15} {attempts:>3}  {seconds:4.0f} s  {date.today()}"
 
 
-def _table(played: Sequence[Played]) -> list[str]:
-    version = subprocess.run(["squeue", "-V"], capture_output=True, text=True, check=False).stdout.strip()
-    head = f"# python -m tests.slurm.fault_matrix: {version or 'slurm-wlm'}, 2 shared cores, {date.today()}"
+def _note(played: Played, release: str) -> None:
+    """Write the row into the table of `release`, whose other rows stay."""
+    path = REPOSITORY / "benchmarks/results" / f"faults-slurm-{release}.txt"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = {name: line for line in lines if (name := line[:38].rstrip()) in FAULTS} | {played[0]: _line(played)}
+    head = f"# make test-faults: Slurm {release}, 2 cores shared with other work"
     about = (
         f"# a run of {NUM_TASKS} tasks for each seed: digests as undisturbed, no two attempts at a task at once, no\n"
         "# job left; none of a twin run after `cancel`"
     )
     columns = f"{'fault':<38} {'seeds':<14}  {'ended':<15} attempts  time"
-    failed = sum(bool(problems) for *_, problems in played)
-    return [head, about, columns, *(_line(one) for one in played), f"{len(played)} faults, {failed} failed"]
+    path.write_text("\n".join([head, about, columns, *(rows[name] for name in FAULTS if name in rows)]) + "\n")
 
 
 if __name__ == "__main__":

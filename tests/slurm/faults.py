@@ -168,10 +168,7 @@ def slurmctld_killed(scene: Scene) -> Iterator[None]:
     scene.site.cluster.kill("slurmctld")
     scene.pause(1, 6)
     scene.site.cluster.start_controller()
-    scene.pause(15, 20)
-    for run in scene.runs:
-        if "no job looks after this run" in scene.about("status", run).stdout:
-            scene.about("advance", run)
+    scene.advised = True
     yield
 
 

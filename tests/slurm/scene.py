@@ -50,6 +50,7 @@ class Scene:
     random: random.Random
     arguments: list[str] = field(default_factory=list)
     cluster: str = "storm"
+    advised: bool = False  # somebody runs `prefmill advance` where `status` says so
 
     def switch(self, program: str, mode: str) -> None:
         """Have squeue or sbatch, as the runs see it, behave like that; "" for as always."""

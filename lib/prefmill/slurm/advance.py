@@ -14,7 +14,7 @@ from typing import Any
 
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
-from prefmill.pipeline.decisions import AGAIN, CANCEL, RELEASE, RETRY, STOP, alone, show
+from prefmill.pipeline.decisions import AGAIN, CANCEL, RETRY, STOP, alone, show
 from prefmill.pipeline.oom_backoff import read_smaller, write_smaller
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.slurm import jobs as slurm
@@ -25,14 +25,12 @@ from prefmill.slurm.follow_up import book, me
 from prefmill.slurm.intents import Order, SbatchRefusedError, send_fitting
 from prefmill.slurm.jobs import Element, JobState, Partition, element_name
 from prefmill.slurm.notify import announce
+from prefmill.slurm.releases import release_held
 from prefmill.slurm.sightings import told
 from prefmill.slurm.submission import JobRecord, require_owner, submissions
 from prefmill.slurm.task_batches import TaskBatch, dependency
 from prefmill.slurm.view import Say, View, look, next_look
 from prefmill.training.config import needs_less
-
-# Slurm drains the node where a launch failed: a job that is at fault itself would drain them all.
-_RELEASES = 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] 
             view.decisions.record(key, tried.name, AGAIN, submission=tried.submission.number)
         for line in told(view.unknown, view.tried):
             say(line)
-        _release(view, say)
+        release_held(view.tried, view.queue, view.decisions, say)
         retries = list(_judge(view, set(again), say))
         sent = _submit(view, retries, say)
         _repoint(view, say)
@@ -69,19 +67,6 @@ def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] 
         _tell(view, say)
         say(f"run {run}: {len(view.open)} tasks open, {len(view.live)} queued or running, {sent} resubmitted")
     return view
-
-
-def _release(view: View, say: Say) -> None:
-    """Have Slurm start what it holds since a launch failed; a finished task's job too, for which others wait."""
-    for key, tried in view.tried.items():
-        job = view.queue.get(tried.element)
-        past = [row for row in view.decisions.of(key) if (row["action"], row["element"]) == (RELEASE, tried.name)]
-        if job is None or not job.held_after_launch or len(past) >= _RELEASES:
-            continue
-        row = {"kind": "launch", "why": f"Slurm says: {job.reason}", "reason": f"{len(past) + 1} of {_RELEASES}"}
-        view.decisions.record(key, tried.name, RELEASE, submission=tried.submission.number, **row)
-        released = slurm.release(tried.element)
-        say(show(key, {**row, "action": RELEASE}) + "; Slurm refused it" * (not released))
 
 
 def _judge(view: View, again: Collection[str], say: Say) -> Iterable[Retry]:

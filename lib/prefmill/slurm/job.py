@@ -31,6 +31,7 @@ from prefmill.pipeline.task_status import write_status
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute
 from prefmill.slurm.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
 from prefmill.slurm.follow_up import book_again
+from prefmill.slurm.releases import release_when_task_ends
 from prefmill.slurm.submission import read_array, read_submission
 
 EXIT_TERMINATED, EXIT_NOT_REQUEUED = 143, 3
@@ -107,6 +108,7 @@ def _looked_after(job: JobTask) -> Iterator[None]:
         yield
     finally:
         book_again(*where)
+        release_when_task_ends(job.workspace, job.task.run)
 
 
 def element_id(environment: Mapping[str, str]) -> str | None:

@@ -79,14 +79,14 @@ class Partition:
     gpu_type: str = ""
 
 
-def queue(job_ids: Sequence[str]) -> dict[Element, JobState] | None:
+def queue(job_ids: Sequence[str], states: str = "all") -> dict[Element, JobState] | None:
     """Every element of these jobs that slurmctld shows, ended ones too; None when it does not answer.
 
     What is missing here may still run: a controller can answer partly, and some show nobody the jobs of others.
     """
     found: dict[Element, JobState] = {}
-    for ids in _batches(job_ids):
-        text = ask(["squeue", "-h", "-r", "-t", "all", "-j", ids, "-o", _QUEUE_FIELDS])
+    for ids in _batches(list(dict.fromkeys(job_ids))):
+        text = ask(["squeue", "-h", "-r", "-t", states, "-j", ids, "-o", _QUEUE_FIELDS])
         if text is None:
             return None
         found |= dict(_queue_rows(text))
@@ -189,11 +189,6 @@ def set_dependency(element: Element, dependency: str) -> bool:
     """Have a pending element wait for something else; "" for nothing. False where Slurm refuses."""
     name = element_name(element)
     return ask(["scontrol", "update", f"jobid={name}", f"dependency={dependency}"]) is not None
-
-
-def release(element: Element) -> bool:
-    """Have Slurm start an element that it holds; False where it refuses."""
-    return ask(["scontrol", "release", element_name(element)]) is not None
 
 
 def cancel(elements: Sequence[Element]) -> bool:

@@ -37,7 +37,7 @@ def sight(tried: Iterable[Tried], others: Iterable[str] = ()) -> Sightings | Non
     One that squeue does not show has ended if sacct, its own end record or a purge of its job id says so.
     """
     wanted = [one for one in tried if one.sent]
-    shown = slurm.queue(list(dict.fromkeys([*(one.job.job_id for one in wanted), *others])))
+    shown = slurm.queue([*(one.job.job_id for one in wanted), *others])
     if shown is None:
         return None
     strangers = dict(_strangers(wanted, shown))

@@ -64,8 +64,8 @@ def test_the_class_follows_the_evidence(evidence: Evidence, kind: str, source: s
     ("code", "log", "said"),
     [
         ((0, 53), "", "0:53 before the task began: Slurm could not open its log on that node"),
-        ((127, 0), "script: line 9: /opt/py: No such file or directory\n", "127:0 before the task began: a program is "
-         "missing on that node, such as the interpreter in the cluster file's `python`: script: line 9: /opt/py: No"),
+        ((127, 0), "script: line 9: /usr/py: No such file or directory\n", "127:0 before the task began: a program is "
+         "missing on that node, such as the interpreter in the cluster file's `python`: script: line 9: /usr/py: No"),
         ((2, 0), "--- a:all in job 1_0 on n1\nerror: a:all is already running\n  fix: wait\n\na:all: see /l/a.log\n",
          "2:0 before the task began: error: a:all is already running"),
     ],

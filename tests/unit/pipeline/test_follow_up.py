@@ -14,6 +14,7 @@ from prefmill.pipeline.state import inspect
 from prefmill.pipeline.verify import verify_run
 from prefmill.pipeline.worker import execute
 from prefmill.slurm.follow_up import Wait, book_again
+from prefmill.slurm.releases import release_when_task_ends
 from prefmill.slurm.rerun import cancel
 from prefmill.slurm.status import read_rows
 from prefmill.slurm.submission import Intent
@@ -141,3 +142,17 @@ def test_what_slurm_holds_after_a_failed_launch_is_released_three_times(run: Run
     assert "release" not in told[3]
     assert [line for line in said_to_slurm(run, "scontrol") if "release" in line] == ["release 41_0"] * 3
     assert run.sent == 0
+
+
+def test_a_task_that_ends_releases_what_slurm_holds(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The follow-up job waits for the end of jobs, and a held one never ends."""
+    run.slurm(squeue=RUNNING)
+    listen(run, "scontrol")
+    release_when_task_ends(run.workspace, "toy")
+    assert said_to_slurm(run, "scontrol") == []
+    run.slurm(squeue=RUNNING.replace("RUNNING|None", "PENDING|launch failed requeued held"))
+    listen(run, "scontrol")
+    for _ in range(4):
+        release_when_task_ends(run.workspace, "toy")
+    assert said_to_slurm(run, "scontrol") == ["release 41_0"] * 3
+    assert "make:all release: launch (3 of 3)" in capsys.readouterr().out
