@@ -2,7 +2,7 @@
 
     python -m tests.slurm.fault_matrix [--release 24.11] [--only "killed child"] [--seeds 3]
 
-As root, for a small disk of its own and for nodes. Each row goes to benchmarks/results/faults-slurm-RELEASE.txt as soon as
+As root, for a small disk of its own and for nodes. Each row goes to benchmarks/results/faults-slurm-RELEASE.txt when
 it is there, in place of an earlier one of the same fault.
 """
 
@@ -210,7 +210,8 @@ def _keep(workspace: Path, target: Path) -> None:
 def _line(played: Played) -> str:
     name, seeds, seconds, attempts, problems = played
     verdict = "FAILED" if problems else "as undisturbed"
-    return f"{name:<38} {' '.join(f'{seed:>4}' for seed in seeds)}  {verdict:<15} {attempts:>3}  {seconds:4.0f} s  {date.today()}"
+    shown = " ".join(f"{seed:>4}" for seed in seeds)
+    return f"{name:<38} {shown}  {verdict:<15} {attempts:>3}  {seconds:4.0f} s  {date.today()}"
 
 
 def _note(played: Played, release: str) -> None:

@@ -84,6 +84,7 @@ def test_rerun_makes_finished_work_again_and_cancel_ends_it_for_good(site: Site)
     done = site.prefmill("rerun", "use:shard1", "--run", "again", *where(site))
     assert done.returncode == 0, done.stderr
     assert "join:all retry" in done.stdout  # it waits for the new one
+    assert digests(site.workspace, "again") == before  # the old ones stay until the new ones are there
     site.wait()
     assert digests(site.workspace, "again") == before
     assert [len(attempts(site, "again", f"use:shard{shard}")) for shard in range(3)] == [1, 2, 1]

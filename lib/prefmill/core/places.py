@@ -21,6 +21,7 @@ CHECKPOINT_PREFIX = "checkpoint-"  # the trainer's own, for resuming
 # In its logs.
 PROGRESS = "progress.json"
 STATUS = "status.json"
+WANTED_AGAIN = "wanted_again"  # there while finished output is to be made again, as somebody asked
 
 
 def stages_folder() -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from prefmill.core.artifact import Manifest
 from prefmill.core.errors import ArtifactError, PipelineError
-from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WORK
+from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WANTED_AGAIN, WORK
 from prefmill.pipeline.run_record import CACHE, ROOTS, run_names, run_tasks
 from prefmill.pipeline.task_status import is_at_work, is_running, read_status
 from prefmill.pipeline.worker import clear_telemetry, set_aside, telemetry
@@ -122,6 +122,7 @@ def restore(output: Path, logs: Path) -> None:
         )  # fmt: skip
     if is_running(logs):
         raise PipelineError("the task is running", where=logs, fix="wait for it, or end it, and try again")
+    (logs / WANTED_AGAIN).unlink(missing_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(kept, aside)  # out of the way of the present output, which takes its place
     if output.exists():

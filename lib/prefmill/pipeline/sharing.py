@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prefmill.core.errors import ArtifactError, PrefmillError
 from prefmill.core.files import write_atomic
-from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WORK
+from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WANTED_AGAIN, WORK
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.state import fingerprints, inspect_task, read_inputs, task_identity
 from prefmill.pipeline.task_status import is_running, write_status
@@ -28,7 +28,7 @@ def share(task: PlannedTask) -> str | None:
 
     The same stage, configuration and input content make the same output. Files are linked, or copied to another disk.
     """
-    if task.stage.names_run or is_running(task.logs):
+    if task.stage.names_run or is_running(task.logs) or (task.logs / WANTED_AGAIN).exists():
         return None
     wanted = fingerprints(task, task_identity(task, read_inputs(task)))
     for folder in _made(task, wanted):

@@ -13,7 +13,7 @@ from prefmill.core.artifact import Artifact, Manifest, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json
-from prefmill.core.places import MANIFEST
+from prefmill.core.places import MANIFEST, WANTED_AGAIN
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.store.artifacts import read, read_manifest
 from prefmill.store.stamps import check_content
@@ -55,6 +55,8 @@ def inspect_task(task: PlannedTask) -> TaskState:
         return TaskState("stale", (_in_words(error),))
     if manifest is None:
         return TaskState("missing", ("not run yet",))
+    if (task.logs / WANTED_AGAIN).exists():
+        return TaskState("stale", ("asked for with `prefmill rerun`",))
     wanted = task_identity(task, read_inputs(task))
     if manifest.fingerprint not in fingerprints(task, wanted):
         made = {**manifest.identity, "config": modern(type(task.config), manifest.identity["config"])}

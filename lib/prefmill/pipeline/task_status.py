@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.files import write_atomic
-from prefmill.core.places import STATUS
+from prefmill.core.places import MANIFEST, STATUS, WANTED_AGAIN
 from prefmill.pipeline import attempts
 
 if TYPE_CHECKING:  # `prefmill status` reads these files, and no configuration
@@ -36,6 +36,15 @@ def read_status(logs: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return record
+
+
+def is_finished(output: Path, logs: Path) -> bool:
+    """Whether finished output is there, wanted as it is, and nothing is being made in its place.
+
+    A run without logs, as another machine made it, counts too.
+    """
+    kept = (output / MANIFEST).is_file() and not (logs / WANTED_AGAIN).exists()
+    return kept and bool(read_status(logs).get("state", "complete") == "complete")
 
 
 def is_running(logs: Path) -> bool:

@@ -22,7 +22,7 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
 from prefmill.core.graceful_stop import Stopped
-from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WORK
+from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WANTED_AGAIN, WORK
 from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.distributed.devices import claim_device
 from prefmill.pipeline import attempts
@@ -67,6 +67,8 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
         if making.output != task.output:
             # Only now, and by rename: a rerun that fails leaves the old output where it was.
             put_in_place(making.output, task.output)
+        # Last: a kill before this makes it once more, where the other order would make nothing.
+        (task.logs / WANTED_AGAIN).unlink(missing_ok=True)
 
 
 def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
@@ -188,7 +190,7 @@ def set_aside(folder: Path) -> None:
 
 def telemetry(logs: Path) -> list[Path]:
     """What an attempt logged of its content, such as curves; the record of the attempts themselves is no part of it."""
-    kept = ("lock", STATUS, attempts.ATTEMPTS, SMALLER)
+    kept = ("lock", STATUS, WANTED_AGAIN, attempts.ATTEMPTS, SMALLER)
     return [path for path in logs.iterdir() if path.name not in kept] if logs.is_dir() else []
 
 

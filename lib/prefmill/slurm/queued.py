@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.places import MANIFEST
-from prefmill.pipeline.plan import Plan
+from prefmill.core.places import MANIFEST, WANTED_AGAIN
+from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest
 from prefmill.slurm.jobs import JobState
@@ -32,7 +32,7 @@ def queued_tasks(plan: Plan) -> dict[str, Queued]:
     """
     found = submissions(plan.workspace, plan.run)
     tried = newest(found)
-    wanted = [tried[task.key] for task in plan.tasks if task.key in tried and not (task.output / MANIFEST).is_file()]
+    wanted = [tried[task.key] for task in plan.tasks if task.key in tried and _is_open(task)]
     # Jobs of finished tasks as well: a manifest is written before its job has ended.
     seen = sight(wanted, [one.job.job_id for one in tried.values()]) if tried else Sightings()
     if seen is None:
@@ -43,6 +43,10 @@ def queued_tasks(plan: Plan) -> dict[str, Queued]:
             fix="try again in a few minutes; nothing was submitted",
         )  # fmt: skip
     return {key: _queued(one, seen.queue[one.element]) for key, one in tried.items() if seen.live(one.element)}
+
+
+def _is_open(task: PlannedTask) -> bool:
+    return not (task.output / MANIFEST).is_file() or (task.logs / WANTED_AGAIN).exists()
 
 
 def _queued(tried: Tried, job: JobState) -> Queued:

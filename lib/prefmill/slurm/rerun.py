@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefmill.core.errors import PipelineError, nearest
-from prefmill.core.places import MANIFEST
+from prefmill.core.places import MANIFEST, WANTED_AGAIN
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.pipeline.plan import PlannedTask
-from prefmill.pipeline.worker import set_aside
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.advance import advance
 from prefmill.slurm.elements import Tried, elements_of, newest, unsent
@@ -22,7 +21,7 @@ from prefmill.slurm.view import Say, View, look
 def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
     """Submit the selected tasks again, whatever was decided about them, and have what reads from them wait.
 
-    Finished output is set aside first. Tasks that are queued or running are left as they are.
+    Finished output stays in its place until the new one is published. Tasks that are queued or running are left alone.
     """
     with alone(workspace, run):
         require_owner(submissions(workspace, run))
@@ -43,7 +42,7 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
         again = [task for task in selected if task.key not in queued]
         for task in again:
             if (task.output / MANIFEST).is_file():
-                set_aside(task.output)
+                (task.logs / WANTED_AGAIN).touch()
     # Outside of the lock, which `advance` takes itself.
     advance(workspace, run, say, [task.key for task in again])
 
@@ -72,6 +71,8 @@ def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) ->
         # Noted before scancel: no look retries what ends now, and no ending task books another follow-up job.
         for key in sorted(keys):
             _note_cancel(Decisions(workspace, run), key, tried[key])
+        for key in tried:  # finished output that was to be made again is wanted as it is
+            (workspace / "logs" / run / key.replace(":", "/", 1) / WANTED_AGAIN).unlink(missing_ok=True)
         if ended and not slurm.cancel(ended):
             raise PipelineError("Slurm did not cancel every job", fix="see `squeue --me`, then cancel again")
         say(f"run {run}: {len(keys)} tasks cancelled")

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.places import MANIFEST, PROGRESS
+from prefmill.core.places import PROGRESS
 from prefmill.core.terminal import paint_states
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
 from prefmill.pipeline.run_record import run_tasks
-from prefmill.pipeline.task_status import INTERRUPTED, is_at_work, is_running, read_status
+from prefmill.pipeline.task_status import INTERRUPTED, is_at_work, is_finished, is_running, read_status
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest, read_tail, unsent
 from prefmill.slurm.jobs import JobState
@@ -98,7 +98,7 @@ def read_rows(workspace: Path, run: str) -> Table:
     tasks = run_tasks(workspace, run)
     found = submissions(workspace, run)
     tried = newest(found) | unsent(found)
-    open_tasks = [task["key"] for task in tasks if not _is_complete(Path(task["output"]), Path(task["logs"]))]
+    open_tasks = [task["key"] for task in tasks if not is_finished(Path(task["output"]), Path(task["logs"]))]
     wanted = [tried[key] for key in open_tasks if key in tried]
     healers = [job_id for one in found for job_id in one.advance_ids()]
     seen = sight(wanted, healers) if wanted else Sightings()
@@ -203,7 +203,7 @@ def _state(
     job = seen.queue.get(tried.element) if tried and seen else None
     if job is not None and job.live:
         return (*_live_state(job, tried.name if tried else ""), job)
-    if _is_complete(output, logs):
+    if is_finished(output, logs):
         return "complete", "", job
     if is_running(logs):
         return "running", "", job
@@ -215,11 +215,6 @@ def _state(
     if tried and seen and tried.element in seen.unknown:
         return "unknown", seen.unknown[tried.element], job
     return (*_left_state(status, tried, seen, job), job)
-
-
-def _is_complete(output: Path, logs: Path) -> bool:
-    """Finished, and nothing is being made in its place; a run without logs, as another machine made it, counts too."""
-    return (output / MANIFEST).is_file() and read_status(logs).get("state", "complete") == "complete"
 
 
 def _live_state(job: JobState, name: str) -> tuple[str, str]:

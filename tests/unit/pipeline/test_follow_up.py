@@ -15,7 +15,7 @@ from prefmill.pipeline.verify import verify_run
 from prefmill.pipeline.worker import execute
 from prefmill.slurm.follow_up import Wait, book_again
 from prefmill.slurm.releases import release_when_task_ends
-from prefmill.slurm.rerun import cancel
+from prefmill.slurm.rerun import cancel, rerun
 from prefmill.slurm.status import read_rows
 from prefmill.slurm.submission import Intent
 from prefmill.slurm.view import look, next_look
@@ -156,3 +156,26 @@ def test_a_task_that_ends_releases_what_slurm_holds(run: Run, capsys: pytest.Cap
         release_when_task_ends(run.workspace, "toy")
     assert said_to_slurm(run, "scontrol") == ["release 41_0"] * 3
     assert "make:all release: launch (3 of 3)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ends", ["made", "cancelled"])
+def test_finished_output_stays_until_a_rerun_has_made_it_again(run: Run, ends: str) -> None:
+    make, use = run.plan.tasks
+    execute(make)
+    execute(use)
+    first = (make.output / "run.json").read_bytes()
+    ended = "41_0|COMPLETED|0:0|n1|1700000000||\n42_0|COMPLETED|0:0|n1|1700000000||"
+    run.slurm(sacct=ended)
+    rerun(run.workspace, "toy", "make")
+    assert run.sent == 2  # and what reads from it
+    assert (make.output / "run.json").read_bytes() == first
+    assert inspect(run.plan)["make:all"].reasons == ("asked for with `prefmill rerun`",)
+    row, _ = read_rows(run.workspace, "toy").rows
+    assert row.state != "complete"
+    if ends == "cancelled":
+        cancel(run.workspace, "toy", "make")
+    else:
+        execute(make)
+        kept = run.workspace / "data/toy/.superseded/make/all/run.json"
+        assert kept.read_bytes() == first != (make.output / "run.json").read_bytes()
+    assert inspect(run.plan)["make:all"].freshness == "complete"
