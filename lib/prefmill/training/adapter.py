@@ -49,19 +49,39 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig, frozen: Sequence
 
 
 def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
-    """`model` with the adapter in `folder`, its dropout off; raises InputError where it does not fit."""
+    """`model` with the adapter in `folder`, its dropout off; raises InputError where it does not fit, or not wholly."""
     import peft
+    from safetensors import SafetensorError
 
     said = peft.PeftConfig.from_pretrained(str(folder))
     said.lora_dropout = 0.0
     try:
         # Half-precision adapters are trained in fp32, as new ones are.
-        return peft.PeftModel.from_pretrained(model, str(folder), config=said, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            "the adapter does not fit the model", where=folder, got=str(error).splitlines()[0],
-            expected=f"one for {model.config.model_type}", fix="give the base that it was trained on",
-        ) from None  # fmt: skip
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), config=said, is_trainable=trainable)
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise _unfitting(model, folder, " ".join(str(error).split())[:300]) from None
+    # PEFT leaves weights that are not in the file as a new adapter has them, and those that have no place unread.
+    given, own = _names(folder), set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    found = [f"{name}: not in the file" for name in sorted(own - given)]
+    found += [f"{name}: no place for it" for name in sorted(given - own) if "lora_" in name]
+    if found:
+        raise _unfitting(model, folder, "; ".join(found[:3]) + ("; ..." if found[3:] else ""))
+    return adapted
+
+
+def _names(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def _unfitting(model: PreTrainedModel, folder: Path, got: str) -> InputError:
+    return InputError(
+        "the adapter does not fit the model", where=folder, got=got,
+        expected=f"one for {model.config.model_type} with every weight that its adapter_config.json speaks of",
+        fix="give the base that it was trained on, and both files as they were written",
+    )  # fmt: skip
 
 
 def merge_adapter(model: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ODD = ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication")
 _SAME = {"r": "r", "alpha": "lora_alpha", "use_dora": "use_dora", "target_modules": "target_modules"}
 
 
@@ -37,12 +38,14 @@ def base_of(folder: Path) -> str:
 def lora_of(folder: Path) -> dict[str, Any]:
     """An adapter's shape under the names of LoraConfig; raises ValueError for one that cannot be continued."""
     said = read_adapter(folder)
-    odd = [key for key in ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern") if said.get(key)]
+    odd = [key for key in _ODD if said.get(key)]
     if said.get("peft_type") != "LORA" or odd:
         raise ValueError(f"only plain LoRA adapters are continued, not {', '.join(odd) or said.get('peft_type')}")
     # The older adapter_model.bin is a pickle, which may run code when it is read.
     if not (folder / _WEIGHTS).is_file():
         raise ValueError(f"the adapter has no {_WEIGHTS}: nothing else is loaded")
+    if missing := [key for key in ("r", "lora_alpha", "target_modules") if not said.get(key)]:
+        raise ValueError(f"{folder / _CONFIG} does not say {', '.join(missing)}")
     found = {ours: said[theirs] for ours, theirs in _SAME.items() if theirs in said}
     targets = found["target_modules"]
     return {

@@ -187,3 +187,40 @@ def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_q
     tokenizer.save_pretrained(folder)
     with pytest.raises(InputError, match="neither a pad nor an end token"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("keep", "renamed", "said", "named"),
+    [
+        ("layers.0", "", {}, "layers.1.self_attn.q_proj.lora_A.weight: not in the file"),
+        ("", "other.", {}, "q_proj.lora_A.weight: not in the file"),
+        ("", "", {"target_modules": ["q_proj"]}, "v_proj.lora_A.weight: no place for it"),
+        ("", "", {"target_modules": ["q_proj", "k_proj", "v_proj"]}, "k_proj.lora_A.weight: not in the file"),
+        ("", "", {"use_dora": True}, "lora_magnitude_vector: not in the file"),
+    ],
+)
+def test_an_adapter_that_is_not_read_whole_is_refused(
+    adapter: Path, tiny_qwen2: Path, tmp_path: Path, keep: str, renamed: str, said: dict[str, Any], named: str
+) -> None:
+    """PEFT warns of the one, says nothing of the other, and goes on with an adapter that does something else."""
+    from safetensors.torch import load_file, save_file
+
+    from prefmill.families.causal.loading import load_model
+    from prefmill.training.adapter import put_on
+
+    folder = Path(shutil.copytree(adapter, tmp_path / "a"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({renamed + k: v for k, v in weights.items() if keep in k}, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **said}))
+    with pytest.raises(InputError, match=named):
+        put_on(load_model(str(tiny_qwen2), precision="fp32"), folder)
+
+
+def test_an_adapter_that_cannot_be_merged_or_says_too_little_is_refused_at_once(adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "a"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, named in (({"lora_bias": True}, "lora_bias"), ({"lora_alpha": None}, "does not say lora_alpha")):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ConfigError, match=named):
+            validate(PreferenceConfig, {**SMALL, "model_name_or_path": "x", "lora": {"start": str(folder)}})
