@@ -30,7 +30,7 @@ class BuildDatasetsConfig(StrictConfig):
     rating_unit: RatingUnit = later(
         "points", description="points of a scale of 1 to 10, or quantiles (0 to 1) of the venue's own ratings"
     )
-    min_checkmark_diff: float = Field(2.0, gt=0, description="least checkmark advantage of the chosen review")
+    min_checkmark_diff: float = Field(2.0, ge=0, description="least checkmark advantage of the chosen; 0: ties too")
     max_pairs_per_paper: int | None = Field(None, ge=1, description="keep the clearest so many; none: all")
     exclude: ExternalPath | None = Field(None, description="text file of pair ids to leave out, one a line")
     allow_unscored: bool = Field(False, description="build on the scored reviews when some have no evaluation")

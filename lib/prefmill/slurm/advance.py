@@ -29,7 +29,7 @@ from prefmill.slurm.releases import release_held
 from prefmill.slurm.sightings import told
 from prefmill.slurm.submission import JobRecord, require_owner, submissions
 from prefmill.slurm.task_batches import TaskBatch, dependency
-from prefmill.slurm.view import Say, View, look, next_look
+from prefmill.slurm.view import Say, View, going_on, look, next_look
 from prefmill.training.config import needs_less
 
 
@@ -232,14 +232,18 @@ def _whole(view: View) -> dict[str, tuple[int, ...]]:
 
 def _repoint(view: View, say: Say) -> None:
     """Have every pending element wait for the elements that now make what it reads."""
-    whole = _whole(view)
+    whole, going = _whole(view), going_on(view)
+    stuck = {element[0] for key, element in view.live.items() if key not in going}
     for key, element in view.live.items():
         job = view.queue.get(element)
         wanted = view.needs(view.open[key]) if job is not None and job.state == "PENDING" else None
         if job is None or wanted is None:
             continue
         current, broken = slurm.waits_for(job)
-        if not broken and all(item in current or (item[0], -1) in current for item in wanted):
+        # An array has one dependency: elements wait for jobs that they do not need, which may never run.
+        needless = {job_id for job_id, _ in current} - {job_id for job_id, _ in wanted}
+        frees = key in going and bool(needless & stuck)
+        if not broken and not frees and all(item in current or (item[0], -1) in current for item in wanted):
             continue
         text = dependency(TaskBatch("", 0, (element[1],), {element[1]: wanted}), whole, {}) if wanted else ""
         text = text.replace("aftercorr:", "afterok:")  # of a single element they say the same

@@ -23,7 +23,8 @@ _ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dp
 _ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny judge judges nothing
 # Keys of stages that do not train; those a stage does not have are left out.
 SMALL: Mapping[str, Mapping[str, Any]] = {
-    "build_datasets": {"min_checkmark_diff": 0.01, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
+    # Where a tiny judge says yes to everything, all reviews have the same score.
+    "build_datasets": {"min_checkmark_diff": 0, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
     "validate_datasets": {"max_length": LENGTH},
     "score_reviews": {"judge": _ANY_JUDGE},
     "optimize_checklist": {"score": {"max_reviews": 100, "judge": _ANY_JUDGE}},

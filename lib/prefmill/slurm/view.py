@@ -91,9 +91,14 @@ def next_look(view: View) -> Wait | None:
 
 def only_held(view: View) -> bool:
     """Whether all that is left in the queue, if anything, waits for what nobody is going to make."""
+    return not going_on(view)
+
+
+def going_on(view: View) -> set[str]:
+    """The open tasks that run, or wait for nothing but tasks that do."""
     going: set[str] = set()
     for key, task in view.open.items():  # upstream first
         needed = {other.key for other in view.plan.upstream(task) if other.key in view.open}
         if (key in view.live and needed <= going) or view.undecided(key):
             going.add(key)
-    return not going
+    return going

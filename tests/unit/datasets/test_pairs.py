@@ -41,6 +41,14 @@ def test_fault(scored: Any, high: tuple[float, float], low: tuple[float, float],
     assert fault(pair, rules()) == expected
 
 
+def test_a_difference_of_0_lets_ties_in(scored: Any) -> None:
+    pair = orient(scored("a", 5, 3), scored("b", 8, 3))
+    assert fault(pair, rules(min_checkmark_diff=0)) is None
+    assert fault(orient(scored("a", 5, 3.5), scored("b", 8, 3)), rules(min_checkmark_diff=0)) == (
+        "rating_and_checkmark_disagree"
+    )
+
+
 def test_binary_fractions_do_not_fall_short_of_a_threshold(scored: Any) -> None:
     assert 4.1 - 2.1 < 2
     assert fault(orient(scored("a", 4.1, 4.1), scored("b", 2.1, 2.1)), rules()) is None

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_sightings import ME, RUNNING, WAITS, Run, run  # noqa: F401
@@ -13,12 +15,14 @@ from prefmill.pipeline.decisions import Decisions
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.verify import verify_run
 from prefmill.pipeline.worker import execute
+from prefmill.slurm import advance
 from prefmill.slurm.follow_up import Wait, book_again
+from prefmill.slurm.jobs import JobState
 from prefmill.slurm.releases import release_when_task_ends
 from prefmill.slurm.rerun import cancel, rerun
 from prefmill.slurm.status import read_rows
 from prefmill.slurm.submission import Intent
-from prefmill.slurm.view import look, next_look
+from prefmill.slurm.view import View, look, next_look
 
 HEALER = f"43|N/A|43|PENDING|Dependency||N/A|{ME}|afterany:41_*(unfulfilled)"
 
@@ -179,3 +183,20 @@ def test_finished_output_stays_until_a_rerun_has_made_it_again(run: Run, ends: s
         kept = run.workspace / "data/toy/.superseded/make/all/run.json"
         assert kept.read_bytes() == first != (make.output / "run.json").read_bytes()
     assert inspect(run.plan)["make:all"].freshness == "complete"
+
+
+def test_an_element_is_freed_of_an_array_that_it_does_not_need_and_that_never_runs(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `evaluate` of a base model, in one array with that of a training whose dataset could not be made."""
+    upstream = {"broken": [], "held": ["broken"], "free": [], "waits": ["held"]}
+    tasks: Any = {key: SimpleNamespace(key=key) for key in upstream}
+    plan: Any = SimpleNamespace(upstream=lambda task: [tasks[key] for key in upstream[task.key]])
+    live = {"held": ("2", 0), "free": ("3", 0), "waits": ("3", 1)}
+    never, array = JobState("PENDING", "DependencyNeverSatisfied"), "afterok:2_*(unfulfilled)"
+    queue = {("2", 0): never, **{("3", n): JobState("PENDING", "Dependency", dependency=array) for n in (0, 1)}}
+    view = View(plan, [], {}, queue, tasks, Decisions(run.workspace, "toy"), live)
+    told: list[Any] = []
+    monkeypatch.setattr(advance.slurm, "set_dependency", lambda element, text: told.append((element, text)) or True)
+    advance._repoint(view, lambda line: None)
+    assert told == [(("3", 0), "")]
