@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from training_artifacts import content
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.places import MANIFEST, RUN_RECORD
 from prefmill.demo.toy_language import KIND_PATTERN
 from prefmill.families.mdlm import evaluated_model
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -64,6 +66,13 @@ def test_before_and_after(tmp_path: Path, models: tuple[Artifact, Artifact], dat
     rows = list(read_jsonl(tmp_path / "a" / "out" / "rows.jsonl"))
     assert {row["kind"] for row in rows} == {"likelihood", "generation", "benchmark"}
     assert all(row["standard_error"] >= 0 for row in rows if row["kind"] == "likelihood")
+    # A folder that no stage wrote takes the place of one of them.
+    plain = shutil.copytree(models[0].path, tmp_path / "plain", ignore=shutil.ignore_patterns(MANIFEST, RUN_RECORD))
+    keys = {**KEYS, "model_name_or_path": str(plain)}
+    run_stage("mdlm_evaluate", tmp_path / "c", keys, after=models[1], datasets=datasets)
+    found = metrics_of(tmp_path / "c")["models"]
+    assert found["model"]["chosen_nats_per_token"] == before["chosen_nats_per_token"]
+    assert found["after"]["chosen_nats_per_token"] == after["chosen_nats_per_token"]
 
 
 def test_a_killed_evaluation_goes_on_and_writes_the_same(

@@ -59,6 +59,11 @@ def read(folder: Path, kind: str | None = None) -> Artifact:
     Sizes of the payload files are checked here, their digests in `stamps`.
     """
     manifest = read_manifest(folder)
+    if manifest is None and kind == "checkpoint" and (folder / "config.json").is_file():
+        raise ArtifactError(
+            "a model folder that no stage wrote is no input", where=folder, expected=f"a {MANIFEST}",
+            fix=f"give it as model_name_or_path={folder}, and leave the input out",
+        )  # fmt: skip
     if manifest is None:
         raise ArtifactError(
             "no finished artifact here", where=folder, expected=f"a {MANIFEST}",

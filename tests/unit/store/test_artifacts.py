@@ -11,6 +11,7 @@ import pytest
 from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.errors import ArtifactError
 from prefmill.core.places import MANIFEST
+from prefmill.core.stage import load_stage, stage_names
 from prefmill.store.artifacts import publish, read
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.stamps import verify
@@ -93,3 +94,18 @@ def test_a_broken_row_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(Exception, match=r"x\.jsonl:2"):
         list(read_jsonl(tmp_path / "x.jsonl"))
+
+
+def test_a_plain_model_folder_is_sent_to_the_key_that_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=f"give it as model_name_or_path={tmp_path}, and leave the input out"):
+        read(tmp_path, "checkpoint")
+    with pytest.raises(ArtifactError, match="no finished artifact here"):
+        read(tmp_path, "report")
+    # Every stage that reads a checkpoint has that key, so the advice is accepted.
+    readers = [load_stage(name) for name in stage_names()]
+    readers = [stage for stage in readers if any(item.kind == "checkpoint" for item in stage.reads.values())]
+    assert {"dpo", "sft", "evaluate", "mdlm_sft", "mdlm_dpo", "mdlm_evaluate"} <= {stage.name for stage in readers}
+    # report tells of trainings, and sweep has the key under `trial`.
+    others = [stage.name for stage in readers if "model_name_or_path" not in stage.config.model_fields]
+    assert others == ["report", "sweep"]
