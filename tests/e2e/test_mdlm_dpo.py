@@ -59,6 +59,19 @@ def test_it_starts_at_ln_2_and_learns(undisturbed: Path) -> None:
     assert {row["draws"] for row in curve} == {4}
 
 
+@pytest.mark.parametrize(("name", "start"), [("spg", math.log(2)), ("espo", 0.0)])
+def test_bounds_of_the_likelihood_train_too(
+    name: str, start: float, tmp_path: Path, policy: Artifact, datasets: Artifact
+) -> None:
+    keys = {**KEYS, "loss_type": [name], "num_train_epochs": 1}
+    run_stage("mdlm_dpo", tmp_path, keys, policy=policy, datasets=datasets)
+    curve = rows_of(tmp_path)
+    assert curve[0]["loss"] == pytest.approx(start, abs=1e-6)
+    assert curve[-1]["loss"] < start - 1e-3
+    with pytest.raises(ConfigError, match="set diffusion_steps to a number"):
+        validate(MdlmDpoConfig, {"loss_type": ["spg"], "diffusion_steps": "auto"})
+
+
 def test_cached_references_are_those_computed_beside_the_policy(
     undisturbed: Path, policy: Artifact, datasets: Artifact
 ) -> None:

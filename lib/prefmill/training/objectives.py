@@ -4,8 +4,8 @@ D = [log pi(y_w) - log pi_ref(y_w)] - [log pi(y_l) - log pi_ref(y_l)], s = the l
 e = label smoothing. A new objective is a function here, its line in `OBJECTIVES` with what it needs, and its test.
 
 Of images a score is -m, m = mean over channels and places of (eps_hat - eps)^2, of flow matching (v_hat - v)^2, and
-u = (b / 2) D. At 1024 x 1024
-pixels b = 5000 on the mean is 5000 / 2 / 65,536 = 0.038 a squared difference: a b quoted for sums is not this one.
+u = (b / 2) D. At 1024 x 1024 pixels b = 5000 on the mean is 5000 / 2 / 65,536 = 0.038 a squared difference: a b quoted
+for sums is not this one.
 """
 
 from __future__ import annotations
@@ -19,71 +19,19 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prefmill.core.errors import ConfigError, nearest
+from prefmill.training.bound_objectives import espo, spg
+from prefmill.training.pair_scores import PairScores as PairScores
+from prefmill.training.pair_scores import Settings as Settings
+from prefmill.training.pair_scores import label
 
 OFFICIAL_DIVERGENCE = 0.1
 _SMALL = 0.1  # below it the closed form of `phi` loses digits, its gradient twice as many: a series takes over
 
 
-@dataclass(frozen=True)
-class PairScores:
-    """What an objective sees of N pairs, whatever the model family; every tensor is [N], float32 or float64.
-
-    A score is the family's: a log-likelihood summed over tokens, an ELBO, a negative denoising error. Lengths count
-    what it sums over. `soft_label` is the probability, in [0, 1], that the chosen side is the better one. `weight`
-    is what a pair counts, 1 where there is none. Residuals, [N, D], are what the chosen side's score is the negative
-    mean square of, under the policy and the reference. Of a model with K heads a score is their mean, the margin of
-    head k is `margin + head_deviations[:, k]`, and `head_labels` [N, K] are soft labels, NaN where nobody said.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_length: Tensor
-    rejected_length: Tensor
-    ref_chosen: Tensor | None = None
-    ref_rejected: Tensor | None = None
-    soft_label: Tensor | None = None
-    weight: Tensor | None = None
-    chosen_residual: Tensor | None = None
-    ref_chosen_residual: Tensor | None = None
-    head_deviations: Tensor | None = None
-    head_labels: Tensor | None = None
-
-    @property
-    def margin(self) -> Tensor:
-        """D, [N]; without a reference the difference of the scores themselves."""
-        if self.ref_chosen is None or self.ref_rejected is None:
-            return self.chosen - self.rejected
-        return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
-
-    @property
-    def mean_margin(self) -> Tensor:
-        """D with every side averaged over its length, [N]."""
-        chosen = self.chosen if self.ref_chosen is None else self.chosen - self.ref_chosen
-        rejected = self.rejected if self.ref_rejected is None else self.rejected - self.ref_rejected
-        return chosen / self.chosen_length - rejected / self.rejected_length
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of the objectives: beta > 0, label smoothing in [0, 0.5), SimPO's target margin.
-
-    DSPO's lambda, which its authors set to beta, and whether the factors it multiplies are kept from the gradient.
-    MaPO's signal-to-noise factor of an error, above 0, and the diffusion's number of timesteps.
-    """
-
-    beta: float
-    label_smoothing: float = 0.0
-    simpo_gamma: float = 0.5
-    dspo_lambda: float = 1.0
-    dspo_stop_gradient: bool = True
-    mapo_snr: float = 0.5
-    num_timesteps: int = 1000
-
-
 Loss = Callable[[PairScores, Settings], Tensor]
 Need = Literal[
     "reference", "lengths", "label_smoothing", "errors", "noise_errors", "velocity_errors", "residuals", "soft_label",
-    "heads",
+    "heads", "bounds",
 ]  # fmt: skip
 
 
@@ -91,7 +39,8 @@ Need = Literal[
 class Objective:
     """A loss of pairs, and what it needs: `errors` are scores that are -m, `lengths` those that are sums.
 
-    Of errors, a model of diffusion has those of a noise, one of flow matching those of a velocity.
+    Of errors, a model of diffusion has those of a noise, one of flow matching those of a velocity. `bounds` are scores
+    below a log-likelihood, and where they are asked for above it.
     """
 
     loss: Loss
@@ -106,7 +55,7 @@ class Objective:
 def sigmoid(scores: PairScores, settings: Settings) -> Tensor:
     """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), conservative where the label is smoothed or soft."""
     # A soft label p mixes the losses of both directions; log of sigmoid itself would be -inf for wide margins.
-    u, p = settings.beta * scores.margin, _label(scores, settings)
+    u, p = settings.beta * scores.margin, label(scores, settings)
     return -p * logsigmoid(u) - (1 - p) * logsigmoid(-u)  # -(1-e) log s(bD) - e log s(-bD)
 
 
@@ -133,7 +82,7 @@ def ipo_mean(scores: PairScores, settings: Settings) -> Tensor:
 
 def sigmoid_norm(scores: PairScores, settings: Settings) -> Tensor:
     """DPO on per-token averages (TRL's `sigmoid_norm`)."""
-    u, p = settings.beta * scores.mean_margin, _label(scores, settings)
+    u, p = settings.beta * scores.mean_margin, label(scores, settings)
     return -p * logsigmoid(u) - (1 - p) * logsigmoid(-u)  # -log s(b D/|y|)
 
 
@@ -226,6 +175,8 @@ OBJECTIVES: dict[str, Objective] = {
     "sigmoid_norm": Objective(sigmoid_norm, frozenset({"reference", "lengths"})),
     "simpo": Objective(simpo, frozenset({"lengths"})),
     "sft": Objective(sft),
+    "spg": Objective(spg, frozenset({"reference", "bounds"})),
+    "espo": Objective(espo, frozenset({"reference", "lengths", "bounds"})),
     "dpo": Objective(dpo, frozenset({"reference", "noise_errors"})),
     "flow_dpo": Objective(flow_dpo, frozenset({"reference", "velocity_errors"})),
     "dspo": Objective(dspo, frozenset({"reference", "noise_errors", "residuals"})),
@@ -293,8 +244,3 @@ def residual_and_drift(scores: PairScores) -> tuple[Tensor, Tensor]:
     assert scores.chosen_residual is not None, "this objective needs residuals"
     assert scores.ref_chosen_residual is not None, "this objective needs the reference's residuals"
     return scores.chosen_residual, scores.chosen_residual - scores.ref_chosen_residual
-
-
-def _label(scores: PairScores, settings: Settings) -> Tensor | float:
-    """The probability that the chosen side is the better one."""
-    return 1 - settings.label_smoothing if scores.soft_label is None else scores.soft_label

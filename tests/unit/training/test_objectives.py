@@ -120,7 +120,7 @@ def test_bad_mixes_are_refused() -> None:
 
 
 def test_every_objective_is_held_to_its_equation() -> None:
-    """Those of text here, of images in test_sdxl_objectives.py, of rewards in test_reward_measures.py."""
+    """Those of text here and in test_bound_objectives.py, of images and rewards in their families' tests."""
     assert set(OBJECTIVES) == {
         *SCALAR,
         "dpo",
@@ -130,13 +130,19 @@ def test_every_objective_is_held_to_its_equation() -> None:
         "dspo_rm",
         "mapo",
         "bradley_terry_heads",
+        "spg",
+        "espo",
     }
     assert {name for name, objective in OBJECTIVES.items() if objective.needs <= Family.supplies} == set(SCALAR)
 
 
 @pytest.mark.parametrize(
     ("name", "missing"),
-    [("dspo", "noise_errors, residuals"), ("dspo_rm", "errors, soft_label"), ("bradley_terry_heads", "heads")],
+    [
+        ("dspo", "noise_errors, residuals"),
+        ("dspo_rm", "errors, soft_label"),
+        ("bradley_terry_heads", "heads"),
+    ],
 )
 def test_text_refuses_by_name_what_it_cannot_supply(name: str, missing: str) -> None:
     with pytest.raises(ConfigError, match=f"objective '{name}' does not fit") as refused:

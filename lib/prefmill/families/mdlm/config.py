@@ -119,7 +119,16 @@ class DiffusionPreferenceConfig(DiffusionTrainingConfig):
     loss_weights: list[float] = Field([1.0], description="a weight for each of `loss_type`; VRPO: [1.0, 0.05]")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed rate of wrong labels, below 0.5")
     simpo_gamma: float = Field(0.5, description="target margin of `simpo`")
+    upper_power: float = later(1.5, gt=0, description="of `spg`: the power of its upper bound; larger is looser")
+    upper_weight: float = later(0.5, ge=0, le=1, description="of `spg`: share of the upper bound for the rejected side")
+    clip: float = later(0.2, gt=0, lt=1, description="of `espo`: how far a ratio per token may go from 1")
     shuffle_labels: bool = Field(False, description="control: swap chosen and rejected at random, by seed and pair")
+
+    @model_validator(mode="after")
+    def _bounds_of_the_same_draws(self) -> Self:
+        if "spg" in self.loss_type and self.diffusion_steps == "auto":
+            raise ValueError("spg bounds both sides from all draws: set diffusion_steps to a number, such as 20")
+        return self
 
 
 def _rename(values: dict[str, Any], alias: str, name: str, convert: Any) -> None:

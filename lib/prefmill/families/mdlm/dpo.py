@@ -46,7 +46,9 @@ def train_diffusion_dpo(
     config, tokenizer = opened(config, task, policy)
     groups = fill_groups(load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels), config, tokenizer)
     held_out = fill_groups(load_groups(val, tokenizer, config, task), config, tokenizer) if val is not None else []
-    settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
+    settings = Settings(
+        config.beta, config.label_smoothing, config.simpo_gamma, upper_weight=config.upper_weight, clip=config.clip
+    )
     # Before a model is loaded: an unknown objective costs no wait.
     objective = mix(config.loss_type, config.loss_weights, settings, DiffusionFamily.supplies)
     live = LiveVariance(config.num_draws, config.beta, config.variance_tolerance, config.diffusion_steps == "auto")
@@ -80,7 +82,8 @@ def train_diffusion_dpo(
 
 def drawing_of(config: DiffusionPreferenceConfig) -> Drawing:
     """How the configuration draws maskings."""
-    return Drawing(config.num_draws, config.sampling, config.seed)
+    power = config.upper_power if "spg" in config.loss_type else None
+    return Drawing(config.num_draws, config.sampling, config.seed, power)
 
 
 def _reference(
@@ -113,6 +116,7 @@ def reference_values(
     said = {key: getattr(config, key) for key in ("quantization", "mask_token_id", "shifted_logits")}
     # What the draws follow from is in the key: values of other draws are no reference for these.
     settings = {**computed_as(config), **said, "epochs": num_epochs, "drawing": repr(drawing)}
+    settings |= {} if drawing.upper_power is None else {"upper_power": drawing.upper_power}
     scoring = GroupScoring(
         content=lambda group: [group.prompt, group.responses],
         batches=lambda group: [encode_responses(group, epoch, drawing) for epoch in range(num_epochs)],

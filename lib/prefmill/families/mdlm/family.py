@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,16 +17,18 @@ from prefmill.families.mdlm.scorer import DiffusionBatch, encode_samples, score_
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group
 from prefmill.training.family import Family, Reference
-from prefmill.training.objectives import PairScores
+from prefmill.training.objectives import Need, PairScores
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How rows are drawn: the number of draws, which kind, from which seed."""
+    """How rows are drawn: the number of draws, which kind, from which seed; and the power of an upper bound, if any."""
 
     num_draws: int
     sampling: Sampling
     seed: int
+    # Not in the text by which references are kept: those made before this key are still found.
+    upper_power: float | None = field(default=None, repr=False)
 
     def of(self, prompt: list[int], response: list[int], epoch: int) -> Draws:
         """The draws of a row in an epoch."""
@@ -79,7 +81,12 @@ class LiveVariance:
 
 @dataclass(frozen=True)
 class DiffusionFamily(Family):
-    """Scores a sample by the mean over its draws; references are [N, n], a value for each of the same draws."""
+    """Scores a sample by the mean over its draws; references are [N, n], a value for each of the same draws.
+
+    Where upper bounds are wanted they are a last column of both, and all draws are in use.
+    """
+
+    supplies: ClassVar[frozenset[Need]] = Family.supplies | {"bounds"}
 
     live: LiveVariance | None = None
 
@@ -90,7 +97,8 @@ class DiffusionFamily(Family):
         # Evaluation takes all draws: its figures would else change with the number in use.
         num_draws = self.live.in_use if self.live and model.training else batch.weights.shape[1]
         batch = batch.first(num_draws)
-        values = self.score(model, batch)
+        found = self.score(model, batch)
+        values, upper = (found, None) if batch.upper_power is None else (found[:, :-1], found[:, -1])
         sides = [values[batch.chosen], values[batch.rejected]]
         references = [None if ref is None else ref[:, :num_draws] for ref in (ref_chosen, ref_rejected)]
         if self.live and model.training and num_draws > 1:
@@ -98,8 +106,10 @@ class DiffusionFamily(Family):
         lengths = batch.lengths.to(values.dtype)
         means = [None if ref is None else ref.mean(1) for ref in references]
         return PairScores(
-            sides[0].mean(1), sides[1].mean(1), lengths[batch.chosen], lengths[batch.rejected], means[0], means[1]
-        )
+            sides[0].mean(1), sides[1].mean(1), lengths[batch.chosen], lengths[batch.rejected], means[0], means[1],
+            rejected_upper=None if upper is None else upper[batch.rejected],
+            ref_rejected_upper=None if upper is None or ref_rejected is None else ref_rejected[:, -1],
+        )  # fmt: skip
 
 
 def diffusion_family(drawing: Drawing, live: LiveVariance | None = None) -> DiffusionFamily:
@@ -140,13 +150,15 @@ def encode_pairs(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int
         samples += [(group.prompt, group.responses[place]) for place in places]
         chosen += [places[group.pairs[index].chosen] for index in part.pairs]
         rejected += [places[group.pairs[index].rejected] for index in part.pairs]
-    return encode_samples(samples, [drawing.of(*sample, epoch) for sample in samples], chosen, rejected)
+    draws = [drawing.of(*sample, epoch) for sample in samples]
+    return encode_samples(samples, draws, chosen, rejected, drawing.upper_power)
 
 
 def encode_responses(group: Group, epoch: int, drawing: Drawing) -> DiffusionBatch:
     """All responses of a group, with the draws they have in `epoch`; no preferences."""
     samples = [(group.prompt, response) for response in group.responses]
-    return encode_samples(samples, [drawing.of(*sample, epoch) for sample in samples])
+    draws = [drawing.of(*sample, epoch) for sample in samples]
+    return encode_samples(samples, draws, upper_power=drawing.upper_power)
 
 
 def by_epoch(values: Sequence[Tensor]) -> Reference:

@@ -21,6 +21,7 @@ from prefmill.families.causal.scorer import (
     sum_by_owner,
 )
 from prefmill.families.mdlm.estimator import Draws
+from prefmill.families.mdlm.upper_bound import upper_bounds
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class DiffusionBatch:
     `input_ids` [S, T] int64 with nothing masked, `ends` [S] the tokens of each row (the rest is padding that no model
     sees), `masked` [S, n, T] bool, `counts` [S, n] how many that are, `weights` [S, n] fp32; `lengths` [S] the
     response's tokens; `chosen`, `rejected` [N] name each pair's samples. Shapes follow from `ends` and `counts`, so
-    these are numbers of the host: a GPU is never asked for them.
+    these are numbers of the host: a GPU is never asked for them. With `upper_power` an upper bound is scored too.
     """
 
     input_ids: Tensor
@@ -41,6 +42,7 @@ class DiffusionBatch:
     lengths: Tensor
     chosen: Tensor
     rejected: Tensor
+    upper_power: float | None = None
 
     def to(self, device: torch.device) -> DiffusionBatch:
         """The batch on `device`."""
@@ -60,6 +62,7 @@ def encode_samples(
     draws: Sequence[Draws],
     chosen: Sequence[int] = (),
     rejected: Sequence[int] = (),
+    upper_power: float | None = None,
 ) -> DiffusionBatch:
     """Prompts and responses (token ids) with their draws as a batch."""
     rows = [prompt + response for prompt, response in samples]
@@ -76,12 +79,16 @@ def encode_samples(
         lengths=torch.tensor([len(response) for _, response in samples]),
         chosen=torch.tensor(chosen, dtype=torch.long),
         rejected=torch.tensor(rejected, dtype=torch.long),
+        upper_power=upper_power,
     )
 
 
 def score_batch(model: Any, batch: DiffusionBatch) -> Tensor:
-    """The value of every draw of every sample, [S, n] float64, through `model`'s installed forward."""
-    names = ("input_ids", "ends", "masked", "counts", "weights")
+    """The value of every draw of every sample, [S, n] float64, through `model`'s installed forward.
+
+    With `upper_power` a last column, [S, n + 1], has each sample's upper bound (upper_bound.py).
+    """
+    names = ("input_ids", "ends", "masked", "counts", "weights", "lengths", "upper_power")
     scores: Tensor = model(**{name: getattr(batch, name) for name in names})
     return scores
 
@@ -106,22 +113,37 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forw
 
     def forward(
         self: Any, input_ids: Tensor, ends: Sequence[int], masked: Tensor, counts: Sequence[Sequence[int]],
-        weights: Tensor, **_: Any,
+        weights: Tensor, lengths: Tensor, upper_power: float | None = None, **_: Any,
     ) -> Tensor:  # fmt: skip
-        def sums(rows: Rows) -> Tensor:
-            clean, hidden = input_ids[rows.sample, : rows.end], masked[rows.sample, rows.draw, : rows.end]
+        def masked_places(rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
+            hidden = masked[rows.sample, rows.draw, : rows.end]
             # Their number is known: to find it anew would stop a GPU until it has caught up.
-            places = hidden.nonzero_static(size=rows.num_masked).unbind(1)
+            return hidden, hidden.nonzero_static(size=rows.num_masked).unbind(1)
+
+        def sums(rows: Rows) -> Tensor:
+            clean, (hidden, places) = input_ids[rows.sample, : rows.end], masked_places(rows)
             logps = masked_logps(self, plain, clean.masked_fill(hidden, mask_token_id), places, clean, shifted)
-            return sum_by_owner(logps, places[0], len(rows.sample))
+            total = sum_by_owner(logps, places[0], len(rows.sample))
+            return total if upper_power is None else torch.cat([total, logps.double()])
 
         together = list(chunks(ends, counts, forward_batch_size, input_ids.device))
         # Sharded weights are gathered by all ranks at once, so every rank runs the model equally often.
         idle = [_nothing(input_ids.device)] * missing_runs(len(together), self)
-        values = torch.cat(recomputed(sums, [(rows,) for rows in [*together, *idle]]))
+        found = recomputed(sums, [(rows,) for rows in [*together, *idle]])
+        values = torch.cat([part[: len(rows.sample)] for rows, part in zip([*together, *idle], found, strict=True)])
         # Chunks go by length: back to samples and draws. Idle runs come last; no place points at them.
         order = torch.argsort(torch.cat([rows.sample * weights.shape[1] + rows.draw for rows in together]))
-        return weights * values[order].view(weights.shape)
+        draws = weights * values[order].view(weights.shape)
+        if upper_power is None:
+            return draws
+        places = [masked_places(rows)[1] for rows in together]
+        sample = torch.cat([rows.sample[row] for rows, (row, _) in zip(together, places, strict=True)])
+        draw = torch.cat([rows.draw[row] for rows, (row, _) in zip(together, places, strict=True)])
+        column = torch.cat([column for _, column in places])
+        logps = torch.cat([part[len(rows.sample) :] for rows, part in zip(together, found, strict=False)])
+        width = input_ids.shape[1]
+        upper = upper_bounds(logps, sample, column, weights[sample, draw], lengths, width, upper_power)
+        return torch.cat([draws, upper[:, None]], dim=1)
 
     inner.forward = MethodType(forward, inner)
     return model
