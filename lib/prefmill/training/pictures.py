@@ -34,7 +34,8 @@ def _trackio(logs: Path, name: str, path: Path, step: int) -> None:
     import trackio
     from PIL import Image
 
-    trackio.log({name: trackio.Image(Image.open(path))})
+    # Not `step=`: trackio counts its own calls; transformers logs by this name too.
+    trackio.log({name: trackio.Image(Image.open(path)), "train/global_step": step})
 
 
 _LOGGERS: dict[str, Callable[[Path, str, Path, int], None]] = {
