@@ -19,14 +19,18 @@ For the story behind the frequent ones see [troubleshooting](troubleshooting.md)
 """
 
 
+def sources() -> list[Path]:
+    """Every file of the code."""
+    return [path for folder in ("lib/prefmill", "stages") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+
+
 def page() -> str:
     """The whole page: a table for each package of the code."""
     tables: dict[str, set[tuple[str, str]]] = {}
-    for folder in ("lib/prefmill", "stages"):
-        for path in sorted((REPOSITORY / folder).rglob("*.py")):
-            found = set(_messages(ast.parse(path.read_text())))
-            if found:
-                tables.setdefault(_heading(path), set()).update(found)
+    for path in sources():
+        found = set(_messages(ast.parse(path.read_text())))
+        if found:
+            tables.setdefault(_heading(path), set()).update(found)
     parts = [_HEAD]
     for heading, rows in tables.items():
         lines = [f"| `{message}` | {fix} |" for message, fix in sorted(rows, key=lambda row: (row[0].lower(), row[1]))]
@@ -46,24 +50,24 @@ def _messages(tree: ast.AST) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ERRORS and node.args:
             fix = next((keyword.value for keyword in node.keywords if keyword.arg == "fix"), None)
-            remedy = "" if fix is None else " / ".join(_texts(fix, named)) or DEPENDS
-            for message in _texts(node.args[0], named):
+            remedy = "" if fix is None else " / ".join(texts(fix, named)) or DEPENDS
+            for message in texts(node.args[0], named):
                 yield message.replace("`", "'"), remedy
 
 
-def _texts(node: ast.expr, named: Mapping[str, ast.expr]) -> list[str]:
+def texts(node: ast.expr, named: Mapping[str, ast.expr]) -> list[str]:
     """What an expression can say; nothing where it is known at run time alone."""
     if isinstance(node, ast.Name) and node.id in named:
-        return _texts(named[node.id], named)
+        return texts(named[node.id], named)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return [_cell(node.value)]
     if isinstance(node, ast.JoinedStr):
         pieces = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
         return [_cell("".join(pieces))]
     if isinstance(node, ast.IfExp):
-        return [*_texts(node.body, named), *_texts(node.orelse, named)]
+        return [*texts(node.body, named), *texts(node.orelse, named)]
     if isinstance(node, ast.BoolOp):
-        return [text for value in node.values for text in _texts(value, named)]
+        return [text for value in node.values for text in texts(value, named)]
     return []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -20,12 +21,30 @@ from tests.docs import messages
 
 _KEY, _VALUE = r"([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)*)", r"(\{[^}]*\}|\[[^\]]*\]|[^\s,;|)`'\"]+)"
 _SETTING = re.compile(rf"(?<![\w.$/-]){_KEY}(=|: ){_VALUE}")
+_NAME = re.compile(r"(?<![\w./$-])([a-z][a-z0-9]*(?:_[a-z0-9]+)+(?:\.[a-z]\w*)*|[a-z]+(?:\.[a-z]\w*)+)(?![\w/(])")
 _OPEN = re.compile(r"…|\.\.\.|[A-Z]{2,}|^/")  # known at run time, or for the reader to fill in
+# Names in remedies that are no setting of ours, by whose they are.
+FOREIGN = {
+    "of a model's folder": "config.json tokenizer_config.json scheduler_config.json preprocessor_config.json is_causal "
+    "eos_token to_q to_k to_v to_out",
+    "of a dataset": "images.csv prompt_id",
+    "LLaMA-Factory's": "dataset_dir file_name hf_hub_url quantization_bit val_size",
+    "the harness's": "generation_kwargs",
+    "a server's": "allowed_token_ids processed_logprobs",
+    "of Python": "save_file safetensors.torch stages.rate_images",
+    "of a value": "adamw_torch adamw_torch_fused decision_agreement dspo_rm any_of all_of",
+    "a pipeline's": "needs.checkpoint",
+    "of the command line, or another name": "preference_data_path",
+}
 ELSEWHERE = {
     "is_causal",  # of a model's own config.json
     "task",  # of a stage's command line, beside run and workspace
     "preference_data_path",  # another name of dataset, read before the configuration is checked
 }
+
+
+# Keys that are also words, before a colon in a sentence.
+PROSE = {"names", "weights", "alpha", "columns", "logging_steps", "train", "engine", "mapo_snr", "num_attention_heads"}
 
 
 @cache
@@ -74,13 +93,26 @@ def accepts(field: Any, text: str) -> bool:
     return True
 
 
+@cache
+def remedies() -> tuple[str, ...]:
+    """The second column of the page, and what configurations say of values that do not go together."""
+    columns = [line.split(" | ")[-1] for line in messages.page().splitlines() if line.startswith("| `")]
+    return (*columns, *(text for path in messages.sources() for text in _refusals(ast.parse(path.read_text()))))
+
+
+def _refusals(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        raised = node.exc if isinstance(node, ast.Raise) else None
+        if isinstance(raised, ast.Call) and raised.args and getattr(raised.func, "id", None) == "ValueError":
+            yield from messages.texts(raised.args[0], {})
+
+
 def advised() -> list[tuple[str, str]]:
     """Key and value of every setting in a remedy; a word with a colon in prose is none."""
-    remedies = [line.split(" | ")[-1] for line in messages.page().splitlines() if line.startswith("| `")]
     found = set()
-    for remedy in remedies:
+    for remedy in remedies():
         for key, sign, value in _SETTING.findall(remedy):
-            if key not in ELSEWHERE and (sign == "=" or (fields_of(key) and key != "names")):
+            if key not in ELSEWHERE and (sign == "=" or (fields_of(key) and key not in PROSE)):
                 found.add((key, value.rstrip(".")))
     return sorted(found)
 
@@ -92,6 +124,19 @@ def test_an_advised_setting_is_accepted(key: str, value: str) -> None:
     is_nested = key.startswith(("inputs.", "array."))
     is_open = is_nested or _OPEN.search(value)
     assert is_open or any(accepts(field, value) for field in fields), f"{key} does not take {value}"
+
+
+def named() -> list[str]:
+    """Every name in a remedy that looks like a key: with an underscore or a point in it."""
+    foreign = {name for names in FOREIGN.values() for name in names.split()}
+    return sorted({name for remedy in remedies() for name in _NAME.findall(remedy)} - foreign)
+
+
+def test_a_key_that_is_named_without_a_value_is_one() -> None:
+    others = {*stage_names(), *(name for stage in stage_names() for name in load_stage(stage).reads)}
+    assert [name for name in named() if name not in others and not fields_of(name)] == []
+    assert len(named()) > 100
+    assert not fields_of("score.max_failures")
 
 
 def test_settings_are_found_and_a_wrong_one_is_seen() -> None:
