@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import time
@@ -44,12 +45,16 @@ def executed(workspace: Path, run: str) -> list[int]:
     return [row["step"] for row in read_jsonl(path)] if path.is_file() else []
 
 
-def interrupt(pipeline: Path, run: str, number: signal.Signals, at_step: int) -> tuple[int, str]:
-    """Start the run and send the signal to all of its processes, as a terminal does, after `at_step` steps."""
+def start(pipeline: Path, run: str) -> subprocess.Popen[str]:
     words = command("run", pipeline, f"run={run}")
-    started = subprocess.Popen(
+    return subprocess.Popen(
         words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+
+
+def interrupt(pipeline: Path, run: str, number: signal.Signals, at_step: int) -> tuple[int, str]:
+    """Start the run and send the signal to all of its processes, as a terminal does, after `at_step` steps."""
+    started = start(pipeline, run)
     deadline = time.monotonic() + 180
     while len(executed(pipeline.parent, run)) < at_step:
         assert started.poll() is None, started.communicate()[0]
@@ -84,3 +89,27 @@ def test_an_interrupted_training_saves_and_repeats_at_most_one_step(pipeline: Pa
     assert max(steps.values()) <= 2
     made = [read(pipeline.parent / "checkpoints" / run / "sft" / "all") for run in ("calm", "cut")]
     assert made[0].manifest.content_digest == made[1].manifest.content_digest
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_ctrl_c_at_random_moments_repeats_at_most_one_step_each(pipeline: Path, seed: int) -> None:
+    """While prefmill imports, loads, trains, saves or publishes, as the moment falls."""
+    moments, interruptions = random.Random(seed), 0
+    for _ in range(2):
+        started, at_step = start(pipeline, "cut"), moments.randint(-STEPS // 4, STEPS)
+        while len(executed(pipeline.parent, "cut")) < at_step and started.poll() is None:
+            time.sleep(0.02)
+        try:
+            printed, _ = started.communicate(timeout=moments.uniform(1, 3))
+            assert started.returncode == 0, printed
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGINT)
+            printed, _ = started.communicate(timeout=120)
+            assert started.returncode in (0, 130), printed  # it may just have ended
+            interruptions += 1
+        assert "Traceback" not in printed
+    done = prefmill("run", pipeline, "run=cut")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = Counter(executed(pipeline.parent, "cut"))
+    assert set(steps) == set(range(1, STEPS + 1))
+    assert sum(steps.values()) <= STEPS + interruptions

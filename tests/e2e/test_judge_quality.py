@@ -93,7 +93,7 @@ def test_agreement_with_people_is_what_was_put_in(
         ),
         ([("R", "statistic", "yes")], r"unknown item_id \(did you mean 'statistics'\?\)[\s\S]*labels.csv:2"),
         ([("R", "statistics", "yes"), ("R", "statistics", "no")], r"labels.csv:3[\s\S]*statistics of review .* again"),
-        ([], "the file of labels holds none"),
+        ([], "the label file is empty"),
         ([("R", "statistics")], "a label without its label"),
     ],
 )

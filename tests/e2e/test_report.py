@@ -220,7 +220,7 @@ def test_an_evaluation_without_its_metrics_is_refused(inputs: Inputs, tmp_path: 
     shutil.copytree(inputs["evaluations"][0].path, tmp_path / "torn")
     (tmp_path / "torn" / "metrics.json").unlink()
     torn = publish(tmp_path / "torn", "evaluation", _provenance(inputs["evaluations"][0]), {})
-    with pytest.raises(ArtifactError, match=r"holds no file 'metrics\.json'"):
+    with pytest.raises(ArtifactError, match=r"has no file 'metrics\.json'"):
         write_report({"evaluations": [torn]}, tmp_path)
 
 

@@ -169,7 +169,7 @@ def test_items_without_rules_are_named_before_anything_is_written(tmp_path: Path
 
 def test_an_empty_corpus_is_refused(tmp_path: Path, rows: tuple[Rows, Rows]) -> None:
     corpus = make_corpus(tmp_path / "corpus", rows[0], [])
-    with pytest.raises(InputError, match="the corpus holds no reviews"):
+    with pytest.raises(InputError, match="the corpus has no reviews"):
         score(task_of(tmp_path / "t", corpus))
 
 

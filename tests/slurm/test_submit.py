@@ -113,7 +113,7 @@ def test_only_refuses_what_nobody_makes(site: Site) -> None:
         f"workspace={site.workspace}",
     )  # fmt: skip
     assert done.returncode == 2
-    assert "join:all reads what nobody is going to make" in done.stderr
+    assert "join:all reads an input that nothing makes" in done.stderr
     assert site.queue() == []
 
 

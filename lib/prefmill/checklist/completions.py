@@ -54,7 +54,7 @@ class Server:
             )  # fmt: skip
         if set("@?#") & set(url):  # httpx logs URLs
             raise ConfigError(
-                "the server's URL holds more than its address", got=f"a user or query in {config.base_url_env}",
+                "the server's URL contains more than its address", got=f"a user or query in {config.base_url_env}",
                 expected="http://HOST:PORT/v1 or https://HOST/v1", fix=f"give the key in {config.api_key_env}",
             )  # fmt: skip
         return cls(url, os.environ.get(config.api_key_env) or None, config)

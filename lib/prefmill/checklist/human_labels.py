@@ -37,7 +37,7 @@ def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collecti
             raise file.unusable(line, f"{key[1]} of review {key[0]} again", "keep one answer to each")
         labels[key] = label
     if not labels:
-        raise InputError("the file of labels holds none", where=path, fix="label some answers, or leave out `labels`")
+        raise InputError("the label file is empty", where=path, fix="label some answers, or leave out `labels`")
     return list(labels.values())
 
 

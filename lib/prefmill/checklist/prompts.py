@@ -139,7 +139,7 @@ class Prompts:
             if not ids or unknown in ids or answers.yes == answers.no:
                 raise InputError(
                     "the tokenizer cannot tell yes from no", where=self._tokenizer.name_or_path,
-                    got=f"{YES}: {answers.yes}, {NO}: {answers.no}", fix="use a model whose vocabulary holds English",
+                    got=f"{YES}: {answers.yes}, {NO}: {answers.no}", fix="use a model with an English vocabulary",
                 )  # fmt: skip
         return answers
 

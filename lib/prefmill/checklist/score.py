@@ -298,7 +298,7 @@ def _num_reviews(corpus: Artifact) -> int:
     # From the manifest, which spares a pass over the corpus.
     rows = next(entry.rows for entry in corpus.manifest.files if entry.path == REVIEWS)
     if not rows:
-        raise InputError("the corpus holds no reviews", where=path, fix="check the sources given to ingest_reviews")
+        raise InputError("the corpus has no reviews", where=path, fix="check the sources given to ingest_reviews")
     return rows
 
 

@@ -38,13 +38,13 @@ def script(shell: str) -> str:
 def complete(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """The candidates for the last of `words`, all that was typed after `prefmill`."""
     *before, word = words or [""]
-    commands = _commands(parser)
+    commands = commands_of(parser)
     if not before:
         return _starting(word, commands)
     if before[0] not in commands:
         return []
     if word.startswith("-"):
-        return _starting(word, _options(commands[before[0]]))
+        return _starting(word, options_of(commands[before[0]]))
     return _starting(word, _values(before, word))
 
 
@@ -69,13 +69,15 @@ def _values(before: Sequence[str], word: str) -> Iterable[str]:
     return ["run=", "workspace=", *(f"{stage}." for stage in stages)]
 
 
-def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command."""
     # argparse has no public way to ask a parser for its subcommands.
     found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(found[0].choices)
 
 
-def _options(parser: argparse.ArgumentParser) -> list[str]:
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options of a parser."""
     return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
 
 

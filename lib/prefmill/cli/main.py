@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from prefmill import __version__
-from prefmill.cli.completion import SHELLS
+from prefmill.cli.completion import SHELLS, commands_of, options_of
 from prefmill.cli.data import add_data_commands
 from prefmill.cli.guard import guarded
 from prefmill.cli.housekeeping import add_housekeeping
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print("\n".join(complete(words[1:], parser)))
         return 0
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if not words:
         parser.print_help()
         return 0
@@ -60,7 +62,7 @@ def _run_command(parser: argparse.ArgumentParser, words: list[str]) -> int:
     # parse_args refuses key=value after an option (bpo-14191), and parse_intermixed_args knows no subcommands.
     arguments, rest = parser.parse_known_args(words)
     if any(item.startswith("-") for item in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _refuse(commands_of(parser)[words[0]], rest)
     if hasattr(arguments, "overrides"):
         _sort_out(arguments, rest)
     result: int = arguments.command(arguments)
@@ -69,15 +71,25 @@ def _run_command(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 def _check_command(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Raise PipelineError naming the nearest where the first word is no command."""
-    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    if words[0].startswith("-") or words[0] in commands.choices:
+    commands = commands_of(parser)
+    if words[0].startswith("--") and words[0] not in options_of(parser):
+        _refuse(parser, words[:1])
+    if words[0].startswith("-") or words[0] in commands:
         return
     from prefmill.core.errors import PipelineError, nearest
 
-    names = list(commands.choices)
+    names = list(commands)
     raise PipelineError(
-        f"no command '{words[0]}'{nearest(words[0], names)}", expected=", ".join(names), fix="see --help"
+        f"no command '{words[0]}'{nearest(words[0], names)}", expected=", ".join(names), fix="see prefmill --help"
     )
+
+
+def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
+    """As argparse refuses words, with the nearest option."""
+    from prefmill.core.errors import nearest
+
+    wrong = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+    parser.error(f"unrecognized arguments: {' '.join(words)}{nearest(wrong, options_of(parser))}")
 
 
 def _sort_out(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -51,7 +51,7 @@ class Artifact:
         """The path of payload file `name`; raises ArtifactError when the manifest does not list it."""
         if not any(entry.path == name for entry in self.manifest.files):
             raise ArtifactError(
-                f"the artifact holds no file '{name}'", where=self.path,
+                f"the artifact has no file '{name}'", where=self.path,
                 got=", ".join(entry.path for entry in self.manifest.files[:10]),
                 fix="make it again with this version of prefmill: rerun its stage with --force",
             )  # fmt: skip

@@ -121,7 +121,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError("unreadable YAML", where=path, got=str(error), fix="correct the file at that line") from None
     if not isinstance(loaded, dict):
         raise ConfigError(
-            "a configuration file holds keys and values", where=path, got=type(loaded).__name__,
+            "a configuration file contains keys and values", where=path, got=type(loaded).__name__,
             fix="write `key: value` lines, as in the files under configs/",
         )  # fmt: skip
     return {str(key): value for key, value in loaded.items()}

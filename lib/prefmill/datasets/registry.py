@@ -100,7 +100,7 @@ def read_registry(folder: Path) -> dict[str, dict[str, Any]]:
         ) from None
     if not isinstance(entries, dict):
         raise InputError(
-            "a dataset registry holds entries by name", where=path, got=type(entries).__name__,
+            "a dataset registry maps names to entries", where=path, got=type(entries).__name__,
             fix="rerun build_datasets",
         )  # fmt: skip
     return entries

@@ -108,7 +108,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     if path.suffix.lower() not in (".csv", ".tsv"):
         raise InputError(
             "prompts are read from .csv or .tsv", where=path, got=path.suffix or "no suffix",
-            fix="name the file by what it holds: .csv with commas, .tsv with tabs",
+            fix="use the name for its format, .csv with commas, .tsv with tabs",
         )  # fmt: skip
     return read_table(path, ("prompt",))
 

@@ -100,7 +100,7 @@ class RatingServer(ThreadingHTTPServer):
                 try:
                     self._do(action, rater, body)
                 except OSError as error:
-                    why = f"The answer could not be kept: {error.strerror}. Mend that, then answer again."
+                    why = f"The answer could not be kept: {error.strerror}. Fix that, then answer again."
                     raise RefusalError(HTTPStatus.INSUFFICIENT_STORAGE, why) from error
             return self.state(rater)
 

@@ -158,7 +158,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 return
             raise InputError(
                 "not a row of a margins log", where=f"{path}:{number}", got=error,
-                fix="name the run of a dpo training; a damaged file is written anew by training again",
+                fix="name the run of a dpo training; a damaged file is written again by training again",
             ) from None  # fmt: skip
 
 

@@ -191,6 +191,8 @@ class _Run:
 
     def save_and_end(self) -> None:
         """Have trainings save, as on Slurm's warning, then end; a second interruption ends all at once."""
+        # Ctrl-C may come between the note of a process and its start.
+        self.running = {key: item for key, item in self.running.items() if item.process.pid is not None}
         seconds = max((_SAVE_SECONDS if item.task.stage.trains else _GRACE_SECONDS for item in self.running.values()),
                       default=0.0)  # fmt: skip
         for item in self.running.values():
@@ -295,7 +297,9 @@ def _failure(task: PlannedTask, code: int) -> str:
         )
     status = json.loads(path.read_text()) if (path := task.logs / STATUS).is_file() else {}
     if status.get("state") != "failed":  # it ended before the worker could say anything
-        return f"its process ended with exit code {code} before the task began\n  fix:      read its log, run again"
+        return (
+            f"its process ended with exit code {code} before the task began\n  fix:      read its log, then run again"
+        )
     return str(status["error"])
 
 
@@ -305,5 +309,5 @@ def _why(state: TaskState, force: bool) -> str:
 
 def _preload(tasks: Iterable[PlannedTask]) -> list[str]:
     modules = {module for task in tasks for module in task.stage.preload}
-    # That module comes first: it turns the collector off for the imports after it.
-    return ["prefmill.pipeline.preload_without_gc", "prefmill.pipeline.worker", *sorted(modules)]
+    # That module comes first: the collector is off, and Ctrl-C ends quietly, for the imports after it.
+    return ["prefmill.pipeline.in_fork_server", "prefmill.pipeline.worker", *sorted(modules)]

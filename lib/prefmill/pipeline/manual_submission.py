@@ -154,7 +154,7 @@ def _queued_elements(indices: Sequence[int], environment: Mapping[str, str]) -> 
     lost = [index for index in indices if str(index) not in alive]
     if array is None or lost:
         raise PipelineError(
-            f"what this element reads is missing, and element {lost[0] if lost else indices[0]} is not queued",
+            f"an input of this element is missing, and element {lost[0] if lost else indices[0]} is not queued",
             fix="see why that one ended, then submit it and this one again",
         )  # fmt: skip
     return [f"{array}_{index}" for index in indices]

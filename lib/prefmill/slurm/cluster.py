@@ -168,7 +168,7 @@ def read_secrets(secrets: Secrets) -> dict[str, str]:
     missing = [name for name in secrets.names if name not in values]
     if missing:
         raise ConfigError(
-            f"the secrets file holds no {missing[0]}", where=secrets.file, expected=", ".join(secrets.names),
+            f"the secrets file has no {missing[0]}", where=secrets.file, expected=", ".join(secrets.names),
             fix=f"add a line {missing[0]}=value, or take the name out of the cluster file",
         )  # fmt: skip
     return {name: values[name] for name in secrets.names}

@@ -36,7 +36,7 @@ def queued_tasks(plan: Plan) -> dict[str, Queued]:
     # Jobs of finished tasks as well: a manifest is written before its job has ended.
     seen = sight(wanted, [one.job.job_id for one in tried.values()]) if tried else Sightings()
     if seen is None:
-        raise PipelineError("Slurm does not say what is queued", fix="try again when `squeue` answers")
+        raise PipelineError("Slurm does not list its queue", fix="try again when `squeue` answers")
     if lines := told(seen.unknown, tried):
         raise PipelineError(
             "Slurm says nothing of a job that may still run", got=lines[0],

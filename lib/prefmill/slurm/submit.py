@@ -103,7 +103,9 @@ def submit(
         # With kill-on-invalid-dep=no Slurm never removes these, and new jobs would stand beside them.
         stuck = [item.element for key, item in queued.items() if key not in live]
         if stuck and not slurm.cancel(stuck):
-            raise PipelineError("Slurm does not cancel what can never run", got=stuck, fix="scancel these elements")
+            raise PipelineError(
+                "Slurm does not cancel jobs that can never run", got=stuck, fix="scancel these elements"
+            )
         _write(draft, plan, arrays, texts)
         _send(draft, calls, say)
 
@@ -133,7 +135,7 @@ def _sort_out(
             continue
         if missing := upstream & left_out:
             raise PipelineError(
-                f"{task.key} reads what nobody is going to make", got=f"{min(missing)}: neither complete nor queued",
+                f"{task.key} reads an input that nothing makes", got=f"{min(missing)}: neither complete nor queued",
                 fix="leave --only out, or submit that stage first",
             )  # fmt: skip
         live.pop(task.key, None)

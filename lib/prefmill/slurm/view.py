@@ -90,7 +90,7 @@ def next_look(view: View) -> Wait | None:
 
 
 def only_held(view: View) -> bool:
-    """Whether all that is left in the queue, if anything, waits for what nobody is going to make."""
+    """Whether all that is left in the queue, if anything, waits for an input that nothing makes."""
     return not going_on(view)
 
 

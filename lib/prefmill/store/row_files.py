@@ -63,7 +63,7 @@ def _rows_of(path: Path, encoding: str, split: str) -> Iterator[tuple[str, Any]]
     if not path.name.endswith(SUFFIXES):
         raise InputError(
             "this kind of file is not known", where=path, expected=", ".join(SUFFIXES),
-            fix="convert it, or name it by what it holds",
+            fix="convert it, or name it by its format",
         )  # fmt: skip
     if not path.is_file():
         raise InputError("no such file", where=path, fix="check the path; a hub dataset is given as name")
@@ -122,7 +122,7 @@ def _csv_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
                 raise InputError(
                     f"a row has {'more' if None in row else 'fewer'} cells than the table has columns",
                     where=f"{path}:{reader.line_num}", got=str(cells)[:200], expected=f"{len(header)} cells",
-                    fix="put quotes around a cell that holds a comma or a line break, and fill the row up with commas",
+                    fix="put quotes around a cell with a comma or a line break, and fill the row up with commas",
                 )  # fmt: skip
             yield str(reader.line_num), row
     finally:

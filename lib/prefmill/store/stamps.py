@@ -52,7 +52,7 @@ def _hash(artifact: Artifact, entries: Iterable[FileEntry]) -> None:
             raise ArtifactError(
                 "artifact's content has changed since it was made", where=artifact.path / entry.path,
                 got=f"sha256 {found}", expected=entry.sha256,
-                fix=f"make it anew: `prefmill run PIPELINE --only {made} --force`, or `prefmill rerun {made}`",
+                fix=f"make it again: `prefmill run PIPELINE --only {made} --force`, or `prefmill rerun {made}`",
             )  # fmt: skip
 
 

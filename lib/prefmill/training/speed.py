@@ -1,4 +1,4 @@
-"""How fast every rank trains and what it holds at most: to a file a rank, and to the tracker."""
+"""How fast every rank trains and how much memory it takes at most: to a file a rank, and to the tracker."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ def test_settings_are_explained(
         engine(tiny_judge, base_url_env="ELSEWHERE")
     for secret in (f"http://user:{KEY}@127.0.0.1/v1", f"http://127.0.0.1/v1?key={KEY}"):
         monkeypatch.setenv("ELSEWHERE", secret)
-        with pytest.raises(ConfigError, match="holds more than its address") as error:
+        with pytest.raises(ConfigError, match="contains more than its address") as error:
             engine(tiny_judge, base_url_env="ELSEWHERE")
         assert KEY not in str(error.value)
     monkeypatch.setenv("ELSEWHERE", "localhost:8000")

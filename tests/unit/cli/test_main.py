@@ -58,11 +58,51 @@ def test_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert {task["freshness"] for task in json.loads(capsys.readouterr().out)["tasks"]} == {"missing", "waiting"}
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["statsu"], "no command 'statsu' (did you mean 'status'?)\n  expected: run, submit, plan,"),
+        (["runn", "--help"], "no command 'runn' (did you mean 'run'?)\n  expected: run, submit, plan,"),
+        (["--verison"], "unrecognized arguments: --verison (did you mean '--version'?)"),
+        (["status", "--wacth"], "unrecognized arguments: --wacth (did you mean '--watch'?)"),
+        (["plan", DEMO, "--jsn=1"], "unrecognized arguments: --jsn=1 (did you mean '--json'?)"),
+        (["why", DEMO, "dop"], "no task 'dop' in this pipeline (did you mean 'dpo'?)"),
+        (["logs", "--workspace", "{0}", "--run", "demo", "dop"], "(did you mean 'dpo'?)"),
+        (["restore", "--workspace", "{0}", "--run", "demo", "dpo:claen"], "(did you mean 'dpo:clean'?)"),
+        (["status", "--workspace", "{0}", "demmo"], "no such run (did you mean 'demo'?)"),
+    ],
+)
+def test_wrong_words_get_the_nearest(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_with({"demo": ["dpo:clean", "sft:clean"]}, tmp_path)
+    try:
+        code = main([word.format(tmp_path) for word in words])
+    except SystemExit as ended:  # argparse's own
+        code = int(str(ended.code))
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, shown in ((["help"], "usage: prefmill [-h]"), (["help", "status"], "usage: prefmill status")):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        assert capsys.readouterr().out.startswith(shown)
+
+
 def run_with(tasks: dict[str, list[str]], workspace: Path) -> None:
     for run, keys in tasks.items():
         folder = workspace / "logs" / run
         folder.mkdir(parents=True)
-        (folder / "plan.json").write_text(json.dumps({"run": run, "tasks": [{"key": key} for key in keys]}))
+        (folder / "plan.json").write_text(
+            json.dumps(
+                {
+                    "run": run,
+                    "tasks": [{"key": key, "output": f"data/{run}/s/a", "logs": f"logs/{run}/s/a"} for key in keys],
+                }
+            )
+        )
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_a_queue_that_fails_changes_nothing(run: Run) -> None:
     run.slurm(code=1)
     with pytest.raises(PipelineError, match="Slurm does not answer"):
         run.advance()
-    with pytest.raises(PipelineError, match="Slurm does not say what is queued"):
+    with pytest.raises(PipelineError, match="Slurm does not list its queue"):
         queued_tasks(run.plan)
     assert run.sent == 0
 

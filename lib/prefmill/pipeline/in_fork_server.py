@@ -1,0 +1,11 @@
+"""How a fork server lives, set when it is imported: a fork server can be told of modules, but not to call anything.
+
+Its children call `prefmill.pipeline.preload.collect_from_now_on`.
+"""
+
+import gc
+import signal
+
+gc.disable()
+# The terminal's Ctrl-C reaches it too: in the middle of its imports it ends at once, without Python's traceback.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
