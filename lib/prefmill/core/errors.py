@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -82,3 +82,9 @@ def nearest(word: str, candidates: Sequence[str]) -> str:
     """` (did you mean 'x'?)` for the closest candidate, or nothing."""
     match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def nearest_task(selector: str, keys: Iterable[str]) -> str:
+    """`nearest` among the stages and tasks of these keys, STAGE:TASK."""
+    tasks = list(keys)
+    return nearest(selector, [*dict.fromkeys(key.partition(":")[0] for key in tasks), *tasks])

@@ -24,12 +24,11 @@ from prefmill.core.config import (
     split_override,
     validate,
 )
-from prefmill.core.errors import ConfigError, PipelineError, nearest
+from prefmill.core.errors import ConfigError, PipelineError, nearest, nearest_task
 from prefmill.core.places import MANIFEST, default_workspace
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
 from prefmill.pipeline.overrides import names_stage_key, require_stages, with_stage_keys
-from prefmill.pipeline.run_record import selectors
 from prefmill.pipeline.stage_entry import ElementEntry, Need, StageEntry, with_settings
 
 
@@ -112,7 +111,7 @@ class Plan:
         if not found:
             keys = [task.key for task in self.tasks]
             raise PipelineError(
-                f"no task '{selector}' in this pipeline{nearest(selector, selectors(keys))}", expected=", ".join(keys),
+                f"no task '{selector}' in this pipeline{nearest_task(selector, keys)}", expected=", ".join(keys),
                 fix="name a stage, or a task as STAGE:TASK",
             )  # fmt: skip
         return found

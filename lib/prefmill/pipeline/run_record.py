@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.core.errors import PipelineError, nearest
+from prefmill.core.errors import PipelineError, nearest, nearest_task
 from prefmill.core.files import write_atomic
 
 if TYPE_CHECKING:  # `prefmill status` reads the record, and no configuration
@@ -75,12 +74,6 @@ def _here(workspace: Path, recorded: str) -> Path:
     return workspace.joinpath(*Path(recorded).parts[-4:])
 
 
-def selectors(keys: Iterable[str]) -> list[str]:
-    """The words that select among tasks: STAGE, and STAGE:TASK."""
-    tasks = list(keys)
-    return [*dict.fromkeys(key.partition(":")[0] for key in tasks), *tasks]
-
-
 def select_tasks(tasks: list[dict[str, Any]], selector: str) -> list[dict[str, Any]]:
     """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError naming the nearest where there are none."""
     stage, _, name = selector.partition(":")
@@ -88,7 +81,7 @@ def select_tasks(tasks: list[dict[str, Any]], selector: str) -> list[dict[str, A
     found = [task for task in tasks if parts[task["key"]][0] == stage and name in ("", parts[task["key"]][1])]
     if not found:
         raise PipelineError(
-            f"no task '{selector}' in this run{nearest(selector, selectors(parts))}", expected=", ".join(parts),
+            f"no task '{selector}' in this run{nearest_task(selector, parts)}", expected=", ".join(parts),
             fix="name a stage, or a task as STAGE:TASK",
         )  # fmt: skip
     return found

@@ -8,8 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefmill.core.errors import PipelineError, nearest
-from prefmill.pipeline.run_record import selectors
+from prefmill.core.errors import PipelineError, nearest_task
 from prefmill.slurm.elements import newest
 from prefmill.slurm.submission import submissions
 from prefmill.slurm.view import Say
@@ -48,7 +47,7 @@ def select_logs(workspace: Path, run: str, selector: str) -> dict[str, Path]:
     found = [key for key in keys if key.partition(":")[0] == stage and name in ("", key.partition(":")[2])]
     if not found:
         raise PipelineError(
-            f"no task '{selector}' in run {run}{nearest(selector, selectors(keys))}", expected=", ".join(keys[:20]),
+            f"no task '{selector}' in run {run}{nearest_task(selector, keys)}", expected=", ".join(keys[:20]),
             fix="name a stage, or a task as STAGE:TASK, and the run with --run",
         )  # fmt: skip
     tried = newest(submissions(workspace, run))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prefmill.core.errors import PipelineError, nearest
+from prefmill.core.errors import PipelineError, nearest_task
 from prefmill.core.places import MANIFEST, WANTED_AGAIN
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.pipeline.plan import PlannedTask
-from prefmill.pipeline.run_record import selectors
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.advance import advance
 from prefmill.slurm.elements import Tried, elements_of, newest, unsent
@@ -84,7 +83,7 @@ def _chosen(tried: Mapping[str, Tried], selector: str | None) -> dict[str, Tried
     found = {key: one for key, one in tried.items() if selector in (None, key, key.partition(":")[0])}
     if selector and not found:
         raise PipelineError(
-            f"no task '{selector}' was submitted{nearest(selector, selectors(tried))}", expected=", ".join(tried),
+            f"no task '{selector}' was submitted{nearest_task(selector, tried)}", expected=", ".join(tried),
             fix="name a stage, or a task as STAGE:TASK",
         )  # fmt: skip
     return found
