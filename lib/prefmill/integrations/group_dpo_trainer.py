@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from trl import DPOTrainer
 
 from prefmill.core.errors import ConfigError
@@ -35,8 +35,7 @@ class GroupDPOTrainer(DPOTrainer):
 
     Pairs of one prompt are drawn into the same batch where it has room (`train_sampling_strategy="sequential"` keeps
     the dataset's order). Between steps the model is as TRL's trainer has it. Raises ConfigError for images (the stage
-    `dpo` takes them), for mixtures of experts with a balancing loss, for prompt and prefix tuning, and for models whose
-    layers are not known to share prompts.
+    `dpo` takes them), for prompt and prefix tuning, and for models whose layers are not known to share prompts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,11 +54,8 @@ class GroupDPOTrainer(DPOTrainer):
             yield
 
     def _require_shareable(self) -> None:
-        if self._is_vision_dataset or self.aux_loss_enabled:
-            raise ConfigError(
-                "GroupDPOTrainer trains dense text models", got="images" if self._is_vision_dataset else "a mixture",
-                fix="images: use prefmill's stage dpo; mixtures with a balancing loss: use TRL's DPOTrainer",
-            )  # fmt: skip
+        if self._is_vision_dataset:
+            raise ConfigError("GroupDPOTrainer trains on text", got="images", fix="use prefmill's stage dpo")
         peft = getattr(self.accelerator.unwrap_model(self.model), "active_peft_config", None)
         if peft is not None and peft.is_prompt_learning:
             raise ConfigError(
@@ -192,15 +188,17 @@ def _shared(
     forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **kwargs: Any
 ) -> Any:
     """TRL's output for rows [N, T] and labels [N, T] (-100 for what is not scored), from their packed form."""
-    packed, cells = pack_rows(input_ids, attention_mask, labels)
+    packed, cells, of_rows = pack_rows(input_ids, attention_mask, labels)
     device = input_ids.device
     output = forward(
         input_ids=packed.input_ids.to(device),
-        attention_mask=packed.attention_mask.to(device),
+        # TRL counts experts' loads by it: by None over all tokens that they are given (see `picked`).
+        attention_mask=None,
         position_ids=None if packed.position_ids is None else packed.position_ids.to(device),
         segments=packed.segments,
         varlen=packed.varlen and packed.varlen.to(device),
         predicts=packed.column.to(device),
+        of_rows=of_rows.to(device),
         shift_labels=packed.target[None].to(device),
         fused_lm_head=True,
         **kwargs,
@@ -215,11 +213,13 @@ def _shared(
     return output
 
 
-def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
-    """Rows of prompt and answer as one packed batch, and where each scored token of a row stands in it.
+def pack_rows(
+    input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Any, tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Rows of prompt and answer as one packed batch, and where their tokens stand in it.
 
     The second part is (row, column, source), [M] each: the label after `column` of `row` is the packed batch's
-    completion token `source`.
+    completion token `source`. The third is the place of every token of every row, [tokens].
     """
     ids, masks, scored = input_ids.tolist(), attention_mask.bool().tolist(), (labels != -100).tolist()
     groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
@@ -244,17 +244,33 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
     ]
     packed = pack([(list(prompt), [list(answer) for answer in answers]) for prompt, answers in groups.items()])
     row, column, source = torch.tensor(cells, dtype=torch.long).reshape(-1, 3).T.contiguous()
-    return packed, (row, column, source)
+    spans = {
+        (prompt, answer): (segment.prompt, span)
+        for (prompt, answers), segment in zip(groups.items(), packed.segments, strict=True)
+        for answer, span in zip(answers, segment.responses, strict=True)
+    }
+    of_rows = [place for _, *row in placed for span in spans[tuple(row)] for place in range(*span)]
+    return packed, (row, column, source), torch.tensor(of_rows)
 
 
 def _pick_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backbone's forward that returns the hidden states which predict something, [1, C, H], when told which."""
+    """A backbone's forward that returns the hidden states which predict something, [1, C, H], when told which.
 
-    def picked(self: Any, *args: Any, predicts: Tensor | None = None, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
+    Routers' logits are those of all rows: a prompt counts as often as it stands in a row.
+    """
+
+    def picked(
+        self: Any, *args: Any, predicts: Tensor | None = None, of_rows: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         if predicts is None:
-            return output
-        # The head would otherwise be run over the prompt too, which is most of the tokens.
-        return BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state[:, predicts])
+            return forward(*args, **kwargs)
+        # Without a mask transformers would take positions that begin anew for rows of their own.
+        output = forward(*args, **{**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])})
+        routed = getattr(output, "router_logits", None)
+        return MoeModelOutputWithPast(
+            # The head would otherwise be run over the prompt too, which is most of the tokens.
+            last_hidden_state=output.last_hidden_state[:, predicts],
+            router_logits=routed and tuple(logits[of_rows] for logits in routed),
+        )
 
     return picked

@@ -13,7 +13,8 @@ import torch
 
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal.loading import load_model, load_tokenizer
-from tests.tiny import sentence
+from tests.models.tiny_configs import tiny_config
+from tests.tiny import make_tokenizer, sentence
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +94,30 @@ def test_losses_metrics_and_gradients_equal_trl(name: str, tiny_qwen2: Path, tmp
     for key, gradient in expected[1].items():
         assert (found[1][key] - gradient).abs().max() < 1e-5, key
     assert found[2] == pytest.approx(expected[2], abs=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "lfm2", "qwen3_next", "mixtral", "gpt_oss"])
+def test_windows_states_and_the_balancing_loss_are_trls(model_type: str, tmp_path: Path) -> None:
+    """Windows shorter than the prompts, convolutions and the delta rule, routers, sinks."""
+    from transformers import AutoModelForCausalLM
+
+    config, tokenizer = tiny_config(model_type), make_tokenizer()
+    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    routed = hasattr(config, "output_router_logits")
+    if routed:
+        config.router_aux_loss_coef = 0.5
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    expected, found = (
+        loss_and_gradients(make(kind, tmp_path / "model", tmp_path, rows())) for kind in ("trl", "group")
+    )
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for key, gradient in expected[1].items():
+        assert (found[1][key] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, key
+    assert found[2] == pytest.approx(expected[2], abs=1e-4)
+    assert ("aux_loss" in found[2]) == routed
 
 
 def test_an_adapter_trains_alike(tiny_qwen2: Path, tmp_path: Path) -> None:
