@@ -246,10 +246,10 @@ def pack_rows(
     row, column, source = torch.tensor(cells, dtype=torch.long).reshape(-1, 3).T.contiguous()
     spans = {
         (prompt, answer): (segment.prompt, span)
-        for (prompt, answers), segment in zip(groups.items(), packed.segments, strict=True)
+        for (prompt, answers), segment in zip(groups.items(), packed.segments or (), strict=True)
         for answer, span in zip(answers, segment.responses, strict=True)
     }
-    of_rows = [place for _, *row in placed for span in spans[tuple(row)] for place in range(*span)]
+    of_rows = [place for _, prompt, answer in placed for span in spans[prompt, answer] for place in range(*span)]
     return packed, (row, column, source), torch.tensor(of_rows)
 
 

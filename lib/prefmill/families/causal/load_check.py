@@ -20,7 +20,14 @@ from prefmill.core.precision import torch_dtype
 from prefmill.distributed.sharding import shares_weights
 from prefmill.families.causal.group_attention import own_attention, use_group_attention
 from prefmill.families.causal.group_layout import pack
-from prefmill.families.causal.scorer import encode_sequences, forward_as, inner_model, patch_forward, score_batch
+from prefmill.families.causal.scorer import (
+    encode_sequences,
+    forward_as,
+    inner_model,
+    patch_forward,
+    score_batch,
+    sum_by_owner,
+)
 from prefmill.training.preference_config import PreferenceConfig
 
 _DRAWS = re.compile(r"(?i).*(drop|jitter).*")  # attributes that functions draw by
@@ -57,6 +64,25 @@ def check_in_shards(model: Any, config: PreferenceConfig, name: str) -> None:
         expected = own_likelihoods(model)
     computed = torch_dtype(config.precision) if config.fsdp else model.dtype  # FSDP2 casts parts as it gathers them
     check_scorer(model, expected, config.layout, name, computed)
+
+
+def check_rows(model: Any, name: str) -> None:
+    """Raise InputError where rows padded beside each other are not what each is alone: `sft` trains on such batches."""
+    sequences, expected = own_likelihoods(model)
+    batch, was_training = encode_sequences(sequences, pad=0).to(model.device), model.training
+    model.eval()  # sft keeps the model's own dropout
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    model.train(was_training)
+    chosen = logits[batch.row, batch.column]
+    logps = (chosen if chosen.dtype == torch.float64 else chosen.float()).log_softmax(-1)
+    found = sum_by_owner(logps.gather(-1, batch.target[:, None])[:, 0], batch.owner, len(sequences)).cpu()
+    if not (found - expected).abs().max() <= TOLERANCE[model.dtype]:  # NaN is no agreement
+        raise InputError(
+            "rows of a batch are not what each is alone in this model", where=name, got=_shown(found),
+            expected=f"{_shown(expected)} within {TOLERANCE[model.dtype]}",
+            fix="set per_device_train_batch_size=1, or another attn_implementation",
+        )  # fmt: skip
 
 
 def turn_off_dropout(model: torch.nn.Module) -> None:

@@ -18,10 +18,11 @@ from trl import SFTTrainer
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
-from prefmill.distributed.sharding import fsdp_mixed_precision
+from prefmill.distributed.sharding import fsdp_mixed_precision, shares_weights
 from prefmill.families.causal.chat import encode_turns
 from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.families.causal.image_limits import FrozenParts
+from prefmill.families.causal.load_check import check_rows
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.templates import recorded_day
@@ -119,6 +120,8 @@ class Chats:
 
 def _load_trained(name: str, config: TrainingConfig, parts: FrozenParts, with_images: bool) -> Any:
     model = _load(name, config, weights_precision(config))
+    if not shares_weights(config) and config.per_device_train_batch_size > 1:
+        check_rows(model, name)
     return add_adapter(model, config, freeze(model, parts, with_images))
 
 

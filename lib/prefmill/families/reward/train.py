@@ -22,6 +22,7 @@ from prefmill.core.image_rows import HEADS
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
 from prefmill.distributed.devices import rank
+from prefmill.families.causal.load_check import turn_off_dropout
 from prefmill.families.causal.loading import load_errors, require_whole
 from prefmill.families.reward.data import (
     Half,
@@ -173,7 +174,9 @@ def summarise(measured: dict[str, Any]) -> Metrics:
 
 
 def _load(clip: str, config: TrainingConfig, wanted: RewardTraining) -> MultiHeadReward:
-    model = create_reward(load_clip(clip, config), wanted.hidden_size, config.seed)
+    start = load_clip(clip, config)
+    model = create_reward(start, wanted.hidden_size, config.seed)
+    check_reward(model, start, clip)
     freeze(model, wanted.trainable)
     return model
 
@@ -186,6 +189,33 @@ def _publish(
     if not trainer.is_world_process_zero():
         return {}
     return summarise(_measure_and_save(trainer.model, processor, config, wanted, task, train, held_out))
+
+
+def check_reward(model: MultiHeadReward, clip: CLIPModel, name: str) -> None:
+    """Raise InputError where `model`, as it trains, differs from its heads on what CLIP's own forward says of each row.
+
+    Dropout is turned off: images of one prompt would be compared through different draws.
+    """
+    turn_off_dropout(model)
+    text, vision = clip.config.text_config, clip.config.vision_config
+    ids = torch.arange(6, 12).reshape(2, 3) % text.vocab_size
+    ids = torch.cat([ids, torch.full((2, 2), text.eos_token_id)], dim=1)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    size = (3, vision.num_channels, vision.image_size, vision.image_size)
+    pixels = torch.linspace(-2, 2, math.prod(size)).sin().reshape(size)
+    prompt_of = torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        found = model.train()(pixels, ids, mask, prompt_of)
+        own = [
+            clip.eval()(pixel_values=pixels[n : n + 1], input_ids=ids[p : p + 1], attention_mask=mask[p : p + 1])
+            for n, p in enumerate(prompt_of.tolist())
+        ]
+        expected = torch.cat([model.rewards(each.image_embeds, each.text_embeds) for each in own])
+    if not (found - expected).abs().max() <= 1e-3:  # NaN is no agreement
+        raise InputError(
+            "the reward model does not compute what its CLIP says", where=name, got=found.flatten().tolist(),
+            expected=expected.flatten().tolist(), fix="leave attn_implementation out, or start from another CLIP",
+        )  # fmt: skip
 
 
 def freeze(model: MultiHeadReward, trainable: Literal["all", "vision", "heads"]) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefmill.core.errors import InputError
 from prefmill.families.causal.group_attention import use_group_attention
-from prefmill.families.causal.load_check import check_scorer, own_likelihoods
+from prefmill.families.causal.load_check import check_rows, check_scorer, own_likelihoods
 from prefmill.families.causal.scorer import encode_sequences, patch_forward, score_batch
 
 SIZE: dict[str, Any] = {
@@ -51,6 +51,21 @@ def checked(model: Any, layout: str = "pairwise") -> Any:
 def test_plain_models_pass_in_both_layouts(model_type: str, layout: str) -> None:
     keys = {"sliding_window": None} if model_type in ("mistral", "phi3") else {}
     assert not checked(build(model_type, **keys), layout).own_head
+
+
+def test_rows_of_sft_are_held_against_the_models_own_forward() -> None:
+    model = build("llama")
+    check_rows(model, "model")
+    assert model.training
+    own = model.forward
+
+    def leaks(input_ids: torch.Tensor, **given: Any) -> Any:
+        output = own(input_ids=input_ids, **given)
+        return output if len(input_ids) == 1 else type(output)(logits=output.logits + output.logits.flip(0))
+
+    model.forward = leaks
+    with pytest.raises(InputError, match="not what each is alone"):
+        check_rows(model, "model")
 
 
 @pytest.mark.parametrize("model_type", SCALED)

@@ -16,6 +16,7 @@ from prefmill.demo.tiny_models import build
 from prefmill.families.reward.data import PixelReader
 from prefmill.families.reward.model import MultiHeadReward, create_reward
 from prefmill.families.reward.scoring import score_images
+from prefmill.families.reward.train import check_reward
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,27 @@ def test_pictures_read_together_are_those_read_alone(folder: Path, pictures: lis
     assert not torch.equal(together[0], together[1])
     for number, part in enumerate(parts):
         assert torch.equal(together[number], reader.read([part])[0])
+
+
+@pytest.mark.parametrize("fault", [None, "dropout", "one prompt for all"])
+def test_it_is_held_against_clips_own_forward(
+    fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(build("clip", tmp_path / "clip"))
+    clip.config.vision_config.attention_dropout = clip.config.text_config.attention_dropout = 0.5
+    model = create_reward(clip, 16, 0)
+    if fault == "dropout":
+        monkeypatch.setattr("prefmill.families.reward.train.turn_off_dropout", lambda _: None)
+    if fault == "one prompt for all":
+        own = MultiHeadReward.forward
+        monkeypatch.setattr(MultiHeadReward, "forward", lambda self, *given: own(self, *given[:3], given[3] * 0))
+    if fault is None:
+        check_reward(model, clip, "clip")
+    else:
+        with pytest.raises(InputError, match="does not compute what its CLIP says"):
+            check_reward(model, clip, "clip")
 
 
 def test_it_is_saved_and_loaded_as_any_pretrained_model(folder: Path) -> None:
