@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prefmill.core.config import validate
 from prefmill.core.stage import Task
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training import objectives
@@ -25,6 +26,7 @@ from prefmill.training.family import Family
 from prefmill.training.objectives import PairScores, Settings, mix
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
+from stages.dpo import DpoConfig
 from tests.conftest import REPOSITORY
 
 _, OBJECTIVE, STAGE, FAMILY = re.split(r"^## ", (REPOSITORY / "docs" / "extending.md").read_text(), flags=re.MULTILINE)
@@ -46,6 +48,7 @@ def code(section: str) -> str:
 def squared_hinge(monkeypatch: pytest.MonkeyPatch) -> str:
     """The page's objective, entered where it says."""
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
+    monkeypatch.setitem(objectives.NEEDS, "squared_hinge", frozenset())  # taken out again at the end
     exec(compile("from __future__ import annotations\n" + code(OBJECTIVE), "extending.md", "exec"), vars(objectives))
     monkeypatch.setattr(objectives, "squared_hinge", vars(objectives)["squared_hinge"], raising=False)
     return "squared_hinge"
@@ -58,6 +61,7 @@ def pair_scores(margin: float) -> PairScores:
 
 def test_the_objective(squared_hinge: str) -> None:
     settings = Settings(beta=0.5)
+    assert validate(DpoConfig, {"loss_type": [squared_hinge]}).loss_type == [squared_hinge]
     loss = mix([squared_hinge], [1.0], settings).loss
     assert loss(pair_scores(0.0), settings).item() == 1.0
     assert loss(pair_scores(1.0), settings).item() == 0.25  # (1 - 0.5)^2

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from prefmill.training.batches import AnyGroup, GroupPart
-from prefmill.training.objectives import Need, PairScores
+from prefmill.training.objective_names import Need
+from prefmill.training.objectives import PairScores
 
 Reference = Callable[[int, int], Tensor]
 """The reference's scores of a group's samples, [S, ...], by the group's place and the epoch."""

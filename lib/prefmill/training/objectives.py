@@ -1,7 +1,7 @@
 """Preference objectives of all model families: one pure function each, from the scores of N pairs to N losses.
 
 D = [log pi(y_w) - log pi_ref(y_w)] - [log pi(y_l) - log pi_ref(y_l)], s = the logistic function, b = beta,
-e = label smoothing. A new objective is a function here, its line in `OBJECTIVES` with what it needs, and its test.
+e = label smoothing. A new objective is a function here, its name in `NEEDS` with what it needs, and its test.
 
 Of images a score is -m, m = mean over channels and places of (eps_hat - eps)^2, of flow matching (v_hat - v)^2, and
 u = (b / 2) D. At 1024 x 1024 pixels b = 5000 on the mean is 5000 / 2 / 65,536 = 0.038 a squared difference: a b quoted
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from prefmill.core.errors import ConfigError, nearest
 from prefmill.training.bound_objectives import espo, spg
+from prefmill.training.objective_names import NEEDS, Need
 from prefmill.training.pair_scores import PairScores as PairScores
 from prefmill.training.pair_scores import Settings as Settings
 from prefmill.training.pair_scores import label
@@ -29,10 +30,6 @@ _SMALL = 0.1  # below it the closed form of `phi` loses digits, its gradient twi
 
 
 Loss = Callable[[PairScores, Settings], Tensor]
-Need = Literal[
-    "reference", "lengths", "label_smoothing", "errors", "noise_errors", "velocity_errors", "residuals", "soft_label",
-    "heads", "bounds",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,25 +163,11 @@ def bradley_terry_heads(scores: PairScores, settings: Settings) -> Tensor:
     return losses.sum(1) / known.sum(1).clamp(min=1)
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(sigmoid, frozenset({"reference"})),
-    "hinge": Objective(hinge, frozenset({"reference"})),
-    "robust": Objective(robust, frozenset({"reference", "label_smoothing"})),
-    "ipo": Objective(ipo, frozenset({"reference"})),
-    "ipo_mean": Objective(ipo_mean, frozenset({"reference", "lengths"})),
-    "sigmoid_norm": Objective(sigmoid_norm, frozenset({"reference", "lengths"})),
-    "simpo": Objective(simpo, frozenset({"lengths"})),
-    "sft": Objective(sft),
-    "spg": Objective(spg, frozenset({"reference", "bounds"})),
-    "espo": Objective(espo, frozenset({"reference", "lengths", "bounds"})),
-    "dpo": Objective(dpo, frozenset({"reference", "noise_errors"})),
-    "flow_dpo": Objective(flow_dpo, frozenset({"reference", "velocity_errors"})),
-    "dspo": Objective(dspo, frozenset({"reference", "noise_errors", "residuals"})),
-    "dspo_official_sdxl": Objective(dspo_official_sdxl, frozenset({"reference", "noise_errors", "residuals"})),
-    "dspo_rm": Objective(dspo_rm, frozenset({"reference", "errors", "soft_label"})),
-    "mapo": Objective(mapo, frozenset({"noise_errors"})),
-    "bradley_terry_heads": Objective(bradley_terry_heads, frozenset({"heads"})),
-}
+_LOSSES = (
+    sigmoid, hinge, robust, ipo, ipo_mean, sigmoid_norm, simpo, sft, spg, espo, dpo, flow_dpo, dspo, dspo_official_sdxl,
+    dspo_rm, mapo, bradley_terry_heads,
+)  # fmt: skip
+OBJECTIVES = {loss.__name__: Objective(loss, NEEDS[loss.__name__]) for loss in _LOSSES}
 
 
 def mix(

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath
 from prefmill.training.config import TrainingConfig
+from prefmill.training.objective_names import ObjectiveNames
 
 
 class PreferenceConfig(TrainingConfig):
@@ -27,7 +28,7 @@ class PreferenceConfig(TrainingConfig):
     learning_rate: float = Field(5e-6, gt=0)
     num_train_epochs: int = Field(2, ge=1)
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference")
-    loss_type: list[str] = Field(["sigmoid"], description="one or several objectives")
+    loss_type: ObjectiveNames = Field(["sigmoid"], description="one or several objectives")
     loss_weights: list[float] = Field([1.0], description="a weight for each of `loss_type`")
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="assumed rate of wrong labels, below 0.5 (conservative `sigmoid`, `robust`)"

@@ -9,9 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError
 from prefmill.training.family import Family
 from prefmill.training.objectives import OBJECTIVES, PairScores, Settings, mix
+from stages.dpo import DpoConfig
+from stages.mdlm_dpo import MdlmDpoConfig
+from stages.sdxl_dpo import SdxlDpoConfig
 
 # (log pi(y_w), log pi(y_l), |y_w|, |y_l|, log ref(y_w), log ref(y_l))
 ROWS = [(-20.0, -31.0, 7, 9, -22.0, -30.0), (-5.0, -4.0, 3, 3, -5.5, -4.5), (-80.0, -60.0, 30, 12, -75.0, -70.0)]
@@ -111,6 +115,10 @@ def test_a_mix_is_the_weighted_sum() -> None:
 
 
 def test_bad_mixes_are_refused() -> None:
+    for schema, keys in ((SdxlDpoConfig, {"objective": "sigmod"}), (DpoConfig, {"loss_type": ["sft", "sigmod"]}),
+                         (MdlmDpoConfig, {"loss_type": ["sigmod"]})):  # fmt: skip
+        with pytest.raises(ConfigError, match="did you mean 'sigmoid'"):  # as `prefmill plan` reads it
+            validate(schema, keys)
     with pytest.raises(ConfigError, match=r"no objective 'sigmod' \(did you mean 'sigmoid'"):
         mix(["sigmod"], [1.0], SETTINGS)
     with pytest.raises(ConfigError, match="needs a weight"):

@@ -10,6 +10,7 @@ from prefmill.core.config import ExternalPath, later, runtime
 from prefmill.core.precision import Quantization
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.training.config import TrainingConfig
+from prefmill.training.objective_names import ObjectiveNames
 
 Sampling = Literal["balanced", "systematic", "iid", "inverse_t"]
 
@@ -115,7 +116,7 @@ class DiffusionPreferenceConfig(DiffusionTrainingConfig):
 
     learning_rate: float = Field(5e-6, gt=0)
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference")
-    loss_type: list[str] = Field(["sigmoid"], description="one or several objectives; VRPO: [sigmoid, sft]")
+    loss_type: ObjectiveNames = Field(["sigmoid"], description="one or several objectives; VRPO: [sigmoid, sft]")
     loss_weights: list[float] = Field([1.0], description="a weight for each of `loss_type`; VRPO: [1.0, 0.05]")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed rate of wrong labels, below 0.5")
     simpo_gamma: float = Field(0.5, description="target margin of `simpo`")

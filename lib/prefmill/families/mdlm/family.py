@@ -17,7 +17,8 @@ from prefmill.families.mdlm.scorer import DiffusionBatch, encode_samples, score_
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group
 from prefmill.training.family import Family, Reference
-from prefmill.training.objectives import Need, PairScores
+from prefmill.training.objective_names import Need
+from prefmill.training.objectives import PairScores
 
 
 @dataclass(frozen=True)

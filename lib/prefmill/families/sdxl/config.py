@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, later, renamed, runtime
 from prefmill.training.config import LoraConfig, TrainingConfig
+from prefmill.training.objective_names import ObjectiveName
 
 ATTENTION = ("sdpa", "xformers", "sliced")
 MAPO = {"beta": 0.1, "mapo_snr": 0.5}  # its authors' numbers (train.py of mapo-t2i)
@@ -52,7 +53,7 @@ class SdxlPreferenceConfig(TrainingConfig):
         "fp32", description="of the VAE; fp16 only with one made for it"
     )
 
-    objective: str = Field(
+    objective: ObjectiveName = Field(
         "dspo",
         description="dpo, dspo, dspo_official_sdxl, dspo_rm, mapo, sft, sigmoid, hinge or ipo; for SD 3 flow_dpo",
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefmill.core.errors import ConfigError
 from prefmill.families.sdxl.backbone import Conditions, sdxl_conditions
-from prefmill.training.objectives import Need
+from prefmill.training.objective_names import Need
 
 ERRORS: frozenset[Need] = frozenset({"noise_errors", "velocity_errors"})
 _NOTHING_LEFT = 1e-6  # a signal-to-noise ratio that only zero terminal SNR (Lin et al. 2023) has; SDXL's own is 5e-3

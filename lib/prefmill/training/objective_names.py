@@ -1,0 +1,45 @@
+"""The names of all objectives and what each needs, for configurations, which load no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from prefmill.core.errors import nearest
+
+Need = Literal[
+    "reference", "lengths", "label_smoothing", "errors", "noise_errors", "velocity_errors", "residuals", "soft_label",
+    "heads", "bounds",
+]  # fmt: skip
+NEEDS: dict[str, frozenset[Need]] = {
+    "sigmoid": frozenset({"reference"}),
+    "hinge": frozenset({"reference"}),
+    "robust": frozenset({"reference", "label_smoothing"}),
+    "ipo": frozenset({"reference"}),
+    "ipo_mean": frozenset({"reference", "lengths"}),
+    "sigmoid_norm": frozenset({"reference", "lengths"}),
+    "simpo": frozenset({"lengths"}),
+    "sft": frozenset(),
+    "spg": frozenset({"reference", "bounds"}),
+    "espo": frozenset({"reference", "lengths", "bounds"}),
+    "dpo": frozenset({"reference", "noise_errors"}),
+    "flow_dpo": frozenset({"reference", "velocity_errors"}),
+    "dspo": frozenset({"reference", "noise_errors", "residuals"}),
+    "dspo_official_sdxl": frozenset({"reference", "noise_errors", "residuals"}),
+    "dspo_rm": frozenset({"reference", "errors", "soft_label"}),
+    "mapo": frozenset({"noise_errors"}),
+    "bradley_terry_heads": frozenset({"heads"}),
+}
+
+
+def require_known(names: str | list[str]) -> str | list[str]:
+    """`names` as they are; raises ValueError for one that no objective has."""
+    for name in [names] if isinstance(names, str) else names:
+        if name not in NEEDS:
+            raise ValueError(f"no objective '{name}'{nearest(name, list(NEEDS))}; objectives are {', '.join(NEEDS)}")
+    return names
+
+
+ObjectiveName = Annotated[str, AfterValidator(require_known)]
+ObjectiveNames = Annotated[list[str], AfterValidator(require_known)]
