@@ -84,7 +84,7 @@ def preempted_by_cancel(scene: Scene) -> Iterator[None]:
 
 def full_disk(scene: Scene) -> Iterator[None]:
     yield
-    scene.pause(1, 6)
+    scene.trained(scene.runs[0], scene.random.randrange(1, 8))  # a step that finds no room for its record
     filler = scene.site.workspace / "filler"
     with filler.open("wb", buffering=0) as stream, suppress(OSError):
         while True:
