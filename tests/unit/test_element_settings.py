@@ -16,7 +16,7 @@ from prefmill.slurm.rehearsal_plan import rehearsal_of
 from tests.conftest import REPOSITORY
 
 TRAIN = REPOSITORY / "configs/pipelines/train.yaml"
-MODELS = {"clean": "Qwen2.5-3B-Instruct", "clean_images": "Qwen2.5-3B-Instruct", "vision": "Qwen2.5-VL-3B-Instruct"}
+MODELS = {"clean": "Qwen2.5-3B-Instruct", "clean_images": "Qwen2.5-VL-3B-Instruct", "vision": "Qwen2.5-VL-3B-Instruct"}
 
 
 def models(pipeline: PipelineFile, source: Path) -> dict[str, tuple[str, int]]:
@@ -53,7 +53,7 @@ def test_its_rehearsal_has_a_tiny_model_of_each_kind(tmp_path: Path) -> None:
     pipeline = read_pipeline(TRAIN, [f"workspace={tmp_path}"])
     small, plan = rehearsal_of(pipeline, make_plan(pipeline, TRAIN), TRAIN, ClusterFile())
     found = {task.key: Path(task.config.model_name_or_path or "").name for task in plan.tasks if task.stage.trains}  # type: ignore[attr-defined]
-    assert [found[f"sft:{name}"] for name in MODELS] == ["qwen2", "qwen2", "qwen2_5_vl"]
+    assert [found[f"sft:{name}"] for name in MODELS] == ["qwen2", "qwen2_5_vl", "qwen2_5_vl"]
     assert small.stages["sft"].set == {}
 
 
