@@ -11,6 +11,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.distributed.devices import device_type
 from prefmill.families.sdxl.backbone import PIPELINE_FILE, Backbone, backbone_of
+from prefmill.families.sdxl.whole import require_whole_adapter, require_whole_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,6 +103,7 @@ def open_pipeline(source: GeneratorSource) -> Any:
         )  # fmt: skip
     except (OSError, ValueError, TypeError) as error:
         raise _unloadable("the pipeline", source.model, error) from error
+    require_whole_pipeline(pipeline, source.model, revision=source.revision, variant=source.variant)
     if source.adapter is not None:
         add_adapter(pipeline, source.adapter, source.adapter_scale)
     pipeline.set_progress_bar_config(disable=True)
@@ -145,6 +147,7 @@ def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
         pipeline.set_adapters(_ADAPTER_NAME, scale)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unloadable("the adapter", folder, error) from error
+    require_whole_adapter(pipeline, folder / ADAPTER_FILE, _ADAPTER_NAME)
 
 
 def _require_folder(name_or_path: str) -> None:

@@ -15,6 +15,7 @@ from prefmill.core.files import digest_json, digest_path
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.sdxl.backbone import PIPELINE_FILE, Backbone, backbone_of, read_index
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.families.sdxl.whole import require_whole_part, require_whole_pipeline
 from prefmill.training.config import weights_precision
 
 
@@ -56,16 +57,20 @@ class SdxlFolder:
         import diffusers
 
         loader = getattr(diffusers, self.index["_class_name"])
-        return loader.from_pretrained(
+        pipeline = loader.from_pretrained(
             self.path, variant=self.variant, use_safetensors=True, **self.backbone.options, **parts
         )
+        require_whole_pipeline(pipeline, self.path, variant=self.variant)
+        return pipeline
 
     def load(self, loader: Any, part: str, precision: Precision) -> Any:
         """The part of that name, by diffusers' or transformers' class `loader`."""
         # safetensors alone: a .bin is a pickle, which may run code when it is opened.
-        return loader.from_pretrained(
+        model = loader.from_pretrained(
             self.path, subfolder=part, torch_dtype=torch_dtype(precision), variant=self.variant, use_safetensors=True
         )
+        require_whole_part(model, self.path / part)
+        return model
 
     def digest(self, *parts: str) -> str:
         """What the weights and settings of these parts are, wherever they lie."""

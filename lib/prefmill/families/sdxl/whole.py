@@ -1,0 +1,59 @@
+"""Whether a pipeline has every weight of its parts, and an adapter a place for each of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prefmill.core.errors import InputError
+from prefmill.families.causal.loading import require_whole
+
+_FIRST_FACTOR = re.compile(r"lora(_A|_down|\.down)\b")  # as PEFT, kohya and older diffusers call it
+
+
+def require_whole_part(part: nn.Module, where: object) -> None:
+    """Raise InputError for a weight that the files lack: diffusers leaves it without memory."""
+    missing: Sequence[str] = [name for name, value in part.named_parameters() if value.is_meta]
+    require_whole(part, {"missing_keys": missing, "mismatched_keys": (), "unexpected_keys": ()}, str(where))
+
+
+def require_whole_pipeline(pipeline: Any, source: object, **origin: Any) -> None:
+    """As `require_whole_part` for every part of `pipeline`, loaded from the folder or hub name `source`."""
+    from transformers import PreTrainedModel
+
+    for name, part in pipeline.components.items():
+        if isinstance(part, PreTrainedModel):
+            # transformers draws what is missing and does not say so here; on meta only the heads of files are read.
+            _, info = type(part).from_pretrained(
+                source,
+                subfolder=name,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                use_safetensors=True,
+                **origin,
+            )
+            require_whole(part, info, f"{source}/{name}")
+        elif isinstance(part, nn.Module):
+            require_whole_part(part, f"{source}/{name}")
+
+
+def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
+    """Raise InputError where the adapter called `name` has not found a place for every pair of factors in `file`."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        given = sum(_FIRST_FACTOR.search(key) is not None for key in opened.keys())  # noqa: SIM118 - no mapping
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    weights = [(key, value) for part in parts for key, value in part.named_parameters() if f".{name}" in key]
+    found = sum(f"lora_A.{name}" in key for key, _ in weights)
+    # More than given are no fault: some tools keep in one pair what are several modules here.
+    if found < given or any(value.is_meta for _, value in weights):
+        raise InputError(
+            "the adapter does not fit the pipeline", where=file, got=f"{given} pairs of factors, places for {found}"
+            if found < given else "factors or magnitudes that the file lacks", expected="one that is read whole",
+            fix="give the base that it was trained on, and the file as it was written",
+        )  # fmt: skip
