@@ -1,11 +1,13 @@
-"""What training a UNet or a reward model keeps on a GPU, counted on the model itself: built on torch's meta
-device, of shapes without numbers, and run once with the casts of CUDA's autocast, while autograd says what it keeps.
+"""What training a UNet, a transformer of images or a reward model keeps on a GPU, counted on the model itself.
+
+It is built on torch's meta device, of shapes without numbers, and run once with the casts of CUDA's autocast, while
+autograd says what it keeps.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import torch_dtype
+from prefmill.families.sdxl.backbone import BACKBONES, Backbone, backbone_of
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.slurm.memory import GIGABYTE, GpuMemory, Numbers, model_states
 from prefmill.training.config import TrainingConfig, weights_precision
@@ -51,6 +54,7 @@ class Counted:
     numbers: Numbers
     kept_bytes: int
     samples: str
+    on_disk: str = ""
 
 
 def image_memory(counted: Counted, config: TrainingConfig, world: int) -> GpuMemory:
@@ -78,47 +82,48 @@ def notes(counted: Counted, config: TrainingConfig) -> list[str]:
         f"{numbers.parameters:,} numbers of {kept} bytes, {numbers.trained:,} of them trained; "
         f"activations: {counted.kept_bytes:,} bytes for {counted.samples}"
     ]
-    if isinstance(config, SdxlPreferenceConfig):
-        side, size = config.resolution // 8, torch_dtype(config.precision).itemsize
-        text = _TOKENS * 2048 + 1280
-        found.append(
-            f"on disk: {4 * side**2 * 4 / 1e6:.2f} MB an image (4 x {side} x {side} numbers of 4 bytes), "
-            f"{text * size / 1e6:.2f} MB a prompt ({_TOKENS} x 2048 + 1280 of {size}); "
-            "the VAE and the text encoders write these before the training and are freed"
-        )
-    return found
+    return [*found, counted.on_disk] if counted.on_disk else found
 
 
 def count_unet(name: str, config: SdxlPreferenceConfig) -> Counted:
-    """The UNet of pipeline `name` at the configured resolution."""
-    from diffusers import UNet2DConditionModel
-
+    """The UNet or transformer of pipeline `name` at the configured resolution."""
     from prefmill.families.sdxl.dpo import winner_alone
     from prefmill.families.sdxl.loading import add_adapter
 
-    said = SDXL_UNET if name == _SDXL else _unet_config(name, config.revision)
+    backbone, make, said = _denoiser(name, config.revision)
+    dtype, blocks = torch_dtype(weights_precision(config)), _Blocks()
+    # The losers run without a gradient where they have no part in it.
+    samples = config.per_device_train_batch_size * (1 if winner_alone(config) else 2)
+    channels, side, tokens = said["in_channels"], config.resolution // 8, _TOKENS + (backbone.t5_tokens or 0)
+    text = said.get("cross_attention_dim") or said["joint_attention_dim"]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(said).train()
-        nn.Module.to(unet, torch_dtype(weights_precision(config)))
-        blocks = _Blocks()
+        model = make.from_config(said).train()
+        nn.Module.to(model, dtype)
         if config.activation_checkpointing:
-            unet.enable_gradient_checkpointing(blocks)
-        model = add_adapter(unet, config)
-        # The losers run without a gradient where they have no part in it.
-        samples = config.per_device_train_batch_size * (1 if winner_alone(config) else 2)
-        given = _unet_inputs(unet, samples, config.resolution // 8)
-        numbers, kept = _count(model, config, blocks, lambda: model(*given[:3], added_cond_kwargs=given[3]))
-    return Counted(numbers, kept, f"a microbatch of {samples} at {config.resolution} x {config.resolution} pixels")
+            model.enable_gradient_checkpointing(blocks)
+        latents, words = (
+            torch.empty(samples, channels, side, side, dtype=dtype),
+            torch.empty(samples, tokens, text, dtype=dtype),
+        )
+        pooled = torch.empty(samples, _pooled_width(said), dtype=dtype)
+        given = backbone.conditions(words, pooled, torch.empty(samples, 6))
+        model = add_adapter(model, config)
+        numbers, kept = _count(model, config, blocks, lambda: model(latents, timestep=torch.empty(samples), **given))
+    microbatch = f"a microbatch of {samples} at {config.resolution} x {config.resolution} pixels"
+    size, row = torch_dtype(config.precision).itemsize, tokens * text + pooled.shape[1]
+    on_disk = (
+        f"on disk: {channels * side**2 * 4 / 1e6:.2f} MB an image ({channels} x {side} x {side} numbers of 4 bytes), "
+        f"{row * size / 1e6:.2f} MB a prompt ({tokens} x {text} + {pooled.shape[1]} of {size}); "
+        "the VAE and the text encoders write these before the training and are freed"
+    )
+    return Counted(numbers, kept, microbatch, on_disk)
 
 
-def _unet_inputs(unet: Any, samples: int, side: int) -> tuple[Any, ...]:
-    said, dtype = unet.config, next(unet.parameters()).dtype
-    pooled = said.projection_class_embeddings_input_dim - 6 * said.addition_time_embed_dim
-    return (
-        torch.empty(samples, said.in_channels, side, side, dtype=dtype), torch.empty(samples),
-        torch.empty(samples, _TOKENS, said.cross_attention_dim, dtype=dtype),
-        {"text_embeds": torch.empty(samples, pooled, dtype=dtype), "time_ids": torch.empty(samples, 6)},
-    )  # fmt: skip
+def _pooled_width(said: Mapping[str, Any]) -> int:
+    """Of the pooled embedding; 0 where there is none."""
+    if said.get("addition_embed_type") == "text_time":
+        return int(said["projection_class_embeddings_input_dim"] - 6 * said["addition_time_embed_dim"])
+    return int(said.get("pooled_projection_dim") or 0)
 
 
 def count_reward(name: str, config: Any) -> Counted:
@@ -227,11 +232,17 @@ def _bytes(kept: dict[int, Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def _unet_config(name: str, revision: str | None) -> dict[str, Any]:
-    from diffusers import UNet2DConditionModel
+def _denoiser(name: str, revision: str | None) -> tuple[Backbone, Any, dict[str, Any]]:
+    """What differs in this kind of pipeline, the class of its UNet or transformer, and that one's configuration."""
+    import diffusers
 
+    if name == _SDXL:
+        return BACKBONES["StableDiffusionXLPipeline"], diffusers.UNet2DConditionModel, SDXL_UNET
     try:
-        return dict(UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision))
+        index = diffusers.DiffusionPipeline.load_config(name, revision=revision)
+        backbone = backbone_of(index["_class_name"], name)
+        make = getattr(diffusers, index[backbone.part][1])
+        return backbone, make, dict(make.load_config(name, subfolder=backbone.part, revision=revision))
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from None
 

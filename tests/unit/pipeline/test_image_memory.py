@@ -27,10 +27,35 @@ def unet(**keys: Any) -> SdxlPreferenceConfig:
     return SdxlPreferenceConfig.model_validate({"objective": "dpo", **keys})
 
 
-def small(folder: Path) -> str:
-    (folder / "unet").mkdir()
-    (folder / "unet" / "config.json").write_text(json.dumps({**SMALL, "_class_name": "UNet2DConditionModel"}))
+def small(folder: Path, pipeline: str = "StableDiffusionXLPipeline", part: str = "unet", **keys: Any) -> str:
+    kind = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}[part]
+    (folder / part).mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, part: ["diffusers", kind]}))
+    (folder / part / "config.json").write_text(json.dumps({"_class_name": kind, **(keys or SMALL)}))
     return str(folder)
+
+
+def test_other_backbones_are_counted_with_their_own_conditions(tmp_path: Path) -> None:
+    import torch
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+
+    plain = {**SMALL, "addition_embed_type": None, "projection_class_embeddings_input_dim": None}
+    flow = {"sample_size": 32, "in_channels": 16, "out_channels": 16, "num_layers": 2, "attention_head_dim": 8,
+            "num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": 64,
+            "pooled_projection_dim": 48, "pos_embed_max_size": 32}  # fmt: skip
+    for pipeline, part, made, keys, disk in (
+        ("StableDiffusionPipeline", "unet", UNet2DConditionModel, plain, "(77 x 64 + 0 of 2)"),
+        ("StableDiffusion3Pipeline", "transformer", SD3Transformer2DModel, flow, "(333 x 64 + 48 of 2)"),
+    ):
+        (tmp_path / part).mkdir()
+        name = small(tmp_path / part, pipeline, part, **keys)
+        objective = "flow_dpo" if part == "transformer" else "dpo"
+        counted = count_unet(name, unet(objective=objective, resolution=256, lora=None))
+        with torch.device("meta"):
+            model = made.from_config(keys)
+        assert counted.numbers.parameters == sum(weight.numel() for weight in model.parameters())
+        assert counted.kept_bytes > 0
+        assert disk in counted.on_disk
 
 
 def test_sdxl_and_its_adapter_have_the_numbers_that_diffusers_gives_them() -> None:
