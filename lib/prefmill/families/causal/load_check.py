@@ -103,7 +103,14 @@ def own_likelihoods(model: Any) -> tuple[Sequences, Tensor]:
     with torch.no_grad():
         scores = [_own(model, prompt, answer) for prompt, answer in sequences]
     model.train(was_training)
-    return sequences, torch.stack(scores)
+    expected = torch.stack(scores)
+    if not expected.isfinite().all():
+        raise InputError(
+            "the model's own likelihoods are no numbers", where=model.config.name_or_path or None, got=_shown(expected),
+            expected="finite", fix="give the model as it was published, or a wider precision: its weights hold NaN, or "
+            "overflow",
+        )  # fmt: skip
+    return sequences, expected
 
 
 def check_scorer(

@@ -135,3 +135,10 @@ def test_the_check_comes_with_loading_a_policy(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(load_check, "score_batch", lambda *_: torch.zeros(2, dtype=torch.float64))
     with pytest.raises(InputError, match="own likelihoods"):
         dpo.load_policy(str(tmp_path), config, None)
+
+
+def test_weights_that_are_no_numbers_are_said_to_be_so() -> None:
+    model = build("llama")
+    torch.nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, float("nan"))
+    with pytest.raises(InputError, match="own likelihoods are no numbers"):
+        own_likelihoods(model)
