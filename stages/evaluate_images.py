@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.image_rows import ImageSplit
@@ -25,6 +27,9 @@ class EvaluateImagesConfig(StrictConfig):
     splits: list[ImageSplit] = Field(["val", "test"], min_length=1, description="of the pairs: held out")
     num_prompts: int | None = Field(None, ge=2, description="take the first so many, by prompt_id; none: all")
     seeds: list[int] = Field([0, 1], min_length=1, description="an image of each prompt for every seed and model")
+    compare_with: Literal["same_seed", "other_seeds"] = later(
+        "same_seed", description="an image is compared with the base's of its seed, or of the prompt's other seeds"
+    )
     num_inference_steps: int = Field(30, ge=1, description="denoising steps")
     guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; up to 1: none")
     negative_prompt: str | None = Field(None, description="what guidance leads away from")
@@ -37,6 +42,12 @@ class EvaluateImagesConfig(StrictConfig):
     num_resamples: int = Field(10_000, ge=1000, le=1_000_000, description="bootstrap samples of the prompts")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
     seed: int = Field(0, ge=0, description="of the bootstrap")
+
+    @model_validator(mode="after")
+    def _has_other_seeds(self) -> EvaluateImagesConfig:
+        if self.compare_with == "other_seeds" and len(self.seeds) < 2:
+            raise ValueError("compare_with: other_seeds needs two seeds or more")
+        return self
 
 
 def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
@@ -66,6 +77,7 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
         splits=config.splits,
         num_prompts=config.num_prompts,
         seeds=config.seeds,
+        compare_with=config.compare_with,
         sampling=sampling,
         batch_size=config.batch_size,
         num_grid_prompts=config.num_grid_prompts,

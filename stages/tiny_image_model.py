@@ -1,12 +1,12 @@
-"""Builds a tiny SDXL, SD 1.5, SD 3 or CLIP with random weights, for demos and tests of images without downloads."""
+"""Builds a tiny SDXL, SD 1.5, SD 3 or CLIP, for demos and tests of images without downloads."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from prefmill.core.config import StrictConfig
+from prefmill.core.config import StrictConfig, later
 from prefmill.core.stage import Metrics, Stage, Task
 
 
@@ -16,7 +16,14 @@ class TinyImageModelConfig(StrictConfig):
     architecture: Literal["sdxl", "sd15", "sd3", "clip"] = Field(
         "sdxl", description="sdxl, sd15 and sd3 make images, clip judges them"
     )
-    seed: int = Field(0, description="of the random weights")
+    seed: int = Field(0, description="of the random weights, and of what the SDXL learns from")
+    pretrain_steps: int = later(0, ge=0, description="of the SDXL's UNet, on sample pictures; 0: random weights")
+
+    @model_validator(mode="after")
+    def _others_are_random(self) -> TinyImageModelConfig:
+        if self.pretrain_steps and self.architecture != "sdxl":
+            raise ValueError("pretrain_steps: only the SDXL is trained, leave it out")
+        return self
 
 
 def run(config: TinyImageModelConfig, task: Task) -> Metrics:
@@ -24,7 +31,14 @@ def run(config: TinyImageModelConfig, task: Task) -> Metrics:
     from prefmill.demo.tiny_models import build
 
     build(config.architecture, task.output, config.seed)
-    return {"architecture": config.architecture}
+    if not config.pretrain_steps:
+        return {"architecture": config.architecture}
+    from prefmill.demo.pretrain_images import pretrain_unet
+
+    return {
+        "architecture": config.architecture,
+        **pretrain_unet(task.output, config.pretrain_steps, config.seed, task),
+    }
 
 
 STAGE = Stage(

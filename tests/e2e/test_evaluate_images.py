@@ -141,6 +141,21 @@ def test_win_rates_by_hand() -> None:
     assert found["style"]["difference"]["value"] == pytest.approx(3 / 4)
 
 
+def test_other_seeds_show_how_far_a_model_moved() -> None:
+    """Two prompts of three seeds: what hardly moves ties, where the same seed would win everywhere."""
+    base = scores([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
+    names, by = ["a", "a", "a", "b", "b", "b"], Resampling(1000)
+    # Prompt b as it was. Of prompt a, moved by 1.5: 1.5 beats 1 not 2, 2.5 beats 0 and 2, 3.5 beats 0 and 1; 5 of 6.
+    for shift, same, other in ((0.01, 3 / 4, 1 / 2), (1.5, 3 / 4, (5 / 6 + 1 / 2) / 2)):
+        tuned = base + scores([shift] * 3 + [0.0] * 3)
+        for how, expected in (("same_seed", same), ("other_seeds", other)):
+            found = compare(names, {"base": base, "tuned": tuned}, by, how)["mean"]  # type: ignore[arg-type]
+            assert found["win_rate"]["value"] == pytest.approx(expected, abs=1e-6), (shift, how)
+            assert found["difference"]["value"] == pytest.approx(shift / 2, abs=1e-6)
+    with pytest.raises(ConfigError, match="needs two seeds"):
+        validate(EvaluateImagesConfig, {"compare_with": "other_seeds", "seeds": [3]})
+
+
 def test_the_same_images_are_a_tie_and_better_ones_a_win() -> None:
     generator = np.random.default_rng(0)
     base, prompts = generator.normal(size=(60, 5)).astype(np.float32), [f"p{n // 2}" for n in range(60)]

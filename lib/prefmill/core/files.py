@@ -35,12 +35,16 @@ def digest_path(path: Path) -> str:
         raise InputError("no such file or folder", where=path, fix="check the path in the configuration") from None
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader, or a power cut, sees the old file or the new one, never a part."""
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write `text` to `path` so that a reader, or a power cut, sees the old file or the new one, never a part.
+
+    `mode` is that of a new file, less the umask; nobody whom it leaves out can read the text at any moment.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)  # a killed process of the same number may have left it, with another mode
     try:
-        with partial.open("w", encoding="utf-8") as stream:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
             stream.write(text)
             # Synced before the rename: after a power cut the name could otherwise stand for an empty file.
             stream.flush()

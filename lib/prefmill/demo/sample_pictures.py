@@ -102,6 +102,18 @@ def draw_scene(scene: Scene, worse_on: Dimension | None, draw: random.Random) ->
     return _FAULTS[worse_on](image, draw) if worse_on in _FAULTS else image
 
 
+def draw_faded(draw: random.Random) -> tuple[str, Image]:
+    """A prompt and a picture of it: one thing, anything from hardly to fully there, on a ground of another colour."""
+    from PIL import Image as Images
+
+    thing, ground = draw.sample(sorted(_COLOURS), 2)
+    shape = draw.choice(_SHAPES)
+    empty = Images.new("RGB", (SIDE, SIDE), _COLOURS[ground])
+    picture = empty.copy()
+    _draw_thing(picture, 0.5, thing, shape, outlined=False, draw=draw)
+    return f"a {thing} {shape} on a {ground} ground", Images.blend(empty, picture, draw.uniform(0.2, 1))
+
+
 def _scene(draw: random.Random) -> Scene:
     first, second = draw.sample(sorted(_COLOURS), 2)
     ground = (draw.randint(90, 170), draw.randint(90, 170), draw.randint(90, 170))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from prefmill.store.missing import in_batches, kept_rows
 
 METRICS, SCORES, GRIDS = "metrics.json", "scores.jsonl", "grids"
 SIDES = ("base", "tuned")
+CompareWith = Literal["same_seed", "other_seeds"]
 _DIGITS = 6
 _BLOCK = 64  # images scored between two that are kept
 
@@ -48,6 +49,7 @@ class ImageEvaluation:
     splits: Sequence[ImageSplit]
     num_prompts: int | None
     seeds: Sequence[int]
+    compare_with: CompareWith
     sampling: ImageSampling
     batch_size: int | None
     num_grid_prompts: int
@@ -77,11 +79,15 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
         **_of_scorer(scorer, tuned),
         "base": wanted.base_label,
         "tuned": tuned.manifest.content_digest,
+        "shuffled_labels": bool(tuned.manifest.config.get("shuffle_labels")),
         "num_prompts": len(prompts),
         "num_images": len(images["base"]),
         "seeds": sorted(wanted.seeds),
+        "compare_with": wanted.compare_with,
         "confidence": wanted.resampling.confidence,
-        "dimensions": compare([row["prompt_id"] for row in images["base"]], scores, wanted.resampling),
+        "dimensions": compare(
+            [row["prompt_id"] for row in images["base"]], scores, wanted.resampling, wanted.compare_with
+        ),
         "drift": _drift(wanted, tuned, task),
         "num_grids": num_grids,
     }
@@ -189,21 +195,26 @@ def source_of(wanted: ImageEvaluation, side: str, tuned: Artifact) -> GeneratorS
 
 
 def compare(
-    prompt_ids: Sequence[str], scores: Mapping[str, NDArray[np.float32]], resampling: Resampling
+    prompt_ids: Sequence[str],
+    scores: Mapping[str, NDArray[np.float32]],
+    resampling: Resampling,
+    compare_with: CompareWith = "same_seed",
 ) -> dict[str, Any]:
     """Win rate and mean difference of tuned over base on each dimension and on their mean, from scores [N, K].
 
-    An image is compared with the base's of the same prompt and seed; a tie is half a win. Intervals and p-values (of
-    a win rate of 1/2, Holm's for the number of dimensions) are over prompts: images of one prompt are alike.
+    An image is compared with the base's of the same prompt and seed, or of that prompt's other seeds; a tie is half a
+    win. Intervals and p-values (of a win rate of 1/2, Holm's for the number of dimensions) are over prompts: images of
+    one prompt are alike.
     """
     both = {side: np.column_stack([values, values.mean(axis=1)]).astype(np.float64) for side, values in scores.items()}
-    difference = both["tuned"] - both["base"]
-    wins = (difference > 0) + (difference == 0) / 2
+    # Each prompt counts once, however many seeds it has: its images are no independent draws.
+    by_prompt = list(_differences(prompt_ids, both, compare_with))
+    wins = np.stack([((found > 0) + (found == 0) / 2).mean(axis=0) for found in by_prompt])
     # Less 1/2, because the p-value is that of a mean of 0.
-    found = means(_by_prompt(wins - 0.5, prompt_ids), resampling)
+    found = means(wins - 0.5, resampling)
     # Where all prompts agree a bootstrap has no width: 9 wins of 9 would be 100 to 100 %.
     rates = [within(rate, resampling, -0.5, 0.5) for rate in found]
-    gains = means(_by_prompt(difference, prompt_ids), resampling)
+    gains = means(np.stack([found.mean(axis=0) for found in by_prompt]), resampling)
     # The mean over the dimensions is one question of its own: Holm corrects for the choice among the others.
     adjusted = [*holm([rate.p_value for rate in rates[:-1]]), rates[-1].p_value]
     names = [*HEADS, "mean"] if len(rates) > 2 else ["mean"]  # a published scorer has one score, and no dimensions
@@ -226,13 +237,14 @@ def compare(
 def conclusion(measured: Mapping[str, Any]) -> str:
     """What a reader is told first."""
     rate = measured["dimensions"]["mean"]["win_rate"]
-    over = f"on {measured['num_prompts']} prompts"
-    interval = f"win rate {rate['value']:.0%} ({rate['low']:.0%} to {rate['high']:.0%}) {over}"
+    model = "control (tuned on shuffled labels)" if measured.get("shuffled_labels") else "tuned model"
+    interval = f"win rate {rate['value']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})"
+    told = f"under the held-out scorer: {interval} on {measured['num_prompts']} prompts."
     if rate["low"] > 0.5:
-        return f"The tuned model is preferred to the base under the held-out scorer: {interval}."
+        return f"The {model} is preferred to the base {told}"
     if rate["high"] < 0.5:
-        return f"The tuned model is WORSE than the base under the held-out scorer: {interval}."
-    return f"No difference between the tuned model and the base is shown under the held-out scorer: {interval}."
+        return f"The {model} is WORSE than the base {told}"
+    return f"No difference between the {model} and the base is shown {told}"
 
 
 def _images(
@@ -284,11 +296,14 @@ def _by_head(rewards: NDArray[np.float32]) -> dict[str, float]:
     }
 
 
-def _by_prompt(values: NDArray[np.float64], prompt_ids: Sequence[str]) -> NDArray[np.float64]:
-    """Means over each prompt's images, [P, K], in the order of the prompts' names."""
-    names = sorted(set(prompt_ids))
-    # Each prompt counts once, however many seeds it has: its images are no independent draws.
-    return np.stack([values[[one == name for one in prompt_ids]].mean(axis=0) for name in names])
+def _differences(
+    prompt_ids: Sequence[str], both: Mapping[str, NDArray[np.float64]], compare_with: CompareWith
+) -> Iterator[NDArray[np.float64]]:
+    """Of each prompt, in the order of their names, all that is compared: tuned less base, [D, K]."""
+    for name in sorted(set(prompt_ids)):
+        tuned, base = (both[side][[one == name for one in prompt_ids]] for side in ("tuned", "base"))
+        # From the same noise a model that hardly moved wins or loses everywhere; other noise shows by how much.
+        yield tuned - base if compare_with == "same_seed" else (tuned[:, None] - base)[~np.eye(len(base), dtype=bool)]
 
 
 def _drift(wanted: ImageEvaluation, tuned: Artifact, task: Task) -> dict[str, Any] | None:

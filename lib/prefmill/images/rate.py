@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import logging
-import os
 import secrets
 import socket
 import threading
@@ -34,6 +33,7 @@ from prefmill.store.jsonl import read_jsonl, write_jsonl
 PAGE_FILE = "page.url"  # in the task's logs: the address with its token, for the owner's eyes only
 _COLUMNS = ("prompt_id", "left", "right", "rater", "dimension", "choice")
 _LAST_REPLY_SECONDS = 0.5
+_OWNER_ONLY = 0o600  # of files that hold the page's token
 _log = logging.getLogger(__name__)
 
 
@@ -199,7 +199,8 @@ def _ask_people(
                         fix="choose another, or leave it out",
                     ) from None  # fmt: skip
             # After the server has bound: port 0 is whatever the system chose, and the next attempt asks for it again.
-            _keep(task.work / "server.json", json.dumps({"token": server.token, "port": server.port}))
+            kept = json.dumps({"token": server.token, "port": server.port})
+            write_atomic(task.work / "server.json", kept, _OWNER_ONLY)
             with _announced(server.url, server.port, task), server:
                 # A daemon, so that an error here ends the process: serve_forever would keep it alive.
                 threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -224,7 +225,7 @@ def _announced(url: str, port: int, task: Task) -> Iterator[None]:
     """Tell the owner where the page is: on their terminal, and in a file that only they can read."""
     tunnel = f"ssh -N -L {port}:127.0.0.1:{port} {socket.gethostname()}"
     path = task.logs / PAGE_FILE
-    _keep(path, f"{url}\n{tunnel}\n")
+    write_atomic(path, f"{url}\n{tunnel}\n", _OWNER_ONLY)
     lines = f"Rate at  {url}\nfrom another machine first:  {tunnel}\n"
     # The terminal and not stdout: that goes to a log, and the address holds the token.
     with contextlib.suppress(OSError), Path("/dev/tty").open("w") as terminal:
@@ -234,17 +235,6 @@ def _announced(url: str, port: int, task: Task) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-def _keep(path: Path, text: str) -> None:
-    """Write a file that nobody else can read, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    # What a killed attempt left would make O_EXCL fail.
-    partial.unlink(missing_ok=True)
-    # 0600 from the start: with chmod afterwards others could open the file in between.
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.write(text)
-    os.replace(partial, path)
 
 
 def _summary(

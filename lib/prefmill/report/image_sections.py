@@ -116,6 +116,8 @@ def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:
     """What a careful reader would ask first."""
     published = metrics.get("published_scorer")
     doubts = [_of_a_published(published) if published else _of_the_scorer(scorer)]
+    if metrics.get("shuffled_labels"):
+        doubts.append("A control: winners and losers were swapped at random, so a win rate away from 1/2 is no taste.")
     if metrics["scorer_shares_training_prompts"]:
         doubts.append(
             "The scorer has learnt from prompts that the model was tuned on, so both may share the taste of those "

@@ -1,0 +1,54 @@
+"""The image demo's parts: a VAE set by hand, pictures that a tiny SDXL learns from, and their prompts."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d, interpolate
+
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError
+from prefmill.demo.image import build_sdxl
+from prefmill.demo.sample_pictures import draw_faded
+from prefmill.families.sdxl.encoding import encode_pixels
+from prefmill.families.sdxl.loading import SdxlFolder
+from stages.tiny_image_model import TinyImageModelConfig
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
+def test_latents_are_means_of_pixels_and_pixels_the_nearest_latent(
+    tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    """Against torch's own pooling and interpolation."""
+    from diffusers import AutoencoderKL
+
+    build_sdxl(tmp_path, ["a red circle"], 0)
+    vae = SdxlFolder(tmp_path).load(AutoencoderKL, "vae", precision)  # type: ignore[arg-type]
+    pixels = torch.rand(2, 3, 32, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    means = avg_pool2d(pixels, 4)
+    latents = encode_pixels(vae, pixels) / vae.config.scaling_factor
+    torch.testing.assert_close(latents, torch.cat([means, means.mean(1, keepdim=True)], 1), atol=tolerance, rtol=0)
+    with torch.no_grad():
+        decoded = vae.decode(latents.to(vae.dtype)).sample.float()
+    torch.testing.assert_close(decoded, interpolate(means, scale_factor=4), atol=tolerance, rtol=0)
+
+
+def test_pictures_show_what_their_prompts_say_and_the_demo_asks_for_such(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    drawn = dict(draw_faded(draw) for _ in range(1000))
+    with (REPOSITORY / "configs/generate_images/scenes.csv").open() as stream:
+        asked = [row["prompt"] for row in csv.DictReader(stream)]
+    assert len(set(asked)) == len(asked) == 60
+    assert set(asked) <= set(drawn)
+    red, green, blue = drawn["a green square on a red ground"].getpixel((0, 0))
+    assert red > 2 * max(green, blue)
+
+
+def test_a_clip_is_not_pretrained() -> None:
+    with pytest.raises(ConfigError, match="only the SDXL is trained"):
+        validate(TinyImageModelConfig, {"architecture": "clip", "pretrain_steps": 5})
