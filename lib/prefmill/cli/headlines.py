@@ -19,6 +19,8 @@ _PHRASES = {  # of the metrics that stages return, those worth a place in the li
     "val_loss": "validation loss {:.3f}", "val_accuracy": "validation accuracy {:.1%}", "errors": "{:,} errors",
     "warnings": "{:,} warnings", "checkmark_score": "checklist score {:.2f}", "num_papers": "over {:,} papers",
     "recommendation_correct": "recommendations right {:.0%}", "n_trials": "{:,} trials",
+    "win_rate": "win rate {:.0%}", "win_rate_low": "interval from {:.0%}", "win_rate_high": "to {:.0%}",
+    "num_pairs": "{:,} pairs", "num_prompts": "{:,} prompts",
 }  # fmt: skip
 _MOST_PHRASES, _MOST_WARNINGS = 4, 3
 _FAULTS = {

@@ -35,6 +35,10 @@ def finished(folder: Path, metrics: dict[str, Any], **files: Any) -> Any:
         ({"pairs": 112, "val_accuracy": 0.9535, "layout": "group"}, "112 pairs, validation accuracy 95.3%"),
         ({"errors": 0, "warnings": 1}, "0 errors, 1 warning"),
         ({"warnings": ["told"], "verdict": {}}, ""),
+        (
+            {"win_rate": 0.75, "win_rate_low": 0.65, "win_rate_high": 0.78, "num_prompts": 26, "winner_drift": 0.1},
+            "win rate 75%, interval from 65%, to 78%, 26 prompts",
+        ),
     ],
 )  # fmt: skip
 def test_the_headline_has_the_numbers_worth_a_glance(metrics: dict[str, Any], expected: str) -> None:
