@@ -13,7 +13,9 @@ from prefmill.images.rate import PeopleConfig, RateImages, RaterConfig, rate_ima
 class RateImagesConfig(StrictConfig):
     """Who compares which images, on which dimensions."""
 
-    rater: RaterConfig = Field(PeopleConfig(by="people"), description="people, reward or sharpness; see the page")
+    rater: RaterConfig = Field(
+        PeopleConfig(by="people"), description="people, reward, sharpness or brightness; see the page"
+    )
     images: ExternalPath | None = Field(None, description="a folder of yours with images.csv, in place of the input")
     dimensions: list[Dimension] = Field(list(DIMENSIONS), min_length=1, description="what is asked, in this order")
     max_pairs_per_prompt: int | None = Field(None, ge=1, description="of more images per prompt; none: every two")

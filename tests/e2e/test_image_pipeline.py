@@ -1,4 +1,4 @@
-"""The image pipeline in one command: tiny models, generated images, and photographs whose better copy is known."""
+"""The image pipeline in one command, whose tuned model wins; and photographs whose better copy is known."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from page_checks import browse, opens_cleanly
 from photo_pairs import write_photo_ratings
+from reward_artifacts import make_clip, make_reward, run_stage
+from training_artifacts import publish_as
 
 from prefmill.core.artifact import Artifact
 from prefmill.store.artifacts import read_manifest
@@ -22,7 +24,7 @@ from tests.conftest import REPOSITORY
 pytestmark = pytest.mark.slow
 STAGES = {
     "tiny_image_model": 2, "generate_images": 2, "rate_images": 1, "build_image_pairs": 1, "train_reward": 2,
-    "sdxl_dpo": 1, "evaluate_images": 1, "report": 1,
+    "sdxl_dpo": 2, "evaluate_images": 2, "report": 1,
 }  # fmt: skip
 
 
@@ -37,18 +39,13 @@ def photos(shared_data: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory, photos: dict[str, tuple[Path, str]]) -> Path:
-    """A finished run, some of whose pairs are photographs against degraded copies."""
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of what `make all` runs."""
     folder = tmp_path_factory.mktemp("images")
-    given = folder / "photos"
-    write_photo_ratings(given, photos, crops=12, kinds=["blur"])  # the sharper one is better, as in the other ratings
-    sources = f'build_image_pairs.sources=[{{format: ratings, ratings: "{given}/ratings.csv", images: "{given}"}}]'
-    arguments = [
-        "configs/pipelines/images.yaml", f"workspace={folder}", sources, "sdxl_dpo.max_steps=8",
-        "sdxl_dpo.sample_steps=null",
-    ]  # fmt: skip
+    arguments = ["configs/pipelines/images.yaml", f"workspace={folder}"]
     done = prefmill("run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "printed.txt").write_text(done.stdout)
     (folder / "plan.txt").write_text(prefmill("plan", *arguments).stdout)
     return folder
 
@@ -81,29 +78,49 @@ def test_the_two_halves_and_the_held_out_prompts_stay_apart(workspace: Path) -> 
         )
         for half in ("policy", "judge")
     }
-    judged = {row["prompt_id"] for row in read_jsonl(artifact(workspace, "evaluate_images").file("scores.jsonl"))}
+    judged = {
+        row["prompt_id"] for row in read_jsonl(artifact(workspace, "evaluate_images", "rated").file("scores.jsonl"))
+    }
     assert seen["policy"]
     assert seen["judge"]
     assert not seen["policy"] & seen["judge"]
     assert not judged & (seen["policy"] | seen["judge"])
-    tuned, judge = artifact(workspace, "sdxl_dpo"), artifact(workspace, "train_reward", "judge")
+    tuned, judge = artifact(workspace, "sdxl_dpo", "rated"), artifact(workspace, "train_reward", "judge")
     assert tuned.manifest.inputs["reward"] == [artifact(workspace, "train_reward", "policy").manifest.content_digest]
-    metrics = json.loads(artifact(workspace, "evaluate_images").file("metrics.json").read_text())
+    metrics = json.loads(artifact(workspace, "evaluate_images", "rated").file("metrics.json").read_text())
     assert metrics["scorer"] == judge.manifest.content_digest
     assert not metrics["scorer_shares_training_prompts"]
 
 
+def test_the_tuned_model_wins_and_the_control_does_not(workspace: Path) -> None:
+    """Held-out prompts, a judge that took no part: above 1/2 with its interval; 1/2 within it for shuffled labels."""
+    told = {}
+    for labels in ("rated", "shuffled"):
+        measured = json.loads(artifact(workspace, "evaluate_images", labels).file("metrics.json").read_text())
+        assert measured["shuffled_labels"] == (labels == "shuffled")
+        told[labels] = measured["dimensions"]["mean"]["win_rate"]
+    assert told["rated"]["low"] > 0.5, told
+    assert told["shuffled"]["low"] < 0.5 < told["shuffled"]["high"], told
+    printed = (workspace / "printed.txt").read_text()
+    assert "The tuned model is preferred to the base" in printed
+    assert "No difference between the control (tuned on shuffled labels) and the base" in printed
+
+
 def test_photographs_are_preferred_to_their_degraded_copies(
-    workspace: Path, photos: dict[str, tuple[Path, str]]
+    tmp_path: Path, photos: dict[str, tuple[Path, str]]
 ) -> None:
-    """Held-out pictures by both reward models: the one thing in this run of which the right answer is known."""
-    descriptions = {prompt: name for name, (_, prompt) in photos.items()}
-    pairs = {row["pair_id"]: row for row in read_jsonl(artifact(workspace, "build_image_pairs").file("pairs.jsonl"))}
+    """Ratings of one's own, by two reward models: held-out pictures of which the right answer is known."""
+    given = tmp_path / "photos"
+    write_photo_ratings(given, photos, crops=12, kinds=["blur"])
+    sources = [{"format": "ratings", "ratings": str(given / "ratings.csv"), "images": str(given)}]
+    splits = {"train": 0.6, "val": 0.2, "test": 0.2, "seed": 5}
+    run_stage("build_image_pairs", tmp_path / "pairs", {"sources": sources, "splits": splits})
+    pairs, clip = publish_as(tmp_path / "pairs" / "out", "image_pairs"), make_clip(tmp_path)
     right: list[bool] = []
     for half in ("policy", "judge"):
-        for row in read_jsonl(artifact(workspace, "train_reward", half).file("predictions.jsonl")):
-            if pairs[row["pair_id"]]["prompt"] in descriptions:
-                right.append(float(np.mean(list(row["margins"].values()))) > 0)
+        made = make_reward(tmp_path / half, pairs, clip, prompt_half=half, num_train_epochs=16)
+        margins = [row["margins"].values() for row in read_jsonl(made.file("predictions.jsonl"))]
+        right += [float(np.mean(list(values))) > 0 for values in margins]
     assert len(right) >= 2 * 2 * 12
     assert np.mean(right) > 0.65
 

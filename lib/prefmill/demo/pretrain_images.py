@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from prefmill.core.seeding import seeded
 from prefmill.core.stage import Metrics, Task
-from prefmill.demo.sample_pictures import SIDE, draw_faded
+from prefmill.demo.sample_pictures import SIDE, draw_lit
 from prefmill.families.sdxl.encoding import encode_pixels, encode_prompt
 from prefmill.families.sdxl.family import SdxlBatch, errors, predict
 from prefmill.families.sdxl.noise import NoiseSchedule, load_schedule
@@ -22,7 +22,7 @@ _LAST = 50  # steps whose mean loss is told
 
 
 def pretrain_unet(folder: Path, steps: int, seed: int, task: Task) -> Metrics:
-    """Teach the UNet of the pipeline in `folder` to draw sample pictures, whose things are faint or strong."""
+    """Teach the UNet of the pipeline in `folder` to draw sample pictures, in dim or full light."""
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
@@ -51,7 +51,7 @@ def pretrain_unet(folder: Path, steps: int, seed: int, task: Task) -> Metrics:
 def encoded(pipeline: Any, seed: int) -> SdxlBatch:
     """All pictures as the UNet sees them, not yet noised."""
     draw = random.Random(f"pictures:{seed}")
-    prompts, pictures = zip(*(draw_faded(draw) for _ in range(_NUM_PICTURES)), strict=True)
+    prompts, pictures = zip(*(draw_lit(draw) for _ in range(_NUM_PICTURES)), strict=True)
     embeddings, pooled = encode_prompt(pipeline, prompts, torch.device("cpu"))
     latents = encode_pixels(pipeline.vae, pipeline.image_processor.preprocess(list(pictures)))
     sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32).expand(_NUM_PICTURES, -1)

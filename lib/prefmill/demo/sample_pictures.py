@@ -102,16 +102,17 @@ def draw_scene(scene: Scene, worse_on: Dimension | None, draw: random.Random) ->
     return _FAULTS[worse_on](image, draw) if worse_on in _FAULTS else image
 
 
-def draw_faded(draw: random.Random) -> tuple[str, Image]:
-    """A prompt and a picture of it: one thing, anything from hardly to fully there, on a ground of another colour."""
+def draw_lit(draw: random.Random) -> tuple[str, Image]:
+    """A prompt and a picture of it: one thing on a ground of another colour, in anything from dim to full light."""
     from PIL import Image as Images
+    from PIL import ImageEnhance
 
     thing, ground = draw.sample(sorted(_COLOURS), 2)
     shape = draw.choice(_SHAPES)
-    empty = Images.new("RGB", (SIDE, SIDE), _COLOURS[ground])
-    picture = empty.copy()
+    picture = Images.new("RGB", (SIDE, SIDE), _COLOURS[ground])
     _draw_thing(picture, 0.5, thing, shape, outlined=False, draw=draw)
-    return f"a {thing} {shape} on a {ground} ground", Images.blend(empty, picture, draw.uniform(0.2, 1))
+    lit = ImageEnhance.Brightness(picture).enhance(draw.uniform(0.3, 1))
+    return f"a {thing} {shape} on a {ground} ground", lit
 
 
 def _scene(draw: random.Random) -> Scene:

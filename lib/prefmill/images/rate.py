@@ -27,7 +27,15 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
 from prefmill.images.custom_images import image_of_row, read_own_images
 from prefmill.images.files import place
-from prefmill.images.rating import Matchup, in_order, plan_matchups, rate_by_scores, score_all, sharpness
+from prefmill.images.rating import (
+    Matchup,
+    brightness,
+    in_order,
+    plan_matchups,
+    rate_by_scores,
+    score_all,
+    sharpness,
+)
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 PAGE_FILE = "page.url"  # in the task's logs: the address with its token, for the owner's eyes only
@@ -56,21 +64,21 @@ class RewardConfig(StrictConfig):
     tie_margin: float = Field(0.0, ge=0)
 
 
-class SharpnessConfig(StrictConfig):
-    """The sharper image, whatever the prompt: a stand-in for demos."""
+class MeasureConfig(StrictConfig):
+    """The sharper or the brighter image, whatever the prompt: a stand-in for demos."""
 
-    by: Literal["sharpness"]
+    by: Literal["sharpness", "brightness"]
     tie_margin: float = Field(0.0, ge=0)
 
 
-RaterConfig = Annotated[PeopleConfig | RewardConfig | SharpnessConfig, Field(discriminator="by")]
+RaterConfig = Annotated[PeopleConfig | RewardConfig | MeasureConfig, Field(discriminator="by")]
 
 
 @dataclass(frozen=True)
 class RateImages:
     """What is compared, on which dimensions, by whom."""
 
-    rater: PeopleConfig | RewardConfig | SharpnessConfig
+    rater: PeopleConfig | RewardConfig | MeasureConfig
     images: Path | None
     dimensions: Sequence[Dimension]
     max_pairs_per_prompt: int | None
@@ -140,13 +148,13 @@ def _read_images(wanted: RateImages, task: Task) -> Collection:
 
 def _ask_program(
     wanted: RateImages,
-    rater: RewardConfig | SharpnessConfig,
+    rater: RewardConfig | MeasureConfig,
     matchups: Sequence[Matchup],
     images: dict[str, GoodImage],
     task: Task,
 ) -> list[Rating]:
-    if isinstance(rater, SharpnessConfig):
-        scorer = sharpness
+    if isinstance(rater, MeasureConfig):
+        scorer = {"sharpness": sharpness, "brightness": brightness}[rater.by]
     else:
         model = task.optional_input("reward")
         if (model is None) == (rater.folder is None):

@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError
 from prefmill.demo.image import build_sdxl
-from prefmill.demo.sample_pictures import draw_faded
+from prefmill.demo.sample_pictures import draw_lit
 from prefmill.families.sdxl.encoding import encode_pixels
 from prefmill.families.sdxl.loading import SdxlFolder
 from stages.tiny_image_model import TinyImageModelConfig
@@ -40,10 +40,10 @@ def test_latents_are_means_of_pixels_and_pixels_the_nearest_latent(
 
 def test_pictures_show_what_their_prompts_say_and_the_demo_asks_for_such(tmp_path: Path) -> None:
     draw = random.Random(0)
-    drawn = dict(draw_faded(draw) for _ in range(1000))
+    drawn = dict(draw_lit(draw) for _ in range(1000))
     with (REPOSITORY / "configs/generate_images/scenes.csv").open() as stream:
         asked = [row["prompt"] for row in csv.DictReader(stream)]
-    assert len(set(asked)) == len(asked) == 60
+    assert len(set(asked)) == len(asked) == 90
     assert set(asked) <= set(drawn)
     red, green, blue = drawn["a green square on a red ground"].getpixel((0, 0))
     assert red > 2 * max(green, blue)
