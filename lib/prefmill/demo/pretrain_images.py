@@ -13,24 +13,28 @@ from tqdm import tqdm
 from prefmill.core.seeding import seeded
 from prefmill.core.stage import Metrics, Task
 from prefmill.demo.sample_pictures import SIDE, draw_lit
+from prefmill.demo.vae_by_hand import vae_by_hand
 from prefmill.families.sdxl.encoding import encode_pixels, encode_prompt
 from prefmill.families.sdxl.family import SdxlBatch, errors, predict
 from prefmill.families.sdxl.noise import NoiseSchedule, load_schedule
 
 _NUM_PICTURES, _BATCH_SIZE, _PEAK_LEARNING_RATE = 1024, 32, 5e-3
+_UNET = {"sample_size": SIDE // 4, "block_out_channels": (32, 32), "transformer_layers_per_block": 1}
 _LAST = 50  # steps whose mean loss is told
 
 
 def pretrain_unet(folder: Path, steps: int, seed: int, task: Task) -> Metrics:
-    """Teach the UNet of the pipeline in `folder` to draw sample pictures, in dim or full light."""
-    from diffusers import StableDiffusionXLPipeline
+    """Give the pipeline in `folder` a VAE that works and a UNet that has learnt to draw, in dim or full light."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     # Predicting v weights a picture's errors alike at all noise: what a prompt asks for is learnt many times faster.
     pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    with seeded(seed):
+        unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **_UNET}).train()
+    pipeline.register_modules(vae=vae_by_hand(), unet=unet)
+    pipeline.save_pretrained(folder)
     pictures, schedule = encoded(pipeline, seed), load_schedule(folder, None)
-    unet = pipeline.unet.train()
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LEARNING_RATE, total_steps=steps)
     losses = []
