@@ -16,7 +16,7 @@ from prefmill.demo.sample_pictures import SIDE, draw_lit
 from prefmill.demo.vae_by_hand import vae_by_hand
 from prefmill.families.sdxl.encoding import encode_pixels, encode_prompt
 from prefmill.families.sdxl.family import SdxlBatch, errors, predict
-from prefmill.families.sdxl.noise import NoiseSchedule, load_schedule
+from prefmill.families.sdxl.noise import load_schedule
 
 _NUM_PICTURES, _BATCH_SIZE, _PEAK_LEARNING_RATE = 1024, 32, 5e-3
 _UNET = {"sample_size": SIDE // 4, "block_out_channels": (32, 32), "transformer_layers_per_block": 1}
@@ -40,9 +40,9 @@ def pretrain_unet(folder: Path, steps: int, seed: int, task: Task) -> Metrics:
     losses = []
     with seeded(seed):
         for step in tqdm(range(1, steps + 1), desc="learning to draw", unit=" steps"):
-            loss = errors(*predict(unet, _drawn(pictures, schedule), schedule)).mean()
+            loss = errors(*predict(unet, _drawn(pictures, schedule.num_timesteps), schedule)).mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             rate.step()
             losses.append(loss.item())
@@ -63,8 +63,8 @@ def encoded(pipeline: Any, seed: int) -> SdxlBatch:
     return SdxlBatch(latents, none, none, embeddings, pooled, sizes, weight=none)
 
 
-def _drawn(pictures: SdxlBatch, schedule: NoiseSchedule) -> SdxlBatch:
+def _drawn(pictures: SdxlBatch, num_timesteps: int) -> SdxlBatch:
     """A batch of pictures at random, with noise and timesteps of torch's generator."""
     batch = pictures.side(torch.randint(_NUM_PICTURES, (_BATCH_SIZE,)))
-    timesteps = torch.randint(schedule.num_timesteps, (_BATCH_SIZE,))
+    timesteps = torch.randint(num_timesteps, (_BATCH_SIZE,))
     return replace(batch, noise=torch.randn_like(batch.latents), timesteps=timesteps)
