@@ -220,7 +220,7 @@ def corrupt_manifest(scene: Scene) -> Iterator[None]:
     yield
     for run in scene.runs:
         path = scene.site.workspace / "data" / run / "make" / f"shard{scene.random.randrange(2)}" / "manifest.json"
-        scene.site.wait(path.is_file)
+        scene.site.wait(path.is_file, seconds=240)
         path.write_text('{"kind": "review_cor')
         for command in ("advance", "status"):
             done = scene.about(command, run)
@@ -235,7 +235,7 @@ def flipped_bit(scene: Scene) -> Iterator[None]:
     for run in scene.runs:
         stage, name = scene.random.choice([("make", "numbers.jsonl"), ("use", "numbers.jsonl")])
         path = scene.site.workspace / "data" / run / stage / f"shard{scene.random.randrange(2)}" / name
-        scene.site.wait((path.parent / "manifest.json").is_file)
+        scene.site.wait((path.parent / "manifest.json").is_file, seconds=240)
         scene.pause(0, 3)
         data = bytearray(path.read_bytes())
         data[scene.random.randrange(len(data))] ^= 1 << scene.random.randrange(8)
