@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from mdlm_artifacts import SHAPE, SMALL, make_toy, run_stage
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training_artifacts import content, executed_steps, kill_after, publish_as
 
 from prefmill.core.artifact import Artifact
@@ -67,6 +68,12 @@ def test_resuming_can_be_forbidden_or_start_from_another_folder(
     run_stage("mdlm_sft", tmp_path / "b", {**KEYS, "resume_from_checkpoint": saved}, datasets=datasets)
     assert executed_steps(tmp_path / "b") == [16]
     assert content(tmp_path / "b") == content(undisturbed)
+    # A checkpoint that lacks a weight would go on from a random one.
+    weights = load_file(f"{saved}/model.safetensors")
+    weights.pop(next(name for name in weights if "layers" in name))
+    save_file(weights, f"{saved}/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PipelineError, match="lacks weights"):
+        run_stage("mdlm_sft", tmp_path / "c", {**KEYS, "resume_from_checkpoint": saved}, datasets=datasets)
 
 
 def test_a_file_of_prompts_and_completions_tunes_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:

@@ -16,10 +16,24 @@ def is_adapter(folder: Path) -> bool:
     return (folder / _CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def split_adapter(name: str) -> tuple[str, Path | None]:
-    """The whole model behind `name` and the adapter on it, None for a whole model; raises ValueError as `base_of`."""
+def adapter_at(name: str, revision: str | None = None) -> Path | None:
+    """The folder of the adapter `name`, a path or a hub's name that is in the cache; None for anything else."""
     folder = Path(name).expanduser()
-    return (base_of(folder), folder) if is_adapter(folder) else (name, None)
+    # Out of the cache alone: a configuration is read where there is no network.
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.is_dir():
+        from huggingface_hub import constants
+
+        cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+        reference = cached / "refs" / (revision or "main")
+        commit = reference.read_text().strip() if reference.is_file() else revision or "main"
+        folder = cached / "snapshots" / commit
+    return folder if is_adapter(folder) else None
+
+
+def split_adapter(name: str, revision: str | None = None) -> tuple[str, Path | None]:
+    """The whole model behind `name` and the adapter on it, None for a whole model; raises ValueError as `base_of`."""
+    folder = adapter_at(name, revision)
+    return (name, None) if folder is None else (base_of(folder), folder)
 
 
 def base_of(folder: Path) -> str:

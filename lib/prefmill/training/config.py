@@ -11,7 +11,7 @@ from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.precision import Precision, Quantization
 from prefmill.core.stage import Task
-from prefmill.training.adapter_folder import base_of, is_adapter, lora_of
+from prefmill.training.adapter_folder import adapter_at, base_of, lora_of
 
 
 class LoraConfig(StrictConfig):
@@ -34,12 +34,13 @@ class LoraConfig(StrictConfig):
     def _as_it_began(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("start") is None:
             return values
-        found = lora_of(Path(str(values["start"])).expanduser())
+        start = adapter_at(str(values["start"])) or Path(str(values["start"])).expanduser()
+        found = lora_of(start)
         # Before defaults are filled in, so only what the user wrote can disagree with the adapter.
         other = [key for key, value in found.items() if values.get(key, value) != value]
         if other:
             raise ValueError(f"the adapter to go on with has another {', '.join(other)}: leave it out")
-        return {**found, **values}
+        return {**found, **values, "start": str(start)}
 
 
 class TrainingConfig(StrictConfig):
@@ -121,14 +122,14 @@ class TrainingConfig(StrictConfig):
     def _adapter_is_continued(cls, values: Any) -> Any:
         """A folder with an adapter alone is that adapter to go on with, on the base that it names."""
         named = values.get("model_name_or_path") if isinstance(values, dict) else None
-        if not isinstance(named, str) or not is_adapter(Path(named).expanduser()):
+        folder = adapter_at(named, values.get("revision")) if isinstance(named, str) else None
+        if folder is None:
             return values
         lora = values.get("lora") or {}
         if lora.get("start") is not None:
             raise ValueError("model_name_or_path and lora.start are both adapters: give one of them")
         # Both are written into the configuration, so that the record says what was trained from.
-        base = base_of(Path(named).expanduser())
-        return {**values, "model_name_or_path": base, "lora": {**lora, "start": named}}
+        return {**values, "model_name_or_path": base_of(folder), "lora": {**lora, "start": str(folder)}}
 
     @field_validator("deepspeed", mode="before")
     @classmethod

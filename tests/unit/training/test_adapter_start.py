@@ -14,6 +14,7 @@ from prefmill.core.config import identity, validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.stage import Task
 from prefmill.families.causal.layout import choose_layout
+from prefmill.families.causal.other_reference import reference_parts
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
@@ -118,6 +119,30 @@ def test_an_adapter_can_be_the_reference(tmp_path: Path, tiny_qwen2: Path, adapt
     for row in margins(made):
         assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == pytest.approx(expected[row["pair_id"]], abs=1e-4)
     assert abs(first_loss(made) - math.log(2)) > 0.01
+
+
+def test_an_adapter_in_the_hubs_cache_is_found_by_its_name(
+    adapter: Path, tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a policy to go on with, as lora.start and as a reference, without a network."""
+    from huggingface_hub import constants
+
+    cached = tmp_path / "hub" / "models--me--mine"
+    shutil.copytree(adapter, cached / "snapshots" / "abc123")
+    for name in ("main", "v2"):
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / name).write_text("abc123" if name == "main" else "gone")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    local = validate(PreferenceConfig, {"model_name_or_path": str(adapter), "ref_name": str(adapter)})
+    named = validate(PreferenceConfig, {"model_name_or_path": "me/mine", "ref_name": "me/mine"})
+    assert named.model_name_or_path == str(tiny_qwen2)
+    assert identity(named)["lora"] == identity(local)["lora"]
+    assert reference_parts(named) == (str(tiny_qwen2), cached / "snapshots" / "abc123")
+    start = validate(PreferenceConfig, {"model_name_or_path": str(tiny_qwen2), "lora": {"start": "me/mine"}})
+    assert identity(start)["lora"] == identity(local)["lora"]
+    other = validate(PreferenceConfig, {"model_name_or_path": "me/mine", "revision": "v2"})
+    assert other.lora is None, "another revision, which is not here"
 
 
 def test_an_adapters_content_and_shape_are_the_configurations(adapter: Path, tiny_qwen2: Path, tmp_path: Path) -> None:

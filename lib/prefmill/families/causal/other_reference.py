@@ -24,7 +24,7 @@ def reference_parts(config: PreferenceConfig) -> tuple[str, Path | None] | None:
     """The whole model of another reference, and the adapter on it where it is one."""
     name = reference_name(config)
     try:
-        return None if name is None else split_adapter(name)
+        return None if name is None else split_adapter(name, config.ref_revision)
     except ValueError as error:
         raise ConfigError("the reference cannot be loaded", where=name, got=error, fix="merge the adapter") from None
 
