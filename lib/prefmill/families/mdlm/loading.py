@@ -52,6 +52,9 @@ def load_diffusion_tokenizer(
     return tokenizer
 
 
+BLOCK_DIFFUSION = ("llada2_moe",)
+
+
 def load_diffusion_model(
     name: str,
     *,
@@ -74,6 +77,12 @@ def load_diffusion_model(
     switch_dropout_off(model)
     if run:
         require_both_ways(model, name)
+    if model.config.model_type in BLOCK_DIFFUSION:
+        print(
+            f"note: {name} was made to write block by block; its training, answers and likelihoods here see the whole "
+            "text at once, but for likelihoods with score_block_tokens=32",
+            flush=True,
+        )
     return model
 
 

@@ -126,9 +126,12 @@ def test_logits_are_those_of_a_plain_implementation(kin: tuple[str, Path]) -> No
     assert expected.std() > 0.1
 
 
-def test_names_weights_and_keys_come_back_byte_by_byte(kin: tuple[str, Path], tmp_path: Path) -> None:
-    _, folder = kin
+def test_names_weights_and_keys_come_back_byte_by_byte(
+    kin: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, folder = kin
     load_diffusion_model(str(folder), precision="fp32").save_pretrained(tmp_path)
+    assert ("block by block" in capsys.readouterr().out) is (name == "llada2_moe")
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
