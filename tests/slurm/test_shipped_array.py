@@ -33,7 +33,9 @@ def test_six_trainings_give_what_a_local_run_gives(site: Site, tmp_path: Path) -
     path.write_text(yaml.safe_dump(small.model_dump(mode="json")))
     keys = [f"{stage}.num_train_epochs=1" for stage in ("sft", "dpo")]
     run(tmp_path / "near", "run=six", *keys, pipeline=path)
-    (cluster := tmp_path / "cluster.yaml").write_text("advance: false\nexport: [OMP_NUM_THREADS, HF_HUB_OFFLINE]\n")
+    (cluster := tmp_path / "cluster.yaml").write_text(
+        "advance: false\nexport: [OMP_NUM_THREADS, HF_HUB_OFFLINE]\nresources: {cpus: 4}\n"
+    )
     far = Site(site.cluster, REPOSITORY, tmp_path / "far")
     done = far.prefmill("submit", str(path), f"workspace={far.workspace}", "run=six", *keys, "--cluster", str(cluster))
     assert done.returncode == 0, done.stderr
