@@ -22,7 +22,7 @@ class TinyImageModelConfig(StrictConfig):
     @model_validator(mode="after")
     def _others_are_random(self) -> TinyImageModelConfig:
         if self.pretrain_steps and self.architecture != "sdxl":
-            raise ValueError("pretrain_steps: only the SDXL is trained, leave it out")
+            raise ValueError("of the two architectures only the SDXL is trained: leave out pretrain_steps")
         return self
 
 

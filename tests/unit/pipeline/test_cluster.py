@@ -66,7 +66,7 @@ def test_secrets_are_read_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "text", "said"),
-    [(0o640, "TOKEN=x", "others can read"), (0o604, "TOKEN=x", "others can read"), (0o600, "TOKE=x", "holds no TOKEN")],
+    [(0o640, "TOKEN=x", "others can read"), (0o604, "TOKEN=x", "others can read"), (0o600, "TOKE=x", "has no TOKEN")],
 )
 def test_secrets_others_can_read_or_that_are_missing_are_refused(
     tmp_path: Path, mode: int, text: str, said: str

@@ -107,8 +107,8 @@ def own_likelihoods(model: Any) -> tuple[Sequences, Tensor]:
     if not expected.isfinite().all():
         raise InputError(
             "the model's own likelihoods are no numbers", where=model.config.name_or_path or None, got=_shown(expected),
-            expected="finite", fix="give the model as it was published, or a wider precision: its weights hold NaN, or "
-            "overflow",
+            expected="finite",
+            fix="give the model as it was published, or read its weights, which hold NaN or overflow, with more digits",
         )  # fmt: skip
     return sequences, expected
 
