@@ -62,8 +62,10 @@ def clean_copy(folder: Path) -> None:
 
 def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user in the checkout would, the environment active."""
+    # A training in this process has pointed trackers at its own logs.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("TRACKIO_", "WANDB_"))}
     environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
+        **own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": f"{folder}/lib:{folder}", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return subprocess.run(

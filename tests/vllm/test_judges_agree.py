@@ -41,7 +41,14 @@ def test_two_engines_of_one_model_are_one_judge(tmp_path: Path, judge: Path, eng
     other = open_engine(config, load_checklist())
     second = scores_of(other, corpus, tmp_path / "hf", config.model_dump(mode="json"))
     task = make_task(tmp_path / "t", "judge_quality", {"corpus": [corpus], "scores": [first], "other_scores": [second]})
-    given = {"num_probed": 3, "max_paraphrases": 0, "num_resamples": 1000, "probe_other": False}
+    # A random model puts little on yes or no.
+    given = {
+        "judge": {"min_answer_mass": 0.0},
+        "num_probed": 3,
+        "max_paraphrases": 0,
+        "num_resamples": 1000,
+        "probe_other": False,
+    }
     swapped = make_task(tmp_path / "u", "judge_quality", {**task.inputs, "scores": [second], "other_scores": [first]})
     stage.run(validate(stage.JudgeQualityConfig, {**given, "num_probed": 0}), task)
     stage.run(validate(stage.JudgeQualityConfig, given), swapped)

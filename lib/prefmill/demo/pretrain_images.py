@@ -31,8 +31,9 @@ def pretrain_unet(folder: Path, steps: int, seed: int, task: Task) -> Metrics:
     # Predicting v weights a picture's errors alike at all noise: what a prompt asks for is learnt many times faster.
     pipeline.scheduler.register_to_config(prediction_type="v_prediction")
     with seeded(seed):
-        unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **_UNET}).train()
+        unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **_UNET, "_name_or_path": ""}).train()
     pipeline.register_modules(vae=vae_by_hand(), unet=unet)
+    pipeline.register_to_config(_name_or_path="")  # diffusers would write this machine's folder into the files
     pipeline.save_pretrained(folder)
     pictures, schedule = encoded(pipeline, seed), load_schedule(folder, None)
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=0.0)
