@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
-from prefmill.pipeline.decisions import WAIT, Decisions
+from prefmill.pipeline.decisions import CANCEL, WAIT, Decisions
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 from prefmill.pipeline.state import inspect
 from prefmill.slurm.elements import Tried, newest, unsent
@@ -70,7 +70,11 @@ def look(workspace: Path, run: str, say: Say = print) -> View:
     if seen is None:
         raise PipelineError("Slurm does not answer", fix="try again when `squeue` does; nothing was touched")
     live = {key: tried[key].element for key in tried if key in open_tasks and seen.live(tried[key].element)}
-    return View(plan, found, tried, dict(seen.queue), open_tasks, Decisions(workspace, run), live, seen.unknown)
+    decisions = Decisions(workspace, run)
+    # Cancelled before it started, an element is for some seconds in no answer of Slurm: nothing is open about it.
+    over = {one.element for key, one in tried.items() if decisions.last(key, one.name).get("action") == CANCEL}
+    unknown = {element: why for element, why in seen.unknown.items() if element not in over}
+    return View(plan, found, tried, dict(seen.queue), open_tasks, decisions, live, unknown)
 
 
 def _sight_after(seconds: float, wanted: Sequence[Tried], others: Sequence[str]) -> Sightings | None:
