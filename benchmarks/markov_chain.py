@@ -6,7 +6,7 @@ joint, the bound B(y) is log p(y) itself, whatever the length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,7 @@ class MarkovChain:
     transitions: Floats
     start: Floats
     length: int
+    tables: dict[bytes, Floats] = field(default_factory=dict, compare=False)
 
     @cached_property
     def steps(self) -> Floats:
@@ -48,17 +49,30 @@ class MarkovChain:
         places = np.arange(self.length + 2)
         left = np.maximum.accumulate(np.where(known, places, 0), axis=1)[:, :-2]
         right = np.minimum.accumulate(np.where(known, places, self.length + 1)[:, ::-1], axis=1)[:, ::-1][:, 2:]
+        rows, columns = masked.nonzero()
         found = np.zeros(masked.shape)
-        for row, place in zip(*masked.nonzero(), strict=True):
-            found[row, place] = self._conditional(words, place + 1, int(left[row, place]), int(right[row, place]))
+        found[rows, columns] = self._conditionals(words)[columns, left[rows, columns], right[rows, columns]]
         return found
 
-    def _conditional(self, words: NDArray[np.int64], place: int, left: int, right: int) -> float:
-        """log p of the word at `place` (from 1) between the known places `left` and `right`; 0 and L + 1 are none."""
-        before = self.start @ self.steps[place - 1] if left == 0 else self.steps[place - left][words[left - 1]]
-        after = np.ones(len(self.start)) if right > self.length else self.steps[right - place][:, words[right - 1]]
-        weights = before * after
-        return float(np.log(weights[words[place - 1]] / weights.sum()))
+    def _conditionals(self, words: NDArray[np.int64]) -> Floats:
+        """log p of the word at each place between its nearest known places, [L, L + 2, L + 2]; 0 and L + 1 are none."""
+        key = words.tobytes()
+        if key not in self.tables:  # asked millions of times for a few responses
+            table = np.zeros((self.length, self.length + 2, self.length + 2))
+            for place in range(1, self.length + 1):
+                before = np.array([self._before(words, place, left) for left in range(place)])
+                after = np.array([self._after(words, place, right) for right in range(place + 1, self.length + 2)])
+                word = words[place - 1]
+                shares = before[:, None, word] * after[None, :, word] / (before @ after.T)
+                table[place - 1, :place, place + 1 :] = np.log(shares)
+            self.tables[key] = table
+        return self.tables[key]
+
+    def _before(self, words: NDArray[np.int64], place: int, left: int) -> Floats:
+        return self.start @ self.steps[place - 1] if left == 0 else self.steps[place - left][words[left - 1]]
+
+    def _after(self, words: NDArray[np.int64], place: int, right: int) -> Floats:
+        return np.ones(len(self.start)) if right > self.length else self.steps[right - place][:, words[right - 1]]
 
 
 def random_chain(num_words: int, length: int, seed: int) -> MarkovChain:

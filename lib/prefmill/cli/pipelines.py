@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from prefmill.slurm.cluster import read_cluster
-    from prefmill.slurm.requests import check_requests
-    from prefmill.slurm.submit import submit
+    from prefmill.slurm.requests import check_requests, read_offer
 
-    pipeline, plan = load_plan(arguments)
-    cluster = read_cluster(arguments.cluster)
-    if not arguments.dry_run:  # one may print scripts for another site
-        check_requests(pipeline, plan, cluster)
+    with ThreadPoolExecutor(1) as pool:  # Slurm answers while the plan is made
+        offer = None if arguments.dry_run else pool.submit(read_offer)  # a dry run may be for another site
+        from prefmill.slurm.submit import submit
+
+        pipeline, plan = load_plan(arguments)
+        cluster = read_cluster(arguments.cluster)
+    if offer is not None:
+        check_requests(pipeline, plan, cluster, offer.result())
     submit(pipeline, plan, arguments.pipeline, cluster, arguments.only, arguments.dry_run)
     return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from prefmill.core.errors import PipelineError
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
@@ -12,15 +14,29 @@ from prefmill.slurm.jobs import Partition
 from prefmill.slurm.policy import SitePolicy, read_policy
 
 
-def check_requests(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile) -> None:
+@dataclass(frozen=True)
+class Offer:
+    """A site's partitions by name, none where Slurm is silent, and the rules for this user."""
+
+    partitions: Mapping[str, Partition]
+    policy: SitePolicy | None
+
+
+def read_offer() -> Offer:
+    """Ask Slurm for both."""
+    with ThreadPoolExecutor(1) as pool:
+        policy = pool.submit(read_policy)
+        found = slurm.partitions() or {}
+    return Offer(found, policy.result() if found else None)
+
+
+def check_requests(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, offer: Offer) -> None:
     """Raise PipelineError for stages that Slurm would accept and never start; nothing is checked where it is silent."""
-    offered = slurm.partitions() or {}
-    policy = read_policy() if offered else None
     problems = [
         f"{stage}: {text}"
-        for stage in (by_stage(plan) if offered else {})
+        for stage in (by_stage(plan) if offer.partitions else {})
         for text in objections(
-            cluster, resources_for(cluster, stage, pipeline.stages[stage].resources), offered, policy
+            cluster, resources_for(cluster, stage, pipeline.stages[stage].resources), offer.partitions, offer.policy
         )
     ]
     if problems:
