@@ -157,6 +157,14 @@ def test_low_yield_is_a_warning(tmp_path: Path) -> None:
     habit = [rating(f"p{n:02}/{a}", f"p{n:02}/{b}", "left") for n in range(NUM_PROMPTS) for a, b in ((0, 1), (2, 3))]
     told = summary(build(tmp_path / "b", habit, num_seeds=4))
     assert any(warning.startswith("rater ann answers by the side") for warning in told["warnings"])
+    # Who answers a pair's six dimensions alike has answered once: by the image here, which stood left 17 times of 24.
+    shown = [(row["left"], row["right"]) for row in habit]
+    alike = [
+        rating(*pair, "left" if place < 17 else "right", dimension=name)
+        for place, pair in enumerate(shown) for name in DIMENSIONS
+    ]  # fmt: skip
+    told = summary(build(tmp_path / "c", alike, num_seeds=4))
+    assert not any("answers by the side" in warning for warning in told["warnings"])
 
 
 def test_several_artifacts_and_sources_add_up(tmp_path: Path) -> None:

@@ -23,12 +23,14 @@ class RaterFigures:
     num_right: int = 0
     num_ties: int = 0
     num_skips: int = 0
+    lefts: Counter[PairKey] = field(default_factory=Counter)  # left answers less right ones, over a pair's dimensions
 
     @property
     def prefers_a_side(self) -> bool:
         """Whether the side an image stood on tells the answer, far beyond chance."""
-        decided = self.num_left + self.num_right
-        return decided >= _BIAS_VOTES and abs(self.num_left - self.num_right) > _BIAS_Z * decided**0.5
+        # Answers to one pair's dimensions go together: pairs are what chance puts left or right.
+        chance = sum(count**2 for count in self.lefts.values()) ** 0.5
+        return self.num_left + self.num_right >= _BIAS_VOTES and abs(self.lefts.total()) > _BIAS_Z * chance
 
 
 @dataclass
@@ -100,7 +102,8 @@ def figures(votes: Votes) -> dict[str, Any]:
             "num_ties": values.count(0.5),
             "agreement": None if agreement is None else round(agreement, 6),
         }
-    raters = {name: vars(votes.raters[name]) for name in sorted(votes.raters)}
+    told = ("num_left", "num_right", "num_ties", "num_skips")
+    raters = {name: {key: getattr(votes.raters[name], key) for key in told} for name in sorted(votes.raters)}
     return {"dimensions": dimensions, "raters": raters}
 
 
@@ -119,3 +122,4 @@ def _vote(rating: Rating) -> float | None:
 def _figure(found: RaterFigures, rating: Rating) -> None:
     name = {"left": "num_left", "right": "num_right", "tie": "num_ties", "skip": "num_skips"}[rating["choice"]]
     setattr(found, name, getattr(found, name) + 1)
+    found.lefts[_pair(rating)] += {"left": 1, "right": -1}.get(rating["choice"], 0)
