@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class GoodImage:
     width: int
     height: int
     sha256: str
+    pixels_sha256: str
     suffix: str
 
     @property
@@ -117,7 +118,7 @@ def _look(image: SourceImage) -> GoodImage | ImageError:
         facts = inspect_image(image.path, image.where)
     except ImageError as error:
         return error
-    return GoodImage(image, facts.width, facts.height, facts.sha256, facts.suffix)
+    return GoodImage(image, **asdict(facts))
 
 
 def _same_file(first: Path, second: Path) -> bool:

@@ -8,16 +8,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefmill.store.pictures import FORMATS, MAX_PIXELS, check_image, reading, upright_size
+from prefmill.store.pictures import FORMATS, MAX_PIXELS, as_seen, check_image, reading, upright_size
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """A decodable image file: size in pixels as people see it, sha256 of the file, and its format's suffix."""
+    """A decodable image file: size as people see it, sha256 of the file and of its pixels, its format's suffix."""
 
     width: int
     height: int
     sha256: str
+    pixels_sha256: str
     suffix: str
 
 
@@ -29,7 +30,8 @@ def inspect_image(content: bytes | Path, where: object = None, max_pixels: int =
         data = content.read_bytes() if isinstance(content, Path) else content
     image = check_image(data, where, max_pixels)
     width, height = upright_size(image)
-    return ImageFacts(width, height, hashlib.sha256(data).hexdigest(), FORMATS[str(image.format)])
+    pixels = hashlib.sha256(f"{width}x{height}".encode() + as_seen(image, where).tobytes()).hexdigest()
+    return ImageFacts(width, height, hashlib.sha256(data).hexdigest(), pixels, FORMATS[str(image.format)])
 
 
 def place(source: Path, target: Path, is_ours: bool) -> None:

@@ -64,15 +64,15 @@ def choose_pairs(
     """A pair for every two images of which voters prefer one overall, weighted 1 / pairs of its prompt; and the ties.
 
     Overall is the vote on `overall`, or the mean over the other dimensions where nobody was asked. Pairs of equal
-    files, and those whose voters agree less than `min_agreement`, are set aside. All are in split `train` still.
+    pictures, and those whose voters agree less than `min_agreement`, are set aside. All are in split `train` still.
     """
     found: list[ImagePair] = []
     num_ties = 0
     for pair in votes.pairs():
         shares = {name: votes.share(pair, name) for name in DIMENSIONS}
         overall = _overall(shares)
-        # Content, not names: a preference between two equal files is noise.
-        if images[pair[0]].sha256 == images[pair[1]].sha256:
+        # Pixels, not files: a preference between two equal pictures is noise, whatever format each has.
+        if images[pair[0]].pixels_sha256 == images[pair[1]].pixels_sha256:
             quarantine.add("pair", _pair_id(pair), "the same image twice")
         elif overall is None or (overall == 0.5 and not _disputed(votes, pair)):
             num_ties += 1
@@ -96,7 +96,7 @@ def split_pairs(
     pairs: Sequence[ImagePair], images: Mapping[str, GoodImage], config: ImageSplitConfig
 ) -> list[ImagePair]:
     """The pairs with their splits: prompts of the same words, or with an image in common, are in the same one."""
-    digests = {image.file: image.sha256 for image in images.values()}
+    digests = {image.file: image.pixels_sha256 for image in images.values()}
     owners = _Owners()
     for pair in pairs:
         for name in (pair["preferred"], pair["rejected"]):

@@ -68,7 +68,7 @@ def plan_matchups(images: Iterable[GoodImage], most_per_prompt: int | None, seed
     found = []
     for prompt_id in sorted(by_prompt):
         ordered = sorted(by_prompt[prompt_id], key=lambda image: image.source.image_id)
-        every = [Matchup(a, b) for a, b in itertools.combinations(ordered, 2) if a.sha256 != b.sha256]
+        every = [Matchup(a, b) for a, b in itertools.combinations(ordered, 2) if a.pixels_sha256 != b.pixels_sha256]
         # By a number per pair, not by shuffling: a further image leaves the order of the other pairs as it was.
         drawn = sorted(every, key=lambda item: draw(seed, item.matchup_id))[:most_per_prompt]
         found += sorted(drawn, key=lambda item: item.matchup_id)

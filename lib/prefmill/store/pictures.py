@@ -32,7 +32,7 @@ def open_image(path: str | Path) -> Image:
     CMYK, grey and palettes are converted; of an animation the first frame. More than `MAX_PIXELS` are not decoded.
     """
     with reading(path):
-        return _as_seen(_opened(path, path), path)
+        return as_seen(_opened(path, path), path)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -63,11 +63,12 @@ def shown_bytes(path: Path) -> tuple[bytes, str]:
         if _is_plain(image):
             return path.read_bytes(), Image.MIME[str(image.format)]
         written = io.BytesIO()
-        _as_seen(image, path).save(written, format="PNG", compress_level=1)
+        as_seen(image, path).save(written, format="PNG", compress_level=1)
         return written.getvalue(), "image/png"
 
 
-def _as_seen(image: Image, where: object) -> Image:
+def as_seen(image: Image, where: object) -> Image:
+    """An opened image as `open_image` gives it."""
     from PIL import Image, ImageOps
 
     _require_scale(image, where)
