@@ -2,29 +2,42 @@
 
     python -m benchmarks.data_peers FOLDER ingest_polars|ingest_orjson|build_orjson
 
-Ingest: read a table of reviews, check what a row must have, one row a paper, a split by the hash of its title, both
-files in order. Build: join the scores, the best fifth by score for SFT, pairs of a paper whose rating and score agree.
-None names a faulty line, merges titles, reports what was dropped, resumes or publishes; FOLDER holds `reviews.jsonl`.
+Ingest: read a table of reviews, check every field of a row, clean its texts, one row a paper that its rows agree on,
+one paper a title, a split by the hash of the title, both files in order, synced and hashed: the same bytes as ours.
+Build: join the scores, the best fifth by score for SFT, pairs of a paper whose rating and score agree.
+None names a faulty line or sets one aside, reads numbers in words, resumes or publishes; FOLDER holds `reviews.jsonl`.
 polars is not among the requirements: `pip install polars` first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
+import unicodedata
+from collections import Counter
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
-_NOT_IN_KEY = re.compile(r"[\W_]+")
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+_NOT_IN_ID = r"[\s/\\\x00-\x1f\x7f-\x9f]|^\.|^.{201}|^$"
+_NOT_IN_KEY = r"[\W_]+"
 _PAPER = ("paper_id", "title", "abstract", "text", "decision", "venue")
-_RATING, _CHECKMARK, _FRACTION, _TRAIN = 2.0, 2.0, 0.2, 0.85
+_FIELDS = {*_PAPER, "review_id", "review_text", "rating", "confidence", "sub_scores"}
+_DECISIONS = {"accepted", "rejected", "withdrawn", "desk_rejected"}
+_SHARES = (("test", 0.1), ("dev", 0.05), ("val", 0.085))
+_RATING, _CHECKMARK, _FRACTION = 2.0, 2.0, 0.2
 
 
-def _position(title: str) -> float:
-    key = _NOT_IN_KEY.sub(" ", title.casefold()).strip()
-    return int.from_bytes(hashlib.sha256(f"0/{key}".encode()).digest()[:8]) / 2**64
+def _split(key: str) -> str:
+    position = int.from_bytes(hashlib.sha256(f"0/{key}".encode()).digest()[:8]) / 2**64
+    for name, share in _SHARES:
+        if position < share:
+            return name
+        position -= share
+    return "train"
 
 
 def ingest_polars(folder: Path) -> None:
@@ -32,17 +45,35 @@ def ingest_polars(folder: Path) -> None:
     import polars as pl
 
     rows = pl.read_ndjson(folder / "reviews.jsonl")
+    assert set(rows.columns) <= _FIELDS
     assert rows["rating"].is_between(1, 10).all()
-    assert (rows["review_text"].str.strip_chars().str.len_chars() > 0).all()
+    assert not rows.select(pl.any_horizontal(pl.col("paper_id", "review_id").str.contains(_NOT_IN_ID).any())).item()
+    texts = pl.col("review_text", "title", "abstract", "text", "decision", "venue")
+    rows = rows.with_columns(texts.str.replace_all(r"\r\n?", "\n").str.replace_all(_CONTROL, "").str.strip_chars())
+    assert not rows.select(pl.any_horizontal((pl.col("review_text", "title") == "").any())).item()
+    assert rows["decision"].drop_nulls().is_in(_DECISIONS).all()
     assert rows["review_id"].is_unique().all()
-    papers = rows.select(*_PAPER).unique("paper_id").sort("paper_id")
-    split = [("train" if _position(title) > 1 - _TRAIN else "val") for title in papers["title"]]
-    papers.with_columns(pl.Series("split", split)).write_ndjson(folder / "polars_papers.jsonl")
-    kept = rows.select(
-        "review_id", "paper_id", pl.col("review_text").str.strip_chars().alias("text"),
-        pl.col("rating").cast(pl.Float64), "confidence", "venue", "sub_scores",
-    )  # fmt: skip
-    kept.sort("paper_id", "review_id").write_ndjson(folder / "polars_reviews.jsonl")
+    papers = rows.select(*_PAPER).unique()
+    assert papers["paper_id"].is_unique().all()
+    key = pl.col("title").str.normalize("NFKC").str.to_lowercase().str.replace_all(_NOT_IN_KEY, " ").str.strip_chars()
+    papers = papers.sort("paper_id").with_columns(key.alias("key"))
+    kept = papers.select("paper_id", pl.col("paper_id").first().over("key").alias("kept"))
+    papers = papers.unique("key", keep="first", maintain_order=True)
+    papers = papers.with_columns(
+        pl.Series("split", [_split(key) for key in papers["key"]]),
+        *(pl.lit([], pl.List(pl.String)).alias(name) for name in ("pages", "figures")),
+    ).drop("key")
+    papers.write_ndjson(folder / "polars_papers.jsonl")
+    confidence = pl.col("confidence").cast(pl.Float64)
+    numbers = pl.Struct(dict.fromkeys(rows["sub_scores"].struct.fields, pl.Float64))
+    reviews = rows.join(kept, "paper_id").select(
+        "review_id", pl.col("kept").alias("paper_id"), pl.col("review_text").alias("text"),
+        pl.col("rating").cast(pl.Float64), pl.when(confidence.is_between(1, 5)).then(confidence).alias("confidence"),
+        "venue", pl.col("sub_scores").cast(numbers),
+    ).sort("paper_id", "review_id")  # fmt: skip
+    reviews.write_ndjson(folder / "polars_reviews.jsonl")
+    counts = (reviews["rating"].value_counts(), papers["split"].value_counts(), papers["decision"].value_counts())
+    print(*counts, *map(_published, (folder / "polars_papers.jsonl", folder / "polars_reviews.jsonl")))
 
 
 def ingest_orjson(folder: Path) -> None:
@@ -54,21 +85,46 @@ def ingest_orjson(folder: Path) -> None:
     with (folder / "reviews.jsonl").open("rb") as stream:
         for line in stream:
             row = orjson.loads(line)
+            assert row.keys() <= _FIELDS
             assert 1 <= row["rating"] <= 10
-            text = row["review_text"].strip()
+            assert row["decision"] is None or row["decision"] in _DECISIONS
+            assert not any(re.search(_NOT_IN_ID, row[name]) for name in ("paper_id", "review_id"))
+            paper = {name: _clean(row.get(name)) for name in _PAPER}
+            text, sure = _clean(row["review_text"]), row.get("confidence")
             assert text
-            if row["paper_id"] not in papers:
-                split = "train" if _position(row["title"]) > 1 - _TRAIN else "val"
-                papers[row["paper_id"]] = {**{key: row.get(key) for key in _PAPER}, "split": split}
+            assert paper["title"]
+            assert papers.setdefault(row["paper_id"], paper) == paper
             reviews.append({
                 "review_id": row["review_id"], "paper_id": row["paper_id"], "text": text,
-                "rating": float(row["rating"]), "confidence": row.get("confidence"),
-                "venue": row.get("venue"), "sub_scores": row.get("sub_scores"),
+                "rating": float(row["rating"]), "confidence": float(sure) if 1 <= (sure or 0) <= 5 else None,
+                "venue": paper["venue"],
+                "sub_scores": {name: float(score) for name, score in row["sub_scores"].items()},
             })  # fmt: skip
     assert len({row["review_id"] for row in reviews}) == len(reviews)
+    first: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    for paper_id in sorted(papers):
+        key = re.sub(_NOT_IN_KEY, " ", unicodedata.normalize("NFKC", papers[paper_id]["title"]).casefold()).strip()
+        kept[paper_id] = first.setdefault(key, paper_id)
+    written = [
+        {**papers[paper_id], "split": _split(key), "pages": [], "figures": []} for key, paper_id in first.items()
+    ]
+    reviews = [{**row, "paper_id": kept[row["paper_id"]]} for row in reviews]
     reviews.sort(key=lambda row: (row["paper_id"], row["review_id"]))
-    _write(folder / "orjson_papers.jsonl", [papers[key] for key in sorted(papers)])
+    _write(folder / "orjson_papers.jsonl", written)
     _write(folder / "orjson_reviews.jsonl", reviews)
+    counts = (Counter(row["rating"] for row in reviews), Counter(paper["split"] for paper in written))
+    print(*counts, *map(_published, (folder / "orjson_papers.jsonl", folder / "orjson_reviews.jsonl")))
+
+
+def _clean(text: str | None) -> str | None:
+    return text and re.sub(_CONTROL, "", re.sub(r"\r\n?", "\n", text)).strip()
+
+
+def _published(path: Path) -> str:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def build_orjson(folder: Path) -> None:
@@ -82,6 +138,7 @@ def build_orjson(folder: Path) -> None:
     cut = ranked[int(_FRACTION * len(ranked)) - 1]
     sft: dict[str, list[Any]] = {"train": [], "val": []}
     dpo: dict[str, list[Any]] = {"train": [], "val": []}
+    reviews = [row for row in reviews if papers[row["paper_id"]]["split"] in sft]
     for paper_id, group in groupby(reviews, key=lambda row: row["paper_id"]):
         paper, some = papers[paper_id], list(group)
         prompt = (

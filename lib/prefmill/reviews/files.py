@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import dataclasses
 import gzip
 import json
 import logging
@@ -14,6 +13,8 @@ import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
+
+from msgspec.structs import replace
 
 from prefmill.core.errors import InputError
 from prefmill.reviews.rows import Place, RawRow, RowProblem, excerpt
@@ -139,12 +140,12 @@ def json_file_row(path: Path, source: int) -> RawRow | RowProblem:
     try:
         return as_row(json.loads(content), place)
     except UnicodeDecodeError as error:
-        place = dataclasses.replace(place, line=content.count(b"\n", 0, error.start) + 1)
+        place = replace(place, line=content.count(b"\n", 0, error.start) + 1)
         return RowProblem(place, "invalid UTF-8", _UTF8_FIX, excerpt(content))
     except RecursionError as error:
         return RowProblem(place, f"not JSON: {error}", "remove the file", excerpt(content))
     except json.JSONDecodeError as error:
-        place = dataclasses.replace(place, line=error.lineno)
+        place = replace(place, line=error.lineno)
         return RowProblem(place, f"not JSON: {error.msg}", "correct that line, or remove the file", excerpt(content))
 
 

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from prefmill.core.config import StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
-from prefmill.core.records import Paper, Review
+from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
 from prefmill.reviews.rows import Item, PaperRow, RawRow, RowError, RowProblem, Skipped, Unknown
-from prefmill.reviews.scale import COMMON_SCALE, common_rating, prompt_scale
+from prefmill.reviews.scale import COMMON_SCALE, prompt_scale, rescaled
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
-from prefmill.reviews.store import CorpusStore
+from prefmill.reviews.store import CorpusStore, StoredReview
 from prefmill.store.jsonl import JsonlWriter
 
 _SHOWN_PROBLEMS, _SHOWN_UNKNOWN = 5, 100
@@ -166,12 +166,12 @@ def write_corpus(
                 continue
             row = _paper(paper, document, "test" if paper.paper_id in test_ids else split_of(key, splits))
             written = reviews_of[paper.paper_id]
-            scale = prompt_scale(written)
+            scale = prompt_scale([review.scale for review in written])
             # No key on 1 to 10: a corpus that was made before rows kept their scale has the same bytes.
             papers.write(row if scale == COMMON_SCALE else {**row, "scale": list(scale)})
             for review in written:
-                reviews.write(review)
-                tally.ratings[common_rating(review)] += 1
+                reviews.write_line(review.json)
+                tally.ratings[rescaled(review.rating, review.scale, COMMON_SCALE)] += 1
             _count(tally, row, document, len(written))
         # Still inside the writers' block: they rename their files only when it ends without an error.
         rejects.check_share(tally.rows)
@@ -190,10 +190,10 @@ def write_corpus(
 class _InOrder:
     """Groups that come in order of their keys, looked up by rising keys; those that nobody asks for are passed over."""
 
-    def __init__(self, groups: Iterator[tuple[str, list[Review]]]) -> None:
+    def __init__(self, groups: Iterator[tuple[str, list[StoredReview]]]) -> None:
         self._groups = groups
 
-    def __getitem__(self, key: str) -> list[Review]:
+    def __getitem__(self, key: str) -> list[StoredReview]:
         return next((rows for name, rows in self._groups if name == key), [])
 
 

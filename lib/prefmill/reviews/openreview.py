@@ -7,11 +7,11 @@ section of the review, a number there is a sub-score, so that nothing is lost.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from prefmill.core.records import Decision
@@ -170,13 +170,13 @@ def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
     details = row.values.get("details")
-    yield dataclasses.replace(row, place=dataclasses.replace(row.place, item=_note_name(row.values)))
+    yield replace(row, place=replace(row.place, item=_note_name(row.values)))
     if isinstance(details, dict):
         # The API uses the name that was asked for: details=replies, or details=directReplies.
         replies = details.get("replies") or details.get("directReplies") or []
         for reply in replies if isinstance(replies, list) else [replies]:
             name = _note_name(reply) if isinstance(reply, dict) else "reply"
-            yield as_row(reply, dataclasses.replace(row.place, item=name))
+            yield as_row(reply, replace(row.place, item=name))
 
 
 def _note_name(note: Mapping[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from prefmill.reviews.files import as_row, files_at, json_file_row
 from prefmill.reviews.rows import (
@@ -110,7 +111,7 @@ def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
     """The reviews of a file, each with what it takes from its paper."""
     paper = {_PAPER: row.values.get("id"), _VENUE: row.values.get("conference")}
     for index, entry in enumerate(row.values["reviews"]):
-        review = as_row(entry, dataclasses.replace(row.place, item=f"reviews[{index}]"))
+        review = as_row(entry, replace(row.place, item=f"reviews[{index}]"))
         if isinstance(review, RawRow):
             review.values.update({**paper, _INDEX: index})
         yield review

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from prefmill.core.errors import nearest
 from prefmill.core.records import Decision
@@ -18,7 +19,10 @@ from prefmill.reviews.scale import COMMON_SCALE, Scale
 _EXCERPT_CHARS = 200
 _MAX_ID_CHARS = 200  # file names may have 255 bytes, with an ending
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
+# Read by bytes.translate, the quickest way to ask: 0 for each of these in ASCII, and anything else stays.
+_CONTROL_TO_ZERO = bytes(0 if _CONTROL.match(chr(code)) else code for code in range(256))
 _NEWLINES = re.compile(r"\r\n?")
+_PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # nearly every id, known to be fit at once
 _NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
 # "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th", "4.5.1" or "6,5"
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
@@ -27,6 +31,8 @@ _SECOND_NUMBER = re.compile(
     r"\s*(?:(?P<of>/|(?:out )?of\b)|-+>?|[–—→±~,;]|to\b|or\b)\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)"
 )
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
+_NUMBERS = (int, float)  # the types: to isinstance a bool is an int, and `true` would be a rating of 1
+_MAX_NUMBER = sys.float_info.max
 
 DECISIONS: tuple[Decision, ...] = ("accepted", "rejected", "withdrawn", "desk_rejected")
 _DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first that matches
@@ -52,8 +58,8 @@ class RowError(ValueError):
         return self.reason
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+# Structs, as each row of a source makes one of each: a frozen dataclass takes ten times as long to make.
+class Place(msgspec.Struct, frozen=True):
     """Where a row came from: the source's position in the configuration, its file, and line or item there."""
 
     source: int
@@ -68,11 +74,10 @@ class Place:
     @property
     def brief(self) -> str:
         """The place without folders, for text that must not depend on where a file lies."""
-        return str(dataclasses.replace(self, file=Path(self.file).name))
+        return str(msgspec.structs.replace(self, file=Path(self.file).name))
 
 
-@dataclass(frozen=True, slots=True)
-class PaperRow:
+class PaperRow(msgspec.Struct, frozen=True):
     """What one row says of a paper; empty text and None mean that it does not say."""
 
     paper_id: str
@@ -93,8 +98,7 @@ class DecisionRow:
     rank: int = 2  # a decision's note; 1: the venue's own group as venueid; 0: a meta-review's recommendation
 
 
-@dataclass(frozen=True, slots=True)
-class ReviewRow:
+class ReviewRow(msgspec.Struct, frozen=True):
     """A review; `rating` within `scale`, its source's."""
 
     review_id: str
@@ -103,7 +107,7 @@ class ReviewRow:
     rating: float
     confidence: float | None = None
     venue: str = ""
-    sub_scores: Mapping[str, float] = field(default_factory=dict)
+    sub_scores: Mapping[str, float] = {}
     scale: Scale = COMMON_SCALE
 
 
@@ -138,8 +142,7 @@ class RowProblem:
     excerpt: str
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
+class RawRow(msgspec.Struct, frozen=True):
     """One raw row as its file holds it, before its meaning is known."""
 
     place: Place
@@ -178,7 +181,7 @@ def clean_text(value: object, name: str) -> str:
         return ""
     if not isinstance(value, str):
         raise RowError(f"{name} is not text but {type(value).__name__}", f"write {name} as text")
-    if value.isascii() and value.isprintable():  # most titles, ids and short texts, without a search
+    if value.isascii() and 0 not in value.encode().translate(_CONTROL_TO_ZERO):
         return value.strip()
     if "\r" in value:
         value = _NEWLINES.sub("\n", value)
@@ -201,6 +204,8 @@ def required_text(value: Any, name: str) -> str:
 
 def parse_id(value: Any, name: str, prefix: str = "") -> str:
     """An id that can also name a file: text without spaces, slashes or control characters."""
+    if isinstance(value, str) and _PLAIN_ID.fullmatch(value):
+        return prefix + value
     identifier = required_text(value, name)
     if _NOT_IN_ID.search(identifier) or identifier.startswith(".") or len(identifier) > _MAX_ID_CHARS:
         raise RowError(
@@ -212,14 +217,16 @@ def parse_id(value: Any, name: str, prefix: str = "") -> str:
 
 def parse_score(value: Any, name: str) -> float:
     """A finite number, or the one that text such as `6: marginally above the threshold` begins with."""
-    number = value
-    if isinstance(value, str):
-        match = _LEADING_NUMBER.match(value)
-        number = float(match[1]) if match else None
-    # bool is named because to Python it is an int: `true` would be a rating of 1.
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+    match = _LEADING_NUMBER.match(value) if isinstance(value, str) else None
+    number = float(match[1]) if match else value
+    if not is_number(number):
         raise RowError(f"{name} is not a number: {excerpt(repr(value))}", f"give {name} a number, or remove the row")
     return float(number)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number, neither NaN nor infinite, that a float can hold."""
+    return type(value) in _NUMBERS and -_MAX_NUMBER <= value <= _MAX_NUMBER
 
 
 def begins_with_number(text: str) -> bool:
@@ -231,6 +238,8 @@ def parse_rating(
     value: Any, scale: Scale, words: Mapping[str, float] | None = None, decimal_comma: bool = False
 ) -> float:
     """A rating within `scale`; `words` gives the number of a rating in words, `decimal_comma` reads 6,5 as 6.5."""
+    if type(value) in _NUMBERS and scale[0] <= value <= scale[1]:
+        return float(value)
     rating = parse_score(_as_number(value, scale, words or {}, decimal_comma), "rating")
     if not scale[0] <= rating <= scale[1]:
         raise RowError(
@@ -286,6 +295,8 @@ def parse_confidence(value: Any, words: Mapping[str, float] | None = None) -> fl
     """A confidence from 1 to 5, None where there is none; a word that `words` lacks and another number are unknown."""
     if value is None or value == "":
         return None
+    if type(value) in _NUMBERS and 1 <= value <= 5:
+        return float(value)
     number = (words or {}).get(word_key(value)) if isinstance(value, str) else None
     if number is None and isinstance(value, str) and not begins_with_number(value):
         return Unknown("confidence", value)

@@ -36,9 +36,11 @@ def common_rating(review: Review) -> float:
     return rescaled(review["rating"], scale_of(review), COMMON_SCALE)
 
 
-def prompt_scale(reviews: Sequence[Review]) -> Scale:
-    """The scale to ask for in a paper's prompt: the most frequent of its reviews; of equals, the lowest."""
-    counts = Counter(map(scale_of, reviews))
+def prompt_scale(scales: Sequence[Scale]) -> Scale:
+    """The scale to ask for in a paper's prompt: the most frequent of its reviews' `scales`; of equals, the lowest."""
+    if len(set(scales)) == 1:
+        return scales[0]
+    counts = Counter(scales)
     return min(counts, key=lambda scale: (-counts[scale], scale), default=COMMON_SCALE)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import errno
 import os
 import sqlite3
@@ -15,27 +13,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+from msgspec.structs import replace
+
 from prefmill.core.records import Decision, Review
 from prefmill.reviews.rows import DecisionRow, PaperRow, Place, ReviewRow, RowError, RowProblem
-from prefmill.reviews.scale import COMMON_SCALE
+from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.reviews.splits import title_key
 from prefmill.store.jsonl import parse_json, to_json
 
-_CACHE_KILOBYTES = 65536
+_CACHE_KILOBYTES, _PAGE_BYTES = 65536, 32768  # a page holds some forty reviews
 _SCHEMA = """
 CREATE TABLE papers (paper_id TEXT PRIMARY KEY, title TEXT, abstract TEXT, text TEXT, decision TEXT, venue TEXT,
     drawn INTEGER, title_key TEXT, file INTEGER, line INTEGER, item TEXT);
-CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, text TEXT, rating REAL, confidence REAL, venue TEXT,
-    sub_scores TEXT, rating_min REAL, rating_max REAL, file INTEGER, line INTEGER, item TEXT);
+CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, json TEXT, rating REAL, rating_min REAL,
+    rating_max REAL, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, rank INTEGER, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
 CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
 """
 _PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn"
-_REVIEW_FIELDS = ("review_id", "paper_id", "text", "rating", "confidence", "venue")
-_REVIEW_COLUMNS = ", ".join([*_REVIEW_FIELDS, "sub_scores", "rating_min", "rating_max"])
 _NO_DECISION: Any = (-1, None, 0, None, None)
 _MERGED_FIELDS = ("abstract", "text", "decision", "venue")
+
+
+class StoredReview(msgspec.Struct, frozen=True):
+    """A review as its line of the corpus, and what the corpus counts."""
+
+    json: str
+    rating: float
+    scale: Scale
 
 
 class CorpusStore(AbstractContextManager["CorpusStore"]):
@@ -50,8 +57,12 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         # and no other connection reads it.
         self._database = sqlite3.connect(path, isolation_level=None)
         self._database.executescript(
-            f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{_CACHE_KILOBYTES}; {_SCHEMA} BEGIN;"
+            f"PRAGMA page_size={_PAGE_BYTES}; PRAGMA cache_size=-{_CACHE_KILOBYTES}; PRAGMA journal_mode=OFF; "
+            f"PRAGMA synchronous=OFF; {_SCHEMA} BEGIN;"
         )
+        self._database.create_function("moved", 2, _moved)
+        # One cursor for what is done for every row: a connection's execute makes one each time.
+        self._insert = self._database.cursor().execute
         self._files: list[tuple[int, str]] = []
         self._file_numbers: dict[tuple[int, str], int] = {}
         self._last_paper: PaperRow | None = None
@@ -67,13 +78,13 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def add(self, place: Place, item: PaperRow | DecisionRow | ReviewRow) -> None:
         """Take in an item; raises RowError, naming the earlier row, when it contradicts or repeats one."""
+        if item is self._last_paper:  # tables repeat the paper on each of its reviews
+            return
         if isinstance(item, ReviewRow):
             self._add_review(place, item)
         elif isinstance(item, DecisionRow):
             self._add_decision(place, item)
-        elif (
-            item is not self._last_paper and item != self._last_paper
-        ):  # sources repeat the paper on each of its reviews
+        elif item != self._last_paper:
             self._add_paper(place, item)
             self._last_paper = item
 
@@ -98,11 +109,11 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         for file, line, item, key, *paper in self._database.execute(query):
             yield self._place(file, line, item), _paper(paper), key
 
-    def reviews_by_paper(self) -> Iterator[tuple[str, list[Review]]]:
+    def reviews_by_paper(self) -> Iterator[tuple[str, list[StoredReview]]]:
         """Each paper's id and its reviews, both in order of their ids: one walk along the index."""
-        query = f"SELECT {_REVIEW_COLUMNS} FROM reviews ORDER BY paper_id, review_id"  # noqa: S608
-        for paper_id, rows in groupby(self._database.execute(query), itemgetter(1)):
-            yield paper_id, list(map(_review, rows))
+        query = "SELECT paper_id, json, rating, rating_min, rating_max FROM reviews ORDER BY paper_id, review_id"
+        for paper_id, rows in groupby(self._database.execute(query), itemgetter(0)):
+            yield paper_id, [StoredReview(json, rating, (low, high)) for _, json, rating, low, high in rows]
 
     def find_paper(self, identifier: str, key: str) -> str | None:
         """The id of the paper with that id, with an id that was merged into it, or with that title key."""
@@ -156,36 +167,44 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         return merged
 
     def _add_paper(self, place: Place, paper: PaperRow) -> None:
+        # Inserted without a look, as nearly every id is new; the earlier row is read only on a clash.
+        values = (
+            paper.paper_id, paper.title, paper.abstract, paper.text, paper.decision, paper.venue, paper.drawn,
+            title_key(paper.title), *self._located(place),
+        )  # fmt: skip
+        try:
+            self._insert("INSERT INTO papers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        except sqlite3.IntegrityError:
+            self._complete(paper)
+
+    def _complete(self, paper: PaperRow) -> None:
+        """Fill in what earlier rows of the paper lack; raises RowError where they say something else."""
         query = f"SELECT file, line, item, {_PAPER_COLUMNS} FROM papers WHERE paper_id = ?"  # noqa: S608
         known = self._database.execute(query, (paper.paper_id,)).fetchone()
-        if known is None:
-            values = (
-                paper.paper_id, paper.title, paper.abstract, paper.text, paper.decision, paper.venue, paper.drawn,
-                title_key(paper.title), *self._located(place),
-            )  # fmt: skip
-            self._database.execute("INSERT INTO papers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
-            return
         earlier = _paper(known[3:])
         _require_agreement(earlier, paper, self._place(*known[:3]))
         self._update(_filled(earlier, paper))
 
     def _add_review(self, place: Place, review: ReviewRow) -> None:
         values = (
-            review.review_id, review.paper_id, review.text, review.rating, review.confidence, review.venue,
-            to_json(review.sub_scores) if review.sub_scores else "{}", *review.scale, *self._located(place),
+            review.review_id, review.paper_id, to_json(_written(review)), review.rating, *review.scale,
+            *self._located(place),
         )  # fmt: skip
-        # Inserted without a look, as nearly every id is new; the earlier row is read only on a clash.
-        with contextlib.suppress(sqlite3.IntegrityError):
-            self._database.execute("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
-            return
+        try:
+            self._insert("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        except sqlite3.IntegrityError:
+            self._meet_again(review.review_id, values)
+
+    def _meet_again(self, review_id: str, values: tuple[Any, ...]) -> None:
+        """Count a review that was listed word for word before; raises RowError where it says something else."""
         query = "SELECT * FROM reviews WHERE review_id = ?"
-        known = self._database.execute(query, (review.review_id,)).fetchone()
+        known = self._database.execute(query, (review_id,)).fetchone()
         if known[:-3] == values[:-3]:
             self.num_repeated += 1
             return
         earlier = self._place(*known[-3:])
         raise RowError(
-            f"another review with the id {review.review_id} is at {earlier.brief}",
+            f"another review with the id {review_id} is at {earlier.brief}",
             "remove one of the two rows, or rename its id",
         )
 
@@ -204,7 +223,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._database.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def _replace(self, kept: PaperRow, dropped_id: str) -> None:
-        self._database.execute("UPDATE reviews SET paper_id = ? WHERE paper_id = ?", (kept.paper_id, dropped_id))
+        query = "UPDATE reviews SET paper_id = :kept, json = moved(json, :kept) WHERE paper_id = :dropped"
+        self._database.execute(query, {"kept": kept.paper_id, "dropped": dropped_id})
         self._database.execute("DELETE FROM papers WHERE paper_id = ?", (dropped_id,))
         # A test set may list the dropped id, which must still find its paper.
         self._database.execute("INSERT INTO aliases VALUES (?, ?)", (dropped_id, kept.paper_id))
@@ -224,15 +244,18 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         return Place(*self._files[file], line, item)
 
 
-def _review(row: Any) -> Review:
-    review_id, paper_id, text, rating, confidence, venue, sub_scores, low, high = row
+def _written(row: ReviewRow) -> Review:
     review: Review = {
-        "review_id": review_id, "paper_id": paper_id, "text": text, "rating": rating, "confidence": confidence,
-        "venue": venue, "sub_scores": {} if sub_scores == "{}" else parse_json(sub_scores),
+        "review_id": row.review_id, "paper_id": row.paper_id, "text": row.text, "rating": row.rating,
+        "confidence": row.confidence, "venue": row.venue, "sub_scores": dict(row.sub_scores),
     }  # fmt: skip
-    if (low, high) != COMMON_SCALE:
-        review["scale"] = [low, high]
+    if row.scale != COMMON_SCALE:
+        review["scale"] = list(row.scale)
     return review
+
+
+def _moved(review: str, paper_id: str) -> str:
+    return to_json({**parse_json(review.encode()), "paper_id": paper_id})
 
 
 def _paper(values: Any) -> PaperRow:
@@ -241,9 +264,7 @@ def _paper(values: Any) -> PaperRow:
 
 def _filled(paper: PaperRow, other: PaperRow) -> PaperRow:
     """`paper` with what it lacks taken from `other`."""
-    return dataclasses.replace(
-        paper, **{name: getattr(other, name) for name in _MERGED_FIELDS if not getattr(paper, name)}
-    )
+    return replace(paper, **{name: getattr(other, name) for name in _MERGED_FIELDS if not getattr(paper, name)})
 
 
 def _require_agreement(earlier: PaperRow, later: PaperRow, place: Place) -> None:

@@ -22,6 +22,7 @@ from prefmill.reviews.rows import (
     begins_with_number,
     check_fields,
     clean_text,
+    is_number,
     parse_id,
     parse_score,
     required_text,
@@ -125,7 +126,7 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
 
 def _paper(values: dict[str, Any], config: SourceConfig, drawn: bool) -> PaperRow:
     """The paper of a row; the one of the row before where that says the same, as each review repeats its paper."""
-    said = [values.get(name) for name in _PAPER_FIELDS]
+    said = list(map(values.get, _PAPER_FIELDS))
     if config.previous_paper and config.previous_paper[0] == said:
         known: PaperRow = config.previous_paper[1]
         return known
@@ -153,7 +154,10 @@ def _sub_scores(value: Any) -> tuple[dict[str, float], list[Item]]:
     if not isinstance(value, dict):
         raise RowError(f"sub_scores is not an object but {type(value).__name__}", "write names and numbers")
     # Sorted: the store compares them as JSON to see whether a review is listed twice word for word.
-    given = [(str(name), score) for name, score in sorted(value.items()) if score not in (None, "")]
+    scores = {name: float(score) for name, score in sorted(value.items()) if is_number(score)}
+    if len(scores) == len(value):
+        return scores, []
+    given = [(name, score) for name, score in sorted(value.items()) if score not in (None, "")]
     in_words = {name for name, score in given if isinstance(score, str) and not begins_with_number(score)}
     scores = {name: parse_score(score, f"sub_scores.{name}") for name, score in given if name not in in_words}
     return scores, [Unknown("sub-score in words", name) for name in sorted(in_words)]

@@ -74,8 +74,7 @@ def test_a_review_of_another_venue_is_put_on_the_prompts_scale() -> None:
 
 
 def test_the_prompt_asks_for_the_most_frequent_scale() -> None:
-    mixed = [item.review for scale in ((0.0, 10.0), (1.0, 5.0), (1.0, 5.0)) for item in reviews(scale, [0.5])]
-    assert prompt_scale(mixed) == (1.0, 5.0)
+    assert prompt_scale([(0.0, 10.0), (1.0, 5.0), (1.0, 5.0)]) == (1.0, 5.0)
     assert prompt_scale([]) == COMMON_SCALE
 
 
