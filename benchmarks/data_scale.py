@@ -4,13 +4,14 @@
 
 Every task runs in a process of its own, through the worker that pipelines use: hashing and publishing included.
 Targets on 2 cores: under 1 GB, and under 300 s for a million reviews. With `--peers` the reviews come from a file, and
-scripts with polars and orjson (benchmarks.data_peers) do the work of ingest and build in the same run: ingest is to
-take at most twice polars' time, build at most 1.2 times orjson's. The last line is for machines.
+scripts with polars and orjson (benchmarks.data_peers) do the work of ingest and build in the same run, ingest to the
+same bytes: it is to take at most twice polars' time, build at most 1.2 times orjson's. The last line is for machines.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import os
 import shutil
 import subprocess
@@ -120,9 +121,20 @@ def _measure_peers(stage: str, ours: Usage, plan: Plan) -> None:
     for name in _PEERS.get(stage, ()):
         command = [sys.executable, "-m", "benchmarks.data_peers", str(plan.workspace), name]
         usage = _timed(command, plan.workspace / f"{name}.log")
+        if stage == "ingest_reviews":
+            _check_same_work(plan, name)
         ratio = f"ours takes {ours.cpu_seconds / usage.cpu_seconds:.2f} times its cpu s"
         row = f"{usage.seconds:>10.1f}{'':>12}{usage.cpu_seconds:>9.1f}{usage.peak_gb * 1024:>10,.0f}"
         print(f"  {name:<36}{row}  {ratio}", flush=True)
+
+
+def _check_same_work(plan: Plan, peer: str) -> None:
+    """Exits where the corpus of `peer` is not ours to the last byte: it would have done other work."""
+    (ours,) = plan.select("ingest_reviews")
+    for table in ("papers.jsonl", "reviews.jsonl"):
+        theirs = plan.workspace / f"{peer.removeprefix('ingest_')}_{table}"
+        if not filecmp.cmp(ours.output / table, theirs, shallow=False):
+            sys.exit(f"{peer} wrote another {table} than ingest_reviews")
 
 
 def _run(task: PlannedTask, argv: Sequence[str]) -> Usage:

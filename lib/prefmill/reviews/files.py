@@ -69,10 +69,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     """The objects of a file with one JSON object a line."""
+    file = str(path)
     for number, line in read_lines(path):
         if line.isspace():
             continue
-        place = Place(source, str(path), number)
+        place = Place(source, file, number)
         try:
             values = parse_json(line)
         except UnicodeDecodeError as error:

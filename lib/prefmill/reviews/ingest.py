@@ -28,6 +28,7 @@ from prefmill.reviews.store import CorpusStore, StoredReview
 from prefmill.store.jsonl import JsonlWriter
 
 _SHOWN_PROBLEMS, _SHOWN_UNKNOWN = 5, 100
+_ROWS_A_LOOK = 64  # at the clock, for the progress
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int | None, str], None]  # done, total where known, unit
 
@@ -109,13 +110,15 @@ def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Reject
     """Read every source into `store`. Raises InputError for a source without rows."""
     tally = IngestTally()
     for number, source in enumerate(sources):
-        counts: Counter[str] = Counter()
+        counts, before = Counter[str](), tally.rows
         for row in tqdm(read_source(source, number), desc=f"source {number}", unit="row", unit_scale=True):
+            if not tally.rows % _ROWS_A_LOOK:
+                # No total: to count the rows, every source would have to be read twice.
+                progress(tally.rows, None, "rows")
             tally.rows += 1
-            # No total: to count the rows, every source would have to be read twice.
-            progress(tally.rows, None, "rows")
             _take(row, store, rejects, counts, tally.unknown)
-        if not counts:
+        counts["rows"] = tally.rows - before
+        if not counts["rows"]:
             raise InputError(
                 "a source without rows", where=getattr(source, "path", "sources"), got="0 rows",
                 fix="check that this is the file you meant, or remove the source",
@@ -204,7 +207,6 @@ def _take(
     counts: Counter[str],
     unknown: Counter[str],
 ) -> None:
-    counts["rows"] += 1
     if isinstance(row, RowProblem):
         rejects.add(row)
         return

@@ -107,7 +107,7 @@ class ReviewRow(msgspec.Struct, frozen=True):
     rating: float
     confidence: float | None = None
     venue: str = ""
-    sub_scores: Mapping[str, float] = {}
+    sub_scores: dict[str, float] = {}
     scale: Scale = COMMON_SCALE
 
 

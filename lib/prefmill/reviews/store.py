@@ -20,7 +20,7 @@ from prefmill.core.records import Decision, Review
 from prefmill.reviews.rows import DecisionRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.reviews.splits import title_key
-from prefmill.store.jsonl import parse_json, to_json
+from prefmill.store.jsonl import finite_to_json, parse_json
 
 _CACHE_KILOBYTES, _PAGE_BYTES = 65536, 32768  # a page holds some forty reviews
 _SCHEMA = """
@@ -187,7 +187,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def _add_review(self, place: Place, review: ReviewRow) -> None:
         values = (
-            review.review_id, review.paper_id, to_json(_written(review)), review.rating, *review.scale,
+            review.review_id, review.paper_id, finite_to_json(_written(review)), review.rating, *review.scale,
             *self._located(place),
         )  # fmt: skip
         try:
@@ -247,7 +247,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 def _written(row: ReviewRow) -> Review:
     review: Review = {
         "review_id": row.review_id, "paper_id": row.paper_id, "text": row.text, "rating": row.rating,
-        "confidence": row.confidence, "venue": row.venue, "sub_scores": dict(row.sub_scores),
+        "confidence": row.confidence, "venue": row.venue, "sub_scores": row.sub_scores,
     }  # fmt: skip
     if row.scale != COMMON_SCALE:
         review["scale"] = list(row.scale)
@@ -255,7 +255,7 @@ def _written(row: ReviewRow) -> Review:
 
 
 def _moved(review: str, paper_id: str) -> str:
-    return to_json({**parse_json(review.encode()), "paper_id": paper_id})
+    return finite_to_json({**parse_json(review.encode()), "paper_id": paper_id})
 
 
 def _paper(values: Any) -> PaperRow:

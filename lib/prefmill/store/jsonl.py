@@ -83,12 +83,17 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
 
 def to_json(row: Any) -> str:
     """A row as one line of JSON, much sooner than by `json.dumps`; ValueError for NaN and infinity."""
+    line = finite_to_json(row)
+    # NaN is written as null there: where a null stands, another writer has to say which it was.
+    return _to_json(row) if "null" in line else line
+
+
+def finite_to_json(row: Any) -> str:
+    """As `to_json`, in half its time: for a row whose numbers were checked, as NaN would become null."""
     try:
-        line = msgspec.json.encode(row)
+        return msgspec.json.encode(row).decode()
     except (TypeError, ValueError, OverflowError):  # paths, halves of surrogate pairs, numbers of over 64 bits
         return _to_json(row)
-    # NaN is written as null here: where a null stands, another writer has to say which it was.
-    return _to_json(row) if b"null" in line else line.decode()
 
 
 def _to_json(row: Any) -> str:

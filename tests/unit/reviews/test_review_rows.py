@@ -40,7 +40,22 @@ def test_scores_as_venues_write_them(value: Any, score: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, "", "NaN", "accept", "6th", "1.2.3", True, float("nan"), float("inf"), [6], {"value": 6}]
+    "value",
+    [
+        None,
+        "",
+        "NaN",
+        "accept",
+        "6th",
+        "1.2.3",
+        True,
+        float("nan"),
+        float("inf"),
+        10**400,
+        "9" * 400,
+        [6],
+        {"value": 6},
+    ],
 )
 def test_what_is_no_number_is_refused(value: Any) -> None:
     with pytest.raises(RowError, match="rating is not a number") as caught:
