@@ -6,6 +6,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from prefmill.checklist.engine import TransformersConfig, VllmConfig
 from prefmill.core.errors import PipelineError, PrefmillError
 from prefmill.core.places import MANIFEST
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
@@ -74,10 +77,22 @@ def _stated_hours(
 
 
 def _without_gpu(task: PlannedTask, resources: Resources, offered: Mapping[str, Partition] | None) -> Iterator[str]:
-    """A training takes days on CPUs; a site that has no GPU at all is there for small models."""
-    has_gpus = offered is None or any(partition.gpus for partition in offered.values())
-    if isinstance(task.config, TrainingConfig) and task.stage.trains and not resources.gpus and has_gpus:
-        yield f"it trains and gets no GPU: give it some as `gpus` under stages.{task.stage.name} of the cluster file"
+    """A training or a judge takes days on CPUs; a site that has no GPU at all is there for small models."""
+    if resources.gpus or not (offered is None or any(partition.gpus for partition in offered.values())):
+        return
+    does = "trains" if isinstance(task.config, TrainingConfig) and task.stage.trains else ""
+    does = does or next((f"judges with {name}" for name in _judges(task.config)), "")
+    if does:
+        yield f"it {does} and gets no GPU: give it some as `gpus` under stages.{task.stage.name} of the cluster file"
+
+
+def _judges(config: BaseModel) -> Iterator[str]:
+    """The models that this process itself is to run as judges."""
+    for value in vars(config).values():
+        if isinstance(value, TransformersConfig | VllmConfig):
+            yield value.model_name_or_path
+        elif isinstance(value, BaseModel):
+            yield from _judges(value)
 
 
 def _missing_inputs(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[str]:
