@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from prefmill.core.config import validate
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.slurm.cluster import ClusterFile
 from prefmill.slurm.rehearsal_plan import rehearsal_of
 from tests.conftest import REPOSITORY
+from tests.e2e.pipeline_runs import run
 
 
 def test_labels_and_a_temperature_are_left_out(tmp_path: Path) -> None:
@@ -32,6 +34,19 @@ def test_labels_and_a_temperature_are_left_out(tmp_path: Path) -> None:
     assert small.stages["judge_quality"].set["calibrate"] is False
     assert small.stages["evaluate"].needs == {}
     assert {task.stage.name for task in plan.tasks} == set(small.stages)
+
+
+@pytest.mark.slow
+def test_a_checklist_is_optimised_without_a_judge_that_judges(tmp_path: Path) -> None:
+    source = REPOSITORY / "configs" / "pipelines" / "checklist.yaml"
+    real = read_pipeline(source).model_copy(update={"workspace": str(tmp_path)})
+    small, _ = rehearsal_of(real, make_plan(real, source), source, validate(ClusterFile, {}))
+    first = ("ingest_reviews", "optimize_checklist")
+    made = small.model_copy(update={"stages": {name: small.stages[name] for name in first}})
+    (path := tmp_path / "small.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    run(tmp_path, pipeline=path)
+    found = tmp_path / "data" / small.run / "optimize_checklist" / "all" / "optimal_checklist.json"
+    assert json.loads(found.read_text())["items"]
 
 
 @pytest.mark.parametrize(

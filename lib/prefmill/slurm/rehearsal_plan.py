@@ -23,12 +23,19 @@ _ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dp
 _ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny judge judges nothing
 # Keys of stages that do not train; those a stage does not have are left out.
 SMALL: Mapping[str, Mapping[str, Any]] = {
+    # The slice may hold no paper of a listed test set, and few of a small split.
+    "ingest_reviews": {"splits": {"train": 0.5, "val": 0.1, "dev": 0.3, "test": 0.1, "test_set": None}},
     # Where a tiny judge says yes to everything, all reviews have the same score.
     "build_datasets": {"min_checkmark_diff": 0, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
     "validate_datasets": {"max_length": LENGTH},
     "score_reviews": {"judge": _ANY_JUDGE},
-    "optimize_checklist": {"score": {"max_reviews": 100, "judge": _ANY_JUDGE}},
+    # A tiny judge proposes no question and answers all alike: score_reviews rehearses it, here are rules.
     # People's labels name reviews that the slice may not hold.
+    "optimize_checklist": {
+        "propose": {"engine": None, "shipped": True},
+        "score": {"max_reviews": 100, "engine": {"engine": "lexical"}},
+        "select": {"target": "rating", "labels": None, "min_labels": 20},
+    },
     "judge_quality": {"num_probed": 8, "labels": None, "calibrate": False, "judge": _ANY_JUDGE},
     "evaluate": {
         "num_papers": 4,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,8 @@ def test_each_fault_is_found_and_nothing_else() -> None:
     yes[0, 3] = 1 - yes[0, 3]
     paraphrases = {"good": yes[:, [2]].T, "first": columns(5, 1).T}
     found = by_id(screen(["first", "rare", "good", "copy"], yes, yes, paraphrases, RULES))
+    never = by_id(screen(["never"], np.zeros((N, 1)), np.zeros((N, 1)), {}, replace(RULES, min_answer_share=0)))
+    assert never["never"].status == "constant"  # whatever the rule allows: nothing can be learnt from it
     assert {name: item.status for name, item in found.items()} == {
         "first": "unreliable", "rare": "constant", "good": "passed", "copy": "passed",
     }  # fmt: skip

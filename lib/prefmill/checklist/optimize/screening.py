@@ -92,7 +92,7 @@ def _alone(name: str, yes: Array, p_yes: Array, paraphrases: Array, rules: Scree
     # Rules give 0 or 1, from which every seed draws the same.
     seeds = None if np.isin(p_yes, (0.0, 1.0)).all() else seed_kappa(p_yes)
     status: Status = "passed"
-    if min(share, 1 - share) < rules.min_answer_share:
+    if share in (0, 1) or min(share, 1 - share) < rules.min_answer_share:
         status = "constant"
     elif _below(paraphrase, rules.min_paraphrase_kappa) or _below(seeds, rules.min_seed_kappa):
         status = "unreliable"
