@@ -260,7 +260,7 @@ def _write_rows(journal: Journal, output: Path) -> Tally:
             row = entry.row()
             tally.add(row, entry.num_cut_tokens, entry.failed)
             # The journal's own bytes, not written anew from the parsed row.
-            (failures if entry.failed else evaluations).write_line(entry.json.decode())
+            (failures if entry.failed else evaluations).write_line(entry.json)
             if entry.num_cut_tokens:
                 truncated.write(
                     {**{key: row[key] for key in ("review_id", "paper_id")}, "num_cut_tokens": entry.num_cut_tokens}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
@@ -18,7 +17,7 @@ from prefmill.core.image_rows import DIMENSIONS, Rating
 from prefmill.images.collection import Collection, SourceImage
 from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings, read_scores
 from prefmill.images.prompts import is_safe, prompt_id_of
-from prefmill.store.jsonl import read_jsonl
+from prefmill.store.jsonl import parse_json, read_jsonl
 
 _RANKING = "ranking"  # the rater of a published ranking
 # The better image first: our own names, and those of other preference files.
@@ -254,7 +253,7 @@ def _stored(content: Any, base: Path, target: Path) -> Path:
 
 def _json_list(path: Path) -> list[Any]:
     try:
-        rows = json.loads(path.read_bytes())
+        rows = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError("no such file", where=path, fix="check the path") from None
     except ValueError as error:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from prefmill.core.errors import InputError
 from prefmill.reviews.rows import Place, RawRow, RowProblem, excerpt
-from prefmill.store.jsonl import parse_json
+from prefmill.store.jsonl import check_unique_keys, parse_json
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv",)
 JSON = (".json", *JSON_LINES)
@@ -139,7 +139,9 @@ def json_file_row(path: Path, source: int) -> RawRow | RowProblem:
     content = b"".join(line for _, line in read_lines(path))
     place = Place(source, str(path))
     try:
-        return as_row(json.loads(content), place)
+        values = json.loads(content)
+        check_unique_keys(content, values)
+        return as_row(values, place)
     except UnicodeDecodeError as error:
         place = replace(place, line=content.count(b"\n", 0, error.start) + 1)
         return RowProblem(place, "invalid UTF-8", _UTF8_FIX, excerpt(content))
@@ -148,6 +150,8 @@ def json_file_row(path: Path, source: int) -> RawRow | RowProblem:
     except json.JSONDecodeError as error:
         place = replace(place, line=error.lineno)
         return RowProblem(place, f"not JSON: {error.msg}", "correct that line, or remove the file", excerpt(content))
+    except ValueError as error:
+        return RowProblem(place, f"not JSON: {error}", "keep one of the two, or remove the file", excerpt(content))
 
 
 @contextlib.contextmanager
@@ -241,8 +245,17 @@ def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             # Mostly the object only goes on in the next piece; it is a fault where the file ends.
             buffer, position, counted = _grow(buffer[position:], chunks, path, line, error), 0, 0
             continue
-        yield as_row(values, Place(source, str(path), line, f"item {index}"))
+        place = Place(source, str(path), line, f"item {index}")
+        yield _unique_row(buffer[gap.end() : position].encode(), values, place)
         index += 1
+
+
+def _unique_row(text: bytes, values: Any, place: Place) -> RawRow | RowProblem:
+    try:
+        check_unique_keys(text, values)
+    except ValueError as error:
+        return RowProblem(place, f"not JSON: {error}", "keep one of the two", excerpt(text))
+    return as_row(values, place)
 
 
 def _grow(buffer: str, chunks: Iterator[str], path: Path, line: int, error: ValueError | None = None) -> str:

@@ -20,13 +20,13 @@ from prefmill.core.records import Decision, Review
 from prefmill.reviews.rows import DecisionRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.reviews.splits import title_key
-from prefmill.store.jsonl import finite_to_json, parse_json
+from prefmill.store.jsonl import encode_checked, parse_json
 
 _CACHE_KILOBYTES, _PAGE_BYTES = 65536, 32768  # a page holds some forty reviews
 _SCHEMA = """
 CREATE TABLE papers (paper_id TEXT PRIMARY KEY, title TEXT, abstract TEXT, text TEXT, decision TEXT, venue TEXT,
     drawn INTEGER, title_key TEXT, file INTEGER, line INTEGER, item TEXT);
-CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, json TEXT, rating REAL, rating_min REAL,
+CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, json BLOB, rating REAL, rating_min REAL,
     rating_max REAL, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, rank INTEGER, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
@@ -40,7 +40,7 @@ _MERGED_FIELDS = ("abstract", "text", "decision", "venue")
 class StoredReview(msgspec.Struct, frozen=True):
     """A review as its line of the corpus, and what the corpus counts."""
 
-    json: str
+    json: bytes
     rating: float
     scale: Scale
 
@@ -187,7 +187,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def _add_review(self, place: Place, review: ReviewRow) -> None:
         values = (
-            review.review_id, review.paper_id, finite_to_json(_written(review)), review.rating, *review.scale,
+            review.review_id, review.paper_id, encode_checked(_written(review)), review.rating, *review.scale,
             *self._located(place),
         )  # fmt: skip
         try:
@@ -235,8 +235,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def _located(self, place: Place) -> tuple[int, int | None, str | None]:
         file = (place.source, place.file)
-        number = self._file_numbers.setdefault(file, len(self._files))
-        if number == len(self._files):
+        number = self._file_numbers.get(file)
+        if number is None:
+            number = self._file_numbers[file] = len(self._files)
             self._files.append(file)
         return number, place.line, place.item
 
@@ -254,8 +255,8 @@ def _written(row: ReviewRow) -> Review:
     return review
 
 
-def _moved(review: str, paper_id: str) -> str:
-    return finite_to_json({**parse_json(review.encode()), "paper_id": paper_id})
+def _moved(review: bytes, paper_id: str) -> bytes:
+    return encode_checked({**parse_json(review), "paper_id": paper_id})
 
 
 def _paper(values: Any) -> PaperRow:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from prefmill.core.errors import InputError
+from prefmill.store.jsonl import unique_keys
 
 _LINES, _PACKED = (".jsonl", ".ndjson", ".json", ".csv"), {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (*_LINES, *(suffix + packed for suffix in _LINES for packed in _PACKED), ".parquet", ".arrow")
@@ -209,14 +210,6 @@ def _with_bytes(rows: Any) -> Any:
 
 def _loads(data: str, where: str) -> Any:
     try:
-        return json.loads(data, object_pairs_hook=_once)
+        return json.loads(data, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError("not JSON", where=where, got=str(error), fix="correct or delete that line") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # json keeps the last of them and says nothing
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
-    return found

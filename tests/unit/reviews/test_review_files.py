@@ -113,6 +113,27 @@ def test_a_broken_json_file_names_its_line(tmp_path: Path) -> None:
     assert problem.place.line == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "read", "line"),
+    [
+        ('{"a": 1}\n{"id": 1, "id": 2}\n{"a": 2}\n', jsonl_rows, 2),
+        ('[{"a": 1},\n{"text": ": ", "id": 1, "id": 2},\n{"a": 2}]', json_rows, 2),
+        ('{"notes": [{"a": 1},\n{"c": [{"id": 1, "id": 2}]}, {"a": 2}]}', json_rows, 2),
+    ],
+)
+def test_a_key_that_stands_twice_is_a_problem_of_its_row(tmp_path: Path, content: str, read: Any, line: int) -> None:
+    first, problem, last = read(write(tmp_path / "x.json", content), 0)
+    assert [first.values, last.values] == [{"a": 1}, {"a": 2}]
+    assert problem.reason == "not JSON: the key 'id' stands there twice"
+    assert problem.place.line == line
+
+
+def test_a_key_that_stands_twice_in_a_file_of_one_object(tmp_path: Path) -> None:
+    problem = json_file_row(write(tmp_path / "x.json", '{"a": 1,\n"id": 1,\n"id": 2}'), 0)
+    assert isinstance(problem, RowProblem)
+    assert problem.reason == "not JSON: the key 'id' stands there twice"
+
+
 def test_csv_with_quotes_and_lines_inside_cells(tmp_path: Path) -> None:
     content = '\ufeffid,text\nr1,"two\n\nlines, ""quoted"""\nr2,plain\n'
     rows = list(csv_rows(write(tmp_path / "x.csv", content), 0))
