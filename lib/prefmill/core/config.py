@@ -64,9 +64,9 @@ def runtime(default: Any = ..., formerly: str | None = None, **constraints: Any)
     return Field(default, json_schema_extra={"identity": False, "formerly": formerly}, **constraints)
 
 
-def later(default: Any, **constraints: Any) -> Any:
+def later(default: Any, *, formerly: str | None = None, **constraints: Any) -> Any:
     """A field that came after artifacts were made: at its default it is left out of the identity, so that they stay."""
-    return Field(default, json_schema_extra={"identity": "unless default"}, **constraints)
+    return Field(default, json_schema_extra={"identity": "unless default", "formerly": formerly}, **constraints)
 
 
 def renamed(former: str, default: Any, **constraints: Any) -> Any:

@@ -26,6 +26,10 @@ class DiffusionModelConfig(ChatTemplate):
         None, description="whether the output at a position is for the next token; none: read from the model"
     )
     quantization: Quantization | None = Field(None, description="`4bit`: an NF4 base (needs bitsandbytes and `lora`)")
+    block_length: int | None = later(
+        None, formerly="score_block_tokens", ge=1,
+        description="tokens of a block, for block-diffusion models (SDAR: 4); none: the model's (LLaDA2: 32), or whole",
+    )  # fmt: skip
 
 
 class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):

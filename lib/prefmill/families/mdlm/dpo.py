@@ -83,7 +83,7 @@ def train_diffusion_dpo(
 def drawing_of(config: DiffusionPreferenceConfig) -> Drawing:
     """How the configuration draws maskings."""
     power = config.upper_power if "spg" in config.loss_type else None
-    return Drawing(config.num_draws, config.sampling, config.seed, power)
+    return Drawing(config.num_draws, config.sampling, config.seed, power, config.block_length)
 
 
 def _reference(
@@ -116,7 +116,8 @@ def reference_values(
     said = {key: getattr(config, key) for key in ("quantization", "mask_token_id", "shifted_logits")}
     # What the draws follow from is in the key: values of other draws are no reference for these.
     settings = {**computed_as(config), **said, "epochs": num_epochs, "drawing": repr(drawing)}
-    settings |= {} if drawing.upper_power is None else {"upper_power": drawing.upper_power}
+    later = {"upper_power": drawing.upper_power, "block_length": drawing.block_length}
+    settings |= {key: value for key, value in later.items() if value is not None}
     scoring = GroupScoring(
         content=lambda group: [group.prompt, group.responses],
         batches=lambda group: [encode_responses(group, epoch, drawing) for epoch in range(num_epochs)],

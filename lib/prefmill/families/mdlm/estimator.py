@@ -22,9 +22,9 @@ BLOCK = 8  # draws that balance each other; more would gain little and leave not
 
 @dataclass(frozen=True)
 class Draws:
-    """n maskings of L tokens: `masked` [n, L] bool, `weights` [n] float64.
+    """n maskings of L tokens: `masked` [n, L] bool, `weights` [n] float64, or [n, L] where tokens differ in them.
 
-    The estimate is the mean over draws of weight x (sum of the masked tokens' log-probabilities).
+    The estimate is the mean over draws of the sum of weight x log-probability over the masked tokens.
     """
 
     masked: NDArray[np.bool_]

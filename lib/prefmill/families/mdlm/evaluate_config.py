@@ -36,15 +36,10 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
     num_pairs: int | None = Field(None, ge=1, description="held-out pairs to take, from the first; none: all")
     diffusion_steps: int = Field(64, ge=2, description="draws for a likelihood")
     sampling: Sampling = Field("balanced", description="how masks are drawn for a likelihood; the same for all models")
-    score_block_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="likelihoods block by block, for block-diffusion models (LLaDA2, SDAR: 32 or 4); none: whole",
-    )
     exact_chain: bool = Field(True, description="also the chain of conditionals, one forward a token")
     samples_per_prompt: int = Field(1, ge=1, description="answers to every held-out prompt")
     num_tokens: int = Field(128, ge=1, description="tokens of an answer")
-    block_tokens: int | None = Field(None, ge=1, description="semi-autoregressive blocks; none: one block")
+    block_tokens: int | None = Field(None, ge=1, description="semi-autoregressive blocks; none: one, or `block_length`")
     num_steps: int | None = Field(None, ge=1, description="steps of unmasking in all; none: one a token")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
     remasking: Literal["low_confidence", "margin", "entropy", "random"] = Field(

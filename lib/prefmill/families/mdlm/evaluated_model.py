@@ -9,16 +9,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefmill.core.errors import ConfigError
 from prefmill.core.files import digest_json
 from prefmill.distributed.devices import has_gpu
 from prefmill.families.causal.chat import encode, prompt_text, turn_end
 from prefmill.families.causal.generation import end_token_ids
-from prefmill.families.mdlm.block_likelihood import block_bounds
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 from prefmill.families.mdlm.family import Drawing
 from prefmill.families.mdlm.generation import Unmasking, generate, takes_padding
 from prefmill.families.mdlm.likelihood import Likelihood, bounds, chain
-from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of, predicts_next
+from prefmill.families.mdlm.loading import (
+    block_length_of,
+    load_diffusion_model,
+    load_diffusion_tokenizer,
+    mask_token_of,
+    predicts_next,
+)
 from prefmill.families.mdlm.scorer import patch_forward, restore_forward
 from prefmill.store.missing import Progress, in_batches, kept_rows, silent
 
@@ -53,6 +59,7 @@ class Loaded:
     tokenizer: Any
     mask_token_id: int
     shifted: bool
+    block_length: int | None
     config: DiffusionEvaluationConfig
     folder: Path
     advance: Progress
@@ -79,7 +86,10 @@ class Loaded:
         self, prompts: Sequence[list[int]], how: Unmasking, ends: Collection[int] = frozenset()
     ) -> list[list[int]]:
         """Token ids of an answer to every prompt, in order; prompts of about one length run together."""
-        places = batches_by_length(list(map(len, prompts)), self.config.batch_size, takes_padding(self.model))
+        # Blocks count from a text's start: filled up on the left, prompts would have theirs in different columns.
+        mixed = self.block_length is None and takes_padding(self.model)
+        how = replace(how, block_length=self.block_length)
+        places = batches_by_length(list(map(len, prompts)), self.config.batch_size, mixed)
 
         def write(batch: Sequence[Asked]) -> list[list[int]]:
             own = replace(how, seed=how.seed * 1_000_003 + batch[0].number)  # or every batch would be drawn alike
@@ -104,14 +114,11 @@ class Loaded:
 
     def _likelihoods(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[Row]:
         config = self.config
-        drawing = Drawing(config.diffusion_steps, config.sampling, config.seed)
-        at_once, block = config.forward_batch_size, config.score_block_tokens
-        if block is not None:
-            found = block_bounds(self.model, samples, drawing, block, self.mask_token_id, self.shifted, at_once)
-            return list(map(vars, found))
+        drawing = Drawing(config.diffusion_steps, config.sampling, config.seed, block_length=self.block_length)
         scorer = patch_forward(
-            self.model, mask_token_id=self.mask_token_id, shifted=self.shifted, forward_batch_size=at_once
-        )
+            self.model, mask_token_id=self.mask_token_id, shifted=self.shifted,
+            forward_batch_size=config.forward_batch_size, block_length=self.block_length,
+        )  # fmt: skip
         try:
             return list(map(vars, bounds(scorer, samples, drawing)))
         finally:
@@ -119,7 +126,7 @@ class Loaded:
             restore_forward(self.model)
 
     def _chains(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        how = (self.mask_token_id, self.shifted, self.config.forward_batch_size)
+        how = (self.mask_token_id, self.shifted, self.config.forward_batch_size, self.block_length)
         return [chain(self.model, prompt, response, *how) for prompt, response in samples]
 
     def _prompt(self, text: str) -> list[int]:
@@ -164,4 +171,10 @@ def load(label: str, name: str, config: DiffusionEvaluationConfig, folder: Path,
         model = model.to("cuda")
     mask = mask_token_of(model, tokenizer, config.mask_token_id)
     shifted = predicts_next(model, config.shifted_logits)
-    return Loaded(label, model, tokenizer, mask, shifted, config, folder, advance)
+    blocks = block_length_of(model.config, config.block_length, config.attn_implementation)
+    if None not in (blocks, config.block_tokens) and blocks != config.block_tokens:
+        raise ConfigError(
+            "this model writes in blocks of its own", where=name, got=f"block_tokens {config.block_tokens}",
+            expected=f"block_length, {blocks}", fix="leave block_tokens out",
+        )  # fmt: skip
+    return Loaded(label, model, tokenizer, mask, shifted, blocks, config, folder, advance)

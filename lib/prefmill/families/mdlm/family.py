@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefmill.families.causal.group_layout import responses_of
+from prefmill.families.mdlm.blocks import block_spans
 from prefmill.families.mdlm.config import DiffusionTrainingConfig, Sampling
 from prefmill.families.mdlm.estimator import Draws, draws_of, recommend_draws
 from prefmill.families.mdlm.scorer import DiffusionBatch, encode_samples, score_batch
@@ -23,18 +25,26 @@ from prefmill.training.objectives import PairScores
 
 @dataclass(frozen=True)
 class Drawing:
-    """How rows are drawn: the number of draws, which kind, from which seed; and the power of an upper bound, if any."""
+    """How rows are drawn: the number of draws, which kind, from which seed; the power of an upper bound and the blocks
+    that draws are made in, if any.
+    """
 
     num_draws: int
     sampling: Sampling
     seed: int
-    # Not in the text by which references are kept: those made before this key are still found.
+    # Not in the text by which references are kept: those made before these keys are still found.
     upper_power: float | None = field(default=None, repr=False)
+    block_length: int | None = field(default=None, repr=False)
 
     def of(self, prompt: list[int], response: list[int], epoch: int) -> Draws:
-        """The draws of a row in an epoch."""
-        tokens, length = [*prompt, *response], len(response)
-        return draws_of(tokens, length, self.num_draws, self.sampling, self.seed, epoch)
+        """The draws of a row in an epoch: of each block after what precedes it, a draw of the row has one of each."""
+        tokens = [*prompt, *response]
+        blocks = [
+            draws_of(tokens[:end], end - start, self.num_draws, self.sampling, self.seed, epoch)
+            for start, end in block_spans(len(prompt), len(tokens), self.block_length)
+        ]
+        weights = [np.broadcast_to(drawn.weights[:, None], drawn.masked.shape) for drawn in blocks]
+        return Draws(np.concatenate([drawn.masked for drawn in blocks], axis=1), np.concatenate(weights, axis=1))
 
 
 @dataclass
@@ -127,6 +137,8 @@ def fill_groups(
 ) -> list[Group]:
     """Groups whose responses go on in end tokens up to a multiple of `answer_block_tokens`, or to `max_length`.
 
+    Of the answer's tokens, or of the text's for a model that writes in blocks, which are counted from its start.
+
     The model learns them like any other token, and so where answers stop. The width follows from the row alone:
     filled up to the longest of a microbatch, as by LLaDA's guidelines, a model trained row by row learns no stop.
     """
@@ -134,7 +146,8 @@ def fill_groups(
     assert isinstance(end, int)
 
     def filled(prompt: list[int], response: list[int]) -> list[int]:
-        width = min(config.max_length - len(prompt), -(-len(response) // block) * block)
+        before = 0 if config.block_length is None else len(prompt)
+        width = min(config.max_length - len(prompt), -(-(before + len(response)) // block) * block - before)
         return response + [end] * (width - len(response))
 
     return [replace(group, responses=[filled(group.prompt, one) for one in group.responses]) for group in groups]

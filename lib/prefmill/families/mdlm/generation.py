@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prefmill.core.errors import InputError
+from prefmill.families.mdlm.blocks import block_keys, block_spans
 
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
@@ -27,6 +28,9 @@ class Unmasking:
     `guidance` w > 0 takes (1 + w) x logits - w x logits without the prompt (classifier-free guidance). `prefix_cache`
     keeps keys and values of what precedes a block while it is filled (Fast-dLLM, arXiv 2505.22618): an approximation,
     as these would change with the block.
+
+    With `block_length` blocks are those of a block-diffusion model, counted from the text's first token, in place of
+    `block_tokens`: no token sees a later block, and the cache is exact.
     """
 
     num_tokens: int
@@ -37,6 +41,7 @@ class Unmasking:
     seed: int
     guidance: float = 0.0
     prefix_cache: bool = False
+    block_length: int | None = None
 
 
 @torch.no_grad()
@@ -51,27 +56,36 @@ def generate(
     """The answers to prompts (token ids), `num_tokens` ids at most, under a model's own forward.
 
     An answer stops at the first of `end_ids`, which is its last token then. Prompts of unequal length are filled from
-    the left (only for a model that `takes_padding`). Raises ValueError where blocks do not divide answer or steps.
+    the left (only for a model that `takes_padding`, and without `block_length`). Raises ValueError where blocks do not
+    divide answer or steps.
     """
     num_blocks, left = divmod(how.num_tokens, how.block_tokens)
     if left or how.num_steps % num_blocks or how.num_steps > how.num_tokens:
         raise ValueError("num_tokens must be a multiple of block_tokens, and num_steps of the number of blocks")
+    if how.block_length is not None and len({len(prompt) for prompt in prompts}) > 1:
+        raise ValueError("blocks count from a text's start: prompts of one length share a batch")
     device = next(model.parameters()).device
     canvas = _Canvas.blank(prompts, how.num_tokens, mask_token_id, device)
     reader = _Reader(model, how, mask_token_id, shifted)
     generator = torch.Generator(device=device).manual_seed(how.seed)
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
-    for block in range(num_blocks):
-        begin = canvas.begin + block * how.block_tokens
-        _fill_block(reader, canvas, begin, how.num_steps // num_blocks, generator)
-        for row, ids in zip(rows, canvas.ids[:, canvas.begin : begin + how.block_tokens].tolist(), strict=True):
+    for begin, end in _spans(canvas.begin, how):
+        _fill_block(reader, canvas, begin, end, generator)
+        for row, ids in zip(rows, canvas.ids[:, canvas.begin : end].tolist(), strict=True):
             answers[row] = until_end(ids, end_ids)
         going = [n for n, row in enumerate(rows) if answers[row][-1] not in end_ids]
         if not going:
             break
         canvas, rows = canvas.only(going), [rows[n] for n in going]
     return answers
+
+
+def _spans(begin: int, how: Unmasking) -> list[tuple[int, int]]:
+    """The columns of an answer's blocks."""
+    if how.block_length is not None:
+        return block_spans(begin, begin + how.num_tokens, how.block_length)
+    return [(begin + start, begin + end) for start, end in block_spans(0, how.num_tokens, how.block_tokens)]
 
 
 def until_end(ids: list[int], end_ids: Collection[int]) -> list[int]:
@@ -163,32 +177,37 @@ class _Reader:
     shifted: bool
     cache: Any = field(default=None, init=False)
 
-    def logits(self, canvas: _Canvas, begin: int) -> Tensor:
-        """Of the block that begins at column `begin`, [B, block, V] in fp32; a mask is no answer."""
-        first = begin - self.shifted
-        ids, valid = canvas.ids, canvas.valid
+    def logits(self, canvas: _Canvas, begin: int, end: int) -> Tensor:
+        """Of the block in columns [begin, end), [B, block, V] in fp32; a mask is no answer."""
+        first, last = begin - self.shifted, end - self.shifted
+        # Later blocks, which no token of a block-diffusion model sees, are not computed.
+        ids, valid = canvas.ids if self.how.block_length is None else canvas.ids[:, :end], canvas.valid
         if self.how.guidance:
             # The prompt is masked, as LLaDA does, not left out: both passes have the same places.
-            ids = torch.cat([ids, ids.masked_fill(canvas.prompt, self.mask_token_id)])
+            ids = torch.cat([ids, ids.masked_fill(canvas.prompt[:, : ids.shape[1]], self.mask_token_id)])
             valid = None if valid is None else valid.repeat(2, 1)
-        found = self._forward(ids, valid, first).float()
+        found = self._forward(ids, valid, first, last).float()
         if self.how.guidance:
             given, free = found.chunk(2)
             found = free + (1 + self.how.guidance) * (given - free)
         found[..., self.mask_token_id] = -torch.inf
         return found
 
-    def _forward(self, ids: Tensor, valid: Tensor | None, first: int) -> Tensor:
+    def _forward(self, ids: Tensor, valid: Tensor | None, first: int, last: int) -> Tensor:
         keys: dict[str, Any] = {"use_cache": self.how.prefix_cache}
-        skip = 0 if self.cache is None else first
+        # The prompt's end may lie in the first block, and then changes with it.
+        block = self.how.block_length or 1
+        kept = min(first, (first + self.shifted) // block * block)
+        skip = 0 if self.cache is None else kept
         if valid is not None:
             keys["attention_mask"] = valid.long()
+        if self.how.block_length is not None:
+            keys |= block_keys(self.model, ids.shape[1], self.how.block_length, skip=skip)
         if valid is not None or skip:
             places = torch.ones_like(ids) if valid is None else valid.long()
             keys["position_ids"] = (places.cumsum(1) - 1).clamp_min(0)[:, skip:]
         if skip:
             keys["past_key_values"] = self.cache
-        last = first + self.how.block_tokens
         with _only_places(self.model, first - skip, last - skip):
             out = self.model(input_ids=ids[:, skip:], **keys)
         if self.how.prefix_cache:
@@ -199,20 +218,21 @@ class _Reader:
                     where=self.model.config.model_type,
                     fix="set prefix_cache=false",
                 )
-            self.cache.crop(first - ids.shape[1])  # the forward appended what it was shown
+            self.cache.crop(kept - ids.shape[1])  # the forward appended what it was shown
         # A head that no hook sees gives every place.
         logits: Tensor = out.logits
-        return logits if logits.shape[1] == self.how.block_tokens else logits[:, first - skip : last - skip]
+        return logits if logits.shape[1] == last - first else logits[:, first - skip : last - skip]
 
 
-def _fill_block(reader: _Reader, canvas: _Canvas, begin: int, num_steps: int, generator: torch.Generator) -> None:
-    """Settle the tokens of the block of `canvas` that begins at column `begin`, in place."""
+def _fill_block(reader: _Reader, canvas: _Canvas, begin: int, end: int, generator: torch.Generator) -> None:
+    """Settle the tokens of the block in columns [begin, end) of `canvas`, in place, by its share of the steps."""
     # A cache is good for one block: keys of earlier tokens change with every block that is settled.
     how, reader.cache = reader.how, None
     # A view: what is settled in it is settled in the canvas.
-    block = canvas.ids[:, begin : begin + how.block_tokens]
-    for count in settled_at(how.block_tokens, num_steps):
-        logits = reader.logits(canvas, begin)
+    block = canvas.ids[:, begin:end]
+    num_steps = -(-(end - begin) * how.num_steps // how.num_tokens)
+    for count in settled_at(end - begin, num_steps):
+        logits = reader.logits(canvas, begin, end)
         tokens = draw_tokens(logits, how.temperature, generator)
         sure = sureness(logits, tokens, how, generator).masked_fill(block != reader.mask_token_id, -torch.inf)
         best = sure.topk(count, dim=1).indices

@@ -59,8 +59,9 @@ def chain(
     mask_token_id: int,
     shifted: bool,
     forward_batch_size: int,
+    block_length: int | None = None,
 ) -> float:
-    """sum_i log p(y_i | x, y_<i, the rest masked), in nats: exact for this order, one forward a token.
+    """sum_i log p(y_i | x, y_<i, the rest (of its block) masked), in nats: exact for this order, one forward a token.
 
     The bound is this chain's mean over all orders. `model` has its own forward.
     """
@@ -71,7 +72,7 @@ def chain(
         clean = ids.expand(len(chunk), -1)
         noisy = clean.masked_fill(torch.arange(len(ids), device=ids.device) >= chunk[:, None], mask_token_id)
         asked = (torch.arange(len(chunk), device=ids.device), chunk)
-        total += masked_logps(model, model.forward, noisy, asked, clean, shifted).double().sum().item()
+        total += masked_logps(model, model.forward, noisy, asked, clean, shifted, block_length).double().sum().item()
     return total
 
 

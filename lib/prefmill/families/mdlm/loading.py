@@ -52,9 +52,6 @@ def load_diffusion_tokenizer(
     return tokenizer
 
 
-BLOCK_DIFFUSION = ("llada2_moe",)
-
-
 def load_diffusion_model(
     name: str,
     *,
@@ -77,12 +74,6 @@ def load_diffusion_model(
     switch_dropout_off(model)
     if run:
         require_both_ways(model, name)
-    if model.config.model_type in BLOCK_DIFFUSION:
-        print(
-            f"note: {name} was made to write block by block; its training, answers and likelihoods here see the whole "
-            "text at once, but for likelihoods with score_block_tokens=32",
-            flush=True,
-        )
     return model
 
 
@@ -148,6 +139,20 @@ def predicts_next(model: Any, given: bool | None = None) -> bool:
     return model.config.model_type in SHIFTED if given is None else given
 
 
+def block_length_of(config: Any, given: int | None, attention: str | None) -> int | None:
+    """Tokens of the blocks that a model writes: given, or its configuration's; None where it sees the whole text.
+
+    Raises ConfigError for flash attention, which takes no mask of blocks.
+    """
+    found: int | None = given or getattr(config, "block_length", None)
+    if found is not None and "flash" in (attention or ""):
+        raise ConfigError(
+            "flash attention cannot see block by block", where="attn_implementation", got=attention,
+            expected="sdpa or eager", fix="leave attn_implementation out",
+        )  # fmt: skip
+    return found
+
+
 def switch_dropout_off(model: Any) -> Any:
     """`model` without dropout: policy and reference must agree."""
     import torch
@@ -164,14 +169,11 @@ def _load(
     name: str, precision: Precision, revision: str | None, trust: bool, attention: str | None,
     quantization: Quantization | None, read: bool,
 ) -> Any:  # fmt: skip
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    from prefmill.families.mdlm import native  # noqa: F401 - the Auto classes know LLaDA and Dream from here on
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     extra = {} if quantization is None else {"quantization_config": four_bit(precision)}
-    require_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    config = read_config(name, revision, trust)
+    with _loadable(name):
         # BERT, ModernBERT and EuroBERT fill masks by a head of their own; Dream's kin are under AutoModel only.
         known = getattr(config, "auto_map", None) or {}
         is_causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in known or not known
@@ -182,13 +184,30 @@ def _load(
                 name, config=config, revision=revision, trust_remote_code=trust, dtype=torch_dtype(precision),
                 attn_implementation=attention, use_safetensors=True, output_loading_info=True, **extra,
             )  # fmt: skip
+    _check_complete(model, info, name, read)
+    return model
+
+
+def read_config(name: str, revision: str | None, trust: bool) -> Any:
+    """The configuration of a model; raises InputError where there is none to read."""
+    from transformers import AutoConfig
+
+    from prefmill.families.mdlm import native  # noqa: F401 - the Auto classes know LLaDA and Dream from here on
+
+    require_folder(name)
+    with _loadable(name):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+
+
+@contextmanager
+def _loadable(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             "cannot load the model", where=name, got=str(error).splitlines()[0],
             fix="check the name, the revision, and that what its code imports is installed (4bit: bitsandbytes)",
         ) from error  # fmt: skip
-    _check_complete(model, info, name, read)
-    return model
 
 
 @contextmanager

@@ -9,7 +9,7 @@ matrix.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +82,7 @@ class Llada2Config(AsPublished, Glm4MoeConfig):
     """LLaDA2.x's configuration as a GLM-4-MoE's."""
 
     model_type = "llada2_moe"
+    block_length: ClassVar[int] = 32  # what it was made to write at once (section 3 of the paper); no key of its own
 
     @classmethod
     def translate(cls, published: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from prefmill.families.causal.scorer import (
     restore_own_forward,
     sum_by_owner,
 )
+from prefmill.families.mdlm.blocks import block_keys
 from prefmill.families.mdlm.estimator import Draws
 from prefmill.families.mdlm.upper_bound import upper_bounds
 
@@ -29,7 +30,7 @@ class DiffusionBatch:
     """S samples of at most T tokens, each with n maskings of its response; the prompt is never masked.
 
     `input_ids` [S, T] int64 with nothing masked, `ends` [S] the tokens of each row (the rest is padding that no model
-    sees), `masked` [S, n, T] bool, `counts` [S, n] how many that are, `weights` [S, n] fp32; `lengths` [S] the
+    sees), `masked` [S, n, T] bool, `counts` [S, n] how many that are, `weights` [S, n, T] fp32; `lengths` [S] the
     response's tokens; `chosen`, `rejected` [N] name each pair's samples. Shapes follow from `ends` and `counts`, so
     these are numbers of the host: a GPU is never asked for them. With `upper_power` an upper bound is scored too.
     """
@@ -68,14 +69,17 @@ def encode_samples(
     rows = [prompt + response for prompt, response in samples]
     width, num_draws = max(map(len, rows)), len(draws[0].weights)
     masked = torch.zeros(len(rows), num_draws, width, dtype=torch.bool)
+    weights = torch.zeros(masked.shape)
     for index, ((prompt, response), drawn) in enumerate(zip(samples, draws, strict=True)):
-        masked[index, :, len(prompt) : len(prompt) + len(response)] = torch.from_numpy(drawn.masked)
+        places = slice(len(prompt), len(prompt) + len(response))
+        masked[index, :, places] = torch.from_numpy(drawn.masked)
+        weights[index, :, places] = torch.tensor(drawn.weights.reshape(num_draws, -1))
     return DiffusionBatch(
         input_ids=torch.tensor([row + [0] * (width - len(row)) for row in rows]),
         ends=tuple(map(len, rows)),
         masked=masked,
         counts=tuple(tuple(map(int, drawn.masked.sum(1))) for drawn in draws),
-        weights=torch.stack([torch.from_numpy(drawn.weights) for drawn in draws]).float(),
+        weights=weights,
         lengths=torch.tensor([len(response) for _, response in samples]),
         chosen=torch.tensor(chosen, dtype=torch.long),
         rejected=torch.tensor(rejected, dtype=torch.long),
@@ -93,13 +97,17 @@ def score_batch(model: Any, batch: DiffusionBatch) -> Tensor:
     return scores
 
 
-def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forward_batch_size: int = 8) -> Any:
+def patch_forward(
+    model: Any, *, mask_token_id: int, shifted: bool = False, forward_batch_size: int = 8,
+    block_length: int | None = None,
+) -> Any:  # fmt: skip
     """Make `model(...)` return the value of every draw, [S, n] float64: weight x masked tokens' log-probabilities.
 
     `forward_batch_size` maskings run through the model together; activations are recomputed in the backward pass, so
     that memory does not depend on how many draws there are. `shifted`: the output at a place is for the token after it
-    (Dream). Done to `forward` itself, so that DDP, ZeRO-3 and adapters wrap it as they wrap any model. Raises
-    InputError for models whose head does more than project.
+    (Dream). `block_length`: tokens see their own block, with its masks, and earlier ones, whole. Done to `forward`
+    itself, so that DDP, ZeRO-3 and adapters wrap it as they wrap any model. Raises InputError for models whose head
+    does more than project.
     """
     inner = inner_model(model)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "scale_logits"):
@@ -122,8 +130,10 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forw
 
         def sums(rows: Rows) -> Tensor:
             clean, (hidden, places) = input_ids[rows.sample, : rows.end], masked_places(rows)
-            logps = masked_logps(self, plain, clean.masked_fill(hidden, mask_token_id), places, clean, shifted)
-            total = sum_by_owner(logps, places[0], len(rows.sample))
+            noisy = clean.masked_fill(hidden, mask_token_id)
+            logps = masked_logps(self, plain, noisy, places, clean, shifted, block_length)
+            weighed = logps.double() * weights[rows.sample, rows.draw][places]
+            total = sum_by_owner(weighed, places[0], len(rows.sample))
             return total if upper_power is None else torch.cat([total, logps.double()])
 
         together = list(chunks(ends, counts, forward_batch_size, input_ids.device))
@@ -133,7 +143,7 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forw
         values = torch.cat([part[: len(rows.sample)] for rows, part in zip([*together, *idle], found, strict=True)])
         # Chunks go by length: back to samples and draws. Idle runs come last; no place points at them.
         order = torch.argsort(torch.cat([rows.sample * weights.shape[1] + rows.draw for rows in together]))
-        draws = weights * values[order].view(weights.shape)
+        draws = values[order].view(weights.shape[:2])
         if upper_power is None:
             return draws
         places = [masked_places(rows)[1] for rows in together]
@@ -142,7 +152,7 @@ def patch_forward(model: Any, *, mask_token_id: int, shifted: bool = False, forw
         column = torch.cat([column for _, column in places])
         logps = torch.cat([part[len(rows.sample) :] for rows, part in zip(together, found, strict=False)])
         width = input_ids.shape[1]
-        upper = upper_bounds(logps, sample, column, weights[sample, draw], lengths, width, upper_power)
+        upper = upper_bounds(logps, sample, column, weights[sample, draw, column], lengths, width, upper_power)
         return torch.cat([draws, upper[:, None]], dim=1)
 
     inner.forward = MethodType(forward, inner)
@@ -156,9 +166,12 @@ def restore_forward(model: Any) -> None:
 
 
 def masked_logps(
-    model: Any, plain: Any, noisy: Tensor, places: tuple[Tensor, ...], targets: Tensor, shifted: bool
-) -> Tensor:
+    model: Any, plain: Any, noisy: Tensor, places: tuple[Tensor, ...], clean: Tensor, shifted: bool,
+    block_length: int | None = None,
+) -> Tensor:  # fmt: skip
     """log p of the masked tokens of `noisy` [R, T], [C] fp32 by their `places` (rows, columns); logits nowhere else.
+
+    With `block_length` each block of `noisy` is read after the earlier ones of `clean` [R, T], in one pass over both.
 
     The head is made to return these instead of logits, since models with code of their own have no decoder to call.
     It then runs once a forward pass, as FSDP2 and ZeRO-3 expect of a layer whose weights they gather.
@@ -166,15 +179,18 @@ def masked_logps(
     head = model.get_output_embeddings()
     row, column = places
     project, runs = head.forward, []
+    asked: dict[str, Tensor] = {"input_ids": noisy}
+    read = column - 1 if shifted else column
+    if block_length is not None and block_length < noisy.shape[1]:
+        asked, read = _doubled(model, noisy, clean, read, column, block_length)
 
     def logps(hidden: Tensor) -> Tensor:
         runs.append(hidden.shape)
-        states = hidden[row, column - 1 if shifted else column]
-        return logps_inside(states, targets[row, column], project)[None, :, None]
+        return logps_inside(hidden[row, read], clean[row, column], project)[None, :, None]
 
     with forward_as(head, logps):
         # A cache would keep keys and values of every layer, which nothing reads.
-        found: Tensor = plain(input_ids=noisy, use_cache=False).logits
+        found: Tensor = plain(**asked, use_cache=False).logits
     if len(runs) != 1:
         raise InputError(
             "the model projects in a way that cannot be watched", where=model.config.model_type,
@@ -182,6 +198,16 @@ def masked_logps(
             fix="use a model with untied output embeddings, such as LLaDA-8B",
         )  # fmt: skip
     return found.flatten()
+
+
+def _doubled(
+    model: Any, noisy: Tensor, clean: Tensor, read: Tensor, column: Tensor, block_length: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The arguments of a pass over `clean`, then `noisy`, by blocks, and where in it to read the tokens of `column`."""
+    length = noisy.shape[1]
+    asked = {"input_ids": torch.cat([clean, noisy], 1), **block_keys(model, length, block_length, doubled=True)}
+    # Shifted, a block's first token is read in the block before, which is whole.
+    return asked, torch.where(read // block_length < column // block_length, read, read + length)
 
 
 class Rows(NamedTuple):

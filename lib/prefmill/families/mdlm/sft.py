@@ -27,10 +27,11 @@ def train_diffusion_sft(config: DiffusionSftConfig, task: Task, start: str, trai
     groups = load_chats(train, tokenizer, config, task)
     # The objective `sft` has no use for beta, which every Settings has.
     settings = Settings(beta=1.0)
+    drawing = Drawing(config.num_draws, config.sampling, config.seed, block_length=config.block_length)
     data = Preferences(
         train=train_data(groups, config),
         val=val_data(load_chats(val, tokenizer, config, task) if val is not None else [], config),
-        family=diffusion_family(Drawing(config.num_draws, config.sampling, config.seed)),
+        family=diffusion_family(drawing),
         objective=mix(["sft"], [1.0], settings),
         settings=settings,
         telemetry=NoMargins,

@@ -21,7 +21,14 @@ from prefmill.families.causal.scorer import inner_model
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.load_check import check_diffusion_model
-from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of, predicts_next
+from prefmill.families.mdlm.loading import (
+    block_length_of,
+    load_diffusion_model,
+    load_diffusion_tokenizer,
+    mask_token_of,
+    predicts_next,
+    read_config,
+)
 from prefmill.families.mdlm.scorer import patch_forward
 from prefmill.store.artifacts import payload
 from prefmill.training.adapter import add_adapter
@@ -87,7 +94,7 @@ class FollowOnResume(TrainerCallback):
 
 
 def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrainedTokenizerBase]:
-    """The configuration as it runs here, and the tokenizer of `start`."""
+    """The configuration as it runs here, its `block_length` by the model, and the tokenizer of `start`."""
     tokenizer = load_diffusion_tokenizer(
         start,
         template=config,
@@ -95,7 +102,9 @@ def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrained
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    return recomputed_by_layer(config), tokenizer
+    published = read_config(start, config.revision, config.trust_remote_code)
+    blocks = block_length_of(published, config.block_length, config.attn_implementation)
+    return recomputed_by_layer(config.model_copy(update={"block_length": blocks})), tokenizer
 
 
 def diffusion_spec(
@@ -155,7 +164,8 @@ def check_loaded(model: Any, config: DiffusionTrainingConfig, tokenizer: PreTrai
     mask, shifted = _outputs_of(inner, config, tokenizer)
     # FSDP2 and 4-bit layers compute in the run's precision, whatever the weights' dtype says.
     exact = not uses_fsdp(config) and config.quantization is None
-    check_diffusion_model(model, name, mask, shifted, inner.dtype if exact else torch_dtype(config.precision))
+    computed = inner.dtype if exact else torch_dtype(config.precision)
+    check_diffusion_model(model, name, mask, shifted, computed, config.block_length)
 
 
 def recomputed_by_layer(config: ConfigT) -> ConfigT:
@@ -184,7 +194,10 @@ def checkpoint_layers(model: nn.Module) -> None:
 def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, forward_batch_size: int) -> Any:
     """`model` scoring, as the configuration says how its outputs are read."""
     mask, shifted = _outputs_of(model, config, tokenizer)
-    return patch_forward(model, mask_token_id=mask, shifted=shifted, forward_batch_size=forward_batch_size)
+    return patch_forward(
+        model, mask_token_id=mask, shifted=shifted, forward_batch_size=forward_batch_size,
+        block_length=config.block_length,
+    )  # fmt: skip
 
 
 def _outputs_of(model: Any, config: DiffusionModelConfig, tokenizer: Any) -> tuple[int, bool]:

@@ -57,7 +57,7 @@ def single_pass(model: Any, batch: Any, shifted: bool = False) -> Tensor:
         if shifted:
             logps = torch.cat([logps[:, :1], logps[:, :-1]], dim=1)
         found = logps.gather(-1, clean.expand_as(masked)[..., None])[..., 0]
-        rows.append(batch.weights[sample] * (found * masked).sum(1))
+        rows.append((batch.weights[sample, :, :end] * found * masked).sum(1))
     return torch.stack(rows)
 
 

@@ -127,7 +127,7 @@ def test_the_scorer_gives_it_beside_the_draws(tiny_folder: Path, forward_batch_s
         logps = model(input_ids=torch.where(masked, MASK, clean)).logits.double().log_softmax(-1)
         for draw, place in masked.nonzero().tolist():
             value = logps[draw, place, clean[place]].item()
-            tokens.setdefault((s, place), []).append((batch.weights[s, draw].item(), value))
+            tokens.setdefault((s, place), []).append((batch.weights[s, draw, place].item(), value))
     means = {key: np.log(np.average([np.exp(1.5 * v) for _, v in found], weights=[w for w, _ in found])) / 1.5
              for key, found in tokens.items()}  # fmt: skip
     expected = [np.mean([v for (owner, _), v in means.items() if owner == s]) * len(rows[s][1]) for s in range(5)]
