@@ -1,4 +1,4 @@
-"""prefmill from a wheel, in an empty folder: init, run, status, compare, gc, and a stage by hand."""
+"""prefmill from a wheel, in an empty folder: init, run, status, compare, restore, gc, rm, and a stage by hand."""
 
 from __future__ import annotations
 
@@ -68,10 +68,18 @@ def test_from_an_empty_folder_to_a_comparison(site: Path, tmp_path: Path) -> Non
     assert "taken from run demo" in prefmill("run", demo, "run=other", *SMALL, "report.seed=1")
     assert "14 complete" in prefmill("status")
     assert "seed" in prefmill("compare", "demo", "other")
+    report = tmp_path / "work" / "data" / "demo" / "report" / "all"
+    before = (report / "manifest.json").read_text()
+    prefmill("run", demo, *SMALL, "report.seed=2")
+    assert f"report:all restored: {report}" in prefmill("restore", "report", "--run", "demo")
+    assert (report / "manifest.json").read_text() == before
     assert "nothing was deleted" in prefmill("gc")
     prefmill("gc", "--yes")
     models = list((tmp_path / "work" / "checkpoints" / "demo").rglob("model.safetensors"))
     assert sorted(path.parent.parent.name for path in models) == ["dpo", "sft", "tiny_model"]  # one copy of each
+    prefmill("rm", "other", "--yes")
+    assert [line.split()[0] for line in prefmill("runs").splitlines()[1:]] == ["demo"]
+    assert "14 complete" in prefmill("status")  # the newest is now the one that is left
     help_text = shell(sys.executable, "-P", "-m", "prefmill.stages.dpo", "--help")
     assert "python -m prefmill.stages.dpo configs/dpo/demo.yaml" in help_text
     assert subprocess.run(["bash", "-n", str(tmp_path / "work" / "sbatch" / "_env.sh")], check=False).returncode == 0

@@ -41,6 +41,7 @@ def _import(arguments: argparse.Namespace) -> int:
     from prefmill.core.config import validate
     from prefmill.core.errors import ConfigError
     from prefmill.core.files import write_atomic
+    from prefmill.core.places import STAGES
     from prefmill.core.stage import load_stage
     from prefmill.integrations.llamafactory import import_config
     from prefmill.integrations.llamafactory_keys import describe_keys
@@ -57,7 +58,8 @@ def _import(arguments: argparse.Namespace) -> int:
     header = f"# Imported from LLaMA-Factory's {arguments.config.name}.\n"
     notes = "".join(f"# {note}.\n" for note in imported.notes)
     write_atomic(output, header + notes + yaml.safe_dump(imported.config, sort_keys=False))
-    print(f"wrote {output}", *imported.notes, f"next: python -m stages.{imported.stage} {output} run=NAME", sep="\n  ")
+    then = f"next: python -m {STAGES}.{imported.stage} {output} run=NAME"
+    print(f"wrote {output}", *imported.notes, then, sep="\n  ")
     return 0
 
 
@@ -109,12 +111,12 @@ def _rate(arguments: argparse.Namespace) -> int:
 
 def _run_logs(arguments: argparse.Namespace) -> tuple[Path, str]:
     """The folder of a run's logs, and its name."""
-    from prefmill.core.errors import InputError
     from prefmill.core.places import default_workspace
+    from prefmill.pipeline.run_record import no_such_run
 
     workspace = arguments.workspace or default_workspace()
     # `latest` is a link: behind it is the run's own name.
     logs = (workspace / "logs" / arguments.run).resolve()
     if not logs.is_dir():
-        raise InputError("no such run", where=logs, fix="list runs: ls logs/")
+        raise no_such_run(workspace, arguments.run)
     return logs, logs.name

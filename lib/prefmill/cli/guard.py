@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from prefmill.core.errors import PrefmillError, explain_os_error
 
 def guarded(command: Callable[[], int]) -> int:
     """Run `command`; returns its exit code: 2 for what the user can fix, 130 when interrupted."""
+    # A terminal of another encoding shows ? for what it lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         return command()
     except PrefmillError as error:

@@ -44,12 +44,26 @@ def _workspace(arguments: argparse.Namespace) -> Path:
     return workspace
 
 
+def _named_runs(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The workspace, and each run named once, by its own name."""
+    from prefmill.pipeline.run_record import own_name
+
+    workspace = _workspace(arguments)
+    return workspace, list(dict.fromkeys(own_name(workspace, run) for run in arguments.runs))
+
+
 def _runs(arguments: argparse.Namespace) -> int:
+    from prefmill.core.places import LATEST
+    from prefmill.pipeline.run_record import no_such_run
     from prefmill.pipeline.runs import list_runs
 
-    found, now = list_runs(_workspace(arguments)), time.time()
+    workspace, now = _workspace(arguments), time.time()
+    found = list_runs(workspace)
     if arguments.json:
         print(json.dumps([asdict(run) for run in found], indent=1))
+        return 0
+    if not found:
+        print(no_such_run(workspace, LATEST))
         return 0
     rows = [
         (run.name, run.state, f"{run.done}/{run.total}", age(now - run.changed), size(run.size), cut(run.headline))
@@ -60,25 +74,32 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from prefmill.core.errors import PipelineError
     from prefmill.core.files import write_atomic
+    from prefmill.core.places import COMPARISONS
     from prefmill.core.statistics import Resampling
     from prefmill.pipeline.run_record import run_tasks
     from prefmill.report.run_comparison import compare_runs, comparison_page, finished_outputs, show
     from prefmill.store.artifacts import read_manifest
 
-    workspace = _workspace(arguments)
-    outputs = {run: finished_outputs(run_tasks(workspace, run), read_manifest) for run in arguments.runs}
+    workspace, runs = _named_runs(arguments)
+    if len(runs) < 2:
+        raise PipelineError(f"nothing to compare {runs[0]} with", fix="name two runs or more: prefmill compare RUN RUN")
+    outputs = {run: finished_outputs(run_tasks(workspace, run), read_manifest) for run in runs}
     found = compare_runs(outputs, Resampling(2000, 0, 0.95))
     if arguments.json:
         print(json.dumps(asdict(found), indent=1))
         return 0
     for heading, lines in (("KEY", found.keys), ("METRIC", found.metrics)):
+        if not lines:
+            print(f"no {heading.lower()} differs\n")
+            continue
         print_table(("TASK", heading, *found.runs), [(line.task, line.name, *map(show, line.values)) for line in lines])
         print()
     paired = [(line.task, line.measure, line.run, str(line)) for line in found.paired]
     print_table(("TASK", "PAIRED BY PAPER", "RUN", f"DIFFERENCE TO {found.runs[0]} (95 % INTERVAL)"), paired)
     print(*(f"not paired: {note}" for note in found.notes), sep="\n", end="\n" if found.notes else "")
-    page = arguments.output or workspace / "data" / "compare" / f"{'-'.join(found.runs)}.html"
+    page = arguments.output or workspace / "data" / COMPARISONS / f"{'-'.join(found.runs)}.html"
     write_atomic(page, comparison_page(found))
     print(page)
     return 0
@@ -87,11 +108,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _remove(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.runs import point_latest_away, remove_run
 
-    workspace = _workspace(arguments)
+    workspace, runs = _named_runs(arguments)
     # All names are looked up before anything is deleted: one wrong name deletes nothing.
-    found = [item for run in arguments.runs for item in remove_run(workspace, run)]
+    found = [item for run in runs for item in remove_run(workspace, run)]
     if _deleted(found, workspace, arguments.yes):
-        for run in arguments.runs:
+        for run in runs:
             point_latest_away(workspace, run)
     return 0
 
@@ -100,10 +121,10 @@ def _collect(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.run_record import run_names, run_tasks
     from prefmill.pipeline.runs import removable
 
-    workspace = _workspace(arguments)
-    for run in arguments.runs:
+    workspace, runs = _named_runs(arguments)
+    for run in runs:
         run_tasks(workspace, run)  # refuses a name that is no run's
-    _deleted(removable(workspace, arguments.runs or run_names(workspace)), workspace, arguments.yes)
+    _deleted(removable(workspace, runs or run_names(workspace)), workspace, arguments.yes)
     return 0
 
 
@@ -111,6 +132,9 @@ def _deleted(found: Sequence[Any], workspace: Path, sure: bool) -> bool:
     """List what there is to delete and, where the user is `sure`, delete it."""
     from prefmill.pipeline.runs import remove
 
+    if not found:
+        print("nothing to delete")
+        return sure
     rows = [(size(item.size), item.reason, str(item.path.relative_to(workspace))) for item in found]
     print_table(("SIZE", "REASON", "PATH"), rows)
     total = size(sum(item.size for item in found))

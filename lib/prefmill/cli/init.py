@@ -25,6 +25,7 @@ def lay_down(folder: Path) -> Iterator[str]:
             "files of yours are in the way", where=folder / in_the_way[0], expected="a new or empty folder",
             fix="name another folder: prefmill init DIR",
         )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     source = _source()
     for name in _FOLDERS:
         shutil.copytree(source / name, folder / name)

@@ -16,8 +16,9 @@ from prefmill.cli.guard import guarded
 from prefmill.cli.housekeeping import add_housekeeping
 from prefmill.cli.pipelines import add_pipeline_commands
 from prefmill.cli.runs import add_commands
+from prefmill.core.places import STAGES
 
-EXAMPLES = """examples:
+EXAMPLES = f"""examples:
   prefmill init work                                        configs and sbatch scripts in a folder of yours
   prefmill run configs/pipelines/demo.yaml                  the whole pipeline on this machine
   prefmill run configs/pipelines/demo.yaml dpo.beta=0.2     again: only what depends on that key
@@ -35,7 +36,7 @@ EXAMPLES = """examples:
   prefmill rerun dpo:clean                                  submit a task again
   prefmill doctor                                           check this machine
   eval "$(prefmill completion bash)"                        completion of commands, runs, stages, tasks, keys
-  python -m stages.dpo configs/dpo/demo.yaml run=mine task=clean inputs.datasets=data/demo/build_datasets/all
+  python -m {STAGES}.dpo configs/dpo/demo.yaml run=mine task=clean inputs.datasets=data/demo/build_datasets/all
 """
 
 
@@ -59,12 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(parser: argparse.ArgumentParser, words: list[str]) -> int:
     _check_command(parser, words)
-    # parse_args refuses key=value after an option (bpo-14191), and parse_intermixed_args knows no subcommands.
-    arguments, rest = parser.parse_known_args(words)
-    if any(item.startswith("-") for item in rest) or (rest and not hasattr(arguments, "overrides")):
-        _refuse(commands_of(parser)[words[0]], rest)
+    # By the command's own parser: parse_args refuses words after an option (bpo-14191), and what takes them
+    # wherever they are knows no subcommands.
+    command = commands_of(parser).get(words[0], parser)
+    if command is parser:
+        parser.parse_args(words)
+    arguments, rest = command.parse_known_intermixed_args(words[1:])
+    if rest:
+        _refuse(command, rest)
     if hasattr(arguments, "overrides"):
-        _sort_out(arguments, rest)
+        _sort_out(arguments)
     result: int = arguments.command(arguments)
     return result
 
@@ -92,9 +97,9 @@ def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
     parser.error(f"unrecognized arguments: {' '.join(words)}{nearest(wrong, options_of(parser))}")
 
 
-def _sort_out(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _sort_out(arguments: argparse.Namespace) -> None:
     """Put `key=value` and files where they belong, in whatever order they were given."""
-    given = [*arguments.overrides, *rest]
+    given = [*arguments.overrides]
     for name in ("pipeline", "selector"):
         value = str(getattr(arguments, name, ""))
         if "=" in value and not Path(value).exists():
@@ -103,6 +108,9 @@ def _sort_out(arguments: argparse.Namespace, rest: list[str]) -> None:
                 setattr(arguments, name, type(getattr(arguments, name))(given.pop(place)))
                 given.insert(0, value)
     arguments.overrides = given
+    selector = getattr(arguments, "selector", "")
+    if Path(selector).is_file() and not arguments.pipeline.exists():
+        arguments.pipeline, arguments.selector = Path(selector), str(arguments.pipeline)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ def add_pipeline_commands(commands: Any) -> None:
     run = pipeline_command(commands, "run", "run a pipeline on this machine: only what changed", _run)
     run.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
     run.add_argument("--force", action="store_true", help="remake the selected tasks even if they are up to date")
-    run.add_argument("--jobs", type=_positive, metavar="N", help="tasks at once (default: one per GPU, or one)")
+    run.add_argument("--jobs", type=at_least(1), metavar="N", help="tasks at once (default: one per GPU, or one)")
     run.add_argument("--dry-run", action="store_true", help="print which tasks would run, and why; run nothing")
     run.add_argument(
         "--keep-going", action=argparse.BooleanOptionalAction, default=True,
@@ -44,7 +44,10 @@ def pipeline_command(
     parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
     if selects:
         parser.add_argument("selector", metavar="STAGE[:TASK]", help="which stage or task")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE")
+    # With a default argparse does not call it required where another argument is missing.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE"
+    )
     parser.set_defaults(command=command)
     return parser
 
@@ -57,9 +60,14 @@ def load_plan(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return pipeline, make_plan(pipeline, arguments.pipeline)
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number, `least` or more."""
+
+    def number(text: str) -> int:
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"a whole number, {least} or more, not '{text}'")
+
     return number
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefmill.cli.pipelines import load_plan, pipeline_command
+from prefmill.cli.pipelines import at_least, load_plan, pipeline_command
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
 
     logs = _command(commands, "logs", "print the end of the logs of a stage or task", _logs, selects="STAGE[:TASK]")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing new lines")
-    logs.add_argument("-n", "--lines", type=int, default=10, help="lines of each log (default: 10)")
+    logs.add_argument("-n", "--lines", type=at_least(0), default=10, help="lines of each log (default: 10)")
 
     _command(
         commands,
@@ -73,11 +73,11 @@ def _command(
 def _where(arguments: argparse.Namespace) -> tuple[Path, str]:
     """The workspace and the run's own name, where `latest` was given."""
     from prefmill.core.places import default_workspace
+    from prefmill.pipeline.run_record import own_name
 
     workspace: Path = (arguments.workspace or default_workspace()).absolute()
     # Followed once: another run may be the newest before a long command has ended.
-    link = workspace / "logs" / arguments.run
-    return workspace, link.resolve().name if link.is_symlink() else arguments.run
+    return workspace, own_name(workspace, arguments.run)
 
 
 def _status(arguments: argparse.Namespace) -> int:

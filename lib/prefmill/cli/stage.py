@@ -36,7 +36,7 @@ def run_stage(stage: str, argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("config", nargs="?", help="YAML file with the stage's keys")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="laid over the file")
     parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
     add_verbosity(parser)
     # parse_args would refuse key=value after an option (bpo-14191).

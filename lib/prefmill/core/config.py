@@ -113,11 +113,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         # A reference may point at a key that an override is yet to set.
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
-        beside = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise ConfigError(
-            f"no such configuration file{beside}", where=path, fix="check the path; shipped ones are under configs/"
-        ) from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+            f"no such configuration file{_near(path)}", where=path,
+            fix="check the path; shipped ones are under configs/",
+        ) from None  # fmt: skip
+    except IsADirectoryError:
+        files = ", ".join(map(str, sorted(path.glob("*.yaml")))) or "(none)"
+        raise ConfigError("a folder, not a file", where=path, expected=files, fix="name one of its files") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("no text in UTF-8", where=path, got=str(error), fix="save the file as UTF-8") from None
+    except RecursionError:
+        raise ConfigError("an alias that refers to itself", where=path, fix="write the value in its place") from None
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
         raise ConfigError("unreadable YAML", where=path, got=str(error), fix="correct the file at that line") from None
     if not isinstance(loaded, dict):
         raise ConfigError(
@@ -125,6 +132,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
             fix="write `key: value` lines, as in the files under configs/",
         )  # fmt: skip
     return {str(key): value for key, value in loaded.items()}
+
+
+def _near(path: Path) -> str:
+    """The file that may be meant: a pipeline of that name, or one beside it with a name like it."""
+    pipeline = Path("configs/pipelines") / f"{path.name}.yaml"
+    if not path.suffix and pipeline.is_file():
+        return nearest(str(pipeline), [str(pipeline)])
+    return nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
 
 
 def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object = None) -> dict[str, Any]:
@@ -265,7 +280,8 @@ def _explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str
         return f"    {location}: unknown key{instead}{place}"
     if detail["type"] == "missing":
         return f"    {location}: required, but not given"
-    return f"    {location} = {detail['input']!r}: {detail['msg']}{place}"
+    # pydantic's own first words for what a validator of ours says.
+    return f"    {location} = {detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}{place}"
 
 
 def _instead(key: str, valid: Collection[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -71,7 +72,11 @@ _DISK_FIXES = {
 
 
 def explain_os_error(error: OSError) -> PrefmillError | None:
-    """A disk's refusal (full, quota, read-only, no access) as an error with its fix; None for any other."""
+    """A disk's refusal (full, quota, read-only, no access, a file in the way) with its fix; None for any other."""
+    if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and os.path.isfile(error.filename)):
+        return PrefmillError(
+            "a file is where a folder should be", where=error.filename, fix="name another folder, or move that file"
+        )
     fix = _DISK_FIXES.get(error.errno or 0)
     if fix is None:
         return None

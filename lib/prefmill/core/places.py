@@ -12,6 +12,11 @@ from pathlib import Path
 # Named by its place: a wheel may claim no such top-level name as `stages`, and a folder of that name may be anybody's.
 STAGES = "prefmill.stages" if (Path(__file__).resolve().parents[1] / "stages").is_dir() else "stages"
 
+# Beside the folders of runs.
+CACHE = "cache"
+LATEST = "latest"
+COMPARISONS = "compare"
+NO_RUNS = (CACHE, LATEST, COMPARISONS)
 # In a task's output.
 MANIFEST = "manifest.json"
 RUN_RECORD = "run.json"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefmill.core.errors import ConfigError
+from prefmill.core.places import STAGES
 
 if TYPE_CHECKING:
     import torch
@@ -91,5 +92,5 @@ def claim_device() -> None:
         raise ConfigError(
             "a training process without ranks sees more than one GPU", got=f"{count} GPUs, one process",
             expected="one process per GPU",
-            fix=f"start it with `torchrun --nproc-per-node {count} -m stages.STAGE ...`, or set CUDA_VISIBLE_DEVICES=0",
+            fix=f"start `torchrun --nproc-per-node {count} -m {STAGES}.STAGE ...`, or set CUDA_VISIBLE_DEVICES=0",
         )  # fmt: skip

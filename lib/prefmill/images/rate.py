@@ -23,6 +23,7 @@ from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import HEADS, Dimension, Rating
+from prefmill.core.places import STAGES
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
 from prefmill.images.custom_images import image_of_row, read_own_images
@@ -125,7 +126,7 @@ def open_pages(logs: Path) -> list[str]:
     found = [path.read_text() for path in sorted(logs.glob(f"*/*/{PAGE_FILE}"))]
     if not found:
         raise InputError(
-            "no page is open in this run", where=logs, fix="start it: python -m stages.rate_images CONFIG run=NAME"
+            "no page is open in this run", where=logs, fix=f"start it: python -m {STAGES}.rate_images CONFIG run=NAME"
         )
     return found
 

@@ -49,7 +49,9 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     pipeline = validate(PipelineFile, values, where="the command line")
     # Errors then name the command line as the place of a wrong key: there is no pipeline file here.
     pipeline._overridden = frozenset(split_override(item)[0] for item in keys)
-    plan = make_plan(pipeline, Path(config or "."))
+    # A bare name is a file of the stage's own folder, as it is in a pipeline.
+    file = Path(config or ".")
+    plan = make_plan(pipeline, file if file.suffix or not config else Path("configs", stage, config))
     return plan, names[-1] if names else None
 
 

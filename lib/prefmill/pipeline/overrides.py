@@ -22,6 +22,8 @@ def with_stage_keys(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     What was set of that key, or under it, before is gone. An entry that is no entry is left for validation to refuse.
     Raises ConfigError for what is not key=value.
     """
+    if not overrides:
+        return dict(values)
     stages = dict(values["stages"])
     for override in overrides:
         head, text = split_override(override)

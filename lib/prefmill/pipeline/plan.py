@@ -25,7 +25,7 @@ from prefmill.core.config import (
     validate,
 )
 from prefmill.core.errors import ConfigError, PipelineError, nearest, nearest_task
-from prefmill.core.places import MANIFEST, default_workspace
+from prefmill.core.places import MANIFEST, NO_RUNS, STAGES, default_workspace
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
 from prefmill.pipeline.overrides import names_stage_key, require_stages, with_stage_keys
@@ -50,7 +50,9 @@ class PipelineFile(StrictConfig):
     @classmethod
     def _is_a_folder_name(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and not SAFE_NAME.fullmatch(value):
-            raise ValueError("a name of letters, digits, '_', '-' and '.', as it becomes a folder")
+            raise ValueError("as it becomes a folder: letters a to z, digits, and after the first '_', '-' and '.'")
+        if value in NO_RUNS:
+            raise ValueError("a folder beside those of runs has this name: give another name")
         return value
 
 
@@ -120,10 +122,16 @@ class Plan:
 def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineFile:
     """The pipeline in `path`; an override `dpo.beta=0.2` sets a key of that stage, others one of the pipeline."""
     values = modern(PipelineFile, read_yaml(path))
+    if "stages" not in values:
+        raise ConfigError(
+            "this is no pipeline", where=path, got=", ".join(values) or "an empty file", expected="name, stages",
+            fix=f"name a file of configs/pipelines/; one stage's own file is for `python -m {STAGES}.STAGE FILE`",
+        )  # fmt: skip
+    stages = values["stages"] if isinstance(values["stages"], Mapping) else {}
     overrides = joined(overrides)
-    own = [item for item in overrides if names_stage_key(item, values.get("stages") or {})]
+    own = [item for item in overrides if names_stage_key(item, stages)]
     others = [item for item in overrides if item not in own]
-    require_stages(others, list(values.get("stages") or {}), list(PipelineFile.model_fields))
+    require_stages(others, list(stages), list(PipelineFile.model_fields))
     said = {split_override(item)[0]: COMMAND_LINE for item in others}
     pipeline = validate(PipelineFile, with_stage_keys(merge(values, others, path), own), path, said)
     pipeline._overridden = frozenset(split_override(item)[0] for item in own)
@@ -150,6 +158,13 @@ def plan_task(pipeline: PipelineFile, source: Path, stage: str, name: str) -> Pl
 def _planner(pipeline: PipelineFile, source: Path) -> _Planner:
     workspace = Path(pipeline.workspace).expanduser().absolute() if pipeline.workspace else default_workspace()
     return _Planner(pipeline, pipeline.run or pipeline.name, workspace, source)
+
+
+def _stage_file(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    if "stages" in values:
+        raise ConfigError("a pipeline in place of a stage's file", where=path, fix=f"run it: prefmill run {path}")
+    return values
 
 
 class _Planner:
@@ -213,7 +228,7 @@ class _Planner:
         mine = self.arrays[stage.name][settings][values[settings]] if settings else ElementEntry()
         name = mine.config or entry.config
         path = self._config_path(stage.name, name) if name else None
-        given = modern(stage.config, merge(read_yaml(path), where=path)) if path else {}
+        given = modern(stage.config, merge(_stage_file(path), where=path)) if path else {}
         fields = stage.config.model_fields
         element = {key: value for key, value in values.items() if key in fields}
         stray = [key for key in values if key not in fields and key not in ("shard", settings)]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError, nearest, nearest_task
 from prefmill.core.files import write_atomic
+from prefmill.core.places import CACHE, LATEST
 
 if TYPE_CHECKING:  # `prefmill status` reads the record, and no configuration
     from prefmill.pipeline.plan import Plan
 
 ROOTS = ("data", "checkpoints", "logs")
-CACHE = "cache"  # data/cache is no run
 
 
 def point_latest(plan: Plan) -> None:
@@ -27,7 +27,7 @@ def point_latest(plan: Plan) -> None:
         # Relative, so that it is still right in a workspace that was moved or copied.
         link.symlink_to(plan.run)
         # By rename: at no moment is there no `latest`.
-        os.replace(link, folder / "latest")
+        os.replace(link, folder / LATEST)
 
 
 def write_plan(plan: Plan) -> None:
@@ -60,13 +60,28 @@ def run_tasks(workspace: Path, run: str) -> list[dict[str, Any]]:
     """The tasks of a run as its plan recorded them; raises PipelineError where there is no such run."""
     path = workspace / "logs" / run / "plan.json"
     if not path.is_file():
-        names = run_names(workspace)
-        raise PipelineError(
-            f"no such run{nearest(run, names)}", where=path.parent, expected=", ".join(names) or "(none yet)",
-            fix="list the runs: prefmill runs",
-        )  # fmt: skip
+        raise no_such_run(workspace, run)
     tasks: list[dict[str, Any]] = json.loads(path.read_text())["tasks"]
     return [{**task, **{name: str(_here(workspace, task[name])) for name in ("output", "logs")}} for task in tasks]
+
+
+def own_name(workspace: Path, run: str) -> str:
+    """The run's own name, where `latest` was given."""
+    link = workspace / "logs" / run
+    return link.resolve().name if link.is_symlink() else run
+
+
+def no_such_run(workspace: Path, run: str) -> PipelineError:
+    """The error for a name that no run of the workspace has, or for a workspace without runs."""
+    if names := run_names(workspace):
+        return PipelineError(
+            f"no such run{nearest(run, names)}", where=workspace / "logs" / run, expected=", ".join(names),
+            fix="list the runs: prefmill runs",
+        )  # fmt: skip
+    return PipelineError(
+        "no run yet in this workspace", where=workspace,
+        fix="start one: prefmill run configs/pipelines/demo.yaml, or name another workspace: --workspace DIR",
+    )  # fmt: skip
 
 
 def _here(workspace: Path, recorded: str) -> Path:
@@ -82,6 +97,6 @@ def select_tasks(tasks: list[dict[str, Any]], selector: str) -> list[dict[str, A
     if not found:
         raise PipelineError(
             f"no task '{selector}' in this run{nearest_task(selector, parts)}", expected=", ".join(parts),
-            fix="name a stage, or a task as STAGE:TASK",
+            fix="name a stage, or a task as STAGE:TASK, and the run with --run",
         )  # fmt: skip
     return found

@@ -11,8 +11,8 @@ from typing import Any
 
 from prefmill.core.artifact import Manifest
 from prefmill.core.errors import ArtifactError, PipelineError
-from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WANTED_AGAIN, WORK
-from prefmill.pipeline.run_record import CACHE, ROOTS, run_names, run_tasks
+from prefmill.core.places import CACHE, CHECKPOINT_PREFIX, LATEST, MANIFEST, WANTED_AGAIN, WORK
+from prefmill.pipeline.run_record import ROOTS, run_names, run_tasks
 from prefmill.pipeline.task_status import is_at_work, is_running, read_status
 from prefmill.pipeline.worker import clear_telemetry, set_aside, telemetry
 from prefmill.store.artifacts import SUPERSEDED, read_manifest, remaking, superseded
@@ -88,7 +88,7 @@ def removable(workspace: Path, runs: Iterable[str]) -> list[Removal]:
 def remove(items: Iterable[Removal]) -> None:
     """Delete each of them."""
     for item in items:
-        shutil.rmtree(item.path) if item.path.is_dir() else item.path.unlink()
+        shutil.rmtree(item.path) if item.path.is_dir() and not item.path.is_symlink() else item.path.unlink()
 
 
 def remove_run(workspace: Path, run: str) -> list[Removal]:
@@ -102,7 +102,7 @@ def remove_run(workspace: Path, run: str) -> list[Removal]:
 def point_latest_away(workspace: Path, run: str) -> None:
     """Have the links `latest` that pointed at `run` point at the run changed last, or be gone."""
     left = [item.name for item in list_runs(workspace) if item.name != run]
-    for link in (workspace / root / "latest" for root in ROOTS):
+    for link in (workspace / root / LATEST for root in ROOTS):
         if link.is_symlink() and os.readlink(link) == run:
             link.unlink()
             if left and (link.parent / left[0]).is_dir():

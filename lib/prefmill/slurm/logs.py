@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefmill.core.errors import PipelineError, nearest_task
+from prefmill.pipeline.run_record import run_tasks, select_tasks
 from prefmill.slurm.elements import newest
 from prefmill.slurm.submission import submissions
 from prefmill.slurm.view import Say
@@ -40,18 +39,10 @@ def show_logs(workspace: Path, run: str, selector: str, lines: int, follow: bool
 
 def select_logs(workspace: Path, run: str, selector: str) -> dict[str, Path]:
     """The log of every selected task, by `stage:task`."""
-    plan = workspace / "logs" / run / "plan.json"
     # From the plan's record: configurations may have changed since, and take seconds to read.
-    keys = [task["key"] for task in json.loads(plan.read_text())["tasks"]] if plan.is_file() else []
-    stage, _, name = selector.partition(":")
-    found = [key for key in keys if key.partition(":")[0] == stage and name in ("", key.partition(":")[2])]
-    if not found:
-        raise PipelineError(
-            f"no task '{selector}' in run {run}{nearest_task(selector, keys)}", expected=", ".join(keys[:20]),
-            fix="name a stage, or a task as STAGE:TASK, and the run with --run",
-        )  # fmt: skip
+    found = select_tasks(run_tasks(workspace, run), selector)
     tried = newest(submissions(workspace, run))
-    logs = {key: plan.parent / stage / f"{key.partition(':')[2]}.log" for key in found}
+    logs = {task["key"]: Path(f"{task['logs']}.log") for task in found}
     return {
         key: tried[key].slurm_log if not path.is_file() and key in tried and tried[key].slurm_log.is_file() else path
         for key, path in logs.items()
