@@ -49,15 +49,8 @@ def is_finished(output: Path, logs: Path) -> bool:
 
 def is_running(logs: Path) -> bool:
     """Whether a live process holds the task with these logs; its lock is released however that process ends."""
-    try:
-        with (logs / "lock").open("rb") as stream:
-            # Shared, so that two who look at the same time do not take each other for the worker.
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    # Shared, so that two who look at the same time do not take each other for the worker.
+    return _is_held(logs / "lock", fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager
@@ -70,9 +63,14 @@ def at_work(workspace: Path, run: str) -> Iterator[None]:
 
 def is_at_work(workspace: Path, run: str) -> bool:
     """Whether a `prefmill run` on this machine goes through the tasks of this run."""
+    return _is_held(_run_lock(workspace, run), fcntl.LOCK_EX)
+
+
+def _is_held(lock: Path, operation: int) -> bool:
+    """Whether a process holds the lock so that `operation` would have to wait."""
     try:
-        with _run_lock(workspace, run).open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with lock.open("rb") as stream:
+            fcntl.flock(stream, operation | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
