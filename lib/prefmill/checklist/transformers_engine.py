@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +27,8 @@ class TransformersEngine(PromptedEngine):
     """Asks a causal language model every item of every review.
 
     A prompt is read in three pieces, always cut at the same places, so that a result does not depend on what was
-    cached: what all reviews of a paper share, the review, and the items as one padded batch on the review's cache.
+    cached: what all reviews of a paper share, the review with what all items begin with, and the rest of the items as
+    one padded batch on the review's cache.
     In float32 that equals one forward a prompt to within rounding (with full attention; padding between cache and
     item shifts the edge of a sliding window by as much).
     """
@@ -68,16 +71,25 @@ class TransformersEngine(PromptedEngine):
             yield request.outcome(self.checklist.ids, found, quotes)
 
     def _cache(self, shared: TokenIds, review: TokenIds) -> Cache:
-        """The cache of a review and what stands before it."""
+        """The cache of a review, what stands before it, and what all items begin with."""
         self._count(shared, review)
-        before = self._shared_cache(shared)
         # A forward extends its cache in place, and the paper's next review needs this one as it is.
-        return read(self.model, review, copy.deepcopy(before)) if review else before
+        return read(self.model, review + self._opening, copy.deepcopy(self._shared_cache(shared)))
+
+    @cached_property
+    def _opening(self) -> TokenIds:
+        """What all items begin with, asked or quoted: read once a review. Each keeps a token of its own to be asked."""
+        asked = [*self.prompts.questions, *self.prompts.quotes]
+        places = zip(*(ids[:-1] for ids in asked), strict=False)
+        return tuple(tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, places))
+
+    def _behind_opening(self, asked: Sequence[TokenIds]) -> list[TokenIds]:
+        return [ids[len(self._opening) :] for ids in asked]
 
     def _answers(self, cache: Cache) -> list[Read]:
         """The answer to every item."""
         size = self._config.item_batch_size
-        questions = self.prompts.questions
+        questions = self._behind_opening(self.prompts.questions)
         found: list[Read] = []
         for start in range(0, len(questions), size):
             found += read_answers(self.model, cache, questions[start : start + size], self.prompts.answers)
@@ -92,14 +104,15 @@ class TransformersEngine(PromptedEngine):
 
         for start in range(0, len(places), self._config.item_batch_size):
             some = places[start : start + self._config.item_batch_size]
-            rows = [self.prompts.quotes[place] + opening for place in some]
+            rows = [ids + opening for ids in self._behind_opening([self.prompts.quotes[place] for place in some])]
             written = write(self.model, cache, rows, self._config.evidence_max_tokens, lambda ids: is_closed(text(ids)))
             quotes.update({place: text(ids) for place, ids in zip(some, written, strict=True)})
         return quotes
 
     def _count(self, shared: TokenIds, review: TokenIds) -> None:
         """Add a review's tokens: the first item reads the review, and what is shared where no review did before."""
-        questions, before = self.prompts.questions, len(shared) + len(review)
+        questions = self._behind_opening(self.prompts.questions)
+        before = len(shared) + len(review) + len(self._opening)
         self.num_requests += len(questions)
         self.num_prompt_tokens += len(questions) * before + sum(map(len, questions))
         self.num_cached_tokens += (len(questions) - 1) * before + (len(shared) if self._shared[0] == shared else 0)
