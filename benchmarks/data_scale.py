@@ -117,7 +117,9 @@ def _measure_peers(stage: str, ours: Usage, plan: Plan) -> None:
     if stage == "build_datasets":
         with (plan.workspace / "evaluations.jsonl").open("wb") as joined:
             for task in plan.select("score_reviews"):
-                joined.write(read(task.output).file("review_evaluations.jsonl").read_bytes())
+                with read(task.output).file("review_evaluations.jsonl").open("rb") as part:
+                    # Not read_bytes: a process that is started next is counted with the peak of this one.
+                    shutil.copyfileobj(part, joined)
     for name in _PEERS.get(stage, ()):
         command = [sys.executable, "-m", "benchmarks.data_peers", str(plan.workspace), name]
         usage = _timed(command, plan.workspace / f"{name}.log")
