@@ -1,4 +1,4 @@
-"""LLaMA-Factory's configurations: every key taken over, known to be without effect, or refused; losses equal."""
+"""LLaMA-Factory's configurations: every key taken over, known to be without effect, or refused."""
 
 from __future__ import annotations
 
@@ -7,74 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
-from PIL import Image
 
 from prefmill.cli.main import main
 from prefmill.core.config import load, validate
 from prefmill.core.errors import ConfigError
-from prefmill.core.stage import Task
-from prefmill.families.causal.loading import load_model
-from prefmill.families.causal.vision_parts import part_of_weights
 from prefmill.integrations.llamafactory import import_config
 from prefmill.integrations.llamafactory_keys import NO_EFFECT, REFUSED, TAKEN
 from prefmill.pairs.chats import write_chats
 from prefmill.pairs.sources import write_pairs
 from prefmill.store.jsonl import read_jsonl
-from prefmill.training.checkpoints import STEPS, read_curve
-from stages.dpo import DpoConfig, run
+from stages.dpo import DpoConfig
 from stages.sft import SftConfig
-from stages.sft import run as run_sft
-from tests.tiny import sentence
-
-# The shape of the examples that LLaMA-Factory ships, with this file's own values.
-GIVEN: dict[str, Any] = {
-    "model_name_or_path": "m", "stage": "dpo", "do_train": True, "finetuning_type": "full", "pref_beta": 0.2,
-    "pref_loss": "sigmoid", "dataset": "mine", "template": "qwen", "cutoff_len": 256, "overwrite_cache": True,
-    "preprocessing_num_workers": 16, "output_dir": "saves/x", "logging_steps": 1, "save_steps": 500,
-    "plot_loss": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
-    "num_train_epochs": 1.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.25, "ddp_timeout": 180000000,
-}  # fmt: skip
-
-
-def rows(count: int = 12) -> list[dict[str, Any]]:
-    return [
-        {
-            "talk": [{"who": "S", "text": "Be brief."}, {"who": "H", "text": sentence(n // 2, 7)}],
-            "best": {"who": "B", "text": sentence(100 + n // 2, 5)},
-            "worst": {"who": "B", "text": sentence(200 + n, 3 + n % 4)},
-        }
-        for n in range(count)
-    ]
-
-
-TAGS = {"role_tag": "who", "content_tag": "text", "user_tag": "H", "assistant_tag": "B", "system_tag": "S"}
-
-
-def write(tmp_path: Path, **keys: Any) -> Path:
-    columns = {"messages": "talk", "chosen": "best", "rejected": "worst"}
-    entry = {"file_name": "mine.json", "ranking": True, "formatting": "sharegpt", "columns": columns, "tags": TAGS}
-    talks = {"file_name": "talks.json", "formatting": "sharegpt", "columns": {"messages": "talk", "tools": "can"}}
-    info = {"mine": entry, "sft": {"file_name": "x.json"}, "talks": {**talks, "tags": TAGS},
-            "clips": {**talks, "columns": {"messages": "talk", "videos": "v"}},
-            "pictures": {**talks, "columns": {"messages": "talk", "images": "shown"}, "tags": TAGS},
-            "pairs_of_pictures": {**entry, "columns": {**columns, "images": "shown"}},
-            "other": {**entry, "file_name": "other.json"},
-            "orca": {"hf_hub_url": "a/b", "ranking": True, "subset": "en", "columns": {
-                "prompt": "question", "chosen": "chosen", "rejected": "rejected", "system": "system"}}}  # fmt: skip
-    data = tmp_path / "data"
-    data.mkdir(exist_ok=True)
-    (data / "dataset_info.json").write_text(json.dumps(info))
-    (data / "mine.json").write_text(json.dumps(rows()))
-    (data / "other.json").write_text(json.dumps(rows(30)))
-    (data / "x.json").write_text(json.dumps([{"instruction": "Q?", "input": "", "output": "A"}]))
-    turns = [{"who": "H", "text": "Q?"}, {"who": "B", "text": "A"}]
-    (data / "talks.json").write_text(json.dumps([{"talk": turns * 2, "can": "[]"}]))
-    given = {**GIVEN, "dataset_dir": str(data), **keys}
-    path = tmp_path / "lf.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
-    return path
+from tests.llamafactory_files import LORA, write
 
 
 def test_every_key_is_taken_over(tmp_path: Path) -> None:
@@ -109,7 +53,6 @@ def test_hub_datasets_and_columns_left_out(tmp_path: Path) -> None:
     assert (config["pair_format"], config["columns"]) == ("alpaca", {"instruction": "question"})
 
 
-LORA = {"finetuning_type": "lora"}
 SFT = {"stage": "sft", "dataset": "sft"}
 PICTURES = {**LORA, "stage": "sft", "dataset": "pictures"}
 
@@ -203,37 +146,6 @@ def test_a_key_that_is_taken_is_in_the_training(key: str, tmp_path: Path, monkey
             assert (str(found) if isinstance(found, Path) else found) in (value, str(tmp_path / str(value)))
 
 
-@pytest.fixture(scope="module")
-def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from prefmill.demo.tiny_models import build
-
-    return build("qwen2_5_vl", tmp_path_factory.mktemp("vl"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("keys", "trained"), [
-    ({}, {"language_model"}),
-    ({"freeze_vision_tower": False}, {"language_model", "vision_tower"}),
-    ({"freeze_multi_modal_projector": False, "freeze_language_model": True}, {"projector"}),
-    ({**LORA, "freeze_vision_tower": False}, {"language_model", "vision_tower"}), (LORA, {"language_model"}),
-])  # fmt: skip
-def test_the_parts_that_move_are_those_that_llamafactory_trains(
-    keys: dict[str, Any], trained: set[str], tmp_path: Path, tiny_vl: Path
-) -> None:
-    """Full trainings and adapters alike, on pictures; its file is silent on what it freezes by default."""
-    given = {"stage": "sft", "dataset": "pictures", "model_name_or_path": str(tiny_vl), "learning_rate": 1e-2, **keys}
-    path = write(tmp_path, **{"warmup_ratio": 0.0, "cutoff_len": 1024, **given})
-    Image.effect_noise((60, 60), 80).convert("RGB").save(tmp_path / "data" / "a.png")
-    turns = [{"who": "H", "text": "<image>Q?"}, {"who": "B", "text": "A"}]
-    (tmp_path / "data" / "talks.json").write_text(json.dumps([{"talk": turns, "shown": ["a.png"]}]))
-    (tmp_path / "out").mkdir()
-    config = validate(SftConfig, import_config(path).config)
-    run_sft(config, Task("r", "sft", "all", {}, {}, {}, tmp_path / "out", tmp_path / "logs"))
-    before, after = (load_model(str(folder), precision="fp32") for folder in (tiny_vl, tmp_path / "out"))
-    parts, now = part_of_weights(before), dict(after.named_parameters())
-    assert {parts[name] for name, old in before.named_parameters() if not torch.equal(old, now[name])} == trained
-
-
 def test_several_files_are_a_mixture_of_all_their_rows(tmp_path: Path) -> None:
     _, config, _ = import_config(write(tmp_path, dataset="mine, other", max_samples=20))
     assert [(Path(part["file"]).name, part["weight"]) for part in config["mixture"]] == [
@@ -302,70 +214,3 @@ def test_the_command_writes_a_configuration_that_loads(tmp_path: Path, capsys: p
     assert load(DpoConfig, output).beta == 0.2
     assert f"python -m stages.dpo {output}" in capsys.readouterr().out
     assert main(["import", "llamafactory", str(write(tmp_path, use_galore=True)), "--output", str(output)]) == 2
-
-
-def chatml(*turns: tuple[str, str]) -> str:
-    """What LLaMA-Factory's template `qwen` makes of a chat."""
-    return "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
-
-
-def llamafactory_losses(folder: Path, data: list[dict[str, Any]], steps: int, ftx: float, loss: str) -> list[float]:
-    """The losses of LLaMA-Factory's DPO, four pairs per step, from its formulas, on full logits, one row at a time."""
-    from transformers import get_scheduler
-
-    from prefmill.families.causal.loading import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(str(folder))
-    policy, reference = (load_model(str(folder), precision="fp32") for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=steps)
-
-    def logps(model: Any, row: dict[str, Any], side: str) -> tuple[torch.Tensor, int]:
-        roles = {"S": "system", "H": "user", "B": "assistant"}
-        prompt = chatml(*((roles[turn["who"]], turn["text"]) for turn in row["talk"])) + "<|im_start|>assistant\n"
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"]
-               for text in (prompt, row[side]["text"] + "<|im_end|>\n")]  # fmt: skip
-        logits = model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) - 1 : -1]
-        total = logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1])[:, None]).sum()
-        return total, len(ids[1])
-
-    losses = []
-    for step in range(steps):
-        found = []
-        for row in data[4 * step : 4 * step + 4]:
-            (good, length), (bad, other) = logps(policy, row, "best"), logps(policy, row, "worst")
-            with torch.no_grad():
-                ref_good, ref_bad = logps(reference, row, "best")[0], logps(reference, row, "worst")[0]
-            if loss == "ipo":
-                difference = (good - ref_good) / length - (bad - ref_bad) / other
-                value = (difference - 1 / (2 * 0.2)) ** 2
-            else:
-                value = -torch.nn.functional.logsigmoid(0.2 * ((good - bad) - (ref_good - ref_bad)))
-            found.append(value - ftx * good / length)
-        mean = torch.stack(found).mean()
-        mean.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(mean.item())
-    return losses
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("loss", "ftx"), [("sigmoid", 0.0), ("sigmoid", 0.3), ("ipo", 0.0)])
-def test_an_imported_run_has_llamafactorys_losses(loss: str, ftx: float, tmp_path: Path, tiny_qwen2: Path) -> None:
-    output = tmp_path / "mine.yaml"
-    keys = {"model_name_or_path": str(tiny_qwen2), "pref_loss": loss, "pref_ftx": ftx, "warmup_ratio": 0.33}
-    assert main(["import", "llamafactory", str(write(tmp_path, **keys)), "--output", str(output)]) == 0
-    (tmp_path / "out").mkdir()
-    task = Task("r", "dpo", "all", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
-    run(load(DpoConfig, output), task)
-    found = [row["loss"] for row in read_curve(tmp_path / "logs" / STEPS) if "loss" in row]
-    log = read_jsonl(tmp_path / "logs" / "margins" / "margins_log.jsonl")
-    order = [int(row["pair_id"].removeprefix("row-")) for row in log]
-    assert sorted(order) == list(range(12))
-    data = rows()
-    expected = llamafactory_losses(tiny_qwen2, [data[place] for place in order], 3, ftx, loss)
-    assert found == pytest.approx(expected, abs=2e-5)
-    assert len(set(found)) > 1
