@@ -18,7 +18,7 @@ def add_commands(commands: Any) -> None:
     status = _command(commands, "status", "show a run, task by task", _status, positional_run=True)
     status.add_argument("--watch", action="store_true", help="refresh until the run ends")
     status.add_argument("--json", action="store_true", help="print JSON")
-    status.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch (default: 10)")
+    status.add_argument("--every", type=_seconds, default=10.0, metavar="SECONDS", help="with --watch (default: 10)")
 
     _command(commands, "verify", "hash every finished output of a run again", _verify, positional_run=True)
 
@@ -45,6 +45,12 @@ def add_commands(commands: Any) -> None:
     estimate.add_argument("--json", action="store_true", help="print JSON")
     estimate.add_argument("--gpu-memory", type=float, metavar="GB", help="of a GPU, where Slurm does not name its type")
     _planned(commands, "rehearse", "the whole pipeline on the cluster, tiny, with a fire drill", _rehearse)
+
+
+def _seconds(text: str) -> float:
+    if text.replace(".", "", 1).isdecimal():
+        return float(text)
+    raise argparse.ArgumentTypeError(f"a time in seconds, 0 or more, not '{text}'")
 
 
 def _planned(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,6 +109,7 @@ def test_a_file_in_place_of_a_folder_is_explained(
         (["why", DEMO], "required: STAGE[:TASK]\n"),
         (["run", DEMO, "--jobs", "x"], "a whole number, 1 or more, not 'x'"),
         (["logs", "dpo", "-n", "-3"], "a whole number, 0 or more, not '-3'"),
+        (["status", "--watch", "--every", "-1"], "a time in seconds, 0 or more, not '-1'"),
         (["compare", "mine"], "nothing to compare"),
     ],
 )
@@ -152,3 +156,13 @@ def test_what_a_terminal_cannot_show_is_no_error(tmp_path: Path, monkeypatch: py
     assert main(["plan", DEMO, f"workspace={tmp_path}/d\xfc"]) == 0
     shown.flush()
     assert b"/d?" in written.getvalue()
+
+
+def test_a_reader_that_goes_ends_the_command_as_any_other_program() -> None:
+    """`prefmill run ... | head -1` is cut off: it may neither print a traceback nor report success."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "prefmill.cli.main", "stages"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
