@@ -142,12 +142,12 @@ def predicts_next(model: Any, given: bool | None = None) -> bool:
 def block_length_of(config: Any, given: int | None, attention: str | None) -> int | None:
     """Tokens of the blocks that a model writes: given, or its configuration's; None where it sees the whole text.
 
-    Raises ConfigError for flash attention, which takes no mask of blocks.
+    Raises ConfigError for attention that takes no mask of blocks, or fails on it (flex_attention).
     """
     found: int | None = given or getattr(config, "block_length", None)
-    if found is not None and "flash" in (attention or ""):
+    if found is not None and attention not in (None, "sdpa", "eager"):
         raise ConfigError(
-            "flash attention cannot see block by block", where="attn_implementation", got=attention,
+            "this attention cannot see block by block", where="attn_implementation", got=attention,
             expected="sdpa or eager", fix="leave attn_implementation out",
         )  # fmt: skip
     return found

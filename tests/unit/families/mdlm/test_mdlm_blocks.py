@@ -221,5 +221,6 @@ def test_whose_blocks() -> None:
     assert block_length_of(Llada2Config(), None, None) == 32
     assert block_length_of(Llada2Config(), 4, "sdpa") == 4
     assert block_length_of(LlamaConfig(), None, "flash_attention_2") is None
-    with pytest.raises(ConfigError, match="flash"):
-        block_length_of(Llada2Config(), None, "flash_attention_2")
+    for attention in ("flash_attention_2", "flex_attention"):
+        with pytest.raises(ConfigError, match="cannot see block by block"):
+            block_length_of(Llada2Config(), None, attention)

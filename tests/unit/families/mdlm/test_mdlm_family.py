@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from prefmill.core.config import validate
-from prefmill.families.mdlm.config import DiffusionSftConfig
+from prefmill.families.mdlm import dpo
+from prefmill.families.mdlm.config import DiffusionPreferenceConfig, DiffusionSftConfig
 from prefmill.families.mdlm.family import (
     DiffusionFamily,
     Drawing,
@@ -47,6 +48,27 @@ def test_fine_tuning_fills_answers_with_end_tokens_by_the_row_alone() -> None:
     batch = encode_pairs([group], [GroupPart(0, (0,))], 0, Drawing(16, "balanced", 0))
     assert batch.lengths.tolist() == [4]
     assert batch.masked[0].any(0).tolist() == [False, True, True, True, True], "the fill is learnt too"
+
+
+def test_the_fill_ends_a_block_where_blocks_count_from_the_texts_start() -> None:
+    config = validate(DiffusionSftConfig, {"answer_block_tokens": 4, "block_length": 4, "max_length": 12})
+    end: Any = SimpleNamespace(eos_token_id=2)
+    (found,) = fill_groups([Group([5, 6], [[7], [7, 8, 9]], [Pair("a", 0, 1)])], config, end)
+    assert found.responses == [[7, 2], [7, 8, 9, 2, 2, 2]]
+
+
+def test_references_are_kept_apart_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(dpo, "start_weights", lambda *_: "weights")
+    monkeypatch.setattr(dpo, "kept_reference", lambda _task, _weights, settings, _device: said.append(settings))
+    monkeypatch.setattr(dpo, "reference_scores", lambda *_: [])
+    task: Any = None
+    for keys in ({}, {"block_length": 4}, {"block_length": 8}):
+        config = validate(DiffusionPreferenceConfig, {**keys, "effective_batch_size": 1})
+        dpo.reference_values(MODEL, torch.device("cpu"), task, [], 1, config)
+    plain, four, eight = said
+    assert (four, eight) == ({**plain, "block_length": 4}, {**plain, "block_length": 8})
+    assert "block_length" not in plain, "those kept before this key are still found"
 
 
 def test_scores_are_means_over_the_same_draws_for_policy_and_reference() -> None:
