@@ -29,7 +29,7 @@ _FINDING = (
 class Story:
     """One modality in sentences; `doubts` runs from the most to the least serious and is never empty.
 
-    `harms` are the measures that got worse beyond chance, each with its value before and after.
+    `harms` are the measures that got worse beyond chance, each with its value before and after, and its meaning.
     """
 
     modality: str
@@ -88,7 +88,7 @@ def _is_worse(measure: Measure, found: Mapping[str, Any], confidence: float) -> 
 def _harm(compared: Compared, pair: Mapping[str, Any], measure: Measure) -> str:
     values = [_measure(compared, pair[side], measure.name) for side in ("baseline", "candidate")]
     before, after = ("none" if value is None else measure.show(value) for value in values)
-    return f"{measure.label}: {before} → {after}"
+    return f"{measure.label}: {before} → {after} ({measure.definition.partition(';')[0]})"
 
 
 def _listed(measures: Sequence[Measure]) -> str:

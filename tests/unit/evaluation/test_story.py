@@ -130,7 +130,9 @@ def test_a_gain_with_a_harm_is_no_plain_yes(
     models = [model("base", 5, **{name: before}), model("dpo", 7, **{name: after})]
     differences = {name: found(after - before, p_value)}
     told = story(models, [pair("base", "dpo", found(2, 0.001), **differences)])
-    assert told.harms == ((harm,) if harm else ())
+    # With the measure's meaning, as a first screen is read by those who never saw its name.
+    assert [text.partition(" (")[0] for text in told.harms] == ([harm] if harm else [])
+    assert all(text.endswith(")") and len(text) < 160 for text in told.harms)
     assert told.verdict == ("mixed" if harm else "helped")
     label = (harm or "").split(":")[0].lower()
     assert told.helped.endswith(f"but are worse in {label}." if harm else "than the base model’s.")
