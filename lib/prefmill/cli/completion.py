@@ -39,8 +39,8 @@ def complete(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]
     """The candidates for the last of `words`, all that was typed after `prefmill`."""
     *before, word = words or [""]
     commands = commands_of(parser)
-    if not before:
-        return _starting(word, commands)
+    if before in ([], ["help"]):
+        return _starting(word, [*commands, "help"])
     if before[0] not in commands:
         return []
     if word.startswith("-"):

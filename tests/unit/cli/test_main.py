@@ -109,6 +109,8 @@ def run_with(tasks: dict[str, list[str]], workspace: Path) -> None:
     ("words", "expected"),
     [
         (["stat"], ["status"]),
+        (["hel"], ["help"]),
+        (["help", "stat"], ["status"]),
         (["status", "--workspace", "{0}", "m"], ["mine"]),
         (["rm", "--workspace", "{0}", ""], ["demo", "mine"]),
         (["logs", "--workspace", "{0}", "--run", "demo", "dpo"], ["dpo", "dpo:clean"]),
