@@ -61,6 +61,7 @@ class ModelSize:
     intermediate: int
     key_value: int
     vocabulary: int
+    block_length: int | None = None  # of a block-diffusion model
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _shape(config: Any, trust_remote_code: bool) -> ModelSize:
         parameters=model.num_parameters(), linear_parameters=sum(layer.weight.numel() for layer in linears),
         linear_widths=sum(layer.in_features + layer.out_features for layer in linears),
         layers=text.num_hidden_layers, hidden=text.hidden_size, intermediate=text.intermediate_size,
-        key_value=heads * width, vocabulary=text.vocab_size,
+        key_value=heads * width, vocabulary=text.vocab_size, block_length=getattr(config, "block_length", None),
     )  # fmt: skip
 
 

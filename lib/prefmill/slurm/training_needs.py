@@ -58,6 +58,9 @@ def training_needs(plan: Plan, task: PlannedTask, resources: Resources) -> Train
         size = model_size(name, revision, config.trust_remote_code)
     except PrefmillError as error:
         return Training(task, world, name, None, steps, (*notes, f"memory: {error.what}: {error.details['got']}"))
+    if isinstance(config, DiffusionTrainingConfig) and (config.block_length or size.block_length):
+        rows *= 2
+        notes.append("block by block a text is run twice as long: once as it is, once with masks")
     offloaded = host_memory(size, config, world)
     if offloaded:
         notes.append(f"{offloaded * world:.0f} GB are offloaded to the hosts' memory, {offloaded:.1f} GB by each GPU")

@@ -150,13 +150,21 @@ def test_the_shipped_cluster_file_has_an_entry_for_every_stage_and_gpus_for_what
 def test_masked_diffusion_is_counted_as_it_runs() -> None:
     """LLaDA-8B: parameters as published (8.02B), every number with its origin."""
     told = {}
-    for name in ("mdlm_llada", "mdlm_llada_lora"):
-        files = [f"configs/pipelines/{name}.yaml", "--cluster", "configs/clusters/h100.yaml", "--gpu-memory", "80"]
-        command = [sys.executable, "-m", "prefmill.cli.main", "estimate", *files]
+    blocks = ["mdlm_sft.block_length=32", "mdlm_dpo.block_length=32"]
+    runs: dict[str, tuple[str, list[str]]] = {
+        "mdlm_llada": ("mdlm_llada", []),
+        "mdlm_llada_lora": ("mdlm_llada_lora", []),
+        "blocks": ("mdlm_llada", blocks),
+    }
+    for name, (pipeline, keys) in runs.items():
+        files = [f"configs/pipelines/{pipeline}.yaml", "--cluster", "configs/clusters/h100.yaml", "--gpu-memory", "80"]
+        command = [sys.executable, "-m", "prefmill.cli.main", "estimate", *files, *keys]
         told[name] = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert all("GSAI-ML/LLaDA-8B-Instruct (8.02B), 8 GPUs" in text for text in told.values())
     assert "38.9 GB a GPU: weights 1.9, gradients 16.8, optimizer 11.2" in told["mdlm_llada"]
     assert "8.7 GB a GPU: weights 5.4" in told["mdlm_llada_lora"]
+    assert "activations 3.5" in told["mdlm_llada"]
+    assert "activations 7.0" in told["blocks"]  # every token stands there twice
     assert "    weights: parameters x bytes a number" in told["mdlm_llada"]
 
 
