@@ -259,12 +259,24 @@ def test_reviews_without_their_paper_are_named(tmp_path: Path) -> None:
     assert_nothing_done(task)
 
 
+@pytest.mark.parametrize("fault", [{"sub_scores": {"\ud800x": 1}}, {"title": "T\udc00"}, {"\ud800": 1}])
+def test_half_of_a_surrogate_pair_is_a_bad_row_wherever_it_stands(tmp_path: Path, fault: dict[str, Any]) -> None:
+    path = jsonl(tmp_path / "x.jsonl", row(1), {**row(2), **fault})
+    sources = [{"format": "jsonl", "path": path}]
+    execute(task := planned(tmp_path, sources=sources, on_bad_row="quarantine", max_quarantined_share=1.0))
+    [told] = read_jsonl(task.output / "quarantine.jsonl")
+    assert told["line"] == 2
+    with pytest.raises(InputError, match=r"x.jsonl:2"):
+        execute(planned(tmp_path / "strict", sources=sources))
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", row(1, rating=0))
     sources = [{"format": "jsonl", "path": path}]
     task = planned(tmp_path, sources=sources, on_bad_row="quarantine", max_quarantined_share=1.0)
-    with pytest.raises(InputError, match="no review is left"):
+    with pytest.raises(InputError, match="no review is left") as caught:
         execute(task)
+    assert f"{path}:1" in str(caught.value)  # no quarantine.jsonl is published, which would say it
     assert_nothing_done(task)
 
 

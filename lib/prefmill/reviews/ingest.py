@@ -20,7 +20,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
-from prefmill.reviews.rows import Item, PaperRow, RawRow, RowError, RowProblem, Skipped, Unknown
+from prefmill.reviews.rows import Item, PaperRow, RawRow, RowError, RowProblem, Skipped, Unknown, half_a_pair
 from prefmill.reviews.scale import COMMON_SCALE, prompt_scale, rescaled
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
@@ -97,13 +97,16 @@ class Rejects:
         count = self.store.count("problems")
         if count <= self.config.max_quarantined_share * num_rows:
             return
-        first = itertools.islice(self.store.problems(), _SHOWN_PROBLEMS)
-        shown = [f"    {problem.place}: {problem.reason}" for problem in first]
         raise InputError(
-            f"{count} of {num_rows} rows cannot be used", got="\n".join(["", *shown]),
+            f"{count} of {num_rows} rows cannot be used", got=self.shown(),
             expected=f"at most {self.config.max_quarantined_share:.2%} (max_quarantined_share)",
             fix="correct the source, or raise max_quarantined_share",
         )  # fmt: skip
+
+    def shown(self) -> str:
+        """The first problems, a line each."""
+        first = itertools.islice(self.store.problems(), _SHOWN_PROBLEMS)
+        return "\n".join(["", *(f"    {problem.place}: {problem.reason}" for problem in first)])
 
 
 def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Rejects, progress: Progress) -> IngestTally:
@@ -179,7 +182,9 @@ def write_corpus(
         # Still inside the writers' block: they rename their files only when it ends without an error.
         rejects.check_share(tally.rows)
         if not reviews.num_rows:
-            raise InputError("no review is left", got=f"{tally.rows} rows", fix="check the sources and the quarantine")
+            # What is set aside is published with a corpus alone: here it would be in no file.
+            got = f"{tally.rows} rows; {tally.left_out} papers left out (title_only){rejects.shown()}"
+            raise InputError("no review is left", got=got, fix="correct the sources")
     if rejects.config.on_bad_row == "quarantine":
         # Last, as documents that cannot be read are found while the papers are written.
         _write_quarantine(store, reader.output / "quarantine.jsonl")
@@ -222,6 +227,8 @@ def _take(
                 store.add(read.place, item)
     except RowError as error:
         rejects.add(problem_with(read, error))
+    except UnicodeEncodeError:  # texts were looked at; what remains is the name of a score, which nobody cleans
+        rejects.add(problem_with(read, half_a_pair("a field's name")))
 
 
 def _paper(paper: PaperRow, document: Document, split: Any) -> Paper:

@@ -126,7 +126,7 @@ class Unknown:
     value: str
 
     def __str__(self) -> str:
-        return f"{self.field} {excerpt(self.value)!r}"
+        return f"{spelled(self.field)} {excerpt(self.value)!r}"
 
 
 Item = PaperRow | DecisionRow | ReviewRow | Skipped | Unknown
@@ -151,10 +151,13 @@ class RawRow(msgspec.Struct, frozen=True):
 
 def excerpt(raw: Any) -> str:
     """The beginning of a row, to recognise it by."""
-    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else str(raw)
-    # JSON can spell half of a surrogate pair, which no log and no UTF-8 file can take.
-    text = text.encode("utf-8", "backslashreplace").decode()
+    text = spelled(raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else str(raw))
     return text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "..."
+
+
+def spelled(text: str) -> str:
+    """`text` with \\ud800 for half of a surrogate pair, which JSON can hold, and no log and no UTF-8 file can take."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def check_fields(values: Mapping[str, Any], required: set[str], valid: set[str], ignore_extra: bool, what: str) -> None:
@@ -190,8 +193,13 @@ def clean_text(value: object, name: str) -> str:
     try:
         value.isascii() or value.encode()  # nearly all is ASCII, and that is known without a copy
     except UnicodeEncodeError:
-        raise RowError(f"{name} holds half of a surrogate pair", "write the character whole, as UTF-8") from None
+        raise half_a_pair(name) from None
     return value.strip()
+
+
+def half_a_pair(what: str) -> RowError:
+    """The error of text that no UTF-8 file can hold."""
+    return RowError(f"{what} holds half of a surrogate pair", "write the character whole, as UTF-8")
 
 
 def required_text(value: Any, name: str) -> str:

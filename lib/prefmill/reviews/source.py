@@ -21,6 +21,7 @@ from prefmill.reviews.rows import (
     parse_confidence,
     parse_decision,
     parse_rating,
+    spelled,
     word_key,
 )
 from prefmill.reviews.scale import COMMON_SCALE, Scale
@@ -141,4 +142,4 @@ def problem_with(row: RawRow, error: RowError) -> RowProblem:
         shown = to_json(row.values)
     except ValueError:  # NaN
         shown = str(row.values)
-    return RowProblem(row.place, error.reason, error.fix, excerpt(shown))
+    return RowProblem(row.place, spelled(error.reason), error.fix, excerpt(shown))
