@@ -20,12 +20,12 @@ from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.tiny import save_tiny_qwen2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timing]
-STEPS = 400  # a second of signals and of looking at steps is a part of the training, however fast the machine
+STEPS = 1000  # seconds of signals and of looking at steps are a part of the training, however busy the machine
 
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
-    """One training of 400 steps that by its keys saves at the end alone."""
+    """One training of many steps that by its keys saves at the end alone."""
     chats = [{"prompt": f"Paper {n}?", "completion": f"It has {n} proofs."} for n in range(4 * STEPS)]
     write_jsonl(tmp_path / "chats.jsonl", chats)
     keys = {

@@ -31,6 +31,8 @@ def test_held_jobs_and_failed_launches_are_told_in_words(site: Site, tmp_path: P
     for element in elements.values():
         site.cluster.ask("scontrol", "release", element)
     site.wait()
+    told_by = ["sacct", "-nXP", "-o", "JobName,ExitCode"]
+    site.wait(lambda: "|0:53" in (site.cluster.ask(*told_by) or ""))  # the accounting may be late
     assert "FAILED: /" in (shown := about(site, "status", "bare")), shown
     assert f"{python}: " in shown
     assert "No such file or directory" in shown

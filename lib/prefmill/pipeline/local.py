@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.errors import PrefmillError
+from prefmill.core.errors import PipelineError, PrefmillError
 from prefmill.core.graceful_stop import Stopped, clear_request, request_stop
 from prefmill.core.places import STATUS
 from prefmill.core.stage import Metrics, Task
@@ -37,6 +37,7 @@ from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, keep_fi
 from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2
+_SIGNAL_SECONDS = 1.0
 _SAVE_SECONDS, _GRACE_SECONDS = 60.0, 3.0  # what an interrupted training gets to save in, and any other task to end in
 EXIT_INTERRUPTED = 130
 Say = Callable[[str], None]
@@ -157,7 +158,13 @@ class _Run:
         clear_request(task.logs)
         bar = Bar(task.key, task.logs, self.say)
         self.running[task.key] = _Running(task, process, time.monotonic(), place, bar, ranks)
-        process.start()
+        try:
+            process.start()
+        except (EOFError, OSError) as error:
+            time.sleep(_SIGNAL_SECONDS)  # Ctrl-C ends the fork server too, perhaps before it is known here
+            raise PipelineError(
+                "the process that starts tasks has ended", got=repr(error), fix="run again: finished tasks are kept"
+            ) from error
         return True
 
     def reap(self) -> None:

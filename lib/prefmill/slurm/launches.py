@@ -19,7 +19,9 @@ def why_no_task(job: JobState, log: str) -> str:
     """The words for the code of a job whose task did not begin, its node, and the last line of `log`."""
     code = _CODES.get((job.exit_code, job.signal), "")
     where = f" on {job.node}" * bool(job.node)
-    ended = f"its job ended{where} with {job.exit_code}:{job.signal} before the task began"
+    # squeue alone knows no code; sacct may be some seconds late.
+    how = f" with {job.exit_code}:{job.signal}" * bool(job.exit_code or job.signal)
+    ended = f"its job ended{where}{how} before the task began"
     return ": ".join(part for part in (ended, code, last_words(log)) if part)
 
 

@@ -21,10 +21,9 @@ ROWS, PAPERS = 400, 60  # of the user's file, or of the generated corpus in plac
 SAVE_STEPS, LOGGING_STEPS, LENGTH = 20, 5, 1024
 _ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dpo": "sdxl", "train_reward": "clip"}
 _ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny judge judges nothing
+_MUCH_DEV = {"train": 0.5, "val": 0.1, "dev": 0.3, "test": 0.1}  # of a slice, for optimize_checklist
 # Keys of stages that do not train; those a stage does not have are left out.
 SMALL: Mapping[str, Mapping[str, Any]] = {
-    # The slice may hold no paper of a listed test set, and few of a small split.
-    "ingest_reviews": {"splits": {"train": 0.5, "val": 0.1, "dev": 0.3, "test": 0.1, "test_set": None}},
     # Where a tiny judge says yes to everything, all reviews have the same score.
     "build_datasets": {"min_checkmark_diff": 0, "min_rating_diff": 0.5, "decisions": ["accepted", "rejected"]},
     "validate_datasets": {"max_length": LENGTH},
@@ -67,6 +66,8 @@ def rehearsal_of(pipeline: PipelineFile, plan: Plan, source: Path, cluster: Clus
             entry["set"] = _small(name, _config_of(plan, name, []), entry["set"], ranks, folder)
         for links in ("inputs", "needs"):
             entry[links].pop("calibration", None)  # fitted for the real judge
+    if "optimize_checklist" in values["stages"] and "ingest_reviews" in values["stages"]:
+        values["stages"]["ingest_reviews"]["set"]["splits"] = _MUCH_DEV
     small = validate(PipelineFile, values, where=source)
     return small, make_plan(small, source)
 

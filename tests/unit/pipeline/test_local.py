@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
+from multiprocessing import popen_forkserver
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from toys import toy_plan
@@ -43,6 +47,20 @@ def test_tasks_side_by_side_make_what_tasks_in_a_row_make(tmp_path: Path) -> Non
 
     assert len(one := digests(1)) == 4
     assert digests(3) == one
+
+
+@pytest.mark.parametrize(("signalled", "raised"), [(True, KeyboardInterrupt), (False, PipelineError)])
+def test_a_fork_server_that_ctrl_c_has_ended_first_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: bool, raised: type[BaseException]
+) -> None:
+    def gone(*_: object) -> None:
+        if signalled:  # Ctrl-C goes to every process of a terminal, and this one may be told last
+            Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(popen_forkserver.Popen, "_launch", gone)
+    with pytest.raises(raised):
+        run_plan(toy_plan(tmp_path, make={}), say=lambda _: None)
 
 
 def test_gpus_are_given_to_tasks_and_come_back(tmp_path: Path) -> None:
