@@ -59,8 +59,12 @@ def test_a_fork_server_that_ctrl_c_has_ended_first_is_no_traceback(
         raise EOFError("unexpected EOF")
 
     monkeypatch.setattr(popen_forkserver.Popen, "_launch", gone)
-    with pytest.raises(raised):
-        run_plan(toy_plan(tmp_path, make={}), say=lambda _: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist takes no Ctrl-C
+    try:
+        with pytest.raises(raised):
+            run_plan(toy_plan(tmp_path, make={}), say=lambda _: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_gpus_are_given_to_tasks_and_come_back(tmp_path: Path) -> None:
