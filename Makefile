@@ -29,7 +29,8 @@ IMAGES ?= configs/pipelines/images.yaml
 SLURM ?=
 SWEEP ?= configs/pipelines/sweep.yaml
 ARGS ?=
-RUN_IMAGES = $(BIN)/prefmill run $(IMAGES) $(ARGS)
+# On one thread tiny models round alike on machines of any number of cores, and lose no time.
+RUN_IMAGES = $(if $(findstring /images.yaml,$(IMAGES)),OMP_NUM_THREADS=1 )$(BIN)/prefmill run $(IMAGES) $(ARGS)
 
 .PHONY: help install install-gpu demo test test-quick test-timing test-faults test-gpu bench-gpu coverage docs lint vllm lock lock-gpu slurm-up slurm-down
 .PHONY: all generate annotate build-pairs train-reward train-dspo sweep
