@@ -29,7 +29,7 @@ IMAGES ?= configs/pipelines/images.yaml
 SLURM ?=
 SWEEP ?= configs/pipelines/sweep.yaml
 ARGS ?=
-# On one thread tiny models round alike on machines of any number of cores, and lose no time.
+# On one thread: sums are rounded otherwise on two, and the number of cores should not change a result.
 RUN_IMAGES = $(if $(findstring /images.yaml,$(IMAGES)),OMP_NUM_THREADS=1 )$(BIN)/prefmill run $(IMAGES) $(ARGS)
 
 .PHONY: help install install-gpu demo test test-quick test-timing test-faults test-gpu bench-gpu coverage docs lint vllm lock lock-gpu slurm-up slurm-down
