@@ -14,7 +14,7 @@ class BuildImagePairsConfig(StrictConfig):
     """Which ratings, and what makes a pair of them."""
 
     sources: list[PairSource] = Field(
-        [], description="ratings, scores or pairs of yours, Pick-a-Pic's, ImageReward's; see the page"
+        [], description="ratings, scores or pairs of yours, Pick-a-Pic's, ImageReward's, HPDv2's; see the page"
     )
     labels: Labels = Field(
         "votes", description="shares of the votes, or bradley_terry: smoothed over a prompt's images"

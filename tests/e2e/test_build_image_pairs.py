@@ -191,3 +191,10 @@ def test_several_artifacts_and_sources_add_up(tmp_path: Path) -> None:
 def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(stage.BuildImagePairsConfig, settings)
+
+
+def test_what_was_set_aside_and_two_spellings_of_a_rater_are_told(tmp_path: Path) -> None:
+    others = [{**row, "rater": name} for row, name in zip(sure(), itertools.cycle(("Ann ", "ben")), strict=False)]
+    told = summary(build(tmp_path, [*sure(), *others, rating("p00/0", "p00/9", "left")]))["warnings"]
+    assert "set aside, see quarantine.jsonl: 1 x rating: unknown image" in told
+    assert "raters Ann and ann count as two: if that is one person, spell the name alike" in told

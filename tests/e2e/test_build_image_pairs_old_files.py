@@ -36,8 +36,8 @@ def test_pairs_come_back_as_they_were(tmp_path: Path, names: tuple[str, str]) ->
     )  # fmt: skip
     assert (found["bars 0"]["labels"]["style"], found["bars 0"]["labels"]["fidelity"]) == (1.0, None)
     assert quarantine(task) == [
-        ("pair", "no prompt"), ("pair", "no two images"), ("pair", "a label outside 0 to 1"),
-        ("pair", "images' names cannot be used"),
+        ("row", "no prompt"), ("row", "no two images"), ("row", "a label outside 0 to 1"),
+        ("row", "images' names cannot be used"),
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,19 +70,22 @@ def build_pairs(building: PairBuilding, artifacts: Sequence[Artifact], task: Tas
 def _require_quality(collection: Collection, num_ratings: int, allowed: float) -> None:
     bad = [row for row in collection.quarantine.rows if row["what"] in ("rating", "ranking", "row")]
     if len(bad) > allowed * num_ratings:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in collection.quarantine.counts().items())
         raise InputError(
-            f"{len(bad)} of {num_ratings} ratings cannot be used", where=bad[0]["where"], got=reasons,
+            f"{len(bad)} of {num_ratings} ratings cannot be used", where=bad[0]["where"], got=_reasons(collection),
             expected=f"at most {allowed:.0%} (max_quarantined_share)",
             fix="correct the sources, or raise max_quarantined_share",
         )  # fmt: skip
 
 
 def _no_pair(num_ratings: int, num_ties: int, collection: Collection) -> InputError:
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in collection.quarantine.counts().items())
+    reasons = _reasons(collection)
     what = "every comparison is a tie" if num_ties and not reasons else "no pair is left"
     got = f"{num_ratings} ratings, {num_ties} ties" + (f"; {reasons}" if reasons else "")
     return InputError(what, got=got, fix="rate more, or images that differ more: more seeds, more prompts")
+
+
+def _reasons(collection: Collection) -> str:
+    return "; ".join(f"{count} x {reason}" for reason, count in collection.quarantine.counts().items())
 
 
 def _summary(
@@ -112,7 +115,8 @@ def _summary(
         **told,
         "quarantine": collection.quarantine.counts(),
     }
-    return {**summary, "warnings": _warnings(summary, votes, building)}
+    set_aside = [f"set aside, see quarantine.jsonl: {_reasons(collection)}"] if collection.quarantine.rows else []
+    return {**summary, "warnings": set_aside + _warnings(summary, votes, building)}
 
 
 def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) -> list[str]:
@@ -135,7 +139,11 @@ def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) 
         if told.prefers_a_side:
             sides = f"{told.num_left} left, {told.num_right} right"
             found.append(f"rater {rater} answers by the side, not by the image: {sides}")
-    return found
+    spelt = defaultdict(list)
+    for rater in sorted(votes.raters):
+        spelt[" ".join(rater.casefold().split())].append(rater)
+    same = [" and ".join(names) for names in spelt.values() if len(names) > 1]
+    return found + [f"raters {names} count as two: if that is one person, spell the name alike" for names in same]
 
 
 def _write(

@@ -92,7 +92,7 @@ class Collection:
         if first.prompt != image.prompt:
             raise _two_meanings("prompt_id", image.prompt_id, first, image, (first.prompt, image.prompt))
         known = self.images.setdefault(image.image_id, image)
-        if known is not image and not _same_file(known.path, image.path):
+        if known is not image and not same_file(known.path, image.path):
             raise _two_meanings("image id", image.image_id, known, image, (str(known.path), str(image.path)))
 
 
@@ -121,7 +121,8 @@ def _look(image: SourceImage) -> GoodImage | ImageError:
     return GoodImage(image, **asdict(facts))
 
 
-def _same_file(first: Path, second: Path) -> bool:
+def same_file(first: Path, second: Path) -> bool:
+    """Whether two paths hold the same picture, byte by byte."""
     if not (first.is_file() and second.is_file()):
         return first == second
     # samefile first, as it reads nothing; copies of one image are still the same image.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
@@ -13,16 +13,16 @@ from typing import Any, get_args
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, GeneratedImage, Rating
 from prefmill.images.collection import Collection, SourceImage
-from prefmill.images.prompts import is_safe, prompt_id_of, read_table
+from prefmill.images.prompts import is_safe, prompt_id_of, read_table, safe_name
+from prefmill.images.rating import choice_of
 from prefmill.store.jsonl import read_jsonl
 
 _log = logging.getLogger(__name__)
 IMAGES_FILES = ("images.csv", "images.jsonl")
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
-# What a table filled in by hand has instead: other names, and a column for each dimension.
-_OLD_NAMES = {"image_a": "left", "image_b": "right", "image_0": "left", "image_1": "right", "preference": "choice"}
-_OLD_CHOICES = {"a": "left", "b": "right", "0": "left", "1": "right", "equal": "tie", "": ""}
-_CHOICES = ("left", "right", "tie", "skip")
+# Our own names first, then those of tables filled in by hand.
+_SIDES = (("left", "right"), ("image_a", "image_b"), ("image_0", "image_1"), ("image_1", "image_2"))
+_CHOICES = {name: name for name in ("left", "right", "tie", "skip")} | {"a": "left", "b": "right", "equal": "tie"}
 
 
 def read_own_images(folder: Path) -> Iterator[SourceImage]:
@@ -62,8 +62,9 @@ def image_of_row(folder: Path, row: GeneratedImage, where: str) -> SourceImage:
 def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rating]]:
     """The rows of a ratings.csv with where they stand; those that cannot be used are set aside.
 
-    A table without `dimension` has one column per dimension, or `choice` alone for overall; without `rater` it is the
-    work of one, named by the file. `image_a` and `image_b` may stand for left and right, and `a`, `b` for the choice.
+    A table without `dimension` has one column per dimension, or `choice` for overall; without `rater` it is the work
+    of one, named by the file. `image_a` and `image_b`, or numbers 0 and 1 or 1 and 2, may stand for left and right, and
+    `a`, `b` or those numbers for the choice. An empty cell is no answer.
 
     Images are named by their id or, in a listing of one's own, by their file. Raises InputError where a column is
     missing.
@@ -72,7 +73,7 @@ def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rati
     known = {image.listed_as: image for image in collection.images.values()} | collection.images
     for number, row in _rating_rows(path):
         where = f"{path.name}:{number}"
-        given = {key: (row.get(key) or "").strip() for key in ("prompt_id", *RATING_COLUMNS)}
+        given = {key: row.get(key, "") for key in ("prompt_id", *RATING_COLUMNS)}
         left, right = known.get(given["left"]), known.get(given["right"])
         if left is None or right is None:
             unknown = given["left"] if left is None else given["right"]
@@ -85,27 +86,50 @@ def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rati
 
 
 def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """A row for each dimension rated, under our names."""
-    for number, cells in read_table(path, ()):
-        row = {_OLD_NAMES.get(name, name): value for name, value in cells.items()}
-        rated = [name for name in DIMENSIONS if name in row]
-        missing = [name for name in ("left", "right") if name not in row]
-        if missing or not (rated or "choice" in row):
-            raise InputError(
-                f"no column {', '.join([*missing, *([] if rated else ['choice'])])}", where=f"{path}:1",
-                got=", ".join(cells), expected=", ".join(RATING_COLUMNS), fix="name the columns on the first line",
-            )  # fmt: skip
-        row = {"rater": path.stem, **row}
-        if "dimension" in row or not rated:
-            yield number, {"dimension": "overall", **row, "choice": _old_choice(row.get("choice", ""))}
-            continue
-        for name in rated:
-            if row[name].strip():
-                yield number, {**row, "dimension": name, "choice": _old_choice(row[name])}
+    """A row for each dimension rated, under our names; columns not used and lines without an answer are told."""
+    table = list(read_table(path, ()))
+    columns = list(table[0][1]) if table else []
+    sides = next((names for names in _SIDES if set(names) <= {*columns}), _SIDES[0])
+    ours = dict(zip(sides, _SIDES[0], strict=True)) | ({} if "choice" in columns else {"preference": "choice"})
+    rows = [(number, {ours.get(name, name): cell.strip() for name, cell in cells.items()}) for number, cells in table]
+    rated = _rated([ours.get(name, name) for name in columns], path) if rows else {}
+    words = _CHOICES | _numbered(sides, {row[column].lower() for _, row in rows for column in rated.values()})
+    num_blank = 0
+    for number, row in rows:
+        answered = {name: cell for name, column in rated.items() if (cell := row[column])}
+        num_blank += not answered
+        for name, cell in answered.items():
+            choice = words.get(cell.lower(), cell)
+            yield number, {"rater": path.stem, "dimension": name, **row, "choice": choice}
+    if num_blank:
+        _log.warning("%s: %d line%s no answer", path, num_blank, " has" if num_blank == 1 else "s have")
 
 
-def _old_choice(text: str) -> str:
-    return _OLD_CHOICES.get(text.strip().lower(), text)
+def _rated(columns: Sequence[str], path: Path) -> dict[str, str]:
+    """The column of each dimension's choice; where a line names its dimension that is `choice`."""
+    rated: dict[str, str] = {} if "dimension" in columns else {name: name for name in DIMENSIONS if name in columns}
+    if "choice" in columns and "overall" not in rated:
+        rated["overall"] = "choice"
+    if missing := [*(name for name in _SIDES[0] if name not in columns), *([] if rated else ["choice"])]:
+        raise InputError(
+            f"no column {', '.join(missing)}", where=f"{path}:1",
+            got=", ".join(columns), expected=", ".join(RATING_COLUMNS), fix="name the columns on the first line",
+        )  # fmt: skip
+    _tell_unused(path, {*columns} - {"prompt_id", *RATING_COLUMNS[:4], *rated.values()})
+    return rated
+
+
+def _numbered(sides: tuple[str, str], said: set[str]) -> dict[str, str]:
+    """What `1` stands for beside 0 or 2, as the names of the columns or other choices tell; else it stays unknown."""
+    by_name = sides[0].removeprefix("image_")
+    if by_name == "1" or (by_name != "0" and said & {"0", "2"} == {"2"}):
+        return {"1": "left", "2": "right"}
+    return {"0": "left", "1": "right"} if by_name == "0" or said & {"0", "2"} == {"0"} else {}
+
+
+def _tell_unused(path: Path, columns: set[str]) -> None:
+    if columns := columns - {""}:
+        _log.warning("%s: columns that are not used: %s", path, ", ".join(sorted(columns)))
 
 
 def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterator[tuple[str, Rating]]:
@@ -131,13 +155,11 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
             collection.quarantine.add("rating", where, "scored twice by one rater", image_id=image.image_id)
         else:
             scored[image.prompt_id, rater][image.image_id] = (where, scores)
-    if unused:
-        _log.warning("%s: columns that are no dimension are not used: %s", path, ", ".join(sorted(unused)))
+    _tell_unused(path, unused)
     for (prompt_id, rater), images in scored.items():
         for (left, (where, ours)), (right, (_, theirs)) in combinations(images.items(), 2):
             for dimension in (name for name in ours if name in theirs):
-                margin = ours[dimension] - theirs[dimension]
-                choice = "tie" if abs(margin) <= tie_margin else "left" if margin > 0 else "right"
+                choice = choice_of(ours[dimension] - theirs[dimension], tie_margin)
                 given = {"prompt_id": prompt_id, "left": left, "right": right, "rater": rater}
                 yield where, Rating(**given, dimension=dimension, choice=choice)  # type: ignore[typeddict-item]
 
@@ -161,7 +183,7 @@ def _fault(given: dict[str, str], left: SourceImage, right: SourceImage) -> str 
         return "images of two prompts"
     if left.image_id == right.image_id:
         return "an image against itself"
-    if given["choice"] not in _CHOICES:
+    if given["choice"] not in _CHOICES.values():
         return "unknown choice"
     if given["dimension"] not in get_args(Dimension):
         return "unknown dimension"
@@ -194,7 +216,7 @@ def _own_image(folder: Path, row: dict[str, Any], where: str, short: str) -> Sou
     if not prompt or not file:
         raise InputError(f"an image without a {'file' if prompt else 'prompt'}", where=where, fix="complete the line")
     prompt_id = str(row.get("prompt_id") or "") or prompt_id_of(prompt)
-    image_id = str(row.get("image_id") or "") or f"{prompt_id}/{Path(file).stem}"
+    image_id = str(row.get("image_id") or "") or f"{prompt_id}/{safe_name(Path(file).stem)}"
     safe = all(is_safe(part) for part in (prompt_id, *image_id.split("/"))) and image_id.startswith(f"{prompt_id}/")
     path = folder / file
     if not safe or image_id.count("/") != 1:

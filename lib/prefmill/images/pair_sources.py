@@ -1,4 +1,4 @@
-"""Where preferences come from: ratings.csv, scores, pairs.jsonl, Pick-a-Pic's rows, ImageReward's rankings."""
+"""Where preferences come from: ratings.csv, scores, pairs.jsonl, Pick-a-Pic's rows, ImageReward's and HPDv2's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Rating
-from prefmill.images.collection import Collection, SourceImage
+from prefmill.images.collection import Collection, SourceImage, same_file
 from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings, read_scores
-from prefmill.images.prompts import is_safe, prompt_id_of
+from prefmill.images.prompts import is_safe, prompt_id_of, safe_name
+from prefmill.images.rating import choice_of
 from prefmill.store.jsonl import parse_json, read_jsonl
 
 _RANKING = "ranking"  # the rater of a published ranking
@@ -64,9 +65,12 @@ class PickAPicSource(StrictConfig):
 
 
 class ImageRewardSource(StrictConfig):
-    """ImageReward's .json of prompts with `generations` and their `ranking` (1 is best); files are below `images`."""
+    """ImageReward's .json of prompts with `generations` and their `ranking` (1 is best); files are below `images`.
 
-    format: Literal["imagereward"]
+    HPDv2's train.json (`human_preference`, 1 for the better image) and test.json (`rank`) are read as well.
+    """
+
+    format: Literal["imagereward", "hpdv2"]
     rankings: ExternalPath
     images: ExternalPath
 
@@ -103,22 +107,44 @@ def _read_pairs(source: PairsSource, collection: Collection) -> None:
     folder = source.images or source.pairs.parent
     for number, row in enumerate(read_jsonl(source.pairs), 1):
         where = f"{source.pairs.name}:{number}"
-        sides = next((names for names in _SIDES if all(isinstance(row.get(name), str) for name in names)), None)
-        prompt, labels = " ".join(str(row.get("prompt") or "").split()), _labels(row)
-        if sides is None or not prompt or labels is None:
-            reason = "no prompt" if not prompt else "no two images" if sides is None else "a label outside 0 to 1"
-            collection.quarantine.add("pair", where, reason, row=row)
+        if reason := _pair_fault(row):
+            collection.quarantine.add("row", where, reason, row=row)
             continue
-        prompt_id = str(row.get("prompt_id") or prompt_id_of(prompt))
-        ids = [f"{prompt_id}/{Path(row[name]).stem}" for name in sides]
-        if not all(map(is_safe, "/".join(ids).split("/"))) or any(".." in Path(row[name]).parts for name in sides):
-            collection.quarantine.add("pair", where, "images' names cannot be used", row=row)
-            continue
-        for image_id, name in zip(ids, sides, strict=True):
-            collection.add_image(SourceImage(image_id, prompt_id, prompt, folder / row[name], row[name], where))
+        prompt = " ".join(row["prompt"].split())
+        prompt_id = safe_name(str(row.get("prompt_id") or prompt_id_of(prompt)))
+        ids = []
+        for file in _files(row):
+            ids.append(_free_id(prompt_id, file, folder / file, collection))
+            collection.add_image(SourceImage(ids[-1], prompt_id, prompt, folder / file, file, where))
         given = {"prompt_id": prompt_id, "left": ids[0], "right": ids[1], "rater": str(row.get("rater") or "pairs")}
-        for dimension, label in {"overall": 1.0, **labels}.items():
-            collection.ratings.append((where, Rating(**given, dimension=dimension, choice=_choice(label - 0.5))))  # type: ignore[typeddict-item]
+        for dimension, label in {"overall": 1.0, **(_labels(row) or {})}.items():
+            collection.ratings.append((where, Rating(**given, dimension=dimension, choice=choice_of(label - 0.5))))  # type: ignore[typeddict-item]
+
+
+def _pair_fault(row: Any) -> str | None:
+    """Why a line of pairs cannot be used."""
+    if not isinstance(row, dict):
+        return "not an object"
+    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        return "no prompt"
+    if not _files(row):
+        return "no two images"
+    if _labels(row) is None:
+        return "a label outside 0 to 1"
+    return "images' names cannot be used" if any(".." in Path(file).parts for file in _files(row)) else None
+
+
+def _files(row: dict[str, Any]) -> list[str]:
+    """The files of the better and the worse image; empty where a line does not name both."""
+    found = ([row.get(name) for name in names] for names in _SIDES)
+    return next((files for files in found if all(file and isinstance(file, str) for file in files)), [])  # type: ignore[misc]
+
+
+def _free_id(prompt_id: str, file: str, path: Path, collection: Collection) -> str:
+    """An image's id by the name of its file; by its folders too where another picture of the prompt has that name."""
+    image_id = f"{prompt_id}/{safe_name(Path(file).stem)}"
+    known = collection.images.get(image_id)
+    return image_id if known is None or same_file(known.path, path) else f"{prompt_id}/{prompt_id_of(file)}"
 
 
 def _labels(row: dict[str, Any]) -> dict[str, float] | None:
@@ -131,21 +157,34 @@ def _labels(row: dict[str, Any]) -> dict[str, float] | None:
 
 def _read_rankings(source: ImageRewardSource, collection: Collection) -> None:
     """Every two images of a ranking as a rating on the dimension `overall`; equal ranks are ties."""
-    for number, row in enumerate(_json_list(source.rankings)):
-        where = f"{source.rankings.name}[{number}]"
+    for number, given in enumerate(_json_list(source.rankings)):
+        where, row = f"{source.rankings.name}[{number}]", _of_hpdv2(given)
         if reason := _ranking_fault(row):
-            collection.quarantine.add("ranking", where, reason, row={key: row.get(key) for key in ("id", "ranking")})
+            collection.quarantine.add("ranking", where, reason, row=given)
             continue
         prompt_id, prompt = str(row["id"]), " ".join(row["prompt"].split())
         ranked = []
         for file, rank in zip(row["generations"], row["ranking"], strict=True):
-            image_id = f"{prompt_id}/{Path(file).stem}"
+            image_id = f"{prompt_id}/{safe_name(Path(file).stem)}"
             collection.add_image(SourceImage(image_id, prompt_id, prompt, source.images / file, file, where))
             ranked.append((image_id, rank))
         # Every pair of a ranking: k (k - 1) / 2 comparisons of k images, as InstructGPT (2022) takes them.
         for (left, left_rank), (right, right_rank) in itertools.combinations(ranked, 2):
-            choice = _choice(right_rank - left_rank)
-            collection.ratings.append((where, _overall(prompt_id, left, right, _RANKING, choice)))
+            choice = choice_of(right_rank - left_rank)
+            rater = str(row.get("user_hash") or _RANKING)
+            collection.ratings.append((where, _overall(prompt_id, left, right, rater, choice)))
+
+
+def _of_hpdv2(row: Any) -> Any:
+    """A row of HPDv2 under ImageReward's names; any other as it is."""
+    files = (row.get("image_path") or row.get("file_path")) if isinstance(row, dict) else None
+    if files is None or not isinstance(row.get("prompt"), str):
+        return row
+    chosen = row.get("human_preference")
+    # The better image has 1 there, and the lower of two ranks.
+    turned = [-value if _is_number(value) else value for value in chosen] if isinstance(chosen, list) else None
+    named = {"id": prompt_id_of(" ".join(row["prompt"].split())), "generations": files}
+    return {**row, **named, "ranking": row.get("rank", turned)}
 
 
 def _ranking_fault(row: Any) -> str | None:
@@ -165,11 +204,7 @@ def _ranking_fault(row: Any) -> str | None:
         return "images' names cannot be used"
     # The file comes from elsewhere: its names become ours, and must not lead out of the folder.
     stems = {Path(file).stem for file in files}
-    if (
-        len(stems) < len(files)
-        or not all(map(is_safe, stems))
-        or any(".." in Path(file).parts or Path(file).is_absolute() for file in files)
-    ):
+    if len(stems) < len(files) or any(".." in Path(file).parts or Path(file).is_absolute() for file in files):
         return "images' names cannot be used"
     return None
 
@@ -195,7 +230,7 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
                 file = _stored(row[f"jpg_{side}"], base, folder / image_id)
                 collection.add_image(SourceImage(image_id, prompt_id, prompt, file, file.name, where))
         left, right = (f"{prompt_id}/{uid}" for uid in uids)
-        choice = "skip" if not labelled or margin is None else _choice(margin)
+        choice = "skip" if not labelled or margin is None else choice_of(margin)
         rater = str(row.get("user_id") or "pickapic")
         collection.ratings.append((where, _overall(prompt_id, left, right, rater, choice)))
 
@@ -257,11 +292,11 @@ def _json_list(path: Path) -> list[Any]:
     except FileNotFoundError:
         raise InputError("no such file", where=path, fix="check the path") from None
     except ValueError as error:
-        raise InputError("not JSON", where=path, got=str(error), fix="give ImageReward's file as published") from None
+        raise InputError("not JSON", where=path, got=str(error), fix="give the file as published") from None
     if not isinstance(rows, list):
         raise InputError(
             "not a list of rankings", where=path, got=type(rows).__name__,
-            fix="give ImageReward's JSON of rankings, a list of objects",
+            fix="give the JSON as published, a list of objects",
         )  # fmt: skip
     return rows
 
@@ -283,10 +318,6 @@ def _is_number(value: Any) -> bool:
 def _is_name(value: Any) -> bool:
     """Whether an id from elsewhere, text or a whole number, can name a file; null is none."""
     return type(value) in (str, int) and is_safe(str(value))
-
-
-def _choice(margin: float) -> Literal["left", "right", "tie"]:
-    return "left" if margin > 0 else "right" if margin < 0 else "tie"
 
 
 def _overall(

@@ -55,20 +55,24 @@ def is_safe(name: str) -> bool:
     return _SAFE.fullmatch(name) is not None and not name.endswith(".") and ".." not in name
 
 
+def safe_name(name: str) -> str:
+    """`name`, or an id made of it where it is no safe one: files may have spaces and accents."""
+    return name if is_safe(name) else prompt_id_of(name)
+
+
 def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and fields of every row of a .csv or .tsv file, names in lower case, lines without any text left out.
 
+    A .csv whose first line has semicolons or tabs and no comma, as Excel writes it in many countries, is read by those.
     Raises InputError when it cannot be read as UTF-8, lacks a `required` column, has one twice, or has a line with more
     or fewer cells than the first: an unquoted comma or line break would cut a prompt.
     """
-    # PartiPrompts does not quote: a prompt that begins with a quotation mark would swallow the lines after it.
-    form: dict[str, Any] = (
-        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
-    )
     try:
         # utf-8-sig: Excel puts a byte order mark in front, which would be part of the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, **form)
+            first = stream.readline()
+            stream.seek(0)
+            reader = csv.reader(stream, **_form(path, first))
             header = [name.strip().lower() for name in next(reader, [])]
             missing = [name for name in required if name not in header]
             if missing:
@@ -91,6 +95,14 @@ def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
     except csv.Error as error:
         fix = "look for a quote that is not closed: quotes within a cell are doubled"
         raise InputError("cannot read the table", where=path, got=str(error), fix=fix) from None
+
+
+def _form(path: Path, first: str) -> dict[str, Any]:
+    """csv's settings for a table with this first line."""
+    # PartiPrompts does not quote: a prompt that begins with a quotation mark would swallow the lines after it.
+    if path.suffix.lower() == ".tsv":
+        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    return {"delimiter": next((mark for mark in ",;\t" if mark in first), ","), "strict": True}
 
 
 def _require_columns(row: list[str], header: list[str], where: str) -> None:

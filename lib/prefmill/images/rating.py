@@ -98,7 +98,7 @@ def rate_by_scores(
         left, right = (image.source.image_id for image in matchup.placed(seed, rater))
         for dimension in dimensions:
             margin = scores[left][dimension] - scores[right][dimension]
-            choice = _choice(margin, tie_margin)
+            choice = choice_of(margin, tie_margin)
             ratings.append(Rating(
                 prompt_id=matchup.prompt_id, left=left, right=right, rater=rater, dimension=dimension, choice=choice
             ))  # fmt: skip
@@ -160,7 +160,8 @@ def in_order(ratings: Iterable[Rating]) -> list[Rating]:
     ))  # fmt: skip
 
 
-def _choice(margin: float, tie_margin: float) -> Literal["left", "right", "tie"]:
+def choice_of(margin: float, tie_margin: float = 0.0) -> Literal["left", "right", "tie"]:
+    """The choice that follows from how much better the left image is."""
     if abs(margin) <= tie_margin:
         return "tie"
     return "left" if margin > 0 else "right"

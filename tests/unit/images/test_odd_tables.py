@@ -11,8 +11,15 @@ import pytest
 
 from prefmill.core.errors import InputError
 from prefmill.images.collection import Collection
-from prefmill.images.pair_sources import ImageRewardSource, PickAPicSource, RatingsSource, ScoresSource, collect
-from prefmill.images.prompts import read_prompts
+from prefmill.images.pair_sources import (
+    ImageRewardSource,
+    PairsSource,
+    PickAPicSource,
+    RatingsSource,
+    ScoresSource,
+    collect,
+)
+from prefmill.images.prompts import is_safe, read_prompts
 
 LISTING, RATING = (
     "prompt,file\na cat,a.png\na cat,b.png\n",
@@ -123,3 +130,93 @@ def ranked(folder: Path, change: dict[str, Any]) -> Collection:
     (folder / "r.json").write_text(json.dumps([{**RANK, **change}]))
     source = ImageRewardSource(format="imagereward", rankings=str(folder / "r.json"), images=str(folder))  # type: ignore[arg-type]
     return collect([source], [], folder / "work")
+
+
+def sides(found: Collection) -> list[tuple[str, str, str]]:
+    """Dimension, the better file and the rater of every rating that has a better one."""
+    return [
+        (row["dimension"], Path(row[row["choice"]]).name, row["rater"])
+        for _, row in found.ratings
+        if row["choice"] in ("left", "right")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "better"),
+    [
+        ("left;right;choice\na.png;b.png;left\n", ["a"]),
+        ("left\tright\tchoice\na.png\tb.png\tright\n", ["b"]),
+        ("left,right,choice\na.png,b.png,Left\n", ["a"]),
+        ("left,right,choice,rater\na.png,b.png,1,x\na.png,b.png,2,y\n", ["a", "b"]),
+        ("left,right,choice,rater\na.png,b.png,0,x\na.png,b.png,1,y\n", ["a", "b"]),
+        ("image_1,image_2,choice\na.png,b.png,1\n", ["a"]),
+        ("image_0,image_1,choice\na.png,b.png,1\n", ["b"]),
+        ("left,right,choice\na.png,b.png,1\n", []),  # the first of two, or the second of 0 and 1
+    ],
+)
+def test_a_choice_is_read_as_its_table_writes_choices(tmp_path: Path, table: str, better: list[str]) -> None:
+    found = rated(written(tmp_path, ratings_csv=table))
+    assert [name for _, name, _ in sides(found)] == better
+    assert len(found.quarantine.rows) == (not better)
+
+
+def test_no_column_and_no_line_of_a_table_is_left_out_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The overall choice beside a column for each dimension, columns of another kind, and lines nobody answered."""
+    table = "left,right,choice,fidelity,realism\na.png,b.png,left,right,left\na.png,b.png,,,\n"
+    with caplog.at_level(logging.WARNING):
+        found = rated(written(tmp_path, ratings_csv=table))
+    assert sides(found) == [("fidelity", "b", "ratings"), ("overall", "a", "ratings")]
+    assert "columns that are not used: realism" in caplog.text
+    assert "1 line has no answer" in caplog.text
+    assert not found.quarantine.rows
+
+
+def paired(folder: Path, *rows: Any) -> Collection:
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return collect([PairsSource(format="pairs", pairs=str(folder / "pairs.jsonl"))], [], folder / "work")  # type: ignore[arg-type]
+
+
+def test_pairs_of_files_in_two_folders_may_have_one_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("win/1.png", "lose/1.png", "lose/my cat 2.png", "lose/é.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes([number]))
+    others = ("lose/1.png", "lose/my cat 2.png", "lose/é.png", "lose/1.png")
+    found = paired(tmp_path, *({"prompt": "a cat", "chosen": "win/1.png", "rejected": name} for name in others))
+    assert not found.quarantine.rows
+    assert sorted(image.listed_as for image in found.images.values()) == sorted({"win/1.png", *others})
+    assert [found.images[row["right"]].listed_as for _, row in found.ratings] == list(others)
+    assert all(is_safe(part) for name in found.images for part in name.split("/"))
+
+
+def test_a_line_of_pairs_that_is_no_object_is_set_aside(tmp_path: Path) -> None:
+    found = paired(tmp_path, [1, 2], {"prompt": "a cat", "chosen": "a.png", "rejected": "b.png"})
+    assert [(row["what"], row["where"]) for row in found.quarantine.rows] == [("row", "pairs.jsonl:1")]
+    assert len(found.ratings) == 1
+
+
+def test_a_file_with_spaces_or_accents_needs_no_other_name(tmp_path: Path) -> None:
+    listing, rating = (text.replace("a.png", "mon été 1.png") for text in (LISTING, RATING))
+    ((_, row),) = rated(written(tmp_path, images_csv=listing, ratings_csv=rating)).ratings
+    assert all(is_safe(part) for part in row["left"].split("/"))
+
+
+@pytest.mark.parametrize(
+    ("row", "choices"),
+    [
+        ({"image_path": ["a.jpg", "b.jpg"], "human_preference": [0, 1], "user_hash": "u"}, ["right"]),
+        ({"file_path": ["a.jpg", "b.jpg"], "human_preference": [1, 0], "user_hash": "u"}, ["left"]),
+        ({"image_path": ["a.jpg", "b.jpg", "c.jpg"], "rank": [2, 1, 1]}, ["right", "right", "tie"]),
+        ({"image_path": ["a.jpg", "b.jpg"], "human_preference": ["x", 1]}, []),
+        ({"image_path": ["a.jpg", "b.jpg"]}, []),
+    ],
+)
+def test_rows_of_hpdv2(tmp_path: Path, row: dict[str, Any], choices: list[str]) -> None:
+    """Its train.json has a preference of 1 for the better image, its test.json ranks, the lower the better."""
+    (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a cat", **row}]))
+    source = ImageRewardSource(format="hpdv2", rankings=str(tmp_path / "train.json"), images=str(tmp_path))  # type: ignore[arg-type]
+    found = collect([source], [], tmp_path / "work")
+    assert [rating["choice"] for _, rating in found.ratings] == choices
+    assert {rating["rater"] for _, rating in found.ratings} <= {row.get("user_hash", "ranking")}
+    assert len(found.quarantine.rows) == (not choices)
