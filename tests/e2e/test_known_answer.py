@@ -75,7 +75,7 @@ def test_dpo_improves_on_sft(true_labels: dict[int, Any], measure: str) -> None:
 
 def test_the_report_says_so_with_its_interval(true_labels: dict[int, Any]) -> None:
     for workspace, printed, compared in true_labels.values():
-        claim = ": on held-out papers, the dpo model’s reviews satisfy more checklist items than the base"
+        claim = ": on held-out papers, the dpo model's reviews satisfy more checklist items than the base"
         worse = step(compared, "base", "dpo")["rating_error"]
         # The toy learns what the checklist asks and forgets what a rating means: no plain yes where that shows.
         forgot = worse["value"] > 0 and worse["p_value"] < 0.05

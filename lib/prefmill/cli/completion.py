@@ -18,13 +18,23 @@ KEYS = Path(__file__).parent / "keys.json"  # written by `python -m tests.docs.k
 _BASH = """_prefmill() {
   local IFS=$'\\n'
   COMPREPLY=($(prefmill __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
-  [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace
+  [[ ${COMPREPLY[0]} == *[=.] ]] && compopt -o nospace
 }
 COMP_WORDBREAKS=${COMP_WORDBREAKS//[=:]/}
 complete -o default -F _prefmill prefmill
 """
-# zsh reads bash's completions through bashcompinit, so one script does for both.
-_SCRIPTS = {"bash": _BASH, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{_BASH}"}
+# Not by zsh's bashcompinit: it knows no compopt, so a space would follow `run=`.
+_ZSH = """_prefmill() {
+  local -a found
+  found=(${(f)"$(prefmill __complete "${(@)words[2,CURRENT-1]}" "$PREFIX" 2>/dev/null)"})
+  (( $#found )) || { _files; return }
+  compadd -S '' -- ${(M)found:#*[=.]}
+  compadd -- ${found:#*[=.]}
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+compdef _prefmill prefmill
+"""
+_SCRIPTS = {"bash": _BASH, "zsh": _ZSH}
 SHELLS = tuple(_SCRIPTS)
 _RUN_FIRST = ("status", "advance", "pair", "pairs", "rate", "rm", "gc", "compare")
 _TASK_FIRST = ("logs", "rerun", "cancel", "restore")

@@ -16,7 +16,7 @@ from prefmill.cli.guard import guarded
 from prefmill.cli.housekeeping import add_housekeeping
 from prefmill.cli.pipelines import add_pipeline_commands
 from prefmill.cli.runs import add_commands
-from prefmill.core.places import STAGES
+from prefmill.core.places import STAGES, stages_folder
 
 EXAMPLES = f"""examples:
   prefmill init work                                        configs and sbatch scripts in a folder of yours
@@ -84,9 +84,11 @@ def _check_command(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from prefmill.core.errors import PipelineError, nearest
 
     names = list(commands)
+    is_stage = (stages_folder() / f"{words[0]}.py").is_file()
     raise PipelineError(
-        f"no command '{words[0]}'{nearest(words[0], names)}", expected=", ".join(names), fix="see prefmill --help"
-    )
+        f"no command '{words[0]}'{'' if is_stage else nearest(words[0], names)}", expected=", ".join(names),
+        fix=f"a stage is run with python -m {STAGES}.{words[0]} CONFIG" if is_stage else "see prefmill --help",
+    )  # fmt: skip
 
 
 def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
@@ -94,7 +96,9 @@ def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
     from prefmill.core.errors import nearest
 
     wrong = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
-    parser.error(f"unrecognized arguments: {' '.join(words)}{nearest(wrong, options_of(parser))}")
+    # Some commands take the workspace as an option, others as a key.
+    keys = ["run=", "workspace="] * any(action.dest == "overrides" for action in parser._actions)
+    parser.error(f"unrecognized arguments: {' '.join(words)}{nearest(wrong, [*options_of(parser), *keys])}")
 
 
 def _sort_out(arguments: argparse.Namespace) -> None:

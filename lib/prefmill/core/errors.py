@@ -85,7 +85,7 @@ def explain_os_error(error: OSError) -> PrefmillError | None:
 
 def nearest(word: str, candidates: Sequence[str]) -> str:
     """` (did you mean 'x'?)` for the closest candidate, or nothing."""
-    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word, candidates, n=1)
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from prefmill.core.errors import InputError
+
+_BUFFER_BYTES = 1 << 20
 
 
 def digest_bytes(data: bytes) -> str:
@@ -36,16 +40,24 @@ def digest_path(path: Path) -> str:
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write `text` to `path` so that a reader, or a power cut, sees the old file or the new one, never a part.
-
-    `mode` is that of a new file, less the umask; nobody whom it leaves out can read the text at any moment.
-    """
+    """Write `text` to `path` by `replacing`; other processes may be doing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)  # a killed process of the same number may have left it, with another mode
+    with replacing(path, f".{os.getpid()}", mode) as stream:
+        stream.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path, writer: str = "", mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """A file to write, which takes `path`'s place when the block ends without an error.
+
+    A reader, or a power cut, sees the old file or the new one, never a part. `writer` tells those apart that may write
+    at once. `mode` is that of a new file, less the umask; nobody whom it leaves out can read it at any moment.
+    """
+    partial = path.with_name(f".{path.name}{writer}.partial")
+    partial.unlink(missing_ok=True)  # a killed process may have left it, with another mode
     try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb", _BUFFER_BYTES) as stream:
+            yield stream
             # Synced before the rename: after a power cut the name could otherwise stand for an empty file.
             stream.flush()
             os.fsync(stream.fileno())
@@ -53,11 +65,30 @@ def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
     finally:
         partial.unlink(missing_ok=True)
     # The new name is in the folder, which has to reach the disk as well.
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in `folder` on disk."""
+    directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def copy_once(source: Path, target: Path, may_link: bool) -> None:
+    """Have the content of `source` at `target`: by a hard link where that may be and the disk has them, else a copy."""
+    # What is there is whole: it comes by link or by rename, never by writing in place.
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if may_link:
+        with contextlib.suppress(OSError):  # another disk, or one without hard links
+            os.link(source, target)
+            return
+    with source.open("rb") as given, replacing(target) as stream:
+        shutil.copyfileobj(given, stream, _BUFFER_BYTES)
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

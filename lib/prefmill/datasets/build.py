@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ from tqdm import tqdm
 from prefmill.checklist.scored import ScoredPaper, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import copy_once, write_atomic
 from prefmill.core.records import Modality, Paper, Standing
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
 from prefmill.datasets.registry import SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
@@ -171,21 +169,13 @@ class _Writer:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Put the image `source` at `target` without a second copy where the disk allows; done twice is fine."""
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         # A hard link and not a symbolic one: the datasets stay whole when the corpus is deleted.
-        os.link(source, target)
+        copy_once(source, target, may_link=True)
     except FileNotFoundError:
         raise ArtifactError(
             "an image that papers.jsonl names is missing", where=source, fix="rerun ingest_reviews with --force"
         ) from None
-    except OSError:  # another disk, or one without hard links
-        # Under another name first: what a killed copy left would pass for the image in the next run.
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
 
 
 def _summary(found: Survey, writer: _Writer, rules: BuildRules, cut: Rank) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from prefmill.core.errors import InputError
+from prefmill.core.files import sync_folder
 from prefmill.core.image_rows import Dimension, Rating
 from prefmill.images.collection import GoodImage
 from prefmill.images.rating import Matchup, draw
@@ -62,7 +63,7 @@ class AnswerBook:
         # Unbuffered: after a failed write no part of the line waits in memory to be written with the next one.
         self._stream = path.open("ab", buffering=0)
         # A new file is listed in its folder: unless that is on disk too, a power cut loses the whole file.
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
     def of(self, rater: str) -> Sequence[RaterAnswer]:
         """A rater's answers, in the order they were given."""
@@ -253,11 +254,3 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         good += len(line) + 1
     os.truncate(path, good)
     return rows
-
-
-def _sync_folder(folder: Path) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import copy_once, write_atomic
 from prefmill.core.image_rows import DIMENSIONS, Dimension, ImagePair
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
-from prefmill.images.files import place
 from prefmill.images.pair_sources import PairSource, collect
 from prefmill.images.pairs import ImageSplitConfig, Labels, choose_pairs, fit_strengths, split_pairs
 from prefmill.images.votes import Votes, count_votes, figures
@@ -159,7 +158,7 @@ def _write(
         if image.file in used:
             path = image.source.path
             # What came as bytes was written below `work` by this stage, so a hard link is safe and saves the copy.
-            place(path, task.output / image.file, is_ours=image.source.is_ours or task.work in path.parents)
+            copy_once(path, task.output / image.file, may_link=image.source.is_ours or task.work in path.parents)
         task.progress(number, len(images), "images")
     write_jsonl(task.output / "pairs.jsonl", pairs)
     write_jsonl(task.output / "strengths.jsonl", _strength_rows(images, fits))

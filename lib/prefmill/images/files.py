@@ -1,10 +1,8 @@
-"""Image files from anywhere: what is wrong with one, its size, and how it comes into an artifact."""
+"""Image files from anywhere: what is wrong with one, and its size."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,21 +30,3 @@ def inspect_image(content: bytes | Path, where: object = None, max_pixels: int =
     width, height = upright_size(image)
     pixels = hashlib.sha256(f"{width}x{height}".encode() + as_seen(image, where).tobytes()).hexdigest()
     return ImageFacts(width, height, hashlib.sha256(data).hexdigest(), pixels, FORMATS[str(image.format)])
-
-
-def place(source: Path, target: Path, is_ours: bool) -> None:
-    """Have the content of `source` at `target` too; files of finished artifacts are linked: nobody edits them."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # What is there is whole: it comes by link or by rename, never by writing in place.
-    if target.exists():
-        return
-    if is_ours:
-        try:
-            os.link(source, target)
-        except OSError:  # another disk, or one without hard links
-            pass
-        else:
-            return
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import replacing, write_atomic
 from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
 from prefmill.families.sdxl.backbone import BACKBONES, denoiser
@@ -92,7 +92,7 @@ def make_images(
         if any(not (output / job.file).is_file() for job in jobs):
             model = open_model()
             size = _BatchSize(work / "batch_size", batch_size, lambda: fitting_batch(model, jobs[0], sampling))
-            for num_done in _batches(model, jobs, sampling, label, output, work, size):
+            for num_done in _batches(model, jobs, sampling, label, output, size):
                 bar.update(num_done - bar.n)
                 progress(num_done, len(jobs), "images")
     return [_row(job, output) for job in jobs]
@@ -169,7 +169,6 @@ def _batches(
     sampling: ImageSampling,
     label: str,
     output: Path,
-    work: Path,
     size: _BatchSize,
 ) -> Iterator[int]:
     """Work through `jobs`; yields how many are done. A batch of which an image is missing is made again whole."""
@@ -190,7 +189,7 @@ def _batches(
                 size.halve()
                 _free_memory()
                 continue
-            _store(model, batch, latents, sampling, label, output, work)
+            _store(model, batch, latents, sampling, label, output)
         start += len(batch)
         yield start
 
@@ -202,20 +201,14 @@ def _store(
     sampling: ImageSampling,
     label: str,
     output: Path,
-    work: Path,
 ) -> None:
     for job, item in zip(batch, latents, strict=True):
         _require_finite(item, job, model)
         image = decode(model, item)
-        partial = work / "partial.png"
-        with partial.open("wb") as stream:
-            image.save(stream, format="PNG", pnginfo=metadata(job, sampling, label))
-            stream.flush()
-            # Before the rename: after a power cut the name could otherwise stand for an empty file.
-            os.fsync(stream.fileno())
         target = output / job.file
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(partial, target)
+        with replacing(target) as stream:
+            image.save(stream, format="PNG", pnginfo=metadata(job, sampling, label))
 
 
 def metadata(job: ImageJob, sampling: ImageSampling, label: str) -> PngInfo:

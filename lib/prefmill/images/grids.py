@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefmill.core.files import replacing
 from prefmill.core.image_rows import GeneratedImage
 from prefmill.store.pictures import open_image
 
@@ -27,10 +28,8 @@ def write_grids(output: Path, folder: str, rows: Sequence[GeneratedImage], sides
     for number, page in enumerate(pages):
         target = output / folder / f"{number:03}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        # The format is named because Pillow would take it from the suffix, which is .partial.
-        draw_grid(output, page, sides).save(partial, format="PNG")
-        partial.replace(target)
+        with replacing(target) as stream:
+            draw_grid(output, page, sides).save(stream, format="PNG")
     return len(pages)
 
 
@@ -56,14 +55,11 @@ def draw_grid(output: Path, prompts: Sequence[Sequence[GeneratedImage]], sides: 
 
 def _fitted(image: Image) -> Image:
     """As large as its cell allows, in the middle of a square; small pictures keep their pixels."""
-    from PIL import Image as Images
+    from PIL import ImageOps
+    from PIL.Image import Resampling
 
-    scale = _CELL / max(image.size)
-    method = Images.Resampling.NEAREST if scale >= 1 else Images.Resampling.LANCZOS
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    square = Images.new("RGB", (_CELL, _CELL), "white")
-    square.paste(image.resize(size, method), ((_CELL - size[0]) // 2, (_CELL - size[1]) // 2))
-    return square
+    method = Resampling.NEAREST if max(image.size) <= _CELL else Resampling.LANCZOS
+    return ImageOps.pad(image, (_CELL, _CELL), method, "white")
 
 
 def _shortened(text: str, limit: int) -> str:

@@ -21,13 +21,12 @@ from pydantic import Field
 
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import copy_once, write_atomic
 from prefmill.core.image_rows import HEADS, Dimension, Rating
 from prefmill.core.places import STAGES
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
 from prefmill.images.custom_images import image_of_row, read_own_images
-from prefmill.images.files import place
 from prefmill.images.rating import (
     Matchup,
     brightness,
@@ -98,7 +97,8 @@ def rate_images(wanted: RateImages, task: Task) -> Metrics:
         ratings = _ask_program(wanted, wanted.rater, matchups, compared, task)
     summary = _summary(wanted, matchups, compared, ratings, collection)
     for image in compared.values():
-        place(image.source.path, task.output / image.file, image.source.is_ours)
+        # Files of finished artifacts are linked: nobody edits them.
+        copy_once(image.source.path, task.output / image.file, may_link=image.source.is_ours)
     write_jsonl(task.output / "images.jsonl", [image.row for _, image in sorted(compared.items())])
     write_jsonl(task.output / "quarantine.jsonl", collection.quarantine.rows)
     write_atomic(task.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")

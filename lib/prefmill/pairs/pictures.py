@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import InputError
+from prefmill.core.files import replacing
 from prefmill.store.pictures import check_image, open_image
 
 
@@ -47,6 +48,5 @@ def image_key(image: Any) -> str:
 def write_by_rename(path: Path, data: bytes) -> None:
     """Write by rename under a name of this rank's own: all ranks write the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    with replacing(path, f".{os.environ.get('RANK', '0')}.{os.getpid()}") as stream:
+        stream.write(data)

@@ -21,7 +21,7 @@ NAMED_ITEMS = 4  # of those that never fire; the section on the checklist has al
 
 
 _FINDING = (
-    "{}: on held-out papers, the {{candidate}} model’s reviews satisfy {} checklist items than the {{baseline}} model’s"
+    "{}: on held-out papers, the {{candidate}} model's reviews satisfy {} checklist items than the {{baseline}} model's"
 )
 
 
@@ -214,8 +214,8 @@ def _step_doubts(compared: Compared, confidence: float) -> Iterator[str]:
 def _side_effects(compared: Compared, name: str) -> Iterator[str]:
     model = next(item for item in compared["models"] if item["model"] == name)
     concerns = (
-        ("truncated", "{share:.0%} of {name}’s reviews were cut off at the token limit."),
-        ("empty", "{share:.0%} of {name}’s outputs are empty; they count with a score of 0."),
+        ("truncated", "{share:.0%} of {name}'s reviews were cut off at the token limit."),
+        ("empty", "{share:.0%} of {name}'s outputs are empty; they count with a score of 0."),
     )
     for measure, sentence in concerns:
         share = _measure(compared, name, measure)
@@ -223,9 +223,9 @@ def _side_effects(compared: Compared, name: str) -> Iterator[str]:
             yield sentence.format(share=share, name=name)
     unrated = 1 - (_measure(compared, name, "has_rating") or 0.0)
     if unrated >= SHARE_OF_CONCERN:
-        yield f"{unrated:.0%} of {name}’s reviews give no rating; they count as wrong recommendations."
+        yield f"{unrated:.0%} of {name}'s reviews give no rating; they count as wrong recommendations."
     if model["repeated_reviews"] >= SHARE_OF_CONCERN:
-        yield f"{model['repeated_reviews']:.0%} of {name}’s reviews repeat another one word for word."
+        yield f"{model['repeated_reviews']:.0%} of {name}'s reviews repeat another one word for word."
 
 
 def _people_doubt(compared: Compared, name: str) -> Iterator[str]:
@@ -235,7 +235,7 @@ def _people_doubt(compared: Compared, name: str) -> Iterator[str]:
     # Intervals that do not touch, as people's reviews are no side of a tested pair.
     if human and model["low"] > human["high"]:
         yield (
-            f"{name}’s reviews score {model['value']:.2f} where people’s score {human['value']:.2f}: above people, a "
+            f"{name}'s reviews score {model['value']:.2f} where people's score {human['value']:.2f}: above people, a "
             "higher score may be the checklist learnt by heart. Read the examples."
         )
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from prefmill.core.errors import InputError
+from prefmill.core.files import replacing
 
-_BUFFER_BYTES = 1 << 20
 _KEY_END = re.compile(rb'"\s*:')
 _decode = msgspec.json.Decoder().decode
 
@@ -74,11 +73,10 @@ class JsonlWriter(AbstractContextManager["JsonlWriter"]):
     """Writes rows to `path` under a partial name and renames it on a clean exit; on an error nothing appears."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.num_rows = 0
-        self._partial = path.with_name(f".{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream: IO[bytes] = self._partial.open("wb", buffering=_BUFFER_BYTES)
+        self._replacing = replacing(path)
+        self._stream = self._replacing.__enter__()
 
     def write(self, row: Any) -> None:
         """Append one row."""
@@ -92,16 +90,7 @@ class JsonlWriter(AbstractContextManager["JsonlWriter"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            with self._stream as stream:
-                # Synced before the rename: after a power cut the name could otherwise stand for an empty file.
-                if kind is None:
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            if kind is None:
-                os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        self._replacing.__exit__(kind, error, trace)
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from prefmill.cli.completion import script
 from prefmill.cli.console import Console
 from prefmill.cli.main import main
 from prefmill.core import terminal
@@ -62,6 +64,9 @@ def test_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("words", "said"),
     [
         (["statsu"], "no command 'statsu' (did you mean 'status'?)\n  expected: run, submit, plan,"),
+        (["help", "nope"], "no command 'nope'\n"),
+        (["sft", "x.yaml"], "fix:      a stage is run with python -m stages.sft CONFIG"),
+        (["plan", "--workspace", "x", DEMO], "(did you mean 'workspace='?)"),
         (["runn", "--help"], "no command 'runn' (did you mean 'run'?)\n  expected: run, submit, plan,"),
         (["--verison"], "unrecognized arguments: --verison (did you mean '--version'?)"),
         (["status", "--wacth"], "unrecognized arguments: --wacth (did you mean '--watch'?)"),
@@ -136,6 +141,20 @@ def test_bash_completes(tmp_path: Path) -> None:
     ask = "\n".join([program, typed, "_prefmill 2>/dev/null", 'echo "${COMPREPLY[@]}"'])
     done = subprocess.run(["bash", "-c", text.stdout.decode() + ask], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["dpo.beta="], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh on this machine")
+@pytest.mark.parametrize(
+    ("word", "added"), [("dpo.be", "-S -- dpo.beta=\n--\n"), ("--onl", "-S --\n-- --only\n"), ("no", "files\n")]
+)
+def test_zsh_completes(word: str, added: str) -> None:
+    """The script itself in zsh, with stand-ins for what only its line editor has: no space follows an equal sign."""
+    stand_ins = "compdef() {}; compadd() { print -r -- $@ }; _files() { print files }"
+    program = f'prefmill() {{ {Path(sys.executable).with_name("prefmill")} "$@"; }}'
+    typed = f"words=(prefmill run {DEMO} {word}); CURRENT=4; PREFIX={word}; _prefmill"
+    ask = "\n".join([stand_ins, program, script("zsh"), typed])
+    done = subprocess.run(["zsh", "-fc", ask], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (added, "")
 
 
 def test_colours_are_for_terminals_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

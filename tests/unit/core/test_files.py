@@ -1,4 +1,4 @@
-"""write_atomic: on disk before it has its name, and readable by nobody whom its mode leaves out."""
+"""Files written whole: on disk before they have their names, and readable by nobody whom their mode leaves out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.core.files import write_atomic
+from prefmill.core.files import copy_once, replacing, write_atomic
 
 
 def test_what_is_named_is_on_disk_and_the_mode_holds_from_the_start(
@@ -32,3 +32,24 @@ def test_what_is_named_is_on_disk_and_the_mode_holds_from_the_start(
     assert seen[2][0] == "sync", "the folder"
     assert path.read_text() == "secret"
     assert not left.exists()
+
+
+def test_a_copy_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, seen = tmp_path / "a.png", []
+    source.write_bytes(b"picture")
+    replace, sync = os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (seen.append("sync"), sync(number)))
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (seen.append(f"{new.name} of {old.stat().st_size}"), replace(old, new))
+    )
+    copy_once(source, tmp_path / "out" / "b.png", may_link=False)
+    assert seen == ["sync", "b.png of 7", "sync"]
+    copy_once(source, tmp_path / "out" / "c.png", may_link=True)
+    assert (tmp_path / "out" / "c.png").samefile(source)
+    assert len(seen) == 3
+    with pytest.raises(FileNotFoundError):
+        copy_once(tmp_path / "gone.png", tmp_path / "out" / "d.png", may_link=True)
+    with pytest.raises(ZeroDivisionError), replacing(source) as stream:
+        stream.write(b"half" + bytes(1 // 0))
+    assert source.read_bytes() == b"picture"
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "b.png", "c.png"]

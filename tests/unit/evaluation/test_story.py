@@ -101,9 +101,9 @@ def test_independent_factors_confirm_or_do_not() -> None:
     [
         ({}, {"num_words": found(30, 0.001)}, "dpo writes 30% longer reviews than base; at equal length"),
         ({}, {"num_words": found(-30, 0.001)}, "30% shorter"),
-        ({"truncated": 0.2}, {}, "20% of dpo’s reviews were cut off"),
-        ({"empty": 0.01}, {}, "1% of dpo’s outputs are empty"),
-        ({"has_rating": 0.9}, {}, "10% of dpo’s reviews give no rating"),
+        ({"truncated": 0.2}, {}, "20% of dpo's reviews were cut off"),
+        ({"empty": 0.01}, {}, "1% of dpo's outputs are empty"),
+        ({"has_rating": 0.9}, {}, "10% of dpo's reviews give no rating"),
     ],
 )  # fmt: skip
 def test_side_effects_are_doubts(measures: dict[str, float], differences: dict[str, Any], doubt: str) -> None:
@@ -135,13 +135,13 @@ def test_a_gain_with_a_harm_is_no_plain_yes(
     assert all(text.endswith(")") and len(text) < 160 for text in told.harms)
     assert told.verdict == ("mixed" if harm else "helped")
     label = (harm or "").split(":")[0].lower()
-    assert told.helped.endswith(f"but are worse in {label}." if harm else "than the base model’s.")
+    assert told.helped.endswith(f"but are worse in {label}." if harm else "than the base model's.")
 
 
 def test_a_model_far_above_people_and_items_that_nobody_meets_are_doubts() -> None:
     models = [model("human", 7.0, silent=True), model("base", 5, silent=True), model("dpo", 12.7, silent=True)]
     told = story(models, [pair("base", "dpo", found(7.7, 0.001))])
-    assert any("dpo’s reviews score 12.70 where people’s score 7.00: above people" in doubt for doubt in told.doubts)
+    assert any("dpo's reviews score 12.70 where people's score 7.00: above people" in doubt for doubt in told.doubts)
     assert "1 of 2 items are met by no review: seeds." in told.doubts
     level = story([model("human", 7.0), model("base", 5), model("dpo", 7)], [pair("base", "dpo", found(2, 0.001))])
     assert level.doubts == (PROXY,)
@@ -156,7 +156,7 @@ def test_differences_within_chance_are_no_doubts() -> None:
 def test_general_doubts() -> None:
     models = [model("base", 5), {**model("dpo", 7), "repeated_reviews": 0.4}]
     told = story(models, [pair("base", "dpo", found(2, 0.001))], engine="lexical", num_papers=20)
-    assert any("40% of dpo’s reviews repeat another one" in doubt for doubt in told.doubts)
+    assert any("40% of dpo's reviews repeat another one" in doubt for doubt in told.doubts)
     assert any("only 20 papers" in doubt for doubt in told.doubts)
     assert any("30 papers were not reviewed by every model" in doubt for doubt in told.doubts)
     assert any("lexical engine" in doubt for doubt in told.doubts)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prefmill.images.files import inspect_image, place
+from prefmill.core.files import copy_once
+from prefmill.images.files import inspect_image
 from prefmill.store.pictures import ImageError
 from tests.e2e.image_artifacts import bomb, draw
 
@@ -51,9 +52,9 @@ def test_missing_foreign_and_other_formats(tmp_path: Path) -> None:
 
 def test_ours_are_linked_and_others_copied(tmp_path: Path) -> None:
     source = draw(tmp_path / "a.png", 0)
-    place(source, tmp_path / "x" / "ours.png", is_ours=True)
-    place(source, tmp_path / "x" / "theirs.png", is_ours=False)
+    copy_once(source, tmp_path / "x" / "ours.png", may_link=True)
+    copy_once(source, tmp_path / "x" / "theirs.png", may_link=False)
     assert (tmp_path / "x" / "ours.png").samefile(source)
     assert not (tmp_path / "x" / "theirs.png").samefile(source)
     assert (tmp_path / "x" / "theirs.png").read_bytes() == source.read_bytes()
-    place(source, tmp_path / "x" / "theirs.png", is_ours=False)  # done again after a kill
+    copy_once(source, tmp_path / "x" / "theirs.png", may_link=False)  # done again after a kill
