@@ -13,10 +13,9 @@ _SECONDS = 150.0
 
 
 def import_before_the_forks(*names: str) -> None:
-    """Modules and DeepSpeed, once for all ranks; it is not to compile its kernels for ranks on one CPU: minutes."""
+    """Modules and DeepSpeed, once for all ranks."""
     for name in (*names, "deepspeed"):
         importlib.import_module(name)
-    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def start_ranks(world_size: int, work: Callable[..., object], *given: Any) -> list[Any]:

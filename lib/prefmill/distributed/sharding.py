@@ -73,9 +73,19 @@ def sharding_arguments(config: Sharded) -> dict[str, Any]:
     if config.deepspeed is None:
         return {}
     settings = deepspeed_settings(config.deepspeed)
+    if device_type() == "cpu":
+        _leave_reductions_to_gloo()
     if world_size() == 1:
         _rendezvous_alone()
     return {"deepspeed": compute_as_without_shards(settings)}
+
+
+def _leave_reductions_to_gloo() -> None:
+    # DeepSpeed would compile an operator for them at its first start: half a minute and 4 GB, and where that is killed, a
+    # lock file for which every later rank waits without end.
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def uses_fsdp(config: Sharded) -> bool:

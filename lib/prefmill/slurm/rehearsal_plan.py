@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.config import StrictConfig, modern, validate
-from prefmill.core.files import write_atomic
 from prefmill.pipeline.freeze import freeze
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
 from prefmill.pipeline.stage_entry import with_settings
+from prefmill.reviews.files import read_lines
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
+from prefmill.store.jsonl import parse_json
 from prefmill.training.config import TrainingConfig
 
 MINUTES = 20
 ROWS, PAPERS = 400, 60  # of the user's file, or of the generated corpus in place of what cannot be cut
-SAVE_STEPS, LOGGING_STEPS, LENGTH = 20, 5, 1024
+SAVE_STEPS, LOGGING_STEPS, LENGTH = 20, 5, 2048
+CHARACTERS = 400  # of a text in the user's file: a tiny tokenizer makes up to three tokens of a word
 _ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dpo": "sdxl", "train_reward": "clip"}
 _ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny judge judges nothing
 _MUCH_DEV = {"train": 0.5, "val": 0.1, "dev": 0.3, "test": 0.1}  # of a slice, for optimize_checklist
@@ -106,16 +108,30 @@ def _short_training(config: TrainingConfig, ranks: int) -> dict[str, Any]:
 
 
 def _slice(source: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
-    """The first rows of a file with a review a line; a generated corpus for anything else."""
+    """The first rows of a file with a review a line, long texts cut; a generated corpus for anything else."""
     if source.get("format") == "jsonl":
-        path = Path(source["path"])
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as stream:
-            text = "".join(itertools.islice(stream, ROWS))
-        write_atomic(folder / f"slice{number}.jsonl", text)
-        return {**source, "path": str(folder / f"slice{number}.jsonl")}
+        rows = itertools.islice(read_lines(Path(source["path"])), ROWS)
+        folder.mkdir(parents=True, exist_ok=True)
+        (path := folder / f"slice{number}.jsonl").write_bytes(b"".join(_shortened(line) for _, line in rows))
+        return {**source, "path": str(path)}
     images = {"images": True} if source.get("images") or source.get("format", "").startswith("openreview") else {}
     return {"format": "generated", "num_papers": PAPERS, **images}
+
+
+def _shortened(line: bytes) -> bytes:
+    """A row whose texts are cut: else all papers of a real file would be too long for a tiny model, and be dropped."""
+    try:
+        return json.dumps(_cut(parse_json(line))).encode() + b"\n"
+    except (ValueError, RecursionError):
+        return line  # ingest_reviews says of it what it says of it in the real run
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _cut(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cut(item) for item in value]
+    return value[:CHARACTERS] if isinstance(value, str) else value
 
 
 def _with_tiny_models(values: Any, folder: Path, stage: str) -> Any:

@@ -1,0 +1,57 @@
+"""A pipeline made small on a user's own reviews."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prefmill.pipeline.plan import make_plan, read_pipeline
+from prefmill.slurm.cluster import ClusterFile
+from prefmill.slurm.rehearsal_plan import rehearsal_of
+from tests.conftest import REPOSITORY
+from tests.e2e.pipeline_runs import run
+
+DATA = ("ingest_reviews", "score_reviews", "build_datasets", "validate_datasets")
+
+
+@pytest.mark.slow
+def test_real_reviews_fit_the_tiny_models(reviews_file: Path, tmp_path: Path) -> None:
+    """All rows of validate_datasets were too long once, as a tiny tokenizer makes many tokens of real texts."""
+    source = tmp_path / "pipelines" / "reviews.yaml"
+    source.parent.mkdir()
+    shipped = yaml.safe_load((REPOSITORY / "configs/pipelines/review.yaml").read_text())
+    stages = {name: shipped["stages"][name] for name in DATA}
+    stages["score_reviews"] = {"config": "demo"}
+    source.write_text(yaml.safe_dump({"name": "own", "stages": stages}))
+    for name in DATA:
+        (tmp_path / name).symlink_to(REPOSITORY / "configs" / name)
+    given = f'ingest_reviews.sources=[{{format: jsonl, path: "{reviews_file}"}}]'
+    pipeline = read_pipeline(source, [f"workspace={tmp_path / 'work'}", given])
+    small, _ = rehearsal_of(pipeline, make_plan(pipeline, source), source, ClusterFile())
+    (path := tmp_path / "small.yaml").write_text(yaml.safe_dump(small.model_dump(mode="json")))
+    run(tmp_path / "work", pipeline=path)
+    report = tmp_path / "work/data/own-rehearsal/validate_datasets/all/report.json"
+    tokens = json.loads(report.read_text())["checks"]["tokens"]
+    assert (tokens["result"], tokens["warnings"]) == ("passed", 0)
+
+
+def test_a_slice_is_the_users_rows_with_their_texts_cut(tmp_path: Path) -> None:
+    rows = [json.dumps({"id": str(n), "sub": {"text": ["long " * 1000]}, "rating": n}) for n in range(500)]
+    broken = [b'{"rating": 1, "rating": 2}', b"\xff" * 2000, b"[" * 100_000]
+    lines = [rows[0].encode(), *broken, *(row.encode() for row in rows[1:])]
+    (reviews := tmp_path / "reviews.jsonl").write_bytes(gzip.compress(b"\n".join(lines)))  # by content, not by name
+    demo = REPOSITORY / "configs/pipelines/demo.yaml"
+    given = f'ingest_reviews.sources=[{{format: jsonl, path: "{reviews}"}}]'
+    pipeline = read_pipeline(demo, [f"workspace={tmp_path}", given])
+    rehearsal_of(pipeline, make_plan(pipeline, demo), demo, ClusterFile())
+    (made,) = tmp_path.rglob("slice0.jsonl")
+    found = made.read_bytes().splitlines()
+    assert len(found) == 400
+    assert found[1:4] == broken  # the real run says what is wrong with them
+    for number, line in enumerate(itertools.chain(found[:1], found[4:])):
+        assert json.loads(line) == {"id": str(number), "sub": {"text": [("long " * 1000)[:400]]}, "rating": number}
