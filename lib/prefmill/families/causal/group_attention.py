@@ -69,13 +69,15 @@ def group_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    responses_only: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a packed sequence, [1, heads, T, D] queries to [1, T, heads, D]; keys may have fewer heads.
 
     No mask over T x T exists: the prompt is a causal call of its own, and each response one that is causal from the
-    bottom right against [prompt, itself]. `segments` must cover the sequence in order, `varlen` is their index.
-    Raises ConfigError for a mask that the model made on its own.
+    bottom right against [prompt, itself]. `segments` must cover the sequence in order, `varlen` is their index. With
+    `responses_only` a prompt's hidden states but the last are not read behind the model: its last layer leaves them out
+    on a CPU. Raises ConfigError for a mask that the model made on its own.
     """
     if segments is None:  # layers that keep what they are given to themselves
         raise _refused("layers that do not pass arguments on to their attention", type(module).__name__)
@@ -93,13 +95,21 @@ def group_attention(
             query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
             window = None if causal or pattern is None else pattern.reach
             return varlen_attention(query, key, value, varlen, scaling, window)[None], None
-    return loop_attention(query, key, value, segments, scoring), None
+    return loop_attention(query, key, value, segments, scoring, responses_only and _is_last(module)), None
 
 
 def loop_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scoring: LayerAttention
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[Segment],
+    scoring: LayerAttention,
+    responses_only: bool = False,
 ) -> Tensor:
-    """A call for every prompt and every response, for CPUs and for what no flash kernel takes."""
+    """A call for every prompt and every response, for CPUs and for what no flash kernel takes.
+
+    With `responses_only` zeros stand for a prompt's tokens before its last, which predicts the responses' first.
+    """
     if key.shape[1] != query.shape[1] and (query.is_cuda or scoring.written_out):
         # In fp32 no kernel but the one that holds T x T takes fewer key heads.
         times = query.shape[1] // key.shape[1]
@@ -107,7 +117,9 @@ def loop_attention(
     parts: list[Tensor] = []
     for place, segment in enumerate(segments):
         keys, values, own = _rows(key, segment.prompt), _rows(value, segment.prompt), scoring.of(place)
-        parts += _prompt(_rows(query, segment.prompt), keys, values, own)
+        first = keys.shape[2] - 1 if responses_only else 0
+        parts.append(values.new_zeros(1, query.shape[1], first, values.shape[3]))
+        parts += _prompt(_rows(query, segment.prompt), keys, values, own, first)
         for span in segment.responses:
             parts.append(_respond(_rows(query, span), _rows(key, span), _rows(value, span), keys, values, own))
     # Rows first: kernels lay their results out so, and a copy is saved.
@@ -116,16 +128,16 @@ def loop_attention(
     return attended
 
 
-def _prompt(query: Tensor, key: Tensor, value: Tensor, scoring: LayerAttention) -> list[Tensor]:
-    """Attention of a prompt to itself, some queries at a time where it is more than causal."""
+def _prompt(query: Tensor, key: Tensor, value: Tensor, scoring: LayerAttention, first: int) -> list[Tensor]:
+    """Attention of a prompt to itself, from query `first` on, some queries at a time where it is more than causal."""
     length = query.shape[2]
-    if scoring.is_causal(length):
+    if not first and scoring.is_causal(length):
         grouped = key.shape[1] != query.shape[1]
         return [
             scaled_dot_product_attention(query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=grouped)
         ]
     parts = []
-    for start in range(0, length, _QUERIES_AT_ONCE):
+    for start in range(first, length, _QUERIES_AT_ONCE):
         queries, pattern = range(start, min(start + _QUERIES_AT_ONCE, length)), scoring.pattern or MaskPattern()
         keys = range(pattern.first_key(start), length if pattern.ahead else queries.stop)
         seen = (keys.start, keys.stop)
@@ -161,6 +173,12 @@ def _respond(
         again: Tensor = checkpoint(attend, *states, use_reentrant=False, preserve_rng_state=False)
         return again
     return attend(*states)
+
+
+def _is_last(module: Any) -> bool:
+    """Whether no layer of the model comes after this attention's."""
+    config = getattr(module, "config", None)
+    return config is not None and getattr(module, "layer_idx", None) == config.get_text_config().num_hidden_layers - 1
 
 
 def _again(*given: Any) -> Tensor:

@@ -137,6 +137,8 @@ def _forward(
     # Only a training step takes the loss from the model, and with it the graph that it holds.
     if getattr(self, "counts_routing", False) and self.training:
         given["output_router_logits"] = True
+    elif segments is not None:
+        given["responses_only"] = True  # a router's loss reads what every layer gives a prompt
     family = FAMILIES.get(self.config.model_type)
     if family is not None:
         output = family.run(self, input_ids, mask, images, **given)

@@ -140,6 +140,17 @@ def test_activation_checkpointing_changes_nothing(groups: list[Group], shared: A
     assert_same_gradients(shared, checkpointed, 1e-12)
 
 
+def test_the_last_layer_leaves_a_prompt_out_but_for_its_last_token(groups: list[Group], shared: Any) -> None:
+    seen: list[torch.Tensor] = []
+    for layer in shared.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    score_batch(shared, pack([next(iter(cut_responses(groups[0], None)))]))
+    before = len(groups[0].prompt) - 1
+    *others, last = [(attended.abs().sum(-1) > 0).tolist() for attended in seen]
+    assert others == [[True] * len(last)] * len(others) != []
+    assert last == [False] * before + [True] * (len(last) - before)
+
+
 def test_no_mask_over_the_packed_sequence(groups: list[Group], shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No two-dimensional intermediate of the attention spans the packed sequence on both sides."""
     masks, sizes = [], []
