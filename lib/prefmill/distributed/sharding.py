@@ -81,8 +81,8 @@ def sharding_arguments(config: Sharded) -> dict[str, Any]:
 
 
 def _leave_reductions_to_gloo() -> None:
-    # DeepSpeed would compile an operator for them at its first start: half a minute and 4 GB, and where that is killed, a
-    # lock file for which every later rank waits without end.
+    # DeepSpeed would compile an operator for them at its first start: half a minute and 4 GB, and where that is killed,
+    # a lock file for which every later rank waits without end.
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
