@@ -26,10 +26,21 @@ _PACKED = ("", ".gz", ".zst", ".xz")
 _DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".tsv", ".xlsx", ".parquet") for packed in _PACKED)
 _log = logging.getLogger(__name__)
 _GZIP_MAGIC = b"\x1f\x8b"
+_OTHER_MAGIC = {  # by their first bytes, as such a file would be called bad UTF-8, line by line
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", "unpack it (zstd -d)"),
+    b"\xfd7zXZ": ("packed by xz", "unpack it (xz -d)"),
+    b"BZh": ("packed by bzip2", "unpack it (bzip2 -d)"),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV"),
+    b"PAR1": ("Parquet", "write it as JSON lines (polars: read_parquet(...).write_ndjson(...))"),
+    b"ARROW1": ("Arrow", "write it as JSON lines (polars: read_ipc(...).write_ndjson(...))"),
+    b"\xff\xfe": ("text in UTF-16", "save the file as UTF-8 (for example: iconv -f UTF-16 -t UTF-8)"),
+    b"\xfe\xff": ("text in UTF-16", "save the file as UTF-8 (for example: iconv -f UTF-16 -t UTF-8)"),
+}
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(r'\s*(?:\[|\{[^\[]*"notes"\s*:\s*\[)')  # an array, or an API answer that holds one
 _OBJECT = re.compile(r"\s*\{\s*\n")  # an object over several lines: a file that holds one note
 _GAP = re.compile(r"[\s,]*")
+_END = re.compile(r"\](?:[^\[\]{}]*\})?\s*")  # of an array, and of the API answer that holds it
 _CHUNK_BYTES = 1 << 20
 _MAX_CSV_FIELD_CHARS = 1 << 24  # above any paper; below what an unclosed quote swallows of a large file
 _UTF8_FIX = "save the file as UTF-8 (for example: iconv -f LATIN1 -t UTF-8), or correct the line"
@@ -51,7 +62,11 @@ def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Pa
         _log.warning("%s: %d files are of another kind and not read: %s", path, len(other), ", ".join(other[:5]))
     if not found:
         expected = ", ".join(f"*{ending}" for ending in endings)
-        raise InputError("a folder without review files", where=path, expected=expected, fix="check the source's path")
+        got = ", ".join(other[:5]) or None
+        raise InputError(
+            "a folder without review files", where=path, got=got, expected=expected,
+            fix="check the source's path" + (", or convert its files" if got else ""),
+        )  # fmt: skip
     return found
 
 
@@ -179,9 +194,16 @@ def _reading(path: Path) -> Iterator[tuple[IO[bytes], list[int]]]:
 
 def _open(path: Path) -> IO[bytes]:
     stream = path.open("rb")
-    if stream.peek(2)[:2] == _GZIP_MAGIC:
+    beginning = stream.peek(8)
+    if beginning.startswith(_GZIP_MAGIC):
         stream.close()
         return cast("IO[bytes]", gzip.open(path, "rb"))
+    for magic, (kind, fix) in _OTHER_MAGIC.items():
+        if beginning.startswith(magic):
+            stream.close()
+            raise InputError(
+                "a file of another kind", where=path, got=kind, expected="text in UTF-8, plain or gzip", fix=fix
+            )
     return stream
 
 
@@ -228,7 +250,7 @@ def _check_header(names: Any, path: Path) -> None:
 
 
 def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
-    """The objects of the file's first array, decoded one at a time."""
+    """The objects of the file's arrays, decoded one at a time: a dump may be many answers, one after the other."""
     decoder, chunks = json.JSONDecoder(), _read_text(path)
     buffer = _grow("", chunks, path, 1)
     position, counted, line, index = buffer.index("[") + 1, 0, 1, 0
@@ -237,8 +259,19 @@ def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
         assert gap is not None
         position = gap.end()
         line, counted = line + buffer.count("\n", counted, position), position
-        if buffer.startswith("]", position):
-            return
+        if end := _END.match(buffer, position):
+            if following := _ARRAY.match(buffer, end.end()):
+                position = following.end()
+            elif more := next(chunks, ""):
+                buffer, position, counted = buffer[position:] + more, 0, 0
+            elif end.end() == len(buffer):
+                return
+            else:
+                raise InputError(
+                    "text behind an array", where=f"{path}:{line}", got=excerpt(buffer[end.end() :]),
+                    expected="its end, or another array", fix="remove what stands there, or write one object a line",
+                )  # fmt: skip
+            continue
         try:
             values, position = decoder.raw_decode(buffer, position)
         except ValueError as error:

@@ -183,8 +183,12 @@ def write_corpus(
         rejects.check_share(tally.rows)
         if not reviews.num_rows:
             # What is set aside is published with a corpus alone: here it would be in no file.
+            skipped = [f"{count} {kind}" for counts in tally.sources for kind, count in counts.items() if ":" in kind]
             got = f"{tally.rows} rows; {tally.left_out} papers left out (title_only){rejects.shown()}"
-            raise InputError("no review is left", got=got, fix="correct the sources")
+            raise InputError(
+                "no review is left", got="; ".join([got, *skipped]),
+                fix="correct the sources; of OpenReview's notes, name those of reviews in review_invitations",
+            )  # fmt: skip
     if rejects.config.on_bad_row == "quarantine":
         # Last, as documents that cannot be read are found while the papers are written.
         _write_quarantine(store, reader.output / "quarantine.jsonl")

@@ -47,6 +47,7 @@ _NOT_SECTIONS = re.compile(
     r"flag_for_ethics_review|.*acknowledg.*|.*_id"
 )
 _VENUE_GROUP = re.compile(r"(\w+)\.\w+/(\d{4})/")
+_OF_ONE_PAPER = re.compile(r"/(submission|paper)\d+(/.*)?$", re.IGNORECASE)
 
 
 class OpenReviewSource(FileSource):
@@ -125,6 +126,11 @@ class OpenReviewSource(FileSource):
         read = _lower((*self.rating_fields, *self.confidence_fields, *self.exclude_fields))
         rest = {name: value for name, value in fields.items() if name not in read}
         scores, sections, left_out = _split_content(rest, _lower(self.sub_score_fields))
+        for name, value in _others(fields, self.rating_fields):
+            if begins_with_number(str(value)):
+                scores[name] = parse_score(value, f"content.{name}")
+            else:
+                left_out.append(Unknown("second rating in words", name))
         review = ReviewRow(
             review_id=parse_id(note.get("id"), "id", self.id_prefix),
             paper_id=self._paper_id(note),
@@ -133,7 +139,7 @@ class OpenReviewSource(FileSource):
             scale=self.scale,
             confidence=confidence,
             venue=self.venue or _venue(note),
-            sub_scores=scores,
+            sub_scores=dict(sorted(scores.items())),
         )
         return [review, *unknown, *left_out]
 
@@ -166,6 +172,12 @@ def _lower(names: Sequence[str]) -> set[str]:
 def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
     """The value of the first of `names` that has one."""
     return next((fields[name.lower()] for name in names if fields.get(name.lower()) not in (None, "")), None)
+
+
+def _others(fields: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, Any]]:
+    """The fields among `names` that have a value, behind the one that `_first` takes."""
+    given = [(name.lower(), fields[name.lower()]) for name in names if fields.get(name.lower()) not in (None, "")]
+    return given[1:]
 
 
 def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
@@ -232,7 +244,7 @@ def _split_content(
             sections[name] = text
         elif text:
             left_out.append(Skipped("section without content (N/A)"))
-    return dict(sorted(scores.items())), sections, left_out
+    return scores, sections, left_out
 
 
 def _section(name: str, value: Any) -> str | None:
@@ -261,4 +273,5 @@ def _venue(note: Mapping[str, Any]) -> str:
     """`ICLR 2024` from an invitation of ICLR.cc/2024/Conference."""
     invitations = note.get("invitations") or [note.get("invitation")]
     match = _VENUE_GROUP.match(str(invitations[0]))
-    return f"{match[1]} {match[2]}" if match else str(invitations[0]).split("/-/", 1)[0]
+    # Else the group, less the submission: with a venue for each paper, quantiles of a venue would say nothing.
+    return f"{match[1]} {match[2]}" if match else _OF_ONE_PAPER.sub("", str(invitations[0]).split("/-/", 1)[0])

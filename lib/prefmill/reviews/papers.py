@@ -97,7 +97,7 @@ class DocumentReader:
             return ""
         path = self.config.texts / f"{paper_id}.txt"
         try:
-            return clean_text(path.read_bytes().decode(), path.name)
+            return clean_text(path.read_bytes().decode("utf-8-sig"), path.name)
         except FileNotFoundError:
             if self.config.require_files:
                 fix = "add the file, or set require_files: false to use the row's text"

@@ -28,7 +28,8 @@ _NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
 # "6-7", "5 -> 6", "6 or 7", "6, 7", "6%", and "4/5" or "4 out of 5", where the 5 is to be the scale's end
 _SECOND_NUMBER = re.compile(
-    r"\s*(?:(?P<of>/|(?:out )?of\b)|-+>?|[–—→±~,;]|to\b|or\b)\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)"
+    r"\s*(?:(?P<of>[/\u2044\u2215]|(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b)"
+    r"\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)"
 )
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
 _NUMBERS = (int, float)  # the types: to isinstance a bool is an int, and `true` would be a rating of 1

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from prefmill.core.errors import InputError
+from prefmill.reviews import files
 from prefmill.reviews.rows import (
     DecisionRow,
     PaperRow,
+    RawRow,
     ReviewRow,
     RowError,
     Skipped,
@@ -26,8 +28,12 @@ ROW = {"paper_id": "p1", "title": "T", "review_id": "r1", "review_text": "Fine."
 
 
 @pytest.mark.parametrize(
-    "text", ["4/5", "3 out of 5", "6-7", "6 - 7", "6 or 7", "5 -> 6", "5→6", "6 to 7", "6, 7", "6;7", "6±1", "60%"]
-)
+    "text",
+    [
+        "4/5", "3 out of 5", "6-7", "6 - 7", "6 or 7", "5 -> 6", "5→6", "6 to 7", "6, 7", "6;7", "6±1", "60%",
+        "6\u22127", "6\u20117", "5 => 6", "5 > 6", "6 and 7", "6 & 7", "6 | 7", "4\u20445",
+    ],
+)  # fmt: skip
 def test_two_numbers_and_another_scale_are_no_rating(text: str) -> None:
     with pytest.raises(RowError, match="no number on the scale 1 to 10") as caught:
         parse_rating(text, (1, 10))
@@ -115,3 +121,52 @@ def test_peerreads_score_is_a_rating_and_null_no_id(tmp_path: Path) -> None:
     assert [item.rating for item in items if isinstance(item, ReviewRow)] == [4]
     _, problems = read(source(format="peerread", path=write(tmp_path / "x.json", {**paper, "id": None})))
     assert {problem.reason for problem in problems} == {"empty id"}
+
+
+@pytest.mark.parametrize("chunk", [16, 23, 1 << 20])
+def test_a_dump_of_several_answers_is_read_to_its_end(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
+    pages = [json.dumps({"notes": [{"id": f"{page}{note}"} for note in range(2)], "count": 4}) for page in range(2)]
+    for text in (
+        "\n".join(pages),
+        "".join(pages) + "\n",
+        '[{"id": "00"}, {"id": "01"}]\n[]\n[{"id": "10"}, {"id": "11"}]',
+    ):
+        found = list(files.json_rows(write(tmp_path / "x.json", text), 0))
+        assert [row.values["id"] for row in found if isinstance(row, RawRow)] == ["00", "01", "10", "11"]
+        assert len(found) == 4
+    with pytest.raises(InputError, match="text behind an array"):
+        list(files.json_rows(write(tmp_path / "x.json", '[{"id": "00"}]\n{"id": "01"}\n'), 0))
+
+
+@pytest.mark.parametrize(
+    ("group", "venue"),
+    [
+        ("aclweb.org/ACL/ARR/2024/June", "aclweb.org/ACL/ARR/2024/June"),
+        ("TMLR", "TMLR"),
+        ("ICLR.cc/2024/C", "ICLR 2024"),
+    ],
+)
+def test_all_papers_of_a_venue_have_one_venue(tmp_path: Path, group: str, venue: str) -> None:
+    notes = [note(id=f"n{n}", invitations=[f"{group}/Submission{n}/-/Official_Review"]) for n in (1, 2)]
+    reviews, _ = notes_of(tmp_path / "x.jsonl", *notes)
+    assert [review.venue for review in reviews] == [venue] * 2
+
+
+def test_a_second_rating_is_kept_or_counted(tmp_path: Path) -> None:
+    content = {**note()["content"], "recommendation": {"value": "8: accept"}, "overall_rating": {"value": "high"}}
+    (review, unknown), _ = notes_of(tmp_path / "x.jsonl", note(content=content))
+    assert (review.rating, review.sub_scores) == (6, {"recommendation": 8})
+    assert unknown == Unknown("second rating in words", "overall_rating")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [('{"a": 1}'.encode("utf-16"), "UTF-16"), (b"PAR1....", "Parquet"), (b"\x28\xb5\x2f\xfd.", "zstd -d")],
+)
+def test_a_file_of_another_kind_is_named_once(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=kind):
+        list(files.jsonl_rows(tmp_path / "x.jsonl", 0))
