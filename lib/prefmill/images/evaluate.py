@@ -20,7 +20,7 @@ from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling, holm, means, within
 from prefmill.families.reward.scoring import open_scorer
-from prefmill.families.sdxl.backbone import PIPELINE_FILE
+from prefmill.families.sdxl.folders import PIPELINE_FILE
 from prefmill.families.sdxl.generator import ADAPTER_FILE, GeneratorSource, open_pipeline
 from prefmill.images.generation import ImageSampling, make_images, plan_jobs
 from prefmill.images.grids import write_grids

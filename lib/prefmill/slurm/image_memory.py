@@ -240,7 +240,7 @@ def _denoiser(name: str, revision: str | None) -> tuple[Backbone, Any, dict[str,
         return BACKBONES["StableDiffusionXLPipeline"], diffusers.UNet2DConditionModel, SDXL_UNET
     try:
         index = diffusers.DiffusionPipeline.load_config(name, revision=revision)
-        backbone = backbone_of(index["_class_name"], name)
+        backbone = backbone_of(index.get("_class_name"), name)
         make = getattr(diffusers, index[backbone.part][1])
         return backbone, make, dict(make.load_config(name, subfolder=backbone.part, revision=revision))
     except (OSError, ValueError) as error:

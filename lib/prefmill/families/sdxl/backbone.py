@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from prefmill.core.errors import InputError
 
-PIPELINE_FILE = "model_index.json"
 Conditions = Callable[[Tensor, Tensor, Tensor], dict[str, Any]]
 
 
@@ -83,11 +81,3 @@ def prompt_arguments(kept: dict[str, Tensor], prefix: str = "") -> dict[str, Ten
 def denoiser(pipeline: Any) -> Any:
     """The UNet or transformer of a loaded pipeline."""
     return getattr(pipeline, BACKBONES[type(pipeline).__name__].part)
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The parts of a pipeline's folder by name, (library, class) each, without those that are left out."""
-    import json
-
-    index = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
-    return {name: value for name, value in index.items() if value != [None, None]}

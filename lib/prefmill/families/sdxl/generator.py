@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.distributed.devices import device_type
-from prefmill.families.sdxl.backbone import PIPELINE_FILE, Backbone, backbone_of
-from prefmill.families.sdxl.whole import require_whole_adapter, require_whole_pipeline
+from prefmill.families.sdxl.backbone import Backbone
+from prefmill.families.sdxl.folders import loading
+from prefmill.families.sdxl.whole import require_whole_adapter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,20 +91,12 @@ def open_pipeline(source: GeneratorSource) -> Any:
 
     Raises InputError when it cannot be loaded or is of no kind that `backbone` knows.
     """
-    import diffusers
     import torch
 
-    _require_folder(source.model)
-    try:
-        name = diffusers.DiffusionPipeline.load_config(source.model, revision=source.revision)["_class_name"]
-        options = backbone_of(name, source.model).options
-        pipeline = getattr(diffusers, name).from_pretrained(
-            source.model, dtype={"default": torch_dtype(source.precision), "vae": torch.float32},
-            revision=source.revision, variant=source.variant, use_safetensors=True, **options,
-        )  # fmt: skip
-    except (OSError, ValueError, TypeError) as error:
-        raise _unloadable("the pipeline", source.model, error) from error
-    require_whole_pipeline(pipeline, source.model, revision=source.revision, variant=source.variant)
+    from prefmill.families.sdxl.loading import open_folder
+
+    folder = open_folder(source.model, source.revision, source.variant)
+    pipeline = folder.load_pipeline(dtype={"default": torch_dtype(source.precision), "vae": torch.float32})
     if source.adapter is not None:
         add_adapter(pipeline, source.adapter, source.adapter_scale)
     pipeline.set_progress_bar_config(disable=True)
@@ -137,27 +130,18 @@ def too_long(tokenizers: Mapping[str, Any], backbone: Backbone, prompts: Iterabl
 
 
 def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
-    """Put the adapter of `folder` (diffusers' form, its alpha in the file's metadata) on the pipeline."""
-    if not (folder / ADAPTER_FILE).is_file():
+    """Put an adapter on the pipeline: that of `folder`, or a file of another tool that diffusers reads."""
+    file = folder if folder.is_file() else folder / ADAPTER_FILE
+    if not file.is_file():
+        others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
         raise InputError(
-            "no adapter in this folder", where=folder, expected=ADAPTER_FILE, fix="give the folder it was saved to"
-        )
-    try:
-        pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE, adapter_name=_ADAPTER_NAME)
-        pipeline.set_adapters(_ADAPTER_NAME, scale)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _unloadable("the adapter", folder, error) from error
-    require_whole_adapter(pipeline, folder / ADAPTER_FILE, _ADAPTER_NAME)
-
-
-def _require_folder(name_or_path: str) -> None:
-    # A hub name has one slash: more is a path, and the hub would answer with an error about its name.
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if looks_local and not (Path(name_or_path) / PIPELINE_FILE).is_file():
-        raise InputError(
-            "no diffusers pipeline in this folder", where=name_or_path, expected=PIPELINE_FILE,
-            fix="check the path, or give a hub name",
+            "no adapter in this folder", where=folder, got=others or None, expected=ADAPTER_FILE,
+            fix="give the file itself" if others else "give the folder it was saved to",
         )  # fmt: skip
+    with loading("the adapter", file):
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=_ADAPTER_NAME)
+        pipeline.set_adapters(_ADAPTER_NAME, scale)
+    require_whole_adapter(pipeline, file, _ADAPTER_NAME)
 
 
 def _label(artifact: Artifact) -> str:
@@ -166,10 +150,3 @@ def _label(artifact: Artifact) -> str:
 
 def _two(what: str, where: str, got: str) -> ConfigError:
     return ConfigError(f"two {what} to make images with", where=where, got=got, fix="leave one out")
-
-
-def _unloadable(what: str, where: object, error: Exception) -> InputError:
-    return InputError(
-        f"cannot load {what}", where=where, got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        fix="check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)",
-    )  # fmt: skip

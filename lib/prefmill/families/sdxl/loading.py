@@ -13,8 +13,9 @@ from torch import nn
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import digest_json, digest_path
 from prefmill.core.precision import Precision, torch_dtype
-from prefmill.families.sdxl.backbone import PIPELINE_FILE, Backbone, backbone_of, read_index
+from prefmill.families.sdxl.backbone import Backbone, backbone_of
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.families.sdxl.folders import loading, local_folder, read_index, require_files, variant_of
 from prefmill.families.sdxl.whole import require_whole_part, require_whole_pipeline
 from prefmill.training.config import weights_precision
 
@@ -34,7 +35,7 @@ class SdxlFolder:
     @cached_property
     def backbone(self) -> Backbone:
         """What differs in this kind of pipeline."""
-        return backbone_of(self.index["_class_name"], self.path)
+        return backbone_of(self.index.get("_class_name"), self.path)
 
     @property
     def denoiser_class(self) -> Any:
@@ -57,18 +58,21 @@ class SdxlFolder:
         import diffusers
 
         loader = getattr(diffusers, self.index["_class_name"])
-        pipeline = loader.from_pretrained(
-            self.path, variant=self.variant, use_safetensors=True, **self.backbone.options, **parts
-        )
-        require_whole_pipeline(pipeline, self.path, variant=self.variant)
+        with loading("the pipeline", self.path):
+            pipeline = loader.from_pretrained(
+                self.path, variant=self.variant, use_safetensors=True, **self.backbone.options, **parts
+            )
+        require_whole_pipeline(pipeline, self.path, self.variant)
         return pipeline
 
     def load(self, loader: Any, part: str, precision: Precision) -> Any:
         """The part of that name, by diffusers' or transformers' class `loader`."""
         # safetensors alone: a .bin is a pickle, which may run code when it is opened.
-        model = loader.from_pretrained(
-            self.path, subfolder=part, torch_dtype=torch_dtype(precision), variant=self.variant, use_safetensors=True
-        )
+        with loading(f"the pipeline's {part}", self.path):
+            model = loader.from_pretrained(
+                self.path, subfolder=part, torch_dtype=torch_dtype(precision), use_safetensors=True,
+                variant=variant_of(self.path / part, self.variant),
+            )  # fmt: skip
         require_whole_part(model, self.path / part)
         return model
 
@@ -79,16 +83,10 @@ class SdxlFolder:
 
 def open_folder(name: str, revision: str | None, variant: str | None) -> SdxlFolder:
     """The pipeline called `name`, fetched from the hub where it is no folder; raises InputError for anything else."""
-    path = Path(name)
-    if not path.is_dir():
-        path = _fetch(name, revision, variant)
-    if not (path / PIPELINE_FILE).is_file():
-        raise InputError(
-            "no diffusers pipeline here", where=name, expected=f"a folder with {PIPELINE_FILE}",
-            fix="give a diffusers folder, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0",
-        )  # fmt: skip
-    folder = SdxlFolder(path, variant)
-    _ = folder.backbone  # here, where a wrong kind costs nothing yet
+    folder = SdxlFolder(local_folder(name) or _fetch(name, revision, variant), variant)
+    # Here, where a wrong kind or a missing part costs nothing yet.
+    left_out = folder.backbone.options
+    require_files(folder.path, {part: value for part, value in folder.index.items() if part not in left_out}, variant)
     return folder
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from prefmill.core.errors import InputError
 from prefmill.families.causal.loading import require_whole
+from prefmill.families.sdxl.folders import variant_of
 
 _FIRST_FACTOR = re.compile(r"lora(_A|_down|\.down)\b")  # as PEFT, kohya and older diffusers call it
 
@@ -21,24 +22,20 @@ def require_whole_part(part: nn.Module, where: object) -> None:
     require_whole(part, {"missing_keys": missing, "mismatched_keys": (), "unexpected_keys": ()}, str(where))
 
 
-def require_whole_pipeline(pipeline: Any, source: object, **origin: Any) -> None:
-    """As `require_whole_part` for every part of `pipeline`, loaded from the folder or hub name `source`."""
+def require_whole_pipeline(pipeline: Any, folder: Path, variant: str | None) -> None:
+    """As `require_whole_part` for every part of `pipeline`, loaded from `folder`."""
     from transformers import PreTrainedModel
 
     for name, part in pipeline.components.items():
         if isinstance(part, PreTrainedModel):
             # transformers draws what is missing and does not say so here; on meta only the heads of files are read.
             _, info = type(part).from_pretrained(
-                source,
-                subfolder=name,
-                device_map={"": "meta"},
-                output_loading_info=True,
-                use_safetensors=True,
-                **origin,
-            )
-            require_whole(part, info, f"{source}/{name}")
+                folder, subfolder=name, device_map={"": "meta"}, output_loading_info=True, use_safetensors=True,
+                variant=variant_of(folder / name, variant),
+            )  # fmt: skip
+            require_whole(part, info, f"{folder}/{name}")
         elif isinstance(part, nn.Module):
-            require_whole_part(part, f"{source}/{name}")
+            require_whole_part(part, f"{folder}/{name}")
 
 
 def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:

@@ -1,0 +1,100 @@
+"""Folders of pipelines as people have them: found, and looked through before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.errors import InputError
+
+PIPELINE_FILE = "model_index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+def local_folder(name: str) -> Path | None:
+    """The pipeline's folder on this machine; None for a hub name. Raises InputError for a path without a pipeline."""
+    path = Path(name)
+    # A hub name has one slash: more is a path, and the hub would answer with an error about its name.
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if (path / PIPELINE_FILE).is_file():
+        return path
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if files:
+        raise InputError(
+            "no diffusers pipeline here", where=path, got=f"a single file, {files[0].name}",
+            expected=f"a folder with {PIPELINE_FILE}", fix="make one of it once, in Python: "
+            f"diffusers.StableDiffusionXLPipeline.from_single_file('{files[0]}').save_pretrained('FOLDER')",
+        )  # fmt: skip
+    if looks_local or path.is_dir():
+        raise InputError(
+            "no diffusers pipeline here", where=name, expected=f"a folder with {PIPELINE_FILE}",
+            fix="give a diffusers folder, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0",
+        )  # fmt: skip
+    return None
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The parts of a pipeline's folder by name, (library, class) each, without those that are left out."""
+    path = folder / PIPELINE_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError("not JSON", where=path, got=str(error), fix="download that file again") from None
+    return {name: value for name, value in index.items() if value != [None, None]}
+
+
+def require_files(folder: Path, index: Mapping[str, Any], variant: str | None) -> None:
+    """Raise InputError where the folder of a part lacks files that loading reads; some would be replaced in silence."""
+    parts = [name for name, value in index.items() if isinstance(value, list)]
+    weights = [name for part in parts for name in _weights(folder / part)]
+    if variant and weights and not any(f".{variant}" in name for name in weights):
+        raise InputError(
+            "no weights of this variant", where=folder, got=f"variant={variant}; {', '.join(sorted({*weights}))}",
+            fix="leave variant out, or download those files too",
+        )  # fmt: skip
+    for part in parts:
+        _require_part(folder / part, variant)
+
+
+def variant_of(part: Path, variant: str | None) -> str | None:
+    """`variant`, or None where the folder of a part has no files of it: pipelines mix them."""
+    return variant if variant is None or any(f".{variant}" in name for name in _weights(part)) else None
+
+
+@contextlib.contextmanager
+def loading(what: str, where: object) -> Iterator[None]:
+    """Turn errors of libraries that cannot load `what` into InputError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        got = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"cannot load {what}", where=where, got=got, fix="download it again: a file is damaged, or of another model"
+        ) from error
+
+
+def _require_part(part: Path, variant: str | None) -> None:
+    kind = part.name.partition("_")[0]
+    wanted = {"scheduler": ("scheduler_config.json",), "tokenizer": _TOKENIZER_FILES, "feature": ()}
+    names = wanted.get(kind, ("config.json",))
+    fix = "download the whole pipeline: every folder that its model_index.json names"
+    if not part.is_dir() or (names and not any((part / name).is_file() for name in names)):
+        raise InputError("a part of the pipeline is missing", where=part, expected=" or ".join(names), fix=fix)
+    if kind in wanted:
+        return
+    found = _weights(part)
+    if not any("." not in name.removesuffix(".safetensors") or (variant and f".{variant}" in name) for name in found):
+        others = sorted(path.name for path in part.iterdir() if path.suffix in (".bin", ".safetensors", ".msgpack"))
+        named = next((name.split(".")[1].partition("-")[0] for name in found), None)
+        raise InputError(
+            "no weights of a part of the pipeline", where=part, got=", ".join(others) or "none",
+            expected="safetensors; a .bin is a pickle and is not opened",
+            fix=f"set variant: {named}, or download the others" if named else fix,
+        )  # fmt: skip
+
+
+def _weights(part: Path) -> list[str]:
+    return sorted(path.name for path in part.glob("*.safetensors"))

@@ -1,0 +1,115 @@
+"""Folders of pipelines as people download them: read, or refused with the file that is missing, by both loaders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prefmill.core.errors import InputError
+from prefmill.demo.tiny_models import build
+from prefmill.families.sdxl.generator import ADAPTER_FILE, GeneratorSource, add_adapter, open_pipeline
+from prefmill.families.sdxl.loading import open_folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "sdxl"
+    build("sdxl", folder)
+    return folder
+
+
+def as_variant(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+
+
+def as_pickle(part: Path) -> None:
+    (file,) = part.glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
+def cut(part: Path) -> None:
+    (file,) = part.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def indexed(folder: Path, **change: Any) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "variant", "said"),
+    [
+        (as_variant, None, r"text_encoder\n[\s\S]*set variant: fp16"),
+        (lambda folder: None, "fp16", r"no weights of this variant[\s\S]*leave variant out"),
+        (lambda folder: as_variant(folder / "unet"), None, r"/unet\n[\s\S]*set variant: fp16"),
+        (lambda folder: as_pickle(folder / "unet"), None, r"/unet\n[\s\S]*\.bin"),
+        (lambda folder: cut(folder / "vae"), None, r"cannot load the pipeline[\s\S]*download it again"),
+        *((lambda folder, part=part: shutil.rmtree(folder / part), None, rf"is missing[\s\S]*/{part}\n")
+          for part in ("vae", "unet", "scheduler", "text_encoder_2")),
+        # transformers would put a vocabulary of its own in the place of a tokenizer that is not there.
+        (lambda folder: (folder / "tokenizer_2" / "tokenizer.json").unlink(), None, r"is missing[\s\S]*/tokenizer_2\n"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), None, "not JSON"),
+        (lambda folder: indexed(folder, _class_name=None), None, "no backbone"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_lacks_something_is_refused_by_name(
+    model: Path, tmp_path: Path, change: Callable[[Path], object], variant: str | None, said: str
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    change(folder)
+    with pytest.raises(InputError, match=said):
+        open_pipeline(GeneratorSource(str(folder), "x", "fp32", variant=variant))
+    with pytest.raises(InputError, match=said):
+        open_folder(str(folder), None, variant).load_pipeline()
+
+
+def test_parts_of_a_variant_and_others_go_together(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    as_variant(folder / "unet")
+    opened = open_folder(str(folder), None, "fp16")
+    assert [name for name, value in opened.load_denoiser("fp32").named_parameters() if value.is_meta] == []
+    drawn = open_pipeline(GeneratorSource(str(folder), "x", "fp32", variant="fp16"))
+    assert {parameter.dtype for parameter in drawn.unet.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_single_file_is_told_how_it_becomes_a_folder(model: Path, tmp_path: Path, is_file: bool) -> None:
+    file = shutil.copy(model / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "sd_xl.safetensors")
+    given = str(file if is_file else tmp_path)
+    for open_it in (lambda: open_folder(given, None, None), lambda: open_pipeline(GeneratorSource(given, "x", "fp32"))):
+        with pytest.raises(InputError, match=r"from_single_file\('.*sd_xl\.safetensors'\)"):
+            open_it()
+
+
+def test_an_adapter_may_be_a_file_of_any_name(model: Path, tmp_path: Path) -> None:
+    pipeline = open_pipeline(GeneratorSource(str(model), "x", "fp32"))
+    pipeline.unet.add_adapter(_lora(), "mine")
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=_weights(pipeline))
+    file = (tmp_path / ADAPTER_FILE).rename(tmp_path / "my style.safetensors")
+    fresh = open_pipeline(GeneratorSource(str(model), "x", "fp32"))
+    with pytest.raises(InputError, match=r"my style\.safetensors[\s\S]*give the file itself"):
+        add_adapter(fresh, tmp_path, 1.0)
+    add_adapter(fresh, file, 1.0)
+    assert any("lora_A" in name for name, _ in fresh.unet.named_parameters())
+
+
+def _lora() -> Any:
+    import peft
+
+    return peft.LoraConfig(r=2, target_modules=["to_q"])
+
+
+def _weights(pipeline: Any) -> Any:
+    from peft.utils import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(pipeline.unet, adapter_name="mine")
