@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from prefmill.checklist.completions import RefusedError
 from prefmill.checklist.engine import ChatConfig, Outcome
 from prefmill.checklist.items import Checklist
@@ -21,6 +23,26 @@ if TYPE_CHECKING:
 
 _AROUND = " \t\n\r.,:;!*\"'`_▁Ġ"  # of a word as a token: spaces in tokenizers' spellings, marks, Markdown
 _VOTE_TOKENS = 4  # of a sampled answer: a word of several tokens and what stands before it
+
+
+class _Token(msgspec.Struct):
+    token: str | None = None
+    logprob: Any = None
+
+
+class _Place(msgspec.Struct):
+    top_logprobs: list[_Token] | None = None
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Place] | None = None
+
+
+class _Choice(msgspec.Struct):
+    """An answer, as far as it is read."""
+
+    logprobs: _Logprobs | None = None
+    message: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +93,11 @@ class ChatEngine(ServerEngine):
         """P(yes) and mass from the likeliest first tokens."""
         asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": self._config.top_logprobs}
         (choice, *_) = await self._ask(client, text, asked)
-        content = (choice.get("logprobs") or {}).get("content") or [{}]
-        return self._read(content[0].get("top_logprobs") or [])
+        places = choice.logprobs and choice.logprobs.content
+        return self._read((places and places[0].top_logprobs) or [])
 
-    def _read(self, tokens: Sequence[Mapping[str, Any]]) -> Read:
-        found = [(_word(token.get("token")), as_logp(token.get("logprob"))) for token in tokens]
+    def _read(self, tokens: Sequence[_Token]) -> Read:
+        found = [(_word(token.token), as_logp(token.logprob)) for token in tokens]
         shares = [(word, math.exp(logp)) for word, logp in found if logp is not None]
         # Different tokens share 1 at most: a server that writes 0 for each would give every one probability 1.
         if not shares or sum(share for _, share in shares) > 1.01:
@@ -98,7 +120,7 @@ class ChatEngine(ServerEngine):
             asked = {"max_tokens": _VOTE_TOKENS, "temperature": 1, "n": self._config.votes - len(words)}
             choices = await self._ask(client, text, asked)
             # At least one choice comes each time (else _ask raises), so this loop ends.
-            words += [_first_word((choice.get("message") or {}).get("content")) for choice in choices]
+            words += [_first_word((choice.message or {}).get("content")) for choice in choices]
         yes, no = (words.count(answer.casefold()) for answer in (YES, NO))
         if not yes + no:
             raise RefusedError(f"none of {len(words)} sampled answers is {YES} or {NO}, the first {words[0]!r}")
@@ -107,7 +129,7 @@ class ChatEngine(ServerEngine):
         stderr = math.sqrt(smoothed * (1 - smoothed) / (yes + no))
         return Read(yes / (yes + no), (yes + no) / len(words), stderr)
 
-    async def _ask(self, client: httpx.AsyncClient, text: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    async def _ask(self, client: httpx.AsyncClient, text: str, asked: Mapping[str, Any]) -> list[_Choice]:
         """The choices, at least one; raises InputError where there is none."""
         messages = [{"role": "user", "content": text}]
         # extra_body comes last, so that a user's key wins over ours.
@@ -118,7 +140,10 @@ class ChatEngine(ServerEngine):
         content = await self._server.ask(client, "POST", "chat/completions", body)
         self.num_requests += 1
         self.num_prompt_tokens += int((content.get("usage") or {}).get("prompt_tokens") or 0)
-        choices = [choice for choice in content.get("choices") or [] if isinstance(choice, dict)]
+        try:
+            choices = msgspec.convert(content.get("choices") or [], list[_Choice])
+        except msgspec.ValidationError:  # another form than OpenAI's, where a field is a list instead of a mapping
+            choices = []
         if not choices:
             raise InputError(
                 "the server did not answer every prompt", where=self._server.url, got=str(content)[:300],

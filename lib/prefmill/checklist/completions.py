@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -87,9 +88,10 @@ class Server:
             wait: float | None = None
             try:
                 response = await client.request(method, f"{self.url}/{path}", json=body)
-                if not _is_transient(response) and not _is_cut(response):
+                status = _status(response)
+                if status not in _TRANSIENT and status < 500 and not _is_cut(response):
                     self._told = 0
-                    return self._content(response)
+                    return self._content(response, status)
                 trouble, wait = self._said(response), retry_after(response.headers)
             except httpx.TransportError as error:
                 trouble = f"{type(error).__name__} {error}".strip()
@@ -102,8 +104,8 @@ class Server:
             self._tell(attempt, trouble, wait)
             await asyncio.sleep(wait)
 
-    def _content(self, response: httpx.Response) -> dict[str, Any]:
-        status, said = response.status_code, self._said(response)
+    def _content(self, response: httpx.Response, status: int) -> dict[str, Any]:
+        said = self._said(response)
         # Key and address are the same for every review, so these end the task in place of failing reviews one by one.
         if status in (401, 403):
             raise ConfigError(
@@ -155,8 +157,11 @@ class Server:
         )  # fmt: skip
 
 
-def _is_transient(response: httpx.Response) -> bool:
-    return response.status_code in _TRANSIENT or response.status_code >= 500
+def _status(response: httpx.Response) -> int:
+    """The status, or that of the error in an answer: gateways say 200 before they know."""
+    with contextlib.suppress(ValueError, TypeError, LookupError):
+        return max(response.status_code, int(response.json()["error"]["code"]))
+    return response.status_code
 
 
 def _is_cut(response: httpx.Response) -> bool:

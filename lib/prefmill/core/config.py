@@ -131,7 +131,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "a configuration file contains keys and values", where=path, got=type(loaded).__name__,
             fix="write `key: value` lines, as in the files under configs/",
         )  # fmt: skip
+    if wrong := [key for key in _keys(loaded) if isinstance(key, bool)]:
+        raise ConfigError(
+            "a key that is no word to YAML", where=path, got=f"{wrong[0]} (it reads yes, no, on and off as such)",
+            fix="put the key in quotes, as in 'Yes': 1",
+        )  # fmt: skip
     return {str(key): value for key, value in loaded.items()}
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    """All keys, at any depth."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    for item in value if isinstance(value, list) else ():
+        yield from _keys(item)
 
 
 def _near(path: Path) -> str:
@@ -170,16 +184,6 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
         ) from None  # fmt: skip
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
-
-
-def joined(overrides: Sequence[str]) -> list[str]:
-    """Overrides with blanks around the sign put together: `dpo.beta = 0.2` is three words to a shell."""
-    words: list[str] = []
-    for item in overrides:
-        last = words[-1] if words else ""
-        goes_on = last and (("=" not in last and item.startswith("=")) or last.endswith("="))
-        words[-1:] = [words[-1] + item] if goes_on else [*words[-1:], item]
-    return words
 
 
 def split_override(override: str) -> tuple[str, str]:

@@ -32,7 +32,7 @@ from prefmill.pipeline.sharing import TAKEN, share
 from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
 from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher, run_elsewhere
-from prefmill.pipeline.task_status import INTERRUPTED, at_work, is_running, read_status, write_status
+from prefmill.pipeline.task_status import INTERRUPTED, at_work, in_short, is_running, read_status, write_status
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, keep_finished
 from prefmill.store.artifacts import read_manifest
 
@@ -47,12 +47,13 @@ Say = Callable[[str], None]
 class RunOptions:
     """How a plan is run: `jobs` tasks side by side (none: one per GPU), and whether others go on after a failure.
 
-    `describe` gives the lines to print of a task that is done.
+    `describe` gives the lines to print of a task that is done, `why` the reason to start each in place of its own.
     """
 
     jobs: int | None = None
     keep_going: bool = True
     describe: Callable[[PlannedTask], Iterable[str]] = lambda _: ()
+    why: str = ""
 
 
 def run_plan(
@@ -151,7 +152,9 @@ class _Run:
             self.say(f"= {task.key} {state.reasons[0]}")
             return True
         ranks = self.slots.ranks(task)
-        self.say(f"> {task.key}{f' ({ranks} ranks)' if ranks > 1 else ''} {_why(state, self.force)}")
+        self.say(
+            f"> {task.key}{f' ({ranks} ranks)' if ranks > 1 else ''} {self.options.why or _why(state, self.force)}"
+        )
         write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
         process = self.server.Process(target=_child, args=(task, self.force, place, ranks), name=task.key)
         # A stop that was asked of an earlier attempt would end this one too.
@@ -307,7 +310,7 @@ def _failure(task: PlannedTask, code: int) -> str:
         return (
             f"its process ended with exit code {code} before the task began\n  fix:      read its log, then run again"
         )
-    return str(status["error"])
+    return in_short(str(status["error"]))
 
 
 def _why(state: TaskState, force: bool) -> str:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from prefmill.core.config import joined, merge, split_override, validate
+from prefmill.core.config import merge, split_override, validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import load_stage
-from prefmill.pipeline.overrides import with_stage_keys
+from prefmill.pipeline.overrides import joined, with_stage_keys
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan, read_pipeline
 from prefmill.store.artifacts import read_manifest
 

@@ -10,6 +10,16 @@ from prefmill.core.config import merge, split_override
 from prefmill.core.errors import ConfigError
 
 
+def joined(overrides: Sequence[str]) -> list[str]:
+    """Overrides with blanks around the sign put together: `dpo.beta = 0.2` is three words to a shell."""
+    words: list[str] = []
+    for item in overrides:
+        last = words[-1] if words else ""
+        goes_on = last and (("=" not in last and item.startswith("=")) or last.endswith("="))
+        words[-1:] = [words[-1] + item] if goes_on else [*words[-1:], item]
+    return words
+
+
 def names_stage_key(override: str, stages: Mapping[str, Any]) -> bool:
     """Whether it is a key of one of the `stages` and not one of the pipeline."""
     key = override.split("=", 1)[0]

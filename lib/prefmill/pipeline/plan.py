@@ -15,7 +15,6 @@ from prefmill.core.config import (
     COMMAND_LINE,
     ConfigT,
     StrictConfig,
-    joined,
     lay_over,
     load,
     merge,
@@ -28,7 +27,7 @@ from prefmill.core.errors import ConfigError, PipelineError, nearest, nearest_ta
 from prefmill.core.places import MANIFEST, NO_RUNS, STAGES, default_workspace
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
-from prefmill.pipeline.overrides import names_stage_key, require_stages, with_stage_keys
+from prefmill.pipeline.overrides import joined, names_stage_key, require_stages, with_stage_keys
 from prefmill.pipeline.stage_entry import ElementEntry, Need, StageEntry, with_settings
 
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # `prefmill status` reads these files, and no configuration
     from prefmill.pipeline.plan import PlannedTask
 
 INTERRUPTED = "interrupted"
+_FRAME = re.compile(r'^  File ".*\n(?:    .*\n)*', re.MULTILINE)
 
 
 def write_status(task: PlannedTask, state: str, **details: Any) -> None:
@@ -36,6 +38,11 @@ def read_status(logs: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return record
+
+
+def in_short(error: str) -> str:
+    """An error without the frames of its traceback, which the task's log has."""
+    return _FRAME.split(error)[-1].strip() if error.startswith("Traceback ") else error
 
 
 def is_finished(output: Path, logs: Path) -> bool:

@@ -92,7 +92,7 @@ def _run(
 ) -> dict[str, Timed]:
     slices = {key: _slice(task, _first(task) * _GROWTH ** len(found[key]), scratch) for key, task in tasks.items()}
     plan = Plan("measure", scratch, tuple(slices.values()))
-    if run_plan(plan, say=say, options=RunOptions(jobs=1)):
+    if run_plan(plan, say=say, options=RunOptions(jobs=1, why="on a slice of its rows")):
         raise PipelineError(
             "a slice could not be run, so nothing is forecast", where=", ".join(tasks), fix="correct the error above"
         )

@@ -19,7 +19,7 @@ from prefmill.core.terminal import paint_states
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
 from prefmill.pipeline.run_record import run_tasks
-from prefmill.pipeline.task_status import INTERRUPTED, is_at_work, is_finished, is_running, read_status
+from prefmill.pipeline.task_status import INTERRUPTED, in_short, is_at_work, is_finished, is_running, read_status
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest, read_tail, unsent
 from prefmill.slurm.jobs import JobState
@@ -229,9 +229,7 @@ def _left_state(
 ) -> tuple[str, str]:
     """What an attempt that has ended left, where nobody has judged it."""
     state = str(status.get("state", "waiting"))
-    error = str(status.get("error", "")).strip().splitlines()
-    # The last line of Python's traceback says what went wrong, of our own errors the first one.
-    error = error[-1:] if error[:1] == ["Traceback (most recent call last):"] else error[:1]
+    error = in_short(str(status.get("error", ""))).strip().splitlines()[:1]
     if tried and seen and not (state == "failed" and error):
         # A job that began no task has no log but Slurm's.
         said = last_words(read_tail(tried.slurm_log)) if state == "waiting" else ""

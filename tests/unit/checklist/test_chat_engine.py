@@ -100,10 +100,17 @@ RETRIED: dict[str, list[Reply | None]] = {
     "a broken connection": [None],
     "JSON that breaks off": [reply(200, FINE[2][:70], **NOW)],
     "nothing": [reply(200, b"", **NOW)],
+    "an error within a 200": [reply(200, {"error": {"code": 429, "message": "busy"}}, **NOW)],
 }
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a web page": (b"<html>welcome</html>", InputError, "did not answer with JSON"),
     "no choice": ({"error": {"message": "busy"}}, InputError, "did not answer every prompt"),
+    "a mapping of tokens": (
+        {"choices": [{"logprobs": {"content": [{"top_logprobs": {"Yes": -0.1}}]}}]},
+        InputError,
+        "every prompt",
+    ),
+    "a list for a mapping": ({"choices": [{"logprobs": [-0.1]}]}, InputError, "did not answer every prompt"),
     "no log-probabilities": ({"choices": [{"message": {"content": "Yes"}}]}, InputError, "gives no log-prob"),
     "stand-ins for minus infinity": (logprobs([("Yes", -9999.0), ("No", -9999.0)]), InputError, "gives no log-prob"),
     "not a number": (logprobs([("Yes", float("nan"))]), InputError, "gives no log-prob"),
@@ -112,6 +119,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 FAILED: dict[str, tuple[int, Any, str]] = {
     "a thought": (200, likeliest([("<think>", 0.9), ("Well", 0.05)]), "neither Yes nor No among the 2 likeliest"),
     "a request it refuses": (400, {"message": "too long"}, "400"),
+    "a refusal within a 200": (200, {"error": {"code": "400", "message": "too long"}}, "too long"),
 }
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from prefmill.core import config as core_config
 from prefmill.core.aliases import ALIASES, REFUSED
-from prefmill.core.config import joined, load, validate
+from prefmill.core.config import load, validate
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import load_stage, stage_names
 from prefmill.pipeline.manual_submission import stage_plan
+from prefmill.pipeline.overrides import joined
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from stages.dpo import DpoConfig
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.core.config import ExternalPath, StrictConfig, flatten, identity, load, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, flatten, identity, load, read_yaml, runtime
 from prefmill.core.errors import ConfigError, InputError
 
 
@@ -92,3 +92,13 @@ def test_identity_of_a_folder_is_its_names_and_content(tmp_path: Path) -> None:
 
 def test_flatten_keeps_empty_mappings() -> None:
     assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [1]})) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+@pytest.mark.parametrize("key", ["Yes", "off"])
+def test_a_key_that_yaml_takes_for_no_word_is_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"sources:\n- decision_words: {{{key}: accepted}}\n")
+    with pytest.raises(ConfigError, match="in quotes"):
+        read_yaml(path)
+    path.write_text(f"sources:\n- decision_words: {{'{key}': accepted}}\n")
+    assert read_yaml(path) == {"sources": [{"decision_words": {key: "accepted"}}]}

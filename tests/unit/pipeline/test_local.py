@@ -100,3 +100,14 @@ def test_after_a_failure_others_go_on_unless_told_otherwise(tmp_path: Path) -> N
 
     assert done(True) == ["make:shard0", "make:shard1"]
     assert done(False) == ["make:shard0"]
+
+
+@pytest.mark.usefixtures("_anywhere")
+def test_a_bug_is_a_line_and_its_log_on_the_console(tmp_path: Path) -> None:
+    said: list[str] = []
+    plan = toy_plan(tmp_path, make={"set": {"fail": "bug"}})
+    assert run_plan(plan, say=said.append, options=RunOptions(why="as a slice")) != 0
+    assert said[0] == "> make:all as a slice"
+    log = tmp_path / "logs" / "toy" / "make" / "all.log"
+    assert said[1] == f"x make:all failed\nValueError: a bug\n  log:      {log}"
+    assert "Traceback" in log.read_text()
