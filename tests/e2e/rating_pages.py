@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from image_artifacts import task_for
 
@@ -105,7 +106,7 @@ class Asking:
         return following
 
     def state(self, rater: str) -> dict[str, Any]:
-        shown: dict[str, Any] = json.loads(self.request("GET", f"/state?rater={rater}")[2])
+        shown: dict[str, Any] = json.loads(self.request("GET", f"/state?rater={quote(rater)}")[2])
         return shown
 
 

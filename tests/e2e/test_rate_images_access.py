@@ -44,6 +44,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         ("POST", "/answer", b"x" * 5000, {}, 413),
         ("POST", "/shutdown", {"rater": "ann"}, {}, 404),
         ("GET", "/state?rater=ann", None, {}, 200),
+        ("GET", "/state?rater=Zo%C3%AB%20B.", None, {}, 200),
+        ("GET", "/state?rater=%E0%A4%B9%E0%A4%BF%E0%A4%A8", None, {}, 200),
+        ("GET", "/state?rater=%EF%BC%9D1", None, {}, 400),  # an equal sign as wide as a letter
         ("GET", "/", None, {}, 200),
     ],
 )

@@ -244,6 +244,14 @@ def test_two_raters_share_the_pairs_when_one_is_enough(tmp_path: Path, images: A
         assert people.wait() == 0
 
 
+def test_a_name_in_other_letters_is_the_same_person(tmp_path: Path, images: Artifact) -> None:
+    with asking(tmp_path, images, dimensions=["overall"]) as people:
+        people.act("answer", "Zoë B.", choice="left")
+        assert [people.state(name)["number"] for name in ("zoë  b.", "ZOE\u0308 B.", "zoe")] == [1, 1, 0]
+        people.act("answer", "zoë b.", choice="left")
+        assert {row["rater"] for row in answers(people.task)} == {"Zoë B."}
+
+
 def test_an_answer_is_about_what_was_shown_though_others_rated_it_meanwhile(tmp_path: Path, images: Artifact) -> None:
     """Ann looks at a pair; Ben rates it, which is enough; the server is killed; Ann answers."""
     with asking(tmp_path, images, dimensions=["overall"]) as people:

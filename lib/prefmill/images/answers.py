@@ -127,6 +127,11 @@ class Session:
             for row in filter(self._is_valid, book.of(rater)):
                 self._count(row, 1)
 
+    def known_as(self, name: str) -> str:
+        """The name under which a person has answered before, large letters or small; else the one given."""
+        known = self.book.raters()
+        return name if name in known else next((item for item in known if item.casefold() == name.casefold()), name)
+
     def question(self, rater: str) -> ShownPair | None:
         """What `rater` is asked next: first what they began, then pairs that lack raters; None when that is all."""
         name = next(self._open_pairs(rater), None)

@@ -9,6 +9,7 @@ import re
 import secrets
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +23,7 @@ from prefmill.store.pictures import shown_bytes
 
 HOST = "127.0.0.1"
 _PAGE = Path(__file__).with_name("rating_page.html")
-_RATER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,39}")
+_LONGEST_NAME = 40
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _LARGEST_BODY = 4_096
 _ONCE = ("Host", "Content-Length", "Content-Type", "Origin")
@@ -80,6 +81,7 @@ class RatingServer(ThreadingHTTPServer):
 
     def state(self, rater: str) -> dict[str, Any]:
         """What the page of `rater` shows; under the lock."""
+        rater = self.session.known_as(rater)
         asked = self.session.question(rater)
         done, total = self.session.progress(rater)
         shown: dict[str, Any] = {"number": self.session.number(rater), "done": done, "total": total, "question": None}
@@ -96,6 +98,7 @@ class RatingServer(ThreadingHTTPServer):
     def act(self, action: str, rater: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Do what a page asks for and say what it shows next; a page that is behind is only brought up to date."""
         with self.lock:
+            rater = self.session.known_as(rater)
             if body.get("number") == self.session.number(rater) and not self.finished.is_set():
                 try:
                     self._do(action, rater, body)
@@ -296,6 +299,9 @@ def _parsed(url: str) -> SplitResult:
 
 def _rater(name: object) -> str:
     """A rater's name; it comes into a table that people open, so nothing in it may act there."""
-    if not isinstance(name, str) or _RATER.fullmatch(name.strip()) is None:
+    given = unicodedata.normalize("NFC", " ".join(name.split())) if isinstance(name, str) else ""
+    # Marks are parts of letters in many scripts, and no letters to Python.
+    fits = all(sign.isalnum() or sign in " ._-" or unicodedata.category(sign)[0] == "M" for sign in given)
+    if not (fits and given[:1].isalnum() and len(given) <= _LONGEST_NAME):
         raise RefusalError(HTTPStatus.BAD_REQUEST, "A name begins with a letter or digit; then also . _ - and spaces.")
-    return name.strip()
+    return given
