@@ -221,11 +221,7 @@ def compare(
     adjusted, rates, gains = adjusted[-len(names) :], rates[-len(names) :], gains[-len(names) :]
     return {
         name: {
-            "win_rate": {
-                "value": round(rate.value + 0.5, _DIGITS),
-                "low": round(rate.low + 0.5, _DIGITS),
-                "high": round(rate.high + 0.5, _DIGITS),
-            },
+            "win_rate": {end: round(getattr(rate, end) + 0.5, _DIGITS) for end in ("value", "low", "high")},
             "p_value": round(rate.p_value, _DIGITS),
             "p_holm": round(p_holm, _DIGITS),
             "difference": {end: round(getattr(gain, end), _DIGITS) for end in ("value", "low", "high")},
@@ -279,9 +275,7 @@ def _score_rows(
 ) -> list[dict[str, Any]]:
     return [
         {
-            "prompt_id": row["prompt_id"],
-            "prompt": row["prompt"],
-            "seed": row["seed"],
+            **{key: row[key] for key in ("prompt_id", "prompt", "seed")},
             "files": {side: images[side][index]["file"] for side in SIDES},
             **{side: _by_head(scores[side][index]) for side in SIDES},
         }
@@ -290,10 +284,8 @@ def _score_rows(
 
 
 def _by_head(rewards: NDArray[np.float32]) -> dict[str, float]:
-    return {
-        name: round(float(value), _DIGITS)
-        for name, value in zip(HEADS if len(rewards) > 1 else ["score"], rewards, strict=True)
-    }
+    names = HEADS if len(rewards) > 1 else ["score"]
+    return {name: round(float(value), _DIGITS) for name, value in zip(names, rewards, strict=True)}
 
 
 def _differences(

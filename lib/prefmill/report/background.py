@@ -10,6 +10,8 @@ from typing import Any
 from prefmill.core.artifact import Artifact
 from prefmill.core.files import digest_json
 from prefmill.report.charts import Line, histogram, line_chart
+from prefmill.report.costs import cost_section
+from prefmill.report.graph import lineage_graph
 from prefmill.report.training_logs import CURVES, Curve, Curves, bins, read_curves, read_margins
 
 Row = dict[str, Any]
@@ -42,6 +44,16 @@ def training_checklists(artifacts: Iterable[Artifact]) -> set[str]:
     scores = (item for item in artifacts if item.manifest.kind == "review_scores")
     paths = (item.path / entry.path for item in scores for entry in item.manifest.files if entry.path == CHECKLIST)
     return {digest_json(json.loads(path.read_text())) for path in paths}
+
+
+def closing_sections(artifacts: Sequence[Artifact], missing: Sequence[str], show_cost: bool) -> Row:
+    """The end of every page: where all of it came from, as a list and drawn, and what that cost."""
+    lineage = lineage_section(artifacts, missing)
+    return {
+        "lineage": lineage,
+        "graph": lineage_graph(lineage["levels"], lineage["edges"]),
+        "cost": cost_section(artifacts) if show_cost else None,
+    }
 
 
 def lineage_section(artifacts: Sequence[Artifact], missing: Sequence[str]) -> Row:

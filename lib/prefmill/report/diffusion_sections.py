@@ -16,9 +16,7 @@ from prefmill.core.statistics import Array, Resampling, means, within
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
-from prefmill.report.costs import cost_section
 from prefmill.report.facts import facts
-from prefmill.report.graph import lineage_graph
 from prefmill.report.report import page_environment
 from prefmill.store.jsonl import read_jsonl
 
@@ -53,7 +51,6 @@ def build_diffusion_report(
     """One self-contained page; the same inputs give the same bytes but for what they cost."""
     artifacts, missing = everything_behind([*checkpoints, *evaluations])
     parts = [_evaluation(item, resampling, examples) for item in evaluations]
-    lineage = background.lineage_section(artifacts, missing)
     page = page_environment().get_template("diffusion.html.jinja")
     html = page.render(
         title=title,
@@ -61,9 +58,7 @@ def build_diffusion_report(
         parts=parts,
         measures=MEASURES,
         training=background.training_section(checkpoints),
-        lineage=lineage,
-        graph=lineage_graph(lineage["levels"], lineage["edges"]),
-        cost=cost_section(artifacts) if show_cost else None,
+        **background.closing_sections(artifacts, missing, show_cost),
     )
     comparison = {part["name"]: {"models": part["models"], "changes": part["changes"]} for part in parts}
     return DiffusionReport(html, {"evaluations": comparison}, [part["conclusion"] for part in parts], artifacts)

@@ -15,9 +15,7 @@ from prefmill.core.config import validate
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
-from prefmill.report.costs import cost_section
 from prefmill.report.facts import facts
-from prefmill.report.graph import lineage_graph
 from prefmill.report.report import page_environment
 from prefmill.report.sweep_page import sweep_charts
 from prefmill.store.jsonl import read_jsonl
@@ -56,23 +54,17 @@ def build_image_report(inputs: ImageReportInputs, title: str, show_cost: bool) -
     artifacts, missing = everything_behind(inputs.all())
     known = {item.manifest.content_digest: item for item in artifacts}
     parts = [_evaluation(item, known) for item in inputs.evaluations]
-    lineage = background.lineage_section(artifacts, missing)
     rewards = [_reward(item) for item in inputs.rewards]
     sweeps = {item.manifest.content_digest: item for item in inputs.sweeps}
-    html = (
-        page_environment()
-        .get_template("images.html.jinja")
-        .render(
-            title=title,
-            facts=facts(artifacts, None, show_run=show_cost),
-            parts=parts,
-            rewards=rewards,
-            training=background.training_section(inputs.checkpoints),
-            sweeps=[_sweep(item) for item in sweeps.values()],
-            lineage=lineage,
-            graph=lineage_graph(lineage["levels"], lineage["edges"]),
-            cost=cost_section(artifacts) if show_cost else None,
-        )
+    page = page_environment().get_template("images.html.jinja")
+    html = page.render(
+        title=title,
+        facts=facts(artifacts, None, show_run=show_cost),
+        parts=parts,
+        rewards=rewards,
+        training=background.training_section(inputs.checkpoints),
+        sweeps=[_sweep(item) for item in sweeps.values()],
+        **background.closing_sections(artifacts, missing, show_cost),
     )
     comparison = {
         "evaluations": {part["name"]: part["metrics"] for part in parts},

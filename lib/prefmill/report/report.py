@@ -21,10 +21,9 @@ from prefmill.evaluation.record import METRICS
 from prefmill.report import background, sections
 from prefmill.report.agreement_section import agreement_doubts, agreement_rows
 from prefmill.report.charts import key_marker, series_class
-from prefmill.report.costs import clock, cost_section
+from prefmill.report.costs import clock
 from prefmill.report.examples import choose_papers, read_examples
 from prefmill.report.facts import facts
-from prefmill.report.graph import lineage_graph
 from prefmill.report.judge_section import judge_section
 from prefmill.report.markdown import to_markdown
 from prefmill.report.optimisation import optimisation_section
@@ -93,7 +92,6 @@ def build_report(
                 **_tables(compared, metrics, resampling.confidence),
             }
         )
-    lineage = background.lineage_section(artifacts, missing)
     data = background.data_section(inputs.corpus, inputs.datasets)
     opening = facts(artifacts, data["datasets"], show_run=show_cost)
     page = page_environment().get_template("report.html.jinja")
@@ -108,11 +106,9 @@ def build_report(
         validation=validation,
         optimisation=optimisation_section(artifacts),
         judge=judge_section(artifacts),
-        lineage=lineage,
-        graph=lineage_graph(lineage["levels"], lineage["edges"]),
         absent=_absent(inputs),
-        # On the page alone: runs with one result differ in cost, and comparison.json is to stay the same bytes.
-        cost=cost_section(artifacts) if show_cost else None,
+        # Cost is on the page alone: runs with one result differ in it, and comparison.json is to stay the same bytes.
+        **background.closing_sections(artifacts, missing, show_cost),
     )
     markdown = to_markdown(title, opening, parts)
     return Report(html, markdown, comparison, tuple(part["story"] for part in parts), artifacts)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prefmill.core.artifact import Artifact
 from prefmill.core.places import RUN_RECORD
 from prefmill.store.jsonl import read_jsonl
@@ -93,13 +95,8 @@ def cost_lines(artifacts: Iterable[Artifact]) -> list[str]:
 
 def bins(values: Sequence[float], num_bins: int = 24) -> list[tuple[float, float, int]]:
     """Counts of `values` in bins of equal width, as (low, high, count)."""
-    low, high = min(values), max(values)
-    width = (high - low) / num_bins or 1.0
-    counts = [0] * num_bins
-    for value in values:
-        # The largest value would fall into a bin after the last one.
-        counts[min(num_bins - 1, int((value - low) / width))] += 1
-    return [(low + index * width, low + (index + 1) * width, count) for index, count in enumerate(counts)]
+    counts, edges = np.histogram(values, num_bins)
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))
 
 
 def _run_record(artifact: Artifact) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,12 +137,7 @@ def distribution(item: Choices | SearchInterval) -> optuna.distributions.BaseDis
 
 def fail(study: optuna.Study, number: int, reason: str, diverged: bool = False) -> None:
     """End a trial without a value; `reason` is kept with it, and whether its training diverged."""
-    import optuna
-
-    trial = study.get_trials(deepcopy=False)[number]
-    study._storage.set_trial_user_attr(trial._trial_id, _REASON, reason)
-    study._storage.set_trial_user_attr(trial._trial_id, _DIVERGED, diverged)
-    study.tell(number, state=optuna.trial.TrialState.FAIL)
+    _end(study, number, "FAIL", {_REASON: reason, _DIVERGED: diverged})
 
 
 def behind(study: optuna.Study, config: StudyConfig, number: int, values: Sequence[float]) -> int | None:
@@ -166,11 +161,16 @@ def behind(study: optuna.Study, config: StudyConfig, number: int, values: Sequen
 
 def prune(study: optuna.Study, number: int, reason: str) -> None:
     """End a trial whose evaluations were behind those of others."""
+    _end(study, number, "PRUNED", {_REASON: reason})
+
+
+def _end(study: optuna.Study, number: int, state: str, kept: Mapping[str, Any]) -> None:
     import optuna
 
     trial = study.get_trials(deepcopy=False)[number]
-    study._storage.set_trial_user_attr(trial._trial_id, _REASON, reason)
-    study.tell(number, state=optuna.trial.TrialState.PRUNED)
+    for name, value in kept.items():
+        study._storage.set_trial_user_attr(trial._trial_id, name, value)
+    study.tell(number, state=optuna.trial.TrialState[state])
 
 
 def rows(study: optuna.Study) -> list[dict[str, Any]]:
