@@ -26,7 +26,7 @@ class LexicalConfig(StrictConfig):
     evidence: bool = Field(True, description="quote the sentence behind each yes")
 
 
-class _JudgeConfig(ChatTemplate):
+class JudgeConfig(ChatTemplate):
     """What every engine with a model is told: whose tokens prompts are made of, and what stands in a prompt."""
 
     model_name_or_path: str = Field(description="folder or hub name of a model with a chat template")
@@ -44,7 +44,7 @@ class _JudgeConfig(ChatTemplate):
         return self.evidence_max_tokens if self.evidence else None
 
 
-class TransformersConfig(_JudgeConfig):
+class TransformersConfig(JudgeConfig):
     """A causal language model's next-token probabilities of yes and no, through transformers."""
 
     engine: Literal["transformers"] = "transformers"
@@ -53,7 +53,7 @@ class TransformersConfig(_JudgeConfig):
     item_batch_size: int = Field(32, ge=1, description="items asked together; lower it when memory runs out")
 
 
-class VllmConfig(_JudgeConfig):
+class VllmConfig(JudgeConfig):
     """As `transformers`, through vLLM: on GPUs, or in its CPU build. More GPUs: more shards, or tensor parallel."""
 
     engine: Literal["vllm"] = "vllm"
@@ -75,7 +75,7 @@ class ServerConfig(StrictConfig):
     timeout_seconds: float = runtime(600.0, gt=0, description="for an answer, the time in the server's queue included")
 
 
-class OpenAIConfig(_JudgeConfig, ServerConfig):
+class OpenAIConfig(JudgeConfig, ServerConfig):
     """The same prompts and answers through a server that speaks OpenAI's completions; its tokenizer is read here."""
 
     engine: Literal["openai"] = "openai"

@@ -21,6 +21,12 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
+def _asks(question: str) -> str:
+    if not question.strip():
+        raise ValueError("a question is not blank")
+    return question
+
+
 def _counts(weight: float) -> float:
     # Such an item would be asked about every review and change no score.
     if not weight:
@@ -28,6 +34,7 @@ def _counts(weight: float) -> float:
     return weight
 
 
+Question = Annotated[str, AfterValidator(_asks)]
 PatternText = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
 
 
@@ -57,11 +64,11 @@ class Item(StrictConfig):
     """
 
     id: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)
-    question: str = Field(min_length=1)
+    question: Question
     source: str = Field(min_length=1)
     weight: Annotated[float, AfterValidator(_counts)] = 1.0
     rule: Rule | None = None
-    paraphrases: tuple[str, ...] = ()
+    paraphrases: tuple[Question, ...] = ()
 
 
 class Checklist(StrictConfig):

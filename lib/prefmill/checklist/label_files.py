@@ -27,11 +27,15 @@ class LabelFile:
         try:
             # Spreadsheets write a byte-order mark, which would be read as part of the first column's name.
             with self.path.open(encoding="utf-8-sig", newline="") as stream:
-                reader = csv.DictReader(stream)
+                reader = csv.DictReader(stream, strict=True)
                 header = tuple(reader.fieldnames or ())
                 if absent := [name for name in self.columns if name not in header]:
                     raise self.unusable(1, f"columns {', '.join(header)}", f"name the column {absent[0]} in line 1")
+                if len(set(header)) < len(header):
+                    raise self.unusable(1, f"columns {', '.join(header)}", "name every column once")
                 for row in reader:
+                    if None in row:  # of a comma without quotes: the label may stand in the wrong column
+                        raise self.unusable(reader.line_num, "more cells than columns", "quote cells with commas")
                     yield reader.line_num, row
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError("unreadable CSV", where=self.path, got=str(error), fix="save it as UTF-8 CSV") from None

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from prefmill.checklist.engine import OpenAIConfig, Outcome
 from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, Read, ReviewRequest, longest_prompt, read_of, yes_places
-from prefmill.checklist.prompts import Prompts, TokenIds
+from prefmill.checklist.prompted import Fit, Read, ReviewRequest, longest_prompt, prompts_for, read_of, yes_places
+from prefmill.checklist.prompts import TokenIds
 from prefmill.checklist.server_engine import ServerEngine, as_logp
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review
-from prefmill.families.causal.loading import load_tokenizer
 
 if TYPE_CHECKING:
     import httpx
@@ -33,13 +32,7 @@ class OpenAIEngine(ServerEngine):
         super().__init__(checklist, config, config.served_model_name or config.model_name_or_path)
         self._config = config
         self._tells_cached = True
-        tokenizer = load_tokenizer(
-            config.model_name_or_path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            template=config,
-        )
-        self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
+        self.prompts = prompts_for(config, checklist)
         answers = self.prompts.answers
         if not answers.single:
             raise InputError(
@@ -47,7 +40,7 @@ class OpenAIEngine(ServerEngine):
                 got=f"yes {answers.yes}, no {answers.no}", expected="one token each, for the engine openai",
                 fix="use engine transformers or vllm, which sum over them, or another model",
             )  # fmt: skip
-        self._yes, self._no = ((ids[0], tokenizer.decode([ids[0]])) for ids in (answers.yes, answers.no))
+        self._yes, self._no = ((ids[0], self.prompts.written(ids)) for ids in (answers.yes, answers.no))
         longest = self.served_model().get("max_model_len")
         context = longest - 1 if isinstance(longest, int) else None  # the answer's token has its place too
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)

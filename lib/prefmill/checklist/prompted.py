@@ -9,14 +9,28 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prefmill.checklist.engine import Engine, Outcome
+from prefmill.checklist.engine import Engine, JudgeConfig, Outcome
 from prefmill.checklist.evidence import verified_quote
+from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompts import Prompts, TokenIds
 from prefmill.core.errors import ConfigError
 from prefmill.core.records import Answer, Paper, Review
 
 _DECIMALS = 6  # of a probability in a row: float32 gives no more
 _MASS_DECIMALS = 4
+
+
+def prompts_for(config: JudgeConfig, checklist: Checklist) -> Prompts:
+    """The prompts for the tokenizer of a judge's model; raises as `Prompts` and `load_tokenizer` do."""
+    from prefmill.families.causal.loading import load_tokenizer  # which servers of text need not wait for
+
+    tokenizer = load_tokenizer(
+        config.model_name_or_path,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        template=config,
+    )
+    return Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
 
 
 class Read(NamedTuple):

@@ -13,11 +13,11 @@ import torch
 from prefmill.checklist.engine import Outcome, TransformersConfig
 from prefmill.checklist.evidence import OPENING, is_closed
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, PromptedEngine, Read, longest_prompt, yes_places
-from prefmill.checklist.prompts import Answers, Prompts, TokenIds
+from prefmill.checklist.prompted import Fit, PromptedEngine, Read, longest_prompt, prompts_for, yes_places
+from prefmill.checklist.prompts import Answers, TokenIds
 from prefmill.core.records import Paper, Review
 from prefmill.distributed.devices import device_type
-from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.loading import load_model
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -38,13 +38,7 @@ class TransformersEngine(PromptedEngine):
     def __init__(self, config: TransformersConfig, checklist: Checklist) -> None:
         super().__init__(checklist)
         self._config = config
-        tokenizer = load_tokenizer(
-            config.model_name_or_path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            template=config,
-        )
-        self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
+        self.prompts = prompts_for(config, checklist)
         self.model = load_model(
             config.model_name_or_path,
             precision=config.precision,

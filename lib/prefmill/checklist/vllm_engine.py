@@ -10,10 +10,18 @@ from typing import Any
 from prefmill.checklist.engine import Outcome, VllmConfig
 from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import ConcurrentEngine, Fit, Read, ReviewRequest, longest_prompt, read_of, yes_places
-from prefmill.checklist.prompts import Prompts, TokenIds
+from prefmill.checklist.prompted import (
+    ConcurrentEngine,
+    Fit,
+    Read,
+    ReviewRequest,
+    longest_prompt,
+    prompts_for,
+    read_of,
+    yes_places,
+)  # fmt: skip
+from prefmill.checklist.prompts import TokenIds
 from prefmill.core.records import Paper, Review
-from prefmill.families.causal.loading import load_tokenizer
 from prefmill.families.causal.vllm_loading import open_vllm
 
 # Else a model may write spaces until its tokens are spent.
@@ -49,13 +57,7 @@ class VllmEngine(ConcurrentEngine):
     def __init__(self, config: VllmConfig, checklist: Checklist) -> None:
         super().__init__(checklist)
         self._config = config
-        tokenizer = load_tokenizer(
-            config.model_name_or_path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            template=config,
-        )
-        self.prompts = Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
+        self.prompts = prompts_for(config, checklist)
         self._llm = _open(config)
         context = self._llm.llm_engine.model_config.max_model_len - 1  # the answer's token has its place too
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)

@@ -136,7 +136,7 @@ class OpenReviewSource(FileSource):
             paper_id=self._paper_id(note),
             text=required_text(_join(sections), "review"),
             rating=self.rating(rating),
-            scale=self.scale,
+            scale=self.written_scale,
             confidence=confidence,
             venue=self.venue or _venue(note),
             sub_scores=dict(sorted(scores.items())),

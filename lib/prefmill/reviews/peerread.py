@@ -95,7 +95,7 @@ class PeerReadSource(FileSource):
             paper_id=paper_id,
             text=required_text(entry["comments"], "comments"),
             rating=self.rating(rating),
-            scale=self.scale,
+            scale=self.written_scale,
             confidence=confidence,
             venue=clean_text(entry[_VENUE], "conference") or self.venue,
             # Sorted, as a set of strings has another order in every process.

@@ -14,7 +14,7 @@ import msgspec
 
 from prefmill.core.errors import nearest
 from prefmill.core.records import Decision
-from prefmill.reviews.scale import COMMON_SCALE, Scale
+from prefmill.reviews.scale import Scale
 
 _EXCERPT_CHARS = 200
 _MAX_ID_CHARS = 200  # file names may have 255 bytes, with an ending
@@ -100,7 +100,7 @@ class DecisionRow:
 
 
 class ReviewRow(msgspec.Struct, frozen=True):
-    """A review; `rating` within `scale`, its source's."""
+    """A review as its line of the corpus is encoded; `rating` within `scale`, its source's, unset for 1 to 10."""
 
     review_id: str
     paper_id: str
@@ -109,7 +109,7 @@ class ReviewRow(msgspec.Struct, frozen=True):
     confidence: float | None = None
     venue: str = ""
     sub_scores: dict[str, float] = {}
-    scale: Scale = COMMON_SCALE
+    scale: Scale | msgspec.UnsetType = msgspec.UNSET  # no key on 1 to 10, as in corpora before rows kept their scale
 
 
 @dataclass(frozen=True, slots=True)

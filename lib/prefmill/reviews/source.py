@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Self, TypeVar
 
+from msgspec import UNSET, UnsetType
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, later
@@ -72,6 +73,11 @@ class SourceConfig(StrictConfig, ABC):
     def scale(self) -> Scale:
         """The lowest and the highest rating."""
         return float(self.rating_min), float(self.rating_max)
+
+    @cached_property
+    def written_scale(self) -> Scale | UnsetType:
+        """The scale as a review's row has it."""
+        return UNSET if self.scale == COMMON_SCALE else self.scale
 
     @cached_property
     def decisions_by_word(self) -> dict[str, Decision]:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from prefmill.core.records import Decision, Review
+from prefmill.core.records import Decision
 from prefmill.reviews.rows import DecisionRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.reviews.splits import title_key
@@ -63,6 +63,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._database.create_function("moved", 2, _moved)
         # One cursor for what is done for every row: a connection's execute makes one each time.
         self._insert = self._database.cursor().execute
+        self._encode = msgspec.json.Encoder().encode
         self._files: list[tuple[int, str]] = []
         self._file_numbers: dict[tuple[int, str], int] = {}
         self._last_paper: PaperRow | None = None
@@ -186,9 +187,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._update(_filled(earlier, paper))
 
     def _add_review(self, place: Place, review: ReviewRow) -> None:
+        scale = review.scale or COMMON_SCALE
         values = (
-            review.review_id, review.paper_id, encode_checked(_written(review)), review.rating, *review.scale,
-            *self._located(place),
+            review.review_id, review.paper_id, self._encode(review), review.rating, *scale, *self._located(place),
         )  # fmt: skip
         try:
             self._insert("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
@@ -243,16 +244,6 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def _place(self, file: int, line: int | None, item: str | None) -> Place:
         return Place(*self._files[file], line, item)
-
-
-def _written(row: ReviewRow) -> Review:
-    review: Review = {
-        "review_id": row.review_id, "paper_id": row.paper_id, "text": row.text, "rating": row.rating,
-        "confidence": row.confidence, "venue": row.venue, "sub_scores": row.sub_scores,
-    }  # fmt: skip
-    if row.scale != COMMON_SCALE:
-        review["scale"] = list(row.scale)
-    return review
 
 
 def _moved(review: bytes, paper_id: str) -> bytes:

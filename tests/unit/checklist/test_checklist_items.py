@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from prefmill.checklist.human_labels import read_item_labels
 from prefmill.checklist.items import load_checklist, save_checklist
 from prefmill.checklist.patterns import compile_patterns
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, InputError
 
 GOOD: dict[str, Any] = {"id": "one", "question": "Is it?", "source": "test", "rule": {"any_of": ["\\bone\\b"]}}
 
@@ -49,7 +50,8 @@ def test_a_users_checklist_is_read(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"id": "Not An Id"}, r"items\.0\.id = 'Not An Id'"),
-        ({"question": ""}, r"items\.0\.question"),
+        ({"question": " "}, r"items\.0\.question.*not blank"),
+        ({"paraphrases": [""]}, r"items\.0\.paraphrases\.0.*not blank"),
         ({"weight": 0}, r"items\.0\.weight = 0"),
         ({"weight": float("nan")}, r"items\.0\.weight"),
         ({"wieght": 1}, r"items\.0\.wieght: unknown key \(did you mean 'weight'\?\)"),
@@ -115,3 +117,17 @@ def test_literals_stand_in_every_match(pattern: str, literals: set[str]) -> None
 
 def test_one_pattern_without_literals_leaves_none() -> None:
     assert compile_patterns(("fine", r"\w{3}\s\w{3}")).literals == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("review_id,item_id,label\nr,one,well, yes\n", "more cells than columns"),
+        ("review_id,item_id,label,label\nr,one,yes,no\n", "name every column once"),
+        ('review_id,item_id,label\nr,one,yes,"open\n', "unreadable CSV"),
+    ],
+)
+def test_a_label_that_may_stand_elsewhere_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_item_labels(tmp_path / "x.csv", ["r"], ["one"])

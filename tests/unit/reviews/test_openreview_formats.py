@@ -11,6 +11,7 @@ from read_sources import items_of, read, source, write
 
 from prefmill.core.errors import InputError
 from prefmill.reviews.rows import DecisionRow, PaperRow, ReviewRow, Skipped, Unknown
+from prefmill.reviews.scale import COMMON_SCALE
 
 
 def v1_note(identifier: str, invitation: str, content: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def test_a_preset_reads_its_venues_form(tmp_path: Path, preset: str) -> None:
     )
     assert isinstance(read_review, ReviewRow)
     assert isinstance(read_decision, DecisionRow)
-    assert (read_review.rating, read_review.scale, read_review.text) == (rating, scale, "x")
+    assert (read_review.rating, read_review.scale or COMMON_SCALE, read_review.text) == (rating, scale, "x")
     assert read_decision.decision == verdict
 
 
