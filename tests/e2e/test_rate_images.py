@@ -133,10 +133,16 @@ def test_own_images_are_checked_and_copied(tmp_path: Path) -> None:
     bomb(folder / "e.png")
     shutil.copy(folder / "c.png", folder / "again.png")
     names = ("a.png", "b.jpg", "c.png", "d.png", "e.png", "none.png", "again.png")
-    (folder / "images.csv").write_text("prompt,file\n" + "".join(f"x,{name}\n" for name in names))
+    (folder / "images.csv").write_text("prompt,file\n" + "".join(f"x,{name}\n" for name in names) + "y,c.png\n")
     task = task_for(tmp_path / "x" / "t", "rate_images")
+    told = rate(task, rater={"by": "sharpness"}, images=str(folder))
     # Of four that can be shown, nobody is asked to tell an image from itself.
-    assert rate(task, rater={"by": "sharpness"}, images=str(folder))["num_pairs"] == 5
+    assert told["num_pairs"] == 5
+    assert told["warnings"] == [
+        "set aside, see quarantine.jsonl: 1 x image: damaged image; 1 x image: image too large to decode; "
+        "1 x image: missing image",
+        "1 of 2 prompts have no two pictures to compare",
+    ]
     reasons = [row["reason"] for row in read_jsonl(task.output / "quarantine.jsonl")]
     assert reasons == ["damaged image", "image too large to decode", "missing image"]
     rows = list(read_jsonl(task.output / "images.jsonl"))

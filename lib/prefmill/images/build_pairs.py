@@ -70,21 +70,17 @@ def _require_quality(collection: Collection, num_ratings: int, allowed: float) -
     bad = [row for row in collection.quarantine.rows if row["what"] in ("rating", "ranking", "row")]
     if len(bad) > allowed * num_ratings:
         raise InputError(
-            f"{len(bad)} of {num_ratings} ratings cannot be used", where=bad[0]["where"], got=_reasons(collection),
-            expected=f"at most {allowed:.0%} (max_quarantined_share)",
+            f"{len(bad)} of {num_ratings} ratings cannot be used", where=bad[0]["where"],
+            got=collection.quarantine.reasons(), expected=f"at most {allowed:.0%} (max_quarantined_share)",
             fix="correct the sources, or raise max_quarantined_share",
         )  # fmt: skip
 
 
 def _no_pair(num_ratings: int, num_ties: int, collection: Collection) -> InputError:
-    reasons = _reasons(collection)
+    reasons = collection.quarantine.reasons()
     what = "every comparison is a tie" if num_ties and not reasons else "no pair is left"
     got = f"{num_ratings} ratings, {num_ties} ties" + (f"; {reasons}" if reasons else "")
     return InputError(what, got=got, fix="rate more, or images that differ more: more seeds, more prompts")
-
-
-def _reasons(collection: Collection) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in collection.quarantine.counts().items())
 
 
 def _summary(
@@ -114,8 +110,7 @@ def _summary(
         **told,
         "quarantine": collection.quarantine.counts(),
     }
-    set_aside = [f"set aside, see quarantine.jsonl: {_reasons(collection)}"] if collection.quarantine.rows else []
-    return {**summary, "warnings": set_aside + _warnings(summary, votes, building)}
+    return {**summary, "warnings": collection.quarantine.warnings() + _warnings(summary, votes, building)}
 
 
 def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) -> list[str]:

@@ -72,6 +72,14 @@ class Quarantine:
         """How many for every reason."""
         return dict(sorted(Counter(f"{row['what']}: {row['reason']}" for row in self.rows).items()))
 
+    def reasons(self) -> str:
+        """The counts in a line."""
+        return "; ".join(f"{count} x {reason}" for reason, count in self.counts().items())
+
+    def warnings(self) -> list[str]:
+        """The line that says so, where rows were set aside."""
+        return [f"set aside, see quarantine.jsonl: {self.reasons()}"] if self.rows else []
+
 
 @dataclass
 class Collection:

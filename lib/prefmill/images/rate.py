@@ -103,7 +103,9 @@ def rate_images(wanted: RateImages, task: Task) -> Metrics:
     write_jsonl(task.output / "quarantine.jsonl", collection.quarantine.rows)
     write_atomic(task.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     write_atomic(task.output / "ratings.csv", ratings_csv(ratings))
-    return {key: summary[key] for key in ("num_pairs", "num_rated_pairs", "num_ratings", "raters")}
+    for warning in summary["warnings"]:
+        _log.warning("%s", warning)
+    return {key: summary[key] for key in ("num_pairs", "num_rated_pairs", "num_ratings", "raters", "warnings")}
 
 
 def ratings_csv(ratings: Sequence[Rating]) -> str:
@@ -265,4 +267,11 @@ def _summary(
         "raters": len({row["rater"] for row in ratings}),
         "choices": dict(sorted(choices.items())),
         "quarantine": collection.quarantine.counts(),
+        "warnings": collection.quarantine.warnings() + _alone(collection, matchups),
     }
+
+
+def _alone(collection: Collection, matchups: Sequence[Matchup]) -> list[str]:
+    prompts = {image.prompt_id for image in collection.images.values()}
+    num_alone = len(prompts - {matchup.prompt_id for matchup in matchups})
+    return [f"{num_alone} of {len(prompts)} prompts have no two pictures to compare"] if num_alone else []

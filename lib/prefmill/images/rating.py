@@ -76,7 +76,7 @@ def plan_matchups(images: Iterable[GoodImage], most_per_prompt: int | None, seed
         raise InputError(
             "no two images of one prompt",
             got=f"{sum(map(len, by_prompt.values()))} images of {len(by_prompt)} prompts",
-            fix="make at least two images per prompt: `seeds` of generate_images",
+            fix="make at least two images per prompt: `seeds` of generate_images, or lines of images.csv",
         )  # fmt: skip
     return found
 
