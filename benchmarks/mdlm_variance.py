@@ -20,11 +20,11 @@ from typing import Any, get_args
 import numpy as np
 
 from benchmarks import markov_chain
+from benchmarks.exact_joints import Floats, near, random_joint
 from prefmill.core.config import read_yaml, validate
 from prefmill.core.stage import Task, load_stage
 from prefmill.families.mdlm.config import Sampling
 from prefmill.families.mdlm.estimator import Draws, block_sizes, draw
-from prefmill.families.mdlm.exact import Floats, near, random_joint
 from prefmill.families.mdlm.likelihood import Likelihood
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
@@ -133,9 +133,8 @@ def _joint_differences(tilt: float) -> tuple[list[Values], list[float]]:
 
 def _trained_differences(folder: Path) -> tuple[list[Values], list[float]]:
     """Every masked sum of held-out answers under the demo's tuned model and its reference."""
+    from benchmarks.exact_joints import all_masked_sums, moments_by_count
     from prefmill.families.causal.chat import encode
-    from prefmill.families.mdlm.exact import moments_by_count
-    from prefmill.families.mdlm.likelihood import all_masked_sums
     from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
     from prefmill.training.data import read_pairs
 

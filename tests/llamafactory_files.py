@@ -40,6 +40,9 @@ def write(tmp_path: Path, **keys: Any) -> Path:
     entry = {"file_name": "mine.json", "ranking": True, "formatting": "sharegpt", "columns": columns, "tags": TAGS}
     talks = {"file_name": "talks.json", "formatting": "sharegpt", "columns": {"messages": "talk", "tools": "can"}}
     info = {"mine": entry, "sft": {"file_name": "x.json"}, "talks": {**talks, "tags": TAGS},
+            "drawn": {**talks, "tags": TAGS, "num_samples": 3}, "part": {**talks, "tags": TAGS, "split": "train[:1]"},
+            "called": {**talks, "file_name": "called.json",
+                       "tags": {**TAGS, "observation_tag": "T", "function_tag": "C"}},
             "clips": {**talks, "columns": {"messages": "talk", "videos": "v"}},
             "pictures": {**talks, "columns": {"messages": "talk", "images": "shown"}, "tags": TAGS},
             "pairs_of_pictures": {**entry, "columns": {**columns, "images": "shown"}},
@@ -54,6 +57,9 @@ def write(tmp_path: Path, **keys: Any) -> Path:
     (data / "x.json").write_text(json.dumps([{"instruction": "Q?", "input": "", "output": "A"}]))
     turns = [{"who": "H", "text": "Q?"}, {"who": "B", "text": "A"}]
     (data / "talks.json").write_text(json.dumps([{"talk": turns * 2, "can": "[]"}]))
+    call = {"who": "C", "text": json.dumps({"name": "look", "arguments": {"at": "it"}})}
+    called = [turns[0], call, {"who": "T", "text": "4"}, turns[1]]
+    (data / "called.json").write_text(json.dumps([{"talk": called, "can": json.dumps([{"name": "look"}])}]))
     given = {**GIVEN, "dataset_dir": str(data), **keys}
     path = tmp_path / "lf.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))

@@ -9,10 +9,10 @@ import pytest
 from mdlm_artifacts import demo, make_toy, metrics_of, run_stage
 from training_artifacts import publish_as
 
+from benchmarks.exact_joints import allocation_variances
 from prefmill.core.artifact import Artifact
 from prefmill.demo.toy_language import HARSH, KIND
 from prefmill.families.causal.chat import encode
-from prefmill.families.mdlm.exact import allocation_variances
 from prefmill.store.artifacts import read
 from prefmill.store.jsonl import write_jsonl
 from tests.documented_runs import DocumentedRun
@@ -60,7 +60,7 @@ def test_a_trained_model_has_vrpos_order_of_variances(tmp_path: Path) -> None:
 
     Exact: every masking of every answer under policy and reference, after two steps of preference training.
     """
-    from prefmill.families.mdlm.likelihood import all_masked_sums
+    from benchmarks.exact_joints import all_masked_sums
     from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of
 
     answers = [" ".join([word] * 4) for word in (*KIND, *HARSH)]

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 SFT: dict[str, Any] = {key: value for key, value in KEYS.items() if key != "layout"} | {
     "diffusion_steps": 4, "forward_batch_size": 4, "per_device_train_batch_size": 2,
 }  # fmt: skip
+BLOCKS = {**SFT, "block_length": 4}
 DPO = {**SFT, "beta": 0.5}
 
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
     write_jsonl(folder / "chats.jsonl", [{"id": row["id"], "messages": row["messages"]} for row in rows])
     train_on(1, folder / "dpo", DPO)
-    train_on(1, folder / "sft", SFT)
+    train_on(1, folder / "sft", BLOCKS)
     return folder
 
 
@@ -59,8 +60,8 @@ def test_two_processes_tune_what_one_does(folder: Path, name: str, keys: dict[st
 
 
 @pytest.mark.parametrize("name", ["zero3", "fsdp"])
-def test_two_processes_fine_tune_what_one_does(folder: Path, name: str) -> None:
-    one, two = folder / "sft", train_on(2, folder / f"sft-{name}", {**SFT, **STRATEGIES[name]})
+def test_two_processes_fine_tune_what_one_does_block_by_block(folder: Path, name: str) -> None:
+    one, two = folder / "sft", train_on(2, folder / f"sft-{name}", {**BLOCKS, **STRATEGIES[name]})
     assert losses(two) == pytest.approx(losses(one), abs=2e-5)
     assert largest_difference(one, two) < 2e-5
 

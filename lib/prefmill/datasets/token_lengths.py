@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import ConfigError
-from prefmill.core.records import IMAGE_MARKER
 from prefmill.datasets.examples import CheckedRow
 from prefmill.families.causal.chat import apply_template
-from prefmill.store.pictures import image_size
-
-_IMAGE_FRAME_TOKENS = 2  # one before and one after an image's own
 
 
 class TokenCounter:
-    """Counts tokens of prompt and completion with a model's tokenizer, chat template and image processor."""
+    """Counts tokens of prompt and completion with a model's tokenizer, chat template and, if any, reader of images.
 
-    def __init__(self, tokenizer: Any, image_processor: Any, folder: Path) -> None:
-        self._tokenizer, self._image_processor, self._folder = tokenizer, image_processor, folder
+    Raises InputError for a row that the template or the reader refuses.
+    """
+
+    def __init__(self, tokenizer: Any, reader: Any, folder: Path) -> None:
+        self._tokenizer, self._reader, self._folder = tokenizer, reader, folder
         # Caches of the instance: a decorated method would keep it and its tokenizer in memory for good.
         self._prompt_length = lru_cache(maxsize=64)(self._count_prompt)
-        self._image_length = lru_cache(maxsize=4096)(self._count_image)
         asked = self._count_chat([{"role": "user", "content": "a"}], True)
         answer = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         # What a template writes after an answer, such as <|im_end|> and a newline, as a difference of two chats.
@@ -31,18 +29,22 @@ class TokenCounter:
 
     @property
     def counts_images(self) -> bool:
-        """Whether the model says how many tokens per image takes."""
-        return hasattr(self._image_processor, "get_number_of_image_patches")
+        """Whether sft and dpo can show the model images."""
+        return self._reader is not None
 
     def count(self, example: CheckedRow) -> int:
         """Tokens of the prompt with its images and the longest completion."""
         longest = max(self._count_text(answer.completion) for answer in example.answers)
-        images = sum(self._image_length(name) for name in example.images)
-        # Without markers: in the model's input each one becomes its image's tokens, which are added here.
-        return self._prompt_length(example.prompt.replace(IMAGE_MARKER, "")) + longest + self._num_closing + images
+        return self._prompt_length(example.prompt, example.images) + longest + self._num_closing
 
-    def _count_prompt(self, prompt: str) -> int:
-        return self._count_chat([{"role": "user", "content": prompt}], True)
+    def _count_prompt(self, prompt: str, images: tuple[str, ...]) -> int:
+        turns = [{"role": "user", "content": prompt}]
+        if not images:
+            return self._count_chat(turns, True)
+        from prefmill.families.causal.vision import with_images
+
+        shown = with_images(turns, [str(self._folder / name) for name in images])
+        return len(self._reader.encode_prompt(shown))
 
     def _count_chat(self, messages: list[dict[str, str]], asks: bool) -> int:
         return self._count_text(apply_template(self._tokenizer, messages, asks))
@@ -51,24 +53,15 @@ class TokenCounter:
         # The template has already written the special tokens.
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _count_image(self, name: str) -> int:
-        width, height = image_size(self._folder / name)
-        patches = int(self._image_processor.get_number_of_image_patches(height, width))
-        return patches // int(self._image_processor.merge_size) ** 2 + _IMAGE_FRAME_TOKENS
-
 
 def open_counter(name_or_path: str, folder: Path) -> TokenCounter:
     """The counter of a model's folder or hub name; raises InputError when its tokenizer cannot be loaded."""
-    from transformers import AutoImageProcessor
-
+    from prefmill.families.causal.image_limits import ImageLimits
     from prefmill.families.causal.loading import load_tokenizer
+    from prefmill.families.causal.vision_families import open_reader
 
     tokenizer = load_tokenizer(name_or_path, today=date.today())  # every day is as long
-    try:
-        image_processor = AutoImageProcessor.from_pretrained(name_or_path)
-    except (OSError, ValueError):  # a model of text
-        image_processor = None
-    return TokenCounter(tokenizer, image_processor, folder)
+    return TokenCounter(tokenizer, open_reader(name_or_path, tokenizer, ImageLimits()), folder)
 
 
 def context_of(name_or_path: str) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from prefmill.core.artifact import Artifact
+from prefmill.core.errors import InputError
 from prefmill.datasets.cross_checks import Distribution, Leaks, Repeats, order_problems, rating_problems_of
 from prefmill.datasets.examples import CheckedRow, read_examples
 from prefmill.datasets.findings import Findings
@@ -177,11 +178,16 @@ class _Validator:
 
     def _check_tokens(self, counter: TokenCounter, example: CheckedRow) -> None:
         # An image at fault has no size to count, and is told by the check of images.
-        if example.images and (not counter.counts_images or any(image_problems(example, self._folder))):
+        faults = (*marker_problems(example), *image_problems(example, self._folder))
+        if example.images and (faults or not counter.counts_images):
             return
         limit, folder = self.result.max_length, example.key.folder
         assert limit is not None
-        length = counter.count(example)
+        try:
+            length = counter.count(example)
+        except InputError as error:
+            self._findings.error("tokens", example.where, f"{error.what}: {error.details['got']}")
+            return
         self.result.longest[folder] = max(length, self.result.longest.get(folder, 0))
         if length > limit:
             self._num_too_long[folder] = self._num_too_long.get(folder, 0) + 1
@@ -213,7 +219,7 @@ class _Validator:
             return
         for key in self._keys:
             if key.modality != "clean" and not self._counter.counts_images:
-                self._findings.warning("tokens", key.folder, "not counted: the model has no image processor")
+                self._findings.warning("tokens", key.folder, "not counted: sft and dpo cannot show this model images")
         for folder, count in self._num_too_long.items():
             share = count / self._num_rows[folder]
             if share > self._limits.max_too_long_fraction:

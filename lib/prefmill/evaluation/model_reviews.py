@@ -15,12 +15,12 @@ from prefmill.distributed.devices import device_type
 from prefmill.distributed.isolation import in_own_process
 from prefmill.evaluation.generators import TransformersGeneration, VllmGeneration
 from prefmill.evaluation.rows import Generation
+from prefmill.families.causal.chat import end_token_ids
 from prefmill.families.causal.generation import (
     Completion,
     GenerationRequest,
     Sampling,
     encode_prompts,
-    end_token_ids,
     generate_reviews,
     max_prompt_tokens,
     require_fitting,

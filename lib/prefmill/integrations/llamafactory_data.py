@@ -24,7 +24,10 @@ _COLUMNS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
 }  # fmt: skip
 _FORMS = {"dpo": {}, "sft": {"sharegpt": "conversations", "alpaca": "instruction_output"}}
-_TAGS = ("role", "content", "user", "assistant", "system")
+_TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
+# The rest changes which rows are read: a script, a part of a repository, rows drawn with replacement.
+_KEYS = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "ranking", "subset", "split", "revision",
+         "columns", "tags"}  # fmt: skip
 
 
 class Datasets:
@@ -92,11 +95,14 @@ class Datasets:
         known = _COLUMNS[self.stage].get(formatting)
         named = entry.get("columns", {})
         odd = [key for key in ("videos", "audios", "kto_tag") if named.get(key)]
-        hub_only = entry.get("ms_hub_url") and not entry.get("hf_hub_url")
-        if known is None or odd or entry.get("script_url") or (hub_only and "file_name" not in entry):
+        odd += [key for key, value in entry.items() if key not in _KEYS and value is not None]
+        # Of a file prefmill reads all rows.
+        odd += ["split"] if "hf_hub_url" not in entry and entry.get("split", "train") != "train" else []
+        if known is None or odd or not {"hf_hub_url", "file_name"} & set(entry):
             raise ConfigError(
-                "this kind of dataset is not known", where=self.folder / _INFO, got=dict(entry),
-                expected="a file or the hub; text and images", fix="give the entry a file_name or an hf_hub_url",
+                f"this kind of dataset is not known{': ' * bool(odd)}{', '.join(odd)}", where=self.folder / _INFO,
+                got=dict(entry), expected="a file or the hub; text and images",
+                fix="give the entry a file_name or an hf_hub_url, and remove what is not known",
             )  # fmt: skip
         found: dict[str, Any] = {"pair_format": _FORMS[self.stage].get(formatting, formatting)}
         # As LLaMA-Factory has it: a hub name goes before a file beside it.

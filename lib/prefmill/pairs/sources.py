@@ -28,7 +28,7 @@ from prefmill.training.bad_rows import BadRows, RowPolicy
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 FoundT = TypeVar("FoundT")
 FoundRow = tuple[SourceRow, Preference | Judgement]
-_TAGS = ("role", "content", "user", "assistant", "system")
+_TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
 
 
 class PairSource(RowPolicy):
@@ -37,7 +37,8 @@ class PairSource(RowPolicy):
     `subset` is the name of the hub dataset's configuration, or a number of rows to draw by `seed`; `max_rows` takes
     the first rows and no more; text files are in `encoding`. `pair_format` settles which form the rows have where
     their keys leave it open; `columns` maps this form's keys to the data's own, `tags` (role, content, user, assistant,
-    system) the keys and speakers inside messages. `val_fraction` of the prompts are held out, with all their pairs.
+    system, observation, function) the keys and speakers inside messages. `val_fraction` of the prompts are held out,
+    with all their pairs.
     `mixture` takes rows of several files in the shares of their weights, none twice.
     """
 

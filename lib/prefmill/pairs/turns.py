@@ -62,10 +62,12 @@ def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, lis
     role_key = tags.get("role") or ("role" if "role" in message else "from")
     content_key = tags.get("content") or ("content" if "content" in message else "value")
     said = message.get(role_key)
-    if said == "function_call":  # ShareGPT's turn that is a call
+    if said == tags.get("function", "function_call"):  # ShareGPT's turn that is a call
         return as_turn({"role": "assistant", "tool_calls": _calls(message.get(content_key), what)}, what, {})
     # LLaMA-Factory forgets its own names of speakers once a registry gives some: its files are read so.
-    roles = {tags[role]: role for role in ("user", "assistant", "system") if role in tags} or ROLES
+    roles = {
+        tags[name]: ROLES[name] for name in ("user", "assistant", "system", "observation") if name in tags
+    } or ROLES
     known = isinstance(said, str) and said in roles
     turn: Turn = {"role": roles[str(said)], **_beside(message, what)} if known else {}
     if not turn or (content_key not in message and "tool_calls" not in turn):

@@ -12,6 +12,11 @@ from prefmill.distributed.devices import claim_device, has_gpu
 from prefmill.training.config import TrainingConfig, accumulation
 
 PROJECT = "prefmill"  # in every tracker
+_SAME_NAME = (
+    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_grad_norm", "seed", "logging_steps", "save_steps", "save_total_limit",
+    "dataloader_num_workers", "ddp_timeout",
+)  # fmt: skip
 
 
 def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> dict[str, Any]:
@@ -22,18 +27,12 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
     on_cpu = not has_gpu()
     _point_trackers(task)
     return {
+        **{name: getattr(config, name) for name in _SAME_NAME},
         "output_dir": str(task.output),
         "project": PROJECT,
         "run_name": f"{task.run}-{task.stage}-{task.name}",
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.num_train_epochs,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
         "per_device_eval_batch_size": config.per_device_train_batch_size,
         "gradient_accumulation_steps": accumulation(config, world_size),
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": config.warmup_steps,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.activation_checkpointing,
         # The reentrant kind gives no gradient where no input asks for one, as under an adapter on a frozen base.
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.activation_checkpointing else None,
@@ -41,16 +40,11 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "bf16": config.precision == "bf16",
         "fp16": config.precision == "fp16",
         "use_cpu": on_cpu,
-        "seed": config.seed,
         "data_seed": config.seed,
-        "logging_steps": config.logging_steps,
         "logging_first_step": True,
         # By default the Trainer puts the running mean in place of a NaN loss, and hides it.
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
-        "save_steps": config.save_steps,
-        "save_total_limit": config.save_total_limit,
-        "dataloader_num_workers": config.dataloader_num_workers,
         # Without a GPU torch warns at every loader.
         "dataloader_pin_memory": not on_cpu,
         # The Trainer would drop every key that the model's forward does not name.
@@ -59,7 +53,6 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "disable_tqdm": False,
         "torch_compile": config.torch_compile and not config.compiles_itself,
         "full_determinism": config.deterministic,
-        "ddp_timeout": config.ddp_timeout,
         **_optimizer(config.optim),
         **_liger(config.use_liger_kernel),
     }

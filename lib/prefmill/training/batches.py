@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from prefmill.core.errors import ConfigError
 from prefmill.training.data import Group
+
+if TYPE_CHECKING:
+    import torch
 
 
 class AnyPair(Protocol):
@@ -27,6 +30,21 @@ class AnyGroup(Protocol):
 
     @property
     def pairs(self) -> Sequence[AnyPair]: ...
+
+
+class Movable:
+    """A dataclass whose tensors move together, those in mappings and in such classes within it too."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+        given: Any = self
+        return replace(given, **{item.name: _moved(getattr(self, item.name), device) for item in fields(given)})
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return value.to(device) if hasattr(value, "to") else value
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ class Group:
         """Tokens of the prompt, once, and of all responses."""
         return len(self.prompt) + sum(map(len, self.responses))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the prompt with each response."""
+        return [len(self.prompt) + len(response) for response in self.responses]
+
     def tokens_of(self, pair: Pair) -> int:
         """Tokens of the prompt with the longer side of `pair`."""
         return len(self.prompt) + max(len(self.responses[pair.chosen]), len(self.responses[pair.rejected]))

@@ -87,8 +87,8 @@ class Telemetry:
             self._alarm(rows[-1]["step"], change)
         return {
             "margin": _mean([row["margin"] for row in rows]),
-            "accuracy": _mean([_wins(row["margin"]) for row in rows]),
-            "length_accuracy": _mean([_wins(row["chosen_length"] - row["rejected_length"]) for row in rows]),
+            "accuracy": _mean([win_of(row["margin"]) for row in rows]),
+            "length_accuracy": _mean([win_of(row["chosen_length"] - row["rejected_length"]) for row in rows]),
             "chosen_logps": _mean([row["chosen_logps"] for row in rows]),
             "rejected_logps": _mean([row["rejected_logps"] for row in rows]),
             "chosen_change": change,
@@ -99,7 +99,7 @@ class Telemetry:
 
     def evaluated(self, losses: torch.Tensor, margins: torch.Tensor, pair_ids: Sequence[str]) -> dict[str, float]:
         """What an evaluation reports of its pairs' losses and margins, [N] float64 each."""
-        wins = [_wins(margin) for margin in margins.tolist()]
+        wins = [win_of(margin) for margin in margins.tolist()]
         return {
             "eval_loss": losses.mean().item(),
             "eval_margin": margins.mean().item(),
@@ -163,7 +163,8 @@ def _rows(pair_ids: list[str], columns: dict[str, torch.Tensor]) -> list[dict[st
     ]
 
 
-def _wins(difference: float) -> float:
+def win_of(difference: float) -> float:
+    """1 where a side is ahead by `difference` > 0, 1/2 for a tie, else 0."""
     return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from prefmill.core.errors import InputError
 from prefmill.datasets.examples import Answered, CheckedRow
 from prefmill.datasets.registry import DatasetKey
-from prefmill.datasets.token_lengths import TokenCounter
+from prefmill.datasets.token_lengths import TokenCounter, open_counter
 
 
 class WordTokenizer:
@@ -25,13 +25,6 @@ class WordTokenizer:
         return {"input_ids": [0] * len(text.split())}
 
 
-class Patches:
-    merge_size = 2
-
-    def get_number_of_image_patches(self, height: int, width: int) -> int:
-        return height * width // 14**2
-
-
 def example(prompt: str, *completions: str, images: tuple[str, ...] = ()) -> CheckedRow:
     key = DatasetKey("dpo", "vision" if images else "clean", "train")
     answers = tuple(Answered(text, text, 5.0) for text in completions)
@@ -44,26 +37,36 @@ def test_prompt_longest_completion_and_template(tmp_path: Path) -> None:
     assert counter.count(example("one two three", "a", "a b c d")) == (1 + 3 + 1) + 1 + 4 + 1
 
 
-def test_images_count_merged_patches_and_their_frame(tmp_path: Path) -> None:
-    from PIL import Image
-
-    Image.new("RGB", (56, 28)).save(tmp_path / "x.png")
-    counter: Any = TokenCounter(WordTokenizer(), Patches(), tmp_path)
-    assert counter.counts_images
-    text = counter.count(example("one two", "a"))
-    assert counter.count(example("one two <image>", "a", images=("x.png",))) == text + 8 // 4 + 2
-
-
-@pytest.mark.parametrize("size", [(700, 1000), (100, 100), (2000, 50)])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen2_5_vl"])
 @pytest.mark.slow
-def test_image_tokens_are_those_of_the_real_processor(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_images_count_as_in_training(kind: str, tmp_path: Path) -> None:
     from PIL import Image
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 196, "longest_edge": 250880})
-    image = Image.new("RGB", size)
-    image.save(tmp_path / "x.png")
-    counter = TokenCounter(WordTokenizer(), processor, tmp_path)
-    plain, shown = example("one", "a"), example("one", "a", images=("x.png",))
-    grid = processor(images=[image])["image_grid_thw"][0]
-    assert counter.count(shown) - counter.count(plain) == int(grid[0] * grid[1] * grid[2]) // 4 + 2
+    from prefmill.demo.tiny_models import build
+    from prefmill.families.causal.image_limits import ImageLimits
+    from prefmill.families.causal.loading import load_tokenizer
+    from prefmill.families.causal.vision import with_images
+    from prefmill.families.causal.vision_families import open_reader
+    from tests.models.gemma import save_gemma
+
+    model = str(build(kind, tmp_path / "m") if kind.startswith("qwen") else save_gemma(kind, tmp_path / "m"))
+    Image.effect_noise((70, 40), 80).convert("RGB").save(tmp_path / "x.png")
+    reader = open_reader(model, load_tokenizer(model), ImageLimits())
+    assert reader is not None
+    for asked, images in (("the data <image><image> of it", ("x.png", "x.png")), ("the data", ())):
+        turns = with_images([{"role": "user", "content": asked}], [str(tmp_path / name) for name in images])
+        prompt, completion = reader.encode(turns, "a good result")
+        found = open_counter(model, tmp_path).count(example(asked, "bad", "a good result", images=images))
+        assert found == len(prompt) + len(completion)
+
+
+@pytest.mark.slow
+def test_a_text_with_the_models_image_token_is_the_rows_fault(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from tests.models.gemma import MARKS, save_gemma
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    counter = open_counter(str(save_gemma("gemma3", tmp_path / "m")), tmp_path)
+    with pytest.raises(InputError, match="image tokens"):
+        counter.count(example(f"<image> {MARKS['gemma3'][0]}", "a", images=("x.png",)))

@@ -156,13 +156,20 @@ def test_several_files_are_a_mixture_of_all_their_rows(tmp_path: Path) -> None:
     assert len(list(read_jsonl(train))) == 12 + 20
 
 
-@pytest.mark.parametrize("name", ["sft", "talks"])
+ROLES = {
+    "sft": ["user", "assistant"], "talks": ["user", "assistant"] * 2,
+    "called": ["user", "assistant", "tool", "assistant"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROLES)
 def test_chats_are_read_as_the_registry_says(name: str, tmp_path: Path) -> None:
     _, config, _ = import_config(write(tmp_path, stage="sft", dataset=name))
     train, _ = write_chats(validate(SftConfig, config), tmp_path / "own", tmp_path / "bad.json")
     (row,) = read_jsonl(train)
-    roles = [turn["role"] for turn in row["messages"]]
-    assert roles == ["user", "assistant"] * (2 if name == "talks" else 1)
+    assert [turn["role"] for turn in row["messages"]] == ROLES[name]
+    calls = [turn["tool_calls"][0]["function"]["name"] for turn in row["messages"] if "tool_calls" in turn]
+    assert calls == (["look"] if name == "called" else [])
 
 
 def test_every_key_has_one_verdict_and_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,9 +201,11 @@ def test_a_key_without_effect_leaves_no_trace(key: str, tmp_path: Path) -> None:
         ({"bf16": "yes"}, "bf16 is of another kind"), ({"adam_beta2": 0.95}, "no adam_beta2"),
         ({"finetuning_type": "lora", "adapter_name_or_path": "a,b"}, "one adapter"),
         ({"adapter_name_or_path": "a"}, "not trained as a whole model"),
-        ({"dataset": "nosuch"}, "mine, sft, talks"), ({"dataset": "sft"}, "not one of preferences"),
+        ({"dataset": "nosuch"}, "mine, sft, talks(.|\n)*"), ({"dataset": "sft"}, "not one of preferences"),
         ({"dataset_dir": "nowhere"}, "run this in the folder"), ({"num_train_epochs": 1.5}, "whole epochs"),
-        ({"lora_dropout": 0.1}, "lora_dropout"), ({"dataset": "clips", "stage": "sft"}, "this kind of dataset"),
+        ({"lora_dropout": 0.1}, "lora_dropout"), ({"dataset": "clips", "stage": "sft"}, "not known: videos"),
+        ({"dataset": "drawn", "stage": "sft"}, "not known: num_samples"),
+        ({"dataset": "part", "stage": "sft"}, "not known: split"),
         ({"fp8": True, "use_muon": True}, "fp8=True(.|\n)*use_muon"),
         ({"quantization_bit": 4}, "4 bits by bnb(.|\n)*full"), ({**LORA, "quantization_bit": 8}, "8 bits by bnb"),
         ({**LORA, "quantization_bit": 4, "double_quantization": False}, "double_quantization False"),

@@ -214,6 +214,26 @@ def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_q
         load_tokenizer(str(folder))
 
 
+def test_rows_with_two_sets_of_positions_are_not_mixed(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """LongRoPE (Phi 3, Phi 4 mini): transformers takes the long factors for all rows of a batch, or for none."""
+    from prefmill.families.causal.loading import load_model
+    from prefmill.families.causal.scorer import encode_sequences, patch_forward, score_batch
+
+    folder = shutil.copytree(tiny_qwen2, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    model = patch_forward(load_model(str(folder), precision="fp32").eval())
+    short, long = ([5, 6, 7, 8], [9, 10]), ([5] * 70, [6, 7])
+    alone, beside = (float(score_batch(model, encode_sequences(rows, 0))[0]) for rows in ([short], [short, long]))
+    assert abs(alone - beside) > 1e-3
+    for lengths in ([6, 64], [65, 72]):
+        check_positions(str(folder), lengths, PreferenceConfig())
+    with pytest.raises(ConfigError, match=r"other positions for long(.|\n)*6 to 72 tokens(.|\n)*max_length=64"):
+        check_positions(str(folder), [6, 72], PreferenceConfig())
+
+
 @pytest.mark.parametrize(
     ("keep", "renamed", "said", "named"),
     [

@@ -24,7 +24,9 @@ from prefmill.families.causal.chat_checks import (
 from prefmill.families.causal.templates import variables_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from pathlib import Path
+
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 Answer = str | Turn  # text alone, or a turn that also has `reasoning_content` or `tool_calls`
 _PROBE = "probe"
@@ -128,10 +130,39 @@ def _num_tokens(tokenizer: PreTrainedTokenizerBase, whole: str, end: int, ids: S
     return len(before)
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer's turn, which for LLaDA is another than the text's: tried on one answer."""
-    _, ids = encode(tokenizer, [{"role": "user", "content": _PROBE}], _PROBE)
-    return next(token for token in ids if token in template_of(tokenizer).control)
+def end_token_ids(stated: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the ends that the model states, the text's, and the turn's as the template writes it.
+
+    A model that was never chatted with (Qwen2.5's base) states the text's alone, though its template ends turns.
+    """
+    ids = [*_ids_of(stated and stated.eos_token_id), tokenizer.eos_token_id, _turn_end(tokenizer)]
+    return sorted({token for token in ids if token is not None})
+
+
+def state_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have whoever generates with the model in `folder` stop where its template ends an answer."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return
+    stated, end = GenerationConfig.from_pretrained(folder), _turn_end(tokenizer)
+    if end is not None and end not in _ids_of(stated.eos_token_id):
+        stated.eos_token_id = end_token_ids(stated, tokenizer)
+        stated.save_pretrained(folder)
+
+
+def _ids_of(stated: int | list[int] | None) -> list[int | None]:
+    return [*stated] if isinstance(stated, list) else [stated]
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer's turn, tried on one answer; None where the template refuses it."""
+    try:
+        _, ids = encode(tokenizer, [{"role": "user", "content": _PROBE}], _PROBE)
+    except InputError:
+        return None
+    # The last: gpt-oss opens an answer with control tokens too.
+    return [token for token in ids if token in template_of(tokenizer).control][-1]
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def train_dpo(
     reader = open_reader(policy, tokenizer, rows, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
-    check_positions(policy, (group.tokens_of(pair) for group in [*groups, *held_out] for pair in group.pairs), config)
+    check_positions(policy, (length for group in [*groups, *held_out] for length in group.lengths), config)
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings, Family.supplies)
     check_reference(config, objective, policy, tokenizer)

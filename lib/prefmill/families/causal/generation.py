@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.families.causal.chat import image_paths, prompt_text
+from prefmill.families.causal.chat import end_token_ids, image_paths, prompt_text
 from prefmill.families.causal.vision_parts import sees_both_ways
 from prefmill.store.missing import Progress, kept_rows, silent
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from prefmill.families.causal.vision import ImageReader
 
@@ -269,13 +269,6 @@ def _processors(batch: Sequence[GenerationRequest], sampling: Sampling, prompt_l
         return []
     rows = [uniforms(sampling.seed, item.key, item.sample, sampling.max_new_tokens) for item in batch]
     return [KeyedSampler(np.stack(rows), prompt_length, sampling)]
-
-
-def end_token_ids(stated: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Chat models often end a turn with another token than a document: either ends the answer."""
-    of_model = stated.eos_token_id if stated is not None else None
-    ids = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
 
 
 def as_completion(

@@ -17,24 +17,26 @@ Prompted = tuple[list[int], list[list[int]]]  # a prompt's token ids, and those 
 
 def encode_groups(groups: Sequence[Group], parts: Sequence[GroupPart]) -> Batch:
     """The parts of a microbatch packed into one row: each prompt once, then each distinct response of its pairs."""
-    packed: list[Prompted] = []
+    prompted, chosen, rejected = compared(groups, parts)
+    return replace(pack(prompted), chosen=torch.tensor(chosen), rejected=torch.tensor(rejected))
+
+
+def compared(groups: Sequence[Group], parts: Sequence[GroupPart]) -> tuple[list[Prompted], list[int], list[int]]:
+    """Each part's prompt with the distinct responses of its pairs; chosen and rejected as places among all of these."""
+    prompted: list[Prompted] = []
     chosen: list[int] = []
     rejected: list[int] = []
     num_responses = 0
     for part in parts:
         group = groups[part.group]
         pairs = [group.pairs[index] for index in part.pairs]
-        places = {place: num_responses + n for n, place in enumerate(responses_of(group, part.pairs))}
-        packed.append((group.prompt, [group.responses[place] for place in places]))
+        wanted = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
+        places = {place: num_responses + n for n, place in enumerate(wanted)}
+        prompted.append((group.prompt, [group.responses[place] for place in wanted]))
         chosen += [places[pair.chosen] for pair in pairs]
         rejected += [places[pair.rejected] for pair in pairs]
         num_responses += len(places)
-    return replace(pack(packed), chosen=torch.tensor(chosen), rejected=torch.tensor(rejected))
-
-
-def responses_of(group: Group, pairs: Sequence[int]) -> list[int]:
-    """The responses that these pairs of `group` compare, by their places in it, in order, each once."""
-    return sorted({place for index in pairs for place in (group.pairs[index].chosen, group.pairs[index].rejected)})
+    return prompted, chosen, rejected
 
 
 def pack(groups: Sequence[Prompted]) -> Batch:

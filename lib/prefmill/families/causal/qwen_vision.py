@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from prefmill.core.errors import InputError
+from prefmill.families.causal.chat import state_ends
 from prefmill.families.causal.vision import ImageReader
 from prefmill.families.causal.vision_parts import decoder_of
 from prefmill.store.pictures import image_size, open_image
@@ -79,6 +80,7 @@ class QwenReader(ImageReader):
     def save_pretrained(self, folder: Path) -> None:
         """Write tokenizer and image processor, whose bounds are the reader's."""
         self.tokenizer.save_pretrained(folder)
+        state_ends(folder, self.tokenizer)
         with suppress(InputError):  # a folder without a processor for rows of text
             self.processor.save_pretrained(folder)
 

@@ -19,14 +19,14 @@ from prefmill.families.causal.router_loss import balancing_loss
 from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
 from prefmill.families.causal.vision_families import FAMILIES
 from prefmill.families.causal.vision_parts import decoder_of
-from prefmill.training.batches import GroupPart
+from prefmill.training.batches import GroupPart, Movable
 from prefmill.training.data import Group
 
 LOGITS_AT_ONCE = 256  # rows of [vocabulary] in fp32 that exist at a time: 0.16 GB for 150,000 words
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Movable):
     """R sequences of T tokens that hold S responses; completion tokens are listed one by one, C in all.
 
     `input_ids`, `attention_mask` [R, T] int64; `row`, `column`, `target`, `owner` [C]: the hidden state at
@@ -49,15 +49,6 @@ class Batch:
     segments: tuple[Segment, ...] | None = None
     varlen: VarlenIndex | None = None
     images: dict[str, Tensor] | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            values[name] = value.to(device) if isinstance(value, (Tensor, VarlenIndex)) else value
-        if self.images is not None:
-            values["images"] = {name: value.to(device) for name, value in self.images.items()}
-        return Batch(**values)
 
 
 def encode_sequences(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:

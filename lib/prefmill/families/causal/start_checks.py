@@ -29,15 +29,38 @@ def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingC
 
 
 def check_positions(name: str, lengths: Iterable[int], config: TrainingConfig) -> None:
-    """Raise ConfigError where a row has more tokens than the model has positions: an IndexError in the midst of it."""
-    limit = getattr(_config(name, config).get_text_config(), "max_position_embeddings", None)
-    longest = max(lengths, default=0)
+    """Raise ConfigError where a sequence has more tokens than the model has positions, or two sets of them are mixed.
+
+    Beyond the positions training would end with an IndexError in the midst of it.
+    """
+    text = _config(name, config).get_text_config()
+    limit, known = getattr(text, "max_position_embeddings", None), sorted(set(lengths))
+    longest = max(known, default=0)
     if isinstance(limit, int) and longest > limit:
         raise ConfigError(
             "rows are longer than the model has positions", where=name, got=f"up to {longest} tokens",
             expected=f"at most {limit}", fix=f"set max_length={limit} and on_overlong=drop, or raise "
             "max_position_embeddings in the model's config.json where its positions can be stretched",
         )  # fmt: skip
+    if (border := _position_border(text)) is not None and known and known[0] <= border < longest:
+        raise ConfigError(
+            "this model has other positions for long sequences, and would read short ones by them where both stand in "
+            "one batch", where=name, got=f"{known[0]} to {longest} tokens", expected=f"all up to {border}, or all over",
+            fix=f"set max_length={border} and on_overlong=drop, or train on long and short rows apart",
+        )  # fmt: skip
+
+
+def _position_border(text: Any) -> int | None:
+    """The length up to which LongRoPE (arXiv 2402.13753) has its short factors; None for any other kind of positions.
+
+    transformers chooses by the longest row of a batch: a row's likelihood would depend on what stands beside it.
+    """
+    given = getattr(text, "rope_parameters", None) or {}
+    # By kind of layer where layers differ.
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        if rope.get("rope_type") == "longrope":
+            return int(rope["original_max_position_embeddings"])
+    return None
 
 
 def _config(name: str, config: TrainingConfig) -> Any:

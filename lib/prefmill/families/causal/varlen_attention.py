@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from prefmill.distributed.devices import has_gpu
+from prefmill.training.batches import Movable
 
 Kernel = Literal["varlen", "loop"]
 Range = tuple[int, int]
@@ -38,7 +39,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class VarlenIndex:
+class VarlenIndex(Movable):
     """A packed row of T tokens as the kernel takes it: G prompts of P tokens in all, S responses of R, K keys of these.
 
     `prompts` [P], `responses` [R] and `keys` [K] int64 are places in the row, a response's keys being its prompt's and
@@ -56,12 +57,6 @@ class VarlenIndex:
     longest_prompt: int
     longest_response: int
     longest_keys: int
-
-    def to(self, device: torch.device) -> VarlenIndex:
-        """The index on `device`."""
-        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors: dict[str, Any] = {name: value.to(device) for name, value in given.items() if torch.is_tensor(value)}
-        return replace(self, **tensors)
 
 
 def varlen_index(segments: Sequence[Segment]) -> VarlenIndex:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError
+from prefmill.families.causal.chat import state_ends
 from prefmill.families.causal.image_limits import FrozenParts
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class KeptProcessor:
         from transformers.utils.hub import cached_file
 
         self._tokenizer.save_pretrained(folder)
+        state_ends(Path(folder), self._tokenizer)
         for leaf in _FILES:
             # Checkpoints have some of these files; without this a missing one raises.
             options: Any = {"revision": self._revision, "_raise_exceptions_for_missing_entries": False}

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from prefmill.core.errors import ConfigError
 from prefmill.core.files import digest_json
 from prefmill.distributed.devices import has_gpu
-from prefmill.families.causal.chat import encode, prompt_text, turn_end
-from prefmill.families.causal.generation import end_token_ids
+from prefmill.families.causal.chat import encode, end_token_ids, prompt_text
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 from prefmill.families.mdlm.family import Drawing
 from prefmill.families.mdlm.generation import Unmasking, generate, takes_padding
@@ -150,8 +149,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, mixed: bool) -> l
 
 def answer_ends(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends an answer: the end of a turn as the template has it, and the ends that model and tokenizer state."""
-    stated = getattr(model, "generation_config", None)
-    return frozenset({*end_token_ids(stated, tokenizer), turn_end(tokenizer)})
+    return frozenset(end_token_ids(getattr(model, "generation_config", None), tokenizer))
 
 
 def load(label: str, name: str, config: DiffusionEvaluationConfig, folder: Path, advance: Progress = silent) -> Loaded:

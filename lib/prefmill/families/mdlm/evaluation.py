@@ -17,6 +17,7 @@ from prefmill.families.mdlm.evaluated_model import Loaded, Row, load
 from prefmill.families.mdlm.likelihood import Likelihood
 from prefmill.store.jsonl import JsonlWriter
 from prefmill.training.data import PreferencePair, read_pairs
+from prefmill.training.telemetry import win_of
 
 
 def evaluate_models(
@@ -56,7 +57,7 @@ def summarise(rows: Sequence[Row]) -> Row:
     generated = [row for row in rows if row["kind"] == "generation"]
     found: Row = {}
     if chosen:
-        wins = [_wins(a["bound"] - b["bound"]) for a, b in zip(chosen, rejected, strict=True)]
+        wins = [win_of(a["bound"] - b["bound"]) for a, b in zip(chosen, rejected, strict=True)]
         found |= {
             "chosen_nats_per_token": fmean(row["bound"] / row["num_tokens"] for row in chosen),
             "rejected_nats_per_token": fmean(row["bound"] / row["num_tokens"] for row in rejected),
@@ -178,8 +179,4 @@ def _implicit(likelihoods: Mapping[str, Sequence[tuple[Likelihood, Likelihood]]]
     margins = [
         (new[0].bound - old[0].bound) - (new[1].bound - old[1].bound) for old, new in zip(before, after, strict=True)
     ]
-    return {"implicit_accuracy": fmean(_wins(margin) for margin in margins), "implicit_margin": fmean(margins)}
-
-
-def _wins(difference: float) -> float:
-    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+    return {"implicit_accuracy": fmean(win_of(margin) for margin in margins), "implicit_margin": fmean(margins)}

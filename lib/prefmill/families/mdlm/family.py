@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prefmill.families.causal.group_layout import responses_of
+from prefmill.distributed.collectives import from_all_ranks
+from prefmill.families.causal.group_layout import compared
 from prefmill.families.mdlm.blocks import block_spans
 from prefmill.families.mdlm.config import DiffusionTrainingConfig, Sampling
 from prefmill.families.mdlm.estimator import Draws, draws_of, recommend_draws
@@ -72,7 +73,7 @@ class LiveVariance:
 
     def report(self) -> dict[str, float]:
         """The mean since the last report and what follows from it, the same on every rank; empty without draws."""
-        total, count = _over_ranks(float(self._sum), self._count)
+        total, count = map(sum, zip(*from_all_ranks((float(self._sum), self._count)), strict=True))
         self._sum, self._count = 0.0, 0
         if count == 0:
             return {}
@@ -155,15 +156,8 @@ def fill_groups(
 
 def encode_pairs(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int, drawing: Drawing) -> DiffusionBatch:
     """Every distinct response of the parts' pairs as a sample with its draws in `epoch`."""
-    samples: list[tuple[list[int], list[int]]] = []
-    chosen: list[int] = []
-    rejected: list[int] = []
-    for part in parts:
-        group = groups[part.group]
-        places = {place: len(samples) + n for n, place in enumerate(responses_of(group, part.pairs))}
-        samples += [(group.prompt, group.responses[place]) for place in places]
-        chosen += [places[group.pairs[index].chosen] for index in part.pairs]
-        rejected += [places[group.pairs[index].rejected] for index in part.pairs]
+    prompted, chosen, rejected = compared(groups, parts)
+    samples = [(prompt, response) for prompt, responses in prompted for response in responses]
     draws = [drawing.of(*sample, epoch) for sample in samples]
     return encode_samples(samples, draws, chosen, rejected, drawing.upper_power)
 
@@ -194,13 +188,3 @@ def margin_variance(sides: Sequence[Tensor], references: Sequence[Tensor | None]
         halves = difference[:, :num_draws].reshape(len(difference), 2, -1).mean(2)
         total = total + (halves[:, 0] - halves[:, 1]) ** 2 * (num_draws / 4)
     return total
-
-
-def _over_ranks(total: float, count: int) -> tuple[float, int]:
-    if not torch.distributed.is_initialized():
-        return total, count
-    # NCCL moves memory of GPUs only.
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    values = torch.tensor([total, float(count)], dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(values)
-    return values[0].item(), int(values[1].item())

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from prefmill.families.mdlm.estimator import block_sizes
 from prefmill.families.mdlm.family import Drawing
@@ -74,25 +73,3 @@ def chain(
         asked = (torch.arange(len(chunk), device=ids.device), chunk)
         total += masked_logps(model, model.forward, noisy, asked, clean, shifted, block_length).double().sum().item()
     return total
-
-
-@torch.no_grad()
-def all_masked_sums(
-    model: Any, prompt: Sequence[int], response: Sequence[int], mask_token_id: int, shifted: bool = False
-) -> NDArray[np.float64]:
-    """For every set of masked tokens of a short response, by its bits, the sum of their log-probabilities: [2^L].
-
-    What `prefmill.families.mdlm.exact` has for a joint, for a model. `model` has its own forward.
-    """
-    length = len(response)
-    ids = torch.tensor([*prompt, *response])
-    bits = torch.arange(2**length)
-    sums = torch.zeros(2**length, dtype=torch.float64)
-    for chunk in torch.split(bits, 1024):
-        masked = torch.zeros(len(chunk), len(ids), dtype=torch.bool)
-        masked[:, len(prompt) :] = (chunk[:, None] >> torch.arange(length)) & 1 == 1
-        clean = ids.expand(len(chunk), -1)
-        places = masked.nonzero(as_tuple=True)
-        logps = masked_logps(model, model.forward, clean.masked_fill(masked, mask_token_id), places, clean, shifted)
-        sums[chunk] = sums[chunk].index_add(0, places[0], logps.double())
-    return sums.numpy()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization, torch_dtype
-from prefmill.families.causal.loading import four_bit, load_tokenizer, require_folder
+from prefmill.families.causal.loading import four_bit, load_errors, load_tokenizer, require_folder, require_whole
 from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -69,9 +69,11 @@ def load_diffusion_model(
     The models of `native` need no code of their own; others run theirs where `trust_remote_code` says so, and are then
     checked for weights and buffers that nothing has set.
     """
+    from prefmill.families.causal.load_check import turn_off_dropout
+
     check_remote_code(trust_remote_code, name, revision)
     model = _load(name, precision, revision, trust_remote_code, attn_implementation, quantization, run)
-    switch_dropout_off(model)
+    turn_off_dropout(model)
     if run:
         require_both_ways(model, name)
     return model
@@ -153,18 +155,6 @@ def block_length_of(config: Any, given: int | None, attention: str | None) -> in
     return found
 
 
-def switch_dropout_off(model: Any) -> Any:
-    """`model` without dropout: policy and reference must agree."""
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return model
-
-
 def _load(
     name: str, precision: Precision, revision: str | None, trust: bool, attention: str | None,
     quantization: Quantization | None, read: bool,
@@ -182,7 +172,8 @@ def _load(
         with uninitialised_is_nan():
             model, info = auto.from_pretrained(
                 name, config=config, revision=revision, trust_remote_code=trust, dtype=torch_dtype(precision),
-                attn_implementation=attention, use_safetensors=True, output_loading_info=True, **extra,
+                attn_implementation=attention, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **extra,  # refused below, by name
             )  # fmt: skip
     _check_complete(model, info, name, read)
     return model
@@ -203,7 +194,7 @@ def read_config(name: str, revision: str | None, trust: bool) -> Any:
 def _loadable(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except load_errors() as error:
         raise InputError(
             "cannot load the model", where=name, got=str(error).splitlines()[0],
             fix="check the name, the revision, and that what its code imports is installed (4bit: bitsandbytes)",
@@ -232,14 +223,14 @@ def uninitialised_is_nan() -> Iterator[None]:
 
 
 def _check_complete(model: Any, info: Mapping[str, Any], name: str, read: bool) -> None:
-    """Raise InputError for a weight that the files lack, or a weight or buffer that holds no number."""
-    missing = sorted(info["missing_keys"])
+    """Raise InputError as `require_whole`, and for a weight or buffer that holds no number."""
+    require_whole(model, info, name)
     # To look at a weight in a mapped file would read it, on every rank.
     tensors = [*(model.named_parameters() if read else ()), *model.named_buffers()]
     unset = [key for key, value in tensors if value.is_floating_point() and value.isnan().any()]
-    if missing or unset:
+    if unset:
         raise InputError(
-            "the model is not whole after loading", where=name, got=", ".join([*missing, *unset][:5]),
+            "the model is not whole after loading", where=name, got=", ".join(unset[:5]),
             expected="every weight in its files, every buffer computed",
             fix="its code does not run on this transformers: give a model named in docs/stages/mdlm_sft.md",
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -23,10 +23,11 @@ from prefmill.families.causal.scorer import (
 from prefmill.families.mdlm.blocks import block_keys
 from prefmill.families.mdlm.estimator import Draws
 from prefmill.families.mdlm.upper_bound import upper_bounds
+from prefmill.training.batches import Movable
 
 
 @dataclass(frozen=True)
-class DiffusionBatch:
+class DiffusionBatch(Movable):
     """S samples of at most T tokens, each with n maskings of its response; the prompt is never masked.
 
     `input_ids` [S, T] int64 with nothing masked, `ends` [S] the tokens of each row (the rest is padding that no model
@@ -44,13 +45,6 @@ class DiffusionBatch:
     chosen: Tensor
     rejected: Tensor
     upper_power: float | None = None
-
-    def to(self, device: torch.device) -> DiffusionBatch:
-        """The batch on `device`."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            values[name] = value.to(device) if isinstance(value, Tensor) else value
-        return DiffusionBatch(**values)
 
     def first(self, num_draws: int) -> DiffusionBatch:
         """The batch with the first `num_draws` draws of every sample."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from prefmill.families.reward.data import Box, ImageGroup, PixelReader
-from prefmill.training.batches import GroupPart
+from prefmill.training.batches import GroupPart, Movable
 from prefmill.training.family import Family
 from prefmill.training.objectives import PairScores
 
 
 @dataclass(frozen=True)
-class RewardBatch:
+class RewardBatch(Movable):
     """S images of P prompts and N pairs among them; `labels` [N, K] are NaN where nobody said, `weights` [N] > 0."""
 
     pixel_values: Tensor
@@ -38,10 +38,6 @@ class RewardBatch:
     def lengths(self) -> Tensor:
         """A reward sums over nothing: 1 for each of the S images."""
         return torch.ones(len(self.prompt_of), device=self.prompt_of.device)
-
-    def to(self, device: torch.device) -> RewardBatch:
-        """The batch on `device`."""
-        return replace(self, **{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from prefmill.families.sdxl.encoding import ImageKeys, Size, TextKeys
 from prefmill.families.sdxl.noise import ERRORS, Schedule, draw
 from prefmill.store.pictures import image_size
 from prefmill.store.tensor_cache import TensorCache
-from prefmill.training.batches import GroupPart
+from prefmill.training.batches import GroupPart, Movable
 from prefmill.training.family import Family
 from prefmill.training.objectives import PairScores
 
 
 @dataclass(frozen=True)
-class SdxlBatch:
+class SdxlBatch(Movable):
     """N winners, then N losers: S = 2N samples. Latents and noise [S, C, H, W] and time ids [S, 6] are fp32.
 
     `weight` [N] is what the pairs count, `soft_label` [N] their label, `ref_predictions` [N, C, H, W] what the
@@ -67,12 +67,6 @@ class SdxlBatch:
         """The samples at these places, which are no pairs any more."""
         names = ("latents", "noise", "timesteps", "embeddings", "pooled", "time_ids")
         return replace(self, **{name: getattr(self, name)[places] for name in names})
-
-    def to(self, device: torch.device) -> SdxlBatch:
-        """The batch on `device`."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        given: Any = {name: None if value is None else value.to(device) for name, value in moved.items()}
-        return SdxlBatch(**given)
 
 
 @dataclass(frozen=True)

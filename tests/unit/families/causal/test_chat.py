@@ -11,7 +11,8 @@ import pytest
 
 from prefmill.core.errors import InputError
 from prefmill.demo.tokenizer import train_chat_tokenizer
-from prefmill.families.causal.chat import encode, prompt_text
+from prefmill.families.causal.chat import encode, end_token_ids, prompt_text
+from prefmill.families.causal.vision_parts import KeptProcessor
 from tests.conftest import REPOSITORY
 
 CASES = REPOSITORY.parent / "shared" / "cases" / "text"
@@ -45,6 +46,38 @@ def test_prompt_and_completion_are_the_whole_conversation(make: MakeTokenizer) -
     assert prompt + completion == tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(prompt) == prompt_text(tokenizer, USER)
     assert tokenizer.eos_token_id in completion
+
+
+@pytest.mark.parametrize("kind", ["text", "Qwen2.5-VL"])
+def test_a_base_models_folder_says_where_its_template_ends_answers(
+    kind: str, make: MakeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2.5's base states the text's end alone, and its template ends turns: tuned, it wrote on for ever."""
+    from transformers import GenerationConfig
+
+    from prefmill.families.causal.qwen_vision import QwenReader
+
+    tokenizer = make()
+    end, text_end = tokenizer.eos_token_id, tokenizer.pad_token_id
+    tokenizer.save_pretrained(tmp_path / "base")
+    GenerationConfig(eos_token_id=text_end, temperature=0.7, do_sample=True).save_pretrained(tmp_path)
+    monkeypatch.setattr(tokenizer, "eos_token", tokenizer.pad_token)
+    reader: Any = QwenReader.__new__(QwenReader)
+    reader.tokenizer, reader.processor = tokenizer, tokenizer
+    (KeptProcessor(tokenizer, str(tmp_path / "base"), None) if kind == "text" else reader).save_pretrained(tmp_path)
+    found = GenerationConfig.from_pretrained(tmp_path)
+    assert (found.eos_token_id, found.temperature) == (sorted([end, text_end]), 0.7)
+    assert end_token_ids(None, tokenizer) == sorted([end, text_end])
+
+
+def test_the_last_control_token_ends_an_answer(make: MakeTokenizer) -> None:
+    """gpt-oss opens an answer with control tokens too."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ '<|endoftext|>' if m.role == 'assistant' }}{{ m.content }}"
+        "<|im_end|>{% endfor %}{{ '<|im_start|>assistant' if add_generation_prompt }}"
+    )
+    tokenizer = make(template)
+    assert end_token_ids(None, tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_a_header_that_comes_unasked_is_not_trained(make: MakeTokenizer) -> None:

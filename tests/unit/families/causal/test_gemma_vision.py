@@ -14,8 +14,8 @@ from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal import group_attention
-from prefmill.families.causal.chat import prompt_text
-from prefmill.families.causal.generation import Sampling, encode_prompts, end_token_ids, generate_batch
+from prefmill.families.causal.chat import end_token_ids, prompt_text
+from prefmill.families.causal.generation import Sampling, encode_prompts, generate_batch
 from prefmill.families.causal.image_limits import FrozenParts, ImageLimits
 from prefmill.families.causal.load_check import as_scorer
 from prefmill.families.causal.loading import load_model, load_tokenizer

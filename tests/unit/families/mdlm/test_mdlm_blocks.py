@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.exact_joints import Joint, moments_by_count, random_joint
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.mdlm.blocks import block_spans
-from prefmill.families.mdlm.exact import Joint, moments_by_count, random_joint
 from prefmill.families.mdlm.family import Drawing
 from prefmill.families.mdlm.generation import Unmasking, generate
 from prefmill.families.mdlm.likelihood import bounds, chain

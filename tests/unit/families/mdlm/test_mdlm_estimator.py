@@ -7,6 +7,18 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 
+from benchmarks.exact_joints import (
+    Floats,
+    Joint,
+    allocation_variances,
+    estimate,
+    exact_variances,
+    moments_by_count,
+    near,
+    offset_pieces,
+    random_joint,
+    subsets,
+)
 from benchmarks.markov_chain import random_chain
 from benchmarks.mdlm_variance import chain_differences, coverage, variance
 from prefmill.families.mdlm.estimator import (
@@ -18,18 +30,6 @@ from prefmill.families.mdlm.estimator import (
     draws_of,
     recommend_draws,
     systematic_counts,
-)
-from prefmill.families.mdlm.exact import (
-    Floats,
-    Joint,
-    allocation_variances,
-    estimate,
-    exact_variances,
-    moments_by_count,
-    near,
-    offset_pieces,
-    random_joint,
-    subsets,
 )
 
 LENGTH = 10

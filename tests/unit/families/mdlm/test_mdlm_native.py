@@ -15,6 +15,7 @@ from prefmill.core.errors import InputError
 from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_tokenizer, mask_token_of, predicts_next
 from prefmill.families.mdlm.native import MODELS, LladaConfig
 from tests.conftest import REPOSITORY
+from tests.tiny import save_tiny_qwen2
 
 PUBLISHED = REPOSITORY.parent / "shared" / "data" / "mdlm"
 NAMES = ("llada-tiny", "dream-tiny")
@@ -139,6 +140,22 @@ def test_a_buffer_that_nothing_sets_is_found(buffer: str, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="not whole after loading") as caught:
         load_diffusion_model(str(tmp_path), precision="fp32", trust_remote_code=True)
     assert "scale" in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["cut off", "of shape"])
+def test_weights_that_cannot_be_read_name_the_folder(fault: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = save_tiny_qwen2(tmp_path / "m")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file(
+        {**weights, "model.norm.weight": weights["model.norm.weight"][:7].clone()}, file, metadata={"format": "pt"}
+    )
+    if fault == "cut off":
+        file.write_bytes(file.read_bytes()[:-999])
+    with pytest.raises(InputError, match=str(folder)):
+        load_diffusion_model(str(folder), precision="fp32")
 
 
 def test_a_weight_that_the_files_lack_is_named(tmp_path: Path) -> None:

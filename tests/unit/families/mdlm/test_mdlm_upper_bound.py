@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefmill.families.mdlm.exact import random_joint
+from benchmarks.exact_joints import random_joint
 from prefmill.families.mdlm.family import Drawing, diffusion_family
 from prefmill.families.mdlm.loading import load_diffusion_model
 from prefmill.families.mdlm.scorer import encode_samples, patch_forward, score_batch

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import comb
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from prefmill.families.mdlm.estimator import Draws, block_sizes, count_law, systematic_counts
+from prefmill.families.mdlm.scorer import masked_logps
 
 Floats = NDArray[np.float64]
 
@@ -46,6 +49,28 @@ class Joint:
             marginal = known.sum(axis=others)
             total += float(np.log(marginal[sequence[place]] / marginal.sum()))
         return total
+
+
+@torch.no_grad()
+def all_masked_sums(
+    model: Any, prompt: Sequence[int], response: Sequence[int], mask_token_id: int, shifted: bool = False
+) -> Floats:
+    """For every set of masked tokens of a short response, by its bits, the sum of their log-probabilities: [2^L].
+
+    What `Joint.masked_sums` has for a joint, for a model. `model` has its own forward.
+    """
+    length = len(response)
+    ids = torch.tensor([*prompt, *response])
+    bits = torch.arange(2**length)
+    sums = torch.zeros(2**length, dtype=torch.float64)
+    for chunk in torch.split(bits, 1024):
+        masked = torch.zeros(len(chunk), len(ids), dtype=torch.bool)
+        masked[:, len(prompt) :] = (chunk[:, None] >> torch.arange(length)) & 1 == 1
+        clean = ids.expand(len(chunk), -1)
+        places = masked.nonzero(as_tuple=True)
+        logps = masked_logps(model, model.forward, clean.masked_fill(masked, mask_token_id), places, clean, shifted)
+        sums[chunk] = sums[chunk].index_add(0, places[0], logps.double())
+    return sums.numpy()
 
 
 def random_joint(vocabulary: int, length: int, seed: int, tilt: float = 1.0) -> Joint:
