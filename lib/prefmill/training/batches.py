@@ -38,7 +38,8 @@ class Movable:
     def to(self, device: torch.device) -> Self:
         """The same on `device`."""
         given: Any = self
-        return replace(given, **{item.name: _moved(getattr(self, item.name), device) for item in fields(given)})
+        moved: Self = replace(given, **{item.name: _moved(getattr(self, item.name), device) for item in fields(given)})
+        return moved
 
 
 def _moved(value: Any, device: torch.device) -> Any:

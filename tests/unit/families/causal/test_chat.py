@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_prompt_and_completion_are_the_whole_conversation(make: MakeTokenizer) -
 
 @pytest.mark.parametrize("kind", ["text", "Qwen2.5-VL"])
 def test_a_base_models_folder_says_where_its_template_ends_answers(
-    kind: str, make: MakeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, make: MakeTokenizer, tmp_path: Path
 ) -> None:
     """Qwen2.5's base states the text's end alone, and its template ends turns: tuned, it wrote on for ever."""
     from transformers import GenerationConfig
@@ -61,7 +62,8 @@ def test_a_base_models_folder_says_where_its_template_ends_answers(
     end, text_end = tokenizer.eos_token_id, tokenizer.pad_token_id
     tokenizer.save_pretrained(tmp_path / "base")
     GenerationConfig(eos_token_id=text_end, temperature=0.7, do_sample=True).save_pretrained(tmp_path)
-    monkeypatch.setattr(tokenizer, "eos_token", tokenizer.pad_token)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.pad_token
     reader: Any = QwenReader.__new__(QwenReader)
     reader.tokenizer, reader.processor = tokenizer, tokenizer
     (KeptProcessor(tokenizer, str(tmp_path / "base"), None) if kind == "text" else reader).save_pretrained(tmp_path)
