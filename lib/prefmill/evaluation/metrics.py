@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -197,9 +198,7 @@ def _repeated_reviews(reviews: Sequence[EvaluatedReview]) -> float:
     """The share of exact duplicate reviews: a model that has collapsed shows here."""
     # By words: case, punctuation and white space make no other review.
     texts = [" ".join(words(review.generation["text"])) for review in reviews]
-    counts: dict[str, int] = {}
-    for text in texts:
-        counts[text] = counts.get(text, 0) + 1
+    counts = Counter(texts)
     return round(sum(counts[text] > 1 for text in texts) / len(texts), DIGITS)
 
 
