@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from prefmill.cli.pipelines import run_of, workspace_option
+
 
 def add_data_commands(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
@@ -30,12 +32,12 @@ def add_data_commands(commands: Any) -> None:
     rate.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
     rate.set_defaults(command=_rate)
     for command in (pair, pairs, rate):
-        command.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+        workspace_option(command)
     for command in (pair, pairs):
         command.add_argument("--task", help="TASK or STAGE:TASK, where a run trains on preferences more than once")
 
 
-def _import(arguments: argparse.Namespace) -> int:
+def _import(arguments: argparse.Namespace) -> None:
     import yaml
 
     from prefmill.core.config import validate
@@ -48,7 +50,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
     if arguments.keys:
         print(*describe_keys(), sep="\n")
-        return 0
+        return
     if arguments.config is None:
         raise ConfigError("no file to import", fix="name one, or give --keys")
     imported = import_config(arguments.config, arguments.gpus)
@@ -60,10 +62,9 @@ def _import(arguments: argparse.Namespace) -> int:
     write_atomic(output, header + notes + yaml.safe_dump(imported.config, sort_keys=False))
     then = f"next: python -m {STAGES}.{imported.stage} {output} run=NAME"
     print(f"wrote {output}", *imported.notes, then, sep="\n  ")
-    return 0
 
 
-def _pair(arguments: argparse.Namespace) -> int:
+def _pair(arguments: argparse.Namespace) -> None:
     from prefmill.pairs.forensics import margins_logs, read_histories
     from prefmill.report.pair_report import tell
 
@@ -72,10 +73,9 @@ def _pair(arguments: argparse.Namespace) -> int:
     trained = any(logs.glob("*/*/margins"))
     histories = read_histories(margins_logs(logs, arguments.task)) if trained else {}
     print(tell(logs.parents[1], run, arguments.pair_id, histories))
-    return 0
 
 
-def _pairs(arguments: argparse.Namespace) -> int:
+def _pairs(arguments: argparse.Namespace) -> None:
     from prefmill.pairs.forensics import length_effect, margins_logs, read_histories, suspects, write_exclude
 
     logs, _ = _run_logs(arguments)
@@ -97,26 +97,22 @@ def _pairs(arguments: argparse.Namespace) -> int:
     if arguments.export:
         write_exclude(arguments.export, found)
         print(f"wrote {arguments.export}: give it to build_datasets as exclude")
-    return 0
 
 
-def _rate(arguments: argparse.Namespace) -> int:
+def _rate(arguments: argparse.Namespace) -> None:
     from prefmill.images.rate import open_pages
 
     logs, _ = _run_logs(arguments)
     for lines in open_pages(logs):
         print(lines, end="")
-    return 0
 
 
 def _run_logs(arguments: argparse.Namespace) -> tuple[Path, str]:
     """The folder of a run's logs, and its name."""
-    from prefmill.core.places import default_workspace
     from prefmill.pipeline.run_record import no_such_run
 
-    workspace = arguments.workspace or default_workspace()
-    # `latest` is a link: behind it is the run's own name.
-    logs = (workspace / "logs" / arguments.run).resolve()
+    workspace, run = run_of(arguments)
+    logs = workspace / "logs" / run
     if not logs.is_dir():
-        raise no_such_run(workspace, arguments.run)
-    return logs, logs.name
+        raise no_such_run(workspace, run)
+    return logs, run

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+
+from prefmill.cli.pipelines import Command, workspace_of, workspace_option
 
 
 def add_housekeeping(commands: Any) -> None:
@@ -29,51 +31,43 @@ def add_housekeeping(commands: Any) -> None:
     restore.add_argument("--run", default="latest", help="the run's name (default: the newest)")
 
 
-def _command(commands: Any, name: str, summary: str, command: Callable[..., int]) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, summary: str, command: Command) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
-    parser.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+    workspace_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON") if name in ("runs", "compare") else None
     parser.set_defaults(command=command)
     return parser
-
-
-def _workspace(arguments: argparse.Namespace) -> Path:
-    from prefmill.core.places import default_workspace
-
-    workspace: Path = (arguments.workspace or default_workspace()).absolute()
-    return workspace
 
 
 def _named_runs(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     """The workspace, and each run named once, by its own name."""
     from prefmill.pipeline.run_record import own_name
 
-    workspace = _workspace(arguments)
+    workspace = workspace_of(arguments)
     return workspace, list(dict.fromkeys(own_name(workspace, run) for run in arguments.runs))
 
 
-def _runs(arguments: argparse.Namespace) -> int:
+def _runs(arguments: argparse.Namespace) -> None:
     from prefmill.core.places import LATEST
     from prefmill.pipeline.run_record import no_such_run
     from prefmill.pipeline.runs import list_runs
 
-    workspace, now = _workspace(arguments), time.time()
+    workspace, now = workspace_of(arguments), time.time()
     found = list_runs(workspace)
     if arguments.json:
         print(json.dumps([asdict(run) for run in found], indent=1))
-        return 0
+        return
     if not found:
         print(no_such_run(workspace, LATEST))
-        return 0
+        return
     rows = [
         (run.name, run.state, f"{run.done}/{run.total}", age(now - run.changed), size(run.size), cut(run.headline))
         for run in found
     ]
     print_table(("RUN", "STATE", "TASKS", "AGE", "SIZE", "HEADLINE"), rows)
-    return 0
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+def _compare(arguments: argparse.Namespace) -> None:
     from prefmill.core.errors import PipelineError
     from prefmill.core.files import write_atomic
     from prefmill.core.places import COMPARISONS
@@ -89,7 +83,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     found = compare_runs(outputs, Resampling(2000, 0, 0.95))
     if arguments.json:
         print(json.dumps(asdict(found), indent=1))
-        return 0
+        return
     for heading, lines in (("KEY", found.keys), ("METRIC", found.metrics)):
         if not lines:
             print(f"no {heading.lower()} differs\n")
@@ -102,10 +96,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     page = arguments.output or workspace / "data" / COMPARISONS / f"{'-'.join(found.runs)}.html"
     write_atomic(page, comparison_page(found))
     print(page)
-    return 0
 
 
-def _remove(arguments: argparse.Namespace) -> int:
+def _remove(arguments: argparse.Namespace) -> None:
     from prefmill.pipeline.runs import point_latest_away, remove_run
 
     workspace, runs = _named_runs(arguments)
@@ -114,10 +107,9 @@ def _remove(arguments: argparse.Namespace) -> int:
     if _deleted(found, workspace, arguments.yes):
         for run in runs:
             point_latest_away(workspace, run)
-    return 0
 
 
-def _collect(arguments: argparse.Namespace) -> int:
+def _collect(arguments: argparse.Namespace) -> None:
     from prefmill.pipeline.run_record import run_names, run_tasks
     from prefmill.pipeline.runs import removable
 
@@ -125,7 +117,6 @@ def _collect(arguments: argparse.Namespace) -> int:
     for run in runs:
         run_tasks(workspace, run)  # refuses a name that is no run's
     _deleted(removable(workspace, runs or run_names(workspace)), workspace, arguments.yes)
-    return 0
 
 
 def _deleted(found: Sequence[Any], workspace: Path, sure: bool) -> bool:
@@ -144,15 +135,14 @@ def _deleted(found: Sequence[Any], workspace: Path, sure: bool) -> bool:
     return sure
 
 
-def _restore(arguments: argparse.Namespace) -> int:
+def _restore(arguments: argparse.Namespace) -> None:
     from prefmill.pipeline.run_record import run_tasks, select_tasks
     from prefmill.pipeline.runs import restore
 
-    workspace = _workspace(arguments)
+    workspace = workspace_of(arguments)
     for task in select_tasks(run_tasks(workspace, arguments.run), arguments.selector):
         restore(Path(task["output"]), Path(task["logs"]))
         print(f"{task['key']} restored: {task['output']}")
-    return 0
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -70,8 +70,8 @@ def _run_command(parser: argparse.ArgumentParser, words: list[str]) -> int:
         _refuse(command, rest)
     if hasattr(arguments, "overrides"):
         _sort_out(arguments)
-    result: int = arguments.command(arguments)
-    return result
+    # A command that always does what it is asked returns nothing.
+    return arguments.command(arguments) or 0
 
 
 def _check_command(parser: argparse.ArgumentParser, words: list[str]) -> None:
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stages(arguments: argparse.Namespace) -> int:
+def _stages(arguments: argparse.Namespace) -> None:
     from prefmill.core.stage import describe_stages, load_stage, stage_names
 
     if arguments.json:
@@ -163,7 +163,6 @@ def _stages(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
     else:
         print(describe_stages(arguments.markdown))
-    return 0
 
 
 def _stage_row(stage: Any) -> dict[str, Any]:
@@ -179,27 +178,24 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return examine(arguments.workspace or default_workspace(), arguments.model, arguments.json)
 
 
-def _tiny_models(arguments: argparse.Namespace) -> int:
+def _tiny_models(arguments: argparse.Namespace) -> None:
     from prefmill.demo.tiny_models import build_all
 
     for path in build_all(arguments.folder, arguments.seed):
         print(path)
-    return 0
 
 
-def _init(arguments: argparse.Namespace) -> int:
+def _init(arguments: argparse.Namespace) -> None:
     from prefmill.cli.init import lay_down
 
     for line in lay_down(arguments.folder):
         print(line)
-    return 0
 
 
-def _completion(arguments: argparse.Namespace) -> int:
+def _completion(arguments: argparse.Namespace) -> None:
     from prefmill.cli.completion import script
 
     print(script(arguments.shell), end="")
-    return 0
 
 
 if __name__ == "__main__":

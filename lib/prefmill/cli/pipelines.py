@@ -13,6 +13,8 @@ from typing import Any
 from prefmill.cli.console import Console, add_verbosity
 from prefmill.core.terminal import paint_states
 
+Command = Callable[[argparse.Namespace], int | None]
+
 
 def add_pipeline_commands(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
@@ -37,7 +39,7 @@ def add_pipeline_commands(commands: Any) -> None:
 
 
 def pipeline_command(
-    commands: Any, name: str, summary: str, command: Callable[..., int], selects: bool = False
+    commands: Any, name: str, summary: str, command: Command, selects: bool = False
 ) -> argparse.ArgumentParser:
     """A command that takes a pipeline file and `key=value` arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
@@ -58,6 +60,28 @@ def load_plan(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
     return pipeline, make_plan(pipeline, arguments.pipeline)
+
+
+def workspace_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--workspace`, which `workspace_of` reads."""
+    parser.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+
+
+def workspace_of(arguments: argparse.Namespace) -> Path:
+    """The folder that holds the runs."""
+    from prefmill.core.places import default_workspace
+
+    workspace: Path = (arguments.workspace or default_workspace()).absolute()
+    return workspace
+
+
+def run_of(arguments: argparse.Namespace) -> tuple[Path, str]:
+    """The workspace and the run's own name, where `latest` was given."""
+    from prefmill.pipeline.run_record import own_name
+
+    workspace = workspace_of(arguments)
+    # Followed once: another run may be the newest before a long command has ended.
+    return workspace, own_name(workspace, arguments.run)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -83,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return run_plan(plan, arguments.only, arguments.force, say, options)
 
 
-def _submit(arguments: argparse.Namespace) -> int:
+def _submit(arguments: argparse.Namespace) -> None:
     from prefmill.slurm.cluster import read_cluster
     from prefmill.slurm.requests import check_requests, read_offer
 
@@ -96,7 +120,6 @@ def _submit(arguments: argparse.Namespace) -> int:
     if offer is not None:
         check_requests(pipeline, plan, cluster, offer.result())
     submit(pipeline, plan, arguments.pipeline, cluster, arguments.only, arguments.dry_run)
-    return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -120,7 +143,7 @@ def _show_plan(plan: Any, only: str | None = None, force: bool = False, as_json:
     return 0
 
 
-def _why(arguments: argparse.Namespace) -> int:
+def _why(arguments: argparse.Namespace) -> None:
     from prefmill.pipeline.state import inspect
 
     _, plan = load_plan(arguments)
@@ -133,10 +156,9 @@ def _why(arguments: argparse.Namespace) -> int:
         pending += [other for other in states[key].waiting_for if other not in [*pending, *told]]
     if arguments.json:
         print(json.dumps(told, indent=1))
-        return 0
+        return
     for key, state in told.items():
         print(paint_states(f"{key}: {state['freshness']}"), *state["reasons"], *state["last_attempt"], sep="\n  ")
-    return 0
 
 
 def _last_attempt(plan: Any, key: str, state: Any) -> list[str]:

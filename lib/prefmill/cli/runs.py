@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefmill.cli.pipelines import at_least, load_plan, pipeline_command
-
-Command = Callable[[argparse.Namespace], int]
+from prefmill.cli.pipelines import Command, at_least, load_plan, pipeline_command, run_of, workspace_option
 
 
 def add_commands(commands: Any) -> None:
@@ -71,25 +69,15 @@ def _command(
         parser.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
     else:
         parser.add_argument("--run", default="latest", help="the run's name (default: the newest)")
-    parser.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+    workspace_option(parser)
     parser.set_defaults(command=command)
     return parser
-
-
-def _where(arguments: argparse.Namespace) -> tuple[Path, str]:
-    """The workspace and the run's own name, where `latest` was given."""
-    from prefmill.core.places import default_workspace
-    from prefmill.pipeline.run_record import own_name
-
-    workspace: Path = (arguments.workspace or default_workspace()).absolute()
-    # Followed once: another run may be the newest before a long command has ended.
-    return workspace, own_name(workspace, arguments.run)
 
 
 def _status(arguments: argparse.Namespace) -> int:
     from prefmill.slurm.status import show_status, status_json, watch_status
 
-    workspace, run = _where(arguments)
+    workspace, run = run_of(arguments)
     if arguments.json:
         return status_json(workspace, run)
     return watch_status(workspace, run, arguments.every) if arguments.watch else show_status(workspace, run)
@@ -98,35 +86,31 @@ def _status(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from prefmill.pipeline.verify import verify_run
 
-    return verify_run(*_where(arguments))
+    return verify_run(*run_of(arguments))
 
 
-def _logs(arguments: argparse.Namespace) -> int:
+def _logs(arguments: argparse.Namespace) -> None:
     from prefmill.slurm.logs import show_logs
 
-    show_logs(*_where(arguments), arguments.selector, arguments.lines, arguments.follow)
-    return 0
+    show_logs(*run_of(arguments), arguments.selector, arguments.lines, arguments.follow)
 
 
-def _advance(arguments: argparse.Namespace) -> int:
+def _advance(arguments: argparse.Namespace) -> None:
     from prefmill.slurm.advance import advance
 
-    advance(*_where(arguments))
-    return 0
+    advance(*run_of(arguments))
 
 
-def _rerun(arguments: argparse.Namespace) -> int:
+def _rerun(arguments: argparse.Namespace) -> None:
     from prefmill.slurm.rerun import rerun
 
-    rerun(*_where(arguments), arguments.selector)
-    return 0
+    rerun(*run_of(arguments), arguments.selector)
 
 
-def _cancel(arguments: argparse.Namespace) -> int:
+def _cancel(arguments: argparse.Namespace) -> None:
     from prefmill.slurm.rerun import cancel
 
-    cancel(*_where(arguments), arguments.selector)
-    return 0
+    cancel(*run_of(arguments), arguments.selector)
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
