@@ -97,8 +97,8 @@ STAGE = Stage(
     writes="image_evaluation",
     reads={
         "tuned": Reads("image_checkpoint", "sdxl_dpo", match="elementwise"),
-        "model": Reads("checkpoint", optional=True),
-        "scorer": Reads("reward_model", "train_reward", optional=True),
+        "model": Reads("checkpoint", optional=True, instead_of=("model_name_or_path",)),
+        "scorer": Reads("reward_model", "train_reward", optional=True, instead_of=("published_scorer",)),
         "pairs": Reads("image_pairs", "build_image_pairs", optional=True),
     },
     preload=("torch", "transformers", "diffusers", "peft"),

@@ -11,7 +11,7 @@ from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
-from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.pairs.sources import SOURCE_KEYS, PairSource, write_pairs
 from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import start_model
 
@@ -69,8 +69,10 @@ STAGE = Stage(
     trains=True,
     writes="checkpoint",
     reads={
-        "policy": Reads("checkpoint", "mdlm_sft", match="elementwise", optional=True),
-        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
+        "policy": Reads(
+            "checkpoint", "mdlm_sft", match="elementwise", optional=True, instead_of=("model_name_or_path",)
+        ),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True, instead_of=SOURCE_KEYS),
     },
     preload=("torch", "transformers", "transformers.trainer", "safetensors.torch"),
 )

@@ -77,8 +77,10 @@ STAGE = Stage(
     trains=True,
     writes="checkpoint",
     reads={
-        "model": Reads("checkpoint", match="elementwise", optional=True),
-        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
+        "model": Reads(
+            "checkpoint", match="elementwise", optional=True, instead_of=("model_name_or_path", "new_model")
+        ),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True, instead_of=("sft_data_path",)),
     },
     preload=("torch", "transformers", "transformers.trainer"),
 )

@@ -42,7 +42,7 @@ STAGE = Stage(
     on="images",
     writes="image_ratings",
     reads={
-        "images": Reads("generated_images", "generate_images", optional=True),
+        "images": Reads("generated_images", "generate_images", optional=True, instead_of=("images",)),
         "reward": Reads("reward_model", optional=True),
     },
 )

@@ -47,7 +47,7 @@ STAGE = Stage(
     writes="image_checkpoint",
     reads={
         "pairs": Reads("image_pairs", "build_image_pairs"),
-        "model": Reads("checkpoint", optional=True),
+        "model": Reads("checkpoint", optional=True, instead_of=("model_name_or_path",)),
         "reward": Reads("reward_model", optional=True),  # named by who wants it: dspo_rm alone does
     },
     preload=("torch", "transformers.trainer", "diffusers", "peft", "safetensors.torch"),

@@ -12,6 +12,7 @@ from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.pairs.chats import ChatSource, write_chats
+from prefmill.pairs.sources import SOURCE_KEYS
 from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import TrainingConfig, start_model
 
@@ -60,8 +61,8 @@ STAGE = Stage(
     trains=True,
     writes="checkpoint",
     reads={
-        "model": Reads("checkpoint", match="elementwise", optional=True),
-        "datasets": Reads("preference_datasets", "build_datasets", optional=True),
+        "model": Reads("checkpoint", match="elementwise", optional=True, instead_of=("model_name_or_path",)),
+        "datasets": Reads("preference_datasets", "build_datasets", optional=True, instead_of=SOURCE_KEYS),
         "validation": Reads("validation", "validate_datasets", optional=True),
     },
     preload=("torch", "transformers", "trl", "trl.trainer.sft_trainer", "datasets"),

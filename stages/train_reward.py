@@ -82,7 +82,7 @@ STAGE = Stage(
     writes="reward_model",
     reads={
         "pairs": Reads("image_pairs", "build_image_pairs"),
-        "clip": Reads("checkpoint", optional=True),
+        "clip": Reads("checkpoint", optional=True, instead_of=("model_name_or_path",)),
     },
     preload=("torch", "transformers", "transformers.trainer", "safetensors.torch"),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prefmill.pipeline.checked_plan import plan_to_run
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.slurm.cluster import ClusterFile
 from prefmill.slurm.rehearsal_plan import rehearsal_of
@@ -55,3 +56,22 @@ def test_a_slice_is_the_users_rows_with_their_texts_cut(tmp_path: Path) -> None:
     assert found[1:4] == broken  # the real run says what is wrong with them
     for number, line in enumerate(itertools.chain(found[:1], found[4:])):
         assert json.loads(line) == {"id": str(number), "sub": {"text": [("long " * 1000)[:400]]}, "rating": number}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in sorted((REPOSITORY / "configs/pipelines").glob("*.yaml"))])
+def test_every_shipped_pipeline_has_a_rehearsal(name: str, tmp_path: Path) -> None:
+    source = REPOSITORY / "configs/pipelines" / f"{name}.yaml"
+    model = ["sft.model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct"] if name == "demo_model" else []
+    mine = (
+        ["ingest_reviews.sources=[{format: generated, num_papers: 9}]"]
+        if name in ("demo_model", "demo_reviews")
+        else []
+    )
+    pipeline = read_pipeline(source, [f"workspace={tmp_path}", *model, *mine])
+    plan = plan_to_run(pipeline, source)
+    small, rehearsed = rehearsal_of(pipeline, plan, source, ClusterFile())
+    assert plan_to_run(small, source).tasks == rehearsed.tasks
+    assert [task.key for task in rehearsed.tasks] == [task.key for task in plan.tasks]
+    for task in rehearsed.tasks:  # nobody answers at a rehearsal's web page
+        assert getattr(getattr(task.config, "rater", None), "by", "") != "people"

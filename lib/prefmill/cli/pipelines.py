@@ -56,10 +56,11 @@ def pipeline_command(
 
 def load_plan(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The pipeline and its plan."""
-    from prefmill.pipeline.plan import make_plan, read_pipeline
+    from prefmill.pipeline.checked_plan import plan_to_run
+    from prefmill.pipeline.plan import read_pipeline
 
     pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
-    return pipeline, make_plan(pipeline, arguments.pipeline)
+    return pipeline, plan_to_run(pipeline, arguments.pipeline)
 
 
 def workspace_option(parser: argparse.ArgumentParser) -> None:

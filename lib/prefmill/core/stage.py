@@ -31,12 +31,14 @@ class Reads:
     """An input: the kind of artifact, and the stage that makes it unless the pipeline names another.
 
     `match="elementwise"` takes the tasks of that stage that agree on every array key both have; `all` takes all.
+    An input that stands `instead_of` keys of the configuration is given, or one of them is: never both, never none.
     """
 
     kind: str
     stage: str | None = None
     match: Match = "all"
     optional: bool = False
+    instead_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

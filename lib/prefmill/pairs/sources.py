@@ -28,6 +28,7 @@ from prefmill.training.bad_rows import BadRows, RowPolicy
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 FoundT = TypeVar("FoundT")
 FoundRow = tuple[SourceRow, Preference | Judgement]
+SOURCE_KEYS = ("dataset", "dataset_file", "mixture")  # one of them names the dataset
 _TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
 
 
@@ -88,7 +89,7 @@ class PairSource(RowPolicy):
 
     @model_validator(mode="after")
     def _consistent(self) -> PairSource:
-        if (self.dataset is not None) + (self.dataset_file is not None) + bool(self.mixture) > 1:
+        if sum(bool(getattr(self, key)) for key in SOURCE_KEYS) > 1:
             raise ValueError("give one of dataset, dataset_file and mixture")
         for part in self.mixture:
             self._known(part.pair_format)
@@ -102,7 +103,7 @@ class PairSource(RowPolicy):
     @property
     def has_source(self) -> bool:
         """Whether a dataset is named here at all."""
-        return self.dataset is not None or self.dataset_file is not None or bool(self.mixture)
+        return any(getattr(self, key) for key in SOURCE_KEYS)
 
     @property
     def source_name(self) -> str:

@@ -12,8 +12,9 @@ from typing import Any, get_args
 from prefmill.core.config import merge, split_override, validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import load_stage
+from prefmill.pipeline.checked_plan import plan_to_run
 from prefmill.pipeline.overrides import joined, with_stage_keys
-from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan, read_pipeline
+from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, read_pipeline
 from prefmill.store.artifacts import read_manifest
 
 _OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.", "processes=", "share=")
@@ -51,7 +52,7 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     pipeline._overridden = frozenset(split_override(item)[0] for item in keys)
     # A bare name is a file of the stage's own folder, as it is in a pipeline.
     file = Path(config or ".")
-    plan = make_plan(pipeline, file if file.suffix or not config else Path("configs", stage, config))
+    plan = plan_to_run(pipeline, file if file.suffix or not config else Path("configs", stage, config))
     return plan, names[-1] if names else None
 
 
@@ -104,7 +105,7 @@ def _plan_of(arguments: Sequence[str]) -> tuple[PipelineFile, Plan]:
     if "=" in path.name and not path.exists():
         path, overrides = _DEFAULT_PIPELINE, arguments
     pipeline = read_pipeline(path, overrides)
-    return pipeline, make_plan(pipeline, path)
+    return pipeline, plan_to_run(pipeline, path)
 
 
 def give_back_until_ready(me: str, waits_for: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.config import StrictConfig, modern, validate
+from prefmill.core.stage import load_stage
 from prefmill.pipeline.freeze import freeze
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
 from prefmill.pipeline.stage_entry import with_settings
@@ -19,7 +20,7 @@ from prefmill.training.config import TrainingConfig
 
 MINUTES = 20
 ROWS, PAPERS = 400, 60  # of the user's file, or of the generated corpus in place of what cannot be cut
-SAVE_STEPS, LOGGING_STEPS, LENGTH = 20, 5, 2048
+SAVE_STEPS, LOGGING_STEPS, LENGTH, STEPS, PIXELS = 20, 5, 2048, 100, 64
 CHARACTERS = 400  # of a text in the user's file: a tiny tokenizer makes up to three tokens of a word
 _ARCHITECTURES = {"generate_images": "sdxl", "evaluate_images": "sdxl", "sdxl_dpo": "sdxl", "train_reward": "clip"}
 _ANY_JUDGE = {"min_answer_mass": 0, "max_same_answer": 1}  # a tiny judge judges nothing
@@ -46,6 +47,9 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "judge": _ANY_JUDGE,
     },
     "mdlm_evaluate": {"num_papers": 4},
+    "generate_images": {"num_inference_steps": 2, "height": PIXELS, "width": PIXELS},
+    "sdxl_dpo": {"resolution": PIXELS, "sample_steps": SAVE_STEPS, "sample_inference_steps": 2},
+    "evaluate_images": {"num_inference_steps": 2, "height": PIXELS, "width": PIXELS, "resolution": PIXELS},
 }
 
 
@@ -86,8 +90,10 @@ def _small(name: str, config: StrictConfig, given: dict[str, Any], ranks: int, f
     for key, value in SMALL.get(name, {}).items():
         if key in keys:
             small[key] = {**(given.get(key) or {}), **value} if isinstance(value, dict) else value
+    if name == "rate_images" and small.get("rater", {}).get("by", "people") == "people":
+        small["rater"] = {"by": "sharpness"}  # nobody rates a rehearsal's pictures
     if isinstance(config, TrainingConfig):
-        small |= _short_training(config, ranks)
+        small |= _short_training(config, ranks, load_stage(name).on)
     if "sources" in small:
         small["sources"] = [_slice(one, number, folder) for number, one in enumerate(small["sources"])]
         small = {key: value for key, value in small.items() if key != "pdfs"}
@@ -95,15 +101,18 @@ def _small(name: str, config: StrictConfig, given: dict[str, Any], ranks: int, f
     return tiny
 
 
-def _short_training(config: TrainingConfig, ranks: int) -> dict[str, Any]:
+def _short_training(config: TrainingConfig, ranks: int, on: str) -> dict[str, Any]:
     """Short, but long enough to be interrupted twice; precision, parallelism and checkpointing as they are."""
     # One microbatch a step: every step is then as short as this number of ranks allows.
     at_once = config.per_device_train_batch_size * ranks
-    keys = {
-        "max_length": min(config.max_length, LENGTH), "on_overlong": "drop", "save_steps": SAVE_STEPS,
-        "logging_steps": LOGGING_STEPS, "effective_batch_size": at_once, "report_to": [],
+    keys: dict[str, Any] = {
+        "save_steps": SAVE_STEPS, "logging_steps": LOGGING_STEPS, "effective_batch_size": at_once, "report_to": [],
         "num_train_epochs": min(at_once, 32),  # some hundred steps, whatever the number of ranks
     }  # fmt: skip
+    if getattr(config, "max_steps", None):
+        keys["max_steps"] = STEPS
+    if on != "images":
+        keys |= {"max_length": min(config.max_length, LENGTH), "on_overlong": "drop"}
     return keys if type(config).__name__ != "TinyModelConfig" else {"save_steps": SAVE_STEPS, "report_to": []}
 
 
@@ -145,6 +154,7 @@ def _with_tiny_models(values: Any, folder: Path, stage: str) -> Any:
     if name and replaced.get("engine") not in ("openai", "chat"):  # a server goes on serving what it serves
         replaced["model_name_or_path"] = str(_tiny(_architecture(stage, name), folder))
         replaced.pop("revision", None)
+        replaced.pop("variant", None)
     if replaced.get("engine") == "vllm":  # which takes all the memory there is, and minutes for its graphs
         replaced |= {"kv_cache_gb": 0.5, "enforce_eager": True}
     return replaced
