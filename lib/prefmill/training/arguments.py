@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefmill.core.errors import ConfigError, nearest
 from prefmill.core.stage import Task
 from prefmill.distributed.devices import claim_device, has_gpu
 from prefmill.training.config import TrainingConfig, accumulation
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
 PROJECT = "prefmill"  # in every tracker
 _SAME_NAME = (
     "learning_rate", "num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "warmup_steps",
@@ -56,6 +60,37 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         **_optimizer(config.optim),
         **_liger(config.use_liger_kernel),
     }
+
+
+def made(kind: type[ArgumentsT], given: dict[str, Any]) -> ArgumentsT:
+    """Arguments of a trainer; raises ConfigError for values that transformers refuses."""
+    try:
+        arguments: ArgumentsT = kind(**given)
+    except ValueError as error:
+        raise _refused(error) from None
+    return arguments
+
+
+def check_optimizer(trainer: Any) -> None:
+    """Raise ConfigError for an optimizer or a schedule that cannot be made: a Trainer does so when training starts."""
+    import torch
+    from transformers import get_scheduler
+
+    args = trainer.args
+    probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise _refused(error) from None
+
+
+def _refused(error: Exception) -> ConfigError:
+    return ConfigError(
+        "the training's optimizer, schedule or another argument cannot be used here",
+        where="optim, lr_scheduler_type", got=" ".join(str(error).split())[:300],
+        fix="leave optim and lr_scheduler_type out, or give ones that need no package and no key beside them",
+    )  # fmt: skip
 
 
 def _optimizer(name: str | None) -> dict[str, Any]:

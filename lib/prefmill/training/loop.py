@@ -16,6 +16,7 @@ from prefmill.core.errors import ConfigError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.scoring import scoring_model
+from prefmill.training.arguments import check_optimizer
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
 from prefmill.training.config import TrainingConfig
@@ -66,6 +67,7 @@ def run_training(spec: TrainingSpec) -> Metrics:
     trainer = spec.data.trainer(
         spec.load(), spec.config, task, [*spec.callbacks, StageCallback(task, spec.config.save_minutes)]
     )
+    check_optimizer(trainer)
     if spec.processor is not None:
         ensure_savable(trainer.model, spec.processor)
     _look_before(spec, trainer)

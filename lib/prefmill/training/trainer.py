@@ -16,7 +16,7 @@ from prefmill.core.stage import Task
 from prefmill.distributed.collectives import from_all_ranks
 from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
-from prefmill.training.arguments import trainer_arguments
+from prefmill.training.arguments import made, trainer_arguments
 from prefmill.training.batches import AnyGroup, GroupPart, Microbatch
 from prefmill.training.callbacks import check_every_step
 from prefmill.training.config import TrainingConfig
@@ -228,7 +228,7 @@ def plan_arguments(config: TrainingConfig, task: Task, plan: Sequence[Microbatch
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": num_microbatches,
     }
-    return fsdp_mixed_precision(TrainingArguments(**given | one_epoch), config)
+    return fsdp_mixed_precision(made(TrainingArguments, given | one_epoch), config)
 
 
 def passes_after(epoch_of_step: dict[int, int]) -> dict[int, float]:

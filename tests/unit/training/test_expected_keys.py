@@ -63,6 +63,25 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest(tmp_path: Path) -> Non
         arguments(tmp_path, optim="adamw_torhc")
 
 
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"lr_scheduler_type": "cosin"}, "not a valid SchedulerType"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"optim": "lomo"}, "pip install lomo-optim"),
+    ],
+)
+def test_what_the_trainer_could_not_make_is_refused_before_the_reference_is_scored(
+    keys: dict[str, Any], why: str, tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefmill.families.causal.dpo.reference_scores", lambda *_: pytest.fail("scored"))
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
+    with pytest.raises(ConfigError, match=why):
+        train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", **keys)
+
+
 def test_liger_is_refused_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     found: dict[str, Any] = {"liger_kernel": None}

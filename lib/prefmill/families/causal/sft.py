@@ -30,7 +30,7 @@ from prefmill.families.causal.vision import ImageReader, with_images
 from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter
-from prefmill.training.arguments import trainer_arguments
+from prefmill.training.arguments import made, trainer_arguments
 from prefmill.training.callbacks import check_every_step
 from prefmill.training.chats import encoded_chats
 from prefmill.training.config import TrainingConfig, weights_precision
@@ -94,18 +94,17 @@ class Chats:
 
     def trainer(self, model: Any, config: TrainingConfig, task: Task, callbacks: list[TrainerCallback]) -> SFTTrainer:
         """TRL's trainer of `model`."""
-        arguments = TrlConfig(
-            **trainer_arguments(config, task, world_size()),
+        given = trainer_arguments(config, task, world_size()) | {
             # TRL's default is to cut rows at 1,024 tokens; over-long ones are dropped or refused before.
-            max_length=None,
-            router_aux_loss_coef=self.router_aux_loss_coef,
+            "max_length": None,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
             # Rows are token ids with labels: nothing is left to template, tokenise or cut.
-            dataset_kwargs={"skip_prepare_dataset": True},
-            eval_strategy="epoch" if self.val is not None else "no",
-        )
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "eval_strategy": "epoch" if self.val is not None else "no",
+        }
         trainer = SFTTrainer(
             model=model,
-            args=fsdp_mixed_precision(arguments, config),
+            args=fsdp_mixed_precision(made(TrlConfig, given), config),
             train_dataset=self.train,
             eval_dataset=self.val,
             processing_class=self.tokenizer,
