@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pipeline_runs import command, environment, prefmill
+from pipeline_runs import DEMO, command, environment, prefmill
 
 from prefmill.pipeline.attempts import EXECUTED
 from prefmill.store.artifacts import read
@@ -45,11 +45,13 @@ def executed(workspace: Path, run: str) -> list[int]:
     return [row["step"] for row in read_jsonl(path)] if path.is_file() else []
 
 
-def start(pipeline: Path, run: str) -> subprocess.Popen[str]:
-    words = command("run", pipeline, f"run={run}")
+def start(pipeline: Path, run: str, *more: str, on_sigint: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+    # Tests that run in a script's background are told to ignore Ctrl-C, and so would be what they start.
     return subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        command("run", pipeline, f"run={run}", *more), env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, on_sigint),
+    )  # fmt: skip
 
 
 def interrupt(pipeline: Path, run: str, number: signal.Signals, at_step: int) -> tuple[int, str]:
@@ -113,3 +115,13 @@ def test_ctrl_c_at_random_moments_repeats_at_most_one_step_each(pipeline: Path, 
     steps = Counter(executed(pipeline.parent, "cut"))
     assert set(steps) == set(range(1, STEPS + 1))
     assert sum(steps.values()) <= STEPS + interruptions
+
+
+def test_a_run_that_is_to_ignore_ctrl_c_goes_on(tmp_path: Path) -> None:
+    """`prefmill run FILE &` in a script: Ctrl-C reaches the fork server too, which ended."""
+    only = ["--only", "ingest_reviews", f"workspace={tmp_path}"]
+    started = start(DEMO, "one", *only, on_sigint=signal.SIG_IGN)
+    while started.poll() is None:
+        os.killpg(started.pid, signal.SIGINT)
+        time.sleep(0.02)
+    assert started.returncode == 0, started.communicate()[0]

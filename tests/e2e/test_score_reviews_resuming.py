@@ -185,7 +185,7 @@ def test_a_full_disk_keeps_what_is_scored(tmp_path: Path, corpus: Artifact, monk
 
     task = task_of(tmp_path / "t", corpus)
     with monkeypatch.context() as patch:
-        patch.setattr("prefmill.store.jsonl.os.fsync", full)
+        patch.setattr("prefmill.core.files.os.fsync", full)
         with pytest.raises(OSError, match="No space"):
             score(task)
     assert payload(task.output) == []

@@ -8,4 +8,6 @@ import signal
 
 gc.disable()
 # The terminal's Ctrl-C reaches it too: in the middle of its imports it ends at once, without Python's traceback.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Not where it is ignored, as in a script's background: prefmill goes on then, and needs it.
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -16,6 +16,7 @@ def test_a_dotted_key_is_set_alone_and_a_mapping_replaces_the_whole(tmp_path: Pa
     (tmp_path / "sft").mkdir()
     file = tmp_path / "sft" / "own.yaml"
     file.write_text("lora: {r: 16, use_dora: true}\nreport_to: [tensorboard]\n")
+    by_hand_too = ["inputs.datasets=d", "inputs.model=m"]
     path = tmp_path / "pipelines" / "p.yaml"
     path.parent.mkdir()
     stages = "{sft: {config: own, set: {lora.alpha: 64}, inputs: {datasets: d, model: m}}}"
@@ -23,7 +24,8 @@ def test_a_dotted_key_is_set_alone_and_a_mapping_replaces_the_whole(tmp_path: Pa
 
     def lora(*overrides: str) -> tuple[int, float, bool]:
         config = make_plan(read_pipeline(path, overrides), path).tasks[0].config
-        by_hand = stage_plan("sft", [str(file), "lora.alpha=64", *(item[len("sft.") :] for item in overrides)])[0]
+        keys = [item[len("sft.") :] for item in overrides]
+        by_hand = stage_plan("sft", [str(file), "lora.alpha=64", *by_hand_too, *keys])[0]
         assert by_hand.tasks[0].config == config
         assert isinstance(config, TrainingConfig)
         assert config.lora is not None

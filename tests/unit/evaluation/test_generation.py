@@ -69,7 +69,7 @@ def test_uniforms_follow_from_the_key_alone() -> None:
 class WordTokenizer:
     """As much of a tokenizer as generation needs."""
 
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id, eos_token_id, chat_template = 0, 1, None
 
     def decode(self, ids: list[int], **options: Any) -> str:
         return " ".join(map(str, ids))

@@ -156,7 +156,9 @@ def _ids_of(stated: int | list[int] | None) -> list[int | None]:
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends an answer's turn, tried on one answer; None where the template refuses it."""
+    """The token that ends an answer's turn, tried on one answer; None without a template, or where it refuses it."""
+    if not tokenizer.chat_template:
+        return None
     try:
         _, ids = encode(tokenizer, [{"role": "user", "content": _PROBE}], _PROBE)
     except InputError:

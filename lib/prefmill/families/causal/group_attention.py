@@ -117,7 +117,7 @@ def loop_attention(
     parts: list[Tensor] = []
     for place, segment in enumerate(segments):
         keys, values, own = _rows(key, segment.prompt), _rows(value, segment.prompt), scoring.of(place)
-        first = keys.shape[2] - 1 if responses_only else 0
+        first = max(keys.shape[2] - 1, 0) if responses_only else 0
         parts.append(values.new_zeros(1, query.shape[1], first, values.shape[3]))
         parts += _prompt(_rows(query, segment.prompt), keys, values, own, first)
         for span in segment.responses:
