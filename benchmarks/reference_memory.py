@@ -31,8 +31,9 @@ def anonymous_bytes() -> int:
 
 def return_freed_memory() -> None:
     """Have glibc map every large buffer by itself: kept in its heap, freed ones would count as held for ever."""
-    m_mmap_threshold = -3
+    m_mmap_threshold, pr_set_thp_disable = -3, 41
     libc = ctypes.CDLL(None)
+    libc.prctl(pr_set_thp_disable, 1, 0, 0, 0)  # a byte in an empty huge page would count as 2 MB
     libc.mallopt(m_mmap_threshold, 256 * 1024)
     libc.malloc_trim(0)  # what the process forked from has freed would take part of the model unseen
 
