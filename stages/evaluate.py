@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 
 from prefmill.checklist.engine import AnyEngineConfig, EngineConfig, LexicalConfig
+from prefmill.checklist.items import ChecklistFile
 from prefmill.checklist.judge_gate import JudgeGate
-from prefmill.core.config import ExternalPath, later, runtime
+from prefmill.core.config import later, runtime
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision
 from prefmill.core.records import Modality
@@ -54,7 +55,7 @@ class EvaluateConfig(ImageLimits, ChatTemplate):
     seed: int = Field(0, description="of the papers drawn and of the tokens")
     engine: EngineConfig = Field(LexicalConfig(), description="the checklist engine; see score_reviews")
     second_engine: EngineConfig | None = Field(None, description="scores them too, to see how far engines agree")
-    checklist: ExternalPath | None = Field(None, description="as in score_reviews; none: the shipped 24 items")
+    checklist: ChecklistFile = Field(None, description="as in score_reviews; none: the shipped 24 items")
     accept_rating: float = Field(6.0, description="a rating from here on recommends acceptance, in the rating_unit")
     rating_unit: RatingUnit = later(
         "points", description="points of a scale of 1 to 10, or quantiles (0 to 1) of the venue's own ratings"

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from prefmill.checklist.engine import EngineConfig, LexicalConfig
 from prefmill.checklist.engines import open_engine
+from prefmill.checklist.items import ChecklistFile
 from prefmill.checklist.judge_gate import JudgeGate
-from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import StrictConfig, runtime
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 DEBUG_REVIEWS = 3  # of each shard, where no limit is given
@@ -19,7 +20,7 @@ class ScoreReviewsConfig(StrictConfig):
     """Which checklist to score with, by which engine."""
 
     engine: EngineConfig = Field(LexicalConfig(), description="how items are answered: lexical, or by a model")
-    checklist: ExternalPath | None = Field(None, description="a checklist of yours; none: the shipped 24 items")
+    checklist: ChecklistFile = Field(None, description="a checklist of yours; none: the shipped 24 items")
     limit: int | None = Field(None, ge=1, description="score the first so many reviews of each shard only")
     debug: bool = Field(False, description=f"print prompts and answers; without a limit, of {DEBUG_REVIEWS} reviews")
     judge: JudgeGate = runtime(JudgeGate(), description="when a model's answers are not believed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Self
@@ -9,7 +10,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from prefmill.checklist.patterns import compile_patterns
-from prefmill.core.config import StrictConfig, read_yaml, validate
+from prefmill.core.config import ExternalPath, StrictConfig, read_yaml, validate
 from prefmill.core.files import write_atomic
 
 SHIPPED = Path(__file__).with_name("default.yaml")
@@ -72,7 +73,7 @@ class Item(StrictConfig):
 
 
 class Checklist(StrictConfig):
-    """Items with distinct ids, in the order in which they are asked."""
+    """Items with distinct ids and wordings, in the order in which they are asked."""
 
     name: str = Field(min_length=1)
     items: tuple[Item, ...] = Field(min_length=1)
@@ -80,9 +81,8 @@ class Checklist(StrictConfig):
     @field_validator("items")
     @classmethod
     def _distinct(cls, items: tuple[Item, ...]) -> tuple[Item, ...]:
-        repeated = sorted(_repeated([item.id for item in items]))
-        if repeated:
-            raise ValueError(f"item ids given more than once: {', '.join(repeated)}")
+        if again := given_twice(items):
+            raise ValueError(again)
         return items
 
     @property
@@ -100,10 +100,34 @@ def load_checklist(path: Path | None = None) -> Checklist:
     return validate(Checklist, read_yaml(source), where=source)
 
 
+def _readable(path: ExternalPath | None) -> ExternalPath | None:
+    # A file that is not there yet may be made by then.
+    if path is not None and path.is_file():
+        load_checklist(path)
+    return path
+
+
+# Read with the configuration: a fault is found before anything runs.
+ChecklistFile = Annotated[ExternalPath | None, AfterValidator(_readable)]
+
+
 def save_checklist(checklist: Checklist, path: Path) -> None:
     """Write `checklist` as JSON that `load_checklist` reads back."""
     write_atomic(path, checklist.model_dump_json(indent=1) + "\n")
 
 
-def _repeated(names: Sequence[str]) -> set[str]:
-    return {name for name in names if names.count(name) > 1}
+def given_twice(items: Sequence[Item]) -> str | None:
+    """The ids, or else the questions and paraphrases, that are there more than once; None where all differ.
+
+    A question asked twice would count twice. Case and spaces make no other question.
+    """
+    if ids := _repeated([item.id for item in items]):
+        return f"item ids given more than once: {', '.join(ids)}"
+    asked = [(" ".join(text.split()), item.id) for item in items for text in (item.question, *item.paraphrases)]
+    again = _repeated([text.casefold() for text, _ in asked])
+    found = [f"{text!r} ({name})" for text, name in asked if text.casefold() in again]
+    return f"questions asked more than once, so keep one of them: {', '.join(found)}" if found else None
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)

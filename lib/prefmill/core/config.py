@@ -285,7 +285,7 @@ def _explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str
     if detail["type"] == "missing":
         return f"    {location}: required, but not given"
     # pydantic's own first words for what a validator of ours says.
-    return f"    {location} = {detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}{place}"
+    return f"    {location} = {detail['input']!r:.200}: {detail['msg'].removeprefix('Value error, ')}{place}"
 
 
 def _instead(key: str, valid: Collection[str]) -> str:

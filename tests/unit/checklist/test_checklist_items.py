@@ -41,7 +41,9 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_users_checklist_is_read(tmp_path: Path) -> None:
-    checklist = load_checklist(write(tmp_path, {**GOOD, "weight": 2}, {**GOOD, "id": "two", "rule": None}))
+    checklist = load_checklist(
+        write(tmp_path, {**GOOD, "weight": 2}, {**GOOD, "id": "two", "question": "Else?", "rule": None})
+    )
     assert checklist.ids == ("one", "two")
     assert checklist.items[0].weight == 2
 
@@ -78,6 +80,16 @@ def test_bad_items_are_explained(tmp_path: Path, changes: dict[str, Any], messag
 def test_repeated_ids_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="more than once: one, two"):
         load_checklist(write(tmp_path, GOOD, {**GOOD, "id": "two"}, GOOD, {**GOOD, "id": "two"}))
+
+
+@pytest.mark.parametrize(
+    "second",
+    [{}, {"question": " IS  IT?\n"}, {"question": "Else?", "paraphrases": ["is it?"]}],
+)
+def test_a_question_asked_twice_is_refused_and_is_accepted_once(tmp_path: Path, second: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"asked more than once, so keep one of them.*\(one\).*\(two\)"):
+        load_checklist(write(tmp_path, GOOD, {**GOOD, "id": "two", **second}))
+    assert load_checklist(write(tmp_path, GOOD)).ids == ("one",)
 
 
 @pytest.mark.parametrize(

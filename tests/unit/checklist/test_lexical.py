@@ -23,7 +23,7 @@ SHIPPED = load_checklist()
 
 
 def checklist(*rules: dict[str, Any] | None, weights: tuple[float, ...] = ()) -> Checklist:
-    items = [{"id": f"item{number}", "question": "Is it?", "source": "test"} for number in range(len(rules))]
+    items = [{"id": f"item{number}", "question": f"Is it {number}?", "source": "test"} for number in range(len(rules))]
     for item, rule in zip(items, rules, strict=True):
         item.update({"rule": rule} if rule else {})
     for item, weight in zip(items, weights, strict=False):

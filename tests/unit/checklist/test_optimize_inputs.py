@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ def test_candidates(tmp_path: Path) -> None:
         collect_candidates(mine, False, [])
     mine.write_text('name: mine\nitems:\n- {id: summary, question: "Is it kind?", source: me}\n')
     with pytest.raises(ConfigError, match=r"same id[\s\S]*summary"):
+        collect_candidates(mine, True, [])
+    own = {"id": "own", "question": load_checklist().items[0].question, "source": "me"}
+    mine.write_text(json.dumps({"name": "mine", "items": [own]}))
+    with pytest.raises(ConfigError, match=r"asked more than once[\s\S]*\(summary\)[\s\S]*\(own\)"):
         collect_candidates(mine, True, [])
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefmill.checklist.items import Checklist, Item, load_checklist
+from prefmill.checklist.items import Checklist, Item, given_twice, load_checklist
 from prefmill.core.errors import ConfigError
 
 PARAPHRASE = "paraphrase_{item}_{number}"
 
 
 def collect_candidates(path: Path | None, shipped: bool, proposed: Sequence[Item]) -> Checklist:
-    """All candidates under one name; raises ConfigError when there are fewer than two or an id is given twice."""
+    """All candidates under one name; raises ConfigError for fewer than two, or an id or question given twice."""
     items = [*(load_checklist().items if shipped else ()), *(load_checklist(path).items if path else ()), *proposed]
-    ids = [item.id for item in items]
-    repeated = sorted({name for name in ids if ids.count(name) > 1})
-    if repeated:
+    if again := given_twice(items):
         raise ConfigError(
-            "candidate items with the same id", where=path, got=", ".join(repeated),
-            fix="rename them in your file, or leave the shipped items out with shipped=false",
+            "candidate items with the same id or question", where=path, got=again,
+            fix="rename or remove them in your file, or leave the shipped items out with shipped=false",
         )  # fmt: skip
     if len(items) < 2:
         raise ConfigError(
@@ -31,7 +29,9 @@ def collect_candidates(path: Path | None, shipped: bool, proposed: Sequence[Item
 
 def with_paraphrases(candidates: Checklist, max_paraphrases: int) -> tuple[Checklist, dict[str, list[str]]]:
     """The checklist with paraphrases as items of their own, and their ids by the item they restate."""
-    items, restated = list(candidates.items), {}
+    # A wording stands once: as an item of its own it is no paraphrase any more.
+    items = [item.model_copy(update={"paraphrases": item.paraphrases[max_paraphrases:]}) for item in candidates.items]
+    restated = {}
     for number, item in enumerate(candidates.items):
         wordings = item.paraphrases[:max_paraphrases]
         # By the item's place, as its id may already have the 64 characters that an id can have.

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from prefmill.checklist.engine import EngineConfig, LexicalConfig
+from prefmill.checklist.items import ChecklistFile
 from prefmill.checklist.judge_gate import JudgeGate
 from prefmill.checklist.optimize.targets import Target
 from prefmill.core.config import ExternalPath, StrictConfig, runtime
@@ -18,7 +19,7 @@ class ProposeConfig(StrictConfig):
     """Where candidate items come from."""
 
     shipped: bool = Field(True, description="the shipped 24 items are candidates")
-    candidates: ExternalPath | None = Field(None, description="a checklist of yours with more items")
+    candidates: ChecklistFile = Field(None, description="a checklist of yours with more items")
     engine: EngineConfig | None = Field(None, description="a model that proposes items, configured as in score_reviews")
     num_proposals: int = Field(20, ge=1, description="items to ask the model for")
     num_examples: int = Field(4, ge=0, description="dev reviews the model is shown")
