@@ -1,44 +1,33 @@
-"""Reading rows from files, plain or gzip: every fault named by file and line."""
+"""Reading rows from files, plain or packed: every fault named by file and line."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import csv
-import gzip
 import json
 import logging
 import re
-import zlib
 from collections.abc import Generator, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
 from msgspec.structs import replace
 
 from prefmill.core.errors import InputError
+from prefmill.reviews.opened import PACKED, reading
 from prefmill.reviews.rows import Place, RawRow, RowProblem, excerpt
 from prefmill.store.jsonl import check_unique_keys, parse_json
+from prefmill.store.row_files import TABLES, file_rows
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv",)
 JSON = (".json", *JSON_LINES)
-_PACKED = ("", ".gz", ".zst", ".xz")
-_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".tsv", ".xlsx", ".parquet") for packed in _PACKED)
+_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".tsv", ".xlsx") for packed in PACKED)
 _log = logging.getLogger(__name__)
-_GZIP_MAGIC = b"\x1f\x8b"
-_OTHER_MAGIC = {  # by their first bytes, as such a file would be called bad UTF-8, line by line
-    b"\x28\xb5\x2f\xfd": ("packed by zstd", "unpack it (zstd -d)"),
-    b"\xfd7zXZ": ("packed by xz", "unpack it (xz -d)"),
-    b"BZh": ("packed by bzip2", "unpack it (bzip2 -d)"),
-    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV"),
-    b"PAR1": ("Parquet", "write it as JSON lines (polars: read_parquet(...).write_ndjson(...))"),
-    b"ARROW1": ("Arrow", "write it as JSON lines (polars: read_ipc(...).write_ndjson(...))"),
-    b"\xff\xfe": ("text in UTF-16", "save the file as UTF-8 (for example: iconv -f UTF-16 -t UTF-8)"),
-    b"\xfe\xff": ("text in UTF-16", "save the file as UTF-8 (for example: iconv -f UTF-16 -t UTF-8)"),
-}
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(r'\s*(?:\[|\{[^\[]*"notes"\s*:\s*\[)')  # an array, or an API answer that holds one
-_OBJECT = re.compile(r"\s*\{\s*\n")  # an object over several lines: a file that holds one note
+_OBJECT = re.compile(r"\s*\{\s*[\r\n]")  # an object over several lines: a file that holds one note
 _GAP = re.compile(r"[\s,]*")
 _END = re.compile(r"\](?:[^\[\]{}]*\})?\s*")  # of an array, and of the API answer that holds it
 _CHUNK_BYTES = 1 << 20
@@ -47,13 +36,13 @@ _UTF8_FIX = "save the file as UTF-8 (for example: iconv -f LATIN1 -t UTF-8), or 
 
 
 def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Path]:
-    """`path`, or the files of a folder, plain or gzip, at any depth and in order of name; none in a folder `without`.
+    """`path`, or the files of a folder, plain or packed, at any depth and in order of name; none in a folder `without`.
 
     Raises InputError where a folder has none.
     """
     if not path.is_dir():
         return [path]
-    names = tuple(f"{ending}{packed}" for ending in endings for packed in ("", ".gz"))
+    names = (*(f"{ending}{packed}" for ending in endings for packed in PACKED), *TABLES)
     # Archives made on macOS hold a hidden `._name` beside every file, which is no text.
     inside = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and without not in file.parts]
     found = [file for file in inside if file.name.lower().endswith(names) and file.is_file()]
@@ -71,19 +60,31 @@ def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Pa
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of each line; gzip is recognised by content, not by name.
+    """Number (from 1) and bytes of each line, in UTF-8; packed files and UTF-16 are recognised by content, not name.
 
-    Raises InputError for a file that is missing, damaged or cut short: the rows after that point are lost.
+    Lines end in CR alone where the first one does, as old Macs and Excel's "CSV (Macintosh)" write them. Raises
+    InputError for a file that is missing, damaged or cut short: the rows after that point are lost.
     """
-    with _reading(path) as (stream, lines_read):
-        for number, line in enumerate(stream, 1):
+    with reading(path) as (stream, lines_read):
+        for number, line in enumerate(_lines(stream), 1):
             lines_read[0] = number
             # Left in place, a byte order mark would become a part of a CSV file's first column name.
             yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    first = stream.readline()
+    if b"\r" in first.rstrip(b"\r\n"):
+        yield from chain.from_iterable(line.splitlines(keepends=True) for line in chain([first], stream))
+    else:
+        yield from chain([first] if first else [], stream)
+
+
 def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
-    """The objects of a file with one JSON object a line."""
+    """The objects of a file with one JSON object a line, or the rows of Parquet or Arrow."""
+    if path.suffix.lower() in TABLES:
+        yield from _table_rows(path, source)
+        return
     file = str(path)
     for number, line in read_lines(path):
         if line.isspace():
@@ -106,6 +107,9 @@ def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
 
     An array is read piece by piece, as a venue's dump need not fit into memory.
     """
+    if path.suffix.lower() in TABLES:
+        yield from _table_rows(path, source)
+        return
     # Only the beginning is read here: a generator that is left unfinished would keep the file open.
     with contextlib.closing(_read_text(path)) as chunks:
         beginning = next(chunks, "")
@@ -118,7 +122,10 @@ def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
 
 
 def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
-    """The rows of a CSV file with a header, as text by column."""
+    """The rows of a CSV file with a header, as text by column, or those of Parquet or Arrow."""
+    if path.suffix.lower() in TABLES:
+        yield from _table_rows(path, source)
+        return
     # The csv module's own limit of 131,072 characters is below a long paper's text.
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
     reader = csv.DictReader(_text_lines(path), restkey="", strict=True)
@@ -140,6 +147,10 @@ def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             "unreadable CSV", where=f"{path}, in the row from line {start}", got=str(error),
             fix="look for an unclosed quote there; quotes inside a cell are doubled",
         ) from None  # fmt: skip
+
+
+def _table_rows(path: Path, source: int) -> Iterator[RawRow]:
+    return (RawRow(Place(source, str(path), item=f"row {row.number + 1}"), row.values) for row in file_rows(path))
 
 
 def as_row(values: Any, place: Place) -> RawRow | RowProblem:
@@ -169,44 +180,6 @@ def json_file_row(path: Path, source: int) -> RawRow | RowProblem:
         return RowProblem(place, f"not JSON: {error}", "keep one of the two, or remove the file", excerpt(content))
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[tuple[IO[bytes], list[int]]]:
-    """The open file, and a count of the lines read so far, kept by the caller, for the errors raised here."""
-    lines_read = [0]
-    try:
-        with _open(path) as stream:
-            yield stream, lines_read
-    except EOFError:
-        raise InputError(
-            "truncated gzip file", where=f"{path}, after line {lines_read[0]}",
-            expected="the whole file", fix="copy or download the file again and compare its size",
-        ) from None  # fmt: skip
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            "damaged gzip file", where=f"{path}, after line {lines_read[0]}", got=str(error),
-            fix="copy or download the file again (`gzip -t` checks it)",
-        ) from None  # fmt: skip
-    except FileNotFoundError:
-        raise InputError("no such file", where=path, fix="check the source's path in the configuration") from None
-    except IsADirectoryError:
-        raise InputError("a folder where a file is expected", where=path, fix="give the file's path") from None
-
-
-def _open(path: Path) -> IO[bytes]:
-    stream = path.open("rb")
-    beginning = stream.peek(8)
-    if beginning.startswith(_GZIP_MAGIC):
-        stream.close()
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    for magic, (kind, fix) in _OTHER_MAGIC.items():
-        if beginning.startswith(magic):
-            stream.close()
-            raise InputError(
-                "a file of another kind", where=path, got=kind, expected="text in UTF-8, plain or gzip", fix=fix
-            )
-    return stream
-
-
 def _text_lines(path: Path) -> Iterator[str]:
     for number, line in read_lines(path):
         try:
@@ -219,7 +192,7 @@ def _read_text(path: Path) -> Generator[str]:
     """The file's text in pieces of about a megabyte."""
     # A piece may end within a character: this decoder keeps its first bytes for the next piece.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with _reading(path) as (stream, lines_read):
+    with reading(path) as (stream, lines_read):
         while True:
             chunk = stream.read(_CHUNK_BYTES)
             try:

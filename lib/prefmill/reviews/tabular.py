@@ -40,7 +40,7 @@ _DECISION_FIX = (
 
 
 class JsonlSource(FileSource):
-    """One JSON object a line, plain or gzip, with the fields of `VALID_FIELDS`."""
+    """One JSON object a line, plain or packed, or one row of Parquet, with the fields of `VALID_FIELDS`."""
 
     format: Literal["jsonl"]
 
@@ -54,7 +54,7 @@ class JsonlSource(FileSource):
 
 
 class CsvSource(FileSource):
-    """A CSV file with a header; `columns` names the file's column for a field where the two differ.
+    """A CSV file with a header, or Parquet; `columns` names the file's column for a field where the two differ.
 
     Sub-scores are columns named `sub_scores.<name>`.
     """
@@ -81,7 +81,9 @@ class CsvSource(FileSource):
         named = {fields.get(column, column): cell for column, cell in values.items()}
         # A CSV row cannot leave out a column: an empty cell is a review without that sub-score.
         sub_scores = {
-            name.removeprefix(_SUB_SCORE_COLUMN): cell for name, cell in named.items() if _is_sub_score(name) and cell
+            name.removeprefix(_SUB_SCORE_COLUMN): cell
+            for name, cell in named.items()
+            if _is_sub_score(name) and cell not in (None, "")
         }
         rest = {name: cell for name, cell in named.items() if not _is_sub_score(name)}
         return row_items({**rest, "sub_scores": sub_scores}, self)

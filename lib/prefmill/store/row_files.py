@@ -14,7 +14,8 @@ from prefmill.core.errors import InputError
 from prefmill.store.jsonl import unique_keys
 
 _LINES, _PACKED = (".jsonl", ".ndjson", ".json", ".csv"), {".gz": "gzip", ".zst": "zstd"}
-SUFFIXES = (*_LINES, *(suffix + packed for suffix in _LINES for packed in _PACKED), ".parquet", ".arrow")
+TABLES = (".parquet", ".arrow")
+SUFFIXES = (*_LINES, *(suffix + packed for suffix in _LINES for packed in _PACKED), *TABLES)
 _LONGEST_CELL = 1 << 27  # characters; csv refuses papers otherwise
 
 

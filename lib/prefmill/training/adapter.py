@@ -86,7 +86,29 @@ def _unfitting(model: PreTrainedModel, folder: Path, got: str) -> InputError:
 
 def merge_adapter(model: Any) -> Any:
     """The model with its adapter merged where it has one, in the precision of its weights; to be fp32."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    _untie(model.get_base_model())
+    return model.merge_and_unload()
+
+
+def _untie(base: Any) -> None:
+    """Part a head from embeddings that it shares, where the adapter changes either: merged, it would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+    from torch import nn
+
+    head, kinds = base.get_output_embeddings(), (BaseTunerLayer, ModulesToSaveWrapper)
+    changed = isinstance(head, kinds) or isinstance(base.get_input_embeddings(), kinds)
+    if head is None or not changed or not base.config.tie_word_embeddings:
+        return
+    if isinstance(head, ModulesToSaveWrapper):  # holds weights of its own, or those of the embeddings, trained as one
+        if head.weight is base.get_input_embeddings().weight:
+            return
+    else:
+        plain = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
 
 
 def save_adapter(model: Any, base: str, revision: str | None, folder: Path) -> None:
@@ -99,8 +121,8 @@ def save_adapter(model: Any, base: str, revision: str | None, folder: Path) -> N
     for name, value in state.items():
         require_finite(name, value)
     folder.mkdir(parents=True, exist_ok=True)
-    # The format refuses tensors that are not contiguous.
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
+    # The format refuses tensors that share memory, as a head and embeddings may, or are not contiguous.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(state.items())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     said = model.peft_config["default"].to_dict()
     said |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ODD = ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication")
+# They cannot be merged, or not by their two files alone; PEFT reads every other key as it was trained.
+_ODD = (
+    "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "velora_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
 _SAME = {"r": "r", "alpha": "lora_alpha", "use_dora": "use_dora", "target_modules": "target_modules"}
 
 
@@ -54,11 +58,18 @@ def lora_of(folder: Path) -> dict[str, Any]:
     said = read_adapter(folder)
     odd = [key for key in _ODD if said.get(key)]
     if said.get("peft_type") != "LORA" or odd:
-        raise ValueError(f"only plain LoRA adapters are continued, not {', '.join(odd) or said.get('peft_type')}")
+        kind = ", ".join(odd) or said.get("peft_type")
+        raise ValueError(
+            f"only plain LoRA adapters are continued, not {kind}: start from the base, or from the model with the "
+            "adapter merged where PEFT can merge it"
+        )
     # The older adapter_model.bin is a pickle, which may run code when it is read.
     if not (folder / _WEIGHTS).is_file():
         raise ValueError(f"the adapter has no {_WEIGHTS}: nothing else is loaded")
-    if missing := [key for key in ("r", "lora_alpha", "target_modules") if not said.get(key)]:
+    said["target_modules"] = said.get("target_modules") or []
+    places = {"target_modules or target_parameters": said["target_modules"] or said.get("target_parameters")}
+    needed = {"r": said.get("r"), "lora_alpha": said.get("lora_alpha"), **places}
+    if missing := [key for key, value in needed.items() if not value]:
         raise ValueError(f"{folder / _CONFIG} does not say {', '.join(missing)}")
     found = {ours: said[theirs] for ours, theirs in _SAME.items() if theirs in said}
     targets = found["target_modules"]

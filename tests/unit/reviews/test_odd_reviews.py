@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import logging
+import lzma
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from prefmill.core.errors import InputError
 from prefmill.reviews import files
@@ -162,11 +167,62 @@ def test_a_second_rating_is_kept_or_counted(tmp_path: Path) -> None:
     assert unknown == Unknown("second rating in words", "overall_rating")
 
 
+ROWS = [{"a": 1, "b": "é\u2028"}, {"a": None, "b": "x\r\ny"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
 @pytest.mark.parametrize(
-    ("content", "kind"),
-    [('{"a": 1}'.encode("utf-16"), "UTF-16"), (b"PAR1....", "Parquet"), (b"\x28\xb5\x2f\xfd.", "zstd -d")],
-)
-def test_a_file_of_another_kind_is_named_once(tmp_path: Path, content: bytes, kind: str) -> None:
+    "content",
+    [
+        LINES.replace("\n", "\r").encode(), *map(LINES.encode, ("utf-16", "utf-16-le", "utf-16-be")),
+        gzip.compress(LINES.encode("utf-16-le")), bz2.compress(LINES.encode()), lzma.compress(LINES.encode()),
+        # Two frames, as `zstd -c >> file` leaves them.
+        b"".join(pyarrow.compress(f"{line}\n".encode(), codec="zstd", asbytes=True) for line in LINES.split("\n")[:-1]),
+    ],
+)  # fmt: skip
+def test_lines_in_other_encodings_and_packings_are_the_same_rows(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(InputError, match=kind):
+    rows = list(files.jsonl_rows(tmp_path / "x.jsonl", 0))
+    assert [(row.place.line, row.values) for row in rows if isinstance(row, RawRow)] == list(enumerate(ROWS, 1))
+
+
+def test_a_table_of_an_old_mac_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b'a,b\r1,"two\nlines"\r2,"a, b"\r')
+    rows = list(files.csv_rows(tmp_path / "x.csv", 0))
+    assert [row.values for row in rows if isinstance(row, RawRow)] == [
+        {"a": "1", "b": "two\nlines"}, {"a": "2", "b": "a, b"},
+    ]  # fmt: skip
+
+
+def test_parquet_is_read_as_json_lines_and_tables_are(tmp_path: Path) -> None:
+    rows = [{**ROW, "review_id": f"r{number}", "sub_scores": {"clarity": number}} for number in range(3)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    wanted = items_of(source(format="jsonl", path=tmp_path / "x.jsonl"))
+    assert items_of(source(format="jsonl", path=tmp_path / "x.parquet")) == wanted
+    flat = [{**row, "sub_scores.clarity": row.pop("sub_scores")["clarity"], "score": row.pop("rating")} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(flat), tmp_path / "flat.parquet")
+    # A sub-score of 0 is one.
+    assert items_of(source(format="csv", path=tmp_path / "flat.parquet", columns={"rating": "score"})) == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lzma.compress(LINES.encode())[:-20], "truncated xz file"), (b"BZh" + b"junk" * 9, "damaged bzip2 file"),
+        (pyarrow.compress(LINES.encode(), codec="zstd", asbytes=True)[:-5], "damaged zstd file"),
+        (LINES.encode("utf-16-le")[:-1], "invalid UTF-16"), (b"PK\x03\x04", "save the sheet as CSV"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_named_once(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=message):
         list(files.jsonl_rows(tmp_path / "x.jsonl", 0))
+
+
+def test_the_fix_for_parquet_under_another_name_is_accepted(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist([{"a": 1}]), tmp_path / "x.jsonl")
+    with pytest.raises(InputError, match=r"name that ends in .parquet"):
+        list(files.jsonl_rows(tmp_path / "x.jsonl", 0))
+    path = (tmp_path / "x.jsonl").rename(tmp_path / "x.parquet")
+    assert [row.values for row in files.jsonl_rows(path, 0) if isinstance(row, RawRow)] == [{"a": 1}]

@@ -163,7 +163,8 @@ def test_an_adapters_content_and_shape_are_the_configurations(adapter: Path, tin
         ({"base_model_name_or_path": "sha256:abc"}, None, "give it as model_name_or_path"),
         ({"base_model_name_or_path": "/nowhere/model"}, None, "give it as model_name_or_path"),
         ({"peft_type": "IA3"}, None, "only plain LoRA"),
-        ({"modules_to_save": ["lm_head"]}, None, "modules_to_save"),
+        ({"alora_invocation_tokens": [5]}, None, "alora_invocation_tokens: start from the base"),
+        ({"target_modules": None}, None, "does not say target_modules or target_parameters"),
         ({}, {"r": 8}, "has another r"),
         ({"gone": True}, None, "nothing else is loaded"),
     ],
@@ -265,7 +266,7 @@ def test_an_adapter_that_is_not_read_whole_is_refused(
 def test_an_adapter_that_cannot_be_merged_or_says_too_little_is_refused_at_once(adapter: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adapter, tmp_path / "a"))
     config = json.loads((folder / "adapter_config.json").read_text())
-    for change, named in (({"lora_bias": True}, "lora_bias"), ({"lora_alpha": None}, "does not say lora_alpha")):
+    for change, named in (({"use_qalora": True}, "use_qalora"), ({"lora_alpha": None}, "does not say lora_alpha")):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ConfigError, match=named):
             validate(PreferenceConfig, {**SMALL, "model_name_or_path": "x", "lora": {"start": str(folder)}})

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_tokenizer
-from prefmill.training.adapter_folder import split_adapter
+from prefmill.training.adapter_folder import read_adapter, split_adapter
 from prefmill.training.objectives import Objective
 from prefmill.training.preference_config import PreferenceConfig
 
@@ -39,7 +39,12 @@ def check_reference(
     parts = reference_parts(config)
     if parts is None:
         return
-    name, _ = parts
+    name, adapter = parts
+    if adapter is not None and config.layout == "group" and read_adapter(adapter).get("alora_invocation_tokens"):
+        raise ConfigError(
+            "the reference's adapter begins at tokens that it looks for (aLoRA): a group has several answers in a row",
+            where=adapter, got="layout group", expected="one answer a row", fix="set layout=pairwise",
+        )  # fmt: skip
     if not objective.needs_reference:
         raise ConfigError(
             "ref_name is given, but no objective here has a reference", got=", ".join(config.loss_type),
