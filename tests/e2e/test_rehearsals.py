@@ -7,8 +7,10 @@ import itertools
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 import yaml
+from pyarrow import parquet
 
 from prefmill.pipeline.checked_plan import plan_to_run
 from prefmill.pipeline.plan import make_plan, read_pipeline
@@ -56,6 +58,18 @@ def test_a_slice_is_the_users_rows_with_their_texts_cut(tmp_path: Path) -> None:
     assert found[1:4] == broken  # the real run says what is wrong with them
     for number, line in enumerate(itertools.chain(found[:1], found[4:])):
         assert json.loads(line) == {"id": str(number), "sub": {"text": [("long " * 1000)[:400]]}, "rating": number}
+
+
+def test_a_slice_is_of_a_folder_and_of_parquet_too(tmp_path: Path) -> None:
+    (folder := tmp_path / "reviews").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([{"id": "a"}, {"id": "b" * 500}]), folder / "1.parquet")
+    (folder / "2.jsonl").write_text('{"id": "c"}')
+    demo = REPOSITORY / "configs/pipelines/demo.yaml"
+    given = f'ingest_reviews.sources=[{{format: jsonl, path: "{folder}"}}]'
+    pipeline = read_pipeline(demo, [f"workspace={tmp_path}", given])
+    rehearsal_of(pipeline, make_plan(pipeline, demo), demo, ClusterFile())
+    (made,) = tmp_path.rglob("slice0.jsonl")
+    assert [json.loads(line)["id"] for line in made.read_text().splitlines()] == ["a", "b" * 400, "c"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from prefmill.core.stage import load_stage
 from prefmill.pipeline.freeze import freeze
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
 from prefmill.pipeline.stage_entry import with_settings
-from prefmill.reviews.files import read_lines
+from prefmill.reviews.files import JSON_LINES, files_at, read_lines
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
-from prefmill.store.jsonl import parse_json
+from prefmill.store.jsonl import parse_json, to_json
+from prefmill.store.row_files import TABLES, file_rows
 from prefmill.training.config import TrainingConfig
 
 MINUTES = 20
@@ -119,12 +120,20 @@ def _short_training(config: TrainingConfig, ranks: int, on: str) -> dict[str, An
 def _slice(source: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
     """The first rows of a file with a review a line, long texts cut; a generated corpus for anything else."""
     if source.get("format") == "jsonl":
-        rows = itertools.islice(read_lines(Path(source["path"])), ROWS)
+        rows = itertools.islice(_lines(Path(source["path"])), ROWS)
         folder.mkdir(parents=True, exist_ok=True)
-        (path := folder / f"slice{number}.jsonl").write_bytes(b"".join(_shortened(line) for _, line in rows))
+        (path := folder / f"slice{number}.jsonl").write_bytes(b"".join(_shortened(line) for line in rows))
         return {**source, "path": str(path)}
     images = {"images": True} if source.get("images") or source.get("format", "").startswith("openreview") else {}
     return {"format": "generated", "num_papers": PAPERS, **images}
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    for file in files_at(path, JSON_LINES):
+        if file.suffix.lower() in TABLES:
+            yield from (to_json(row.values).encode() for row in file_rows(file))
+        else:
+            yield from (line for _, line in read_lines(file))
 
 
 def _shortened(line: bytes) -> bytes:
