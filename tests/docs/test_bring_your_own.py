@@ -25,7 +25,7 @@ from tests.conftest import REPOSITORY
 DOCS = REPOSITORY / "docs"
 YOUR_REVIEWS = (DOCS / "your-reviews.md").read_text()
 (EXAMPLE,) = re.findall(r"^```json\n(.*?)\n```", YOUR_REVIEWS, re.MULTILINE | re.DOTALL)
-(OPTIONAL,) = re.findall(r"plain or gzip\. (.*?) may be left out", YOUR_REVIEWS)
+(OPTIONAL,) = re.findall(r"a row of Parquet\. (.*?) may be\s+left out", YOUR_REVIEWS)
 FREE = re.findall(r"`(\w+)`", OPTIONAL)
 
 
