@@ -116,14 +116,16 @@ def save_checklist(checklist: Checklist, path: Path) -> None:
     write_atomic(path, checklist.model_dump_json(indent=1) + "\n")
 
 
-def given_twice(items: Sequence[Item]) -> str | None:
-    """The ids, or else the questions and paraphrases, that are there more than once; None where all differ.
+def given_twice(items: Sequence[Item], paraphrases: bool = False) -> str | None:
+    """The ids, or else the questions (and `paraphrases`), that are there more than once; None where all differ.
 
     A question asked twice would count twice. Case and spaces make no other question.
     """
     if ids := _repeated([item.id for item in items]):
         return f"item ids given more than once: {', '.join(ids)}"
-    asked = [(" ".join(text.split()), item.id) for item in items for text in (item.question, *item.paraphrases)]
+    # A paraphrase is asked by an optimisation alone, and checklists that one wrote before have it as an item as well.
+    wordings = [(item, (item.question, *(item.paraphrases if paraphrases else ()))) for item in items]
+    asked = [(" ".join(text.split()), item.id) for item, texts in wordings for text in texts]
     again = _repeated([text.casefold() for text, _ in asked])
     found = [f"{text!r} ({name})" for text, name in asked if text.casefold() in again]
     return f"questions asked more than once, so keep one of them: {', '.join(found)}" if found else None

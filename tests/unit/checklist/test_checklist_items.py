@@ -84,12 +84,18 @@ def test_repeated_ids_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "second",
-    [{}, {"question": " IS  IT?\n"}, {"question": "Else?", "paraphrases": ["is it?"]}],
+    [{}, {"question": " IS  IT?\n"}],
 )
 def test_a_question_asked_twice_is_refused_and_is_accepted_once(tmp_path: Path, second: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"asked more than once, so keep one of them.*\(one\).*\(two\)"):
         load_checklist(write(tmp_path, GOOD, {**GOOD, "id": "two", **second}))
     assert load_checklist(write(tmp_path, GOOD)).ids == ("one",)
+
+
+def test_a_checklist_that_an_optimisation_wrote_before_is_read(tmp_path: Path) -> None:
+    """It has a paraphrase as an item beside the item that lists it."""
+    second = {**GOOD, "id": "two", "question": "Else?", "paraphrases": ["is it?"]}
+    assert load_checklist(write(tmp_path, GOOD, second)).ids == ("one", "two")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,11 @@ def test_candidates(tmp_path: Path) -> None:
     mine.write_text(json.dumps({"name": "mine", "items": [own]}))
     with pytest.raises(ConfigError, match=r"asked more than once[\s\S]*\(summary\)[\s\S]*\(own\)"):
         collect_candidates(mine, True, [])
+    question = own["question"]
+    own |= {"question": "Else?", "paraphrases": [question.upper()]}
+    mine.write_text(json.dumps({"name": "mine", "items": [own]}))
+    with pytest.raises(ConfigError, match=r"asked more than once[\s\S]*\(summary\)[\s\S]*\(own\)"):
+        collect_candidates(mine, True, [])
 
 
 def test_paraphrases_are_items_of_their_own() -> None:

@@ -14,7 +14,7 @@ PARAPHRASE = "paraphrase_{item}_{number}"
 def collect_candidates(path: Path | None, shipped: bool, proposed: Sequence[Item]) -> Checklist:
     """All candidates under one name; raises ConfigError for fewer than two, or an id or question given twice."""
     items = [*(load_checklist().items if shipped else ()), *(load_checklist(path).items if path else ()), *proposed]
-    if again := given_twice(items):
+    if again := given_twice(items, paraphrases=True):
         raise ConfigError(
             "candidate items with the same id or question", where=path, got=again,
             fix="rename or remove them in your file, or leave the shipped items out with shipped=false",
