@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prefmill.core.errors import ConfigError
-from tests.unit.training.test_adapter_start import adapter, margins, peft_scores, train
+from tests.unit.training.test_adapter_start import adapter, margins, scores, train
 
 __all__ = ["adapter"]  # a fixture
 
@@ -42,7 +42,7 @@ def test_every_kind_of_lora_is_read_merged_and_written_as_peft_does(
         torch.nn.init.normal_(value, std=0.3)
     model.save_pretrained(tmp_path / "a")
     made = train(tmp_path / "on", pairs_file, model_name_or_path=str(tmp_path / "a"), learning_rate=1e-9)
-    expected = peft_scores(base, tmp_path / "a", pairs_file)
+    expected = scores(base, tmp_path / "a", pairs_file)
     for row in margins(made):
         assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == pytest.approx(expected[row["pair_id"]], abs=1e-4)
     ids = torch.arange(3, 40)[None]
@@ -88,6 +88,6 @@ def test_an_adapter_that_begins_at_tokens_is_a_reference_row_by_row(
     with pytest.raises(ConfigError, match="layout=pairwise"):
         train(tmp_path / "group", pairs_file, layout="group", **keys)
     made = train(tmp_path / "rows", pairs_file, layout="pairwise", **keys)
-    expected = peft_scores(tiny_qwen2, folder, pairs_file)
+    expected = scores(tiny_qwen2, folder, pairs_file)
     for row in margins(made):
         assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == pytest.approx(expected[row["pair_id"]], abs=1e-4)

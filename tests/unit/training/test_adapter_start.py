@@ -60,14 +60,15 @@ def first_loss(folder: Path) -> float:
     return float(next(row["loss"] for row in read_curve(folder / "logs" / STEPS) if "loss" in row))
 
 
-def peft_scores(base: Path, adapter: Path, pairs: Path) -> dict[str, list[float]]:
-    """Log-likelihoods of both sides by PEFT's model, one sequence at a time."""
+def scores(base: Path, adapter: Path | None, pairs: Path) -> dict[str, list[float]]:
+    """Log-likelihoods of both sides by transformers' model or PEFT's, one sequence at a time."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    model = peft.PeftModel.from_pretrained(model, adapter).eval() if adapter else model
     found: dict[str, list[float]] = {}
     for row in read_jsonl(pairs):
         asked = [{"role": "user", "content": row["conversations"][0]["value"]}]
@@ -95,7 +96,7 @@ def test_an_adapter_is_gone_on_with_and_is_its_own_reference(
 
     made = train(tmp_path / "on", pairs_file, model_name_or_path=str(adapter), layout="group", learning_rate=1e-9)
     assert first_loss(made) == pytest.approx(math.log(2), abs=1e-6)
-    expected = peft_scores(tiny_qwen2, adapter, pairs_file)
+    expected = scores(tiny_qwen2, adapter, pairs_file)
     for row in margins(made):
         assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == pytest.approx(expected[row["pair_id"]], abs=1e-4)
     before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, made / "out" / "adapter"))
@@ -115,7 +116,7 @@ def test_an_adapter_is_gone_on_with_and_is_its_own_reference(
 @pytest.mark.slow
 def test_an_adapter_can_be_the_reference(tmp_path: Path, tiny_qwen2: Path, adapter: Path, pairs_file: Path) -> None:
     made = train(tmp_path / "ref", pairs_file, model_name_or_path=str(tiny_qwen2), ref_name=str(adapter))
-    expected = peft_scores(tiny_qwen2, adapter, pairs_file)
+    expected = scores(tiny_qwen2, adapter, pairs_file)
     for row in margins(made):
         assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == pytest.approx(expected[row["pair_id"]], abs=1e-4)
     assert abs(first_loss(made) - math.log(2)) > 0.01

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision, Quantization, torch_dtype
+from prefmill.families.causal.quantized import four_bit, load_whole
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.adapter_folder import is_adapter
@@ -68,14 +70,15 @@ def load_model(
     Raises InputError when it cannot load, or not as a whole.
 
     A model that also takes images is loaded with its vision part. With `quantization` its linear layers hold 4 bits a
-    weight and compute in `precision`.
+    weight and compute in `precision`; files of 8 or 4 bits are read as whole weights where they can be.
     """
     from transformers import AutoConfig
 
     require_folder(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        model, info = auto_class(config).from_pretrained(
+        load = partial(
+            auto_class(config).from_pretrained,
             name_or_path,
             dtype=torch_dtype(precision),
             revision=revision,
@@ -87,6 +90,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # refused below, by name
             **({} if quantization is None else {"quantization_config": four_bit(precision)}),
         )
+        model, info = load_whole(load, name_or_path, config, precision)
     except load_errors() as error:
         raise _unloadable("model", name_or_path, error) from error
     require_whole(model, info, name_or_path)
@@ -126,23 +130,6 @@ def require_whole(model: Any, info: Mapping[str, Any], name: str) -> None:
             expected=f"every weight of {type(model).__name__}",
             fix="give the whole model that config.json speaks of, with weights that are not quantized",
         )  # fmt: skip
-
-
-def four_bit(precision: Precision) -> Any:
-    """4-bit NF4 weights with their scales quantized too (QLoRA, arXiv 2305.14314); raises InputError without it."""
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise InputError(
-            "quantization needs bitsandbytes", got="not installed", fix="install it, or leave quantization out"
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch_dtype(precision),
-    )
 
 
 def _own_attention(config: Any) -> str | None:

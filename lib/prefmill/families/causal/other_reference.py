@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_tokenizer
+from prefmill.families.causal.quantized import require_trainable
 from prefmill.training.adapter_folder import read_adapter, split_adapter
 from prefmill.training.objectives import Objective
 from prefmill.training.preference_config import PreferenceConfig
@@ -56,6 +57,7 @@ def check_reference(
     _same_vocabulary(name, tokenizer.get_vocab(), other.get_vocab())
     mine = AutoConfig.from_pretrained(policy, revision=config.revision, trust_remote_code=trust)
     theirs = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    require_trainable(name, theirs, config.quantization)
     # Embeddings are often padded beyond the vocabulary: more are fine, fewer would fail in the midst of scoring.
     rows = theirs.get_text_config().vocab_size
     if rows <= max(tokenizer.get_vocab().values()):

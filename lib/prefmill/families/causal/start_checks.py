@@ -9,13 +9,18 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.config import TrainingConfig
 
 
 def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> None:
-    """Raise InputError for a token without an embedding, ConfigError for an attention that the model does not take."""
+    """Raise InputError for weights that are not trained or a token without an embedding, ConfigError for an attention.
+
+    The attention is one that the model does not take.
+    """
     found = _config(name, config)
+    require_trainable(name, found, config.quantization)
     rows, largest = found.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=-1)
     # A GPU would stop with an assertion that names no token.
     if largest >= rows:

@@ -39,7 +39,9 @@ class AsPublished:
         if not hasattr(self, "published"):
             return mine
         known = ("dtype", "transformers_version", "quantization_config")
-        return {**self.published, **{key: mine[key] for key in known if key in mine}}
+        # A quantization that has been multiplied out is no longer said.
+        said = {key: value for key, value in self.published.items() if key != "quantization_config"}
+        return {**said, **{key: mine[key] for key in known if key in mine}}
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of transformers' own class."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization, torch_dtype
-from prefmill.families.causal.loading import four_bit, load_errors, load_tokenizer, require_folder, require_whole
+from prefmill.families.causal.loading import load_errors, load_tokenizer, require_folder, require_whole
+from prefmill.families.causal.quantized import four_bit, load_whole
 from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -170,11 +172,12 @@ def _load(
         auto = AutoModelForCausalLM if is_causal else AutoModel
         auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else auto
         with uninitialised_is_nan():
-            model, info = auto.from_pretrained(
-                name, config=config, revision=revision, trust_remote_code=trust, dtype=torch_dtype(precision),
+            load = partial(
+                auto.from_pretrained, name, revision=revision, trust_remote_code=trust, dtype=torch_dtype(precision),
                 attn_implementation=attention, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,  # refused below, by name
             )  # fmt: skip
+            model, info = load_whole(load, name, config, precision)
     _check_complete(model, info, name, read)
     return model
 

@@ -17,6 +17,7 @@ from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_fsdp
+from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.scorer import inner_model
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
@@ -103,6 +104,7 @@ def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrained
         trust_remote_code=config.trust_remote_code,
     )
     published = read_config(start, config.revision, config.trust_remote_code)
+    require_trainable(start, published, config.quantization)
     blocks = block_length_of(published, config.block_length, config.attn_implementation)
     return recomputed_by_layer(config.model_copy(update={"block_length": blocks})), tokenizer
 

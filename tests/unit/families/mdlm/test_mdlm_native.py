@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prefmill.core.errors import InputError
@@ -46,6 +47,29 @@ def test_the_saved_folder_has_the_published_names_weights_and_keys(folder: Path,
     assert differing <= {"dtype", "transformers_version"}
     again = load_diffusion_model(str(tmp_path), precision="fp32")
     assert all(torch.equal(value, before[name]) for name, value in _published(again).items())
+
+
+def test_eight_bits_are_read_whole_and_saved_under_the_published_names_or_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    # DeepSeek's form, scales of blocks; 1 x 1, as the tiny layers divide by nothing else.
+    before = {key: value.float() for key, value in load_file(copy / "model.safetensors").items()}
+    scaled = {key: value for key, value in before.items() if value.ndim == 2 and "proj" in key}
+    eight = {key: (value / 2).to(torch.float8_e4m3fn) for key, value in scaled.items()}
+    scales = {f"{key}_scale_inv": torch.full(value.shape, 2.0) for key, value in scaled.items()}
+    save_file({**before, **eight, **scales}, copy / "model.safetensors", metadata={"format": "pt"})
+    keys = json.loads((copy / "config.json").read_text())
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [1, 1]}
+    (copy / "config.json").write_text(json.dumps({**keys, "quantization_config": said}))
+    if folder.name == "llada-tiny":  # transformers renames its weights, and not their scales
+        with pytest.raises(InputError, match="weights that are not quantized"):
+            load_diffusion_model(str(copy), precision="fp32")
+        return
+    load_diffusion_model(str(copy), precision="fp32").save_pretrained(tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert scaled
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], eight[key].float() * 2 if key in eight else before[key]) for key in before)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def _published(model: Any) -> dict[str, torch.Tensor]:
