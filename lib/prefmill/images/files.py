@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefmill.store.pictures import FORMATS, MAX_PIXELS, as_seen, check_image, reading, upright_size
+from prefmill.store.picture_formats import FORMATS
+from prefmill.store.pictures import MAX_PIXELS, as_seen, check_image, reading, upright_size
 
 
 @dataclass(frozen=True)

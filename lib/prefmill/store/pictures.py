@@ -7,18 +7,21 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
+from prefmill.store.picture_formats import FORMATS, HEAD, READ, format_of, is_ours, other_content
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 40_000_000  # a file of some kilobytes can claim more than a machine's memory holds
-FORMATS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "GIF": ".gif", "TIFF": ".tif", "BMP": ".bmp"}
+_ROUNDING = 2  # of 255: between sRGB profiles of several makers; the same picture with and without one stays the same
 _UNSCALED = ("I", "F")  # 32-bit integers and floats: nothing in the file says which value is white
 _PLAIN = {"PNG", "JPEG", "WEBP"}
-_OPENED_AS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # MPO is found behind JPEG
+_OPENED_AS = [name for name in FORMATS if name != "MPO"]  # found behind JPEG
+_NEW_SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF 6.0, page 36; DNG 1.4, page 22
+_AGAIN = "make the image again, or take the row out"
 
 
 class ImageError(InputError):
@@ -29,7 +32,8 @@ def open_image(path: str | Path) -> Image:
     """The picture at `path` in RGB, 8 bits a channel; raises ImageError naming a file that cannot be used.
 
     Turned upright by its EXIF orientation; what is transparent is on white; 16 bits are scaled to 8 by 255 / 65535;
-    CMYK, grey and palettes are converted; of an animation the first frame. More than `MAX_PIXELS` are not decoded.
+    CMYK, grey and palettes are converted, colours by their ICC profile to sRGB; of an animation or of several pages
+    the first. More than `MAX_PIXELS` are not decoded.
     """
     with reading(path):
         return as_seen(_opened(path, path), path)
@@ -73,12 +77,14 @@ def as_seen(image: Image, where: object) -> Image:
 
     _require_scale(image, where)
     image.load()
-    image = _eight_bits(ImageOps.exif_transpose(image))
+    image = _in_srgb(_eight_bits(ImageOps.exif_transpose(image)))
     if image.has_transparency_data:
         # Put on white first: RGB alone would show the colours that stand under transparent pixels, often black.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info.pop("icc_profile", None)  # a PNG of it would name the profile, and a browser apply it again
+    return image
 
 
 def upright_size(image: Image) -> tuple[int, int]:
@@ -90,7 +96,7 @@ def upright_size(image: Image) -> tuple[int, int]:
 @contextlib.contextmanager
 def reading(where: object) -> Iterator[None]:
     """Turn all that Pillow raises for files that it cannot read into ImageError."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with warnings.catch_warnings():
@@ -100,26 +106,76 @@ def reading(where: object) -> Iterator[None]:
         raise ImageError("missing image", where=where, fix="put the file there, or take the row out") from None
     except Image.DecompressionBombError as error:
         raise _too_large(str(error), where, MAX_PIXELS) from None
-    except UnidentifiedImageError:
-        raise ImageError(
-            "not an image", where=where, expected="a whole PNG, JPEG, WebP, GIF, TIFF or BMP file",
-            fix="make the image again, or take the row out",
-        ) from None  # fmt: skip
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         got = (str(error).splitlines() or [type(error).__name__])[0]
-        fix = "make the image again, or take the row out"
-        raise ImageError("damaged image", where=where, got=got, fix=fix) from None
+        raise ImageError("damaged image", where=where, got=got, fix=_AGAIN) from None
 
 
 def _opened(source: str | Path | io.BytesIO, where: object, max_pixels: int = MAX_PIXELS) -> Image:
     """The size is looked at before any pixel is decoded."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    # No other decoders: for EPS, Pillow starts Ghostscript on whatever the file says.
-    image = Image.open(source, formats=_OPENED_AS)
+    try:
+        # No other decoders: for EPS, Pillow starts Ghostscript on whatever the file says.
+        image = Image.open(source, formats=_OPENED_AS)
+    except UnidentifiedImageError:
+        raise _unread(_head(source), where) from None
+    if image.format == "TIFF" and _is_raw(image, source):
+        raise _other_format("a camera's raw file", where)
     if image.width * image.height > max_pixels:
         raise _too_large(f"{image.width} x {image.height} pixels", where, max_pixels)
     return image
+
+
+def _head(source: str | Path | io.BytesIO) -> bytes:
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[:HEAD]
+    with Path(source).open("rb") as stream:
+        return stream.read(HEAD)
+
+
+def _is_raw(image: Any, source: str | Path | io.BytesIO) -> bool:
+    """Whether a TIFF's first page is the small preview in front of a sensor's values, as in DNG, NEF, ARW and CR2."""
+    tags = image.tag_v2
+    return bool(tags.get(_NEW_SUBFILE_TYPE, 0) & 1) or _DNG_VERSION in tags or format_of(_head(source)) is not None
+
+
+def _unread(head: bytes, where: object) -> ImageError:
+    if (name := format_of(head)) is not None:
+        return _other_format(name, where)
+    if is_ours(head):
+        return ImageError("damaged image", where=where, got="a file that is cut or overwritten", fix=_AGAIN)
+    got, fix = other_content(head) or (None, _AGAIN)
+    return ImageError("not an image", where=where, got=got, expected=READ, fix=fix)
+
+
+def _other_format(name: str, where: object) -> ImageError:
+    return ImageError(
+        "an image in a format that is not read", where=where, got=name, expected=READ, fix="convert it to PNG or JPEG"
+    )
+
+
+def _in_srgb(image: Image) -> Image:
+    """The colours that a browser shows; a profile that cannot be used changes none, as there."""
+    import numpy as np
+    from PIL import ImageChops, ImageCms
+
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    stored = image.convert({"LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        shown = ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), stored.mode, "RGB").apply(stored)
+    except (OSError, ImageCms.PyCMSError):
+        return image
+    differences = ImageChops.difference(stored.convert("RGB"), shown).getextrema()
+    if np.max(differences) <= _ROUNDING:
+        return image
+    if alpha is not None:
+        shown.putalpha(alpha)
+    return shown
 
 
 def _eight_bits(image: Image) -> Image:

@@ -30,7 +30,7 @@ Size = tuple[int, int]  # width, height in pixels
 _VERSION = 1
 _NOTICED = 0.05  # of an image's area: rounding to whole latents cuts less
 _log = logging.getLogger(__name__)
-_DECODER = 2  # latents of pictures that were read sideways or without white are not taken again
+_DECODER = 3  # latents of pictures that were read sideways, without white or without their profile are not taken again
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,160 @@
+"""Formats and colours of pictures from phones, browsers and generators: read as people see them, or refused by name."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from prefmill.images.files import inspect_image
+from prefmill.store.pictures import ImageError, image_size, open_image, shown_bytes
+
+P3, SRGB = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)), ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
+BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+D50, D65 = np.array([0.9642, 1.0, 0.8249]), np.array([0.95047, 1.0, 1.08883])
+
+
+def saved(path: Path, image: Image.Image, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def colours(side: int = 16) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def to_xyz(primaries: Any) -> Any:
+    """Linear RGB to XYZ under D65, from the primaries' chromaticities (SMPTE RP 177)."""
+    x, y = np.array(primaries).T
+    columns = np.stack([x / y, np.ones(3), (1 - x - y) / y])
+    return columns * np.linalg.solve(columns, D65)
+
+
+def p3_profile() -> bytes:
+    """An ICC profile of Display P3, version 4: a matrix under D50 and sRGB's curve (ICC.1:2010, sections 7 to 10)."""
+    adapted = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ D65)) @ BRADFORD @ to_xyz(P3)
+
+    def fixed(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    curve = b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    tags = {name: b"XYZ \0\0\0\0" + fixed(*values) for name, values in zip((b"rXYZ", b"gXYZ", b"bXYZ"), adapted.T)}  # noqa: B905
+    tags |= {b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    place, table = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for name, value in tags.items():
+        table += name + struct.pack(">II", place, len(value))
+        place += len(value)
+    head = struct.pack(">I4xI", place, 0x04000000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28) + fixed(*D50)
+    return head.ljust(128, b"\0") + table + b"".join(tags.values())
+
+
+def in_srgb(values: Any) -> Any:
+    """Display P3's numbers as sRGB's, by the published formulas in float64."""
+    values = values / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear @ (np.linalg.inv(to_xyz(SRGB)) @ to_xyz(P3)).T, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.avif"])
+def test_colours_are_those_of_the_profile_for_people_and_models(tmp_path: Path, name: str) -> None:
+    options = {"icc_profile": p3_profile(), **({"quality": 100, "subsampling": "4:4:4"} if name == "a.avif" else {})}
+    file = saved(tmp_path / name, colours(), **options)
+    stored, ours = np.asarray(Image.open(file).convert("RGB")).astype(float), np.asarray(open_image(file)).astype(float)
+    assert np.abs(ours - in_srgb(stored)).max() < 1.5
+    assert np.abs(ours - stored).max() > 30
+    sent = Image.open(io.BytesIO(shown_bytes(file)[0]))
+    assert "icc_profile" not in sent.info  # a browser would apply it once more
+    assert np.array_equal(np.asarray(sent), ours)
+
+
+def test_a_profile_keeps_alpha_and_one_that_cannot_be_used_changes_nothing(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (8, 8), (0, 200, 100, 0))
+    assert open_image(saved(tmp_path / "a.png", clear, icc_profile=p3_profile())).getpixel((0, 0)) == (255, 255, 255)
+    for number, (image, profile) in enumerate(((colours(), b"junk"), (colours().convert("L"), p3_profile()))):
+        file = saved(tmp_path / f"{number}.png", image, icc_profile=profile)
+        assert np.array_equal(np.asarray(open_image(file)), np.asarray(image.convert("RGB")))
+        assert "icc_profile" not in Image.open(io.BytesIO(shown_bytes(file)[0])).info
+
+
+def test_avif_is_read_upright_on_white_and_its_first_frame(tmp_path: Path) -> None:
+    turn = Image.Exif()
+    turn[0x112] = 6
+    image = colours(4).resize((48, 32), Image.Resampling.BICUBIC)  # smooth: AVIF halves the colours' resolution
+    plain, turned = (
+        saved(tmp_path / "a.avif", image, quality=90),
+        saved(tmp_path / "t.avif", image, quality=90, exif=turn),
+    )
+    assert np.array_equal(np.asarray(open_image(turned)), np.rot90(np.asarray(open_image(plain)), -1))
+    assert np.abs(np.asarray(open_image(plain)).astype(int) - np.asarray(image)).mean() < 6
+    assert (image_size(turned), inspect_image(turned).suffix) == ((32, 48), ".avif")
+    # As PNG: other decoders of AVIF round otherwise, and apply colours that the file names by a number alone.
+    assert shown_bytes(plain)[1] == "image/png"
+    assert open_image(saved(tmp_path / "c.avif", Image.new("RGBA", (8, 8), "#f000"))).getpixel((4, 4)) == (255,) * 3
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("white", "black")]
+    moving = saved(tmp_path / "m.avif", frames[0], save_all=True, append_images=frames[1:])
+    assert open_image(moving).getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_an_avif_that_claims_to_be_large_is_not_decoded(tmp_path: Path) -> None:
+    data = saved(tmp_path / "a.avif", colours()).read_bytes()
+    size = b"ispe" + struct.pack(">4xII", 16, 16)
+    (tmp_path / "a.avif").write_bytes(data.replace(size, b"ispe" + struct.pack(">4xII", 9000, 9000)))
+    with pytest.raises(ImageError, match="too large to decode"):
+        inspect_image(tmp_path / "a.avif")
+
+
+@pytest.mark.parametrize("name", ["a.avif", "a.jp2", "a.tif", "a.webp"])
+def test_bytes_that_were_lost_or_changed_never_end_a_run(tmp_path: Path, name: str) -> None:
+    draw, file, faults = random.Random(0), tmp_path / name, 0
+    whole = saved(file, colours()).read_bytes()
+    for number in range(150):
+        data = bytearray(whole[: draw.randrange(1, len(whole))] if number % 3 == 0 else whole)
+        data[draw.randrange(len(data))] = draw.randrange(256)
+        file.write_bytes(data)
+        try:
+            inspect_image(file)
+        except ImageError:
+            faults += 1
+    assert faults > 50
+
+
+@pytest.mark.parametrize(
+    ("head", "what", "named"),
+    [
+        (b"\0\0\0\x1cftypheic\0\0\0\0mif1", "a format that is not read", "HEIC"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a format that is not read", "JPEG XL"),
+        (b"\xff\x0a\xcb\x40", "a format that is not read", "JPEG XL"),
+        (b"<?xml version='1.0'?>\n<!-- a drawing -->\n<svg xmlns=", "a format that is not read", "SVG"),
+        (b"\0\0\0\x18ftypcrx \0\0", "a format that is not read", "a camera's raw file"),
+        (b"8BPS\0\1", "a format that is not read", "Photoshop"),
+        (b"\n<!DOCTYPE html><title>404", "not an image", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "not an image", "git lfs pull"),
+        (b"\0\0\0 ftypavif\0\0", "damaged image", "cut"),
+        (b"\x89PNG\r\n", "damaged image", "cut"),
+    ],
+)
+def test_other_files_are_named(tmp_path: Path, head: bytes, what: str, named: str) -> None:
+    (tmp_path / "a.png").write_bytes(head)
+    with pytest.raises(ImageError, match=rf"{what}[\s\S]*a\.png[\s\S]*{named}"):
+        open_image(tmp_path / "a.png")
+
+
+def test_of_several_pages_the_first_and_never_the_preview_of_a_raw_file(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    assert open_image(saved(tmp_path / "p.tif", pages[0], save_all=True, append_images=pages[1:])).getpixel((0, 0)) == (
+        255, 0, 0,
+    )  # fmt: skip
+    for tag, value in ((254, 1), (50706, b"\1\4\0\0")):
+        tags = ImageFileDirectory_v2()
+        tags[tag] = value
+        tags.tagtype[tag] = 4 if tag == 254 else 1
+        with pytest.raises(ImageError, match=r"format that is not read[\s\S]*raw file"):
+            open_image(saved(tmp_path / f"{tag}.tif", pages[0], tiffinfo=tags))
