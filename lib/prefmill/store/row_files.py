@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -174,8 +175,11 @@ def _batched(batches: Any) -> Iterator[tuple[str, Any]]:
 def _given(value: Any, depth: int = 0) -> Any:
     """`value` without the nulls in its inner mappings: a column gives every row the keys that any row has.
 
-    The arguments of a call would otherwise be trained with those of other calls, each as null.
+    The arguments of a call would otherwise be trained with those of other calls, each as null. A decimal, as databases
+    export numbers, is a plain number.
     """
+    if isinstance(value, Decimal):
+        return int(value) if value == int(value) else float(value)
     if isinstance(value, dict):
         return {key: _given(item, depth + 1) for key, item in value.items() if item is not None or not depth}
     return [_given(item, depth + 1) for item in value] if isinstance(value, list) else value

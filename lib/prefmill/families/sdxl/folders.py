@@ -38,12 +38,15 @@ def local_folder(name: str) -> Path | None:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The parts of a pipeline's folder by name, (library, class) each, without those that are left out."""
-    path = folder / PIPELINE_FILE
+    return {name: value for name, value in _json(folder / PIPELINE_FILE).items() if value != [None, None]}
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError("not JSON", where=path, got=str(error), fix="download that file again") from None
-    return {name: value for name, value in index.items() if value != [None, None]}
+    return found
 
 
 def require_files(folder: Path, index: Mapping[str, Any], variant: str | None) -> None:
@@ -85,6 +88,12 @@ def _require_part(part: Path, variant: str | None) -> None:
         raise InputError("a part of the pipeline is missing", where=part, expected=" or ".join(names), fix=fix)
     if kind in wanted:
         return
+    if quantized := _json(part / "config.json").get("quantization_config"):
+        # Loaded as it is it would train on rounded weights, or, of a kind that is not known, on other numbers.
+        raise InputError(
+            "a part of the pipeline is quantized", where=part, got=quantized.get("quant_method"),
+            expected="whole weights", fix="give the pipeline before this part was quantized",
+        )  # fmt: skip
     found = _weights(part)
     if not any("." not in name.removesuffix(".safetensors") or (variant and f".{variant}" in name) for name in found):
         others = sorted(path.name for path in part.iterdir() if path.suffix in (".bin", ".safetensors", ".msgpack"))

@@ -46,6 +46,11 @@ def indexed(folder: Path, **change: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
+def quantized(part: Path, method: str) -> None:
+    path = part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}))
+
+
 @pytest.mark.parametrize(
     ("change", "variant", "said"),
     [
@@ -58,7 +63,11 @@ def indexed(folder: Path, **change: Any) -> None:
           for part in ("vae", "unet", "scheduler", "text_encoder_2")),
         # transformers would put a vocabulary of its own in the place of a tokenizer that is not there.
         (lambda folder: (folder / "tokenizer_2" / "tokenizer.json").unlink(), None, r"is missing[\s\S]*/tokenizer_2\n"),
+        # Diffusers refuses some of these in a traceback, and transformers skips one that it does not know.
+        (lambda folder: quantized(folder / "unet", "bitsandbytes"), None, r"quantized[\s\S]*/unet\n[\s\S]*sandbytes"),
+        (lambda folder: quantized(folder / "text_encoder", "fp8"), None, r"quantized[\s\S]*/text_encoder\n"),
         (lambda folder: (folder / "model_index.json").write_text("{"), None, "not JSON"),
+        (lambda folder: (folder / "unet" / "config.json").write_text("{"), None, "not JSON"),
         (lambda folder: indexed(folder, _class_name=None), None, "no backbone"),
     ],
 )  # fmt: skip
