@@ -20,7 +20,9 @@ class GenerateImagesConfig(StrictConfig):
     model_name_or_path: str | None = Field(None, description="folder or hub name, where no checkpoint is given")
     revision: str | None = Field(None, description="of a hub model")
     variant: str | None = Field(None, description="of a hub model's weights, such as fp16")
-    adapter: ExternalPath | None = Field(None, description="folder or file of a LoRA or DoRA that diffusers can load")
+    adapter: ExternalPath | None = Field(
+        None, description="folder or file: LoRA or DoRA of diffusers, or by kohya's keys"
+    )
     adapter_scale: float = Field(1.0, description="how much of the adapter is added")
     num_inference_steps: int = Field(30, ge=1, description="denoising steps")
     guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; up to 1: none")

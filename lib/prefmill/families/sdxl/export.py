@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -17,6 +17,7 @@ from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Task
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.dora import row_norms
+from prefmill.families.sdxl.kohya import DORA_NORM, DoraNorm, original_name
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.training.adapter import ADAPTER, save_adapter
 from prefmill.training.publish import model_card
@@ -24,8 +25,6 @@ from prefmill.training.publish import model_card
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 # By kohya's key names. Tools disagree on DoRA's `dora_scale`: a file for each of the two rules.
 COMFYUI_FILE, LYCORIS_FILE = "comfyui.safetensors", "lycoris.safetensors"
-DORA_NORM = "prefmill_dora_norm"
-DoraNorm = Literal["base", "merged"]
 MERGED = "merged"
 _PEFT_PREFIX = "base_model.model."
 
@@ -125,22 +124,6 @@ def dora_scale(layer: Any, norm: DoraNorm, adapter: str = "default") -> Tensor:
         squares = weight.square().sum(1)
         magnitude = magnitude * squares.sqrt() / row_norms(weight, a, b, scaling, squares)
     return magnitude[:, None].cpu()
-
-
-def original_name(module: str, layers_per_block: int) -> str | None:
-    """An attention's name in SDXL's original code, `input_blocks.4.1...`; None for other modules."""
-    parts = module.split(".")
-    # Down, a block has its layers and a downsampler as entries; up, it has one layer more than down.
-    per_block = layers_per_block + 1
-    if parts[0] == "mid_block" and parts[1] == "attentions":
-        return ".".join(["middle_block.1", *parts[3:]])
-    if parts[0] not in ("down_blocks", "up_blocks") or parts[2] != "attentions":
-        return None
-    place = int(parts[1]) * per_block + int(parts[3])
-    # The first entry of the way down is the convolution in front of all blocks.
-    block = f"input_blocks.{place + 1}" if parts[0] == "down_blocks" else f"output_blocks.{place}"
-    # An entry is a list: its item 0 is the residual block, 1 the attention.
-    return ".".join([block, "1", *parts[4:]])
 
 
 def target_modules(state: Mapping[str, Tensor]) -> set[str]:

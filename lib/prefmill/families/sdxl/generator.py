@@ -12,6 +12,7 @@ from prefmill.core.precision import Precision, torch_dtype
 from prefmill.distributed.devices import device_type
 from prefmill.families.sdxl.backbone import Backbone
 from prefmill.families.sdxl.folders import loading
+from prefmill.families.sdxl.kohya import merge, read_factors
 from prefmill.families.sdxl.whole import require_whole_adapter
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def too_long(tokenizers: Mapping[str, Any], backbone: Backbone, prompts: Iterabl
 
 
 def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
-    """Put an adapter on the pipeline: that of `folder`, or a file of another tool that diffusers reads."""
+    """Put an adapter on the pipeline: that of `folder`, or a file of another tool; by kohya's keys it is merged."""
     file = folder if folder.is_file() else folder / ADAPTER_FILE
     if not file.is_file():
         others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
@@ -138,6 +139,9 @@ def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
             "no adapter in this folder", where=folder, got=others or None, expected=ADAPTER_FILE,
             fix="give the file itself" if others else "give the folder it was saved to",
         )  # fmt: skip
+    if hasattr(pipeline, "unet") and (read := read_factors(file))[0]:
+        merge(pipeline, file, *read, scale)
+        return
     with loading("the adapter", file):
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=_ADAPTER_NAME)
         pipeline.set_adapters(_ADAPTER_NAME, scale)

@@ -13,7 +13,8 @@ from prefmill.core.errors import InputError
 from prefmill.families.causal.loading import require_whole
 from prefmill.families.sdxl.folders import variant_of
 
-_FIRST_FACTOR = re.compile(r"lora(_A|_down|\.down)\b")  # as PEFT, kohya and older diffusers call it
+# A pair's first factor and DoRA's magnitudes, as PEFT, kohya and older diffusers call them.
+_PATTERNS = (re.compile(r"lora(_A|_down|\.down)\b"), re.compile(r"dora_scale|lora_magnitude_vector"))
 
 
 def require_whole_part(part: nn.Module, where: object) -> None:
@@ -39,18 +40,21 @@ def require_whole_pipeline(pipeline: Any, folder: Path, variant: str | None) -> 
 
 
 def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
-    """Raise InputError where the adapter called `name` has not found a place for every pair of factors in `file`."""
+    """Raise InputError where the adapter called `name` has no place for a factor or a magnitude of `file`."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
-        given = sum(_FIRST_FACTOR.search(key) is not None for key in opened.keys())  # noqa: SIM118 - no mapping
+        keys = list(opened.keys())
+    given = [sum(pattern.search(key) is not None for key in keys) for pattern in _PATTERNS]
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     weights = [(key, value) for part in parts for key, value in part.named_parameters() if f".{name}" in key]
-    found = sum(f"lora_A.{name}" in key for key, _ in weights)
+    found = [sum(f"{kind}.{name}" in key for key, _ in weights) for kind in ("lora_A", "lora_magnitude_vector")]
     # More than given are no fault: some tools keep in one pair what are several modules here.
-    if found < given or any(value.is_meta for _, value in weights):
+    lost = any(places < wanted for places, wanted in zip(found, given, strict=True))
+    if lost or any(value.is_meta for _, value in weights):
+        counts = f"{given[0]} pairs of factors and {given[1]} magnitudes, places for {found[0]} and {found[1]}"
         raise InputError(
-            "the adapter does not fit the pipeline", where=file, got=f"{given} pairs of factors, places for {found}"
-            if found < given else "factors or magnitudes that the file lacks", expected="one that is read whole",
+            "the adapter does not fit the pipeline", where=file, expected="one that is read whole",
+            got=counts if lost else "factors or magnitudes that the file lacks",
             fix="give the base that it was trained on, and the file as it was written",
         )  # fmt: skip

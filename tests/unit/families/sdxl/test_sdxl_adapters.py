@@ -20,6 +20,7 @@ from prefmill.core.errors import ConfigError
 from prefmill.families.sdxl import export
 from prefmill.families.sdxl.dora import ExactDora, row_norms
 from prefmill.families.sdxl.family import SdxlFamily, errors, predict
+from prefmill.families.sdxl.kohya import DORA_NORM, DoraNorm, original_name
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.families.sdxl.lora import LeanLinear
 from prefmill.families.sdxl.reference import adapter_off
@@ -193,7 +194,7 @@ def test_an_adapter_comes_back_through_peft(sdxl: SdxlFolder, lora: str, tmp_pat
 
 @pytest.mark.parametrize(("lora", "norm"), [("lora", "base"), ("dora", "base"), ("dora", "merged")])
 def test_a_file_by_kohyas_keys_makes_the_trained_model(
-    sdxl: SdxlFolder, lora: str, norm: export.DoraNorm, tmp_path: Path
+    sdxl: SdxlFolder, lora: str, norm: DoraNorm, tmp_path: Path
 ) -> None:
     model, file, unet = disturb(make_policy(sdxl, lora=lora)), tmp_path / "kohya.safetensors", unet_of(sdxl)
     export.save_kohya(model, 16.0, norm, file)
@@ -201,7 +202,7 @@ def test_a_file_by_kohyas_keys_makes_the_trained_model(
     assert near(outputs(unet), outputs(model))
     assert not torch.allclose(outputs(unet_of(sdxl)), outputs(model), atol=1e-2)
     with safe_open(file, "pt") as stored:
-        assert stored.metadata().get(export.DORA_NORM) == (norm if lora == "dora" else None)
+        assert stored.metadata().get(DORA_NORM) == (norm if lora == "dora" else None)
 
 
 def test_the_other_rule_makes_another_model(sdxl: SdxlFolder, tmp_path: Path) -> None:
@@ -224,12 +225,12 @@ def near(found: torch.Tensor, trained: torch.Tensor) -> bool:
     return bool((found - trained).abs().max() < 1e-5 * trained.std().clamp_min(1))
 
 
-def apply_as_tools_do(unet: Any, tensors: dict[str, torch.Tensor], norm: export.DoraNorm) -> None:
+def apply_as_tools_do(unet: Any, tensors: dict[str, torch.Tensor], norm: DoraNorm) -> None:
     """The tools' rules, written down: W + alpha / rank up down, for DoRA its rows times dora_scale / |W| or its own."""
     names = {
-        f"lora_unet_{str(export.original_name(name, 1)).replace('.', '_')}": module
+        f"lora_unet_{str(original_name(name, 1)).replace('.', '_')}": module
         for name, module in unet.named_modules()
-        if isinstance(module, torch.nn.Linear) and export.original_name(name, 1)
+        if isinstance(module, torch.nn.Linear) and original_name(name, 1)
     }
     for key in {name.split(".")[0] for name in tensors}:
         down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
@@ -257,11 +258,17 @@ def test_merged_weights_are_the_trained_model(sdxl: SdxlFolder, lora: str) -> No
         ("down_blocks.2.attentions.1.proj_in", "input_blocks.8.1.proj_in"),
         ("mid_block.attentions.0.transformer_blocks.9.attn2.to_q", "middle_block.1.transformer_blocks.9.attn2.to_q"),
         ("up_blocks.1.attentions.2.transformer_blocks.0.attn2", "output_blocks.5.1.transformer_blocks.0.attn2"),
-        ("down_blocks.0.resnets.0.time_emb_proj", None),
+        ("down_blocks.0.resnets.0.time_emb_proj", "input_blocks.1.0.emb_layers.1"),
+        ("down_blocks.1.resnets.0.conv_shortcut", "input_blocks.4.0.skip_connection"),
+        ("down_blocks.1.downsamplers.0.conv", "input_blocks.6.0.op"),
+        ("mid_block.resnets.1.conv2", "middle_block.2.out_layers.3"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
+        ("down_blocks.0.resnets.0.norm1", None),
     ],
 )  # fmt: skip
 def test_names_are_those_of_the_original_code(ours: str, original: str | None) -> None:
-    assert export.original_name(ours, layers_per_block=2) == original
+    assert original_name(ours, layers_per_block=2) == original
 
 
 def test_alpha_is_four_times_the_rank_and_targets_are_checked(sdxl: SdxlFolder) -> None:

@@ -40,8 +40,9 @@ def test_a_part_that_lacks_a_weight_is_named(model: Path, tmp_path: Path, part: 
 @pytest.mark.parametrize(
     ("rename", "named"),
     [
-        (lambda key: key.replace("attn1", "attnX"), "pairs of factors, places for"),
+        (lambda key: key.replace("attn1", "attnX"), r"(\d+) pairs of factors and \1 magnitudes, places for (?!\1)"),
         (lambda key: None if "lora_B" in key else key, "that the file lacks"),
+        (lambda key: key.replace("lora_magnitude_vector", "dora_scale"), "that the file lacks|places for"),
     ],
 )
 def test_an_adapter_that_finds_no_place_is_refused(
@@ -50,7 +51,7 @@ def test_an_adapter_that_finds_no_place_is_refused(
     import peft
 
     unet = open_folder(str(model), None, None).load_denoiser("fp32")
-    adapted = peft.get_peft_model(unet, peft.LoraConfig(r=2, target_modules=["to_q"]))
+    adapted = peft.get_peft_model(unet, peft.LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
     state = export.adapter_state(adapted)
     for weights in (state, renamed(state, rename)):
         export.save_diffusers(weights, adapted.peft_config["default"], tmp_path / ADAPTER_FILE)

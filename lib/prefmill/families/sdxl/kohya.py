@@ -1,0 +1,148 @@
+"""Adapters by kohya's and LyCORIS' keys, merged into a pipeline: LoRA, LoCon, LoHa, LoKr, whole differences, DoRA.
+
+diffusers reads LoRA alone, and without an error drops DoRA's magnitudes and, where they differ, most modules' alphas.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prefmill.core.errors import InputError
+
+DORA_NORM = "prefmill_dora_norm"
+DoraNorm = Literal["base", "merged"]
+Factors = Mapping[str, Tensor]
+_PARTS = {"unet": ("unet",), "text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}
+_FACTORS = {
+    "alpha", "dora_scale", "lora_down.weight", "lora_mid.weight", "lora_up.weight", "diff", "hada_w1_a", "hada_w1_b",
+    "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a",
+    "lokr_w2_b", "lokr_t2",
+}  # fmt: skip
+_TUCKER = "ijhw,ip,jr->prhw"  # a convolution's core between factors that mix channels
+_OUTER = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+_INSIDE = {
+    "resnets.conv1": "0.in_layers.2", "resnets.conv2": "0.out_layers.3", "resnets.time_emb_proj": "0.emb_layers.1",
+    "resnets.conv_shortcut": "0.skip_connection", "downsamplers.conv": "0.op", "upsamplers.conv": "2.conv",
+}  # fmt: skip
+
+
+def read_factors(file: Path) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
+    """The tensors of a file by kohya's keys, by module and factor, and DoRA's rule; none of a file by other keys."""
+    from safetensors import SafetensorError, safe_open
+
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    try:
+        with safe_open(file, "pt") as opened:
+            keys, said = sorted(opened.keys()), opened.metadata() or {}
+            if any(key.startswith(("lora_unet_", "lora_te")) for key in keys):
+                for key in keys:
+                    module, _, factor = key.partition(".")
+                    modules[module][factor] = opened.get_tensor(key)
+    except SafetensorError as error:
+        raise InputError("cannot load the adapter", where=file, got=str(error), fix="download it again") from None
+    return modules, "base" if said.get(DORA_NORM) == "base" else "merged"
+
+
+def merge(pipeline: Any, file: Path, factors: Mapping[str, Factors], norm: DoraNorm, scale: float) -> None:
+    """Change the weights that the modules of `read_factors` name, in fp32; `scale` times the whole change is added.
+
+    Raises InputError for a key that has no place or no meaning here.
+    """
+    places = dict(_places(pipeline))
+    lost = sorted(set(factors) - set(places))
+    if lost:
+        raise InputError(
+            "the adapter does not fit the pipeline", where=file, got=f"{len(lost)} modules it lacks, as {lost[0]}",
+            expected="modules of this pipeline", fix="give the base that it was trained on",
+        )  # fmt: skip
+    for name, given in factors.items():
+        weight = places[name].data
+        try:
+            weight.copy_(adapted(weight.float(), given, norm, scale))
+        except (KeyError, RuntimeError) as error:
+            raise InputError(
+                "an adapter of another kind or shape", where=f"{file}: {name}", got=str(error).splitlines()[0],
+                expected="LoRA, LoCon, LoHa, LoKr, a whole difference or DoRA of this pipeline",
+                fix="merge it into its base with the tool that made it, and give that pipeline",
+            ) from None  # fmt: skip
+
+
+def adapted(weight: Tensor, given: Factors, norm: DoraNorm, scale: float) -> Tensor:
+    """`weight` and `scale` times an adapter's change of it, as LyCORIS computes that; `base` is ComfyUI's DoRA."""
+    if unknown := sorted(set(given) - _FACTORS):
+        raise KeyError(*unknown)
+    given = {name: value.float() for name, value in given.items()}
+    change, rank = _change(given)
+    strength = given["alpha"].item() / rank if rank and "alpha" in given else 1.0
+    new = weight + strength * change.reshape(weight.shape)
+    if "dora_scale" in given:
+        magnitude = given["dora_scale"]
+        magnitude = magnitude.reshape(*magnitude.shape, *[1] * (weight.dim() - magnitude.dim()))
+        axes = [axis for axis, size in enumerate(magnitude.shape) if size == 1]
+        measured = weight if norm == "base" else new
+        new = new * magnitude / torch.linalg.vector_norm(measured, dim=axes, keepdim=True)
+    return weight + scale * (new - weight)
+
+
+def original_name(module: str, layers_per_block: int) -> str | None:
+    """A layer's name in SDXL's original code, `input_blocks.4.1...`; None for a module that has none there."""
+    block, *parts = module.split(".")
+    if block not in ("down_blocks", "mid_block", "up_blocks"):
+        return _OUTER.get(module)
+    kind, number, *layer = parts if block == "mid_block" else parts[1:]
+    inside = ".".join(["1", *layer]) if kind == "attentions" else _INSIDE.get(f"{kind}.{layer[0]}")
+    if block == "mid_block":
+        # Its three entries are one list: residual block, attention, residual block.
+        entry = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
+        return inside and f"{entry}.{inside.partition('.')[2]}"
+    # Down, a block has its layers and a downsampler as entries; up, it has one layer more than down.
+    place = int(parts[0]) * (layers_per_block + 1) + (layers_per_block if "sampler" in kind else int(number))
+    # The first entry of the way down is the convolution in front of all blocks.
+    return inside and (f"input_blocks.{place + 1}." if block == "down_blocks" else f"output_blocks.{place}.") + inside
+
+
+def _change(given: Factors) -> tuple[Tensor, int | None]:
+    """The change of a weight before its strength, and the rank that alpha is divided by."""
+    if "diff" in given:
+        return given["diff"], None
+    if "hada_w1_a" in given:
+        return _product(given, "hada_", "1") * _product(given, "hada_", "2"), len(given["hada_w1_b"])
+    if "lora_up.weight" in given:
+        up, down = (given[f"lora_{side}.weight"].flatten(1) for side in ("up", "down"))
+        mid = given.get("lora_mid.weight")
+        return up @ down if mid is None else torch.einsum(_TUCKER, mid, up.T, down), len(down)
+    small, large = _product(given, "lokr_", "1"), _product(given, "lokr_", "2")
+    small = small.reshape(*small.shape, *[1] * (large.dim() - small.dim()))
+    ranks = [len(given[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in given]
+    return torch.kron(small, large), ranks[0] if ranks else None
+
+
+def _product(given: Factors, kind: str, side: str) -> Tensor:
+    """One of LoHa's or LoKr's two matrices: whole, of two factors, or of two and a core."""
+    if f"{kind}w{side}" in given:
+        return given[f"{kind}w{side}"]
+    a, b, core = given[f"{kind}w{side}_a"], given[f"{kind}w{side}_b"], given.get(f"{kind}t{side}")
+    return a @ b if core is None else torch.einsum(_TUCKER, core, a, b)
+
+
+def _places(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a pipeline's layers by each name that a file may give those."""
+    for part, prefixes in _PARTS.items():
+        model = getattr(pipeline, part, None)
+        for name, module in model.named_modules() if model is not None else ():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                # transformers 5 has no `text_model.` before the first encoder's names, files do.
+                layers = pipeline.unet.config.layers_per_block
+                other = original_name(name, layers) if part == "unet" else f"text_model.{name}"
+                for known in filter(None, (name, other)):
+                    yield from ((f"lora_{prefix}_{known.replace('.', '_')}", module.weight) for prefix in prefixes)
