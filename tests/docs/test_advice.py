@@ -29,6 +29,7 @@ FOREIGN = {
     "eos_token to_q to_k to_v to_out",
     "of a dataset": "images.csv prompt_id",
     "LLaMA-Factory's": "dataset_dir file_name hf_hub_url quantization_bit val_size",
+    "DeepSpeed's, accelerate's": "zero_optimization full_shard auto_wrap shard_grad_op",
     "the harness's": "generation_kwargs",
     "a server's": "allowed_token_ids processed_logprobs",
     "of Python": "save_file safetensors.torch stages.rate_images",

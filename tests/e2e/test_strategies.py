@@ -129,10 +129,12 @@ def test_killed_in_the_middle_of_an_accumulation_it_ends_the_same(folder: Path, 
 def test_a_strategy_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one of them"):
         validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": "a.json", "fsdp": True})
-    absent = validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": str(tmp_path / "no")})
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}}')
+    config = validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, "deepspeed": str(wrong)})
     before = dict(os.environ)
-    with pytest.raises(ConfigError, match="cannot read the DeepSpeed file"):
-        sharding_arguments(absent)
+    with pytest.raises(ConfigError, match="DeepSpeed refuses the file"):
+        sharding_arguments(config)
     assert dict(os.environ) == before  # or whatever this process trains next would open a group of ranks
 
 
@@ -148,6 +150,12 @@ def test_a_shipped_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_one_process_alone_needs_no_launcher(folder: Path) -> None:
-    for name in ("zero3", "fsdp"):
-        alone = train_on(1, folder / f"alone-{name}", {**KEYS, **STRATEGIES[name], ALONE: True})
+    # As people have it: fixed numbers, a comment, an optimizer, and no word of precision.
+    (folder / "mine.json").write_text(
+        """{"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": false}, // all of it
+        "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "betas": "auto", "weight_decay": 0}}}"""
+    )
+    for name, keys in {"mine": {"deepspeed": str(folder / "mine.json")}, "fsdp": STRATEGIES["fsdp"]}.items():
+        alone = train_on(1, folder / f"alone-{name}", {**KEYS, **keys, ALONE: True})
         assert losses(alone) == pytest.approx(losses(folder / "one"), abs=1e-5)

@@ -26,6 +26,7 @@ REFUSED = {
     "gradient_accumulation_steps": "it follows from effective_batch_size = batch per device x accumulation x ranks",
     "mount_dir": "give workspace=DIR on the command line, or `workspace` in the pipeline's file",
     "output_dir": "outputs are checkpoints/RUN/STAGE/TASK: give run=NAME",
+    "fsdp_config": "fsdp: true shards all, and finds the layers to wrap",
     "bf16": "write precision: bf16", "fp16": "write precision: fp16",
     "lora_r": "write lora.r", "lora_rank": "write lora.r", "lora_alpha": "write lora.alpha",
     "lora_target": "write lora.target_modules", "use_dora": "write lora.use_dora",

@@ -5,7 +5,6 @@ Finished weights are gathered; how a model comes to its ranks is in `scoring`.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.distributed.deepspeed_file import deepspeed_settings, following, zero_stage
 from prefmill.distributed.devices import device_type, world_size
 
 if TYPE_CHECKING:
@@ -72,12 +72,27 @@ def sharding_arguments(config: Sharded) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     if config.deepspeed is None:
         return {}
-    settings = deepspeed_settings(config.deepspeed)
+    settings = following(deepspeed_settings(config.deepspeed))
+    _require_deepspeed_takes(settings, config.deepspeed)
     if device_type() == "cpu":
         _leave_reductions_to_gloo()
     if world_size() == 1:
         _rendezvous_alone()
     return {"deepspeed": compute_as_without_shards(settings)}
+
+
+def _require_deepspeed_takes(settings: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError for values that DeepSpeed refuses: it would do so when training starts, after all scoring."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    said = {key: value for key, value in settings.items() if value != "auto"}
+    try:
+        DeepSpeedConfig({**said, "train_micro_batch_size_per_gpu": 1})
+    except (AssertionError, DeepSpeedConfigError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "DeepSpeed refuses the file", where=path, got=" ".join(str(error).split())[:300],
+            fix="correct it there, or give a shipped file, such as configs/deepspeed/zero3.json",
+        ) from None  # fmt: skip
 
 
 def _leave_reductions_to_gloo() -> None:
@@ -91,18 +106,6 @@ def _leave_reductions_to_gloo() -> None:
 def uses_fsdp(config: Sharded) -> bool:
     """Whether FSDP2 shards this training: a process that trains alone has nobody to share with."""
     return config.fsdp and world_size() > 1
-
-
-def deepspeed_settings(path: Path) -> dict[str, Any]:
-    """What a DeepSpeed file says; raises ConfigError where it cannot be read."""
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "cannot read the DeepSpeed file", where=path, got=str(error), expected="a JSON file",
-            fix="give deepspeed the path of one, such as configs/deepspeed/zero3.json",
-        ) from None  # fmt: skip
-    return settings
 
 
 def fsdp_mixed_precision(arguments: ArgumentsT, config: Sharded) -> ArgumentsT:
@@ -120,9 +123,7 @@ def fsdp_mixed_precision(arguments: ArgumentsT, config: Sharded) -> ArgumentsT:
 
 def shards_by_zero(config: Sharded) -> bool:
     """Whether DeepSpeed has ranks hold parts of the weights: stage 3."""
-    if config.deepspeed is None:
-        return False
-    return bool(deepspeed_settings(config.deepspeed).get("zero_optimization", {}).get("stage") == 3)
+    return zero_stage(config.deepspeed) == 3
 
 
 def shares_weights(config: Sharded) -> bool:

@@ -250,8 +250,10 @@ class _Reading:
                 self.config["attn_implementation"] = _ATTENTION[attention]
             if liger:
                 self.config["use_liger_kernel"] = True
-        if self.take("fsdp", (str, bool)):
+        if sharding := self.take("fsdp", (str, bool)):
             self.config["fsdp"] = True
+            if other := set(str(sharding).split()) - {"full_shard", "auto_wrap", "True"}:
+                self.notes.append(f"fsdp: FSDP2 shards all, without {', '.join(sorted(other))}")
 
     def _lengths(self, has_images: bool) -> None:
         self.config |= {"max_length": self.take("cutoff_len", int), "on_overlong": "drop"}

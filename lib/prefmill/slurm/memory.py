@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from prefmill.core.errors import ConfigError
+from prefmill.distributed.deepspeed_file import deepspeed_settings
 from prefmill.training.config import TrainingConfig, weights_precision
 
 GIGABYTE = 2.0**30
@@ -242,10 +243,8 @@ def sharding(config: TrainingConfig) -> Sharding:
         return Sharding("FSDP2", 3)
     if config.deepspeed is None:
         return Sharding("ZeRO 0", 0)
-    from prefmill.distributed.sharding import deepspeed_settings
-
     zero = deepspeed_settings(config.deepspeed).get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
+    stage = zero.get("stage", 0)
     away = {
         key: (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
     }

@@ -11,6 +11,7 @@ from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.precision import Precision, Quantization
 from prefmill.core.stage import Task
+from prefmill.distributed.deepspeed_file import require_accumulation, require_agreement
 from prefmill.training.adapter_folder import adapter_at, base_of, lora_of
 
 
@@ -141,12 +142,24 @@ class TrainingConfig(StrictConfig):
         shipped = default_workspace() / given  # an absolute path stays what it is
         return str(shipped) if shipped.exists() else given
 
+    @field_validator("fsdp", mode="before")
+    @classmethod
+    def _one_switch(cls, given: Any) -> Any:
+        if isinstance(given, (str, dict, list)):
+            raise ValueError(
+                "true or false: true shards all (full_shard auto_wrap); shard_grad_op is "
+                "deepspeed: configs/deepspeed/zero2.json, offload is deepspeed: configs/deepspeed/zero3_offload.json"
+            )
+        return given
+
     @model_validator(mode="after")
     def _one_strategy(self) -> TrainingConfig:
         if self.fsdp and self.deepspeed:
             raise ValueError("fsdp and deepspeed both shard the model: give one of them")
         if (self.fsdp or self.deepspeed) and not self.can_shard:
             raise ValueError("this stage trains whole models: leave out fsdp and deepspeed")
+        if self.deepspeed:
+            require_agreement(self.deepspeed, self)
         return self
 
     @model_validator(mode="after")
@@ -185,7 +198,9 @@ def accumulation(config: TrainingConfig, world_size: int) -> int:
             expected=f"a multiple of per_device_train_batch_size x ranks = {at_once}",
             fix=f"set effective_batch_size to {max(1, round(config.effective_batch_size / at_once)) * at_once}",
         )  # fmt: skip
-    return config.effective_batch_size // at_once
+    steps = config.effective_batch_size // at_once
+    require_accumulation(config.deepspeed, steps)
+    return steps
 
 
 def weights_precision(config: TrainingConfig) -> Precision:

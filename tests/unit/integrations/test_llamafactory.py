@@ -131,6 +131,7 @@ def test_a_key_that_is_taken_is_in_the_training(key: str, tmp_path: Path, monkey
     adapter = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "peft_type": "LORA"}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(adapter))
     (tmp_path / "a" / "adapter_model.safetensors").touch()
+    (tmp_path / "ds.json").write_text("{}")
     stage, config, _ = import_config(write(tmp_path, **given))
     made = validate({"sft": SftConfig, "dpo": DpoConfig}[stage], config)
     for name, value in expected.items():
@@ -144,6 +145,12 @@ def test_a_key_that_is_taken_is_in_the_training(key: str, tmp_path: Path, monkey
             assert str(found.start) == (str(tmp_path / "a") if "start" in value else "None")
         else:
             assert (str(found) if isinstance(found, Path) else found) in (value, str(tmp_path / str(value)))
+
+
+def test_what_fsdp2_does_not_do_is_noted(tmp_path: Path) -> None:
+    _, config, notes = import_config(write(tmp_path, fsdp="full_shard auto_wrap offload"))
+    assert config["fsdp"] is True
+    assert "fsdp: FSDP2 shards all, without offload" in notes
 
 
 def test_several_files_are_a_mixture_of_all_their_rows(tmp_path: Path) -> None:
