@@ -28,7 +28,7 @@ def test_the_demo_is_forecast_within_a_factor_of_three(stage: str, documented_de
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        found = re.search(r"the finished run took .*: the forecast is ([\d.]+) of that", done.stdout)
+        found = re.search(r"the finished run took .*: the forecast is ([\d.]+) times that", done.stdout)
         assert found, done.stdout
         if 1 / FACTOR < float(found[1]) < FACTOR:
             break

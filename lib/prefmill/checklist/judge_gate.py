@@ -147,4 +147,4 @@ def _not_believed(found: Mapping[str, Any], expected: str, fix: str) -> InputErr
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else f"{100 * share:.2g} %"
+    return f"{100 * share:.0f}%" if share >= 0.01 or share == 0 else f"{100 * share:.2g}%"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import ArtifactError
+from prefmill.core.figures import with_interval
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.store.artifacts import read_manifest
 
@@ -19,8 +20,7 @@ _PHRASES = {  # of the metrics that stages return, those worth a place in the li
     "val_loss": "validation loss {:.3f}", "val_accuracy": "validation accuracy {:.1%}", "errors": "{:,} errors",
     "warnings": "{:,} warnings", "checkmark_score": "checklist score {:.2f}", "num_papers": "over {:,} papers",
     "recommendation_correct": "recommendations right {:.0%}", "n_trials": "{:,} trials",
-    "win_rate": "win rate {:.0%}", "win_rate_low": "interval from {:.0%}", "win_rate_high": "to {:.0%}",
-    "num_pairs": "{:,} pairs", "num_prompts": "{:,} prompts",
+    "win_rate": "win rate {}", "num_pairs": "{:,} pairs", "num_prompts": "{:,} prompts",
 }  # fmt: skip
 _MOST_PHRASES, _MOST_WARNINGS = 4, 3
 _FAULTS = {
@@ -50,9 +50,11 @@ def headline(metrics: Mapping[str, Any]) -> str:
     parts = rows.items() if isinstance(rows, Mapping) else ()
     counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in parts]
     known = {name: metrics[name] for name in _PHRASES if isinstance(metrics.get(name), (int, float))}
-    return ", ".join(
-        [*counts, *(_singular(_PHRASES[name].format(value)) for name, value in known.items())][:_MOST_PHRASES]
-    )
+    if "win_rate" in known:
+        ends = {end: metrics.get(f"win_rate_{end}") for end in ("low", "high")}
+        known["win_rate"] = with_interval({"value": known["win_rate"], **ends}, ".0%")
+    told = [_singular(_PHRASES[name].format(value)) for name, value in known.items()]
+    return ", ".join([*counts, *told][:_MOST_PHRASES])
 
 
 def _faults(metrics: Mapping[str, Any]) -> Iterator[str]:

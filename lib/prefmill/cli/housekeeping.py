@@ -91,7 +91,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         print_table(("TASK", heading, *found.runs), [(line.task, line.name, *map(show, line.values)) for line in lines])
         print()
     paired = [(line.task, line.measure, line.run, str(line)) for line in found.paired]
-    print_table(("TASK", "PAIRED BY PAPER", "RUN", f"DIFFERENCE TO {found.runs[0]} (95 % INTERVAL)"), paired)
+    print_table(("TASK", "PAIRED BY PAPER", "RUN", f"DIFFERENCE TO {found.runs[0]} (95% INTERVAL)"), paired)
     print(*(f"not paired: {note}" for note in found.notes), sep="\n", end="\n" if found.notes else "")
     page = arguments.output or workspace / "data" / COMPARISONS / f"{'-'.join(found.runs)}.html"
     write_atomic(page, comparison_page(found))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prefmill.core.figures import figure
 from prefmill.core.statistics import ranks
 from prefmill.evaluation.rows import EvaluatedReview, PaperFacts
 from prefmill.reviews.text_statistics import distinct_share, repeated_share, words
@@ -34,14 +35,11 @@ class Measure:
 
     def show(self, value: float) -> str:
         """A value as one reads it, with a true minus."""
-        number = f"{value * 100:.{self.decimals}f} %" if self.is_share else f"{value:.{self.decimals}f}"
-        return number.replace("-", "−")
+        return figure(value, f".{self.decimals}{'%' if self.is_share else 'f'}")
 
     def show_difference(self, value: float) -> str:
         """A difference with its sign; of shares in percentage points."""
-        number = f"{value * (100 if self.is_share else 1):+.{self.decimals}f}".replace("-", "−")
-        # A difference that rounds to zero has no direction: +0.00 would look like a gain.
-        return number if number.strip("+−0.") else number[1:]
+        return figure(value * (100 if self.is_share else 1), f"+.{self.decimals}f")
 
 
 CHECKMARK_SCORE = Measure(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.figures import with_interval
 from prefmill.core.files import digest_path, write_atomic
 from prefmill.core.image_rows import HEADS, GeneratedImage, ImagePrompt, ImageSplit
 from prefmill.core.precision import Precision
@@ -234,8 +235,7 @@ def conclusion(measured: Mapping[str, Any]) -> str:
     """What a reader is told first."""
     rate = measured["dimensions"]["mean"]["win_rate"]
     model = "control (tuned on shuffled labels)" if measured.get("shuffled_labels") else "tuned model"
-    interval = f"win rate {rate['value']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})"
-    told = f"under the held-out scorer: {interval} on {measured['num_prompts']} prompts."
+    told = f"under the held-out scorer: win rate {with_interval(rate, '.0%')} on {measured['num_prompts']} prompts."
     if rate["low"] > 0.5:
         return f"The {model} is preferred to the base {told}"
     if rate["high"] < 0.5:

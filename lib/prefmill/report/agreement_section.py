@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prefmill.core.figures import with_interval
 from prefmill.evaluation.metrics import CHECKMARK_SCORE
-from prefmill.report.judge_story import with_interval
 from prefmill.report.story import Compared, main_pair
 
 Metrics = Mapping[str, Any]
@@ -23,7 +23,7 @@ def agreement_rows(evaluations: Sequence[Metrics]) -> list[dict[str, Any]]:
             "accuracy": with_interval(found["accuracy"]),
             "scores": (metrics["overall"][CHECKMARK_SCORE.name], found["mean_score"]),
             "distance": with_interval(found["distance"]),
-            "rank_correlation": with_interval(found["rank_correlation"]) if found["rank_correlation"] else "–",
+            "rank_correlation": with_interval(found["rank_correlation"]),
         }
         for metrics in evaluations
         if (found := metrics.get("agreement"))

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
+from prefmill.core.figures import bounds, with_interval
 from prefmill.core.statistics import Array, Resampling, means, within
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
@@ -135,17 +136,17 @@ def _conclusion(first: str, last: str, models: Mapping[str, Row], change: Row | 
     if change is None:
         return f"One model, {last}, was evaluated: there is nothing to compare."
     name = next(key for key, words in MEASURES.items() if words == change["of"])
-    low, high = (f"{100 * change[bound]:+.0f}" for bound in ("low", "high"))
+    points = bounds({end: 100 * change[end] for end in ("low", "high")}, "+.0f")
     verb = {"helped": "rose", "hurt": "fell", "unclear": "did not clearly change"}[_verdict(change)]
     said = f"from {models[first][name]:.0%} ({first}) to {models[last][name]:.0%} ({last})"
-    return f"The share of {change['of']} {verb}: {said}, {low} to {high} points, over {change['num_papers']} rows."
+    return f"The share of {change['of']} {verb}: {said}, {points} points, over {change['num_papers']} rows."
 
 
 def _chart(changes: Mapping[str, Row]) -> Markup | None:
     rows = [
         ChartInterval(
             label=SHARES[name], series="dpo", value=change["value"], low=change["low"], high=change["high"],
-            text="{value:+.2f} ({low:+.2f} to {high:+.2f})".format(**change),
+            text=with_interval(change, "+.2f"),
         )
         for name, change in changes.items() if name in SHARES
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
+from prefmill.core.figures import with_interval
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
@@ -97,7 +98,7 @@ def _win_rates(metrics: Row) -> Markup:
         ChartInterval(
             label=name, series="dpo" if name == "mean" else "base", value=found["win_rate"]["value"] - 0.5,
             low=found["win_rate"]["low"] - 0.5, high=found["win_rate"]["high"] - 0.5,
-            text="{value:.0%} ({low:.0%} to {high:.0%})".format(**found["win_rate"]),
+            text=with_interval(found["win_rate"], ".0%"),
         )
         for name, found in metrics["dimensions"].items()
     ]  # fmt: skip
@@ -146,9 +147,8 @@ def _of_the_scorer(scorer: Artifact | None) -> str:
         return "The scorer has never been measured on test pairs: its judgement may be worth nothing."
     # The weakest: a mean over dimensions would hide one on which the scorer guesses.
     worst = min(found, key=lambda name: found[name]["value"])
-    value, low = found[worst]["value"], found[worst]["low"]
-    at_least = "" if low is None else f" (from {low:.0%})"
-    return f"On test pairs the scorer agrees with raters in {value:.0%}{at_least} on its weakest dimension, {worst}."
+    share = with_interval(found[worst], ".0%")
+    return f"On test pairs the scorer agrees with raters in {share} on its weakest dimension, {worst}."
 
 
 def _reward(reward: Artifact) -> Row:

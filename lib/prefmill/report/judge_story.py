@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefmill.checklist.judge_gate import in_words, warnings
+from prefmill.core.figures import figure, with_interval
 
 Found = Mapping[str, Any]
 
@@ -16,15 +17,6 @@ def tell_quality(quality: Found) -> list[str]:
         *_between(quality["between"]),
         *_calibration(quality["calibration"]),
     ]
-
-
-def with_interval(found: Found, decimals: int = 2, signed: bool = False) -> str:
-    """A value and its interval as one reads them, with a true minus."""
-    sign = "+" if signed else ""
-    text = f"{found['value']:{sign}.{decimals}f}"
-    if found["low"] is not None:
-        text += f" ({found['low']:{sign}.{decimals}f} to {found['high']:{sign}.{decimals}f})"
-    return text.replace("-", "−")
 
 
 def strongest(probes: Found) -> tuple[str, Found] | None:
@@ -66,7 +58,7 @@ def _probes(who: str, probes: Found) -> Iterator[str]:
     if (position := probes["position"]) is not None:
         yield (
             f"{who}: P(yes) where the evidence stands first, less where it stands last: "
-            f"{with_interval(position['p_yes'], 3, signed=True)}; {position['flips']:.1%} of answers differ."
+            f"{with_interval(position['p_yes'], '+.3f')}; {position['flips']:.1%} of answers differ."
         )
     if (padding := probes["padding"]) is not None:
         yield f"{who}: twice the words, none of which say anything: score {_moved(padding)}."
@@ -81,12 +73,12 @@ def _injected(name: str, moved: Found, probes: Found) -> str:
         return f"none of {len(probes['injections'])} injected instructions moves any answer"
     control = probes["control"]
     beside = "" if control is None else f"; a neutral line of that length: score {_moved(control)}"
-    most = f"by {moved['max_score']:+g} at most and {moved['flips']:.1%} of answers turned".replace("-", "−")
+    most = f"by {figure(moved['max_score'], '+g')} at most and {moved['flips']:.1%} of answers turned"
     return f"of the injected instructions '{name.replace('_', ' ')}' moves most: score {_moved(moved)}, {most}{beside}"
 
 
 def _moved(found: Found) -> str:
-    score, p_yes = (with_interval(found[name], digits, signed=True) for name, digits in (("score", 2), ("p_yes", 3)))
+    score, p_yes = (with_interval(found[name], form) for name, form in (("score", "+.2f"), ("p_yes", "+.3f")))
     return f"{score}, mean P(yes) {p_yes}"
 
 

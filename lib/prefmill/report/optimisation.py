@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
+from prefmill.core.figures import figure, with_interval
 from prefmill.report.charts import ChartInterval, Line, interval_chart, line_chart
 from prefmill.store.jsonl import read_jsonl
 
@@ -47,7 +48,7 @@ def _held_out_chart(summary: Mapping[str, Any]) -> Markup:
     rows = [
         ChartInterval(
             label=label, series=series, value=item["value"], low=item["low"], high=item["high"],
-            text=f"{item['value']:.2f} ({item['low']:.2f} to {item['high']:.2f})".replace("-", "−"),
+            text=with_interval(item),
         )
         for label, (series, item) in found.items()
     ]  # fmt: skip
@@ -82,7 +83,7 @@ def _item_rows(items: Sequence[Mapping[str, Any]], weights: Mapping[str, float])
             "weight": "–" if item["id"] not in weights else f"{weights[item['id']]:.2f}",
             "yes": f"{item['yes_share']:.0%}",
             "stability": "–" if item["stability"] is None else f"{item['stability']:.0%}",
-            "correlation": _plain(item["target_correlation"]),
+            "correlation": figure(item["target_correlation"]),
         }
         for item in ordered
     ]
@@ -93,9 +94,5 @@ def _why(item: Mapping[str, Any]) -> str:
         return f"says what {item['redundant_with']} says"
     if item["status"] == "unreliable":
         measured = {"paraphrases": item["paraphrase_kappa"], "seeds": item["seed_kappa"]}
-        return ", ".join(f"kappa over {name} {_plain(value)}" for name, value in measured.items() if value is not None)
+        return ", ".join(f"kappa over {name} {figure(value)}" for name, value in measured.items() if value is not None)
     return ""
-
-
-def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}".replace("-", "−")

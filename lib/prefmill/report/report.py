@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
+from prefmill.core.figures import bounds, figure, with_interval
 from prefmill.core.statistics import Resampling
 from prefmill.evaluation.comparison import compare, model_order
 from prefmill.evaluation.lineage import everything_behind
@@ -189,7 +190,7 @@ def page_environment() -> Environment:
     environment.filters["thousands"] = _thousands
     environment.filters["count"] = lambda number, noun: f"{_thousands(number)} {noun}{'' if number == 1 else 's'}"
     environment.filters["percent"] = lambda share: f"{share:.0%}"
-    environment.filters["clock"] = clock
+    environment.filters |= {"clock": clock, "figure": figure, "bounds": bounds, "with_interval": with_interval}
     environment.filters["words"] = lambda name: str(name).replace("_", " ")
     return environment
 

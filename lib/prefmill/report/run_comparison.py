@@ -11,12 +11,13 @@ from typing import Any
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import flatten
 from prefmill.core.errors import InputError
+from prefmill.core.figures import with_interval
 from prefmill.core.statistics import Resampling
 from prefmill.evaluation.comparison import compare
 from prefmill.evaluation.metrics import MEASURES
 from prefmill.evaluation.record import METRICS
 from prefmill.report.report import page_environment
-from prefmill.report.story import signed
+from prefmill.report.story import p_text
 
 Outputs = Mapping[str, Mapping[str, Artifact]]  # the finished artifacts of each run, by stage:task
 ABSENT = "–"
@@ -45,7 +46,7 @@ class Paired:
     num_papers: int
 
     def __str__(self) -> str:
-        return f"{signed(self.value)} ({signed(self.low)} to {signed(self.high)}, p {self.p_holm:.3f})"
+        return f"{with_interval(vars(self), '+.2f')}, {p_text(self.p_holm)}"
 
 
 @dataclass(frozen=True)

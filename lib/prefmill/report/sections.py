@@ -7,10 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from prefmill.core.figures import figure, with_interval
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, MEASURES, Measure
 from prefmill.evaluation.rows import HUMAN
 from prefmill.report.charts import ChartInterval, Line, interval_chart, scatter_chart, share_strip
-from prefmill.report.story import Compared, main_pair, p_text, signed, trained_models
+from prefmill.report.story import Compared, main_pair, p_text, trained_models
 
 MAX_CLOUD = 150  # points of a model in a scatter chart: enough to see a trend, few enough for a small file
 EXTRA_MEASURES = (
@@ -40,7 +41,7 @@ def difference_chart(compared: Compared) -> Markup | None:
             label=f"{pair['candidate']} − {pair['baseline']}",
             series=pair["candidate"],
             **_bounds(pair["measures"][CHECKMARK_SCORE.name]),
-            text=interval_text(pair["measures"][CHECKMARK_SCORE.name], 2),
+            text=with_interval(pair["measures"][CHECKMARK_SCORE.name], "+.2f"),
         )
         for pair in compared["pairs"]
     ]
@@ -122,20 +123,14 @@ def length_rows(compared: Compared) -> list[Row]:
         {
             "model": item["model"],
             "words": f"{item['measures']['num_words']['value']:.0f}",
-            "correlation": _plain(item["words_score_correlation"], 2),
+            "correlation": figure(item["words_score_correlation"]),
         }
         for item in compared["models"]
     ]
 
 
-def interval_text(found: Mapping[str, Any], decimals: int) -> str:
-    """A difference with its interval."""
-    return f"{signed(found['value'], decimals)} ({signed(found['low'], decimals)} to {signed(found['high'], decimals)})"
-
-
 def _score_row(model: str, found: Mapping[str, Any]) -> ChartInterval:
-    text = f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
-    return ChartInterval(label=model, series=model, **_bounds(found), text=text)
+    return ChartInterval(label=model, series=model, **_bounds(found), text=with_interval(found))
 
 
 def _bounds(found: Mapping[str, Any]) -> dict[str, float]:
@@ -151,9 +146,9 @@ def _cell(found: Any, measure: Measure) -> Row | None:
         return None
     if not isinstance(found, Mapping):
         return {"value": measure.show(found), "interval": None}
-    low, high = measure.show(found["low"]).removesuffix(" %"), measure.show(found["high"]).removesuffix(" %")
+    low, high = measure.show(found["low"]), measure.show(found["high"])
     # Rounded to no width, an interval would read as certainty.
-    return {"value": measure.show(found["value"]), "interval": f"{low}–{high}" if low != high else None}
+    return {"value": measure.show(found["value"]), "interval": f"{low} to {high}" if low != high else None}
 
 
 def _is_good(found: Mapping[str, Any], measure: Measure, confidence: float) -> bool | None:
@@ -178,10 +173,6 @@ def _share_row(
         "shares": shares,
         "strip": share_strip(shares, f"{name}: {described}"),
         "change": change,
-        "change_text": signed(change * 100, 0),
+        "change_text": figure(change * 100, "+.0f"),
         "holds": tested is not None and tested["p_holm"] < 1 - confidence,
     }
-
-
-def _plain(value: float | None, decimals: int) -> str:
-    return "–" if value is None else f"{value:.{decimals}f}".replace("-", "−")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prefmill.core.figures import bounds, figure, with_interval
 from prefmill.evaluation.metrics import MEASURES, Measure
 from prefmill.evaluation.rows import HUMAN
 
@@ -116,13 +117,6 @@ def judge(difference: Mapping[str, Any], confidence: float) -> Verdict:
     return "helped" if difference["value"] > 0 else "hurt"
 
 
-def signed(value: float, decimals: int = 2) -> str:
-    """A difference with its sign; a true minus."""
-    text = f"{value:+.{decimals}f}"
-    # -0.00 would claim a direction that rounding has taken away.
-    return text.replace("-", "−") if float(text) else text.lstrip("+-")
-
-
 def p_text(p_value: float) -> str:
     """A p-value as one writes it."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
@@ -136,7 +130,7 @@ def _story_of_one(compared: Compared, evaluations: Sequence[Mapping[str, Any]]) 
         verdict="single",
         helped=f"Nothing to compare: only {shown['model']} was evaluated.",
         how_much=f"Its mean checklist score is {score['value']:.2f} of at most {compared['max_score']:g}.",
-        how_sure=f"The interval is {score['low']:.2f} to {score['high']:.2f}, on {compared['num_papers']} papers.",
+        how_sure=f"The interval is {bounds(score)}, on {compared['num_papers']} papers.",
         doubts=tuple(_general_doubts(compared, evaluations)),
     )
 
@@ -151,8 +145,8 @@ def _how_much(compared: Compared) -> str:
 def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) -> str:
     score, wins = pair["measures"][SCORE], pair["win_rate"]
     parts = [
-        f"{pair['candidate']} − {pair['baseline']} = {signed(score['value'])}, {confidence:.0%} interval "
-        f"{signed(score['low'])} to {signed(score['high'])}, {p_text(score['p_holm'])} after Holm's correction, over "
+        f"{pair['candidate']} − {pair['baseline']} = {figure(score['value'], '+.2f')}, {confidence:.0%} interval "
+        f"{bounds(score, '+.2f')}, {p_text(score['p_holm'])} after Holm's correction, over "
         f"{score['num_papers']} papers; its review scores higher in {wins['value']:.0%} of comparisons on one paper."
     ]
     if (factors := pair["measures"].get(FACTORS)) is not None:
@@ -161,7 +155,7 @@ def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) ->
         agrees = "agree" if verdict == judge(score, confidence) else "do not confirm it"
         parts.append(
             f"The generator's own quality factors, which the checklist does not know, {agrees}: "
-            f"{signed(factors['value'])} ({signed(factors['low'])} to {signed(factors['high'])})."
+            f"{with_interval(factors, '+.2f')}."
         )
     return " ".join(parts)
 
@@ -193,8 +187,7 @@ def _length_doubt(compared: Compared, pair: Mapping[str, Any], confidence: float
         more = "longer" if words["value"] > 0 else "shorter"
         yield (
             f"{pair['candidate']} writes {abs(words['value']) / before:.0%} {more} reviews than {pair['baseline']}; at "
-            f"equal length the difference in score would be {signed(equal['value'])} "
-            f"({signed(equal['low'])} to {signed(equal['high'])})."
+            f"equal length the difference in score would be {with_interval(equal, '+.2f')}."
         )
 
 
@@ -208,7 +201,8 @@ def _step_doubts(compared: Compared, confidence: float) -> Iterator[str]:
         score = steps[before, after]["measures"][SCORE]
         if judge(score, confidence) != "helped":
             finding = "lowers the score" if judge(score, confidence) == "hurt" else "shows no effect of its own"
-            yield f"The step from {before} to {after} {finding}: {signed(score['value'])}, {p_text(score['p_holm'])}."
+            gain = figure(score["value"], "+.2f")
+            yield f"The step from {before} to {after} {finding}: {gain}, {p_text(score['p_holm'])}."
 
 
 def _side_effects(compared: Compared, name: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from prefmill.core.figures import bounds
 from prefmill.datasets.cross_checks import moments
 from prefmill.datasets.findings import CHECKS, Finding, Findings
 from prefmill.datasets.length_bias import LengthBias
@@ -66,7 +67,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         columns = [[name, *values.values()] for name, values in dataset["columns"].items()]
         parts += [f"### {folder}", _table(["value", "mean", "sd", *_QUANTILES], columns)]
     if report["length_bias"]:
-        heads = ["dataset", "pairs", "longer is chosen", "95 % interval", "AUC"]
+        heads = ["dataset", "pairs", "longer is chosen", "95% interval", "AUC"]
         parts += ["## Length bias", _table(heads, _bias_rows(report["length_bias"]))]
     if report["tokens"]["longest"]:
         longest = [[folder, f"{tokens:,}"] for folder, tokens in report["tokens"]["longest"].items()]
@@ -132,8 +133,8 @@ def _bias(bias: LengthBias) -> dict[str, Any]:
 
 def _bias_rows(length_bias: dict[str, Any]) -> Iterator[list[str]]:
     for folder, found in length_bias.items():
-        interval = f"{found['low']:.3f} to {found['high']:.3f}"
-        yield [folder, f"{found['pairs']:,}", f"{found['longer_is_chosen']:.3f}", interval, f"{found['auc']:.3f}"]
+        share = f"{found['longer_is_chosen']:.1%}"
+        yield [folder, f"{found['pairs']:,}", share, bounds(found, ".1%"), f"{found['auc']:.3f}"]
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from prefmill.core.figures import duration
 from prefmill.core.places import MANIFEST
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.slots import Slots
@@ -47,7 +48,7 @@ def stated(task: PlannedTask, resources: Resources, rates: Mapping[str, float], 
     if rate is not None and rows is not None:
         ranks = resources.ranks(task.processes) if task.stage.trains else 1
         yield (
-            f"  about {_duration(rows * _epochs(task) / rate / ranks)} a task: {_amount(task, rows)} at {rate:g} per "
+            f"  about {duration(rows * _epochs(task) / rate / ranks)} a task: {_amount(task, rows)} at {rate:g} per "
             f"second on each of {ranks} (throughput.{kind}.{task.stage.name} of the cluster file)"
         )
 
@@ -62,25 +63,27 @@ def _distinct(tasks: Iterable[PlannedTask]) -> list[PlannedTask]:
 
 def _lines(task: PlannedTask, times: Sequence[Timed], resources: Resources | None) -> Iterator[str]:
     ranks, rows = Slots(1).ranks(task), rows_of(task) or (times[-1].rows if is_whole(times) else None)
-    rate = _epochs(task) / max(_seconds_per_row(times), 1e-9) / ranks
-    slices = " and ".join(f"{timed.rows:,} rows in {timed.seconds:.1f} s" for timed in times[-2:])
-    yield f"{task.key}: {float(f'{rate:.3g}'):,g} rows per second on each of {ranks}; measured: {slices}"
+    per_row = _seconds_per_row(times)
+    slices = " and ".join(f"{timed.rows:,} rows in {duration(timed.seconds)}" for timed in times[-2:])
+    rate = f"{float(f'{_epochs(task) / per_row / ranks:.3g}'):,g} rows per second on each of {ranks}" if per_row else ""
+    yield f"{task.key}: {rate or 'no rate, as more rows took no longer'}; measured: {slices}"
     if rows is None:
         yield "  how many rows there are is not known before it reads its dataset"
         return
     took = seconds_for(times, rows)
-    yield f"  about {_duration(took)} here for {_amount(task, rows)}"
-    if resources is not None:
+    is_known = per_row > 0 or rows <= times[-1].rows
+    yield f"  {'about' if is_known else 'at least'} {duration(took)} here for {_amount(task, rows)}"
+    if resources is not None and is_known:
         yield from _on_the_cluster(task, took * ranks, resources)
     if (seconds := record_seconds(task.output)) is not None:
-        yield f"  the finished run took {_duration(seconds)}: the forecast is {took / seconds:.2f} of that"
+        yield f"  the finished run took {duration(seconds)}: the forecast is {took / seconds:.2f} times that"
 
 
 def _on_the_cluster(task: PlannedTask, rank_seconds: float, resources: Resources) -> Iterator[str]:
     ranks = resources.ranks(task.processes) if task.stage.trains else 1
     took, limit = rank_seconds / ranks, 60 * resources.time_limit_minutes
     stops = f"; stopped and resumed {took // limit:.0f} times" if took > limit else ""
-    yield f"  about {_duration(took)} on the {ranks} asked for, were each as fast as here{stops}"
+    yield f"  about {duration(took)} on the {ranks} asked for, were each as fast as here{stops}"
 
 
 def _seconds_per_row(times: Sequence[Timed]) -> float:
@@ -96,9 +99,3 @@ def _epochs(task: PlannedTask) -> int:
 
 def _amount(task: PlannedTask, rows: int) -> str:
     return f"{rows:,} rows" + (f" x {_epochs(task)} epochs" if _epochs(task) > 1 else "")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

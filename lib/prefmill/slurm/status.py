@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prefmill.core.figures import duration
 from prefmill.core.places import PROGRESS
 from prefmill.core.terminal import paint_states
 from prefmill.pipeline.attempts import read_attempts
@@ -259,7 +260,7 @@ def _progress(logs: Path, status: Mapping[str, Any]) -> str:
         return ""
     shown = f"{progress['done']}{'/' + str(progress['total']) if progress['total'] else ''} {progress['unit']}"
     left = _seconds_left(progress, status.get("attempt", {})) if status.get("state") == "running" else None
-    return shown if left is None else f"{shown}, {_duration(left)} left"
+    return shown if left is None else f"{shown}, {duration(left)} left"
 
 
 def _seconds_left(progress: Mapping[str, Any], attempt: Mapping[str, Any]) -> float | None:
@@ -270,12 +271,6 @@ def _seconds_left(progress: Mapping[str, Any], attempt: Mapping[str, Any]) -> fl
         return None
     left: float = (progress["time"] - attempt["started"]) / done * (progress["total"] - progress["done"])
     return left
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _by_stage(rows: Sequence[Row]) -> list[list[Row]]:
@@ -301,7 +296,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    time_shown = _duration(row.seconds) if row.seconds else ""
+    time_shown = duration(row.seconds) if row.seconds else ""
     hours = f"{row.gpu_hours:.1f}" if row.gpus else ""
     return (row.key, row.state, row.progress, row.node, time_shown, hours, str(row.restarts or ""), row.reason)
 

@@ -22,14 +22,14 @@ def counts(num_reviews: int, yes: int, mass: float | None, items: int = 2) -> An
 
 
 def test_a_judge_without_mass_is_refused_in_words() -> None:
-    with pytest.raises(InputError, match="this judge says yes to 98 % and puts 2 % of its mass on an answer"):
+    with pytest.raises(InputError, match="this judge says yes to 98% and puts 2% of its mass on an answer"):
         check(counts(100, 98, 0.02), GATE)
     check(counts(100, 98, 0.02), JudgeGate(min_answer_mass=0))
 
 
 @pytest.mark.parametrize("yes", [0, 1, 99, 100])
 def test_a_constant_judge_is_refused(yes: int) -> None:
-    with pytest.raises(InputError, match=r"expected: at most 98 % of one answer \(judge.max_same_answer\)"):
+    with pytest.raises(InputError, match=r"expected: at most 98% of one answer \(judge.max_same_answer\)"):
         check(counts(100, yes, 0.9), GATE)
     check(counts(100, yes, 0.9), JudgeGate(max_same_answer=1))
     check(counts(10, 0, 0.9), GATE)  # ten reviews may well be alike
@@ -47,7 +47,7 @@ def test_figures_are_means_and_a_standard_deviation() -> None:
         "same_throughout": [],
     }  # fmt: skip
     assert found.by_item(["i1", "never"])["never"]["answer_mass"] is None
-    assert in_words(counts(3, 3, None).overall()) == "this judge says yes to 100 %"
+    assert in_words(counts(3, 3, None).overall()) == "this judge says yes to 100%"
 
 
 def test_items_answered_alike_are_named() -> None:
@@ -56,4 +56,4 @@ def test_items_answered_alike_are_named() -> None:
         found.items.setdefault("same", type(found.items["i0"])()).add({"yes": True, "p_yes": 0.6 + number / 100})
     (alike, low) = warnings(found.overall(), 3)
     assert alike == "1 of 3 items are answered alike for every review: same"
-    assert "puts 30 % of its mass" in low
+    assert "puts 30% of its mass" in low

@@ -37,7 +37,7 @@ def finished(folder: Path, metrics: dict[str, Any], **files: Any) -> Any:
         ({"warnings": ["told"], "verdict": {}}, ""),
         (
             {"win_rate": 0.75, "win_rate_low": 0.65, "win_rate_high": 0.78, "num_prompts": 26, "winner_drift": 0.1},
-            "win rate 75%, interval from 65%, to 78%, 26 prompts",
+            "win rate 75% (65% to 78%), 26 prompts",
         ),
     ],
 )  # fmt: skip

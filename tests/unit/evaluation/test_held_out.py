@@ -183,10 +183,10 @@ def test_a_judge_that_answers_nothing_is_stopped_and_what_it_said_is_kept(tmp_pa
     rows: Any = [{"paper_id": f"p{n:03}", "sample": 0, "text": "good", "rating": None} for n in range(100)]
     papers: Any = {row["paper_id"]: {} for row in rows}
     engine, gate = YesToEverything(mass=0.02), JudgeGate(max_same_answer=1)
-    with pytest.raises(InputError, match="this judge says yes to 100 % and puts 2 % of its mass on an answer"):
+    with pytest.raises(InputError, match="this judge says yes to 100% and puts 2% of its mass on an answer"):
         score_generations(rows, papers, engine, ["q"], tmp_path, gate=gate)
     assert len(engine.shown) == 64  # of 50 reviews on it is judged, before the next block of 32 papers
-    with pytest.raises(InputError, match="2 % of its mass"):  # a rerun does not get round it
+    with pytest.raises(InputError, match="2% of its mass"):  # a rerun does not get round it
         score_generations(rows[:64], papers, engine, ["q"], tmp_path, gate=gate)
     any_judge = JudgeGate(min_answer_mass=0, max_same_answer=1)
     assert len(score_generations(rows, papers, engine, ["q"], tmp_path, gate=any_judge)) == 100
@@ -196,7 +196,7 @@ def test_a_judge_that_answers_nothing_is_stopped_and_what_it_said_is_kept(tmp_pa
 def test_a_constant_judge_is_stopped_on_reviews_by_people_alone(tmp_path: Path) -> None:
     rows: Any = [{"paper_id": f"p{n:03}", "sample": 0, "text": "good", "rating": None} for n in range(30)]
     papers: Any = {row["paper_id"]: {} for row in rows}
-    with pytest.raises(InputError, match="at most 98 % of one answer"):
+    with pytest.raises(InputError, match="at most 98% of one answer"):
         score_generations(rows, papers, YesToEverything(), ["q"], tmp_path, gate=JudgeGate())
     # A model may well write reviews that are alike in every item.
     assert score_generations(rows, papers, YesToEverything(), ["q"], tmp_path / "b", gate=JudgeGate().mass_alone)

@@ -118,7 +118,7 @@ def test_rank_correlation_with_ties() -> None:
 def test_values_are_shown_as_one_reads_them() -> None:
     by_name = {item.name: item for item in MEASURES}
     assert by_name["checkmark_score"].show(3.14159) == "3.14"
-    assert by_name["has_rating"].show(0.976) == "97.6 %"
+    assert by_name["has_rating"].show(0.976) == "97.6%"
     assert by_name["checkmark_score"].show_difference(-1.5) == "−1.50"
     assert by_name["has_rating"].show_difference(0.012) == "+1.2"
     assert by_name["has_rating"].show_difference(-0.0001) == "0.0"

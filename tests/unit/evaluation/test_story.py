@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefmill.report.story import data_doubts, judge, p_text, signed, tell
+from prefmill.report.story import data_doubts, judge, p_text, tell
 
 
 def found(value: float, p_value: float, p_holm: float | None = None) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def test_side_effects_are_doubts(measures: dict[str, float], differences: dict[s
     ("name", "before", "after", "p_value", "harm"),
     [
         ("rating_error", 1.88, 3.35, 0.01, "Rating error: 1.88 → 3.35"),
-        ("recommendation_correct", 0.488, 0.412, 0.01, "Recommendation accuracy: 48.8 % → 41.2 %"),
-        ("repeated_4grams", 0.1, 0.3, 0.001, "Repeated 4-grams: 10.0 % → 30.0 %"),
+        ("recommendation_correct", 0.488, 0.412, 0.01, "Recommendation accuracy: 48.8% → 41.2%"),
+        ("repeated_4grams", 0.1, 0.3, 0.001, "Repeated 4-grams: 10.0% → 30.0%"),
         ("repeated_4grams", 0.1, 0.12, 0.001, None),
         ("rating_error", 1.88, 3.35, 0.2, None),
         ("rating_error", 3.35, 1.88, 0.01, None),
@@ -172,7 +172,6 @@ def test_untraced_training_data_is_a_doubt() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [signed(value) for value in (1.234, -1.2, 0.001, -0.001)] == ["+1.23", "−1.20", "0.00", "0.00"]
     assert [p_text(value) for value in (0.0004, 0.012)] == ["p < 0.001", "p = 0.012"]
     assert judge(found(1, 0.049), 0.95) == "helped"
     assert judge(found(1, 0.051), 0.95) == "unclear"

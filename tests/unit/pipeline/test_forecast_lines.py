@@ -15,7 +15,7 @@ from prefmill.core.stage import load_stage
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.slurm import slices
 from prefmill.slurm.cluster import ClusterFile, Resources, read_cluster
-from prefmill.slurm.forecast import seconds_for, stated
+from prefmill.slurm.forecast import _lines, seconds_for, stated
 from prefmill.slurm.slices import Timed, rows_of
 from prefmill.store.artifacts import publish, read
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -75,12 +75,23 @@ def test_slices_grow_until_rows_weigh_more_than_the_start() -> None:
     assert slices._enough([Timed(8, 200.0), Timed(32, 210.0)], 1000)  # long enough
 
 
+def test_no_rate_is_made_up_where_more_rows_took_no_longer(tmp_path: Path) -> None:
+    task = task_of("dpo", tmp_path / "made", pairs=300, num_train_epochs=1)
+    quick = list(_lines(task, [Timed(16, 0.42), Timed(64, 0.4)], None))
+    assert quick == [
+        "dpo:clean: no rate, as more rows took no longer; measured: 16 rows in 0.4 s and 64 rows in 0.4 s",
+        "  at least 0.4 s here for 300 rows",
+    ]
+    slow = list(_lines(task, [Timed(16, 20.0), Timed(64, 116.0)], None))
+    assert slow[0].startswith("dpo:clean: 0.5 rows per second on each of ")
+    assert slow[1] == "  about 10 min here for 300 rows"
+    assert list(_lines(task, [Timed(64, 1.5), Timed(300, 1.4)], None))[1] == "  about 1.4 s here for 300 rows"
+
+
 def test_a_sites_throughput_becomes_hours(tmp_path: Path) -> None:
     task = task_of("dpo", tmp_path / "made", pairs=300, num_train_epochs=2)
     (line,) = stated(task, Resources(nodes=2, gpus=4), {"dpo": 0.01}, "h100")
-    assert line.startswith(
-        "  about 2.1 hours a task: 300 rows x 2 epochs at 0.01 per second on each of 8"
-    )  # 600/0.01/8 s
+    assert line.startswith("  about 2.1 h a task: 300 rows x 2 epochs at 0.01 per second on each of 8")  # 600/0.01/8 s
     assert list(stated(task, Resources(), {"sft": 1.0}, "h100")) == []
     path = tmp_path / "cluster.yaml"
     path.write_text("throughput: {h100: {dpo: 0}}")

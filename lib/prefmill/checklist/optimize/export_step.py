@@ -11,6 +11,7 @@ from prefmill.checklist.items import Checklist, save_checklist
 from prefmill.checklist.optimize.config import ExportConfig
 from prefmill.checklist.score import OPTIMAL_CHECKLIST
 from prefmill.core.errors import InputError
+from prefmill.core.figures import with_interval
 from prefmill.core.files import write_atomic
 
 SUMMARY = "summary.json"
@@ -85,7 +86,6 @@ def _finding(held_out: Row, num_kept: int, num_candidates: int) -> str:
             "reviews no item is chosen steadily."
         )
     found = held_out["correlation"]
-    interval = f"{found['low']:.2f} to {found['high']:.2f}"
     verdicts: dict[str, list[str]] = {"better than": [], "worse than": [], "not shown to differ from": []}
     for name in held_out["baselines"]:
         better, worse = _is_better(held_out, name), _is_worse(held_out, name)
@@ -96,7 +96,7 @@ def _finding(held_out: Row, num_kept: int, num_candidates: int) -> str:
     kept += _AS_MODELLED[held_out["model"]]
     return (
         f"{kept}. On held-out papers such a checklist's score correlates with "
-        f"{target} at {found['value']:.2f} ({interval}): {compared}."
+        f"{target} at {with_interval(found)}: {compared}."
     )
 
 

@@ -1,0 +1,35 @@
+"""Numbers as people read them, on the console and in every report: a true minus, an interval in parentheses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def figure(value: float | None, form: str = ".2f") -> str:
+    """A number in a format such as `+.2f` or `.0%`; a dash for None. A zero after rounding has no sign."""
+    if value is None:
+        return "–"
+    text = format(value, form)
+    # -0.00 would claim a direction that rounding has taken away.
+    return text.replace("-", "−") if text.strip("+-0.%") else text.lstrip("+-")
+
+
+def bounds(found: Mapping[str, Any], form: str = ".2f") -> str:
+    """`low to high`, of numbers under these names."""
+    return f"{figure(found['low'], form)} to {figure(found['high'], form)}"
+
+
+def with_interval(found: Mapping[str, Any] | None, form: str = ".2f") -> str:
+    """`value (low to high)`; the value alone where there is no interval, as of one paper; a dash for None."""
+    if found is None:
+        return "–"
+    value = figure(found["value"], form)
+    return value if found["low"] is None else f"{value} ({bounds(found, form)})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `0.4 s`, `95 s`, `12 min` or `2.1 h`."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
