@@ -18,6 +18,7 @@ from prefmill.core.image_rows import HEADS
 from prefmill.core.statistics import Resampling
 from prefmill.families.reward.measures import measure_head
 from prefmill.images.evaluate import compare, conclusion
+from prefmill.report.facts import facts
 from prefmill.store.artifacts import publish
 from prefmill.store.jsonl import write_jsonl
 from prefmill.sweep.config import StudyConfig
@@ -134,3 +135,10 @@ def test_a_report_is_on_one_kind_of_evaluation(tmp_path: Path) -> None:
     evaluation = make_evaluation(tmp_path / "e", make_reward(tmp_path / "reward"), 1.0)
     with pytest.raises(PipelineError, match="evaluations and images"):
         report(tmp_path, images=evaluation, evaluations=evaluation)
+
+
+def test_the_page_opens_with_the_pairs_trained_on_not_with_all_that_were_built(tmp_path: Path) -> None:
+    built = make(tmp_path / "pairs", "image_pairs", "build_image_pairs", {"num_pairs": 1348})
+    tuned = [make(tmp_path / name, "image_checkpoint", "sdxl_dpo", {"pairs": 1078}) for name in ("rated", "shuffled")]
+    told = [line for line in facts([built, *tuned], None, False) if "trained on" in line]
+    assert told == ["trained on 1\u202f078 image pairs"]

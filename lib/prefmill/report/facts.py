@@ -58,11 +58,13 @@ def num_parameters(artifact: Artifact) -> int:
 
 def _trained_on(artifacts: Sequence[Artifact], datasets: Mapping[str, Any] | None) -> Iterator[str]:
     if datasets is not None:
+        counts = [(datasets["dpo"]["pairs"]["train"], "preference")]
+    else:
+        tuned = [item.manifest.metrics for item in artifacts if item.manifest.kind == "image_checkpoint"]
+        counts = [(metrics["pairs"], "image") for metrics in tuned if metrics.get("pairs")]
+    for count, kind in dict.fromkeys(counts):
         # A narrow no-break space between thousands: a number is not cut at the end of a line.
-        yield f"trained on {datasets['dpo']['pairs']['train']:,} preference pairs".replace(",", "\u202f")
-        return
-    pairs = [item.manifest.metrics.get("num_pairs") for item in artifacts if item.manifest.kind == "image_pairs"]
-    yield from (f"trained on {count} image pairs" for count in pairs if count)
+        yield f"trained on {count:,} {kind} pairs".replace(",", "\u202f")
 
 
 def _made(artifacts: Sequence[Artifact]) -> Iterator[str]:

@@ -146,7 +146,8 @@ def _cell(found: Any, measure: Measure) -> Row | None:
         return None
     if not isinstance(found, Mapping):
         return {"value": measure.show(found), "interval": None}
-    low, high = measure.show(found["low"]), measure.show(found["high"])
+    # Without their sign: the value above has it, and four columns must fit a phone.
+    low, high = (measure.show(found[end]).removesuffix("%") for end in ("low", "high"))
     # Rounded to no width, an interval would read as certainty.
     return {"value": measure.show(found["value"]), "interval": f"{low} to {high}" if low != high else None}
 
