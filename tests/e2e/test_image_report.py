@@ -140,6 +140,7 @@ def test_a_report_is_on_one_kind_of_evaluation(tmp_path: Path) -> None:
 def test_the_page_opens_with_the_pairs_trained_on_not_with_all_that_were_built(tmp_path: Path) -> None:
     for name in ("pairs", "rated", "shuffled"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "written").touch()
     built = make(tmp_path / "pairs", "image_pairs", "build_image_pairs", {"num_pairs": 1348})
     tuned = [make(tmp_path / name, "image_checkpoint", "sdxl_dpo", {"pairs": 1078}) for name in ("rated", "shuffled")]
     told = [line for line in facts([built, *tuned], None, False) if "trained on" in line]
