@@ -1,4 +1,4 @@
-"""Models whose files hold 8 or 4 bits a weight: read as whole weights, trained under an adapter, or refused."""
+"""Models whose files hold 8 or 4 bits a weight: read as whole weights, or refused."""
 
 from __future__ import annotations
 
@@ -14,26 +14,22 @@ _KEY = "quantization_config"
 
 
 def quantization_of(config: Any) -> str | None:
-    """The `quant_method` that a model's configuration states, `bitsandbytes 4bit` for its 4 bits; None for whole."""
+    """The `quant_method` that a model's configuration states, `none stated` where it leaves that out; None for whole."""
     found = getattr(config, _KEY, None) or getattr(config.get_text_config(), _KEY, None)
-    if not found:
-        return None
-    stated = found if isinstance(found, dict) else found.to_dict()
-    return "bitsandbytes 4bit" if stated.get("load_in_4bit") else str(stated.get("quant_method"))
+    stated = found if isinstance(found, dict | None) else found.to_dict()
+    return stated.get("quant_method", "none stated") if stated else None
 
 
 def require_trainable(name: str, config: Any, quantization: Quantization | None) -> None:
-    """Raise InputError for quantized weights that are neither read whole nor the 4 bits asked for by `quantization`."""
+    """Raise InputError for quantized weights that are not read whole, or that `quantization` would quantize again."""
     stored = quantization_of(config)
-    four_bit = stored == "bitsandbytes 4bit"
-    if stored is None or (four_bit if quantization else stored in _READ_WHOLE):
+    if stored is None or (stored in _READ_WHOLE and quantization is None):
         return
-    whole = "give the model before it was quantized"
-    fixes = [f"set quantization=4bit and a lora section, or {whole}"] if four_bit else [whole]
-    fixes = [f"leave quantization out, or {whole}"] if quantization and stored in _READ_WHOLE else fixes
+    again = "leave quantization out, or " if stored in _READ_WHOLE else ""
     raise InputError(
         "these weights are quantized in a way that is not trained here", where=name, got=f"{_KEY} of {stored}",
-        expected=f"whole weights, or {', '.join(_READ_WHOLE)}, which are read as whole weights", fix=fixes[0],
+        expected=f"whole weights, or {', '.join(_READ_WHOLE)}, which are read as whole weights",
+        fix=f"{again}give the model before it was quantized; quantization=4bit quantizes it while it is loaded",
     )  # fmt: skip
 
 
@@ -64,7 +60,7 @@ def load_whole(load: Callable[..., tuple[Any, Any]], name: str, config: Any, pre
 
     stored = quantization_of(config)
     if stored not in _READ_WHOLE:
-        if stored not in (None, "bitsandbytes", "bitsandbytes 4bit", *AUTO_QUANTIZATION_CONFIG_MAPPING):
+        if stored not in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
             raise InputError(
                 "this quantization is not known", where=name, got=f"quant_method {stored}",
                 expected="one that the installed transformers reads", fix="give the model before it was quantized",
