@@ -14,7 +14,7 @@ _KEY = "quantization_config"
 
 
 def quantization_of(config: Any) -> str | None:
-    """The `quant_method` that a configuration states, `none stated` where it leaves that out; None for whole weights."""
+    """The `quant_method` that a configuration states, `none stated` where it leaves that out; None for whole."""
     found = getattr(config, _KEY, None) or getattr(config.get_text_config(), _KEY, None)
     stated = found if isinstance(found, dict | None) else found.to_dict()
     return stated.get("quant_method", "none stated") if stated else None
