@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,16 +66,20 @@ def by_optuna(pruner: optuna.pruners.BasePruner) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "pruner"),
-    [("median", optuna.pruners.MedianPruner(n_startup_trials=3)), ("hyperband", optuna.pruners.HyperbandPruner())],
+    # Made for each run of the test: Hyperband's remembers its trials.
+    [
+        ("median", partial(optuna.pruners.MedianPruner, n_startup_trials=3)),
+        ("hyperband", optuna.pruners.HyperbandPruner),
+    ],
 )
 def test_the_trials_that_optuna_would_end_are_ended(
-    name: str, pruner: optuna.pruners.BasePruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, pruner: Callable[[], optuna.pruners.BasePruner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     came = use(monkeypatch, looks=(1, 2, 3, 4))
     told = go(tmp_path, n_trials=len(CURVES), pruner=name, prune_by="eval_f1", startup_trials=3)
     rows = list(read_jsonl(next(tmp_path.rglob(TRIALS))))
     states = [row["state"] for row in rows]
-    assert states == by_optuna(pruner)
+    assert states == by_optuna(pruner())
     assert states.count("pruned") == told["pruned"] >= 2
     assert told["best_trial"] == 7
     pruned = [row for row in rows if row["state"] == "pruned"]
