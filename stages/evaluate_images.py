@@ -6,14 +6,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
+from prefmill.core.config import ExternalPath, later, runtime
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.images.sampling import SamplingKeys
 from prefmill.training.config import start_model
 
 
-class EvaluateImagesConfig(StrictConfig):
+class EvaluateImagesConfig(SamplingKeys):
     """Which prompts, how images are drawn, how they are compared."""
 
     model_name_or_path: str | None = Field(None, description="the base: folder or hub name, where no model is given")
@@ -26,15 +27,9 @@ class EvaluateImagesConfig(StrictConfig):
     )
     splits: list[ImageSplit] = Field(["val", "test"], min_length=1, description="of the pairs: held out")
     num_prompts: int | None = Field(None, ge=2, description="take the first so many, by prompt_id; none: all")
-    seeds: list[int] = Field([0, 1], min_length=1, description="an image of each prompt for every seed and model")
     compare_with: Literal["same_seed", "other_seeds"] = later(
         "same_seed", description="an image is compared with the base's of its seed, or of the prompt's other seeds"
     )
-    num_inference_steps: int = Field(30, ge=1, description="denoising steps")
-    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; up to 1: none")
-    negative_prompt: str | None = Field(None, description="what guidance leads away from")
-    height: int | None = Field(None, ge=8, multiple_of=8, description="in pixels; none: the model's")
-    width: int | None = Field(None, ge=8, multiple_of=8, description="in pixels; none: the model's")
     batch_size: int | None = runtime(None, ge=1, description="images at once; none: found from memory")
     num_grid_prompts: int = Field(12, ge=0, description="prompts whose images are shown side by side")
     drift_draws: int = Field(2, ge=0, description="noise draws a held-out pair for the denoising drift; 0: none")
@@ -56,16 +51,12 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
 
     from prefmill.core.statistics import Resampling
     from prefmill.images.evaluate import ImageEvaluation, evaluate_images
-    from prefmill.images.generation import ImageSampling
 
     model = task.optional_input("model")
     base = start_model(config, task, "model")  # type: ignore[arg-type]
     label = Path(base).name if Path(base).is_dir() else base
     if model is not None:
         label = f"{model.manifest.stage}@{model.manifest.content_digest[:12]}"
-    sampling = ImageSampling(
-        config.num_inference_steps, config.guidance_scale, config.negative_prompt, config.height, config.width
-    )
     wanted = ImageEvaluation(
         base=base,
         base_label=label,
@@ -78,7 +69,7 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
         num_prompts=config.num_prompts,
         seeds=config.seeds,
         compare_with=config.compare_with,
-        sampling=sampling,
+        sampling=config.sampling,
         batch_size=config.batch_size,
         num_grid_prompts=config.num_grid_prompts,
         drift_draws=config.drift_draws,

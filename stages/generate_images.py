@@ -6,17 +6,17 @@ from functools import partial
 
 from pydantic import Field
 
-from prefmill.core.config import ExternalPath, StrictConfig, runtime
+from prefmill.core.config import ExternalPath, runtime
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Reads, Stage, Task
+from prefmill.images.sampling import SamplingKeys
 
 
-class GenerateImagesConfig(StrictConfig):
+class GenerateImagesConfig(SamplingKeys):
     """Which prompts, which model, how images are drawn."""
 
     prompts: ExternalPath = Field(description=".csv or .tsv with a column prompt and, if you like, prompt_id")
     num_prompts: int | None = Field(None, ge=1, description="take the first so many, by prompt_id; none: all")
-    seeds: list[int] = Field([0, 1], min_length=1, description="an image of each prompt for every seed")
     model_name_or_path: str | None = Field(None, description="folder or hub name, where no checkpoint is given")
     revision: str | None = Field(None, description="of a hub model")
     variant: str | None = Field(None, description="of a hub model's weights, such as fp16")
@@ -24,11 +24,6 @@ class GenerateImagesConfig(StrictConfig):
         None, description="folder or file: LoRA or DoRA of diffusers, or by kohya's keys"
     )
     adapter_scale: float = Field(1.0, description="how much of the adapter is added")
-    num_inference_steps: int = Field(30, ge=1, description="denoising steps")
-    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; up to 1: none")
-    negative_prompt: str | None = Field(None, description="what guidance leads away from")
-    height: int | None = Field(None, ge=8, multiple_of=8, description="in pixels; none: the model's")
-    width: int | None = Field(None, ge=8, multiple_of=8, description="in pixels; none: the model's")
     precision: Precision = Field("fp16", description="of UNet and text encoders; the VAE decodes in fp32")
     batch_size: int | None = runtime(None, ge=1, description="images at once; none: found from memory")
 
@@ -37,18 +32,14 @@ def run(config: GenerateImagesConfig, task: Task) -> Metrics:
     """Write `images/`, `images.jsonl`, `prompts.jsonl` and `summary.json`; interrupted, it makes what is missing."""
     from prefmill.families.sdxl.generator import choose_source, open_pipeline
     from prefmill.images.generate import GenerateImages, generate_images
-    from prefmill.images.generation import ImageSampling
 
     model, tuned = (task.optional_input(name) for name in ("model", "tuned"))
     source = choose_source(config, model, tuned, f"{task.stage}:{task.name}")
-    sampling = ImageSampling(
-        config.num_inference_steps, config.guidance_scale, config.negative_prompt, config.height, config.width
-    )
     wanted = GenerateImages(
         prompts=config.prompts,
         num_prompts=config.num_prompts,
         seeds=config.seeds,
-        sampling=sampling,
+        sampling=config.sampling,
         label=source.label,
         open_model=partial(open_pipeline, source),
         batch_size=config.batch_size,

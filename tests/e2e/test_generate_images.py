@@ -22,6 +22,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.stage import Task
 from prefmill.demo import tiny_models as tiny
 from prefmill.families.sdxl.generator import ADAPTER_FILE, add_adapter, open_pipeline
+from prefmill.images.sampling import ImageSampling
 from prefmill.store.artifacts import payload
 from prefmill.store.jsonl import read_jsonl
 
@@ -218,7 +219,7 @@ def test_a_batch_is_found_from_memory(tmp_path: Path, model: Artifact, prompts: 
     generate(task, prompts, batch_size=None)
     assert int((task.work / "batch_size").read_text()) in (1, 2, 4, 8, 16)
     job = generation.ImageJob("a", "a", 0)
-    large = generation.ImageSampling(1, 5.0, height=200_000, width=200_000)
+    large = ImageSampling(1, 5.0, height=200_000, width=200_000)
     assert generation.fitting_batch(opened, job, large) == 1
 
 
@@ -295,6 +296,8 @@ def test_which_model_must_be_clear(tmp_path: Path, model: Artifact, prompts: Pat
     adapter = publish_as(tmp_path / "adapter", "image_checkpoint")
     with pytest.raises(ConfigError, match="two adapters to make images with"):
         generate(task_for(tmp_path / "e", "generate_images", model=model, tuned=adapter), prompts, adapter="x")
+    with pytest.raises(ConfigError, match="an adapter_scale without an adapter"):
+        generate(task_for(tmp_path / "f", "generate_images", model=model), prompts, adapter_scale=0.5)
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +315,10 @@ def test_a_folder_without_an_adapter_is_named(tmp_path: Path, model: Artifact, o
     ("given", "message"),
     [
         ({"seeds": []}, "seeds"),
+        ({"seeds": [0, 1, 0]}, "seeds: one stands there twice"),
+        ({"seeds": [2**64]}, "seeds"),
+        ({"num_inference_steps": 1001}, "num_inference_steps"),
+        ({"negative_prompt": "blurred", "guidance_scale": 1.0}, "negative_prompt: has no effect"),
         ({"height": 20}, "height = 20"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"steps": 3}, "steps: unknown key"),
@@ -320,8 +327,3 @@ def test_a_folder_without_an_adapter_is_named(tmp_path: Path, model: Artifact, o
 def test_bad_settings_are_explained(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(prompts="x", **given)
-
-
-def test_seeds_that_stand_there_twice_are_refused(tmp_path: Path, model: Artifact, prompts: Path) -> None:
-    with pytest.raises(ConfigError, match="seeds must differ"):
-        generate(task_for(tmp_path / "t", "generate_images", model=model), prompts, seeds=[0, 1, 0])

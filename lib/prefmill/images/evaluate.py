@@ -23,9 +23,10 @@ from prefmill.core.statistics import Resampling, holm, means, within
 from prefmill.families.reward.scoring import open_scorer
 from prefmill.families.sdxl.folders import PIPELINE_FILE
 from prefmill.families.sdxl.generator import ADAPTER_FILE, GeneratorSource, open_pipeline
-from prefmill.images.generation import ImageSampling, make_images, plan_jobs
+from prefmill.images.generation import make_images, plan_jobs
 from prefmill.images.grids import write_grids
 from prefmill.images.prompts import read_prompts
+from prefmill.images.sampling import ImageSampling
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.missing import in_batches, kept_rows
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.errors import ConfigError
 from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import ImagePrompt
 from prefmill.core.stage import Metrics, Task
-from prefmill.images.generation import ImageSampling, cut_prompts, make_images, plan_jobs
+from prefmill.images.generation import cut_prompts, make_images, plan_jobs
 from prefmill.images.prompts import read_prompts
+from prefmill.images.sampling import ImageSampling
 from prefmill.store.jsonl import write_jsonl
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ class GenerateImages:
 
 def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
     """Make the images of this shard's prompts and write the payload; the metrics are the summary's counts."""
-    _require_seeds(wanted.seeds)
     prompts = [row for row in read_prompts(wanted.prompts)[: wanted.num_prompts] if task.shard.holds(row["prompt_id"])]
     jobs = plan_jobs(prompts, wanted.seeds)
     # In a file: a resumed task whose images are all there opens no model, and still has to report them.
@@ -60,12 +59,6 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
     }
     write_atomic(task.output / "summary.json", json.dumps(summary, indent=1) + "\n")
     return {"num_prompts": len(prompts), "num_images": len(rows), "num_cut_prompts": len(summary["cut_prompts"])}
-
-
-def _require_seeds(seeds: Sequence[int]) -> None:
-    # A seed given twice is an error and not one image: the count of images would not be what was asked for.
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ConfigError("seeds must differ and not be negative", got=list(seeds), fix="correct seeds")
 
 
 def _warned(cut: list[str], prompts: Sequence[ImagePrompt]) -> list[str]:

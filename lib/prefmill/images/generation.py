@@ -16,6 +16,7 @@ from prefmill.distributed.devices import has_gpu
 from prefmill.families.sdxl.backbone import BACKBONES, denoiser
 from prefmill.families.sdxl.generator import decode, too_long
 from prefmill.images.files import inspect_image
+from prefmill.images.sampling import ImageSampling
 from prefmill.store.missing import Progress, silent
 
 if TYPE_CHECKING:
@@ -45,17 +46,6 @@ class ImageJob:
     def file(self) -> str:
         """Where the image lies below the artifact."""
         return f"images/{self.image_id}.png"
-
-
-@dataclass(frozen=True)
-class ImageSampling:
-    """How images are drawn, in diffusers' terms; a size of None is the model's own."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
 
 
 def plan_jobs(prompts: Iterable[ImagePrompt], seeds: Iterable[int]) -> list[ImageJob]:

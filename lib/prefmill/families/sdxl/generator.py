@@ -80,6 +80,11 @@ def choose_source(keys: ModelKeys, model: Artifact | None, tuned: Artifact | Non
         )  # fmt: skip
     name = _label(model) if model is not None else Path(base).name if Path(base).is_dir() else base
     folder = tuned.path if tuned is not None else keys.adapter
+    if folder is None and keys.adapter_scale != 1:
+        raise ConfigError(
+            "an adapter_scale without an adapter", where=where, got=keys.adapter_scale,
+            fix="leave adapter_scale out, or give adapter",
+        )  # fmt: skip
     added = _label(tuned) if tuned is not None else keys.adapter.name if keys.adapter is not None else None
     return GeneratorSource(
         model=base, label=name if added is None else f"{name} + {added}", precision=keys.precision,

@@ -32,7 +32,8 @@ from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.families.sdxl.noise import draw, load_schedule
 from prefmill.families.sdxl.reference import ReferenceErrors
-from prefmill.images.generation import ImageSampling, make_images, plan_jobs
+from prefmill.images.generation import make_images, plan_jobs
+from prefmill.images.sampling import ImageSampling
 from prefmill.store.tensor_cache import TensorCache
 from prefmill.training.pictures import log_picture
 from prefmill.training.trainer import work_of
