@@ -26,12 +26,14 @@ from strategy_runs import (
 )
 
 from prefmill.core.config import validate
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.files import digest_path
 from prefmill.distributed.sharding import sharding_arguments
 from prefmill.pipeline.attempts import EXECUTED
 from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.training.checkpoints import require_its_ranks
 from prefmill.training.config import TrainingConfig
+from prefmill.training.preference_config import PreferenceConfig
 from tests.forked_ranks import end_codes, import_before_the_forks
 from tests.tiny import pair_rows, save_tiny_qwen2, sentence
 
@@ -110,7 +112,9 @@ def test_an_adapter_is_merged_into_whole_weights(folder: Path, name: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "ranks"), [("zero3", 2), ("fsdp", 2), ("plain", 1)])
-def test_killed_in_the_middle_of_an_accumulation_it_ends_the_same(folder: Path, name: str, ranks: int) -> None:
+def test_killed_in_the_middle_of_an_accumulation_it_ends_the_same(
+    folder: Path, name: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL of every rank in the second epoch, between the microbatches of step 4."""
     keys = {**KEYS, **STRATEGIES.get(name, {}), "save_steps": 1}
     calm = train_on(ranks, folder / f"calm-{name}", keys)
@@ -119,6 +123,12 @@ def test_killed_in_the_middle_of_an_accumulation_it_ends_the_same(folder: Path, 
     assert end_codes(children) == [-signal.SIGKILL] * ranks
     executed = [row["step"] for row in read_jsonl(killed / "logs" / EXECUTED)]
     assert executed == [1, 2, 3]
+    if ranks == 2:
+        config = validate(PreferenceConfig, {**KEYS, **STRATEGIES[name]})
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        with pytest.raises(PipelineError, match="processes: 2"):
+            require_its_ranks(killed / "out", config)
+        monkeypatch.undo()
     train_on(ranks, killed, keys)
     assert [row["step"] for row in read_jsonl(killed / "logs" / EXECUTED)] == [1, 2, 3, 4]
     finished = [(path / "out" / "model.safetensors").read_bytes() for path in (calm, killed)]

@@ -107,8 +107,9 @@ def following(settings: dict[str, Any]) -> dict[str, Any]:
 
     Their AdamW is the Trainer's own, which DeepSpeed then divides.
     """
-    rest = {key: value for key, value in settings.items() if key != "optimizer"}
-    rest |= {key: "auto" for key in _FOLLOWED if key not in _PRECISIONS}
+    # The whole batch follows from the rest; weights are shared before DeepSpeed knows of other ranks than its own.
+    rest = {key: value for key, value in settings.items() if key not in ("optimizer", "train_batch_size")}
+    rest |= {key: "auto" for key in _FOLLOWED if key not in (*_PRECISIONS, "train_batch_size")}
     return rest | {name: {**settings.get(name, {}), "enabled": "auto"} for name in _PRECISIONS}
 
 

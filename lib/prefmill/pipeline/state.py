@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,9 +14,9 @@ from prefmill.core.artifact import Artifact, Manifest, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json
-from prefmill.core.places import MANIFEST, WANTED_AGAIN
+from prefmill.core.places import MANIFEST, STARTED, WANTED_AGAIN, WORK
 from prefmill.pipeline.plan import Plan, PlannedTask
-from prefmill.store.artifacts import read, read_manifest
+from prefmill.store.artifacts import read, read_manifest, remaking
 from prefmill.store.stamps import check_content
 
 CODE_VERSION = "code_version.txt"  # in the copy of the code that a submission keeps
@@ -54,19 +55,33 @@ def inspect_task(task: PlannedTask) -> TaskState:
     except ArtifactError as error:
         return TaskState("stale", (_in_words(error),))
     if manifest is None:
-        return TaskState("missing", ("not run yet",))
+        return TaskState("missing", _begun(task, task.output) or ("not run yet",))
     if (task.logs / WANTED_AGAIN).exists():
         return TaskState("stale", ("asked for with `prefmill rerun`",))
     wanted = task_identity(task, read_inputs(task))
     if manifest.fingerprint not in fingerprints(task, wanted):
         made = {**manifest.identity, "config": modern(type(task.config), manifest.identity["config"])}
-        return TaskState("stale", tuple(differences(made, wanted)))
+        return TaskState("stale", (*differences(made, wanted), *_begun(task, remaking(task.output))))
     try:
         # Plans look at more files than they use: only those written to since are hashed here.
         check_content(read(task.output, task.stage.writes), only_touched=True)
     except ArtifactError as error:
         return TaskState("stale", (_in_words(error),))
     return TaskState("complete", (_made(manifest),))
+
+
+def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:
+    """Of an attempt that did not finish: that a run goes on from there, or drops it since these keys are others."""
+    try:
+        made = json.loads((folder / WORK / STARTED).read_text())
+    except FileNotFoundError:
+        return ()
+    wanted = task_identity(task, read_inputs(task))
+    if made["fingerprint"] in fingerprints(task, wanted):
+        return ("begun: a run goes on from there",)
+    # A folder from before the identity was noted has its fingerprint alone.
+    other = differences(made.get("identity", wanted), wanted) or ["other settings"]
+    return (f"begun otherwise, which a run drops: {'; '.join(other)}",)
 
 
 def read_inputs(task: PlannedTask) -> dict[str, tuple[Artifact, ...]]:

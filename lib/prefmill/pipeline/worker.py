@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,7 +55,7 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
             # Before any work: a flipped bit in an input would otherwise be trained on.
             check_content(artifact)
         origin = provenance(task, inputs)
-        making = replace(task, output=_prepare(task, fingerprints(task, origin.identity), force))
+        making = replace(task, output=_prepare(task, origin.identity, force))
         started = time.time()
         context = task_context(making, inputs)
         metrics = run(context) if run else import_and_run(task.stage, task.config, context)
@@ -144,8 +144,9 @@ def _end(task: PlannedTask, attempt: dict[str, Any], state: str, **details: Any)
     attempts.end(task.logs, attempt, state, **known)
 
 
-def _prepare(task: PlannedTask, same: Sequence[str], force: bool) -> Path:
+def _prepare(task: PlannedTask, wanted: Mapping[str, Any], force: bool) -> Path:
     """The folder to work in, with only what an interrupted attempt at this very content left there."""
+    same = fingerprints(task, wanted)
     finished = (task.output / MANIFEST).is_file()
     folder = remaking(task.output) if finished else task.output
     marker = folder / WORK / STARTED
@@ -154,7 +155,8 @@ def _prepare(task: PlannedTask, same: Sequence[str], force: bool) -> Path:
         shutil.rmtree(folder)
     if not marker.is_file():
         # Before anything else is made here: what lies in a folder without a mark is of unknown origin, and deleted.
-        write_atomic(marker, json.dumps({"fingerprint": same[0], "date": datetime.now(UTC).date().isoformat()}))
+        begun = {"fingerprint": same[0], "date": datetime.now(UTC).date().isoformat(), "identity": wanted}
+        write_atomic(marker, json.dumps(begun))
     if not resumes:
         clear_telemetry(task.logs, superseded(task.logs) if finished else None)
     return folder

@@ -6,11 +6,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
 from prefmill.core.places import CHECKPOINT_PREFIX
+from prefmill.distributed.deepspeed_file import zero_stage
+from prefmill.distributed.devices import world_size
+
+if TYPE_CHECKING:
+    from prefmill.distributed.sharding import Sharded
 
 
 def resume_strictly(trainer: Any) -> None:
@@ -42,13 +47,29 @@ def resume_strictly(trainer: Any) -> None:
     trainer._issue_warnings_after_load = refuse
 
 
+def require_its_ranks(folder: Path, config: Sharded) -> None:
+    """Raise PipelineError where the checkpoint to resume from was sharded for other ranks than there are.
+
+    ZeRO's parts are those of its ranks, and FSDP2 saves other files than one process. Without shards any ranks go on.
+    """
+    checkpoint, ranks = newest_checkpoint(folder, delete_torn=False), world_size()
+    wrote = len(list(Path(checkpoint).glob("rng_state*.pth"))) if checkpoint else ranks
+    if wrote == ranks or not (zero_stage(config.deepspeed) or (config.fsdp and 1 in (wrote, ranks))):
+        return
+    raise PipelineError(
+        "the checkpoint to resume from was sharded for other ranks", where=checkpoint, got=f"{wrote} ranks",
+        expected=f"{ranks}, as there are now", fix=f"set `processes: {wrote}` for the stage and run again, or delete "
+        "the task's checkpoint-* folders: training starts again from its beginning",
+    )  # fmt: skip
+
+
 COMPLETE = "complete.json"  # written last into a trainer's checkpoint: without it the checkpoint is torn
 
 
 STEPS = "steps.jsonl"  # the loss curve: one row for every logged step
 
 
-def newest_checkpoint(folder: Path) -> str | None:
+def newest_checkpoint(folder: Path, delete_torn: bool = True) -> str | None:
     """The newest complete checkpoint of an interrupted training in `folder`; torn ones are deleted.
 
     A checkpoint is complete when the record written after it names files that are all there in their full size.
@@ -57,7 +78,7 @@ def newest_checkpoint(folder: Path) -> str | None:
     for path in folder.glob(f"{CHECKPOINT_PREFIX}*"):
         if _is_complete(path):
             complete[int(path.name.removeprefix(CHECKPOINT_PREFIX))] = path
-        else:
+        elif delete_torn:
             # A torn one would count in save_total_limit, and push a complete one out.
             shutil.rmtree(path)
     # By number: as text, checkpoint-1000 comes before checkpoint-900.

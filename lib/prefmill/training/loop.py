@@ -18,7 +18,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.scoring import scoring_model
 from prefmill.training.arguments import check_optimizer
 from prefmill.training.callbacks import StageCallback
-from prefmill.training.checkpoints import newest_checkpoint, resume_strictly
+from prefmill.training.checkpoints import newest_checkpoint, require_its_ranks, resume_strictly
 from prefmill.training.config import TrainingConfig
 from prefmill.training.family import Reference
 from prefmill.training.finished import kept_dtype
@@ -63,6 +63,7 @@ class TrainingSpec:
 def run_training(spec: TrainingSpec) -> Metrics:
     """Train from the newest complete checkpoint on, and publish; every rank calls."""
     task = spec.task
+    require_its_ranks(task.output, spec.config)
     # A stage's callbacks come first: what they write is part of a complete checkpoint.
     trainer = spec.data.trainer(
         spec.load(), spec.config, task, [*spec.callbacks, StageCallback(task, spec.config.save_minutes)]

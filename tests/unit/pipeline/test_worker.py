@@ -75,6 +75,11 @@ def test_an_interrupted_attempt_resumes_and_another_content_starts_over(tmp_path
     assert manifest.metrics["attempt"] == "resumed"
     with pytest.raises(ValueError, match="a bug"):
         run(toy_plan(tmp_path, make={"set": {"fail": "bug", "rows": 7}}))
+    begun = [inspect(toy_plan(tmp_path, make={"set": {"rows": rows}}))["make:all"] for rows in (7, 8)]
+    assert [state.reasons[-1] for state in begun] == [
+        "begun: a run goes on from there", "begun otherwise, which a run drops: rows was 7, is 8"
+    ]  # fmt: skip
+    assert begun[0].reasons[:-1] == ("rows was 3, is 7",)
     run(toy_plan(tmp_path, make={"set": {"rows": 8}}))
     manifest = read_manifest(toy_plan(tmp_path).tasks[0].output)
     assert manifest is not None

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from prefmill.core.errors import ConfigError
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.files import digest_path
 from prefmill.core.stage import Task
 from prefmill.pipeline.attempts import EXECUTED
 from prefmill.store.jsonl import read_jsonl, write_jsonl
-from prefmill.training.checkpoints import COMPLETE, STEPS, newest_checkpoint, read_curve
+from prefmill.training.checkpoints import COMPLETE, STEPS, newest_checkpoint, read_curve, require_its_ranks
+from prefmill.training.config import TrainingConfig
 from prefmill.training.preference_config import PreferenceConfig
 from tests.tiny import pair_rows, save_tiny_qwen2
 
@@ -134,6 +137,33 @@ def test_a_torn_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     (tmp_path / "checkpoint-2" / COMPLETE).write_text("{")
     assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "wrote", "now", "goes_on"),
+    [
+        ({}, 1, 2, True), ({"deepspeed": 0}, 1, 2, True), ({"deepspeed": 2}, 2, 2, True),
+        ({"deepspeed": 2}, 1, 2, False), ({"deepspeed": 3}, 4, 2, False), ({"fsdp": True}, 2, 3, True),
+        ({"fsdp": True}, 1, 2, False), ({"fsdp": True}, 2, 1, False), ({"fsdp": True}, 0, 2, True),
+    ],
+)  # fmt: skip
+def test_parts_of_other_ranks_are_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], wrote: int, now: int, goes_on: bool
+) -> None:
+    if "deepspeed" in keys:
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": keys["deepspeed"]}}))
+        keys = {"deepspeed": str(tmp_path / "zero.json")}
+    names = ["rng_state.pth"] if wrote == 1 else [f"rng_state_{rank}.pth" for rank in range(wrote)]
+    (tmp_path / "checkpoint-1").mkdir()
+    for name in names:
+        (tmp_path / "checkpoint-1" / name).touch()
+    if names:  # without any it is torn
+        (tmp_path / "checkpoint-1" / COMPLETE).write_text(json.dumps(dict.fromkeys(names, 0)))
+    monkeypatch.setenv("WORLD_SIZE", str(now))
+    config = validate(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1, **keys})
+    with nullcontext() if goes_on else pytest.raises(PipelineError, match=f"processes: {wrote}"):
+        require_its_ranks(tmp_path, config)
+    assert (tmp_path / "checkpoint-1").exists()
 
 
 def test_every_pair_of_every_step_is_recorded(undisturbed: Path) -> None:
