@@ -16,8 +16,27 @@ _SAME = {"r": "r", "alpha": "lora_alpha", "use_dora": "use_dora", "target_module
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether `folder` has an adapter and no model of its own."""
-    return (folder / _CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether `folder` has an adapter and no model of its own; some tools write the base's config.json beside it."""
+    return (folder / _CONFIG).is_file() and not _has_model(folder)
+
+
+def is_both(folder: Path) -> bool:
+    """Whether `folder` has a whole model and an adapter: transformers would add the one to the other, others not."""
+    return (folder / _CONFIG).is_file() and _has_model(folder)
+
+
+def _has_model(folder: Path) -> bool:
+    weights = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
+    return any(not file.name.startswith("adapter_") and file.name != "training_args.bin" for file in weights)
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template that an adapter was saved with; None where its folder has none, or several by name."""
+    file, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text("utf-8")
+    found = json.loads(tokenizer.read_text("utf-8")).get("chat_template") if tokenizer.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def adapter_at(name: str, revision: str | None = None) -> Path | None:

@@ -12,7 +12,7 @@ from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.precision import Precision, Quantization
 from prefmill.core.stage import Task
 from prefmill.distributed.deepspeed_file import require_accumulation, require_agreement
-from prefmill.training.adapter_folder import adapter_at, base_of, lora_of
+from prefmill.training.adapter_folder import adapter_at, base_of, lora_of, template_of
 
 
 class LoraConfig(StrictConfig):
@@ -121,16 +121,22 @@ class TrainingConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _adapter_is_continued(cls, values: Any) -> Any:
-        """A folder with an adapter alone is that adapter to go on with, on the base that it names."""
-        named = values.get("model_name_or_path") if isinstance(values, dict) else None
-        folder = adapter_at(named, values.get("revision")) if isinstance(named, str) else None
-        if folder is None:
+        """A folder with an adapter alone is that adapter to go on with, on the base that it names, in its template."""
+        if not isinstance(values, dict) or not isinstance(values.get("lora") or {}, dict):
             return values
-        lora = values.get("lora") or {}
-        if lora.get("start") is not None:
+        named, lora = values.get("model_name_or_path"), values.get("lora") or {}
+        folder = adapter_at(named, values.get("revision")) if isinstance(named, str) else None
+        if folder is not None and lora.get("start") is not None:
             raise ValueError("model_name_or_path and lora.start are both adapters: give one of them")
-        # Both are written into the configuration, so that the record says what was trained from.
-        return {**values, "model_name_or_path": base_of(folder), "lora": {**lora, "start": str(folder)}}
+        # All is written into the configuration, so that the record says what was trained from.
+        if folder is not None:
+            values = {**values, "model_name_or_path": base_of(folder), "lora": {**lora, "start": str(folder)}}
+        start = folder or adapter_at(str(lora.get("start")))
+        given = values.get("chat_template") or values.get("chat_template_file")
+        if start is None or given or "chat_template" not in cls.model_fields:
+            return values
+        template = template_of(start)
+        return values if template is None else {**values, "chat_template": template}
 
     @field_validator("deepspeed", mode="before")
     @classmethod

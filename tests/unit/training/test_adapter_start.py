@@ -19,6 +19,7 @@ from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.preference_config import PreferenceConfig
+from stages.dpo import DpoConfig
 
 SMALL: dict[str, Any] = {
     "learning_rate": 1e-3, "num_train_epochs": 1, "precision": "fp32", "effective_batch_size": 16,
@@ -187,6 +188,53 @@ def test_an_adapter_is_no_model_elsewhere(adapter: Path) -> None:
 
     with pytest.raises(InputError, match="an adapter alone"):
         load_model(str(adapter), precision="fp32")
+
+
+def test_a_config_beside_an_adapter_makes_no_model_of_it(adapter: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Axolotl writes the base's config.json into the adapter's folder."""
+    folder = shutil.copytree(adapter, tmp_path / "a")
+    shutil.copy(tiny_qwen2 / "config.json", folder)
+    config = validate(PreferenceConfig, {"model_name_or_path": str(folder)})
+    assert config.model_name_or_path == str(tiny_qwen2)
+    assert config.lora is not None
+    assert config.lora.start == folder
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(adapter: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """transformers adds the adapter to it, and vLLM does not."""
+    from prefmill.families.causal.loading import load_model
+
+    folder = shutil.copytree(tiny_qwen2, tmp_path / "m")
+    for file in adapter.iterdir():
+        shutil.copy(file, folder)
+    with pytest.raises(InputError, match="a whole model and an adapter"):
+        load_model(str(folder), precision="fp32")
+
+
+@pytest.mark.parametrize("form", ["chat_template.jinja", "tokenizer_config.json"])
+def test_chats_are_written_in_the_adapters_own_template(form: str, adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "a")
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (folder / form).write_text(json.dumps({"chat_template": template}) if form.endswith("json") else template)
+    for keys in ({"model_name_or_path": str(folder)}, {"lora": {"start": str(folder)}}):
+        assert validate(DpoConfig, keys).chat_template == template
+        assert validate(DpoConfig, {**keys, "chat_template": "{{ 1 }}"}).chat_template == "{{ 1 }}"
+    (folder / form).unlink()
+    assert validate(DpoConfig, {"model_name_or_path": str(folder)}).chat_template is None
+
+
+def test_an_adapter_with_tokens_that_its_base_lacks_is_refused(adapter: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    from prefmill.families.causal.loading import load_tokenizer
+
+    folder = shutil.copytree(adapter, tmp_path / "a")
+    own, more = load_tokenizer(str(tiny_qwen2)), load_tokenizer(str(tiny_qwen2))
+    more.save_pretrained(folder)
+    config = validate(PreferenceConfig, {"model_name_or_path": str(folder)})
+    check_start(str(tiny_qwen2), own, config)
+    more.add_tokens(["<|tool|>"], special_tokens=True)
+    more.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"other tokens than its base's(.|\n)*<\|tool\|>"):
+        check_start(str(tiny_qwen2), own, config)
 
 
 def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from prefmill.core.precision import Precision, Quantization, torch_dtype
 from prefmill.families.causal.quantized import four_bit, load_whole
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import auto_class
-from prefmill.training.adapter_folder import is_adapter
+from prefmill.training.adapter_folder import is_adapter, is_both
 
 if TYPE_CHECKING:
     from datetime import date
@@ -144,6 +144,11 @@ def require_folder(name_or_path: str) -> None:
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).is_dir():
         raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")
+    if is_both(Path(name_or_path)):
+        raise InputError(
+            "this folder has a whole model and an adapter", where=name_or_path, got="adapter_config.json too",
+            expected="one of them", fix="move the adapter into a folder of its own, and give the one you mean",
+        )  # fmt: skip
     if is_adapter(Path(name_or_path)):
         raise InputError(
             "this folder has an adapter alone", where=name_or_path, expected="a whole model",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.quantized import require_trainable
@@ -29,8 +30,23 @@ def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingC
             expected=f"at least {largest + 1}", fix="give the tokenizer that the model was trained with, or resize "
             "the model's embeddings and save it",
         )  # fmt: skip
+    if config.lora is not None and config.lora.start is not None:
+        _require_its_tokens(config.lora.start, tokenizer)
     if config.attn_implementation is not None:
         _try_attention(name, found, config)
+
+
+def _require_its_tokens(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError for an adapter that was trained with tokens that its base does not have."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        return
+    mine, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(adapter).get_vocab()
+    other = sorted(token for token, number in theirs.items() if mine.get(token) != number)
+    if other:
+        raise InputError(
+            "the adapter was trained with other tokens than its base's", where=adapter, got=", ".join(other[:5]),
+            fix="give the model with the adapter merged and those tokens in it",
+        )  # fmt: skip
 
 
 def check_positions(name: str, lengths: Iterable[int], config: TrainingConfig) -> None:
