@@ -294,8 +294,8 @@ def test_configurations_it_refuses(tmp_path: Path, model: Artifact, pairs: Artif
         ({"mapo_snr": 0.5}, "only objective mapo"),
         ({"attn_implementation": "flash"}, "sdpa, xformers, sliced"),
         ({"fsdp": True, "lora": None}, "shard it with deepspeed"),
-        ({"deepspeed": "zero3.json"}, "deepspeed shards a whole UNet"),
-        ({"deepspeed": "zero3.json", "lora": None, "use_ema": True}, "no rank holds the whole model"),
+        ({"deepspeed": "configs/deepspeed/zero3.json"}, "deepspeed shards a whole UNet"),
+        ({"deepspeed": "configs/deepspeed/zero3.json", "lora": None, "use_ema": True}, "no rank holds the whole model"),
         ({"lora": None, "save_merged": True}, "always saved as a pipeline"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -95,6 +95,16 @@ def _require_deepspeed_takes(settings: dict[str, Any], path: Path) -> None:
         ) from None  # fmt: skip
 
 
+def leave_sizes_to_deepspeed(trainer: Any) -> None:
+    """Take out sizes of buffers that are "auto" where a model has no hidden size, as a UNet: the Trainer would end."""
+    config, planned = getattr(trainer.model, "config", None), getattr(trainer.args, "hf_deepspeed_config", None)
+    known = (hasattr(part, name) for part in (config, getattr(config, "text_config", None))
+             for name in ("hidden_size", "hidden_sizes"))  # fmt: skip
+    if planned is not None and not any(known):
+        zero = planned.config["zero_optimization"]
+        planned.config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
+
+
 def _leave_reductions_to_gloo() -> None:
     # DeepSpeed would compile an operator for them at its first start: half a minute and 4 GB, and where that is killed,
     # a lock file for which every later rank waits without end.

@@ -16,6 +16,7 @@ from prefmill.core.errors import ConfigError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.scoring import scoring_model
+from prefmill.distributed.sharding import leave_sizes_to_deepspeed
 from prefmill.training.arguments import check_optimizer
 from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import newest_checkpoint, require_its_ranks, resume_strictly
@@ -69,6 +70,7 @@ def run_training(spec: TrainingSpec) -> Metrics:
         spec.load(), spec.config, task, [*spec.callbacks, StageCallback(task, spec.config.save_minutes)]
     )
     check_optimizer(trainer)
+    leave_sizes_to_deepspeed(trainer)
     if spec.processor is not None:
         ensure_savable(trainer.model, spec.processor)
     _look_before(spec, trainer)

@@ -53,7 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ZERO3 = {
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "zero_force_ds_cpu_optimizer": False,
+    "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",  # a UNet has no hidden size
+    },
+    "zero_force_ds_cpu_optimizer": False,
     "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
 }  # fmt: skip
