@@ -10,11 +10,11 @@ from prefmill.core.config import ExternalPath, later, runtime
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.images.sampling import SamplingKeys
+from prefmill.images.sampling import ImageSampling
 from prefmill.training.config import start_model
 
 
-class EvaluateImagesConfig(SamplingKeys):
+class EvaluateImagesConfig(ImageSampling):
     """Which prompts, how images are drawn, how they are compared."""
 
     model_name_or_path: str | None = Field(None, description="the base: folder or hub name, where no model is given")
@@ -67,9 +67,8 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
         prompts=config.prompts,
         splits=config.splits,
         num_prompts=config.num_prompts,
-        seeds=config.seeds,
         compare_with=config.compare_with,
-        sampling=config.sampling,
+        sampling=config,
         batch_size=config.batch_size,
         num_grid_prompts=config.num_grid_prompts,
         drift_draws=config.drift_draws,

@@ -9,10 +9,10 @@ from pydantic import Field
 from prefmill.core.config import ExternalPath, runtime
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.images.sampling import SamplingKeys
+from prefmill.images.sampling import ImageSampling
 
 
-class GenerateImagesConfig(SamplingKeys):
+class GenerateImagesConfig(ImageSampling):
     """Which prompts, which model, how images are drawn."""
 
     prompts: ExternalPath = Field(description=".csv or .tsv with a column prompt and, if you like, prompt_id")
@@ -38,8 +38,7 @@ def run(config: GenerateImagesConfig, task: Task) -> Metrics:
     wanted = GenerateImages(
         prompts=config.prompts,
         num_prompts=config.num_prompts,
-        seeds=config.seeds,
-        sampling=config.sampling,
+        sampling=config,
         label=source.label,
         open_model=partial(open_pipeline, source),
         batch_size=config.batch_size,

@@ -219,7 +219,7 @@ def test_a_batch_is_found_from_memory(tmp_path: Path, model: Artifact, prompts: 
     generate(task, prompts, batch_size=None)
     assert int((task.work / "batch_size").read_text()) in (1, 2, 4, 8, 16)
     job = generation.ImageJob("a", "a", 0)
-    large = ImageSampling(1, 5.0, height=200_000, width=200_000)
+    large = ImageSampling(num_inference_steps=1, height=200_000, width=200_000)
     assert generation.fitting_batch(opened, job, large) == 1
 
 

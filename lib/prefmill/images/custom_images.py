@@ -47,7 +47,7 @@ def read_own_images(folder: Path) -> Iterator[SourceImage]:
         if image.image_id in seen:
             raise InputError(
                 "two images have one id", where=where, got=f"{image.image_id}, first at {seen[image.image_id]}",
-                fix="rename a file, or give the rows a prompt_id",
+                fix="rename a file: suffix and folder do not count",
             )  # fmt: skip
         seen[image.image_id] = where
         yield image

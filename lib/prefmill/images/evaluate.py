@@ -50,7 +50,6 @@ class ImageEvaluation:
     prompts: Path | None
     splits: Sequence[ImageSplit]
     num_prompts: int | None
-    seeds: Sequence[int]
     compare_with: CompareWith
     sampling: ImageSampling
     batch_size: int | None
@@ -75,8 +74,8 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     images = {side: _images(wanted, side, tuned, prompts, task) for side in SIDES}
     scores = {side: _scores(images[side], side, task, scorer) for side in SIDES}
     write_jsonl(task.output / SCORES, _score_rows(images, scores))
-    shown = images["base"][: wanted.num_grid_prompts * len(wanted.seeds)]
-    num_grids = write_grids(task.output, GRIDS, shown, SIDES, len(wanted.seeds))
+    shown = images["base"][: wanted.num_grid_prompts * len(wanted.sampling.seeds)]
+    num_grids = write_grids(task.output, GRIDS, shown, SIDES, len(wanted.sampling.seeds))
     measured: dict[str, Any] = {
         **_of_scorer(scorer, tuned),
         "base": wanted.base_label,
@@ -84,7 +83,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
         "shuffled_labels": bool(tuned.manifest.config.get("shuffle_labels")),
         "num_prompts": len(prompts),
         "num_images": len(images["base"]),
-        "seeds": sorted(wanted.seeds),
+        "seeds": sorted(wanted.sampling.seeds),
         "compare_with": wanted.compare_with,
         "confidence": wanted.resampling.confidence,
         "dimensions": compare(
@@ -252,7 +251,7 @@ def _images(
     work = task.work / side
     work.mkdir(exist_ok=True)
     rows = make_images(
-        lambda: open_pipeline(source), plan_jobs(prompts, wanted.seeds), wanted.sampling, source.label,
+        lambda: open_pipeline(source), plan_jobs(prompts, wanted.sampling.seeds), wanted.sampling, source.label,
         task.output / side, work, wanted.batch_size, task.advance,
     )  # fmt: skip
     return [{**row, "file": f"{side}/{row['file']}"} for row in rows]

@@ -26,7 +26,6 @@ class GenerateImages:
 
     prompts: Path
     num_prompts: int | None
-    seeds: Sequence[int]
     sampling: ImageSampling
     label: str
     open_model: Callable[[], Any]
@@ -36,7 +35,7 @@ class GenerateImages:
 def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
     """Make the images of this shard's prompts and write the payload; the metrics are the summary's counts."""
     prompts = [row for row in read_prompts(wanted.prompts)[: wanted.num_prompts] if task.shard.holds(row["prompt_id"])]
-    jobs = plan_jobs(prompts, wanted.seeds)
+    jobs = plan_jobs(prompts, wanted.sampling.seeds)
     # In a file: a resumed task whose images are all there opens no model, and still has to report them.
     cut_file = task.work / "cut_prompts.json"
 
@@ -53,7 +52,7 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
     summary = {
         "num_prompts": len(prompts),
         "num_images": len(rows),
-        "seeds": sorted(wanted.seeds),
+        "seeds": sorted(wanted.sampling.seeds),
         "model": wanted.label,
         "cut_prompts": json.loads(cut_file.read_text()) if cut_file.is_file() else [],
     }

@@ -115,7 +115,7 @@ def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
     if not has_gpu():
         return _fitting_cpu_batch(model, sampling)
     # One step is enough: every step needs the same memory.
-    once = ImageSampling(1, sampling.guidance_scale, sampling.negative_prompt, sampling.height, sampling.width)
+    once = sampling.model_copy(update={"num_inference_steps": 1})
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     draw_latents(model, [job], once)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -12,19 +11,8 @@ from prefmill.core.config import StrictConfig
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # of torch's generators
 
 
-@dataclass(frozen=True)
-class ImageSampling:
-    """How images are drawn, in diffusers' terms; a size of None is the model's own."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-
-
-class SamplingKeys(StrictConfig):
-    """Seeds and sampling of a stage that makes images."""
+class ImageSampling(StrictConfig):
+    """Seeds, and how images are drawn, in diffusers' terms; a size of None is the model's own."""
 
     seeds: list[Seed] = Field([0, 1], min_length=1, description="an image of each prompt for every seed (and model)")
     # Models are trained with 1000 timesteps: with more steps than that diffusers' schedules end as one repeated step.
@@ -41,10 +29,3 @@ class SamplingKeys(StrictConfig):
         if self.negative_prompt and self.guidance_scale <= 1:
             raise ValueError("negative_prompt: has no effect with guidance_scale up to 1, leave it out or raise that")
         return self
-
-    @property
-    def sampling(self) -> ImageSampling:
-        """The keys as images are made by them."""
-        return ImageSampling(
-            self.num_inference_steps, self.guidance_scale, self.negative_prompt, self.height, self.width
-        )
