@@ -171,6 +171,8 @@ def _fix(name_or_path: str, error: Exception) -> str:
         return "install what reads such weights, or give the model before it was quantized"
     if not folder.is_dir():
         return "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)"
-    if isinstance(error, OSError) and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        return "its weights are pickles, which can run code when they are opened: save them as safetensors"
+    other = sorted(file.name for ending in ("safetensors", "bin", "pth", "gguf") for file in folder.glob(f"*.{ending}"))
+    if isinstance(error, OSError) and other and not any(folder.glob("model*.safetensors")):
+        pickles = ": pickles can run code when they are opened" if other[0].endswith((".bin", ".pth")) else ""
+        return f"give it as transformers saves it, in model.safetensors; {other[0]} is not read{pickles}"
     return "check that the folder is whole: config.json, the tokenizer, every file of weights that an index names"

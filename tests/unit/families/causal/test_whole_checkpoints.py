@@ -58,9 +58,14 @@ def test_files_that_cannot_be_read_name_what_to_do(tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="folder is whole"):
         load_model(str(tmp_path), precision="fp32")
-    path.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="save them as safetensors"):
-        load_model(str(tmp_path), precision="fp32")
+    for name, said in {
+        "pytorch_model.bin": "model.safetensors; pytorch_model.bin is not read: pickles",
+        "consolidated.safetensors": "consolidated.safetensors is not read",  # as Mistral has it
+        "weights-q4.gguf": "weights-q4.gguf is not read",
+    }.items():
+        path = path.rename(tmp_path / name)
+        with pytest.raises(InputError, match=said):
+            load_model(str(tmp_path), precision="fp32")
     configure(tmp_path, num_hidden_layers=5)
     with pytest.raises(InputError, match="layer_types"):
         load_model(str(tmp_path), precision="fp32")
