@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,15 +29,15 @@ def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingC
             expected=f"at least {largest + 1}", fix="give the tokenizer that the model was trained with, or resize "
             "the model's embeddings and save it",
         )  # fmt: skip
-    if config.lora is not None and config.lora.start is not None:
-        _require_its_tokens(config.lora.start, tokenizer)
+    require_adapter_tokens(tokenizer, config)
     if config.attn_implementation is not None:
         _try_attention(name, found, config)
 
 
-def _require_its_tokens(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError for an adapter that was trained with tokens that its base does not have."""
-    if not (adapter / "tokenizer_config.json").is_file():
+def require_adapter_tokens(tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> None:
+    """Raise InputError for an adapter that was trained with tokens that its base's `tokenizer` does not have."""
+    adapter = config.lora.start if config.lora else None
+    if adapter is None or not (adapter / "tokenizer_config.json").is_file():
         return
     mine, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(adapter).get_vocab()
     other = sorted(token for token, number in theirs.items() if mine.get(token) != number)

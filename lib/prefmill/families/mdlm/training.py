@@ -19,6 +19,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_fsdp
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.scorer import inner_model
+from prefmill.families.causal.start_checks import require_adapter_tokens
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.load_check import check_diffusion_model
@@ -105,6 +106,7 @@ def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrained
     )
     published = read_config(start, config.revision, config.trust_remote_code)
     require_trainable(start, published, config.quantization)
+    require_adapter_tokens(tokenizer, config)
     blocks = block_length_of(published, config.block_length, config.attn_implementation)
     return recomputed_by_layer(config.model_copy(update={"block_length": blocks})), tokenizer
 
