@@ -237,6 +237,25 @@ def test_an_adapter_with_tokens_that_its_base_lacks_is_refused(adapter: Path, ti
         check_start(str(tiny_qwen2), own, config)
 
 
+def test_a_reward_model_is_no_start_and_one_without_a_head_is_told(
+    tiny_qwen2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With tied embeddings both would load without a word, the head dropped or made up."""
+    from transformers import Qwen2ForSequenceClassification, Qwen2Model
+
+    from prefmill.families.causal.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_qwen2))
+    said = json.loads((tiny_qwen2 / "config.json").read_text()) | {"tie_word_embeddings": True}
+    for kind in (Qwen2ForSequenceClassification, Qwen2Model):
+        kind(kind.config_class(**said)).save_pretrained(tmp_path / kind.__name__)
+        load_model(str(tmp_path / kind.__name__), precision="fp32")
+    with pytest.raises(InputError, match="Qwen2ForSequenceClassification"):
+        check_start(str(tmp_path / "Qwen2ForSequenceClassification"), tokenizer, PreferenceConfig())
+    check_start(str(tmp_path / "Qwen2Model"), tokenizer, PreferenceConfig())
+    assert "says that it is Qwen2Model" in caplog.text
+
+
 def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_qwen2: Path, tmp_path: Path) -> None:
     from prefmill.families.causal.loading import load_tokenizer
 

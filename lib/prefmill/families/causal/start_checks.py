@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, AutoTokenizer, GenerationMixin, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.config import TrainingConfig
 
+_log = logging.getLogger(__name__)
+
 
 def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> None:
-    """Raise InputError for weights that are not trained or a token without an embedding, ConfigError for an attention.
+    """Raise InputError for a model that does not write, weights that are not trained, or a token without an embedding.
 
-    The attention is one that the model does not take.
+    ConfigError for an attention that the model does not take.
     """
     found = _config(name, config)
+    _require_writer(name, found)
     require_trainable(name, found, config.quantization)
     rows, largest = found.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=-1)
     # A GPU would stop with an assertion that names no token.
@@ -32,6 +37,20 @@ def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingC
     require_adapter_tokens(tokenizer, config)
     if config.attn_implementation is not None:
         _try_attention(name, found, config)
+
+
+def _require_writer(name: str, found: Any) -> None:
+    """Raise InputError for a classifier or reward model, whose head would be replaced by the embeddings where tied."""
+    for said in found.architectures or ():
+        known = getattr(transformers, said, None)  # code of its own goes by names of its own
+        if known is None or issubclass(known, GenerationMixin):
+            continue
+        if "For" in said:
+            raise InputError(
+                "this checkpoint is no model that writes text", where=name, got=said, expected="a language model",
+                fix="give the language model that it was made from",
+            )  # fmt: skip
+        _log.warning("%s says that it is %s, without a head of its own: is it an embedding model?", name, said)
 
 
 def require_adapter_tokens(tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> None:
