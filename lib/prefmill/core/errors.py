@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -65,14 +66,17 @@ class AttemptError(PrefmillError):
 _DISK_FIXES = {
     errno.ENOSPC: "free space on that disk, or set `workspace` to a larger one, and run again: finished work is kept",
     errno.EDQUOT: "raise the quota or set `workspace` to another disk, and run again: finished work is kept",
+    errno.EFBIG: "raise the limit on the size of files (`ulimit -f`), and run again: finished work is kept",
     errno.EROFS: "set `workspace` to a folder on a writable disk",
     errno.EACCES: "give yourself write access, or set `workspace` to a folder of yours",
     errno.EPERM: "give yourself write access, or set `workspace` to a folder of yours",
 }
 
 
-def explain_os_error(error: OSError) -> PrefmillError | None:
+def explain_os_error(error: BaseException) -> PrefmillError | None:
     """A disk's refusal (full, quota, read-only, no access, a file in the way) with its fix; None for any other."""
+    if not isinstance(error, OSError):
+        return _explain_a_librarys(str(error))
     if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and os.path.isfile(error.filename)):
         return PrefmillError(
             "a file is where a folder should be", where=error.filename, fix="name another folder, or move that file"
@@ -81,6 +85,15 @@ def explain_os_error(error: OSError) -> PrefmillError | None:
     if fix is None:
         return None
     return PrefmillError(f"cannot write: {error.strerror}", where=error.filename or "(file not named)", fix=fix)
+
+
+def _explain_a_librarys(text: str) -> PrefmillError | None:
+    """The same of the libraries that save weights: they raise errors of their own, no OSError."""
+    if "inline_container" in text and "unexpected pos" in text:  # torch.save, cut short in the middle of a file
+        return PrefmillError("cannot write: torch could not write a whole file", fix=_DISK_FIXES[errno.ENOSPC])
+    match = re.search(r"\(os error (\d+)\)", text)  # safetensors, as Rust words it
+    fix = _DISK_FIXES.get(int(match[1])) if match else None
+    return PrefmillError(f"cannot write: {os.strerror(int(match[1]))}", fix=fix) if match and fix else None
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ def _run(failure: Path, work: Callable[..., None], *arguments: object) -> None:
     try:
         work(*arguments)
     except Exception as error:
-        shown = (explain_os_error(error) if isinstance(error, OSError) else None) or error
+        shown = explain_os_error(error) or error
         if isinstance(shown, PrefmillError):
             details = {name: str(value) for name, value in shown.details.items() if value is not None}
             record = {"mendable": True, "kind": type(shown).__name__, "what": shown.what, "details": details}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -18,7 +20,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.errors import PipelineError, PrefmillError
+from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error
 from prefmill.core.graceful_stop import Stopped, clear_request, request_stop
 from prefmill.core.places import STATUS
 from prefmill.core.stage import Metrics, Task
@@ -37,6 +39,7 @@ from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, keep_fi
 from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2
+_ROOM_FOR_A_STATUS = 64 * 1024  # bytes; with less left on a disk, a task cannot write why it failed
 _SIGNAL_SECONDS = 1.0
 _SAVE_SECONDS, _GRACE_SECONDS = 60.0, 3.0  # what an interrupted training gets to save in, and any other task to end in
 EXIT_INTERRUPTED = 130
@@ -306,9 +309,12 @@ def _failure(task: PlannedTask, code: int) -> str:
             f"ended by {name}\n  fix:      run again: it resumes where it stopped (SIGKILL is often memory running out)"
         )
     status = json.loads(path.read_text()) if (path := task.logs / STATUS).is_file() else {}
-    if status.get("state") != "failed":  # it ended before the worker could say anything
+    if status.get("state") != "failed":  # it ended before the worker could say anything, or had room to
+        disk = next(folder for folder in (task.logs, *task.logs.parents) if folder.is_dir())
+        if shutil.disk_usage(disk).free < _ROOM_FOR_A_STATUS:
+            return str(explain_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(disk))))
         return (
-            f"its process ended with exit code {code} before the task began\n  fix:      read its log, then run again"
+            f"its process ended with exit code {code} before it could say why\n  fix:      read its log, then run again"
         )
     return in_short(str(status["error"]))
 

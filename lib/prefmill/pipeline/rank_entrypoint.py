@@ -69,7 +69,7 @@ def run_rank(path: Path) -> int:
         return 0
     except Exception as error:
         traceback.print_exc()
-        shown = (explain_os_error(error) if isinstance(error, OSError) else None) or error
+        shown = explain_os_error(error) or error
         mendable = isinstance(shown, PrefmillError)
         text = str(shown) if mendable else traceback.format_exc()
         failure = {"kind": type(shown).__name__, "error": text, "host": socket.gethostname()}

@@ -86,9 +86,18 @@ def removable(workspace: Path, runs: Iterable[str]) -> list[Removal]:
 
 
 def remove(items: Iterable[Removal]) -> None:
-    """Delete each of them."""
+    """Delete each of them; raises PipelineError at the first that may not be deleted."""
     for item in items:
-        shutil.rmtree(item.path) if item.path.is_dir() and not item.path.is_symlink() else item.path.unlink()
+        try:
+            shutil.rmtree(item.path) if item.path.is_dir() and not item.path.is_symlink() else item.path.unlink()
+        except OSError as error:
+            # Python names a file below by its last part alone.
+            raise PipelineError(
+                f"cannot delete: {error.strerror}",
+                where=item.path,
+                fix="run the same command where that folder and all in it can be written, or as its owner; what was "
+                "deleted before is gone",
+            ) from error
 
 
 def remove_run(workspace: Path, run: str) -> list[Removal]:

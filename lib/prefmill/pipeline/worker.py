@@ -125,7 +125,7 @@ def _reported(task: PlannedTask) -> Iterator[None]:
         raise
     except BaseException as error:
         # Ctrl-C and sys.exit too: a status left at `running` would count this attempt as lost.
-        explained = explain_os_error(error) if isinstance(error, OSError) else None
+        explained = explain_os_error(error)
         shown = explained or error
         text = str(shown) if isinstance(shown, PrefmillError) else traceback.format_exc()
         ended = shown if isinstance(shown, AttemptError) else AttemptError("", record={"kind": type(shown).__name__})

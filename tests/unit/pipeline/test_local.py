@@ -8,12 +8,14 @@ from dataclasses import replace
 from multiprocessing import popen_forkserver
 from pathlib import Path
 from threading import Timer
+from types import SimpleNamespace
 
 import pytest
 from toys import toy_plan
 
 from prefmill.cli.headlines import describe
 from prefmill.core.errors import PipelineError
+from prefmill.pipeline import local
 from prefmill.pipeline.local import RunOptions, run_plan
 from prefmill.pipeline.slots import Slots
 from prefmill.store.artifacts import read_manifest
@@ -111,3 +113,14 @@ def test_a_bug_is_a_line_and_its_log_on_the_console(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "toy" / "make" / "all.log"
     assert said[1] == f"x make:all failed\nValueError: a bug\n  log:      {log}"
     assert "Traceback" in log.read_text()
+
+
+def test_a_task_that_had_no_room_to_say_why_it_failed_is_told_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = replace(toy_plan(tmp_path, make={}).tasks[0], logs=tmp_path / "logs" / "r" / "sft" / "clean")
+    assert "exit code 1 without a word" in local._failure(task, 1)
+    usage = SimpleNamespace(free=4096)
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: usage)
+    assert "No space left on device" in local._failure(task, 1)
+    assert "free space on that disk" in local._failure(task, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,19 @@ def test_gc_finds_what_nobody_needs_and_leaves_what_resumes(tmp_path: Path) -> N
     assert read_manifest(finished) is not None
     assert (unfinished / "checkpoint-7").is_dir()
     assert runs.removable(tmp_path, ["r"]) == []
+
+
+def test_what_may_not_be_deleted_is_named_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(plan(tmp_path, "old"))
+
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "adapter.bin")  # as Python tells it, without a folder
+
+    monkeypatch.setattr(runs.shutil, "rmtree", refuse)
+    with pytest.raises(PipelineError, match="cannot delete: Read-only file system") as caught:
+        runs.remove(runs.remove_run(tmp_path, "old"))
+    assert caught.value.details["where"] == tmp_path / "data" / "old"
+    assert "workspace" not in str(caught.value.details["fix"])  # another workspace would delete nothing
 
 
 def test_runs_are_listed_the_latest_first_and_removed_whole(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""What a disk refuses is explained, whichever library was writing."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from prefmill.core.errors import explain_os_error
+
+ROOM = 100_000
+
+
+def as_bytes(path: Path) -> None:
+    path.write_bytes(bytes(5 * ROOM))
+
+
+def by_torch(path: Path) -> None:
+    torch.save({"weight": torch.zeros(5 * ROOM)}, path)
+
+
+def by_safetensors(path: Path) -> None:
+    save_file({"weight": np.zeros(5 * ROOM)}, path)
+
+
+@pytest.mark.parametrize("save", [as_bytes, by_torch, by_safetensors])
+def test_a_file_that_finds_no_room_is_no_bug(save: Callable[[Path], None], tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, before[1]))
+    try:
+        with pytest.raises(Exception, match=r"File too large|unexpected pos") as caught:
+            save(tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    explained = explain_os_error(caught.value)
+    assert explained is not None, caught.value
+    assert explained.what.startswith("cannot write: ")
+    assert "finished work is kept" in str(explained)
+
+
+def test_other_errors_stay_bugs() -> None:
+    assert explain_os_error(ValueError("unexpected pos")) is None
+    assert explain_os_error(RuntimeError("I/O error: No such file or directory (os error 2)")) is None
+    assert explain_os_error(OSError("made by hand")) is None
