@@ -168,7 +168,7 @@ def size(num_bytes: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """Time passed for people: minutes, hours or days."""
+    """Time passed for people: minutes, hours or days; none where a clock was set back since."""
     if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
+        return f"{max(0.0, seconds) / 60:.0f} min"
     return f"{seconds / 3600:.0f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} d"

@@ -220,7 +220,7 @@ def _run_record(started: float) -> dict[str, Any]:
     return {
         "started": started,
         "ended": ended,
-        "seconds": ended - started,
+        "seconds": max(0.0, ended - started),  # a clock may be set back meanwhile
         "host": socket.gethostname(),
         "job": attempts.this_job(),
         **_usage(),

@@ -187,7 +187,7 @@ def _row(
     return Row(
         key=key, state=state, reason=reason, progress=_progress(logs, status) if state != "complete" else "",
         node=(job.node if job else "") or str(status.get("host", "")) * bool(past or begun),
-        seconds=seconds + (time.time() - begun if begun else 0.0),
+        seconds=seconds + (max(0.0, time.time() - begun) if begun else 0.0),
         gpus=resources.get("nodes", 1) * resources.get("gpus", 0), restarts=max(0, len(past) + bool(begun) - 1),
     )  # fmt: skip
 
@@ -254,12 +254,15 @@ def _blocked(row: Row, upstream: Sequence[Row]) -> Row:
 
 
 def _progress(logs: Path, status: Mapping[str, Any]) -> str:
+    is_going = status.get("state") == "running"
+    if is_going and "attempt" not in status:
+        return ""  # its process is starting: the numbers there are an earlier attempt's
     try:
         progress = json.loads((logs / PROGRESS).read_text())
     except (FileNotFoundError, ValueError):
         return ""
     shown = f"{progress['done']}{'/' + str(progress['total']) if progress['total'] else ''} {progress['unit']}"
-    left = _seconds_left(progress, status.get("attempt", {})) if status.get("state") == "running" else None
+    left = _seconds_left(progress, status["attempt"]) if is_going else None
     return shown if left is None else f"{shown}, {duration(left)} left"
 
 

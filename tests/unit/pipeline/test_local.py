@@ -119,7 +119,7 @@ def test_a_task_that_had_no_room_to_say_why_it_failed_is_told_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = replace(toy_plan(tmp_path, make={}).tasks[0], logs=tmp_path / "logs" / "r" / "sft" / "clean")
-    assert "exit code 1 without a word" in local._failure(task, 1)
+    assert "exit code 1 before it could say why" in local._failure(task, 1)
     usage = SimpleNamespace(free=4096)
     monkeypatch.setattr(local.shutil, "disk_usage", lambda _: usage)
     assert "No space left on device" in local._failure(task, 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from prefmill.cli.housekeeping import age
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm import status
 from prefmill.slurm.jobs import JobState
@@ -120,6 +121,24 @@ def test_progress_cost_and_restarts(run: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["a"].gpu_hours == pytest.approx(8 * 3700 / 3600, rel=0.01)
     text = render("r", list(found.values()))
     assert "cost so far: 8.2 GPU-hours, 8 GPUs at work" in text
+
+
+def test_a_task_that_starts_again_shows_nothing_of_the_attempt_before(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = run / "logs/r/a/all"
+    write(logs / "progress.json", {"done": 200, "total": 200, "unit": "steps", "time": 1.0})
+    write(logs / "status.json", {"state": "running", "time": 2.0, "host": "n1"})  # as a local run leaves it first
+    found, _ = rows(run, monkeypatch, {("1", 0): JobState("RUNNING", node="n1")})
+    assert found["a"].progress == ""
+
+
+def test_a_clock_set_back_gives_no_negative_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = {"started": time.time() + 7200, "done_before": 0, "node": "n1", "steps_before": 0, "job": {}}
+    write(run / "logs/r/a/all/status.json", {"state": "running", "time": 1.0, "host": "n1", "attempt": attempt})
+    found, _ = rows(run, monkeypatch, {("1", 0): JobState("RUNNING", node="n1")})
+    assert found["a"].seconds == 0
+    assert age(-7200) == "0 min"
 
 
 def test_a_large_stage_is_summed_up_and_its_troubles_listed() -> None:
