@@ -15,6 +15,7 @@ from prefmill.store.picture_formats import FORMATS, HEAD, READ, format_of, is_ou
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+DECODER = 3  # raised where pictures become other arrays than before: what was computed of them is not taken again
 MAX_PIXELS = 40_000_000  # a file of some kilobytes can claim more than a machine's memory holds
 _ROUNDING = 2  # of 255: between sRGB profiles of several makers; the same picture with and without one stays the same
 _UNSCALED = ("I", "F")  # 32-bit integers and floats: nothing in the file says which value is white

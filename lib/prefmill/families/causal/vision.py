@@ -18,6 +18,7 @@ from prefmill.core.records import IMAGE_MARKER
 from prefmill.families.causal.chat import Answer, encode, encode_turns, image_paths, prompt_text
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.vision_parts import KeptProcessor
+from prefmill.store.pictures import DECODER
 
 
 class ImageReader:
@@ -103,9 +104,10 @@ class ImageReader:
         return {**self.pixels(paths), self.types_name: (input_ids == self.image_token).int()}
 
     def digest(self, images: Sequence[Sequence[str]]) -> str:
-        """What the pixels of these prompts' images are: of every file's bytes, and the bounds they are resized to."""
+        """What these prompts' pixels follow from: every file's bytes, the decoder, and the bounds of resizing."""
         content = [[_file_digest(path) for path in paths] for paths in images]
-        return hashlib.sha256(json.dumps([content, self._bounds if any(images) else None]).encode()).hexdigest()
+        read = [DECODER, self._bounds] if any(images) else None
+        return hashlib.sha256(json.dumps([content, read]).encode()).hexdigest()
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the tokenizer, and the files for images as the model's folder has them."""

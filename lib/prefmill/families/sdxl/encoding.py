@@ -22,7 +22,7 @@ from prefmill.families.sdxl.backbone import backbone_of
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.generator import too_long
 from prefmill.families.sdxl.loading import SdxlFolder
-from prefmill.store.pictures import image_size, open_image
+from prefmill.store.pictures import DECODER, image_size, open_image
 from prefmill.store.tensor_cache import TensorCache
 
 Size = tuple[int, int]  # width, height in pixels
@@ -30,7 +30,6 @@ Size = tuple[int, int]  # width, height in pixels
 _VERSION = 1
 _NOTICED = 0.05  # of an image's area: rounding to whole latents cuts less
 _log = logging.getLogger(__name__)
-_DECODER = 3  # latents of pictures that were read sideways, without white or without their profile are not taken again
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class ImageKeys:
 
     def of(self, image_digest: str, flipped: bool = False, size: Size | None = None) -> str:
         """The key of an image with this sha256; mirrored it is another one."""
-        said: list[Any] = [_DECODER, self.vae, self.resolution, self.precision, image_digest, flipped]
+        said: list[Any] = [DECODER, self.vae, self.resolution, self.precision, image_digest, flipped]
         # Nothing is added for a square: latents kept before there were buckets stay valid.
         said += [size] if size and size != (self.resolution, self.resolution) else []
         return f"{digest_json(said)}-latents"

@@ -169,6 +169,15 @@ def test_grids_from_sizes_are_those_of_the_processor(reader: ImageReader, pictur
     assert [list(reader.grid(path)) for path in pictures] == reader.pixels(pictures)["image_grid_thw"].tolist()
 
 
+def test_scores_of_pictures_read_by_an_earlier_decoder_are_not_taken(
+    pictures: list[str], reader: ImageReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, without = reader.digest([pictures]), reader.digest([[]])
+    monkeypatch.setattr("prefmill.families.causal.vision.DECODER", 0)
+    assert reader.digest([pictures]) != before
+    assert reader.digest([[]]) == without
+
+
 def test_limits_replace_the_processors(tiny_vl: Path, pictures: list[str], reader: ImageReader, tmp_path: Path) -> None:
     small = open_reader(str(tiny_vl), load_tokenizer(str(tiny_vl)), ImageLimits(max_pixels=4 * 784))
     assert small is not None
