@@ -85,13 +85,13 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(json.dumps(asdict(found), indent=1))
         return
     for heading, lines in (("KEY", found.keys), ("METRIC", found.metrics)):
-        if not lines:
-            print(f"no {heading.lower()} differs\n")
-            continue
-        print_table(("TASK", heading, *found.runs), [(line.task, line.name, *map(show, line.values)) for line in lines])
+        rows = [(line.task, line.name, *map(show, line.values)) for line in lines]
+        print_table(("TASK", heading, *found.runs), rows) if rows else print(f"no {heading.lower()} differs")
         print()
-    paired = [(line.task, line.measure, line.run, str(line)) for line in found.paired]
-    print_table(("TASK", "PAIRED BY PAPER", "RUN", f"DIFFERENCE TO {found.runs[0]} (95% INTERVAL)"), paired)
+    if paired := [(line.task, line.measure, line.run, str(line)) for line in found.paired]:
+        print_table(("TASK", "PAIRED BY PAPER", "RUN", f"DIFFERENCE TO {found.runs[0]} (95% INTERVAL)"), paired)
+    elif not found.notes:
+        print("nothing to pair by paper: no task evaluated reviews in both")
     print(*(f"not paired: {note}" for note in found.notes), sep="\n", end="\n" if found.notes else "")
     page = arguments.output or workspace / "data" / COMPARISONS / f"{'-'.join(found.runs)}.html"
     write_atomic(page, comparison_page(found))

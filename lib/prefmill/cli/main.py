@@ -95,7 +95,7 @@ def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
     """As argparse refuses words, with the nearest option."""
     from prefmill.core.errors import nearest
 
-    wrong = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+    wrong = next((word.partition("=")[0] for word in words if word.startswith("-") or "=" in word), "")
     # Some commands take the workspace as an option, others as a key.
     keys = ["run=", "workspace="] * any(action.dest == "overrides" for action in parser._actions)
     parser.error(f"unrecognized arguments: {' '.join(words)}{nearest(wrong, [*options_of(parser), *keys])}")

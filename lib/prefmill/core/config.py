@@ -118,7 +118,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             fix="check the path; shipped ones are under configs/",
         ) from None  # fmt: skip
     except IsADirectoryError:
-        files = ", ".join(map(str, sorted(path.glob("*.yaml")))) or "(none)"
+        files = ", ".join(map(str, sorted(path.glob("[!.]*.yaml")))) or "(none)"
         raise ConfigError("a folder, not a file", where=path, expected=files, fix="name one of its files") from None
     except UnicodeDecodeError as error:
         raise ConfigError("no text in UTF-8", where=path, got=str(error), fix="save the file as UTF-8") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -166,3 +167,30 @@ def test_a_reader_that_goes_ends_the_command_as_any_other_program() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_workspace_given_as_a_key_where_it_is_an_option_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "workspace=/tmp"])
+    assert "unrecognized arguments: workspace=/tmp (did you mean '--workspace'?)" in capsys.readouterr().err
+
+
+def test_hidden_files_are_not_suggested(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in (".hidden.yaml", "mine.yaml"):
+        (tmp_path / name).touch()
+    assert main(["run", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "mine.yaml" in told
+    assert ".hidden.yaml" not in told
+
+
+def test_runs_that_share_no_papers_are_compared_without_an_empty_table(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for run in ("one", "two"):
+        (tmp_path / "logs" / run).mkdir(parents=True)
+        (tmp_path / "logs" / run / "plan.json").write_text(json.dumps({"run": run, "tasks": []}))
+    assert main(["compare", "one", "two", "--workspace", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "PAIRED BY PAPER" not in told
+    assert "nothing to pair by paper" in told
