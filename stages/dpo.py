@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
-from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.causal.chat_rows import ChatRows
 from prefmill.pairs.sources import SOURCE_KEYS, PairSource, write_pairs
 from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import start_model
+from prefmill.training.data import rows_of_input
 from prefmill.training.preference_config import PreferenceConfig
 
 
@@ -29,23 +27,9 @@ def run(config: DpoConfig, task: Task) -> Metrics:
     from prefmill.families.causal.dpo import train_dpo
 
     policy = start_model(config, task, "policy")
-    train, val = _pairs(config, task)
+    given = rows_of_input(task, f"dpo_{config.modality}", config.has_source, "dataset=NAME_OR_FILE")
+    train, val = given or write_pairs(config, task.work / "pairs", task.logs / BAD_ROWS)
     return train_dpo(config, task, policy, train, val, config)
-
-
-def _pairs(config: DpoConfig, task: Task) -> tuple[Path, Path | None]:
-    """The rows to train on and those to validate on: of the dataset that the configuration names, or of the input."""
-    datasets = task.optional_input("datasets")
-    if (datasets is None) != config.has_source:
-        raise PipelineError(
-            "no preference dataset" if datasets is None else "two preference datasets",
-            where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or dataset=NAME_OR_FILE",
-        )  # fmt: skip
-    if datasets is None:
-        return write_pairs(config, task.work / "pairs", task.logs / BAD_ROWS)
-    train = datasets.file(f"dpo_{config.modality}_train/data.jsonl")
-    val = datasets.path / f"dpo_{config.modality}_val" / "data.jsonl"
-    return train, val if val.is_file() and val.stat().st_size else None
 
 
 STAGE = Stage(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
 from prefmill.pairs.sources import SOURCE_KEYS, PairSource, write_pairs
 from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import start_model
+from prefmill.training.data import rows_of_input
 
 
 class MdlmDpoConfig(DiffusionPreferenceConfig, PairSource):
@@ -41,23 +40,9 @@ def run(config: MdlmDpoConfig, task: Task) -> Metrics:
     from prefmill.families.mdlm.dpo import train_diffusion_dpo
 
     policy = start_model(config, task, "policy")
-    train, val = _pairs(config, task)
+    given = rows_of_input(task, f"dpo_{config.modality}", config.has_source, "preference_data_path=FILE")
+    train, val = given or write_pairs(config, task.work / "pairs", task.logs / BAD_ROWS)
     return train_diffusion_dpo(config, task, policy, train, val)
-
-
-def _pairs(config: MdlmDpoConfig, task: Task) -> tuple[Path, Path | None]:
-    """The rows to train on and those to validate on: of the dataset that the configuration names, or of the input."""
-    datasets = task.optional_input("datasets")
-    if (datasets is None) != config.has_source:
-        raise PipelineError(
-            "no preference dataset" if datasets is None else "two preference datasets",
-            where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or preference_data_path=FILE",
-        )  # fmt: skip
-    if datasets is None:
-        return write_pairs(config, task.work / "pairs", task.logs / BAD_ROWS)
-    val = datasets.path / f"dpo_{config.modality}_val" / "data.jsonl"
-    has_val = val.is_file() and val.stat().st_size > 0
-    return datasets.file(f"dpo_{config.modality}_train/data.jsonl"), val if has_val else None
 
 
 STAGE = Stage(

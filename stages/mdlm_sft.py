@@ -16,6 +16,7 @@ from prefmill.families.mdlm.config import DiffusionSftConfig
 from prefmill.pairs.chats import ChatSource, write_chats
 from prefmill.training.bad_rows import BAD_ROWS, RowPolicy
 from prefmill.training.config import start_model
+from prefmill.training.data import rows_of_input
 
 
 class MdlmSftConfig(DiffusionSftConfig, RowPolicy):
@@ -54,18 +55,11 @@ def run(config: MdlmSftConfig, task: Task) -> Metrics:
 
 def _chats(config: MdlmSftConfig, task: Task) -> tuple[Path, Path | None]:
     """The rows to train on and those to validate on."""
-    datasets = task.optional_input("datasets")
-    if (datasets is None) == (config.sft_data_path is None):
-        raise PipelineError(
-            "no dataset" if datasets is None else "two datasets", where=f"{task.stage}:{task.name}",
-            fix="give either inputs.datasets=FOLDER or sft_data_path=FILE",
-        )  # fmt: skip
-    if datasets is None:
-        source = validate(ChatSource, {"dataset_file": str(config.sft_data_path), "on_bad_row": config.on_bad_row})
-        return write_chats(source, task.work / "chats", task.logs / BAD_ROWS)
-    val = datasets.path / f"sft_{config.modality}_val" / "data.jsonl"
-    has_val = val.is_file() and val.stat().st_size > 0
-    return datasets.file(f"sft_{config.modality}_train/data.jsonl"), val if has_val else None
+    path = config.sft_data_path
+    if given := rows_of_input(task, f"sft_{config.modality}", path is not None, "sft_data_path=FILE"):
+        return given
+    source = validate(ChatSource, {"dataset_file": str(path), "on_bad_row": config.on_bad_row})
+    return write_chats(source, task.work / "chats", task.logs / BAD_ROWS)
 
 
 STAGE = Stage(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
 
-from prefmill.core.errors import PipelineError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.causal.chat_rows import TrainedTurns
@@ -15,6 +13,7 @@ from prefmill.pairs.chats import ChatSource, write_chats
 from prefmill.pairs.sources import SOURCE_KEYS
 from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import TrainingConfig, start_model
+from prefmill.training.data import rows_of_input
 
 
 class SftConfig(TrainingConfig, ChatSource, TrainedTurns):
@@ -34,23 +33,9 @@ def run(config: SftConfig, task: Task) -> Metrics:
     from prefmill.families.causal.sft import train_sft
 
     model = start_model(config, task, "model")
-    train, val = _chats(config, task)
+    given = rows_of_input(task, f"sft_{config.modality}", config.has_source, "dataset=NAME_OR_FILE")
+    train, val = given or write_chats(config, task.work / "chats", task.logs / BAD_ROWS)
     return train_sft(config, task, model, train, val, config)
-
-
-def _chats(config: SftConfig, task: Task) -> tuple[Path, Path | None]:
-    """The rows to train on and those to validate on: of the dataset that the configuration names, or of the input."""
-    datasets = task.optional_input("datasets")
-    if (datasets is None) != config.has_source:
-        raise PipelineError(
-            "no dataset to fine-tune on" if datasets is None else "two datasets to fine-tune on",
-            where=f"{task.stage}:{task.name}", fix="give either inputs.datasets=FOLDER or dataset=NAME_OR_FILE",
-        )  # fmt: skip
-    if datasets is None:
-        return write_chats(config, task.work / "chats", task.logs / BAD_ROWS)
-    train = datasets.file(f"sft_{config.modality}_train/data.jsonl")
-    val = datasets.path / f"sft_{config.modality}_val" / "data.jsonl"
-    return train, val if val.is_file() and val.stat().st_size else None
 
 
 STAGE = Stage(

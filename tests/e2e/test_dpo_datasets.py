@@ -129,9 +129,9 @@ def test_every_form_trains_to_the_same_weights(policy: Artifact, tmp_path: Path)
 def test_what_it_refuses(policy: Artifact, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [SAME["trl_messages"]])
     config = validate(DpoConfig, {**SETTINGS, "dataset": str(tmp_path / "rows.jsonl")})
-    with pytest.raises(PipelineError, match="two preference datasets"):
+    with pytest.raises(PipelineError, match="two datasets to train on"):
         run(config, make_task("dpo", tmp_path, policy=policy, datasets=make_datasets(tmp_path / "data")))
-    with pytest.raises(PipelineError, match="no preference dataset"):
+    with pytest.raises(PipelineError, match="no dataset to train on"):
         run(validate(DpoConfig, SETTINGS), make_task("dpo", tmp_path, policy=policy))
     with pytest.raises(ConfigError, match="one key under two names"):
         validate(DpoConfig, {"max_len": 3, "max_length": 3})

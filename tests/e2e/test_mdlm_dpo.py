@@ -165,7 +165,7 @@ def test_accumulation_does_not_change_the_loss(tmp_path: Path, policy: Artifact,
 def test_a_preference_file_can_be_named(tmp_path: Path, policy: Artifact, datasets: Artifact) -> None:
     keys = {**KEYS, "num_train_epochs": 1, "preference_data_path": str(datasets.file("dpo_clean_train/data.jsonl"))}
     assert run_stage("mdlm_dpo", tmp_path, keys, policy=policy)["pairs"] == 48
-    with pytest.raises(PipelineError, match="two preference datasets"):
+    with pytest.raises(PipelineError, match="two datasets to train on"):
         run_stage("mdlm_dpo", tmp_path / "b", keys, policy=policy, datasets=datasets)
 
 

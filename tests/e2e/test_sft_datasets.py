@@ -129,10 +129,10 @@ def test_the_examples_configuration_trains(base: Artifact, tmp_path: Path, monke
 
 
 def test_what_it_refuses(base: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="no dataset to fine-tune on"):
+    with pytest.raises(PipelineError, match="no dataset to train on"):
         sft(tmp_path, base)
     write_jsonl(tmp_path / "rows.jsonl", [CHATS["messages"]])
-    with pytest.raises(PipelineError, match="two datasets to fine-tune on"):
+    with pytest.raises(PipelineError, match="two datasets to train on"):
         run(
             validate(SftConfig, {**SETTINGS, "dataset": str(tmp_path / "rows.jsonl")}),
             make_task("sft", tmp_path, model=base, datasets=make_datasets(tmp_path / "data")),

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.errors import InputError
+from prefmill.core.errors import InputError, PipelineError
+from prefmill.core.stage import Task
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.bad_rows import BadRows
 
@@ -99,6 +100,23 @@ def _turn(said: Mapping[str, Any]) -> dict[str, Any]:
 
 def _answer(said: Mapping[str, Any]) -> Answer:
     return str(said["value"]) if said.keys() == {"from", "value"} else _turn(said)
+
+
+def rows_of_input(task: Task, names: str, has_own: bool, own_key: str) -> tuple[Path, Path | None] | None:
+    """The rows to train on and to validate on, `names`_train and _val of the input `datasets`; None for own ones.
+
+    Raises PipelineError where there are both, an input and the configuration's own dataset, or neither.
+    """
+    datasets = task.optional_input("datasets")
+    if (datasets is None) != has_own:
+        raise PipelineError(
+            "no dataset to train on" if datasets is None else "two datasets to train on",
+            where=f"{task.stage}:{task.name}", fix=f"give either inputs.datasets=FOLDER or {own_key}",
+        )  # fmt: skip
+    if datasets is None:
+        return None
+    val = datasets.path / f"{names}_val" / "data.jsonl"
+    return datasets.file(f"{names}_train/data.jsonl"), val if val.is_file() and val.stat().st_size else None
 
 
 def swap_by_coin(pairs: Iterable[PreferencePair], seed: int) -> Iterator[PreferencePair]:

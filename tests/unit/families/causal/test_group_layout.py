@@ -142,12 +142,15 @@ def test_activation_checkpointing_changes_nothing(groups: list[Group], shared: A
 
 def test_the_last_layer_leaves_a_prompt_out_but_for_its_last_token(groups: list[Group], shared: Any) -> None:
     seen: list[torch.Tensor] = []
-    for layer in shared.model.layers:
+    hooks = [
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+        for layer in shared.model.layers
+    ]
     score_batch(shared, pack([next(iter(cut_responses(groups[0], None)))]))
+    for hook in hooks:
+        hook.remove()
     before = len(groups[0].prompt) - 1
     score_batch(shared, pack([([], groups[0].responses)]))  # whole sequences, as TRL has them: no prompt at all
-    seen = seen[: len(seen) // 2]
     *others, last = [(attended.abs().sum(-1) > 0).tolist() for attended in seen]
     assert others == [[True] * len(last)] * len(others) != []
     assert last == [False] * before + [True] * (len(last) - before)
