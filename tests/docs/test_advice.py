@@ -45,7 +45,18 @@ ELSEWHERE = {
 
 
 # Keys that are also words, before a colon in a sentence.
-PROSE = {"names", "weights", "alpha", "columns", "logging_steps", "train", "engine", "mapo_snr", "num_attention_heads"}
+PROSE = {
+    "names",
+    "seeds",
+    "weights",
+    "alpha",
+    "columns",
+    "logging_steps",
+    "train",
+    "engine",
+    "mapo_snr",
+    "num_attention_heads",
+}
 
 
 @cache
