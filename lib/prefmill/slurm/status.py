@@ -208,6 +208,8 @@ def _state(
         return "complete", "", job
     if is_running(logs):
         return "running", "", job
+    if _is_starting(logs, status):
+        return "running", "its process is starting", job
     if decided.get("action") in _WORDS:
         todo = f"; to do: {decided['todo']}" if decided.get("todo") else ""
         return _WORDS[decided["action"]], f"{decided['kind']}: {decided['why']} ({decided['reason']}){todo}", job
@@ -216,6 +218,15 @@ def _state(
     if tried and seen and tried.element in seen.unknown:
         return "unknown", seen.unknown[tried.element], job
     return (*_left_state(status, tried, seen, job), job)
+
+
+def _is_starting(logs: Path, status: Mapping[str, Any]) -> bool:
+    """Whether a `prefmill run` here has begun the task, whose process has not yet come to take its lock."""
+    return (
+        is_at_work(logs.parents[3], logs.parents[1].name)
+        and status.get("state") == "running"
+        and "attempt" not in status
+    )
 
 
 def _live_state(job: JobState, name: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from prefmill.cli.housekeeping import age
+from prefmill.pipeline.task_status import at_work
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm import status
 from prefmill.slurm.jobs import JobState
@@ -131,6 +132,15 @@ def test_a_task_that_starts_again_shows_nothing_of_the_attempt_before(
     write(logs / "status.json", {"state": "running", "time": 2.0, "host": "n1"})  # as a local run leaves it first
     found, _ = rows(run, monkeypatch, {("1", 0): JobState("RUNNING", node="n1")})
     assert found["a"].progress == ""
+
+
+def test_a_task_whose_process_is_starting_is_not_told_to_run_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(run / "logs/r/a/all/status.json", {"state": "running", "time": 2.0, "host": "n1"})  # and no lock yet
+    with at_work(run, "r"):
+        found, _ = rows(run, monkeypatch, {})
+    assert (found["a"].state, found["a"].reason) == ("running", "its process is starting")
+    found, _ = rows(run, monkeypatch, {})
+    assert found["a"].state != "running"
 
 
 def test_a_clock_set_back_gives_no_negative_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
