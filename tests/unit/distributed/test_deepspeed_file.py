@@ -84,6 +84,7 @@ def test_what_says_the_same_is_used(tmp_path: Path, content: Any, keys: dict[str
         ({"optimizer": ADAMW}, {"optim": "adafactor"}, "optimizer: AdamW, and optim: adafactor"),
         ({"train_batch_size": 8}, {}, "train_batch_size: 8, and effective_batch_size: 16"),
         ({"train_micro_batch_size_per_gpu": 1}, {}, "and per_device_train_batch_size: 2"),
+        ({"gradient_accumulation_steps": 3}, {}, "per_device_train_batch_size: 8, on all ranks together"),
         ({"gradient_clipping": 0.3}, {}, "gradient_clipping: 0.3, and max_grad_norm: 1.0"),
         ({"bf16": {"enabled": True}}, {"precision": "fp16"}, "bf16.enabled: true, and precision: fp16"),
         ({"bf16": {"enabled": False}}, {}, "bf16.enabled: false, and precision: bf16"),
