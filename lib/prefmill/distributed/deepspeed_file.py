@@ -90,12 +90,10 @@ def require_agreement(path: Path, config: object) -> None:
         for key, found in _given(settings)
         if key in expected and found != expected[key]
     ]
-    # On however many ranks: it is known here that no number of them makes this accumulation.
-    most, steps = (
-        expected["train_batch_size"] // expected["train_micro_batch_size_per_gpu"],
-        settings.get(_ACCUMULATION),
-    )
-    if steps not in ("auto", None) and steps not in [count for count in range(1, most + 1) if most % count == 0]:
+    steps = settings.get(_ACCUMULATION)
+    most = expected["train_batch_size"] // expected["train_micro_batch_size_per_gpu"]
+    # How many ranks there will be is not known here: refused where no number of them makes this accumulation.
+    if steps not in ("auto", None, *(count for count in range(1, most + 1) if most % count == 0)):
         batches = "effective_batch_size / per_device_train_batch_size"
         other.append(f"{_ACCUMULATION}: {json.dumps(steps)}, and {batches}: {most}, on all ranks together")
     if other:
