@@ -7,10 +7,13 @@ of palette need no new chart. Every series also has a marker of its own: colour 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
+
+from prefmill.core.figures import with_interval
 
 WIDTH = 360.0  # in the units of the SVG; the page shows it between 0.8 and 1.2 times this size in pixels
 Scale = Callable[[float], float]
@@ -30,6 +33,12 @@ class ChartInterval:
     low: float
     high: float
     text: str
+
+    @classmethod
+    def of(cls, label: str, series: str, found: Mapping[str, Any], form: str = ".2f") -> ChartInterval:
+        """A value without an interval, as of one paper, is drawn as a point."""
+        low, high = (found["value"] if found[end] is None else found[end] for end in ("low", "high"))
+        return cls(label, series, found["value"], low, high, with_interval(found, form))
 
 
 @dataclass(frozen=True)

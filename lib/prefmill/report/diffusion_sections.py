@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
-from prefmill.core.figures import bounds, with_interval
+from prefmill.core.figures import bounds
 from prefmill.core.statistics import Array, Resampling, means, within
 from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
@@ -143,13 +143,7 @@ def _conclusion(first: str, last: str, models: Mapping[str, Row], change: Row | 
 
 
 def _chart(changes: Mapping[str, Row]) -> Markup | None:
-    rows = [
-        ChartInterval(
-            label=SHARES[name], series="dpo", value=change["value"], low=change["low"], high=change["high"],
-            text=with_interval(change, "+.2f"),
-        )
-        for name, change in changes.items() if name in SHARES
-    ]  # fmt: skip
+    rows = [ChartInterval.of(SHARES[name], "dpo", changes[name], "+.2f") for name in changes if name in SHARES]
     return interval_chart(rows, "What changed, after minus before", "share", level=0.0) if rows else None
 
 

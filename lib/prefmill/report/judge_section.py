@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
-from prefmill.core.figures import bounds, figure, with_interval
+from prefmill.core.figures import bounds, figure
 from prefmill.report.charts import ChartInterval, interval_chart
 
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ def _people_chart(judge: Found) -> Markup | None:
     """Overall agreement with people; None without labels."""
     if judge["labels"] is None:
         return None
-    rows = [_interval(label, STRONG, judge["labels"][name]) for name, label in _MEASURES.items()]
+    rows = [ChartInterval.of(label, STRONG, judge["labels"][name]) for name, label in _MEASURES.items()]
     return interval_chart(rows, f"Agreement of {judge['name']} with people", "1 is complete agreement", level=0.0)
 
 
@@ -62,16 +62,10 @@ def _moves_chart(judge: Found) -> Markup | None:
     # Any added text moves a model a little, so injections are read beside a neutral line of the same length.
     shifts |= {"a neutral line": (FAINT, probes["control"]), "twice the words": (FAINT, probes["padding"])}
     # None where no changed review could be asked about: that is no shift of 0.
-    rows = [_interval(name, look, found["score"]) for name, (look, found) in shifts.items() if found is not None]
+    rows = [ChartInterval.of(name, look, found["score"]) for name, (look, found) in shifts.items() if found is not None]
     if not rows:
         return None
     return interval_chart(rows, f"What moves a score of {judge['name']}", "change of the checklist score", level=0.0)
-
-
-def _interval(label: str, series: str, found: Found) -> ChartInterval:
-    """A value without an interval, from one paper, is drawn as a point."""
-    low, high = (found["value"] if found[end] is None else found[end] for end in ("low", "high"))
-    return ChartInterval(label, series, found["value"], low, high, with_interval(found))
 
 
 def _item_rows(quality: Found) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
-from prefmill.core.figures import figure, with_interval
+from prefmill.core.figures import figure
 from prefmill.report.charts import ChartInterval, Line, interval_chart, line_chart
 from prefmill.store.jsonl import read_jsonl
 
@@ -45,13 +45,7 @@ def _held_out_chart(summary: Mapping[str, Any]) -> Markup:
     found |= {
         name.replace("_", " "): (BASELINE, baseline["correlation"]) for name, baseline in summary["baselines"].items()
     }
-    rows = [
-        ChartInterval(
-            label=label, series=series, value=item["value"], low=item["low"], high=item["high"],
-            text=with_interval(item),
-        )
-        for label, (series, item) in found.items()
-    ]  # fmt: skip
+    rows = [ChartInterval.of(label, series, item) for label, (series, item) in found.items()]
     target = summary["target"].replace("_", " ")
     return interval_chart(
         rows, f"Correlation with {target} on held-out papers", f"correlation with {target}", level=0.0

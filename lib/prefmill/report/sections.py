@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from prefmill.core.figures import figure, with_interval
+from prefmill.core.figures import figure
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, MEASURES, Measure
 from prefmill.evaluation.rows import HUMAN
 from prefmill.report.charts import ChartInterval, Line, interval_chart, scatter_chart, share_strip
@@ -27,7 +27,8 @@ Row = dict[str, Any]
 
 def score_chart(compared: Compared) -> Markup:
     """Every model's mean checklist score."""
-    rows = [_score_row(item["model"], item["measures"][CHECKMARK_SCORE.name]) for item in compared["models"]]
+    scores = [(item["model"], item["measures"][CHECKMARK_SCORE.name]) for item in compared["models"]]
+    rows = [ChartInterval.of(model, model, found) for model, found in scores]
     people = next((row.value for row in rows if row.series == HUMAN), None)
     dashed = "; dashed: people" if people is not None else ""
     axis = f"of at most {compared['max_score']:g}{dashed}"
@@ -37,17 +38,15 @@ def score_chart(compared: Compared) -> Markup:
 def difference_chart(compared: Compared) -> Markup | None:
     """The difference in checklist score of every two models; None where there is only one."""
     rows = [
-        ChartInterval(
-            label=f"{pair['candidate']} − {pair['baseline']}",
-            series=pair["candidate"],
-            **_bounds(pair["measures"][CHECKMARK_SCORE.name]),
-            text=with_interval(pair["measures"][CHECKMARK_SCORE.name], "+.2f"),
+        ChartInterval.of(
+            f"{pair['candidate']} − {pair['baseline']}",
+            pair["candidate"],
+            pair["measures"][CHECKMARK_SCORE.name],
+            "+.2f",
         )
         for pair in compared["pairs"]
     ]
-    if not rows:
-        return None
-    return interval_chart(rows, "Differences in checklist score", "difference in points", level=0.0)
+    return interval_chart(rows, "Differences in checklist score", "difference in points", level=0.0) if rows else None
 
 
 def measure_table(compared: Compared) -> list[Row]:
@@ -127,14 +126,6 @@ def length_rows(compared: Compared) -> list[Row]:
         }
         for item in compared["models"]
     ]
-
-
-def _score_row(model: str, found: Mapping[str, Any]) -> ChartInterval:
-    return ChartInterval(label=model, series=model, **_bounds(found), text=with_interval(found))
-
-
-def _bounds(found: Mapping[str, Any]) -> dict[str, float]:
-    return {key: found[key] for key in ("value", "low", "high")}
 
 
 def _value(model: Mapping[str, Any], measure: Measure) -> Any:
