@@ -77,7 +77,7 @@ def test_a_judge_that_answers_nothing_is_stopped_early_and_kept(
     monkeypatch.setattr(optimize_run, "open_engine", lambda config, checklist: Mumbler(LexicalConfig(), checklist))
     task, model = task_of(tmp_path / "t", corpus), {"engine": "transformers", "model_name_or_path": "judge"}
     for num_asked, keys in ((50, {}), (50, {"after_reviews": 1000})):  # a rerun with a later look gets round nothing
-        with pytest.raises(InputError, match=r"puts 2 % of its mass(.|\n)*set score.judge.min_answer_mass=0"):
+        with pytest.raises(InputError, match=r"puts 2% of its mass(.|\n)*set score.judge.min_answer_mass=0"):
             optimize(task, score={"engine": model, "judge": keys, "max_reviews": 50 if keys else 5000})
         assert len(asked) == num_asked
     optimize(task, score={"engine": model, "judge": {"min_answer_mass": 0}})

@@ -104,7 +104,7 @@ class AnswerCounts:
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """`this judge says yes to 98 % and puts 2 % of its mass on an answer`, from `overall`'s figures."""
+    """`this judge says yes to 98% and puts 2% of its mass on an answer`, from `overall`'s figures."""
     mass = found["answer_mass"]
     puts = "" if mass is None else f" and puts {_percent(mass)} of its mass on an answer"
     return f"this judge says yes to {_percent(found['yes_share'])}{puts}"

@@ -52,7 +52,7 @@ def run(
 
 def test_a_model_that_puts_no_mass_on_yes_or_no_is_refused(tmp_path: Path, tiny_judge: Path, corpus: Artifact) -> None:
     engine = {"model_name_or_path": str(tiny_judge), "truncate_reviews": True}
-    with pytest.raises(InputError, match=r"this judge says yes to \d+ % and puts [\d.]+ % of its mass on an answer"):
+    with pytest.raises(InputError, match=r"this judge says yes to \d+% and puts [\d.]+% of its mass on an answer"):
         run(tmp_path / "t", corpus, judge={"max_same_answer": 1}, **engine)
     (journal,) = (path.read_bytes() for path in (tmp_path / "t").rglob("outcomes.journal"))
     task = run(tmp_path / "again", corpus, journal, judge={"min_answer_mass": 0, "max_same_answer": 1}, **engine)
