@@ -176,7 +176,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
     "content",
     [
         LINES.replace("\n", "\r").encode(), *map(LINES.encode, ("utf-16", "utf-16-le", "utf-16-be")),
-        gzip.compress(LINES.encode("utf-16-le")), bz2.compress(LINES.encode()), lzma.compress(LINES.encode()),
+        gzip.compress(LINES.encode("utf-16-le"), mtime=0), bz2.compress(LINES.encode()), lzma.compress(LINES.encode()),
         # Two frames, as `zstd -c >> file` leaves them.
         b"".join(pyarrow.compress(f"{line}\n".encode(), codec="zstd", asbytes=True) for line in LINES.split("\n")[:-1]),
     ],
