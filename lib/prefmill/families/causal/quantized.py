@@ -8,8 +8,8 @@ from typing import Any
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision, Quantization, torch_dtype
 
-# Methods that transformers multiplies out while it reads.
-_READ_WHOLE = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
+# What transformers multiplies out while it reads, and was held against weights computed from the stored bytes.
+_READ_WHOLE = ("fp8", "mxfp4", "compressed-tensors")
 _KEY = "quantization_config"
 
 

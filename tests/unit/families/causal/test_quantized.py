@@ -191,6 +191,7 @@ def test_training_on_fp8_starts_at_its_whole_weights_and_publishes_them(tmp_path
         # Quantized already: merging and publishing need the weights before that.
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "4bit", "bitsandbytes(.|\n)*before it was"),
         (FP8, "4bit", "leave quantization out"),
+        ({"quant_method": "mxfp8"}, None, "mxfp8"),  # transformers reads it; held against nothing yet
         ({"bits": 4, "group_size": 64}, None, "none stated"),  # as MLX writes it
     ],
 )
