@@ -11,10 +11,10 @@ polars is not among the requirements: `pip install polars` first.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter
 from itertools import combinations, groupby
@@ -189,7 +189,15 @@ def _write(path: Path, rows: list[Any]) -> None:
         stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
 
 
+def main() -> None:
+    """Do one script's work on the reviews of a folder."""
+    works = {work.__name__: work for work in (ingest_polars, ingest_orjson, build_orjson)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with reviews.jsonl; files are written there")
+    parser.add_argument("work", choices=works)
+    arguments = parser.parse_args()
+    works[arguments.work](arguments.folder)
+
+
 if __name__ == "__main__":
-    {"ingest_polars": ingest_polars, "ingest_orjson": ingest_orjson, "build_orjson": build_orjson}[sys.argv[2]](
-        Path(sys.argv[1])
-    )
+    main()

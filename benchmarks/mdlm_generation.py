@@ -9,6 +9,7 @@ three runs.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -61,4 +62,5 @@ def small_model() -> Any:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -11,6 +11,7 @@ variance over log draws (-1: the error falls as draws grow); how often |estimate
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -174,4 +175,5 @@ def _run(name: str, folder: Path, **inputs: Any) -> Any:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -7,9 +7,9 @@ the model (mapped files are not counted: the kernel takes their pages back).
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -128,6 +128,11 @@ def measure(folder: Path, family: str, strategy: dict[str, Any], total: int) -> 
 
 def main() -> None:
     """Print a line a family and strategy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "family", nargs="*", choices=["causal", "mdlm", []], metavar="FAMILY", help="causal or mdlm; none: both"
+    )
+    families = parser.parse_args().family or ["causal", "mdlm"]
     import_before_the_forks("prefmill.families.causal.dpo", "prefmill.families.mdlm.dpo", "torch.distributed.fsdp")
     strategies = {
         "ZeRO-3": {"deepspeed": str(Path(__file__).parent.parent / "configs" / "deepspeed" / "zero3.json")},
@@ -136,7 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         total = write_model(folder, SIZE)
-        for family in sys.argv[1:] or ["causal", "mdlm"]:
+        for family in families:
             for strategy, keys in strategies.items():
                 shares = measure(folder, family, keys, total)
                 shown = ", ".join(f"{share:.2f}" for share in shares)

@@ -21,6 +21,7 @@ connections from the layers before the first adapter, which lead nowhere, 0.2. B
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 import tempfile
@@ -294,4 +295,5 @@ def timed(work: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.image_rows import DIMENSIONS, Dimension
@@ -20,6 +22,12 @@ class RateImagesConfig(StrictConfig):
     dimensions: list[Dimension] = Field(list(DIMENSIONS), min_length=1, description="what is asked, in this order")
     max_pairs_per_prompt: int | None = Field(None, ge=1, description="of more images per prompt; none: every two")
     seed: int = Field(0, description="of the sides, the order and the pairs drawn")
+
+    @model_validator(mode="after")
+    def _asked_once(self) -> Self:
+        if len(set(self.dimensions)) < len(self.dimensions):
+            raise ValueError("one of dimensions stands there twice, and would be answered once: take it out")
+        return self
 
 
 def run(config: RateImagesConfig, task: Task) -> Metrics:

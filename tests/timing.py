@@ -24,7 +24,7 @@ _BUSY_PROCESSES = 2
 
 def main() -> int:
     """Run both rounds, print the table; 0 where nothing has failed and something ran."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20)
     own, others = parser.parse_known_args()
     idle = measure(own.times, others)

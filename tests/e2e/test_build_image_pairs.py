@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_an_all_ties_file_is_an_error(tmp_path: Path) -> None:
         build(tmp_path, [{**row, "choice": "tie"} for row in sure()])
     with pytest.raises(InputError, match=r"no pair is left"):
         build(tmp_path / "b", [rating("p00/0", "p00/1", side, side) for side in ("left", "right")])
-    with pytest.raises(InputError, match="no ratings"):
+    with pytest.raises(InputError, match=r"no ratings\n.*\n.*files without a row\n.*write a line for each rating"):
         build(tmp_path / "c", [])
 
 
@@ -141,12 +142,16 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     task = build(tmp_path, bad + sure(), max_quarantined_share=0.5)
     rows = list(read_jsonl(task.output / "quarantine.jsonl"))
     assert [row["reason"] for row in rows] == [
-        "unknown image", "images of two prompts", "an image against itself", "unknown choice", "unknown dimension",
-        "no rater",
+        "unknown image", "images of two prompts", "an image against itself",
+        "unknown choice (left, right, tie or skip)",
+        "unknown dimension (spatial, iconographic, style, fidelity, material, overall)", "no rater",
     ]  # fmt: skip
     assert [row["where"] for row in rows] == [f"ratings.csv:{line}" for line in range(2, 8)]
-    with pytest.raises(InputError, match=r"6 of 18 ratings cannot be used"):
+    with pytest.raises(
+        InputError, match=r"6 of 18 ratings cannot be used(.|\n)*the first: {'image_id': 'p00/9'}"
+    ) as told:
         build(tmp_path / "strict", bad + sure())
+    assert list(read_jsonl(Path(re.findall(r"every row is in (\S+);", str(told.value))[0]))) == rows
 
 
 def test_low_yield_is_a_warning(tmp_path: Path) -> None:

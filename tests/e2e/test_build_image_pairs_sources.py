@@ -26,6 +26,7 @@ from image_rating_artifacts import (
 from PIL import Image
 
 from prefmill.core.errors import InputError
+from prefmill.core.stage import Task
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 
 
@@ -72,6 +73,91 @@ def test_own_ratings_may_name_files(tmp_path: Path) -> None:
     assert not image.samefile(folder / "p00a.png")  # a later edit of theirs must not reach the artifact
 
 
+def test_a_rating_may_name_files_as_other_systems_write_them(tmp_path: Path) -> None:
+    """With ./ or the whole path, with backslashes, accents as macOS writes them; words in capitals."""
+    folder, path = tmp_path / "mine", tmp_path / "ratings.csv"
+    for side in "ab":
+        draw(folder / "sub" / f"bild-\u00fc{side}.png", ord(side))
+    (folder / "images.csv").write_text("prompt,file\nbars,sub/bild-\u00fca.png\nbars,sub/bild-\u00fcb.png\n", "utf-8")
+    source = {"format": "ratings", "ratings": str(path), "images": str(folder)}
+    for n, name in enumerate(
+        ("./sub/bild-\u00fc", f"{folder}/sub/bild-\u00fc", "sub\\bild-\u00fc", "sub/bild-u\u0308")
+    ):
+        path.write_text(f"Left,Right,Rater,Dimension,Choice\n{name}a.png,{name}b.png,me,Overall,Left\n", "utf-8")
+        (row,) = pairs(build_from(tmp_path / str(n), source, max_quarantined_share=0.0))
+        assert (folder / "sub" / "bild-\u00fca.png").read_bytes() == (
+            tmp_path / str(n) / "output" / row["preferred"]
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "folder", "saved"])
+def test_pairs_of_a_table_or_a_dataset_are_those_of_lines(tmp_path: Path, form: str) -> None:
+    """With the pictures as files or, as datasets keeps them, as bytes; written by other libraries."""
+    import datasets
+    import pandas
+
+    folder = own_images(tmp_path / "mine")
+    rows = [{"prompt": f"bars, {n}", "chosen": f"p{n:02}a.png", "rejected": f"p{n:02}b.png", "style": 0.25}
+            for n in range(NUM_PROMPTS)]  # fmt: skip
+    write_jsonl(folder / "pairs.jsonl", rows)
+    given = [
+        {**row, **{side: (folder / str(row[side])).read_bytes() for side in ("chosen", "rejected")}} for row in rows
+    ]
+    path = tmp_path / ("shards" if form == "folder" else f"pairs.{form}")
+    if form == "csv":
+        pandas.DataFrame(rows).to_csv(folder / "pairs.csv", index=False)
+        path = folder / "pairs.csv"
+    elif form == "saved":
+        images = {side: datasets.Image() for side in ("chosen", "rejected")}
+        features = datasets.Features({"prompt": datasets.Value("string"), **images, "style": datasets.Value("float64")})
+        whole = [{**row, **{side: {"bytes": row[side], "path": None} for side in images}} for row in given]
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(whole, features)}).save_to_disk(str(path))
+    else:
+        path.mkdir() if form == "folder" else None
+        pandas.DataFrame(given).to_parquet(path / "data-00000.parquet" if form == "folder" else path)
+    expected = build_from(tmp_path / "lines", {"format": "pairs", "pairs": str(folder / "pairs.jsonl")})
+    found = build_from(tmp_path / "table", {"format": "pairs", "pairs": str(path)})
+
+    def shown(task: Task) -> list[Any]:
+        sides = ("preferred", "rejected")
+        return sorted(
+            (row["prompt"], row["labels"]["style"], [(task.output / row[side]).read_bytes() for side in sides])
+            for row in pairs(task)
+        )
+
+    assert shown(found) == shown(expected)
+    assert len(shown(found)) == NUM_PROMPTS
+
+
+def test_a_bad_row_with_its_pictures_is_set_aside(tmp_path: Path) -> None:
+    import pandas
+
+    data = draw(tmp_path / "a.png", 0).read_bytes(), draw(tmp_path / "b.png", 1).read_bytes()
+    rows = [{"prompt": prompt, "chosen": data[0], "rejected": data[1]} for prompt in ("bars", "")]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "pairs.parquet")
+    source = {"format": "pairs", "pairs": str(tmp_path / "pairs.parquet")}
+    assert quarantine(build_from(tmp_path / "run", source, max_quarantined_share=0.5)) == [("row", "no prompt")]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"format": "scores", "scores": "s.csv"},
+            r"no column of scores[\s\S]*got: +image, score\n[\s\S]*such as overall",
+        ),
+        ({"format": "ratings", "ratings": "mine"}, r"cannot read the table[\s\S]*Is a directory"),
+        ({"format": "ratings", "ratings": "s.csv", "images": "mine/images.csv"}, r"a file, not a folder[\s\S]*mine\n?"),
+    ],
+)
+def test_what_was_meant_is_said(tmp_path: Path, keys: dict[str, str], message: str) -> None:
+    own_images(tmp_path / "mine")
+    (tmp_path / "s.csv").write_text("image,score\np00a.png,1\np00b.png,2\n")
+    paths = {key: str(tmp_path / value) for key, value in {"images": "mine", **keys}.items() if key != "format"}
+    with pytest.raises(InputError, match=message):
+        build_from(tmp_path, {"format": keys["format"], **paths})
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -103,6 +189,7 @@ def test_scores_become_comparisons_of_a_raters_images(tmp_path: Path, bad: str, 
         ("prompt,file\nbars,../secret.png\n", r"an id cannot|an image outside its folder"),
         ("prompt,file\nbars,sub/../../secret.png\n", "an image outside its folder"),
         ("prompt,file\nbars,a.png\nbars,x/a.png\n", r"two images have one id[\s\S]*images.csv:3"),
+        ("prompt,file\nbars,a.png\nbars,a.png\n", r"an image is listed twice[\s\S]*images.csv:3[\s\S]*delete one"),
         ("prompt_id,prompt,file\na b,bars,a.png\n", "an id cannot be a file name"),
         ("prompt_id,prompt,file\np,bars,a.png\np,other,b.png\n", "one prompt_id means two things"),
         ("prompt\nbars\n", "no column file"),

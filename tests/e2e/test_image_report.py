@@ -18,6 +18,7 @@ from prefmill.core.image_rows import HEADS
 from prefmill.core.statistics import Resampling
 from prefmill.families.reward.measures import measure_head
 from prefmill.images.evaluate import compare, conclusion
+from prefmill.report.background import training_section
 from prefmill.report.facts import facts
 from prefmill.store.artifacts import publish
 from prefmill.store.jsonl import write_jsonl
@@ -145,3 +146,16 @@ def test_the_page_opens_with_the_pairs_trained_on_not_with_all_that_were_built(t
     tuned = [make(tmp_path / name, "image_checkpoint", "sdxl_dpo", {"pairs": 1078}) for name in ("rated", "shuffled")]
     told = [line for line in facts([built, *tuned], None, False) if "trained on" in line]
     assert told == ["trained on 1\u202f078 image pairs"]
+
+
+def test_a_margin_of_pictures_is_of_errors_and_no_review_is_named(tmp_path: Path) -> None:
+    folder, logs = tmp_path / "checkpoints" / "r" / "sdxl_dpo" / "all", tmp_path / "logs" / "r" / "sdxl_dpo" / "all"
+    for path in (folder, logs):
+        path.mkdir(parents=True)
+    (folder / "written").touch()
+    steps = [{"step": step, "margin": step / 1e4, "accuracy": 0.5} for step in (1, 2)]
+    (logs / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    charts = str(training_section([make(folder, "image_checkpoint", "sdxl_dpo", {"pairs": 6})]))
+    assert "squared error" in charts
+    assert "nats" not in charts
+    assert "review" not in charts

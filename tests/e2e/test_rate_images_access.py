@@ -15,6 +15,7 @@ from rating_pages import PATIENCE_SECONDS, Asking, asking, rate
 from prefmill.cli.main import main
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError
+from prefmill.core.graceful_stop import clear_request, request_stop
 from prefmill.images.rate import PAGE_FILE
 
 
@@ -113,6 +114,20 @@ def test_the_command_line_shows_the_address(
     (logs / PAGE_FILE).write_text("http://127.0.0.1:1/?token=t\nssh -N\n")
     assert main(["rate", "mine", "--workspace", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "http://127.0.0.1:1/?token=t\nssh -N\n"
+    # Of this machine, where nobody listens at port 1: what a killed program left.
+    (logs / PAGE_FILE).write_text(f"http://127.0.0.1:1/?token=t\nssh -N {socket.gethostname()}\n")
+    assert main(["rate", "mine", "--workspace", str(tmp_path)]) == 2
+
+
+def test_a_stage_that_is_asked_to_stop_closes_its_page(tmp_path: Path, images: Artifact) -> None:
+    with asking(tmp_path, images) as people:
+        people.act("answer", "ann", choice="left")
+        request_stop(people.task.logs, 5.0)
+        assert people.wait() != 0
+        assert not (people.task.logs / PAGE_FILE).exists()
+        clear_request(people.task.logs)
+        people.start()
+        assert people.state("ann")["number"] == 1
 
 
 def test_only_this_machine_and_this_user_get_at_it(door: Asking) -> None:

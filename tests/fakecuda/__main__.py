@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,9 @@ def error_of(work: Callable[[], None]) -> str | None:
 
 def main() -> None:
     """Print what came of every case."""
-    load_hooks(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hooks", type=Path, help="the compiled hooks.cpp")
+    load_hooks(parser.parse_args().hooks)
     from tests.fakecuda import planted
     from tests.fakecuda.cases import CASES
 

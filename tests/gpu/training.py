@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,5 +50,9 @@ def weights(folder: Path) -> str:
 if __name__ == "__main__":
     from prefmill.distributed.devices import claim_device
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs=3, type=Path, help="the arguments of `train`")
+    parser.add_argument("settings", type=json.loads, help="more of them, as JSON")
+    arguments = parser.parse_args()
     claim_device()
-    train(*map(Path, sys.argv[1:4]), **json.loads(sys.argv[4]))
+    train(*arguments.folders, **arguments.settings)

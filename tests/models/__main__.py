@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from tests.models.matrix import ARCHITECTURES, Row, row_of, silence
@@ -52,8 +52,10 @@ def line(row: Row) -> str:
 
 def main() -> None:
     """The page, or rows of the architectures named."""
-    if sys.argv[1:]:
-        for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", nargs="*", help="print its row; none: write the page")
+    if names := parser.parse_args().architecture:
+        for name in names:
             print(row_of(name))
     else:
         PAGE.write_text(page(), encoding="utf-8")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import sys
-import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PosixPath
-from typing import Any, TypeVar, get_args
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
-from prefmill.core.aliases import ALIASES, REFUSED, aliases_in, without_sections
+from prefmill.core.aliases import aliases_in, without_sections
 from prefmill.core.errors import ConfigError, nearest
 from prefmill.core.files import digest_path
+from prefmill.core.revisions import require_hub_names
+from prefmill.core.unknown_keys import instead, keys_at, told_kinds
 
 
 class StrictConfig(BaseModel):
@@ -33,13 +33,17 @@ class StrictConfig(BaseModel):
             inherited = (base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, StrictConfig))
             field.description = field.description or next((item.description for item in inherited if item), None)
 
+    @model_validator(mode="after")
+    def _revisions_are_of_the_hub(self) -> Self:
+        require_hub_names(self)
+        return self
+
     def made_otherwise(self) -> dict[str, Any]:
         """Part of the identity beside the keys: what the same keys make now and did not make before."""
         return {}
 
 
 COMMAND_LINE = "given on the command line"
-_FEW_KEYS = 12
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
@@ -276,51 +280,17 @@ def _identity_value(value: Any) -> Any:
 
 
 def _explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str, object]) -> str:
-    location = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
-    said = [origin for key, origin in origins.items() if f"{location}.".startswith(f"{key}.")]
-    place = f", {said[-1]}" if said else ""
+    location = ".".join(str(part) for part in detail["loc"])
+    places = [origin for key, origin in origins.items() if f"{location}.".startswith(f"{key}.")]
+    place = f", {places[-1]}" if places else ""
     if detail["type"] == "extra_forbidden":
-        instead = _instead(str(detail["loc"][-1]), _keys_at(schema, detail["loc"][:-1]))
-        return f"    {location}: unknown key{instead}{place}"
+        hint = instead(str(detail["loc"][-1]), keys_at(schema, detail["loc"][:-1]))
+        return f"    {location}: unknown key{hint}{place}"
+    if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return f"    {location} = {detail['input']!r:.200}: {told_kinds(detail)}{place}"
     if detail["type"] == "missing":
         return f"    {location}: required, but not given"
     # pydantic's own first words for what a validator of ours says.
-    return f"    {location} = {detail['input']!r:.200}: {detail['msg'].removeprefix('Value error, ')}{place}"
-
-
-def _instead(key: str, valid: Collection[str]) -> str:
-    """What to write in place of an unknown key; all that is valid only where that is a short list."""
-    if key in REFUSED and ALIASES.get(key) not in valid:
-        return f" ({REFUSED[key]})"
-    near = difflib.get_close_matches(key, sorted(valid), n=3, cutoff=0.6)
-    hint = f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
-    few = len(valid) <= _FEW_KEYS or not near
-    return hint + (f"; valid keys: {_listed(sorted(valid))}" if few else "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names on lines of a terminal's width."""
-    lines = textwrap.wrap(", ".join(names) or "(none)", 100)
-    return "\n      ".join(lines if len(lines) == 1 else ["", *lines])
-
-
-def _keys_at(schema: Any, location: Sequence[str | int]) -> set[str]:
-    """The field names a configuration has at `location`, looking through lists, dicts, unions and tags."""
-    schemas = {schema}
-    for part in location:
-        inner = {step for item in schemas for step in _step_into(item, part)}
-        schemas = inner or schemas  # a union's tag is part of the location but not of the data
-    return {name for item in schemas for name in getattr(item, "model_fields", {})}
-
-
-def _step_into(schema: Any, part: str | int) -> Iterator[Any]:
-    field = getattr(schema, "model_fields", {}).get(part)
-    if field is not None:
-        yield from _models_in(field.annotation)
-
-
-def _models_in(annotation: Any) -> Iterator[Any]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
+    said = detail["msg"].removeprefix("Value error, ")
+    # Of a whole configuration, the beginning says nothing: a validator names its keys.
+    return f"    {said}" if not detail["loc"] else f"    {location} = {detail['input']!r:.200}: {said}{place}"

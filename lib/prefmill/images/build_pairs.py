@@ -7,6 +7,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.artifact import Artifact
@@ -46,14 +47,19 @@ def build_pairs(building: PairBuilding, artifacts: Sequence[Artifact], task: Tas
     collection = collect(building.sources, artifacts, task.work)
     quarantine, num_ratings = collection.quarantine, len(collection.ratings)
     if not num_ratings and not quarantine.rows:
-        raise InputError("no ratings", where=f"{task.stage}:{task.name}", fix="give inputs.ratings or sources")
+        given = bool(building.sources or artifacts)
+        raise InputError(
+            "no ratings", where=f"{task.stage}:{task.name}", got="files without a row" if given else None,
+            fix="write a line for each rating below the names of the columns" if given
+            else "give inputs.ratings or sources",
+        )  # fmt: skip
     # Only images that a rating names are decoded: public data sets come with many more, and decoding is slow.
     wanted = {name for _, rating in collection.ratings for name in (rating["left"], rating["right"])}
     images = check_images([image for name, image in sorted(collection.images.items()) if name in wanted], quarantine)
     num_unread = sum(row["what"] in ("rating", "ranking", "row") for row in quarantine.rows)
     votes = count_votes(collection.ratings, images, quarantine)
     # After the votes are counted: counting sets ratings aside too, and all of them are held against the limit.
-    _require_quality(collection, num_ratings + num_unread, building.max_quarantined_share)
+    _require_quality(collection, num_ratings + num_unread, building.max_quarantined_share, task.logs)
     fits = fit_strengths(votes, images)
     found, num_ties = choose_pairs(votes, images, fits, building.labels, building.min_agreement, quarantine)
     pairs = split_pairs(found, images, building.splits)
@@ -66,13 +72,16 @@ def build_pairs(building: PairBuilding, artifacts: Sequence[Artifact], task: Tas
     return {key: summary[key] for key in ("num_prompts", "num_pairs", "num_ties", "splits", "warnings")}
 
 
-def _require_quality(collection: Collection, num_ratings: int, allowed: float) -> None:
+def _require_quality(collection: Collection, num_ratings: int, allowed: float, logs: Path) -> None:
     bad = [row for row in collection.quarantine.rows if row["what"] in ("rating", "ranking", "row")]
     if len(bad) > allowed * num_ratings:
+        write_jsonl(logs / "quarantine.jsonl", collection.quarantine.rows)
+        first = {key: value for key, value in bad[0].items() if key not in ("what", "where", "reason")}
         raise InputError(
             f"{len(bad)} of {num_ratings} ratings cannot be used", where=bad[0]["where"],
-            got=collection.quarantine.reasons(), expected=f"at most {allowed:.0%} (max_quarantined_share)",
-            fix="correct the sources, or raise max_quarantined_share",
+            got=f"{collection.quarantine.reasons()}; the first: {str(first)[:200]}",
+            expected=f"at most {allowed:.0%} (max_quarantined_share)",
+            fix=f"correct the sources, every row is in {logs / 'quarantine.jsonl'}; or raise max_quarantined_share",
         )  # fmt: skip
 
 

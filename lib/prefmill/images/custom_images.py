@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -31,6 +32,8 @@ def read_own_images(folder: Path) -> Iterator[SourceImage]:
     An image's id is its `image_id` where given, else `<prompt_id>/<name of the file>`. Raises InputError naming the
     line that lacks a prompt or a file, has an unsafe id, or whose file lies outside the folder.
     """
+    if folder.is_file():
+        raise InputError("a file, not a folder of images", where=folder, fix=f"give its folder: {folder.parent}")
     listings = [folder / name for name in IMAGES_FILES if (folder / name).is_file()]
     if len(listings) > 1:
         raise InputError("two lists of the images", where=folder, got=" and ".join(IMAGES_FILES), fix="remove one")
@@ -40,16 +43,18 @@ def read_own_images(folder: Path) -> Iterator[SourceImage]:
             "no list of the images", where=folder, expected=" or ".join(IMAGES_FILES),
             fix="write images.csv with a line `prompt,file`, then a line an image",
         )  # fmt: skip
-    seen: dict[str, str] = {}
+    seen: dict[str, SourceImage] = {}
     for number, row in _rows(listing):
         where = f"{listing}:{number}"
         image = _own_image(folder, row, where, f"{listing.name}:{number}")
-        if image.image_id in seen:
+        if first := seen.get(image.image_id):
+            same = first.path == image.path
             raise InputError(
-                "two images have one id", where=where, got=f"{image.image_id}, first at {seen[image.image_id]}",
-                fix="rename a file: suffix and folder do not count",
+                "an image is listed twice" if same else "two images have one id", where=where,
+                got=f"{image.image_id}, first at {first.where}",
+                fix="delete one of the lines" if same else "rename a file: suffix and folder do not count",
             )  # fmt: skip
-        seen[image.image_id] = where
+        seen[image.image_id] = image
         yield image
 
 
@@ -69,12 +74,11 @@ def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rati
     Images are named by their id or, in a listing of one's own, by their file. Raises InputError where a column is
     missing.
     """
-    # Ids on the right, so they win where one image is listed under another image's id.
-    known = {image.listed_as: image for image in collection.images.values()} | collection.images
+    known = _known(collection)
     for number, row in _rating_rows(path):
         where = f"{path.name}:{number}"
         given = {key: row.get(key, "") for key in ("prompt_id", *RATING_COLUMNS)}
-        left, right = known.get(given["left"]), known.get(given["right"])
+        left, right = known.get(_plain(given["left"])), known.get(_plain(given["right"]))
         if left is None or right is None:
             unknown = given["left"] if left is None else given["right"]
             collection.quarantine.add("rating", where, "unknown image", image_id=unknown)
@@ -83,6 +87,19 @@ def read_ratings(path: Path, collection: Collection) -> Iterator[tuple[str, Rati
         else:
             ids = {"prompt_id": left.prompt_id, "left": left.image_id, "right": right.image_id}
             yield where, Rating(**{**given, **ids})  # type: ignore[typeddict-item]
+
+
+def _known(collection: Collection) -> dict[str, SourceImage]:
+    """Every image by its path, its file as listed and its id."""
+    images = collection.images.values()
+    by_file = {_plain(name): image for image in images for name in (str(image.path), image.listed_as)}
+    # Ids on the right, so they win where one image is listed under another image's id.
+    return by_file | collection.images
+
+
+def _plain(name: str) -> str:
+    """A file's name as it is compared: without `./`, with slashes, accents as one sign (macOS writes them as two)."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
 
 
 def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -100,7 +117,8 @@ def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         num_blank += not answered
         for name, cell in answered.items():
             choice = words.get(cell.lower(), cell)
-            yield number, {"rater": path.stem, "dimension": name, **row, "choice": choice}
+            dimension = row.get("dimension", name).lower()
+            yield number, {"rater": path.stem, **row, "dimension": dimension, "choice": choice}
     if num_blank:
         _log.warning("%s: %d line%s no answer", path, num_blank, " has" if num_blank == 1 else "s have")
 
@@ -139,14 +157,19 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
     is the better, scores that differ by `tie_margin` or less are a tie. Cells may be empty. Lines that cannot be used
     are set aside. Raises InputError where a column is missing.
     """
-    known = {image.listed_as: image for image in collection.images.values()} | collection.images
+    known = _known(collection)
     unused = set[str]()
     scored: dict[tuple[str, str], dict[str, tuple[str, dict[Dimension, float]]]] = defaultdict(dict)
     for number, row in read_table(path, ("image",)):
+        if not row.keys() & {*DIMENSIONS}:
+            raise InputError(
+                "no column of scores", where=f"{path}:1", got=", ".join(row), expected=", ".join(DIMENSIONS),
+                fix="name a column of numbers by its dimension, such as overall",
+            )  # fmt: skip
         # A table without raters is the work of one: named by its file, two tables are two raters.
         where, rater = f"{path.name}:{number}", (row.get("rater") or "").strip() or path.stem
         unused |= {name for name, cell in row.items() if cell.strip()} - {"image", "rater", *DIMENSIONS}
-        image, scores = known.get((row.get("image") or "").strip()), _scores(row)
+        image, scores = known.get(_plain((row.get("image") or "").strip())), _scores(row)
         if image is None:
             collection.quarantine.add("rating", where, "unknown image", image_id=row.get("image"))
         elif not scores:
@@ -184,9 +207,9 @@ def _fault(given: dict[str, str], left: SourceImage, right: SourceImage) -> str 
     if left.image_id == right.image_id:
         return "an image against itself"
     if given["choice"] not in _CHOICES.values():
-        return "unknown choice"
+        return "unknown choice (left, right, tie or skip)"
     if given["dimension"] not in get_args(Dimension):
-        return "unknown dimension"
+        return f"unknown dimension ({', '.join(DIMENSIONS)})"
     return None if given["rater"] else "no rater"
 
 

@@ -21,8 +21,8 @@ from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling, holm, means, within
 from prefmill.families.reward.scoring import open_scorer
-from prefmill.families.sdxl.folders import PIPELINE_FILE
-from prefmill.families.sdxl.generator import ADAPTER_FILE, GeneratorSource, open_pipeline
+from prefmill.families.sdxl.folders import ADAPTER_FILE, PIPELINE_FILE
+from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.images.generation import make_images, plan_jobs
 from prefmill.images.grids import write_grids
 from prefmill.images.prompts import read_prompts

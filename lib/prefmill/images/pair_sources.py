@@ -13,12 +13,13 @@ from pydantic import Field
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.errors import InputError
-from prefmill.core.image_rows import DIMENSIONS, Rating
+from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
 from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings, read_scores
+from prefmill.images.pair_files import content_name, data_files, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import is_safe, prompt_id_of, safe_name
 from prefmill.images.rating import choice_of
-from prefmill.store.jsonl import parse_json, read_jsonl
+from prefmill.store.jsonl import parse_json
 
 _RANKING = "ranking"  # the rater of a published ranking
 # The better image first: our own names, and those of other preference files.
@@ -47,9 +48,10 @@ class ScoresSource(StrictConfig):
 
 
 class PairsSource(StrictConfig):
-    """A pairs.jsonl of other tools and older scripts: a line a pair, with its prompt and the files of both images.
+    """Pairs of other tools, older scripts or by hand: a row a pair, with its prompt and both images.
 
-    Files are relative to `images`, or to the file's folder.
+    A .jsonl, .csv, .json, .parquet or .arrow file, or a folder as datasets writes it. Images are files, relative to
+    `images` or to the file's folder, or bytes.
     """
 
     format: Literal["pairs"]
@@ -94,7 +96,7 @@ def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: 
             else:
                 collection.ratings += read_scores(source.scores, collection, source.tie_margin)
         elif isinstance(source, PairsSource):
-            _read_pairs(source, collection)
+            _read_pairs(source, work / "images", collection)
         elif isinstance(source, PickAPicSource):
             _read_pickapic(source.path, work / "images", collection)
         else:
@@ -102,20 +104,22 @@ def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: 
     return collection
 
 
-def _read_pairs(source: PairsSource, collection: Collection) -> None:
+def _read_pairs(source: PairsSource, work: Path, collection: Collection) -> None:
     """Every row as a vote for its better image, overall and on each dimension that the row has a label for."""
-    folder = source.images or source.pairs.parent
-    for number, row in enumerate(read_jsonl(source.pairs), 1):
-        where = f"{source.pairs.name}:{number}"
+    rows = ((file.parent, where, row) for file in data_files(source.pairs) for where, row in rows_of(file))
+    for base, where, row in rows:
         if reason := _pair_fault(row):
-            collection.quarantine.add("row", where, reason, row=row)
+            collection.quarantine.add("row", where, reason, row=_without_bytes(row))
             continue
-        prompt = " ".join(row["prompt"].split())
+        prompt, folder = " ".join(row["prompt"].split()), source.images or base
         prompt_id = safe_name(str(row.get("prompt_id") or prompt_id_of(prompt)))
         ids = []
-        for file in _files(row):
-            ids.append(_free_id(prompt_id, file, folder / file, collection))
-            collection.add_image(SourceImage(ids[-1], prompt_id, prompt, folder / file, file, where))
+        for content in _pictures(row):
+            data = picture_bytes(content)
+            file = str(picture_path(content)) if data is None else content_name(data)
+            path = stored(content, folder, work / file)
+            ids.append(_free_id(prompt_id, file, path, collection))
+            collection.add_image(SourceImage(ids[-1], prompt_id, prompt, path, file, where))
         given = {"prompt_id": prompt_id, "left": ids[0], "right": ids[1], "rater": str(row.get("rater") or "pairs")}
         for dimension, label in {"overall": 1.0, **(_labels(row) or {})}.items():
             collection.ratings.append((where, Rating(**given, dimension=dimension, choice=choice_of(label - 0.5))))  # type: ignore[typeddict-item]
@@ -127,17 +131,23 @@ def _pair_fault(row: Any) -> str | None:
         return "not an object"
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         return "no prompt"
-    if not _files(row):
+    if not _pictures(row):
         return "no two images"
     if _labels(row) is None:
         return "a label outside 0 to 1"
-    return "images' names cannot be used" if any(".." in Path(file).parts for file in _files(row)) else None
+    files = [picture_path(content) or "" for content in _pictures(row)]
+    return "images' names cannot be used" if any(".." in Path(file).parts for file in files) else None
 
 
-def _files(row: dict[str, Any]) -> list[str]:
-    """The files of the better and the worse image; empty where a line does not name both."""
+def _pictures(row: dict[str, Any]) -> list[Any]:
+    """The better and the worse image, each a file or bytes; empty where a line does not have both."""
     found = ([row.get(name) for name in names] for names in _SIDES)
-    return next((files for files in found if all(file and isinstance(file, str) for file in files)), [])  # type: ignore[misc]
+    return next((both for both in found if all(picture_bytes(one) or picture_path(one) for one in both)), [])
+
+
+def _without_bytes(row: Any) -> Any:
+    """A row as a list of faults can hold it."""
+    return {key: value for key, value in row.items() if not picture_bytes(value)} if isinstance(row, dict) else row
 
 
 def _free_id(prompt_id: str, file: str, path: Path, collection: Collection) -> str:
@@ -147,12 +157,14 @@ def _free_id(prompt_id: str, file: str, path: Path, collection: Collection) -> s
     return image_id if known is None or same_file(known.path, path) else f"{prompt_id}/{prompt_id_of(file)}"
 
 
-def _labels(row: dict[str, Any]) -> dict[str, float] | None:
+def _labels(row: dict[str, Any]) -> dict[Dimension, float] | None:
     """The probabilities, by dimension, that the better image is the better one there: in `labels` or in columns."""
     said = {**row, **(row["labels"] if isinstance(row.get("labels"), dict) else {})}
-    found = {name: said[name] for name in DIMENSIONS if said.get(name) is not None}
-    fits = all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in found.values())
-    return {name: float(value) for name, value in found.items()} if fits else None
+    try:  # in a table by hand a number is text
+        found = {name: float(said[name]) for name in DIMENSIONS if said.get(name) not in (None, "")}
+    except (TypeError, ValueError):
+        return None
+    return found if all(0 <= value <= 1 for value in found.values()) else None
 
 
 def _read_rankings(source: ImageRewardSource, collection: Collection) -> None:
@@ -227,7 +239,7 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
             image_id = f"{prompt_id}/{uid}"
             # The same image is in many rows of Pick-a-Pic: its bytes are written once.
             if image_id not in collection.images:
-                file = _stored(row[f"jpg_{side}"], base, folder / image_id)
+                file = stored(row[f"jpg_{side}"], base, folder / image_id)
                 collection.add_image(SourceImage(image_id, prompt_id, prompt, file, file.name, where))
         left, right = (f"{prompt_id}/{uid}" for uid in uids)
         choice = "skip" if not labelled or margin is None else choice_of(margin)
@@ -237,53 +249,15 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
 
 def _pickapic_rows(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Rows with where they stand and the folder that their paths are relative to."""
-    # Sorted: file systems list a folder in different orders, and the order decides which of two ratings is first.
-    files = (
-        sorted(item for item in path.rglob("*") if item.suffix in (".parquet", ".jsonl")) if path.is_dir() else [path]
-    )
-    if not files:
-        raise InputError("no .parquet or .jsonl file in the folder", where=path, fix="give Pick-a-Pic's files")
-    for file in files:
-        for number, row in enumerate(_file_rows(file), 1):
+    for file in data_files(path):
+        for where, row in rows_of(file, (*_PICKAPIC_KEYS, "has_label", "user_id")):
             missing = [key for key in _PICKAPIC_KEYS if not isinstance(row, dict) or key not in row]
             if missing:
                 raise InputError(
-                    "not a row of Pick-a-Pic", where=f"{file}:{number}", got=f"no {', '.join(missing)}",
+                    "not a row of Pick-a-Pic", where=file.parent / where, got=f"no {', '.join(missing)}",
                     expected=", ".join(_PICKAPIC_KEYS), fix="give the files as published",
                 )  # fmt: skip
-            yield f"{file.name}:{number}", file.parent, row
-
-
-def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        raise InputError("no such file", where=file, fix="check the path")
-    if file.suffix != ".parquet":
-        yield from read_jsonl(file)
-        return
-    from pyarrow import ArrowException, parquet
-
-    try:
-        wanted = {*_PICKAPIC_KEYS, "has_label", "user_id"}
-        table = parquet.ParquetFile(file)
-        columns = [name for name in table.schema_arrow.names if name in wanted]
-        # 64 rows in memory at once: each holds two whole images as bytes.
-        for batch in table.iter_batches(batch_size=64, columns=columns):
-            yield from batch.to_pylist()
-    except (OSError, ArrowException) as error:
-        raise InputError(
-            "cannot read the table", where=file, got=str(error).splitlines()[0], fix="download or write the file again"
-        ) from None
-
-
-def _stored(content: Any, base: Path, target: Path) -> Path:
-    """Where an image lies that a row gives as bytes, as `datasets`' {bytes, path}, or as a path."""
-    if isinstance(content, dict):
-        content = content.get("bytes") or content.get("path")
-    if isinstance(content, bytes):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-        return target
-    return base / str(content)
+            yield where, file.parent, row
 
 
 def _json_list(path: Path) -> list[Any]:

@@ -90,6 +90,10 @@ def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
                     yield reader.line_num, dict(zip(header, row, strict=False))
     except FileNotFoundError:
         raise InputError("no such file", where=path, fix="check the path") from None
+    except OSError as error:  # a folder, or a file of somebody else
+        raise InputError(
+            "cannot read the table", where=path, got=error.strerror, fix="give a .csv or .tsv file that you may read"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError("cannot read the table", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
     except csv.Error as error:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -41,6 +42,7 @@ from prefmill.store.jsonl import read_jsonl, write_jsonl
 PAGE_FILE = "page.url"  # in the task's logs: the address with its token, for the owner's eyes only
 _COLUMNS = ("prompt_id", "left", "right", "rater", "dimension", "choice")
 _LAST_REPLY_SECONDS = 0.5
+_LOOK_SECONDS = 0.5  # between two looks whether the page is to close
 _OWNER_ONLY = 0o600  # of files that hold the page's token
 _log = logging.getLogger(__name__)
 
@@ -125,12 +127,22 @@ def answers_file(task: Task) -> Path:
 
 def open_pages(logs: Path) -> list[str]:
     """Address, and tunnel to it, of every page that waits for people in a run; raises InputError where none does."""
-    found = [path.read_text() for path in sorted(logs.glob(f"*/*/{PAGE_FILE}"))]
+    pages = [path.read_text() for path in sorted(logs.glob(f"*/*/{PAGE_FILE}"))]
+    found = [lines for lines in pages if not _was_killed(lines)]
     if not found:
         raise InputError(
             "no page is open in this run", where=logs, fix=f"start it: python -m {STAGES}.rate_images CONFIG run=NAME"
         )
     return found
+
+
+def _was_killed(lines: str) -> bool:
+    """Whether nobody serves a page of this machine any more; of another machine's nothing can be told from here."""
+    url, tunnel = lines.splitlines()
+    if tunnel.split()[-1] != socket.gethostname():
+        return False
+    with socket.socket() as door:
+        return door.connect_ex((urlsplit(url).hostname, urlsplit(url).port)) != 0
 
 
 def _read_images(wanted: RateImages, task: Task) -> Collection:
@@ -216,7 +228,8 @@ def _ask_people(
                 # A daemon, so that an error here ends the process: serve_forever would keep it alive.
                 threading.Thread(target=server.serve_forever, daemon=True).start()
                 report()
-                server.finished.wait()
+                while not server.finished.wait(_LOOK_SECONDS):
+                    task.advance(session.num_rated(), len(matchups), "pairs rated")  # ends here when asked to stop
                 time.sleep(_LAST_REPLY_SECONDS)  # the page that finished is told so
                 server.shutdown()
             write_atomic(done, "")

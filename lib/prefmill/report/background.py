@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefmill.core.artifact import Artifact
@@ -12,7 +13,7 @@ from prefmill.core.files import digest_json
 from prefmill.report.charts import Line, histogram, line_chart
 from prefmill.report.costs import cost_section
 from prefmill.report.graph import lineage_graph
-from prefmill.report.training_logs import CURVES, Curve, Curves, bins, read_curves, read_margins
+from prefmill.report.training_logs import CURVES, NATS, Curve, Curves, bins, read_curves, read_margins
 
 Row = dict[str, Any]
 CHECKLIST = "checklist.json"
@@ -75,15 +76,21 @@ def lineage_section(artifacts: Sequence[Artifact], missing: Sequence[str]) -> Ro
 
 def _training(checkpoint: Artifact) -> Row:
     curves = read_curves(checkpoint)
+    # What an image model scores is an error of the denoised picture, and no likelihood.
+    unit = "squared error" if checkpoint.manifest.kind == "image_checkpoint" else NATS
     charts = [
-        _curve_chart(curves, curve, _level_of_no_preference(checkpoint, curve))
+        _curve_chart(
+            curves,
+            replace(curve, unit=unit) if curve.unit == NATS else curve,
+            _level_of_no_preference(checkpoint, curve),
+        )
         for curve in CURVES
         if curve.name in curves.points
     ]
     margins = read_margins(checkpoint)
     if margins:
         title = f"Margins of the training pairs in the last epoch of {curves.stage}:{curves.task}"
-        chart = histogram(bins(margins), curves.stage, title, "margin, in nats")
+        chart = histogram(bins(margins), curves.stage, title, f"margin, in {unit}")
         above = sum(margin > 0 for margin in margins) / len(margins)
         charts.append(
             {"title": "Margins in the last epoch", "chart": chart, "note": f"{above:.0%} of {len(margins)} above zero"}

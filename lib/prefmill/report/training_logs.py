@@ -15,6 +15,7 @@ from prefmill.core.places import RUN_RECORD
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 
+NATS = "nats"
 MARGINS, MARGINS_LOGS = "margins", "margins_log*.jsonl"  # as prefmill.training.telemetry writes them, by rank
 
 
@@ -31,8 +32,8 @@ class Curve:
 CURVES = (
     Curve("loss", "Training loss", "loss", "mean over the steps since the point before"),
     Curve("eval_loss", "Validation loss", "loss", "on the validation rows"),
-    Curve("margin", "Margin", "nats", "how much more than its reference the model prefers the chosen review"),
-    Curve("accuracy", "Pairs ranked right", "share", "training pairs in which it prefers the chosen review"),
+    Curve("margin", "Margin", NATS, "how much more than its reference the model prefers the chosen side"),
+    Curve("accuracy", "Pairs ranked right", "share", "training pairs in which it prefers the chosen side"),
 )
 
 

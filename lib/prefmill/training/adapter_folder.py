@@ -72,6 +72,12 @@ def base_of(folder: Path) -> str:
     return base
 
 
+def base_revision(folder: Path) -> str | None:
+    """The revision of its base on the hub that an adapter was trained on; None where it names none."""
+    said = read_adapter(folder).get("revision")
+    return str(said) if said and not Path(base_of(folder)).expanduser().is_dir() else None
+
+
 def lora_of(folder: Path) -> dict[str, Any]:
     """An adapter's shape under the names of LoraConfig; raises ValueError for one that cannot be continued."""
     said = read_adapter(folder)

@@ -10,9 +10,10 @@ from pydantic import Field, field_validator, model_validator
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.precision import Precision, Quantization
+from prefmill.core.revisions import require_hub_name
 from prefmill.core.stage import Task
 from prefmill.distributed.deepspeed_file import require_accumulation, require_agreement
-from prefmill.training.adapter_folder import adapter_at, base_of, lora_of, template_of
+from prefmill.training.adapter_folder import adapter_at, base_of, base_revision, lora_of, template_of
 
 
 class LoraConfig(StrictConfig):
@@ -130,6 +131,10 @@ class TrainingConfig(StrictConfig):
             raise ValueError("model_name_or_path and lora.start are both adapters: give one of them")
         # All is written into the configuration, so that the record says what was trained from.
         if folder is not None:
+            if values.get("revision") is not None:
+                require_hub_name("revision", "model_name_or_path", named)
+            # What `revision` named was the adapter's: its base has its own.
+            values = {**values, "revision": base_revision(folder)} if values.get("revision") is not None else values
             values = {**values, "model_name_or_path": base_of(folder), "lora": {**lora, "start": str(folder)}}
         start = folder or adapter_at(str(lora.get("start")))
         given = values.get("chat_template") or values.get("chat_template_file")

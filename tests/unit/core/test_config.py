@@ -102,3 +102,29 @@ def test_a_key_that_yaml_takes_for_no_word_is_refused(tmp_path: Path, key: str) 
         read_yaml(path)
     path.write_text(f"sources:\n- decision_words: {{'{key}': accepted}}\n")
     assert read_yaml(path) == {"sources": [{"decision_words": {key: "accepted"}}]}
+
+
+@pytest.mark.parametrize(
+    ("rater", "said"),
+    [
+        ({"by": "person"}, r"rater = .*: by = 'person', expected one of 'people', 'reward', 'sharpness', 'brightness'"),
+        ({"port": 1}, r"rater = .*: by is missing: it says what the other keys are"),
+        (
+            {"by": "people", "tie_margin": 1},
+            r"rater.people.tie_margin: unknown key; valid keys: by, port, raters_per_pair$",
+        ),
+    ],
+)
+def test_a_section_of_several_kinds_is_told_by_its_own(rater: dict[str, object], said: str) -> None:
+    from prefmill.core.stage import load_stage
+
+    with pytest.raises(ConfigError, match=f"(?m){said}"):
+        load(load_stage("rate_images").config, {"rater": rater})
+
+
+def test_what_does_not_fit_together_is_said_without_all_that_was_given() -> None:
+    from prefmill.core.stage import load_stage
+
+    with pytest.raises(ConfigError, match=r"(?m)^    one of dimensions stands there twice") as told:
+        load(load_stage("rate_images").config, {"dimensions": ["overall", "overall"]})
+    assert "{'dimensions'" not in str(told.value)

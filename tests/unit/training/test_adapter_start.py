@@ -145,6 +145,15 @@ def test_an_adapter_in_the_hubs_cache_is_found_by_its_name(
     assert identity(start)["lora"] == identity(local)["lora"]
     other = validate(PreferenceConfig, {"model_name_or_path": "me/mine", "revision": "v2"})
     assert other.lora is None, "another revision, which is not here"
+    (cached / "refs" / "v2").write_text("abc123")
+    assert validate(PreferenceConfig, {"model_name_or_path": "me/mine", "revision": "v2"}).revision is None
+    config = cached / "snapshots" / "abc123" / "adapter_config.json"
+    said = {**json.loads(config.read_text()), "base_model_name_or_path": "me/base", "revision": "r7"}
+    config.write_text(json.dumps(said))
+    found = validate(PreferenceConfig, {"model_name_or_path": "me/mine", "revision": "v2"})
+    assert (found.model_name_or_path, found.revision) == ("me/base", "r7"), "v2 is of the adapter, not of its base"
+    with pytest.raises(ConfigError, match="revision: only what is on the hub has revisions"):
+        validate(PreferenceConfig, {"model_name_or_path": str(adapter), "revision": "v2"})
 
 
 def test_an_adapters_content_and_shape_are_the_configurations(adapter: Path, tiny_qwen2: Path, tmp_path: Path) -> None:

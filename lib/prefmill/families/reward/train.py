@@ -311,5 +311,7 @@ def _count_cut(processor: Any, rows: Sequence[LabelledPair]) -> int:
 def _unloadable(what: str, where: str, error: Exception) -> InputError:
     return InputError(
         f"cannot load {what}", where=where, got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        fix="check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)",
+        fix="give the folder of a CLIP: config.json, weights, preprocessor_config.json and the tokenizer's files"
+        if Path(where).is_dir()
+        else "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)",
     )  # fmt: skip

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, later, renamed, runtime
+from prefmill.families.sdxl.folders import is_pipeline_adapter, merged_once
 from prefmill.training.config import LoraConfig, TrainingConfig
 from prefmill.training.objective_names import ObjectiveName
 
 ATTENTION = ("sdpa", "xformers", "sliced")
 MAPO = {"beta": 0.1, "mapo_snr": 0.5}  # its authors' numbers (train.py of mapo-t2i)
+_OF_DSPO = ("dspo_lambda", "dspo_stop_gradient")
 _OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
 
 
@@ -25,7 +28,7 @@ class AdapterConfig(LoraConfig):
     @classmethod
     def _alpha_follows_rank(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("start") is not None:
-            raise ValueError("start: a UNet's adapter starts anew; start from merged/ of the one to go on with")
+            raise ValueError(f"start: a UNet's adapter starts anew: {merged_once(Path(str(values['start'])))}")
         # Before the fields are set: afterwards a default and an alpha that was given look alike.
         if not isinstance(values, dict) or values.get("alpha") is not None:
             return values
@@ -102,6 +105,16 @@ class SdxlPreferenceConfig(TrainingConfig):
 
     @model_validator(mode="before")
     @classmethod
+    def _adapter_is_continued(cls, values: Any) -> Any:
+        """In place of what language models do: a UNet's adapter is merged first."""
+        named = values.get("model_name_or_path") if isinstance(values, dict) else None
+        folder = Path(str(named)).expanduser()
+        if named is not None and is_pipeline_adapter(folder):
+            raise ValueError(f"model_name_or_path: {named} is an adapter, not a pipeline: {merged_once(folder)}")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _numbers_of_mapo(cls, values: Any) -> Any:
         """Written out, so that they are part of the identity: what an earlier MaPO made is stale."""
         if not isinstance(values, dict) or values.get("objective") != "mapo":
@@ -115,6 +128,11 @@ class SdxlPreferenceConfig(TrainingConfig):
         ignored = sorted(name for name in _OF_TEXT_MODELS if getattr(self, name) != fields[name].default)
         if ignored:
             raise ValueError(f"{', '.join(ignored)}: a key of text models, leave it out")
+        of_dspo = [key for key in _OF_DSPO if getattr(self, key) != fields[key].default]
+        if of_dspo and self.objective != "dspo":
+            raise ValueError(f"{', '.join(of_dspo)}: only objective dspo reads it, leave it out")
+        if self.ema_decay != fields["ema_decay"].default and not self.use_ema:
+            raise ValueError("ema_decay has no effect without use_ema: leave it out, or set use_ema: true")
         if self.mapo_snr is not None and self.objective != "mapo":
             raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:

@@ -17,15 +17,14 @@ from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Task
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.dora import row_norms
+from prefmill.families.sdxl.folders import ADAPTER_FILE, MERGED
 from prefmill.families.sdxl.kohya import DORA_NORM, DoraNorm, original_name
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.training.adapter import ADAPTER, save_adapter
 from prefmill.training.publish import model_card
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 # By kohya's key names. Tools disagree on DoRA's `dora_scale`: a file for each of the two rules.
 COMFYUI_FILE, LYCORIS_FILE = "comfyui.safetensors", "lycoris.safetensors"
-MERGED = "merged"
 _PEFT_PREFIX = "base_model.model."
 
 

@@ -9,19 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import InputError
+from prefmill.training.adapter_folder import is_adapter
 
 PIPELINE_FILE = "model_index.json"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+MERGED = "merged"  # beside an adapter: the whole pipeline with it
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 def local_folder(name: str) -> Path | None:
     """The pipeline's folder on this machine; None for a hub name. Raises InputError for a path without a pipeline."""
-    path = Path(name)
+    path = Path(name).expanduser()
     # A hub name has one slash: more is a path, and the hub would answer with an error about its name.
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if (path / PIPELINE_FILE).is_file():
         return path
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if is_pipeline_adapter(path):
+        raise InputError(
+            "an adapter, not a pipeline", where=path, expected=f"a folder with {PIPELINE_FILE}", fix=merged_once(path)
+        )
+    # Beside a config.json it is a part of a model, or another kind of model.
+    single = [] if (path / "config.json").is_file() else sorted(path.glob("*.safetensors"))
+    files = [path] if path.is_file() else single
     if files:
         raise InputError(
             "no diffusers pipeline here", where=path, got=f"a single file, {files[0].name}",
@@ -34,6 +43,24 @@ def local_folder(name: str) -> Path | None:
             fix="give a diffusers folder, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0",
         )  # fmt: skip
     return None
+
+
+def is_pipeline_adapter(path: Path) -> bool:
+    """Whether a folder has an adapter alone: diffusers' file, or PEFT's."""
+    return (path / ADAPTER_FILE).is_file() or is_adapter(path)
+
+
+def merged_once(path: Path) -> str:
+    """How to go on from what the adapter in `path` has learnt: as a pipeline with it in its weights."""
+    merged = [folder / MERGED for folder in (path, path.parent) if (folder / MERGED / PIPELINE_FILE).is_file()]
+    if merged:
+        return f"give model_name_or_path={merged[0]}"
+    file = next((folder for folder in (path, path.parent) if (folder / ADAPTER_FILE).is_file()), path)
+    return (
+        "give the base it was trained on, or merge the two once, in Python: p = diffusers.DiffusionPipeline."
+        f"from_pretrained('BASE'); p.load_lora_weights('{file}'); p.fuse_lora(); p.unload_lora_weights(); "
+        "p.save_pretrained('FOLDER'), and give model_name_or_path=FOLDER"
+    )
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.distributed.devices import device_type
 from prefmill.families.sdxl.backbone import Backbone
-from prefmill.families.sdxl.folders import loading
+from prefmill.families.sdxl.folders import ADAPTER_FILE, loading
 from prefmill.families.sdxl.kohya import merge, read_factors
 from prefmill.families.sdxl.whole import require_whole_adapter
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from prefmill.core.artifact import Artifact
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER_NAME = "adapter"
 
 

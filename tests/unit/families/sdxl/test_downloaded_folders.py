@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefmill.core.errors import InputError
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.demo.tiny_models import build
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.generator import ADAPTER_FILE, GeneratorSource, add_adapter, open_pipeline
 from prefmill.families.sdxl.loading import open_folder
 
@@ -122,3 +124,32 @@ def _weights(pipeline: Any) -> Any:
     from peft.utils import get_peft_model_state_dict
 
     return get_peft_model_state_dict(pipeline.unet, adapter_name="mine")
+
+
+def test_what_is_no_pipeline_is_not_taken_for_a_single_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of transformers and an adapter have weights too, from which no pipeline can be made."""
+    build("clip", tmp_path / "clip")
+    with pytest.raises(InputError, match="no diffusers pipeline here") as told:
+        open_folder(str(tmp_path / "clip"), None, None)
+    assert "single file" not in str(told.value)
+    (tmp_path / ADAPTER_FILE).touch()
+    with pytest.raises(InputError, match="an adapter, not a pipeline"):
+        open_folder(str(tmp_path), None, None)
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert open_folder(f"~/{model.name}", None, None).path == model
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"objective": "dpo", "dspo_lambda": 0.5}, "dspo_lambda: only objective dspo"),
+        ({"objective": "mapo", "dspo_stop_gradient": False}, "dspo_stop_gradient: only objective dspo"),
+        ({"ema_decay": 0.5}, "ema_decay has no effect without use_ema"),
+    ],
+)
+def test_a_key_without_effect_is_refused(keys: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        validate(SdxlPreferenceConfig, keys)
+    validate(SdxlPreferenceConfig, {**keys, "objective": "dspo", "use_ema": True})

@@ -187,8 +187,14 @@ def test_an_adapter_comes_back_through_peft(sdxl: SdxlFolder, lora: str, tmp_pat
     from prefmill.core.config import validate
     from prefmill.families.sdxl.config import SdxlPreferenceConfig
 
-    with pytest.raises(ConfigError, match="start from merged/"):
-        validate(SdxlPreferenceConfig, {"lora": {"start": str(tmp_path)}})
+    for keys in ({"lora": {"start": str(tmp_path)}}, {"model_name_or_path": str(tmp_path)}):
+        with pytest.raises(ConfigError, match=r"load_lora_weights.*give model_name_or_path=FOLDER"):
+            validate(SdxlPreferenceConfig, keys)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "model_index.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"is an adapter, not a pipeline: give model_name_or_path={tmp_path}/merged"):
+        validate(SdxlPreferenceConfig, {"model_name_or_path": str(tmp_path)})
+    validate(SdxlPreferenceConfig, {"model_name_or_path": f"{tmp_path}/merged"})  # the fix
     assert "/" not in json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 

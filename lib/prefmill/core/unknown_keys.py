@@ -1,0 +1,67 @@
+"""What is said of a key that a configuration does not have, and of a kind that a section cannot be."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from prefmill.core.aliases import ALIASES, REFUSED
+
+_FEW_KEYS = 12
+
+
+def instead(key: str, valid: Collection[str]) -> str:
+    """What to write in place of an unknown key; all that is valid only where that is a short list."""
+    if key in REFUSED and ALIASES.get(key) not in valid:
+        return f" ({REFUSED[key]})"
+    near = difflib.get_close_matches(key, sorted(valid), n=3, cutoff=0.6)
+    hint = f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
+    few = len(valid) <= _FEW_KEYS or not near
+    return hint + (f"; valid keys: {_listed(sorted(valid))}" if few else "")
+
+
+def told_kinds(detail: ErrorDetails) -> str:
+    """What is wrong with the key that says which kind a section is, without pydantic's words for it."""
+    context = detail.get("ctx", {})
+    key = str(context["discriminator"]).strip("'")
+    if "tag" in context:
+        return f"{key} = {context['tag']!r}, expected one of {context['expected_tags']}"
+    return f"{key} is missing: it says what the other keys are"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names on lines of a terminal's width."""
+    lines = textwrap.wrap(", ".join(names) or "(none)", 100)
+    return "\n      ".join(lines if len(lines) == 1 else ["", *lines])
+
+
+def keys_at(schema: Any, location: Sequence[str | int]) -> set[str]:
+    """The field names a configuration has at `location`, looking through lists, dicts, unions and tags."""
+    schemas = {schema}
+    for part in location:
+        inner = {step for item in schemas for step in _step_into(item, part)}
+        # A union's tag is part of the location but not of the data: it says which of them is meant.
+        schemas = inner or {item for item in schemas if _is_tagged(item, part)} or schemas
+    return {name for item in schemas for name in getattr(item, "model_fields", {})}
+
+
+def _is_tagged(schema: Any, tag: str | int) -> bool:
+    return any(tag in get_args(field.annotation) for field in getattr(schema, "model_fields", {}).values())
+
+
+def _step_into(schema: Any, part: str | int) -> Iterator[Any]:
+    field = getattr(schema, "model_fields", {}).get(part)
+    if field is not None:
+        yield from _models_in(field.annotation)
+
+
+def _models_in(annotation: Any) -> Iterator[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

@@ -1,0 +1,76 @@
+"""Rows of preference files (lines, tables, Parquet, folders of datasets), and the pictures they name or hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from prefmill.core.errors import InputError
+from prefmill.store.jsonl import read_jsonl
+from prefmill.store.row_files import SUFFIXES, file_rows, is_saved_to_disk
+
+
+def data_files(path: Path) -> list[Path]:
+    """`path` itself, or the .parquet and .jsonl files of a folder; what `save_to_disk` wrote is read as one file."""
+    if not path.is_dir() or is_saved_to_disk(path):
+        return [path]
+    # Sorted: file systems list a folder in different orders, and the order decides which of two ratings is first.
+    files = sorted(item for item in path.rglob("*") if item.suffix in (".parquet", ".jsonl"))
+    if not files:
+        raise InputError("no .parquet or .jsonl file in the folder", where=path, fix="give the folder that holds them")
+    return files
+
+
+def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Where each row of a file stands, and the row; of Parquet only `columns` where some are named."""
+    if file.suffix == ".parquet":
+        found = ((f"{number}", row) for number, row in enumerate(_parquet_rows(file, columns), 1))
+    elif is_saved_to_disk(file) or (file.name.endswith(SUFFIXES) and file.suffix != ".jsonl"):
+        found = ((row.where.removeprefix(f"{file}:"), row.values) for row in file_rows(file))
+    else:
+        found = ((f"{number}", row) for number, row in enumerate(read_jsonl(file), 1))
+    yield from ((f"{file.name}:{place}", row) for place, row in found)
+
+
+def _parquet_rows(file: Path, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        names = [name for name in table.schema_arrow.names if not columns or name in columns]
+        # 64 rows in memory at once: each holds two whole images as bytes.
+        for batch in table.iter_batches(batch_size=64, columns=names):
+            yield from batch.to_pylist()
+    except (OSError, ArrowException) as error:
+        raise InputError(
+            "cannot read the table", where=file, got=str(error).splitlines()[0], fix="download or write the file again"
+        ) from None
+
+
+def picture_bytes(content: Any) -> bytes | None:
+    """The bytes that a row gives as a picture, or in `datasets`' {bytes, path}; None where it gives none."""
+    found = content.get("bytes") if isinstance(content, dict) else content
+    return found if isinstance(found, bytes) else None
+
+
+def picture_path(content: Any) -> str | None:
+    """The file that a row names as a picture, or in `datasets`' {bytes, path}; None where it names none."""
+    found = content.get("path") if isinstance(content, dict) else content
+    return found if found and isinstance(found, str) else None
+
+
+def stored(content: Any, base: Path, target: Path) -> Path:
+    """Where the picture of a row lies: below `base` where it is named, written to `target` where it is given."""
+    data = picture_bytes(content)
+    if data is None:
+        return base / str(picture_path(content))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+    return target
+
+
+def content_name(data: bytes) -> str:
+    """A name for a picture that has none."""
+    return hashlib.sha256(data).hexdigest()[:16]
