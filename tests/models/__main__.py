@@ -50,11 +50,9 @@ def line(row: Row) -> str:
     return f"| {row.model_type} | {row.name} | {row.group} | {row.pairwise} |\n"
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     """The page, or rows of the architectures named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architecture", nargs="*", help="print its row; none: write the page")
-    if names := parser.parse_args().architecture:
+    if names:
         for name in names:
             print(row_of(name))
     else:
@@ -62,5 +60,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", nargs="*", help="print its row; none: write the page")
+    arguments = parser.parse_args()
     with silence():
-        main()
+        main(arguments.architecture)

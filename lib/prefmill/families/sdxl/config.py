@@ -132,7 +132,7 @@ class SdxlPreferenceConfig(TrainingConfig):
         if of_dspo and self.objective != "dspo":
             raise ValueError(f"{', '.join(of_dspo)}: only objective dspo reads it, leave it out")
         if self.ema_decay != fields["ema_decay"].default and not self.use_ema:
-            raise ValueError("ema_decay has no effect without use_ema: leave it out, or set use_ema: true")
+            raise ValueError("ema_decay has no effect without use_ema; leave it out, or set use_ema: true")
         if self.mapo_snr is not None and self.objective != "mapo":
             raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
