@@ -1,4 +1,4 @@
-"""Fine-tunes SDXL, SD 1.5 or SD 3 on pairs of images, by DPO, Flow-DPO, DSPO or MaPO, with LoRA, DoRA or as a whole."""
+"""Fine-tunes SDXL, SD 1.5, SD 3 or FLUX.1 on pairs of images, by DPO, Flow-DPO, DSPO or MaPO; LoRA, DoRA or whole."""
 
 from __future__ import annotations
 

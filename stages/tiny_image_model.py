@@ -1,4 +1,4 @@
-"""Builds a tiny SDXL, SD 1.5, SD 3 or CLIP, for demos and tests of images without downloads."""
+"""Builds a tiny SDXL, SD 1.5, SD 3, FLUX.1 or CLIP, for demos and tests of images without downloads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from prefmill.core.stage import Metrics, Stage, Task
 class TinyImageModelConfig(StrictConfig):
     """Which model."""
 
-    architecture: Literal["sdxl", "sd15", "sd3", "clip"] = Field(
-        "sdxl", description="sdxl, sd15 and sd3 make images, clip judges them"
+    architecture: Literal["sdxl", "sd15", "sd3", "flux_dev", "flux_schnell", "clip"] = Field(
+        "sdxl", description="clip judges images, the others make them"
     )
     seed: int = Field(0, description="of the random weights, and of what the SDXL learns from")
     pretrain_steps: int = later(0, ge=0, description="of the SDXL's UNet, on sample pictures; 0: random weights")
@@ -22,7 +22,7 @@ class TinyImageModelConfig(StrictConfig):
     @model_validator(mode="after")
     def _others_are_random(self) -> TinyImageModelConfig:
         if self.pretrain_steps and self.architecture != "sdxl":
-            raise ValueError("of the two architectures only the SDXL is trained: leave out pretrain_steps")
+            raise ValueError("of the architectures only the SDXL is trained: leave out pretrain_steps")
         return self
 
 

@@ -1,8 +1,9 @@
-"""sdxl_dpo and generate_images on SD 1.5 and SD 3: start, files, samples, drawings, and objectives that do not fit."""
+"""sdxl_dpo and generate_images on SD 1.5, SD 3 and FLUX.1: start, files, samples, drawings, and what does not fit."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from image_pair_artifacts import make_pairs
 from mdlm_artifacts import run_stage
 from safetensors.torch import load_file
-from training_artifacts import publish_as
+from training_artifacts import content, executed_steps, kill_after, publish_as
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError
@@ -23,11 +24,12 @@ from prefmill.training.checkpoints import STEPS, read_curve
 
 KEYS: dict[str, Any] = {
     "resolution": 32, "precision": "fp32", "lora": {"r": 4}, "learning_rate": 1e-2, "max_steps": 2,
-    "per_device_train_batch_size": 2, "effective_batch_size": 4, "logging_steps": 1, "report_to": [],
+    "per_device_train_batch_size": 2, "effective_batch_size": 4, "logging_steps": 1, "save_steps": 1, "report_to": [],
     "sample_steps": 2, "num_samples": 1, "sample_inference_steps": 2,
 }  # fmt: skip
-OBJECTIVE = {"sd15": "dpo", "sd3": "flow_dpo"}
-PART = {"sd15": "unet", "sd3": "transformer"}
+OBJECTIVE = {"sd15": "dpo", "sd3": "flow_dpo", "flux_dev": "flow_dpo", "flux_schnell": "flow_dpo"}
+PART = {"sd15": "unet", "sd3": "transformer", "flux_dev": "transformer", "flux_schnell": "transformer"}
+SIZE = {"height": 32, "width": 32}  # FLUX's own is 256 even with a tiny VAE
 
 
 @pytest.fixture(scope="module", params=OBJECTIVE)
@@ -65,6 +67,21 @@ def test_it_starts_at_the_reference_and_learns(tuned: Path, model: Artifact) -> 
     assert kohya == ({"comfyui.safetensors", "lycoris.safetensors"} if model.path.name == "sd15" else set())
 
 
+@pytest.mark.timing
+@pytest.mark.slow
+def test_killed_and_rerun_it_ends_with_the_same_bytes(
+    tuned: Path, model: Artifact, pairs: Artifact, cache: Path, tmp_path: Path
+) -> None:
+    if model.path.name != "flux_dev":
+        return  # test_sdxl_dpo does so with SDXL: what resumes knows no backbone
+    keys = {"objective": OBJECTIVE[model.path.name], "save_merged": True, "cache_dir": str(cache)}
+    run = partial(run_stage, "sdxl_dpo", tmp_path, {**KEYS, **keys}, model=model, pairs=pairs)
+    kill_after(1, tmp_path, run)
+    run()
+    assert content(tmp_path) == content(tuned)
+    assert sorted(set(executed_steps(tmp_path))) == [1, 2]
+
+
 @pytest.mark.slow
 def test_adapter_and_merged_pipeline_are_one_model_in_diffusers(tuned: Path, model: Artifact) -> None:
     """And not the base: the adapter was read, magnitudes and alpha included."""
@@ -77,7 +94,8 @@ def test_adapter_and_merged_pipeline_are_one_model_in_diffusers(tuned: Path, mod
     ):
         pipeline = open_pipeline(given)
         generator = torch.Generator().manual_seed(0)
-        drawn.append(pipeline("a red square", num_inference_steps=2, generator=generator, output_type="latent").images)
+        given = {"num_inference_steps": 2, "output_type": "latent", **SIZE}
+        drawn.append(pipeline("a red square", generator=generator, **given).images)
     torch.testing.assert_close(drawn[1], drawn[2], atol=1e-4, rtol=1e-4)
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
 
@@ -85,11 +103,42 @@ def test_adapter_and_merged_pipeline_are_one_model_in_diffusers(tuned: Path, mod
 @pytest.mark.slow
 def test_images_are_drawn_from_it(tuned: Path, model: Artifact, tmp_path: Path) -> None:
     (tmp_path / "prompts.csv").write_text(f"prompt\na red square\n{'very ' * 400}long\n")
-    keys = {"prompts": str(tmp_path / "prompts.csv"), "seeds": [0], "num_inference_steps": 2, "precision": "fp32"}
+    keys = {"prompts": str(tmp_path / "prompts.csv"), "num_inference_steps": 2, "precision": "fp32", **SIZE}
     adapter = publish_as(tuned / "out", "image_checkpoint")
-    told = run_stage("generate_images", tmp_path, keys, model=model, tuned=adapter)
+    told = run_stage("generate_images", tmp_path, {**keys, "seeds": [0]}, model=model, tuned=adapter)
     assert (told["num_images"], told["num_cut_prompts"]) == (2, 1)
     assert [(row["width"], row["height"]) for row in read_jsonl(tmp_path / "out" / "images.jsonl")] == [(32, 32)] * 2
+
+
+@pytest.mark.parametrize("size", [SIZE, {"height": 32, "width": 48}])
+def test_an_image_is_diffusers_own(model: Artifact, tmp_path: Path, size: dict[str, int]) -> None:
+    """Of the plain pipeline with the same seed and settings, decoded by itself, to a level of 255."""
+    import numpy as np
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    (tmp_path / "prompts.csv").write_text("prompt\na red square\n")
+    asked = {"num_inference_steps": 3, "guidance_scale": 2.0, **size}
+    keys = {"prompts": str(tmp_path / "prompts.csv"), "seeds": [7], "precision": "fp32", **asked}
+    run_stage("generate_images", tmp_path, keys, model=model)
+    (file,) = (tmp_path / "out" / "images").rglob("*.png")
+    drawn = Image.open(file)
+    theirs = DiffusionPipeline.from_pretrained(model.path)(
+        "a red square", generator=torch.Generator().manual_seed(7), **asked
+    ).images[0]
+    difference = np.asarray(drawn).astype(int) - np.asarray(theirs).astype(int)
+    assert np.abs(difference).max() <= 1
+    assert np.asarray(theirs).std() > 1
+    assert drawn.text["guidance"] == ("0.0" if model.path.name == "flux_schnell" else "2.0")  # type: ignore[attr-defined]
+
+
+def test_flux_refuses_what_it_cannot_draw(model: Artifact, tmp_path: Path) -> None:
+    """A negative prompt would have no effect, and diffusers would round a size down with a warning."""
+    (tmp_path / "prompts.csv").write_text("prompt\na red square\n")
+    keys = {"prompts": str(tmp_path / "prompts.csv"), "num_inference_steps": 1, "precision": "fp32", **SIZE}
+    if model.path.name.startswith("flux"):
+        with pytest.raises(ConfigError, match=r"leads away from no prompt[\s\S]*leave out negative_prompt"):
+            run_stage("generate_images", tmp_path, {**keys, "negative_prompt": "dull"}, model=model)
 
 
 @pytest.mark.slow
@@ -108,7 +157,7 @@ def test_the_whole_model_is_a_pipeline_again(model: Artifact, pairs: Artifact, c
 
 
 def test_objectives_that_do_not_fit_are_refused_in_words(model: Artifact, pairs: Artifact, tmp_path: Path) -> None:
-    flow = model.path.name == "sd3"
+    flow = OBJECTIVE[model.path.name] == "flow_dpo"
     for objective in ("mapo", "dspo", "dspo_official_sdxl", "dpo") if flow else ("flow_dpo",):
         with pytest.raises(ConfigError, match=f"'{objective}' does not fit this model family") as refused:
             run_stage("sdxl_dpo", tmp_path, {**KEYS, "objective": objective}, model=model, pairs=pairs)
@@ -117,8 +166,8 @@ def test_objectives_that_do_not_fit_are_refused_in_words(model: Artifact, pairs:
 
 
 def test_pictures_that_do_not_divide_into_patches_are_refused(model: Artifact, pairs: Artifact, tmp_path: Path) -> None:
-    """16 pixels for SD 3, whose patches are two latents wide."""
-    if model.path.name == "sd3":
+    """16 pixels for SD 3 and FLUX, whose patches are two latents wide."""
+    if PART[model.path.name] == "transformer":
         with pytest.raises(ConfigError, match=r"does not divide into patches[\s\S]*a multiple of 16"):
             run_stage(
                 "sdxl_dpo", tmp_path, {**KEYS, "objective": "flow_dpo", "resolution": 40}, model=model, pairs=pairs

@@ -1,4 +1,4 @@
-"""A tiny CLIP and tiny SDXL, SD 1.5 and SD 3 pipelines, for the image pipeline."""
+"""A tiny CLIP and tiny SDXL, SD 1.5, SD 3 and FLUX.1 pipelines, for the image pipeline."""
 
 from __future__ import annotations
 
@@ -110,6 +110,41 @@ def build_sd3(folder: Path, texts: Sequence[str], seed: int) -> None:
             text_encoder=CLIPTextModelWithProjection(clip), text_encoder_2=CLIPTextModelWithProjection(clip),
             text_encoder_3=T5EncoderModel(t5), tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=letters,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )  # fmt: skip
+    pipeline.save_pretrained(folder)
+
+
+def build_flux_dev(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny FLUX.1-dev pipeline to `folder`: told its guidance, and with a shift that follows the size."""
+    _build_flux(folder, texts, seed, guidance=True, shift={"shift": 3.0, "use_dynamic_shifting": True})
+
+
+def build_flux_schnell(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Save a tiny FLUX.1-schnell pipeline to `folder`: no guidance, no shift."""
+    _build_flux(folder, texts, seed, guidance=False, shift={"shift": 1.0})
+
+
+def _build_flux(folder: Path, texts: Sequence[str], seed: int, guidance: bool, shift: dict[str, Any]) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    tokenizer, letters = train_clip_tokenizer(texts, _VOCAB_SIZE, _MAX_TEXT_LENGTH), letter_tokenizer()
+    width = _TEXT["hidden_size"]
+    t5 = T5Config(vocab_size=len(letters), d_model=width, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    with seeded(seed):
+        pipeline = FluxPipeline(
+            # As in the published FLUX.1 but for widths and depths: 16 channels in patches of 2 x 2.
+            transformer=FluxTransformer2DModel(
+                in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+                joint_attention_dim=width, pooled_projection_dim=width, guidance_embeds=guidance,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            vae=_vae(
+                scaling_factor=0.3611, shift_factor=0.1159, latent_channels=16, use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer))), text_encoder_2=T5EncoderModel(t5),
+            tokenizer=tokenizer, tokenizer_2=letters, scheduler=FlowMatchEulerDiscreteScheduler(**shift),
         )  # fmt: skip
     pipeline.save_pretrained(folder)
 

@@ -12,7 +12,8 @@ _NUM_PAPERS_FOR_TOKENIZERS = 40
 def build_all(folder: Path, seed: int = 0) -> list[Path]:
     """Save every tiny model below `folder` as a plain Hugging Face folder; returns the folders.
 
-    `qwen2`, `qwen2_5_vl`, `masked_diffusion` (attends both ways, with a mask token), `clip`, `sdxl`, `sd15` and `sd3`.
+    `qwen2`, `qwen2_5_vl`, `masked_diffusion` (attends both ways, with a mask token), `clip`, `sdxl`, `sd15`, `sd3`,
+    `flux_dev` and `flux_schnell`.
     The weights are random and follow from `seed`; existing files are replaced.
     """
     texts = _texts(seed)
@@ -26,7 +27,7 @@ def build_all(folder: Path, seed: int = 0) -> list[Path]:
 def builders() -> dict[str, Builder]:
     """The builder of each model, by the name of its folder."""
     # Here and not above: diffusers and transformers take seconds to import.
-    from prefmill.demo.image import build_clip, build_sd3, build_sd15, build_sdxl
+    from prefmill.demo.image import build_clip, build_flux_dev, build_flux_schnell, build_sd3, build_sd15, build_sdxl
     from prefmill.demo.text import build_masked_diffusion, build_qwen2
     from prefmill.demo.vision import build_qwen2_5_vl
 
@@ -38,6 +39,8 @@ def builders() -> dict[str, Builder]:
         "sdxl": build_sdxl,
         "sd15": build_sd15,
         "sd3": build_sd3,
+        "flux_dev": build_flux_dev,
+        "flux_schnell": build_flux_schnell,
     }
 
 

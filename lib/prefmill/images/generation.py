@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.core.errors import InputError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import replacing, write_atomic
 from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
 from prefmill.families.sdxl.backbone import BACKBONES, denoiser
-from prefmill.families.sdxl.generator import decode, too_long
+from prefmill.families.sdxl.generator import decode, too_long, unpacked
 from prefmill.images.files import inspect_image
 from prefmill.images.sampling import ImageSampling
 from prefmill.store.missing import Progress, silent
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.PngImagePlugin import PngInfo
 
+_log = logging.getLogger(__name__)
 _LARGEST_BATCH = 64
 _SHARE_OF_FREE_MEMORY = 0.8
 _CPU_BYTES_PER_PIXEL = 5_000  # of an SDXL-sized UNet in fp32 with guidance, rounded up
@@ -81,11 +83,39 @@ def make_images(
         # Looked at before the model is opened: loading it takes minutes, and a finished shard does not need it.
         if any(not (output / job.file).is_file() for job in jobs):
             model = open_model()
+            sampling = followed(model, sampling)
             size = _BatchSize(work / "batch_size", batch_size, lambda: fitting_batch(model, jobs[0], sampling))
             for num_done in _batches(model, jobs, sampling, label, output, size):
                 bar.update(num_done - bar.n)
                 progress(num_done, len(jobs), "images")
     return [_row(job, output) for job in jobs]
+
+
+def followed(model: Any, sampling: ImageSampling) -> ImageSampling:
+    """`sampling` as this model follows it, `guidance_scale` 0 where it has none; raises ConfigError for what it cannot.
+
+    The log says where guidance has no effect.
+    """
+    backbone, settings = BACKBONES[type(model).__name__], denoiser(model).config
+    step = backbone.patch * model.vae_scale_factor
+    for key in ("height", "width"):
+        if (getattr(sampling, key) or 0) % step:
+            raise ConfigError(
+                "a picture of this size does not divide into patches", where=key, got=getattr(sampling, key),
+                expected=f"a multiple of {step}", fix=f"correct {key}",
+            )  # fmt: skip
+    if backbone.free_guidance:
+        return sampling
+    if sampling.negative_prompt:
+        raise ConfigError(
+            "this model's guidance leads away from no prompt", where="negative_prompt", got=sampling.negative_prompt,
+            fix="leave out negative_prompt, or take SDXL, SD 1.5 or SD 3",
+        )  # fmt: skip
+    if settings.get("guidance_embeds"):
+        return sampling
+    if sampling.guidance_scale:
+        _log.warning("this model has no guidance: guidance_scale has no effect, and is written as 0")
+    return sampling.model_copy(update={"guidance_scale": 0.0})
 
 
 def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) -> torch.Tensor:
@@ -105,7 +135,7 @@ def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) 
             # Latents alone: the VAE is in fp32, and decoding a whole batch at once takes much memory.
             output_type="latent",
         ).images
-    return latents
+    return unpacked(model, latents, sampling.height, sampling.width)
 
 
 def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
@@ -238,7 +268,7 @@ def _require_finite(latents: torch.Tensor, job: ImageJob, model: Any) -> None:
 
 
 def _fitting_cpu_batch(model: Any, sampling: ImageSampling) -> int:
-    side = denoiser(model).config.sample_size * model.vae_scale_factor
+    side = BACKBONES[type(model).__name__].side(denoiser(model).config) * model.vae_scale_factor
     pixels = (sampling.height or side) * (sampling.width or side)
     # Linux leaves its file cache out of this number, so it is on the safe side.
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -44,7 +44,8 @@ _CLIP = ("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "openai/clip-vit-large-patch14
 _TOKENS = 77  # of CLIP's text encoders, whatever the prompt
 # CUDA's lists of autocast (pytorch.org/docs/stable/amp.html), as far as these models call them.
 _IN_LOW = {functional.linear, functional.conv2d, torch.conv2d, torch.addmm, torch.matmul, Tensor.matmul, torch.bmm}
-_IN_FP32 = {functional.group_norm, functional.layer_norm, torch.layer_norm, functional.normalize}
+_IN_FP32 = {functional.group_norm, functional.layer_norm, torch.layer_norm, functional.normalize,
+            functional.rms_norm, torch.rms_norm}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def count_unet(name: str, config: SdxlPreferenceConfig) -> Counted:
     dtype, blocks = torch_dtype(weights_precision(config)), _Blocks()
     # The losers run without a gradient where they have no part in it.
     samples = config.per_device_train_batch_size * (1 if winner_alone(config) else 2)
-    channels, side, tokens = said["in_channels"], config.resolution // 8, _TOKENS + (backbone.t5_tokens or 0)
+    channels, side = said["in_channels"] // (backbone.patch**2 if backbone.packed else 1), config.resolution // 8
+    tokens = _TOKENS * backbone.clip_states + (backbone.t5[1] if backbone.t5 else 0)
     text = said.get("cross_attention_dim") or said["joint_attention_dim"]
     with torch.device("meta"):
         model = make.from_config(said).train()
@@ -106,9 +108,9 @@ def count_unet(name: str, config: SdxlPreferenceConfig) -> Counted:
             torch.empty(samples, tokens, text, dtype=dtype),
         )
         pooled = torch.empty(samples, _pooled_width(said), dtype=dtype)
-        given = backbone.conditions(words, pooled, torch.empty(samples, 6))
-        model = add_adapter(model, config)
-        numbers, kept = _count(model, config, blocks, lambda: model(latents, timestep=torch.empty(samples), **given))
+        given = (latents, torch.empty(samples), words, pooled, torch.empty(samples, 6))
+        call, model = backbone.calling(said, config.guidance_scale), add_adapter(model, config)
+        numbers, kept = _count(model, config, blocks, lambda: call(model, *given))
     microbatch = f"a microbatch of {samples} at {config.resolution} x {config.resolution} pixels"
     size, row = torch_dtype(config.precision).itemsize, tokens * text + pooled.shape[1]
     on_disk = (
@@ -172,7 +174,8 @@ class _Autocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.scaled_dot_product_attention:
-            return _FusedAttention.apply(*(self._cast(item, self._low) for item in args[:3]))  # type: ignore[no-untyped-call]
+            given = [*args, *(kwargs[name] for name in ("query", "key", "value") if name in (kwargs or {}))][:3]
+            return _FusedAttention.apply(*(self._cast(item, self._low) for item in given))  # type: ignore[no-untyped-call]
         wanted = self._low if func in _IN_LOW else torch.float32 if func in _IN_FP32 else None
         if wanted is not None and self._low != torch.float32:
             args = [self._cast(item, wanted) for item in args]

@@ -14,7 +14,7 @@ from prefmill.demo.text import Shape
 from prefmill.demo.tiny_models import build, build_all
 from prefmill.demo.tokenizer import learn_merges
 
-NAMES = ["qwen2", "qwen2_5_vl", "masked_diffusion", "clip", "sdxl", "sd15", "sd3"]
+NAMES = ["qwen2", "qwen2_5_vl", "masked_diffusion", "clip", "sdxl", "sd15", "sd3", "flux_dev", "flux_schnell"]
 HOSTILE = "Ünïcode \U0001f600 <|im_start|> tabs\tand\x00nulls, \u202eright to left"
 
 

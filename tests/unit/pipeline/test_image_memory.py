@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prefmill.families.sdxl.backbone import BACKBONES
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.slurm.image_memory import CLIP_L_14, SDXL_UNET, count_reward, count_unet, image_memory
 from stages.train_reward import TrainRewardConfig
@@ -22,6 +23,10 @@ SMALL = {**SDXL_UNET, "block_out_channels": (32, 64), "down_block_types": ("Down
          "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 4),
          "transformer_layers_per_block": (1, 2), "cross_attention_dim": 64}  # fmt: skip
 
+FLUX = {"in_channels": 64, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 64, "pooled_projection_dim": 48, "guidance_embeds": True,
+        "axes_dims_rope": (4, 6, 6)}  # fmt: skip
+
 
 def unet(**keys: Any) -> SdxlPreferenceConfig:
     return SdxlPreferenceConfig.model_validate({"objective": "dpo", **keys})
@@ -29,6 +34,7 @@ def unet(**keys: Any) -> SdxlPreferenceConfig:
 
 def small(folder: Path, pipeline: str = "StableDiffusionXLPipeline", part: str = "unet", **keys: Any) -> str:
     kind = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}[part]
+    kind = "FluxTransformer2DModel" if pipeline == "FluxPipeline" else kind
     (folder / part).mkdir()
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, part: ["diffusers", kind]}))
     (folder / part / "config.json").write_text(json.dumps({"_class_name": kind, **(keys or SMALL)}))
@@ -37,7 +43,7 @@ def small(folder: Path, pipeline: str = "StableDiffusionXLPipeline", part: str =
 
 def test_other_backbones_are_counted_with_their_own_conditions(tmp_path: Path) -> None:
     import torch
-    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
     plain = {**SMALL, "addition_embed_type": None, "projection_class_embeddings_input_dim": None}
     flow = {"sample_size": 32, "in_channels": 16, "out_channels": 16, "num_layers": 2, "attention_head_dim": 8,
@@ -46,9 +52,16 @@ def test_other_backbones_are_counted_with_their_own_conditions(tmp_path: Path) -
     for pipeline, part, made, keys, disk in (
         ("StableDiffusionPipeline", "unet", UNet2DConditionModel, plain, "(77 x 64 + 0 of 2)"),
         ("StableDiffusion3Pipeline", "transformer", SD3Transformer2DModel, flow, "(333 x 64 + 48 of 2)"),
+        (
+            "FluxPipeline",
+            "transformer",
+            FluxTransformer2DModel,
+            FLUX,
+            "(16 x 32 x 32 numbers of 4 bytes), 0.07 MB a prompt (512 x 64 + 48 of 2)",
+        ),
     ):
-        (tmp_path / part).mkdir()
-        name = small(tmp_path / part, pipeline, part, **keys)
+        (tmp_path / pipeline).mkdir()
+        name = small(tmp_path / pipeline, pipeline, part, **keys)
         objective = "flow_dpo" if part == "transformer" else "dpo"
         counted = count_unet(name, unet(objective=objective, resolution=256, lora=None))
         with torch.device("meta"):
@@ -91,21 +104,27 @@ def test_clip_has_the_numbers_that_transformers_gives_it() -> None:
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "dora"])
-def test_activations_are_what_the_allocator_still_holds(tmp_path: Path, lora: dict[str, int] | None) -> None:
+@pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", "FluxPipeline"])
+def test_activations_are_what_the_allocator_still_holds(
+    tmp_path: Path, pipeline: str, lora: dict[str, int] | None
+) -> None:
     import torch
-    from diffusers import UNet2DConditionModel
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
     from torch.profiler import ProfilerActivity, profile
 
     from prefmill.families.sdxl.loading import add_adapter
 
-    config = unet(precision="fp32", resolution=256, lora=lora)
-    model = add_adapter(UNet2DConditionModel.from_config(SMALL).train(), config)
-    added = {"text_embeds": torch.randn(2, 2816 - 6 * 256), "time_ids": torch.randn(2, 6)}
-    given = torch.randn(2, 4, 32, 32), torch.tensor([1, 2]), torch.randn(2, 77, 64)
+    flux = pipeline == "FluxPipeline"
+    config = unet(precision="fp32", resolution=256, lora=lora, **({"objective": "flow_dpo"} if flux else {}))
+    make, keys, part = (FluxTransformer2DModel, FLUX, "transformer") if flux else (UNet2DConditionModel, SMALL, "unet")
+    model, call = add_adapter(make.from_config(keys).train(), config), BACKBONES[pipeline].calling(keys)
+    words, pooled = ((2, 512, 64), (2, 48)) if flux else ((2, 77, 64), (2, 2816 - 6 * 256))
+    shapes = (2, 16 if flux else 4, 32, 32), (2,), words, pooled, (2, 6)
+    given = [torch.randn(shape) for shape in shapes]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        out = model(*given, added_cond_kwargs=added, return_dict=False)[0]
+        out = call(model, *given)
     held = sum(event.self_cpu_memory_usage for event in seen.key_averages()) - out.untyped_storage().nbytes()
-    assert count_unet(small(tmp_path), config).kept_bytes == pytest.approx(held, rel=0.03)
+    assert count_unet(small(tmp_path, pipeline, part, **keys), config).kept_bytes == pytest.approx(held, rel=0.03)
 
 
 def test_memory_follows_objective_resolution_checkpointing_and_optimizer(tmp_path: Path) -> None:

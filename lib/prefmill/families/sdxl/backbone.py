@@ -2,61 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from prefmill.core.errors import InputError
+from prefmill.core.errors import ConfigError, InputError
 
-Conditions = Callable[[Tensor, Tensor, Tensor], dict[str, Any]]
+# From the model, noised latents [S, C, H, W], times [S], embeddings, pooled embeddings and time ids: the prediction.
+Call = Callable[[Any, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The denoiser's name in the pipeline, and what it is called with from embeddings, pooled embeddings and time ids.
+    """The denoiser's name in the pipeline, and how it is called.
 
-    `prompts` are the names under which `encode_prompt` insists on the prompt.
-    `options` go to diffusers' from_pretrained. `kohya` says whether tools read its adapters by kohya's key names, and
-    `original_names` whether those come from the original code and not from diffusers. T5 reads `t5_tokens`.
+    `prompts` are the names under which `encode_prompt` insists on the prompt; the pooled embedding is its result number
+    `pooled`. `options` go to diffusers' from_pretrained. `kohya` says whether tools read its adapters by kohya's key
+    names, and `original_names` whether those come from the original code and not from diffusers. `t5` is T5's tokenizer
+    and how many tokens it reads; `clip_states` says whether CLIP's are embeddings too. A patch is `patch` latents wide;
+    `packed` ones come as tokens. Without `free_guidance` there is no second prediction to lead away from: `guidance` is
+    an input of the model, where it has that, by its pipeline's default. `sample_size` is the side of the latents that a
+    model is made for, where its own settings do not say.
     """
 
     part: str
     prompts: tuple[str, ...]
-    conditions: Conditions
+    call: Callable[..., Tensor]
+    pooled: int | None = 2
     options: dict[str, Any] = field(default_factory=dict)
     kohya: bool = True
     original_names: bool = False
-    t5_tokens: int | None = None
+    t5: tuple[str, int] | None = None
+    clip_states: bool = True
+    patch: int = 1
+    packed: bool = False
+    free_guidance: bool = True
+    guidance: float | None = None
+    sample_size: int | None = None
+
+    def told(self, settings: Mapping[str, Any], guidance: float | None) -> float | None:
+        """The guidance that a denoiser of these settings is told; raises ConfigError for one to a model without."""
+        if settings.get("guidance_embeds"):
+            return self.guidance if guidance is None else guidance
+        if guidance is not None:
+            raise ConfigError(
+                "this model is told no guidance", where="guidance_scale", got=guidance,
+                expected="a model with guidance_embeds: true, such as FLUX.1-dev", fix="leave out guidance_scale",
+            )  # fmt: skip
+        return None
+
+    def calling(self, settings: Mapping[str, Any], guidance: float | None = None) -> Call:
+        """`call` for a denoiser of these settings."""
+        told = self.told(settings, guidance)
+        return self.call if told is None else partial(self.call, guidance=told)
+
+    def side(self, settings: Mapping[str, Any]) -> int:
+        """The side, in latents, of the pictures that a denoiser of these settings is made for."""
+        return int(settings.get("sample_size") or self.sample_size or 0)
 
 
-def sdxl_conditions(embeddings: Tensor, pooled: Tensor, time_ids: Tensor) -> dict[str, Any]:
+def call_sdxl(
+    model: Any, latents: Tensor, times: Tensor, embeddings: Tensor, pooled: Tensor, time_ids: Tensor
+) -> Tensor:
     """SDXL's UNet: the six numbers of size and crop stay in fp32, bf16 cannot tell 1345 pixels from 1344."""
-    return {"encoder_hidden_states": embeddings, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    return _first(
+        model(latents, timestep=times, encoder_hidden_states=embeddings, added_cond_kwargs=added, return_dict=False)
+    )
 
 
-def _sd_conditions(embeddings: Tensor, pooled: Tensor, time_ids: Tensor) -> dict[str, Any]:
-    return {"encoder_hidden_states": embeddings}
+def _call_sd(model: Any, latents: Tensor, times: Tensor, embeddings: Tensor, *_: Tensor) -> Tensor:
+    return _first(model(latents, timestep=times, encoder_hidden_states=embeddings, return_dict=False))
 
 
-def _sd3_conditions(embeddings: Tensor, pooled: Tensor, time_ids: Tensor) -> dict[str, Any]:
-    return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+def _call_sd3(model: Any, latents: Tensor, times: Tensor, embeddings: Tensor, pooled: Tensor, _: Tensor) -> Tensor:
+    given = {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+    return _first(model(latents, timestep=times, **given, return_dict=False))
+
+
+def _call_flux(
+    model: Any, latents: Tensor, times: Tensor, embeddings: Tensor, pooled: Tensor, _: Tensor,
+    guidance: float | None = None,
+) -> Tensor:  # fmt: skip
+    """FLUX's transformer: tokens of 2 x 2 latents, each with its row and column; words have no place."""
+    rows, columns = (side // 2 for side in latents.shape[2:])
+    # In fp32, like the places of words: bf16 cannot tell 257 from 256.
+    places = torch.cartesian_prod(*(torch.arange(n, device=latents.device).float() for n in (1, rows, columns)))
+    packed = _first(
+        model(
+            pack(latents), timestep=times / 1000, encoder_hidden_states=embeddings, pooled_projections=pooled,
+            img_ids=places, txt_ids=places.new_zeros(embeddings.shape[1], 3),
+            guidance=None if guidance is None else torch.full_like(times, guidance), return_dict=False,
+        )
+    )  # fmt: skip
+    return unpack(packed, rows, columns)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents [S, C, H, W] as tokens of 2 x 2, [S, H/2 x W/2, 4 C]."""
+    return pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Tokens [S, rows x columns, 4 C] as latents again, [S, C, 2 rows, 2 columns]."""
+    return pixel_shuffle(tokens.mT.reshape(len(tokens), -1, rows, columns), 2)
+
+
+def _first(results: tuple[Tensor, ...]) -> Tensor:
+    return results[0]
 
 
 BACKBONES: dict[str, Backbone] = {
     # The watermark is off: diffusers adds one to the pixels wherever invisible-watermark is installed.
     "StableDiffusionXLPipeline": Backbone(
-        "unet", ("prompt",), sdxl_conditions, {"add_watermarker": False}, original_names=True,
+        "unet", ("prompt",), call_sdxl, options={"add_watermarker": False}, original_names=True,
     ),
     # Without the checker, which would replace some images by black ones that people then rate.
     "StableDiffusionPipeline": Backbone(
-        "unet", ("prompt",), _sd_conditions,
-        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        "unet", ("prompt",), _call_sd, pooled=None,
+        options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
     # No kohya form: its names join q, k and v in one matrix, and ComfyUI reads diffusers' own.
     "StableDiffusion3Pipeline": Backbone(
-        "transformer", ("prompt", "prompt_2", "prompt_3"), _sd3_conditions, kohya=False, t5_tokens=256
+        "transformer", ("prompt", "prompt_2", "prompt_3"), _call_sd3, kohya=False, t5=("tokenizer_3", 256), patch=2,
+    ),
+    "FluxPipeline": Backbone(
+        "transformer", ("prompt",), _call_flux, pooled=1, kohya=False, t5=("tokenizer_2", 512), clip_states=False,
+        patch=2, packed=True, free_guidance=False, guidance=3.5, sample_size=128,
     ),
 }  # fmt: skip
 
@@ -66,7 +143,7 @@ def backbone_of(pipeline: Any, where: object) -> Backbone:
     if str(pipeline) not in BACKBONES:  # of code on the hub it is a list
         raise InputError(
             "no backbone for this kind of pipeline", where=where, got=pipeline, expected=", ".join(BACKBONES),
-            fix="give a diffusers folder of SDXL, SD 1.5 or SD 3, or a hub name such as "
+            fix="give a diffusers folder of SDXL, SD 1.5, SD 3 or FLUX.1, or a hub name such as "
             "stabilityai/stable-diffusion-xl-base-1.0",
         )  # fmt: skip
     return BACKBONES[pipeline]

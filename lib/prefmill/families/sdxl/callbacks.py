@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.sdxl.backbone import prompt_arguments
 from prefmill.families.sdxl.encoding import TextKeys
-from prefmill.families.sdxl.generator import decode
+from prefmill.families.sdxl.generator import decode, unpacked
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.store.tensor_cache import TensorCache
 from prefmill.training.pictures import log_picture
@@ -73,13 +73,17 @@ class Ema(TrainerCallback):
 
 @dataclass(frozen=True)
 class TrainingSamples:
-    """Which prompts are drawn, how often, in how many denoising steps, of what size in pixels, and computed in what."""
+    """Which prompts are drawn, how often, in how many denoising steps, of what size in pixels, and computed in what.
+
+    `guidance` is what the model is told of it, None where that is classifier-free.
+    """
 
     prompts: Sequence[str]
     every: int
     inference_steps: int
     resolution: int
     precision: Precision
+    guidance: float | None = None
 
 
 class SampleGrid(TrainerCallback):
@@ -118,18 +122,19 @@ class SampleGrid(TrainerCallback):
         pipeline = self.folder.load_pipeline(**parts, vae=self.folder.load(AutoencoderKL, "vae", "fp32").to(device))
         pipeline.set_progress_bar_config(disable=True)
         # Given too: a pipeline in which no prompt is not zeros would need its encoders for it.
-        nothing = self._embeddings(None, device)
-        images = []
+        free = self.folder.backbone.free_guidance
+        nothing = prompt_arguments(self._embeddings(None, device), "negative_") if free else {}
+        side, images = self.sampling.resolution, []
         for number, prompt in enumerate(self.sampling.prompts):
             given = self._embeddings(prompt, device)
             drawn = pipeline(
-                **prompt_arguments(given), **prompt_arguments(nothing, "negative_"),
-                height=self.sampling.resolution, width=self.sampling.resolution, guidance_scale=_GUIDANCE,
+                **prompt_arguments(given), **nothing, height=side, width=side,
+                guidance_scale=_GUIDANCE if self.sampling.guidance is None else self.sampling.guidance,
                 num_inference_steps=self.sampling.inference_steps,
                 # On the CPU: the same noise at every step and on every device, so that grids can be compared.
                 generator=torch.Generator().manual_seed(number), output_type="latent",
             )  # fmt: skip
-            images += [decode(pipeline, latents) for latents in drawn.images]
+            images += [decode(pipeline, latents) for latents in unpacked(pipeline, drawn.images, side, side)]
         return images
 
     def _embeddings(self, prompt: str | None, device: torch.device) -> dict[str, Tensor]:

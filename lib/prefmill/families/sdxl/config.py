@@ -58,7 +58,7 @@ class SdxlPreferenceConfig(TrainingConfig):
 
     objective: ObjectiveName = Field(
         "dspo",
-        description="dpo, dspo, dspo_official_sdxl, dspo_rm, mapo, sft, sigmoid, hinge or ipo; for SD 3 flow_dpo",
+        description="dpo, dspo, dspo_official_sdxl, dspo_rm, mapo, sft, sigmoid, hinge, ipo; for SD 3, FLUX flow_dpo",
     )
     # 5000 is Diffusion-DPO's for SDXL (Wallace et al. 2023, arXiv 2311.12908).
     beta: float = Field(
@@ -74,6 +74,9 @@ class SdxlPreferenceConfig(TrainingConfig):
     reward_weights: dict[str, float] | None = Field(None, description="weight of each head by name, for dspo_rm")
     min_snr_gamma: float | None = Field(
         None, gt=0, description="min-SNR weighting of the errors, commonly 5; none: no weighting"
+    )
+    guidance_scale: float | None = later(
+        None, ge=0, description="what FLUX.1-dev is told, as when it draws; none: its pipeline's default, 3.5"
     )
     prompt_half: Literal["all", "policy"] = renamed(
         "half", "all", description="`policy`: only prompts that the reward model of the other half has never seen"

@@ -19,7 +19,6 @@ from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, 
 from prefmill.families.sdxl.family import PairReader, errors, predict
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.families.sdxl.loading import SdxlFolder, open_folder
-from prefmill.families.sdxl.noise import load_schedule
 from prefmill.store.tensor_cache import TensorCache
 
 # Fixed, so that the drifts of two trainings come from the same draws and can be compared.
@@ -79,17 +78,16 @@ def _encoded(
     encode_images(sorted(files), folder, images, store, _VAE_BATCH, device)
     encode_texts(sorted({pair.prompt for pair in pairs}), folder, texts, store, device)
     # Without min-SNR, whatever training used: else two trainings would be measured by different errors.
-    return PairReader(store, images, texts, load_schedule(folder.path, None, folder.backbone.conditions), _SEED)
+    return PairReader(store, images, texts, folder.schedule(), _SEED)
 
 
 def _native_resolution(folder: SdxlFolder) -> int:
     """The size in pixels that the model was made for."""
     from diffusers import AutoencoderKL
 
-    settings = folder.denoiser_class.load_config(folder.path, subfolder=folder.backbone.part)
     blocks = AutoencoderKL.load_config(folder.path, subfolder="vae")["block_out_channels"]
     scale: int = 2 ** (len(blocks) - 1)
-    return int(settings["sample_size"]) * scale
+    return folder.backbone.side(folder.denoiser_settings) * scale
 
 
 def _errors(

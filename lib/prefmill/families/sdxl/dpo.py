@@ -26,7 +26,7 @@ from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, 
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name, require_patches
-from prefmill.families.sdxl.noise import ERRORS, Schedule, load_schedule
+from prefmill.families.sdxl.noise import ERRORS, Schedule
 from prefmill.families.sdxl.reference import ReferenceErrors, used_by
 from prefmill.families.sdxl.soft_labels import with_soft_labels
 from prefmill.families.sdxl.telemetry import ErrorTelemetry
@@ -47,7 +47,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     """
     folder = open_folder(start, config.revision, config.variant)
     require_patches(folder, config)
-    schedule = load_schedule(folder.path, config.min_snr_gamma, folder.backbone.conditions)
+    schedule = folder.schedule(config.min_snr_gamma, config.guidance_scale)
     settings = settings_of(config, schedule)
     objective = choose_objective(config, settings, schedule)
     train, held_out = (_pairs(config, task, pairs, split, objective) for split in ("train", "val"))
@@ -169,6 +169,8 @@ def _references(
         "base": config.lora is not None, "attention": config.attn_implementation, "compile": config.torch_compile,
         "device": device_kind(device),
     }  # fmt: skip
+    told = folder.backbone.told(folder.denoiser_settings, config.guidance_scale)
+    settings |= {} if told is None else {"guidance": told}
     at_once, residuals = config.per_device_train_batch_size, "residuals" in objective.needs
     return ReferenceErrors(
         pairs, reader, settings, at_once, torch_dtype(config.precision), residuals, winner_alone(config)
@@ -215,8 +217,9 @@ def _samples(
     # Not a set: the order of strings in one differs from process to process, and so would the prompts drawn.
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.num_samples]
     sampling = TrainingSamples(
-        prompts, config.sample_steps, config.sample_inference_steps, config.resolution, config.precision
-    )
+        prompts, config.sample_steps, config.sample_inference_steps, config.resolution, config.precision,
+        folder.backbone.told(folder.denoiser_settings, config.guidance_scale),
+    )  # fmt: skip
     return [SampleGrid(sampling, folder, reader.cache, reader.texts, task.logs, config.report_to)]
 
 

@@ -133,12 +133,13 @@ def load_encoders(folder: SdxlFolder, precision: Precision) -> Any:
 
 def encode_prompt(encoder: Any, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """Embeddings [B, L, D] and pooled embeddings [B, P] of prompts, cut to L tokens; P is 0 for SD 1.5."""
-    names = {name: list(prompts) for name in backbone_of(type(encoder).__name__, "encoder").prompts}
+    backbone = backbone_of(type(encoder).__name__, "encoder")
+    given: dict[str, Any] = {name: list(prompts) for name in backbone.prompts}
+    given |= {"do_classifier_free_guidance": False} if backbone.free_guidance else {}
     with torch.no_grad():
-        embeddings, *more = encoder.encode_prompt(
-            **names, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-    return embeddings, more[1] if len(more) > 1 else embeddings.new_zeros(len(prompts), 0)
+        found = encoder.encode_prompt(**given, device=device, num_images_per_prompt=1)
+    embeddings: Tensor = found[0]
+    return embeddings, embeddings.new_zeros(len(prompts), 0) if backbone.pooled is None else found[backbone.pooled]
 
 
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:

@@ -212,8 +212,9 @@ def predict(model: Any, batch: SdxlBatch, schedule: Schedule) -> tuple[Tensor, T
     """What the model predicts for the noised samples and what it should, [S, C, H, W], fp32 at least."""
     noised = schedule.add(batch.latents, batch.noise, batch.timesteps)
     dtype = next(model.parameters()).dtype
-    given = schedule.conditions(batch.embeddings.to(dtype), batch.pooled.to(dtype), batch.time_ids)
-    prediction = model(noised.to(dtype), timestep=schedule.times(batch.timesteps), **given, return_dict=False)[0]
+    times = schedule.times(batch.timesteps, batch.latents)
+    given = (batch.embeddings.to(dtype), batch.pooled.to(dtype), batch.time_ids)
+    prediction = schedule.call(model, noised.to(dtype), times, *given)
     wide = torch.promote_types(prediction.dtype, torch.float32)
     return prediction.to(wide), schedule.target(batch.latents, batch.noise, batch.timesteps)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.distributed.devices import device_type
-from prefmill.families.sdxl.backbone import Backbone
+from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser, unpack
 from prefmill.families.sdxl.folders import ADAPTER_FILE, loading
 from prefmill.families.sdxl.kohya import merge, read_factors
 from prefmill.families.sdxl.whole import require_whole_adapter
@@ -109,6 +109,16 @@ def open_pipeline(source: GeneratorSource) -> Any:
     return pipeline
 
 
+def unpacked(pipeline: Any, latents: Tensor, height: int | None, width: int | None) -> Tensor:
+    """What a pipeline gives as latents, [B, C, h, w], for pictures of this size in pixels; FLUX's come as tokens."""
+    backbone = BACKBONES[type(pipeline).__name__]
+    if not backbone.packed:
+        return latents
+    side = backbone.side(denoiser(pipeline).config)
+    sides = (given // pipeline.vae_scale_factor if given else side for given in (height, width))
+    return unpack(latents, *(side // backbone.patch for side in sides))
+
+
 def decode(model: Any, latents: Tensor) -> Image:
     """One image of a pipeline's latents [C, h, w], decoded in the VAE's own precision, whatever runs around it."""
     import torch
@@ -128,9 +138,10 @@ def decode(model: Any, latents: Tensor) -> Image:
 
 def too_long(tokenizers: Mapping[str, Any], backbone: Backbone, prompts: Iterable[str]) -> list[str]:
     """The prompts of which no text encoder reads the end, sorted; `tokenizers` by their parts' names."""
-    # SDXL's two tokenizers differ in their padding alone. Of SD 3's three T5's, where it is there, reads the farthest.
-    tokenizer = tokenizers.get("tokenizer_3") or tokenizers["tokenizer"]
-    longest = (backbone.t5_tokens if "tokenizer_3" in tokenizers else None) or tokenizer.model_max_length
+    # SDXL's two tokenizers differ in their padding alone. T5's, where it is there, reads the farthest.
+    name, tokens = backbone.t5 if backbone.t5 and backbone.t5[0] in tokenizers else ("tokenizer", None)
+    tokenizer = tokenizers[name]
+    longest = tokens or tokenizer.model_max_length
     return sorted(prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > longest)
 
 

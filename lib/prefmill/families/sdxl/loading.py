@@ -16,6 +16,7 @@ from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.sdxl.backbone import Backbone, backbone_of
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.folders import loading, local_folder, read_index, require_files, variant_of
+from prefmill.families.sdxl.noise import Schedule, load_schedule
 from prefmill.families.sdxl.whole import require_whole_part, require_whole_pipeline
 from prefmill.training.config import weights_precision
 
@@ -48,6 +49,16 @@ class SdxlFolder:
     def encoders(self) -> list[str]:
         """The names of the text encoders and tokenizers that are there."""
         return [name for name in sorted(self.index) if name.startswith(("text_encoder", "tokenizer"))]
+
+    @cached_property
+    def denoiser_settings(self) -> dict[str, Any]:
+        """What the config.json of the UNet or transformer says."""
+        return dict(self.denoiser_class.load_config(self.path, subfolder=self.backbone.part))
+
+    def schedule(self, min_snr_gamma: float | None = None, guidance: float | None = None) -> Schedule:
+        """The training schedule, with how the denoiser is called; raises ConfigError for what it cannot follow."""
+        call = self.backbone.calling(self.denoiser_settings, guidance)
+        return load_schedule(self.path, min_snr_gamma, call, self.backbone.patch)
 
     def load_denoiser(self, precision: Precision) -> Any:
         """The UNet or transformer."""
@@ -92,8 +103,7 @@ def open_folder(name: str, revision: str | None, variant: str | None) -> SdxlFol
 
 def require_patches(folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:
     """Raise ConfigError where the latents of the configured sizes are no whole number of a transformer's patches."""
-    settings = folder.denoiser_class.load_config(folder.path, subfolder=folder.backbone.part)
-    step = 8 * settings.get("patch_size", 1)
+    step = 8 * folder.backbone.patch
     for key in ("resolution", "bucket_step"):
         if (getattr(config, key) or 0) % step:
             raise ConfigError(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from prefmill.core.errors import ConfigError
-from prefmill.families.sdxl.backbone import Conditions, sdxl_conditions
+from prefmill.families.sdxl.backbone import Call, call_sdxl
 from prefmill.training.objective_names import Need
 
 ERRORS: frozenset[Need] = frozenset({"noise_errors", "velocity_errors"})
@@ -29,6 +29,7 @@ class Draw:
 
 
 Sampling = Callable[[int, torch.Generator], int]
+Shift = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 def uniform(num_timesteps: int, generator: torch.Generator) -> int:
@@ -70,7 +71,7 @@ class NoiseSchedule:
     alphas: Tensor
     prediction: str = "epsilon"
     min_snr_gamma: float | None = None
-    conditions: Conditions = sdxl_conditions
+    call: Call = call_sdxl
 
     @property
     def num_timesteps(self) -> int:
@@ -82,7 +83,7 @@ class NoiseSchedule:
         """How a timestep is drawn."""
         return uniform
 
-    def times(self, timesteps: Tensor) -> Tensor:
+    def times(self, timesteps: Tensor, latents: Tensor) -> Tensor:
         """What a UNet is told of the timesteps: their numbers, [S]."""
         return timesteps
 
@@ -118,12 +119,16 @@ class NoiseSchedule:
 
 @dataclass(frozen=True, eq=False)
 class FlowSchedule:
-    """Rectified flow (Liu et al. 2022, arXiv 2209.03003): `sigmas` are the shares of noise, [T], falling, fp32."""
+    """Rectified flow (Liu et al. 2022, arXiv 2209.03003): `sigmas` are the shares of noise, [T], falling, fp32.
+
+    `shift` moves them by the picture's size, [height, width] of its latents, where the scheduler does.
+    """
 
     supplies: ClassVar[Need] = "velocity_errors"
 
     sigmas: Tensor
-    conditions: Conditions
+    call: Call
+    shift: Shift | None = None
 
     @property
     def num_timesteps(self) -> int:
@@ -135,13 +140,13 @@ class FlowSchedule:
         """How a timestep is drawn."""
         return logit_normal
 
-    def times(self, timesteps: Tensor) -> Tensor:
+    def times(self, timesteps: Tensor, latents: Tensor) -> Tensor:
         """What a transformer is told of the timesteps: T sigma, [S] fp32."""
-        return self._sigmas(timesteps) * self.num_timesteps
+        return self._sigmas(timesteps, latents) * self.num_timesteps
 
     def add(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = (1 - sigma) x_0 + sigma eps, [S, ...]."""
-        sigma = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
+        sigma = self._sigmas(timesteps, latents).view(-1, *[1] * (latents.dim() - 1))
         return (1 - sigma) * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -151,39 +156,51 @@ class FlowSchedule:
     def weights(self, timesteps: Tensor) -> None:
         """None: min-SNR's weights are for errors of noise."""
 
-    def _sigmas(self, timesteps: Tensor) -> Tensor:
-        return self.sigmas.to(timesteps.device, non_blocking=True)[timesteps]
+    def _sigmas(self, timesteps: Tensor, latents: Tensor) -> Tensor:
+        sigmas = self.sigmas.to(timesteps.device, non_blocking=True)[timesteps]
+        return sigmas if self.shift is None else self.shift(sigmas, latents.shape[-2:])
 
 
 Schedule = NoiseSchedule | FlowSchedule
 
 
-def load_schedule(folder: Path, min_snr_gamma: float | None, conditions: Conditions = sdxl_conditions) -> Schedule:
+def load_schedule(folder: Path, min_snr_gamma: float | None, call: Call = call_sdxl, patch: int = 1) -> Schedule:
     """The training schedule of a pipeline's folder; raises ConfigError for one that cannot be trained."""
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     if scheduler["_class_name"].startswith("FlowMatch"):
-        return _load_flow(folder, min_snr_gamma, conditions)
-    return _load_diffusion(folder, min_snr_gamma, conditions)
+        return _load_flow(folder, min_snr_gamma, call, patch)
+    return _load_diffusion(folder, min_snr_gamma, call)
 
 
-def _load_flow(folder: Path, min_snr_gamma: float | None, conditions: Conditions) -> FlowSchedule:
+def _load_flow(folder: Path, min_snr_gamma: float | None, call: Call, patch: int) -> FlowSchedule:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    if scheduler.config.use_dynamic_shifting:
-        raise ConfigError(
-            "a schedule whose shift depends on the picture's size cannot be trained", where=folder / "scheduler",
-            got="use_dynamic_shifting: true", fix="set it to false in scheduler_config.json, and `shift`",
-        )  # fmt: skip
     if min_snr_gamma is not None:
         raise ConfigError(
             "min-SNR weighs errors of noise, a flow-matching model predicts velocities", where="min_snr_gamma",
             got=min_snr_gamma, fix="leave out min_snr_gamma",
         )  # fmt: skip
-    return FlowSchedule(scheduler.sigmas.float(), conditions)
+    shift = shift_by_size(scheduler, patch) if scheduler.config.use_dynamic_shifting else None
+    return FlowSchedule(scheduler.sigmas.float(), call, shift)
 
 
-def _load_diffusion(folder: Path, min_snr_gamma: float | None, conditions: Conditions) -> NoiseSchedule:
+def shift_by_size(scheduler: Any, patch: int) -> Shift:
+    """The rule by which pipelines sample: a line through two shifts, from few tokens, `patch` latents wide, to many."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    line = [scheduler.config[name] for name in names]
+
+    def shift(sigmas: Tensor, size: Sequence[int]) -> Tensor:
+        mu = calculate_shift((size[0] // patch) * (size[1] // patch), *line)
+        shifted: Tensor = scheduler.time_shift(mu, 1.0, sigmas)
+        return shifted
+
+    return shift
+
+
+def _load_diffusion(folder: Path, min_snr_gamma: float | None, call: Call) -> NoiseSchedule:
     from diffusers import DDPMScheduler
 
     # DDPM's, whatever the folder samples with: only the betas and the kind of prediction are read.
@@ -200,4 +217,4 @@ def _load_diffusion(folder: Path, min_snr_gamma: float | None, conditions: Condi
             got="rescale_betas_zero_snr: true with prediction_type: epsilon", expected="v_prediction",
             fix="correct scheduler_config.json: the checkpoint's card says which of the two it was trained with",
         )  # fmt: skip
-    return NoiseSchedule(scheduler.alphas_cumprod.float(), prediction, min_snr_gamma, conditions)
+    return NoiseSchedule(scheduler.alphas_cumprod.float(), prediction, min_snr_gamma, call)

@@ -1,12 +1,14 @@
-"""SD 1.5 and SD 3 behind the same scorer: each against its pipeline's own calls, and Flow-DPO against its equation."""
+"""SD 1.5, SD 3 and FLUX.1 behind one scorer: each as its pipeline calls it, and Flow-DPO against its equation."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from tiny_unet import disturb
 from torch import Tensor
 
@@ -20,16 +22,18 @@ from prefmill.families.sdxl.export import adapted_modules, adapter_state, merged
 from prefmill.families.sdxl.family import SdxlBatch, SdxlFamily, errors, predict
 from prefmill.families.sdxl.generator import GeneratorSource, decode, open_pipeline
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder
-from prefmill.families.sdxl.noise import FlowSchedule, draw, load_schedule, logit_normal
+from prefmill.families.sdxl.noise import FlowSchedule, draw, load_schedule, logit_normal, shift_by_size
 from prefmill.training.objectives import Settings, flow_dpo
 
 PROMPT = "a red square on the left"
 SETTINGS = Settings(beta=700.0)
+NAMES = ["sd15", "sd3", "flux_dev", "flux_schnell"]
+SIZE = {"height": 32, "width": 48}  # pixels: rows and columns are no square
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: build(name, tmp_path_factory.mktemp("models") / name) for name in ("sd15", "sd3")}
+    return {name: build(name, tmp_path_factory.mktemp("models") / name) for name in NAMES}
 
 
 def opened(folder: Path) -> tuple[SdxlFolder, Any]:
@@ -40,28 +44,34 @@ def batch_of(noise: Tensor, timesteps: Tensor, embeddings: Tensor, pooled: Tenso
     return SdxlBatch(latents, noise, timesteps, embeddings, pooled, torch.zeros(len(noise), 6), torch.ones(1))
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_called_as_its_pipeline_calls_it(folders: dict[str, Path], name: str) -> None:
     """At every step of a drawing: the same latents and prompt, told the same time, give what the call gave."""
     folder, pipeline = opened(folders[name])
+    guidance = 2.5 if name == "flux_dev" else None  # of SDXL's kind none: one call a step
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: tuple[Tensor]) -> None:
         given = [*args, *(kwargs[key] for key in ("hidden_states", "timestep") if key in kwargs)]
-        calls.append((given[0], given[1], result[0]))
+        latents, time, found = given[0], given[1], result[0]
+        if "img_ids" in kwargs:
+            size = (SIZE["height"], SIZE["width"], pipeline.vae_scale_factor)
+            latents, found = (pipeline._unpack_latents(tokens, *size) for tokens in (latents, found))
+            time = 1000 * time
+        calls.append((latents, time, found))
 
     hook = denoiser(pipeline).register_forward_hook(keep, with_kwargs=True)
     with torch.no_grad():
-        pipeline(PROMPT, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
+        pipeline(PROMPT, num_inference_steps=3, guidance_scale=guidance or 1.0, output_type="latent", **SIZE)
     hook.remove()
     embeddings, pooled = encode_prompt(load_encoders(folder, "fp32"), [PROMPT], torch.device("cpu"))
-    own = load_schedule(folder.path, None, folder.backbone.conditions)
+    own = folder.schedule(guidance=guidance)
     assert len(calls) >= 3
     for number, (latents, time, expected) in enumerate(calls):
         schedule, place = own, time.reshape(1)
         if isinstance(own, FlowSchedule):
             # A drawing's times lie between those of training: this is one of them.
-            schedule, place = FlowSchedule(time.expand(1000) / 1000, own.conditions), torch.tensor([number])
+            schedule, place = FlowSchedule(time.expand(1000) / 1000, own.call), torch.tensor([number])
             noise, clean = latents / schedule.sigmas[0], torch.zeros_like(latents)
         else:
             a = own.alphas[place].view(1, 1, 1, 1)
@@ -81,11 +91,32 @@ def test_a_flow_is_the_schedulers(folders: dict[str, Path]) -> None:
     latents, noise = (torch.randn(3, 16, 4, 4, generator=generator) for _ in range(2))
     places = torch.tensor([0, 400, 999])
     noised = schedule.add(latents, noise, places)
-    times = schedule.times(places)
+    times = schedule.times(places, latents)
     torch.testing.assert_close(times, scheduler.timesteps[places])
     torch.testing.assert_close(noised, scheduler.scale_noise(latents, scheduler.timesteps[places], noise))
     velocity = schedule.target(latents, noise, places)
     torch.testing.assert_close(noised - (times / 1000)[:, None, None, None] * velocity, latents, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3 by size", "flux_dev", "flux_schnell"])
+@pytest.mark.parametrize("height", [32, 64])
+def test_sigmas_are_those_that_the_pipeline_draws_with(folders: dict[str, Path], name: str, height: int) -> None:
+    """Where the shift follows the picture's size, by the pipeline's own rule for that size."""
+    folder, pipeline = opened(folders[name.partition(" ")[0]])
+    schedule = folder.schedule()
+    if "by size" in name:
+        pipeline.scheduler = type(pipeline.scheduler)(use_dynamic_shifting=True)
+        schedule = FlowSchedule(pipeline.scheduler.sigmas, schedule.call, shift_by_size(pipeline.scheduler, 2))
+    with torch.no_grad():
+        pipeline(PROMPT, sigmas=[1.0, 0.7, 0.25], num_inference_steps=3, output_type="latent", height=height, width=48)
+    latents = torch.zeros(3, 16, height // pipeline.vae_scale_factor, 48 // pipeline.vae_scale_factor)
+    found = schedule.times(torch.tensor([0, 300, 750]), latents)
+    torch.testing.assert_close(found, pipeline.scheduler.timesteps, atol=1e-3, rtol=1e-6)
+    tokens = latents.shape[2] * latents.shape[3] / 4
+    if name == "flux_dev":  # and in numbers: e^mu / (e^mu + 1 / t - 1), mu from 0.5 at 256 tokens to 1.15 at 4096
+        mu = 0.5 + 0.65 * (tokens - 256) / 3840
+        expected = [1000 * math.exp(mu) / (math.exp(mu) + 1 / t - 1) for t in (1.0, 0.7, 0.25)]
+        assert found.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_timesteps_are_logit_normal() -> None:
@@ -99,10 +130,28 @@ def test_timesteps_are_logit_normal() -> None:
     assert max(drawn) < 1000
 
 
-def test_flow_dpo_is_its_equation_down_to_the_weights(folders: dict[str, Path]) -> None:
+def plainly(model: Any, noised: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+    """The prediction by the transformer's own forward and, for FLUX, diffusers' packing."""
+    given = {"encoder_hidden_states": text, "pooled_projections": pooled}
+    if isinstance(model, SD3Transformer2DModel):
+        return model(hidden_states=noised, timestep=1000 * sigma[None], **given).sample
+    from diffusers import FluxPipeline
+
+    count, channels, height, width = noised.shape
+    ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float64)
+    packed = FluxPipeline._pack_latents(noised, count, channels, height, width)
+    moved = model(
+        hidden_states=packed, timestep=(1000 * sigma[None]) / 1000, img_ids=ids,
+        txt_ids=torch.zeros(text.shape[1], 3).double(), guidance=torch.tensor([3.5]), **given,
+    ).sample  # fmt: skip
+    return FluxPipeline._unpack_latents(moved, height, width, 1)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_dev"])
+def test_flow_dpo_is_its_equation_down_to_the_weights(folders: dict[str, Path], name: str) -> None:
     """The paper's formula in float64, from latents and the transformer's own forward: loss and gradients, 1e-9."""
-    folder, _ = opened(folders["sd3"])
-    schedule = load_schedule(folder.path, None, folder.backbone.conditions)
+    folder = open_folder(str(folders[name]), None, None)
+    schedule, said = folder.schedule(), folder.denoiser_settings
     assert isinstance(schedule, FlowSchedule)
     generator = torch.Generator().manual_seed(0)
 
@@ -114,7 +163,8 @@ def test_flow_dpo_is_its_equation_down_to_the_weights(folders: dict[str, Path]) 
         for value in policy.parameters():
             value += 0.01 * normal(*value.shape)
     winner, loser, noise, text, pooled = (
-        normal(1, 16, 16, 16), normal(1, 16, 16, 16), normal(1, 16, 16, 16), normal(1, 7, 64), normal(1, 64),
+        normal(1, 16, 16, 16), normal(1, 16, 16, 16), normal(1, 16, 16, 16),
+        normal(1, 7, said["joint_attention_dim"]), normal(1, said["pooled_projection_dim"]),
     )  # fmt: skip
     place = torch.tensor([300])
     batch = batch_of(noise.repeat(2, 1, 1, 1), place.repeat(2), text.repeat(2, 1, 1), pooled.repeat(2, 1),
@@ -126,12 +176,13 @@ def test_flow_dpo_is_its_equation_down_to_the_weights(folders: dict[str, Path]) 
     weights = [value for value in policy.parameters() if value.requires_grad]
     gradients = torch.autograd.grad(found, weights)
 
-    sigma = schedule.sigmas[300].double()
+    # As the model is told it, in fp32; another test holds it.
+    sigma = (schedule.times(place, winner) / 1000)[0]
 
     def square(model: Any, image: Tensor) -> Tensor:
         """The mean of |v - v_theta(x_t, t)|^2."""
-        moved = model(hidden_states=(1 - sigma) * image + sigma * noise, timestep=1000 * sigma[None],
-                      encoder_hidden_states=text, pooled_projections=pooled).sample  # fmt: skip
+        share = schedule.shift(schedule.sigmas[place], (16, 16))[0] if schedule.shift else schedule.sigmas[300]
+        moved = plainly(model, (1 - share) * image + share * noise, sigma, text, pooled)
         return ((noise - image) - moved).pow(2).mean()
 
     with torch.no_grad():
@@ -144,22 +195,25 @@ def test_flow_dpo_is_its_equation_down_to_the_weights(folders: dict[str, Path]) 
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 
 
-def test_latents_are_shifted_and_scaled_and_come_back(folders: dict[str, Path]) -> None:
-    """As SD 3's pipeline decodes, z / scaling_factor + shift_factor, turned round."""
-    _, pipeline = opened(folders["sd3"])
+@pytest.mark.parametrize(("name", "scale", "shift"), [("sd3", 1.5305, 0.0609), ("flux_dev", 0.3611, 0.1159)])
+def test_latents_are_shifted_and_scaled_and_come_back(
+    folders: dict[str, Path], name: str, scale: float, shift: float
+) -> None:
+    """As the pipeline decodes, z / scaling_factor + shift_factor, turned round."""
+    _, pipeline = opened(folders[name])
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
     latents = encode_pixels(pipeline.vae, pixels)
     with torch.no_grad():
         plain = pipeline.vae.encode(pixels).latent_dist.mode()
-        shown = pipeline.vae.decode(latents / 1.5305 + 0.0609, return_dict=False)[0]
-    torch.testing.assert_close(latents, (plain - 0.0609) * 1.5305)
+        shown = pipeline.vae.decode(latents / scale + shift, return_dict=False)[0]
+    torch.testing.assert_close(latents, (plain - shift) * scale)
     expected = pipeline.image_processor.postprocess(shown, output_type="pil")[0]
     assert decode(pipeline, latents[0]).tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux_dev"])
 def test_diffusers_reads_the_adapter_as_it_was_trained(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
-    """Its own form for both; for SD 1.5 kohya's too, whose names come from diffusers there."""
+    """Its own form for all; for SD 1.5 kohya's too, whose names come from diffusers there."""
     folder, pipeline = opened(folders[name])
     config = validate(SdxlPreferenceConfig, {"precision": "fp32", "lora": {"r": 4, "use_dora": False}})
     model = disturb(load_policy(folder, config))
@@ -180,13 +234,12 @@ def test_diffusers_reads_the_adapter_as_it_was_trained(folders: dict[str, Path],
 
 
 def test_what_cannot_be_trained_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     with pytest.raises(ConfigError, match="min-SNR weighs errors of noise"):
         load_schedule(folders["sd3"], 5.0)
-    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(ConfigError, match="depends on the picture's size"):
-        load_schedule(tmp_path, None)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(InputError, match=r"no backbone for this kind of pipeline[\s\S]*StableDiffusion3Pipeline"):
-        open_folder(str(tmp_path), None, None)
+    for name in ("sd3", "flux_schnell"):
+        with pytest.raises(ConfigError, match=r"told no guidance[\s\S]*leave out guidance_scale"):
+            open_folder(str(folders[name]), None, None).schedule(guidance=3.5)
+    for kind in ("KandinskyPipeline", "FluxKontextPipeline", "FluxFillPipeline"):
+        (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{kind}"}}')
+        with pytest.raises(InputError, match=r"no backbone for this kind of pipeline[\s\S]*FluxPipeline"):
+            open_folder(str(tmp_path), None, None)

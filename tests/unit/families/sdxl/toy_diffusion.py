@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefmill.families.sdxl.backbone import sdxl_conditions
+from prefmill.families.sdxl.backbone import call_sdxl
 from prefmill.families.sdxl.family import SdxlBatch, SdxlFamily, errors, predict
 from prefmill.families.sdxl.noise import FlowSchedule, NoiseSchedule, Schedule
 from prefmill.training.objectives import Objective, Settings
@@ -25,7 +25,7 @@ def make_schedule() -> NoiseSchedule:
 
 def make_flow() -> FlowSchedule:
     """A hundred steps from noise to data, evenly."""
-    return FlowSchedule(torch.arange(STEPS, 0, -1) / STEPS, sdxl_conditions)
+    return FlowSchedule(torch.arange(STEPS, 0, -1) / STEPS, call_sdxl)
 
 
 class Denoiser(nn.Module):
@@ -149,7 +149,7 @@ def sample(model: Denoiser, schedule: Schedule, count: int, generator: torch.Gen
         return _ancestral(model, schedule, x, generator)
     for t in range(STEPS):
         after = schedule.sigmas[t + 1] if t + 1 < STEPS else torch.tensor(0.0)
-        velocity = model(x, schedule.times(torch.full((count,), t)))[0]
+        velocity = model(x, schedule.times(torch.full((count,), t), x))[0]
         x = x + (after - schedule.sigmas[t]) * velocity
     return x
 
