@@ -14,7 +14,7 @@ from prefmill.checklist.engine import ChatConfig, Outcome
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import Read, ReviewRequest
 from prefmill.checklist.prompts import NO, YES, plain_prompt
-from prefmill.checklist.server_engine import ServerEngine, as_logp
+from prefmill.checklist.server_engine import ServerEngine, as_logp, count_in
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import httpx
 
 _AROUND = " \t\n\r.,:;!*\"'`_▁Ġ"  # of a word as a token: spaces in tokenizers' spellings, marks, Markdown
+_ANSWERS = (YES.casefold(), NO.casefold())
+_BEGUN = {word[:end] for word in _ANSWERS for end in range(1, len(word))}
+_MOST_BEGUN = 0.05  # of the mass on whole answers: what a token that only begins one may have
 _VOTE_TOKENS = 4  # of a sampled answer: a word of several tokens and what stands before it
 
 
@@ -43,6 +46,13 @@ class _Choice(msgspec.Struct):
 
     logprobs: _Logprobs | None = None
     message: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no answer, where the server or its model withholds one."""
+        said = (self.message or {}).get("refusal")
+        return str(said) if said else self.finish_reason if self.finish_reason == "content_filter" else None
 
 
 @dataclass(frozen=True)
@@ -93,20 +103,29 @@ class ChatEngine(ServerEngine):
         """P(yes) and mass from the likeliest first tokens."""
         asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": self._config.top_logprobs}
         (choice, *_) = await self._ask(client, text, asked)
+        if choice.refusal:
+            raise RefusedError(f"the server withholds an answer: {choice.refusal:.200}")
         places = choice.logprobs and choice.logprobs.content
         return self._read((places and places[0].top_logprobs) or [])
 
     def _read(self, tokens: Sequence[_Token]) -> Read:
         found = [(_word(token.token), as_logp(token.logprob)) for token in tokens]
         shares = [(word, math.exp(logp)) for word, logp in found if logp is not None]
+        # Of -9999 and the like the share is 0; without a number nobody knows how much an answer has.
+        unknown = [token for token in tokens if token.logprob is None and _word(token.token) in _ANSWERS]
         # Different tokens share 1 at most: a server that writes 0 for each would give every one probability 1.
-        if not shares or sum(share for _, share in shares) > 1.01:
+        if unknown or not shares or sum(share for _, share in shares) > 1.01:
             raise InputError(
                 "the server gives no log-probabilities", where=self._server.url, got=f"{list(tokens)[:3]}",
                 expected=f"those of its {self._config.top_logprobs} likeliest tokens (engine.top_logprobs)",
                 fix="set engine.top_logprobs=0 to count sampled answers, or use a server that gives them",
             )  # fmt: skip
-        yes, no = (sum(share for word, share in shares if word == answer.casefold()) for answer in (YES, NO))
+        yes, no = (sum(share for word, share in shares if word == answer) for answer in _ANSWERS)
+        begun = sum(share for word, share in shares if word in _BEGUN)
+        if begun > _MOST_BEGUN * (yes + no):
+            raise RefusedError(
+                f"tokens that only begin {YES} or {NO} have probability {begun:.2g}: set engine.top_logprobs=0"
+            )
         if not yes + no:
             # A model that opens a thought ends up here: its likeliest token tells a reader why.
             likeliest = max(shares, key=lambda pair: pair[1])[0]
@@ -121,7 +140,7 @@ class ChatEngine(ServerEngine):
             choices = await self._ask(client, text, asked)
             # At least one choice comes each time (else _ask raises), so this loop ends.
             words += [_first_word((choice.message or {}).get("content")) for choice in choices]
-        yes, no = (words.count(answer.casefold()) for answer in (YES, NO))
+        yes, no = map(words.count, _ANSWERS)
         if not yes + no:
             raise RefusedError(f"none of {len(words)} sampled answers is {YES} or {NO}, the first {words[0]!r}")
         # Agresti and Coull 1998: the plain standard error would be 0 where all votes agree.
@@ -139,7 +158,8 @@ class ChatEngine(ServerEngine):
             del body["max_tokens"]  # newer servers refuse both names of one limit together
         content = await self._server.ask(client, "POST", "chat/completions", body)
         self.num_requests += 1
-        self.num_prompt_tokens += int((content.get("usage") or {}).get("prompt_tokens") or 0)
+        self.num_prompt_tokens += count_in(content, "usage", "prompt_tokens") or 0
+        self.check_model(content)
         try:
             choices = msgspec.convert(content.get("choices") or [], list[_Choice])
         except msgspec.ValidationError:  # another form than OpenAI's, where a field is a list instead of a mapping

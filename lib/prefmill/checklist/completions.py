@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +23,10 @@ LONGEST_WAIT_SECONDS = 60.0
 # What OpenAI's own client asks again for, and 425 (too early, RFC 8470).
 _TRANSIENT = {408, 409, 425, 429}  # and every 5xx
 _SHOWN_CHARACTERS = 300
+_KEY = re.compile(r"[!#-&(-~][!-~]*")  # what a header may hold, without the quotes that an env file leaves around it
+_HIGHEST_PORT = 65535
+_NO_RETRY_MENDS = re.compile("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER")
+_CLIENT_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _log = logging.getLogger(__name__)
 
 
@@ -44,10 +48,11 @@ class Server:
     def from_environment(cls, config: ServerConfig) -> Server:
         """The server whose URL and key are in the variables that `config` names; no key is sent where there is none.
 
-        Raises ConfigError where the URL's variable is not set or holds no URL, or one with a secret in it.
+        Raises ConfigError where the URL's variable is not set or holds no URL, or one with a secret in it, and where
+        the key is none that a header can hold. Space around both is no part of them.
         """
-        url = os.environ.get(config.base_url_env, "").rstrip("/")
-        if not url.startswith(("http://", "https://")):
+        url = os.environ.get(config.base_url_env, "").strip().rstrip("/")
+        if not _is_url(url):
             raise ConfigError(
                 "no server to score with", got=f"{config.base_url_env} is {'no URL' if url else 'not set'}",
                 expected="http://HOST:PORT/v1 or https://HOST/v1",
@@ -58,24 +63,43 @@ class Server:
                 "the server's URL contains more than its address", got=f"a user or query in {config.base_url_env}",
                 expected="http://HOST:PORT/v1 or https://HOST/v1", fix=f"give the key in {config.api_key_env}",
             )  # fmt: skip
-        return cls(url, os.environ.get(config.api_key_env) or None, config)
+        key = os.environ.get(config.api_key_env, "").strip()
+        if key and not _KEY.fullmatch(key):  # httpx would refuse it in words that hold it
+            raise ConfigError(
+                "the key cannot be sent", got=f"a quote, space or letter outside ASCII in {config.api_key_env}",
+                expected="the key alone, on one line", fix=f"set {config.api_key_env} to the key alone",
+            )  # fmt: skip
+        return cls(url, key or None, config)
 
     def client(self) -> httpx.AsyncClient:
-        """A client for one event loop; redirects are not followed, so that the key goes to no other host."""
+        """A client for one event loop; redirects are not followed, so that the key goes to no other host.
+
+        Raises ConfigError where the proxy or certificates that the environment names cannot be used.
+        """
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         # As many connections as reviews in flight, and a long queue at the server is no failure to connect.
         timeout = httpx.Timeout(self.config.timeout_seconds, connect=min(30.0, self.config.timeout_seconds))
         limits = httpx.Limits(max_connections=self.config.reviews_in_flight)
-        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+        try:
+            return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+        except (ValueError, OSError, httpx.InvalidURL) as error:
+            named = [name for name in _CLIENT_VARIABLES if name in os.environ or name.lower() in os.environ]
+            raise ConfigError(
+                "the environment names a proxy or certificates that cannot be used", where=", ".join(named),
+                got=type(error).__name__, fix="correct these variables, or take them out",
+            ) from None  # fmt: skip
 
     def get(self, path: str) -> dict[str, Any]:
-        """The answer to one GET, with retries."""
+        """The answer to one GET, with retries; ConfigError where the server refuses it."""
 
         async def ask() -> dict[str, Any]:
             async with self.client() as client:
                 return await self.ask(client, "GET", path)
 
-        return asyncio.run(ask())
+        try:
+            return asyncio.run(ask())
+        except RefusedError as refusal:
+            raise self._nothing_there(str(refusal)) from None
 
     async def ask(self, client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The JSON that the server answers.
@@ -88,13 +112,16 @@ class Server:
             wait: float | None = None
             try:
                 response = await client.request(method, f"{self.url}/{path}", json=body)
-                status = _status(response)
-                if status not in _TRANSIENT and status < 500 and not _is_cut(response):
+                content = _json(response)
+                status = _status(response, content)
+                if status not in _TRANSIENT and status < 500 and not _is_cut(response, content):
                     self._told = 0
-                    return self._content(response, status)
+                    return self._content(response, status, content)
                 trouble, wait = self._said(response), retry_after(response.headers)
-            except httpx.TransportError as error:
+            except (httpx.TransportError, httpx.DecodingError) as error:
                 trouble = f"{type(error).__name__} {error}".strip()
+                if _NO_RETRY_MENDS.search(trouble):
+                    raise self._no_tls(trouble) from None
             # Where another request has given up, minutes of waiting here would only hold up its error.
             if attempt >= self.config.num_retries or self.giving_up:
                 raise self._unreachable(trouble, attempt + 1)
@@ -104,27 +131,19 @@ class Server:
             self._tell(attempt, trouble, wait)
             await asyncio.sleep(wait)
 
-    def _content(self, response: httpx.Response, status: int) -> dict[str, Any]:
+    def _content(self, response: httpx.Response, status: int, content: Any) -> dict[str, Any]:
         said = self._said(response)
         # Key and address are the same for every review, so these end the task in place of failing reviews one by one.
-        if status in (401, 403):
+        if status in (401, 402, 403):
             raise ConfigError(
                 "the server refuses the key", where=self.url, got=said,
                 expected=f"its key in {self.config.api_key_env}, which is {'set' if self.key else 'not set'}",
                 fix=f"set {self.config.api_key_env} where the stage runs, or name another in engine.api_key_env",
             )  # fmt: skip
-        if status == 404 or 300 <= status < 400:
-            raise ConfigError(
-                "the server has nothing at this address", where=self.url, got=said,
-                expected="OpenAI's /models and /completions or /chat/completions below the URL",
-                fix=f"correct {self.config.base_url_env} (it usually ends in /v1)",
-            )  # fmt: skip
+        if status in (404, 405) or 300 <= status < 400:
+            raise self._nothing_there(said)
         if status >= 400:
             raise RefusedError(said)
-        try:
-            content = response.json()
-        except ValueError:
-            content = None
         if not isinstance(content, dict):
             raise InputError(
                 "the server did not answer with JSON", where=self.url, got=said,
@@ -149,6 +168,22 @@ class Server:
                 trouble, attempt + 1, self.config.num_retries + 1, wait,
             )  # fmt: skip
 
+    def _nothing_there(self, said: str) -> ConfigError:
+        return ConfigError(
+            "the server has nothing at this address", where=self.url, got=said,
+            expected="OpenAI's /models and /completions or /chat/completions below the URL, and the model named",
+            fix=f"correct {self.config.base_url_env} (it usually ends in /v1), or the model's name where that is what "
+            "the server does not find",
+        )  # fmt: skip
+
+    def _no_tls(self, trouble: str) -> ConfigError:
+        return ConfigError(
+            "the server cannot be trusted, or speaks no TLS", where=self.url, got=trouble,
+            expected="https with a certificate that this machine knows, or plain http",
+            fix="set SSL_CERT_FILE to the file of the authority that signed its certificate, or correct "
+            f"{self.config.base_url_env}",
+        )  # fmt: skip
+
     def _unreachable(self, trouble: str, attempts: int) -> PrefmillError:
         return PrefmillError(
             "the server did not answer", where=self.url, got=f"{trouble} (attempt {attempts})",
@@ -157,23 +192,35 @@ class Server:
         )  # fmt: skip
 
 
-def _status(response: httpx.Response) -> int:
+def _is_url(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return text.startswith(("http://", "https://")) and bool(url.host.strip()) and (url.port or 0) <= _HIGHEST_PORT
+
+
+def _json(response: httpx.Response) -> Any:
+    """What the answer holds; None where that is no JSON."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
+def _status(response: httpx.Response, content: Any) -> int:
     """The status, or that of the error in an answer: gateways say 200 before they know."""
     with contextlib.suppress(ValueError, TypeError, LookupError):
-        return max(response.status_code, int(response.json()["error"]["code"]))
+        # vLLM's errors had no `error` around them until 0.10.
+        error = content["error"] if "error" in content else content if content["object"] == "error" else {}
+        return max(response.status_code, int(error["code"]))
     return response.status_code
 
 
-def _is_cut(response: httpx.Response) -> bool:
+def _is_cut(response: httpx.Response, content: Any) -> bool:
     """Whether a good answer's JSON breaks off, as behind a proxy that lost its server: asked again, it may be whole."""
     text = response.text.strip()
-    if not response.is_success or not text.startswith("{"):
-        return not text and response.is_success
-    try:
-        json.loads(text)
-    except ValueError:
-        return True
-    return False
+    return response.is_success and content is None and (not text or text.startswith("{"))
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:

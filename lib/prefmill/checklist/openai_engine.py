@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from prefmill.checklist.evidence import SCHEMA
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import Fit, Read, ReviewRequest, longest_prompt, prompts_for, read_of, yes_places
 from prefmill.checklist.prompts import TokenIds
-from prefmill.checklist.server_engine import ServerEngine, as_logp
+from prefmill.checklist.server_engine import ServerEngine, as_logp, count_in
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review
 
@@ -72,7 +73,8 @@ class OpenAIEngine(ServerEngine):
         prompts = [[*before, *ids] for ids in behind]
         body = {"model": self._model, "prompt": prompts, "temperature": 0, **sampling}
         content = await self._server.ask(client, "POST", "completions", body)
-        self._count(prompts, content.get("usage") or {})
+        self.check_model(content)
+        self._count(prompts, content)
         return self._choices(content, len(prompts))
 
     def _one_token(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class OpenAIEngine(ServerEngine):
         """Ask for a quote as JSON."""
         return {"max_tokens": self._config.evidence_max_tokens, "structured_outputs": {"json": SCHEMA}}
 
-    def _count(self, prompts: list[list[int]], usage: dict[str, Any]) -> None:
+    def _count(self, prompts: list[list[int]], content: dict[str, Any]) -> None:
         """Add a request's tokens; raises InputError where the server has read others than were sent.
 
         vLLM gives the cached tokens of the last prompt alone; the first of a review has fewer and is not counted, so
@@ -101,15 +103,16 @@ class OpenAIEngine(ServerEngine):
         lengths = [len(prompt) for prompt in prompts]
         sent = sum(lengths)
         # A server that adds a first token or a chat template would silently answer about another text.
-        if usage.get("prompt_tokens", sent) != sent:
+        read = count_in(content, "usage", "prompt_tokens")
+        if read not in (None, sent):
             raise InputError(
                 "the server read other prompts than were sent", where=self._server.url,
-                got=f"{usage['prompt_tokens']} tokens", expected=f"{sent} tokens",
+                got=f"{read} tokens", expected=f"{sent} tokens",
                 fix="use a server that takes token ids as they are, as vLLM does",
             )  # fmt: skip
         self.num_requests += len(prompts)
         self.num_prompt_tokens += sent
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        cached = count_in(content, "usage", "prompt_tokens_details", "cached_tokens")
         self._tells_cached &= cached is not None
         if cached is not None:
             is_whole = len(lengths) == 1 or cached > max(lengths)
@@ -135,11 +138,15 @@ class OpenAIEngine(ServerEngine):
                 got=repr(choice.get("text")), expected=f"{self._yes[1]} or {self._no[1]}",
                 fix="engine.model_name_or_path must be the served model, and the server must know allowed_token_ids",
             )  # fmt: skip
-        found = ((choice.get("logprobs") or {}).get("top_logprobs") or [{}])[0] or {}
+        try:
+            found = dict(choice["logprobs"]["top_logprobs"][0])
+        except (LookupError, TypeError, ValueError):  # none, or in another form than that of completions
+            found = {}
         yes, no = (as_logp(found.get(f"token_id:{index}", found.get(text))) for index, text in (self._yes, self._no))
-        if yes is None or no is None:
+        # Two answers share 1 at most: more are no natural logarithms.
+        if yes is None or no is None or math.exp(yes) + math.exp(no) > 1.01:
             raise InputError(
-                "an answer's log-probability is missing", where=self._server.url, got=f"{found}",
+                "an answer's log-probability is missing or none", where=self._server.url, got=f"{found}",
                 expected=f"those of {self._yes[1]} and {self._no[1]}",
                 fix="start the server with --logprobs-mode processed_logprobs (vLLM)",
             )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from prefmill.checklist.completions import RefusedError, Server
 from prefmill.checklist.engine import Outcome, ServerConfig
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import ConcurrentEngine, ReviewRequest
-from prefmill.core.errors import ConfigError, PrefmillError
+from prefmill.core.errors import ConfigError, InputError, PrefmillError
 from prefmill.core.records import Paper, Review
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _NO_LOGP = -1000.0
 _ABOVE_ZERO = 1e-3  # of a log-probability, by rounding
 _Task = asyncio.Task[tuple[int, Outcome]]
+_log = logging.getLogger(__name__)
 
 
 class ServerEngine(ConcurrentEngine):
@@ -31,6 +33,7 @@ class ServerEngine(ConcurrentEngine):
         super().__init__(checklist)
         self._model, self._in_flight = model, config.reviews_in_flight
         self._server = Server.from_environment(config)
+        self._answers_as: str | None = None  # the model's name in the server's answers
 
     @abstractmethod
     def requests(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewRequest]:
@@ -51,6 +54,20 @@ class ServerEngine(ConcurrentEngine):
                 fix="set engine.served_model_name to the server's name for the model in engine.model_name_or_path",
             )  # fmt: skip
         return found[self._model]
+
+    def check_model(self, content: dict[str, Any]) -> None:
+        """Raise InputError where another model answers than before: its scores must not stand beside the first's."""
+        name = content.get("model")
+        if not isinstance(name, str) or name == self._answers_as:
+            return
+        if self._answers_as is not None:
+            raise InputError(
+                "another model answers than before", where=self._server.url, got=name, expected=self._answers_as,
+                fix="name one model, without fallbacks, and score again what the other one answered",
+            )  # fmt: skip
+        self._answers_as = name
+        if name != self._model:
+            _log.warning("the server answers as %s, where %s was asked for", name, self._model)
 
     def numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Generator[tuple[int, Outcome], None, None]:
         """Outcomes as the server answers. What it still answers comes before the PrefmillError of its trouble."""
@@ -100,6 +117,13 @@ def as_logp(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return min(0.0, float(value)) if _NO_LOGP < value <= _ABOVE_ZERO else None
+
+
+def count_in(content: Any, *path: str) -> int | None:
+    """The whole number at `path` of an answer; None where there is none, as servers need not count."""
+    for name in path:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content if type(content) is int else None
 
 
 async def _first_done(tasks: set[_Task]) -> tuple[set[_Task], set[_Task]]:

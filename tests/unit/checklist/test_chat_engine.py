@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from prefmill.checklist import completions
 from prefmill.checklist.engine import ChatConfig
 from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
@@ -100,6 +103,7 @@ RETRIED: dict[str, list[Reply | None]] = {
     "a broken connection": [None],
     "JSON that breaks off": [reply(200, FINE[2][:70], **NOW)],
     "nothing": [reply(200, b"", **NOW)],
+    "a body that is no gzip": [reply(200, b"no gzip", **NOW, **{"Content-Encoding": "gzip"})],
     "an error within a 200": [reply(200, {"error": {"code": 429, "message": "busy"}}, **NOW)],
 }
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
@@ -112,12 +116,21 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "a list for a mapping": ({"choices": [{"logprobs": [-0.1]}]}, InputError, "did not answer every prompt"),
     "no log-probabilities": ({"choices": [{"message": {"content": "Yes"}}]}, InputError, "gives no log-prob"),
+    "no number for an answer": (logprobs([("Yes", None), ("No", -3.0)]), InputError, "gives no log-prob"),
     "stand-ins for minus infinity": (logprobs([("Yes", -9999.0), ("No", -9999.0)]), InputError, "gives no log-prob"),
     "not a number": (logprobs([("Yes", float("nan"))]), InputError, "gives no log-prob"),
     "shares above one": (logprobs([("Yes", 0.0), ("No", -0.1)]), InputError, "gives no log-prob"),
 }
 FAILED: dict[str, tuple[int, Any, str]] = {
     "a thought": (200, likeliest([("<think>", 0.9), ("Well", 0.05)]), "neither Yes nor No among the 2 likeliest"),
+    "a word in two tokens": (200, likeliest([("Y", 0.7), ("No", 0.2)]), "only begin Yes or No"),
+    "a refusal in words": (
+        200,
+        {"choices": [{"message": {"content": None, "refusal": "I can't."}, "logprobs": None}]},
+        "withholds an answer: I can't.",
+    ),
+    "a filter": (200, {"choices": [{"message": {}, "finish_reason": "content_filter"}]}, "answer: content_filter"),
+    "vLLM's older errors": (200, {"object": "error", "message": "too long", "code": 400}, "too long"),
     "a request it refuses": (400, {"message": "too long"}, "400"),
     "a refusal within a 200": (200, {"error": {"code": "400", "message": "too long"}}, "too long"),
 }
@@ -148,8 +161,12 @@ def test_a_review_without_an_answer_fails_and_says_why(judge: Judge, fault: str)
 
 
 def test_a_key_that_is_refused_and_a_server_that_stays_away(judge: Judge) -> None:
-    judge.trouble = [reply(401, {})]
-    with pytest.raises(ConfigError, match="refuses the key"):
+    for status in (401, 402):  # 402: the account is empty, for every review
+        judge.trouble = [reply(status, {})]
+        with pytest.raises(ConfigError, match="refuses the key"):
+            outcome()
+    judge.trouble = [reply(404, {"error": {"message": "model 'judge' not found"}})]
+    with pytest.raises(ConfigError, match=r"model 'judge' not found[\s\S]*or the model's name"):
         outcome()
     judge.trouble = [reply(500, {}, **NOW)] * 3
     with pytest.raises(PrefmillError, match="did not answer"):
@@ -167,3 +184,63 @@ def test_a_prompt_can_be_read_and_a_server_must_be_named(judge: Judge, monkeypat
     monkeypatch.delenv("OPENAI_BASE_URL")
     with pytest.raises(ConfigError, match="no server to score with"):
         open_engine(ChatConfig(model_name_or_path="judge"), CHECKLIST)
+
+
+@pytest.mark.parametrize("usage", [None, [1], {"prompt_tokens": "many"}, {"prompt_tokens": float("nan")}, {}])
+def test_what_a_server_counts_is_its_own_business(judge: Judge, usage: Any) -> None:
+    judge.answer = lambda _: {**likeliest(TOKENS), "usage": usage}
+    assert outcome().answers["summary"]["p_yes"] == 0.75
+
+
+def test_another_model_is_told_and_a_change_is_refused(judge: Judge, caplog: pytest.LogCaptureFixture) -> None:
+    judge.answer = lambda _: {**likeliest(TOKENS), "model": "judge-2024-08"}
+    assert outcome().answers
+    assert caplog.text.count("answers as judge-2024-08, where judge was asked for") == 1
+    judge.answer = lambda _: {**likeliest(TOKENS), "model": "judge" if len(judge.bodies) % 24 < 5 else "fallback"}
+    with pytest.raises(InputError, match=r"another model answers than before[\s\S]*fallback[\s\S]*judge"):
+        outcome()
+
+
+@pytest.mark.parametrize("around", ["{}\n", " {} ", "{}\r\n"])
+def test_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch, around: str) -> None:
+    with serving(lambda *_: FINE) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", f" {server.url}\n")
+        monkeypatch.setenv("OPENAI_API_KEY", around.format("sk-secret"))
+        assert outcome().answers
+        assert server.authorizations == {"Bearer sk-secret"}
+
+
+@pytest.mark.parametrize("around", ["Bearer {}", '"{}"', "'{}'", "{}\nx", "{}\x00", "{}é"])
+def test_a_key_that_no_header_holds_is_refused_without_its_value(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, around: str
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setattr(completions.os, "environ", {**os.environ, "OPENAI_API_KEY": around.format("sk-secret")})
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError, match="the key cannot be sent") as error:
+        outcome()
+    assert "sk-secret" not in f"{error.value}{caplog.text}"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/v1", "http://127.0.0.1:x/v1", "http:///v1", "http://a\nb/v1"])
+def test_what_is_no_url_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(ConfigError, match="OPENAI_BASE_URL is no URL"):
+        outcome()
+
+
+def test_a_proxy_or_certificates_that_cannot_be_used_are_named(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "socks9://user:pass@host:1")
+    with pytest.raises(ConfigError, match="HTTP_PROXY") as error:
+        outcome()
+    assert "pass" not in str(error.value)
+    monkeypatch.delenv("HTTP_PROXY")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
+        outcome()
+
+
+def test_https_to_a_plain_server_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda *_: FINE) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("http://", "https://"))
+        with pytest.raises(ConfigError, match=r"speaks no TLS[\s\S]*SSL_CERT_FILE"):
+            outcome()

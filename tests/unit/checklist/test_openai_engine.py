@@ -271,6 +271,15 @@ def without(index: int) -> Any:
         (changed_to(float("nan")), "log-probability is missing"),
         (changed_to(0.7), "log-probability is missing"),
         (changed_to("-0.5"), "log-probability is missing"),
+        (changed_to(-0.1), "log-probability is missing or none"),  # of base 10, say: together more than 1
+        (lambda content: {**content, "choices": [{**c, "logprobs": [1]} for c in content["choices"]]}, "is missing"),
+        (
+            lambda content: {
+                **content,
+                "choices": [{**c, "logprobs": {"top_logprobs": {"Yes": 0}}} for c in content["choices"]],
+            },
+            "is missing",
+        ),
     ],
 )
 def test_an_answer_that_is_not_whole_is_an_error(
@@ -298,6 +307,14 @@ def test_what_no_retry_mends_stops_at_once(
         list(ours.score([(PAPER, reviews(corpus_texts[:1]))]))
     assert KEY not in str(error.value)
     assert sum(server.asked.values()) == 1
+
+
+def test_a_server_that_refuses_to_name_its_models_is_named(tiny_judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for status in (400, 405, 422):
+        with serving(lambda *_, status=status: reply(status, {})) as other:
+            monkeypatch.setenv("OPENAI_BASE_URL", other.url)
+            with pytest.raises(ConfigError, match=f"nothing at this address[\\s\\S]*{status}"):
+                engine(tiny_judge)
 
 
 def test_settings_are_explained(
