@@ -21,7 +21,7 @@ BAD_ROWS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "invalid UTF-8": (b'{"paper_id": "p\xff"}', "invalid UTF-8"),
     "missing field": (row(2, rating="(absent)"), "missing in the row: rating"),
     "extra field": (row(2, raiting=3), "unknown field 'raiting' (did you mean 'rating'?); valid fields: abstract,"),
-    "NaN rating": (row(2, rating=float("nan")), "rating is not a number: nan"),
+    "NaN rating": (row(2, rating=float("nan")), "rating is not a number: None (NaN in rating is no value)"),
     "no rating": (row(2, rating=None), "rating is not a number: None"),
     "out-of-scale rating": (row(2, rating=12), "rating 12 is outside the scale 1 to 10"),
     "empty review": (row(2, review_text=" \t"), "empty review_text"),

@@ -32,7 +32,9 @@ _GAP = re.compile(r"[\s,]*")
 _END = re.compile(r"\](?:[^\[\]{}]*\})?\s*")  # of an array, and of the API answer that holds it
 _CHUNK_BYTES = 1 << 20
 _MAX_CSV_FIELD_CHARS = 1 << 24  # above any paper; below what an unclosed quote swallows of a large file
-_UTF8_FIX = "save the file as UTF-8 (for example: iconv -f LATIN1 -t UTF-8), or correct the line"
+# Not LATIN1, in which the dashes and quotes of Windows are control characters, which are left out.
+_UTF8_FIX = "save the file as UTF-8 (for example: iconv -f WINDOWS-1252 -t UTF-8), or correct the line"
+_SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
 
 
 def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Path]:
@@ -128,17 +130,27 @@ def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
         return
     # The csv module's own limit of 131,072 characters is below a long paper's text.
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
-    reader = csv.DictReader(_text_lines(path), restkey="", strict=True)
-    start = 2
+    lines = _text_lines(path)
+    first = next(lines, "")
+    if told := _SEP_LINE.match(first):
+        header, separator = 2, told[1]
+    else:
+        lines, header = chain([first], lines), 1
+        # Sheets of countries with a decimal comma have semicolons.
+        separator = max(",;\t", key=first.count)
+    reader = csv.DictReader(lines, restkey="", strict=True, delimiter=separator)
+    start = header + 1
     try:
         _check_header(reader.fieldnames, path)
         for values in reader:
             place = Place(source, str(path), start)
             # The reader knows only where a row ends, and a quoted cell may go over many lines.
-            start = reader.line_num + 1
+            start = reader.line_num + header
+            if not any(values.values()):  # a sheet's rows below its last
+                continue
             if "" in values or None in values.values():
                 reason = f"the row has not the header's {len(reader.fieldnames or ())} cells"
-                fix = "quote cells that hold commas or line breaks, and fill the row up with commas"
+                fix = f"quote cells that hold {separator!r} or line breaks, and fill the row up with {separator!r}"
                 yield RowProblem(place, reason, fix, excerpt(list(values.values())))
             else:
                 yield RawRow(place, cast("dict[str, Any]", values))
@@ -210,11 +222,6 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
 
 
 def _check_header(names: Any, path: Path) -> None:
-    if names and len(names) == 1 and re.search(r"[;\t]", names[0]):
-        raise InputError(
-            "the header is one cell: the table has another separator than commas", where=f"{path}:1", got=names[0],
-            fix="save it with commas between the cells",
-        )  # fmt: skip
     if names and (len(set(names)) < len(names) or not all(names)):
         raise InputError(
             "the header has an empty or repeated column", where=f"{path}:1", got=", ".join(names),

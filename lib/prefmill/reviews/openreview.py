@@ -46,6 +46,9 @@ _NOT_SECTIONS = re.compile(
     r"title|confidence|code_of_conduct|first_time_reviewer|experience_assessment|review_assessment.*|"
     r"flag_for_ethics_review|.*acknowledg.*|.*_id"
 )
+# Of a rating that changed, say: as a section it would tell the model and the judge what it is to be.
+_RATING_NAME = re.compile(r"(\w+_)?rating(_\w+)?|(\w+_)?recommendation(_(before|after)_\w+)?")
+_RATING_TEXT = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*([:(/=-][^\n]{0,100})?")
 _VENUE_GROUP = re.compile(r"(\w+)\.\w+/(\d{4})/")
 _OF_ONE_PAPER = re.compile(r"/(submission|paper)\d+(/.*)?$", re.IGNORECASE)
 
@@ -187,8 +190,8 @@ def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
         # The API uses the name that was asked for: details=replies, or details=directReplies.
         replies = details.get("replies") or details.get("directReplies") or []
         for reply in replies if isinstance(replies, list) else [replies]:
-            name = _note_name(reply) if isinstance(reply, dict) else "reply"
-            yield as_row(reply, replace(row.place, item=name))
+            inner = as_row(reply, replace(row.place, item="reply"))
+            yield from [inner] if isinstance(inner, RowProblem) else _unfold(inner)
 
 
 def _note_name(note: Mapping[str, Any]) -> str:
@@ -238,7 +241,9 @@ def _split_content(
             scores[name] = parse_score(value, f"content.{name}")
             continue
         text = _section(name, value)
-        if text is None:
+        if text and _RATING_NAME.fullmatch(name) and _RATING_TEXT.fullmatch(text):
+            left_out.append(Unknown("rating that rating_fields does not name", name))
+        elif text is None:
             left_out.append(Unknown("field", name))
         elif not forms.says_nothing(text):
             sections[name] = text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,10 +27,11 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # nearly every id
 _NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
 # "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th", "4.5.1" or "6,5"
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
-# "6-7", "5 -> 6", "6 or 7", "6, 7", "6%", and "4/5" or "4 out of 5", where the 5 is to be the scale's end
+# "6-7", "5 -> 6", "6 or 7", "7 1/2", "6%", "6-Jul" (a sheet's 6-7), and "4/5", where the 5 is to be the scale's end
 _SECOND_NUMBER = re.compile(
     r"\s*(?:(?P<of>[/\u2044\u2215]|(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b)"
-    r"\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)"
+    r"\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)|\s+[\d¼½¾]"
+    r"|-(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?:-\d+)?\s*$"
 )
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
 _NUMBERS = (int, float)  # the types: to isinstance a bool is an int, and `true` would be a rating of 1
@@ -187,10 +189,7 @@ def clean_text(value: object, name: str) -> str:
         raise RowError(f"{name} is not text but {type(value).__name__}", f"write {name} as text")
     if value.isascii() and 0 not in value.encode().translate(_CONTROL_TO_ZERO):
         return value.strip()
-    if "\r" in value:
-        value = _NEWLINES.sub("\n", value)
-    if _CONTROL.search(value):
-        value = _CONTROL.sub("", value)
+    value = _CONTROL.sub("", _NEWLINES.sub("\n", value))
     try:
         value.isascii() or value.encode()  # nearly all is ASCII, and that is known without a copy
     except UnicodeEncodeError:
@@ -204,9 +203,9 @@ def half_a_pair(what: str) -> RowError:
 
 
 def required_text(value: Any, name: str) -> str:
-    """As `clean_text`; raises RowError when nothing is left."""
+    """As `clean_text`; raises RowError when nothing is left that can be seen."""
     text = clean_text(value, name)
-    if not text:
+    if not text or not (text.isascii() or any(unicodedata.category(letter)[0] not in "CZ" for letter in text)):
         raise RowError(f"empty {name}", f"fill in {name}, or remove the row")
     return text
 
@@ -247,6 +246,8 @@ def parse_rating(
     value: Any, scale: Scale, words: Mapping[str, float] | None = None, decimal_comma: bool = False
 ) -> float:
     """A rating within `scale`; `words` gives the number of a rating in words, `decimal_comma` reads 6,5 as 6.5."""
+    if words and type(value) in _NUMBERS:
+        value = words.get(f"{value:g}", value)
     if type(value) in _NUMBERS and scale[0] <= value <= scale[1]:
         return float(value)
     rating = parse_score(_as_number(value, scale, words or {}, decimal_comma), "rating")

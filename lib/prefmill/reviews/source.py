@@ -17,6 +17,7 @@ from prefmill.reviews.rows import (
     RawRow,
     RowError,
     RowProblem,
+    Skipped,
     Unknown,
     excerpt,
     parse_confidence,
@@ -33,8 +34,9 @@ class SourceConfig(StrictConfig, ABC):
     """A source: `rows` reads what its file holds, `items` says what one row means.
 
     `venue` names the venue of rows that name none, `id_prefix` goes before every id, so that sources that number
-    from 1 can be put together. `rating_words` gives the numbers of ratings in words, within rating_min to rating_max,
-    `confidence_words` those of confidences (1 to 5), `decision_words` the decisions that a venue's own words mean.
+    from 1 can be put together. `rating_words` gives the numbers of ratings in words, within rating_min to rating_max;
+    `lower_is_better` turns all ratings over (1 of 1 to 5 is 5). `confidence_words` gives the numbers of confidences
+    (1 to 5), `decision_words` the decisions that a venue's own words mean.
     """
 
     # Whole numbers, as those of the first release: 1.0 has another fingerprint, and corpora would be made again.
@@ -42,6 +44,7 @@ class SourceConfig(StrictConfig, ABC):
     rating_max: float = Field(10, allow_inf_nan=False)
     # `later` keys are no part of the identity at their default, so corpora made before them stay valid.
     rating_words: dict[str, float] = later({})
+    lower_is_better: bool = later(False)
     confidence_words: dict[str, Annotated[float, Field(ge=1, le=5)]] = later({})
     decision_words: dict[str, Decision] = later({})
     decimal_comma: bool = later(False)
@@ -52,7 +55,10 @@ class SourceConfig(StrictConfig, ABC):
     @model_validator(mode="after")
     def _check_scale(self) -> Self:
         if self.rating_min >= self.rating_max:
-            raise ValueError(f"rating_min ({self.rating_min:g}) must be below rating_max ({self.rating_max:g})")
+            raise ValueError(
+                f"rating_min ({self.rating_min:g}) must be below rating_max ({self.rating_max:g}); where the lowest "
+                "rating is the best, set lower_is_better: true"
+            )
         for word, number in self.rating_words.items():
             if not self.rating_min <= number <= self.rating_max:
                 bounds = f"{self.rating_min:g} to {self.rating_max:g}"
@@ -94,7 +100,9 @@ class SourceConfig(StrictConfig, ABC):
 
     def rating(self, value: Any) -> float:
         """A rating as this source writes it; raises RowError where it is none, or outside the scale."""
-        return parse_rating(value, self.scale, self._ratings_by_word, self.decimal_comma)
+        rating = parse_rating(value, self.scale, self._ratings_by_word, self.decimal_comma)
+        # Rounded, as 1 + 5 - 2.3 is 2.7 and a little.
+        return round(sum(self.scale) - rating, 6) if self.lower_is_better else rating
 
     def confidence(self, value: Any) -> tuple[float | None, list[Item]]:
         """A confidence from 1 to 5, or None and in the list the word that nobody gave a number."""
@@ -103,6 +111,11 @@ class SourceConfig(StrictConfig, ABC):
     def decision(self, value: Any) -> tuple[Decision | None, list[Item]]:
         """A decision, or None and in the list the words that mean none."""
         return _or_unknown(parse_decision(value, self.decisions_by_word))
+
+    @property
+    def missing_words(self) -> frozenset[str]:
+        """The texts that stand for no value."""
+        return frozenset()
 
     @abstractmethod
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
@@ -136,10 +149,35 @@ def read_source(config: SourceConfig, source: int) -> Iterator[tuple[RawRow, lis
         if isinstance(row, RowProblem):
             yield row
             continue
+        values, missing = without_missing(row.values, config.missing_words)
         try:
-            yield row, config.items(row.values)
+            yield row, [*config.items(values), *(Skipped(f"{text} as no value: {name}") for name, text in missing)]
         except RowError as error:
+            if missing:
+                told = ", ".join(f"{text} in {name}" for name, text in missing)
+                error = RowError(f"{error.reason} ({told} is no value)", error.fix)
             yield problem_with(row, error)
+
+
+def without_missing(values: dict[str, Any], words: frozenset[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """`values` with None for NaN, as pandas writes what is missing, and for `words`; and the fields that held them."""
+    found: dict[str, Any] = {}
+    missing: list[tuple[str, str]] = []
+    for name, value in values.items():
+        kind = type(value)
+        if kind is str:  # asked first: most values are text, and every row comes here
+            if words and value in words:
+                found[name] = None
+                missing.append((name, value))
+        elif kind is float and value != value:
+            found[name] = None
+            missing.append((name, "NaN"))
+        elif kind is dict and value:
+            inner, inside = without_missing(value, words)
+            if inside:
+                found[name] = inner
+                missing += [(f"{name}.{key}", text) for key, text in inside]
+    return ({**values, **found} if found else values), missing
 
 
 def problem_with(row: RawRow, error: RowError) -> RowProblem:

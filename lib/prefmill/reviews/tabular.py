@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -34,6 +35,11 @@ REQUIRED_FIELDS = {"paper_id", "title", "review_id", "review_text", "rating"}
 VALID_FIELDS = REQUIRED_FIELDS | {"abstract", "text", "decision", "decision_raw", "confidence", "venue", "sub_scores"}
 _PAPER_FIELDS = ("paper_id", "title", "abstract", "text", "decision", "venue")
 _SUB_SCORE_COLUMN = "sub_scores."
+# What pandas takes for a missing value in a table.
+_MISSING = frozenset({
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null",
+})  # fmt: skip
 _DECISION_FIX = (
     f"use one of {', '.join(DECISIONS)}, leave it empty, or say in decision_words of this source which it means"
 )
@@ -56,7 +62,7 @@ class JsonlSource(FileSource):
 class CsvSource(FileSource):
     """A CSV file with a header, or Parquet; `columns` names the file's column for a field where the two differ.
 
-    Sub-scores are columns named `sub_scores.<name>`.
+    Cells end at commas, or at the semicolons or tabs of the header. Sub-scores are columns named `sub_scores.<name>`.
     """
 
     format: Literal["csv"]
@@ -68,6 +74,11 @@ class CsvSource(FileSource):
         if unknown:
             raise ValueError(f"columns: no field '{unknown[0]}'; fields: {', '.join(sorted(VALID_FIELDS))}")
         return self
+
+    @cached_property
+    def missing_words(self) -> frozenset[str]:
+        """Those of pandas, but for words that this source explains."""
+        return _MISSING.difference(self.rating_words, self.confidence_words, self.decision_words)
 
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """The rows of each file."""

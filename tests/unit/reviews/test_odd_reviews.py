@@ -7,12 +7,14 @@ import gzip
 import json
 import logging
 import lzma
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
+from pandas._libs.parsers import STR_NA_VALUES
 from pyarrow import parquet
 
 from prefmill.core.errors import InputError
@@ -37,7 +39,8 @@ ROW = {"paper_id": "p1", "title": "T", "review_id": "r1", "review_text": "Fine."
     "text",
     [
         "4/5", "3 out of 5", "6-7", "6 - 7", "6 or 7", "5 -> 6", "5→6", "6 to 7", "6, 7", "6;7", "6±1", "60%",
-        "6\u22127", "6\u20117", "5 => 6", "5 > 6", "6 and 7", "6 & 7", "6 | 7", "4\u20445",
+        "6\u22127", "6\u20117", "5 => 6", "5 > 6", "6 and 7", "6 & 7", "6 | 7", "4\u20445", "7 1/2", "7 ½", "6-jul",
+        "6-jul-24",
     ],
 )  # fmt: skip
 def test_two_numbers_and_another_scale_are_no_rating(text: str) -> None:
@@ -49,7 +52,8 @@ def test_two_numbers_and_another_scale_are_no_rating(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "scale", "rating"),
     [("7/10", (1, 10), 7), ("4 out of 5", (1, 5), 4), ("60%", (0, 100), 60), ("10: Top 5%", (1, 10), 10),
-     ("1-strong reject", (1, 10), 1), ("-2 (reject)", (-3, 3), -2), ("6 (was 5)", (1, 10), 6)],
+     ("1-strong reject", (1, 10), 1), ("3-marginal", (1, 10), 3),
+     ("-2 (reject)", (-3, 3), -2), ("6 (was 5)", (1, 10), 6)],
 )  # fmt: skip
 def test_one_number_with_words_is_a_rating(text: str, scale: tuple[float, float], rating: float) -> None:
     assert parse_rating(text, scale) == rating
@@ -82,9 +86,9 @@ def test_a_folders_other_files_are_named(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_table_with_another_separator_or_column_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.csv", ";".join(ROW) + "\n" + ";".join(map(str, ROW.values())) + "\n")
-    with pytest.raises(InputError, match="another separator"):
-        read(source(format="csv", path=path))
+    path = write(tmp_path / "x.csv", "|".join(ROW) + "\n" + "|".join(map(str, ROW.values())) + "\n")
+    _, problems = read(source(format="csv", path=path))
+    assert "missing in the row: paper_id" in problems[0].reason
     path = write(tmp_path / "x.csv", ",".join(ROW) + "\n" + ",".join(map(str, ROW.values())) + "\n")
     _, problems = read(source(format="csv", path=path, columns={"abstract": "abstrct"}))
     assert [problem.reason for problem in problems] == ["columns names 'abstrct', which the file has not"]
@@ -228,3 +232,116 @@ def test_the_fix_for_parquet_under_another_name_is_accepted(tmp_path: Path) -> N
         list(files.jsonl_rows(tmp_path / "x.jsonl", 0))
     path = (tmp_path / "x.jsonl").rename(tmp_path / "x.parquet")
     assert [row.values for row in files.jsonl_rows(path, 0) if isinstance(row, RawRow)] == [{"a": 1}]
+
+
+def test_nan_is_no_value_and_counted(tmp_path: Path) -> None:
+    nan = float("nan")
+    optional = {"abstract": nan, "text": nan, "decision": nan, "venue": nan, "confidence": nan}
+    row = {**ROW, **optional, "sub_scores": {"clarity": nan, "novelty": 3}}
+    items = items_of(source(format="jsonl", path=write(tmp_path / "x.jsonl", row)))
+    plain = items_of(source(format="jsonl", path=write(tmp_path / "y.jsonl", {**ROW, "sub_scores": {"novelty": 3}})))
+    assert items[:2] == plain
+    names = [*optional, "sub_scores.clarity"]
+    assert items[2:] == [Skipped(f"NaN as no value: {name}") for name in names]
+    for name in ROW:
+        _, (problem,) = read(source(format="jsonl", path=write(tmp_path / "x.jsonl", {**ROW, name: nan})))
+        assert f"(NaN in {name} is no value)" in problem.reason
+    _, (problem,) = read(source(format="jsonl", path=write(tmp_path / "x.jsonl", {**ROW, "confidence": float("inf")})))
+    assert problem.reason == "confidence is not a number: inf"
+
+
+def test_a_nan_in_a_note_deletes_nothing(tmp_path: Path) -> None:
+    content = {**note()["content"], "confidence": {"value": float("nan")}}
+    (review, *skipped), problems = notes_of(tmp_path / "x.jsonl", note(content=content, ddate=float("nan")))
+    assert (review.rating, review.confidence, problems) == (6, None, [])
+    assert skipped == [Skipped(f"NaN as no value: {name}") for name in ("content.confidence.value", "ddate")]
+
+
+def test_words_for_missing_cells_are_those_of_pandas(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    for word in sorted(STR_NA_VALUES - {""}):
+        path.write_text(f"{','.join(ROW)},abstract,decision,confidence\np1,T,r1,Fine.,6,{word},{word},{word}\n")
+        paper, review, *skipped = items_of(source(format="csv", path=path))
+        assert isinstance(paper, PaperRow)
+        assert isinstance(review, ReviewRow)
+        assert (paper.abstract, paper.decision, review.confidence, len(skipped)) == ("", None, None, 3), word
+    path.write_text(f"{','.join(ROW)}\np1,T,r1,Fine.,N/A\n")
+    words = {"rating_words": {"N/A": 1}}
+    assert [item.rating for item in items_of(source(format="csv", path=path, **words)) if isinstance(item, ReviewRow)]
+    _, (problem,) = read(source(format="csv", path=path))
+    assert "N/A in rating is no value" in problem.reason
+
+
+@pytest.mark.parametrize("first", ["", "sep=;\r\n", "\ufeff", '\ufeff"sep=;"\r\n'])
+def test_a_table_of_a_country_with_decimal_commas(tmp_path: Path, first: str) -> None:
+    lines = [";".join(ROW), 'p1;T;r1;"a, b; ""c""\nd";6,5', ";;;;", "p1;T;r2;x, y;7", "p1;T;r3"]
+    path = write(tmp_path / "x.csv", first + "\r\n".join(lines) + "\r\n")
+    items, (problem,) = read(source(format="csv", path=path, decimal_comma=True))
+    reviews = [(item.text, item.rating) for item in items if isinstance(item, ReviewRow)]
+    assert reviews == [('a, b; "c"\nd', 6.5), ("x, y", 7.0)]
+    assert problem.place.line == 6 + ("sep" in first)
+    assert "header's 5 cells" in problem.reason
+    assert "fill the row up with ';'" in problem.fix
+    tabs = write(tmp_path / "x.tsv", "\t".join(ROW) + "\n" + "\t".join(map(str, ROW.values())) + "\n")
+    assert items_of(source(format="csv", path=tabs)) == items_of(
+        source(format="jsonl", path=write(tmp_path / "x.jsonl", ROW))
+    )
+
+
+def test_the_conversion_that_is_advised_keeps_what_windows_writes(tmp_path: Path) -> None:
+    text = f"{','.join(ROW)}\np1,T,r1,“Naïve” – it’s €5…,6\n"
+    (tmp_path / "x.csv").write_bytes(text.encode("cp1252"))
+    with pytest.raises(InputError, match="invalid UTF-8") as caught:
+        read(source(format="csv", path=tmp_path / "x.csv"))
+    encoding = re.search(r"iconv -f (\S+)", str(caught.value))
+    assert encoding
+    write(tmp_path / "x.csv", (tmp_path / "x.csv").read_bytes().decode(encoding[1]))
+    reviews = [item.text for item in items_of(source(format="csv", path=tmp_path / "x.csv")) if hasattr(item, "rating")]
+    assert reviews == ["“Naïve” – it’s €5…"]
+
+
+def test_a_scale_whose_best_is_its_lowest_is_turned_over(tmp_path: Path) -> None:
+    rows = [{**ROW, "review_id": f"r{n}", "rating": value} for n, value in enumerate((1, "2: good", 2.3, "worst"))]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    turned = source(format="jsonl", path=path, rating_max=5, rating_words={"worst": 5}, lower_is_better=True)
+    assert [item.rating for item in items_of(turned) if isinstance(item, ReviewRow)] == [5, 4, 3.7, 1]
+    with pytest.raises(ValueError, match="lower_is_better: true"):
+        source(format="jsonl", path=path, rating_min=5, rating_max=1)
+
+
+def test_a_date_that_a_sheet_makes_is_refused_in_its_own_spelling(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", {**ROW, "rating": "6-Jul"})
+    _, (problem,) = read(source(format="jsonl", path=path))
+    assert "no number on the scale" in problem.reason
+    assert items_of(source(format="jsonl", path=path, rating_words={"6-Jul": 6}))
+
+
+def test_words_for_ratings_hold_for_numbers_too() -> None:
+    assert [parse_rating(value, (1, 5), {"1": 5, "2.5": 3}) for value in (1, 1.0, "1", 2.5, 4)] == [5, 5, 5, 3, 4]
+
+
+@pytest.mark.parametrize("text", ["\u200b\u200b", "\ufeff", "\u202e \u2060"])
+def test_what_nobody_sees_is_no_review(tmp_path: Path, text: str) -> None:
+    _, (problem,) = read(source(format="jsonl", path=write(tmp_path / "x.jsonl", {**ROW, "review_text": text})))
+    assert problem.reason == "empty review_text"
+    assert items_of(source(format="jsonl", path=write(tmp_path / "x.jsonl", {**ROW, "review_text": f"{text}👍"})))
+
+
+@pytest.mark.parametrize("name", ["final_rating", "rating_after_rebuttal", "Preliminary_Rating"])
+def test_a_rating_that_nobody_named_is_counted_and_not_read_to_the_model(tmp_path: Path, name: str) -> None:
+    content = {**note()["content"], name: {"value": "8: accept"}, "justification_for_rating": {"value": "3 reasons."}}
+    (review, unknown), _ = notes_of(tmp_path / "x.jsonl", note(content=content))
+    assert "8" not in review.text
+    assert "3 reasons." in review.text
+    assert unknown == Unknown("rating that rating_fields does not name", name.lower())
+    config = source(format="openreview_v2", path=tmp_path / "x.jsonl", rating_fields=[name, "rating"])
+    (review,) = items_of(config)
+    assert isinstance(review, ReviewRow)
+    assert (review.rating, review.sub_scores) == (8, {"rating": 6})
+
+
+def test_replies_inside_replies_are_read(tmp_path: Path) -> None:
+    inner = note(id="n2", details={"replies": [note(id="n3")]})
+    items, _ = notes_of(tmp_path / "x.jsonl", note(details={"directReplies": [inner]}))
+    assert [review.review_id for review in items] == ["n1", "n2", "n3"]

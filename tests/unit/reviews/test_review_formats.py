@@ -47,10 +47,10 @@ def test_jsonl_with_only_what_is_required(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"rating": float("nan")}, "rating is not a number: nan"),
+        ({"rating": float("nan")}, "rating is not a number: None (NaN in rating is no value)"),
         ({"rating": None}, "rating is not a number: None"),
         ({"rating": 11}, "rating 11 is outside the scale 1 to 10"),
-        ({"confidence": float("nan")}, "confidence is not a number"),
+        ({"confidence": float("inf")}, "confidence is not a number"),
         ({"sub_scores": {"a": float("inf")}}, "sub_scores.a is not a number"),
         ({"sub_scores": [1]}, "sub_scores is not an object but list"),
         ({"review_text": " \n\x00"}, "empty review_text"),
