@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from prefmill.core.errors import InputError
 from prefmill.reviews.opened import PACKED, reading
 from prefmill.reviews.rows import Place, RawRow, RowProblem, excerpt
-from prefmill.store.jsonl import check_unique_keys, parse_json
+from prefmill.store.jsonl import check_unique_keys, parse_json_strictly
 from prefmill.store.row_files import TABLES, file_rows
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv",)
@@ -93,7 +93,7 @@ def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             continue
         place = Place(source, file, number)
         try:
-            values = parse_json(line)
+            values, strict = parse_json_strictly(line)
         except UnicodeDecodeError as error:
             yield RowProblem(place, f"invalid UTF-8 at byte {error.start}", _UTF8_FIX, excerpt(line))
         # Nesting that is too deep ends in a RecursionError, which is no ValueError.
@@ -101,7 +101,7 @@ def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             fix = "correct or delete that line; each line is one JSON object"
             yield RowProblem(place, f"not JSON: {error}", fix, excerpt(line.strip()))
         else:
-            yield as_row(values, place)
+            yield as_row(values, place, not strict)
 
 
 def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
@@ -165,10 +165,10 @@ def _table_rows(path: Path, source: int) -> Iterator[RawRow]:
     return (RawRow(Place(source, str(path), item=f"row {row.number + 1}"), row.values) for row in file_rows(path))
 
 
-def as_row(values: Any, place: Place) -> RawRow | RowProblem:
+def as_row(values: Any, place: Place, may_hold_nan: bool = True) -> RawRow | RowProblem:
     """A decoded JSON value as a row; anything but an object is a problem."""
     if isinstance(values, dict):
-        return RawRow(place, values)
+        return RawRow(place, values, may_hold_nan)
     return RowProblem(place, f"not a JSON object but {type(values).__name__}", "write a JSON object", excerpt(values))
 
 

@@ -150,6 +150,7 @@ class RawRow(msgspec.Struct, frozen=True):
 
     place: Place
     values: dict[str, Any]
+    may_hold_nan: bool = True
 
 
 def excerpt(raw: Any) -> str:
@@ -189,7 +190,10 @@ def clean_text(value: object, name: str) -> str:
         raise RowError(f"{name} is not text but {type(value).__name__}", f"write {name} as text")
     if value.isascii() and 0 not in value.encode().translate(_CONTROL_TO_ZERO):
         return value.strip()
-    value = _CONTROL.sub("", _NEWLINES.sub("\n", value))
+    if "\r" in value:
+        value = _NEWLINES.sub("\n", value)
+    if _CONTROL.search(value):
+        value = _CONTROL.sub("", value)
     try:
         value.isascii() or value.encode()  # nearly all is ASCII, and that is known without a copy
     except UnicodeEncodeError:

@@ -149,9 +149,14 @@ def read_source(config: SourceConfig, source: int) -> Iterator[tuple[RawRow, lis
         if isinstance(row, RowProblem):
             yield row
             continue
-        values, missing = without_missing(row.values, config.missing_words)
+        values = row.values
+        missing: list[tuple[str, str]] = []
+        if row.may_hold_nan or config.missing_words:  # most rows are known to hold none: to look takes a tenth of a row
+            values, missing = without_missing(values, config.missing_words)
         try:
-            yield row, [*config.items(values), *(Skipped(f"{text} as no value: {name}") for name, text in missing)]
+            items = config.items(values)
+            items += [Skipped(f"{text} as no value: {name}") for name, text in missing]
+            yield row, items
         except RowError as error:
             if missing:
                 told = ", ".join(f"{text} in {name}" for name, text in missing)

@@ -21,12 +21,17 @@ _decode = msgspec.json.Decoder().decode
 
 def parse_json(text: bytes) -> Any:
     """What `json.loads` gives and raises, in a fifth of the time; ValueError also where a key stands twice."""
+    return parse_json_strictly(text)[0]
+
+
+def parse_json_strictly(text: bytes) -> tuple[Any, bool]:
+    """As `parse_json`, and whether the text keeps to JSON, which has no NaN."""
     try:
         found = _decode(text)
     except ValueError:  # a byte order mark and halves of surrogate pairs are no error; what is one is said as ever
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys), False
     check_unique_keys(text, found)
-    return found
+    return found, True
 
 
 def check_unique_keys(text: bytes, found: Any) -> None:
