@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -98,8 +99,10 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from prefmill.cli.headlines import describe
+    from prefmill.distributed.launchers import refuse_copies
     from prefmill.pipeline.local import RunOptions, run_plan
 
+    refuse_copies(os.environ)
     _, plan = load_plan(arguments)
     if arguments.dry_run:
         return _show_plan(plan, arguments.only, arguments.force)

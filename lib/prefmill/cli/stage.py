@@ -16,6 +16,7 @@ from prefmill.core.aliases import ALIASES
 from prefmill.core.config import StrictConfig, former_names
 from prefmill.core.places import STAGES
 from prefmill.core.stage import Stage
+from prefmill.distributed.devices import is_launched
 
 
 def main(stage: Stage[Any]) -> NoReturn:
@@ -64,6 +65,8 @@ def as_keys(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
         key = flag.removeprefix("--").replace("-", "_")
         if key in ("config", "config_file"):
             config.append(value)
+        elif key == "local_rank" and is_launched():
+            continue  # DeepSpeed's launcher gives it as LOCAL_RANK too
         else:
             rest.append(f"{key}={value}")
     return [*config, *rest]
@@ -77,11 +80,15 @@ def _is_value(word: str) -> bool:
 
 def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
     from prefmill.cli.headlines import describe
-    from prefmill.distributed.devices import is_launched, world_size
+    from prefmill.core.stage import load_stage
+    from prefmill.distributed.devices import world_size
+    from prefmill.distributed.launchers import refuse_copies
     from prefmill.pipeline.launched import run_launched
     from prefmill.pipeline.local import RunOptions, run_plan
     from prefmill.pipeline.manual_submission import element, stage_plan
 
+    if load_stage(stage).trains:  # other stages may run several tasks side by side under srun
+        refuse_copies(os.environ)
     config = [arguments.config] if arguments.config else []
     plan, name = stage_plan(stage, [*config, *arguments.overrides])
     only = f"{stage}:{name}" if name else None

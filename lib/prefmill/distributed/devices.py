@@ -23,9 +23,18 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         # Device files are counted: asking CUDA would start it here, and no fork could use it any more.
-        return [str(index) for index in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    # -1 is how CUDA is told to see none.
-    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+        return [str(index) for index in range(sum(map(_may_open, Path("/dev").glob("nvidia[0-9]*"))))]
+    # -1 is how CUDA is told to see none, and NoDevFiles how Slurm says so.
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+
+
+def _may_open(device: Path) -> bool:
+    """Whether this process may use it: a job's control group hides no file, it forbids to open those of others."""
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def machine_has_gpu() -> bool:
@@ -79,15 +88,21 @@ def claim_device() -> None:
     """Make this rank's GPU the current one: 4-bit weights are loaded onto whichever is current.
 
     Raises ConfigError for a process that sees several GPUs and is no rank: transformers would wrap its model in
-    torch.nn.DataParallel, which cuts packed rows apart and says nothing.
+    torch.nn.DataParallel, which cuts packed rows apart and says nothing. And for a rank beyond the GPUs.
     """
     import torch
 
     if not has_gpu():
         return
     if is_launched():
-        # Modulo, as a launcher may show each rank its own GPU alone, which is then number 0.
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if 1 < count <= local_rank():
+            raise ConfigError(
+                "more ranks than GPUs on this node", got=f"local rank {local_rank()}, {count} GPUs",
+                expected="one GPU per rank", fix=f"start {count} ranks, or make more GPUs visible",
+            )  # fmt: skip
+        # A launcher may show each rank its own GPU alone, which is then number 0.
+        torch.cuda.set_device(local_rank() if count > 1 else 0)
     elif (count := torch.cuda.device_count()) > 1:
         raise ConfigError(
             "a training process without ranks sees more than one GPU", got=f"{count} GPUs, one process",

@@ -14,7 +14,7 @@ from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WANTED_AGAIN, WORK
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.state import fingerprints, inspect_task, read_inputs, task_identity
 from prefmill.pipeline.task_status import is_running, write_status
-from prefmill.pipeline.worker import clear_telemetry, put_in_place, telemetry
+from prefmill.pipeline.worker import clear_telemetry, locked, put_in_place, telemetry
 from prefmill.store.artifacts import read, remaking, superseded
 
 SHARED_FROM = "shared_from.txt"  # in the logs of a task whose output another run made
@@ -27,12 +27,15 @@ def share(task: PlannedTask) -> str | None:
     """Take the output of `task` from another run of its workspace that has it; returns that run's name, or None.
 
     The same stage, configuration and input content make the same output. Files are linked, or copied to another disk.
+    Raises PipelineError where another process is at the task.
     """
     if task.stage.names_run or is_running(task.logs) or (task.logs / WANTED_AGAIN).exists():
         return None
     wanted = fingerprints(task, task_identity(task, read_inputs(task)))
     for folder in _made(task, wanted):
-        _take(folder, task)
+        with locked(task):  # two commands at once would empty each other's folder
+            if inspect_task(task).freshness != "complete":
+                _take(folder, task)
         return folder.parents[1].name
     return None
 

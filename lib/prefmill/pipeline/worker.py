@@ -25,6 +25,7 @@ from prefmill.core.graceful_stop import Stopped
 from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WANTED_AGAIN, WORK
 from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.distributed.devices import claim_device
+from prefmill.distributed.launchers import TrainerKeys, refuse_settings_of_accelerate
 from prefmill.pipeline import attempts
 from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
@@ -46,7 +47,7 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
     PrefmillError for what the user can fix; the status file in the task's logs then says the same.
     """
     # The lock first: a second worker must not write its status over that of the one at work.
-    with _locked(task), _reported(task):
+    with locked(task), _reported(task):
         inputs = read_inputs(task)
         if not force and inspect_task(task).freshness == "complete":
             keep_finished(task)
@@ -73,6 +74,8 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
 
 def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
     """The stage's own work, its slow imports first."""
+    if isinstance(config, TrainerKeys):
+        refuse_settings_of_accelerate(config, os.environ)
     import_now(stage.preload)
     if stage.trains and "torch" in sys.modules:  # preloaded by all that compute with it
         claim_device()
@@ -94,8 +97,11 @@ def task_context(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) 
 
 
 @contextlib.contextmanager
-def _locked(task: PlannedTask) -> Iterator[None]:
-    """Hold the task's lock; waits a little, as a killed worker's children may take a moment to go."""
+def locked(task: PlannedTask) -> Iterator[None]:
+    """Hold the task's lock; waits a little, as a killed worker's children may take a moment to go.
+
+    Raises PipelineError where another process keeps it.
+    """
     task.logs.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
     with (task.logs / "lock").open("wb") as stream:

@@ -14,6 +14,7 @@ from toys import STAGES, MakeConfig
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Task
+from prefmill.distributed import devices
 from prefmill.distributed.devices import claim_device, visible_gpus
 from prefmill.pipeline.worker import import_and_run
 
@@ -42,12 +43,32 @@ def test_a_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     claim_device()
     assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="local rank 2, 2 GPUs"):  # it would train on the GPU of rank 0
+        claim_device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a launcher that shows each rank its own
+    claim_device()
+    assert taken == [1, 0]
 
 
-@pytest.mark.parametrize(("visible", "expected"), [("", []), ("-1", []), ("1, 3", ["1", "3"]), ("GPU-5a", ["GPU-5a"])])
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("", []), ("-1", []), ("NoDevFiles", []), ("1, 3", ["1", "3"]), ("GPU-5a", ["GPU-5a"])],
+)
 def test_the_gpus_are_those_made_visible(monkeypatch: pytest.MonkeyPatch, visible: str, expected: list[str]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_gpus() == expected
+
+
+def test_gpus_that_a_jobs_control_group_forbids_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = [tmp_path / "nvidia0", tmp_path / "nvidia1"]
+    files[0].touch()
+    files[1].mkdir()  # a folder cannot be opened to write either, not even by root
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "Path", lambda _: tmp_path)
+    assert visible_gpus() == ["0"]
 
 
 def test_asking_imports_no_torch() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from toys import RUNS
 
 from prefmill.core.errors import PipelineError
-from prefmill.pipeline import runs
-from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
+from prefmill.pipeline import runs, sharing
+from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 from prefmill.pipeline.run_record import run_names, write_plan
 from prefmill.pipeline.sharing import share, share_finished
 from prefmill.pipeline.state import inspect
@@ -57,6 +59,25 @@ def test_nothing_is_taken_that_differs_or_is_damaged(tmp_path: Path) -> None:
     assert share(plan(tmp_path, "second", make={"set": {"rows": 4}}).tasks[0]) is None
     (first.tasks[0].output / "numbers.jsonl").write_text("{}")
     assert share(plan(tmp_path, "second").tasks[0]) is None
+
+
+def test_two_commands_at_once_take_a_shared_task_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(plan(tmp_path, "first"))
+    task = plan(tmp_path, "second").tasks[0]
+    inside: list[int] = []
+    take = sharing._take
+
+    def slowly(folder: Path, taken: PlannedTask) -> None:
+        inside.append(len(inside))
+        time.sleep(0.3)
+        take(folder, taken)
+
+    monkeypatch.setattr(sharing, "_take", slowly)
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(share, [task, task])) in (["first", "first"], ["first", None], [None, "first"])
+    assert inside == [0], "only one of them took it"
 
 
 def test_a_failing_rerun_leaves_the_finished_output_and_its_curves(tmp_path: Path) -> None:
