@@ -22,7 +22,6 @@ _MAX_ID_CHARS = 200  # file names may have 255 bytes, with an ending
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
 # Read by bytes.translate, the quickest way to ask: 0 for each of these in ASCII, and anything else stays.
 _CONTROL_TO_ZERO = bytes(0 if _CONTROL.match(chr(code)) else code for code in range(256))
-_NEWLINES = re.compile(r"\r\n?")
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # nearly every id, known to be fit at once
 _NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
 # "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th", "4.5.1" or "6,5"
@@ -190,10 +189,8 @@ def clean_text(value: object, name: str) -> str:
         raise RowError(f"{name} is not text but {type(value).__name__}", f"write {name} as text")
     if value.isascii() and 0 not in value.encode().translate(_CONTROL_TO_ZERO):
         return value.strip()
-    if "\r" in value:
-        value = _NEWLINES.sub("\n", value)
-    if _CONTROL.search(value):
-        value = _CONTROL.sub("", value)
+    value = value.replace("\r\n", "\n").replace("\r", "\n")
+    value = _CONTROL.sub("", value) if _CONTROL.search(value) else value
     try:
         value.isascii() or value.encode()  # nearly all is ASCII, and that is known without a copy
     except UnicodeEncodeError:

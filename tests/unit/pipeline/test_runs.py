@@ -61,6 +61,7 @@ def test_nothing_is_taken_that_differs_or_is_damaged(tmp_path: Path) -> None:
     assert share(plan(tmp_path, "second").tasks[0]) is None
 
 
+@pytest.mark.timing
 def test_two_commands_at_once_take_a_shared_task_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
