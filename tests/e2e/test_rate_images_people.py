@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS
 from prefmill.images.rate import PAGE_FILE, answers_file
-from prefmill.store.artifacts import payload
+from prefmill.store.artifacts import payload, read
 from prefmill.store.jsonl import read_jsonl
 
 pytestmark = pytest.mark.timing
@@ -139,6 +140,24 @@ def test_a_prompt_with_html_is_shown_not_run(tmp_path: Path, browser: Browser) -
             assert any("Content Security Policy" in line for line in page.console())
     finally:
         people.end()
+
+
+@pytest.mark.slow
+def test_a_picture_that_is_lost_is_told_and_not_rated(tmp_path: Path, images: Artifact, browser: Browser) -> None:
+    copy = Path(shutil.copytree(images.path, tmp_path / "images"))
+    with asking(tmp_path, read(copy)) as people, browser.tab() as page:
+        for file in copy.rglob("*.png"):
+            file.rename(file.with_suffix(".away"))
+        page.open(f"{people.url}#ann")
+        page.wait("document.body.innerText.includes('is lost')")
+        page.press("ArrowLeft")
+        assert answers(people.task) == []
+        assert ".png" in (people.task.logs / "log").read_text()
+        for file in copy.rglob("*.away"):
+            file.rename(file.with_suffix(".png"))
+        page.open("about:blank")
+        page.open(f"{people.url}#ann")
+        shows(page, "ann", 0)
 
 
 @pytest.mark.slow

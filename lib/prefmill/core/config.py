@@ -169,8 +169,7 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    for override in overrides:
-        split_override(override)
+    overrides = [_with_its_lines(override) for override in overrides]
     if "${oc.env" in json.dumps([base, list(overrides)], default=str):
         raise ConfigError(
             "environment values are not allowed in configs", where=where, got="${oc.env:...}",
@@ -188,6 +187,18 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
         ) from None  # fmt: skip
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _with_its_lines(override: str) -> str:
+    """`key=value` with the line breaks of a text, as of a template, quoted: YAML would fold them into spaces."""
+    from yaml import YAMLError, safe_load
+
+    key, text = split_override(override)
+    try:
+        is_text = "\n" in text and isinstance(safe_load(text), str)
+    except YAMLError:
+        is_text = True
+    return f"{key}={json.dumps(text, ensure_ascii=False)}" if is_text else override
 
 
 def split_override(override: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
+from prefmill.core.errors import InputError
 from prefmill.images.answers import Choice, Session, ShownPair
 from prefmill.images.collection import GoodImage
 from prefmill.store.pictures import shown_bytes
@@ -176,7 +177,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(HTTPStatus.OK, json.dumps(state).encode(), "application/json")
         elif url.path.startswith("/image/"):
             image = self.server.image(url.path.removeprefix("/image/"))
-            content, kind = shown_bytes(image.source.path)
+            try:
+                content, kind = shown_bytes(image.source.path)
+            except InputError as error:  # deleted or written over since the page began
+                print(error, file=sys.stderr, flush=True)
+                # Without its name, which may tell the rater what made it.
+                why = "A picture of this pair is lost. The log of the program names it: put it back, then reload."
+                raise RefusalError(HTTPStatus.GONE, why) from error
             self._reply(HTTPStatus.OK, content, kind, cache="private, max-age=3600")
         else:
             raise RefusalError(HTTPStatus.NOT_FOUND, "no such page")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error
-from prefmill.core.graceful_stop import Stopped, clear_request, request_stop
+from prefmill.core.graceful_stop import Stopped, request_stop
 from prefmill.core.places import STATUS
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.isolation import end_with_parent
@@ -35,7 +35,7 @@ from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
 from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher, run_elsewhere
 from prefmill.pipeline.task_status import INTERRUPTED, at_work, in_short, is_running, read_status, write_status
-from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, keep_finished
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, announce, execute, keep_finished, require_free
 from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2
@@ -136,6 +136,8 @@ class _Run:
         try:
             state = inspect_task(task)
             stale = state.freshness != "complete" or self.force
+            if stale:
+                require_free(task)
             if stale and self.plan.share and not self.force and (run := share(task)):
                 self.waiting.remove(task)
                 self.say(f"= {task.key} {TAKEN.format(run)}")
@@ -158,10 +160,8 @@ class _Run:
         self.say(
             f"> {task.key}{f' ({ranks} ranks)' if ranks > 1 else ''} {self.options.why or _why(state, self.force)}"
         )
-        write_status(task, "running")  # nothing said by an earlier attempt may be taken for this one's
+        announce(task)
         process = self.server.Process(target=_child, args=(task, self.force, place, ranks), name=task.key)
-        # A stop that was asked of an earlier attempt would end this one too.
-        clear_request(task.logs)
         bar = Bar(task.key, task.logs, self.say)
         self.running[task.key] = _Running(task, process, time.monotonic(), place, bar, ranks)
         try:

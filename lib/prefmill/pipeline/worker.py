@@ -21,7 +21,7 @@ from typing import Any
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
-from prefmill.core.graceful_stop import Stopped
+from prefmill.core.graceful_stop import Stopped, clear_request
 from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WANTED_AGAIN, WORK
 from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.distributed.devices import claim_device
@@ -117,6 +117,18 @@ def locked(task: PlannedTask) -> Iterator[None]:
                     ) from None  # fmt: skip
                 time.sleep(0.2)
         yield
+
+
+def require_free(task: PlannedTask) -> None:
+    """Raise PipelineError where another process is at the task, before anything of its is written over."""
+    with locked(task):
+        pass
+
+
+def announce(task: PlannedTask) -> None:
+    """Have nothing that an earlier attempt said, or was asked, be taken for the one that begins."""
+    write_status(task, "running")
+    clear_request(task.logs)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prefmill.core.config import merge
 from prefmill.core.errors import ConfigError
 from prefmill.pipeline.manual_submission import stage_plan
 from prefmill.pipeline.plan import make_plan, read_pipeline
@@ -50,3 +51,11 @@ def test_an_override_of_a_stage_that_is_written_wrongly_is_answered_with_what_is
     path.write_text(f"name: toy\nstages: {{sft: {entry}}}\n")
     with pytest.raises(ConfigError, match=r"stages\.sft.*Input should be"):
         read_pipeline(path, ["sft.seed=1"])
+
+
+def test_a_text_keeps_its_line_breaks_and_yaml_of_several_lines_is_read() -> None:
+    """A chat template is given so: folded into spaces, as YAML has it, it would write other prompts."""
+    template = "{% for m in messages %}\n  {{ m.content }} \N{SNOWMAN} 'a' \"b\" \\n\n{% endfor %}\n"
+    for text in (template, "plain\nlines"):
+        assert merge({}, [f"chat_template={text}"]) == {"chat_template": text}
+    assert merge({}, ["lora=r: 4\nalpha: 8"]) == {"lora": {"r": 4, "alpha": 8}}

@@ -15,9 +15,12 @@ from toys import toy_plan
 
 from prefmill.cli.headlines import describe
 from prefmill.core.errors import PipelineError
-from prefmill.pipeline import local
+from prefmill.core.graceful_stop import StopWatch, request_stop
+from prefmill.pipeline import local, worker
 from prefmill.pipeline.local import RunOptions, run_plan
 from prefmill.pipeline.slots import Slots
+from prefmill.pipeline.task_status import read_status, write_status
+from prefmill.pipeline.worker import EXIT_USER_ERROR
 from prefmill.store.artifacts import read_manifest
 
 
@@ -29,6 +32,21 @@ def test_a_task_left_out_names_the_failure_and_not_the_others_left_out(tmp_path:
         "- use:all left out: make:all failed",
         "- pair:all left out: make:all failed",
     ]
+
+
+def test_a_task_that_another_command_is_at_is_named_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = toy_plan(tmp_path, make={})
+    task, said = plan.tasks[0], list[str]()
+    request_stop(task.logs, 60.0)
+    write_status(task, "running", attempt=7)
+    monkeypatch.setattr(worker, "_LOCK_PATIENCE_SECONDS", 0.0)
+    with worker.locked(task):
+        assert run_plan(plan, say=said.append) == EXIT_USER_ERROR
+    assert "make:all is already running" in "\n".join(said)
+    assert read_status(task.logs)["attempt"] == 7, "the status of the one at work"
+    assert StopWatch(task.logs).due(1, 1), "and what it was asked"
 
 
 @pytest.fixture
