@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -110,26 +112,46 @@ def test_images_are_drawn_from_it(tuned: Path, model: Artifact, tmp_path: Path) 
     assert [(row["width"], row["height"]) for row in read_jsonl(tmp_path / "out" / "images.jsonl")] == [(32, 32)] * 2
 
 
-@pytest.mark.parametrize("size", [SIZE, {"height": 32, "width": 48}])
-def test_an_image_is_diffusers_own(model: Artifact, tmp_path: Path, size: dict[str, int]) -> None:
+@pytest.mark.slow
+def test_it_is_evaluated_by_its_own_guidance(tuned: Path, model: Artifact, pairs: Artifact, tmp_path: Path) -> None:
+    adapter, clip = publish_as(tuned / "out", "image_checkpoint"), build("clip", tmp_path / "clip")
+    keys = {"published_scorer": str(clip), "num_inference_steps": 2, "precision": "fp32", "seeds": [0], **SIZE}
+    keys |= {"num_resamples": 1000, "drift_draws": 1, "resolution": 32}
+    run_stage("evaluate_images", tmp_path, keys, model=model, tuned=adapter, pairs=pairs)
+    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    theirs = {"sd15": 7.5, "sd3": 7.0, "flux_dev": 3.5, "flux_schnell": 0.0}
+    assert measured["guidance_scale"] == theirs[model.path.name]
+    assert measured["num_images"] == 4
+    assert measured["drift"]["winner"]["value"] != 0
+    sides = [sorted((tmp_path / "out" / side).rglob("*.png")) for side in ("base", "tuned")]
+    assert all(base.read_bytes() != own.read_bytes() for base, own in zip(*sides, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "guidance"), [(SIZE, {"guidance_scale": 2.0}), ({"height": 32, "width": 48}, {}), (SIZE, {})]
+)
+def test_an_image_is_diffusers_own(
+    model: Artifact, tmp_path: Path, size: dict[str, int], guidance: dict[str, float]
+) -> None:
     """Of the plain pipeline with the same seed and settings, decoded by itself, to a level of 255."""
     import numpy as np
     from diffusers import DiffusionPipeline
     from PIL import Image
 
     (tmp_path / "prompts.csv").write_text("prompt\na red square\n")
-    asked = {"num_inference_steps": 3, "guidance_scale": 2.0, **size}
+    asked = {"num_inference_steps": 3, **guidance, **size}
     keys = {"prompts": str(tmp_path / "prompts.csv"), "seeds": [7], "precision": "fp32", **asked}
     run_stage("generate_images", tmp_path, keys, model=model)
     (file,) = (tmp_path / "out" / "images").rglob("*.png")
     drawn = Image.open(file)
-    theirs = DiffusionPipeline.from_pretrained(model.path)(
-        "a red square", generator=torch.Generator().manual_seed(7), **asked
-    ).images[0]
+    pipeline = DiffusionPipeline.from_pretrained(model.path)
+    theirs = pipeline("a red square", generator=torch.Generator().manual_seed(7), **asked).images[0]
     difference = np.asarray(drawn).astype(int) - np.asarray(theirs).astype(int)
     assert np.abs(difference).max() <= 1
     assert np.asarray(theirs).std() > 1
-    assert drawn.text["guidance"] == ("0.0" if model.path.name == "flux_schnell" else "2.0")  # type: ignore[attr-defined]
+    said = json.loads((tmp_path / "out" / "summary.json").read_text())["guidance_scale"]
+    own = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
+    assert said == (0 if model.path.name == "flux_schnell" else guidance.get("guidance_scale", own))
 
 
 def test_flux_refuses_what_it_cannot_draw(model: Artifact, tmp_path: Path) -> None:

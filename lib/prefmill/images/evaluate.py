@@ -23,7 +23,7 @@ from prefmill.core.statistics import Resampling, holm, means, within
 from prefmill.families.reward.scoring import open_scorer
 from prefmill.families.sdxl.folders import ADAPTER_FILE, PIPELINE_FILE
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
-from prefmill.images.generation import make_images, plan_jobs
+from prefmill.images.generation import drawn_guidance, make_images, plan_jobs
 from prefmill.images.grids import write_grids
 from prefmill.images.prompts import read_prompts
 from prefmill.images.sampling import ImageSampling
@@ -84,6 +84,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
         "num_prompts": len(prompts),
         "num_images": len(images["base"]),
         "seeds": sorted(wanted.sampling.seeds),
+        "guidance_scale": drawn_guidance(task.output / images["base"][0]["file"]),
         "compare_with": wanted.compare_with,
         "confidence": wanted.resampling.confidence,
         "dimensions": compare(

@@ -12,7 +12,7 @@ from typing import Any
 from prefmill.core.files import write_atomic
 from prefmill.core.image_rows import ImagePrompt
 from prefmill.core.stage import Metrics, Task
-from prefmill.images.generation import cut_prompts, make_images, plan_jobs
+from prefmill.images.generation import cut_prompts, drawn_guidance, make_images, plan_jobs
 from prefmill.images.prompts import read_prompts
 from prefmill.images.sampling import ImageSampling
 from prefmill.store.jsonl import write_jsonl
@@ -54,6 +54,7 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
         "num_images": len(rows),
         "seeds": sorted(wanted.sampling.seeds),
         "model": wanted.label,
+        "guidance_scale": drawn_guidance(task.output / rows[0]["file"]) if rows else None,
         "cut_prompts": json.loads(cut_file.read_text()) if cut_file.is_file() else [],
     }
     write_atomic(task.output / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -92,9 +92,9 @@ def make_images(
 
 
 def followed(model: Any, sampling: ImageSampling) -> ImageSampling:
-    """`sampling` as this model follows it, `guidance_scale` 0 where it has none; raises ConfigError for what it cannot.
+    """`sampling` as this model follows it; raises ConfigError for what it cannot.
 
-    The log says where guidance has no effect.
+    `guidance_scale` is the pipeline's where none is given, and 0 where the model has none; the log says so.
     """
     backbone, settings = BACKBONES[type(model).__name__], denoiser(model).config
     step = backbone.patch * model.vae_scale_factor
@@ -104,18 +104,19 @@ def followed(model: Any, sampling: ImageSampling) -> ImageSampling:
                 "a picture of this size does not divide into patches", where=key, got=getattr(sampling, key),
                 expected=f"a multiple of {step}", fix=f"correct {key}",
             )  # fmt: skip
-    if backbone.free_guidance:
-        return sampling
-    if sampling.negative_prompt:
+    if sampling.negative_prompt and not backbone.free_guidance:
         raise ConfigError(
             "this model's guidance leads away from no prompt", where="negative_prompt", got=sampling.negative_prompt,
             fix="leave out negative_prompt, or take SDXL, SD 1.5 or SD 3",
         )  # fmt: skip
-    if settings.get("guidance_embeds"):
+    if not (backbone.free_guidance or settings.get("guidance_embeds")):
+        if sampling.guidance_scale:
+            _log.warning("this model has no guidance: guidance_scale has no effect, and is written as 0")
+        return sampling.model_copy(update={"guidance_scale": 0.0})
+    if sampling.guidance_scale is not None:
         return sampling
-    if sampling.guidance_scale:
-        _log.warning("this model has no guidance: guidance_scale has no effect, and is written as 0")
-    return sampling.model_copy(update={"guidance_scale": 0.0})
+    _log.info("guidance_scale is %s, the default of %s", backbone.guidance, type(model).__name__)
+    return sampling.model_copy(update={"guidance_scale": backbone.guidance})
 
 
 def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) -> torch.Tensor:
@@ -248,6 +249,14 @@ def metadata(job: ImageJob, sampling: ImageSampling, label: str) -> PngInfo:
         # iTXt holds UTF-8; the plain text of a PNG is Latin-1, and prompts need not be.
         info.add_itxt(key, value)
     return info
+
+
+def drawn_guidance(file: Path) -> float:
+    """The guidance that an image of ours was drawn with, as its file says; known too where no model is opened."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return float(image.text["guidance"])  # type: ignore[attr-defined]
 
 
 def _row(job: ImageJob, output: Path) -> GeneratedImage:

@@ -25,14 +25,15 @@ class Backbone:
     `pooled`. `options` go to diffusers' from_pretrained. `kohya` says whether tools read its adapters by kohya's key
     names, and `original_names` whether those come from the original code and not from diffusers. `t5` is T5's tokenizer
     and how many tokens it reads; `clip_states` says whether CLIP's are embeddings too. A patch is `patch` latents wide;
-    `packed` ones come as tokens. Without `free_guidance` there is no second prediction to lead away from: `guidance` is
-    an input of the model, where it has that, by its pipeline's default. `sample_size` is the side of the latents that a
-    model is made for, where its own settings do not say.
+    `packed` ones come as tokens. `guidance` is its pipeline's default; without `free_guidance` there is no second
+    prediction to lead away from, and it is an input of the model, where it has that. `sample_size` is the side of the
+    latents that a model is made for, where its own settings do not say. `spare` parts may be left out of a folder.
     """
 
     part: str
     prompts: tuple[str, ...]
     call: Callable[..., Tensor]
+    guidance: float
     pooled: int | None = 2
     options: dict[str, Any] = field(default_factory=dict)
     kohya: bool = True
@@ -42,8 +43,8 @@ class Backbone:
     patch: int = 1
     packed: bool = False
     free_guidance: bool = True
-    guidance: float | None = None
     sample_size: int | None = None
+    spare: frozenset[str] = frozenset()
 
     def told(self, settings: Mapping[str, Any], guidance: float | None) -> float | None:
         """The guidance that a denoiser of these settings is told; raises ConfigError for one to a model without."""
@@ -120,20 +121,21 @@ def _first(results: tuple[Tensor, ...]) -> Tensor:
 BACKBONES: dict[str, Backbone] = {
     # The watermark is off: diffusers adds one to the pixels wherever invisible-watermark is installed.
     "StableDiffusionXLPipeline": Backbone(
-        "unet", ("prompt",), call_sdxl, options={"add_watermarker": False}, original_names=True,
+        "unet", ("prompt",), call_sdxl, 5.0, options={"add_watermarker": False}, original_names=True,
     ),
     # Without the checker, which would replace some images by black ones that people then rate.
     "StableDiffusionPipeline": Backbone(
-        "unet", ("prompt",), _call_sd, pooled=None,
+        "unet", ("prompt",), _call_sd, 7.5, pooled=None,
         options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
     # No kohya form: its names join q, k and v in one matrix, and ComfyUI reads diffusers' own.
     "StableDiffusion3Pipeline": Backbone(
-        "transformer", ("prompt", "prompt_2", "prompt_3"), _call_sd3, kohya=False, t5=("tokenizer_3", 256), patch=2,
+        "transformer", ("prompt", "prompt_2", "prompt_3"), _call_sd3, 7.0, kohya=False, t5=("tokenizer_3", 256),
+        patch=2, spare=frozenset({"text_encoder_3", "tokenizer_3"}),  # its T5, which many have no memory for
     ),
     "FluxPipeline": Backbone(
-        "transformer", ("prompt",), _call_flux, pooled=1, kohya=False, t5=("tokenizer_2", 512), clip_states=False,
-        patch=2, packed=True, free_guidance=False, guidance=3.5, sample_size=128,
+        "transformer", ("prompt",), _call_flux, 3.5, pooled=1, kohya=False, t5=("tokenizer_2", 512), clip_states=False,
+        patch=2, packed=True, free_guidance=False, sample_size=128,
     ),
 }  # fmt: skip
 

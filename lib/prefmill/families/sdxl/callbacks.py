@@ -23,8 +23,6 @@ from prefmill.training.pictures import log_picture
 
 EMA_FILE = "ema.safetensors"
 SAMPLES = "samples"
-# diffusers' default for SDXL.
-_GUIDANCE = 5.0
 
 
 class Ema(TrainerCallback):
@@ -118,18 +116,18 @@ class SampleGrid(TrainerCallback):
         from diffusers import AutoencoderKL
 
         # Loaded for each drawing and let go after it: between two, training needs the memory.
-        parts = {self.folder.backbone.part: unet, **dict.fromkeys(self.folder.encoders)}
+        backbone = self.folder.backbone
+        parts = {backbone.part: unet, **dict.fromkeys(self.folder.encoders)}
         pipeline = self.folder.load_pipeline(**parts, vae=self.folder.load(AutoencoderKL, "vae", "fp32").to(device))
         pipeline.set_progress_bar_config(disable=True)
         # Given too: a pipeline in which no prompt is not zeros would need its encoders for it.
-        free = self.folder.backbone.free_guidance
-        nothing = prompt_arguments(self._embeddings(None, device), "negative_") if free else {}
+        nothing = prompt_arguments(self._embeddings(None, device), "negative_") if backbone.free_guidance else {}
         side, images = self.sampling.resolution, []
         for number, prompt in enumerate(self.sampling.prompts):
             given = self._embeddings(prompt, device)
             drawn = pipeline(
                 **prompt_arguments(given), **nothing, height=side, width=side,
-                guidance_scale=_GUIDANCE if self.sampling.guidance is None else self.sampling.guidance,
+                guidance_scale=backbone.guidance if self.sampling.guidance is None else self.sampling.guidance,
                 num_inference_steps=self.sampling.inference_steps,
                 # On the CPU: the same noise at every step and on every device, so that grids can be compared.
                 generator=torch.Generator().manual_seed(number), output_type="latent",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,14 @@ from prefmill.core.files import digest_json, digest_path
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.sdxl.backbone import Backbone, backbone_of
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
-from prefmill.families.sdxl.folders import loading, local_folder, read_index, require_files, variant_of
+from prefmill.families.sdxl.folders import (
+    PIPELINE_FILE,
+    loading,
+    local_folder,
+    read_index,
+    require_files,
+    variant_of,
+)
 from prefmill.families.sdxl.noise import Schedule, load_schedule
 from prefmill.families.sdxl.whole import require_whole_part, require_whole_pipeline
 from prefmill.training.config import weights_precision
@@ -97,8 +105,23 @@ def open_folder(name: str, revision: str | None, variant: str | None) -> SdxlFol
     folder = SdxlFolder(local_folder(name) or _fetch(name, revision, variant), variant)
     # Here, where a wrong kind or a missing part costs nothing yet.
     left_out = folder.backbone.options
+    require_parts(folder)
     require_files(folder.path, {part: value for part, value in folder.index.items() if part not in left_out}, variant)
     return folder
+
+
+def require_parts(folder: SdxlFolder) -> None:
+    """Raise InputError where model_index.json leaves out a part that the pipeline, or what is made of it, needs."""
+    import diffusers
+
+    given = inspect.signature(getattr(diffusers, folder.index["_class_name"]).__init__).parameters.values()
+    needed = {one.name for one in given if one.default is one.empty} - {"self", *folder.backbone.options}
+    missing = sorted(needed - folder.backbone.spare - set(folder.index))
+    if missing:
+        raise InputError(
+            "a part of the pipeline is missing", where=folder.path / PIPELINE_FILE, got=f"no {', '.join(missing)}",
+            expected=", ".join(sorted(needed)), fix="download the whole pipeline: it was saved without these parts",
+        )  # fmt: skip
 
 
 def require_patches(folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:

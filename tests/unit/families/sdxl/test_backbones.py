@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +241,12 @@ def test_what_cannot_be_trained_is_said(folders: dict[str, Path], tmp_path: Path
     for name in ("sd3", "flux_schnell"):
         with pytest.raises(ConfigError, match=r"told no guidance[\s\S]*leave out guidance_scale"):
             open_folder(str(folders[name]), None, None).schedule(guidance=3.5)
+    for name, part in (("flux_dev", "text_encoder_2"), ("sd3", "text_encoder_2"), ("sd15", "vae")):
+        folder = Path(shutil.copytree(folders[name], tmp_path / name))
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, part: [None, None]}))
+        with pytest.raises(InputError, match=rf"part of the pipeline is missing[\s\S]*no {part}\n[\s\S]*download"):
+            open_folder(str(folder), None, None)
     for kind in ("KandinskyPipeline", "FluxKontextPipeline", "FluxFillPipeline"):
         (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{kind}"}}')
         with pytest.raises(InputError, match=r"no backbone for this kind of pipeline[\s\S]*FluxPipeline"):
