@@ -20,7 +20,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
-from prefmill.reviews.rows import Item, PaperRow, RawRow, RowError, RowProblem, Skipped, Unknown, half_a_pair
+from prefmill.reviews.rows import DecisionRow, Item, PaperRow, RawRow, ReviewRow, RowError, RowProblem, Skipped, Unknown, half_a_pair
 from prefmill.reviews.scale import COMMON_SCALE, prompt_scale, rescaled
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
@@ -29,6 +29,7 @@ from prefmill.store.jsonl import JsonlWriter
 
 _SHOWN_PROBLEMS, _SHOWN_UNKNOWN = 5, 100
 _ROWS_A_LOOK = 64  # at the clock, for the progress
+_STORED = (PaperRow, ReviewRow, DecisionRow)
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int | None, str], None]  # done, total where known, unit
 
@@ -222,13 +223,13 @@ def _take(
     read, items = row
     try:
         for item in items:
-            if isinstance(item, Skipped):
-                counts[f"skipped: {item.kind}"] += 1
-            elif isinstance(item, Unknown):
-                unknown[str(item)] += 1
-            else:
+            if isinstance(item, _STORED):
                 # A row's paper stays in the store where its review is at fault: other rows bring more reviews of it.
                 store.add(read.place, item)
+            elif isinstance(item, Skipped):
+                counts[f"skipped: {item.kind}"] += 1
+            else:
+                unknown[str(item)] += 1
     except RowError as error:
         rejects.add(problem_with(read, error))
     except UnicodeEncodeError:  # texts were looked at; what remains is the name of a score, which nobody cleans

@@ -145,17 +145,19 @@ class FileSource(SourceConfig):
 
 def read_source(config: SourceConfig, source: int) -> Iterator[tuple[RawRow, list[Item]] | RowProblem]:
     """Each row of a source with its items, or the problem with it. Raises InputError where no row can be read."""
+    words = config.missing_words
     for row in config.rows(source):
         if isinstance(row, RowProblem):
             yield row
             continue
         values = row.values
         missing: list[tuple[str, str]] = []
-        if row.may_hold_nan or config.missing_words:  # most rows are known to hold none: to look takes a tenth of a row
-            values, missing = without_missing(values, config.missing_words)
+        if row.may_hold_nan or words:  # most rows are known to hold none: to look takes a tenth of a row
+            values, missing = without_missing(values, words)
         try:
             items = config.items(values)
-            items += [Skipped(f"{text} as no value: {name}") for name, text in missing]
+            if missing:
+                items += [Skipped(f"{text} as no value: {name}") for name, text in missing]
             yield row, items
         except RowError as error:
             if missing:

@@ -56,7 +56,8 @@ def _num_keys(value: Any) -> int:
         return 0
     number, items = (len(value), value.values()) if type(value) is dict else (0, value)
     for item in items:
-        if type(item) is dict or type(item) is list:  # asked here too: most values are neither, and a call takes long
+        kind = type(item)
+        if kind is dict or kind is list:  # asked here too: most values are neither, and a call takes long
             number += _num_keys(item)
     return number
 
