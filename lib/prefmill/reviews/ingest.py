@@ -20,7 +20,17 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
-from prefmill.reviews.rows import DecisionRow, Item, PaperRow, RawRow, ReviewRow, RowError, RowProblem, Skipped, Unknown, half_a_pair
+from prefmill.reviews.rows import (
+    DecisionRow,
+    Item,
+    PaperRow,
+    RawRow,
+    ReviewRow,
+    RowError,
+    RowProblem,
+    Skipped,
+    half_a_pair,
+)
 from prefmill.reviews.scale import COMMON_SCALE, prompt_scale, rescaled
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
