@@ -22,12 +22,13 @@ class Backbone:
     """The denoiser's name in the pipeline, and how it is called.
 
     `prompts` are the names under which `encode_prompt` insists on the prompt; the pooled embedding is its result number
-    `pooled`. `options` go to diffusers' from_pretrained. `kohya` says whether tools read its adapters by kohya's key
-    names, and `original_names` whether those come from the original code and not from diffusers. `t5` is T5's tokenizer
-    and how many tokens it reads; `clip_states` says whether CLIP's are embeddings too. A patch is `patch` latents wide;
-    `packed` ones come as tokens. `guidance` is its pipeline's default; without `free_guidance` there is no second
-    prediction to lead away from, and it is an input of the model, where it has that. `sample_size` is the side of the
-    latents that a model is made for, where its own settings do not say. `spare` parts may be left out of a folder.
+    `pooled`. `options` go to diffusers' from_pretrained. `prefix` begins the key names by which ComfyUI reads its
+    adapters with their alpha, and `original_names` says whether those come from the original code and not from
+    diffusers. `t5` is T5's tokenizer and how many tokens it reads; `clip_states` says whether CLIP's are embeddings
+    too. A patch is `patch` latents wide; `packed` ones come as tokens. `guidance` is its pipeline's default; without
+    `free_guidance` there is no second prediction to lead away from, and it is an input of the model, where it has that.
+    `sample_size` is the side of the latents that a model is made for, where its own settings do not say. `spare` parts
+    may be left out of a folder.
     """
 
     part: str
@@ -36,7 +37,7 @@ class Backbone:
     guidance: float
     pooled: int | None = 2
     options: dict[str, Any] = field(default_factory=dict)
-    kohya: bool = True
+    prefix: str = "lora_unet_"
     original_names: bool = False
     t5: tuple[str, int] | None = None
     clip_states: bool = True
@@ -128,14 +129,14 @@ BACKBONES: dict[str, Backbone] = {
         "unet", ("prompt",), _call_sd, 7.5, pooled=None,
         options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
-    # No kohya form: its names join q, k and v in one matrix, and ComfyUI reads diffusers' own.
+    # kohya's names for the next two join q, k and v in one matrix; OneTrainer's, which ComfyUI reads too, do not.
     "StableDiffusion3Pipeline": Backbone(
-        "transformer", ("prompt", "prompt_2", "prompt_3"), _call_sd3, 7.0, kohya=False, t5=("tokenizer_3", 256),
-        patch=2, spare=frozenset({"text_encoder_3", "tokenizer_3"}),  # its T5, which many have no memory for
+        "transformer", ("prompt", "prompt_2", "prompt_3"), _call_sd3, 7.0, prefix="lora_transformer_",
+        t5=("tokenizer_3", 256), patch=2, spare=frozenset({"text_encoder_3", "tokenizer_3"}),
     ),
     "FluxPipeline": Backbone(
-        "transformer", ("prompt",), _call_flux, 3.5, pooled=1, kohya=False, t5=("tokenizer_2", 512), clip_states=False,
-        patch=2, packed=True, free_guidance=False, sample_size=128,
+        "transformer", ("prompt",), _call_flux, 3.5, pooled=1, prefix="lora_transformer_", t5=("tokenizer_2", 512),
+        clip_states=False, patch=2, packed=True, free_guidance=False, sample_size=128,
     ),
 }  # fmt: skip
 

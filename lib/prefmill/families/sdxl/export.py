@@ -15,6 +15,7 @@ from torch import Tensor
 from prefmill.core.files import write_atomic
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Task
+from prefmill.families.sdxl.backbone import Backbone
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.dora import row_norms
 from prefmill.families.sdxl.folders import ADAPTER_FILE, MERGED
@@ -46,10 +47,9 @@ def save_finished(
         # A folder of this machine says nothing to others: its content does.
         base = name if name and not Path(name).is_dir() else f"sha256:{folder.digest(part)}"
         save_adapter(model, base, config.revision, task.output / ADAPTER)
-        norms: dict[DoraNorm, str] = {"base": COMFYUI_FILE, "merged": LYCORIS_FILE}
-        for norm, file in norms.items():
-            if folder.backbone.kohya and (norm == "base" or config.lora.use_dora):
-                save_kohya(model, config.lora.alpha, norm, task.output / file, folder.backbone.original_names)
+        save_kohya(model, config.lora.alpha, "base", task.output / COMFYUI_FILE, folder.backbone)
+        if config.lora.use_dora and part == "unet":
+            save_kohya(model, config.lora.alpha, "merged", task.output / LYCORIS_FILE, folder.backbone)
         if config.save_merged:
             whole = folder.load_denoiser("fp32").state_dict()
             merged = {**whole, **{f"{name}.weight": merged_weight(layer) for name, layer in modules.items()}}
@@ -77,7 +77,7 @@ def save_diffusers(state: Mapping[str, Tensor], settings: Any, path: Path, part:
     save_with_metadata({f"{part}.{name}": value for name, value in state.items()}, path, metadata)
 
 
-def save_kohya(model: Any, alpha: float, norm: DoraNorm, path: Path, original_names: bool = True) -> None:
+def save_kohya(model: Any, alpha: float, norm: DoraNorm, path: Path, backbone: Backbone) -> None:
     """An adapter by kohya's keys, alpha as it is, and DoRA's `dora_scale` [out, 1] for tools that divide it by `norm`.
 
     `base`: ComfyUI's rule, rows of W + s B A times dora_scale / |W|. `merged`: LyCORIS', which is DoRA's own, rows
@@ -87,12 +87,12 @@ def save_kohya(model: Any, alpha: float, norm: DoraNorm, path: Path, original_na
     scales = {name: dora_scale(layer, norm) for name, layer in layers.items() if layer.lora_magnitude_vector}
     modules = sorted(target_modules(state))
     names: dict[str, str | None] = dict(zip(modules, modules, strict=True))
-    if original_names:
+    if backbone.original_names:
         original = {name: original_name(name, model.get_base_model().config.layers_per_block) for name in modules}
         names = names if None in original.values() else original  # one file holds one kind of names
     tensors: dict[str, Tensor] = {}
     for module, name in names.items():
-        key = f"lora_unet_{str(name).replace('.', '_')}"
+        key = f"{backbone.prefix}{str(name).replace('.', '_')}"
         tensors[f"{key}.lora_down.weight"] = state[f"{module}.lora_A.weight"]
         tensors[f"{key}.lora_up.weight"] = state[f"{module}.lora_B.weight"]
         tensors[f"{key}.alpha"] = torch.tensor(float(alpha))

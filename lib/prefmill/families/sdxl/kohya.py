@@ -18,7 +18,9 @@ from prefmill.core.errors import InputError
 DORA_NORM = "prefmill_dora_norm"
 DoraNorm = Literal["base", "merged"]
 Factors = Mapping[str, Tensor]
-_PARTS = {"unet": ("unet",), "text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}
+_PARTS = {
+    "unet": ("unet",), "transformer": ("transformer",), "text_encoder": ("te", "te1"), "text_encoder_2": ("te2",),
+}  # fmt: skip
 _FACTORS = {
     "alpha", "dora_scale", "lora_down.weight", "lora_mid.weight", "lora_up.weight", "diff", "hada_w1_a", "hada_w1_b",
     "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a",
@@ -36,15 +38,15 @@ _INSIDE = {
 }  # fmt: skip
 
 
-def read_factors(file: Path) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
-    """The tensors of a file by kohya's keys, by module and factor, and DoRA's rule; none of a file by other keys."""
+def read_factors(file: Path, prefixes: tuple[str, ...]) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
+    """The tensors of a file by keys with these beginnings, by module and factor, and DoRA's rule; none of another."""
     from safetensors import SafetensorError, safe_open
 
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
         with safe_open(file, "pt") as opened:
             keys, said = sorted(opened.keys()), opened.metadata() or {}
-            if any(key.startswith(("lora_unet_", "lora_te")) for key in keys):
+            if any(key.startswith(prefixes) for key in keys):
                 for key in keys:
                     module, _, factor = key.partition(".")
                     modules[module][factor] = opened.get_tensor(key)
@@ -138,11 +140,11 @@ def _product(given: Factors, kind: str, side: str) -> Tensor:
 def _places(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
     """The weights of a pipeline's layers by each name that a file may give those."""
     for part, prefixes in _PARTS.items():
-        model = getattr(pipeline, part, None)
-        for name, module in model.named_modules() if model is not None else ():
+        model: Any = getattr(pipeline, part, None)
+        for name, module in [] if model is None else model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 # transformers 5 has no `text_model.` before the first encoder's names, files do.
-                layers = pipeline.unet.config.layers_per_block
-                other = original_name(name, layers) if part == "unet" else f"text_model.{name}"
+                other = f"text_model.{name}" if part.startswith("text") else None
+                other = original_name(name, model.config.layers_per_block) if part == "unet" else other
                 for known in filter(None, (name, other)):
                     yield from ((f"lora_{prefix}_{known.replace('.', '_')}", module.weight) for prefix in prefixes)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file
 from tiny_unet import disturb
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.encoding import encode_pixels, encode_prompt, load_encoders
 from prefmill.families.sdxl.export import adapted_modules, adapter_state, merged_weight, save_diffusers, save_kohya
 from prefmill.families.sdxl.family import SdxlBatch, SdxlFamily, errors, predict
-from prefmill.families.sdxl.generator import GeneratorSource, decode, open_pipeline
+from prefmill.families.sdxl.generator import GeneratorSource, add_adapter, decode, open_pipeline
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder
 from prefmill.families.sdxl.noise import FlowSchedule, draw, load_schedule, logit_normal, shift_by_size
 from prefmill.training.objectives import Settings, flow_dpo
@@ -223,8 +224,8 @@ def test_diffusers_reads_the_adapter_as_it_was_trained(folders: dict[str, Path],
         adapter_state(model), model.peft_config["default"], tmp_path / "own.safetensors", folder.backbone.part
     )
     files = ["own"]
-    if folder.backbone.kohya:
-        save_kohya(model, 16.0, "base", tmp_path / "kohya.safetensors", folder.backbone.original_names)
+    if name == "sd15":
+        save_kohya(model, 16.0, "base", tmp_path / "kohya.safetensors", folder.backbone)
         files.append("kohya")
     expected = {layer: merged_weight(given) for layer, given in adapted_modules(model).items()}
     for file in files:
@@ -233,6 +234,32 @@ def test_diffusers_reads_the_adapter_as_it_was_trained(folders: dict[str, Path],
         layers = dict(denoiser(pipeline).named_modules())
         for layer, weight in expected.items():
             torch.testing.assert_close(merged_weight(layers[layer], file), weight, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", ["sd3", "flux_dev"])
+def test_comfyuis_file_makes_the_trained_transformer(
+    folders: dict[str, Path], name: str, dora: bool, tmp_path: Path
+) -> None:
+    """By ComfyUI's rule: alpha from the keys alone, queries in rows of one matrix. generate_images reads it as well."""
+    folder, pipeline = opened(folders[name])
+    config = validate(SdxlPreferenceConfig, {"precision": "fp32", "lora": {"r": 4, "use_dora": dora}})
+    model, file = disturb(load_policy(folder, config)), tmp_path / "comfyui.safetensors"
+    save_kohya(model, 16.0, "base", file, folder.backbone)
+    given, expected = load_file(file), {one: merged_weight(layer) for one, layer in adapted_modules(model).items()}
+    assert {key.split(".")[0] for key in given} == {f"lora_transformer_{one.replace('.', '_')}" for one in expected}
+    layers = dict(denoiser(pipeline).named_modules())
+    for one, weight in expected.items():
+        part = {key.split(".", 1)[1]: value for key, value in given.items() if key.startswith(
+            f"lora_transformer_{one.replace('.', '_')}.")}  # fmt: skip
+        joined = torch.cat([torch.ones_like(layers[one].weight), layers[one].weight.detach().clone()])
+        rows = joined.narrow(0, len(weight), len(weight))
+        merged = rows + part["alpha"] / 4 * part["lora_up.weight"] @ part["lora_down.weight"]
+        merged = merged * (part["dora_scale"] / rows.norm(dim=1, keepdim=True)) if dora else merged
+        torch.testing.assert_close(merged, weight, atol=1e-6, rtol=1e-5)
+    add_adapter(pipeline, file, 1.0)
+    for one, weight in expected.items():
+        torch.testing.assert_close(layers[one].weight.detach(), weight, atol=1e-6, rtol=1e-5)
 
 
 def test_what_cannot_be_trained_is_said(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_file_by_kohyas_keys_makes_the_trained_model(
     sdxl: SdxlFolder, lora: str, norm: DoraNorm, tmp_path: Path
 ) -> None:
     model, file, unet = disturb(make_policy(sdxl, lora=lora)), tmp_path / "kohya.safetensors", unet_of(sdxl)
-    export.save_kohya(model, 16.0, norm, file)
+    export.save_kohya(model, 16.0, norm, file, sdxl.backbone)
     apply_as_tools_do(unet, load_file(file), norm)
     assert near(outputs(unet), outputs(model))
     assert not torch.allclose(outputs(unet_of(sdxl)), outputs(model), atol=1e-2)
@@ -214,14 +214,14 @@ def test_a_file_by_kohyas_keys_makes_the_trained_model(
 def test_the_other_rule_makes_another_model(sdxl: SdxlFolder, tmp_path: Path) -> None:
     """Why there are two files."""
     model, unet = disturb(make_policy(sdxl)), unet_of(sdxl)
-    export.save_kohya(model, 16.0, "base", tmp_path / "kohya.safetensors")
+    export.save_kohya(model, 16.0, "base", tmp_path / "kohya.safetensors", sdxl.backbone)
     apply_as_tools_do(unet, load_file(tmp_path / "kohya.safetensors"), "merged")
     assert (outputs(unet) - outputs(model)).abs().max() > 100 * 1e-5
 
 
 def test_a_lora_file_by_kohyas_keys_is_read_by_diffusers(sdxl: SdxlFolder, tmp_path: Path) -> None:
     model, file = disturb(make_policy(sdxl, lora="lora")), tmp_path / export.COMFYUI_FILE
-    export.save_kohya(model, 16.0, "base", file)
+    export.save_kohya(model, 16.0, "base", file, sdxl.backbone)
     assert {float(value) for name, value in load_file(file).items() if name.endswith(".alpha")} == {16.0}
     assert near(outputs(from_diffusers(sdxl, file)), outputs(model))
 
