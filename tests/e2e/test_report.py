@@ -75,7 +75,7 @@ def test_a_known_effect_is_reported_with_its_interval(inputs: Inputs, tmp_path: 
     assert (
         "Yes: on held-out papers, the dpo model's reviews satisfy more checklist items than the base model's." in page
     )
-    assert f"95% interval +{pairs['base', 'dpo']['checkmark_score']['low']:.2f} to" in page
+    assert f"(+{pairs['base', 'dpo']['checkmark_score']['low']:.2f} to" in page
     assert "quality factors, which the checklist does not know, agree" in page
     assert "The lexical engine looks for words, not for meaning" in page
 

@@ -47,12 +47,13 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs | None = None
     message: dict[str, Any] | None = None
     finish_reason: str | None = None
+    error: Any = None  # gateways put a provider's trouble here
 
     @property
     def refusal(self) -> str | None:
         """Why there is no answer, where the server or its model withholds one."""
-        said = (self.message or {}).get("refusal")
-        return str(said) if said else self.finish_reason if self.finish_reason == "content_filter" else None
+        said = (self.message or {}).get("refusal") or self.error
+        return str(said) if said else self.finish_reason if self.finish_reason in ("content_filter", "error") else None
 
 
 @dataclass(frozen=True)

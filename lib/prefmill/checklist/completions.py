@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ _TRANSIENT = {408, 409, 425, 429}  # and every 5xx
 _SHOWN_CHARACTERS = 300
 _KEY = re.compile(r"[!#-&(-~][!-~]*")  # what a header may hold, without the quotes that an env file leaves around it
 _HIGHEST_PORT = 65535
+_ERROR_STATUS = re.compile("[45][0-9]{2}")
 _NO_RETRY_MENDS = re.compile("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER")
 _CLIENT_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _log = logging.getLogger(__name__)
@@ -209,12 +209,19 @@ def _json(response: httpx.Response) -> Any:
 
 
 def _status(response: httpx.Response, content: Any) -> int:
-    """The status, or that of the error in an answer: gateways say 200 before they know."""
-    with contextlib.suppress(ValueError, TypeError, LookupError):
-        # vLLM's errors had no `error` around them until 0.10.
-        error = content["error"] if "error" in content else content if content["object"] == "error" else {}
-        return max(response.status_code, int(error["code"]))
-    return response.status_code
+    """The status, or that of the error in an answer: gateways say 200 before they know.
+
+    An error without a status is one of the request's own where it says so in OpenAI's words, else trouble.
+    """
+    # vLLM's errors had no `error` around them until 0.10.
+    found = content if isinstance(content, dict) else {}
+    error = found.get("error") or (found if found.get("object") == "error" else None)
+    if not error or not response.is_success:
+        return response.status_code
+    code = str(error.get("code") if isinstance(error, dict) else "")
+    if _ERROR_STATUS.fullmatch(code):
+        return int(code)
+    return 400 if "invalid_request" in str(error) else 500
 
 
 def _is_cut(response: httpx.Response, content: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -15,9 +15,9 @@ def figure(value: float | None, form: str = ".2f") -> str:
     return text.replace("-", "−") if text.strip("+-0.%") else text.lstrip("+-")
 
 
-def bounds(found: Mapping[str, Any], form: str = ".2f") -> str:
-    """`low to high`, of numbers under these names."""
-    return f"{figure(found['low'], form)} to {figure(found['high'], form)}"
+def bounds(found: Mapping[str, Any], form: str | Callable[[float], str] = ".2f") -> str:
+    """`low to high`, of numbers under these names; `form` is a format or writes a number."""
+    return " to ".join(form(found[end]) if callable(form) else figure(found[end], form) for end in ("low", "high"))
 
 
 def with_interval(found: Mapping[str, Any] | None, form: str = ".2f") -> str:

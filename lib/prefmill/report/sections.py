@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from prefmill.core.figures import figure
+from prefmill.core.figures import bounds, figure
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, MEASURES, Measure
 from prefmill.evaluation.rows import HUMAN
 from prefmill.report.charts import ChartInterval, Line, interval_chart, scatter_chart, share_strip
@@ -72,7 +72,7 @@ def pair_table(compared: Compared, confidence: float) -> list[Row]:
                 {
                     "measure": labels[name],
                     "difference": labels[name].show_difference(found["value"]),
-                    "interval": " to ".join(labels[name].show_difference(found[end]) for end in ("low", "high")),
+                    "interval": bounds(found, labels[name].show_difference),
                     "p": p_text(found["p_value"]),
                     "p_holm": p_text(found["p_holm"]),
                     "good": _is_good(found, labels[name], confidence),
@@ -138,9 +138,10 @@ def _cell(found: Any, measure: Measure) -> Row | None:
     if not isinstance(found, Mapping):
         return {"value": measure.show(found), "interval": None}
     # Without their sign: the value above has it, and four columns must fit a phone.
-    low, high = (measure.show(found[end]).removesuffix("%") for end in ("low", "high"))
+    interval = bounds(found, lambda end: measure.show(end).removesuffix("%"))
+    low, _, high = interval.partition(" to ")
     # Rounded to no width, an interval would read as certainty.
-    return {"value": measure.show(found["value"]), "interval": f"{low} to {high}" if low != high else None}
+    return {"value": measure.show(found["value"]), "interval": interval if low != high else None}
 
 
 def _is_good(found: Mapping[str, Any], measure: Measure, confidence: float) -> bool | None:

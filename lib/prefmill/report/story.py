@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefmill.core.figures import bounds, figure, with_interval
+from prefmill.core.figures import figure, with_interval
 from prefmill.evaluation.metrics import MEASURES, Measure
 from prefmill.evaluation.rows import HUMAN
 
@@ -21,6 +21,7 @@ TOLERATED = {"distinct_2": 0.05, "repeated_4grams": 0.05}  # wording varies with
 NAMED_ITEMS = 4  # of those that never fire; the section on the checklist has all
 
 
+_PARENTHESES = "Parentheses hold {:.0%} intervals"
 _FINDING = (
     "{}: on held-out papers, the {{candidate}} model's reviews satisfy {} checklist items than the {{baseline}} model's"
 )
@@ -48,7 +49,7 @@ def tell(
     """The story of one modality; `evaluations` are its metrics.json, `of_data` what is to doubt about the data."""
     pair = main_pair(compared)
     if pair is None:
-        return _story_of_one(compared, evaluations)
+        return _story_of_one(compared, evaluations, confidence)
     worse = worsened(pair, confidence)
     verdict = judge(pair["measures"][SCORE], confidence)
     # Harm first: a higher score alone is no yes.
@@ -122,15 +123,15 @@ def p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
-def _story_of_one(compared: Compared, evaluations: Sequence[Mapping[str, Any]]) -> Story:
+def _story_of_one(compared: Compared, evaluations: Sequence[Mapping[str, Any]], confidence: float) -> Story:
     shown = compared["models"][-1]
     score = shown["measures"][SCORE]
     return Story(
         modality=compared["modality"],
         verdict="single",
         helped=f"Nothing to compare: only {shown['model']} was evaluated.",
-        how_much=f"Its mean checklist score is {score['value']:.2f} of at most {compared['max_score']:g}.",
-        how_sure=f"The interval is {bounds(score)}, on {compared['num_papers']} papers.",
+        how_much=f"Its mean checklist score is {with_interval(score)} of at most {compared['max_score']:g}.",
+        how_sure=f"{_PARENTHESES.format(confidence)}, on {compared['num_papers']} papers.",
         doubts=tuple(_general_doubts(compared, evaluations)),
     )
 
@@ -145,8 +146,8 @@ def _how_much(compared: Compared) -> str:
 def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) -> str:
     score, wins = pair["measures"][SCORE], pair["win_rate"]
     parts = [
-        f"{pair['candidate']} − {pair['baseline']} = {figure(score['value'], '+.2f')}, {confidence:.0%} interval "
-        f"{bounds(score, '+.2f')}, {p_text(score['p_holm'])} after Holm's correction, over "
+        f"{pair['candidate']} − {pair['baseline']} = {with_interval(score, '+.2f')}, "
+        f"{p_text(score['p_holm'])} after Holm's correction, over "
         f"{score['num_papers']} papers; its review scores higher in {wins['value']:.0%} of comparisons on one paper."
     ]
     if (factors := pair["measures"].get(FACTORS)) is not None:
@@ -157,7 +158,7 @@ def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) ->
             f"The generator's own quality factors, which the checklist does not know, {agrees}: "
             f"{with_interval(factors, '+.2f')}."
         )
-    return " ".join(parts)
+    return " ".join([*parts, f"{_PARENTHESES.format(confidence)}."])
 
 
 def data_doubts(validation: Mapping[str, Any] | None, is_control: bool, other_checklist: bool) -> list[str]:

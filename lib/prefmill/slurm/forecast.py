@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prefmill.core.figures import duration
@@ -13,6 +14,7 @@ from prefmill.slurm.slices import Timed, is_measurable, is_whole, measure, recor
 from prefmill.training.config import TrainingConfig
 
 Say = Callable[[str], None]
+_IDLE = 0.1  # of the cores: what others may use before times are doubted
 
 
 def forecast(
@@ -67,6 +69,12 @@ def _lines(task: PlannedTask, times: Sequence[Timed], resources: Resources | Non
     slices = " and ".join(f"{timed.rows:,} rows in {duration(timed.seconds)}" for timed in times[-2:])
     rate = f"{float(f'{_epochs(task) / per_row / ranks:.3g}'):,g} rows per second on each of {ranks}" if per_row else ""
     yield f"{task.key}: {rate or 'no rate, as more rows took no longer'}; measured: {slices}"
+    cores = max(timed.cores for timed in times)
+    if cores > _IDLE * (os.cpu_count() or 1):
+        yield (
+            f"  the machine was busy: other programs used {cores:.1f} of its {os.cpu_count()} cores, so that these "
+            "times may be several times too high; measure again on an idle machine"
+        )
     if rows is None:
         yield "  how many rows there are is not known before it reads its dataset"
         return

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +26,17 @@ from prefmill.training.config import TrainingConfig
 _GROWTH, _LONGER, _SECONDS = 4, 2.0, 300.0
 _COUNTS = ("num_scored", "pairs", "train_rows")  # of the metrics of scoring, preference training and sft
 _TRAIN, _VAL = "_train", "_val"
+_LOOK_SECONDS = 1.0
+_MACHINE = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds that so many rows took, start and end included."""
+    """Seconds that so many rows took, start and end included, beside other programs on so many `cores`."""
 
     rows: int
     seconds: float
+    cores: float = 0.0
 
 
 def rows_of(task: PlannedTask) -> int | None:
@@ -92,11 +97,29 @@ def _run(
 ) -> dict[str, Timed]:
     slices = {key: _slice(task, _first(task) * _GROWTH ** len(found[key]), scratch) for key, task in tasks.items()}
     plan = Plan("measure", scratch, tuple(slices.values()))
+    before = cores_of_others()
     if run_plan(plan, say=say, options=RunOptions(jobs=1, why="on a slice of its rows")):
         raise PipelineError(
             "a slice could not be run, so nothing is forecast", where=", ".join(tasks), fix="correct the error above"
         )
-    return {key: Timed(_rows_done(small), record_seconds(small.output) or 0.0) for key, small in slices.items()}
+    cores = max(before, cores_of_others())
+    return {key: Timed(_rows_done(small), record_seconds(small.output) or 0.0, cores) for key, small in slices.items()}
+
+
+def cores_of_others() -> float:
+    """The cores in use while this program waits for a second; 0 where the system does not tell."""
+    # Looked at before and after a slice: a task is a fork server's child, whose own share nobody counts here.
+    before, start = _used_seconds(), time.monotonic()
+    time.sleep(_LOOK_SECONDS)
+    return (_used_seconds() - before) / (time.monotonic() - start)
+
+
+def _used_seconds() -> float:
+    try:
+        user, nice, system, _idle, _iowait, *rest = map(int, _MACHINE.read_text().split("\n", 1)[0].split()[1:9])
+    except OSError:  # not Linux
+        return 0.0
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 
 def _rows_done(task: PlannedTask) -> int:

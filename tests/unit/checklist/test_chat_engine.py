@@ -105,10 +105,14 @@ RETRIED: dict[str, list[Reply | None]] = {
     "nothing": [reply(200, b"", **NOW)],
     "a body that is no gzip": [reply(200, b"no gzip", **NOW, **{"Content-Encoding": "gzip"})],
     "an error within a 200": [reply(200, {"error": {"code": 429, "message": "busy"}}, **NOW)],
+    "an error without a status": [reply(200, {"error": {"code": None, "message": "busy"}}, **NOW)],
+    "an error in words": [reply(200, {"error": "the model is being loaded"}, **NOW)],
+    "an error whose code is no status": [reply(200, {"error": {"code": 1302, "message": "busy"}}, **NOW)],
 }
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a web page": (b"<html>welcome</html>", InputError, "did not answer with JSON"),
-    "no choice": ({"error": {"message": "busy"}}, InputError, "did not answer every prompt"),
+    "no choice": ({"id": "chatcmpl-1"}, InputError, "did not answer every prompt"),
+    "an error in words for ever": ({"error": "no model is loaded"}, PrefmillError, "200 OK.*no model is loaded"),
     "a mapping of tokens": (
         {"choices": [{"logprobs": {"content": [{"top_logprobs": {"Yes": -0.1}}]}}]},
         InputError,
@@ -128,6 +132,16 @@ FAILED: dict[str, tuple[int, Any, str]] = {
         200,
         {"choices": [{"message": {"content": None, "refusal": "I can't."}, "logprobs": None}]},
         "withholds an answer: I can't.",
+    ),
+    "a provider's error in a choice": (
+        200,
+        {"choices": [{"finish_reason": "error", "error": {"code": 502, "message": "gone"}}]},
+        "gone",
+    ),
+    "a code in words": (
+        200,
+        {"error": {"type": "invalid_request_error", "code": "context_length_exceeded"}},
+        "context_length",
     ),
     "a filter": (200, {"choices": [{"message": {}, "finish_reason": "content_filter"}]}, "answer: content_filter"),
     "vLLM's older errors": (200, {"object": "error", "message": "too long", "code": 400}, "too long"),

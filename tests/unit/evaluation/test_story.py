@@ -58,7 +58,8 @@ def test_a_gain_that_holds_after_correction_helped() -> None:
     assert told.verdict == "helped"
     assert told.helped.startswith("Yes:")
     assert told.how_much == "The mean checklist score goes 5.00 (base), 7.00 (dpo), of at most 24."
-    assert "dpo − base = +2.00, 95% interval +1.50 to +2.50, p = 0.003 after Holm's correction" in told.how_sure
+    assert "dpo − base = +2.00 (+1.50 to +2.50), p = 0.003 after Holm's correction" in told.how_sure
+    assert told.how_sure.endswith(" Parentheses hold 95% intervals.")
     assert told.doubts == (PROXY,)
 
 

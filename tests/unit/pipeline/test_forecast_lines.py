@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,26 @@ def test_no_rate_is_made_up_where_more_rows_took_no_longer(tmp_path: Path) -> No
     assert slow[0].startswith("dpo:clean: 0.5 rows per second on each of ")
     assert slow[1] == "  about 10 min here for 300 rows"
     assert list(_lines(task, [Timed(64, 1.5), Timed(300, 1.4)], None))[1] == "  about 1.4 s here for 300 rows"
+
+
+def test_a_busy_machine_is_told(tmp_path: Path) -> None:
+    task = task_of("dpo", tmp_path / "made", pairs=300, num_train_epochs=1)
+    idle, cores = 0.02, float(os.cpu_count() or 1)
+    assert "busy" not in "".join(_lines(task, [Timed(16, 20.0, idle), Timed(64, 116.0, idle)], None))
+    told = list(_lines(task, [Timed(16, 20.0, idle), Timed(64, 116.0, cores)], None))[1]
+    assert told.startswith(f"  the machine was busy: other programs used {cores:.1f} of its {os.cpu_count()} cores")
+
+
+def test_cores_of_others_are_those_that_work_while_we_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert slices.cores_of_others() > 0.2  # of the one that it would have on an idle machine
+    finally:
+        spinning.kill()
+        spinning.wait()
+    monkeypatch.setattr(slices, "_MACHINE", tmp_path / "none")
+    monkeypatch.setattr(slices, "_LOOK_SECONDS", 0.001)
+    assert slices.cores_of_others() == 0
 
 
 def test_a_sites_throughput_becomes_hours(tmp_path: Path) -> None:
