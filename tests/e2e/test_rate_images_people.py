@@ -161,6 +161,39 @@ def test_a_picture_that_is_lost_is_told_and_not_rated(tmp_path: Path, images: Ar
 
 
 @pytest.mark.slow
+def test_a_tab_that_is_behind_says_that_its_answer_is_not_kept(
+    tmp_path: Path, images: Artifact, browser: Browser
+) -> None:
+    """Two tabs of one rater, then the way back from one, then a second rater's finish."""
+    with asking(tmp_path, images) as people, browser.tab() as first, browser.tab() as second:
+        for page in (first, second):
+            page.open(f"{people.url}#ann")
+            shows(page, "ann", 0)
+        first.press("ArrowLeft")
+        shows(first, "ann", 1)
+        assert first.read("document.getElementById('message').textContent") == ""
+        second.press("ArrowRight")
+        second.wait("document.body.innerText.includes('That answer is not kept')")
+        assert [row["choice"] for row in answers(people.task)] == ["left"]
+        second.press("u")
+        shows(second, "ann", 0)
+        second.press("u")
+        second.wait("document.body.innerText.includes('Nothing was taken back')")
+        second.read("location.hash = ''; 0")
+        second.wait("!document.getElementById('who').hidden")
+        second.press("ArrowLeft")  # a key to the form is no answer
+        second.read("history.back(); 0")
+        second.wait("ready && !document.getElementById('rating').hidden")
+        second.press("t")
+        shows(second, "ann", 1)
+        people.act("finish", "ben")
+        second.press("t")
+        second.wait("/came too late|somebody finished/.test(document.body.innerText)")
+        assert people.wait() == 0
+    assert [row["choice"] for row in ratings(people.task)] == ["tie"]
+
+
+@pytest.mark.slow
 def test_without_the_token_a_browser_is_refused(tmp_path: Path, images: Artifact, browser: Browser) -> None:
     with asking(tmp_path, images) as people, browser.tab() as page:
         for url in (f"http://127.0.0.1:{people.port}/", f"http://127.0.0.1:{people.port}/?token=wrong"):
@@ -195,7 +228,9 @@ def test_finishing_early_takes_what_there_is_and_a_rerun_goes_on(tmp_path: Path,
     assert len(ratings(task)) == 3
 
 
-def test_answers_about_images_that_have_changed_do_not_count_but_stay(tmp_path: Path, images: Artifact) -> None:
+def test_answers_about_images_that_have_changed_do_not_count_but_stay(
+    tmp_path: Path, images: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
     with asking(tmp_path, images, dimensions=["overall"]) as people:
         people.act("answer", "ann", choice="left")
     other = make_images(tmp_path / "other", num_prompts=3)
@@ -205,9 +240,12 @@ def test_answers_about_images_that_have_changed_do_not_count_but_stay(tmp_path: 
     changed = publish_as(other.path, "generated_images")
     with asking(tmp_path, changed, dimensions=["overall"]) as people:
         assert people.state("ann")["done"] == 0
+        assert people.act("undo", "ann")["number"] == 1, "an answer about other images is not taken back"
         for _ in range(3):
             people.act("answer", "ann", choice="right")
         assert people.wait() == 0
+    rate(people.task, dimensions=["overall"])  # finished: it asks nobody
+    assert "1 answers in" in caplog.text
     assert len(ratings(people.task)) == 3
     assert len(answers(people.task)) == 4
 
@@ -328,6 +366,19 @@ def test_a_full_disk_is_said_and_leaves_no_half_answer(tmp_path: Path, images: A
         shown = server.state("ann")["question"]
         assert server.act("answer", "ann", {"number": 1, "choice": "tie", **shown})["number"] == 2
     book.close()
+
+
+def test_a_page_outlives_a_status_that_cannot_be_written(
+    tmp_path: Path, images: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is kept and the last one ends the stage, though the disk has no room for the progress."""
+    monkeypatch.setattr("prefmill.core.stage.write_atomic", _full)
+    with asking(tmp_path, images, dimensions=["overall"]) as people:
+        for _ in range(3):
+            state = people.act("answer", "ann", choice="left")
+        assert state["closed"]
+        assert people.wait() == 0
+    assert len(ratings(people.task)) == 3
 
 
 def _quarantine() -> Any:

@@ -163,13 +163,11 @@ class Session:
         self._count(row, 1)
 
     def undo(self, rater: str) -> None:
-        """Take the last answer of `rater` back, so that it is asked again."""
+        """Take the last answer of `rater` back, so that it is asked again; not one about other images or questions."""
         given = self.book.of(rater)
-        if given:
-            row = given[-1]
+        if given and self._is_valid(row := given[-1]):
             self.book.undo(rater)
-            if self._is_valid(row):
-                self._count(row, -1)
+            self._count(row, -1)
 
     def number(self, rater: str) -> int:
         """How many answers `rater` has given: tells a page that is behind from one that is not."""
@@ -191,6 +189,12 @@ class Session:
     def is_complete(self) -> bool:
         """Whether every pair has."""
         return self.num_rated() == len(self._matchups)
+
+    @property
+    def num_left_out(self) -> int:
+        """Answers in the file that are about other images or questions than are asked now."""
+        given = [row for rater in self.book.raters() for row in self.book.of(rater)]
+        return sum(not self._is_valid(row) for row in given)
 
     def ratings(self) -> list[Rating]:
         """Every answer about the images of this session, as rows of ratings.csv."""

@@ -205,11 +205,18 @@ def _ask_people(
     done = task.work / "finished"
     with contextlib.closing(AnswerBook(answers_file(task))) as book:
         session = Session(book, matchups, wanted.dimensions, rater.raters_per_pair, wanted.seed)
+        if session.num_left_out:
+            _log.warning(
+                "%d answers in %s are about other images or questions: they stay there and do not count",
+                session.num_left_out, answers_file(task),
+            )  # fmt: skip
         if not done.is_file() and not session.is_complete:
             token, port = _address(task.work / "server.json", rater.port)
 
             def report() -> None:
-                task.progress(session.num_rated(), len(matchups), "pairs rated")
+                # A disk that is full for a while ends no page: who answers meanwhile is told.
+                with contextlib.suppress(OSError):
+                    task.advance(session.num_rated(), len(matchups), "pairs rated")
 
             try:
                 server = RatingServer(session, images, token, port, report)
@@ -229,7 +236,7 @@ def _ask_people(
                 threading.Thread(target=server.serve_forever, daemon=True).start()
                 report()
                 while not server.finished.wait(_LOOK_SECONDS):
-                    task.advance(session.num_rated(), len(matchups), "pairs rated")  # ends here when asked to stop
+                    report()  # ends here when asked to stop
                 time.sleep(_LAST_REPLY_SECONDS)  # the page that finished is told so
                 server.shutdown()
             write_atomic(done, "")

@@ -97,16 +97,18 @@ class RatingServer(ThreadingHTTPServer):
         return {**shown, "closed": False, "ahead": [self._address(image) for image in ahead]}
 
     def act(self, action: str, rater: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Do what a page asks for and say what it shows next; a page that is behind is only brought up to date."""
+        """Do what a page asks for and say what it shows next; a page that is behind is brought up to date and told."""
         with self.lock:
             rater = self.session.known_as(rater)
-            if body.get("number") == self.session.number(rater) and not self.finished.is_set():
+            before = self.session.number(rater)
+            if current := body.get("number") == before and not self.finished.is_set():
                 try:
                     self._do(action, rater, body)
                 except OSError as error:
                     why = f"The answer could not be kept: {error.strerror}. Fix that, then answer again."
                     raise RefusalError(HTTPStatus.INSUFFICIENT_STORAGE, why) from error
-            return self.state(rater)
+            kept = current and (action == "finish" or self.session.number(rater) != before)
+            return {**self.state(rater), "kept": kept}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away in the middle is no error; anything else is reported."""
