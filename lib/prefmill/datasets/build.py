@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ from prefmill.datasets.survey import Survey, check_buildable, check_scored, leav
 from prefmill.reviews.join import REVIEWS
 from prefmill.reviews.scale import RatingUnit, VenueQuantiles
 from prefmill.store.jsonl import JsonlWriter, read_jsonl
-
-Progress = Callable[[int, int | None, str], None]
+from prefmill.store.missing import Progress
 
 
 @dataclass(frozen=True)

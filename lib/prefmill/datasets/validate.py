@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,9 +21,9 @@ from prefmill.datasets.selection import Rank
 from prefmill.datasets.source_checks import Claims, check_against_source
 from prefmill.datasets.structure_checks import count_problems, grid_problems, keys_in, read_summary, registry_problems
 from prefmill.datasets.token_lengths import TokenCounter, context_of, open_counter
+from prefmill.store.missing import Progress
 
 Part = Literal["all", "sft", "dpo"]
-Progress = Callable[[int, int | None, str], None]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from prefmill.images.rating import (
     sharpness,
 )
 from prefmill.store.jsonl import read_jsonl, write_jsonl
+from prefmill.store.missing import Progress
 
 PAGE_FILE = "page.url"  # in the task's logs: the address with its token, for the owner's eyes only
 _COLUMNS = ("prompt_id", "left", "right", "rater", "dimension", "choice")
@@ -213,10 +214,10 @@ def _ask_people(
         if not done.is_file() and not session.is_complete:
             token, port = _address(task.work / "server.json", rater.port)
 
-            def report() -> None:
+            def report(tell: Progress = task.progress) -> None:
                 # A disk that is full for a while ends no page: who answers meanwhile is told.
                 with contextlib.suppress(OSError):
-                    task.advance(session.num_rated(), len(matchups), "pairs rated")
+                    tell(session.num_rated(), len(matchups), "pairs rated")
 
             try:
                 server = RatingServer(session, images, token, port, report)
@@ -236,7 +237,7 @@ def _ask_people(
                 threading.Thread(target=server.serve_forever, daemon=True).start()
                 report()
                 while not server.finished.wait(_LOOK_SECONDS):
-                    report()  # ends here when asked to stop
+                    report(task.advance)  # ends here, and not in a page's thread, when asked to stop
                 time.sleep(_LAST_REPLY_SECONDS)  # the page that finished is told so
                 server.shutdown()
             write_atomic(done, "")

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +36,12 @@ from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
 from prefmill.reviews.store import CorpusStore, StoredReview
 from prefmill.store.jsonl import JsonlWriter
+from prefmill.store.missing import Progress
 
 _SHOWN_PROBLEMS, _SHOWN_UNKNOWN = 5, 100
 _ROWS_A_LOOK = 64  # at the clock, for the progress
 _STORED = (PaperRow, ReviewRow, DecisionRow)
 _log = logging.getLogger(__name__)
-Progress = Callable[[int, int | None, str], None]  # done, total where known, unit
 
 
 class BadRowConfig(StrictConfig):
