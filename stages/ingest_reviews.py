@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from prefmill.core.stage import Metrics, Stage, Task
-from prefmill.reviews.ingest import BadRowConfig, Rejects, collect, link, write_corpus
+from prefmill.reviews.ingest import collect, link, write_corpus
 from prefmill.reviews.papers import DocumentReader, PaperConfig, check_folders
+from prefmill.reviews.rejects import BadRowConfig, Rejects
 from prefmill.reviews.sources import Source
 from prefmill.reviews.splits import SplitConfig
 from prefmill.reviews.store import CorpusStore

@@ -125,7 +125,31 @@ def test_reviews_without_their_paper_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="review of paper f, which is not in the sources") as caught:
         execute(task)
     assert f"{path}:1 (note r)" in str(caught.value)
+    assert "unknown_papers: drop" in str(caught.value)
     assert_nothing_done(task)
+
+
+def test_reviews_without_their_paper_are_left_out_counted_and_named_where_that_is_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def note(name: str, forum: str, kind: str, **content: Any) -> dict[str, Any]:
+        return {"id": name, "forum": forum, "invitation": f"V/-/{kind}", "content": content, "tmdate": 1}
+
+    review = {"review": "Good.", "rating": 8}
+    path = jsonl(
+        tmp_path / "n.jsonl", note("p", "p", "Submission", title="T", abstract="A"),
+        *(note(f"r{n}", forum, "Official_Review", **review) for n, forum in enumerate(("p", "q", "q", "gone"))),
+        note("d", "q", "Decision", decision="Reject"),
+        note("gone", "gone", "Submission", title="Gone") | {"ddate": 5},
+    )  # fmt: skip
+    sources = [{"format": "openreview_v1", "path": path}]
+    with pytest.raises(InputError, match=r"review of paper q, which is not in the sources[^~]*\(2 rows\)"):
+        execute(planned(tmp_path / "strict", sources=sources))
+    execute(task := planned(tmp_path, sources=sources, unknown_papers="drop"))
+    assert [row["review_id"] for row in read_jsonl(task.output / "reviews.jsonl")] == ["r0"]
+    summary = json.loads((task.output / "summary.json").read_text())
+    assert summary["reviews_without_paper"] == {"gone": 1, "q": 2}
+    assert "3 reviews of 2 papers that are deleted or not in the sources were left out: gone, q" in caplog.text
 
 
 @pytest.mark.parametrize("fault", [{"sub_scores": {"\ud800x": 1}}, {"title": "T\udc00"}, {"\ud800": 1}])

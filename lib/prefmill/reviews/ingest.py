@@ -7,21 +7,21 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from tqdm import tqdm
 
-from prefmill.core.config import StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
+from prefmill.reviews.rejects import SHOWN_PROBLEMS, Rejects
 from prefmill.reviews.rows import (
     DecisionRow,
+    DeletedRow,
     Item,
     PaperRow,
     RawRow,
@@ -38,21 +38,10 @@ from prefmill.reviews.store import CorpusStore, StoredReview
 from prefmill.store.jsonl import JsonlWriter
 from prefmill.store.missing import Progress
 
-_SHOWN_PROBLEMS, _SHOWN_UNKNOWN = 5, 100
+_SHOWN_UNKNOWN = 100
 _ROWS_A_LOOK = 64  # at the clock, for the progress
-_STORED = (PaperRow, ReviewRow, DecisionRow)
+_STORED = (PaperRow, ReviewRow, DecisionRow, DeletedRow)
 _log = logging.getLogger(__name__)
-
-
-class BadRowConfig(StrictConfig):
-    """What becomes of rows that cannot be used: `fail` at the first, or set them aside up to a share of all rows."""
-
-    on_bad_row: Literal["fail", "quarantine"] = Field(
-        "fail", description="`fail` at the first unusable row, or `quarantine` it"
-    )
-    max_quarantined_share: float = Field(
-        0.01, ge=0, le=1, description="an error when more than this share of the rows is in quarantine"
-    )
 
 
 @dataclass
@@ -70,54 +59,28 @@ class IngestTally:
     figures: int = 0
     unreviewed: int = 0
     repeated: int = 0
+    older: int = 0
+    deleted: int = 0
+    orphans: dict[str, int] = field(default_factory=dict)
     merged: list[tuple[str, str]] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
 
     def warnings(self) -> list[str]:
         """What someone who reads the numbers must know, a sentence each."""
-        titles, gone = self.text_from["nothing"], self.left_out
+        titles, gone, orphans = self.text_from["nothing"], self.left_out, sum(self.orphans.values())
         said = {
             f"{titles} papers have neither text nor abstract: models see their titles only": titles,
             f"{gone} papers with neither text nor abstract were left out, with their reviews": gone,
             f"{self.repeated} reviews were listed again, word for word, and count once": self.repeated,
+            f"{self.older} notes have a newer version by their dates, which counts": self.older,
+            f"{self.deleted} reviews and papers were left out, as a later version is deleted": self.deleted,
+            f"{orphans} reviews of {len(self.orphans)} papers that are deleted or not in the sources were left out: "
+            f"{_first_of(self.orphans)}": self.orphans,
             f"{len(self.merged)} papers were merged into others with the same title": self.merged,
             f"{self.unknown.total()} values are unknown and were left out: {_named(self.unknown)}": self.unknown,
         }
         return [text for text, happened in said.items() if happened]
-
-
-@dataclass(frozen=True)
-class Rejects:
-    """Where problems go."""
-
-    config: BadRowConfig
-    store: CorpusStore
-
-    def add(self, problem: RowProblem) -> None:
-        """Set the row aside, or raise InputError naming its file, line and fix."""
-        if self.config.on_bad_row == "fail":
-            raise InputError(
-                problem.reason, where=problem.place, got=problem.excerpt or None,
-                fix=f"{problem.fix}; or set on_bad_row: quarantine to set such rows aside",
-            )  # fmt: skip
-        self.store.add_problem(problem)
-
-    def check_share(self, num_rows: int) -> None:
-        """Raises InputError, showing the first problems, when more rows were set aside than allowed."""
-        count = self.store.count("problems")
-        if count <= self.config.max_quarantined_share * num_rows:
-            return
-        raise InputError(
-            f"{count} of {num_rows} rows cannot be used", got=self.shown(),
-            expected=f"at most {self.config.max_quarantined_share:.2%} (max_quarantined_share)",
-            fix="correct the source, or raise max_quarantined_share",
-        )  # fmt: skip
-
-    def shown(self) -> str:
-        """The first problems, a line each."""
-        first = itertools.islice(self.store.problems(), _SHOWN_PROBLEMS)
-        return "\n".join(["", *(f"    {problem.place}: {problem.reason}" for problem in first)])
 
 
 def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Rejects, progress: Progress) -> IngestTally:
@@ -143,12 +106,14 @@ def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Reject
 
 def link(store: CorpusStore, rejects: Rejects, tally: IngestTally) -> None:
     """Make whole papers of what was collected: decisions, no orphans, one paper a title."""
+    store.drop_deleted()
+    tally.orphans = store.drop_orphans(all_of_them=rejects.config.unknown_papers == "drop")
     for problem in store.link():
         rejects.add(problem)
     # Before titles are merged: a merged paper has the smallest id, which must not be that of a dropped paper.
     tally.unreviewed = store.drop_unreviewed()
     tally.merged = store.merge_titles()
-    tally.repeated = store.num_repeated
+    tally.repeated, tally.older, tally.deleted = store.num_repeated, store.num_older, store.num_deleted
 
 
 def write_corpus(
@@ -270,8 +235,13 @@ def _count(tally: IngestTally, paper: Paper, document: Document, num_reviews: in
 
 
 def _named(unknown: Counter[str]) -> str:
-    shown = [f"{name} ({count})" for name, count in unknown.most_common(_SHOWN_PROBLEMS)]
+    shown = [f"{name} ({count})" for name, count in unknown.most_common(SHOWN_PROBLEMS)]
     return ", ".join([*shown, *(["..."] if len(unknown) > len(shown) else [])])
+
+
+def _first_of(names: Iterable[str]) -> str:
+    shown = list(itertools.islice(names, SHOWN_PROBLEMS + 1))
+    return ", ".join([*shown[:SHOWN_PROBLEMS], *(["..."] if len(shown) > SHOWN_PROBLEMS else [])])
 
 
 def _write_quarantine(store: CorpusStore, path: Path) -> None:
@@ -299,6 +269,9 @@ def _summary(tally: IngestTally, num_papers: int, num_reviews: int, num_quaranti
         "rows": tally.rows,
         "quarantined_rows": num_quarantined,
         "repeated_reviews": tally.repeated,
+        "older_versions": tally.older,
+        "deleted": tally.deleted,
+        "reviews_without_paper": dict(itertools.islice(tally.orphans.items(), _SHOWN_UNKNOWN)),
         "papers_without_reviews": tally.unreviewed,
         "merged_titles": len(tally.merged),
         "merged_ids": dict(tally.merged[:20]),

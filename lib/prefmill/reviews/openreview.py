@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from msgspec import UNSET
 from msgspec.structs import replace
 from pydantic import Field, model_validator
 
@@ -19,6 +20,7 @@ from prefmill.reviews import openreview_forms as forms
 from prefmill.reviews.files import JSON, as_row, files_at, json_rows
 from prefmill.reviews.rows import (
     DecisionRow,
+    DeletedRow,
     Item,
     PaperRow,
     RawRow,
@@ -29,6 +31,7 @@ from prefmill.reviews.rows import (
     Unknown,
     begins_with_number,
     clean_text,
+    is_number,
     parse_id,
     parse_score,
     required_text,
@@ -91,7 +94,8 @@ class OpenReviewSource(FileSource):
         if not names:
             raise RowError("not a note: no invitation", "dump whole notes, with id, forum, invitation(s) and content")
         if values.get("ddate"):
-            return [Skipped("deleted note")]
+            note_id = parse_id(values.get("id"), "id", self.id_prefix)
+            return [DeletedRow(note_id, _date(values)), Skipped("deleted note")]
         if values.get("referent") not in (None, "", values.get("id")):  # API 1 lists what a note said before beside it
             return [Skipped("earlier version of a note")]
         content = _content(values, wrapped=self.format == "openreview_v2")
@@ -111,6 +115,7 @@ class OpenReviewSource(FileSource):
             abstract=clean_text(content.get("abstract"), "content.abstract"),
             decision=found.decision,
             venue=self.venue or _venue(note),
+            date=_date(note),
         )
         accepted = [DecisionRow(paper.paper_id, "accepted", rank=1)] if found.accepted_group else []
         return [paper, *accepted, *([Unknown("venue", found.unknown)] if found.unknown else [])]
@@ -143,13 +148,14 @@ class OpenReviewSource(FileSource):
             confidence=confidence,
             venue=self.venue or _venue(note),
             sub_scores=dict(sorted(scores.items())),
+            date=UNSET if (date := _date(note)) is None else date,
         )
         return [review, *unknown, *left_out]
 
     def _decision(self, note: Mapping[str, Any], content: Mapping[str, Any], names: set[str]) -> list[Item]:
         """The decision that a note brings, if it is of a kind that does."""
         for name in sorted(names & _RETRACTIONS.keys()):
-            return [DecisionRow(self._paper_id(note), _RETRACTIONS[name])]
+            return [DecisionRow(self._paper_id(note), _RETRACTIONS[name], date=_date(note))]
         if not names & _lower(self.decision_invitations):
             return []
         said = _first({name.lower(): value for name, value in content.items()}, self.decision_fields)
@@ -162,10 +168,16 @@ class OpenReviewSource(FileSource):
                 "name the field in decision_fields of this source, fill it in, or remove the note",
             )
         decision, unknown = self.decision(said)
-        return unknown if decision is None else [DecisionRow(self._paper_id(note), decision, rank=0 if by_chair else 2)]
+        rank = 0 if by_chair else 2
+        return unknown if decision is None else [DecisionRow(self._paper_id(note), decision, rank, _date(note))]
 
     def _paper_id(self, note: Mapping[str, Any]) -> str:
         return parse_id(note.get("forum"), "forum", self.id_prefix)
+
+
+def _date(note: Mapping[str, Any]) -> float | None:
+    """When this version of a note was made, as the API counts; `tmdate` is true where `mdate` may be set by hand."""
+    return next((note[name] for name in ("tmdate", "mdate") if is_number(note.get(name))), None)
 
 
 def _lower(names: Sequence[str]) -> set[str]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from prefmill.core.records import Decision
-from prefmill.reviews.rows import decision_in, word_key
+from prefmill.reviews.decision_words import decision_in
+from prefmill.reviews.rows import word_key
 
 Preset = Literal[
     "iclr_2017", "iclr_2018", "iclr_2019", "iclr_2020", "iclr_2021", "iclr_2022", "iclr_2023", "iclr_2024",

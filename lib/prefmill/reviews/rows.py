@@ -7,7 +7,6 @@ import sys
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import msgspec
 
 from prefmill.core.errors import nearest
 from prefmill.core.records import Decision
+from prefmill.reviews.decision_words import decision_in
 from prefmill.reviews.scale import Scale
 
 _EXCERPT_CHARS = 200
@@ -35,18 +35,6 @@ _SECOND_NUMBER = re.compile(
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
 _NUMBERS = (int, float)  # the types: to isinstance a bool is an int, and `true` would be a rating of 1
 _MAX_NUMBER = sys.float_info.max
-
-DECISIONS: tuple[Decision, ...] = ("accepted", "rejected", "withdrawn", "desk_rejected")
-_DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first that matches
-    (re.compile(r"desk[ _-]?reject", re.IGNORECASE), "desk_rejected"),
-    (re.compile(r"withdraw|retracted", re.IGNORECASE), "withdrawn"),
-    # "not recommended for acceptance", "no acceptance", "unaccepted"
-    (re.compile(r"\b(not|never|cannot)\b[^.,;:]*accept|\b(no|non)[ -]?accept|unaccept", re.IGNORECASE), "rejected"),
-    # "Submitted to ICLR 2024" is how OpenReview shows a rejected paper.
-    (re.compile(r"reject|invite to workshop|submitted to|\d{4} submitted", re.IGNORECASE), "rejected"),
-    (re.compile(r"accept|\b(poster|oral|spotlight|notable|talk)\b|\btop[ -]?\d+ ?%", re.IGNORECASE), "accepted"),
-    (re.compile(r"\d{4} (main|findings|industry|long|short)\b", re.IGNORECASE), "accepted"),  # EMNLP 2023 Main
-)
 
 
 class RowError(ValueError):
@@ -89,6 +77,7 @@ class PaperRow(msgspec.Struct, frozen=True):
     decision: Decision | None = None
     venue: str = ""
     drawn: bool = False  # generated papers can have their page and figure drawn
+    date: float | None = None  # of this version, where the source tells: the newest counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +87,7 @@ class DecisionRow:
     paper_id: str
     decision: Decision
     rank: int = 2  # a decision's note; 1: the venue's own group as venueid; 0: a meta-review's recommendation
+    date: float | None = None
 
 
 class ReviewRow(msgspec.Struct, frozen=True):
@@ -111,6 +101,15 @@ class ReviewRow(msgspec.Struct, frozen=True):
     venue: str = ""
     sub_scores: dict[str, float] = {}
     scale: Scale | msgspec.UnsetType = msgspec.UNSET  # no key on 1 to 10, as in corpora before rows kept their scale
+    date: float | msgspec.UnsetType = msgspec.UNSET  # of this version, where the source tells; no part of the corpus
+
+
+@dataclass(frozen=True, slots=True)
+class DeletedRow:
+    """A note that was deleted by this date: older versions of it do not count, nor reviews of a paper that it was."""
+
+    note_id: str
+    date: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ class Unknown:
         return f"{spelled(self.field)} {excerpt(self.value)!r}"
 
 
-Item = PaperRow | DecisionRow | ReviewRow | Skipped | Unknown
+Item = PaperRow | DecisionRow | ReviewRow | DeletedRow | Skipped | Unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,9 +321,3 @@ def parse_decision(value: Any, words: Mapping[str, Decision] | None = None) -> D
     if not text:
         return None
     return (words or {}).get(word_key(text)) or decision_in(text) or Unknown("decision", text)
-
-
-@lru_cache(maxsize=128)  # every row asks, and a venue has a handful of them
-def decision_in(text: str) -> Decision | None:
-    """The decision that `text` speaks of, if any: `ICLR 2024 poster` is accepted."""
-    return next((decision for pattern, decision in _DECISION_WORDS if pattern.search(text)), None)

@@ -14,27 +14,30 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 from msgspec.structs import replace
 
-from prefmill.core.records import Decision
-from prefmill.reviews.rows import DecisionRow, PaperRow, Place, ReviewRow, RowError, RowProblem
+from prefmill.reviews.rows import DecisionRow, DeletedRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.reviews.splits import title_key
+from prefmill.reviews.versions import MERGED_FIELDS, dates_differ, filled, final, require_agreement
 from prefmill.store.jsonl import encode_checked, parse_json
 
 _CACHE_KILOBYTES, _PAGE_BYTES = 65536, 32768  # a page holds some forty reviews
 _SCHEMA = """
 CREATE TABLE papers (paper_id TEXT PRIMARY KEY, title TEXT, abstract TEXT, text TEXT, decision TEXT, venue TEXT,
-    drawn INTEGER, title_key TEXT, file INTEGER, line INTEGER, item TEXT);
+    drawn INTEGER, date REAL, title_key TEXT, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, json BLOB, rating REAL, rating_min REAL,
-    rating_max REAL, file INTEGER, line INTEGER, item TEXT);
-CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, rank INTEGER, file INTEGER, line INTEGER, item TEXT);
+    rating_max REAL, date REAL, file INTEGER, line INTEGER, item TEXT);
+CREATE TABLE deleted (note_id TEXT PRIMARY KEY, date REAL);
+CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, rank INTEGER, date REAL, file INTEGER,
+    line INTEGER, item TEXT);
 CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
 CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
 """
-_PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn"
-_NO_DECISION: Any = (-1, None, 0, None, None)
-_MERGED_FIELDS = ("abstract", "text", "decision", "venue")
+_PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn, date"
+_NO_DECISION: Any = (-1, None, None, 0, None, None)
+_REVIEW = "INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class StoredReview(msgspec.Struct, frozen=True):
@@ -68,6 +71,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._file_numbers: dict[tuple[int, str], int] = {}
         self._last_paper: PaperRow | None = None
         self.num_repeated = 0  # reviews listed again, word for word
+        self.num_older = 0  # versions of notes that a newer one replaces
+        self.num_deleted = 0  # reviews and papers that a later version says are deleted
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -77,7 +82,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
 
-    def add(self, place: Place, item: PaperRow | DecisionRow | ReviewRow) -> None:
+    def add(self, place: Place, item: PaperRow | DecisionRow | ReviewRow | DeletedRow) -> None:
         """Take in an item; raises RowError, naming the earlier row, when it contradicts or repeats one."""
         if item is self._last_paper:  # tables repeat the paper on each of its reviews
             return
@@ -85,6 +90,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             self._add_review(place, item)
         elif isinstance(item, DecisionRow):
             self._add_decision(place, item)
+        elif isinstance(item, DeletedRow):
+            query = "INSERT INTO deleted VALUES (?, ?) ON CONFLICT DO UPDATE SET date = max(date, excluded.date)"
+            self._database.execute(query, (item.note_id, item.date))
         elif item != self._last_paper:
             self._add_paper(place, item)
             self._last_paper = item
@@ -126,6 +134,26 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         rows = (self._database.execute(query, (value,)).fetchone() for query, value in queries)
         return next((row[0] for row in rows if row), None)
 
+    def drop_deleted(self) -> None:
+        """Drop the reviews and papers of deleted notes; a version from after the deletion stands."""
+        for table, key in (("reviews", "review_id"), ("papers", "paper_id")):
+            query = (
+                f"DELETE FROM {table} WHERE {key} IN (SELECT note_id FROM deleted WHERE "  # noqa: S608 (our own names)
+                f"{table}.date IS NULL OR deleted.date IS NULL OR {table}.date <= deleted.date)"
+            )
+            self.num_deleted += self._database.execute(query).rowcount
+
+    def drop_orphans(self, all_of_them: bool) -> dict[str, int]:
+        """Drop what belongs to no paper, or only to deleted ones; returns how many reviews of each paper."""
+        unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
+        if not all_of_them:
+            unknown += " AND paper_id IN (SELECT note_id FROM deleted)"
+        query = f"SELECT paper_id, count(*) FROM reviews WHERE {unknown} GROUP BY paper_id ORDER BY paper_id"  # noqa: S608
+        found = dict(self._database.execute(query).fetchall())
+        for table in ("reviews", "decisions"):
+            self._database.execute(f"DELETE FROM {table} WHERE {unknown}")  # noqa: S608
+        return found
+
     def link(self) -> Iterator[RowProblem]:
         """Index the reviews and bring decisions to their papers; what belongs to no paper is yielded."""
         # Only now: to build an index once costs less than to keep it right through every insert.
@@ -135,8 +163,12 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
             query = f"SELECT paper_id, file, line, item FROM {table} WHERE {unknown}"  # noqa: S608
             # Fetched whole, as the caller puts each problem into this database before it asks for the next.
-            for paper_id, *place in self._database.execute(query).fetchall():
-                fix = "add the paper's row or submission note to the sources, or remove this one"
+            orphans = self._database.execute(query).fetchall()
+            fix = (
+                "add the papers' rows or submission notes to the sources, or set unknown_papers: drop to leave out "
+                f"what is said of papers that are not there ({len(orphans)} rows)"
+            )
+            for paper_id, *place in orphans:
                 yield RowProblem(
                     self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, ""
                 )
@@ -161,7 +193,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             query = f"SELECT {_PAPER_COLUMNS} FROM papers WHERE title_key = ? ORDER BY paper_id"  # noqa: S608
             kept, *others = [_paper(row) for row in self._database.execute(query, (key,))]
             for other in others:
-                kept = _filled(kept, other)
+                kept = filled(kept, other)
                 self._replace(kept, other.paper_id)
                 merged.append((other.paper_id, kept.paper_id))
             self._update(kept)
@@ -171,57 +203,78 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         # Inserted without a look, as nearly every id is new; the earlier row is read only on a clash.
         values = (
             paper.paper_id, paper.title, paper.abstract, paper.text, paper.decision, paper.venue, paper.drawn,
-            title_key(paper.title), *self._located(place),
+            paper.date, title_key(paper.title), *self._located(place),
         )  # fmt: skip
         try:
-            self._insert("INSERT INTO papers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            self._insert("INSERT INTO papers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
         except sqlite3.IntegrityError:
             self._complete(paper)
 
     def _complete(self, paper: PaperRow) -> None:
-        """Fill in what earlier rows of the paper lack; raises RowError where they say something else."""
+        """Fill in what earlier rows of the paper lack; raises RowError where they say something else.
+
+        Of two versions with different dates the newer one alone stands.
+        """
         query = f"SELECT file, line, item, {_PAPER_COLUMNS} FROM papers WHERE paper_id = ?"  # noqa: S608
         known = self._database.execute(query, (paper.paper_id,)).fetchone()
         earlier = _paper(known[3:])
-        _require_agreement(earlier, paper, self._place(*known[:3]))
-        self._update(_filled(earlier, paper))
+        if dates_differ(earlier.date, paper.date):
+            older, newer = sorted((earlier, paper), key=lambda version: version.date or 0)
+            self.num_older += replace(older, date=newer.date) != newer
+            self._update(newer)
+            return
+        require_agreement(earlier, paper, self._place(*known[:3]))
+        self._update(filled(earlier, paper))
 
     def _add_review(self, place: Place, review: ReviewRow) -> None:
         scale = review.scale or COMMON_SCALE
         values = (
-            review.review_id, review.paper_id, self._encode(review), review.rating, *scale, *self._located(place),
+            review.review_id, review.paper_id, self._encode(replace(review, date=UNSET) if review.date else review),
+            review.rating, *scale, review.date or None, *self._located(place),
         )  # fmt: skip
         try:
-            self._insert("INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            self._insert(f"INSERT {_REVIEW}", values)
         except sqlite3.IntegrityError:
             self._meet_again(review.review_id, values)
 
     def _meet_again(self, review_id: str, values: tuple[Any, ...]) -> None:
-        """Count a review that was listed word for word before; raises RowError where it says something else."""
+        """Count a review that was listed before, word for word or with another date, of which the newest stands.
+
+        Raises RowError where it says something else and no date tells which is the newer one.
+        """
         query = "SELECT * FROM reviews WHERE review_id = ?"
         known = self._database.execute(query, (review_id,)).fetchone()
-        if known[:-3] == values[:-3]:
-            self.num_repeated += 1
+        *said, date, file, line, item = known
+        is_same, told = tuple(said) == values[:-4], dates_differ(date, values[-4])
+        self.num_repeated += is_same
+        self.num_older += told and not is_same
+        if told and values[-4] > date:
+            self._database.execute(f"INSERT OR REPLACE {_REVIEW}", values)
+        if is_same or told:
             return
-        earlier = self._place(*known[-3:])
+        earlier = self._place(file, line, item)
         raise RowError(
             f"another review with the id {review_id} is at {earlier.brief}",
             "remove one of the two rows, or rename its id",
         )
 
     def _add_decision(self, at: Place, row: DecisionRow) -> None:
-        query = "SELECT rank, decision, file, line, item FROM decisions WHERE paper_id = ?"
-        rank, earlier, *place = self._database.execute(query, (row.paper_id,)).fetchone() or _NO_DECISION
+        query = "SELECT rank, decision, date, file, line, item FROM decisions WHERE paper_id = ?"
+        rank, earlier, date, *place = self._database.execute(query, (row.paper_id,)).fetchone() or _NO_DECISION
         if row.rank < rank:
             return
-        decision = row.decision if row.rank > rank else _final(earlier, row.decision)
+        decision = row.decision if row.rank > rank else final(earlier, row.decision)
+        if decision is None and dates_differ(date, row.date):
+            self.num_older += 1
+            decision = row.decision if row.date > date else earlier
         if decision is None:
             raise RowError(
                 f"decision '{row.decision}', but '{earlier}' for the same paper at {self._place(*place).brief}",
                 "remove the one that does not hold",
             )
-        values = (row.paper_id, decision, row.rank, *self._located(at))
-        self._database.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)", values)
+        newest = max(filter(None, (date, row.date)), default=None)
+        values = (row.paper_id, decision, row.rank, newest, *self._located(at))
+        self._database.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def _replace(self, kept: PaperRow, dropped_id: str) -> None:
         query = "UPDATE reviews SET paper_id = :kept, json = moved(json, :kept) WHERE paper_id = :dropped"
@@ -231,8 +284,10 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._database.execute("INSERT INTO aliases VALUES (?, ?)", (dropped_id, kept.paper_id))
 
     def _update(self, paper: PaperRow) -> None:
-        query = "UPDATE papers SET abstract = ?, text = ?, decision = ?, venue = ? WHERE paper_id = ?"
-        self._database.execute(query, (paper.abstract, paper.text, paper.decision, paper.venue, paper.paper_id))
+        said = {name: getattr(paper, name) for name in ("title", *MERGED_FIELDS, "date")}
+        said["title_key"] = title_key(paper.title)
+        query = f"UPDATE papers SET {', '.join(f'{name} = ?' for name in said)} WHERE paper_id = ?"  # noqa: S608
+        self._database.execute(query, (*said.values(), paper.paper_id))
 
     def _located(self, place: Place) -> tuple[int, int | None, str | None]:
         file = (place.source, place.file)
@@ -251,32 +306,5 @@ def _moved(review: bytes, paper_id: str) -> bytes:
 
 
 def _paper(values: Any) -> PaperRow:
-    return PaperRow(*[*values[:-1], bool(values[-1])])
-
-
-def _filled(paper: PaperRow, other: PaperRow) -> PaperRow:
-    """`paper` with what it lacks taken from `other`."""
-    return replace(paper, **{name: getattr(other, name) for name in _MERGED_FIELDS if not getattr(paper, name)})
-
-
-def _require_agreement(earlier: PaperRow, later: PaperRow, place: Place) -> None:
-    differing = [name for name in _MERGED_FIELDS if _differ(getattr(earlier, name), getattr(later, name))]
-    if title_key(earlier.title) != title_key(later.title):
-        differing.insert(0, "title")
-    if differing:
-        raise RowError(
-            f"paper {later.paper_id} has another {' and '.join(differing)} at {place.brief}",
-            "make the rows of one paper agree, or give different papers different ids (id_prefix)",
-        )
-
-
-def _differ(one: str | None, two: str | None) -> bool:
-    return bool(one and two and one != two)
-
-
-def _final(one: Decision, two: Decision) -> Decision | None:
-    """The decision that stands: a paper withdrawn or desk-rejected stays so; None where the two contradict."""
-    if one == two:
-        return one
-    lasting: tuple[Decision, ...] = ("desk_rejected", "withdrawn")
-    return next((decision for decision in lasting if decision in (one, two)), None)
+    fields = dict(zip(_PAPER_COLUMNS.split(", "), values, strict=True))
+    return PaperRow(**{**fields, "drawn": bool(fields["drawn"])})

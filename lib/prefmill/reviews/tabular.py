@@ -8,10 +8,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from prefmill.reviews.decision_words import DECISIONS
 from prefmill.reviews.files import CSV, JSON_LINES, csv_rows, files_at, jsonl_rows
 from prefmill.reviews.generated import generate
 from prefmill.reviews.rows import (
-    DECISIONS,
     Item,
     PaperRow,
     Place,

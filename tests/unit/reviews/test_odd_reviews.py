@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 from prefmill.core.errors import InputError
 from prefmill.reviews import files
+from prefmill.reviews.decision_words import decision_in
 from prefmill.reviews.rows import (
     DecisionRow,
     PaperRow,
@@ -27,7 +28,6 @@ from prefmill.reviews.rows import (
     RowError,
     Skipped,
     Unknown,
-    decision_in,
     parse_rating,
 )
 from tests.unit.reviews.read_sources import items_of, read, source, write

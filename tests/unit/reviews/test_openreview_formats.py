@@ -10,7 +10,7 @@ import pytest
 from read_sources import items_of, read, source, write
 
 from prefmill.core.errors import InputError
-from prefmill.reviews.rows import DecisionRow, PaperRow, ReviewRow, Skipped, Unknown
+from prefmill.reviews.rows import DecisionRow, DeletedRow, PaperRow, ReviewRow, Skipped, Unknown
 from prefmill.reviews.scale import COMMON_SCALE
 
 
@@ -48,6 +48,7 @@ V1_ITEMS = [
     ),
     Skipped("official_comment"),
     DecisionRow("f1", "accepted"),
+    DeletedRow("r2", None),
     Skipped("deleted note"),
 ]
 

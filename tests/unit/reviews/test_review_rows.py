@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefmill.reviews.decision_words import decision_in
 from prefmill.reviews.rows import (
     RowError,
     Unknown,
     clean_text,
-    decision_in,
     excerpt,
     parse_confidence,
     parse_decision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefmill.reviews.rows import DecisionRow, PaperRow, Place, ReviewRow, RowError, RowProblem
+from prefmill.reviews.rows import DecisionRow, DeletedRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.store import CorpusStore, StoredReview
 
 
@@ -33,7 +34,7 @@ def review(identifier: str, paper_id: str, **values: Any) -> ReviewRow:
 
 def written(row: ReviewRow) -> dict[str, Any]:
     """The row of a corpus: a scale of 1 to 10 is not written."""
-    return {name: value for name, value in msgspec.structs.asdict(row).items() if name != "scale"}
+    return {name: value for name, value in msgspec.structs.asdict(row).items() if name not in ("scale", "date")}
 
 
 def read(stored: StoredReview) -> dict[str, Any]:
@@ -126,6 +127,58 @@ def test_decisions_that_contradict_are_refused_but_a_withdrawal_stands(store: Co
     store.add(at(6), PaperRow("a", "A"))
     assert list(store.link()) == []
     assert [paper.decision for _, paper, _ in store.papers()] == ["withdrawn"]
+
+
+def test_the_newest_version_counts_whatever_the_order(tmp_path: Path) -> None:
+    versions = [
+        (
+            PaperRow("a", f"Title {n}", decision=decision, date=n),
+            DecisionRow("b", word, date=n),
+            review("r", "a", date=n, confidence=n),
+        )
+        for n, decision, word in ((1, "withdrawn", "accepted"), (2, None, "accepted"), (3, None, "rejected"))
+    ]
+    for number, order in enumerate(itertools.permutations(versions)):
+        with CorpusStore(tmp_path / f"{number}.sqlite") as store:
+            store.add(at(1), PaperRow("b", "B"))
+            store.add(at(1), review("s", "b"))
+            for items in order:
+                for item in items:
+                    store.add(at(2), item)
+            assert list(store.link()) == []
+            assert [(paper.title, paper.decision) for _, paper, _ in store.papers()] == [
+                ("Title 3", None), ("B", "rejected"),
+            ]  # fmt: skip
+            (found,) = dict(store.reviews_by_paper())["a"]
+            assert read(found) == written(review("r", "a", confidence=3)) | {"confidence": 3}
+            assert store.num_older >= 4
+            assert store.num_repeated == 0
+
+
+def test_versions_without_a_date_that_tells_are_refused(store: CorpusStore) -> None:
+    store.add(at(1), review("r", "a", date=5))
+    store.add(at(2), review("r", "a", date=7))  # the same words again
+    for date in (7, msgspec.UNSET):
+        with pytest.raises(RowError, match=r"another review with the id r is at a\.jsonl:2"):
+            store.add(at(3), review("r", "a", date=date, confidence=1))
+    assert (store.num_repeated, store.num_older) == (1, 0)
+
+
+def test_what_is_deleted_later_is_left_out_and_what_is_restored_stays(store: CorpusStore) -> None:
+    for paper_id in ("a", "gone", "lost"):
+        store.add(at(1), review(f"r-{paper_id}", paper_id, date=2))
+    for identifier in ("deleted", "restored"):
+        store.add(at(1), review(identifier, "a", date=2))
+    store.add(at(2), PaperRow("a", "A"))
+    store.add(at(2), PaperRow("gone", "Gone", date=2))
+    for name, date in (("deleted", 3), ("deleted", 1), ("restored", 1), ("gone", None)):
+        store.add(at(3), DeletedRow(name, date))
+    store.drop_deleted()
+    assert store.num_deleted == 2
+    assert store.drop_orphans(all_of_them=False) == {"gone": 1}
+    assert [problem.reason for problem in store.link()] == ["review of paper lost, which is not in the sources"]
+    assert store.drop_orphans(all_of_them=True) == {"lost": 1}
+    assert contents(store) == {"a": ["r-a", "restored"]}
 
 
 def test_papers_without_reviews_are_dropped(store: CorpusStore) -> None:

@@ -1,0 +1,45 @@
+"""Two rows about one paper: which of them stands, and where they contradict each other."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from prefmill.core.records import Decision
+from prefmill.reviews.rows import PaperRow, Place, RowError
+from prefmill.reviews.splits import title_key
+
+MERGED_FIELDS = ("abstract", "text", "decision", "venue")
+
+
+def filled(paper: PaperRow, other: PaperRow) -> PaperRow:
+    """`paper` with what it lacks taken from `other`."""
+    return replace(paper, **{name: getattr(other, name) for name in MERGED_FIELDS if not getattr(paper, name)})
+
+
+def require_agreement(earlier: PaperRow, later: PaperRow, place: Place) -> None:
+    """Raise RowError where two rows of a paper say different things; `place` is the earlier one's."""
+    differing = [name for name in MERGED_FIELDS if _differ(getattr(earlier, name), getattr(later, name))]
+    if title_key(earlier.title) != title_key(later.title):
+        differing.insert(0, "title")
+    if differing:
+        raise RowError(
+            f"paper {later.paper_id} has another {' and '.join(differing)} at {place.brief}",
+            "make the rows of one paper agree, or give different papers different ids (id_prefix)",
+        )
+
+
+def dates_differ(one: float | None, two: float | None) -> bool:
+    """Whether dates tell which of two versions is the newer one."""
+    return bool(one and two and one != two)
+
+
+def _differ(one: str | None, two: str | None) -> bool:
+    return bool(one and two and one != two)
+
+
+def final(one: Decision, two: Decision) -> Decision | None:
+    """The decision that stands: a paper withdrawn or desk-rejected stays so; None where the two contradict."""
+    if one == two:
+        return one
+    lasting: tuple[Decision, ...] = ("desk_rejected", "withdrawn")
+    return next((decision for decision in lasting if decision in (one, two)), None)
