@@ -14,6 +14,12 @@ from prefmill.training.adapter_folder import is_adapter
 PIPELINE_FILE = "model_index.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 MERGED = "merged"  # beside an adapter: the whole pipeline with it
+_SDXL = "StableDiffusionXLPipeline"
+# By names of weights in single files, the class that reads them.
+_SINGLE = {
+    "double_blocks.": "FluxTransformer2DModel", "joint_blocks.": "SD3Transformer2DModel",
+    "cond_stage_model.": "StableDiffusionPipeline",
+}  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -34,8 +40,7 @@ def local_folder(name: str) -> Path | None:
     if files:
         raise InputError(
             "no diffusers pipeline here", where=path, got=f"a single file, {files[0].name}",
-            expected=f"a folder with {PIPELINE_FILE}", fix="make one of it once, in Python: "
-            f"diffusers.StableDiffusionXLPipeline.from_single_file('{files[0]}').save_pretrained('FOLDER')",
+            expected=f"a folder with {PIPELINE_FILE}", fix=f"make one of it once, in Python: {_folder_of(files[0])}",
         )  # fmt: skip
     if looks_local or path.is_dir():
         raise InputError(
@@ -43,6 +48,31 @@ def local_folder(name: str) -> Path | None:
             fix="give a diffusers folder, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0",
         )  # fmt: skip
     return None
+
+
+def _folder_of(file: Path) -> str:
+    """The line of Python that makes a pipeline's folder of a file with all weights, by the names it has for them."""
+    names = _names_in(file)
+    kind = next((kind for mark, kind in _SINGLE.items() if any(mark in name for name in names)), _SDXL)
+    read = f"diffusers.{kind}.from_single_file('{file}')"
+    if kind.endswith("Model"):  # files of these mostly lack the text encoders
+        whole = f"diffusers.DiffusionPipeline.from_pretrained('BASE', transformer={read})"
+        return f"{whole}.save_pretrained('FOLDER'), BASE being the pipeline that it was made from"
+    # diffusers passes these marks over, and the folder would be one that predicts noise.
+    marks = {"v_pred": 'prediction_type: "v_prediction"', "ztsnr": "rescale_betas_zero_snr: true"}
+    said = [value for mark, value in marks.items() if mark in names]
+    then = f", and write {' and '.join(said)} into FOLDER/scheduler/scheduler_config.json" if said else ""
+    return f"{read}.save_pretrained('FOLDER'){then}"
+
+
+def _names_in(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError):  # a .ckpt, or damaged
+        return []
 
 
 def is_pipeline_adapter(path: Path) -> bool:
@@ -65,10 +95,11 @@ def merged_once(path: Path) -> str:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The parts of a pipeline's folder by name, (library, class) each, without those that are left out."""
-    return {name: value for name, value in _json(folder / PIPELINE_FILE).items() if value != [None, None]}
+    return {name: value for name, value in read_json(folder / PIPELINE_FILE).items() if value != [None, None]}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of settings says; raises InputError for one that cannot be read."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -99,7 +130,7 @@ def loading(what: str, where: object) -> Iterator[None]:
     """Turn errors of libraries that cannot load `what` into InputError."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         got = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"cannot load {what}", where=where, got=got, fix="download it again: a file is damaged, or of another model"
@@ -115,7 +146,7 @@ def _require_part(part: Path, variant: str | None) -> None:
         raise InputError("a part of the pipeline is missing", where=part, expected=" or ".join(names), fix=fix)
     if kind in wanted:
         return
-    if quantized := _json(part / "config.json").get("quantization_config"):
+    if quantized := read_json(part / "config.json").get("quantization_config"):
         # Loaded as it is it would train on rounded weights, or, of a kind that is not known, on other numbers.
         raise InputError(
             "a part of the pipeline is quantized", where=part, got=quantized.get("quant_method"),

@@ -21,6 +21,7 @@ from prefmill.families.sdxl.folders import (
     loading,
     local_folder,
     read_index,
+    read_json,
     require_files,
     variant_of,
 )
@@ -65,6 +66,12 @@ class SdxlFolder:
 
     def schedule(self, min_snr_gamma: float | None = None, guidance: float | None = None) -> Schedule:
         """The training schedule, with how the denoiser is called; raises ConfigError for what it cannot follow."""
+        if width := self.denoiser_settings.get("time_cond_proj_dim"):
+            # Called without, it is a model that nobody draws with.
+            raise ConfigError(
+                "a UNet that has learnt its guidance cannot be trained", where=self.path / "unet",
+                got=f"time_cond_proj_dim: {width}", fix="start from the model that it was distilled from",
+            )  # fmt: skip
         call = self.backbone.calling(self.denoiser_settings, guidance)
         return load_schedule(self.path, min_snr_gamma, call, self.backbone.patch)
 
@@ -107,6 +114,7 @@ def open_folder(name: str, revision: str | None, variant: str | None) -> SdxlFol
     left_out = folder.backbone.options
     require_parts(folder)
     require_files(folder.path, {part: value for part, value in folder.index.items() if part not in left_out}, variant)
+    require_fit(folder)
     return folder
 
 
@@ -121,6 +129,27 @@ def require_parts(folder: SdxlFolder) -> None:
         raise InputError(
             "a part of the pipeline is missing", where=folder.path / PIPELINE_FILE, got=f"no {', '.join(missing)}",
             expected=", ".join(sorted(needed)), fix="download the whole pipeline: it was saved without these parts",
+        )  # fmt: skip
+
+
+def require_fit(folder: SdxlFolder) -> None:
+    """Raise InputError where the parts of a folder are of different models: they fail in the midst of a drawing."""
+    backbone, settings = folder.backbone, folder.denoiser_settings
+    channels = read_json(folder.path / "vae" / "config.json").get("latent_channels")
+    wanted = channels * backbone.patch**2 if channels and backbone.packed else channels
+    if wanted and settings.get("in_channels") != wanted:
+        raise InputError(
+            f"the {backbone.part} does not take the VAE's latents alone", where=folder.path / backbone.part,
+            got=f"in_channels: {settings.get('in_channels')}", expected=f"{wanted}, of {channels} latent channels",
+            fix="give the model that draws from text alone: this one is for inpainting or editing, or has another VAE",
+        )  # fmt: skip
+    scheduler = read_json(folder.path / "scheduler" / "scheduler_config.json")
+    kind, is_flow = str(scheduler.get("_class_name")), backbone.part == "transformer"
+    if is_flow != (kind.startswith("FlowMatch") or (is_flow and scheduler.get("prediction_type") == "flow_prediction")):
+        raise InputError(
+            "the scheduler is of another kind of model", where=folder.path / "scheduler", got=kind,
+            expected="FlowMatchEulerDiscreteScheduler" if is_flow else "one of diffusion, as EulerDiscreteScheduler",
+            fix="take the folder scheduler/ of the pipeline that this model was made from",
         )  # fmt: skip
 
 

@@ -17,6 +17,10 @@ from prefmill.families.sdxl.backbone import Call, call_sdxl
 from prefmill.training.objective_names import Need
 
 ERRORS: frozenset[Need] = frozenset({"noise_errors", "velocity_errors"})
+_READ = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 _NOTHING_LEFT = 1e-6  # a signal-to-noise ratio that only zero terminal SNR (Lin et al. 2023) has; SDXL's own is 5e-3
 
 
@@ -201,10 +205,18 @@ def shift_by_size(scheduler: Any, patch: int) -> Shift:
 
 
 def _load_diffusion(folder: Path, min_snr_gamma: float | None, call: Call) -> NoiseSchedule:
-    from diffusers import DDPMScheduler
+    import diffusers
 
+    # The folder's own class first: where its file does not say the betas, that has them, and they are not DDPM's.
+    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    own = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+    if not hasattr(own, "alphas_cumprod"):
+        raise ConfigError(
+            "a UNet of this kind of schedule cannot be trained", where=folder / "scheduler", got=name,
+            expected="a diffusion of T timesteps, as of EulerDiscreteScheduler", fix="start from another checkpoint",
+        )  # fmt: skip
     # DDPM's, whatever the folder samples with: only the betas and the kind of prediction are read.
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler = diffusers.DDPMScheduler(**{key: own.config[key] for key in _READ if key in own.config})
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
@@ -48,9 +48,24 @@ def indexed(folder: Path, **change: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
-def quantized(part: Path, method: str) -> None:
+def says(part: Path, **change: Any) -> None:
     path = part / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+def quantized(part: Path, method: str) -> None:
+    says(part, quantization_config={"quant_method": method})
+
+
+def scheduled(folder: Path, kind: str, *left_out: str, **change: Any) -> None:
+    """With a scheduler of another class, whose file leaves some keys to it."""
+    import diffusers
+
+    indexed(folder, scheduler=["diffusers", kind])
+    given = dict(getattr(diffusers, kind)().config) if hasattr(diffusers, kind) else {}
+    path = folder / "scheduler" / "scheduler_config.json"
+    kept = {key: value for key, value in {**given, **change}.items() if key not in left_out}
+    path.write_text(json.dumps({**kept, "_class_name": kind}))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +86,12 @@ def quantized(part: Path, method: str) -> None:
         (lambda folder: (folder / "model_index.json").write_text("{"), None, "not JSON"),
         (lambda folder: (folder / "unet" / "config.json").write_text("{"), None, "not JSON"),
         (lambda folder: indexed(folder, _class_name=None), None, "no backbone"),
+        # Each of these failed in the midst of a drawing, or trained as another model: inpainting and editing models, a
+        # VAE of another family, a scheduler of flow matching.
+        (lambda folder: says(folder / "unet", in_channels=9), None, r"latents alone[\s\S]*got: +in_channels: 9"),
+        (lambda folder: says(folder / "vae", latent_channels=16), None, r"latents alone[\s\S]*expected: 16"),
+        (lambda folder: scheduled(folder, "FlowMatchEulerDiscreteScheduler"), None, "scheduler is of another kind"),
+        (lambda folder: scheduled(folder, "OurScheduler"), None, "cannot load the"),
     ],
 )  # fmt: skip
 def test_a_folder_that_lacks_something_is_refused_by_name(
@@ -91,6 +112,40 @@ def test_parts_of_a_variant_and_others_go_together(model: Path, tmp_path: Path) 
     assert [name for name, value in opened.load_denoiser("fp32").named_parameters() if value.is_meta] == []
     drawn = open_pipeline(GeneratorSource(str(folder), "x", "fp32", variant="fp16"))
     assert {parameter.dtype for parameter in drawn.unet.parameters()} == {torch.float32}
+
+
+def test_a_schedule_is_that_of_the_folders_own_scheduler(model: Path, tmp_path: Path) -> None:
+    """LCM's betas, which its file may leave out, are not DDPM's; EDM has none, a distilled UNet hears its guidance."""
+    import diffusers
+
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    scheduled(folder, "LCMScheduler", "beta_start", "beta_end", "beta_schedule")
+    theirs = diffusers.LCMScheduler.from_pretrained(folder, subfolder="scheduler").alphas_cumprod
+    torch.testing.assert_close(open_folder(str(folder), None, None).schedule().alphas, theirs)
+    for kind in ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"):
+        scheduled(folder, kind)
+        with pytest.raises(ConfigError, match=rf"kind of schedule cannot be trained[\s\S]*{kind}"):
+            open_folder(str(folder), None, None).schedule()
+    says(folder / "unet", time_cond_proj_dim=16)
+    with pytest.raises(ConfigError, match=r"learnt its guidance[\s\S]*time_cond_proj_dim: 16"):
+        open_folder(str(folder), None, None).schedule()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], r"FluxTransformer2DModel\.from_single_file"),
+        (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], r"SD3Transformer2DModel\.from_single_file"),
+        (["cond_stage_model.transformer.weight"], r"\.StableDiffusionPipeline\.from_single_file"),
+        (["conditioner.embedders.0.weight", "v_pred", "ztsnr"], 'XLPipeline.*v_prediction" and rescale_betas_zero_snr'),
+    ],
+)
+def test_a_single_file_is_read_by_its_own_class(tmp_path: Path, names: list[str], said: str) -> None:
+    """And marks of v-prediction, as NoobAI's files have them, are told: diffusers makes a model of noise of those."""
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(1) for name in names}, file)
+    with pytest.raises(InputError, match=said):
+        open_folder(str(file), None, None)
 
 
 @pytest.mark.parametrize("is_file", [True, False])
