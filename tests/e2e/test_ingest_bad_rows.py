@@ -163,6 +163,16 @@ def test_half_of_a_surrogate_pair_is_a_bad_row_wherever_it_stands(tmp_path: Path
         execute(planned(tmp_path / "strict", sources=sources))
 
 
+def test_a_scale_that_ends_earlier_and_html_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stars = [row(n, rating=1 + n % 5, review_text=f"Fine.<br />{n}") for n in range(20)]
+    path = jsonl(tmp_path / "stars.jsonl", *stars)
+    told = ("no rating of source 0 is above 5 on 1 to 10: set rating_max", "20 reviews hold HTML")
+    warnings = summary(ingest(tmp_path / "one", sources=[{"format": "jsonl", "path": path}]))["warnings"]
+    assert all(any(warning.startswith(start) for warning in warnings) for start in told)
+    right = {"format": "jsonl", "path": path, "rating_max": 5, "html": True}
+    assert summary(ingest(tmp_path / "two", sources=[right]))["warnings"] == []
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", row(1, rating=0))
     sources = [{"format": "jsonl", "path": path}]

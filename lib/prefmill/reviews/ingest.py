@@ -17,6 +17,7 @@ from tqdm import tqdm
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
+from prefmill.reviews.markup import holds_html
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
 from prefmill.reviews.rejects import SHOWN_PROBLEMS, Rejects
 from prefmill.reviews.rows import (
@@ -39,6 +40,7 @@ from prefmill.store.jsonl import JsonlWriter
 from prefmill.store.missing import Progress
 
 _SHOWN_UNKNOWN = 100
+_JUDGED_REVIEWS, _SHORT_SCALE = 20, 0.6  # from so many on, ratings in the lower part of a scale are of another one
 _ROWS_A_LOOK = 64  # at the clock, for the progress
 _STORED = (PaperRow, ReviewRow, DecisionRow, DeletedRow)
 _log = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class IngestTally:
     merged: list[tuple[str, str]] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
+    html: int = 0
+    low_scales: list[str] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """What someone who reads the numbers must know, a sentence each."""
@@ -77,6 +81,9 @@ class IngestTally:
             f"{self.deleted} reviews and papers were left out, as a later version is deleted": self.deleted,
             f"{orphans} reviews of {len(self.orphans)} papers that are deleted or not in the sources were left out: "
             f"{_first_of(self.orphans)}": self.orphans,
+            f"{self.html} reviews hold HTML, such as <br /> or &amp;, which models would learn: set html: true "
+            "in their source to read it as text": self.html,
+            "; ".join(self.low_scales): self.low_scales,
             f"{len(self.merged)} papers were merged into others with the same title": self.merged,
             f"{self.unknown.total()} values are unknown and were left out: {_named(self.unknown)}": self.unknown,
         }
@@ -93,7 +100,7 @@ def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Reject
                 # No total: to count the rows, every source would have to be read twice.
                 progress(tally.rows, None, "rows")
             tally.rows += 1
-            _take(row, store, rejects, counts, tally.unknown)
+            _take(row, store, rejects, counts, tally)
         counts["rows"] = tally.rows - before
         if not counts["rows"]:
             raise InputError(
@@ -108,6 +115,11 @@ def link(store: CorpusStore, rejects: Rejects, tally: IngestTally) -> None:
     """Make whole papers of what was collected: decisions, no orphans, one paper a title."""
     store.drop_deleted()
     tally.orphans = store.drop_orphans(all_of_them=rejects.config.unknown_papers == "drop")
+    tally.low_scales = [
+        f"no rating of source {number} is above {best:g} on {low:g} to {high:g}: set rating_max if its scale ends there"
+        for (number, (low, high)), (best, count) in store.highest_ratings().items()
+        if count >= _JUDGED_REVIEWS and best - low <= _SHORT_SCALE * (high - low)
+    ]
     for problem in store.link():
         rejects.add(problem)
     # Before titles are merged: a merged paper has the smallest id, which must not be that of a dropped paper.
@@ -190,7 +202,7 @@ def _take(
     store: CorpusStore,
     rejects: Rejects,
     counts: Counter[str],
-    unknown: Counter[str],
+    tally: IngestTally,
 ) -> None:
     if isinstance(row, RowProblem):
         rejects.add(row)
@@ -201,10 +213,11 @@ def _take(
             if isinstance(item, _STORED):
                 # A row's paper stays in the store where its review is at fault: other rows bring more reviews of it.
                 store.add(read.place, item)
+                tally.html += isinstance(item, ReviewRow) and holds_html(item.text)
             elif isinstance(item, Skipped):
                 counts[f"skipped: {item.kind}"] += 1
             else:
-                unknown[str(item)] += 1
+                tally.unknown[str(item)] += 1
     except RowError as error:
         rejects.add(problem_with(read, error))
     except UnicodeEncodeError:  # texts were looked at; what remains is the name of a score, which nobody cleans

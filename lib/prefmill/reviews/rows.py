@@ -162,7 +162,9 @@ def spelled(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_fields(values: Mapping[str, Any], required: set[str], valid: set[str], ignore_extra: bool, what: str) -> None:
+def check_fields(
+    values: Mapping[str, Any], required: set[str], valid: set[str], ignore_extra: bool, what: str, or_else: str = ""
+) -> None:
     """Raises RowError when a required field is missing or, unless they are ignored, an unknown one is there."""
     # Two set comparisons pass nearly every row; only faulty rows pay for the rest.
     if required <= values.keys() <= valid:
@@ -170,7 +172,7 @@ def check_fields(values: Mapping[str, Any], required: set[str], valid: set[str],
     missing = sorted(required - values.keys())
     if missing:
         reason = f"missing in the {what}: {', '.join(missing)}"
-        raise RowError(reason, f"add what is missing, or remove the {what}")
+        raise RowError(reason, f"add what is missing, or remove the {what}{or_else}")
     extra = sorted(values.keys() - valid)
     if extra and not ignore_extra:
         hint = nearest(extra[0], sorted(valid))
@@ -214,7 +216,8 @@ def parse_id(value: Any, name: str, prefix: str = "") -> str:
     """An id that can also name a file: text without spaces, slashes or control characters."""
     if isinstance(value, str) and _PLAIN_ID.fullmatch(value):
         return prefix + value
-    identifier = required_text(value, name)
+    # bool is an int to isinstance, and `true` no id.
+    identifier = str(value) if type(value) is int else required_text(value, name)
     if _NOT_IN_ID.search(identifier) or identifier.startswith(".") or len(identifier) > _MAX_ID_CHARS:
         raise RowError(
             f"{name} {excerpt(identifier)!r} cannot name a file",

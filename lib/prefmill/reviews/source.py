@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, later
 from prefmill.core.records import Decision
+from prefmill.reviews.markup import without_html
 from prefmill.reviews.rows import (
     Item,
     RawRow,
@@ -36,7 +37,7 @@ class SourceConfig(StrictConfig, ABC):
     `venue` names the venue of rows that name none, `id_prefix` goes before every id, so that sources that number
     from 1 can be put together. `rating_words` gives the numbers of ratings in words, within rating_min to rating_max;
     `lower_is_better` turns all ratings over (1 of 1 to 5 is 5). `confidence_words` gives the numbers of confidences
-    (1 to 5), `decision_words` the decisions that a venue's own words mean.
+    (1 to 5), `decision_words` the decisions that a venue's own words mean. `html` reads texts that are HTML as text.
     """
 
     # Whole numbers, as those of the first release: 1.0 has another fingerprint, and corpora would be made again.
@@ -48,6 +49,7 @@ class SourceConfig(StrictConfig, ABC):
     confidence_words: dict[str, Annotated[float, Field(ge=1, le=5)]] = later({})
     decision_words: dict[str, Decision] = later({})
     decimal_comma: bool = later(False)
+    html: bool = later(False)
     venue: str = ""
     id_prefix: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")  # ids name files
     ignore_extra_fields: bool = False
@@ -150,7 +152,7 @@ def read_source(config: SourceConfig, source: int) -> Iterator[tuple[RawRow, lis
         if isinstance(row, RowProblem):
             yield row
             continue
-        values = row.values
+        values = without_html(row.values) if config.html else row.values
         missing: list[tuple[str, str]] = []
         if row.may_hold_nan or words:  # most rows are known to hold none: to look takes a tenth of a row
             values, missing = without_missing(values, words)

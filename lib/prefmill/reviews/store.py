@@ -154,6 +154,16 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             self._database.execute(f"DELETE FROM {table} WHERE {unknown}")  # noqa: S608
         return found
 
+    def highest_ratings(self) -> dict[tuple[int, Scale], tuple[float, int]]:
+        """The highest rating and the number of reviews of each source and scale."""
+        found: dict[tuple[int, Scale], tuple[float, int]] = {}
+        query = "SELECT file, rating_min, rating_max, max(rating), count(*) FROM reviews GROUP BY 1, 2, 3"
+        for file, low, high, rating, count in self._database.execute(query):
+            key = self._files[file][0], (low, high)
+            known, before = found.get(key, (rating, 0))
+            found[key] = max(known, rating), before + count
+        return found
+
     def link(self) -> Iterator[RowProblem]:
         """Index the reviews and bring decisions to their papers; what belongs to no paper is yielded."""
         # Only now: to build an index once costs less than to keep it right through every insert.

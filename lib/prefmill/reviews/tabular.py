@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from prefmill.core.config import later
 from prefmill.reviews.decision_words import DECISIONS
 from prefmill.reviews.files import CSV, JSON_LINES, csv_rows, files_at, jsonl_rows
 from prefmill.reviews.generated import generate
@@ -40,13 +41,42 @@ _MISSING = frozenset({
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
     "NaN", "None", "n/a", "nan", "null",
 })  # fmt: skip
+_NAMES_FIX = ", or give the file's own names in columns of this source, such as columns: {review_text: reviewText}"
 _DECISION_FIX = (
     f"use one of {', '.join(DECISIONS)}, leave it empty, or say in decision_words of this source which it means"
 )
 
 
-class JsonlSource(FileSource):
-    """One JSON object a line, plain or packed, or one row of Parquet, with the fields of `VALID_FIELDS`."""
+class _TableSource(FileSource):
+    """Rows with the fields of `VALID_FIELDS`; `columns` names the file's own field for one where the two differ."""
+
+    columns: dict[str, str] = later({})
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        unknown = sorted(name for name in self.columns if name not in VALID_FIELDS and not _is_sub_score(name))
+        if unknown:
+            raise ValueError(f"columns: no field '{unknown[0]}'; fields: {', '.join(sorted(VALID_FIELDS))}")
+        return self
+
+    def named(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A row by the names of `VALID_FIELDS`; raises RowError where it lacks what `columns` names."""
+        if not self.columns:
+            return values
+        if missing := sorted(set(self.columns.values()) - values.keys()):
+            raise RowError(f"columns names '{missing[0]}', which the file has not", "correct columns of this source")
+        taken = set(self.columns.values())
+        # The file's own field of a name that stands for another one is one more: it must not take that one's place.
+        rest = {
+            f"{name} (the file's own)" if name in self.columns else name: value
+            for name, value in values.items()
+            if name not in taken
+        }
+        return rest | {field: values[column] for field, column in self.columns.items()}
+
+
+class JsonlSource(_TableSource):
+    """One JSON object a line, plain or packed, or one row of Parquet."""
 
     format: Literal["jsonl"]
 
@@ -56,24 +86,17 @@ class JsonlSource(FileSource):
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""
-        return row_items(values, self)
+        return row_items(self.named(values), self)
 
 
-class CsvSource(FileSource):
-    """A CSV file with a header, or Parquet; `columns` names the file's column for a field where the two differ.
+class CsvSource(_TableSource):
+    """A CSV file with a header, or Parquet.
 
     Cells end at commas, or at the semicolons or tabs of the header. Sub-scores are columns named `sub_scores.<name>`.
     """
 
     format: Literal["csv"]
     columns: dict[str, str] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _check_columns(self) -> Self:
-        unknown = sorted(name for name in self.columns if name not in VALID_FIELDS and not _is_sub_score(name))
-        if unknown:
-            raise ValueError(f"columns: no field '{unknown[0]}'; fields: {', '.join(sorted(VALID_FIELDS))}")
-        return self
 
     @cached_property
     def missing_words(self) -> frozenset[str]:
@@ -86,10 +109,7 @@ class CsvSource(FileSource):
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""
-        fields = {column: field for field, column in self.columns.items()}
-        if missing := sorted(fields.keys() - values.keys()):
-            raise RowError(f"columns names '{missing[0]}', which the file has not", "correct columns of this source")
-        named = {fields.get(column, column): cell for column, cell in values.items()}
+        named = self.named(values)
         # A CSV row cannot leave out a column: an empty cell is a review without that sub-score.
         sub_scores = {
             name.removeprefix(_SUB_SCORE_COLUMN): cell
@@ -120,7 +140,7 @@ class GeneratedSource(SourceConfig):
 
 def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False) -> list[Item]:
     """The paper and the review of one row; raises RowError naming the field at fault."""
-    check_fields(values, REQUIRED_FIELDS, VALID_FIELDS, config.ignore_extra_fields, "row")
+    check_fields(values, REQUIRED_FIELDS, VALID_FIELDS, config.ignore_extra_fields, "row", _NAMES_FIX)
     paper = _paper(values, config, drawn)
     confidence, unknown = config.confidence(values.get("confidence"))
     scores, in_words = _sub_scores(values.get("sub_scores"))

@@ -20,6 +20,7 @@ from pyarrow import parquet
 from prefmill.core.errors import InputError
 from prefmill.reviews import files
 from prefmill.reviews.decision_words import decision_in
+from prefmill.reviews.markup import without_html
 from prefmill.reviews.rows import (
     DecisionRow,
     PaperRow,
@@ -206,7 +207,7 @@ def test_parquet_is_read_as_json_lines_and_tables_are(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(decimals), tmp_path / "x.parquet")
     wanted = items_of(source(format="jsonl", path=tmp_path / "x.jsonl"))
     assert items_of(source(format="jsonl", path=tmp_path / "x.parquet")) == wanted
-    flat = [{**row, "sub_scores.clarity": row.pop("sub_scores")["clarity"], "score": row.pop("rating")} for row in rows]
+    flat = [{"sub_scores.clarity": row.pop("sub_scores")["clarity"], "score": row.pop("rating"), **row} for row in rows]
     parquet.write_table(pyarrow.Table.from_pylist(flat), tmp_path / "flat.parquet")
     # A sub-score of 0 is one.
     assert items_of(source(format="csv", path=tmp_path / "flat.parquet", columns={"rating": "score"})) == wanted
@@ -345,3 +346,44 @@ def test_replies_inside_replies_are_read(tmp_path: Path) -> None:
     inner = note(id="n2", details={"replies": [note(id="n3")]})
     items, _ = notes_of(tmp_path / "x.jsonl", note(details={"directReplies": [inner]}))
     assert [review.review_id for review in items] == ["n1", "n2", "n3"]
+
+
+@pytest.mark.parametrize("columns", [("rating", "final"), ("final", "rating")])
+def test_a_column_that_is_named_wins_whatever_the_order(tmp_path: Path, columns: tuple[str, str]) -> None:
+    cells = {"rating": "2", "final": "9"}
+    text = (
+        f"paper_id,title,review_id,review_text,{','.join(columns)}\np,T,r,Fine.,{','.join(map(cells.get, columns))}\n"
+    )
+    path, named = write(tmp_path / "x.csv", text), {"rating": "final"}
+    _, problems = read(source(format="csv", path=path, columns=named))
+    assert problems[0].reason.startswith("unknown field 'rating (the file's own)'")
+    for form in ("csv", "jsonl"):
+        if form == "jsonl":
+            row = dict(zip(text.split("\n")[0].split(","), text.split("\n")[1].split(","), strict=True))
+            path = write(tmp_path / "x.jsonl", json.dumps({**row, "review_id": 7}))
+        (_, review) = items_of(source(format=form, path=path, columns=named, ignore_extra_fields=True))
+        assert (review.rating, review.review_id) == (9.0, {"csv": "r", "jsonl": "7"}[form])
+
+
+def test_one_column_may_stand_for_two_fields(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", json.dumps({"asin": "B1", "id": 1, "reviewText": "Fine.", "overall": 5.0}))
+    _, problems = read(source(format="jsonl", path=path))
+    assert "columns: {review_text: reviewText}" in problems[0].fix
+    columns = {"paper_id": "asin", "title": "asin", "review_id": "id", "review_text": "reviewText", "rating": "overall"}
+    paper, review = items_of(source(format="jsonl", path=path, columns=columns, rating_max=5))
+    assert (paper.paper_id, paper.title, review.text) == ("B1", "B1", "Fine.")
+
+
+HTML = '<p>It&#39;s <b>good</b> &amp; new.</p>\r\n<div class="x">a < b and c > d, &lt;p&gt;<br /><br/>End'
+
+
+def test_html_is_read_as_text_where_a_source_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", json.dumps({**ROW, "review_text": HTML}))
+    *_, review = [
+        item for item in items_of(source(format="jsonl", path=path, html=True)) if isinstance(item, ReviewRow)
+    ]
+    assert review.text == "It's good & new.\na < b and c > d, <p>\nEnd"
+    *_, kept = [item for item in items_of(source(format="jsonl", path=path)) if isinstance(item, ReviewRow)]
+    assert "<br />" in kept.text
+    for plain in ("a < b and c > d", "R&D; AT&T", "<think> if x<i and y>j", "p < .05; a<b>c?"[:9]):
+        assert without_html({"x": [plain]}) == {"x": [plain]}

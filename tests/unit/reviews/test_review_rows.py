@@ -143,8 +143,10 @@ def test_ids_take_a_prefix() -> None:
     assert parse_id("-1x2_y", "paper_id", "acl-") == "acl--1x2_y"
     with pytest.raises(RowError, match="empty paper_id"):
         parse_id("", "paper_id")
-    with pytest.raises(RowError, match="not text but int"):
-        parse_id(12, "paper_id")
+    assert parse_id(12, "paper_id", "b") == "b12"
+    for value in (True, 12.0):
+        with pytest.raises(RowError, match="not text but"):
+            parse_id(value, "paper_id")
 
 
 def test_excerpts_are_short_and_encodable() -> None:

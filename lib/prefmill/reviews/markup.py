@@ -1,0 +1,33 @@
+"""HTML in texts, as shops and journals keep their reviews: found, and read as plain text where a source says so."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+_BLOCKS = "p|br|div|li|ul|ol|blockquote|tr|h[1-6]"
+# Whole tags with whole attributes: "a < b and c > d" is none.
+_TAG = re.compile(
+    rf"""</?(?:({_BLOCKS})|b|i|u|em|strong|span|a|sub|sup)(?:\s+[\w-]+=(?:"[^"]*"|'[^']*'))*\s*/?>""", re.IGNORECASE
+)
+_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{1,6}|#x[0-9a-f]{1,5});", re.IGNORECASE)
+_BLANK = re.compile(r"[ \t]*\n\s*")
+
+
+def holds_html(text: str) -> bool:
+    """Whether there are tags or entities of HTML in `text`."""
+    return ("<" in text and _TAG.search(text) is not None) or ("&" in text and _ENTITY.search(text) is not None)
+
+
+def without_html(value: Any) -> Any:
+    """`value`, and what is in it, with plain text in place of HTML: a line for every block."""
+    if isinstance(value, dict):
+        return {name: without_html(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_html(inner) for inner in value]
+    if not isinstance(value, str) or not holds_html(value):
+        return value
+    # Tags first: an entity may spell a tag that is meant to be read.
+    text = html.unescape(_TAG.sub(lambda tag: "\n" if tag[1] else "", value)).replace("\xa0", " ")
+    return _BLANK.sub("\n", text).strip()
