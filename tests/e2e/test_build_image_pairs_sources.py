@@ -129,6 +129,44 @@ def test_pairs_of_a_table_or_a_dataset_are_those_of_lines(tmp_path: Path, form: 
     assert len(shown(found)) == NUM_PROMPTS
 
 
+def test_every_split_of_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    """As all files of a folder are; and a caption is a prompt."""
+    from datasets import Dataset, DatasetDict
+
+    rows = []
+    for number in range(8):
+        for side in ("chosen", "rejected"):
+            draw(tmp_path / f"{side}{number}.png", 100 * number + ord(side[0]))
+        both = {side: (tmp_path / f"{side}{number}.png").read_bytes() for side in ("chosen", "rejected")}
+        rows.append({"caption": f"bars {number}", **both})
+    DatasetDict({"validation": Dataset.from_list(rows[:5]), "test": Dataset.from_list(rows[5:])}).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    task = build_from(tmp_path / "t", {"format": "pairs", "pairs": str(tmp_path / "saved")})
+    assert sorted(row["prompt"] for row in pairs(task)) == [f"bars {number}" for number in range(8)]
+
+
+@pytest.mark.parametrize(("name", "between"), [("p.csv", ";"), ("p.tsv", "\t")])
+def test_tables_of_pairs_are_read_as_those_of_prompts(tmp_path: Path, name: str, between: str) -> None:
+    lines = [between.join(("Prompt", "Chosen", "Rejected"))]
+    for number in range(4):
+        for side in "ab":
+            draw(tmp_path / f"{side}{number}.png", 100 * number + ord(side))
+        lines.append(between.join((f"bars, {number}", f"a{number}.png", f"b{number}.png")))
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    task = build_from(tmp_path / "t", {"format": "pairs", "pairs": str(tmp_path / name)})
+    assert sorted(row["prompt"] for row in pairs(task)) == [f"bars, {number}" for number in range(4)]
+
+
+def test_archives_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "00000.tar").write_bytes(b"\xff" * 600)
+    with pytest.raises(InputError, match=r"got: +\.tar[\s\S]*load_dataset\('webdataset'"):
+        build_from(tmp_path / "t", {"format": "pickapic", "path": str(tmp_path / "set")})
+    with pytest.raises(InputError, match="this kind of file is not known"):
+        build_from(tmp_path / "u", {"format": "pairs", "pairs": str(tmp_path / "set" / "00000.tar")})
+
+
 def test_a_bad_row_with_its_pictures_is_set_aside(tmp_path: Path) -> None:
     import pandas
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import started
 from PIL import Image
 from training_artifacts import make_task
 
@@ -146,6 +147,38 @@ def test_the_page_opens_with_the_pairs_trained_on_not_with_all_that_were_built(t
     tuned = [make(tmp_path / name, "image_checkpoint", "sdxl_dpo", {"pairs": 1078}) for name in ("rated", "shuffled")]
     told = [line for line in facts([built, *tuned], None, False) if "trained on" in line]
     assert told == ["trained on 1\u202f078 image pairs"]
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+def test_tables_keep_inside_their_cards_on_a_phone(tmp_path: Path, chromium: str) -> None:
+    reward = make_reward(tmp_path / "reward")
+    report(tmp_path, images=make_evaluation(tmp_path / "e", reward, 1.0, -0.01), rewards=reward)
+    with started(chromium, tmp_path / "profile") as browser, browser.tab() as page:
+        page.resize(390, 844)
+        page.open(f"file://{tmp_path / 'out' / 'report.html'}")
+        page.wait("document.readyState === 'complete'")
+        wide = page.read(
+            "[...document.querySelectorAll('.card')].filter(card => card.scrollWidth > card.clientWidth).length"
+        )
+        assert wide == 0
+
+
+def test_the_page_opens_with_what_was_tuned_and_what_judges(tmp_path: Path) -> None:
+    """Two folders called alike are two models; the numbers of an adapter are not its base's."""
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "clip").mkdir()
+    save_file({"w": torch.zeros(3, 2)}, tmp_path / "clip" / "model.safetensors")
+    clip = make(tmp_path / "clip", "checkpoint", "tiny_image_model", {}, {"model_name_or_path": "/a/base"})
+    for name in ("reward", "tuned"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.zeros(1000, 2)}, tmp_path / name / "pytorch_lora_weights.safetensors")
+    origin = Provenance("train_reward", "all", "f", {}, {}, "0", {"clip": [clip.manifest.content_digest]})
+    reward = publish(tmp_path / "reward", "reward_model", origin, {})
+    tuned = make(tmp_path / "tuned", "image_checkpoint", "sdxl_dpo", {}, {"model_name_or_path": "/b/base"})
+    assert facts([clip, reward, tuned], None, False) == ["reward model's base: base, 6 parameters", "base: base"]
 
 
 def test_a_margin_of_pictures_is_of_errors_and_no_review_is_named(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def check_images(images: list[SourceImage], quarantine: Quarantine) -> dict[str,
                 good[image.image_id] = found
             else:
                 got = str(found.details["got"] or "")
-                quarantine.add("image", image.where, found.what, image_id=image.image_id, got=got)
+                quarantine.add("image", image.where, found.what, image_id=image.image_id, file=image.listed_as, got=got)
     return good
 
 

@@ -8,18 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import InputError
-from prefmill.store.jsonl import read_jsonl
-from prefmill.store.row_files import SUFFIXES, file_rows, is_saved_to_disk
+from prefmill.images.prompts import read_table
+from prefmill.store.jsonl import parse_json, read_jsonl
+from prefmill.store.row_files import file_rows, is_saved_to_disk
 
 
 def data_files(path: Path) -> list[Path]:
-    """`path` itself, or the .parquet and .jsonl files of a folder; what `save_to_disk` wrote is read as one file."""
+    """`path` itself, or the .parquet and .jsonl files of a folder; what `save_to_disk` wrote is a file for every split.
+
+    All splits are read, as all files of a folder are: pairs are split anew, by prompt.
+    """
+    if (splits := path / "dataset_dict.json").is_file():
+        return [path / name for name in parse_json(splits.read_bytes())["splits"]]
     if not path.is_dir() or is_saved_to_disk(path):
         return [path]
     # Sorted: file systems list a folder in different orders, and the order decides which of two ratings is first.
     files = sorted(item for item in path.rglob("*") if item.suffix in (".parquet", ".jsonl"))
     if not files:
-        raise InputError("no .parquet or .jsonl file in the folder", where=path, fix="give the folder that holds them")
+        others = sorted({item.suffix for item in path.rglob("*") if item.is_file()})
+        raise InputError(
+            "no .parquet or .jsonl file in the folder", where=path, got=", ".join(others) or "no file",
+            fix="give the folder that holds them, or a file: a .json, .csv or .tsv; archives of webdataset become rows "
+            "by datasets.load_dataset('webdataset', data_files='FOLDER/*.tar', split='train').to_parquet('FILE')",
+        )  # fmt: skip
     return files
 
 
@@ -27,10 +38,12 @@ def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[str, An
     """Where each row of a file stands, and the row; of Parquet only `columns` where some are named."""
     if file.suffix == ".parquet":
         found = ((f"{number}", row) for number, row in enumerate(_parquet_rows(file, columns), 1))
-    elif is_saved_to_disk(file) or (file.name.endswith(SUFFIXES) and file.suffix != ".jsonl"):
-        found = ((row.where.removeprefix(f"{file}:"), row.values) for row in file_rows(file))
-    else:
+    elif file.suffix == ".jsonl":
         found = ((f"{number}", row) for number, row in enumerate(read_jsonl(file), 1))
+    elif file.suffix in (".csv", ".tsv"):
+        found = ((f"{number}", row) for number, row in read_table(file, ()))
+    else:
+        found = ((row.where.removeprefix(f"{file}:"), row.values) for row in file_rows(file))
     yield from ((f"{file.name}:{place}", row) for place, row in found)
 
 

@@ -50,8 +50,8 @@ class ScoresSource(StrictConfig):
 class PairsSource(StrictConfig):
     """Pairs of other tools, older scripts or by hand: a row a pair, with its prompt and both images.
 
-    A .jsonl, .csv, .json, .parquet or .arrow file, or a folder as datasets writes it. Images are files, relative to
-    `images` or to the file's folder, or bytes.
+    A .jsonl, .csv, .tsv, .json, .parquet or .arrow file, or a folder as datasets writes it. Images are bytes, or files
+    relative to `images` or to the file's folder.
     """
 
     format: Literal["pairs"]
@@ -111,7 +111,7 @@ def _read_pairs(source: PairsSource, work: Path, collection: Collection) -> None
         if reason := _pair_fault(row):
             collection.quarantine.add("row", where, reason, row=_without_bytes(row))
             continue
-        prompt, folder = " ".join(row["prompt"].split()), source.images or base
+        prompt, folder = " ".join(_prompt(row).split()), source.images or base
         prompt_id = safe_name(str(row.get("prompt_id") or prompt_id_of(prompt)))
         ids = []
         for content in _pictures(row):
@@ -129,7 +129,7 @@ def _pair_fault(row: Any) -> str | None:
     """Why a line of pairs cannot be used."""
     if not isinstance(row, dict):
         return "not an object"
-    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+    if not _prompt(row).strip():
         return "no prompt"
     if not _pictures(row):
         return "no two images"
@@ -137,6 +137,12 @@ def _pair_fault(row: Any) -> str | None:
         return "a label outside 0 to 1"
     files = [picture_path(content) or "" for content in _pictures(row)]
     return "images' names cannot be used" if any(".." in Path(file).parts for file in files) else None
+
+
+def _prompt(row: dict[str, Any]) -> str:
+    """What the images are of; many files call it a caption."""
+    found = row.get("prompt") or row.get("caption")
+    return found if isinstance(found, str) else ""
 
 
 def _pictures(row: dict[str, Any]) -> list[Any]:

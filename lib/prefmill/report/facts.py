@@ -27,11 +27,16 @@ def _bases(artifacts: Sequence[Artifact]) -> Iterator[str]:
     """Models that no other model here was trained from."""
     models = [item for item in artifacts if item.manifest.kind in MODELS]
     digests = {item.manifest.content_digest for item in models}
+    judging = {digest for item in artifacts if item.manifest.kind == "reward_model" for digest in _inputs(item)}
     for item in models:
-        given = {digest for of_input in item.manifest.inputs.values() for digest in of_input}
-        if not given & digests:
+        if not _inputs(item) & digests:
             size = num_parameters(item)
-            yield f"base: {_name(item)}" + (f", {_short(size)} parameters" if size else "")
+            kind = "reward model's base" if item.manifest.content_digest in judging else "base"
+            yield f"{kind}: {_name(item)}" + (f", {_short(size)} parameters" if size else "")
+
+
+def _inputs(artifact: Artifact) -> set[str]:
+    return {digest for of_input in artifact.manifest.inputs.values() for digest in of_input}
 
 
 def _name(artifact: Artifact) -> str:
@@ -48,7 +53,9 @@ def num_parameters(artifact: Artifact) -> int:
 
     total = 0
     for entry in artifact.manifest.files:
-        if entry.path.endswith(".safetensors") and "adapter" not in entry.path:
+        # Of a tuned image model the files beside its folders are adapters too.
+        is_adapter = "adapter" in entry.path or (artifact.manifest.kind == "image_checkpoint" and "/" not in entry.path)
+        if entry.path.endswith(".safetensors") and not is_adapter:
             # safetensors has the shapes in its header: no weight is read, and torch need not be imported.
             with safe_open(artifact.path / entry.path, framework="np") as stored:
                 shapes = [stored.get_slice(name).get_shape() for name in list(stored.keys())]

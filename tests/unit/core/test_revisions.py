@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,28 @@ def test_a_revision_without_effect_is_refused(stage: str, keys: dict[str, Any], 
             validate(schema, values)
         validate(schema, {**values, revision: None})  # the fix
     assert getattr(validate(schema, {**keys, name: "me/mine", revision: "v2"}), revision) == "v2"
+
+
+def test_the_revision_of_an_adapter_as_reference_is_not_asked_of_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from prefmill.families.causal.other_reference import reference_parts, reference_revision
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--me--adapter" / "snapshots" / "v2"
+    folder.mkdir(parents=True)
+    said = {"base_model_name_or_path": "me/base", "peft_type": "LORA"}
+    schema = load_stage("dpo").config
+    for own in (None, "v7"):
+        (folder / "adapter_config.json").write_text(json.dumps({**said, "revision": own}))
+        config = validate(schema, {**TRAINING, "ref_name": "me/adapter", "ref_revision": "v2"})
+        parts = reference_parts(config)
+        assert parts == ("me/base", folder)
+        assert reference_revision(config, folder) == own
+    whole = validate(schema, {**TRAINING, "ref_name": "me/whole", "ref_revision": "v2"})
+    assert reference_revision(whole, None) == "v2"
 
 
 def test_so_is_that_of_a_judge(tmp_path: Path) -> None:

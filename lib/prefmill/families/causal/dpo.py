@@ -27,7 +27,7 @@ from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.load_check import as_scorer, check_in_shards
 from prefmill.families.causal.loading import load_model, load_tokenizer
-from prefmill.families.causal.other_reference import check_reference, reference_parts
+from prefmill.families.causal.other_reference import check_reference, reference_parts, reference_revision
 from prefmill.families.causal.router_loss import RoutedFamily, count_routing
 from prefmill.families.causal.scorer import (
     Batch,
@@ -280,7 +280,7 @@ def _other_reference(
     """Another checkpoint than the policy, as training would hold it."""
     # transformers' sharded loading would come before the adapter is put on; `scoring_model` shares both together.
     with unsharded_loading():
-        model = load_policy(base, config, config.ref_revision)
+        model = load_policy(base, config, reference_revision(config, adapter))
     if adapter is not None:
         model = put_on(model, adapter)  # not merged: in bf16 that would round it away
     with scoring_model(model, trainer, config, kept_dtype(config)) as reference:
@@ -289,7 +289,9 @@ def _other_reference(
 
 
 def _weights(base: str, adapter: Path | None, config: PreferenceConfig) -> str:
-    return "+".join([weights_of(base, config.ref_revision), *([digest_path(adapter)] if adapter else [])])
+    return "+".join(
+        [weights_of(base, reference_revision(config, adapter)), *([digest_path(adapter)] if adapter else [])]
+    )
 
 
 def _content(group: Group, config: PreferenceConfig, reader: ImageReader | None) -> list[Any]:

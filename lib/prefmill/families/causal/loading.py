@@ -144,6 +144,13 @@ def require_folder(name_or_path: str) -> None:
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).is_dir():
         raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")
+    ours = ("model_index.json", "pytorch_lora_weights.safetensors")  # of diffusers
+    if pictures := [name for name in ours if Path(name_or_path, name).is_file()]:
+        raise InputError(
+            "a model that makes pictures, not text", where=name_or_path, got=pictures[0],
+            expected="a language model's folder, with its config.json",
+            fix="give that; this one is for sdxl_dpo, generate_images and evaluate_images",
+        )  # fmt: skip
     if is_both(Path(name_or_path)):
         raise InputError(
             "this folder has a whole model and an adapter", where=name_or_path, got="adapter_config.json too",

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_tokenizer
 from prefmill.families.causal.quantized import require_trainable
-from prefmill.training.adapter_folder import read_adapter, split_adapter
+from prefmill.training.adapter_folder import base_revision, read_adapter, split_adapter
 from prefmill.training.objectives import Objective
 from prefmill.training.preference_config import PreferenceConfig
 
@@ -28,6 +28,11 @@ def reference_parts(config: PreferenceConfig) -> tuple[str, Path | None] | None:
         return None if name is None else split_adapter(name, config.ref_revision)
     except ValueError as error:
         raise ConfigError("the reference cannot be loaded", where=name, got=error, fix="merge the adapter") from None
+
+
+def reference_revision(config: PreferenceConfig, adapter: Path | None) -> str | None:
+    """The revision of the whole model: `ref_revision`, or the one that an adapter as reference names for its base."""
+    return config.ref_revision if adapter is None else base_revision(adapter)
 
 
 def check_reference(
@@ -51,7 +56,7 @@ def check_reference(
             "ref_name is given, but no objective here has a reference", got=", ".join(config.loss_type),
             fix="leave ref_name out, or add an objective with a reference, such as sigmoid",
         )  # fmt: skip
-    trust, revision = config.trust_remote_code, config.ref_revision
+    trust, revision = config.trust_remote_code, reference_revision(config, adapter)
     # Its template never writes a prompt: any day will do for one that reads the clock.
     other = load_tokenizer(name, revision=revision, trust_remote_code=trust, today=date.today())
     _same_vocabulary(name, tokenizer.get_vocab(), other.get_vocab())

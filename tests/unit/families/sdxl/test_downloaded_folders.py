@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.demo.tiny_models import build
+from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.generator import ADAPTER_FILE, GeneratorSource, add_adapter, open_pipeline
 from prefmill.families.sdxl.loading import open_folder
@@ -112,6 +114,15 @@ def test_parts_of_a_variant_and_others_go_together(model: Path, tmp_path: Path) 
     assert [name for name, value in opened.load_denoiser("fp32").named_parameters() if value.is_meta] == []
     drawn = open_pipeline(GeneratorSource(str(folder), "x", "fp32", variant="fp16"))
     assert {parameter.dtype for parameter in drawn.unet.parameters()} == {torch.float32}
+
+
+def test_a_stage_of_texts_refuses_a_model_of_pictures(model: Path, tmp_path: Path) -> None:
+    """Pipelines and adapters of sdxl_dpo: transformers spoke of a tokenizer without sentencepiece."""
+    (tmp_path / ADAPTER_FILE).touch()
+    for folder in (model, tmp_path):
+        for load in (load_tokenizer, partial(load_model, precision="fp32")):
+            with pytest.raises(InputError, match=r"makes pictures, not text[\s\S]*sdxl_dpo"):
+                load(str(folder))
 
 
 def test_a_schedule_is_that_of_the_folders_own_scheduler(model: Path, tmp_path: Path) -> None:
