@@ -149,7 +149,7 @@ def test_every_section_that_says_something_is_kept(tmp_path: Path) -> None:
     assert "applicable" not in texts["r4c"]
     assert "## Weaknesses\nNo baseline." in texts["r4c"]
     summary = json.loads(corpus.file("summary.json").read_text())
-    assert summary["sources"][0]["skipped: section without content (N/A)"] == 1
+    assert summary["sources"][0]["skipped: section without content (N/A, yes, no)"] == 1
 
 
 def test_the_advice_of_a_refusal_is_taken_until_it_builds(tmp_path: Path) -> None:

@@ -35,7 +35,14 @@ def judge(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.2,
     )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        # A direction that every position has makes the answers likely: a chat server tells its likeliest tokens alone.
+        model.model.embed_tokens.weight[:, 0] = 2.0
+        for index in tokenizer.convert_tokens_to_ids(["Yes", "No"]):
+            model.lm_head.weight[index] *= 2
+            model.lm_head.weight[index, 0] = 5.0
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 
-from prefmill.checklist.engine import OpenAIConfig, TransformersConfig
+from prefmill.checklist.engine import ChatConfig, OpenAIConfig, TransformersConfig
 from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
+from prefmill.checklist.prompts import plain_prompt
 from prefmill.core.artifact import Provenance
 from prefmill.core.errors import ConfigError
 from prefmill.store.artifacts import publish
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.conftest import REPOSITORY
 from tests.loopback import Loopback, Reply, forward, serving
-from tests.vllm.judging import HOSTILE, close, p_yes, papers
+from tests.vllm.judging import HOSTILE, TOLERANCE, close, p_yes, papers
 from tests.vllm.vllm_server import KEY, NAME, VllmServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -80,6 +81,38 @@ def test_it_equals_the_transformers_engine(
     assert sum(proxy.asked.values()) == NUM_REVIEWS  # a request a review
     assert engine.num_requests == NUM_REVIEWS * 24
     assert 0.4 < engine.cache_hit_rate < 1
+
+
+@pytest.mark.parametrize("top_logprobs", [20, 5])
+def test_chat_equals_the_models_own_next_token(
+    proxy: Loopback, judge: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, top_logprobs: int
+) -> None:
+    """The oracle is the model's forward of the chat as its tokenizer writes it, over all spellings of an answer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("OPENAI_BASE_URL", proxy.url)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    checklist, data = load_checklist(), papers(texts[:2])
+    config = ChatConfig(model_name_or_path=NAME, top_logprobs=top_logprobs)
+    found = [outcome.answers for outcome in open_engine(config, checklist).score(data)]
+    tokenizer, model = AutoTokenizer.from_pretrained(judge), AutoModelForCausalLM.from_pretrained(judge)
+    for (paper, review), answers in zip(((paper, item) for paper, rows in data for item in rows), found, strict=True):
+        for item in checklist.items:
+            content = plain_prompt(paper, review["text"], item.question, "none")
+            chat = [{"role": "user", "content": content}]
+            inputs = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            with torch.no_grad():
+                top = model(**inputs).logits[0, -1].double().softmax(-1).topk(top_logprobs)
+            words = [tokenizer.decode([index]).strip().lower() for index in top.indices.tolist()]
+            yes, no = (
+                sum(share for share, word in zip(top.values.tolist(), words, strict=True) if word == answer)
+                for answer in ("yes", "no")
+            )
+            assert answers[item.id]["p_yes"] == pytest.approx(yes / (yes + no), abs=TOLERANCE)
+            assert answers[item.id]["mass"] == pytest.approx(yes + no, abs=TOLERANCE)
 
 
 def test_hostile_text_moves_no_other_score(engine: Any, texts: list[str], expected: dict[str, list[float]]) -> None:

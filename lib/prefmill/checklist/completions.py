@@ -124,7 +124,7 @@ class Server:
                     raise self._no_tls(trouble) from None
             # Where another request has given up, minutes of waiting here would only hold up its error.
             if attempt >= self.config.num_retries or self.giving_up:
-                raise self._unreachable(trouble, attempt + 1)
+                raise self._unreachable(trouble, attempt + 1, path)
             # 1, 2, 4 and up to 60 s: the default of 8 retries outlasts a server that is back after three minutes.
             wait = min(LONGEST_WAIT_SECONDS, wait if wait is not None else 2.0**attempt)
             attempt += 1
@@ -184,11 +184,13 @@ class Server:
             f"{self.config.base_url_env}",
         )  # fmt: skip
 
-    def _unreachable(self, trouble: str, attempts: int) -> PrefmillError:
+    def _unreachable(self, trouble: str, attempts: int, path: str) -> PrefmillError:
+        # llama.cpp's server and LiteLLM's openai models fail so where a prompt is token ids.
+        chat = "; where it takes no token ids as prompts, set engine.engine=chat" if path == "completions" else ""
         return PrefmillError(
             "the server did not answer", where=self.url, got=f"{trouble} (attempt {attempts})",
             expected=f"an answer within {self.config.num_retries + 1} attempts (engine.num_retries)",
-            fix="look at the server's log, start it again and rerun: what is scored is kept",
+            fix=f"look at the server's log, start it again and rerun: what is scored is kept{chat}",
         )  # fmt: skip
 
 

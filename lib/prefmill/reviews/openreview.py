@@ -49,6 +49,8 @@ _NOT_SECTIONS = re.compile(
     r"title|confidence|code_of_conduct|first_time_reviewer|experience_assessment|review_assessment.*|"
     r"flag_for_ethics_review|.*acknowledg.*|.*_id"
 )
+# The same in ARR's words, counted as they came into reviews for long.
+_ABOUT_REVIEWER = re.compile(r"(impact_of_)?knowledge_of_.*|.*author_identity.*|.*certification|.*_compliance")
 # Of a rating that changed, say: as a section it would tell the model and the judge what it is to be.
 _RATING_NAME = re.compile(r"(\w+_)?rating(_\w+)?|(\w+_)?recommendation(_(before|after)_\w+)?")
 _RATING_TEXT = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*([:(/=-][^\n]{0,100})?")
@@ -253,14 +255,16 @@ def _split_content(
             scores[name] = parse_score(value, f"content.{name}")
             continue
         text = _section(name, value)
-        if text and _RATING_NAME.fullmatch(name) and _RATING_TEXT.fullmatch(text):
+        if _ABOUT_REVIEWER.fullmatch(name):
+            left_out.append(Skipped("answer about the reviewer"))
+        elif text and _RATING_NAME.fullmatch(name) and _RATING_TEXT.fullmatch(text):
             left_out.append(Unknown("rating that rating_fields does not name", name))
         elif text is None:
             left_out.append(Unknown("field", name))
         elif not forms.says_nothing(text):
             sections[name] = text
         elif text:
-            left_out.append(Skipped("section without content (N/A)"))
+            left_out.append(Skipped("section without content (N/A, yes, no)"))
     return scores, sections, left_out
 
 

@@ -52,8 +52,10 @@ PRESETS: Mapping[Any, Mapping[str, Any]] = {
 _PENDING = re.compile(r"(active_|blind_)?submission|submitted|under_review|decision_pending|assigned_ae|active")
 _PENDING_VENUE = re.compile(r"submission$|under review|decision pending|^active", re.IGNORECASE)
 _REVERSION = re.compile(r"_(reversion|reversal|restoration)$")
-# Sections by which a reviewer says that there is nothing to say.
-_NOTHING = re.compile(r"\W*(n\W{0,3}a|not applicable|none|nothing)?\W*", re.IGNORECASE)
+# Sections by which a reviewer says that there is nothing to say, or ticks a box of the form.
+_NOTHING = re.compile(
+    r"\W*(n\W{0,3}a|not applicable|none|nothing|yes|no|maybe|no or very minor ethics concerns only)?\W*", re.IGNORECASE
+)
 
 
 class Standing(NamedTuple):
@@ -91,5 +93,5 @@ def _by_invitations(names: set[str]) -> Decision | None:
 
 
 def says_nothing(text: str) -> bool:
-    """Whether a section's whole text is "N/A", "None" or a dash."""
-    return len(text) < 40 and _NOTHING.fullmatch(text) is not None
+    """Whether a section's whole text is "N/A", "None", a dash, or a yes or no to a question that nobody sees here."""
+    return len(text) < 50 and _NOTHING.fullmatch(text) is not None

@@ -387,3 +387,19 @@ def test_html_is_read_as_text_where_a_source_says_so(tmp_path: Path) -> None:
     assert "<br />" in kept.text
     for plain in ("a < b and c > d", "R&D; AT&T", "<think> if x<i and y>j", "p < .05; a<b>c?"[:9]):
         assert without_html({"x": [plain]}) == {"x": [plain]}
+
+
+def test_ticked_boxes_and_answers_about_the_reviewer_are_no_part_of_a_review(tmp_path: Path) -> None:
+    """As ARR's form and that of NeurIPS 2025 ask them: a model would learn to write them."""
+    boxes = {
+        "best_paper": "No", "limitations": "yes.", "needs_ethics_review": "No", "Knowledge_of_paper": "Before it",
+        "Impact_of_Knowledge_of_Paper": "Not at all", "Knowledge_of_or_educated_guess_at_author_identity": "No",
+        "reviewer_certification": "I certify it", "publication_ethics_policy_compliance": "I used no such tool",
+        "ethical_concerns": ["NO or VERY MINOR ethics concerns only"], "best_paper_justification": "No, it is short.",
+    }  # fmt: skip
+    content = {**note()["content"], **{name: {"value": value} for name, value in boxes.items()}}
+    (review, *left_out), _ = notes_of(tmp_path / "x.jsonl", note(content=content))
+    assert review.text == "## Summary\nLong.\n\n## Best paper justification\nNo, it is short."
+    assert sorted(item.kind for item in left_out) == [
+        *["answer about the reviewer"] * 5, *["section without content (N/A, yes, no)"] * 4,
+    ]  # fmt: skip
