@@ -91,6 +91,15 @@ def copy_once(source: Path, target: Path, may_link: bool) -> None:
         shutil.copyfileobj(given, stream, _BUFFER_BYTES)
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that is written whole; empty where there is none that can be read."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one row and have it on disk before going on, so that a kill loses none."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,3 +109,12 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         stream.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def read_appended(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `append_row` adds to, oldest first; a line torn by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prefmill.core.files import write_atomic
+from prefmill.core.files import read_record, write_atomic
 
 STOP = "stop.json"
 _SHARE_TO_SAVE = 1 / 3  # of the time given, kept for writing the checkpoint
@@ -56,7 +56,5 @@ class StopWatch:
         return until_logged == 0 or now + (until_logged + 1) * self._step_seconds > request.deadline - to_save
 
     def _request(self) -> StopRequest | None:
-        try:
-            return StopRequest(**json.loads((self._logs / STOP).read_text()))
-        except FileNotFoundError:
-            return None
+        given = read_record(self._logs / STOP)
+        return StopRequest(**given) if given else None

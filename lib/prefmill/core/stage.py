@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import ConfigT
 from prefmill.core.errors import PipelineError, nearest
-from prefmill.core.files import write_atomic
+from prefmill.core.files import read_record, write_atomic
 from prefmill.core.graceful_stop import STOP, Stopped
 from prefmill.core.places import PROGRESS, STAGES, STARTED, WORK, stages_folder
 
@@ -90,10 +90,7 @@ class Task:
     @property
     def began_on(self) -> date:
         """The day (UTC) on which the first attempt at this content began: the same in whatever attempt ends it."""
-        try:
-            record = json.loads((self.work / STARTED).read_text())
-        except FileNotFoundError:
-            record = {}
+        record = read_record(self.work / STARTED)
         # Chat templates may write the day: resumed past midnight, a training must see the first one.
         return date.fromisoformat(record["date"]) if "date" in record else datetime.now(UTC).date()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.files import append_row
+from prefmill.core.files import append_row, read_appended, read_record
 from prefmill.core.places import PROGRESS
 from prefmill.distributed.devices import visible_gpus
 
@@ -47,7 +46,7 @@ def begin(logs: Path, before: dict[str, Any]) -> dict[str, Any]:
         _append(logs, before["attempt"], "lost", ended=_last_sign(logs, before["time"]))
     return {
         "job": this_job(), "node": socket.gethostname(), "gpus": held_gpus(), "started": time.time(),
-        "steps_before": _count(logs / EXECUTED), "done_before": _done(logs),
+        "steps_before": len(_steps(logs)), "done_before": _done(logs),
     }  # fmt: skip
 
 
@@ -58,11 +57,7 @@ def end(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -> No
 
 def read_attempts(logs: Path) -> list[dict[str, Any]]:
     """Every attempt that has ended, oldest first; a line torn by a crash is left out."""
-    try:
-        lines = (logs / ATTEMPTS).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    return [row for row in map(_parse, lines) if row is not None]
+    return read_appended(logs / ATTEMPTS)
 
 
 def idle_attempts(logs: Path) -> int:
@@ -85,7 +80,7 @@ def progressed(logs: Path, attempt: dict[str, Any]) -> bool:
 
 def _own_steps(logs: Path, attempt: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Every step ever taken, and those of this attempt."""
-    steps = _steps(logs / EXECUTED)
+    steps = _steps(logs)
     # Fewer than counted at the start: other content begins anew, and its log was cleared after the count.
     return steps, steps[attempt["steps_before"] :] if len(steps) >= attempt["steps_before"] else steps
 
@@ -101,32 +96,15 @@ def _append(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -
     append_row(logs / ATTEMPTS, row)
 
 
-def _steps(path: Path) -> list[int]:
-    if not path.is_file():
-        return []
-    return [row["step"] for row in map(_parse, path.read_text().splitlines()) if row is not None]
-
-
-def _count(path: Path) -> int:
-    return len(_steps(path))
+def _steps(logs: Path) -> list[int]:
+    return [row["step"] for row in read_appended(logs / EXECUTED)]
 
 
 def _done(logs: Path) -> int:
-    try:
-        return int(json.loads((logs / PROGRESS).read_text())["done"])
-    except (FileNotFoundError, ValueError):
-        return 0
+    return int(read_record(logs / PROGRESS).get("done", 0))
 
 
 def _last_sign(logs: Path, default: float) -> float:
     # A killed attempt says nothing of its end; the file it wrote last tells when it was still alive.
     path = logs / PROGRESS
     return max(default, path.stat().st_mtime) if path.is_file() else default
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return row

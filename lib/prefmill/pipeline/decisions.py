@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import append_row
+from prefmill.core.files import append_row, read_appended
 
 DECISIONS = "decisions.jsonl"
 AGAIN, CANCEL, STOP, RETRY, WAIT, RELEASE = "again", "cancel", "stop", "retry", "wait", "release"
@@ -24,7 +23,7 @@ class Decisions:
 
     def __init__(self, workspace: Path, run: str) -> None:
         self.path = submissions_folder(workspace, run) / DECISIONS
-        self._rows = _read(self.path)
+        self._rows = read_appended(self.path)
 
     def all(self) -> list[dict[str, Any]]:
         """Every decision ever taken on the run, oldest first."""
@@ -89,21 +88,6 @@ def alone(workspace: Path, run: str) -> Iterator[None]:
                     ) from None  # fmt: skip
                 time.sleep(0.1)
         yield
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows: Sequence[dict[str, Any] | None] = [_parse(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if row is not None]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except ValueError:  # torn by a crash
-        return None
-    return row
 
 
 def submissions_folder(workspace: Path, run: str) -> Path:

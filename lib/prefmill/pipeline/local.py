@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import multiprocessing
 import os
 import shutil
@@ -22,7 +21,6 @@ from typing import Any
 
 from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error
 from prefmill.core.graceful_stop import Stopped, request_stop
-from prefmill.core.places import STATUS
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.interruption import interrupted_by_term, wait_for_all
@@ -308,7 +306,7 @@ def _failure(task: PlannedTask, code: int) -> str:
         return (
             f"ended by {name}\n  fix:      run again: it resumes where it stopped (SIGKILL is often memory running out)"
         )
-    status = json.loads(path.read_text()) if (path := task.logs / STATUS).is_file() else {}
+    status = read_status(task.logs)
     if status.get("state") != "failed":  # it ended before the worker could say anything, or had room to
         disk = next(folder for folder in (task.logs, *task.logs.parents) if folder.is_dir())
         if shutil.disk_usage(disk).free < _ROOM_FOR_A_STATUS:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.files import write_atomic
+from prefmill.core.files import read_record, write_atomic
 from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.stage import Task
 
@@ -17,8 +17,7 @@ SMALLER = "smaller.json"
 
 def read_smaller(logs: Path, submission: int) -> dict[str, Any]:
     """The keys that a submission's task was given since its GPU's memory ran out; empty where it did not."""
-    path = logs / SMALLER
-    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    record = read_record(logs / SMALLER)
     keys: dict[str, Any] = record["keys"] if record.get("submission") == submission else {}
     return keys
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from prefmill.core.files import read_record
 from prefmill.core.places import PROGRESS
 
 HEARTBEAT_SECONDS = 60.0
@@ -31,10 +31,7 @@ class Bar:
         now = time.monotonic()
         if not self._is_terminal and now - self._told < HEARTBEAT_SECONDS:
             return
-        try:
-            record = json.loads(self._path.read_text())
-        except FileNotFoundError:
-            record = {}
+        record = read_record(self._path)
         if self._is_terminal and record:
             self._bar.total, self._bar.unit, self._bar.n = record["total"], f" {record['unit']}", record["done"]
             self._bar.refresh()

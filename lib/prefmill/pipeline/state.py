@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,7 +12,7 @@ from prefmill import __version__
 from prefmill.core.artifact import Artifact, Manifest, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError
-from prefmill.core.files import digest_json
+from prefmill.core.files import digest_json, read_record
 from prefmill.core.places import MANIFEST, STARTED, WANTED_AGAIN, WORK
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.store.artifacts import read, read_manifest, remaking
@@ -72,9 +71,7 @@ def inspect_task(task: PlannedTask) -> TaskState:
 
 def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:
     """Of an attempt that did not finish: that a run goes on from there, or drops it since these keys are others."""
-    try:
-        made = json.loads((folder / WORK / STARTED).read_text())
-    except FileNotFoundError:
+    if not (made := read_record(folder / WORK / STARTED)):
         return ()
     wanted = task_identity(task, read_inputs(task))
     if made["fingerprint"] in fingerprints(task, wanted):

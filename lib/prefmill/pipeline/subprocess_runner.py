@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import AttemptError
+from prefmill.core.files import read_record
 from prefmill.core.graceful_stop import clear_request, request_stop
 from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline.plan import PlannedTask
@@ -151,7 +151,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def _collect(folder: Path, code: int, warnings: SignalWatcher, log: Path, offset: int) -> Metrics:
-    result, failure = _read(folder / RESULT), _read(folder / FAILURE)
+    result, failure = read_record(folder / RESULT), read_record(folder / FAILURE)
     if code == 0 and "metrics" in result:
         metrics: Metrics = result["metrics"]
         return metrics
@@ -192,11 +192,3 @@ def _first_failure(log: Path, offset: int) -> tuple[int, str] | None:
         return None
     _, host, code = min(found, key=lambda item: (item[0], int(item[2]) >= 0))
     return int(code), host
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    return record

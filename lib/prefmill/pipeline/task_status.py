@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.core.files import write_atomic
+from prefmill.core.files import read_record, write_atomic
 from prefmill.core.places import MANIFEST, STATUS, WANTED_AGAIN
 from prefmill.pipeline import attempts
 
@@ -33,11 +33,7 @@ def write_status(task: PlannedTask, state: str, **details: Any) -> None:
 
 def read_status(logs: Path) -> dict[str, Any]:
     """The status last recorded in a task's logs; empty where there is none."""
-    try:
-        record: dict[str, Any] = json.loads((logs / STATUS).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return record
+    return read_record(logs / STATUS)
 
 
 def in_short(error: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.files import digest_json, write_atomic
+from prefmill.core.files import digest_json, read_record, write_atomic
 from prefmill.slurm.cluster import ClusterFile, read_secrets
 
 ANNOUNCED = "announced.json"
@@ -26,7 +26,7 @@ def announce(folder: Path, cluster: ClusterFile, outcome: Mapping[str, Any]) -> 
         return None
     # By its content: a run that was told as stopped and is then completed is told again.
     marker, digest = folder / ANNOUNCED, digest_json(dict(outcome))
-    if marker.is_file() and json.loads(marker.read_text())["digest"] == digest:
+    if read_record(marker).get("digest") == digest:
         return None
     address = _address(cluster, cluster.webhook)
     if address is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefmill.core.files import read_record
 from prefmill.core.places import CHECKPOINT_PREFIX, PROGRESS
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
@@ -124,11 +124,7 @@ def _strike(view: View, drills: list[Drill], say: Say) -> None:
 
 def _steps_taken(task: PlannedTask, status: dict[str, Any]) -> bool:
     """Whether this attempt has got somewhere itself."""
-    try:
-        done = json.loads((task.logs / PROGRESS).read_text())["done"]
-    except (FileNotFoundError, ValueError):
-        return False
-    return bool(done > status["attempt"]["done_before"])
+    return bool(read_record(task.logs / PROGRESS).get("done", 0) > status["attempt"]["done_before"])
 
 
 def _recovering(task: PlannedTask, drills: list[Drill]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -15,6 +14,7 @@ from typing import Any
 
 from prefmill.core.artifact import Manifest, Provenance
 from prefmill.core.errors import PipelineError
+from prefmill.core.files import read_record
 from prefmill.core.places import MANIFEST, RUN_RECORD
 from prefmill.pipeline.local import RunOptions, run_plan
 from prefmill.pipeline.plan import Plan, PlannedTask
@@ -57,10 +57,8 @@ def is_measurable(task: PlannedTask) -> bool:
 
 def record_seconds(output: Path) -> float | None:
     """Seconds that the attempt took which finished this output; None where there is none."""
-    try:
-        return float(json.loads((output / RUN_RECORD).read_text())["seconds"])
-    except FileNotFoundError:
-        return None
+    seconds: float | None = read_record(output / RUN_RECORD).get("seconds")
+    return seconds
 
 
 def measure(tasks: Sequence[PlannedTask], workspace: Path, say: Callable[[str], None]) -> dict[str, list[Timed]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.figures import duration
+from prefmill.core.files import read_record
 from prefmill.core.places import PROGRESS
 from prefmill.core.terminal import paint_states
 from prefmill.pipeline.attempts import read_attempts
@@ -268,9 +269,7 @@ def _progress(logs: Path, status: Mapping[str, Any]) -> str:
     is_going = status.get("state") == "running"
     if is_going and "attempt" not in status:
         return ""  # its process is starting: the numbers there are an earlier attempt's
-    try:
-        progress = json.loads((logs / PROGRESS).read_text())
-    except (FileNotFoundError, ValueError):
+    if not (progress := read_record(logs / PROGRESS)):
         return ""
     shown = f"{progress['done']}{'/' + str(progress['total']) if progress['total'] else ''} {progress['unit']}"
     left = _seconds_left(progress, status["attempt"]) if is_going else None

@@ -7,13 +7,12 @@ import os
 import pwd
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import append_row, write_atomic
+from prefmill.core.files import append_row, read_appended, write_atomic
 from prefmill.pipeline.decisions import submissions_folder
 
 ADVANCE = "advance"
@@ -102,7 +101,7 @@ class Submission:
 
     def jobs(self) -> list[JobRecord]:
         """Every job submitted so far, oldest first; a line torn by a crash is left out."""
-        return [JobRecord(**row | {"indices": tuple(row["indices"])}) for row in _rows(self.folder / JOBS)]
+        return [JobRecord(**row | {"indices": tuple(row["indices"])}) for row in read_appended(self.folder / JOBS)]
 
     def advance_ids(self) -> list[str]:
         """The jobs that look after this submission's others."""
@@ -119,7 +118,7 @@ class Submission:
 
     def open_intents(self) -> list[Intent]:
         """The calls of which it is not noted what came of them."""
-        rows = _rows(self.folder / INTENTS)
+        rows = read_appended(self.folder / INTENTS)
         # A job's own record settles its call: between the two files no kill can leave a call half settled.
         settled = {row["dropped"] for row in rows if "dropped" in row} | {job.name for job in self.jobs()}
         found = [Intent(**row | {"indices": tuple(row["indices"])}) for row in rows if "dropped" not in row]
@@ -213,17 +212,6 @@ def read_array(path: Path) -> ArrayFile:
     """The chunk described in `path`."""
     values = json.loads(path.read_text())
     return ArrayFile(path, values["stage"], values["chunk"], tuple(values["tasks"]), values["resources"])
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that grows; a line torn by a crash is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def script_of(submission: Submission) -> Path:

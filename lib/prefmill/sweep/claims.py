@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from prefmill.core.files import write_atomic
+from prefmill.core.files import read_record, write_atomic
 
 CLAIM, HEARTBEAT = "claim.json", "heartbeat"
 
@@ -25,11 +25,8 @@ class Claim:
 
 def read_claim(trial: Path) -> Claim | None:
     """The claim on the trial in this folder; None where its worker died before it wrote one."""
-    try:
-        given = json.loads((trial / CLAIM).read_text())
-    except FileNotFoundError:
-        return None
-    return Claim(given["worker"], tuple(given["attempts"]))
+    given = read_record(trial / CLAIM)
+    return Claim(given["worker"], tuple(given["attempts"])) if given else None
 
 
 def claim(trial: Path, worker: str) -> Claim:

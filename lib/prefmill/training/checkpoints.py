@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import read_record, write_atomic
 from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.distributed.deepspeed_file import zero_stage
 from prefmill.distributed.devices import world_size
@@ -112,10 +112,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    return all(
+    sizes = read_record(checkpoint / COMPLETE)
+    return bool(sizes) and all(
         (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
     )
