@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import append_row, read_appended
+from prefmill.pipeline.task_status import held
 
 DECISIONS = "decisions.jsonl"
 AGAIN, CANCEL, STOP, RETRY, WAIT, RELEASE = "again", "cancel", "stop", "retry", "wait", "release"
@@ -73,20 +73,11 @@ def alone(workspace: Path, run: str) -> Iterator[None]:
             f"run {run} was not submitted to Slurm from here", where=folder,
             fix="`prefmill submit PIPELINE --cluster FILE` does that; to continue a local run use `prefmill run`",
         )  # fmt: skip
-    deadline = time.monotonic() + _LOCK_SECONDS
-    with (folder / "lock").open("ab") as stream:
-        while True:
-            try:
-                # Asked again and again, as flock itself knows no time limit.
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise PipelineError(
-                        "another prefmill is at work on this run", where=folder / "lock",
-                        fix="wait until it has ended, and give the command again",
-                    ) from None  # fmt: skip
-                time.sleep(0.1)
+    refusal = PipelineError(
+        "another prefmill is at work on this run", where=folder / "lock",
+        fix="wait until it has ended, and give the command again",
+    )  # fmt: skip
+    with held(folder / "lock", _LOCK_SECONDS, refusal):
         yield
 
 

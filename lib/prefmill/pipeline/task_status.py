@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefmill.core.errors import PipelineError
 from prefmill.core.files import read_record, write_atomic
 from prefmill.core.places import MANIFEST, STATUS, WANTED_AGAIN
 from prefmill.pipeline import attempts
@@ -67,6 +68,23 @@ def at_work(workspace: Path, run: str) -> Iterator[None]:
 def is_at_work(workspace: Path, run: str) -> bool:
     """Whether a `prefmill run` on this machine goes through the tasks of this run."""
     return _is_held(_run_lock(workspace, run), fcntl.LOCK_EX)
+
+
+@contextlib.contextmanager
+def held(lock: Path, patience_seconds: float, refusal: PipelineError) -> Iterator[None]:
+    """Hold a lock alone; raises `refusal` where another process keeps it for longer than that."""
+    deadline = time.monotonic() + patience_seconds
+    with lock.open("ab") as stream:
+        while True:
+            try:
+                # Asked again and again, as flock itself knows no time limit.
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise refusal from None
+                time.sleep(0.1)
+        yield
 
 
 def _is_held(lock: Path, operation: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import resource
@@ -13,12 +12,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.artifact import Artifact
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
 from prefmill.core.graceful_stop import Stopped, clear_request
@@ -31,7 +28,7 @@ from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.preload import import_now
 from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
-from prefmill.pipeline.task_status import INTERRUPTED, read_status, write_status
+from prefmill.pipeline.task_status import INTERRUPTED, held, read_status, write_status
 from prefmill.store.artifacts import publish, remaking, superseded
 from prefmill.store.stamps import check_content
 
@@ -56,18 +53,18 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
             # Before any work: a flipped bit in an input would otherwise be trained on.
             check_content(artifact)
         origin = provenance(task, inputs)
-        making = replace(task, output=_prepare(task, origin.identity, force))
+        making = _prepare(task, origin.identity, force)
         started = time.time()
-        context = task_context(making, inputs)
+        context = Task(task.run, task.stage.name, task.name, task.values, task.sizes, inputs, making, task.logs)
         metrics = run(context) if run else import_and_run(task.stage, task.config, context)
-        publish(making.output, task.stage.writes, origin, metrics)
+        publish(making, task.stage.writes, origin, metrics)
         # After the manifest, as times and hosts are no part of the content.
-        write_atomic(making.output / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
+        write_atomic(making / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
         # A kill before this line leaves scratch in a finished folder; the next look at the task removes it.
-        _clear_work(making.output)
-        if making.output != task.output:
+        _clear_work(making)
+        if making != task.output:
             # Only now, and by rename: a rerun that fails leaves the old output where it was.
-            put_in_place(making.output, task.output)
+            put_in_place(making, task.output)
         # Last: a kill before this makes it once more, where the other order would make nothing.
         (task.logs / WANTED_AGAIN).unlink(missing_ok=True)
 
@@ -82,20 +79,6 @@ def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
     return stage.run(config, task)
 
 
-def task_context(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> Task:
-    """What the stage's `run` sees of `task`."""
-    return Task(
-        run=task.run,
-        stage=task.stage.name,
-        name=task.name,
-        values=task.values,
-        sizes=task.sizes,
-        inputs=inputs,
-        output=task.output,
-        logs=task.logs,
-    )
-
-
 @contextlib.contextmanager
 def locked(task: PlannedTask) -> Iterator[None]:
     """Hold the task's lock; waits a little, as a killed worker's children may take a moment to go.
@@ -103,19 +86,11 @@ def locked(task: PlannedTask) -> Iterator[None]:
     Raises PipelineError where another process keeps it.
     """
     task.logs.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
-    with (task.logs / "lock").open("wb") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise PipelineError(
-                        f"{task.key} is already running", where=task.logs / STATUS,
-                        fix="wait for it, or end the process or job named there",
-                    ) from None  # fmt: skip
-                time.sleep(0.2)
+    refusal = PipelineError(
+        f"{task.key} is already running", where=task.logs / STATUS,
+        fix="wait for it, or end the process or job named there",
+    )  # fmt: skip
+    with held(task.logs / "lock", _LOCK_PATIENCE_SECONDS, refusal):
         yield
 
 
