@@ -179,9 +179,7 @@ def _requeue(task: PlannedTask) -> int:
         error = PipelineError(
             text, where=task.key, fix="raise its `time_limit_minutes`, or lower save_steps, and submit again"
         )
-        write_status(task, "failed", error=str(error), kind="NoProgress")
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_NOT_REQUEUED
+        return _given_up(task, "NoProgress", error)
     if me is None:
         return EXIT_NOT_REQUEUED
     done = subprocess.run(["scontrol", "requeue", me], capture_output=True, text=True, timeout=120, check=False)
@@ -189,12 +187,16 @@ def _requeue(task: PlannedTask) -> int:
         error = PipelineError(
             "Slurm does not requeue this job", got=done.stderr.strip(), fix="submit again: it resumes"
         )
-        write_status(task, "failed", error=str(error), kind="NotRequeued")
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_NOT_REQUEUED
+        return _given_up(task, "NotRequeued", error)
     print(f"prefmill: requeued {me}", flush=True)
     time.sleep(_REQUEUE_PATIENCE_SECONDS)  # Slurm ends this process
     return 0
+
+
+def _given_up(task: PlannedTask, kind: str, error: PipelineError) -> int:
+    write_status(task, "failed", error=str(error), kind=kind)
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_NOT_REQUEUED
 
 
 _MENDABLE = {"ConfigError", "InputError", "ArtifactError", "PipelineError", "PrefmillError"}

@@ -142,9 +142,15 @@ def is_purged(name: str) -> bool:
 
 
 def purge_seconds() -> float:
-    """How long slurmctld remembers a job that has ended (MinJobAge); Slurm's default where it does not say."""
-    found = re.search(r"^MinJobAge\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.M)
-    return float(found[1]) if found else _DEFAULT_MIN_JOB_AGE
+    """How long slurmctld remembers a job that has ended; Slurm's default where it does not say."""
+    found = setting("MinJobAge")
+    return _DEFAULT_MIN_JOB_AGE if found is None else found
+
+
+def setting(name: str) -> int | None:
+    """A number of Slurm's own configuration; None where Slurm does not say."""
+    found = re.search(rf"^{name}\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.M)
+    return int(found[1]) if found else None
 
 
 def partitions() -> dict[str, Partition] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prefmill.pipeline.run_record import run_tasks, select_tasks
@@ -51,25 +51,20 @@ def select_logs(workspace: Path, run: str, selector: str) -> dict[str, Path]:
 
 def read_end(path: Path, lines: int) -> tuple[Sequence[str], int]:
     """The last whole lines of a file, and where the next one begins; nothing of a file that is not there."""
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - _BYTES))
-            start = stream.tell()
-            data = stream.read()
-    except FileNotFoundError:
-        return [], 0
-    whole = data[: data.rfind(b"\n") + 1]
-    return _split(whole)[-lines:] if lines else [], start + len(whole)
+    found, place = _read(path, lambda size: max(0, size - _BYTES))
+    return found[-lines:] if lines else [], place
 
 
 def read_on(path: Path, place: int) -> tuple[Sequence[str], int]:
     """The whole lines added since `place`, and where the next one begins; a file begun anew is read from its start."""
+    return _read(path, lambda size: place if place <= size else 0)
+
+
+def _read(path: Path, start_of: Callable[[int], int]) -> tuple[list[str], int]:
+    """The whole lines from where `start_of` says for the file's size, and where the next one begins."""
     try:
         with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            place = place if place <= size else 0
-            stream.seek(place)
+            place = stream.seek(start_of(stream.seek(0, os.SEEK_END)))
             data = stream.read()
     except FileNotFoundError:
         return [], 0

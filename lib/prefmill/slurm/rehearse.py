@@ -21,7 +21,7 @@ from prefmill.slurm.estimate import estimate
 from prefmill.slurm.rehearsal_plan import SAVE_STEPS, rehearsal_of
 from prefmill.slurm.status import read_rows, render
 from prefmill.slurm.submit import submit
-from prefmill.slurm.view import Say, View, look, only_held
+from prefmill.slurm.view import Say, View, going_on, look
 from prefmill.store.artifacts import read_manifest
 from prefmill.training.checkpoints import COMPLETE
 
@@ -85,7 +85,7 @@ def _follow(plan: Plan, drills: list[Drill], say: Say) -> bool:
             # The job that looks after the run comes back after two minutes at the earliest: too late for a drill.
             view = advance(plan.workspace, plan.run, say=_quietly(say))
             advanced = time.monotonic()
-            if only_held(view):
+            if not going_on(view):
                 return not view.open
         if time.monotonic() - shown > _TABLE_SECONDS:
             say(_table(plan))

@@ -15,6 +15,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from prefmill.slurm.cluster import ClusterFile, Resources
+from prefmill.slurm.jobs import setting
 
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
 _SECONDS = 120
@@ -124,13 +125,8 @@ def max_array_size(cluster: ClusterFile) -> int:
     """How many elements an array may have: what the cluster file says, else Slurm itself, else Slurm's default."""
     if cluster.max_array_size:
         return cluster.max_array_size
-    try:
-        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):  # only a dry run gets this far without Slurm
-        return DEFAULT_MAX_ARRAY_SIZE
     # The largest index is one less than this, so an array that begins at 0 may have exactly as many elements.
-    sizes = [line.split("=")[1] for line in shown.stdout.splitlines() if line.startswith("MaxArraySize")]
-    return int(sizes[0]) if sizes else DEFAULT_MAX_ARRAY_SIZE
+    return setting("MaxArraySize") or DEFAULT_MAX_ARRAY_SIZE
 
 
 def _render(

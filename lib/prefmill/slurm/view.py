@@ -88,18 +88,13 @@ def next_look(view: View) -> Wait | None:
     live = tuple(dict.fromkeys(view.live[key][0] for key in view.open if key in view.live))  # upstream first
     if waiting or (view.postponed and not live):
         return Wait(minutes=LOOK_MINUTES)
-    if only_held(view) and not view.postponed:
+    if not going_on(view) and not view.postponed:
         return None
     return Wait(live) if live and not view.unknown else Wait(minutes=LOOK_MINUTES)
 
 
-def only_held(view: View) -> bool:
-    """Whether all that is left in the queue, if anything, waits for an input that nothing makes."""
-    return not going_on(view)
-
-
 def going_on(view: View) -> set[str]:
-    """The open tasks that run, or wait for nothing but tasks that do."""
+    """The open tasks that run, or wait for nothing but tasks that do; others wait for an input that nothing makes."""
     going: set[str] = set()
     for key, task in view.open.items():  # upstream first
         needed = {other.key for other in view.plan.upstream(task) if other.key in view.open}
