@@ -144,7 +144,7 @@ def _with_transformers(
     attention = source.attn_implementation
     model = load_model(
         source.name_or_path, precision=source.precision, attn_implementation=attention, **source.origin
-    ).to(_device())
+    ).to(device_type())
     if reader is not None:
         require_both_ways(model)
     require_fitting(requests, max_prompt_tokens(model.config, writing.sampling.max_new_tokens))
@@ -204,10 +204,6 @@ def _within(requests: Sequence[GenerationRequest], limit: int | None) -> list[Ge
             expected=f"at most {limit} tokens", fix="raise max_prompt_tokens, or use a model with a longer context",
         )  # fmt: skip
     return kept
-
-
-def _device() -> str:
-    return device_type()
 
 
 def _as_generation(completion: Completion, paper: Paper) -> Generation:

@@ -28,11 +28,10 @@ SPEC, RESULT, FAILURE = "spec.json", "result.json", "failure.json"
 
 def write_spec(folder: Path, stage: Stage[Any], config: Any, task: Task) -> Path:
     """Write what another process needs to run `task`."""
-    spec = {
-        "stage": stage.name, "config": config.model_dump(mode="json"), "run": task.run, "name": task.name,
-        "values": dict(task.values), "sizes": dict(task.sizes), "output": str(task.output), "logs": str(task.logs),
-        "inputs": {name: [str(item.path) for item in items] for name, items in task.inputs.items()},
-    }  # fmt: skip
+    inputs = {name: [str(item.path) for item in items] for name, items in task.inputs.items()}
+    known = {"run": task.run, "stage": stage.name, "name": task.name, "values": task.values, "sizes": task.sizes}
+    spec = {"config": config.model_dump(mode="json"), "inputs": inputs, "task": known}
+    spec |= {"output": str(task.output), "logs": str(task.logs)}
     write_atomic(folder / SPEC, json.dumps(spec, indent=1))
     return folder / SPEC
 
@@ -40,21 +39,12 @@ def write_spec(folder: Path, stage: Stage[Any], config: Any, task: Task) -> Path
 def read_spec(path: Path) -> tuple[Stage[Any], Any, Task]:
     """The stage, its configuration and the task written by `write_spec`."""
     spec = json.loads(path.read_text())
-    stage = load_stage(spec["stage"])
+    stage = load_stage(spec["task"]["stage"])
     inputs = {
         name: tuple(read(Path(folder), stage.reads[name].kind) for folder in folders)
         for name, folders in spec["inputs"].items()
     }
-    task = Task(
-        run=spec["run"],
-        stage=stage.name,
-        name=spec["name"],
-        values=spec["values"],
-        sizes=spec["sizes"],
-        inputs=inputs,
-        output=Path(spec["output"]),
-        logs=Path(spec["logs"]),
-    )
+    task = Task(**spec["task"], inputs=inputs, output=Path(spec["output"]), logs=Path(spec["logs"]))
     return stage, validate(stage.config, spec["config"], where=path), task
 
 

@@ -34,15 +34,9 @@ def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[st
     # Stage, task and metrics are left out: what is made again and comes out the same makes nothing after it stale.
     content = {"kind": kind, "schema_version": schema_version, "files": sorted([e.path, e.sha256] for e in files)}
     manifest = Manifest(
+        **vars(provenance),
         kind=kind,
         schema_version=schema_version,
-        stage=provenance.stage,
-        task=provenance.task,
-        fingerprint=provenance.fingerprint,
-        identity=dict(provenance.identity),
-        config=dict(provenance.config),
-        code_version=provenance.code_version,
-        inputs=dict(provenance.inputs),
         files=files,
         metrics=dict(metrics),
         content_digest=digest_json(content),

@@ -16,6 +16,7 @@ from prefmill.core.errors import DivergedError
 from prefmill.core.files import append_row
 from prefmill.core.graceful_stop import Stopped, StopWatch
 from prefmill.core.stage import Task
+from prefmill.distributed.collectives import rank_zero_says
 from prefmill.pipeline.attempts import EXECUTED
 from prefmill.training.checkpoints import STEPS, mark_complete
 
@@ -39,9 +40,9 @@ class StageCallback(TrainerCallback):
             self.task.progress(state.global_step, state.max_steps, "steps")
             word = self._decide(state.global_step, int(args.logging_steps))
         # After the last step there is nothing to break off: training ends by itself.
-        if state.global_step < state.max_steps and (word := _rank_zero_says(word, args.device)):
+        if state.global_step < state.max_steps and (said := rank_zero_says(lambda: word)):
             control.should_save = True
-            self.stopping = control.should_training_stop = word == _STOP
+            self.stopping = control.should_training_stop = said == _STOP
 
     def _decide(self, step: int, logging_steps: int) -> int:
         if self._watch.due(step, logging_steps):
@@ -111,15 +112,6 @@ def _require_numbers(loss: Tensor, grad_norm: Any, step: int) -> None:
         "the loss or its gradient is no longer a number", where=f"step {step}", got=f"{float(loss)} and {float(norm)}",
         fix="lower learning_rate, check the data, or use precision=fp32; the last checkpoint is kept",
     )  # fmt: skip
-
-
-def _rank_zero_says(decision: int, device: torch.device) -> int:
-    """The same answer on every rank: what rank 0 has decided."""
-    if not torch.distributed.is_initialized():
-        return decision
-    answer = torch.tensor([decision], dtype=torch.int32, device=device)
-    torch.distributed.broadcast(answer, 0)
-    return int(answer.item())
 
 
 _CURVE_KEYS = {
