@@ -30,7 +30,7 @@ from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import encode_groups
 from prefmill.families.causal.image_batches import add_images
 from prefmill.families.causal.image_limits import ImageLimits
-from prefmill.families.causal.processing import load_processor
+from prefmill.families.causal.processing import ImageTextProcessor
 from prefmill.families.causal.scorer import patch_forward, score_batch
 from prefmill.families.causal.vision import with_images
 from prefmill.families.causal.vision_families import open_reader
@@ -110,9 +110,9 @@ def _trl_images(model: Any, base: Path, folder: Path, question: str, answers: li
         }
         for good, bad in PAIRS
     ]
-    reference = type(model).from_pretrained(base)
+    reference, processor = type(model).from_pretrained(base), ImageTextProcessor.from_pretrained(str(base))
     trainer = DPOTrainer(model=type(model).from_pretrained(base), ref_model=reference, args=_arguments(folder),
-                         train_dataset=Dataset.from_list(rows), processing_class=load_processor(str(base)))  # fmt: skip
+                         train_dataset=Dataset.from_list(rows), processing_class=processor)  # fmt: skip
     return _step(trainer)
 
 

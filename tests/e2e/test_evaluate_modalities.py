@@ -20,7 +20,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.records import Modality
 from prefmill.core.stage import load_stage
 from prefmill.families.causal.loading import load_model
-from prefmill.families.causal.processing import load_processor
+from prefmill.families.causal.processing import ImageTextProcessor
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
 from prefmill.reviews.scale import COMMON_SCALE
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -102,7 +102,7 @@ def test_its_reviews_are_those_of_the_models_own_processor(
 ) -> None:
     """One paper at a time, through the processor and generate() of transformers, against batches of ours."""
     found = {row["paper_id"]: row["text"] for row in evaluate(corpus, base, tmp_path, modality=modality)}
-    model, processor = load_model(str(base), precision="fp32"), load_processor(str(base))
+    model, processor = load_model(str(base), precision="fp32"), ImageTextProcessor.from_pretrained(str(base))
     papers = with_images(corpus)
     assert set(found) == {paper["paper_id"] for paper in papers}  # the paper without images is not among them
     for paper in papers:

@@ -82,12 +82,12 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, base: Artifact, datasets: Ar
 def test_sft_learns_and_writes_a_folder_that_transformers_loads(modality: str, tuned: dict[str, Path]) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from prefmill.families.causal.processing import load_processor
+    from prefmill.families.causal.processing import ImageTextProcessor
 
     out = tuned[modality] / "out"
     assert losses(tuned[modality])[-1] < losses(tuned[modality])[0]
     model = AutoModelForImageTextToText.from_pretrained(out)
-    processor = load_processor(str(out))
+    processor = ImageTextProcessor.from_pretrained(str(out))
     from PIL import Image
 
     text = "<|vision_start|><|image_pad|><|vision_end|>Rating"
@@ -202,7 +202,7 @@ def test_the_loss_on_image_pairs_is_that_of_trl(tmp_path: Path, base: Artifact, 
     from trl import DPOConfig, DPOTrainer
 
     from prefmill.families.causal.loading import load_model
-    from prefmill.families.causal.processing import load_processor
+    from prefmill.families.causal.processing import ImageTextProcessor
     from prefmill.store.jsonl import write_jsonl
 
     rows = list(read_jsonl(datasets.path / "dpo_vision_train" / "data.jsonl"))[:12]
@@ -234,7 +234,7 @@ def test_the_loss_on_image_pairs_is_that_of_trl(tmp_path: Path, base: Artifact, 
                        save_strategy="no", per_device_train_batch_size=sizes[0], learning_rate=1e-3,
                        max_steps=2, logging_steps=1, train_sampling_strategy="sequential",
                        lr_scheduler_type="constant"),
-        train_dataset=Dataset.from_list(data), processing_class=load_processor(str(base.path)),
+        train_dataset=Dataset.from_list(data), processing_class=ImageTextProcessor.from_pretrained(str(base.path)),
     )  # fmt: skip
     trainer.train()
     expected = [row["loss"] for row in trainer.state.log_history if "loss" in row]

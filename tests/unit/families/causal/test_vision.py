@@ -197,12 +197,15 @@ def test_limits_replace_the_processors(tiny_vl: Path, pictures: list[str], reade
 def test_prompts_have_as_many_tokens_as_transformers_processor_gives(
     tiny_vl: Path, groups: list[Group], reader: ImageReader, pictures: list[str]
 ) -> None:
-    from prefmill.families.causal.processing import load_processor
+    from prefmill.families.causal.processing import ImageTextProcessor
 
     text = f"{sentence(0, 4)}<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|image_pad|><|vision_end|>"
     prompt = f"<|im_start|>user\n{text}{sentence(9, 3)}<|im_end|>\n<|im_start|>assistant\n"
     images = [Image.open(path) for path in pictures[:2]]
-    assert load_processor(str(tiny_vl))(text=[prompt], images=images)["input_ids"][0] == groups[0].prompt
+    assert (
+        ImageTextProcessor.from_pretrained(str(tiny_vl))(text=[prompt], images=images)["input_ids"][0]
+        == groups[0].prompt
+    )
 
 
 def test_without_images_the_vision_part_still_runs(tiny_vl: Path, groups: list[Group], reader: ImageReader) -> None:
