@@ -26,7 +26,7 @@ from prefmill.families.causal.image_batches import add_images
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.load_check import as_scorer, check_in_shards
-from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.loading import LOADING, ORIGIN, load_model, load_tokenizer
 from prefmill.families.causal.other_reference import check_reference, reference_parts, reference_revision
 from prefmill.families.causal.router_loss import RoutedFamily, count_routing
 from prefmill.families.causal.scorer import (
@@ -78,7 +78,7 @@ def train_dpo(
     come from their cache or from a checkpoint loaded afresh, never from the policy in training.
     """
     config, why_pairwise = choose_layout(config, policy)
-    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options = config.model_dump(include=ORIGIN)
     tokenizer = load_tokenizer(policy, template=rows, today=task.began_on, **options)
     # From the configuration alone: refused before rows are tokenised and weights are loaded.
     check_start(policy, tokenizer, config)
@@ -171,14 +171,8 @@ def load_trained(name: str, config: PreferenceConfig, parts: ChatRows, with_imag
 
 def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> Any:
     """The model to tune, as a scorer."""
-    model = load_model(
-        name,
-        precision=loading_precision(name, config, revision),
-        revision=revision,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        quantization=config.quantization,
-    )
+    options = {**config.model_dump(include=LOADING), "revision": revision}
+    model = load_model(name, precision=loading_precision(name, config, revision), **options)
     return as_scorer(model, config.layout, name, shares_weights(config))
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Keys that say which files a model's name stands for, and those that say how it is loaded from them.
+ORIGIN = {"revision", "trust_remote_code"}
+LOADING = {*ORIGIN, "attn_implementation", "quantization"}
 # What quantized weights are multiplied by: without it the numbers in the file are not the weights.
 _SCALES = re.compile(r"(?i).*(scale|zero|absmax|quant).*")
 

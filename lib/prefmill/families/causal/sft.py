@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision, shares_weights
@@ -23,7 +22,7 @@ from prefmill.families.causal.chat import encode_turns
 from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.load_check import check_rows
-from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.loading import LOADING, ORIGIN, load_model, load_tokenizer
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.templates import recorded_day
 from prefmill.families.causal.vision import ImageReader, with_images
@@ -54,7 +53,7 @@ def train_sft(
     The loss is that of the tokens of the turns that `turns` says, averaged over an optimizer step. Raises ConfigError
     for over-long rows unless they are to be dropped.
     """
-    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options = config.model_dump(include=ORIGIN)
     tokenizer = load_tokenizer(model_name, template=turns, today=task.began_on, **options)
     check_start(model_name, tokenizer, config)
     reader = open_reader(model_name, tokenizer, turns, **options)
@@ -118,21 +117,10 @@ class Chats:
 
 
 def _load_trained(name: str, config: TrainingConfig, parts: FrozenParts, with_images: bool) -> Any:
-    model = _load(name, config, weights_precision(config))
+    model = load_model(name, precision=weights_precision(config), **config.model_dump(include=LOADING))
     if not shares_weights(config) and config.per_device_train_batch_size > 1:
         check_rows(model, name)
     return add_adapter(model, config, freeze(model, parts, with_images))
-
-
-def _load(name: str, config: TrainingConfig, precision: Precision) -> Any:
-    return load_model(
-        name,
-        precision=precision,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        quantization=config.quantization,
-    )
 
 
 def sft_rescoring(config: TrainingConfig, rows: Dataset, collate: Any) -> Rescoring:
@@ -144,9 +132,8 @@ def sft_rescoring(config: TrainingConfig, rows: Dataset, collate: Any) -> Rescor
         return torch.stack([_row_score(model, rows[place], collate, device) for place in shortest]).cpu()
 
     def load(name: str) -> Any:
-        trust = config.trust_remote_code
         # As whoever loads the finished folder: whole weights, no attention asked for.
-        return load_model(name, precision="fp32", revision=config.revision, trust_remote_code=trust)
+        return load_model(name, precision="fp32", **config.model_dump(include=ORIGIN))
 
     return Rescoring(load, score, score, config.quantization is not None)
 

@@ -13,6 +13,7 @@ from prefmill.core.errors import ConfigError
 from prefmill.core.files import digest_json
 from prefmill.distributed.devices import has_gpu
 from prefmill.families.causal.chat import encode, end_token_ids, prompt_text
+from prefmill.families.causal.loading import LOADING, ORIGIN
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 from prefmill.families.mdlm.family import Drawing
 from prefmill.families.mdlm.generation import Unmasking, generate, takes_padding
@@ -154,16 +155,9 @@ def answer_ends(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def load(label: str, name: str, config: DiffusionEvaluationConfig, folder: Path, advance: Progress = silent) -> Loaded:
     """A model ready to be evaluated, which keeps what it says in `folder`."""
-    options: Any = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = load_diffusion_tokenizer(name, template=config, **options)
-    model = load_diffusion_model(
-        name,
-        precision=config.precision,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        quantization=config.quantization,
-    ).eval()
+    tokenizer = load_diffusion_tokenizer(name, template=config, **config.model_dump(include=ORIGIN))
+    options = config.model_dump(include=LOADING)
+    model = load_diffusion_model(name, precision=config.precision, **options).eval()
     # Bitsandbytes puts 4-bit weights on the GPU while it loads them.
     if has_gpu() and config.quantization is None:
         model = model.to("cuda")

@@ -17,6 +17,7 @@ from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_fsdp
+from prefmill.families.causal.loading import LOADING, ORIGIN
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.scorer import inner_model
 from prefmill.families.causal.start_checks import require_adapter_tokens
@@ -97,13 +98,8 @@ class FollowOnResume(TrainerCallback):
 
 def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrainedTokenizerBase]:
     """The configuration as it runs here, its `block_length` by the model, and the tokenizer of `start`."""
-    tokenizer = load_diffusion_tokenizer(
-        start,
-        template=config,
-        today=task.began_on,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    options = config.model_dump(include=ORIGIN)
+    tokenizer = load_diffusion_tokenizer(start, template=config, today=task.began_on, **options)
     published = read_config(start, config.revision, config.trust_remote_code)
     require_trainable(start, published, config.quantization)
     require_adapter_tokens(tokenizer, config)
@@ -141,10 +137,7 @@ def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: Pr
         name,
         run=not shared,
         precision=loading_precision(name, config, config.revision),
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        quantization=config.quantization,
+        **config.model_dump(include=LOADING),
     )
     if not getattr(model, "supports_gradient_checkpointing", False):
         # The method of transformers raises for such a model; the Trainer calls it by this name.
