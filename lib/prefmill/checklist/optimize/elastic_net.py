@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from prefmill.checklist.optimize.lasso import solve
 from prefmill.checklist.optimize.moments import Array
 
-_TOLERANCE = 1e-7  # of a coefficient, relative to the largest that one item alone would get
-_MAX_SWEEPS = 300
 # Of the mean variance of an item, heaviest first: from hardly a weight to nearly least squares.
 STRENGTHS = np.geomspace(30.0, 0.003, 14)
 
@@ -28,27 +27,8 @@ def shrunk_path(gram: Array, cross: Array, l1_ratio: float, signed: bool) -> Arr
     for strength in STRENGTHS:
         # A penalty of the largest covariance leaves no weight, so the absolute part need not be heavier.
         absolute = l1_ratio * min(strength, 1.0) * largest
-        last = _solve(gram, cross, absolute, (1 - l1_ratio) * strength * size, last, signed)
+        # The squared part is one more variance of every item.
+        ridge = ((1 - l1_ratio) * strength * size)[:, None, None] * np.eye(gram.shape[1])
+        last = solve(gram + ridge, cross, absolute, last, signed=signed)
         found.append(last)
     return np.stack(found)
-
-
-def _solve(gram: Array, cross: Array, absolute: Array, squared: Array, start: Array, signed: bool) -> Array:
-    """Cyclic coordinate descent (Friedman, Hastie and Tibshirani 2010, equation 8)."""
-    curvature = np.maximum(np.einsum("qkk->qk", gram) + squared[:, None], 1e-12)
-    limit = _TOLERANCE * float(np.max(np.abs(cross) / curvature, initial=1e-12))
-    found = start.copy()
-    slope = cross - np.einsum("qkl,pql->pqk", gram, found)
-    for _ in range(_MAX_SWEEPS):
-        largest = 0.0
-        for item in range(cross.shape[2]):
-            pull = slope[..., item] + gram[:, item, item] * found[..., item]
-            shrunk = np.maximum((np.abs(pull) if signed else pull) - absolute, 0.0) / curvature[:, item]
-            new = np.sign(pull) * shrunk if signed else shrunk
-            change = new - found[..., item]
-            found[..., item] = new
-            slope -= change[..., None] * gram[:, item]
-            largest = max(largest, float(np.abs(change).max()))
-        if largest <= limit:
-            break
-    return found
