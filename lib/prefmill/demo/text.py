@@ -62,11 +62,11 @@ def build_qwen2(folder: Path, texts: Sequence[str], seed: int, hidden_size: int 
     save(create_qwen2(tokenizer, shape, seed), tokenizer, folder)
 
 
-def create_masked_diffusion(
-    tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int, initializer_range: float = 0.02
-) -> PreTrainedModel:
+def create_masked_diffusion(tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int) -> PreTrainedModel:
     """A small LLaDA, in its published form, with random fp32 weights that follow from its arguments."""
-    from prefmill.families.mdlm.native import LladaConfig, LladaForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from prefmill.families.mdlm.native import LladaConfig
 
     config = LladaConfig.from_dict(
         {
@@ -87,9 +87,8 @@ def create_masked_diffusion(
             **special_ids(tokenizer),
         }
     )
-    config.initializer_range = initializer_range
     with seeded(seed):
-        model: PreTrainedModel = LladaForCausalLM(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.generation_config = generation_defaults(tokenizer)
     return model
 

@@ -13,26 +13,20 @@ from typing import Any
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from prefmill.families.mdlm.as_published import AsPublished, require_fixed
-from prefmill.families.mdlm.native_moe import (
-    CONVERSIONS,
-    Llada2Config,
-    Llada2ForCausalLM,
-    LladaMoeConfig,
-    LladaMoeForCausalLM,
-    OlderLladaMoeConfig,
-    OlderLladaMoeForCausalLM,
-)
+from prefmill.families.mdlm.native_moe import CONVERSIONS, Llada2Config, LladaMoeConfig, OlderLladaMoeConfig
 
 # What LLaDA calls each key of LlamaConfig (its configuration descends from OLMo's).
 _LLADA_KEYS = {
@@ -101,22 +95,10 @@ class LladaConfig(AsPublished, LlamaConfig):
         return {**keys, **{key: published[key] for key in _IDS if published.get(key) is not None}}
 
 
-class LladaForCausalLM(LlamaForCausalLM):
-    """LLaDA: Llama that attends both ways."""
-
-    config_class = LladaConfig
-
-
 class DreamConfig(AsPublished, Qwen2Config):
     """Dream's configuration (arXiv 2508.15487), also DiffuCoder's: Qwen2's own keys."""
 
     model_type = "Dream"
-
-
-class DreamForCausalLM(Qwen2ForCausalLM):
-    """Dream: Qwen2 that attends both ways; its output at a place is for the token after it."""
-
-    config_class = DreamConfig
 
 
 class A2dQwen2Config(AsPublished, Qwen2Config):
@@ -125,32 +107,25 @@ class A2dQwen2Config(AsPublished, Qwen2Config):
     model_type = "a2d-qwen2"
 
 
-class A2dQwen2ForCausalLM(Qwen2ForCausalLM):
-    """A converted Qwen2."""
-
-    config_class = A2dQwen2Config
-
-
 class A2dQwen3Config(AsPublished, Qwen3Config):
     """A Qwen3 that was converted to masked diffusion, as the library dllm writes it."""
 
     model_type = "a2d-qwen3"
 
 
-class A2dQwen3ForCausalLM(Qwen3ForCausalLM):
-    """A converted Qwen3."""
+def _model(config: Any, base: Any) -> tuple[Any, Any]:
+    """A configuration and its model: `base`, which attends both ways by that configuration, under a name of its own."""
+    return config, type(config.__name__.replace("Config", "ForCausalLM"), (base,), {"config_class": config})
 
-    config_class = A2dQwen3Config
 
-
-MODELS: tuple[tuple[Any, Any], ...] = (
-    (LladaConfig, LladaForCausalLM),
-    (DreamConfig, DreamForCausalLM),
-    (A2dQwen2Config, A2dQwen2ForCausalLM),
-    (A2dQwen3Config, A2dQwen3ForCausalLM),
-    (LladaMoeConfig, LladaMoeForCausalLM),
-    (OlderLladaMoeConfig, OlderLladaMoeForCausalLM),
-    (Llada2Config, Llada2ForCausalLM),
+MODELS = (
+    _model(LladaConfig, LlamaForCausalLM),
+    _model(DreamConfig, Qwen2ForCausalLM),
+    _model(A2dQwen2Config, Qwen2ForCausalLM),
+    _model(A2dQwen3Config, Qwen3ForCausalLM),
+    _model(LladaMoeConfig, Qwen3MoeForCausalLM),
+    _model(OlderLladaMoeConfig, Qwen3MoeForCausalLM),
+    _model(Llada2Config, Glm4MoeForCausalLM),
 )
 # Dream began as the autoregressive Qwen2.5, and kept its shift by one.
 SHIFTED = ("Dream",)  # the output at a place is for the token after it

@@ -1,4 +1,4 @@
-"""Masked-diffusion mixtures of experts as modules that transformers has; `native` registers them.
+"""Configurations of masked-diffusion mixtures of experts, for modules that transformers has; `native` registers them.
 
 LLaDA-MoE (arXiv 2509.24389) is Qwen3-MoE: query and key norms per head, a softmax router that is not renormalised.
 (OLMoE, which it is often likened to, has one norm over all heads.) LLaDA2.x (arXiv 2512.15745) is GLM-4-MoE: half of
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Glm4MoeConfig, Qwen3MoeConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
@@ -60,22 +60,10 @@ class LladaMoeConfig(AsPublished, Qwen3MoeConfig):
         }
 
 
-class LladaMoeForCausalLM(Qwen3MoeForCausalLM):
-    """LLaDA-MoE: Qwen3-MoE that attends both ways."""
-
-    config_class = LladaMoeConfig
-
-
 class OlderLladaMoeConfig(LladaMoeConfig):
     """The same under another model type."""
 
     model_type = "lladamoe"
-
-
-class OlderLladaMoeForCausalLM(LladaMoeForCausalLM):
-    """The same under another model type."""
-
-    config_class = OlderLladaMoeConfig
 
 
 class Llada2Config(AsPublished, Glm4MoeConfig):
@@ -101,12 +89,6 @@ class Llada2Config(AsPublished, Glm4MoeConfig):
             "use_qk_norm": True,
             "num_nextn_predict_layers": 0,
         }
-
-
-class Llada2ForCausalLM(Glm4MoeForCausalLM):
-    """LLaDA2.x: GLM-4-MoE that attends both ways."""
-
-    config_class = Llada2Config
 
 
 class SplitHeads(ConversionOps):
