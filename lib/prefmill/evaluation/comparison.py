@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def compare(evaluations: Sequence[Evaluated], resampling: Resampling) -> dict[st
     checklist score (the question asked), over all pairs and other measures, and over all pairs and items. Human
     reviews are a reference point and no side of a pair. Raises InputError where scores cannot be compared.
     """
-    groups = {modality: list(group) for modality, group in _by_modality(evaluations).items()}
+    groups = _by_modality(evaluations)
     comparisons = [_compare_modality(modality, group, resampling) for modality, group in groups.items()]
     pairs = [pair for comparison in comparisons for pair in comparison["pairs"]]
     _correct(pair["measures"][CHECKMARK_SCORE.name] for pair in pairs)
@@ -84,9 +84,8 @@ def model_order(label: str) -> tuple[int, str]:
 
 
 def _by_modality(evaluations: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
-    groups: dict[str, list[Evaluated]] = {}
-    for evaluated in sorted(evaluations, key=lambda item: (item["modality"], model_order(item["model"]))):
-        groups.setdefault(evaluated["modality"], []).append(evaluated)
+    ordered = sorted(evaluations, key=lambda item: (item["modality"], model_order(item["model"])))
+    groups = {modality: list(group) for modality, group in groupby(ordered, key=lambda item: item["modality"])}
     for modality, group in groups.items():
         labels = [item["model"] for item in group]
         if len(set(labels)) < len(labels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 
 from prefmill.core.errors import PipelineError
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
@@ -48,10 +49,7 @@ def check_requests(pipeline: PipelineFile, plan: Plan, cluster: ClusterFile, off
 
 def by_stage(plan: Plan) -> dict[str, list[PlannedTask]]:
     """The plan's tasks, stage by stage."""
-    found: dict[str, list[PlannedTask]] = {}
-    for task in plan.tasks:
-        found.setdefault(task.stage.name, []).append(task)
-    return found
+    return {stage: list(tasks) for stage, tasks in groupby(plan.tasks, key=lambda task: task.stage.name)}
 
 
 def objections(

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def _goes_on(rows: Sequence[Row], somebody: bool) -> bool:
 
 def render(run: str, rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
     """The table, what it cost, and the notes."""
-    cells = [_COLUMNS, *(line for stage in _by_stage(rows) for line in _lines(stage))]
+    stages = groupby(rows, key=lambda row: row.key.partition(":")[0])
+    cells = [_COLUMNS, *(line for _, stage in stages for line in _lines(list(stage)))]
     widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
     # Padded here and painted below: codes of colours would count in a column's width.
     table = ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
@@ -284,13 +286,6 @@ def _seconds_left(progress: Mapping[str, Any], attempt: Mapping[str, Any]) -> fl
         return None
     left: float = (progress["time"] - attempt["started"]) / done * (progress["total"] - progress["done"])
     return left
-
-
-def _by_stage(rows: Sequence[Row]) -> list[list[Row]]:
-    stages: dict[str, list[Row]] = {}
-    for row in rows:
-        stages.setdefault(row.key.partition(":")[0], []).append(row)
-    return list(stages.values())
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
