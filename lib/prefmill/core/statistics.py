@@ -158,6 +158,14 @@ def _draw_counts(num_papers: int, resampling: Resampling) -> Iterator[NDArray[np
         yield generator.multinomial(num_papers, np.full(num_papers, 1 / num_papers), size=rows).astype(np.uint8)
 
 
+def correlation(left: Sequence[float] | Array, right: Sequence[float] | Array) -> float:
+    """Pearson's correlation, 0 where either side is constant."""
+    # NumPy would divide by a deviation of 0 and give NaN.
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
 def ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Ranks from 0, [N], equal values at the mean of their ranks."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from prefmill.core.figures import figure
-from prefmill.core.statistics import ranks
+from prefmill.core.statistics import correlation, ranks
 from prefmill.evaluation.rows import EvaluatedReview, PaperFacts
 from prefmill.reviews.text_statistics import distinct_share, repeated_share, words
 
@@ -141,7 +141,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     # Two points always lie on a line.
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
-    return round(float(np.corrcoef(ranks(first), ranks(second))[0, 1]), DIGITS)
+    return round(correlation(ranks(first), ranks(second)), DIGITS)
 
 
 def rating_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -9,10 +9,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
+from prefmill.core.statistics import correlation
 
 Suspicion = Literal["never_learned", "forgotten", "length_only"]
 SUSPICIONS: Mapping[Suspicion, str] = {
@@ -103,13 +106,12 @@ def read_histories(logs: Iterable[Path]) -> dict[str, History]:
 
 def length_effect(histories: Iterable[History]) -> LengthEffect:
     """Least squares through the origin of last margins on length differences; zeros where lengths do not differ."""
-    points = [(item.length_difference, item.last) for item in histories]
+    points = np.array([(item.length_difference, item.last) for item in histories]).reshape(-1, 2)
+    lengths, margins = points.T
     # No intercept: sides of one length leave nothing for length to explain.
-    squares = sum(x * x for x, _ in points)
-    if not squares:
-        return LengthEffect(0.0, 0.0, len(points))
-    product = sum(x * y for x, y in points)
-    return LengthEffect(product / squares, _correlation(points), len(points))
+    squares = float(lengths @ lengths)
+    slope = float(lengths @ margins) / squares if squares else 0.0
+    return LengthEffect(slope, correlation(lengths, margins), len(points))
 
 
 def suspicions(history: History, effect: LengthEffect) -> tuple[Suspicion, ...]:
@@ -127,12 +129,12 @@ def suspicions(history: History, effect: LengthEffect) -> tuple[Suspicion, ...]:
     return tuple(found)
 
 
-def suspects(histories: Mapping[str, History], kinds: Sequence[Suspicion] = get_args(Suspicion)) -> list[Suspect]:
-    """The pairs that look wrong in one of the ways `kinds`, the lowest last margin first."""
+def suspects(histories: Mapping[str, History]) -> list[Suspect]:
+    """The pairs that look wrong, the lowest last margin first."""
     effect = length_effect(histories.values())
     found = [Suspect(item, suspicions(item, effect)) for item in histories.values()]
-    chosen = [item for item in found if set(item.reasons) & set(kinds)]
-    return sorted(chosen, key=lambda item: (item.history.last, item.history.pair_id))
+    wrong = [suspect for suspect in found if suspect.reasons]
+    return sorted(wrong, key=lambda item: (item.history.last, item.history.pair_id))
 
 
 def write_exclude(path: Path, found: Sequence[Suspect]) -> None:
@@ -165,11 +167,3 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _history(pair_id: str, rows: Sequence[Mapping[str, Any]]) -> History:
     sightings = tuple(Sighting(row["step"], row["epoch"], row["margin"], row["gradient_coefficient"]) for row in rows)
     return History(pair_id, sightings, rows[-1]["chosen_length"], rows[-1]["rejected_length"])
-
-
-def _correlation(points: Sequence[tuple[float, float]]) -> float:
-    """Pearson's; 0 where one side does not vary."""
-    count = len(points)
-    mean_x, mean_y = (sum(point[axis] for point in points) / count for axis in (0, 1))
-    xx, yy = sum((x - mean_x) ** 2 for x, _ in points), sum((y - mean_y) ** 2 for _, y in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / (xx * yy) ** 0.5 if xx and yy else 0.0

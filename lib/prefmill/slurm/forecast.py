@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prefmill.core.figures import duration
 from prefmill.core.places import MANIFEST
+from prefmill.pipeline.local import Say
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.slots import Slots
 from prefmill.slurm.cluster import Resources
 from prefmill.slurm.slices import Timed, is_measurable, is_whole, measure, record_seconds, rows_of
 from prefmill.training.config import TrainingConfig
 
-Say = Callable[[str], None]
 _IDLE = 0.1  # of the cores: what others may use before times are doubted
 
 

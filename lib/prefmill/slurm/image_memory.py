@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from prefmill.core.errors import ConfigError
 from prefmill.core.precision import torch_dtype
 from prefmill.families.sdxl.backbone import BACKBONES, Backbone, backbone_of
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
-from prefmill.slurm.memory import GIGABYTE, GpuMemory, Numbers, model_states
+from prefmill.slurm.memory import GIGABYTE, GpuMemory, Numbers, model_states, readable
 from prefmill.training.config import TrainingConfig, weights_precision
 
 # unet/config.json and config.json as published, for machines that have not downloaded them.
@@ -241,13 +240,11 @@ def _denoiser(name: str, revision: str | None) -> tuple[Backbone, Any, dict[str,
 
     if name == _SDXL:
         return BACKBONES["StableDiffusionXLPipeline"], diffusers.UNet2DConditionModel, SDXL_UNET
-    try:
+    with readable(name):
         index = diffusers.DiffusionPipeline.load_config(name, revision=revision)
         backbone = backbone_of(index.get("_class_name"), name)
         make = getattr(diffusers, index[backbone.part][1])
         return backbone, make, dict(make.load_config(name, subfolder=backbone.part, revision=revision))
-    except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from None
 
 
 def _clip_config(name: str, revision: str | None) -> Any:
@@ -258,14 +255,5 @@ def _clip_config(name: str, revision: str | None) -> Any:
     if is_open_clip(name):
         said = json.loads((Path(name) / CONFIG_FILE).read_bytes())
         return clip_config(said.get("model_cfg", said), Path(name))
-    try:
+    with readable(name):
         return CLIPConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from None
-
-
-def _unreadable(name: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        "cannot read the model's config", where=name, got=str(error).splitlines()[0],
-        fix="download the model first, or give its folder",
-    )  # fmt: skip

@@ -6,6 +6,8 @@ counts them. What is predicted is a training's need at its longest rows, so that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -104,19 +106,26 @@ def model_size(name_or_path: str, revision: str | None = None, trust_remote_code
     )
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with readable(name_or_path):
         try:  # what is here already is not asked for again
             config = AutoConfig.from_pretrained(name_or_path, local_files_only=True, **options)
         except OSError:
             if name_or_path in _PUBLISHED:
                 return _shape(LladaConfig.from_dict(dict(_PUBLISHED[name_or_path])), trust_remote_code=False)
             config = AutoConfig.from_pretrained(name_or_path, **options)
+    return _shape(config, trust_remote_code)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Raise ConfigError where the config of the model `name` cannot be read within."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "cannot read the model's config", where=name_or_path, got=str(error).splitlines()[0],
+            "cannot read the model's config", where=name, got=str(error).splitlines()[0],
             fix="download the model first, or give its folder",
         ) from None  # fmt: skip
-    return _shape(config, trust_remote_code)
 
 
 def _shape(config: Any, trust_remote_code: bool) -> ModelSize:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from prefmill.core.files import append_row
+from prefmill.core.statistics import correlation
 from prefmill.distributed.collectives import from_all_ranks
 from prefmill.training.objectives import Objective, PairScores, Settings
 from prefmill.training.speed import Speed
@@ -126,14 +127,6 @@ def f1_by_coin(wins: Sequence[float], pair_ids: Sequence[str]) -> float:
     found = sum(win for win, is_first in zip(wins, first, strict=True) if is_first)
     wrong = sum(1 - win for win in wins)  # missed where the chosen side is first, a false alarm where it is second
     return 2 * found / (2 * found + wrong) if found + wrong else 0.5
-
-
-def correlation(left: list[float], right: list[float]) -> float:
-    """Pearson's correlation, 0 where either side is constant."""
-    # NumPy would divide by a deviation of 0 and give NaN.
-    if len(set(left)) < 2 or len(set(right)) < 2:
-        return 0.0
-    return float(np.corrcoef(left, right)[0, 1])
 
 
 def _chosen_change(row: dict[str, Any]) -> float:

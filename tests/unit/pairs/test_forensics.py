@@ -89,7 +89,6 @@ def test_suspects_of_every_kind(workspace: Path) -> None:
         "long:a": ("length_only",),
     }  # fmt: skip
     assert [item.history.pair_id for item in suspects(histories)] == ["never:a", "lost:a", "flat:a", "long:a"]
-    assert [item.history.pair_id for item in suspects(histories, ["forgotten"])] == ["lost:a"]
     effect = length_effect(histories.values())
     points = [(chosen - rejected, margins[-1]) for margins, chosen, rejected in PAIRS.values()]
     assert effect.slope == pytest.approx(sum(x * y for x, y in points) / sum(x * x for x, _ in points))

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefmill.core.statistics import correlation
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.objectives import PairScores, Settings, mix
 from prefmill.training.speed import SPEED, Speed
-from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, Telemetry, correlation, f1_by_coin
+from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, Telemetry, f1_by_coin
 
 SETTINGS = Settings(0.1)
 SIGMOID = mix(["sigmoid"], [1.0], SETTINGS)
