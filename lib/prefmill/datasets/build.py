@@ -16,7 +16,7 @@ from prefmill.checklist.scored import ScoredPaper, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, InputError
 from prefmill.core.files import copy_once, write_atomic
-from prefmill.core.records import Modality, Paper, Standing
+from prefmill.core.records import Modality, Standing
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
 from prefmill.datasets.registry import SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
 from prefmill.datasets.rows import IMAGES, PaperPrompt, dpo_row, make_prompt, sft_row
@@ -113,7 +113,8 @@ class _Writer:
         if split is None:
             return  # dev and test never become training data
         good = [item for item in scored.reviews if rank(item.evaluation) <= self._cut]
-        pairs = pairs_of(scored.reviews, self._rules.pairs, self.dropped[split]) if self._wanted(scored.paper) else []
+        wanted = (scored.paper["decision"] or "unknown") in self._rules.decisions
+        pairs = pairs_of(scored.reviews, self._rules.pairs, self.dropped[split]) if wanted else []
         self.sft_selected[split] += len(good)
         # Counted before modalities, so that a lack of images is told apart from filters that dropped all pairs.
         self.num_pairs[split] += len(pairs)
@@ -135,9 +136,6 @@ class _Writer:
         for key, rows in self.num_rows().items():
             if not rows:
                 raise self._empty_sft(key) if key.kind == "sft" else self._empty_dpo(key)
-
-    def _wanted(self, paper: Paper) -> bool:
-        return (paper["decision"] or "unknown") in self._rules.decisions
 
     def _write(self, key: DatasetKey, rows: Iterable[dict[str, Any]]) -> None:
         before = self._files[key].num_rows

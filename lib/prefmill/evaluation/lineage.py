@@ -82,7 +82,9 @@ def training_papers(checkpoint: Artifact, lineage: Lineage) -> TrainingPapers:
     papers: set[str] = set()
     sources: dict[str, Artifact] = {}
     missing = 0
-    for origin in _checkpoints(checkpoint, lineage):
+    for origin in lineage.behind(checkpoint):
+        if origin.artifact.manifest.kind != "checkpoint":
+            continue
         missing += len(origin.missing)
         read = [lineage.find(digest) for digest in _input_digests(origin.artifact)]
         # Checkpoints before this one come by themselves, with their own inputs.
@@ -115,10 +117,6 @@ def check_training(checkpoint: Artifact | None, evaluated: Iterable[str], output
         "num_datasets": trained.num_datasets,
         "num_missing": trained.num_missing,
     }
-
-
-def _checkpoints(checkpoint: Artifact, lineage: Lineage) -> list[Origin]:
-    return [origin for origin in lineage.behind(checkpoint) if origin.artifact.manifest.kind == "checkpoint"]
 
 
 def _input_digests(artifact: Artifact) -> list[str]:

@@ -11,7 +11,6 @@ from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
 from prefmill.core.places import stages_folder
-from prefmill.core.stage import ArrayValue
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.stage_entry import with_settings
 from prefmill.pipeline.state import CODE_VERSION, code_version
@@ -44,7 +43,8 @@ def _written_out(task: PlannedTask, array: Mapping[str, Any], source: Path) -> d
     """The keys given to a task, without those that its array gives."""
     keys = task.config.model_dump(mode="json", exclude_unset=True)
     frozen = {key: value for key, value in keys.items() if key not in array}
-    again = validate(task.stage.config, frozen | _element_keys(task), where=source)
+    given = {key: value for key, value in task.values.items() if key in type(task.config).model_fields}
+    again = validate(task.stage.config, frozen | given, where=source)
     # A job that would run with other keys than were planned is found now and not after its time in the queue.
     assert again == task.config, f"the configuration of {task.key} does not survive being written out"
     return frozen
@@ -76,7 +76,3 @@ def check_path(path: Path) -> None:
             "Slurm and Python cannot be given this path", where=repr(str(path)), got=repr(wrong[0]),
             fix="use a folder whose path has no colon, backslash, newline or other control character",
         )  # fmt: skip
-
-
-def _element_keys(task: PlannedTask) -> dict[str, ArrayValue]:
-    return {key: value for key, value in task.values.items() if key in type(task.config).model_fields}

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error
@@ -33,7 +32,16 @@ from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
 from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher, run_elsewhere
 from prefmill.pipeline.task_status import INTERRUPTED, at_work, in_short, is_running, read_status, write_status
-from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, announce, execute, keep_finished, require_free
+from prefmill.pipeline.worker import (
+    EXIT_BUG,
+    EXIT_USER_ERROR,
+    announce,
+    execute,
+    keep_finished,
+    log_path,
+    print_into_log,
+    require_free,
+)
 from prefmill.store.artifacts import read_manifest
 
 _POLL_SECONDS = 0.2
@@ -236,11 +244,6 @@ def _exit_code(item: _Running) -> int:
     return code
 
 
-def log_path(task: PlannedTask) -> Path:
-    """The log of a task: what it printed, all attempts appended."""
-    return task.logs.parent / f"{task.name}.log"
-
-
 def _show_results(plan: Plan, tasks: Iterable[PlannedTask], say: Say) -> None:
     """Print what the pipeline was run for: the conclusions and files of the tasks that nothing else reads."""
     read = {other.key for task in plan.tasks for other in plan.upstream(task)}
@@ -263,13 +266,7 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
     collect_from_now_on()
     end_with_parent()
     _end_with_command()
-    log_path(task).parent.mkdir(parents=True, exist_ok=True)
-    with log_path(task).open("ab", buffering=0) as log:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # The descriptors and not sys.stdout: compiled libraries and child processes print to them as well.
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
+    print_into_log(task)
     try:
         os.environ.update(place)
         execute(task, force, run=partial(_run_ranks, task, ranks) if ranks > 1 else None)

@@ -94,6 +94,23 @@ def locked(task: PlannedTask) -> Iterator[None]:
         yield
 
 
+def log_path(task: PlannedTask) -> Path:
+    """The log of a task: what it printed, all attempts appended."""
+    return task.logs.parent / f"{task.name}.log"
+
+
+def print_into_log(task: PlannedTask) -> None:
+    """Have this process and its children print into the task's log."""
+    log_path(task).parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Added to, so that what earlier attempts have written stays to be read.
+    with log_path(task).open("ab", buffering=0) as log:
+        # The descriptors and not sys.stdout: compiled libraries and child processes print to them as well.
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+
+
 def require_free(task: PlannedTask) -> None:
     """Raise PipelineError where another process is at the task, before anything of its is written over."""
     with locked(task):

@@ -99,11 +99,8 @@ def _missing_inputs(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[str]:
     """Inputs from outside the pipeline that are not there."""
     made = {task.output for task in plan.tasks}
     wanted = dict.fromkeys(path for task in tasks for paths in task.inputs.values() for path in paths)
-    yield from (f"its input {path} is not finished" for path in wanted if path not in made and not _is_made(path))
-
-
-def _is_made(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    missing = (path for path in wanted if path not in made and not (path / MANIFEST).is_file())
+    yield from (f"its input {path} is not finished" for path in missing)
 
 
 def _place_notes(plan: Plan, cluster: ClusterFile) -> Iterator[str]:

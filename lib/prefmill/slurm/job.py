@@ -28,7 +28,7 @@ from prefmill.pipeline.oom_backoff import read_smaller, start_over_when_smaller
 from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
 from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, SignalWatcher, run_elsewhere
 from prefmill.pipeline.task_status import write_status
-from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute
+from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, log_path, print_into_log
 from prefmill.slurm.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
 from prefmill.slurm.follow_up import book_again
 from prefmill.slurm.releases import release_when_task_ends
@@ -120,13 +120,8 @@ def element_id(environment: Mapping[str, str]) -> str | None:
 
 def redirect(task: PlannedTask) -> None:
     """Have this process and its children print into the task's log; Slurm's own file says where that is."""
-    log = task.logs.parent / f"{task.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{task.key}: see {log}", flush=True)
-    # Added to, so that what earlier attempts have written stays to be read.
-    with log.open("ab", buffering=0) as stream:
-        os.dup2(stream.fileno(), sys.stdout.fileno())
-        os.dup2(stream.fileno(), sys.stderr.fileno())
+    print(f"{task.key}: see {log_path(task)}", flush=True)
+    print_into_log(task)
     print(f"--- {task.key} in job {element_id(os.environ)} on {os.uname().nodename}", flush=True)
 
 

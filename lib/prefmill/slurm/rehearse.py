@@ -58,7 +58,8 @@ def rehearse(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterF
     ended = _follow(small_plan, drills, say)
     say(_table(small_plan))
     verdicts = [("every task complete", [] if ended else ["see the table above, and `prefmill why`"])]
-    verdicts += [(drill.name, list(_judge(drill))) for drill in drills if _can_drill(small_plan)]
+    if any(task.stage.trains for task in small_plan.tasks):
+        verdicts += [(drill.name, list(_judge(drill))) for drill in drills]
     for name, problems in verdicts:
         say(f"{'ok  ' if not problems else 'FAIL'} {name}{''.join(f': {text}' for text in problems)}")
     return int(any(problems for _, problems in verdicts))
@@ -67,10 +68,6 @@ def rehearse(pipeline: PipelineFile, plan: Plan, source: Path, cluster: ClusterF
 def _table(plan: Plan) -> str:
     seen = read_rows(plan.workspace, plan.run)
     return render(plan.run, seen.rows, seen.notes)
-
-
-def _can_drill(plan: Plan) -> bool:
-    return any(task.stage.trains for task in plan.tasks)
 
 
 def _follow(plan: Plan, drills: list[Drill], say: Say) -> bool:

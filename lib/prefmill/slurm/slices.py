@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from prefmill.core.artifact import Manifest, Provenance
+from prefmill.core.artifact import Provenance
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import read_record
 from prefmill.core.places import MANIFEST, RUN_RECORD
@@ -155,7 +155,8 @@ def _sliced_datasets(task: PlannedTask, rows: int, folder: Path) -> Path:
             chosen = list(_some_groups(source / entry.path, max(1, round(entry.rows * rows / total))))
             write_jsonl(folder / entry.path, chosen)
             _link_images(chosen, source, folder)
-    publish(folder, manifest.kind, _origin(manifest), {})
+    origin = Provenance(**{name: getattr(manifest, name) for name in Provenance.__dataclass_fields__})
+    publish(folder, manifest.kind, origin, {})
     return folder
 
 
@@ -178,10 +179,6 @@ def _link_images(rows: Iterable[Mapping[str, Any]], source: Path, folder: Path) 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if not (folder / name).exists():
             (folder / name).symlink_to(source / name)
-
-
-def _origin(manifest: Manifest) -> Provenance:
-    return Provenance(**{name: getattr(manifest, name) for name in Provenance.__dataclass_fields__})
 
 
 def _train_file(task: PlannedTask) -> str:

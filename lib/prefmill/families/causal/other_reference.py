@@ -16,14 +16,9 @@ from prefmill.training.objectives import Objective
 from prefmill.training.preference_config import PreferenceConfig
 
 
-def reference_name(config: PreferenceConfig) -> str | None:
-    """Hub name or folder of the reference; None where it is the policy as it starts."""
-    return str(config.ref_folder) if config.ref_folder is not None else config.ref_name
-
-
 def reference_parts(config: PreferenceConfig) -> tuple[str, Path | None] | None:
-    """The whole model of another reference, and the adapter on it where it is one."""
-    name = reference_name(config)
+    """The whole model of another reference, and the adapter on it where it is one; None for the policy at its start."""
+    name = str(config.ref_folder) if config.ref_folder is not None else config.ref_name
     try:
         return None if name is None else split_adapter(name, config.ref_revision)
     except ValueError as error:

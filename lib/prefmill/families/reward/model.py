@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,11 +100,6 @@ def create_reward(clip: CLIPModel, hidden_size: int, seed: int) -> MultiHeadRewa
     return model
 
 
-def inputs_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The arguments of `forward` among what a processor returns."""
-    return {name: batch[name] for name in INPUTS}
-
-
 def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:
     """What the model takes of these images and prompts; prompts are filled up or cut to what CLIP reads.
 
@@ -113,7 +108,7 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any]) -> dic
     batch = processor(
         text=list(prompts), images=list(images), padding="max_length", truncation=True, return_tensors="pt"
     )
-    return inputs_of(batch)
+    return {name: batch[name] for name in INPUTS}
 
 
 def _head(width: int, hidden_size: int) -> nn.Module:

@@ -37,7 +37,8 @@ def open_published(folder: Path, device: str) -> Scorer:
     if (folder / MED_CONFIG).is_file():
         return _image_reward(folder, device)
     if is_open_clip(str(folder)):
-        return _hps(folder, device)
+        # HPSv2 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP's cos(image, text).
+        return _clip(load_open_clip(folder), folder, device, 1.0)
     said = json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
     opened = {"clip": _pick_score, "clip_vision_model": _aesthetics}.get(said.get("model_type", ""))
     if opened is None:
@@ -55,11 +56,6 @@ def _pick_score(folder: Path, device: str) -> Scorer:
 
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return _clip(model, folder, device, model.logit_scale.exp().item())
-
-
-def _hps(folder: Path, device: str) -> Scorer:
-    """HPSv2 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP's cos(image, text)."""
-    return _clip(load_open_clip(folder), folder, device, 1.0)
 
 
 def _clip(model: Any, folder: Path, device: str, scale: float) -> Scorer:
