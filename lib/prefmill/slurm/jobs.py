@@ -30,7 +30,6 @@ _SECONDS = 60.0
 _CLOCKS_DIFFER_SECONDS = 600.0
 _IDS_AT_ONCE = 500
 _NO_SUCH_JOB = "Invalid job id specified"
-_DEFAULT_MIN_JOB_AGE = 300.0
 
 
 @dataclass(frozen=True)
@@ -141,16 +140,10 @@ def is_purged(name: str) -> bool:
     return done is not None and (_NO_SUCH_JOB in done.stderr or f"Job {name} not found" in done.stdout)
 
 
-def purge_seconds() -> float:
-    """How long slurmctld remembers a job that has ended; Slurm's default where it does not say."""
-    found = setting("MinJobAge")
-    return _DEFAULT_MIN_JOB_AGE if found is None else found
-
-
-def setting(name: str) -> int | None:
-    """A number of Slurm's own configuration; None where Slurm does not say."""
+def setting(name: str, default: int) -> int:
+    """A number of Slurm's own configuration; `default` where Slurm does not say."""
     found = re.search(rf"^{name}\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.M)
-    return int(found[1]) if found else None
+    return int(found[1]) if found else default
 
 
 def partitions() -> dict[str, Partition] | None:

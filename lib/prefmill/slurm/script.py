@@ -126,7 +126,7 @@ def max_array_size(cluster: ClusterFile) -> int:
     if cluster.max_array_size:
         return cluster.max_array_size
     # The largest index is one less than this, so an array that begins at 0 may have exactly as many elements.
-    return setting("MaxArraySize") or DEFAULT_MAX_ARRAY_SIZE
+    return setting("MaxArraySize", DEFAULT_MAX_ARRAY_SIZE)
 
 
 def _render(

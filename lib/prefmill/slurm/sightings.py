@@ -15,6 +15,7 @@ from prefmill.slurm.elements import Tried, left_end_record
 from prefmill.slurm.jobs import Element, JobState
 
 OWN_RECORD, PURGED = "its own record", "Slurm no longer knows its job"
+_DEFAULT_MIN_JOB_AGE = 300  # seconds that slurmctld remembers a job that has ended, unless it says otherwise
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _strangers(tried: Iterable[Tried], shown: Mapping[Element, JobState]) -> Ite
 def _without_record(absent: Iterable[Tried]) -> tuple[dict[Element, str], dict[Element, str]]:
     """What neither squeue nor sacct shows: those that have ended by other evidence, and those nobody knows."""
     is_purged = cache(slurm.is_purged)
-    purge_seconds = cache(slurm.purge_seconds)
+    purge_seconds = cache(lambda: slurm.setting("MinJobAge", _DEFAULT_MIN_JOB_AGE))
     ended: dict[Element, str] = {}
     unknown: dict[Element, str] = {}
     for one in absent:
