@@ -137,9 +137,10 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
     def drop_deleted(self) -> None:
         """Drop the reviews and papers of deleted notes; a version from after the deletion stands."""
         for table, key in (("reviews", "review_id"), ("papers", "paper_id")):
+            # The first condition finds rows by their key, so that it costs as little as there are deleted notes.
             query = (
-                f"DELETE FROM {table} WHERE {key} IN (SELECT note_id FROM deleted WHERE "  # noqa: S608 (our own names)
-                f"{table}.date IS NULL OR deleted.date IS NULL OR {table}.date <= deleted.date)"
+                f"DELETE FROM {table} WHERE {key} IN (SELECT note_id FROM deleted) AND "  # noqa: S608 (our own names)
+                f"ifnull(date <= (SELECT date FROM deleted WHERE note_id = {key}), 1)"
             )
             self.num_deleted += self._database.execute(query).rowcount
 
@@ -147,6 +148,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         """Drop what belongs to no paper, or only to deleted ones; returns how many reviews of each paper."""
         unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
         if not all_of_them:
+            if not self.count("deleted"):  # as nearly always: every look goes through all reviews
+                return {}
             unknown += " AND paper_id IN (SELECT note_id FROM deleted)"
         query = f"SELECT paper_id, count(*) FROM reviews WHERE {unknown} GROUP BY paper_id ORDER BY paper_id"  # noqa: S608
         found = dict(self._database.execute(query).fetchall())
