@@ -301,6 +301,29 @@ def test_pick_a_pic(tmp_path: Path, form: str) -> None:
         build_from(tmp_path / "b", {"format": "pickapic", "path": str(tmp_path / "bad.jsonl")})
 
 
+def test_sets_in_pick_a_pics_form_without_uids(tmp_path: Path) -> None:
+    """As scripts of diffusers take them: two pictures, a caption and label_0; rows without a picture are set aside."""
+    from pyarrow import Table, parquet
+
+    rows = []
+    for number in range(6):
+        for side in "01":
+            draw(tmp_path / f"{number}{side}.png", 100 * number + ord(side))
+        both = {f"jpg_{side}": (tmp_path / f"{number}{side}.png").read_bytes() for side in "01"}
+        rows.append({"caption": f"bars {number}", "label_0": float(number % 2), **both})
+    rows.append({**rows[0], "jpg_1": None})
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "set.parquet")
+    source = {"format": "pickapic", "path": str(tmp_path / "set.parquet")}
+    task = build_from(tmp_path / "t", source, max_quarantined_share=0.2)
+    assert quarantine(task) == [("row", "no two images")]
+    for row in pairs(task):
+        number = int(row["prompt"].split()[1])
+        better, worse = (1 - number % 2, number % 2)
+        files = [(task.output / row[side]).read_bytes() for side in ("preferred", "rejected")]
+        assert files == [(tmp_path / f"{number}{side}.png").read_bytes() for side in (better, worse)]
+    assert len(pairs(task)) == 6
+
+
 def test_bytes_that_are_base64_are_no_path(tmp_path: Path) -> None:
     """A jsonl with the image itself in it is said to be a missing file, not read as something else."""
     content = base64.b64encode(draw(tmp_path / "a.png", 0).read_bytes()).decode()[:80]

@@ -27,7 +27,9 @@ _SIDES = (
     ("preferred", "rejected"), ("chosen", "rejected"), ("winner", "loser"), ("win", "lose"), ("image_w", "image_l"),
     ("preferred_image", "rejected_image"), ("chosen_image", "rejected_image"),
 )  # fmt: skip
-_PICKAPIC_KEYS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
+_PICKAPIC_KEYS = ("caption", "jpg_0", "jpg_1", "label_0")
+# Smaller sets in its form leave these out: an image is then named by its content, and the shares sum to 1.
+_PICKAPIC_MORE = ("image_0_uid", "image_1_uid", "label_1", "has_label", "user_id")
 
 
 class RatingsSource(StrictConfig):
@@ -230,12 +232,16 @@ def _ranking_fault(row: Any) -> str | None:
 def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
     """Every row as a user's rating on the dimension `overall`; 0.5 : 0.5 is a tie, a row without a label a skip."""
     for where, base, row in _pickapic_rows(path):
-        given = [row["image_0_uid"], row["image_1_uid"]]
+        pictures = [row["jpg_0"], row["jpg_1"]]
+        if not all(picture_bytes(one) or picture_path(one) for one in pictures):
+            collection.quarantine.add("row", where, "no two images")
+            continue
+        given = [row.get(f"image_{side}_uid", _uid(one)) for side, one in enumerate(pictures)]
         if not isinstance(row["caption"], str) or not row["caption"].strip() or not all(map(_is_name, given)):
             collection.quarantine.add("row", where, "no usable caption and uids")
             continue
         labelled = str(row.get("has_label", True)).lower() in ("true", "1", "1.0")
-        margin = _margin(row["label_0"], row["label_1"])
+        margin = _margin(row["label_0"], row.get("label_1"))
         if labelled and margin is None:
             collection.quarantine.add("row", where, "labels that are no shares of 1")
             continue
@@ -253,10 +259,15 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
         collection.ratings.append((where, _overall(prompt_id, left, right, rater, choice)))
 
 
+def _uid(picture: Any) -> str:
+    data = picture_bytes(picture)
+    return safe_name(Path(str(picture_path(picture))).stem) if data is None else content_name(data)
+
+
 def _pickapic_rows(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Rows with where they stand and the folder that their paths are relative to."""
     for file in data_files(path):
-        for where, row in rows_of(file, (*_PICKAPIC_KEYS, "has_label", "user_id")):
+        for where, row in rows_of(file, (*_PICKAPIC_KEYS, *_PICKAPIC_MORE)):
             missing = [key for key in _PICKAPIC_KEYS if not isinstance(row, dict) or key not in row]
             if missing:
                 raise InputError(
@@ -284,7 +295,8 @@ def _json_list(path: Path) -> list[Any]:
 def _margin(first: Any, second: Any) -> float | None:
     """How much more the first image was chosen, of shares that sum to 1; None for anything else."""
     try:
-        ours, theirs = float(first), float(second)
+        ours = float(first)
+        theirs = 1 - ours if second is None else float(second)
     except (TypeError, ValueError):
         return None
     # NaN fails both; -1 and -1, or 0 and 0, would be a tie that nobody called.

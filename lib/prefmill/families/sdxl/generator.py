@@ -13,7 +13,7 @@ from prefmill.distributed.devices import device_type
 from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser, unpack
 from prefmill.families.sdxl.folders import ADAPTER_FILE, loading
 from prefmill.families.sdxl.kohya import merge, read_factors
-from prefmill.families.sdxl.whole import require_whole_adapter
+from prefmill.families.sdxl.whole import require_place, require_whole_adapter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -161,6 +161,7 @@ def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
         return
     with loading("the adapter", file):
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=_ADAPTER_NAME)
+        require_place(pipeline, file, _ADAPTER_NAME)
         pipeline.set_adapters(_ADAPTER_NAME, scale)
     require_whole_adapter(pipeline, file, _ADAPTER_NAME)
 

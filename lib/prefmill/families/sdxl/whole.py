@@ -39,12 +39,19 @@ def require_whole_pipeline(pipeline: Any, folder: Path, variant: str | None) -> 
             require_whole_part(part, f"{folder}/{name}")
 
 
+def require_place(pipeline: Any, file: Path, name: str) -> None:
+    """Raise InputError where diffusers passed over all of `file`, so that there is no adapter called `name`."""
+    if not any(name in names for names in pipeline.get_list_adapters().values()):
+        raise InputError(
+            "the adapter does not fit the pipeline", where=file, got=f"keys such as {next(iter(_keys(file)), 'none')}",
+            expected=f"keys of {type(pipeline).__name__}, by diffusers' or kohya's names",
+            fix="give the base that it was trained on; of sdxl_dpo's output the folder itself",
+        )  # fmt: skip
+
+
 def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
     """Raise InputError where the adapter called `name` has no place for a factor or a magnitude of `file`."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        keys = list(opened.keys())
+    keys = _keys(file)
     given = [sum(pattern.search(key) is not None for key in keys) for pattern in _PATTERNS]
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     weights = [(key, value) for part in parts for key, value in part.named_parameters() if f".{name}" in key]
@@ -58,3 +65,10 @@ def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
             got=counts if lost else "factors or magnitudes that the file lacks",
             fix="give the base that it was trained on, and the file as it was written",
         )  # fmt: skip
+
+
+def _keys(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
