@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from prefmill.reviews.rows import (
     Skipped,
     half_a_pair,
 )
-from prefmill.reviews.scale import COMMON_SCALE, prompt_scale, rescaled
+from prefmill.reviews.scale import COMMON_SCALE, Scale, prompt_scale, rescaled
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
 from prefmill.reviews.store import CorpusStore, StoredReview
@@ -55,7 +55,7 @@ class IngestTally:
     splits: Counter[str] = field(default_factory=Counter)
     split_reviews: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
-    ratings: Counter[float] = field(default_factory=Counter)
+    ratings: Counter[tuple[int, Scale, float]] = field(default_factory=Counter)  # by source and scale
     text_from: Counter[str] = field(default_factory=Counter)
     pages: int = 0
     figures: int = 0
@@ -68,7 +68,6 @@ class IngestTally:
     unknown: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
     html: int = 0
-    low_scales: list[str] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """What someone who reads the numbers must know, a sentence each."""
@@ -83,11 +82,29 @@ class IngestTally:
             f"{_first_of(self.orphans)}": self.orphans,
             f"{self.html} reviews hold HTML, such as <br /> or &amp;, which models would learn: set html: true "
             "in their source to read it as text": self.html,
-            "; ".join(self.low_scales): self.low_scales,
+            "; ".join(low := self._low_scales()): low,
             f"{len(self.merged)} papers were merged into others with the same title": self.merged,
             f"{self.unknown.total()} values are unknown and were left out: {_named(self.unknown)}": self.unknown,
         }
         return [text for text, happened in said.items() if happened]
+
+    def common_ratings(self) -> Counter[float]:
+        """How often each rating was given, on the common scale."""
+        found = Counter[float]()
+        for (_, scale, rating), count in self.ratings.items():
+            found[rescaled(rating, scale, COMMON_SCALE)] += count
+        return found
+
+    def _low_scales(self) -> list[str]:
+        scales: defaultdict[tuple[int, Scale], Counter[float]] = defaultdict(Counter)
+        for (source, scale, rating), count in self.ratings.items():
+            scales[source, scale][rating] += count
+        return [
+            f"no rating of source {source} is above {max(ratings):g} on {low:g} to {high:g}: set rating_max if its "
+            "scale ends there"
+            for (source, (low, high)), ratings in scales.items()
+            if ratings.total() >= _JUDGED_REVIEWS and max(ratings) - low <= _SHORT_SCALE * (high - low)
+        ]
 
 
 def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Rejects, progress: Progress) -> IngestTally:
@@ -115,11 +132,6 @@ def link(store: CorpusStore, rejects: Rejects, tally: IngestTally) -> None:
     """Make whole papers of what was collected: decisions, no orphans, one paper a title."""
     store.drop_deleted()
     tally.orphans = store.drop_orphans(all_of_them=rejects.config.unknown_papers == "drop")
-    tally.low_scales = [
-        f"no rating of source {number} is above {best:g} on {low:g} to {high:g}: set rating_max if its scale ends there"
-        for (number, (low, high)), (best, count) in store.highest_ratings().items()
-        if count >= _JUDGED_REVIEWS and best - low <= _SHORT_SCALE * (high - low)
-    ]
     for problem in store.link():
         rejects.add(problem)
     # Before titles are merged: a merged paper has the smallest id, which must not be that of a dropped paper.
@@ -165,7 +177,7 @@ def write_corpus(
             papers.write(row if scale == COMMON_SCALE else {**row, "scale": list(scale)})
             for review in written:
                 reviews.write_line(review.json)
-                tally.ratings[rescaled(review.rating, review.scale, COMMON_SCALE)] += 1
+                tally.ratings[review.source, review.scale, review.rating] += 1
             _count(tally, row, document, len(written))
         # Still inside the writers' block: they rename their files only when it ends without an error.
         rejects.check_share(tally.rows)
@@ -213,7 +225,8 @@ def _take(
             if isinstance(item, _STORED):
                 # A row's paper stays in the store where its review is at fault: other rows bring more reviews of it.
                 store.add(read.place, item)
-                tally.html += isinstance(item, ReviewRow) and holds_html(item.text)
+                if isinstance(item, ReviewRow) and holds_html(item.text):
+                    tally.html += 1
             elif isinstance(item, Skipped):
                 counts[f"skipped: {item.kind}"] += 1
             else:
@@ -293,7 +306,7 @@ def _summary(tally: IngestTally, num_papers: int, num_reviews: int, num_quaranti
             for name in ("train", "val", "dev", "test")
         },
         "decisions": dict(sorted(tally.decisions.items())),
-        "ratings": {f"{rating:g}": count for rating, count in sorted(tally.ratings.items())},
+        "ratings": {f"{rating:g}": count for rating, count in sorted(tally.common_ratings().items())},
         "text_from": dict(sorted(tally.text_from.items())),
         "pages": tally.pages,
         "figures": tally.figures,

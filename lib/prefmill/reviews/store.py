@@ -37,7 +37,7 @@ CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix T
 """
 _PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn, date"
 _NO_DECISION: Any = (-1, None, None, 0, None, None)
-_REVIEW = "INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD_REVIEW = "INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class StoredReview(msgspec.Struct, frozen=True):
@@ -46,6 +46,7 @@ class StoredReview(msgspec.Struct, frozen=True):
     json: bytes
     rating: float
     scale: Scale
+    source: int
 
 
 class CorpusStore(AbstractContextManager["CorpusStore"]):
@@ -120,9 +121,13 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def reviews_by_paper(self) -> Iterator[tuple[str, list[StoredReview]]]:
         """Each paper's id and its reviews, both in order of their ids: one walk along the index."""
-        query = "SELECT paper_id, json, rating, rating_min, rating_max FROM reviews ORDER BY paper_id, review_id"
+        query = "SELECT paper_id, json, rating, rating_min, rating_max, file FROM reviews ORDER BY paper_id, review_id"
+        sources = [source for source, _ in self._files]
         for paper_id, rows in groupby(self._database.execute(query), itemgetter(0)):
-            yield paper_id, [StoredReview(json, rating, (low, high)) for _, json, rating, low, high in rows]
+            yield (
+                paper_id,
+                [StoredReview(json, rating, (low, high), sources[file]) for _, json, rating, low, high, file in rows],
+            )
 
     def find_paper(self, identifier: str, key: str) -> str | None:
         """The id of the paper with that id, with an id that was merged into it, or with that title key."""
@@ -136,6 +141,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def drop_deleted(self) -> None:
         """Drop the reviews and papers of deleted notes; a version from after the deletion stands."""
+        if not self.count("deleted"):  # every row would be looked at
+            return
         for table, key in (("reviews", "review_id"), ("papers", "paper_id")):
             # The first condition finds rows by their key, so that it costs as little as there are deleted notes.
             query = (
@@ -146,6 +153,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def drop_orphans(self, all_of_them: bool) -> dict[str, int]:
         """Drop what belongs to no paper, or only to deleted ones; returns how many reviews of each paper."""
+        if not (all_of_them or self.count("deleted")):
+            return {}
         unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
         if not all_of_them:
             if not self.count("deleted"):  # as nearly always: every look goes through all reviews
@@ -155,16 +164,6 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         found = dict(self._database.execute(query).fetchall())
         for table in ("reviews", "decisions"):
             self._database.execute(f"DELETE FROM {table} WHERE {unknown}")  # noqa: S608
-        return found
-
-    def highest_ratings(self) -> dict[tuple[int, Scale], tuple[float, int]]:
-        """The highest rating and the number of reviews of each source and scale."""
-        found: dict[tuple[int, Scale], tuple[float, int]] = {}
-        query = "SELECT file, rating_min, rating_max, max(rating), count(*) FROM reviews GROUP BY 1, 2, 3"
-        for file, low, high, rating, count in self._database.execute(query):
-            key = self._files[file][0], (low, high)
-            known, before = found.get(key, (rating, 0))
-            found[key] = max(known, rating), before + count
         return found
 
     def link(self) -> Iterator[RowProblem]:
@@ -246,7 +245,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             review.rating, *scale, review.date or None, *self._located(place),
         )  # fmt: skip
         try:
-            self._insert(f"INSERT {_REVIEW}", values)
+            self._insert(_ADD_REVIEW, values)
         except sqlite3.IntegrityError:
             self._meet_again(review.review_id, values)
 
@@ -262,7 +261,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self.num_repeated += is_same
         self.num_older += told and not is_same
         if told and values[-4] > date:
-            self._database.execute(f"INSERT OR REPLACE {_REVIEW}", values)
+            self._database.execute(_ADD_REVIEW.replace("INSERT", "REPLACE"), values)
         if is_same or told:
             return
         earlier = self._place(file, line, item)
@@ -319,5 +318,4 @@ def _moved(review: bytes, paper_id: str) -> bytes:
 
 
 def _paper(values: Any) -> PaperRow:
-    fields = dict(zip(_PAPER_COLUMNS.split(", "), values, strict=True))
-    return PaperRow(**{**fields, "drawn": bool(fields["drawn"])})
+    return PaperRow(*[*values[:-2], bool(values[-2]), values[-1]])
