@@ -15,9 +15,7 @@ class SdxlDpoConfig(SdxlPreferenceConfig):
 
     @model_validator(mode="after")
     def _reward_keys(self) -> SdxlDpoConfig:
-        fields = type(self).model_fields
-        keys = ("reward_temperature", "reward_weights")
-        given = [name for name in keys if getattr(self, name) != fields[name].default]
+        given = self.changed("reward_temperature", "reward_weights")
         if given and self.objective != "dspo_rm":
             raise ValueError(f"{', '.join(given)}: only objective dspo_rm asks a reward model")
         return self

@@ -8,9 +8,7 @@ from pydantic import Field, model_validator
 
 from prefmill.core.config import renamed
 from prefmill.core.stage import Metrics, Reads, Stage, Task
-from prefmill.training.config import TrainingConfig, start_model
-
-_OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
+from prefmill.training.config import OF_TEXT_MODELS, TrainingConfig, start_model
 
 
 class TrainRewardConfig(TrainingConfig):
@@ -46,9 +44,7 @@ class TrainRewardConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _whole_weights(self) -> TrainRewardConfig:
-        fields = type(self).model_fields
-        foreign = [name for name in _OF_TEXT_MODELS if getattr(self, name) != fields[name].default]
-        if foreign:
+        if foreign := self.changed(*OF_TEXT_MODELS):
             raise ValueError(f"{', '.join(foreign)}: a key of text models, leave it out")
         if self.lora is not None:
             raise ValueError("a reward model is trained without an adapter: leave out lora, or set trainable=heads")

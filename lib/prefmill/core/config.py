@@ -38,6 +38,10 @@ class StrictConfig(BaseModel):
         require_hub_names(self)
         return self
 
+    def changed(self, *keys: str) -> list[str]:
+        """Those of `keys` that are not at their default; by value, as a job is handed every key of its plan."""
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
     def made_otherwise(self) -> dict[str, Any]:
         """Part of the identity beside the keys: what the same keys make now and did not make before."""
         return {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import ConfigError
+from prefmill.pairs.sources import TAGS
 from prefmill.store.row_files import file_rows
 
 _INFO = "dataset_info.json"
@@ -24,7 +25,6 @@ _COLUMNS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
 }  # fmt: skip
 _FORMS = {"dpo": {}, "sft": {"sharegpt": "conversations", "alpaca": "instruction_output"}}
-_TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
 # The rest changes which rows are read: a script, a part of a repository, rows drawn with replacement.
 _KEYS = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "ranking", "subset", "split", "revision",
          "columns", "tags"}  # fmt: skip
@@ -113,6 +113,6 @@ class Datasets:
             found["dataset"] = str(self.folder / entry["file_name"])
         columns = {ours: named[theirs] for theirs, ours in known.items() if named.get(theirs)}
         columns |= {key: named[key] for key in ("system", "images", "tools") if named.get(key)}
-        tags = {tag: entry["tags"][f"{tag}_tag"] for tag in _TAGS if entry.get("tags", {}).get(f"{tag}_tag")}
+        tags = {tag: entry["tags"][f"{tag}_tag"] for tag in TAGS if entry.get("tags", {}).get(f"{tag}_tag")}
         found |= {"columns": {ours: theirs for ours, theirs in columns.items() if ours != theirs}, "tags": tags}
         return {key: value for key, value in found.items() if value}

@@ -29,7 +29,7 @@ _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "o
 FoundT = TypeVar("FoundT")
 FoundRow = tuple[SourceRow, Preference | Judgement]
 SOURCE_KEYS = ("dataset", "dataset_file", "mixture")  # one of them names the dataset
-_TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
+TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
 
 
 class PairSource(RowPolicy):
@@ -95,9 +95,9 @@ class PairSource(RowPolicy):
             self._known(part.pair_format)
         if isinstance(self.subset, str) and self.dataset_file is not None:
             raise ValueError("subset names a configuration of a hub dataset; of a file it is a number of rows")
-        unknown = sorted(set(self.tags) - set(_TAGS))
+        unknown = sorted(set(self.tags) - set(TAGS))
         if unknown:
-            raise ValueError(f"unknown tags {', '.join(unknown)}; tags are {', '.join(_TAGS)}")
+            raise ValueError(f"unknown tags {', '.join(unknown)}; tags are {', '.join(TAGS)}")
         return self
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefmill.core.records import IMAGE_MARKER
+from prefmill.families.causal.chat_checks import REASONING
 
 Turn = dict[str, Any]
 Answer = str | Turn  # text alone, or a whole turn where that has more than text
@@ -21,10 +22,9 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing, under the names that datasets give it
 _OF_TOOLS = ("name", "tool_call_id")
 _WEIGHTS = ("weight", "loss_weight", "loss", "train", "training")  # OpenAI's, LLaMA-Factory's, ms-swift's, axolotl's
-READ = {*_REASONING, *_OF_TOOLS, *_WEIGHTS, "role", "content", "from", "value", "tool_calls", "function_call"}
+READ = {*REASONING, *_OF_TOOLS, *_WEIGHTS, "role", "content", "from", "value", "tool_calls", "function_call"}
 # HH-RLHF begins a turn after a blank line: within a line the same word is text.
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -80,7 +80,7 @@ def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, lis
 
 def _beside(message: Mapping[str, Any], what: str) -> Turn:
     """What a message has beside its content that templates write: reasoning, calls of tools, whose result it is."""
-    said = [message[key] for key in _REASONING if message.get(key)]
+    said = [message[key] for key in REASONING if message.get(key)]
     if any(not isinstance(text, str) for text in said) or len(set(map(str, said))) > 1:
         raise BadRowError(f"{what}: reasoning is one text, not {_shown(said)}")
     # OpenAI's form before it had tool_calls: one call, without an id.

@@ -15,6 +15,8 @@ from prefmill.core.stage import Task
 from prefmill.distributed.deepspeed_file import require_accumulation, require_agreement
 from prefmill.training.adapter_folder import adapter_at, base_of, base_revision, lora_of, template_of
 
+OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")  # of TrainingConfig, without effect on images
+
 
 class LoraConfig(StrictConfig):
     """A low-rank adapter, merged into the weights of the finished checkpoint.

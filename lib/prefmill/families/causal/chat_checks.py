@@ -10,7 +10,7 @@ from prefmill.core.errors import InputError
 
 Turn = Mapping[str, Any]
 OTHER_TEMPLATE = "give one that does with chat_template=FILE"
-# Under which names templates look for a turn's reasoning: Qwen3's, OpenRouter's, gpt-oss'.
+# One thing, under the names that templates and datasets give it: Qwen3's, OpenRouter's, gpt-oss'.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 

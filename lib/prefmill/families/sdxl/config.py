@@ -9,13 +9,12 @@ from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, later, renamed, runtime
 from prefmill.families.sdxl.folders import is_pipeline_adapter, merged_once
-from prefmill.training.config import LoraConfig, TrainingConfig
+from prefmill.training.config import OF_TEXT_MODELS, LoraConfig, TrainingConfig
 from prefmill.training.objective_names import ObjectiveName
 
 ATTENTION = ("sdpa", "xformers", "sliced")
 MAPO = {"beta": 0.1, "mapo_snr": 0.5}  # its authors' numbers (train.py of mapo-t2i)
 _OF_DSPO = ("dspo_lambda", "dspo_stop_gradient")
-_OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")
 
 
 class AdapterConfig(LoraConfig):
@@ -126,15 +125,12 @@ class SdxlPreferenceConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        # By value: a job is handed every key of the configuration it was planned with.
-        fields = type(self).model_fields
-        ignored = sorted(name for name in _OF_TEXT_MODELS if getattr(self, name) != fields[name].default)
-        if ignored:
+        if ignored := self.changed(*OF_TEXT_MODELS):
             raise ValueError(f"{', '.join(ignored)}: a key of text models, leave it out")
-        of_dspo = [key for key in _OF_DSPO if getattr(self, key) != fields[key].default]
+        of_dspo = self.changed(*_OF_DSPO)
         if of_dspo and self.objective != "dspo":
             raise ValueError(f"{', '.join(of_dspo)}: only objective dspo reads it, leave it out")
-        if self.ema_decay != fields["ema_decay"].default and not self.use_ema:
+        if self.changed("ema_decay") and not self.use_ema:
             raise ValueError("ema_decay has no effect without use_ema; leave it out, or set use_ema: true")
         if self.mapo_snr is not None and self.objective != "mapo":
             raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
