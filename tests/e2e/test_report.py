@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from evaluation_artifacts import make_corpus, make_evaluation, make_task, make_t
 from page_checks import browse, inner_width, opens_cleanly, requested
 
 from prefmill.checklist.items import load_checklist
-from prefmill.core.artifact import Artifact
+from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.errors import ArtifactError, InputError
 from prefmill.core.places import RUN_RECORD
 from prefmill.store.artifacts import publish
@@ -224,8 +225,8 @@ def test_an_evaluation_without_its_metrics_is_refused(inputs: Inputs, tmp_path: 
         write_report({"evaluations": [torn]}, tmp_path)
 
 
-def _provenance(artifact: Artifact) -> Any:
-    return artifact.manifest  # it has every field that a Provenance has
+def _provenance(artifact: Artifact) -> Provenance:
+    return Provenance(*[getattr(artifact.manifest, field.name) for field in fields(Provenance)])
 
 
 class Elements(HTMLParser):
