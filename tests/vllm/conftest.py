@@ -23,21 +23,33 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def judge(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+def qwen(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
     """A random Qwen2 with heads of a size that vLLM's CPU kernels know, whose answers are far from 0.5."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = make_tokenizer([*texts, *["Yes No"] * 50, *["No Yes"] * 50], 600)
-    folder = tmp_path_factory.mktemp("judge")
+    folder = tmp_path_factory.mktemp("qwen")
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.2,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with yes and no by far its likeliest tokens: a chat server tells no others."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("judge")
+    tokenizer, model = AutoTokenizer.from_pretrained(qwen), Qwen2ForCausalLM.from_pretrained(qwen)
     with torch.no_grad():
-        # A direction that every position has makes the answers likely: a chat server tells its likeliest tokens alone.
+        # By a direction that every position has.
         model.model.embed_tokens.weight[:, 0] = 2.0
         for index in tokenizer.convert_tokens_to_ids(["Yes", "No"]):
             model.lm_head.weight[index] *= 2

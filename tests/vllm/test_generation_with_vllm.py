@@ -52,10 +52,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def writer(judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The judge, with many tokens that end an answer: reviews of all lengths take turns in the batch."""
+def writer(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model, with many tokens that end an answer: reviews of all lengths take turns in the batch."""
     folder = tmp_path_factory.mktemp("writer") / "model"
-    shutil.copytree(judge, folder)
+    shutil.copytree(qwen, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(5, 600, 40)), "top_k": 1}))
     return folder
 

@@ -81,6 +81,10 @@ class OpenReviewSource(FileSource):
     def _lay_over_preset(cls, values: Any) -> Any:
         return {**forms.PRESETS.get(values.get("preset"), {}), **values} if isinstance(values, dict) else values
 
+    def made_otherwise(self) -> dict[str, Any]:
+        """Corpora made before the newest version of a note counted, and answers to a form did not, are read again."""
+        return {**super().made_otherwise(), "notes": "newest, without the form's own answers"}
+
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
         """The notes, each submission followed by the replies inside it."""
         for path in files_at(self.path, JSON):

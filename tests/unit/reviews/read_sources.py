@@ -12,6 +12,8 @@ from prefmill.reviews.rows import Item, RowProblem
 from prefmill.reviews.source import SourceConfig, read_source
 from prefmill.reviews.sources import Source
 
+ROW = {"paper_id": "p1", "title": "T", "review_id": "r1", "review_text": "Fine.", "rating": 6}
+
 
 class Holder(BaseModel):
     """A configuration with one source."""
