@@ -178,7 +178,7 @@ def test_the_page_opens_with_what_was_tuned_and_what_judges(tmp_path: Path) -> N
     origin = Provenance("train_reward", "all", "f", {}, {}, "0", {"clip": [clip.manifest.content_digest]})
     reward = publish(tmp_path / "reward", "reward_model", origin, {})
     tuned = make(tmp_path / "tuned", "image_checkpoint", "sdxl_dpo", {}, {"model_name_or_path": "/b/base"})
-    assert facts([clip, reward, tuned], None, False) == ["reward model's base: base, 6 parameters", "base: base"]
+    assert facts([clip, reward, tuned], None, False) == ["base: base", "reward model's base: base, 6 parameters"]
 
 
 def test_a_margin_of_pictures_is_of_errors_and_no_review_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def facts(artifacts: Sequence[Artifact], datasets: Mapping[str, Any] | None, sho
 
     `artifacts` are all that the page leads back to, `datasets` the summary.json of build_datasets.
     """
-    return [*_bases(artifacts), *_trained_on(artifacts, datasets), *(_made(artifacts) if show_run else ())]
+    return [*sorted(_bases(artifacts)), *_trained_on(artifacts, datasets), *(_made(artifacts) if show_run else ())]
 
 
 def _bases(artifacts: Sequence[Artifact]) -> Iterator[str]:
