@@ -9,6 +9,7 @@ python -m prefmill.slurm.job --pipeline PIPELINE [key=value ...]        sbatch/r
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -177,6 +178,8 @@ def _requeue(task: PlannedTask) -> int:
         return _given_up(task, "NoProgress", error)
     if me is None:
         return EXIT_NOT_REQUEUED
+    # Slurm may end scontrol with the job before it has answered, which looked like a refusal; this is inherited by it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     done = subprocess.run(["scontrol", "requeue", me], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         error = PipelineError(

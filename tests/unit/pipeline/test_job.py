@@ -17,6 +17,7 @@ from prefmill.pipeline import attempts
 from prefmill.pipeline import subprocess_runner as children
 from prefmill.pipeline.manual_submission import stage_plan
 from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher
+from prefmill.slurm import job
 from prefmill.slurm.job import element_id
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "10"}
@@ -57,6 +58,29 @@ def test_the_rendezvous_of_one_node() -> None:
 )  # fmt: skip
 def test_only_this_element_is_requeued(environment: dict[str, str], expected: str | None) -> None:
     assert element_id(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "printed"),
+    [("kill -TERM $$", 0, "requeued 7_3"), ("echo 'Requested operation is disabled' >&2; exit 1", 3, "is disabled")],
+)
+def test_slurm_may_end_scontrol_while_it_requeues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    answer: str, code: int, printed: str,
+) -> None:  # fmt: skip
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{answer}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in ARRAY.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(job, "_REQUEUE_PATIENCE_SECONDS", 0)
+    (task,) = stage_plan("make", [f"workspace={tmp_path}", "run=r"])[0].tasks
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert job._requeue(task) == code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert printed in "".join(capfd.readouterr())
 
 
 def collect(folder: Path, code: int, warnings: SignalWatcher | None = None, log: str = "") -> Any:
