@@ -155,7 +155,7 @@ FRAGMENTS = ["et al.", "[3]", "(2019)", "why?", "error bars", "i would like to s
              "support", "state-of-the-art", "i'd suggest", "reject", "because", "f1 score", "thank", "you"]  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), max_size=12).map(" ".join))
 def test_any_text_is_answered_as_by_definition(text: str) -> None:
     answers = shipped_engine().answers(text)

@@ -6,7 +6,7 @@ import hashlib
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prefmill.datasets.selection import Rank, Ranking, num_selected, rank
@@ -37,7 +37,6 @@ def test_rank_orders_by_score_then_probability_then_hash() -> None:
     assert sorted(ordered, reverse=True)[::-1] == ordered
 
 
-@settings(deadline=None)  # the first call imports numpy
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.1, 0.5])), min_size=1, max_size=40),
     st.floats(0.01, 1.0),
