@@ -268,9 +268,11 @@ def identity(config: BaseModel) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf, for comparing two configurations."""
+    """Dotted key and value of every leaf, for comparing two configurations; a list of mappings goes by index."""
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            yield from flatten({str(index): item for index, item in enumerate(value)}, f"{prefix}{key}.")
+        elif isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -133,6 +134,8 @@ def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
         old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
         if old != new and key.startswith("inputs."):
             lines.append(f"input {key.removeprefix('inputs.')} has new content")
+        elif old != new and all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (old, new)):
+            lines.append(f"{key.removeprefix('config.')} names another file, or its content is new")
         elif old != new:
             lines.append(f"{key.removeprefix('config.')} was {old!r}, is {new!r}")
     return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
 import json
 import logging
@@ -112,9 +111,9 @@ def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     if path.suffix.lower() in TABLES:
         yield from _table_rows(path, source)
         return
-    # Only the beginning is read here: a generator that is left unfinished would keep the file open.
-    with contextlib.closing(_read_text(path)) as chunks:
-        beginning = next(chunks, "")
+    with reading(path) as (stream, _):
+        # Damaged bytes are told, or set aside, as their row is read.
+        beginning = stream.read(_CHUNK_BYTES).decode("utf-8-sig", "replace")
     if _ARRAY.match(beginning):
         yield from _array_rows(path, source)
     elif _OBJECT.match(beginning):

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from prefmill.core.config import later
 from prefmill.reviews.decision_words import DECISIONS
-from prefmill.reviews.files import CSV, JSON_LINES, csv_rows, files_at, jsonl_rows
+from prefmill.reviews.files import CSV, JSON_LINES, csv_rows, files_at, json_rows
 from prefmill.reviews.generated import generate
 from prefmill.reviews.rows import (
     Item,
@@ -76,13 +76,13 @@ class _TableSource(FileSource):
 
 
 class JsonlSource(_TableSource):
-    """One JSON object a line, plain or packed, or one row of Parquet."""
+    """One JSON object a line, or a file that is an array of them, plain or packed, or one row of Parquet."""
 
     format: Literal["jsonl"]
 
     def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
-        """The lines of each file."""
-        return (row for path in files_at(self.path, JSON_LINES) for row in jsonl_rows(path, source))
+        """The objects of each file."""
+        return (row for path in files_at(self.path, JSON_LINES) for row in json_rows(path, source))
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""

@@ -14,7 +14,7 @@ from prefmill.core.config import StrictConfig, load, renamed, runtime
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline.plan import Plan, read_pipeline
-from prefmill.pipeline.state import inspect
+from prefmill.pipeline.state import differences, inspect
 from prefmill.pipeline.worker import execute
 from prefmill.slurm.cluster import ClusterFile, resources_for
 from prefmill.store.artifacts import read
@@ -100,3 +100,12 @@ def test_a_pipelines_limit_goes_over_a_cluster_files_former_one() -> None:
     cluster = load(ClusterFile, {"resources": {"minutes": 10}, "stages": {"sft": {"max_running": 3}}})
     given = resources_for(cluster, "sft", {"time_limit_minutes": 20})
     assert (given.time_limit_minutes, given.max_concurrent) == (20, 3)
+
+
+def test_what_differs_is_told_by_its_own_key_and_not_by_the_whole_it_stands_in() -> None:
+    def made(path: str, kind: str) -> dict[str, object]:
+        return {"config": {"sources": [{"path": path * 64, "format": "csv"}, {"path": "a" * 64, "format": kind}]}}
+
+    assert differences(made("a", "csv"), made("b", "jsonl")) == [
+        "sources.0.path names another file, or its content is new", "sources.1.format was 'csv', is 'jsonl'",
+    ]  # fmt: skip

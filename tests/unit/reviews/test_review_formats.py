@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from read_sources import Holder, items_of, read, source, write
 
@@ -35,6 +36,14 @@ READING = Unknown("sub-score in words", "reading")
 def test_jsonl(tmp_path: Path) -> None:
     items = items_of(source(format="jsonl", path=write(tmp_path / "x.jsonl", json.dumps(ROW))))
     assert items == [PAPER, REVIEW, READING]
+
+
+def test_an_array_as_pandas_writes_it_is_read_as_its_objects(tmp_path: Path) -> None:
+    rows = [ROW, {**ROW, "review_id": "r2", "review_text": "Another [1] text."}]
+    lines = items_of(source(format="jsonl", path=write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)))))
+    array = pandas.DataFrame(rows).to_json(orient="records", indent=1)
+    found = items_of(source(format="jsonl", path=write(tmp_path / "x.json", array)))
+    assert found == lines
 
 
 def test_jsonl_with_only_what_is_required(tmp_path: Path) -> None:
