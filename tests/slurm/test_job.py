@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,19 @@ def go_on(site: Site, element: str) -> None:
     site.cluster.ask("scontrol", "update", f"jobid={element}", "StartTime=now")
 
 
+def slow_to_answer(site: Site) -> str:
+    """Name a cluster whose scontrol does what it is asked, and answers only when Slurm has long begun to end the job."""
+    folder = site.checkout / "slow"
+    folder.mkdir()
+    (folder / "scontrol").write_text(f'#!/bin/sh\n{shutil.which("scontrol")} "$@"\ncode=$?\nsleep 2\nexit $code\n')
+    (folder / "scontrol").chmod(0o755)
+    setup = json.dumps([f'export PATH="{folder}:$PATH"'])
+    (site.checkout / "configs/clusters/slow.yaml").write_text(f"signal_seconds: 60\nadvance: false\nsetup: {setup}\n")
+    return "slow"
+
+
 def test_one_requeue_for_several_signals_and_five_with_progress_go_on(site: Site) -> None:
-    site.submit("train", "run=often", "train.steps=12", "train.step_seconds=0.5")
+    site.submit("train", "run=often", "train.steps=12", "train.step_seconds=0.5", cluster=slow_to_answer(site))
     element = f"{jobs(site, 'often')[0]['job_id']}_0"
     for count in range(1, 6):
         taken = len(steps(site, "often"))
