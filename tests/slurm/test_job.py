@@ -92,7 +92,7 @@ def go_on(site: Site, element: str) -> None:
 
 
 def slow_to_answer(site: Site) -> str:
-    """Name a cluster whose scontrol does what it is asked, and answers only when Slurm has long begun to end the job."""
+    """Name a cluster whose scontrol does what it is asked, and answers when Slurm has long begun to end the job."""
     folder = site.checkout / "slow"
     folder.mkdir()
     (folder / "scontrol").write_text(f'#!/bin/sh\n{shutil.which("scontrol")} "$@"\ncode=$?\nsleep 2\nexit $code\n')
