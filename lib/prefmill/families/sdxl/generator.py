@@ -154,9 +154,7 @@ def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
             "no adapter in this folder", where=folder, got=others or None, expected=ADAPTER_FILE,
             fix="give the file itself" if others else "give the folder it was saved to",
         )  # fmt: skip
-    prefix = BACKBONES[type(pipeline).__name__].prefix
-    # FLUX's and SD 3's files by kohya's own names are diffusers' to read: they join what are several layers here.
-    if (read := read_factors(file, (prefix, "lora_te") if prefix == "lora_unet_" else (prefix,)))[0]:
+    if (read := read_factors(file))[0]:
         merge(pipeline, file, *read, scale)
         return
     with loading("the adapter", file):

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from prefmill.core.errors import InputError
+from prefmill.families.sdxl.joined_layers import Layer, original_layers
 
 DORA_NORM = "prefmill_dora_norm"
 DoraNorm = Literal["base", "merged"]
 Factors = Mapping[str, Tensor]
+_KEYS = ("lora_unet_", "lora_transformer_", "lora_te")
+# kohya counts T5 as the third, whichever it is here; a transformer's layers are `transformer` by diffusers' names.
 _PARTS = {
-    "unet": ("unet",), "transformer": ("transformer",), "text_encoder": ("te", "te1"), "text_encoder_2": ("te2",),
+    "unet": ("unet",), "transformer": ("transformer", "unet"), "text_encoder": ("te", "te1"),
+    "text_encoder_2": ("te2", "te3"), "text_encoder_3": ("te3",),
 }  # fmt: skip
 _FACTORS = {
     "alpha", "dora_scale", "lora_down.weight", "lora_mid.weight", "lora_up.weight", "diff", "hada_w1_a", "hada_w1_b",
@@ -38,15 +42,15 @@ _INSIDE = {
 }  # fmt: skip
 
 
-def read_factors(file: Path, prefixes: tuple[str, ...]) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
-    """The tensors of a file by keys with these beginnings, by module and factor, and DoRA's rule; none of another."""
+def read_factors(file: Path) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
+    """The tensors of a file by such keys, by module and factor, and DoRA's rule; none of another file."""
     from safetensors import SafetensorError, safe_open
 
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
         with safe_open(file, "pt") as opened:
             keys, said = sorted(opened.keys()), opened.metadata() or {}
-            if any(key.startswith(prefixes) for key in keys):
+            if any(key.startswith(_KEYS) for key in keys):
                 for key in keys:
                     module, _, factor = key.partition(".")
                     modules[module][factor] = opened.get_tensor(key)
@@ -68,9 +72,11 @@ def merge(pipeline: Any, file: Path, factors: Mapping[str, Factors], norm: DoraN
             expected="modules of this pipeline", fix="give the base that it was trained on",
         )  # fmt: skip
     for name, given in factors.items():
-        weight = places[name].data
+        parts = [part.data for part in places[name]]
         try:
-            weight.copy_(adapted(weight.float(), given, norm, scale))
+            new = adapted(torch.cat(parts).float(), given, norm, scale)
+            for part, changed in zip(parts, torch.split(new, [len(part) for part in parts]), strict=True):
+                part.copy_(changed)
         except (KeyError, RuntimeError) as error:
             raise InputError(
                 "an adapter of another kind or shape", where=f"{file}: {name}", got=str(error).splitlines()[0],
@@ -137,14 +143,20 @@ def _product(given: Factors, kind: str, side: str) -> Tensor:
     return a @ b if core is None else torch.einsum(_TUCKER, core, a, b)
 
 
-def _places(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
+def _places(pipeline: Any) -> Iterator[Layer]:
     """The weights of a pipeline's layers by each name that a file may give those."""
     for part, prefixes in _PARTS.items():
         model: Any = getattr(pipeline, part, None)
-        for name, module in [] if model is None else model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                # transformers 5 has no `text_model.` before the first encoder's names, files do.
-                other = f"text_model.{name}" if part.startswith("text") else None
-                other = original_name(name, model.config.layers_per_block) if part == "unet" else other
-                for known in filter(None, (name, other)):
-                    yield from ((f"lora_{prefix}_{known.replace('.', '_')}", module.weight) for prefix in prefixes)
+        for name, weights in [] if model is None else _layers(part, model):
+            yield from ((f"lora_{prefix}_{name.replace('.', '_')}", weights) for prefix in prefixes)
+
+
+def _layers(part: str, model: Any) -> Iterator[Layer]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # transformers 5 has no `text_model.` before the first encoder's names, files do.
+            other = f"text_model.{name}" if part.startswith("text") else None
+            other = original_name(name, model.config.layers_per_block) if part == "unet" else other
+            yield from ((known, (module.weight,)) for known in (name, other) if known)
+    if part == "transformer":
+        yield from original_layers(model)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -143,3 +144,95 @@ def test_what_has_no_place_or_meaning_is_refused_by_its_key(folder: Path, tmp_pa
     save_file({"lora_unet_input_blocks_0_0.diff": good.transpose(0, 1).contiguous(), key: torch.zeros(3, 3)}, file)
     with pytest.raises(InputError, match=told):
         add_adapter(opened(folder), file, 1.0)
+
+
+# The layers of FLUX's and SD 3's original code: outputs and inputs, in widths of the tiny ones.
+FLUX = {
+    "img_in": (32, 64), "txt_in": (32, 32), "time_in.in_layer": (32, 256), "time_in.out_layer": (32, 32),
+    "vector_in.in_layer": (32, 32), "vector_in.out_layer": (32, 32), "guidance_in.in_layer": (32, 256),
+    "guidance_in.out_layer": (32, 32), "final_layer.linear": (64, 32), "final_layer.adaLN_modulation.1": (64, 32),
+    "double_blocks.0.img_mod.lin": (192, 32), "double_blocks.0.txt_mod.lin": (192, 32),
+    "double_blocks.0.img_attn.qkv": (96, 32), "double_blocks.0.txt_attn.qkv": (96, 32),
+    "double_blocks.0.img_attn.proj": (32, 32), "double_blocks.0.txt_attn.proj": (32, 32),
+    "double_blocks.0.img_mlp.0": (128, 32), "double_blocks.0.txt_mlp.0": (128, 32),
+    "double_blocks.0.img_mlp.2": (32, 128), "double_blocks.0.txt_mlp.2": (32, 128),
+    "single_blocks.0.modulation.lin": (96, 32), "single_blocks.0.linear1": (224, 32),
+    "single_blocks.0.linear2": (32, 160),
+}  # fmt: skip
+SD3 = {
+    "context_embedder": (32, 64), "t_embedder.mlp.0": (32, 256), "t_embedder.mlp.2": (32, 32),
+    "y_embedder.mlp.0": (32, 64), "y_embedder.mlp.2": (32, 32), "final_layer.linear": (64, 32),
+    "final_layer.adaLN_modulation.1": (64, 32),
+    "joint_blocks.0.x_block.adaLN_modulation.1": (288, 32), "joint_blocks.0.x_block.attn2.qkv": (96, 32),
+    "joint_blocks.0.x_block.attn2.proj": (32, 32), "joint_blocks.0.context_block.adaLN_modulation.1": (192, 32),
+    "joint_blocks.0.context_block.attn.proj": (32, 32), "joint_blocks.0.context_block.mlp.fc1": (128, 32),
+    "joint_blocks.0.context_block.mlp.fc2": (32, 128), "joint_blocks.1.x_block.adaLN_modulation.1": (192, 32),
+    # The last block makes no more of the prompt's states than the picture attends to.
+    "joint_blocks.1.context_block.adaLN_modulation.1": (64, 32),
+    **{f"joint_blocks.{block}.{layer}": shape for block in (0, 1) for layer, shape in (
+        ("x_block.attn.qkv", (96, 32)), ("context_block.attn.qkv", (96, 32)), ("x_block.attn.proj", (32, 32)),
+        ("x_block.mlp.fc1", (128, 32)), ("x_block.mlp.fc2", (32, 128)))},
+}  # fmt: skip
+
+
+def converted(name: str, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """diffusers' names for an original file's weights, by diffusers' own conversion of such files."""
+    whole = {f"{layer}.weight": value.clone() for layer, value in weights.items()}
+    whole |= {f"{layer}.bias": torch.zeros(len(value)) for layer, value in weights.items()}
+    norms = ("ln_q.weight", "ln_k.weight") if name == "sd3" else ("norm.query_norm.scale", "norm.key_norm.scale")
+    for layer in [layer for layer in weights if layer.endswith((".qkv", ".linear1"))]:
+        whole |= {f"{layer.removesuffix('.qkv').removesuffix('.linear1')}.{norm}": torch.ones(8) for norm in norms}
+    if name == "sd3":
+        whole |= {key: torch.zeros(1) for key in ("pos_embed", "x_embedder.proj.weight", "x_embedder.proj.bias")}
+        return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(whole)
+    split = torch.split
+
+    def in_proportion(value: Tensor, sizes: Any, dim: int = 0) -> Any:
+        """It has the widths of the published FLUX in it."""
+        return split(value, [len(value) * size // sum(sizes) for size in sizes], dim=dim)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(single_file_utils.torch, "split", in_proportion)
+        return single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(whole)
+
+
+@pytest.mark.parametrize(("name", "shapes"), [("flux_dev", FLUX), ("sd3", SD3)])
+@pytest.mark.parametrize("norm", [None, "merged"])
+def test_transformers_take_files_by_their_original_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shapes: dict[str, tuple[int, int]], norm: str | None
+) -> None:
+    """Every layer of the original code, joined or with its rows in another order here, and all text encoders."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(build(name, tmp_path / "model", 0))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    old = {layer: torch.randn(*shape, generator=generator) for layer, shape in shapes.items()}
+    own = pipeline.transformer.state_dict()
+    theirs = converted(name, old, monkeypatch).items()
+    placed = {key: value for key, value in theirs if key in own and value.shape == own[key].shape}
+    pipeline.transformer.load_state_dict(placed, strict=False)
+    t5 = "text_encoder_2" if name == "flux_dev" else "text_encoder_3"
+    texts = {"lora_te1_text_model": pipeline.text_encoder, "lora_te3": getattr(pipeline, t5)}
+    if name == "sd3":
+        texts["lora_te2_text_model"] = pipeline.text_encoder_2
+    others = {f"{prefix}_{key.replace('.', '_')}": module.weight for prefix, model in texts.items()
+              for key, module in model.named_modules() if isinstance(module, nn.Linear)}  # fmt: skip
+    file, tensors, new = tmp_path / "kohya.safetensors", {}, {}
+    weights = {f"lora_unet_{layer.replace('.', '_')}": weight for layer, weight in old.items()} | others
+    for module, weight in weights.items():
+        up, down = (torch.randn(*shape, generator=generator) / 5 for shape in ((len(weight), 2), (2, weight.shape[1])))
+        given = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(3.0)}
+        new[module] = weight.detach().double() + 3 / 2 * up.double() @ down.double()
+        if norm is not None:
+            given["dora_scale"] = 1 + torch.rand(len(weight), 1, generator=generator)
+            new[module] *= given["dora_scale"].double() / new[module].norm(dim=1, keepdim=True)
+        tensors |= {f"{module}.{factor}": value.contiguous() for factor, value in given.items()}
+    save_file(tensors, file)
+    add_adapter(pipeline, file, 1.0)
+    meant = converted(name, {layer: new[f"lora_unet_{layer.replace('.', '_')}"].float() for layer in old}, monkeypatch)
+    after = pipeline.transformer.state_dict()
+    assert len(placed) > 40
+    for key in placed:
+        assert torch.allclose(after[key], meant[key], rtol=1e-4, atol=1e-5), key
+    for module, weight in others.items():
+        assert torch.allclose(weight.double(), new[module], rtol=1e-4, atol=1e-5), module
