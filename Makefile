@@ -29,8 +29,10 @@ IMAGES ?= configs/pipelines/images.yaml
 SLURM ?=
 SWEEP ?= configs/pipelines/sweep.yaml
 ARGS ?=
-# On one thread: sums are rounded otherwise on two, and the number of cores should not change a result.
-RUN_IMAGES = $(if $(findstring /images.yaml,$(IMAGES)),OMP_NUM_THREADS=1 )$(BIN)/prefmill run $(IMAGES) $(ARGS)
+# Tiny models on one thread: sums are rounded otherwise on two, and the number of cores should not change a result. The second
+# core takes a second task.
+TINY = $(findstring /images.yaml,$(IMAGES))
+RUN_IMAGES = $(if $(TINY),OMP_NUM_THREADS=1 )$(BIN)/prefmill run $(IMAGES) $(if $(TINY),--jobs 2 )$(ARGS)
 
 .PHONY: help install install-gpu demo test test-quick test-timing test-faults test-gpu bench-gpu coverage docs lint vllm lock lock-gpu slurm-up slurm-down
 .PHONY: all generate annotate build-pairs train-reward train-dspo sweep
@@ -85,7 +87,7 @@ all: $(VENV)/.installed ## The image pipeline, from prompts to a report; IMAGES=
 	$(RUN_IMAGES)
 
 generate: $(VENV)/.installed ## Its images alone, with what they need
-	$(RUN_IMAGES) $(if $(findstring images.yaml,$(IMAGES)),--only tiny_image_model)
+	$(RUN_IMAGES) $(if $(TINY),--only tiny_image_model)
 	$(RUN_IMAGES) --only generate_images
 
 annotate: $(VENV)/.installed ## Rate them: by people on a local page, or as the pipeline says

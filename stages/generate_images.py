@@ -54,7 +54,7 @@ STAGE = Stage(
     on="images",
     writes="generated_images",
     reads={"model": Reads("checkpoint", optional=True), "tuned": Reads("image_checkpoint", optional=True)},
-    preload=("torch", "transformers", "diffusers"),
+    preload=("torch", "transformers", "diffusers", "diffusers.pipelines.stable_diffusion_xl"),
 )
 
 if __name__ == "__main__":

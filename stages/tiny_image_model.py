@@ -48,7 +48,7 @@ STAGE = Stage(
     root="checkpoints",
     on="images",
     writes="checkpoint",
-    preload=("torch", "transformers", "diffusers"),
+    preload=("torch", "transformers", "diffusers", "diffusers.pipelines.stable_diffusion_xl"),
 )
 
 if __name__ == "__main__":

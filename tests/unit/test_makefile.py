@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 RUN = ".venv/bin/prefmill run configs/pipelines/"
-IMAGES = f"OMP_NUM_THREADS=1 {RUN}images.yaml "  # the number of cores changes no result
+IMAGES = f"OMP_NUM_THREADS=1 {RUN}images.yaml --jobs 2 "  # the number of cores changes no result
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, GeneratedImage, Rating
 from prefmill.images.collection import Collection, SourceImage
-from prefmill.images.prompts import is_safe, prompt_id_of, read_table, safe_name
+from prefmill.images.prompts import is_safe, one_spelling, prompt_id_of, read_table, safe_name, with_slashes
 from prefmill.images.rating import choice_of
 from prefmill.store.jsonl import read_jsonl
 
@@ -99,7 +99,7 @@ def _known(collection: Collection) -> dict[str, SourceImage]:
 
 def _plain(name: str) -> str:
     """A file's name as it is compared: without `./`, with slashes, accents as one sign (macOS writes them as two)."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+    return unicodedata.normalize("NFC", with_slashes(name).removeprefix("./"))
 
 
 def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -235,7 +235,7 @@ def _rows(listing: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _own_image(folder: Path, row: dict[str, Any], where: str, short: str) -> SourceImage:
     # Spaces are made even first: the id is a hash of the text, and a stray one would make a second prompt.
-    prompt, file = " ".join(row["prompt"].split()), row["file"].strip()
+    prompt, file = one_spelling(row["prompt"]), with_slashes(row["file"].strip())
     if not prompt or not file:
         raise InputError(f"an image without a {'file' if prompt else 'prompt'}", where=where, fix="complete the line")
     prompt_id = str(row.get("prompt_id") or "") or prompt_id_of(prompt)

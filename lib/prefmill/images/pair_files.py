@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import InputError
-from prefmill.images.prompts import read_table
+from prefmill.images.prompts import read_table, with_slashes
 from prefmill.store.jsonl import parse_json, read_jsonl
 from prefmill.store.row_files import file_rows, is_saved_to_disk
 
@@ -23,7 +23,7 @@ def data_files(path: Path) -> list[Path]:
     if not path.is_dir() or is_saved_to_disk(path):
         return [path]
     # Sorted: file systems list a folder in different orders, and the order decides which of two ratings is first.
-    files = sorted(item for item in path.rglob("*") if item.suffix in (".parquet", ".jsonl"))
+    files = sorted(item for item in path.rglob("*") if item.suffix.lower() in (".parquet", ".jsonl"))
     if not files:
         others = sorted({item.suffix for item in path.rglob("*") if item.is_file()})
         raise InputError(
@@ -36,11 +36,12 @@ def data_files(path: Path) -> list[Path]:
 
 def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
     """Where each row of a file stands, and the row; of Parquet only `columns` where some are named."""
-    if file.suffix == ".parquet":
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
         found = ((f"{number}", row) for number, row in enumerate(_parquet_rows(file, columns), 1))
-    elif file.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         found = ((f"{number}", row) for number, row in enumerate(read_jsonl(file), 1))
-    elif file.suffix in (".csv", ".tsv"):
+    elif suffix in (".csv", ".tsv"):
         found = ((f"{number}", row) for number, row in read_table(file, ()))
     else:
         found = ((row.where.removeprefix(f"{file}:"), row.values) for row in file_rows(file))
@@ -71,7 +72,7 @@ def picture_bytes(content: Any) -> bytes | None:
 def picture_path(content: Any) -> str | None:
     """The file that a row names as a picture, or in `datasets`' {bytes, path}; None where it names none."""
     found = content.get("path") if isinstance(content, dict) else content
-    return found if found and isinstance(found, str) else None
+    return with_slashes(found) if found and isinstance(found, str) else None
 
 
 def stored(content: Any, base: Path, target: Path) -> Path:

@@ -1,10 +1,8 @@
-"""Where preferences come from: ratings.csv, scores, pairs.jsonl, Pick-a-Pic's rows, ImageReward's and HPDv2's."""
+"""Where preferences come from: ratings.csv, scores, pairs of any tool, Pick-a-Pic's rows, published rankings."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,16 +15,16 @@ from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
 from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings, read_scores
 from prefmill.images.pair_files import content_name, data_files, picture_bytes, picture_path, rows_of, stored
-from prefmill.images.prompts import is_safe, prompt_id_of, safe_name
+from prefmill.images.prompts import one_spelling, prompt_id_of, safe_name
+from prefmill.images.rankings import is_name, overall, read_rankings
 from prefmill.images.rating import choice_of
-from prefmill.store.jsonl import parse_json
 
-_RANKING = "ranking"  # the rater of a published ranking
 # The better image first: our own names, and those of other preference files.
 _SIDES = (
     ("preferred", "rejected"), ("chosen", "rejected"), ("winner", "loser"), ("win", "lose"), ("image_w", "image_l"),
     ("preferred_image", "rejected_image"), ("chosen_image", "rejected_image"),
 )  # fmt: skip
+_HPDV3_SIDES = ("path1", "path2")
 _PICKAPIC_KEYS = ("caption", "jpg_0", "jpg_1", "label_0")
 # Smaller sets in its form leave these out: an image is then named by its content, and the shares sum to 1.
 _PICKAPIC_MORE = ("image_0_uid", "image_1_uid", "label_1", "has_label", "user_id")
@@ -71,12 +69,13 @@ class PickAPicSource(StrictConfig):
 class ImageRewardSource(StrictConfig):
     """ImageReward's .json of prompts with `generations` and their `ranking` (1 is best); files are below `images`.
 
-    HPDv2's train.json (`human_preference`, 1 for the better image) and test.json (`rank`) are read as well.
+    ImageRewardDB's rows with an image each (.parquet, a folder of them, as `save_to_disk` writes), HPDv2's train.json
+    (`human_preference`, 1 for the better image) and test.json (`rank`) are read as well.
     """
 
     format: Literal["imagereward", "hpdv2"]
     rankings: ExternalPath
-    images: ExternalPath
+    images: ExternalPath | None = None
 
 
 PairSource = Annotated[
@@ -102,7 +101,7 @@ def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: 
         elif isinstance(source, PickAPicSource):
             _read_pickapic(source.path, work / "images", collection)
         else:
-            _read_rankings(source, collection)
+            read_rankings(source.rankings, source.images or source.rankings.parent, work / "images", collection)
     return collection
 
 
@@ -113,7 +112,7 @@ def _read_pairs(source: PairsSource, work: Path, collection: Collection) -> None
         if reason := _pair_fault(row):
             collection.quarantine.add("row", where, reason, row=_without_bytes(row))
             continue
-        prompt, folder = " ".join(_prompt(row).split()), source.images or base
+        prompt, folder = one_spelling(_prompt(row)), source.images or base
         prompt_id = safe_name(str(row.get("prompt_id") or prompt_id_of(prompt)))
         ids = []
         for content in _pictures(row):
@@ -149,7 +148,9 @@ def _prompt(row: dict[str, Any]) -> str:
 
 def _pictures(row: dict[str, Any]) -> list[Any]:
     """The better and the worse image, each a file or bytes; empty where a line does not have both."""
-    found = ([row.get(name) for name in names] for names in _SIDES)
+    # HPDv3's first path is the preferred one; of another tool's nobody knows.
+    sides = (*_SIDES, *([_HPDV3_SIDES] if "choice_dist" in row else []))
+    found = ([row.get(name) for name in names] for names in sides)
     return next((both for both in found if all(picture_bytes(one) or picture_path(one) for one in both)), [])
 
 
@@ -175,60 +176,6 @@ def _labels(row: dict[str, Any]) -> dict[Dimension, float] | None:
     return found if all(0 <= value <= 1 for value in found.values()) else None
 
 
-def _read_rankings(source: ImageRewardSource, collection: Collection) -> None:
-    """Every two images of a ranking as a rating on the dimension `overall`; equal ranks are ties."""
-    for number, given in enumerate(_json_list(source.rankings)):
-        where, row = f"{source.rankings.name}[{number}]", _of_hpdv2(given)
-        if reason := _ranking_fault(row):
-            collection.quarantine.add("ranking", where, reason, row=given)
-            continue
-        prompt_id, prompt = str(row["id"]), " ".join(row["prompt"].split())
-        ranked = []
-        for file, rank in zip(row["generations"], row["ranking"], strict=True):
-            image_id = f"{prompt_id}/{safe_name(Path(file).stem)}"
-            collection.add_image(SourceImage(image_id, prompt_id, prompt, source.images / file, file, where))
-            ranked.append((image_id, rank))
-        # Every pair of a ranking: k (k - 1) / 2 comparisons of k images, as InstructGPT (2022) takes them.
-        for (left, left_rank), (right, right_rank) in itertools.combinations(ranked, 2):
-            choice = choice_of(right_rank - left_rank)
-            rater = str(row.get("user_hash") or _RANKING)
-            collection.ratings.append((where, _overall(prompt_id, left, right, rater, choice)))
-
-
-def _of_hpdv2(row: Any) -> Any:
-    """A row of HPDv2 under ImageReward's names; any other as it is."""
-    files = (row.get("image_path") or row.get("file_path")) if isinstance(row, dict) else None
-    if files is None or not isinstance(row.get("prompt"), str):
-        return row
-    chosen = row.get("human_preference")
-    # The better image has 1 there, and the lower of two ranks.
-    turned = [-value if _is_number(value) else value for value in chosen] if isinstance(chosen, list) else None
-    named = {"id": prompt_id_of(" ".join(row["prompt"].split())), "generations": files}
-    return {**row, **named, "ranking": row.get("rank", turned)}
-
-
-def _ranking_fault(row: Any) -> str | None:
-    """Why a row of a ranking cannot be used."""
-    if not isinstance(row, dict) or any(key not in row for key in ("id", "prompt", "generations", "ranking")):
-        return "not a ranking"
-    files = row["generations"]
-    if not isinstance(files, list) or not isinstance(row["ranking"], list):
-        return "not a ranking"
-    if len(files) != len(row["ranking"]):
-        return "as many ranks as images are needed"
-    if not all(map(_is_number, row["ranking"])):
-        return "a rank that is no number"
-    if not _is_name(row["id"]) or not isinstance(row["prompt"], str) or not row["prompt"].strip():
-        return "no usable id and prompt"
-    if not all(isinstance(file, str) for file in files):
-        return "images' names cannot be used"
-    # The file comes from elsewhere: its names become ours, and must not lead out of the folder.
-    stems = {Path(file).stem for file in files}
-    if len(stems) < len(files) or any(".." in Path(file).parts or Path(file).is_absolute() for file in files):
-        return "images' names cannot be used"
-    return None
-
-
 def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
     """Every row as a user's rating on the dimension `overall`; 0.5 : 0.5 is a tie, a row without a label a skip."""
     for where, base, row in _pickapic_rows(path):
@@ -237,7 +184,7 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
             collection.quarantine.add("row", where, "no two images")
             continue
         given = [row.get(f"image_{side}_uid", _uid(one)) for side, one in enumerate(pictures)]
-        if not isinstance(row["caption"], str) or not row["caption"].strip() or not all(map(_is_name, given)):
+        if not isinstance(row["caption"], str) or not row["caption"].strip() or not all(map(is_name, given)):
             collection.quarantine.add("row", where, "no usable caption and uids")
             continue
         labelled = str(row.get("has_label", True)).lower() in ("true", "1", "1.0")
@@ -245,7 +192,7 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
         if labelled and margin is None:
             collection.quarantine.add("row", where, "labels that are no shares of 1")
             continue
-        prompt, uids = " ".join(row["caption"].split()), list(map(str, given))
+        prompt, uids = one_spelling(row["caption"]), list(map(str, given))
         prompt_id = prompt_id_of(prompt)
         for side, uid in enumerate(uids):
             image_id = f"{prompt_id}/{uid}"
@@ -256,7 +203,7 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
         left, right = (f"{prompt_id}/{uid}" for uid in uids)
         choice = "skip" if not labelled or margin is None else choice_of(margin)
         rater = str(row.get("user_id") or "pickapic")
-        collection.ratings.append((where, _overall(prompt_id, left, right, rater, choice)))
+        collection.ratings.append((where, overall(prompt_id, left, right, rater, choice)))
 
 
 def _uid(picture: Any) -> str:
@@ -272,24 +219,10 @@ def _pickapic_rows(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
             if missing:
                 raise InputError(
                     "not a row of Pick-a-Pic", where=file.parent / where, got=f"no {', '.join(missing)}",
-                    expected=", ".join(_PICKAPIC_KEYS), fix="give the files as published",
+                    expected=", ".join(_PICKAPIC_KEYS),
+                    fix="give the files as published, of the set with pictures in it",
                 )  # fmt: skip
             yield where, file.parent, row
-
-
-def _json_list(path: Path) -> list[Any]:
-    try:
-        rows = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError("no such file", where=path, fix="check the path") from None
-    except ValueError as error:
-        raise InputError("not JSON", where=path, got=str(error), fix="give the file as published") from None
-    if not isinstance(rows, list):
-        raise InputError(
-            "not a list of rankings", where=path, got=type(rows).__name__,
-            fix="give the JSON as published, a list of objects",
-        )  # fmt: skip
-    return rows
 
 
 def _margin(first: Any, second: Any) -> float | None:
@@ -301,18 +234,3 @@ def _margin(first: Any, second: Any) -> float | None:
         return None
     # NaN fails both; -1 and -1, or 0 and 0, would be a tie that nobody called.
     return ours - theirs if min(ours, theirs) >= 0 and abs(ours + theirs - 1) < 1e-6 else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-
-
-def _is_name(value: Any) -> bool:
-    """Whether an id from elsewhere, text or a whole number, can name a file; null is none."""
-    return type(value) in (str, int) and is_safe(str(value))
-
-
-def _overall(
-    prompt_id: str, left: str, right: str, rater: str, choice: Literal["left", "right", "tie", "skip"]
-) -> Rating:
-    return Rating(prompt_id=prompt_id, left=left, right=right, rater=rater, dimension="overall", choice=choice)

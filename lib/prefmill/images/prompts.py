@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from prefmill.core.image_rows import ImagePrompt
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
+_SEP_LINE = re.compile(r'"?sep=(.)"?\s*')  # by which Excel is told the separator
 _SLUG_LENGTH = 40
 
 
@@ -26,7 +29,7 @@ def read_prompts(path: Path) -> list[ImagePrompt]:
     seen: dict[str, int] = {}
     prompts = []
     for number, row in _rows(path):
-        text = " ".join((row.get("prompt") or "").split())
+        text = one_spelling(row.get("prompt") or "")
         if not text:
             raise _bad(path, number, "a prompt is empty", repr(row.get("prompt")), "write a prompt or delete the line")
         prompt_id = (row.get("prompt_id") or "").strip() or prompt_id_of(text)
@@ -50,6 +53,16 @@ def prompt_id_of(text: str) -> str:
     return f"{slug}-{digest}" if slug else f"prompt-{digest}"
 
 
+def one_spelling(text: str) -> str:
+    """A prompt with single spaces and accents as one sign (macOS writes them as two): ids and splits follow from it."""
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def with_slashes(file: str) -> str:
+    """A file's name as it is read here, of a table that was written on Windows too."""
+    return file.replace("\\", "/")
+
+
 def is_safe(name: str) -> bool:
     """Whether `name` can be one file's or folder's name on any disk and in any archive."""
     return _SAFE.fullmatch(name) is not None and not name.endswith(".") and ".." not in name
@@ -63,42 +76,55 @@ def safe_name(name: str) -> str:
 def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and fields of every row of a .csv or .tsv file, names in lower case, lines without any text left out.
 
-    A .csv whose first line has semicolons or tabs and no comma, as Excel writes it in many countries, is read by those.
-    Raises InputError when it cannot be read as UTF-8, lacks a `required` column, has one twice, or has a line with more
-    or fewer cells than the first: an unquoted comma or line break would cut a prompt.
+    A .csv whose first line has semicolons or tabs and no comma, as Excel writes it in many countries, is read by those,
+    or by what a line `sep=;` before it says; a byte order mark tells UTF-16. Raises InputError when it cannot be read,
+    lacks a `required` column, has one twice, or has a line with more or fewer cells than the first: an unquoted comma
+    or line break would cut a prompt.
     """
     try:
-        # utf-8-sig: Excel puts a byte order mark in front, which would be part of the first column's name.
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with path.open(encoding=_encoding(path), newline="") as stream:
             first = stream.readline()
-            stream.seek(0)
-            reader = csv.reader(stream, **_form(path, first))
+            told = _SEP_LINE.fullmatch(first)
+            if not told:
+                stream.seek(0)
+            above = 1 if told else 0
+            reader = csv.reader(stream, **_form(path, told[1] if told else first))
             header = [name.strip().lower() for name in next(reader, [])]
             missing = [name for name in required if name not in header]
             if missing:
                 raise InputError(
-                    f"no column {', '.join(missing)}", where=f"{path}:1", got=", ".join(header) or "an empty file",
-                    expected=", ".join(required), fix="name the columns on the first line, with commas between them",
+                    f"no column {', '.join(missing)}", where=f"{path}:{above + 1}",
+                    got=", ".join(header) or "an empty file", expected=", ".join(required),
+                    fix="name the columns on the first line, with commas between them",
                 )  # fmt: skip
             named = [name for name in header if name]
             if len(set(named)) < len(named):
-                raise InputError("a column stands there twice", where=f"{path}:1", got=", ".join(header),
+                raise InputError("a column stands there twice", where=f"{path}:{above + 1}", got=", ".join(header),
                                  fix="name every column once")  # fmt: skip
             for row in reader:
                 if any(cell.strip() for cell in row):
-                    _require_columns(row, header, f"{path}:{reader.line_num}")
-                    yield reader.line_num, dict(zip(header, row, strict=False))
+                    line = above + reader.line_num
+                    _require_columns(row, header, f"{path}:{line}")
+                    yield line, dict(zip(header, row, strict=False))
     except FileNotFoundError:
         raise InputError("no such file", where=path, fix="check the path") from None
     except OSError as error:  # a folder, or a file of somebody else
         raise InputError(
             "cannot read the table", where=path, got=error.strerror, fix="give a .csv or .tsv file that you may read"
         ) from None
-    except UnicodeDecodeError as error:
-        raise InputError("cannot read the table", where=path, got=str(error), fix="save it as UTF-8 CSV") from None
+    except UnicodeError as error:
+        fix = "save it as UTF-8; in Excel as `CSV UTF-8`"
+        raise InputError("cannot read the table", where=path, got=str(error), fix=fix) from None
     except csv.Error as error:
         fix = "look for a quote that is not closed: quotes within a cell are doubled"
         raise InputError("cannot read the table", where=path, got=str(error), fix=fix) from None
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as stream:
+        marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    # utf-8-sig: Excel puts a byte order mark in front, which would be part of the first column's name.
+    return "utf-16" if marked else "utf-8-sig"
 
 
 def _form(path: Path, first: str) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +223,113 @@ def test_rows_of_hpdv2(tmp_path: Path, row: dict[str, Any], choices: list[str]) 
     assert [rating["choice"] for _, rating in found.ratings] == choices
     assert {rating["rater"] for _, rating in found.ratings} <= {row.get("user_hash", "ranking")}
     assert len(found.quarantine.rows) == (not choices)
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: text.encode(),
+        lambda text: ("sep=;\r\n" + text.replace(",", ";").replace("\n", "\r\n")).encode("utf-8-sig"),
+        lambda text: codecs.BOM_UTF16_LE + text.replace(",", "\t").encode("utf-16-le"),
+    ],
+)
+def test_tables_of_windows_and_excel_are_the_same_tables(tmp_path: Path, encode: Callable[[str], bytes]) -> None:
+    """Backslashes in a listing, a line that names the separator, UTF-16: each was refused, or its pictures missing."""
+    plain, folder = rated(written(tmp_path)), tmp_path / "windows"
+    listing = LISTING.replace("a.png", "pics\\a.png").replace("b.png", "pics\\b.png")
+    ratings = RATING.replace("a.png", "pics\\a.png").replace("b.png", "pics/b.png")
+    folder.mkdir()
+    (folder / "images.csv").write_bytes(encode(listing))
+    (folder / "ratings.csv").write_bytes(encode(ratings))
+    found = rated(folder)
+    assert [rating for _, rating in found.ratings] == [rating for _, rating in plain.ratings]
+    assert [image.path for image in found.images.values()] == [folder / "pics" / name for name in ("a.png", "b.png")]
+
+
+def test_the_line_of_a_fault_counts_the_line_that_names_the_separator(tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("sep=;\nprompt;x\na cat;1\n;2\n")
+    with pytest.raises(InputError, match=r"a prompt is empty[\s\S]*prompts.csv:4"):
+        read_prompts(tmp_path / "prompts.csv")
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "row"),
+    [
+        (PairsSource, "pairs", {"prompt": "a cat", "chosen": "pics\\a.png", "rejected": "pics\\b.png"}),
+        (PickAPicSource, "path", {**PICK, "jpg_0": "pics\\a.png", "jpg_1": "pics\\b.png"}),
+        (ImageRewardSource, "rankings", {**RANK, "generations": ["pics\\a.png", "pics\\b.png"]}),
+    ],
+)
+def test_backslashes_of_windows_lead_to_the_file_and_not_out_of_the_folder(
+    tmp_path: Path, source: Any, name: str, row: dict[str, Any]
+) -> None:
+    ranking = source is ImageRewardSource
+    file = tmp_path / ("rows.json" if ranking else "rows.jsonl")
+    format_ = {"pairs": "pairs", "path": "pickapic", "rankings": "imagereward"}[name]
+
+    def read(row: dict[str, Any]) -> Collection:
+        file.write_text(json.dumps([row] if ranking else row) + "\n")
+        return collect([source(format=format_, **{name: str(file), "images": str(tmp_path)} if ranking else
+                               {name: str(file)})], [], tmp_path / "work")  # fmt: skip
+
+    assert {image.path for image in read(row).images.values()} == {tmp_path / "pics" / f"{x}.png" for x in "ab"}
+    if source is not PickAPicSource:
+        out = json.loads(json.dumps(row).replace("pics", ".."))
+        assert read(out).quarantine.counts() == {f"{'ranking' if ranking else 'row'}: images' names cannot be used": 1}
+
+
+def test_one_prompt_in_two_normal_forms_is_one_prompt(tmp_path: Path) -> None:
+    """As unicodedata has it; macOS writes names, and what is made of them, with accents as signs of their own."""
+    one, two = (unicodedata.normalize(form, "un café") for form in ("NFC", "NFD"))  # type: ignore[arg-type]
+    assert one != two
+    found = rated(written(tmp_path, images_csv=f"prompt,file\n{one},a.png\n{two},b.png\n"))
+    assert {image.prompt for image in found.images.values()} == {one}
+    assert len(found.ratings) == 1
+    assert not found.quarantine.rows
+    (tmp_path / "p.csv").write_text(f"prompt\n{two}\n")
+    assert [row["prompt"] for row in read_prompts(tmp_path / "p.csv")] == [one]
+    sides = {"chosen": "a.png", "rejected": "b.png"}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text, **sides}) + "\n" for text in (one, two)))
+    pairs = collect([PairsSource(format="pairs", pairs=str(tmp_path / "p.jsonl"))], [], tmp_path / "work")  # type: ignore[arg-type]
+    assert len({rating["prompt_id"] for _, rating in pairs.ratings}) == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".json"])
+def test_rows_of_hpdv3_prefer_their_first_path(tmp_path: Path, suffix: str) -> None:
+    row = {"prompt": "a cat", "path1": "a.png", "path2": "b.png", "confidence": None, "choice_dist": [12, 7]}
+    (tmp_path / f"train{suffix}").write_text(json.dumps(row) + "\n")
+    found = collect([PairsSource(format="pairs", pairs=str(tmp_path / f"train{suffix}"))], [], tmp_path / "work")  # type: ignore[arg-type]
+    (said,) = [rating for _, rating in found.ratings]
+    assert (found.images[said["left"]].path.name, said["choice"]) == ("a.png", "left")
+    # Two paths alone do not say which is the better one.
+    (tmp_path / "other.jsonl").write_text(json.dumps({key: row[key] for key in ("prompt", "path1", "path2")}) + "\n")
+    other = collect([PairsSource(format="pairs", pairs=str(tmp_path / "other.jsonl"))], [], tmp_path / "work")  # type: ignore[arg-type]
+    assert other.quarantine.counts() == {"row: no two images": 1}
+
+
+def test_rows_of_imagerewarddb_are_rankings(tmp_path: Path) -> None:
+    """A row an image, as the hub has them: every two of a prompt are compared, whatever the order of the rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    ranks = {"p1": [1, 2, 2], "p2": [2, 1]}
+    rows = [
+        {"image": {"bytes": f"{prompt}{n}".encode(), "path": f"{n}.webp"}, "prompt_id": prompt,
+         "prompt": f"cat {prompt}", "image_amount_in_total": len(given), "rank": rank, "overall_rating": 7 - rank, "fidelity_rating": 4}
+        for prompt, given in ranks.items() for n, rank in enumerate(given)
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows[::2] + rows[1::2]), tmp_path / "rows.parquet")
+    source = {"format": "imagereward", "images": str(tmp_path)}
+    given = ImageRewardSource(**source, rankings=str(tmp_path / "rows.parquet"))  # type: ignore[arg-type]
+    found = collect([given], [], tmp_path / "work")
+    assert not found.quarantine.rows
+    told = set()
+    for _, rating in found.ratings:
+        sides = [found.images[name].path.read_bytes().decode() for name in (rating["left"], rating["right"])]
+        tie = rating["choice"] == "tie"
+        told.add((tie, *(sorted(sides) if tie else sides if rating["choice"] == "left" else sides[::-1])))
+    assert told == {(False, "p10", "p11"), (False, "p10", "p12"), (True, "p11", "p12"), (False, "p21", "p20")}
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "x"}]), tmp_path / "bad.parquet")
+    bad = ImageRewardSource(**source, rankings=str(tmp_path / "bad.parquet"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"not a row of ImageRewardDB[\s\S]*bad.parquet:1"):
+        collect([bad], [], tmp_path / "work")
