@@ -315,7 +315,7 @@ def test_rows_of_imagerewarddb_are_rankings(tmp_path: Path) -> None:
     ranks = {"p1": [1, 2, 2], "p2": [2, 1]}
     rows = [
         {"image": {"bytes": f"{prompt}{n}".encode(), "path": f"{n}.webp"}, "prompt_id": prompt,
-         "prompt": f"cat {prompt}", "image_amount_in_total": len(given), "rank": rank, "overall_rating": 7 - rank, "fidelity_rating": 4}
+         "prompt": f"cat {prompt}", "image_amount_in_total": len(given), "rank": rank, "fidelity_rating": 4}
         for prompt, given in ranks.items() for n, rank in enumerate(given)
     ]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(rows[::2] + rows[1::2]), tmp_path / "rows.parquet")
