@@ -91,7 +91,13 @@ STAGE = Stage(
         "scorer": Reads("reward_model", "train_reward", optional=True, instead_of=("published_scorer",)),
         "pairs": Reads("image_pairs", "build_image_pairs", optional=True),
     },
-    preload=("torch", "transformers", "diffusers", "diffusers.pipelines.stable_diffusion_xl", "peft"),
+    preload=(
+        "torch",
+        "transformers",
+        "diffusers",
+        "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+        "peft",
+    ),
 )
 
 if __name__ == "__main__":

@@ -54,7 +54,12 @@ STAGE = Stage(
     on="images",
     writes="generated_images",
     reads={"model": Reads("checkpoint", optional=True), "tuned": Reads("image_checkpoint", optional=True)},
-    preload=("torch", "transformers", "diffusers", "diffusers.pipelines.stable_diffusion_xl"),
+    preload=(
+        "torch",
+        "transformers",
+        "diffusers",
+        "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    ),
 )
 
 if __name__ == "__main__":

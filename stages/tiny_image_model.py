@@ -48,7 +48,12 @@ STAGE = Stage(
     root="checkpoints",
     on="images",
     writes="checkpoint",
-    preload=("torch", "transformers", "diffusers", "diffusers.pipelines.stable_diffusion_xl"),
+    preload=(
+        "torch",
+        "transformers",
+        "diffusers",
+        "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    ),
 )
 
 if __name__ == "__main__":

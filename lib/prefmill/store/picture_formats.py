@@ -19,6 +19,9 @@ _NAMES = {
     rb"qoif": "QOI", rb"DDS ": "DDS", rb"v/1\x01": "OpenEXR", rb"#\?R": "Radiance HDR",
     rb"....ftyp(?!avi[fs])|\x1aE\xdf\xa3": "a video",
 }  # fmt: skip
+# Primaries and transfer functions by their numbers in ITU-T H.273.
+_SRGB = {(1, 13), (1, 1), (1, 6)}  # with BT.709's curve too, which browsers show as sRGB's
+_COLOURS = {(12, 13): "Display P3", (9, 16): "HDR, PQ", (9, 18): "HDR, HLG", (12, 16): "HDR, PQ"}
 _NO_PICTURES = {
     rb"(?i)\s*<(!doctype html|html)": ("an HTML page", "get the file again: a page was saved in its place"),
     rb"version https://git-lfs": ("a Git LFS pointer", "run git lfs pull"),
@@ -42,3 +45,10 @@ def is_ours(head: bytes) -> bool:
 
 def _starts(pattern: bytes, head: bytes) -> bool:
     return re.match(pattern, head, re.DOTALL) is not None
+
+
+def coded_colours(head: bytes) -> str | None:
+    """What a PNG's cICP chunk says of its colours where that is not sRGB; Pillow passes the chunk over."""
+    found = re.search(rb"cICP(.)(.)", head.partition(b"IDAT")[0], re.DOTALL)
+    codes = (found[1][0], found[2][0]) if found else (1, 13)
+    return None if codes in _SRGB else f"cICP {codes[0]}, {codes[1]}: {_COLOURS.get(codes, 'other than sRGB')}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
-from prefmill.store.picture_formats import FORMATS, HEAD, READ, format_of, is_ours, other_content
+from prefmill.store.picture_formats import FORMATS, HEAD, READ, coded_colours, format_of, is_ours, other_content
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,6 +123,12 @@ def _opened(source: str | Path | io.BytesIO, where: object, max_pixels: int = MA
         raise _unread(_head(source), where) from None
     if image.format == "TIFF" and _is_raw(image, source):
         raise _other_format("a camera's raw file", where)
+    # With a profile beside it both say the same, and the profile is read.
+    if image.format == "PNG" and "icc_profile" not in image.info and (colours := coded_colours(_head(source))):
+        raise ImageError(
+            "an image in colours that are not read", where=where, got=colours, expected="sRGB, or an ICC profile",
+            fix="convert it to sRGB",
+        )  # fmt: skip
     if image.width * image.height > max_pixels:
         raise _too_large(f"{image.width} x {image.height} pixels", where, max_pixels)
     return image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,23 @@ def test_of_several_pages_the_first_and_never_the_preview_of_a_raw_file(tmp_path
         tags.tagtype[tag] = 4 if tag == 254 else 1
         with pytest.raises(ImageError, match=r"format that is not read[\s\S]*raw file"):
             open_image(saved(tmp_path / f"{tag}.tif", pages[0], tiffinfo=tags))
+
+
+@pytest.mark.parametrize(
+    ("codes", "told"), [((12, 13), "Display P3"), ((9, 16), "HDR, PQ"), ((9, 18), "HDR, HLG"), ((5, 5), "other"),
+                        ((1, 13), None), ((1, 1), None)],
+)  # fmt: skip
+def test_colours_that_a_browser_shows_and_pillow_passes_over_are_refused(
+    tmp_path: Path, codes: tuple[int, int], told: str | None
+) -> None:
+    """PNG's cICP chunk (third edition, 11.3.2.6; numbers of ITU-T H.273): raters saw what no model reads."""
+    plain = saved(tmp_path / "plain.png", colours()).read_bytes()
+    body = b"cICP" + bytes([*codes, 0, 1])
+    place, file = plain.index(b"IDAT") - 4, tmp_path / "coded.png"
+    file.write_bytes(plain[:place] + struct.pack(">I", 4) + body + struct.pack(">I", zlib.crc32(body)) + plain[place:])
+    if told is None:
+        assert np.array_equal(np.asarray(open_image(file)), np.asarray(open_image(tmp_path / "plain.png")))
+        return
+    for read in (open_image, shown_bytes, inspect_image, image_size):
+        with pytest.raises(ImageError, match=rf"colours that are not read[\s\S]*cICP {codes[0]}, {codes[1]}: {told}"):
+            read(file)

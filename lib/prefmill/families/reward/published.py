@@ -26,6 +26,7 @@ WEIGHTS, IMAGE_REWARD, MED_CONFIG = "model.safetensors", "ImageReward.safetensor
 # The mean and spread of its raw scores, by which ImageReward.py brings them to about N(0, 1).
 _MEAN, _SPREAD = 0.16717362830052426, 1.0333394966054072
 _MAX_TOKENS = 35  # ImageReward's
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt"}  # as they are published; none is opened
 _VISION = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
            "patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm"}  # fmt: skip
 _OF_A_BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv",
@@ -42,10 +43,13 @@ def open_published(folder: Path, device: str) -> Scorer:
     said = json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
     opened = {"clip": _pick_score, "clip_vision_model": _aesthetics}.get(said.get("model_type", ""))
     if opened is None:
+        files = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
         raise InputError(
-            "no scorer of images here", where=folder, got=said.get("model_type", "no config.json"),
+            "no scorer of images here", where=folder,
+            got=", ".join([said.get("model_type", "no config.json"), *files]),
             expected="train_reward's output, or PickScore, HPSv2, ImageReward or an aesthetics predictor",
-            fix="give such a folder, its weights as safetensors",
+            fix="give such a folder with the files that docs/stages/evaluate_images.md lists under Published scorers; "
+            "weights in a pickle are converted once, with save_file of safetensors.torch",
         )  # fmt: skip
     return opened(folder, device)
 
@@ -54,6 +58,8 @@ def _pick_score(folder: Path, device: str) -> Scorer:
     """PickScore (Kirstain et al. 2023, arXiv 2305.01569, eq. 1) and any CLIP: e^T cos(image, text)."""
     from transformers import CLIPModel
 
+    if not any(folder.glob("*.safetensors")):
+        _weights(folder, WEIGHTS)
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return _clip(model, folder, device, model.logit_scale.exp().item())
 

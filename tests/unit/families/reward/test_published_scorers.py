@@ -202,3 +202,12 @@ def test_what_is_no_scorer_is_said(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "image_reward" / MED_CONFIG).write_text("{}")
     with pytest.raises(InputError, match=r"no safetensors of this scorer[\s\S]*ImageReward.safetensors"):
         open_published(tmp_path / "image_reward", "cpu")
+    # As they are published, by their own names.
+    for name, said in (("HPS_v2.1_compressed.pt", ""), ("pytorch_model.bin", '{"model_type": "clip"}')):
+        made = tmp_path / name.partition(".")[0]
+        made.mkdir()
+        (made / name).write_bytes(b"")
+        if said:
+            (made / "config.json").write_text(said)
+        with pytest.raises(InputError, match=r"expected: model.safetensors" if said else name):
+            open_published(made, "cpu")
