@@ -19,7 +19,7 @@ from prefmill.families.sdxl.joined_layers import Layer, original_layers
 DORA_NORM = "prefmill_dora_norm"
 DoraNorm = Literal["base", "merged"]
 Factors = Mapping[str, Tensor]
-_KEYS = ("lora_unet_", "lora_transformer_", "lora_te")
+_KEYS = ("lora_unet_", "lora_transformer_", "lora_te", "diffusion_model.", "lycoris_")
 # kohya counts T5 as the third, whichever it is here; a transformer's layers are `transformer` by diffusers' names.
 _PARTS = {
     "unet": ("unet",), "transformer": ("transformer", "unet"), "text_encoder": ("te", "te1"),
@@ -30,6 +30,7 @@ _FACTORS = {
     "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a",
     "lokr_w2_b", "lokr_t2",
 }  # fmt: skip
+_PEFTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 _TUCKER = "ijhw,ip,jr->prhw"  # a convolution's core between factors that mix channels
 _OUTER = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -52,11 +53,29 @@ def read_factors(file: Path) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
             keys, said = sorted(opened.keys()), opened.metadata() or {}
             if any(key.startswith(_KEYS) for key in keys):
                 for key in keys:
-                    module, _, factor = key.partition(".")
+                    module, factor = _module_and_factor(key)
                     modules[module][factor] = opened.get_tensor(key)
     except SafetensorError as error:
-        raise InputError("cannot load the adapter", where=file, got=str(error), fix="download it again") from None
+        fix = "download it again" if file.suffix == ".safetensors" else "give it as .safetensors: no pickle is opened"
+        raise InputError("cannot load the adapter", where=file, got=str(error), fix=fix) from None
+    if keys and keys[0].startswith("base_model.model."):
+        raise InputError(
+            "an adapter by PEFT's own keys", where=file, got=keys[0], expected="diffusers' or kohya's, which say alpha",
+            fix="merge it once, in Python, PART being the pipeline's unet or transformer: peft.PeftModel."
+            "from_pretrained(PART, 'FOLDER OF THE ADAPTER').merge_and_unload(), and save the pipeline",
+        )  # fmt: skip
     return modules, "base" if said.get(DORA_NORM) == "base" else "merged"
+
+
+def _module_and_factor(key: str) -> tuple[str, str]:
+    """A key's module by kohya's name, and its factor; ComfyUI's names have dots, LyCORIS' another start."""
+    if key.startswith("diffusion_model."):
+        known = next((name for name in (*_FACTORS, *_PEFTS) if key.endswith(f".{name}")), key.rpartition(".")[2])
+        key = f"lora_unet_{key.removeprefix('diffusion_model.').removesuffix(known).replace('.', '_')[:-1]}.{known}"
+    elif key.startswith("lycoris_"):
+        key = f"lora_unet_{key.removeprefix('lycoris_')}"
+    module, _, factor = key.partition(".")
+    return module, _PEFTS.get(factor, factor)
 
 
 def merge(pipeline: Any, file: Path, factors: Mapping[str, Factors], norm: DoraNorm, scale: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefmill.core.errors import InputError
@@ -116,6 +116,42 @@ def test_every_layer_becomes_what_its_formula_says(
     for name, weight in after.items():
         expected = (before[name].double() + meant.get(name, before[name].double())) / 2
         assert torch.allclose(weight.double(), expected, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("tool", ["comfyui", "lycoris"])
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_the_same_adapter_under_other_tools_names(folder: Path, tmp_path: Path, tool: str, kind: str) -> None:
+    """ComfyUI saves the modules' own dots, PEFT's names for a pair, and no text encoder below them."""
+    pipeline, file = opened(folder), tmp_path / "kohya.safetensors"
+    written(file, pipeline, kind, None, tool == "comfyui")
+    given = {key: value for key, value in load_file(file).items() if key.startswith("lora_unet_")}
+    modules = [original_name(name, 1) or "" for name, _ in pipeline.unet.named_modules()]
+    dotted = {f"lora_unet_{name.replace('.', '_')}": f"diffusion_model.{name}" for name in modules}
+
+    def named(key: str) -> str:
+        module, _, factor = key.partition(".")
+        if tool == "lycoris":
+            return key.replace("lora_unet_", "lycoris_")
+        return f"{dotted[module]}.{factor.replace('lora_up', 'lora_B').replace('lora_down', 'lora_A')}"
+
+    both = []
+    for name, tensors in (("kohya", given), ("other", {named(key): value for key, value in given.items()})):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        add_adapter(pipeline := opened(folder), tmp_path / f"{name}.safetensors", 1.0)
+        both.append(pipeline.unet.state_dict())
+    assert len(given) > 100
+    assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
+    assert any(not torch.equal(value, both[1][key]) for key, value in opened(folder).unet.state_dict().items())
+
+
+def test_pickles_and_files_that_do_not_say_alpha_are_told(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora.ckpt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=r"lora.ckpt[\s\S]*no pickle is opened"):
+        add_adapter(opened(folder), tmp_path / "lora.ckpt", 1.0)
+    key = "base_model.model.conv_in.lora_A.weight"
+    save_file({key: torch.zeros(2, 4, 3, 3)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"PEFT's own keys[\s\S]*conv_in[\s\S]*merge_and_unload"):
+        add_adapter(opened(folder), tmp_path / "adapter_model.safetensors", 1.0)
 
 
 def test_diffusers_alone_would_lose_alphas_and_magnitudes(folder: Path, tmp_path: Path) -> None:
