@@ -125,8 +125,9 @@ def test_the_same_adapter_under_other_tools_names(folder: Path, tmp_path: Path, 
     pipeline, file = opened(folder), tmp_path / "kohya.safetensors"
     written(file, pipeline, kind, None, tool == "comfyui")
     given = {key: value for key, value in load_file(file).items() if key.startswith("lora_unet_")}
-    modules = [original_name(name, 1) or "" for name, _ in pipeline.unet.named_modules()]
-    dotted = {f"lora_unet_{name.replace('.', '_')}": f"diffusion_model.{name}" for name in modules}
+    kinds = nn.Linear | nn.Conv2d
+    modules = [original_name(name, 1) for name, module in pipeline.unet.named_modules() if isinstance(module, kinds)]
+    dotted = {f"lora_unet_{str(name).replace('.', '_')}": f"diffusion_model.{name}" for name in modules}
 
     def named(key: str) -> str:
         module, _, factor = key.partition(".")
