@@ -14,7 +14,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
 from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings, read_scores
-from prefmill.images.pair_files import content_name, data_files, picture_bytes, picture_path, rows_of, stored
+from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import one_spelling, prompt_id_of, safe_name
 from prefmill.images.rankings import is_name, overall, read_rankings
 from prefmill.images.rating import choice_of
@@ -137,6 +137,8 @@ def _pair_fault(row: Any) -> str | None:
     if _labels(row) is None:
         return "a label outside 0 to 1"
     files = [picture_path(content) or "" for content in _pictures(row)]
+    if reason := next(filter(None, map(no_file, files)), None):
+        return reason
     return "images' names cannot be used" if any(".." in Path(file).parts for file in files) else None
 
 
@@ -182,6 +184,9 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
         pictures = [row["jpg_0"], row["jpg_1"]]
         if not all(picture_bytes(one) or picture_path(one) for one in pictures):
             collection.quarantine.add("row", where, "no two images")
+            continue
+        if reason := next(filter(None, (no_file(picture_path(one)) for one in pictures)), None):
+            collection.quarantine.add("row", where, reason)
             continue
         given = [row.get(f"image_{side}_uid", _uid(one)) for side, one in enumerate(pictures)]
         if not isinstance(row["caption"], str) or not row["caption"].strip() or not all(map(is_name, given)):

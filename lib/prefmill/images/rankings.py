@@ -11,7 +11,7 @@ from typing import Any, Literal
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import Rating
 from prefmill.images.collection import Collection, SourceImage
-from prefmill.images.pair_files import content_name, data_files, picture_bytes, picture_path, rows_of, stored
+from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import is_safe, one_spelling, prompt_id_of, safe_name, with_slashes
 from prefmill.images.rating import choice_of
 from prefmill.store.jsonl import parse_json
@@ -97,6 +97,8 @@ def _fault(row: Any) -> str | None:
         return "no usable id and prompt"
     if not all(isinstance(file, str) for file in files):
         return "images' names cannot be used"
+    if reason := next(filter(None, map(no_file, files)), None):
+        return reason
     # The file comes from elsewhere: its names become ours, and must not lead out of the folder.
     stems = {Path(file).stem for file in files}
     if len(stems) < len(files) or any(".." in Path(file).parts or Path(file).is_absolute() for file in files):

@@ -333,3 +333,29 @@ def test_rows_of_imagerewarddb_are_rankings(tmp_path: Path) -> None:
     bad = ImageRewardSource(**source, rankings=str(tmp_path / "bad.parquet"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"not a row of ImageRewardDB[\s\S]*bad.parquet:1"):
         collect([bad], [], tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [("https://x.org/a.png", "by its address"), ("data:image/png;base64,iVBO", "by its address"),
+     ("iVBO" * 100 + "/" + "Rw0K" * 100, "as text")],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["pairs", "pickapic", "imagereward"])
+def test_addresses_and_pictures_as_text_are_told_as_such(tmp_path: Path, form: str, file: str, reason: str) -> None:
+    """Twice the same picture: a name that no disk can hold ended in a traceback."""
+    rows = {
+        "pairs": {"prompt": "a cat", "chosen": file, "rejected": "b.png"},
+        "pickapic": {key: value for key, value in {**PICK, "jpg_0": file}.items() if "uid" not in key},
+        "imagereward": {**RANK, "generations": [file, "b.png"]},
+    }
+    ranking = form == "imagereward"
+    path = tmp_path / ("rows.json" if ranking else "rows.jsonl")
+    lines = [rows[form], {**rows[form], "id": 8}]
+    path.write_text(json.dumps(lines) if ranking else "".join(json.dumps(line) + "\n" for line in lines))
+    kinds = {"pairs": (PairsSource, "pairs"), "pickapic": (PickAPicSource, "path"),
+             "imagereward": (ImageRewardSource, "rankings")}  # fmt: skip
+    source, key = kinds[form]
+    given = {"format": form, key: str(path), **({"images": str(tmp_path)} if ranking else {})}
+    found = collect([source(**given)], [], tmp_path / "work")  # type: ignore[arg-type]
+    assert not found.images
+    assert [reason in row["reason"] for row in found.quarantine.rows] == [True, True]
