@@ -7,16 +7,17 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
+import msgspec
 from msgspec.structs import replace
 
 from prefmill.core.errors import InputError
 from prefmill.reviews.opened import PACKED, reading
-from prefmill.reviews.rows import Place, RawRow, RowProblem, excerpt
+from prefmill.reviews.rows import Item, Place, RawRow, RowProblem, excerpt
 from prefmill.store.jsonl import check_unique_keys, parse_json_strictly
 from prefmill.store.row_files import TABLES, file_rows
 
@@ -34,6 +35,24 @@ _MAX_CSV_FIELD_CHARS = 1 << 24  # above any paper; below what an unclosed quote 
 # Not LATIN1, in which the dashes and quotes of Windows are control characters, which are left out.
 _UTF8_FIX = "save the file as UTF-8 (for example: iconv -f WINDOWS-1252 -t UTF-8), or correct the line"
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
+
+
+class PlainRow(msgspec.Struct, frozen=True):
+    """A line of JSON whose meaning was plain as soon as it was decoded."""
+
+    place: Place
+    line: bytes
+    items: list[Item]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """As those of a RawRow, for an excerpt."""
+        values: dict[str, Any] = parse_json_strictly(self.line)[0]
+        return values
+
+
+def _none_is_plain(line: bytes) -> None:
+    return None
 
 
 def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Path]:
@@ -81,16 +100,24 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes]:
         yield from chain([first] if first else [], stream)
 
 
-def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
-    """The objects of a file with one JSON object a line, or the rows of Parquet or Arrow."""
+def jsonl_rows(
+    path: Path, source: int, plain: Callable[[bytes], list[Item] | None] = _none_is_plain
+) -> Iterator[RawRow | PlainRow | RowProblem]:
+    """The objects of a file with one JSON object a line, or the rows of Parquet or Arrow.
+
+    `plain` gives the items of a line that needs no second look.
+    """
     if path.suffix.lower() in TABLES:
         yield from _table_rows(path, source)
         return
     file = str(path)
     for number, line in read_lines(path):
+        place = Place(source, file, number)
+        if items := plain(line):
+            yield PlainRow(place, line, items)
+            continue
         if line.isspace():
             continue
-        place = Place(source, file, number)
         try:
             values, strict = parse_json_strictly(line)
         except UnicodeDecodeError as error:
@@ -103,7 +130,9 @@ def jsonl_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             yield as_row(values, place, not strict)
 
 
-def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
+def json_rows(
+    path: Path, source: int, plain: Callable[[bytes], list[Item] | None] = _none_is_plain
+) -> Iterator[RawRow | PlainRow | RowProblem]:
     """The objects of a file that is a JSON array, an object with an array `notes`, one object, or JSON lines.
 
     An array is read piece by piece, as a venue's dump need not fit into memory.
@@ -119,7 +148,7 @@ def json_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     elif _OBJECT.match(beginning):
         yield json_file_row(path, source)
     else:
-        yield from jsonl_rows(path, source)
+        yield from jsonl_rows(path, source, plain)
 
 
 def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:

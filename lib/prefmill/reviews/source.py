@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, later
 from prefmill.core.records import Decision
+from prefmill.reviews.files import PlainRow
 from prefmill.reviews.markup import without_html
 from prefmill.reviews.rows import (
     Item,
@@ -120,7 +121,7 @@ class SourceConfig(StrictConfig, ABC):
         return frozenset()
 
     @abstractmethod
-    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
+    def rows(self, source: int) -> Iterator[RawRow | PlainRow | RowProblem]:
         """The raw rows; `source` is this source's position in the configuration."""
 
     @abstractmethod
@@ -145,10 +146,13 @@ class FileSource(SourceConfig):
     path: ExternalPath
 
 
-def read_source(config: SourceConfig, source: int) -> Iterator[tuple[RawRow, list[Item]] | RowProblem]:
+def read_source(config: SourceConfig, source: int) -> Iterator[tuple[RawRow | PlainRow, list[Item]] | RowProblem]:
     """Each row of a source with its items, or the problem with it. Raises InputError where no row can be read."""
     words = config.missing_words
     for row in config.rows(source):
+        if isinstance(row, PlainRow):
+            yield row, row.items
+            continue
         if isinstance(row, RowProblem):
             yield row
             continue
@@ -189,7 +193,7 @@ def without_missing(values: dict[str, Any], words: frozenset[str]) -> tuple[dict
     return ({**values, **found} if found else values), missing
 
 
-def problem_with(row: RawRow, error: RowError) -> RowProblem:
+def problem_with(row: RawRow | PlainRow, error: RowError) -> RowProblem:
     """The problem that `error` found in `row`."""
     try:
         shown = to_json(row.values)

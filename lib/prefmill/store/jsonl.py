@@ -36,10 +36,14 @@ def parse_json_strictly(text: bytes) -> tuple[Any, bool]:
 
 def check_unique_keys(text: bytes, found: Any) -> None:
     """Raises ValueError where an object of the JSON `text` has a key twice: `found`, decoded, has the last of them."""
-    # A key is followed by a colon: a text with no more colons than `found` has keys is read no second time.
-    num_keys = _num_keys(found)
-    if text.count(b":") > num_keys and len(_KEY_END.findall(text)) > num_keys:
+    if may_repeat_keys(text, _num_keys(found)):
         json.loads(text, object_pairs_hook=unique_keys)
+
+
+def may_repeat_keys(text: bytes, num_keys: int) -> bool:
+    """Whether the JSON `text`, in which `num_keys` different keys were found, may have one of them twice."""
+    # A key is followed by a colon: a text with no more colons than keys is read no second time.
+    return text.count(b":") > num_keys and len(_KEY_END.findall(text)) > num_keys
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
