@@ -51,8 +51,9 @@ class PlainRow(msgspec.Struct, frozen=True):
         return values
 
 
-def _none_is_plain(line: bytes) -> None:
-    return None
+def none_is_plain(line: bytes) -> None:
+    """Of rows that all need a second look."""
+    return
 
 
 def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Path]:
@@ -101,7 +102,7 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def jsonl_rows(
-    path: Path, source: int, plain: Callable[[bytes], list[Item] | None] = _none_is_plain
+    path: Path, source: int, plain: Callable[[bytes], list[Item] | None] = none_is_plain
 ) -> Iterator[RawRow | PlainRow | RowProblem]:
     """The objects of a file with one JSON object a line, or the rows of Parquet or Arrow.
 
@@ -131,7 +132,7 @@ def jsonl_rows(
 
 
 def json_rows(
-    path: Path, source: int, plain: Callable[[bytes], list[Item] | None] = _none_is_plain
+    path: Path, source: int, plain: Callable[[bytes], list[Item] | None] = none_is_plain
 ) -> Iterator[RawRow | PlainRow | RowProblem]:
     """The objects of a file that is a JSON array, an object with an array `notes`, one object, or JSON lines.
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Paper
+from prefmill.reviews.files import PlainRow
 from prefmill.reviews.markup import holds_html
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
 from prefmill.reviews.rejects import SHOWN_PROBLEMS, Rejects
@@ -36,7 +37,7 @@ from prefmill.reviews.scale import COMMON_SCALE, Scale, prompt_scale, rescaled
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
 from prefmill.reviews.store import CorpusStore, StoredReview
-from prefmill.store.jsonl import JsonlWriter
+from prefmill.store.jsonl import JsonlWriter, encode_checked
 from prefmill.store.missing import Progress
 
 _SHOWN_UNKNOWN = 100
@@ -174,10 +175,10 @@ def write_corpus(
             written = reviews_of[paper.paper_id]
             scale = prompt_scale([review.scale for review in written])
             # No key on 1 to 10: a corpus that was made before rows kept their scale has the same bytes.
-            papers.write(row if scale == COMMON_SCALE else {**row, "scale": list(scale)})
-            for review in written:
-                reviews.write_line(review.json)
-                tally.ratings[review.source, review.scale, review.rating] += 1
+            papers.write_line(encode_checked(row if scale == COMMON_SCALE else {**row, "scale": list(scale)}))
+            if written:
+                reviews.write_line(b"\n".join([review.json for review in written]), len(written))
+            tally.ratings.update([(review.source, review.scale, review.rating) for review in written])
             _count(tally, row, document, len(written))
         # Still inside the writers' block: they rename their files only when it ends without an error.
         rejects.check_share(tally.rows)
@@ -210,7 +211,7 @@ class _InOrder:
 
 
 def _take(
-    row: tuple[RawRow, list[Item]] | RowProblem,
+    row: tuple[RawRow | PlainRow, list[Item]] | RowProblem,
     store: CorpusStore,
     rejects: Rejects,
     counts: Counter[str],

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from prefmill.core.records import Decision
 from prefmill.reviews import openreview_forms as forms
-from prefmill.reviews.files import JSON, as_row, files_at, json_rows
+from prefmill.reviews.files import JSON, PlainRow, as_row, files_at, json_rows
 from prefmill.reviews.rows import (
     DecisionRow,
     DeletedRow,
@@ -85,14 +85,14 @@ class OpenReviewSource(FileSource):
         """Corpora made before the newest version of a note counted, and answers to a form did not, are read again."""
         return {**super().made_otherwise(), "notes": "newest, without the form's own answers"}
 
-    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
+    def rows(self, source: int) -> Iterator[RawRow | PlainRow | RowProblem]:
         """The notes, each submission followed by the replies inside it."""
         for path in files_at(self.path, JSON):
             for row in json_rows(path, source):
-                if isinstance(row, RowProblem):
-                    yield row
-                else:
+                if isinstance(row, RawRow):
                     yield from _unfold(row)
+                else:
+                    yield row
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """What one note is; notes of other kinds are skipped."""

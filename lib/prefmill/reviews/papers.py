@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import msgspec
 from pydantic import Field
 
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
@@ -44,8 +45,7 @@ class PaperConfig(StrictConfig):
     workers: int = runtime(1, ge=1, description="processes that read PDFs")
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """A paper's text (empty where the sources have none), where it is from, and its images, relative to the corpus."""
 
     text: str

@@ -92,10 +92,10 @@ class JsonlWriter(AbstractContextManager["JsonlWriter"]):
         """Append one row."""
         self.write_line(to_json(row).encode())
 
-    def write_line(self, line: bytes) -> None:
-        """Append one row that is already JSON, without its newline."""
+    def write_line(self, line: bytes, num_rows: int = 1) -> None:
+        """Append one row that is already JSON, or `num_rows` in as many lines, without the last newline."""
         self._stream.write(line + b"\n")
-        self.num_rows += 1
+        self.num_rows += num_rows
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
