@@ -193,7 +193,7 @@ def _plain_reader(config: JsonlSource) -> Callable[[bytes], list[Item] | None]:
         try:
             row: Any = astuple(_decode_plain(line))
             num_absent = row.count(UNSET)
-            if num_absent:
+            if num_absent > (row[-1] is UNSET):  # decision_raw is not looked at, and in few files
                 row = [None if value is UNSET else value for value in row]
             *said, review_id, review_text, rating, confidence, scores, _ = row
             if (
