@@ -33,10 +33,11 @@ import numpy as np
 from prefmill.checklist.engine import LexicalConfig
 from prefmill.checklist.items import Checklist, Item, Rule, save_checklist
 from prefmill.checklist.lexical import LexicalEngine
+from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.held_out import checklist_scores as held_out_scores
 from prefmill.checklist.optimize.held_out import correlation, outer_training, permutation_test, permuted
 from prefmill.checklist.optimize.moments import Array
-from prefmill.checklist.optimize.selection import Design, SelectionRules, select
+from prefmill.checklist.optimize.selection import Design, select
 from prefmill.core.config import validate
 from prefmill.core.statistics import Resampling
 from prefmill.pipeline.plan import PipelineFile as Pipeline
@@ -47,6 +48,8 @@ from prefmill.reviews.generated import generate_paper
 from prefmill.store.artifacts import read
 from prefmill.store.jsonl import read_jsonl
 
+# The stage's procedure with fewer bootstrap samples, which the number of draws asks for.
+RULES = SelectConfig(inner_folds=5, num_penalties=15, num_bootstrap=20, min_stability=0.9, shrink=False)
 USEFUL = tuple(phrases.FACTORS)
 NOISE = {
     "opening_view": [r"\bhere is my view\b"],
@@ -150,19 +153,14 @@ def sample(seed: int, num_papers: int) -> Design:
     return Design(yes / spread, spread, np.array([float(row["confidence"]) for row in rows]), papers.astype(np.int64))
 
 
-def rules(seed: int) -> SelectionRules:
-    """The stage's procedure with fewer bootstrap samples, which the number of draws asks for."""
-    return SelectionRules(num_folds=5, num_penalties=15, num_bootstrap=20, min_stability=0.9, seed=seed)
-
-
 def draw(seed: int, population: Design, num_papers: int = _DRAW_PAPERS) -> Draw:
     """The held-out estimate on a small corpus, beside the truth on `population`."""
     small = sample(seed, num_papers)
     training = outer_training(small.papers, 5, seed)
-    scores = held_out_scores(small, training, rules(seed))
+    scores = held_out_scores(small, training, RULES, seed)
     estimate = correlation(scores, small, training, Resampling(1000, seed, CONFIDENCE))
     everything = np.vstack([training, np.ones_like(training[:1])])
-    coefficients = select(small, small.target[None], everything, rules(seed)).coefficients[0]
+    coefficients = select(small, small.target[None], everything, RULES, seed).coefficients[0]
     worth = [_worth(item / small.spread, population) for item in coefficients]
     return Draw(estimate.value, estimate.low, estimate.high, float(np.mean(worth[:-1])), worth[-1])
 
@@ -172,7 +170,7 @@ def shuffled_p_value(seed: int, num_papers: int = _DRAW_PAPERS) -> float:
     small = sample(seed, num_papers)
     null = Design(small.answers, small.spread, permuted(small.target, small.papers, 1, 10_000 + seed)[0], small.papers)
     training = outer_training(null.papers, 5, seed)
-    return permutation_test(null, training, rules(seed), PERMUTATIONS, lambda done, total: None)[1]
+    return permutation_test(null, training, RULES, seed, PERMUTATIONS, lambda done, total: None)[1]
 
 
 def least_covered(count: int, rate: float) -> int:

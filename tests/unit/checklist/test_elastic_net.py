@@ -13,6 +13,7 @@ import pytest
 from prefmill.checklist.engine import LexicalConfig
 from prefmill.checklist.items import load_checklist
 from prefmill.checklist.lexical import LexicalEngine
+from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.elastic_net import STRENGTHS, shrunk_path
 from prefmill.checklist.optimize.export_step import spread_over
 from prefmill.checklist.optimize.held_out import (
@@ -24,11 +25,11 @@ from prefmill.checklist.optimize.held_out import (
     permuted,
 )
 from prefmill.checklist.optimize.moments import weighted_moments
-from prefmill.checklist.optimize.selection import MODELS, Design, SelectionRules, select
+from prefmill.checklist.optimize.selection import MODELS, Design, select
 from prefmill.core.statistics import Resampling
 
 REVIEWS = Path(__file__).parents[4] / "shared" / "data" / "reviews" / "iclr_reviews.jsonl.gz"
-RULES = SelectionRules(5, 12, 10, 0.9, 0, shrink=True)
+RULES = SelectConfig(inner_folds=5, num_penalties=12, num_bootstrap=10, min_stability=0.9)
 RESAMPLING = Resampling(1000, 0, 0.95)
 
 
@@ -95,15 +96,15 @@ def held_out(design: Design, scores: Any) -> float:
 def test_on_real_reviews_it_predicts_as_well_as_all_items_by_least_squares(ratings: Design) -> None:
     training = outer_training(ratings.papers, 5, 0)
     sparse, shrunk, signed = (
-        held_out(ratings, checklist_scores(ratings, training, rules))
-        for rules in (SelectionRules(5, 12, 10, 0.9, 0), RULES, SelectionRules(5, 12, 10, 0.9, 0, True, True))
+        held_out(ratings, checklist_scores(ratings, training, rules, 0))
+        for rules in (RULES.model_copy(update={"shrink": False}), RULES, RULES.model_copy(update={"signed": True}))
     )
     free = held_out(ratings, fitted_scores(ratings.answers, ratings.target, training))
     assert min(shrunk, 0.28) > sparse
     assert shrunk > 0.26
     assert signed > free - 0.01  # ridge of both signs beside least squares over all items
     everything = np.ones((1, len(ratings.target)))
-    assert MODELS[select(ratings, ratings.target[None], everything, RULES).model.item()] == "shrunk"
+    assert MODELS[select(ratings, ratings.target[None], everything, RULES, 0).model.item()] == "shrunk"
 
 
 @pytest.mark.slow
@@ -111,6 +112,6 @@ def test_on_shuffled_ratings_there_is_no_signal(ratings: Design) -> None:
     training = outer_training(ratings.papers, 3, 0)
     (shuffled,) = permuted(ratings.target, ratings.papers, 1, seed=5)
     design = Design(ratings.answers, ratings.spread, shuffled, ratings.papers)
-    rules = SelectionRules(3, 8, 10, 0.9, 0, shrink=True, signed=True)
-    assert permutation_test(design, training, rules, 19, lambda *_: None)[1] > 0.05
-    assert permutation_test(ratings, training, rules, 19, lambda *_: None)[1] == 0.05
+    rules = SelectConfig(inner_folds=3, num_penalties=8, num_bootstrap=10, min_stability=0.9, signed=True)
+    assert permutation_test(design, training, rules, 0, 19, lambda *_: None)[1] > 0.05
+    assert permutation_test(ratings, training, rules, 0, 19, lambda *_: None)[1] == 0.05

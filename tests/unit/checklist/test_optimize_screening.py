@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from prefmill.checklist.optimize.screening import Screened, ScreenRules, kappa, mutual_information, screen, seed_kappa
+from prefmill.checklist.optimize.config import SelectConfig
+from prefmill.checklist.optimize.screening import Screened, kappa, mutual_information, screen, seed_kappa
 
-RULES = ScreenRules(
-    min_answer_share=0.02, min_paraphrase_kappa=0.4, min_seed_kappa=0.1, max_correlation=0.9, max_mutual_information=0.8
-)
+RULES = SelectConfig()
 N = 400
 
 
@@ -57,7 +54,8 @@ def test_each_fault_is_found_and_nothing_else() -> None:
     yes[0, 3] = 1 - yes[0, 3]
     paraphrases = {"good": yes[:, [2]].T, "first": columns(5, 1).T}
     found = by_id(screen(["first", "rare", "good", "copy"], yes, yes, paraphrases, RULES))
-    never = by_id(screen(["never"], np.zeros((N, 1)), np.zeros((N, 1)), {}, replace(RULES, min_answer_share=0)))
+    any_share = RULES.model_copy(update={"min_answer_share": 0})
+    never = by_id(screen(["never"], np.zeros((N, 1)), np.zeros((N, 1)), {}, any_share))
     assert never["never"].status == "constant"  # whatever the rule allows: nothing can be learnt from it
     assert {name: item.status for name, item in found.items()} == {
         "first": "unreliable", "rare": "constant", "good": "passed", "copy": "passed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.held_out import (
     checklist_scores,
     correlation,
@@ -20,14 +21,13 @@ from prefmill.checklist.optimize.moments import Array, squared_errors, weighted_
 from prefmill.checklist.optimize.selection import (
     MODELS,
     Design,
-    SelectionRules,
     assign_inner_folds,
     one_standard_error,
     select,
 )
 from prefmill.core.statistics import Resampling, assign_folds
 
-RULES = SelectionRules(num_folds=4, num_penalties=12, num_bootstrap=20, min_stability=0.9, seed=0)
+RULES = SelectConfig(inner_folds=4, num_penalties=12, num_bootstrap=20, min_stability=0.9, shrink=False)
 USEFUL = 5
 
 
@@ -122,17 +122,17 @@ def test_many_targets_at_once_are_chosen_as_one_at_a_time() -> None:
     design = simulated(5, num_papers=60)
     targets = np.vstack([design.target[None], permuted(design.target, design.papers, 2, 0)])
     training = outer_training(design.papers, 4, 0)
-    together = select(design, targets, training, RULES)
+    together = select(design, targets, training, RULES, 0)
     for p, target in enumerate(targets):
         for q in range(4):
-            alone = select(design, target[None], training[[q]], RULES)
+            alone = select(design, target[None], training[[q]], RULES, 0)
             np.testing.assert_allclose(together.coefficients[p, q], alone.coefficients[0, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_useful_items_are_chosen_and_noise_is_not(seed: int) -> None:
     design = simulated(seed, num_papers=250)
-    found = select(design, design.target[None], np.ones((1, len(design.target))), RULES)
+    found = select(design, design.target[None], np.ones((1, len(design.target))), RULES, 0)
     kept = set(np.flatnonzero(found.coefficients[0, 0]))
     assert len(kept & {*range(USEFUL)}) >= USEFUL - 1
     assert len(kept - {*range(USEFUL)}) <= 1
@@ -146,7 +146,7 @@ def test_with_few_reviews_and_equal_items_no_choice_is_made_and_with_noise_items
     everything = np.ones((1, 90))
     for target, expected in ((answers.sum(axis=1) + 2 * noise, True), (6 * answers[:, 0] + noise, False)):
         design = Design(answers / spread, spread, target, papers)
-        found = select(design, target[None], everything, RULES)
+        found = select(design, target[None], everything, RULES, 0)
         assert (MODELS[found.model.item()] == "all_equal") is expected
         weights = found.coefficients[0, 0] / spread
         assert bool(np.ptp(weights) < 1e-9) is expected
@@ -156,10 +156,10 @@ def test_with_few_reviews_and_equal_items_no_choice_is_made_and_with_noise_items
 def test_held_out_scores_never_see_their_own_fold() -> None:
     design = simulated(6, num_papers=60)
     training = outer_training(design.papers, 4, 0)
-    before = checklist_scores(design, training, RULES)
+    before = checklist_scores(design, training, RULES, 0)
     first = training[0] == 0
     changed = Design(design.answers, design.spread, np.where(first, -design.target, design.target), design.papers)
-    after = checklist_scores(changed, training, RULES)
+    after = checklist_scores(changed, training, RULES, 0)
     np.testing.assert_allclose(after[first], before[first], atol=1e-4)
     assert not np.allclose(after[~first], before[~first], atol=1e-2)
 
@@ -167,14 +167,14 @@ def test_held_out_scores_never_see_their_own_fold() -> None:
 def test_the_estimate_is_the_correlation_within_folds() -> None:
     design = simulated(7, num_papers=60)
     training = outer_training(design.papers, 4, 0)
-    scores = checklist_scores(design, training, RULES)
+    scores = checklist_scores(design, training, RULES, 0)
     centred = design.target.copy()
     for inside in training.astype(bool):
         centred[~inside] -= centred[~inside].mean()
     estimate = correlation(scores, design, training, Resampling(1000))
     assert estimate.value == pytest.approx(np.corrcoef(scores, centred)[0, 1])
     assert estimate.low < estimate.value < estimate.high
-    value, p_value = permutation_test(design, training, RULES, 19, lambda done, total: None)
+    value, p_value = permutation_test(design, training, RULES, 0, 19, lambda done, total: None)
     assert value == pytest.approx(estimate.value, abs=1e-6), "the test looks at the very number that is published"
     assert p_value == pytest.approx(0.05)
 
@@ -209,5 +209,5 @@ def test_a_target_that_says_nothing_gives_no_signal() -> None:
     for seed in range(6):
         null = Design(design.answers, design.spread, permuted(design.target, design.papers, 1, seed)[0], design.papers)
         training = outer_training(null.papers, 4, seed)
-        alarms += permutation_test(null, training, RULES, 19, lambda done, total: None)[1] <= 0.05
+        alarms += permutation_test(null, training, RULES, 0, 19, lambda done, total: None)[1] <= 0.05
     assert alarms <= 2  # at the nominal 5 %, three or more of six come once in 450

@@ -7,8 +7,9 @@ from dataclasses import asdict
 
 import numpy as np
 
+from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.moments import Array, variance, weighted_moments
-from prefmill.checklist.optimize.selection import Design, Papers, SelectionRules, select
+from prefmill.checklist.optimize.selection import Design, Papers, select
 from prefmill.core.statistics import Estimate, Resampling, assign_folds, statistic
 
 Progress = Callable[[int, int], None]
@@ -22,12 +23,12 @@ def outer_training(papers: Papers, num_folds: int, seed: int) -> Array:
     return np.stack([(folds != fold).astype(float) for fold in range(num_folds)])
 
 
-def checklist_scores(design: Design, training: Array, rules: SelectionRules, equal: bool = False) -> Array:
+def checklist_scores(design: Design, training: Array, rules: SelectConfig, seed: int, equal: bool = False) -> Array:
     """The held-out score of every review [N]: of the checklist chosen and weighted without the review's fold.
 
     With `equal`, kept items get the same weight for a yes instead of fitted ones.
     """
-    coefficients = select(design, design.target[None], training, rules).coefficients[0]
+    coefficients = select(design, design.target[None], training, rules, seed).coefficients[0]
     if equal:
         coefficients = np.sign(coefficients) * design.spread
     return _held_out(coefficients @ design.answers.T, training)
@@ -76,18 +77,18 @@ def compare_with_baselines(
 
 
 def permutation_test(
-    design: Design, training: Array, rules: SelectionRules, num_permutations: int, progress: Progress
+    design: Design, training: Array, rules: SelectConfig, seed: int, num_permutations: int, progress: Progress
 ) -> tuple[float, float]:
     """The held-out correlation, and the p-value of one as large or larger when targets say nothing of the answers.
 
     Targets move between papers with as many reviews, a paper's together: what the reviews of one paper have in
     common stays (block permutation, Good 2005, section 9). The whole choice is repeated for each permutation.
     """
-    shuffled = permuted(design.target, design.papers, num_permutations, rules.seed + 3)
+    shuffled = permuted(design.target, design.papers, num_permutations, seed + 3)
     targets = np.vstack([design.target[None], shuffled])
     found: list[Array] = []
     for start in range(0, len(targets), _PERMUTED_AT_ONCE):
-        found.append(_fold_correlations(design, targets[start : start + _PERMUTED_AT_ONCE], training, rules))
+        found.append(_fold_correlations(design, targets[start : start + _PERMUTED_AT_ONCE], training, rules, seed))
         progress(min(start + _PERMUTED_AT_ONCE, len(targets)), len(targets))
     values = np.concatenate(found).round(9)  # a tie stays one under rounding, and counts against a signal
     # The true target is among the values, so that p is never 0 (Phipson and Smyth 2010).
@@ -144,9 +145,9 @@ def _correlations(means: Array) -> Array:
     return np.where(spread > 1e-12, (products - score * target) / np.maximum(spread, 1e-12), 0.0)
 
 
-def _fold_correlations(design: Design, targets: Array, training: Array, rules: SelectionRules) -> Array:
+def _fold_correlations(design: Design, targets: Array, training: Array, rules: SelectConfig, seed: int) -> Array:
     """The held-out correlation [P] for each of `targets` [P, N], in the form of `correlation`."""
-    coefficients = select(design, targets, training, rules).coefficients
+    coefficients = select(design, targets, training, rules, seed).coefficients
     train = weighted_moments(design.answers, targets, training)
     test = weighted_moments(design.answers, targets, 1 - training)
     spread = np.sqrt(variance(coefficients, train.gram))[..., None]

@@ -24,7 +24,6 @@ from prefmill.checklist.optimize.held_out import (
     permutation_test,
     rounded,
 )
-from prefmill.checklist.optimize.select_step import selection_rules
 from prefmill.checklist.optimize.selection import Design
 from prefmill.core.files import write_atomic
 from prefmill.core.statistics import Resampling
@@ -81,15 +80,14 @@ def _held_out(
     progress: Progress,
 ) -> dict[str, Any]:
     """Everything the held-out folds tell; `design` holds the items that passed the screen, which saw no target."""
-    rules = selection_rules(select_config, seed)
     training = outer_training(design.papers, config.outer_folds, seed)
     resampling = Resampling(config.num_resamples, seed, config.confidence)
-    scores = checklist_scores(design, training, rules, equal=config.weights == "equal")
+    scores = checklist_scores(design, training, select_config, seed, equal=config.weights == "equal")
     features = baseline_features(reviews)
     baselines = {name: fitted_scores(values, design.target, training) for name, values in features.items()}
     # All candidates, those screened out included: the checklist that one has without any choice.
     baselines["all_items_equal"] = fixed_scores(answers(reviews, all_ids)[0].sum(axis=1), training)
-    _, p_value = permutation_test(design, training, rules, config.num_permutations, progress)
+    _, p_value = permutation_test(design, training, select_config, seed, config.num_permutations, progress)
     return {
         "target": select_config.target,
         "num_reviews": len(reviews),

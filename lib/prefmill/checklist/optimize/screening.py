@@ -8,20 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.moments import Array
 
 Status = Literal["passed", "constant", "unreliable", "redundant"]
-
-
-@dataclass(frozen=True)
-class ScreenRules:
-    """Thresholds of the screen; see the stage's configuration."""
-
-    min_answer_share: float
-    min_paraphrase_kappa: float
-    min_seed_kappa: float
-    max_correlation: float
-    max_mutual_information: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,7 @@ class Screened:
 
 
 def screen(
-    ids: Sequence[str], yes: Array, p_yes: Array, paraphrases: Mapping[str, Array], rules: ScreenRules
+    ids: Sequence[str], yes: Array, p_yes: Array, paraphrases: Mapping[str, Array], rules: SelectConfig
 ) -> list[Screened]:
     """The verdict on each item, in order; `yes` and `p_yes` [N, K], `paraphrases` by id the yes of each, [M, N].
 
@@ -86,7 +76,7 @@ def mutual_information(first: Array, second: Array) -> float:
     return float(np.clip(shared / min(entropies), 0, 1)) if min(entropies) > 0 else 0.0
 
 
-def _alone(name: str, yes: Array, p_yes: Array, paraphrases: Array, rules: ScreenRules) -> Screened:
+def _alone(name: str, yes: Array, p_yes: Array, paraphrases: Array, rules: SelectConfig) -> Screened:
     share = float(yes.mean())
     paraphrase = float(np.mean([kappa(yes, other) for other in paraphrases])) if len(paraphrases) else None
     # Rules give 0 or 1, from which every seed draws the same.
@@ -99,7 +89,7 @@ def _alone(name: str, yes: Array, p_yes: Array, paraphrases: Array, rules: Scree
     return Screened(name, status, round(share, 6), _rounded(paraphrase), _rounded(seeds))
 
 
-def _beside(item: Screened, yes: Array, kept: Sequence[tuple[str, Array]], rules: ScreenRules) -> Screened:
+def _beside(item: Screened, yes: Array, kept: Sequence[tuple[str, Array]], rules: SelectConfig) -> Screened:
     """`item` with the kept one it shares most with, and whether that is too much."""
     if not kept:
         return item

@@ -15,22 +15,14 @@ from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.dev_data import answers, design_of, with_target
 from prefmill.checklist.optimize.lasso import path
 from prefmill.checklist.optimize.moments import Array, weighted_moments
-from prefmill.checklist.optimize.screening import Screened, ScreenRules, screen
-from prefmill.checklist.optimize.selection import MODELS, Selection, SelectionRules, select
+from prefmill.checklist.optimize.screening import Screened, screen
+from prefmill.checklist.optimize.selection import MODELS, Selection, select
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
 from prefmill.store.jsonl import write_jsonl
 
 ITEMS, PATH, SUMMARY = "items.jsonl", "path.jsonl", "summary.json"
 Row = Mapping[str, Any]
-
-
-def selection_rules(config: SelectConfig, seed: int) -> SelectionRules:
-    """The configuration as the procedure takes it."""
-    return SelectionRules(
-        config.inner_folds, config.num_penalties, config.num_bootstrap, config.min_stability, seed,
-        config.shrink, config.signed, config.l1_ratio,
-    )  # fmt: skip
 
 
 def write_selection(
@@ -58,7 +50,7 @@ def write_selection(
     design = design_of(reviews, target, ids)
     # What is exported is chosen on all dev reviews; the step refit measures the procedure on held-out ones.
     everything = np.ones((1, len(reviews)))
-    selection = select(design, target[None], everything, selection_rules(config, seed))
+    selection = select(design, target[None], everything, config, seed)
     # Back from units of spread to what one yes is worth.
     weights = dict(zip(ids, (selection.coefficients[0, 0] / design.spread).tolist(), strict=True))
     write_jsonl(folder / ITEMS, _item_rows(candidates, screened, weights, selection, reviews, target))
@@ -83,14 +75,7 @@ def _screen(
 ) -> list[Screened]:
     yes, p_yes = answers(reviews, candidates.ids)
     paraphrases = {name: answers(reviews, ids)[0].T for name, ids in restated.items() if ids}
-    rules = ScreenRules(
-        config.min_answer_share,
-        config.min_paraphrase_kappa,
-        config.min_seed_kappa,
-        config.max_correlation,
-        config.max_mutual_information,
-    )
-    return screen(candidates.ids, yes, p_yes, paraphrases, rules)
+    return screen(candidates.ids, yes, p_yes, paraphrases, config)
 
 
 def _item_rows(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.elastic_net import shrunk_path
 from prefmill.checklist.optimize.lasso import path, solve
 from prefmill.checklist.optimize.moments import Array, Moments, squared_errors, variance, weighted_moments
@@ -27,23 +28,6 @@ class Design:
 
 
 @dataclass(frozen=True)
-class SelectionRules:
-    """How strict the choice is; every number follows from these and the data.
-
-    `shrink` tries weights for all items too, shrunk by an elastic net of `l1_ratio`, with `signed` also below zero.
-    """
-
-    num_folds: int
-    num_penalties: int
-    num_bootstrap: int
-    min_stability: float
-    seed: int
-    shrink: bool = False
-    signed: bool = False
-    l1_ratio: float = 0.0
-
-
-@dataclass(frozen=True)
 class Selection:
     """What was chosen for P versions of the target and Q training sets, in one array each.
 
@@ -61,7 +45,7 @@ class Selection:
     coefficients: Array
 
 
-def select(design: Design, targets: Array, training: Array, rules: SelectionRules) -> Selection:
+def select(design: Design, targets: Array, training: Array, rules: SelectConfig, seed: int) -> Selection:
     """Choose items on each of `training` [Q, N] (0 or 1), for each of `targets` [P, N].
 
     The penalty is the largest whose grouped cross-validation error is within one standard error of the least
@@ -71,20 +55,20 @@ def select(design: Design, targets: Array, training: Array, rules: SelectionRule
     than what it chose there, no choice is made (equal weights are hard to beat with few data: Dawes 1979). With
     `shrink`, all items with shrunk weights are taken where they predict these folds better by a standard error.
     """
-    inner, held_out = _inner_sets(design.papers, training, rules)
+    inner, held_out = _inner_sets(design.papers, training, rules.inner_folds, seed)
     sets = np.vstack([training, inner])
     found = weighted_moments(design.answers, targets, sets)
     test = weighted_moments(design.answers, targets, held_out)
     num_sets = len(training)
     penalties = _penalties(found.cross[:, :num_sets], rules.num_penalties)
     train = found.part(slice(num_sets, None))
-    solutions = path(train.gram, train.cross, np.repeat(penalties, rules.num_folds, axis=2))
+    solutions = path(train.gram, train.cross, np.repeat(penalties, rules.inner_folds, axis=2))
     by_fold = np.stack([_by_fold(squared_errors(item, train, test), rules) for item in solutions])
-    errors, error_ses = by_fold.mean(axis=-1), by_fold.std(axis=-1, ddof=1) / np.sqrt(rules.num_folds)
+    errors, error_ses = by_fold.mean(axis=-1), by_fold.std(axis=-1, ddof=1) / np.sqrt(rules.inner_folds)
     chosen = one_standard_error(errors, error_ses)
     penalty = np.take_along_axis(penalties, chosen[None], axis=0)[0]
-    penalty = np.hstack([penalty, np.repeat(penalty, rules.num_folds, axis=1)])
-    stability = _stability(design, targets, sets, penalty, rules)
+    penalty = np.hstack([penalty, np.repeat(penalty, rules.inner_folds, axis=1)])
+    stability = _stability(design, targets, sets, penalty, rules.num_bootstrap, seed)
     kept = (stability >= rules.min_stability).astype(float)
     fitted, equal = solve(found.gram, found.cross, np.zeros_like(penalty), allowed=kept), _equal(found, design.spread)
     models = [fitted, equal]
@@ -97,24 +81,24 @@ def select(design: Design, targets: Array, training: Array, rules: SelectionRule
     return Selection(penalties, errors, error_ses, chosen, stability[:, :num_sets], model, coefficients)
 
 
-def _shrunk(found: Moments, train: Moments, test: Moments, num_sets: int, rules: SelectionRules, signed: bool) -> Array:
+def _shrunk(found: Moments, train: Moments, test: Moments, num_sets: int, rules: SelectConfig, signed: bool) -> Array:
     """Coefficients [P, Q * (1 + F), K] of all items, shrunk as much as predicts a training set's inner folds best."""
     solutions = shrunk_path(found.gram, found.cross, rules.l1_ratio, signed)
     errors = np.stack([_by_fold(squared_errors(item[:, num_sets:], train, test), rules).mean(-1) for item in solutions])
     best = errors.argmin(axis=0)
-    place = np.hstack([best, np.repeat(best, rules.num_folds, axis=1)])
+    place = np.hstack([best, np.repeat(best, rules.inner_folds, axis=1)])
     result: Array = np.take_along_axis(solutions, place[None, ..., None], axis=0)[0]
     return result
 
 
-def _best(folds: list[Array], rules: SelectionRules) -> NDArray[np.int64]:
+def _best(folds: list[Array], rules: SelectConfig) -> NDArray[np.int64]:
     """The model [P, Q] by errors [P, Q, F] of each: a later one must be better, a shrunk one by a standard error."""
     model: NDArray[np.int64] = (folds[1].mean(axis=-1) < folds[0].mean(axis=-1)).astype(np.int64)
     best = np.where(model[..., None], folds[1], folds[0])
     for place, errors in enumerate(folds[2:], 2):
         gain = best - errors
         # Of the paired difference: what makes a fold hard for both models is no doubt about which is better.
-        surely = gain.mean(axis=-1) > gain.std(axis=-1, ddof=1) / np.sqrt(rules.num_folds)
+        surely = gain.mean(axis=-1) > gain.std(axis=-1, ddof=1) / np.sqrt(rules.inner_folds)
         model, best = np.where(surely, place, model), np.where(surely[..., None], errors, best)
     return model
 
@@ -138,18 +122,18 @@ def one_standard_error(errors: Array, error_ses: Array) -> NDArray[np.int64]:
     return np.asarray((errors <= bound).argmax(axis=0), dtype=np.int64)
 
 
-def _inner_sets(papers: Papers, training: Array, rules: SelectionRules) -> tuple[Array, Array]:
+def _inner_sets(papers: Papers, training: Array, num_folds: int, seed: int) -> tuple[Array, Array]:
     """Training and held-out part [Q * F, N] of every inner fold, a training set's folds together."""
     # Another seed than the outer folds have, so that inner folds do not follow their order.
-    folds = assign_inner_folds(papers, training, rules.num_folds, rules.seed + 1)
-    held_out = folds[:, None, :] == np.arange(rules.num_folds)[None, :, None]
+    folds = assign_inner_folds(papers, training, num_folds, seed + 1)
+    held_out = folds[:, None, :] == np.arange(num_folds)[None, :, None]
     shape = (-1, training.shape[1])
     return (training[:, None] * ~held_out).reshape(shape), (training[:, None] * held_out).reshape(shape)
 
 
-def _by_fold(values: Array, rules: SelectionRules) -> Array:
+def _by_fold(values: Array, rules: SelectConfig) -> Array:
     """[P, Q * F] as [P, Q, F]."""
-    return values.reshape(len(values), -1, rules.num_folds)
+    return values.reshape(len(values), -1, rules.inner_folds)
 
 
 def _penalties(cross: Array, count: int) -> Array:
@@ -167,14 +151,14 @@ def _equal(found: Moments, spread: Array) -> Array:
     return result
 
 
-def _stability(design: Design, targets: Array, training: Array, penalty: Array, rules: SelectionRules) -> Array:
+def _stability(design: Design, targets: Array, training: Array, penalty: Array, num_bootstrap: int, seed: int) -> Array:
     """The share [P, Q, K] of bootstrap samples of papers in which an item gets a positive coefficient."""
     unique, index = np.unique(design.papers, return_inverse=True)
-    generator = np.random.default_rng(rules.seed + 2)
+    generator = np.random.default_rng(seed + 2)
     counts = np.zeros((*penalty.shape, design.answers.shape[1]))
-    for _ in range(rules.num_bootstrap):
+    for _ in range(num_bootstrap):
         # A paper's number of draws is its weight: a bootstrap sample without a copy of any review.
         drawn = generator.multinomial(len(unique), np.full(len(unique), 1 / len(unique)))[index]
         sample = weighted_moments(design.answers, targets, training * drawn)
         counts += solve(sample.gram, sample.cross, penalty) > 0
-    return counts / rules.num_bootstrap
+    return counts / num_bootstrap
