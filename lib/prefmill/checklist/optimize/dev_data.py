@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefmill.checklist.items import Checklist, load_checklist
 from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.moments import Array
 from prefmill.checklist.optimize.selection import Design
 from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
-from prefmill.store.jsonl import read_jsonl
 
 Row = Mapping[str, Any]
-
-
-def candidates_of(propose: Path) -> Checklist:
-    """The candidate items, as the step propose left them."""
-    return load_checklist(propose / "candidates.json")
-
-
-def scored_reviews(score: Path) -> list[Row]:
-    """Every dev review that was scored, with its facts and answers."""
-    return list(read_jsonl(score / "reviews.jsonl"))
-
-
-def item_rows(path: Path) -> list[Row]:
-    """The verdict on every candidate, as the step select left it."""
-    return list(read_jsonl(path))
 
 
 def answers(reviews: Sequence[Row], ids: Sequence[str]) -> tuple[Array, Array]:

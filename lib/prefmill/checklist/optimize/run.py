@@ -12,8 +12,8 @@ from typing import Any
 
 from prefmill.checklist.engine import Engine
 from prefmill.checklist.engines import open_engine
-from prefmill.checklist.items import Checklist, Item, save_checklist
-from prefmill.checklist.optimize import dev_data, export_step, refit_step, select_step
+from prefmill.checklist.items import Checklist, Item, load_checklist, save_checklist
+from prefmill.checklist.optimize import export_step, refit_step, select_step
 from prefmill.checklist.optimize.candidates import collect_candidates, with_paraphrases
 from prefmill.checklist.optimize.config import (
     ExportConfig,
@@ -32,6 +32,7 @@ from prefmill.core.config import identity
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
 from prefmill.store.artifacts import superseded
+from prefmill.store.jsonl import read_jsonl
 
 CANDIDATES, ANSWER, PARAPHRASES = "candidates.json", "proposals.txt", "paraphrases.json"
 _JOURNAL = "score.journal"
@@ -159,13 +160,13 @@ class _Steps:
 
     @cached_property
     def candidates(self) -> Checklist:
-        return dev_data.candidates_of(self.task.output / "propose")
+        return load_checklist(self.task.output / "propose" / CANDIDATES)
 
     def scored(self) -> list[Mapping[str, Any]]:
-        return dev_data.scored_reviews(self.task.output / "score")
+        return list(read_jsonl(self.task.output / "score" / "reviews.jsonl"))
 
     def items(self) -> Sequence[Mapping[str, Any]]:
-        return dev_data.item_rows(self.task.output / "select" / select_step.ITEMS)
+        return list(read_jsonl(self.task.output / "select" / select_step.ITEMS))
 
 
 def _read(path: Path) -> dict[str, Any]:
