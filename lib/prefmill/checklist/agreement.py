@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from prefmill.core.statistics import MIN_PAPERS, Resampling, means, ranks, statistic, within
+from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, means, ranks, statistic, within
 
-Array = NDArray[np.float64]
 Found = dict[str, Any]
 _DIGITS = 6
 

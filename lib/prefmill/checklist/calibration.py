@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.records import Answer
-from prefmill.core.statistics import assign_folds
+from prefmill.core.statistics import Array, assign_folds
 
 CALIBRATION = "calibration.json"
 NUM_BINS = 10
@@ -25,7 +24,6 @@ _LOWEST, _HIGHEST = 0.02, 50.0
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _TOLERANCE = 1e-6  # of the logarithm of the temperature
 _JUDGE_KEYS = ("model_name_or_path", "revision", "include_paper")
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

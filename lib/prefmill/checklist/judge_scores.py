@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from prefmill.checklist.engine import AnyEngineConfig, EngineConfig
@@ -20,10 +19,10 @@ from prefmill.checklist.scored import CHECKLIST, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
 from prefmill.core.records import Answer, Paper, Review, ReviewEvaluation, Split
+from prefmill.core.statistics import Array
 from prefmill.reviews.text_statistics import words
 
 SUMMARY = "summary.json"
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prefmill.checklist.agreement import agreement, mean_shift
 from prefmill.checklist.calibration import tempered
 from prefmill.checklist.judge_probes import CONTROL, END, FRONT, INJECTIONS, PADDED, UNCHANGED
 from prefmill.checklist.judge_scores import Judge
-from prefmill.core.statistics import Resampling
+from prefmill.core.statistics import Array, Resampling
 
-Array = NDArray[np.float64]
 Found = dict[str, Any]
 _DIGITS = 6
 

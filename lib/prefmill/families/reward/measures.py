@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.core.statistics import MIN_PAPERS, Resampling, Statistic, statistic, within
+from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, Statistic, statistic, within
 
-Array = NDArray[np.float64]
 DIGITS = 6
 NUM_BINS = 10
 # A grid in steps of 2 %: it needs no starting point, and gives the same on every machine.
