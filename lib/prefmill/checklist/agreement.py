@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, means, ranks, statistic, within
+from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, means, quotient, ranks, statistic, within
 
 Found = dict[str, Any]
 _DIGITS = 6
@@ -86,18 +86,11 @@ def _kappa(cells: Array) -> Array:
     judge, other = shares[:, 0] + shares[:, 1], shares[:, 0] + shares[:, 2]
     chance = judge * other + (1 - judge) * (1 - other)
     observed = shares[:, 0] + shares[:, 3]
-    return _ratio(observed - chance, 1 - chance)
+    return quotient(observed - chance, 1 - chance, 1.0)
 
 
 def _f1(cells: Array) -> Array:
-    return _ratio(2 * cells[:, 0], 2 * cells[:, 0] + cells[:, 1] + cells[:, 2])
-
-
-def _ratio(part: Array, whole: Array) -> Array:
-    """1 where there is nothing to get wrong."""
-    empty = whole <= 1e-12
-    result: Array = np.where(empty, 1.0, part / np.where(empty, 1.0, whole))
-    return result
+    return quotient(2 * cells[:, 0], 2 * cells[:, 0] + cells[:, 1] + cells[:, 2], 1.0)
 
 
 def _correlation(moments: Array) -> Array:

@@ -158,6 +158,12 @@ def _draw_counts(num_papers: int, resampling: Resampling) -> Iterator[NDArray[np
         yield generator.multinomial(num_papers, np.full(num_papers, 1 / num_papers), size=rows).astype(np.uint8)
 
 
+def quotient(part: Array, whole: Array, otherwise: float) -> Array:
+    """`part` / `whole`, both [N]; `otherwise` where the whole is 0 but for rounding."""
+    result: Array = np.divide(part, whole, out=np.full_like(whole, otherwise), where=whole > 1e-12)
+    return result
+
+
 def correlation(left: Sequence[float] | Array, right: Sequence[float] | Array) -> float:
     """Pearson's correlation, 0 where either side is constant."""
     # NumPy would divide by a deviation of 0 and give NaN.

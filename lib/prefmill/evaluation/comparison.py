@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prefmill.core.errors import InputError
-from prefmill.core.statistics import Array, Estimate, Resampling, holm, means, statistic, within
+from prefmill.core.statistics import Array, Estimate, Resampling, holm, means, quotient, statistic, within
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, DIGITS, MEASURES, rank_correlation, rating_rank_correlation
 from prefmill.evaluation.rows import HUMAN
 
@@ -173,8 +173,7 @@ def _f1(rows: Sequence[Mapping[str, Any]], resampling: Resampling) -> dict[str, 
         return None
 
     def f1(drawn: Array) -> Array:
-        total = 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2]
-        return np.divide(2 * drawn[:, 0], total, out=np.zeros_like(total), where=total > 0)
+        return quotient(2 * drawn[:, 0], 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2], 0.0)
 
     return _interval(within(statistic(counts, resampling, f1), resampling))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, Statistic, statistic, within
+from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, Statistic, quotient, statistic, within
 
 DIGITS = 6
 NUM_BINS = 10
@@ -135,15 +135,12 @@ def _estimate(
 
 def _f1(drawn: Array) -> Array:
     """2 TP / (2 TP + FP + FN) of rows [R, 3]; a draw without anything to find counts as 1/2."""
-    below = 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2]
-    # numpy computes both sides of where: without the inner one it would warn of a division by 0.
-    return np.where(below > 0, 2 * drawn[:, 0] / np.where(below > 0, below, 1), 0.5)
+    return quotient(2 * drawn[:, 0], 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2], 0.5)
 
 
 def _ratio(drawn: Array) -> Array:
     """The first column over the second, [R]; 1/2 where the second is 0."""
-    below = drawn[:, 1]
-    return np.where(below > 0, drawn[:, 0] / np.where(below > 0, below, 1), 0.5)
+    return quotient(drawn[:, 0], drawn[:, 1], 0.5)
 
 
 def _probability(margins: Array) -> Array:
