@@ -22,14 +22,9 @@ _MASS_DECIMALS = 4
 
 def prompts_for(config: JudgeConfig, checklist: Checklist) -> Prompts:
     """The prompts for the tokenizer of a judge's model; raises as `Prompts` and `load_tokenizer` do."""
-    from prefmill.families.causal.loading import load_tokenizer  # which servers of text need not wait for
+    from prefmill.families.causal.loading import ORIGIN, load_tokenizer  # which servers of text need not wait for
 
-    tokenizer = load_tokenizer(
-        config.model_name_or_path,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        template=config,
-    )
+    tokenizer = load_tokenizer(config.model_name_or_path, template=config, **config.model_dump(include=ORIGIN))
     return Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
 
 

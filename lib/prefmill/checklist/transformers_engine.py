@@ -17,7 +17,7 @@ from prefmill.checklist.prompted import Fit, PromptedEngine, Read, longest_promp
 from prefmill.checklist.prompts import Answers, TokenIds
 from prefmill.core.records import Paper, Review
 from prefmill.distributed.devices import device_type
-from prefmill.families.causal.loading import load_model
+from prefmill.families.causal.loading import ORIGIN, load_model
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -39,13 +39,8 @@ class TransformersEngine(PromptedEngine):
         super().__init__(checklist)
         self._config = config
         self.prompts = prompts_for(config, checklist)
-        self.model = load_model(
-            config.model_name_or_path,
-            precision=config.precision,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=config.attn_implementation,
-        )
+        options = config.model_dump(include={*ORIGIN, "attn_implementation"})
+        self.model = load_model(config.model_name_or_path, precision=config.precision, **options)
         self.model.eval().to(device_type())
         # A model that also reads images keeps its text model's limits in a configuration of their own.
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
