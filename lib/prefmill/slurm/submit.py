@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.pipeline.decisions import submissions_folder
+from prefmill.pipeline.decisions import alone, submissions_folder
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.run_record import point_latest, write_plan
@@ -76,7 +75,10 @@ def submit(
     of the submission and touches nothing. Raises PrefmillError before the first job where something is wrong.
     """
     check_path(plan.workspace)
-    with _alone(plan, dry_run):
+    if not dry_run:
+        submissions_folder(plan.workspace, plan.run).mkdir(parents=True, exist_ok=True)
+    # Of two submissions of a run at the same time, the second waits and then sees the first one's jobs.
+    with nullcontext() if dry_run else alone(plan.workspace, plan.run):
         found = submissions(plan.workspace, plan.run)
         require_owner(found)
         # Before the queue is looked at: a job whose answer was lost counts as queued from here on.
@@ -291,17 +293,3 @@ def _first_follow_up(draft: Submission, say: Say) -> str:
     except FullError as error:
         say(f"no job looks after the run yet, the first task to start submits it: {error.details['got']}")
         return ""
-
-
-@contextmanager
-def _alone(plan: Plan, dry_run: bool) -> Iterator[None]:
-    """Of two submissions of a run at the same time, the second waits and then sees the first one's jobs."""
-    if dry_run:
-        yield
-        return
-    folder = submissions_folder(plan.workspace, plan.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("wb") as stream:
-        # The kernel gives this lock back however the process ends; a file that stands for one would stay.
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
