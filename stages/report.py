@@ -58,12 +58,11 @@ def _report_images(config: ReportConfig, task: Task) -> Metrics:
     """On tuned image models."""
     import json
 
-    from prefmill.report.image_sections import ImageReportInputs, build_image_report
+    from prefmill.report.image_sections import build_image_report
     from prefmill.report.training_logs import cost_lines
 
     given = {name: task.inputs.get(name, ()) for name in ("images", "rewards", "tuned", "sweeps")}
-    inputs = ImageReportInputs(given["images"], given["rewards"], given["tuned"], given["sweeps"])
-    report = build_image_report(inputs, config.title or task.run, config.show_cost)
+    report = build_image_report(given, config.title or task.run, config.show_cost)
     write_atomic(task.output / "report.html", report.html)
     write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
     print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))

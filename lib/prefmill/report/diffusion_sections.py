@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.facts import facts
-from prefmill.report.report import page_environment
+from prefmill.report.report import ModelsReport, page_environment
 from prefmill.store.jsonl import read_jsonl
 
 Row = dict[str, Any]
@@ -31,16 +31,6 @@ MEASURES = {
 SHARES = {"preference_accuracy": "preference", "wanted_share": "wanted kind"}
 
 
-@dataclass(frozen=True)
-class DiffusionReport:
-    """The finished page, its numbers, its first sentence for every evaluation, and what it leads back to."""
-
-    html: str
-    comparison: Row
-    conclusions: list[str]
-    artifacts: Sequence[Artifact]
-
-
 def build_diffusion_report(
     evaluations: Sequence[Artifact],
     checkpoints: Sequence[Artifact],
@@ -48,7 +38,7 @@ def build_diffusion_report(
     resampling: Resampling,
     examples: int,
     show_cost: bool,
-) -> DiffusionReport:
+) -> ModelsReport:
     """One self-contained page; the same inputs give the same bytes but for what they cost."""
     artifacts, missing = everything_behind([*checkpoints, *evaluations])
     parts = [_evaluation(item, resampling, examples) for item in evaluations]
@@ -62,7 +52,7 @@ def build_diffusion_report(
         **background.closing_sections(artifacts, missing, show_cost),
     )
     comparison = {part["name"]: {"models": part["models"], "changes": part["changes"]} for part in parts}
-    return DiffusionReport(html, {"evaluations": comparison}, [part["conclusion"] for part in parts], artifacts)
+    return ModelsReport(html, {"evaluations": comparison}, [part["conclusion"] for part in parts], artifacts)
 
 
 def _evaluation(evaluation: Artifact, resampling: Resampling, examples: int) -> Row:

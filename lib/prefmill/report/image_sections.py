@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -17,7 +16,7 @@ from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.facts import facts
-from prefmill.report.report import page_environment
+from prefmill.report.report import ModelsReport, page_environment
 from prefmill.report.sweep_page import sweep_charts
 from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep.config import StudyConfig
@@ -26,44 +25,25 @@ Row = dict[str, Any]
 MIN_PROMPTS = 20  # below this an interval over prompts is wide, whatever it shows
 
 
-@dataclass(frozen=True)
-class ImageReportInputs:
-    """What is reported on; everything but the evaluations may be absent."""
+def build_image_report(inputs: Mapping[str, Sequence[Artifact]], title: str, show_cost: bool) -> ModelsReport:
+    """One self-contained page, images included; the same inputs give the same bytes but for what they cost.
 
-    evaluations: Sequence[Artifact]
-    rewards: Sequence[Artifact]
-    checkpoints: Sequence[Artifact]
-    sweeps: Sequence[Artifact]
-
-    def all(self) -> list[Artifact]:
-        """Every artifact given."""
-        return [*self.rewards, *self.checkpoints, *self.sweeps, *self.evaluations]
-
-
-@dataclass(frozen=True)
-class ImageReport:
-    """The finished page, its numbers, its first sentence for every evaluation, and what it leads back to."""
-
-    html: str
-    comparison: Row
-    conclusions: list[str]
-    artifacts: Sequence[Artifact]
-
-
-def build_image_report(inputs: ImageReportInputs, title: str, show_cost: bool) -> ImageReport:
-    """One self-contained page, images included; the same inputs give the same bytes but for what they cost."""
-    artifacts, missing = everything_behind(inputs.all())
+    `inputs` are those of the stage: `images` is reported on, `rewards`, `tuned` and `sweeps` may be empty.
+    """
+    artifacts, missing = everything_behind(
+        [item for name in ("rewards", "tuned", "sweeps", "images") for item in inputs[name]]
+    )
     known = {item.manifest.content_digest: item for item in artifacts}
-    parts = [_evaluation(item, known) for item in inputs.evaluations]
-    rewards = [_reward(item) for item in inputs.rewards]
-    sweeps = {item.manifest.content_digest: item for item in inputs.sweeps}
+    parts = [_evaluation(item, known) for item in inputs["images"]]
+    rewards = [_reward(item) for item in inputs["rewards"]]
+    sweeps = {item.manifest.content_digest: item for item in inputs["sweeps"]}
     page = page_environment().get_template("images.html.jinja")
     html = page.render(
         title=title,
         facts=facts(artifacts, None, show_run=show_cost),
         parts=parts,
         rewards=rewards,
-        training=background.training_section(inputs.checkpoints),
+        training=background.training_section(inputs["tuned"]),
         sweeps=[_sweep(item) for item in sweeps.values()],
         **background.closing_sections(artifacts, missing, show_cost),
     )
@@ -71,7 +51,7 @@ def build_image_report(inputs: ImageReportInputs, title: str, show_cost: bool) -
         "evaluations": {part["name"]: part["metrics"] for part in parts},
         "reward_models": {row["name"]: row["metrics"] for row in rewards},
     }
-    return ImageReport(html, comparison, [part["conclusion"] for part in parts], artifacts)
+    return ModelsReport(html, comparison, [part["conclusion"] for part in parts], artifacts)
 
 
 def _evaluation(evaluation: Artifact, known: Mapping[str, Artifact]) -> Row:

@@ -62,6 +62,16 @@ class Report:
     artifacts: Sequence[Artifact]
 
 
+@dataclass(frozen=True)
+class ModelsReport:
+    """As `Report`, on models of images or masked diffusion: `conclusions` has a sentence for every evaluation."""
+
+    html: str
+    comparison: dict[str, Any]
+    conclusions: list[str]
+    artifacts: Sequence[Artifact]
+
+
 def build_report(
     inputs: ReportInputs, title: str, resampling: Resampling, num_examples: int, show_cost: bool
 ) -> Report:
