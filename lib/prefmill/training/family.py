@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,25 +17,12 @@ Reference = Callable[[int, int], Tensor]
 """The reference's scores of a group's samples, [S, ...], by the group's place and the epoch."""
 
 
-class ScoredBatch(Protocol):
-    """S samples and the N pairs among them: `chosen`, `rejected` [N] are places in [0, S), `lengths` [S]."""
-
-    @property
-    def chosen(self) -> Tensor: ...
-    @property
-    def rejected(self) -> Tensor: ...
-    @property
-    def lengths(self) -> Tensor: ...
-    def to(self, device: torch.device) -> ScoredBatch:
-        """The batch on `device`."""
-        ...
-
-
 @dataclass(frozen=True)
 class Family:
     """How a model family scores.
 
-    `encode` makes the batch that some pairs of some groups need in an epoch, its pairs in the order of the parts;
+    `encode` makes the batch that some pairs of some groups need in an epoch, its pairs in the order of the parts: S
+    samples, `chosen` and `rejected` [N] their places in it, `lengths` [S];
     `score` gives every sample of a batch its score under a model, [S]. A family whose scores say more (a value a
     draw, [S, n]; residuals; a soft label) overrides `pair_scores`, and `supplies`: what objectives may need of it.
     """
