@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.artifact import Artifact
+from prefmill.core.files import read_record
 from prefmill.core.places import RUN_RECORD
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import Decisions
@@ -58,7 +58,7 @@ def clock(hours: float) -> str:
 
 
 def _task_cost(artifact: Artifact) -> TaskCost | None:
-    logs, record = logs_of(artifact), _run_record(artifact)
+    logs, record = logs_of(artifact), read_record(artifact.path / RUN_RECORD)
     attempts = read_attempts(logs) if logs else []
     if not attempts and "seconds" not in record:
         return None
@@ -95,11 +95,3 @@ def _decisions(artifacts: Sequence[Artifact]) -> list[Row]:
     names = ("task", "element", "action", "kind", "reason", "why")
     rows = [row for workspace, run in runs for row in Decisions(workspace, run).all()]
     return [{name: row.get(name, "") for name in names} for row in rows]
-
-
-def _run_record(artifact: Artifact) -> Row:
-    try:
-        record: Row = json.loads((artifact.path / RUN_RECORD).read_text())
-    except FileNotFoundError:
-        return {}
-    return record

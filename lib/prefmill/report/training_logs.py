@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prefmill.core.artifact import Artifact
+from prefmill.core.files import read_record
 from prefmill.core.places import RUN_RECORD
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
@@ -87,8 +86,7 @@ def cost_lines(artifacts: Iterable[Artifact]) -> list[str]:
     """What each artifact's task took, a line each, from its run record; those without one are left out."""
     lines = []
     for artifact in sorted(artifacts, key=lambda item: (item.manifest.stage, item.manifest.task)):
-        record = _run_record(artifact)
-        if record is not None:
+        if "seconds" in (record := read_record(artifact.path / RUN_RECORD)):
             name = f"{artifact.manifest.stage}:{artifact.manifest.task}"
             lines.append(f"{name:<32} {record['seconds']:>10.1f} s {record.get('peak_memory_gb', 0):>8.2f} GB")
     return lines
@@ -98,11 +96,3 @@ def bins(values: Sequence[float], num_bins: int = 24) -> list[tuple[float, float
     """Counts of `values` in bins of equal width, as (low, high, count)."""
     counts, edges = np.histogram(values, num_bins)
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))
-
-
-def _run_record(artifact: Artifact) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads((artifact.path / RUN_RECORD).read_text())
-    except FileNotFoundError:
-        return None
-    return record if "seconds" in record else None

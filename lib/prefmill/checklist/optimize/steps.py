@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.files import digest_json, digest_path, write_atomic
+from prefmill.core.files import digest_json, digest_path, read_record, write_atomic
 
 RECORD = "step.json"
 _VERSION = 2  # raise it when the same settings would give other content
@@ -32,7 +32,7 @@ def run_steps(steps: Sequence[Step], output: Path, earlier: Path, redo: str | No
     the same, someone wants the work done again: the step `redo` and what follows from it, or with None everything.
     """
     keys = _keys(steps)
-    whole = redo is None and _record(earlier / steps[-1].name).get("key") == keys[-1]
+    whole = redo is None and read_record(earlier / steps[-1].name / RECORD).get("key") == keys[-1]
     done: dict[str, str] = {}
     ran = []
     for step, key in zip(steps, keys, strict=True):
@@ -51,7 +51,7 @@ def run_steps(steps: Sequence[Step], output: Path, earlier: Path, redo: str | No
                 ran.append(step.name)
             record = {"step": step.name, **wanted, "digest": _digest(folder)}
             write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
-        done[step.name] = _record(folder)["digest"]
+        done[step.name] = read_record(folder / RECORD)["digest"]
     return ran
 
 
@@ -65,17 +65,9 @@ def _keys(steps: Sequence[Step]) -> list[str]:
 
 def _is_made_from(folder: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether `folder` holds the finished, undamaged step."""
-    record = _record(folder)
+    record = read_record(folder / RECORD)
     same = all(record.get(name) == value for name, value in wanted.items())
     return bool(record) and same and record["digest"] == _digest(folder)
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    except FileNotFoundError:
-        return {}
-    return record
 
 
 def _digest(folder: Path) -> str:
