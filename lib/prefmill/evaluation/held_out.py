@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Protocol
 
+from prefmill.checklist.engine import Engine
 from prefmill.checklist.judge_gate import AnswerCounts, JudgeGate, check
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
@@ -23,13 +23,6 @@ from prefmill.store.jsonl import read_jsonl
 from prefmill.store.missing import Progress, in_batches, kept_rows, silent
 
 PAPERS_PER_BLOCK = 32  # what a kill costs at most, in papers
-
-
-class Scorer(Protocol):
-    """A checklist engine, as far as it is used here."""
-
-    def evaluate(self, papers: Iterator[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewEvaluation]:
-        """The evaluation of every review, in the order given."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def human_generations(held_out: HeldOut) -> list[Generation]:
 def score_generations(
     generations: Sequence[Generation],
     papers: Mapping[str, Paper],
-    engine: Scorer,
+    engine: Engine,
     item_ids: Sequence[str],
     folder: Path,
     progress: Progress = silent,
@@ -161,7 +154,7 @@ def _is_generated(corpus: Artifact) -> bool:
 
 
 def _score_block(
-    block: Sequence[Generation], papers: Mapping[str, Paper], engine: Scorer, item_ids: Sequence[str]
+    block: Sequence[Generation], papers: Mapping[str, Paper], engine: Engine, item_ids: Sequence[str]
 ) -> list[ReviewEvaluation]:
     written = groupby((row for row in block if words(row["text"])), key=lambda row: row["paper_id"])
     shown = ((papers[paper], [_as_review(row) for row in rows]) for paper, rows in written)
