@@ -250,14 +250,10 @@ def _linear(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def _chart(title: str, height: float, parts: Sequence[Markup]) -> Markup:
-    return _svg("chart", title, WIDTH, height, parts)
-
-
-def _svg(css_class: str, title: str, width: float, height: float, parts: Sequence[Markup]) -> Markup:
-    box = f"0 0 {_n(width)} {_n(height)}"
+    box = f"0 0 {_n(WIDTH)} {_n(height)}"
     # role and aria-label: a screen reader then names the chart in place of reading out its ticks.
     named = element("title", escape(title))
-    return element("svg", named, *parts, class_=css_class, viewBox=box, role="img", aria_label=title)
+    return element("svg", named, *parts, class_="chart", viewBox=box, role="img", aria_label=title)
 
 
 def text(content: str, x: float, y: float, css_class: str, anchor: str = "start") -> Markup:
