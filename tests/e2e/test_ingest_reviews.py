@@ -102,7 +102,7 @@ def test_generated_images_are_part_of_the_corpus(tmp_path: Path) -> None:
     verify(corpus)
 
 
-@pytest.mark.parametrize("moment", ["add", "link", "merge_titles", "write"])
+@pytest.mark.parametrize("moment", ["add", "link", "merge_titles", "write_line"])
 def test_killed_at_any_point_it_ends_with_the_same_content(tmp_path: Path, moment: str) -> None:
     config = {"sources": [{**generated(20), "images": True}]}
     undisturbed = ingest(tmp_path / "a", **config).manifest.content_digest
@@ -117,11 +117,11 @@ def test_killed_at_any_point_it_ends_with_the_same_content(tmp_path: Path, momen
 
 def _kill_at(moment: str, task: PlannedTask) -> None:
     calls = iter(range(1000))
-    owner: Any = JsonlWriter if moment == "write" else CorpusStore
+    owner: Any = JsonlWriter if moment == "write_line" else CorpusStore
     original = getattr(owner, moment)
 
     def killing(*arguments: Any) -> Any:
-        if next(calls) >= (10 if moment in ("add", "write") else 0):
+        if next(calls) >= (10 if moment in ("add", "write_line") else 0):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
