@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from prefmill.core.precision import Precision, torch_dtype
+from prefmill.core.precision import torch_dtype
 from prefmill.families.sdxl.backbone import prompt_arguments
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.encoding import TextKeys
 from prefmill.families.sdxl.generator import decode, unpacked
 from prefmill.families.sdxl.loading import SdxlFolder
@@ -69,39 +69,27 @@ class Ema(TrainerCallback):
         return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / EMA_FILE
 
 
-@dataclass(frozen=True)
-class TrainingSamples:
-    """Which prompts are drawn, how often, in how many denoising steps, of what size in pixels, and computed in what.
+class SampleGrid(TrainerCallback):
+    """Draws the prompts every `sample_steps`, each from its own fixed noise, side by side in one picture in the logs.
 
-    `guidance` is what the model is told of it, None where that is classifier-free.
+    As the configuration has it; in its precision.
     """
 
-    prompts: Sequence[str]
-    every: int
-    inference_steps: int
-    resolution: int
-    precision: Precision
-    guidance: float | None = None
-
-
-class SampleGrid(TrainerCallback):
-    """Draws the prompts every so many steps, each from its own fixed noise, side by side in one picture in the logs."""
-
     def __init__(
-        self, sampling: TrainingSamples, folder: SdxlFolder, cache: TensorCache, texts: TextKeys, logs: Path,
-        trackers: Sequence[str] = (),
+        self, prompts: Sequence[str], config: SdxlPreferenceConfig, folder: SdxlFolder, cache: TensorCache,
+        texts: TextKeys, logs: Path,
     ) -> None:  # fmt: skip
-        self.sampling, self.folder, self.cache, self.texts = sampling, folder, cache, texts
-        self.logs, self.trackers = logs, trackers
+        self.prompts, self.config, self.folder = prompts, config, folder
+        self.cache, self.texts, self.logs = cache, texts, logs
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Draw them; nothing random of the training is used up."""
-        if not state.is_world_process_zero or state.global_step % self.sampling.every:
+        if not state.is_world_process_zero or state.global_step % self.config.sample_steps:
             return
         model.eval()
-        precision = self.sampling.precision
+        precision = self.config.precision
         autocast = torch.autocast(args.device.type, torch_dtype(precision), enabled=precision != "fp32")
         with torch.no_grad(), autocast:
             # The adapter stays in effect: peft has put it into the UNet's own layers.
@@ -109,7 +97,7 @@ class SampleGrid(TrainerCallback):
         model.train()
         path = self.logs / SAMPLES / f"step_{state.global_step:05}.png"
         save_grid(images, path)
-        log_picture(self.trackers, self.logs, SAMPLES, path, state.global_step)
+        log_picture(self.config.report_to, self.logs, SAMPLES, path, state.global_step)
 
     def draw(self, unet: Any, device: torch.device) -> list[Any]:
         """An image of every prompt as generate_images draws it; one at a time, as training leaves little memory."""
@@ -122,13 +110,14 @@ class SampleGrid(TrainerCallback):
         pipeline.set_progress_bar_config(disable=True)
         # Given too: a pipeline in which no prompt is not zeros would need its encoders for it.
         nothing = prompt_arguments(self._embeddings(None, device), "negative_") if backbone.free_guidance else {}
-        side, images = self.sampling.resolution, []
-        for number, prompt in enumerate(self.sampling.prompts):
+        side, images = self.config.resolution, []
+        told = backbone.told(self.folder.denoiser_settings, self.config.guidance_scale)
+        for number, prompt in enumerate(self.prompts):
             given = self._embeddings(prompt, device)
             drawn = pipeline(
                 **prompt_arguments(given), **nothing, height=side, width=side,
-                guidance_scale=backbone.guidance if self.sampling.guidance is None else self.sampling.guidance,
-                num_inference_steps=self.sampling.inference_steps,
+                guidance_scale=backbone.guidance if told is None else told,
+                num_inference_steps=self.config.sample_inference_steps,
                 # On the CPU: the same noise at every step and on every device, so that grids can be compared.
                 generator=torch.Generator().manual_seed(number), output_type="latent",
             )  # fmt: skip

@@ -19,7 +19,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import device_kind
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, in_half
-from prefmill.families.sdxl.callbacks import Ema, SampleGrid, TrainingSamples
+from prefmill.families.sdxl.callbacks import Ema, SampleGrid
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, read_image_pairs, swap_half
 from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts, tell_cut
@@ -216,11 +216,7 @@ def _samples(
         return []
     # Not a set: the order of strings in one differs from process to process, and so would the prompts drawn.
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.num_samples]
-    sampling = TrainingSamples(
-        prompts, config.sample_steps, config.sample_inference_steps, config.resolution, config.precision,
-        folder.backbone.told(folder.denoiser_settings, config.guidance_scale),
-    )  # fmt: skip
-    return [SampleGrid(sampling, folder, reader.cache, reader.texts, task.logs, config.report_to)]
+    return [SampleGrid(prompts, config, folder, reader.cache, reader.texts, task.logs)]
 
 
 def _publish(

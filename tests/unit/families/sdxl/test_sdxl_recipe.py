@@ -15,7 +15,8 @@ from PIL import Image
 from prefmill.core.errors import ConfigError
 from prefmill.core.image_rows import ImagePrompt
 from prefmill.demo.tiny_models import build
-from prefmill.families.sdxl.callbacks import SampleGrid, TrainingSamples
+from prefmill.families.sdxl.callbacks import SampleGrid
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.encoding import (
     ImageKeys,
@@ -181,7 +182,8 @@ def test_samples_are_those_of_generate_images(folder: SdxlFolder, tmp_path: Path
     prompts = ["a red square on the left", "a blue circle"]
     cache, texts = TensorCache(tmp_path / "cache"), TextKeys("text", "fp32")
     encode_texts([None, *prompts], folder, texts, cache, CPU)
-    grid = SampleGrid(TrainingSamples(prompts, 1, 3, 32, "fp32"), folder, cache, texts, tmp_path)
+    config = SdxlPreferenceConfig(sample_steps=1, sample_inference_steps=3, resolution=32, precision="fp32")
+    grid = SampleGrid(prompts, config, folder, cache, texts, tmp_path)
     with torch.no_grad():
         drawn = grid.draw(folder.load(UNet2DConditionModel, "unet", "fp32"), CPU)
     model = open_pipeline(GeneratorSource(str(folder.path), "tiny", "fp32"))
