@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from prefmill.core.config import validate
@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", help=argparse.SUPPRESS)  # a child's own: run this one task and end
     arguments = parser.parse_args(argv)
     if arguments.peers:  # asked before a million reviews are ingested
-        print("beside", ", ".join(f"{name} {version(name)}" for name in ("polars", "orjson")))
+        try:
+            print("beside", ", ".join(f"{name} {version(name)}" for name in ("polars", "orjson")))
+        except PackageNotFoundError as error:
+            parser.error(f"--peers needs {error.name}, which is not among the requirements: pip install {error.name}")
     plan = make_scale_plan(arguments.work, arguments.reviews, arguments.jobs, arguments.peers)
     if arguments.task:
         execute(plan.select(arguments.task)[0])
