@@ -24,7 +24,7 @@ _SIDES = (
     ("preferred", "rejected"), ("chosen", "rejected"), ("winner", "loser"), ("win", "lose"), ("image_w", "image_l"),
     ("preferred_image", "rejected_image"), ("chosen_image", "rejected_image"),
 )  # fmt: skip
-_HPDV3_SIDES = ("path1", "path2")
+_HPDV3_SIDES, _HPDV3_KEYS = ("path1", "path2"), {"confidence", "choice_dist"}
 _PICKAPIC_KEYS = ("caption", "jpg_0", "jpg_1", "label_0")
 # Smaller sets in its form leave these out: an image is then named by its content, and the shares sum to 1.
 _PICKAPIC_MORE = ("image_0_uid", "image_1_uid", "label_1", "has_label", "user_id")
@@ -150,8 +150,8 @@ def _prompt(row: dict[str, Any]) -> str:
 
 def _pictures(row: dict[str, Any]) -> list[Any]:
     """The better and the worse image, each a file or bytes; empty where a line does not have both."""
-    # HPDv3's first path is the preferred one; of another tool's nobody knows.
-    sides = (*_SIDES, *([_HPDV3_SIDES] if "choice_dist" in row else []))
+    # HPDv3's first path is the preferred one, as its authors' README says; of another tool's nobody knows.
+    sides = (*_SIDES, *([_HPDV3_SIDES] if row.keys() & _HPDV3_KEYS else []))
     found = ([row.get(name) for name in names] for names in sides)
     return next((both for both in found if all(picture_bytes(one) or picture_path(one) for one in both)), [])
 

@@ -15,9 +15,7 @@ import pytest
 from prefmill.core.errors import InputError
 from prefmill.images.collection import Collection
 from prefmill.images.pair_sources import (
-    ImageRewardSource,
     PairsSource,
-    PickAPicSource,
     RatingsSource,
     ScoresSource,
     collect,
@@ -28,11 +26,6 @@ LISTING, RATING = (
     "prompt,file\na cat,a.png\na cat,b.png\n",
     "left,right,rater,dimension,choice\na.png,b.png,x,overall,left\n",
 )
-PICK = {
-    "caption": "a cat", "image_0_uid": "u0", "image_1_uid": "u1", "jpg_0": "a.png", "jpg_1": "b.png",
-    "label_0": 1, "label_1": 0,
-}  # fmt: skip
-RANK = {"id": 7, "prompt": "a cat", "generations": ["a.png", "b.png"], "ranking": [1, 2]}
 
 
 def written(folder: Path, **files: str) -> Path:
@@ -89,50 +82,6 @@ def test_columns_of_scores_that_are_no_dimension_are_told(tmp_path: Path, caplog
         found = collect([source], [], tmp_path / "work")
     assert "stlye" in caplog.text
     assert [row["where"] for row in found.quarantine.rows] == ["scores.csv:3"]  # 1_0 is no number
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"label_0": None}, {"label_0": float("nan")}, {"label_0": "yes"}, {"label_0": 0}, {"label_0": 7},
-        {"caption": ["a"]}, {"image_0_uid": None},
-    ],
-)  # fmt: skip
-def test_a_published_row_without_a_label_or_a_name_is_set_aside(tmp_path: Path, change: dict[str, Any]) -> None:
-    assert pick(tmp_path, {}).ratings
-    found = pick(tmp_path, change)
-    assert (found.ratings, len(found.quarantine.rows)) == ([], 1)
-
-
-def pick(folder: Path, change: dict[str, Any]) -> Collection:
-    (folder / "p.jsonl").write_text(json.dumps({**PICK, **change}) + "\n")
-    return collect([PickAPicSource(format="pickapic", path=str(folder / "p.jsonl"))], [], folder / "work")  # type: ignore[arg-type]
-
-
-def test_a_label_that_is_said_not_to_be_one_is_a_skip(tmp_path: Path) -> None:
-    for said in ("False", False, None):
-        ((_, rating),) = pick(tmp_path, {"has_label": said}).ratings
-        assert rating["choice"] == "skip"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"ranking": [1, None]}, {"ranking": ["1", "2"]}, {"ranking": [1, float("nan")]}, {"ranking": [True, False]},
-        {"id": None}, {"prompt": None}, {"prompt": 5}, {"generations": [1, 2]}, {"generations": ["/a.png", "b.png"]},
-    ],
-)  # fmt: skip
-def test_a_ranking_that_is_none_is_set_aside(tmp_path: Path, change: dict[str, Any]) -> None:
-    found = ranked(tmp_path, change)
-    assert (found.ratings, len(found.quarantine.rows)) == ([], 1)
-    ((_, rating),) = ranked(tmp_path, {}).ratings
-    assert (rating["prompt_id"], rating["choice"]) == ("7", "left")
-
-
-def ranked(folder: Path, change: dict[str, Any]) -> Collection:
-    (folder / "r.json").write_text(json.dumps([{**RANK, **change}]))
-    source = ImageRewardSource(format="imagereward", rankings=str(folder / "r.json"), images=str(folder))  # type: ignore[arg-type]
-    return collect([source], [], folder / "work")
 
 
 def sides(found: Collection) -> list[tuple[str, str, str]]:
@@ -206,26 +155,6 @@ def test_a_file_with_spaces_or_accents_needs_no_other_name(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("row", "choices"),
-    [
-        ({"image_path": ["a.jpg", "b.jpg"], "human_preference": [0, 1], "user_hash": "u"}, ["right"]),
-        ({"file_path": ["a.jpg", "b.jpg"], "human_preference": [1, 0], "user_hash": "u"}, ["left"]),
-        ({"image_path": ["a.jpg", "b.jpg", "c.jpg"], "rank": [2, 1, 1]}, ["right", "right", "tie"]),
-        ({"image_path": ["a.jpg", "b.jpg"], "human_preference": ["x", 1]}, []),
-        ({"image_path": ["a.jpg", "b.jpg"]}, []),
-    ],
-)
-def test_rows_of_hpdv2(tmp_path: Path, row: dict[str, Any], choices: list[str]) -> None:
-    """Its train.json has a preference of 1 for the better image, its test.json ranks, the lower the better."""
-    (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a cat", **row}]))
-    source = ImageRewardSource(format="hpdv2", rankings=str(tmp_path / "train.json"), images=str(tmp_path))  # type: ignore[arg-type]
-    found = collect([source], [], tmp_path / "work")
-    assert [rating["choice"] for _, rating in found.ratings] == choices
-    assert {rating["rater"] for _, rating in found.ratings} <= {row.get("user_hash", "ranking")}
-    assert len(found.quarantine.rows) == (not choices)
-
-
-@pytest.mark.parametrize(
     "encode",
     [
         lambda text: text.encode(),
@@ -252,32 +181,6 @@ def test_the_line_of_a_fault_counts_the_line_that_names_the_separator(tmp_path: 
         read_prompts(tmp_path / "prompts.csv")
 
 
-@pytest.mark.parametrize(
-    ("source", "name", "row"),
-    [
-        (PairsSource, "pairs", {"prompt": "a cat", "chosen": "pics\\a.png", "rejected": "pics\\b.png"}),
-        (PickAPicSource, "path", {**PICK, "jpg_0": "pics\\a.png", "jpg_1": "pics\\b.png"}),
-        (ImageRewardSource, "rankings", {**RANK, "generations": ["pics\\a.png", "pics\\b.png"]}),
-    ],
-)
-def test_backslashes_of_windows_lead_to_the_file_and_not_out_of_the_folder(
-    tmp_path: Path, source: Any, name: str, row: dict[str, Any]
-) -> None:
-    ranking = source is ImageRewardSource
-    file = tmp_path / ("rows.json" if ranking else "rows.jsonl")
-    format_ = {"pairs": "pairs", "path": "pickapic", "rankings": "imagereward"}[name]
-
-    def read(row: dict[str, Any]) -> Collection:
-        file.write_text(json.dumps([row] if ranking else row) + "\n")
-        return collect([source(format=format_, **{name: str(file), "images": str(tmp_path)} if ranking else
-                               {name: str(file)})], [], tmp_path / "work")  # fmt: skip
-
-    assert {image.path for image in read(row).images.values()} == {tmp_path / "pics" / f"{x}.png" for x in "ab"}
-    if source is not PickAPicSource:
-        out = json.loads(json.dumps(row).replace("pics", ".."))
-        assert read(out).quarantine.counts() == {f"{'ranking' if ranking else 'row'}: images' names cannot be used": 1}
-
-
 def test_one_prompt_in_two_normal_forms_is_one_prompt(tmp_path: Path) -> None:
     """As unicodedata has it; macOS writes names, and what is made of them, with accents as signs of their own."""
     one, two = (unicodedata.normalize(form, "un café") for form in ("NFC", "NFD"))  # type: ignore[arg-type]
@@ -292,70 +195,3 @@ def test_one_prompt_in_two_normal_forms_is_one_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text, **sides}) + "\n" for text in (one, two)))
     pairs = collect([PairsSource(format="pairs", pairs=str(tmp_path / "p.jsonl"))], [], tmp_path / "work")  # type: ignore[arg-type]
     assert len({rating["prompt_id"] for _, rating in pairs.ratings}) == 1
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".json"])
-def test_rows_of_hpdv3_prefer_their_first_path(tmp_path: Path, suffix: str) -> None:
-    row = {"prompt": "a cat", "path1": "a.png", "path2": "b.png", "confidence": None, "choice_dist": [12, 7]}
-    (tmp_path / f"train{suffix}").write_text(json.dumps(row) + "\n")
-    found = collect([PairsSource(format="pairs", pairs=str(tmp_path / f"train{suffix}"))], [], tmp_path / "work")  # type: ignore[arg-type]
-    (said,) = [rating for _, rating in found.ratings]
-    assert (found.images[said["left"]].path.name, said["choice"]) == ("a.png", "left")
-    # Two paths alone do not say which is the better one.
-    (tmp_path / "other.jsonl").write_text(json.dumps({key: row[key] for key in ("prompt", "path1", "path2")}) + "\n")
-    other = collect([PairsSource(format="pairs", pairs=str(tmp_path / "other.jsonl"))], [], tmp_path / "work")  # type: ignore[arg-type]
-    assert other.quarantine.counts() == {"row: no two images": 1}
-
-
-def test_rows_of_imagerewarddb_are_rankings(tmp_path: Path) -> None:
-    """A row an image, as the hub has them: every two of a prompt are compared, whatever the order of the rows."""
-    import pyarrow
-    from pyarrow import parquet
-
-    ranks = {"p1": [1, 2, 2], "p2": [2, 1]}
-    rows = [
-        {"image": {"bytes": f"{prompt}{n}".encode(), "path": f"{n}.webp"}, "prompt_id": prompt,
-         "prompt": f"cat {prompt}", "image_amount_in_total": len(given), "rank": rank, "fidelity_rating": 4}
-        for prompt, given in ranks.items() for n, rank in enumerate(given)
-    ]  # fmt: skip
-    parquet.write_table(pyarrow.Table.from_pylist(rows[::2] + rows[1::2]), tmp_path / "rows.parquet")
-    source = {"format": "imagereward", "images": str(tmp_path)}
-    given = ImageRewardSource(**source, rankings=str(tmp_path / "rows.parquet"))  # type: ignore[arg-type]
-    found = collect([given], [], tmp_path / "work")
-    assert not found.quarantine.rows
-    told = set()
-    for _, rating in found.ratings:
-        sides = [found.images[name].path.read_bytes().decode() for name in (rating["left"], rating["right"])]
-        tie = rating["choice"] == "tie"
-        told.add((tie, *(sorted(sides) if tie else sides if rating["choice"] == "left" else sides[::-1])))
-    assert told == {(False, "p10", "p11"), (False, "p10", "p12"), (True, "p11", "p12"), (False, "p21", "p20")}
-    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "x"}]), tmp_path / "bad.parquet")
-    bad = ImageRewardSource(**source, rankings=str(tmp_path / "bad.parquet"))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"not a row of ImageRewardDB[\s\S]*bad.parquet:1"):
-        collect([bad], [], tmp_path / "work")
-
-
-@pytest.mark.parametrize(
-    ("file", "reason"),
-    [("https://x.org/a.png", "by its address"), ("data:image/png;base64,iVBO", "by its address"),
-     ("iVBO" * 100 + "/" + "Rw0K" * 100, "as text")],
-)  # fmt: skip
-@pytest.mark.parametrize("form", ["pairs", "pickapic", "imagereward"])
-def test_addresses_and_pictures_as_text_are_told_as_such(tmp_path: Path, form: str, file: str, reason: str) -> None:
-    """Twice the same picture: a name that no disk can hold ended in a traceback."""
-    rows = {
-        "pairs": {"prompt": "a cat", "chosen": file, "rejected": "b.png"},
-        "pickapic": {key: value for key, value in {**PICK, "jpg_0": file}.items() if "uid" not in key},
-        "imagereward": {**RANK, "generations": [file, "b.png"]},
-    }
-    ranking = form == "imagereward"
-    path = tmp_path / ("rows.json" if ranking else "rows.jsonl")
-    lines = [rows[form], {**rows[form], "id": 8}]
-    path.write_text(json.dumps(lines) if ranking else "".join(json.dumps(line) + "\n" for line in lines))
-    kinds = {"pairs": (PairsSource, "pairs"), "pickapic": (PickAPicSource, "path"),
-             "imagereward": (ImageRewardSource, "rankings")}  # fmt: skip
-    source, key = kinds[form]
-    given = {"format": form, key: str(path), **({"images": str(tmp_path)} if ranking else {})}
-    found = collect([source(**given)], [], tmp_path / "work")  # type: ignore[arg-type]
-    assert not found.images
-    assert [reason in row["reason"] for row in found.quarantine.rows] == [True, True]
