@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prefmill.core.errors import InputError
-from prefmill.core.statistics import Array, Resampling, holm, means, statistic, student_quantile, wilson, within
+from prefmill.core.statistics import Array, Resampling, _stretch, holm, means, statistic, wilson, within
 
 LEVEL = 0.05
 NUM_STUDIES = 1000
@@ -117,8 +117,11 @@ def test_holm_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("degrees", "tabled"), [(1, 12.706), (2, 4.303), (9, 2.262), (29, 2.045), (5000, 1.960)])
-def test_student_quantiles_as_tabled(degrees: int, tabled: float) -> None:
-    assert student_quantile(0.975, degrees) == pytest.approx(tabled, abs=6e-4)
+def test_intervals_are_stretched_by_the_tabled_quantile(degrees: int, tabled: float) -> None:
+    """Hesterberg 2015: Student's quantile over the normal's, 1.960, and the factor of few papers."""
+    papers = degrees + 1
+    expected = tabled / 1.960 * math.sqrt(papers / degrees)
+    assert _stretch(papers, 0.95) == pytest.approx(expected, rel=4e-4)
 
 
 def test_papers_that_all_agree_leave_room_for_others() -> None:
