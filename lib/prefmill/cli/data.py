@@ -6,33 +6,27 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prefmill.cli.pipelines import run_of, workspace_option
+from prefmill.cli.pipelines import new_command, run_of
 
 
 def add_data_commands(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
-    imports = commands.add_parser("import", help="turn another tool's configuration into prefmill's")
+    imports = new_command(commands, "import", "turn another tool's configuration into prefmill's", _import)
     imports.add_argument("tool", choices=["llamafactory"], help="whose configuration it is")
     imports.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml", help="the file to import")
     imports.add_argument("--output", type=Path, help="where to write (default: configs/<stage>/<name of the file>)")
     imports.add_argument("--keys", action="store_true", help="say what becomes of every key, and import nothing")
     imports.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that file is run with (default: 1)")
-    imports.set_defaults(command=_import)
 
-    pair = commands.add_parser("pair", help="all that a run knows of one pair: texts, checklist, margins")
+    known = "all that a run knows of one pair: texts, checklist, margins"
+    pair = new_command(commands, "pair", known, _pair, workspace=True)
     pair.add_argument("pair_id", metavar="ID", help="CHOSEN_ID:REJECTED_ID, as in the dpo datasets")
     pair.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
-    pair.set_defaults(command=_pair)
-    pairs = commands.add_parser("pairs", help="the pairs of a preference training, or those that look wrong")
-    pairs.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    wrong = "the pairs of a preference training, or those that look wrong"
+    pairs = new_command(commands, "pairs", wrong, _pairs, run=True)
     pairs.add_argument("--suspect", action="store_true", help="never learned, forgotten, explained by length alone")
     pairs.add_argument("--export", type=Path, metavar="FILE", help="write suspects as an exclude file")
-    pairs.set_defaults(command=_pairs)
-    rate = commands.add_parser("rate", help="the address of the page on which a run's images are rated")
-    rate.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
-    rate.set_defaults(command=_rate)
-    for command in (pair, pairs, rate):
-        workspace_option(command)
+    new_command(commands, "rate", "the address of the page on which a run's images are rated", _rate, run=True)
     for command in (pair, pairs):
         command.add_argument("--task", help="TASK or STAGE:TASK, where a run trains on preferences more than once")
 

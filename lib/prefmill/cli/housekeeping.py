@@ -11,7 +11,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from prefmill.cli.pipelines import Command, workspace_of, workspace_option
+from prefmill.cli.pipelines import Command, new_command, workspace_of
+from prefmill.core.figures import columns
 
 
 def add_housekeeping(commands: Any) -> None:
@@ -32,10 +33,8 @@ def add_housekeeping(commands: Any) -> None:
 
 
 def _command(commands: Any, name: str, summary: str, command: Command) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
-    workspace_option(parser)
+    parser = new_command(commands, name, summary, command, workspace=True)
     parser.add_argument("--json", action="store_true", help="print JSON") if name in ("runs", "compare") else None
-    parser.set_defaults(command=command)
     return parser
 
 
@@ -146,11 +145,8 @@ def _restore(arguments: argparse.Namespace) -> None:
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns under their heads, as wide as their widest cell; nothing but the heads where there are no rows."""
-    cells = [heads, *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
-    for row in cells:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    """Columns under their heads; nothing but the heads where there are no rows."""
+    print(*columns([heads, *rows]), sep="\n")
 
 
 def cut(text: str, width: int = 90) -> str:

@@ -14,7 +14,7 @@ from prefmill.cli.completion import SHELLS, commands_of, options_of
 from prefmill.cli.data import add_data_commands
 from prefmill.cli.guard import guarded
 from prefmill.cli.housekeeping import add_housekeeping
-from prefmill.cli.pipelines import add_pipeline_commands
+from prefmill.cli.pipelines import add_pipeline_commands, new_command
 from prefmill.cli.runs import add_commands
 from prefmill.core.places import STAGES, stages_folder
 
@@ -129,29 +129,25 @@ def _parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
     add_housekeeping(commands)
 
-    stages = commands.add_parser("stages", help="list the stages: what each reads and writes")
+    stages = new_command(commands, "stages", "list the stages: what each reads and writes", _stages)
     stages.add_argument("--markdown", action="store_true", help="as the table of README.md")
     stages.add_argument("--json", action="store_true", help="print JSON")
-    stages.set_defaults(command=_stages)
 
-    doctor = commands.add_parser("doctor", help="check this machine, with a fix for every shortcoming")
+    doctor = new_command(commands, "doctor", "check this machine, with a fix for every shortcoming", _doctor)
     doctor.add_argument("--workspace", type=Path, help="the folder to check for space and write access")
     doctor.add_argument("--model", help="a hub name or folder to check access to")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.set_defaults(command=_doctor)
 
-    tiny = commands.add_parser("tiny-models", help="build tiny models of the real architectures, for tests")
+    built = "build tiny models of the real architectures, for tests"
+    tiny = new_command(commands, "tiny-models", built, _tiny_models)
     tiny.add_argument("folder", type=Path, metavar="DIR", help="where to write them")
     tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    tiny.set_defaults(command=_tiny_models)
 
-    init = commands.add_parser("init", help="lay down configs, sbatch scripts and a first pipeline in a folder")
+    init = new_command(commands, "init", "lay down configs, sbatch scripts and a first pipeline in a folder", _init)
     init.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
-    init.set_defaults(command=_init)
 
-    completion = commands.add_parser("completion", help="print the script that completes words in your shell")
-    completion.add_argument("shell", choices=SHELLS)
-    completion.set_defaults(command=_completion)
+    completed = "print the script that completes words in your shell"
+    new_command(commands, "completion", completed, _completion).add_argument("shell", choices=SHELLS)
     return parser
 
 

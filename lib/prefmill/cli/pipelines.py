@@ -39,11 +39,24 @@ def add_pipeline_commands(commands: Any) -> None:
         parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def new_command(
+    commands: Any, name: str, summary: str, command: Command, run: bool = False, workspace: bool = False
+) -> argparse.ArgumentParser:
+    """The parser of a command of `commands`, which may take a `run` and its `workspace`."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(command=command)
+    if run or workspace:
+        parser.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
+    if run:
+        parser.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
+    return parser
+
+
 def pipeline_command(
     commands: Any, name: str, summary: str, command: Command, selects: bool = False
 ) -> argparse.ArgumentParser:
     """A command that takes a pipeline file and `key=value` arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser = new_command(commands, name, summary, command)
     parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
     if selects:
         parser.add_argument("selector", metavar="STAGE[:TASK]", help="which stage or task")
@@ -51,7 +64,6 @@ def pipeline_command(
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE"
     )
-    parser.set_defaults(command=command)
     return parser
 
 
@@ -62,11 +74,6 @@ def load_plan(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     pipeline = read_pipeline(arguments.pipeline, arguments.overrides)
     return pipeline, plan_to_run(pipeline, arguments.pipeline)
-
-
-def workspace_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--workspace`, which `workspace_of` reads."""
-    parser.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
 
 
 def workspace_of(arguments: argparse.Namespace) -> Path:

@@ -8,29 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefmill.cli.pipelines import Command, at_least, load_plan, pipeline_command, run_of, workspace_option
+from prefmill.cli.pipelines import Command, at_least, load_plan, new_command, pipeline_command, run_of
 
 
 def add_commands(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
-    status = _command(commands, "status", "show a run, task by task", _status, positional_run=True)
+    status = new_command(commands, "status", "show a run, task by task", _status, run=True)
     status.add_argument("--watch", action="store_true", help="refresh until the run ends")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--every", type=_seconds, default=10.0, metavar="SECONDS", help="with --watch (default: 10)")
 
-    _command(commands, "verify", "hash every finished output of a run again", _verify, positional_run=True)
+    new_command(commands, "verify", "hash every finished output of a run again", _verify, run=True)
 
     logs = _command(commands, "logs", "print the end of the logs of a stage or task", _logs, selects="STAGE[:TASK]")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing new lines")
     logs.add_argument("-n", "--lines", type=at_least(0), default=10, help="lines of each log (default: 10)")
 
-    _command(
-        commands,
-        "advance",
-        "resubmit failed tasks that can be retried (safe to run anytime)",
-        _advance,
-        positional_run=True,
-    )
+    repaired = "resubmit failed tasks that can be retried (safe to run anytime)"
+    new_command(commands, "advance", repaired, _advance, run=True)
     _command(commands, "rerun", "submit a stage or task again", _rerun, selects="STAGE[:TASK]")
     cancel = _command(commands, "cancel", "end the jobs of a run, a stage or a task", _cancel)
     cancel.add_argument("selector", nargs="?", metavar="STAGE[:TASK]", help="default: everything")
@@ -60,17 +55,12 @@ def _planned(
 
 
 def _command(
-    commands: Any, name: str, summary: str, command: Command, selects: str | None = None, positional_run: bool = False
+    commands: Any, name: str, summary: str, command: Command, selects: str | None = None
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser = new_command(commands, name, summary, command, workspace=True)
     if selects:
         parser.add_argument("selector", metavar=selects, help="which stage or task")
-    if positional_run:
-        parser.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
-    else:
-        parser.add_argument("--run", default="latest", help="the run's name (default: the newest)")
-    workspace_option(parser)
-    parser.set_defaults(command=command)
+    parser.add_argument("--run", default="latest", help="the run's name (default: the newest)")
     return parser
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -26,6 +26,12 @@ def with_interval(found: Mapping[str, Any] | None, form: str = ".2f") -> str:
         return "–"
     value = figure(found["value"], form)
     return value if found["low"] is None else f"{value} ({bounds(found, form)})"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, its columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def duration(seconds: float) -> str:

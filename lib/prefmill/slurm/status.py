@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.figures import duration
+from prefmill.core.figures import columns, duration
 from prefmill.core.files import read_record
 from prefmill.core.places import PROGRESS
 from prefmill.core.terminal import paint_states
@@ -144,15 +144,13 @@ def _goes_on(rows: Sequence[Row], somebody: bool) -> bool:
 def render(run: str, rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
     """The table, what it cost, and the notes."""
     stages = groupby(rows, key=lambda row: row.key.partition(":")[0])
-    cells = [_COLUMNS, *(line for _, stage in stages for line in _lines(list(stage)))]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
-    # Padded here and painted below: codes of colours would count in a column's width.
-    table = ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
+    # Painted last: codes of colours would count in a column's width.
+    table = columns([_COLUMNS, *(line for _, stage in stages for line in _lines(list(stage)))])
     counts = Counter(row.state for row in rows)
     summary = f"{len(rows)} tasks: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
     busy = sum(row.gpus for row in rows if row.state == "running")
     cost = f"cost so far: {sum(row.gpu_hours for row in rows):.1f} GPU-hours" + (f", {busy} GPUs at work" * bool(busy))
-    return "\n".join([f"run {run}", *(paint_states(line.rstrip()) for line in table), summary, cost, *notes])
+    return "\n".join([f"run {run}", *(paint_states(f"  {line}") for line in table), summary, cost, *notes])
 
 
 def explain(workspace: Path, run: str, key: str, logs: Path) -> list[str]:

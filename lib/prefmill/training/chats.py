@@ -34,10 +34,7 @@ def encoded_chats(
     for row in tqdm(read_jsonl(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
         images = [str(path.parent.parent / name) for name in row.get("images", ())]
         if images and not sees_images:
-            raise InputError(
-                "this model cannot be shown images", where=f"{path}, row {row['id']}", got=images[0],
-                fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
-            )  # fmt: skip
+            raise no_images(f"{path}, row {row['id']}", images[0])
         with bad.row(f"{path.parent.name}, row {row['id']}"):
             encoded, num_tokens = encode(row, images)
             if num_tokens > config.max_length:
@@ -47,3 +44,11 @@ def encoded_chats(
     bad.tell(len(kept) + len(dropped))
     report_dropped(task, dropped, len(kept), config)
     return kept
+
+
+def no_images(where: str, image: str) -> InputError:
+    """The refusal of a row with an image by a model that reads text alone."""
+    return InputError(
+        "this model cannot be shown images", where=where, got=image,
+        fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
+    )  # fmt: skip

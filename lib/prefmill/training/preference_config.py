@@ -7,12 +7,25 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from prefmill.core.config import ExternalPath
+from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.training.config import TrainingConfig
 from prefmill.training.objective_names import ObjectiveNames
 
 
-class PreferenceConfig(TrainingConfig):
+class ObjectiveKeys(StrictConfig):
+    """Which objectives of `training.objectives`, and their numbers."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference")
+    loss_type: ObjectiveNames = Field(["sigmoid"], description="one or several objectives, such as [sigmoid, sft]")
+    loss_weights: list[float] = Field([1.0], description="a weight for each of `loss_type`, such as [1.0, 0.05]")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="assumed rate of wrong labels, below 0.5 (conservative `sigmoid`, `robust`)"
+    )
+    simpo_gamma: float = Field(0.5, description="target margin of `simpo`")
+    shuffle_labels: bool = Field(False, description="control: swap chosen and rejected at random, by seed and pair")
+
+
+class PreferenceConfig(ObjectiveKeys, TrainingConfig):
     """`effective_batch_size` counts pairs. `shuffle_labels` swaps chosen and rejected by a seeded coin: a control.
 
     `layout: group` runs a prompt once for all of its responses, `pairwise` once for each side of each pair; both
@@ -27,13 +40,6 @@ class PreferenceConfig(TrainingConfig):
 
     learning_rate: float = Field(5e-6, gt=0)
     num_train_epochs: int = Field(2, ge=1)
-    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference")
-    loss_type: ObjectiveNames = Field(["sigmoid"], description="one or several objectives")
-    loss_weights: list[float] = Field([1.0], description="a weight for each of `loss_type`")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="assumed rate of wrong labels, below 0.5 (conservative `sigmoid`, `robust`)"
-    )
-    simpo_gamma: float = Field(0.5, description="target margin of `simpo`")
     ld_alpha: float | None = Field(
         None, ge=0, le=1, description="LD-DPO: weight, 0 to 1, of the tokens beyond the other side's length; none: 1"
     )
@@ -44,7 +50,6 @@ class PreferenceConfig(TrainingConfig):
     max_tokens_per_microbatch: int | None = Field(
         None, ge=2, description="split larger groups (`group` only); none: do not"
     )
-    shuffle_labels: bool = Field(False, description="control: swap chosen and rejected at random, by seed and pair")
     ref_name: str | None = Field(
         None, description="hub name or folder of another reference; none: the policy before its first step"
     )

@@ -130,12 +130,9 @@ def model_card(task: Task, config: StrictConfig) -> str:
         for name, items in task.inputs.items()
         for item in items
     ]
+    made_from = "\n".join(inputs or ["- nothing of this pipeline"])
     # Keys that change no result (`runtime`) would give one model several cards.
-    keys = identity(config)
-    made_from, settings = (
-        "\n".join(inputs or ["- nothing of this pipeline"]),
-        json.dumps(keys, indent=1, sort_keys=True),
-    )
+    settings = json.dumps(identity(config), indent=1, sort_keys=True)
     return (
         f"---\nlibrary_name: transformers\ntags: [prefmill, {task.stage}]\n---\n"
         f"# {task.stage}\n\nMade by prefmill's stage `{task.stage}`.\n\n"

@@ -43,6 +43,7 @@ from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter, put_on
 from prefmill.training.bad_rows import BadRows
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
+from prefmill.training.chats import no_images
 from prefmill.training.config import TrainingConfig, accumulation
 from prefmill.training.data import Group, PreferencePair, group_by_prompt, read_pairs, swap_by_coin
 from prefmill.training.family import Family, Reference, by_group
@@ -153,10 +154,7 @@ def load_groups(
 def _placed(pair: PreferencePair, reader: ImageReader | None) -> PreferencePair:
     """`pair` with its images where their markers stand."""
     if pair.images and reader is None:
-        raise InputError(
-            "this model cannot be shown images", where=f"pair {pair.pair_id}", got=pair.images[0],
-            fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
-        )  # fmt: skip
+        raise no_images(f"pair {pair.pair_id}", pair.images[0])
     return replace(pair, messages=with_images(pair.messages, pair.images))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from prefmill.families.causal.scorer import (
     encode_sequences,
     forward_as,
     inner_model,
+    logps_of,
     patch_forward,
     score_batch,
     sum_by_owner,
@@ -74,9 +75,8 @@ def check_rows(model: Any, name: str) -> None:
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     model.train(was_training)
-    chosen = logits[batch.row, batch.column]
-    logps = (chosen if chosen.dtype == torch.float64 else chosen.float()).log_softmax(-1)
-    found = sum_by_owner(logps.gather(-1, batch.target[:, None])[:, 0], batch.owner, len(sequences)).cpu()
+    logps = logps_of(logits[batch.row, batch.column], batch.target)
+    found = sum_by_owner(logps, batch.owner, len(sequences)).cpu()
     if not (found - expected).abs().max() <= TOLERANCE[model.dtype]:  # NaN is no agreement
         raise InputError(
             "rows of a batch are not what each is alone in this model", where=name, got=_shown(found),
@@ -147,11 +147,15 @@ def _scored(model: Any, sequences: Sequences, layout: str) -> Tensor:
         batch = pack([(sequences[0][0], [answer for _, answer in sequences])])
     else:
         batch = encode_sequences(sequences, pad=0)
+    return scored_in_training(model, batch, score_batch)
+
+
+def scored_in_training(model: Any, batch: Any, score: Callable[[Any, Any], Tensor]) -> Tensor:
+    """What `score` gives of a batch in train mode: dropout inside functions (StarCoder2) shows in no other."""
     was_training = model.training
-    # In train mode on purpose: dropout inside functions (StarCoder2) shows in no other.
     model.train()
     with torch.no_grad():
-        scores = score_batch(model, batch.to(model.device))
+        scores = score(model, batch.to(model.device))
     model.train(was_training)
     return scores.cpu()
 
@@ -172,9 +176,7 @@ def _sequences(model: Any) -> Sequences:
 def _own(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     ids = torch.tensor([[*prompt, *answer]], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    logps = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
-    score: Tensor = logps.gather(-1, ids[0, len(prompt) :, None]).double().sum().cpu()
-    return score
+    return logps_of(logits, ids[0, len(prompt) :]).double().sum().cpu()
 
 
 def _shown(values: Tensor) -> str:

@@ -78,22 +78,13 @@ def load_model(
     from transformers import AutoConfig
 
     require_folder(name_or_path)
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        load = partial(
-            auto_class(config).from_pretrained,
-            name_or_path,
-            dtype=torch_dtype(precision),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation or _own_attention(config),
-            # A pickled checkpoint can run code when it is opened.
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **({} if quantization is None else {"quantization_config": four_bit(precision)}),
+        config = AutoConfig.from_pretrained(name_or_path, **origin)
+        attention = attn_implementation or _own_attention(config)
+        model, info = read_weights(
+            auto_class(config), name_or_path, config, precision, quantization, attn_implementation=attention, **origin
         )
-        model, info = load_whole(load, name_or_path, config, precision)
     except load_errors() as error:
         raise _unloadable("model", name_or_path, error) from error
     require_whole(model, info, name_or_path)
@@ -103,6 +94,24 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     loaded: PreTrainedModel = model
     return loaded
+
+
+def read_weights(
+    kind: Any, name: str, config: Any, precision: Precision, quantization: Quantization | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model of `config`, opened by the Auto class `kind`, and its loading info, for `require_whole` to judge."""
+    quantized = {} if quantization is None else {"quantization_config": four_bit(precision)}
+    load = partial(
+        kind.from_pretrained,
+        name,
+        dtype=torch_dtype(precision),
+        use_safetensors=True,  # a pickled checkpoint can run code when it is opened
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused by name, with all else that is missing
+        **quantized,
+        **options,
+    )
+    return load_whole(load, name, config, precision)
 
 
 def load_errors() -> tuple[type[Exception], ...]:

@@ -259,6 +259,10 @@ def recomputed(work: Callable[..., Tensor], chunks: Sequence[tuple[Any, ...]]) -
 
 
 def _chunk_logps(hidden: Tensor, target: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-    logits = project(hidden)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return -F.cross_entropy(wide, target, reduction="none")
+    return logps_of(project(hidden), target)
+
+
+def logps_of(logits: Tensor, target: Tensor) -> Tensor:
+    """log p(target) from logits [C, V] and token ids [C], [C] in fp32 at least."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return -F.cross_entropy(logits.to(wide), target, reduction="none")

@@ -10,7 +10,7 @@ from prefmill.core.config import ExternalPath, later, runtime
 from prefmill.core.precision import Quantization
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.training.config import TrainingConfig
-from prefmill.training.objective_names import ObjectiveNames
+from prefmill.training.preference_config import ObjectiveKeys
 
 Sampling = Literal["balanced", "systematic", "iid", "inverse_t"]
 
@@ -115,19 +115,13 @@ class DiffusionSftConfig(DiffusionTrainingConfig):
     answer_block_tokens: int = Field(32, ge=1)
 
 
-class DiffusionPreferenceConfig(DiffusionTrainingConfig):
+class DiffusionPreferenceConfig(ObjectiveKeys, DiffusionTrainingConfig):
     """Keys of mdlm_dpo, those of preference training among them."""
 
     learning_rate: float = Field(5e-6, gt=0)
-    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference")
-    loss_type: ObjectiveNames = Field(["sigmoid"], description="one or several objectives; VRPO: [sigmoid, sft]")
-    loss_weights: list[float] = Field([1.0], description="a weight for each of `loss_type`; VRPO: [1.0, 0.05]")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed rate of wrong labels, below 0.5")
-    simpo_gamma: float = Field(0.5, description="target margin of `simpo`")
     upper_power: float = later(1.5, gt=0, description="of `spg`: the power of its upper bound; larger is looser")
     upper_weight: float = later(0.5, ge=0, le=1, description="of `spg`: share of the upper bound for the rejected side")
     clip: float = later(0.2, gt=0, lt=1, description="of `espo`: how far a ratio per token may go from 1")
-    shuffle_labels: bool = Field(False, description="control: swap chosen and rejected at random, by seed and pair")
 
     @model_validator(mode="after")
     def _bounds_of_the_same_draws(self) -> Self:

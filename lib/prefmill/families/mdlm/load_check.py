@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefmill.core.errors import InputError
-from prefmill.families.causal.load_check import TOLERANCE
-from prefmill.families.causal.scorer import forward_as, inner_model
+from prefmill.families.causal.load_check import TOLERANCE, scored_in_training
+from prefmill.families.causal.scorer import forward_as, inner_model, logps_of
 from prefmill.families.mdlm.blocks import block_keys, block_spans
 from prefmill.families.mdlm.estimator import Draws
 from prefmill.families.mdlm.loading import require_both_ways
@@ -36,7 +36,8 @@ def check_diffusion_model(
         require_both_ways(model, name)
         ids, masked = _row(inner, mask_token_id, block_length)
         expected = torch.stack([_own(model, ids, places, mask_token_id, shifted, block_length) for places in masked])
-    found = _scored(model, ids, masked)
+    batch = encode_samples([(ids[:_PROMPT], ids[_PROMPT:])], [Draws(masked, np.ones(len(masked)))])
+    found = scored_in_training(model, batch, score_batch)[0]
     difference = (found - expected).abs().max().item()
     if not difference <= TOLERANCE[computed]:  # NaN is no agreement
         raise InputError(
@@ -67,17 +68,5 @@ def _own(
         seen = {} if block_length is None else block_keys(model, end, block_length)
         noisy = clean.index_fill(1, places, mask_token_id)
         logits = model(input_ids=noisy, **seen, use_cache=False).logits[0]
-        wide = logits[places - 1 if shifted else places].to(torch.promote_types(logits.dtype, torch.float32))
-        total += wide.log_softmax(-1).gather(-1, clean[0, places, None]).double().sum().cpu()
+        total += logps_of(logits[places - 1 if shifted else places], clean[0, places]).double().sum().cpu()
     return total
-
-
-def _scored(model: Any, ids: list[int], masked: Any) -> Tensor:
-    batch = encode_samples([(ids[:_PROMPT], ids[_PROMPT:])], [Draws(masked, np.ones(len(masked)))])
-    was_training = model.training
-    # Dropout inside a function is no module to switch off, and shows in train mode alone.
-    model.train()
-    with torch.no_grad():
-        scores = score_batch(model, batch.to(model.device))
-    model.train(was_training)
-    return scores[0].cpu()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.precision import Precision, Quantization, torch_dtype
-from prefmill.families.causal.loading import load_errors, load_tokenizer, require_folder, require_whole
-from prefmill.families.causal.quantized import four_bit, load_whole
+from prefmill.core.precision import Precision, Quantization
+from prefmill.families.causal.loading import load_errors, load_tokenizer, read_weights, require_folder, require_whole
 from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -163,7 +161,6 @@ def _load(
 ) -> Any:  # fmt: skip
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    extra = {} if quantization is None else {"quantization_config": four_bit(precision)}
     config = read_config(name, revision, trust)
     with _loadable(name):
         # BERT, ModernBERT and EuroBERT fill masks by a head of their own; Dream's kin are under AutoModel only.
@@ -171,13 +168,11 @@ def _load(
         is_causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in known or not known
         auto = AutoModelForCausalLM if is_causal else AutoModel
         auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else auto
+        origin = {"revision": revision, "trust_remote_code": trust}
         with uninitialised_is_nan():
-            load = partial(
-                auto.from_pretrained, name, revision=revision, trust_remote_code=trust, dtype=torch_dtype(precision),
-                attn_implementation=attention, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **extra,  # refused below, by name
-            )  # fmt: skip
-            model, info = load_whole(load, name, config, precision)
+            model, info = read_weights(
+                auto, name, config, precision, quantization, attn_implementation=attention, **origin
+            )
     _check_complete(model, info, name, read)
     return model
 
