@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,37 @@ def load_errors() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     return OSError, ValueError, ImportError, SafetensorError, StrictDataclassError
+
+
+@contextlib.contextmanager
+def loading(what: str, where: object) -> Iterator[None]:
+    """Turn errors of libraries that cannot load `what` into InputError."""
+    known: tuple[type[Exception], ...] = (*load_errors(), TypeError, KeyError, AttributeError, RuntimeError)
+    try:
+        yield
+    except known as error:
+        got = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"cannot load {what}", where=where, got=got, fix="download it again: a file is damaged, or of another model"
+        ) from error
+
+
+def read_whole(loader: Any, name: str, **options: Any) -> Any:
+    """The model that `loader` makes of `name`, from safetensors; raises InputError for a weight that it would draw."""
+    model, info = loader.from_pretrained(
+        name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    require_whole(model, info, name)
+    return model
+
+
+def require_vocabulary(tokenizer: Any, name: str) -> None:
+    """Raise InputError where every word is unknown: transformers goes on without the files of a vocabulary."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(
+            "a tokenizer without words", where=name, got=f"{len(tokenizer)} tokens, all of them special",
+            expected="tokenizer.json, or the vocabulary's files", fix="copy them from the model that this one began as",
+        )  # fmt: skip
 
 
 def require_whole(model: Any, info: Mapping[str, Any], name: str) -> None:

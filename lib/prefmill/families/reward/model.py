@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedConfig, PreTrainedModel
 
 from prefmill.core.image_rows import HEADS
+from prefmill.families.causal.loading import require_vocabulary
 
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
 """What `forward` takes, as a CLIP processor gives it."""
@@ -98,6 +100,13 @@ def create_reward(clip: CLIPModel, hidden_size: int, seed: int) -> MultiHeadRewa
     # Only now: making the model draws its weights at random, CLIP's among them.
     model.clip.load_state_dict(clip.state_dict())
     return model
+
+
+def open_processor(name: str | Path, **options: Any) -> Any:
+    """CLIP's tokenizer and image processor; raises InputError where the tokenizer has no words."""
+    processor = CLIPProcessor.from_pretrained(name, **options)
+    require_vocabulary(processor.tokenizer, str(name))
+    return processor
 
 
 def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:

@@ -16,6 +16,12 @@ from prefmill.core.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 _HEAD_WIDTH = 64  # OpenCLIP's, where a vision configuration names none
+# Settings that are followed, or have no part in these towers' outputs.
+_READ = {
+    "image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout", "context_length",
+    "vocab_size", "heads", "hf_tokenizer_name", "tokenizer_kwargs", "pad_id", "eos_id",
+}  # fmt: skip
+_DEFAULTS = (None, False, "tok", "argmax", "linear", "learnable")  # of the others, where a file spells them out
 _OF_A_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
                "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
 _AROUND = {
@@ -60,9 +66,13 @@ def load_open_clip(folder: Path, attention: str | None = None) -> CLIPModel:
 def clip_config(said: Mapping[str, Any], folder: Path) -> CLIPConfig:
     """transformers' configuration of an OpenCLIP `model_cfg`."""
     vision, text = said["vision_cfg"], said["text_cfg"]
-    if not isinstance(vision.get("layers"), int) or "hf_model_name" in text or "timm_model_name" in vision:
+    # The same weights mean something else under other poolings, masks and activations.
+    other = [f"{key}: {value}" for key, value in (*vision.items(), *text.items())
+             if key not in _READ and value not in _DEFAULTS]  # fmt: skip
+    if other or not isinstance(vision.get("layers"), int):
         raise InputError(
-            "not a CLIP of two plain transformers", where=folder / CONFIG_FILE, got=f"{vision}, {text}"[:200],
+            "not a CLIP of two plain transformers", where=folder / CONFIG_FILE,
+            got=", ".join(other) or f"layers: {vision.get('layers')}",
             fix="use one such as ViT-L-14 or ViT-H-14",
         )  # fmt: skip
     act = "quick_gelu" if said.get("quick_gelu") else "gelu"
@@ -76,7 +86,8 @@ def clip_config(said: Mapping[str, Any], folder: Path) -> CLIPConfig:
         },
         text_config={
             "hidden_size": text["width"], "num_hidden_layers": text["layers"], "num_attention_heads": text["heads"],
-            "intermediate_size": 4 * text["width"], "vocab_size": text["vocab_size"], "hidden_act": act,
+            "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4)),
+            "vocab_size": text["vocab_size"], "hidden_act": act,
             "max_position_embeddings": text["context_length"],
             "eos_token_id": 2,  # transformers' sign for OpenCLIP's rule: the text is read at its largest token id
         },

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prefmill.core.errors import InputError
-from prefmill.families.reward.model import encode
+from prefmill.families.causal.loading import loading, read_whole, require_vocabulary
+from prefmill.families.reward.model import encode, open_processor
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ _OF_A_BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self
 
 
 def open_published(folder: Path, device: str) -> Scorer:
-    """The scorer in `folder`, found from its files; raises InputError where it is none of those above."""
+    """The scorer in `folder`, found from its files; raises InputError where it is none of those above, or not whole."""
+    with loading("the scorer", folder):
+        return _opened(folder, device)
+
+
+def _opened(folder: Path, device: str) -> Scorer:
     if (folder / MED_CONFIG).is_file():
         return _image_reward(folder, device)
     if is_open_clip(str(folder)):
@@ -60,14 +66,12 @@ def _pick_score(folder: Path, device: str) -> Scorer:
 
     if not any(folder.glob("*.safetensors")):
         _weights(folder, WEIGHTS)
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = read_whole(CLIPModel, str(folder), dtype=torch.float32)
     return _clip(model, folder, device, model.logit_scale.exp().item())
 
 
 def _clip(model: Any, folder: Path, device: str, scale: float) -> Scorer:
-    from transformers import CLIPProcessor
-
-    processor, model = CLIPProcessor.from_pretrained(_require_processor(folder)), model.to(device).eval()
+    processor, model = open_processor(_require_processor(folder)), model.to(device).eval()
 
     def score(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
         batch = {name: value.to(device) for name, value in encode(processor, prompts, images).items()}
@@ -85,7 +89,7 @@ def _aesthetics(folder: Path, device: str) -> Scorer:
     from transformers import CLIPVisionModelWithProjection
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    model = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = read_whole(CLIPVisionModelWithProjection, str(folder), dtype=torch.float32)
     state, said = load_file(_weights(folder, WEIGHTS)), json.loads((folder / "config.json").read_bytes())
     relu = any("ReLU" in name for name in said.get("architectures") or ())
     name = "predictor" if "predictor.weight" in state else "layers"
@@ -126,6 +130,7 @@ def _image_reward(folder: Path, device: str) -> Scorer:
     for part in (vision, text, head):
         part.to(device).eval()
     tokenizer = BertTokenizer.from_pretrained(folder)
+    require_vocabulary(tokenizer, str(folder))
     images_of = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     def score(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
@@ -150,6 +155,11 @@ def linear_layers(state: Mapping[str, Tensor], prefix: str, relu: bool) -> nn.Se
         (name.removesuffix(".weight") for name in state if name.startswith(prefix) and name.endswith(".weight")),
         key=lambda name: int(name.rpartition(".")[2]) if name != prefix else 0,
     )
+    if not names or len(state[f"{names[-1]}.weight"]) != 1:  # the embedding itself would be taken for a score
+        raise InputError(
+            "no scorer of images here", got=f"no layers to one score, {prefix}.*", expected="the scorer's own head",
+            fix="give the whole scorer: this folder holds what it reads with",
+        )  # fmt: skip
     parts: list[nn.Module] = []
     for name in names:
         weight = state[f"{name}.weight"].float()

@@ -76,9 +76,8 @@ def _open_reward(folder: Path, device: str) -> Callable[[Sequence[str], Sequence
 
 def load_reward(folder: Path) -> tuple[Any, Any]:
     """The reward model in `folder` and its processor; raises InputError where there is none."""
-    from transformers import CLIPProcessor
-
-    from prefmill.families.reward.model import MultiHeadReward, MultiHeadRewardConfig
+    from prefmill.families.causal.loading import loading, read_whole
+    from prefmill.families.reward.model import MultiHeadReward, MultiHeadRewardConfig, open_processor
 
     config = MultiHeadRewardConfig.from_pretrained(folder)
     # Order counts too: columns are read by their place in HEADS.
@@ -87,4 +86,5 @@ def load_reward(folder: Path) -> tuple[Any, Any]:
             "no reward model with this project's heads", where=folder, got=f"{config.model_type}: {config.heads}",
             expected=", ".join(HEADS), fix="give the output of the stage train_reward",
         )  # fmt: skip
-    return MultiHeadReward.from_pretrained(folder, dtype="float32"), CLIPProcessor.from_pretrained(folder)
+    with loading("the reward model", folder):
+        return read_whole(MultiHeadReward, str(folder), dtype="float32"), open_processor(folder)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel
 
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
@@ -23,7 +23,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
 from prefmill.distributed.devices import rank
 from prefmill.families.causal.load_check import turn_off_dropout
-from prefmill.families.causal.loading import load_errors, require_whole
+from prefmill.families.causal.loading import load_errors, read_whole
 from prefmill.families.reward.data import (
     Half,
     LabelledPair,
@@ -37,7 +37,7 @@ from prefmill.families.reward.data import (
 )
 from prefmill.families.reward.family import RewardFamily, reward_family
 from prefmill.families.reward.measures import DIGITS, fit_temperature, fit_tie_band, measure_head
-from prefmill.families.reward.model import MultiHeadReward, create_reward
+from prefmill.families.reward.model import MultiHeadReward, create_reward, open_processor
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 from prefmill.store.jsonl import write_jsonl
 from prefmill.training.config import TrainingConfig
@@ -130,21 +130,19 @@ def load_clip(name: str, config: TrainingConfig) -> CLIPModel:
     if is_open_clip(name):
         return load_open_clip(Path(name), config.attn_implementation)
     try:
-        model, info = CLIPModel.from_pretrained(
-            name, dtype=torch.float32, revision=config.revision, attn_implementation=config.attn_implementation,
-            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+        model: CLIPModel = read_whole(
+            CLIPModel, name, dtype=torch.float32, revision=config.revision,
+            attn_implementation=config.attn_implementation,
         )  # fmt: skip
     except load_errors() as error:
         raise _unloadable("the CLIP model", name, error) from error
-    require_whole(model, info, name)
-    whole: CLIPModel = model
-    return whole
+    return model
 
 
 def load_processor(name: str, revision: str | None) -> Any:
     """CLIP's tokenizer and image processor."""
     try:
-        return CLIPProcessor.from_pretrained(name, revision=revision)
+        return open_processor(name, revision=revision)
     except (OSError, ValueError) as error:
         raise _unloadable("the CLIP processor", name, error) from error
 

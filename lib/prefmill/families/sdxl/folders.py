@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,18 +122,6 @@ def require_files(folder: Path, index: Mapping[str, Any], variant: str | None) -
 def variant_of(part: Path, variant: str | None) -> str | None:
     """`variant`, or None where the folder of a part has no files of it: pipelines mix them."""
     return variant if variant is None or any(f".{variant}" in name for name in _weights(part)) else None
-
-
-@contextlib.contextmanager
-def loading(what: str, where: object) -> Iterator[None]:
-    """Turn errors of libraries that cannot load `what` into InputError."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        got = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"cannot load {what}", where=where, got=got, fix="download it again: a file is damaged, or of another model"
-        ) from error
 
 
 def _require_part(part: Path, variant: str | None) -> None:

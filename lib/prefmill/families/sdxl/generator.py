@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.distributed.devices import device_type
+from prefmill.families.causal.loading import loading
 from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser, unpack
-from prefmill.families.sdxl.folders import ADAPTER_FILE, loading
+from prefmill.families.sdxl.folders import ADAPTER_FILE
 from prefmill.families.sdxl.kohya import merge, read_factors
 from prefmill.families.sdxl.whole import require_place, require_whole_adapter
 

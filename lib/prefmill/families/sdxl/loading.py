@@ -14,11 +14,11 @@ from torch import nn
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import digest_json, digest_path
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.families.causal.loading import loading
 from prefmill.families.sdxl.backbone import Backbone, backbone_of
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.folders import (
     PIPELINE_FILE,
-    loading,
     local_folder,
     read_index,
     read_json,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,18 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         load_open_clip(write(tmp_path / "a", CONFIG, {k: v for k, v in state.items() if "ln_1" not in k}))
     with pytest.raises(InputError, match="not a CLIP of two plain transformers"):
         load_open_clip(write(tmp_path / "b", {**CONFIG, "text_cfg": {"hf_model_name": "roberta"}}, state))
+    # Each of these scored as if it were not there.
+    for part, key, value in (
+        ("vision_cfg", "pool_type", "avg"), ("vision_cfg", "global_average_pool", True),
+        ("text_cfg", "pool_type", "last"), ("text_cfg", "no_causal_mask", True),
+        ("vision_cfg", "norm_kwargs", {"eps": 1e-6}),
+    ):  # fmt: skip
+        changed: dict[str, Any] = json.loads(json.dumps(CONFIG))
+        changed[part][key] = value
+        with pytest.raises(InputError, match=rf"two plain transformers[\s\S]*got: +{key}: "):
+            load_open_clip(write(tmp_path / "d", changed, state))
+    spelt = {"vision_cfg": {"pool_type": "tok", "patch_dropout": 0.5}, "text_cfg": {"pool_type": "argmax", "pad_id": 0}}
+    load_open_clip(write(tmp_path / "e", {**CONFIG, **{k: {**CONFIG[k], **v} for k, v in spelt.items()}}, state))
     (write(tmp_path / "c", CONFIG, state) / WEIGHTS_FILE).unlink()
     with pytest.raises(InputError, match=r"no safetensors[\s\S]*a pickle"):
         load_open_clip(tmp_path / "c")

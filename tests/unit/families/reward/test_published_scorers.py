@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import test_open_clip as open_clip
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -22,7 +23,7 @@ from prefmill.demo.tiny_models import build
 from prefmill.families.reward.open_clip import CONFIG_FILE
 from prefmill.families.reward.published import MED_CONFIG, open_published
 from prefmill.families.reward.scoring import open_scorer
-from prefmill.families.reward.train import load_clip
+from prefmill.families.reward.train import load_clip, load_processor
 from stages.train_reward import TrainRewardConfig
 
 PROMPTS = ["a red square on the left", "two green lines", "a blue circle"]
@@ -188,6 +189,63 @@ def test_laions_clip_in_hugging_faces_form_starts_a_reward_model(clip: Path, tmp
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"model_cfg": open_clip.CONFIG, "preprocess_cfg": {}}))
     loaded = load_clip(str(tmp_path), validate(TrainRewardConfig, {})).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: rewritten(folder, lambda state: {k: v for k, v in state.items() if name not in k})
+
+
+def cut(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+
+
+def wordless(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def headless(folder: Path) -> None:
+    """A vision tower as such, which is what an aesthetics predictor reads with."""
+    from transformers import CLIPModel, CLIPVisionModelWithProjection
+
+    CLIPVisionModelWithProjection(CLIPModel.from_pretrained(folder).config.vision_config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        # transformers draws what is missing, or reads a prompt as unknown words: other scores at every call.
+        (without("text_projection"), "text_projection.weight: not in the files"),
+        (without("text_model"), "not in the files"),
+        (lambda folder: rewritten(folder, lambda s: {f"model.{k}": v for k, v in s.items()}), "not in the files"),
+        (lambda folder: rewritten(folder, lambda s: {k: v[:-1] if v.dim() else v for k, v in s.items()}), "of shape"),
+        (wordless, "a tokenizer without words"),
+        # The embedding's first number was the score.
+        (headless, r"no scorer of images here[\s\S]*no layers to one score"),
+        (cut, "cannot load the scorer"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot load the scorer"),
+    ],
+)  # fmt: skip
+def test_a_scorer_that_is_not_whole_never_scores(
+    change: Callable[[Path], object], said: str, clip: Path, images: list[Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(clip, tmp_path / "scorer"))
+    open_scorer(folder)(PROMPTS, images)
+    change(folder)
+    with pytest.raises(InputError, match=said):
+        open_scorer(folder)(PROMPTS, images)
+
+
+def test_a_reward_model_is_not_trained_with_a_tokenizer_that_knows_no_word(clip: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip, tmp_path / "clip"))
+    wordless(folder)
+    with pytest.raises(InputError, match="a tokenizer without words"):
+        load_processor(str(folder), None)
 
 
 def test_what_is_no_scorer_is_said(clip: Path, tmp_path: Path) -> None:
