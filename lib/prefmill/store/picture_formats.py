@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+from typing import BinaryIO
 
 # By Pillow's name, with the suffix that a copy gets. A phone's MPO opens as JPEG.
 FORMATS = {
@@ -19,8 +21,9 @@ _NAMES = {
     rb"qoif": "QOI", rb"DDS ": "DDS", rb"v/1\x01": "OpenEXR", rb"#\?R": "Radiance HDR",
     rb"....ftyp(?!avi[fs])|\x1aE\xdf\xa3": "a video",
 }  # fmt: skip
-# Primaries and transfer functions by their numbers in ITU-T H.273.
-_SRGB = {(1, 13), (1, 1), (1, 6)}  # with BT.709's curve too, which browsers show as sRGB's
+# By their numbers in ITU-T H.273; 2 says nothing, and browsers show BT.709's curve as sRGB's.
+_SRGB_PRIMARIES, _SRGB_CURVES = {1, 2}, {1, 2, 6, 13}
+_META = 1 << 16  # bytes of an AVIF, its boxes before the picture
 _COLOURS = {(12, 13): "Display P3", (9, 16): "HDR, PQ", (9, 18): "HDR, HLG", (12, 16): "HDR, PQ"}
 _NO_PICTURES = {
     rb"(?i)\s*<(!doctype html|html)": ("an HTML page", "get the file again: a page was saved in its place"),
@@ -47,8 +50,23 @@ def _starts(pattern: bytes, head: bytes) -> bool:
     return re.match(pattern, head, re.DOTALL) is not None
 
 
-def coded_colours(head: bytes) -> str | None:
-    """What a PNG's cICP chunk says of its colours where that is not sRGB; Pillow passes the chunk over."""
-    found = re.search(rb"cICP(.)(.)", head.partition(b"IDAT")[0], re.DOTALL)
-    codes = (found[1][0], found[2][0]) if found else (1, 13)
-    return None if codes in _SRGB else f"cICP {codes[0]}, {codes[1]}: {_COLOURS.get(codes, 'other than sRGB')}"
+def coded_colours(stream: BinaryIO) -> str | None:
+    """What a PNG or an AVIF says of its colours by number, where that is not sRGB; Pillow passes the numbers over."""
+    primaries, curve = _coded(stream) or (1, 13)
+    if primaries in _SRGB_PRIMARIES and curve in _SRGB_CURVES:
+        return None
+    return f"colours {primaries}, {curve}: {_COLOURS.get((primaries, curve), 'other than sRGB')}"
+
+
+def _coded(stream: BinaryIO) -> tuple[int, int] | None:
+    """The two numbers of a PNG's chunk cICP or an AVIF's box nclx."""
+    if stream.read(8) != b"\x89PNG\r\n\x1a\n":
+        found = re.search(rb"colrnclx\0(.)\0(.)", stream.read(_META), re.DOTALL)
+        return (found[1][0], found[2][0]) if found else None
+    # From chunk to chunk: a generator's settings may stand before it, of any length and with any text.
+    while len(head := stream.read(8)) == 8 and (kind := head[4:]) != b"IDAT":
+        if kind == b"cICP":
+            codes = stream.read(2)
+            return (codes[0], codes[1]) if len(codes) == 2 else None
+        stream.seek(int.from_bytes(head[:4]) + 4, io.SEEK_CUR)
+    return None

@@ -7,7 +7,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from prefmill.core.errors import InputError
 from prefmill.store.picture_formats import FORMATS, HEAD, READ, coded_colours, format_of, is_ours, other_content
@@ -15,11 +15,15 @@ from prefmill.store.picture_formats import FORMATS, HEAD, READ, coded_colours, f
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DECODER = 3  # raised where pictures become other arrays than before: what was computed of them is not taken again
+DECODER = 4  # raised where pictures become other arrays than before: what was computed of them is not taken again
 MAX_PIXELS = 40_000_000  # a file of some kilobytes can claim more than a machine's memory holds
 _ROUNDING = 2  # of 255: between sRGB profiles of several makers; the same picture with and without one stays the same
 _UNSCALED = ("I", "F")  # 32-bit integers and floats: nothing in the file says which value is white
 _PLAIN = {"PNG", "JPEG", "WEBP"}
+_CODED = {"PNG", "AVIF"}  # formats that may say their colours by numbers
+# Pillow gives a PNG's transparent colour in the file's depth, and the pixels in 8 bits.
+_CLEAR_AS = {"L;2": lambda value: value * 85, "L;4": lambda value: value * 17, "RGB;16B": lambda value: value >> 8}
+_PHOTOMETRIC = 262  # TIFF 6.0, page 37: 0 is white
 _OPENED_AS = [name for name in FORMATS if name != "MPO"]  # found behind JPEG
 _NEW_SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF 6.0, page 36; DNG 1.4, page 22
 _AGAIN = "make the image again, or take the row out"
@@ -124,21 +128,32 @@ def _opened(source: str | Path | io.BytesIO, where: object, max_pixels: int = MA
     if image.format == "TIFF" and _is_raw(image, source):
         raise _other_format("a camera's raw file", where)
     # With a profile beside it both say the same, and the profile is read.
-    if image.format == "PNG" and "icc_profile" not in image.info and (colours := coded_colours(_head(source))):
+    if image.format in _CODED and "icc_profile" not in image.info and (colours := _coded_colours(source)):
         raise ImageError(
             "an image in colours that are not read", where=where, got=colours, expected="sRGB, or an ICC profile",
             fix="convert it to sRGB",
         )  # fmt: skip
     if image.width * image.height > max_pixels:
         raise _too_large(f"{image.width} x {image.height} pixels", where, max_pixels)
+    if image.format == "PNG" and image.tile and (scale := _CLEAR_AS.get(str(image.tile[0].args))):
+        clear = image.info.get("transparency")
+        if clear is not None:
+            image.info["transparency"] = tuple(map(scale, clear)) if isinstance(clear, tuple) else scale(clear)
     return image
 
 
+def _bytes_of(source: str | Path | io.BytesIO) -> BinaryIO:
+    return io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else Path(source).open("rb")
+
+
 def _head(source: str | Path | io.BytesIO) -> bytes:
-    if isinstance(source, io.BytesIO):
-        return source.getvalue()[:HEAD]
-    with Path(source).open("rb") as stream:
+    with _bytes_of(source) as stream:
         return stream.read(HEAD)
+
+
+def _coded_colours(source: str | Path | io.BytesIO) -> str | None:
+    with _bytes_of(source) as stream:
+        return coded_colours(stream)
 
 
 def _is_raw(image: Any, source: str | Path | io.BytesIO) -> bool:
@@ -186,7 +201,7 @@ def _in_srgb(image: Image) -> Image:
 
 
 def _eight_bits(image: Image) -> Image:
-    """Pillow's own conversion of 16-bit grey cuts every value over 255 to white."""
+    """Pillow's own conversion of 16-bit grey cuts every value over 255 to white; profile and transparency stay."""
     if not image.mode.startswith("I;16"):
         return image
     import numpy as np
@@ -194,7 +209,11 @@ def _eight_bits(image: Image) -> Image:
 
     values = np.asarray(image).astype(np.uint32)
     # In 32 bits, as 16 cannot hold the product; the half of 65535 that is added makes the division round.
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    grey.info |= {key: value for key, value in image.info.items() if key == "icc_profile"}
+    return grey
 
 
 def _is_plain(image: Image) -> bool:
@@ -212,9 +231,11 @@ def _orientation(image: Image) -> int:
 
 
 def _require_scale(image: Image, where: object) -> None:
-    if image.mode in _UNSCALED:
+    turned = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(_PHOTOMETRIC) == 0
+    if image.mode in _UNSCALED or turned:
         raise ImageError(
-            "an image without a scale", where=where, got=f"32-bit values, mode {image.mode}",
+            "an image without a scale", where=where,
+            got="16 bits, 0 is white" if turned else f"32-bit values, mode {image.mode}",
             expected="8 or 16 bits a channel", fix="save it with 8 bits a channel",
         )  # fmt: skip
 

@@ -170,12 +170,87 @@ def test_colours_that_a_browser_shows_and_pillow_passes_over_are_refused(
 ) -> None:
     """PNG's cICP chunk (third edition, 11.3.2.6; numbers of ITU-T H.273): raters saw what no model reads."""
     plain = saved(tmp_path / "plain.png", colours()).read_bytes()
-    body = b"cICP" + bytes([*codes, 0, 1])
+    # Behind what a generator writes of its settings, which is long and may hold any word.
+    before = chunk(b"tEXt", b"workflow\0" + b"cICP\x09\x10 " * 500) + chunk(b"cICP", bytes([*codes, 0, 1]))
     place, file = plain.index(b"IDAT") - 4, tmp_path / "coded.png"
-    file.write_bytes(plain[:place] + struct.pack(">I", 4) + body + struct.pack(">I", zlib.crc32(body)) + plain[place:])
+    file.write_bytes(plain[:place] + before + plain[place:])
     if told is None:
         assert np.array_equal(np.asarray(open_image(file)), np.asarray(open_image(tmp_path / "plain.png")))
         return
     for read in (open_image, shown_bytes, inspect_image, image_size):
-        with pytest.raises(ImageError, match=rf"colours that are not read[\s\S]*cICP {codes[0]}, {codes[1]}: {told}"):
+        with pytest.raises(
+            ImageError, match=rf"colours that are not read[\s\S]*colours {codes[0]}, {codes[1]}: {told}"
+        ):
             read(file)
+
+
+@pytest.mark.parametrize(("codes", "said"), [((9, 16), "HDR, PQ"), ((12, 13), "Display P3"), ((2, 2), None)])
+def test_an_avif_says_its_colours_by_the_same_numbers(tmp_path: Path, codes: tuple[int, int], said: str | None) -> None:
+    file = saved(tmp_path / "a.avif", colours(), quality=90)
+    plain, data = np.asarray(open_image(file)), file.read_bytes()
+    place = data.index(b"colrnclx") + 8
+    assert struct.unpack_from(">HH", data, place) == (1, 13)  # as Pillow writes it
+    file.write_bytes(data[:place] + struct.pack(">HH", *codes) + data[place + 4 :])
+    if said is None:
+        assert np.array_equal(np.asarray(open_image(file)), plain)
+    else:
+        with pytest.raises(ImageError, match=rf"colours that are not read[\s\S]*{said}"):
+            open_image(file)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(depth: int, colour: int, rows: list[bytes], *more: bytes) -> bytes:
+    """A PNG of 8 columns, by its specification (third edition, 11.2): Pillow writes few depths."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, len(rows), depth, colour, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "rows", "clear", "levels"),
+    [
+        # Rows of two levels each, the second one transparent: its colour is in the depth of the file (11.3.1.1).
+        (2, 0, [b"\xaa\xaa", b"\x55\x55"], b"\0\1", (170, 255)),
+        (4, 0, [b"\xaa" * 4, b"\x55" * 4], b"\0\5", (170, 255)),
+        (16, 0, [b"\xaa\xaa" * 8, b"\x12\x34" * 8], b"\x12\x34", (170, 255)),
+        (16, 2, [b"\xaa" * 48, b"\x12\x34\x56\x78\x9a\xbc" * 8], b"\x12\x34\x56\x78\x9a\xbc", (170, 255)),
+        # Only that value: its neighbour, which is the same in 8 bits, is not transparent.
+        (16, 0, [b"\xaa\xaa" * 8, b"\x12\x33" * 8], b"\x12\x34", (170, 18)),
+    ],
+)  # fmt: skip
+def test_a_transparent_colour_is_white_at_every_depth(
+    tmp_path: Path, depth: int, colour: int, rows: list[bytes], clear: bytes, levels: tuple[int, int]
+) -> None:
+    (tmp_path / "a.png").write_bytes(png(depth, colour, rows, chunk(b"tRNS", clear)))
+    inspect_image(tmp_path / "a.png")
+    assert [open_image(tmp_path / "a.png").getpixel((3, y)) for y in (0, 1)] == [(level,) * 3 for level in levels]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bits_of_grey_keep_their_profile(tmp_path: Path, name: str) -> None:
+    """A profile of grey as printers have it (ICC.1:2010, 9.2.1: a curve alone): the same as in 8 bits."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)  # gamma 1
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in D50))
+    table = struct.pack(">I", 2) + b"wtpt" + struct.pack(">II", 156, 20) + b"kTRC" + struct.pack(">II", 176, len(curve))
+    head = struct.pack(">I4xI", 176 + len(curve), 0x04000000) + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28)
+    profile = (head + white[8:]).ljust(128, b"\0") + table + white + curve
+    levels = np.arange(256, dtype=np.uint16)[None].repeat(8, 0)
+    linear = levels[0] / 255
+    as_srgb = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    for values in (levels.astype(np.uint8), levels * 257):
+        shown = np.asarray(open_image(saved(tmp_path / name, Image.fromarray(values), icc_profile=profile)))[0, :, 0]
+        assert np.abs(shown - as_srgb)[20:].max() < 1.5
+
+
+def test_a_tiff_of_16_bits_whose_zero_is_white_is_refused(tmp_path: Path) -> None:
+    """Pillow turns 8 bits round and leaves 16: every stage would read a negative."""
+    tags = [(256, 3, 4), (257, 3, 2), (258, 3, 16), (259, 3, 1), (262, 3, 0), (273, 4, 8), (278, 3, 2), (279, 4, 16)]
+    ifd = struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags
+    )
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 24) + bytes(16) + ifd + bytes(4))
+    with pytest.raises(ImageError, match=r"without a scale[\s\S]*0 is white"):
+        open_image(tmp_path / "a.tif")
