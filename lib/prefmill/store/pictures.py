@@ -230,7 +230,7 @@ def _orientation(image: Image) -> int:
     return found if found in range(1, 9) else 1
 
 
-def _require_scale(image: Image, where: object) -> None:
+def _require_scale(image: Any, where: object) -> None:
     turned = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(_PHOTOMETRIC) == 0
     if image.mode in _UNSCALED or turned:
         raise ImageError(

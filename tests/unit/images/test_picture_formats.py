@@ -248,9 +248,7 @@ def test_16_bits_of_grey_keep_their_profile(tmp_path: Path, name: str) -> None:
 def test_a_tiff_of_16_bits_whose_zero_is_white_is_refused(tmp_path: Path) -> None:
     """Pillow turns 8 bits round and leaves 16: every stage would read a negative."""
     tags = [(256, 3, 4), (257, 3, 2), (258, 3, 16), (259, 3, 1), (262, 3, 0), (273, 4, 8), (278, 3, 2), (279, 4, 16)]
-    ifd = struct.pack("<H", len(tags)) + b"".join(
-        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags
-    )
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag, 1, value) for *tag, value in tags)
     (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 24) + bytes(16) + ifd + bytes(4))
     with pytest.raises(ImageError, match=r"without a scale[\s\S]*0 is white"):
         open_image(tmp_path / "a.tif")
