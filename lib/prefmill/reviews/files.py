@@ -167,10 +167,19 @@ def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
         lines, header = chain([first], lines), 1
         # Sheets of countries with a decimal comma have semicolons.
         separator = max(",;\t", key=first.count)
-    reader = csv.DictReader(lines, restkey="", strict=True, delimiter=separator)
+    reader = csv.DictReader(lines, restkey="", strict=True, delimiter=separator, skipinitialspace=True)
     start = header + 1
     try:
-        _check_header(reader.fieldnames, path)
+        # pandas writes its row numbers without a name, and reads them by this one.
+        names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(reader.fieldnames or [])]
+        if len(set(names)) < len(names):
+            raise InputError(
+                "the header has a repeated column",
+                where=f"{path}:1",
+                got=", ".join(names),
+                fix="name every column once",
+            )
+        reader.fieldnames = names
         for values in reader:
             place = Place(source, str(path), start)
             # The reader knows only where a row ends, and a quoted cell may go over many lines.
@@ -248,14 +257,6 @@ def _read_text(path: Path) -> Generator[str]:
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
     return InputError("invalid UTF-8", where=f"{path}:{line}", got=error.reason, fix=_UTF8_FIX)
-
-
-def _check_header(names: Any, path: Path) -> None:
-    if names and (len(set(names)) < len(names) or not all(names)):
-        raise InputError(
-            "the header has an empty or repeated column", where=f"{path}:1", got=", ".join(names),
-            fix="name every column once",
-        )  # fmt: skip
 
 
 def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:

@@ -78,7 +78,7 @@ class IngestTally:
             f"{gone} papers with neither text nor abstract were left out, with their reviews": gone,
             f"{self.repeated} reviews were listed again, word for word, and count once": self.repeated,
             f"{self.older} notes have a newer version by their dates, which counts": self.older,
-            f"{self.deleted} reviews and papers were left out, as a later version is deleted": self.deleted,
+            f"{self.deleted} reviews, papers and decisions were left out, as a later version is deleted": self.deleted,
             f"{orphans} reviews of {len(self.orphans)} papers that are deleted or not in the sources were left out: "
             f"{_first_of(self.orphans)}": self.orphans,
             f"{self.html} reviews hold HTML, such as <br /> or &amp;, which models would learn: set html: true "

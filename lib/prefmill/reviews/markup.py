@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from html.entities import html5
 from typing import Any
 
 _BLOCKS = "p|br|div|li|ul|ol|blockquote|tr|h[1-6]"
@@ -11,13 +12,17 @@ _BLOCKS = "p|br|div|li|ul|ol|blockquote|tr|h[1-6]"
 _TAG = re.compile(
     rf"""</?(?:({_BLOCKS})|b|i|u|em|strong|span|a|sub|sup)(?:\s+[\w-]+=(?:"[^"]*"|'[^']*'))*\s*/?>""", re.IGNORECASE
 )
-_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{1,6}|#x[0-9a-f]{1,5});", re.IGNORECASE)
+_ENTITY = re.compile(r"&(#\d{1,6}|#[xX][0-9a-fA-F]{1,5}|\w+);")
 _BLANK = re.compile(r"[ \t]*\n\s*")
 
 
 def holds_html(text: str) -> bool:
     """Whether there are tags or entities of HTML in `text`."""
-    return ("<" in text and _TAG.search(text) is not None) or ("&" in text and _ENTITY.search(text) is not None)
+    return ("<" in text and _TAG.search(text) is not None) or ("&" in text and _holds_entity(text))
+
+
+def _holds_entity(text: str) -> bool:
+    return any(name.startswith("#") or f"{name};" in html5 for name in _ENTITY.findall(text))
 
 
 def without_html(value: Any) -> Any:

@@ -104,7 +104,7 @@ class OpenReviewSource(FileSource):
             return [DeletedRow(note_id, _date(values)), Skipped("deleted note")]
         if values.get("referent") not in (None, "", values.get("id")):  # API 1 lists what a note said before beside it
             return [Skipped("earlier version of a note")]
-        content = _content(values, wrapped=self.format == "openreview_v2")
+        content = _content(values)
         # In OpenReview a submission is its own forum; each reply has the submission's id there.
         if values.get("forum", values.get("id")) == values.get("id"):
             return self._paper(values, content, names)
@@ -148,7 +148,7 @@ class OpenReviewSource(FileSource):
         review = ReviewRow(
             review_id=parse_id(note.get("id"), "id", self.id_prefix),
             paper_id=self._paper_id(note),
-            text=required_text(_join(sections), "review"),
+            text=required_text(forms.as_sections(sections), "review"),
             rating=self.rating(rating),
             scale=self.written_scale,
             confidence=confidence,
@@ -161,7 +161,7 @@ class OpenReviewSource(FileSource):
     def _decision(self, note: Mapping[str, Any], content: Mapping[str, Any], names: set[str]) -> list[Item]:
         """The decision that a note brings, if it is of a kind that does."""
         for name in sorted(names & _RETRACTIONS.keys()):
-            return [DecisionRow(self._paper_id(note), _RETRACTIONS[name], date=_date(note))]
+            return [self._decision_row(note, _RETRACTIONS[name])]
         if not names & _lower(self.decision_invitations):
             return []
         said = _first({name.lower(): value for name, value in content.items()}, self.decision_fields)
@@ -174,8 +174,10 @@ class OpenReviewSource(FileSource):
                 "name the field in decision_fields of this source, fill it in, or remove the note",
             )
         decision, unknown = self.decision(said)
-        rank = 0 if by_chair else 2
-        return unknown if decision is None else [DecisionRow(self._paper_id(note), decision, rank, _date(note))]
+        return unknown if decision is None else [self._decision_row(note, decision, rank=0 if by_chair else 2)]
+
+    def _decision_row(self, note: Mapping[str, Any], decision: Decision, rank: int = 2) -> DecisionRow:
+        return DecisionRow(self._paper_id(note), decision, rank, _date(note), f"{self.id_prefix}{note.get('id')}")
 
     def _paper_id(self, note: Mapping[str, Any]) -> str:
         return parse_id(note.get("forum"), "forum", self.id_prefix)
@@ -223,19 +225,12 @@ def _invitation_names(note: Mapping[str, Any]) -> set[str]:
     return {str(item).rsplit("/", 1)[-1].lower() for item in invitations if item} - {"edit"}
 
 
-def _content(note: Mapping[str, Any], wrapped: bool) -> dict[str, Any]:
+def _content(note: Mapping[str, Any]) -> dict[str, Any]:
     """The note's content by field, unwrapped where API 2 wraps each value."""
     content = note.get("content")
     if not isinstance(content, dict):
         raise RowError("note without content", "dump whole notes, with id, forum, invitation(s) and content")
-    # Read in the wrong form, a note would lose its fields or have mappings for texts.
-    is_wrapped = any(isinstance(value, dict) and "value" in value for value in content.values())
-    if content and is_wrapped != wrapped:
-        right = "openreview_v2" if is_wrapped else "openreview_v1"
-        raise RowError(f"the content is in the form of {right}", f"set format: {right} for this source")
-    if not wrapped:
-        return content
-    # A value that stands bare among wrapped ones is read too; one that is hidden has its readers alone.
+    # Told by each value, as a dump may hold notes of both; a value that is hidden has its readers alone.
     return {name: value.get("value", _shown(value)) if isinstance(value, dict) else value
             for name, value in content.items()}  # fmt: skip
 
@@ -278,13 +273,6 @@ def _section(name: str, value: Any) -> str | None:
     if not all(isinstance(part, str) for part in parts):
         return None
     return "\n".join(filter(None, (clean_text(part, f"content.{name}") for part in parts)))
-
-
-def _join(sections: Mapping[str, str]) -> str:
-    # Older forms, such as ICLR's until 2021, have one text field, which needs no heading.
-    if len(sections) == 1:
-        return next(iter(sections.values()))
-    return "\n\n".join(f"## {name.replace('_', ' ').capitalize()}\n{text}" for name, text in sections.items())
 
 
 def _group(note: Mapping[str, Any]) -> str:

@@ -95,3 +95,11 @@ def _by_invitations(names: set[str]) -> Decision | None:
 def says_nothing(text: str) -> bool:
     """Whether a section's whole text is "N/A", "None", a dash, or a yes or no to a question that nobody sees here."""
     return len(text) < 50 and _NOTHING.fullmatch(text) is not None
+
+
+def as_sections(sections: Mapping[str, str]) -> str:
+    """A review's text of what stands in the fields of its form, a heading each."""
+    # Older forms, such as ICLR's until 2021, have one text field, which needs no heading.
+    if len(sections) == 1:
+        return next(iter(sections.values()))
+    return "\n\n".join(f"## {name.replace('_', ' ').capitalize()}\n{text}" for name, text in sections.items())

@@ -35,6 +35,7 @@ _SECOND_NUMBER = re.compile(
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
 _NUMBERS = (int, float)  # the types: to isinstance a bool is an int, and `true` would be a rating of 1
 _MAX_NUMBER = sys.float_info.max
+_FLOATS_SKIP = 2**53  # from here on, two whole numbers may be one float
 
 
 class RowError(ValueError):
@@ -88,6 +89,7 @@ class DecisionRow:
     decision: Decision
     rank: int = 2  # a decision's note; 1: the venue's own group as venueid; 0: a meta-review's recommendation
     date: float | None = None
+    note_id: str = ""  # of the note that says so: with it deleted, it is not said
 
 
 class ReviewRow(msgspec.Struct, frozen=True):
@@ -216,8 +218,9 @@ def parse_id(value: Any, name: str, prefix: str = "") -> str:
     """An id that can also name a file: text without spaces, slashes or control characters."""
     if isinstance(value, str) and _PLAIN_ID.fullmatch(value):
         return prefix + value
-    # bool is an int to isinstance, and `true` no id.
-    identifier = str(value) if type(value) is int else required_text(value, name)
+    # bool is an int to isinstance, and `true` no id. pandas makes floats of whole numbers where one is missing.
+    is_whole = type(value) is int or (type(value) is float and value.is_integer() and abs(value) < _FLOATS_SKIP)
+    identifier = f"{value:.0f}" if is_whole else required_text(value, name)
     if _NOT_IN_ID.search(identifier) or identifier.startswith(".") or len(identifier) > _MAX_ID_CHARS:
         raise RowError(
             f"{name} {excerpt(identifier)!r} cannot name a file",
@@ -232,7 +235,7 @@ def parse_score(value: Any, name: str) -> float:
     number = float(match[1]) if match else value
     if not is_number(number):
         raise RowError(f"{name} is not a number: {excerpt(repr(value))}", f"give {name} a number, or remove the row")
-    return float(number)
+    return float(number) + 0.0  # no -0, whose line in the corpus would be another than that of 0
 
 
 def is_number(value: Any) -> bool:
@@ -251,8 +254,6 @@ def parse_rating(
     """A rating within `scale`; `words` gives the number of a rating in words, `decimal_comma` reads 6,5 as 6.5."""
     if words and type(value) in _NUMBERS:
         value = words.get(f"{value:g}", value)
-    if type(value) in _NUMBERS and scale[0] <= value <= scale[1]:
-        return float(value)
     rating = parse_score(_as_number(value, scale, words or {}, decimal_comma), "rating")
     if not scale[0] <= rating <= scale[1]:
         raise RowError(
@@ -319,8 +320,10 @@ def parse_confidence(value: Any, words: Mapping[str, float] | None = None) -> fl
 
 
 def parse_decision(value: Any, words: Mapping[str, Decision] | None = None) -> Decision | Unknown | None:
-    """A decision in prefmill's words, in `words` or in a venue's; None where there is none."""
-    text = clean_text(value, "decision")
+    """A decision in prefmill's words, in `words` or in a venue's, or whether it was accepted; None for none."""
+    if isinstance(value, bool):
+        return "accepted" if value else "rejected"
+    text = clean_text(f"{value:g}" if type(value) in _NUMBERS else value, "decision")
     if not text:
         return None
     return (words or {}).get(word_key(text)) or decision_in(text) or Unknown("decision", text)

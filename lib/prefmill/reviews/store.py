@@ -30,13 +30,12 @@ CREATE TABLE papers (paper_id TEXT PRIMARY KEY, title TEXT, abstract TEXT, text 
 CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, json BLOB, rating REAL, rating_min REAL,
     rating_max REAL, date REAL, file INTEGER, line INTEGER, item TEXT);
 CREATE TABLE deleted (note_id TEXT PRIMARY KEY, date REAL);
-CREATE TABLE decisions (paper_id TEXT PRIMARY KEY, decision TEXT, rank INTEGER, date REAL, file INTEGER,
+CREATE TABLE decisions (note_id TEXT, paper_id TEXT, decision TEXT, rank INTEGER, date REAL, file INTEGER,
     line INTEGER, item TEXT);
 CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
 CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
 """
 _PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn, date"
-_NO_DECISION: Any = (-1, None, None, 0, None, None)
 _ADD_REVIEW = "INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -90,7 +89,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         if isinstance(item, ReviewRow):
             self._add_review(place, item)
         elif isinstance(item, DecisionRow):
-            self._add_decision(place, item)
+            values = (item.note_id, item.paper_id, item.decision, item.rank, item.date, *self._located(place))
+            self._database.execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
         elif isinstance(item, DeletedRow):
             query = "INSERT INTO deleted VALUES (?, ?) ON CONFLICT DO UPDATE SET date = max(date, excluded.date)"
             self._database.execute(query, (item.note_id, item.date))
@@ -140,10 +140,10 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         return next((row[0] for row in rows if row), None)
 
     def drop_deleted(self) -> None:
-        """Drop the reviews and papers of deleted notes; a version from after the deletion stands."""
+        """Drop what deleted notes said: reviews, papers and decisions; a version from after the deletion stands."""
         if not self.count("deleted"):  # every row would be looked at
             return
-        for table, key in (("reviews", "review_id"), ("papers", "paper_id")):
+        for table, key in (("reviews", "review_id"), ("papers", "paper_id"), ("decisions", "note_id")):
             # The first condition finds rows by their key, so that it costs as little as there are deleted notes.
             query = (
                 f"DELETE FROM {table} WHERE {key} IN (SELECT note_id FROM deleted) AND "  # noqa: S608 (our own names)
@@ -184,10 +184,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
                 yield RowProblem(
                     self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, ""
                 )
-        self._database.execute(
-            "UPDATE papers SET decision = d.decision FROM decisions d "
-            "WHERE papers.paper_id = d.paper_id AND papers.decision IS NULL"
-        )
+        yield from self._decide()
 
     def drop_unreviewed(self) -> int:
         """Drop the papers that have no review; returns how many."""
@@ -270,23 +267,32 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             "remove one of the two rows, or rename its id",
         )
 
-    def _add_decision(self, at: Place, row: DecisionRow) -> None:
-        query = "SELECT rank, decision, date, file, line, item FROM decisions WHERE paper_id = ?"
-        rank, earlier, date, *place = self._database.execute(query, (row.paper_id,)).fetchone() or _NO_DECISION
-        if row.rank < rank:
-            return
-        decision = row.decision if row.rank > rank else final(earlier, row.decision)
-        if decision is None and dates_differ(date, row.date):
-            self.num_older += 1
-            decision = row.decision if row.date > date else earlier
-        if decision is None:
-            raise RowError(
-                f"decision '{row.decision}', but '{earlier}' for the same paper at {self._place(*place).brief}",
-                "remove the one that does not hold",
-            )
-        newest = max(filter(None, (date, row.date)), default=None)
-        values = (row.paper_id, decision, row.rank, newest, *self._located(at))
-        self._database.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+    def _decide(self) -> Iterator[RowProblem]:
+        """Give papers that say none themselves the decision of their notes; those that contradict one are yielded."""
+        # Only now: a note may be deleted by one that is read later.
+        query = (
+            "SELECT paper_id, rank, decision, date, file, line, item FROM decisions "
+            "ORDER BY paper_id, rank DESC, rowid"
+        )  # fmt: skip
+        for paper_id, notes in groupby(self._database.execute(query).fetchall(), itemgetter(0)):
+            (_, highest, decision, date, *place), *others = notes
+            for _, rank, other, other_date, *other_place in others:
+                if rank < highest:
+                    break
+                stands = final(decision, other)
+                if stands is None and dates_differ(date, other_date):
+                    self.num_older += 1
+                    stands = other if other_date > date else decision
+                if stands is None:
+                    yield RowProblem(
+                        self._place(*other_place),
+                        f"decision '{other}', but '{decision}' for the same paper at {self._place(*place).brief}",
+                        "remove the one that does not hold", "",
+                    )  # fmt: skip
+                    continue
+                decision, date = stands, max(filter(None, (date, other_date)), default=None)
+            update = "UPDATE papers SET decision = ? WHERE paper_id = ? AND decision IS NULL"
+            self._database.execute(update, (decision, paper_id))
 
     def _replace(self, kept: PaperRow, dropped_id: str) -> None:
         query = "UPDATE reviews SET paper_id = :kept, json = moved(json, :kept) WHERE paper_id = :dropped"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import chain
 from typing import Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 from pydantic import Field, model_validator
 
 from prefmill.core.config import later
+from prefmill.core.files import digest_json
 from prefmill.reviews.decision_words import DECISIONS
-from prefmill.reviews.files import CSV, JSON_LINES, PlainRow, csv_rows, files_at, json_rows, none_is_plain
+from prefmill.reviews.files import CSV, JSON_LINES, PlainRow, as_row, csv_rows, files_at, json_rows, none_is_plain
 from prefmill.reviews.generated import generate
 from prefmill.reviews.rows import (
     Item,
@@ -28,17 +28,21 @@ from prefmill.reviews.rows import (
     begins_with_number,
     check_fields,
     clean_text,
+    excerpt,
     is_number,
     parse_id,
     parse_score,
     required_text,
 )
 from prefmill.reviews.source import FileSource, SourceConfig
+from prefmill.reviews.splits import title_key
 from prefmill.store.jsonl import may_repeat_keys
 
-REQUIRED_FIELDS = {"paper_id", "title", "review_id", "review_text", "rating"}
+REQUIRED_FIELDS = {"title", "review_text", "rating"}
 # decision_raw, the venue's own wording, is allowed beside the decision and not read.
-VALID_FIELDS = REQUIRED_FIELDS | {"abstract", "text", "decision", "decision_raw", "confidence", "venue", "sub_scores"}
+VALID_FIELDS = REQUIRED_FIELDS | {
+    "paper_id", "review_id", "abstract", "text", "decision", "decision_raw", "confidence", "venue", "sub_scores",
+}  # fmt: skip
 _PAPER_FIELDS = ("paper_id", "title", "abstract", "text", "decision", "venue")
 _SUB_SCORE_COLUMN = "sub_scores."
 # What pandas takes for a missing value in a table.
@@ -81,15 +85,23 @@ class _TableSource(FileSource):
 
 
 class JsonlSource(_TableSource):
-    """One JSON object a line, or a file that is an array of them, plain or packed, or one row of Parquet."""
+    """One JSON object a line, or a file that is an array of them, plain or packed, or one row of Parquet.
+
+    An object is a review with its paper, or a paper with a list `reviews` of objects.
+    """
 
     format: Literal["jsonl"]
 
     def rows(self, source: int) -> Iterator[RawRow | PlainRow | RowProblem]:
-        """The objects of each file."""
+        """The objects of each file, those of a paper once for each of its reviews."""
         means_otherwise = self.columns or self.html or self.rating_words or self.lower_is_better
         plain = none_is_plain if means_otherwise else _plain_reader(self)
-        return chain.from_iterable(json_rows(path, source, plain) for path in files_at(self.path, JSON_LINES))
+        for path in files_at(self.path, JSON_LINES):
+            for row in json_rows(path, source, plain):
+                if isinstance(row, RawRow) and isinstance(row.values.get("reviews"), list):
+                    yield from unfold(row)
+                else:
+                    yield row
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""
@@ -151,17 +163,39 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
     paper = _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)
     confidence, unknown = config.confidence(values.get("confidence"))
     scores, in_words = _sub_scores(values.get("sub_scores"))
+    text, rating = required_text(values["review_text"], "review_text"), config.rating(values["rating"])
+    review_id = values.get("review_id")
     review = ReviewRow(
-        review_id=parse_id(values["review_id"], "review_id", config.id_prefix),
+        # Else by what it says, so that it is the same wherever its row stands; the same words again count once.
+        review_id=parse_id(review_id, "review_id", config.id_prefix)
+        if review_id not in (None, "")
+        else f"{paper.paper_id}-{_digest([text, rating, confidence, scores])}",
         paper_id=paper.paper_id,
-        text=required_text(values["review_text"], "review_text"),
-        rating=config.rating(values["rating"]),
+        text=text,
+        rating=rating,
         scale=config.written_scale,
         confidence=confidence,
         venue=paper.venue,
         sub_scores=scores,
     )
     return [paper, review, *unknown, *in_words]
+
+
+def unfold(
+    row: RawRow, beside: Callable[[dict[str, Any], int], dict[str, Any]] = lambda paper, _: paper
+) -> Iterator[RawRow | RowProblem]:
+    """A paper's reviews, each with what stands `beside` it: by default what the row says of the paper."""
+    paper = {name: value for name, value in row.values.items() if name != "reviews"}
+    for index, entry in enumerate(row.values["reviews"]):
+        review = as_row(entry, replace(row.place, item=f"reviews[{index}]"))
+        if isinstance(review, RawRow):
+            more = beside(paper, index)
+            if both := sorted(more.keys() & review.values.keys()):
+                reason = f"'{both[0]}' stands in the paper and in its review"
+                yield RowProblem(review.place, reason, "rename one of the two, or leave it out", excerpt(entry))
+                continue
+            review.values.update(more)
+        yield review
 
 
 class _PlainFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -208,7 +242,7 @@ def _plain_reader(config: JsonlSource) -> Callable[[bytes], list[Item] | None]:
             review_id, text = parse_id(review_id, "review_id", prefix), required_text(review_text, "review_text")
             return [
                 paper,
-                ReviewRow(review_id, paper.paper_id, text, rating, confidence, paper.venue, scores, scale),
+                ReviewRow(review_id, paper.paper_id, text, rating + 0.0, confidence, paper.venue, scores, scale),
             ]
         except ValueError:  # a RowError as well: `row_items` says what is wrong
             return None
@@ -228,9 +262,13 @@ def _paper(said: list[Any], config: SourceConfig, drawn: bool) -> PaperRow:
     decision, unknown = config.decision(decided)
     if unknown:
         raise RowError(f"unknown {unknown[0]}", _DECISION_FIX)
+    title = required_text(title, "title")
     paper = PaperRow(
-        paper_id=parse_id(paper_id, "paper_id", config.id_prefix),
-        title=required_text(title, "title"),
+        # Two spellings of a title are one paper, so they have one id too.
+        paper_id=parse_id(
+            paper_id if paper_id not in (None, "") else _digest(title_key(title)), "paper_id", config.id_prefix
+        ),
+        title=title,
         abstract=clean_text(abstract, "abstract"),
         text=clean_text(text, "text"),
         decision=decision,
@@ -256,6 +294,10 @@ def _sub_scores(value: Any) -> tuple[dict[str, float], list[Item]]:
     in_words = {name for name, score in given if isinstance(score, str) and not begins_with_number(score)}
     scores = {name: parse_score(score, f"sub_scores.{name}") for name, score in given if name not in in_words}
     return scores, [Unknown("sub-score in words", name) for name in sorted(in_words)]
+
+
+def _digest(said: Any) -> str:
+    return digest_json(said)[:16]
 
 
 def _is_sub_score(name: str) -> bool:

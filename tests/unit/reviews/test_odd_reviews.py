@@ -97,12 +97,14 @@ def test_an_earlier_version_is_no_second_review_and_two_fields_of_one_name_are_a
     assert "one name" in problems[0].reason
 
 
-def test_peerreads_score_is_a_rating_and_null_no_id(tmp_path: Path) -> None:
+def test_peerreads_score_is_a_rating_and_a_null_id_is_made_of_the_title(tmp_path: Path) -> None:
     paper = {"id": "1", "title": "T", "reviews": [{"comments": "c", "SCORE": 4}]}
     items = items_of(source(format="peerread", path=write(tmp_path / "x.json", paper)))
     assert [item.rating for item in items if isinstance(item, ReviewRow)] == [4]
-    _, problems = read(source(format="peerread", path=write(tmp_path / "x.json", {**paper, "id": None})))
-    assert {problem.reason for problem in problems} == {"empty id"}
+    made, review = items_of(source(format="peerread", path=write(tmp_path / "x.json", {**paper, "id": None})))
+    assert isinstance(made, PaperRow)
+    assert isinstance(review, ReviewRow)
+    assert (made.paper_id, len(made.paper_id)) == (review.paper_id, 16)
 
 
 @pytest.mark.parametrize("chunk", [16, 23, 1 << 20])

@@ -47,7 +47,7 @@ V1_ITEMS = [
         {"correctness": 3.0},
     ),
     Skipped("official_comment"),
-    DecisionRow("f1", "accepted"),
+    DecisionRow("f1", "accepted", note_id="d1"),
     DeletedRow("r2", None),
     Skipped("deleted note"),
 ]
@@ -149,7 +149,6 @@ def test_openreview_v2_decision_from_the_venue(tmp_path: Path, venue: str, venue
 @pytest.mark.parametrize(
     ("note", "reason"),
     [
-        (V1_NOTES[1], "the content is in the form of openreview_v1"),
         ({"id": "x"}, "not a note: no invitation"),
         (v2_note("d", ["S/-/Decision"], {"comment": "?"}), "decision note without a decision"),
         (v2_note("r", ["S/-/Official_Review"], {"summary": "x"}), "review without a rating; its fields: summary"),

@@ -127,6 +127,7 @@ PEERREAD_ITEMS = [
     ReviewRow("104-r0", "104", "Sound.", 4.0, 3.0, "ACL 2017", {"clarity": 5.0}, (1.0, 5.0)),
     Skipped("meta-review"),
     Skipped("comment without a recommendation"),
+    PaperRow("104", "Parsing", "We parse.", "", "accepted", "ACL 2017"),
     ReviewRow("104-r3", "104", "Odd.", 2.0, None, "ACL 2017", {}, (1.0, 5.0)),
 ]
 
@@ -144,10 +145,10 @@ def test_peerread_problems_are_set_aside_one_by_one(tmp_path: Path) -> None:
     write(tmp_path / "105.json", '{"id": "105",\n"title" 3}')
     write(tmp_path / "106.json", {**PEERREAD, "id": "106", "surprise": 1})
     items, problems = read(source(format="peerread", path=tmp_path))
-    assert sum(isinstance(item, ReviewRow) for item in items) == 4  # those of 104 and, without its paper, of 106
+    assert [item.review_id for item in items if isinstance(item, ReviewRow)] == ["104-r1", "104-r4"]
     found = [(problem.place.brief, problem.reason) for problem in problems]
     assert found[:3] == [
-        ("104.json (reviews[0])", "empty comments"),
+        ("104.json (reviews[0])", "empty review_text"),
         ("104.json (reviews[5])", "not a JSON object but str"),
         ("104.json (reviews[6])", "missing in the review: comments"),
     ]

@@ -144,7 +144,8 @@ def test_ids_take_a_prefix() -> None:
     with pytest.raises(RowError, match="empty paper_id"):
         parse_id("", "paper_id")
     assert parse_id(12, "paper_id", "b") == "b12"
-    for value in (True, 12.0):
+    assert parse_id(12.0, "paper_id") == "12"  # as pandas writes it where another row has none
+    for value in (True, 12.5, 2.0**53):
         with pytest.raises(RowError, match="not text but"):
             parse_id(value, "paper_id")
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefmill.core.records import Decision
 from prefmill.reviews.rows import DecisionRow, DeletedRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.store import CorpusStore, StoredReview
 
@@ -120,13 +121,29 @@ def test_the_surest_decision_holds(store: CorpusStore) -> None:
 def test_decisions_that_contradict_are_refused_but_a_withdrawal_stands(store: CorpusStore) -> None:
     store.add(at(1), DecisionRow("a", "accepted"))
     store.add(at(2), DecisionRow("a", "accepted"))
-    with pytest.raises(RowError, match=r"decision 'rejected', but 'accepted' .* a\.jsonl:2"):
-        store.add(at(3), DecisionRow("a", "rejected"))
+    store.add(at(3), DecisionRow("a", "rejected"))
     store.add(at(4), DecisionRow("a", "withdrawn"))
     store.add(at(5), DecisionRow("a", "accepted"))
     store.add(at(6), PaperRow("a", "A"))
-    assert list(store.link()) == []
+    (problem,) = store.link()
+    assert problem.place == at(3)
+    assert problem.reason == "decision 'rejected', but 'accepted' for the same paper at a.jsonl:1"
     assert [paper.decision for _, paper, _ in store.papers()] == ["withdrawn"]
+
+
+@pytest.mark.parametrize("deleted", [("new", "rejected"), ("withdrawal", "withdrawn")])
+def test_a_decision_that_was_deleted_gives_way_to_the_one_before(
+    store: CorpusStore, deleted: tuple[str, Decision]
+) -> None:
+    note, decision = deleted
+    store.add(at(1), DeletedRow(note, 9))
+    store.add(at(2), DecisionRow("a", "accepted", date=1, note_id="old"))
+    store.add(at(3), DecisionRow("a", decision, date=3, note_id=note))
+    store.add(at(4), PaperRow("a", "A"))
+    store.drop_deleted()
+    assert list(store.link()) == []
+    assert [paper.decision for _, paper, _ in store.papers()] == ["accepted"]
+    assert store.num_deleted == 1
 
 
 def test_the_newest_version_counts_whatever_the_order(tmp_path: Path) -> None:
