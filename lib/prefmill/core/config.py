@@ -8,16 +8,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PosixPath
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
-from pydantic_core import CoreSchema, ErrorDetails, core_schema
+from pydantic_core import CoreSchema, core_schema
 
 from prefmill.core.aliases import aliases_in, without_sections
 from prefmill.core.errors import ConfigError, nearest
 from prefmill.core.files import digest_path
 from prefmill.core.revisions import require_hub_names
-from prefmill.core.unknown_keys import instead, keys_at, told_kinds
+from prefmill.core.unknown_keys import explain
+from prefmill.core.yaml_numbers import require_plain_numbers
 
 
 class StrictConfig(BaseModel):
@@ -33,6 +34,15 @@ class StrictConfig(BaseModel):
             inherited = (base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, StrictConfig))
             field.description = field.description or next((item.description for item in inherited if item), None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_word_is_a_list_of_one(cls, values: Any) -> Any:
+        """`loss_type: sigmoid` for `[sigmoid]`, as the files and flags of other trainers have it."""
+        if not isinstance(values, dict):
+            return values
+        listed = {name for name, field in cls.model_fields.items() if _lists_words(field.annotation)}
+        return {name: [given] if isinstance(given, str) and name in listed else given for name, given in values.items()}
+
     @model_validator(mode="after")
     def _revisions_are_of_the_hub(self) -> Self:
         require_hub_names(self)
@@ -45,6 +55,11 @@ class StrictConfig(BaseModel):
     def made_otherwise(self) -> dict[str, Any]:
         """Part of the identity beside the keys: what the same keys make now and did not make before."""
         return {}
+
+
+def _lists_words(annotation: Any) -> bool:
+    (item,) = get_args(annotation) if get_origin(annotation) is list else (None,)
+    return item is str or get_origin(item) is Literal
 
 
 COMMAND_LINE = "given on the command line"
@@ -120,6 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         # A reference may point at a key that an override is yet to set.
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        require_plain_numbers(path.read_text("utf-8-sig"), path)
     except FileNotFoundError:
         raise ConfigError(
             f"no such configuration file{_near(path)}", where=path,
@@ -185,8 +201,9 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
         resolved = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(
-            # OmegaConf's further lines are about its own objects.
-            "cannot merge the configuration", where=where, got=str(error).splitlines()[0],
+            # OmegaConf's further lines are about its own objects, YAML's first one names no place.
+            "cannot merge the configuration", where=where,
+            got=" ".join(str(error).split()) if isinstance(error, YAMLError) else str(error).splitlines()[0],
             fix="check the overrides and ${...} references",
         ) from None  # fmt: skip
     assert isinstance(resolved, dict)
@@ -200,8 +217,9 @@ def _with_its_lines(override: str) -> str:
     key, text = split_override(override)
     try:
         is_text = "\n" in text and isinstance(safe_load(text), str)
-    except YAMLError:
-        is_text = True
+        require_plain_numbers(text, COMMAND_LINE)
+    except YAMLError:  # `merge` says so of a line
+        is_text = "\n" in text
     return f"{key}={json.dumps(text, ensure_ascii=False)}" if is_text else override
 
 
@@ -239,7 +257,7 @@ def validate(
         # JSON mode keeps strictness while text may become a path and a list a tuple.
         return schema.model_validate_json(json.dumps(dict(values), default=str))
     except ValidationError as error:
-        problems = [_explain(schema, detail, origins) for detail in error.errors(include_url=False)]
+        problems = [explain(schema, detail, origins) for detail in error.errors(include_url=False)]
         raise ConfigError(
             f"invalid configuration ({schema.__name__})", where=where, got="\n".join(["", *problems]),
             fix="correct these keys where they are given; `--help` of a stage explains each of its keys",
@@ -294,20 +312,3 @@ def _identity_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_identity_value(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str, object]) -> str:
-    location = ".".join(str(part) for part in detail["loc"])
-    places = [origin for key, origin in origins.items() if f"{location}.".startswith(f"{key}.")]
-    place = f", {places[-1]}" if places else ""
-    if detail["type"] == "extra_forbidden":
-        hint = instead(str(detail["loc"][-1]), keys_at(schema, detail["loc"][:-1]))
-        return f"    {location}: unknown key{hint}{place}"
-    if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"    {location} = {detail['input']!r:.200}: {told_kinds(detail)}{place}"
-    if detail["type"] == "missing":
-        return f"    {location}: required, but not given"
-    # pydantic's own first words for what a validator of ours says.
-    said = detail["msg"].removeprefix("Value error, ")
-    # Of a whole configuration, the beginning says nothing: a validator names its keys.
-    return f"    {said}" if not detail["loc"] else f"    {location} = {detail['input']!r:.200}: {said}{place}"

@@ -1,10 +1,10 @@
-"""What is said of a key that a configuration does not have, and of a kind that a section cannot be."""
+"""What is said of keys that are wrong: unknown, missing, of another kind."""
 
 from __future__ import annotations
 
 import difflib
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -65,3 +65,28 @@ def _models_in(annotation: Any) -> Iterator[Any]:
         yield annotation
     for argument in get_args(annotation):
         yield from _models_in(argument)
+
+
+# JSON's array and object are YAML's list and mapping.
+_WORDS = {
+    "list_type": "Input should be a list, as in [a, b]",
+    "model_type": "Input should be keys with values, as in {key: value}",
+}
+
+
+def explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str, object]) -> str:
+    """What is wrong with a key in a line, with its value, and where it was given by `origins`."""
+    location = ".".join(str(part) for part in detail["loc"])
+    places = [origin for key, origin in origins.items() if f"{location}.".startswith(f"{key}.")]
+    place = f", {places[-1]}" if places else ""
+    if detail["type"] == "extra_forbidden":
+        hint = instead(str(detail["loc"][-1]), keys_at(schema, detail["loc"][:-1]))
+        return f"    {location}: unknown key{hint}{place}"
+    if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return f"    {location} = {detail['input']!r:.200}: {told_kinds(detail)}{place}"
+    if detail["type"] == "missing":
+        return f"    {location}: required, but not given"
+    # pydantic's own first words for what a validator of ours says.
+    said = _WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
+    # Of a whole configuration, the beginning says nothing: a validator names its keys.
+    return f"    {said}" if not detail["loc"] else f"    {location} = {detail['input']!r:.200}: {said}{place}"

@@ -45,7 +45,9 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
         "inputs": given.pop("inputs", {}),
         "processes": given.pop("processes", None),
     }
-    keys = ["{}.{}={}".format(stage, *split_override(item)) for item in overrides if item not in where]
+    # Under the stage's name too, as in a pipeline: `dpo.beta=0.2`.
+    given_keys = [item.removeprefix(f"{stage}.") for item in overrides if item not in where]
+    keys = ["{}.{}={}".format(stage, *split_override(item)) for item in given_keys]
     values = with_stage_keys({"name": stage, "stages": {stage: entry}, **given}, keys)
     pipeline = validate(PipelineFile, values, where="the command line")
     # Errors then name the command line as the place of a wrong key: there is no pipeline file here.

@@ -11,12 +11,20 @@ from prefmill.core.errors import ConfigError
 
 
 def joined(overrides: Sequence[str]) -> list[str]:
-    """Overrides with blanks around the sign put together: `dpo.beta = 0.2` is three words to a shell."""
+    """Overrides with blanks around the sign put together: `dpo.beta = 0.2` is three words to a shell.
+
+    Raises ConfigError for one without a value: the shell's variable is empty, and the next key is no value.
+    """
     words: list[str] = []
     for item in overrides:
         last = words[-1] if words else ""
-        goes_on = last and (("=" not in last and item.startswith("=")) or last.endswith("="))
-        words[-1:] = [words[-1] + item] if goes_on else [*words[-1:], item]
+        goes_on = "=" not in last and item.startswith("=") if "=" in item else last.endswith("=")
+        words[-1:] = [last + item] if last and goes_on else [*words[-1:], item]
+    if empty := [word for word in words if word.endswith("=") and word.count("=") == 1]:
+        raise ConfigError(
+            "an override without a value", where="the command line", got=empty[0],
+            fix=f"write {empty[0]}VALUE, or {empty[0]}null for none; is a variable of the shell empty?",
+        )  # fmt: skip
     return words
 
 

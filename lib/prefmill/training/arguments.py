@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
 PROJECT = "prefmill"  # in every tracker
 _SAME_NAME = (
-    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "max_grad_norm", "seed", "logging_steps", "save_steps", "save_total_limit",
+    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "weight_decay", "max_grad_norm", "seed", "logging_steps", "save_steps", "save_total_limit",
     "dataloader_num_workers", "ddp_timeout",
 )  # fmt: skip
 
@@ -88,8 +88,8 @@ def check_optimizer(trainer: Any) -> None:
 def _refused(error: Exception) -> ConfigError:
     return ConfigError(
         "the training's optimizer, schedule or another argument cannot be used here",
-        where="optim, lr_scheduler_type", got=" ".join(str(error).split())[:300],
-        fix="leave optim and lr_scheduler_type out, or give ones that need no package and no key beside them",
+        where="optim, lr_scheduler_type, lr_scheduler_kwargs", got=" ".join(str(error).split())[:300],
+        fix="correct lr_scheduler_kwargs, or leave it, lr_scheduler_type and optim out: they then need nothing",
     )  # fmt: skip
 
 

@@ -87,6 +87,9 @@ class TrainingConfig(StrictConfig):
         16, ge=1, description="rows per optimizer step over all ranks; accumulation is derived from it"
     )
     lr_scheduler_type: str = Field("cosine", description="transformers' name of the schedule")
+    lr_scheduler_kwargs: dict[str, Any] = later(
+        {}, description="of the schedule, such as {min_lr_rate: 0.1} of cosine_with_min_lr"
+    )
     warmup_steps: float = Field(0.0, ge=0, description="steps of warm-up, or below 1 their share of all steps")
     weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
@@ -164,6 +167,11 @@ class TrainingConfig(StrictConfig):
                 "deepspeed: configs/deepspeed/zero2.json, offload is deepspeed: configs/deepspeed/zero3_offload.json"
             )
         return given
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _none_of_them(cls, given: Any) -> Any:
+        return [] if given == ["none"] else given  # as transformers has it
 
     @model_validator(mode="after")
     def _one_strategy(self) -> TrainingConfig:

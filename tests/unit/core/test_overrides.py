@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from prefmill.core.config import merge
+from prefmill.core.config import load, merge, read_yaml
 from prefmill.core.errors import ConfigError
 from prefmill.pipeline.manual_submission import stage_plan
+from prefmill.pipeline.overrides import joined
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.training.config import LoraConfig, TrainingConfig
+from prefmill.training.preference_config import PreferenceConfig
 
 
 def test_a_dotted_key_is_set_alone_and_a_mapping_replaces_the_whole(tmp_path: Path) -> None:
@@ -59,3 +63,57 @@ def test_a_text_keeps_its_line_breaks_and_yaml_of_several_lines_is_read() -> Non
     for text in (template, "plain\nlines"):
         assert merge({}, [f"chat_template={text}"]) == {"chat_template": text}
     assert merge({}, ["lora=r: 4\nalpha: 8"]) == {"lora": {"r": 4, "alpha": 8}}
+
+
+@pytest.mark.parametrize("text", ["12:00:00", "1:30", "010", "-0_17", "1:30.5"])
+def test_a_number_in_base_60_or_8_is_no_number_here(tmp_path: Path, text: str) -> None:
+    """Slurm's 12:00:00 was 43200 minutes, a seed of 010 was 8, and nothing said so."""
+    read = yaml.safe_load(text)
+    assert isinstance(read, int | float)
+    (tmp_path / "x.yaml").write_text(f"keys: {{minutes: {text}}}  # 12:00\n")
+    for reading in (lambda: read_yaml(tmp_path / "x.yaml"), lambda: merge({}, [f"minutes={text}"])):
+        with pytest.raises(ConfigError, match=re.escape(f"{text}, which it takes for {read}")):
+            reading()
+    (tmp_path / "x.yaml").write_text(f"minutes: '{text}'\n")
+    assert read_yaml(tmp_path / "x.yaml") == merge({}, [f"minutes='{text}'"]) == {"minutes": text}
+
+
+def test_what_has_a_colon_or_a_zero_in_it_is_left_alone(tmp_path: Path) -> None:
+    texts = [
+        "0",
+        "0.5",
+        "2024-07-26",
+        "a:1:2",
+        "http://localhost:8000/v1",
+        "0x1f",
+        "1e-05",
+        "build_datasets:01",
+        "v0.10",
+    ]
+    (tmp_path / "x.yaml").write_text("keys: [" + ", ".join(texts) + "]\n")
+    assert len(read_yaml(tmp_path / "x.yaml")["keys"]) == len(texts)
+    assert merge({}, [f"key={texts[4]}"]) == {"key": texts[4]}
+
+
+@pytest.mark.parametrize("words", [["run=", "sft.seed=3"], ["sft.seed=3", "workspace="], ["run", "=", "sft.seed=3"]])
+def test_an_empty_variable_of_the_shell_takes_no_other_key_as_its_value(words: list[str]) -> None:
+    """`workspace=$WORK run=mine` with $WORK unset wrote all into a new folder `run=mine`."""
+    with pytest.raises(ConfigError, match="an override without a value"):
+        joined(words)
+
+
+def test_a_word_is_a_list_of_one() -> None:
+    keys = {"learning_rate": 1e-4}
+    for word, key in (("sigmoid", "loss_type"), ("wandb", "report_to")):
+        assert load(PreferenceConfig, keys, [f"{key}={word}"]) == load(PreferenceConfig, keys, [f"{key}=[{word}]"])
+    assert load(PreferenceConfig, keys, ["report_to=none"]).report_to == []
+    with pytest.raises(ConfigError, match="no objective 'sigmod'"):
+        load(PreferenceConfig, keys, ["loss_type=sigmod"])
+    with pytest.raises(ConfigError, match=r"loss_type = 5: Input should be a list, as in \[a, b\]"):
+        load(PreferenceConfig, keys, ["loss_type=5"])
+
+
+def test_a_stage_by_hand_takes_its_keys_as_a_pipeline_does() -> None:
+    inputs = ["inputs.datasets=d", "inputs.policy=p"]
+    (plain, named) = (stage_plan("dpo", [f"{name}beta=0.2", *inputs])[0].tasks[0] for name in ("", "dpo."))
+    assert named.config == plain.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from prefmill.core.stage import Task, load_stage
 from prefmill.pipeline.subprocess_runner import allocator
 from prefmill.store.jsonl import write_jsonl
 from prefmill.training.arguments import trainer_arguments
+from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.config import TrainingConfig
 from tests.tiny import pair_rows
 from tests.unit.training.test_group_training import SMALL, curve, train
@@ -61,6 +63,20 @@ def test_a_key_reaches_the_trainer(keys: dict[str, Any], name: str, value: Any, 
 def test_an_unknown_optimizer_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such optimizer \(did you mean 'adamw_torch'\?\)"):
         arguments(tmp_path, optim="adamw_torhc")
+
+
+def test_a_schedule_takes_its_keys(tmp_path: Path, tiny_qwen2: Path) -> None:
+    """The formula of `cosine_with_min_lr`: rate (m + (1 - m) (1 + cos(pi k / N)) / 2)."""
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    keys = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}}
+    steps = train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", **keys)["steps"]
+    rates = [row["learning_rate"] for row in read_curve(tmp_path / "logs" / STEPS) if "learning_rate" in row]
+    expected = [1e-3 * (0.5 + 0.25 * (1 + math.cos(math.pi * step / steps))) for step in range(steps)]
+    assert rates == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ConfigError, match="min_rate"):
+        train(
+            tmp_path / "wrong", tiny_qwen2, tmp_path / "pairs.jsonl", **keys | {"lr_scheduler_kwargs": {"min_rate": 1}}
+        )
 
 
 @pytest.mark.parametrize(
