@@ -27,7 +27,7 @@ _SAME_NAME: Mapping[str, type | tuple[type, ...]] = {
     "model_name_or_path": str, "trust_remote_code": bool, "learning_rate": float, "lr_scheduler_type": str,
     "weight_decay": float, "max_grad_norm": float, "seed": int, "optim": str,
     "logging_steps": int, "save_steps": int, "save_total_limit": int, "dataloader_num_workers": int, "deepspeed": str,
-    "ddp_timeout": int,
+    "ddp_timeout": int, "lr_scheduler_kwargs": dict,
 }  # fmt: skip
 # LLaMA-Factory's ipo divides log-likelihoods by their lengths, as ipo_mean does.
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo_mean", "simpo": "simpo"}

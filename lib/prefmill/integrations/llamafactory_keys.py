@@ -30,7 +30,7 @@ TAKEN: Mapping[str, str] = {
     "enable_liger_kernel": "of sft: use_liger_kernel", "deepspeed": "deepspeed", "fsdp": "fsdp",
     "ddp_timeout": "ddp_timeout", "logging_steps": "logging_steps", "save_steps": "save_steps",
     "save_total_limit": "save_total_limit", "dataloader_num_workers": "dataloader_num_workers",
-    "report_to": "report_to",
+    "report_to": "report_to", "lr_scheduler_kwargs": "lr_scheduler_kwargs",
 }  # fmt: skip
 
 _SAVED = "where and how to save is prefmill's own"

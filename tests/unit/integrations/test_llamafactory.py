@@ -99,6 +99,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "learning_rate": ({"learning_rate": 1}, {"learning_rate": 1.0}),
     "num_train_epochs": ({"num_train_epochs": 2.0}, {"num_train_epochs": 2}),
     "lr_scheduler_type": ({"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant"}),
+    "lr_scheduler_kwargs": ({"lr_scheduler_kwargs": {"min_lr": 1e-6}}, {"lr_scheduler_kwargs": {"min_lr": 1e-6}}),
     "warmup_ratio": ({"warmup_ratio": 0.1}, {"warmup_steps": 0.1}),
     "warmup_steps": ({"warmup_ratio": 0.1, "warmup_steps": 7}, {"warmup_steps": 7.0}),
     "weight_decay": ({"weight_decay": 0.1}, {"weight_decay": 0.1}),
