@@ -31,6 +31,17 @@ REFUSED = {
     "lora_r": "write lora.r", "lora_rank": "write lora.r", "lora_alpha": "write lora.alpha",
     "lora_target": "write lora.target_modules", "use_dora": "write lora.use_dora",
     "template": "the model's own chat template is used", "batch_size": "write engine.reviews_in_flight",
+    "lora_target_modules": "write lora.target_modules", "use_peft": "write lora: {r: 16, alpha: 32}",
+    "lora_dropout": "adapters are trained without dropout, in which policy and reference would differ",
+    "load_in_4bit": "write quantization: 4bit", "dtype": "write precision", "torch_dtype": "write precision",
+    "max_steps": "num_train_epochs and the rows say how many steps there are; max_rows takes fewer rows",
+    "eval_strategy": "held-out rows are evaluated at the end of every epoch",
+    "eval_steps": "held-out rows are evaluated at the end of every epoch",
+    "per_device_eval_batch_size": "evaluation takes per_device_train_batch_size too",
+    "resume_from_checkpoint": "the same command resumes by itself; --force begins anew",
+    "max_prompt_length": "max_length is of prompt and answer together, and nothing is cut",
+    "max_completion_length": "max_length is of prompt and answer together, and nothing is cut",
+    "precompute_ref_log_probs": "the reference is scored before the first step, and kept",
     "report": "write report_to", "logging_dir": "logs are logs/RUN/STAGE/TASK", "run_name": "give run=NAME",
 }  # fmt: skip
 

@@ -69,6 +69,7 @@ def _models_in(annotation: Any) -> Iterator[Any]:
 
 # JSON's array and object are YAML's list and mapping.
 _WORDS = {
+    "string_type": "Input should be a text: put it in quotes (on the command line in two kinds: key='\"1\"')",
     "list_type": "Input should be a list, as in [a, b]",
     "model_type": "Input should be keys with values, as in {key: value}",
 }

@@ -45,6 +45,11 @@ class PipelineFile(StrictConfig):
 
     _overridden: frozenset[str] = PrivateAttr(frozenset())  # STAGE.KEY of the command line, to name it in errors
 
+    @field_validator("name", "run", mode="before")
+    @classmethod
+    def _may_be_a_number(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value  # `run=1`, which YAML reads as one
+
     @field_validator("name", "run")
     @classmethod
     def _is_a_folder_name(cls, value: str | None, info: ValidationInfo) -> str | None:

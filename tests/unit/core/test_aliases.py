@@ -45,7 +45,9 @@ def test_every_alias_leads_to_a_key_of_some_stage_and_no_refused_key_hides_one()
     assert {key for key in REFUSED if key in fields["sft"]} == set()
 
 
-@pytest.mark.parametrize("key", ["gradient_accumulation_steps", "bf16", "lora_r", "mount_dir"])
+@pytest.mark.parametrize(
+    "key", ["gradient_accumulation_steps", "bf16", "lora_r", "mount_dir", "max_steps", "eval_steps", "dtype"]
+)
 def test_a_refused_key_is_answered_with_the_right_one(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(DpoConfig, {key: 1})

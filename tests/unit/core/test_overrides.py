@@ -117,3 +117,13 @@ def test_a_stage_by_hand_takes_its_keys_as_a_pipeline_does() -> None:
     inputs = ["inputs.datasets=d", "inputs.policy=p"]
     (plain, named) = (stage_plan("dpo", [f"{name}beta=0.2", *inputs])[0].tasks[0] for name in ("", "dpo."))
     assert named.config == plain.config
+
+
+def test_a_run_may_be_called_by_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("name: 2024\nstages: {ingest_reviews: {}}\n")
+    assert (read_pipeline(path, ["run=1"]).run, read_pipeline(path).name) == ("1", "2024")
+    with pytest.raises(ConfigError, match=r"revision = 1234567: Input should be a text: put it in quotes"):
+        load(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1}, ["revision=1234567"])
+    with pytest.raises(ConfigError, match="is not given"):  # read as the text that it is
+        load(TrainingConfig, {"learning_rate": 1, "num_train_epochs": 1}, ["revision='1234567'"])
