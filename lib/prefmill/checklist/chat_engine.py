@@ -14,7 +14,7 @@ from prefmill.checklist.engine import ChatConfig, Outcome
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import Read, ReviewRequest
 from prefmill.checklist.prompts import NO, YES, plain_prompt
-from prefmill.checklist.server_engine import ServerEngine, as_logp, count_in
+from prefmill.checklist.server_engine import ServerEngine, as_logp, count_in, is_nothing
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review
 
@@ -112,8 +112,11 @@ class ChatEngine(ServerEngine):
     def _read(self, tokens: Sequence[_Token]) -> Read:
         found = [(_word(token.token), as_logp(token.logprob)) for token in tokens]
         shares = [(word, math.exp(logp)) for word, logp in found if logp is not None]
-        # Of -9999 and the like the share is 0; without a number nobody knows how much an answer has.
-        unknown = [token for token in tokens if token.logprob is None and _word(token.token) in _ANSWERS]
+        # Without a number, as with NaN, nobody knows how much an answer has.
+        known = [as_logp(token.logprob) is not None or is_nothing(token.logprob) for token in tokens]
+        unknown = [
+            token for token, said in zip(tokens, known, strict=True) if not said and _word(token.token) in _ANSWERS
+        ]
         # Different tokens share 1 at most: a server that writes 0 for each would give every one probability 1.
         if unknown or not shares or sum(share for _, share in shares) > 1.01:
             raise InputError(

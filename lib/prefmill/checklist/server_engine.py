@@ -119,6 +119,11 @@ def as_logp(value: Any) -> float | None:
     return min(0.0, float(value)) if _NO_LOGP < value <= _ABOVE_ZERO else None
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether a log-probability is minus infinity, or what servers write for it: a token that cannot be."""
+    return type(value) in (int, float) and value <= _NO_LOGP
+
+
 def count_in(content: Any, *path: str) -> int | None:
     """The whole number at `path` of an answer; None where there is none, as servers need not count."""
     for name in path:

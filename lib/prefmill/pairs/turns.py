@@ -19,7 +19,8 @@ Turn = dict[str, Any]
 Answer = str | Turn  # text alone, or a whole turn where that has more than text
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "assistant": "assistant", "ai": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
 _OF_TOOLS = ("name", "tool_call_id")
@@ -68,6 +69,8 @@ def as_turn(message: Any, what: str, tags: Mapping[str, str]) -> tuple[Turn, lis
     roles = {
         tags[name]: ROLES[name] for name in ("user", "assistant", "system", "observation") if name in tags
     } or ROLES
+    if roles is ROLES and isinstance(said, str):
+        said = said.lower()
     known = isinstance(said, str) and said in roles
     turn: Turn = {"role": roles[str(said)], **_beside(message, what)} if known else {}
     if not turn or (content_key not in message and "tool_calls" not in turn):
@@ -151,7 +154,7 @@ def place_images(prompt: Chat, row: Mapping[str, Any]) -> tuple[list[Turn], tupl
     # A table has the column in every row, and null where a row has no image.
     columns = [row[key] for key in ("images", "image") if key in row]
     column = next((value for value in columns if value is not None), None)
-    listed = list(column) if isinstance(column, (list, tuple)) else [] if column is None else [column]
+    listed = [image for image in (column if isinstance(column, (list, tuple)) else [column]) if image not in (None, "")]
     # TRL's image parts only hold a place: their pictures are in the column.
     images = [image for image in prompt.images if image is not None]
     if images and listed:
@@ -174,20 +177,22 @@ def place_images(prompt: Chat, row: Mapping[str, Any]) -> tuple[list[Turn], tupl
 
 
 def parse_dialogue(text: str, what: str) -> list[Turn]:
-    r"""The turns of a transcript of `\n\nHuman: ...\n\nAssistant: ...`; raises BadRowError where it is none."""
-    pieces = _SPEAKER.split(text)
-    if len(pieces) < 3 or pieces[0].strip():
+    r"""The turns of a transcript of `\n\nHuman: ...\n\nAssistant: ...`; raises BadRowError where it is none.
+
+    What stands before the first is the system's, as Anthropic's own prompts had it.
+    """
+    system, *pieces = _SPEAKER.split(text)
+    if not pieces or (system.strip() and pieces[0] != "Human"):
         raise BadRowError(f"{what} has no prompt of its own, and no 'Human:' and 'Assistant:' turns that hold one")
-    speakers, said = pieces[1::2], pieces[2::2]
-    return [{"role": ROLES[speaker.lower()], "content": words.strip()} for speaker, words in zip(speakers, said)]  # noqa: B905
+    said = zip(["system", *pieces[::2]], [system.strip().removeprefix("System:"), *pieces[1::2]], strict=True)
+    turns = [{"role": ROLES[speaker.lower()], "content": words.strip()} for speaker, words in said]
+    return turns if turns[0]["content"] else turns[1:]
 
 
 def as_prompt(text: str) -> list[Turn]:
     """The user's turn, or the turns of a transcript of `Human:` and `Assistant:` that ends where the answer begins."""
-    if text.lstrip().startswith("Human:") and text.rstrip().endswith("Assistant:"):
-        turns = parse_dialogue(text, "prompt")
-        if turns[-1] == {"role": "assistant", "content": ""}:
-            return turns[:-1]
+    if "Human" in _SPEAKER.findall(text)[:1] and text.rstrip().endswith("\n\nAssistant:"):
+        return parse_dialogue(text, "prompt")[:-1]
     return [{"role": "user", "content": text}]
 
 

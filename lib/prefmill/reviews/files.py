@@ -16,10 +16,10 @@ import msgspec
 from msgspec.structs import replace
 
 from prefmill.core.errors import InputError
-from prefmill.reviews.opened import PACKED, reading
 from prefmill.reviews.rows import Item, Place, RawRow, RowProblem, excerpt
 from prefmill.store.jsonl import check_unique_keys, parse_json_strictly
-from prefmill.store.row_files import TABLES, file_rows
+from prefmill.store.opened import PACKED, reading
+from prefmill.store.row_files import TABLES, file_rows, open_table
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv",)
 JSON = (".json", *JSON_LINES)
@@ -34,7 +34,6 @@ _CHUNK_BYTES = 1 << 20
 _MAX_CSV_FIELD_CHARS = 1 << 24  # above any paper; below what an unclosed quote swallows of a large file
 # Not LATIN1, in which the dashes and quotes of Windows are control characters, which are left out.
 _UTF8_FIX = "save the file as UTF-8 (for example: iconv -f WINDOWS-1252 -t UTF-8), or correct the line"
-_SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
 
 
 class PlainRow(msgspec.Struct, frozen=True):
@@ -159,27 +158,10 @@ def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
         return
     # The csv module's own limit of 131,072 characters is below a long paper's text.
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
-    lines = _text_lines(path)
-    first = next(lines, "")
-    if told := _SEP_LINE.match(first):
-        header, separator = 2, told[1]
-    else:
-        lines, header = chain([first], lines), 1
-        # Sheets of countries with a decimal comma have semicolons.
-        separator = max(",;\t", key=first.count)
-    reader = csv.DictReader(lines, restkey="", strict=True, delimiter=separator, skipinitialspace=True)
-    start = header + 1
+    start = 1
     try:
-        # pandas writes its row numbers without a name, and reads them by this one.
-        names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(reader.fieldnames or [])]
-        if len(set(names)) < len(names):
-            raise InputError(
-                "the header has a repeated column",
-                where=f"{path}:1",
-                got=", ".join(names),
-                fix="name every column once",
-            )
-        reader.fieldnames = names
+        reader, header = open_table(_text_lines(path), path)
+        start, separator = header + 1, reader.reader.dialect.delimiter
         for values in reader:
             place = Place(source, str(path), start)
             # The reader knows only where a row ends, and a quoted cell may go over many lines.

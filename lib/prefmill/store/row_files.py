@@ -6,18 +6,21 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from prefmill.core.errors import InputError
 from prefmill.store.jsonl import unique_keys
+from prefmill.store.opened import PACKED, reading
 
-_LINES, _PACKED = (".jsonl", ".ndjson", ".json", ".csv"), {".gz": "gzip", ".zst": "zstd"}
-TABLES = (".parquet", ".arrow")
-SUFFIXES = (*_LINES, *(suffix + packed for suffix in _LINES for packed in _PACKED), *TABLES)
+TABLES = (".parquet", ".arrow", ".feather")
+SUFFIXES = (*(kind + packed for packed in PACKED for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")), *TABLES)
 _LONGEST_CELL = 1 << 27  # characters; csv refuses papers otherwise
+_SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
 
 
 class SourceRow(NamedTuple):
@@ -63,28 +66,32 @@ def is_saved_to_disk(path: Path) -> bool:
 def _rows_of(path: Path, encoding: str, split: str) -> Iterator[tuple[str, Any]]:
     if is_saved_to_disk(path):
         return _saved_rows(path, split)
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise InputError(
             "this kind of file is not known", where=path, expected=", ".join(SUFFIXES),
             fix="convert it, or name it by its format",
         )  # fmt: skip
     if not path.is_file():
         raise InputError("no such file", where=path, fix="check the path; a hub dataset is given as name")
-    read = {".parquet": _parquet_rows, ".arrow": _arrow_rows}.get(path.suffix)
-    return read(path) if read else _text_rows(path, encoding)
+    suffix = path.suffix.lower()
+    return (
+        _text_rows(path, encoding)
+        if suffix not in TABLES
+        else (_parquet_rows(path) if suffix == ".parquet" else _arrow_rows(path))
+    )
 
 
 def _text_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
     """Rows of lines, one list or a table, unpacked and decoded on the way."""
-    import pyarrow
-
-    kind = Path(path.stem).suffix if path.suffix in _PACKED else path.suffix
-    read = {".json": _json_rows, ".csv": _csv_rows}.get(kind, _jsonl_rows)
-    # A byte order mark is how Excel marks UTF-8; as text it would stand in the first column's name.
-    name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-    with pyarrow.input_stream(str(path), compression=_PACKED.get(path.suffix)) as stream:
+    name = path.name.lower()
+    kind = Path(name.removesuffix(next(packed for packed in reversed(PACKED) if name.endswith(packed)))).suffix
+    read = {".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows}.get(kind, _jsonl_rows)
+    # A byte order mark is how Excel marks UTF-8; as text it would stand in the first column's name. UTF-16 is
+    # recognised, and comes as UTF-8.
+    is_utf = codecs.lookup(encoding).name.startswith(("utf-8", "utf-16"))
+    with reading(path) as (stream, _):
         # csv wants line ends as they are: a quoted cell may hold some.
-        text = io.TextIOWrapper(io.BufferedReader(stream), encoding=name, newline="")
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig" if is_utf else encoding, newline="")
         try:
             yield from read(text, path)
         except UnicodeDecodeError as error:
@@ -113,23 +120,48 @@ def _csv_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
     # The limit is that of the process, not of this reader, and is set back for whoever reads csv beside us.
     before = csv.field_size_limit(_LONGEST_CELL)
     try:
-        reader = csv.DictReader(text, strict=True)
+        reader, line = open_table(iter(text), path)
         header = reader.fieldnames or []
-        if len(set(header)) < len(header):
-            raise InputError(
-                "a column stands there twice", where=f"{path}:1", got=", ".join(header), fix="name every column once"
-            )
         for row in reader:
             cells = [cell for cell in row.values() if cell is not None]
-            if None in row or len(cells) < len(header):
+            if not any(cells):  # a sheet's rows below its last
+                continue
+            if "" in row or len(cells) < len(header):
                 raise InputError(
-                    f"a row has {'more' if None in row else 'fewer'} cells than the table has columns",
-                    where=f"{path}:{reader.line_num}", got=str(cells)[:200], expected=f"{len(header)} cells",
+                    f"a row has {'more' if '' in row else 'fewer'} cells than the table has columns",
+                    where=f"{path}:{line + reader.line_num - 1}", got=str(cells)[:200],
+                    expected=f"{len(header)} cells",
                     fix="put quotes around a cell with a comma or a line break, and fill the row up with commas",
                 )  # fmt: skip
-            yield str(reader.line_num), row
+            yield str(line + reader.line_num - 1), row
     finally:
         csv.field_size_limit(before)
+
+
+def open_table(lines: Iterator[str], path: Path) -> tuple[csv.DictReader[str], int]:
+    """The rows of a table by its header, and the header's line; cells beyond those of the header have the key "".
+
+    Cells end at the mark that is most frequent in the header, or that a line `sep=;` before it names. Raises InputError
+    where a column stands there twice.
+    """
+    first = next(lines, "")
+    if told := _SEP_LINE.match(first):
+        separator, header = told[1], 2
+    else:
+        # Sheets of countries with a decimal comma have semicolons.
+        separator, header = max(",;\t", key=first.count), 1
+        lines = chain([first], lines)
+    # A space that the header has is the table's, any other may be an answer's first token.
+    spaced = f"{separator} " in first
+    reader = csv.DictReader(lines, restkey="", strict=True, delimiter=separator, skipinitialspace=spaced)
+    # pandas writes its row numbers without a name, and reads them by this one.
+    names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(reader.fieldnames or [])]
+    if len(set(names)) < len(names):
+        raise InputError(
+            "a column stands there twice", where=f"{path}:{header}", got=", ".join(names), fix="name every column once"
+        )
+    reader.fieldnames = names
+    return reader, header
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -123,6 +123,8 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "no number for an answer": (logprobs([("Yes", None), ("No", -3.0)]), InputError, "gives no log-prob"),
     "stand-ins for minus infinity": (logprobs([("Yes", -9999.0), ("No", -9999.0)]), InputError, "gives no log-prob"),
     "not a number": (logprobs([("Yes", float("nan"))]), InputError, "gives no log-prob"),
+    "not a number beside one": (logprobs([("Yes", float("nan")), ("No", -3.0)]), InputError, "gives no log-prob"),
+    "text beside a number": (logprobs([("Yes", "-0.1"), ("No", -3.0)]), InputError, "gives no log-prob"),
     "shares above one": (logprobs([("Yes", 0.0), ("No", -0.1)]), InputError, "gives no log-prob"),
 }
 FAILED: dict[str, tuple[int, Any, str]] = {

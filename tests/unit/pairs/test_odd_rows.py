@@ -109,6 +109,32 @@ def test_a_prompt_that_is_a_transcript_becomes_its_turns() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("system", ["You are careful.", "System: You are careful.", "\n\nYou are careful."])
+def test_what_stands_before_a_transcript_is_the_systems(system: str) -> None:
+    """Anthropic's own prompts began so; the whole was trained as one turn of the user."""
+    asked = f"{system}\n\nHuman: Q?\n\nAssistant:"
+    turns = [{"role": "system", "content": "You are careful."}, {"role": "user", "content": "Q?"}]
+    assert parse(wrong(prompt=asked), "prompt_strings", {}).messages == turns
+    sides = {side: f"{asked} {side}" for side in ("chosen", "rejected")}
+    found = parse(sides, "implicit_strings", {})
+    assert isinstance(found, Preference)
+    assert (found.messages, found.chosen, found.rejected) == (turns, "chosen", "rejected")
+    plain = "Go on:\n\nAssistant:"
+    assert parse(wrong(prompt=plain), "prompt_strings", {}).messages == [{"role": "user", "content": plain}]
+
+
+def test_no_picture_may_be_written_as_empty_text_or_null() -> None:
+    for images in ({"images": [None]}, {"image": ""}, {"images": ["", None]}, {"images": ""}):
+        assert parse(wrong(**images), "prompt_strings", {}).images == ()
+
+
+def test_roles_are_read_without_case() -> None:
+    turns = [{"role": "User", "content": "Q?"}, {"role": "AI", "content": "a"}]
+    assert parse({"messages": turns}, "messages", {}, CHAT_FORMS).messages == [{"role": "user", "content": "Q?"}]
+    with pytest.raises(BadRowError, match="no known role"):
+        parse({"messages": turns}, "messages", {"user": "user", "assistant": "AI"}, CHAT_FORMS)
+
+
 def test_an_image_in_a_data_url_is_its_bytes() -> None:
     buffer = BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "PNG")
@@ -142,7 +168,7 @@ def written(path: Path, **settings: Any) -> list[dict[str, Any]]:
         ("x.csv", "prompt,chosen,rejected,chosen\nq,a,b,c\n", "stands there twice"),
         ("x.jsonl", '{"prompt": "q", "chosen": "a", "chosen": "z", "rejected": "b"}\n', "'chosen' stands there twice"),
         ("x.jsonl", "", "give a file that has rows"),
-        ("x.jsonl.gz", "no gzip", "cannot read the file"),
+        ("x.jsonl.gz", "no gzip", "not JSON"),
         ("x.parquet", "no table", "cannot read the file"),
         ("x.arrow", "no table", "cannot read the file"),
     ],

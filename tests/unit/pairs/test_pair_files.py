@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from prefmill.core.config import validate
@@ -33,6 +39,49 @@ def test_the_same_rows_in_every_kind_of_file(name: str, tmp_path: Path) -> None:
     rows = list(read_jsonl(train))
     assert [row["chosen"]["value"] for row in rows] == [f"Tree {n} gives shade in summer." for n in range(6)]
     assert [row["rejected"]["value"] for row in rows] == [f"I do not know, tree {n}." for n in range(6)]
+
+
+ROWS = [{"prompt": "Q?", "chosen": " good", "rejected": "b\r\nad, é"}, {"prompt": "R?", "chosen": "c", "rejected": "d"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def table(separator: str, before: str = "") -> str:
+    with io.StringIO(newline="") as stream:
+        writer = csv.DictWriter(stream, list(ROWS[0]), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(ROWS)
+        return before + stream.getvalue() + "\r\n" + separator * 2 + "\r\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl.xz", lzma.compress(LINES.encode())), ("x.JSONL.bz2", bz2.compress(LINES.encode())),
+        ("packed.jsonl", gzip.compress(LINES.encode())), ("plain.jsonl.gz", LINES.encode()),
+        ("x.jsonl", LINES.encode("utf-16")), ("x.tsv", table("\t").encode()), ("x.CSV", table(";").encode()),
+        ("x.csv", table(";", "sep=;\r\n").encode("utf-16")),
+    ],
+)  # fmt: skip
+def test_other_packings_separators_and_names_give_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    source = validate(PairSource, {"dataset": str(tmp_path / name)})
+    assert source.dataset_file == tmp_path / name
+    assert [row.values for row in file_rows(tmp_path / name)] == ROWS
+
+
+def test_feather_and_tables_of_pandas_are_read(tmp_path: Path) -> None:
+    frame = pandas.DataFrame(ROWS)
+    frame.to_feather(tmp_path / "x.feather")
+    frame.to_csv(tmp_path / "x.csv", lineterminator="\n")
+    assert [row.values for row in file_rows(tmp_path / "x.feather")] == ROWS
+    found = [row.values for row in file_rows(tmp_path / "x.csv")]
+    assert found == [{"Unnamed: 0": str(number), **row} for number, row in enumerate(ROWS)]
+
+
+def test_a_packed_file_that_is_cut_says_so(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES.encode() * 99)[:-20])
+    with pytest.raises(InputError, match="truncated gzip file"):
+        list(file_rows(tmp_path / "x.jsonl.gz"))
 
 
 def test_a_folder_saved_to_disk_is_read_by_split(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_csv_rows_of_another_length_are_problems(tmp_path: Path) -> None:
     ("content", "message", "line"),
     [
         (b'id,text\nr1,"open\nr2,b\n', "unreadable CSV", ", in the row from line 2"),
-        (b"id,id\n1,2\n", "repeated column", ":1"),
+        (b"id,id\n1,2\n", "stands there twice", ":1"),
         (b"id,text\nr1,ok\nr2,\xe9\n", "invalid UTF-8", ":3"),
     ],
 )
