@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,11 @@ from prefmill.core.records import Paper, Review
 if TYPE_CHECKING:
     import httpx
 
-_AROUND = " \t\n\r.,:;!*\"'`_▁Ġ"  # of a word as a token: spaces in tokenizers' spellings, marks, Markdown
+_AROUND = re.compile(r"^[\W_ĠĊĉ]+|[\W_ĠĊĉ]+$")  # of a word as a token: marks, and white space as tokenizers spell it
 _ANSWERS = (YES.casefold(), NO.casefold())
 _BEGUN = {word[:end] for word in _ANSWERS for end in range(1, len(word))}
 _MOST_BEGUN = 0.05  # of the mass on whole answers: what a token that only begins one may have
+_MOST_UNSEEN = 0.05  # what an answer that is not listed may have: the twentieth of twenty tokens has no more
 _VOTE_TOKENS = 4  # of a sampled answer: a word of several tokens and what stands before it
 
 
@@ -134,6 +136,13 @@ class ChatEngine(ServerEngine):
             # A model that opens a thought ends up here: its likeliest token tells a reader why.
             likeliest = max(shares, key=lambda pair: pair[1])[0]
             raise RefusedError(f"neither {YES} nor {NO} among the {len(shares)} likeliest tokens, first {likeliest!r}")
+        # No token that is not listed is likelier than one that is; a server may list fewer than it was asked for.
+        listed = [share for _, share in shares]
+        if not min(yes, no) and (unseen := min(*listed, 1 - sum(listed))) > _MOST_UNSEEN:
+            raise RefusedError(
+                f"only one answer is among the {len(listed)} likeliest tokens, the other may have probability "
+                f"{unseen:.2g}: set engine.top_logprobs higher, or to 0"
+            )
         return Read(yes / (yes + no), min(1.0, yes + no))
 
     async def _voted(self, client: httpx.AsyncClient, text: str) -> Read:
@@ -182,4 +191,4 @@ def _first_word(text: Any) -> str:
 
 def _word(token: Any) -> str:
     """The word that a token or an answer is, without case, spaces and marks around it."""
-    return str(token).strip(_AROUND).casefold()
+    return _AROUND.sub("", str(token)).casefold()

@@ -103,13 +103,10 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes]:
 def jsonl_rows(
     path: Path, source: int, plain: Callable[[bytes], list[Item] | None] = none_is_plain
 ) -> Iterator[RawRow | PlainRow | RowProblem]:
-    """The objects of a file with one JSON object a line, or the rows of Parquet or Arrow.
+    """The objects of a file with one JSON object a line.
 
     `plain` gives the items of a line that needs no second look.
     """
-    if path.suffix.lower() in TABLES:
-        yield from _table_rows(path, source)
-        return
     file = str(path)
     for number, line in read_lines(path):
         place = Place(source, file, number)
@@ -133,7 +130,7 @@ def jsonl_rows(
 def json_rows(
     path: Path, source: int, plain: Callable[[bytes], list[Item] | None] = none_is_plain
 ) -> Iterator[RawRow | PlainRow | RowProblem]:
-    """The objects of a file that is a JSON array, an object with an array `notes`, one object, or JSON lines.
+    """The objects of a file that is a JSON array, an object with an array `notes`, one object, lines or Parquet.
 
     An array is read piece by piece, as a venue's dump need not fit into memory.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from msgspec.structs import replace
@@ -12,7 +11,7 @@ from msgspec.structs import replace
 from prefmill.core.errors import InputError
 from prefmill.reviews.files import PlainRow, json_file_row, json_rows
 from prefmill.reviews.openreview_forms import as_sections
-from prefmill.reviews.rows import Item, PaperRow, RawRow, ReviewRow, RowError, RowProblem, Skipped
+from prefmill.reviews.rows import Item, RawRow, RowError, RowProblem, Skipped
 from prefmill.reviews.source import FileSource
 from prefmill.reviews.tabular import row_items
 
@@ -69,8 +68,6 @@ class NLPeerSource(FileSource):
             "confidence": scores.get("confidence", more.get("confidence")),
             "sub_scores": {name: score for name, score in scores.items() if name not in ("overall", "confidence")},
         }
-        return [self._dated(item, folder) for item in row_items(row, self)]
-
-    def _dated(self, item: Item, folder: Path) -> Item:
-        version = _VERSION.search(folder.name)
-        return replace(item, date=float(version[0])) if version and isinstance(item, PaperRow | ReviewRow) else item
+        paper, review, *more = row_items(row, self)
+        date = float((_VERSION.search(folder.name) or "0")[0])
+        return [replace(paper, date=date), replace(review, date=date), *more]

@@ -140,7 +140,7 @@ class OpenReviewSource(FileSource):
         read = _lower((*self.rating_fields, *self.confidence_fields, *self.exclude_fields))
         rest = {name: value for name, value in fields.items() if name not in read}
         scores, sections, left_out = _split_content(rest, _lower(self.sub_score_fields))
-        for name, value in _others(fields, self.rating_fields):
+        for name, value in _given(fields, self.rating_fields)[1:]:  # behind the one that was taken
             if begins_with_number(str(value)):
                 scores[name] = parse_score(value, f"content.{name}")
             else:
@@ -194,13 +194,11 @@ def _lower(names: Sequence[str]) -> set[str]:
 
 def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
     """The value of the first of `names` that has one."""
-    return next((fields[name.lower()] for name in names if fields.get(name.lower()) not in (None, "")), None)
+    return next((value for _, value in _given(fields, names)), None)
 
 
-def _others(fields: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, Any]]:
-    """The fields among `names` that have a value, behind the one that `_first` takes."""
-    given = [(name.lower(), fields[name.lower()]) for name in names if fields.get(name.lower()) not in (None, "")]
-    return given[1:]
+def _given(fields: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, Any]]:
+    return [(name.lower(), fields[name.lower()]) for name in names if fields.get(name.lower()) not in (None, "")]
 
 
 def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:

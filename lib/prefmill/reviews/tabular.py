@@ -157,7 +157,7 @@ class GeneratedSource(SourceConfig):
         return row_items(values, self, drawn=self.images)
 
 
-def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False) -> list[Item]:
+def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False) -> list[Any]:
     """The paper and the review of one row; raises RowError naming the field at fault."""
     check_fields(values, REQUIRED_FIELDS, VALID_FIELDS, config.ignore_extra_fields, "row", _NAMES_FIX)
     paper = _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)

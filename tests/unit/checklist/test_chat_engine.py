@@ -129,6 +129,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 }
 FAILED: dict[str, tuple[int, Any, str]] = {
     "a thought": (200, likeliest([("<think>", 0.9), ("Well", 0.05)]), "neither Yes nor No among the 2 likeliest"),
+    "too few tokens to see both answers": (200, likeliest([("Yes", 0.6)]), "only one answer is among the 1 likeliest"),
     "a word in two tokens": (200, likeliest([("Y", 0.7), ("No", 0.2)]), "only begin Yes or No"),
     "a refusal in words": (
         200,
@@ -187,6 +188,13 @@ def test_a_key_that_is_refused_and_a_server_that_stays_away(judge: Judge) -> Non
     judge.trouble = [reply(500, {}, **NOW)] * 3
     with pytest.raises(PrefmillError, match="did not answer"):
         outcome()
+
+
+@pytest.mark.parametrize("yes", ["ĊYes", "Yes\n", "ĠYes", "(Yes)", "Yes—", "**Yes**", "\u201cYes\u201d"])
+def test_marks_and_white_space_around_an_answer_are_no_part_of_it(judge: Judge, yes: str) -> None:
+    """As tokenizers merge or spell them: an answer that was not recognised counted as probability 0."""
+    judge.answer = lambda _: likeliest([(yes, 0.6), ("No", 0.2)])
+    assert outcome().answers["summary"] == {"yes": True, "p_yes": 0.75, "mass": 0.8}
 
 
 def test_one_answer_far_down_is_told_by_its_mass(judge: Judge) -> None:

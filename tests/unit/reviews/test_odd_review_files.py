@@ -104,9 +104,9 @@ def test_a_file_that_cannot_be_read_is_named_once(tmp_path: Path, content: bytes
 def test_the_fix_for_parquet_under_another_name_is_accepted(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist([{"a": 1}]), tmp_path / "x.jsonl")
     with pytest.raises(InputError, match=r"name that ends in .parquet"):
-        list(files.jsonl_rows(tmp_path / "x.jsonl", 0))
+        list(files.json_rows(tmp_path / "x.jsonl", 0))
     path = (tmp_path / "x.jsonl").rename(tmp_path / "x.parquet")
-    assert [row.values for row in files.jsonl_rows(path, 0) if isinstance(row, RawRow)] == [{"a": 1}]
+    assert [row.values for row in files.json_rows(path, 0) if isinstance(row, RawRow)] == [{"a": 1}]
 
 
 def test_nan_is_no_value_and_counted(tmp_path: Path) -> None:
