@@ -40,8 +40,8 @@ class StrictConfig(BaseModel):
         """`loss_type: sigmoid` for `[sigmoid]`, as the files and flags of other trainers have it."""
         if not isinstance(values, dict):
             return values
-        listed = {name for name, field in cls.model_fields.items() if _lists_words(field.annotation)}
-        return {name: [given] if isinstance(given, str) and name in listed else given for name, given in values.items()}
+        fields = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: _as_listed(given, fields.get(name)) for name, given in values.items()}
 
     @model_validator(mode="after")
     def _revisions_are_of_the_hub(self) -> Self:
@@ -57,9 +57,11 @@ class StrictConfig(BaseModel):
         return {}
 
 
-def _lists_words(annotation: Any) -> bool:
+def _as_listed(given: Any, annotation: Any) -> Any:
+    if isinstance(given, list) and get_origin(annotation) is tuple:
+        return tuple(given)  # as pydantic does of JSON, which a value is no more behind a validator
     (item,) = get_args(annotation) if get_origin(annotation) is list else (None,)
-    return item is str or get_origin(item) is Literal
+    return [given] if isinstance(given, str) and (item is str or get_origin(item) is Literal) else given
 
 
 COMMAND_LINE = "given on the command line"
