@@ -21,7 +21,7 @@ class EvaluateImagesConfig(ImageSampling):
     revision: str | None = Field(None, description="of a hub model")
     variant: str | None = Field(None, description="of a hub model's weights, such as fp16")
     precision: Precision = Field("fp16", description="of UNet and text encoders; the VAE decodes in fp32")
-    prompts: ExternalPath | None = Field(None, description=".csv or .tsv of prompts; none: the pairs' held-out ones")
+    prompts: ExternalPath | None = Field(None, description="a table of prompts; none: the pairs' held-out ones")
     published_scorer: ExternalPath | None = later(
         None, description="folder of PickScore, HPSv2, ImageReward or LAION's aesthetics predictor, as scorer"
     )

@@ -9,42 +9,68 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, GeneratedImage, Rating
 from prefmill.images.collection import Collection, SourceImage
-from prefmill.images.prompts import is_safe, one_spelling, prompt_id_of, read_table, safe_name, with_slashes
+from prefmill.images.prompts import (
+    PROMPT_TOO,
+    Line,
+    is_safe,
+    one_spelling,
+    prompt_id_of,
+    read_table,
+    safe_name,
+    with_slashes,
+)
 from prefmill.images.rating import choice_of
 from prefmill.store.jsonl import read_jsonl
+from prefmill.store.picture_formats import FORMATS
 
 _log = logging.getLogger(__name__)
+_CAPTIONS, _PICTURES = (".txt", ".caption"), {*FORMATS.values(), ".jpeg", ".tiff"}
 IMAGES_FILES = ("images.csv", "images.jsonl")
+_METADATA = ("metadata.csv", "metadata.jsonl")  # ImageFolder's
+_FILE = ("file_name", "filename", "image_path")
+_IMAGE_TOO = {**PROMPT_TOO, "file": (*_FILE, "image")}
+_SCORE_TOO = {"image": (*_FILE, "file")}
+_RATING_TOO = {"choice": ("preference", "winner"), "rater": ("annotator",)}  # as Label Studio and sheets have it
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
 # Our own names first, then those of tables filled in by hand.
-_SIDES = (("left", "right"), ("image_a", "image_b"), ("image_0", "image_1"), ("image_1", "image_2"))
+_SIDES = (
+    ("left", "right"), ("image_a", "image_b"), ("image_0", "image_1"), ("image_1", "image_2"), ("image1", "image2"),
+)  # fmt: skip
 _CHOICES = {name: name for name in ("left", "right", "tie", "skip")} | {"a": "left", "b": "right", "equal": "tie"}
 
 
 def read_own_images(folder: Path) -> Iterator[SourceImage]:
-    """The images that `folder`/images.csv or images.jsonl lists: columns `prompt` and `file`, perhaps `prompt_id`.
+    """The images that a list in `folder` names, columns `prompt` and `file`, perhaps `prompt_id`, or with captions.
+
+    Captions are files of text beside the pictures, as kohya's trainers read them: the first line counts.
 
     An image's id is its `image_id` where given, else `<prompt_id>/<name of the file>`. Raises InputError naming the
     line that lacks a prompt or a file, has an unsafe id, or whose file lies outside the folder.
     """
     if folder.is_file():
         raise InputError("a file, not a folder of images", where=folder, fix=f"give its folder: {folder.parent}")
-    listings = [folder / name for name in IMAGES_FILES if (folder / name).is_file()]
+    ours, theirs = (
+        [folder / name for name in names if (folder / name).is_file()] for names in (IMAGES_FILES, _METADATA)
+    )
+    listings = ours or theirs
     if len(listings) > 1:
-        raise InputError("two lists of the images", where=folder, got=" and ".join(IMAGES_FILES), fix="remove one")
-    listing = next(iter(listings), None)
-    if listing is None:
+        got = " and ".join(path.name for path in listings)
+        raise InputError("two lists of the images", where=folder, got=got, fix="remove one")
+    rows = list(read_table(listings[0], ("prompt", "file"), _IMAGE_TOO) if listings else _captions(folder))
+    listing = listings[0] if listings else folder
+    if not listings and not rows:
         raise InputError(
-            "no list of the images", where=folder, expected=" or ".join(IMAGES_FILES),
+            "no list of the images", where=folder,
+            expected=f"{' or '.join((*IMAGES_FILES, *_METADATA))}, or captions beside the pictures",
             fix="write images.csv with a line `prompt,file`, then a line an image",
         )  # fmt: skip
     seen: dict[str, SourceImage] = {}
-    for number, row in _rows(listing):
+    for number, row in rows:
         where = f"{listing}:{number}"
         image = _own_image(folder, row, where, f"{listing.name}:{number}")
         if first := seen.get(image.image_id):
@@ -104,23 +130,30 @@ def _plain(name: str) -> str:
 
 def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """A row for each dimension rated, under our names; columns not used and lines without an answer are told."""
-    table = list(read_table(path, ()))
+    table = list(read_table(path, (), _RATING_TOO))
     columns = list(table[0][1]) if table else []
     sides = next((names for names in _SIDES if set(names) <= {*columns}), _SIDES[0])
-    ours = dict(zip(sides, _SIDES[0], strict=True)) | ({} if "choice" in columns else {"preference": "choice"})
+    ours = dict(zip(sides, _SIDES[0], strict=True))
     rows = [(number, {ours.get(name, name): cell.strip() for name, cell in cells.items()}) for number, cells in table]
     rated = _rated([ours.get(name, name) for name in columns], path) if rows else {}
-    words = _CHOICES | _numbered(sides, {row[column].lower() for _, row in rows for column in rated.values()})
+    said = {_choice(row.get(column, "")) for _, row in rows for column in rated.values()}
+    words = dict(zip(sides, _SIDES[0], strict=True)) | _CHOICES | _numbered(sides, said)
     num_blank = 0
     for number, row in rows:
-        answered = {name: cell for name, column in rated.items() if (cell := row[column])}
+        answered = {name: cell for name, column in rated.items() if (cell := row.get(column))}
         num_blank += not answered
         for name, cell in answered.items():
-            choice = words.get(cell.lower(), cell)
+            by_file = {row.get(side): side for side in _SIDES[0]}
+            choice = words.get(_choice(cell)) or by_file.get(cell, cell)
             dimension = row.get("dimension", name).lower()
             yield number, {"rater": path.stem, **row, "dimension": dimension, "choice": choice}
     if num_blank:
         _log.warning("%s: %d line%s no answer", path, num_blank, " has" if num_blank == 1 else "s have")
+
+
+def _choice(cell: str) -> str:
+    """A choice as it is looked up; a number that stands beside empty cells became 1.0 in pandas."""
+    return cell.lower().replace(" ", "_").removesuffix(".0")
 
 
 def _rated(columns: Sequence[str], path: Path) -> dict[str, str]:
@@ -139,7 +172,7 @@ def _rated(columns: Sequence[str], path: Path) -> dict[str, str]:
 
 def _numbered(sides: tuple[str, str], said: set[str]) -> dict[str, str]:
     """What `1` stands for beside 0 or 2, as the names of the columns or other choices tell; else it stays unknown."""
-    by_name = sides[0].removeprefix("image_")
+    by_name = sides[0].removeprefix("image").removeprefix("_")
     if by_name == "1" or (by_name != "0" and said & {"0", "2"} == {"2"}):
         return {"1": "left", "2": "right"}
     return {"0": "left", "1": "right"} if by_name == "0" or said & {"0", "2"} == {"0"} else {}
@@ -160,7 +193,7 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
     known = _known(collection)
     unused = set[str]()
     scored: dict[tuple[str, str], dict[str, tuple[str, dict[Dimension, float]]]] = defaultdict(dict)
-    for number, row in read_table(path, ("image",)):
+    for number, row in read_table(path, ("image",), _SCORE_TOO):
         if not row.keys() & {*DIMENSIONS}:
             raise InputError(
                 "no column of scores", where=f"{path}:1", got=", ".join(row), expected=", ".join(DIMENSIONS),
@@ -220,20 +253,26 @@ def read_artifact(folder: Path, name: str, collection: Collection) -> None:
     collection.ratings += read_ratings(folder / "ratings.csv", collection)
 
 
-def _rows(listing: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if listing.suffix == ".csv":
-        yield from read_table(listing, ("prompt", "file"))
-    else:
-        for number, row in enumerate(read_jsonl(listing), 1):
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "file")):
-                raise InputError(
-                    "not a row of the images", where=f"{listing}:{number}", got=str(row)[:200],
-                    expected="an object with the texts prompt and file", fix="correct the line",
-                )  # fmt: skip
-            yield number, row
+def _captions(folder: Path) -> Iterator[Line]:
+    """A row for each picture below `folder` that has its caption beside it; raises InputError where some have none."""
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)
+    texts = {path: [text for suffix in _CAPTIONS if (text := path.with_suffix(suffix)).is_file()] for path in pictures}
+    if any(texts.values()) and (bare := [path for path in pictures if not texts[path]]):
+        raise InputError(
+            "a picture without a caption", where=bare[0], got=f"{len(bare)} of {len(pictures)} pictures",
+            expected="a .txt or .caption beside it", fix="write it, or move the picture out of the folder",
+        )  # fmt: skip
+    for number, path in enumerate(pictures if any(texts.values()) else (), 1):
+        try:
+            caption = texts[path][0].read_text(encoding="utf-8-sig").strip()
+        except UnicodeError as error:
+            raise InputError(
+                "cannot read a caption", where=texts[path][0], got=str(error), fix="save it as UTF-8"
+            ) from None
+        yield number, {"prompt": caption.partition("\n")[0], "file": str(path.relative_to(folder))}
 
 
-def _own_image(folder: Path, row: dict[str, Any], where: str, short: str) -> SourceImage:
+def _own_image(folder: Path, row: dict[str, str], where: str, short: str) -> SourceImage:
     # Spaces are made even first: the id is a hash of the text, and a stray one would make a second prompt.
     prompt, file = one_spelling(row["prompt"]), with_slashes(row["file"].strip())
     if not prompt or not file:

@@ -1,4 +1,4 @@
-"""Reading prompts: CSV with a header, TSV as PartiPrompts writes it."""
+"""Reading prompts and other tables: CSV with a header, TSV as PartiPrompts writes it, JSON lines, Parquet."""
 
 from __future__ import annotations
 
@@ -7,28 +7,43 @@ import csv
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import ImagePrompt
+from prefmill.store.row_files import file_rows
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*')  # by which Excel is told the separator
 _SLUG_LENGTH = 40
+Names = Mapping[str, tuple[str, ...]]
+"""Columns, and what other tools call them."""
+Line = tuple[int, dict[str, str]]
+# What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks.
+_UNSEEN = str.maketrans("", "", "\u200b\u2060\ufeff\u00ad\u200e\u200f")
+_ROWS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+PROMPT_TOO = {"prompt": ("caption", "text")}  # as captioned pictures have it
 
 
 def read_prompts(path: Path) -> list[ImagePrompt]:
-    """The prompts of a .csv or .tsv file with a column `prompt` and, if it has one, `prompt_id`; sorted by id.
+    """The prompts of a table with a column `prompt` and, if it has one, `prompt_id`; sorted by id.
 
     Column names are read without case (PartiPrompts writes `Prompt`), other columns are left alone. Raises
     InputError naming the line of an empty prompt, an unsafe id, or an id or prompt that stands there twice.
     """
     seen: dict[str, int] = {}
     prompts = []
-    for number, row in _rows(path):
+    if path.suffix.lower() not in (".csv", ".tsv", *_ROWS):
+        raise InputError(
+            "prompts are read from a table", where=path, got=path.suffix or "no suffix",
+            expected=", ".join((".csv", ".tsv", *_ROWS)),
+            fix="name it by its format; lines of prompts are a .tsv whose first line is `prompt`",
+        )  # fmt: skip
+    for number, row in read_table(path, ("prompt",), PROMPT_TOO):
         text = one_spelling(row.get("prompt") or "")
         if not text:
             raise _bad(path, number, "a prompt is empty", repr(row.get("prompt")), "write a prompt or delete the line")
@@ -54,8 +69,11 @@ def prompt_id_of(text: str) -> str:
 
 
 def one_spelling(text: str) -> str:
-    """A prompt with single spaces and accents as one sign (macOS writes them as two): ids and splits follow from it."""
-    return unicodedata.normalize("NFC", " ".join(text.split()))
+    """A prompt with single spaces, accents as one sign (macOS writes them as two) and no signs that show nothing.
+
+    Ids and splits follow from it. What joins emoji, and letters in Persian or Hindi, stays.
+    """
+    return unicodedata.normalize("NFC", " ".join(text.translate(_UNSEEN).split()))
 
 
 def with_slashes(file: str) -> str:
@@ -73,14 +91,18 @@ def safe_name(name: str) -> str:
     return name if is_safe(name) else prompt_id_of(name)
 
 
-def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and fields of every row of a .csv or .tsv file, names in lower case, lines without any text left out.
+def read_table(path: Path, required: tuple[str, ...], also: Names = MappingProxyType({})) -> Iterator[Line]:
+    """Line number and fields of every row of a table, names in lower case, lines without any text left out.
 
-    A .csv whose first line has semicolons or tabs and no comma, as Excel writes it in many countries, is read by those,
-    or by what a line `sep=;` before it says; a byte order mark tells UTF-16. Raises InputError when it cannot be read,
-    lacks a `required` column, has one twice, or has a line with more or fewer cells than the first: an unquoted comma
-    or line break would cut a prompt.
+    It is a .csv or .tsv, or rows of JSON, Parquet or Arrow. A .csv whose first line has semicolons or tabs and no
+    comma, as Excel writes it in many countries, is read by those, or by what a line `sep=;` before it says; a byte
+    order mark tells UTF-16. Columns that a table lacks may be named as `also` says. Raises InputError when it cannot be
+    read, lacks a `required` column, has one twice, or has a line with more or fewer cells than the first: an unquoted
+    comma or line break would cut a prompt.
     """
+    if path.suffix.lower() in _ROWS:
+        yield from _cells(path, required, also)
+        return
     try:
         with path.open(encoding=_encoding(path), newline="") as stream:
             first = stream.readline()
@@ -89,14 +111,7 @@ def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
                 stream.seek(0)
             above = 1 if told else 0
             reader = csv.reader(stream, **_form(path, told[1] if told else first))
-            header = [name.strip().lower() for name in next(reader, [])]
-            missing = [name for name in required if name not in header]
-            if missing:
-                raise InputError(
-                    f"no column {', '.join(missing)}", where=f"{path}:{above + 1}",
-                    got=", ".join(header) or "an empty file", expected=", ".join(required),
-                    fix="name the columns on the first line, with commas between them",
-                )  # fmt: skip
+            header = _named(next(reader, []), required, also, f"{path}:{above + 1}")
             named = [name for name in header if name]
             if len(set(named)) < len(named):
                 raise InputError("a column stands there twice", where=f"{path}:{above + 1}", got=", ".join(header),
@@ -118,6 +133,29 @@ def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
     except csv.Error as error:
         fix = "look for a quote that is not closed: quotes within a cell are doubled"
         raise InputError("cannot read the table", where=path, got=str(error), fix=fix) from None
+
+
+def _cells(path: Path, required: tuple[str, ...], also: Names) -> Iterator[Line]:
+    """Rows of JSON or Parquet as a table's: every cell as text, empty where it is a list, an object or null."""
+    for row in file_rows(path):
+        header = _named(row.values, required, also, row.where)
+        cells = (str(cell) if isinstance(cell, str | int | float) else "" for cell in row.values.values())
+        yield int(row.where.rpartition(":")[2].removeprefix("row ")), dict(zip(header, cells, strict=True))
+
+
+def _named(names: Iterable[str], required: tuple[str, ...], also: Names, where: str) -> list[str]:
+    """Column names in lower case, ours for another tool's where there is one; raises InputError for one missing."""
+    header = [name.strip().lower().replace(" ", "_") for name in names]
+    for ours, theirs in also.items():
+        found = [place for place, name in enumerate(header) if name in theirs]
+        if ours not in header and len(found) == 1:
+            header[found[0]] = ours
+    if missing := [name for name in required if name not in header]:
+        raise InputError(
+            f"no column {', '.join(missing)}", where=where, got=", ".join(header) or "an empty file",
+            expected=", ".join(required), fix="name the columns on the first line, with commas between them",
+        )  # fmt: skip
+    return header
 
 
 def _encoding(path: Path) -> str:
@@ -144,15 +182,6 @@ def _require_columns(row: list[str], header: list[str], where: str) -> None:
             fix='write a cell that holds a comma or a line break in double quotes, "like, this", or save the table as '
             ".tsv; fill a short line up",
         )  # fmt: skip
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    if path.suffix.lower() not in (".csv", ".tsv"):
-        raise InputError(
-            "prompts are read from .csv or .tsv", where=path, got=path.suffix or "no suffix",
-            fix="use the name for its format, .csv with commas, .tsv with tabs",
-        )  # fmt: skip
-    return read_table(path, ("prompt",))
 
 
 def _bad(path: Path, line: int, what: str, got: str, fix: str) -> InputError:

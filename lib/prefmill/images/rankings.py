@@ -14,7 +14,7 @@ from prefmill.images.collection import Collection, SourceImage
 from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import is_safe, one_spelling, prompt_id_of, safe_name, with_slashes
 from prefmill.images.rating import choice_of
-from prefmill.store.jsonl import parse_json
+from prefmill.store.row_files import file_rows
 
 _RANKING = "ranking"  # the rater of a published ranking
 
@@ -43,11 +43,11 @@ def read_rankings(path: Path, images: Path, work: Path, collection: Collection) 
 
 
 def _of_list(path: Path, images: Path) -> Iterator[tuple[str, Path, Any]]:
-    for number, row in enumerate(_json_list(path)):
-        named = _of_hpdv2(row)
+    for row in file_rows(path):
+        named = _of_hpdv2(row.values)
         if isinstance(named, dict) and isinstance(files := named.get("generations"), list):
             named = {**named, "generations": [with_slashes(file) if isinstance(file, str) else file for file in files]}
-        yield f"{path.name}[{number}]", images, named
+        yield f"{path.name}[{row.number}]", images, named
 
 
 def _of_rows(path: Path, images: Path, work: Path) -> Iterator[tuple[str, Path, Any]]:
@@ -104,21 +104,6 @@ def _fault(row: Any) -> str | None:
     if len(stems) < len(files) or any(".." in Path(file).parts or Path(file).is_absolute() for file in files):
         return "images' names cannot be used"
     return None
-
-
-def _json_list(path: Path) -> list[Any]:
-    try:
-        rows = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError("no such file", where=path, fix="check the path") from None
-    except ValueError as error:
-        raise InputError("not JSON", where=path, got=str(error), fix="give the file as published") from None
-    if not isinstance(rows, list):
-        raise InputError(
-            "not a list of rankings", where=path, got=type(rows).__name__,
-            fix="give the JSON as published, a list of objects",
-        )  # fmt: skip
-    return rows
 
 
 def _is_number(value: Any) -> bool:

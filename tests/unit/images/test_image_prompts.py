@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from prefmill.core.errors import InputError
-from prefmill.images.prompts import is_safe, prompt_id_of, read_prompts, read_table
+from prefmill.images.prompts import is_safe, one_spelling, prompt_id_of, read_prompts, read_table
 from tests.conftest import REPOSITORY
 
 
@@ -56,7 +59,8 @@ def test_the_shipped_prompts() -> None:
     [
         ("", r"no column prompt[\s\S]*an empty file"),
         ("prompt\n", "no prompt in the file"),
-        ("text\nA cat\n", r"no column prompt[\s\S]*prompts.csv:1[\s\S]*text"),
+        ("words\nA cat\n", r"no column prompt[\s\S]*prompts.csv:1[\s\S]*words"),
+        ("text,caption\nA cat,a\n", r"no column prompt[\s\S]*text, caption"),
         ("prompt_id,prompt\na,  \n", r"a prompt is empty[\s\S]*prompts.csv:2"),
         ("prompt_id,prompt\n../a,A cat\n", r"cannot be a file name[\s\S]*prompts.csv:2[\s\S]*\.\./a"),
         ("prompt\nA cat\nA  cat\n", r"stands here twice[\s\S]*prompts.csv:3[\s\S]*first on line 2"),
@@ -86,6 +90,37 @@ def test_surplus_cells_are_refused_by_line(name: str, column: str, line: int) ->
         list(read_table(cases / name, (column,)))
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.parquet", "p.csv"])
+def test_prompts_are_read_from_rows_too(tmp_path: Path, name: str) -> None:
+    """As GenEval's and other benchmarks' files have them, and under the name that captioned sets give the column."""
+    rows, path = [{"tag": ["x", 1], "Caption": "A cat, asleep"}, {"tag": [], "Caption": "A dog"}], tmp_path / name
+    lines = [json.dumps(row) for row in rows]
+    if name == "p.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"Caption": row["Caption"]} for row in rows]), path)
+    else:
+        table = 'Caption\n"A cat, asleep"\nA dog'
+        path.write_text({"p.jsonl": "\n".join(lines), "p.json": f"[{','.join(lines)}]", "p.csv": table}[name])
+    assert {row["prompt"] for row in read_prompts(path)} == {"A cat, asleep", "A dog"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"words": "A cat"}', r"no column prompt[\s\S]*p.jsonl:1"), ('{"prompt": ["A cat"]}', "a prompt is empty"),
+     ('{"prompt": "A cat"}\n\n{"prompt": ""}', r"a prompt is empty[\s\S]*p.jsonl:3"), ("{", "not JSON")],
+)  # fmt: skip
+def test_a_row_that_has_no_prompt_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_prompts(write(tmp_path, text, "p.jsonl"))
+
+
+@pytest.mark.parametrize("sign", ["\u200b", "\ufeff", "\u00ad", "\u2060", "\u200e"])
+def test_signs_that_show_nothing_make_no_second_prompt(tmp_path: Path, sign: str) -> None:
+    """A web page's spaces without width: the same words, in two splits."""
+    with pytest.raises(InputError, match="stands here twice"):
+        read_prompts(write(tmp_path, f"prompt\nA cat\n{sign}A c{sign}at{sign}\n"))
+    assert one_spelling("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم"  # these join, and are seen
+
+
 def test_empty_cells_at_the_end_are_no_matter(tmp_path: Path) -> None:
     assert [row["prompt"] for row in read_prompts(write(tmp_path, "prompt\nA cat,,\n"))] == ["A cat"]
 
@@ -97,5 +132,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_prompts(path)
     with pytest.raises(InputError, match="no such file"):
         read_prompts(tmp_path / "none.csv")
-    with pytest.raises(InputError, match=r"read from \.csv or \.tsv"):
+    with pytest.raises(InputError, match="prompts are read from a table"):
         read_prompts(write(tmp_path, "A cat", "p.txt"))

@@ -14,6 +14,7 @@ import pytest
 
 from prefmill.core.errors import InputError
 from prefmill.images.collection import Collection
+from prefmill.images.custom_images import read_own_images
 from prefmill.images.pair_sources import (
     PairsSource,
     RatingsSource,
@@ -103,6 +104,9 @@ def sides(found: Collection) -> list[tuple[str, str, str]]:
         ("left,right,choice,rater\na.png,b.png,0,x\na.png,b.png,1,y\n", ["a", "b"]),
         ("image_1,image_2,choice\na.png,b.png,1\n", ["a"]),
         ("image_0,image_1,choice\na.png,b.png,1\n", ["b"]),
+        ("image1,image2,choice,annotator\na.png,b.png,1.0,x\na.png,b.png,2.0,y\n", ["a", "b"]),
+        ("Image A,Image B,Preference\na.png,b.png,Image A\n", ["a"]),
+        ("left,right,winner\na.png,b.png,b.png\n", ["b"]),
         ("left,right,choice\na.png,b.png,1\n", []),  # the first of two, or the second of 0 and 1
     ],
 )
@@ -110,6 +114,63 @@ def test_a_choice_is_read_as_its_table_writes_choices(tmp_path: Path, table: str
     found = rated(written(tmp_path, ratings_csv=table))
     assert [name for _, name, _ in sides(found)] == better
     assert len(found.quarantine.rows) == (not better)
+
+
+def test_two_annotators_of_label_studio_are_two_raters(tmp_path: Path) -> None:
+    """As one rater, named by the file, they said otherwise of the same pair, or the same twice: votes were lost."""
+    header = "annotation_id,annotator,choice,created_at,id,image1,image2,lead_time"
+    table = f"{header}\n1,7,left,x,1,a.png,b.png,3\n2,8,left,x,1,a.png,b.png,3\n"
+    found = rated(written(tmp_path, ratings_csv=table))
+    assert sides(found) == [("overall", "a", "7"), ("overall", "a", "8")]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_ratings_and_scores_may_be_rows_of_json(tmp_path: Path, form: str) -> None:
+    folder = written(tmp_path)
+    rows: dict[str, list[dict[str, Any]]] = {
+        "ratings": [
+            {"left": "a.png", "right": "b.png", "rater": 7, "choice": 1},
+            {"left": "b.png", "right": "a.png", "rater": 8, "choice": 0},
+        ],
+        "scores": [{"file_name": "a.png", "overall": 1}, {"file_name": "b.png", "overall": 2.5}],
+    }  # fmt: skip
+    for name, given in rows.items():
+        lines = [",".join(given[0]), *(",".join(map(str, row.values())) for row in given)]
+        text = "\n".join(map(json.dumps, given) if form == "jsonl" else lines)
+        (folder / f"{name}.{form}").write_text(text + "\n")
+    images = {"images": str(folder)}
+    ratings = RatingsSource(format="ratings", ratings=str(folder / f"ratings.{form}"), **images)  # type: ignore[arg-type]
+    scores = ScoresSource(format="scores", scores=str(folder / f"scores.{form}"), **images)  # type: ignore[arg-type]
+    assert sides(collect([ratings, scores], [], folder / "work")) == [
+        ("overall", "b", "7"), ("overall", "b", "8"), ("overall", "b", "scores")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "prompts"),
+    [
+        ({"metadata.csv": "file_name,text\na.png,a cat\nb.png,a cat\n"}, {"a cat"}),
+        ({"metadata.jsonl": '{"file_name": "a.png", "text": "a cat"}\n{"file_name": "b.png", "text": "a dog"}'},
+         {"a cat", "a dog"}),
+        # The first line of a caption counts, for kohya's trainers as here.
+        ({"a.txt": "a cat\n", "b.caption": "\ufeffa cat\nNegative prompt: dogs"}, {"a cat"}),
+    ],
+)  # fmt: skip
+def test_captioned_folders_are_lists_of_images(tmp_path: Path, files: dict[str, str], prompts: set[str]) -> None:
+    """ImageFolder's metadata, and kohya's captions in folders such as `10_cat`."""
+    folder = tmp_path if any("metadata" in name for name in files) else tmp_path / "10_cat"
+    folder.mkdir(exist_ok=True)
+    for name in ("a.png", "b.png"):
+        (folder / name).touch()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    found = list(read_own_images(tmp_path))
+    assert [image.path for image in found] == [folder / "a.png", folder / "b.png"]
+    assert {image.prompt for image in found} == prompts
+    if folder != tmp_path:
+        (folder / "c.webp").touch()
+        with pytest.raises(InputError, match=r"a picture without a caption[\s\S]*c.webp[\s\S]*1 of 3"):
+            list(read_own_images(tmp_path))
 
 
 def test_no_column_and_no_line_of_a_table_is_left_out_in_silence(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Keys that say which files a model's name stands for, and those that say how it is loaded from them.
 ORIGIN = {"revision", "trust_remote_code"}
 LOADING = {*ORIGIN, "attn_implementation", "quantization"}
+_HUB = "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)"
 # What quantized weights are multiplied by: without it the numbers in the file are not the weights.
 _SCALES = re.compile(r"(?i).*(scale|zero|absmax|quant).*")
 
@@ -131,9 +132,9 @@ def loading(what: str, where: object) -> Iterator[None]:
         yield
     except known as error:
         got = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"cannot load {what}", where=where, got=got, fix="download it again: a file is damaged, or of another model"
-        ) from error
+        again = "download it again: a file is missing, damaged, or of another model"
+        fix = again if Path(str(where)).exists() else _HUB
+        raise InputError(f"cannot load {what}", where=where, got=got, fix=fix) from error
 
 
 def read_whole(loader: Any, name: str, **options: Any) -> Any:
@@ -221,7 +222,7 @@ def _fix(name_or_path: str, error: Exception) -> str:
     if "quantiz" in str(error):
         return "install what reads such weights, or give the model before it was quantized"
     if not folder.is_dir():
-        return "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)"
+        return _HUB
     other = sorted(file.name for ending in ("safetensors", "bin", "pth", "gguf") for file in folder.glob(f"*.{ending}"))
     if isinstance(error, OSError) and other and not any(folder.glob("model*.safetensors")):
         pickles = ": pickles can run code when they are opened" if other[0].endswith((".bin", ".pth")) else ""

@@ -23,7 +23,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
 from prefmill.distributed.devices import rank
 from prefmill.families.causal.load_check import turn_off_dropout
-from prefmill.families.causal.loading import load_errors, read_whole
+from prefmill.families.causal.loading import loading, read_whole
 from prefmill.families.reward.data import (
     Half,
     LabelledPair,
@@ -129,22 +129,18 @@ def load_clip(name: str, config: TrainingConfig) -> CLIPModel:
     """The CLIP to start from, in fp32 from safetensors; raises InputError when it cannot be loaded."""
     if is_open_clip(name):
         return load_open_clip(Path(name), config.attn_implementation)
-    try:
+    with loading("the CLIP model", name):
         model: CLIPModel = read_whole(
             CLIPModel, name, dtype=torch.float32, revision=config.revision,
             attn_implementation=config.attn_implementation,
         )  # fmt: skip
-    except load_errors() as error:
-        raise _unloadable("the CLIP model", name, error) from error
     return model
 
 
 def load_processor(name: str, revision: str | None) -> Any:
     """CLIP's tokenizer and image processor."""
-    try:
+    with loading("the CLIP processor", name):
         return open_processor(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unloadable("the CLIP processor", name, error) from error
 
 
 def predict(model: Any, rows: Sequence[LabelledPair], reader: PixelReader, batch_size: int) -> np.ndarray[Any, Any]:
@@ -304,12 +300,3 @@ def _count_cut(processor: Any, rows: Sequence[LabelledPair]) -> int:
     if cut:
         _log.warning("%d of %d prompts are longer than CLIP reads, such as %s", len(cut), len(prompts), cut[0])
     return len(cut)
-
-
-def _unloadable(what: str, where: str, error: Exception) -> InputError:
-    return InputError(
-        f"cannot load {what}", where=where, got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        fix="give the folder of a CLIP: config.json, weights, preprocessor_config.json and the tokenizer's files"
-        if Path(where).is_dir()
-        else "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)",
-    )  # fmt: skip

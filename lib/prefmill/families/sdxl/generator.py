@@ -158,6 +158,7 @@ def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
     if (read := read_factors(file))[0]:
         merge(pipeline, file, *read, scale)
         return
+    require_place(pipeline, file)
     with loading("the adapter", file):
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=_ADAPTER_NAME)
         require_place(pipeline, file, _ADAPTER_NAME)

@@ -39,13 +39,16 @@ def require_whole_pipeline(pipeline: Any, folder: Path, variant: str | None) -> 
             require_whole_part(part, f"{folder}/{name}")
 
 
-def require_place(pipeline: Any, file: Path, name: str) -> None:
-    """Raise InputError where diffusers passed over all of `file`, so that there is no adapter called `name`."""
-    if not any(name in names for names in pipeline.get_list_adapters().values()):
+def require_place(pipeline: Any, file: Path, name: str | None = None) -> None:
+    """Raise InputError for `file` without a LoRA's keys, or where diffusers passed over all, so that `name` is none."""
+    keys = _keys(file)
+    has_place = name is None or any(name in names for names in pipeline.get_list_adapters().values())
+    if not has_place or not any("lora" in key for key in keys):
         raise InputError(
-            "the adapter does not fit the pipeline", where=file, got=f"keys such as {next(iter(_keys(file)), 'none')}",
-            expected=f"keys of {type(pipeline).__name__}, by diffusers' or kohya's names",
-            fix="give the base that it was trained on; of sdxl_dpo's output the folder itself",
+            "the adapter does not fit the pipeline", where=file, got=f"keys such as {next(iter(keys), 'none')}",
+            expected=f"a LoRA's keys of {type(pipeline).__name__}, by diffusers' or kohya's names",
+            fix="give the base that it was trained on; of sdxl_dpo's output the folder itself; textual inversions, "
+            "ControlNets and IP-Adapters are not read",
         )  # fmt: skip
 
 

@@ -125,6 +125,14 @@ def test_an_adapter_of_other_keys_is_told_by_one_of_them(model: Path, tmp_path: 
         add_adapter(pipeline, file, 1.0)
 
 
+@pytest.mark.parametrize("key", ["emb_params", "clip_g", "image_proj.proj.weight", "control_model.input_hint_block.0"])
+def test_files_of_other_kinds_are_told_from_adapters(model: Path, tmp_path: Path, key: str) -> None:
+    """Textual inversions, IP-Adapters, ControlNets: diffusers' words were about the substring `lora`."""
+    save_file({key: torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=rf"does not fit[\s\S]*keys such as {key}[\s\S]*textual inversions"):
+        add_adapter(open_pipeline(GeneratorSource(str(model), "x", "fp32")), tmp_path / "a.safetensors", 1.0)
+
+
 def test_a_stage_of_texts_refuses_a_model_of_pictures(model: Path, tmp_path: Path) -> None:
     """Pipelines and adapters of sdxl_dpo: transformers spoke of a tokenizer without sentencepiece."""
     (tmp_path / ADAPTER_FILE).touch()
