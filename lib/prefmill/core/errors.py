@@ -6,7 +6,7 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
@@ -102,7 +102,12 @@ def nearest(word: str, candidates: Sequence[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
-def nearest_task(selector: str, keys: Iterable[str]) -> str:
-    """`nearest` among the stages and tasks of these keys, STAGE:TASK."""
-    tasks = list(keys)
-    return nearest(selector, [*dict.fromkeys(key.partition(":")[0] for key in tasks), *tasks])
+def select(selector: str, keys: Collection[str], there: str) -> list[str]:
+    """Those of `keys`, STAGE:TASK, that STAGE or STAGE:TASK names; raises PipelineError with the nearest for none."""
+    found = [key for key in keys if selector.removesuffix(":") in (key, key.partition(":")[0])]
+    if not found:
+        near = nearest(selector, [*dict.fromkeys(key.partition(":")[0] for key in keys), *keys])
+        raise PipelineError(
+            f"no task '{selector}' {there}{near}", expected=", ".join(keys), fix="name a stage, or a task as STAGE:TASK"
+        )
+    return found

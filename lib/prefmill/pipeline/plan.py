@@ -23,7 +23,7 @@ from prefmill.core.config import (
     split_override,
     validate,
 )
-from prefmill.core.errors import ConfigError, PipelineError, nearest, nearest_task
+from prefmill.core.errors import ConfigError, PipelineError, nearest, select
 from prefmill.core.places import MANIFEST, NO_RUNS, STAGES, default_workspace
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
@@ -112,15 +112,8 @@ class Plan:
 
     def select(self, selector: str) -> list[PlannedTask]:
         """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError when there are none."""
-        stage, _, name = selector.partition(":")
-        found = [task for task in self.tasks if task.stage.name == stage and name in ("", task.name)]
-        if not found:
-            keys = [task.key for task in self.tasks]
-            raise PipelineError(
-                f"no task '{selector}' in this pipeline{nearest_task(selector, keys)}", expected=", ".join(keys),
-                fix="name a stage, or a task as STAGE:TASK",
-            )  # fmt: skip
-        return found
+        tasks = {task.key: task for task in self.tasks}
+        return [tasks[key] for key in select(selector, tasks, "in this pipeline")]
 
 
 def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineFile:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.core.errors import PipelineError, nearest, nearest_task
+from prefmill.core.errors import PipelineError, nearest, select
 from prefmill.core.files import write_atomic
 from prefmill.core.places import CACHE, LATEST
 
@@ -91,12 +91,5 @@ def _here(workspace: Path, recorded: str) -> Path:
 
 def select_tasks(tasks: list[dict[str, Any]], selector: str) -> list[dict[str, Any]]:
     """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError naming the nearest where there are none."""
-    stage, _, name = selector.partition(":")
-    parts = {task["key"]: task["key"].split(":", 1) for task in tasks}
-    found = [task for task in tasks if parts[task["key"]][0] == stage and name in ("", parts[task["key"]][1])]
-    if not found:
-        raise PipelineError(
-            f"no task '{selector}' in this run{nearest_task(selector, parts)}", expected=", ".join(parts),
-            fix="name a stage, or a task as STAGE:TASK, and the run with --run",
-        )  # fmt: skip
-    return found
+    known = {task["key"]: task for task in tasks}
+    return [known[key] for key in select(selector, known, "in this run (--run names another)")]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, load, merge, modern, renamed, validate
 from prefmill.core.errors import ConfigError, nearest
@@ -25,6 +25,15 @@ _OWN_OPTIONS = {
     "array", "dependency", "export", "export-file", "get-user-env", "kill-on-invalid-dep", "output", "error",
     "open-mode", "requeue", "no-requeue", "signal", "ntasks", "ntasks-per-node", "job-name", "wrap", "parsable",
 }  # fmt: skip
+
+
+def _variable_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"'{name}' is no name of an environment variable (names only, never values)")
+    return name
+
+
+VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
 class Resources(StrictConfig):
@@ -62,12 +71,7 @@ class Secrets(StrictConfig):
     """Names of secrets, and the file of NAME=value lines they are read from when a task starts, never before."""
 
     file: ExternalPath
-    names: list[str] = Field(min_length=1)
-
-    @field_validator("names")
-    @classmethod
-    def _are_names(cls, names: list[str]) -> list[str]:
-        return _variable_names(names)
+    names: list[VariableName] = Field(min_length=1)
 
 
 class ClusterFile(StrictConfig):
@@ -86,18 +90,13 @@ class ClusterFile(StrictConfig):
     signal_seconds: int = Field(SIGNAL_SECONDS, ge=1)
     python: str | None = None
     setup: list[str] = []
-    export: list[str] = []
+    export: list[VariableName] = []
     secrets: Secrets | None = None
     advance: bool = True
-    webhook: str | None = None
+    webhook: VariableName | None = None
     resources: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
     throughput: dict[str, dict[str, Annotated[float, Field(gt=0)]]] = {}
-
-    @field_validator("export")
-    @classmethod
-    def _are_names(cls, names: list[str]) -> list[str]:
-        return _variable_names(names)
 
     @field_validator("throughput")
     @classmethod
@@ -106,11 +105,6 @@ class ClusterFile(StrictConfig):
         if unknown:
             raise ValueError(f"no stage '{unknown[0]}'{nearest(unknown[0], stage_names())}")
         return table
-
-    @field_validator("webhook")
-    @classmethod
-    def _is_a_name(cls, name: str | None) -> str | None:
-        return _variable_names([name])[0] if name is not None else None
 
     @property
     def exported(self) -> list[str]:
@@ -172,10 +166,3 @@ def read_secrets(secrets: Secrets) -> dict[str, str]:
             fix=f"add a line {missing[0]}=value, or take the name out of the cluster file",
         )  # fmt: skip
     return {name: values[name] for name in secrets.names}
-
-
-def _variable_names(names: list[str]) -> list[str]:
-    wrong = [name for name in names if not _NAME.fullmatch(name)]
-    if wrong:
-        raise ValueError(f"'{wrong[0]}' is no name of an environment variable (names only, never values)")
-    return names

@@ -147,7 +147,8 @@ def _show_training(
     say(f"  {needs.memory.total:.1f} GB a GPU: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items()))
     for name in parts:
         say(f"    {name}: {ORIGINS[name]}")
-    say("  " + _cards(needs.memory.total))
+    fits = (f"{size} GB: {'fits' if needs.memory.total <= size else 'does not fit'}" for size in _CARDS_GB)
+    say("  " + "; ".join(fits))
     partition = offered.get(resources.partition or "")
     given = gpu_gb or (_GPU_GB.get(partition.gpu_type) if partition else None)
     if resources.gpus and given is not None and needs.memory.total > given:
@@ -157,12 +158,6 @@ def _show_training(
         )
     elif resources.gpus and given is None:
         say("  the GPUs' memory is not known: give --gpu-memory GB to have it checked")
-
-
-def _cards(needed: float) -> str:
-    """Which of the usual sizes of GPU hold it."""
-    fits = [f"{size} GB: {'fits' if needed <= size else 'does not fit'}" for size in _CARDS_GB]
-    return "; ".join(fits)
 
 
 def _request(stage: str, count: int, resources: Resources) -> str:

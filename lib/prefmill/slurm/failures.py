@@ -142,7 +142,8 @@ def decide(
     if failure.signature and any(row.get("signature") == failure.signature for row in charged):
         return Decision("stop", "the same error twice", todo)
     if len(charged) >= policy.retries:
-        return Decision("stop", _exhausted(policy.retries), todo)
+        told = f"retried {policy.retries} times" if policy.retries else "a retry would end the same way"
+        return Decision("stop", told, todo)
     if failure.kind == "host_memory":
         return _with_more_memory(means, todo)
     return Decision("retry", f"retry {len(charged) + 1} of {policy.retries}")
@@ -157,10 +158,6 @@ def signature(error: str) -> str:
     """The same for the same error, whatever the addresses, numbers and times in it."""
     last = [line.strip() for line in error.strip().splitlines() if line.strip()][-3:]
     return digest_bytes(re.sub(r"0x[0-9a-f]+|\d+", "#", "\n".join(last)).encode())[:16]
-
-
-def _exhausted(retries: int) -> str:
-    return f"retried {retries} times" if retries else "a retry would end the same way"
 
 
 def _smaller(keys: Mapping[str, Any], todo: str) -> Decision:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from prefmill.core.errors import PipelineError, nearest_task
+from prefmill.core.errors import PipelineError, select
 from prefmill.core.places import MANIFEST, WANTED_AGAIN
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.pipeline.plan import PlannedTask
@@ -57,7 +57,8 @@ def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) ->
         require_owner(found)
         for line in settle(found):
             say(line)
-        tried = _chosen(newest(found) | unsent(found), selector)
+        known = newest(found) | unsent(found)
+        tried = {key: known[key] for key in (select(selector, known, "was submitted") if selector else known)}
         jobs = [job for one in found for job in one.jobs()]
         shown = slurm.queue([job.job_id for job in jobs])
         if shown is None:
@@ -76,17 +77,6 @@ def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) ->
         if ended and not slurm.cancel(ended):
             raise PipelineError("Slurm did not cancel every job", fix="see `squeue --me`, then cancel again")
         say(f"run {run}: {len(keys)} tasks cancelled")
-
-
-def _chosen(tried: Mapping[str, Tried], selector: str | None) -> dict[str, Tried]:
-    """The tasks of STAGE or STAGE:TASK, all without a selector; raises PipelineError when there are none."""
-    found = {key: one for key, one in tried.items() if selector in (None, key, key.partition(":")[0])}
-    if selector and not found:
-        raise PipelineError(
-            f"no task '{selector}' was submitted{nearest_task(selector, tried)}", expected=", ".join(tried),
-            fix="name a stage, or a task as STAGE:TASK",
-        )  # fmt: skip
-    return found
 
 
 def _note_cancel(decisions: Decisions, key: str, tried: Tried) -> None:

@@ -28,6 +28,7 @@ from prefmill.sweep.trial import (
     run_trial,
     stage_values,
     still_runs,
+    to_yaml,
 )
 
 if TYPE_CHECKING:
@@ -187,8 +188,6 @@ def _report(study: optuna.Study, config: StudyConfig, task: Task) -> None:
 
 def _finish(study: optuna.Study, config: StudyConfig, task: Task, draw: Draw) -> Metrics:
     """Write the trials, the best one's configuration and the page."""
-    from omegaconf import OmegaConf
-
     rows = studies.rows(study)
     complete = [row for row in rows if row["state"] == "complete"]
     if not complete:
@@ -201,7 +200,7 @@ def _finish(study: optuna.Study, config: StudyConfig, task: Task, draw: Draw) ->
     best = max(complete, key=lambda row: (sign * row["value"], -row["number"]))
     write_jsonl(task.output / TRIALS, rows)
     values = stage_values(config.config, config.set, best["params"])
-    write_atomic(task.output / BEST, OmegaConf.to_yaml(OmegaConf.create(values)))
+    write_atomic(task.output / BEST, to_yaml(values))
     write_atomic(task.output / PAGE, draw(rows, best, config))
     shown = ", ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in flatten(best["params"])

@@ -125,7 +125,7 @@ def _run_stage(
 ) -> Artifact:  # fmt: skip
     """What the stage makes below `folder`, in a process of its own that dies with this one."""
     config = folder / f"{stage.name}.yaml"
-    write_atomic(config, _to_yaml(values))
+    write_atomic(config, to_yaml(values))
     given = [f"inputs.{name}=[{','.join(str(item.path) for item in items)}]" for name, items in inputs.items() if items]
     command = [sys.executable, "-m", f"{STAGES}.{stage.name}", str(config), f"run={RUN}", f"workspace={folder}", *given]
     # Appended to: what an earlier attempt said stays.
@@ -222,7 +222,8 @@ def _environment() -> dict[str, str]:
     return {**outside, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _to_yaml(values: Mapping[str, Any]) -> str:
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """A configuration's file."""
     from omegaconf import OmegaConf
 
     text: str = OmegaConf.to_yaml(OmegaConf.create(dict(values)))

@@ -42,7 +42,7 @@ from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter, put_on
 from prefmill.training.bad_rows import BadRows
-from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_batches, plan_group_batches
+from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_group_batches
 from prefmill.training.chats import no_images
 from prefmill.training.config import TrainingConfig, accumulation
 from prefmill.training.data import Group, PreferencePair, group_by_prompt, read_pairs, swap_by_coin
@@ -51,7 +51,7 @@ from prefmill.training.finished import kept_dtype, loading_precision
 from prefmill.training.loop import TrainingSpec, report_dropped, run_training
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preference_config import PreferenceConfig
-from prefmill.training.preferences import Preferences
+from prefmill.training.preferences import Preferences, plan_epochs
 from prefmill.training.publish import publish
 from prefmill.training.reference import (
     GroupScoring,
@@ -177,9 +177,9 @@ def load_policy(name: str, config: PreferenceConfig, revision: str | None) -> An
 def _plan(groups: Sequence[Group], config: PreferenceConfig) -> list[Microbatch]:
     """The microbatches of all epochs, as the layout cuts them."""
     epochs, target, ranks = config.num_train_epochs, config.effective_batch_size, world_size()
-    per_step = accumulation(config, ranks) * ranks
     if config.layout == "pairwise":
-        return plan_batches(groups, epochs, target, per_step, config.seed)
+        return plan_epochs(groups, config, epochs)
+    accumulation(config, ranks)  # for its error alone
     at_once, max_tokens = config.per_device_train_batch_size, config.max_tokens_per_microbatch
     return plan_group_batches(groups, epochs, target, at_once, ranks, max_tokens, config.seed)
 
