@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -119,6 +120,12 @@ def test_signs_that_show_nothing_make_no_second_prompt(tmp_path: Path, sign: str
     with pytest.raises(InputError, match="stands here twice"):
         read_prompts(write(tmp_path, f"prompt\nA cat\n{sign}A c{sign}at{sign}\n"))
     assert one_spelling("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم"  # these join, and are seen
+
+
+def test_the_rating_page_takes_a_prompts_direction_from_its_letters() -> None:
+    """HTML's `dir`: Hebrew and Arabic began at the left, with their full stops on the wrong side."""
+    page = (REPOSITORY / "lib" / "prefmill" / "images" / "rating_page.html").read_text(encoding="utf-8")
+    assert re.findall('<h1 id="prompt"([^>]*)>', page) == [' dir="auto"']
 
 
 def test_empty_cells_at_the_end_are_no_matter(tmp_path: Path) -> None:
