@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PosixPath
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
@@ -34,15 +34,6 @@ class StrictConfig(BaseModel):
             inherited = (base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, StrictConfig))
             field.description = field.description or next((item.description for item in inherited if item), None)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _a_word_is_a_list_of_one(cls, values: Any) -> Any:
-        """`loss_type: sigmoid` for `[sigmoid]`, as the files and flags of other trainers have it."""
-        if not isinstance(values, dict):
-            return values
-        fields = {name: field.annotation for name, field in cls.model_fields.items()}
-        return {name: _as_listed(given, fields.get(name)) for name, given in values.items()}
-
     @model_validator(mode="after")
     def _revisions_are_of_the_hub(self) -> Self:
         require_hub_names(self)
@@ -55,13 +46,6 @@ class StrictConfig(BaseModel):
     def made_otherwise(self) -> dict[str, Any]:
         """Part of the identity beside the keys: what the same keys make now and did not make before."""
         return {}
-
-
-def _as_listed(given: Any, annotation: Any) -> Any:
-    if isinstance(given, list) and get_origin(annotation) is tuple:
-        return tuple(given)  # as pydantic does of JSON, which a value is no more behind a validator
-    (item,) = get_args(annotation) if get_origin(annotation) is list else (None,)
-    return [given] if isinstance(given, str) and (item is str or get_origin(item) is Literal) else given
 
 
 COMMAND_LINE = "given on the command line"

@@ -14,6 +14,7 @@ from prefmill.core.revisions import require_hub_name
 from prefmill.core.stage import Task
 from prefmill.distributed.deepspeed_file import require_accumulation, require_agreement
 from prefmill.training.adapter_folder import adapter_at, base_of, base_revision, lora_of, template_of
+from prefmill.training.objective_names import listed
 
 OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")  # of TrainingConfig, without effect on images
 
@@ -171,7 +172,7 @@ class TrainingConfig(StrictConfig):
     @field_validator("report_to", mode="before")
     @classmethod
     def _none_of_them(cls, given: Any) -> Any:
-        return [] if given == ["none"] else given  # as transformers has it
+        return [] if listed(given) == ["none"] else listed(given)  # as transformers has it
 
     @model_validator(mode="after")
     def _one_strategy(self) -> TrainingConfig:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from prefmill.core.errors import nearest
 
@@ -41,5 +41,10 @@ def require_known(names: str | list[str]) -> str | list[str]:
     return names
 
 
+def listed(given: Any) -> Any:
+    """A word as a list of one, as other trainers' files and flags have it."""
+    return [given] if isinstance(given, str) else given
+
+
 ObjectiveName = Annotated[str, AfterValidator(require_known)]
-ObjectiveNames = Annotated[list[str], AfterValidator(require_known)]
+ObjectiveNames = Annotated[list[str], BeforeValidator(listed), AfterValidator(require_known)]
