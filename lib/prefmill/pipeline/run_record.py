@@ -62,7 +62,9 @@ def run_tasks(workspace: Path, run: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise no_such_run(workspace, run)
     tasks: list[dict[str, Any]] = json.loads(path.read_text())["tasks"]
-    return [{**task, **{name: str(_here(workspace, task[name])) for name in ("output", "logs")}} for task in tasks]
+    # Below this workspace: a copy of one may not lead to, or delete, what the original holds.
+    places = [{name: workspace.joinpath(*Path(task[name]).parts[-4:]) for name in ("output", "logs")} for task in tasks]
+    return [task | {name: str(path) for name, path in here.items()} for task, here in zip(tasks, places, strict=True)]
 
 
 def own_name(workspace: Path, run: str) -> str:
@@ -82,11 +84,6 @@ def no_such_run(workspace: Path, run: str) -> PipelineError:
         "no run yet in this workspace", where=workspace,
         fix="start one: prefmill run configs/pipelines/demo.yaml, or name another workspace: --workspace DIR",
     )  # fmt: skip
-
-
-def _here(workspace: Path, recorded: str) -> Path:
-    """A task's folder below this workspace: a copy of one may not lead to, or delete, what the original holds."""
-    return workspace.joinpath(*Path(recorded).parts[-4:])
 
 
 def select_tasks(tasks: list[dict[str, Any]], selector: str) -> list[dict[str, Any]]:

@@ -119,7 +119,9 @@ class RetryOptions:
 
 def classify(evidence: Evidence) -> Failure:
     """The failure that the evidence shows."""
-    judges = (_by_status, _by_log, _by_accounting, _by_queue, _by_traces)
+    judges = (
+        _by_status, _by_log, _by_accounting, lambda seen: _by_state(seen, seen.queued, "squeue"), _by_traces
+    )  # fmt: skip
     return next(failure for judge in judges if (failure := judge(evidence)) is not None)
 
 
@@ -237,10 +239,6 @@ def _by_accounting(evidence: Evidence) -> Failure | None:
         why = f"held {job.peak_gb:.2g} GB of {job.memory_gb:.2g} when it was killed"
         return Failure("host_memory", why, "sacct", _node(evidence))
     return _by_state(evidence, job, "sacct")
-
-
-def _by_queue(evidence: Evidence) -> Failure | None:
-    return _by_state(evidence, evidence.queued, "squeue")
 
 
 def _by_state(evidence: Evidence, job: JobState | None, source: str) -> Failure | None:

@@ -80,7 +80,7 @@ def _follow(plan: Plan, drills: list[Drill], say: Say) -> bool:
         _strike(view, drills, say)
         if time.monotonic() - advanced > _ADVANCE_SECONDS or not view.live:
             # The job that looks after the run comes back after two minutes at the earliest: too late for a drill.
-            view = advance(plan.workspace, plan.run, say=_quietly(say))
+            view = advance(plan.workspace, plan.run, say=lambda line: None if line.startswith("run ") else say(line))
             advanced = time.monotonic()
             if not going_on(view):
                 return not view.open
@@ -163,10 +163,6 @@ def _judge(drill: Drill) -> Iterator[str]:
     # No more than the steps between two saves may be lost, or it has gone on from too old a checkpoint.
     elif rows[1]["first_step"] == 1 or (rows[0]["last_step"] or 0) - rows[1]["first_step"] >= SAVE_STEPS:
         yield f"it had got to step {rows[0]['last_step']} and went on from step {rows[1]['first_step']}"
-
-
-def _quietly(say: Say) -> Say:
-    return lambda line: say(line) if not line.startswith("run ") else None
 
 
 def _attempts_since(before: int, task: PlannedTask) -> list[dict[str, Any]]:
