@@ -57,7 +57,7 @@ def table(separator: str, before: str = "") -> str:
     ("name", "content"),
     [
         ("x.jsonl.xz", lzma.compress(LINES.encode())), ("x.JSONL.bz2", bz2.compress(LINES.encode())),
-        ("packed.jsonl", gzip.compress(LINES.encode())), ("plain.jsonl.gz", LINES.encode()),
+        ("packed.jsonl", gzip.compress(LINES.encode(), mtime=0)), ("plain.jsonl.gz", LINES.encode()),
         ("x.jsonl", LINES.encode("utf-16")), ("x.tsv", table("\t").encode()), ("x.CSV", table(";").encode()),
         ("x.csv", table(";", "sep=;\r\n").encode("utf-16")),
     ],
