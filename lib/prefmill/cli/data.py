@@ -18,8 +18,7 @@ def add_data_commands(commands: Any) -> None:
     imports.add_argument("--keys", action="store_true", help="say what becomes of every key, and import nothing")
     imports.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that file is run with (default: 1)")
 
-    known = "all that a run knows of one pair: texts, checklist, margins"
-    pair = new_command(commands, "pair", known, _pair, workspace=True)
+    pair = new_command(commands, "pair", "what a run knows of a pair: texts, checklist, margins", _pair, workspace=True)
     pair.add_argument("pair_id", metavar="ID", help="CHOSEN_ID:REJECTED_ID, as in the dpo datasets")
     pair.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
     wrong = "the pairs of a preference training, or those that look wrong"

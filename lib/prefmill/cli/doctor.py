@@ -149,9 +149,8 @@ def check_model(name: str | None) -> Iterator[Diagnosis]:
         return
     if Path(name).is_dir():
         present = (Path(name) / "config.json").is_file()
-        yield Diagnosis(
-            "ok" if present else "fail", f"model folder {name}", "" if present else "it holds no config.json"
-        )
+        fix = "" if present else "it holds no config.json"
+        yield Diagnosis("ok" if present else "fail", f"model folder {name}", fix)
         return
     from huggingface_hub import hf_hub_download
 
