@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,16 +59,28 @@ def read_image_pairs(artifact: Artifact, split: ImageSplit) -> list[PairImages]:
     return [replace(pair, weight=pair.weight / mean) for pair in pairs]
 
 
-def swap_half(pairs: Sequence[PairImages], seed: int) -> Iterator[PairImages]:
-    """The pairs, of each prompt half with winner and loser exchanged, drawn by `seed`: nothing is left to learn.
+def balance_labels(pairs: Sequence[PairImages], seed: int) -> Iterator[PairImages]:
+    """The pairs with winner and loser drawn anew by `seed`, so that an image wins as often as it loses, to within one.
 
-    Half, not each by a coin: some dozens more of one kind would move a model one way in every picture alike.
+    Not each by a coin: a few more wins of one kind of image would move a model one way in every picture alike.
     """
-    drawn = sorted(pairs, key=lambda pair: (pair.prompt_id, random.Random(f"{seed}:{pair.pair_id}").random()))
-    # Every second one in an order at random within the prompt.
-    swapped = {pair.pair_id for pair in drawn[seed % 2 :: 2]}
+    draw = random.Random(seed)
+    images = defaultdict[tuple[str, str], dict[str, PairImages]](dict)
+    for pair in sorted(pairs, key=lambda pair: (pair.prompt_id, pair.pair_id)):
+        for digest in pair.digests:
+            images[pair.prompt_id, digest][pair.pair_id] = pair
+    # Walks over all pairs as edges, Euler's way: the image left wins, the one entered loses. Those from an image with
+    # an odd number of pairs come first, as they end at another; the others return to their start.
+    order = draw.sample(list(images), len(images))
+    winners = dict[str, str]()
+    for prompt, at in [*(image for image in order if len(images[image]) % 2), *order]:
+        while ahead := images[prompt, at]:
+            pair = ahead.pop(draw.choice(list(ahead)))
+            winners[pair.pair_id] = at
+            at = pair.digests[at == pair.digests[0]]
+            del images[prompt, at][pair.pair_id]
     for pair in pairs:
-        yield pair.swapped if pair.pair_id in swapped else pair
+        yield pair if winners[pair.pair_id] == pair.digests[0] else pair.swapped
 
 
 def _pair(row: ImagePair, folder: Path, digests: dict[str, str], where: str) -> PairImages:

@@ -21,7 +21,7 @@ from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
-from prefmill.families.sdxl.data import PairImages, read_image_pairs, swap_half
+from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_pairs
 from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts, tell_cut
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
@@ -109,7 +109,7 @@ def _pairs(
         )  # fmt: skip
     if "soft_label" in objective.needs:
         pairs = with_soft_labels(pairs, config, task)
-    return list(swap_half(pairs, config.seed)) if config.shuffle_labels and split == "train" else pairs
+    return list(balance_labels(pairs, config.seed)) if config.shuffle_labels and split == "train" else pairs
 
 
 def _plan(pairs: Sequence[PairImages], config: SdxlPreferenceConfig) -> list[Microbatch]:
