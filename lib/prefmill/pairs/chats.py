@@ -10,17 +10,11 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from prefmill.core.errors import InputError
-from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, Row, Tags, alpaca_prompt
+from prefmill.pairs.formats import FORMS, alpaca_prompt
+from prefmill.pairs.forms import Form, Judgement, Row, Tags
+from prefmill.pairs.pairing import FoundRow, UnusableRow, grouped, prompt_of, row_name, unpaired
 from prefmill.pairs.pictures import image_path
-from prefmill.pairs.sources import (
-    PairSource,
-    UnusableRow,
-    identified,
-    parsed_rows,
-    prompt_of,
-    row_name,
-    write_split,
-)
+from prefmill.pairs.sources import PairSource, identified, parsed_rows, write_split
 from prefmill.pairs.turns import Chat, as_answer, as_chat, place_images, sole_answer
 from prefmill.training.bad_rows import BadRows
 
@@ -89,11 +83,22 @@ def write_chats(source: ChatSource, folder: Path, report: Path) -> tuple[Path, P
 
 
 def _good(source: ChatSource, problems: list[UnusableRow]) -> Iterator[tuple[str, Judgement]]:
+    compared: list[FoundRow] = []
     for row, found in parsed_rows(source, problems):
-        if isinstance(found, Preference):
-            yield row_name(row), Judgement(found.messages, found.chosen, True, found.images, found.tools)
+        if not isinstance(found, Judgement):
+            compared.append((row, found))
         elif found.is_good:
             yield row_name(row), found
+    for group in grouped(compared):
+        chat, answers = group
+        best = max(score for *_, score in answers)
+        if best == min(score for *_, score in answers):
+            problems += unpaired(group)
+            continue
+        yield from (
+            (row_name(row), Judgement(chat.messages, answer, True, chat.images, chat.tools))
+            for row, answer, score in answers if score == best
+        )  # fmt: skip
 
 
 def _distinct(chats: Iterable[tuple[str, Judgement]]) -> Iterator[tuple[str, Judgement]]:

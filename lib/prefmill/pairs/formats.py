@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
-from unicodedata import normalize
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
+from prefmill.pairs.forms import Form, Found, Judgement, Preference, Row, Tags, words
+from prefmill.pairs.scored import SCORED_FORMS
 from prefmill.pairs.turns import (
     Answer,
     BadRowError,
@@ -20,6 +21,7 @@ from prefmill.pairs.turns import (
     as_answer,
     as_chat,
     as_prompt,
+    asked_chat,
     is_transcript,
     parse_dialogue,
     place_images,
@@ -29,61 +31,11 @@ from prefmill.pairs.turns import (
     tools_of,
 )
 
-Row = Mapping[str, Any]
-Tags = Mapping[str, str]
 # No template is given these by row: a row that needs them would lose them in silence.
 _UNTRAINED = ("functions", "chat_template_kwargs")
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 # A list of messages that a table, or Python's str(), made text of.
 _LISTED = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](?:system|user|human|assistant|gpt)['"]""")
-Kind = Literal["text", "list", "dict", "label", "text or list"]
-_TYPES: dict[Kind, tuple[type, ...]] = {
-    "text": (str,), "list": (list, tuple), "dict": (dict,), "label": (bool, int, float, str),
-    "text or list": (str, list, tuple),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two answers to one chat; `images` stand for the `<image>` markers in it, in order: a path, a URL or bytes."""
-
-    messages: list[Turn]
-    chosen: Answer
-    rejected: Answer
-    images: tuple[Any, ...] = ()
-    tools: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One answer to a chat, and whether it is a good one; `pair_up` makes preferences of them."""
-
-    messages: list[Turn]
-    answer: Answer
-    is_good: bool
-    images: tuple[Any, ...] = ()
-    tools: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Form:
-    """A form by its keys: those it needs, with what they hold, and those that would make it another form."""
-
-    needs: Mapping[str, Kind]
-    parse: Callable[[Row, Tags], Preference | Judgement]
-    without: Sequence[str] = ()
-
-    @property
-    def keys(self) -> set[str]:
-        """The keys of a row that are read, those that it need not have among them."""
-        more = ("input", "history") if "instruction" in self.needs else ()
-        return {*self.needs, *more, "system", "tools", "images", "image", "id", "pair_id"}
-
-    def fits(self, row: Row) -> bool:
-        """Whether `row` has this form's keys, holding what they should."""
-        return all(isinstance(row.get(key), _TYPES[kind]) for key, kind in self.needs.items()) and not any(
-            row.get(key) is not None for key in self.without
-        )
 
 
 def trl_messages(row: Row, tags: Tags) -> Preference:
@@ -178,8 +130,7 @@ def implicit_strings(row: Row, tags: Tags) -> Preference:
 
 def unpaired(row: Row, tags: Tags) -> Judgement:
     """`{prompt, completion, label}`: text or messages, good or not."""
-    asked = row["prompt"]
-    chat = Chat(as_prompt(asked)) if isinstance(asked, str) else as_chat(asked, "prompt", tags)
+    chat = asked_chat(row["prompt"], "prompt", tags)
     completion = row["completion"]
     answer: Answer = completion if isinstance(completion, str) else answer_to(
         chat.turns, as_chat(completion, "completion", tags), "completion"
@@ -214,6 +165,7 @@ FORMS: Mapping[str, Form] = {
     "implicit_strings": Form({"chosen": "text", "rejected": "text"}, implicit_strings, _PROMPTS),
     "unpaired": Form({"prompt": "text or list", "completion": "text or list", "label": "label"}, unpaired),
     "unpaired_messages": Form({"label": "label", "messages": "list"}, unpaired_messages),
+    **SCORED_FORMS,
 }
 
 
@@ -234,7 +186,7 @@ def detect(row: Row, where: object, known: Mapping[str, Form] = FORMS) -> str:
     )  # fmt: skip
 
 
-def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) -> Preference | Judgement:
+def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) -> Found:
     """`row` read as the form `name`; raises BadRowError saying what is wrong with it."""
     form = known[name]
     if not form.fits(row):
@@ -246,8 +198,7 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
     found = replace(found, messages=_with_system(row, found.messages), tools=tools_of(row))
     if not found.messages or found.messages[-1]["role"] not in ("user", "tool"):
         raise BadRowError("the prompt does not end with a user turn")
-    given = [found.chosen, found.rejected] if isinstance(found, Preference) else [found.answer]
-    answers = list(map(as_answer, given))
+    answers = list(map(as_answer, found.answers))
     for turn in (*found.messages, *answers):
         _check_text(turn)
     if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
@@ -259,8 +210,7 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
     if any(map(is_transcript, answers)):
         raise BadRowError("an answer is a whole transcript: remove the prompt's own column, its turns are the prompt")
     # Sides that only look alike would teach white space, or how an accent is composed.
-    said = {json.dumps({**answer, "content": normalize("NFC", answer["content"]).strip()}) for answer in answers}
-    if len(said) < len(answers):
+    if isinstance(found, Preference) and words(found.chosen) == words(found.rejected):
         raise BadRowError("chosen and rejected are the same, white space and Unicode's composition aside")
     return found
 

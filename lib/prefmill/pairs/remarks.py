@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefmill.core.errors import InputError
-from prefmill.pairs.formats import Form, Judgement, Preference
+from prefmill.pairs.forms import Form, Found
 from prefmill.pairs.turns import READ, as_answer
 
 _LONG_PROMPT = 20  # characters; a shorter question is often repeated in a good answer
@@ -27,9 +27,9 @@ class Remarks:
         for key, kind in form.needs.items():
             value = values.get(key)
             if kind == "dict" and isinstance(value, Mapping) and "messages" in value:
-                self.unused |= _unread({**value, "messages": None, "tools": None}, key, tags)
+                self.unused |= _unread({**value, "messages": None, "tools": None}, key, set(tags.values()))
                 value = value["messages"]
-            self.unused |= _unread(value, key, tags)
+            self.unused |= _unread(value, key, {*tags.values(), *form.items.get(key, ())})
 
     def tell(self, where: str) -> None:
         """Print them; raises InputError for columns that no row has."""
@@ -47,20 +47,22 @@ class Remarks:
             )  # fmt: skip
 
 
-def repeats_prompt(found: Preference | Judgement) -> bool:
+def repeats_prompt(found: Found) -> bool:
     """Whether every answer begins with the whole of a prompt that is long enough to tell."""
     asked = found.messages[-1]["content"].strip()
-    answers = [found.chosen, found.rejected] if isinstance(found, Preference) else [found.answer]
     return len(asked) >= _LONG_PROMPT and all(
-        as_answer(answer)["content"].lstrip().startswith(asked) for answer in answers
+        as_answer(answer)["content"].lstrip().startswith(asked) for answer in found.answers
     )
 
 
-def _unread(messages: Any, what: str, tags: Mapping[str, str]) -> set[str]:
+def listed(value: Any) -> list[Any]:
+    """The objects in a list, or the one that stands alone."""
+    return [item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, dict)]
+
+
+def _unread(messages: Any, what: str, more: set[str]) -> set[str]:
     """What messages hold that nothing reads, such as `messages.score`; empty values, which tables fill in, aside."""
-    listed = messages if isinstance(messages, (list, tuple)) else [messages]
-    read = {*READ, *tags.values()}
     return {
-        f"{what}.{key}" for message in listed if isinstance(message, Mapping)
-        for key, value in message.items() if key not in read and value not in (None, "", [], {})
+        f"{what}.{key}" for message in listed(messages)
+        for key, value in message.items() if key not in READ | more and value not in (None, "", [], {})
     }  # fmt: skip

@@ -5,21 +5,23 @@ from __future__ import annotations
 import codecs
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
 from prefmill.core.config import ExternalPath, later
 from prefmill.core.errors import InputError, nearest
-from prefmill.core.files import digest_json
-from prefmill.pairs.formats import FORMS, Form, Judgement, Preference, detect, parse
+from prefmill.pairs.formats import FORMS, detect, parse
+from prefmill.pairs.forms import Form, Preference
 from prefmill.pairs.mixture import MixedFile, mixed
-from prefmill.pairs.pictures import image_key, image_path, write_by_rename
-from prefmill.pairs.remarks import Remarks, repeats_prompt
+from prefmill.pairs.pairing import FoundRow, UnusableRow, pair_up, prompt_of
+from prefmill.pairs.pictures import image_path, write_by_rename
+from prefmill.pairs.remarks import Remarks, listed, repeats_prompt
 from prefmill.pairs.turns import BadRowError, Turn, as_answer
 from prefmill.store.jsonl import to_json
 from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows, is_saved_to_disk
@@ -27,7 +29,6 @@ from prefmill.training.bad_rows import BadRows, RowPolicy
 
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 FoundT = TypeVar("FoundT")
-FoundRow = tuple[SourceRow, Preference | Judgement]
 SOURCE_KEYS = ("dataset", "dataset_file", "mixture")  # one of them names the dataset
 TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
 
@@ -125,13 +126,6 @@ class PairSource(RowPolicy):
         ] or [self]
 
 
-class UnusableRow(NamedTuple):
-    """A row that cannot be used."""
-
-    where: str
-    what: str
-
-
 def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, Path | None]:
     """Write the source's pairs as prefmill's own rows into `folder`; returns the train file, and val where asked for.
 
@@ -139,7 +133,7 @@ def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, P
     `on_bad_row: drop` lists them in `report` and raises where no pair is left.
     """
     problems: list[UnusableRow] = []
-    rows = list(tqdm(_preferences(source, problems), desc="reading pairs", unit=" pairs"))
+    rows = list(tqdm(pair_up(parsed_rows(source, problems), problems), desc="reading pairs", unit=" pairs"))
     own = []
     bad = BadRows(report, source.on_bad_row == "drop", dict(problems))
     for pair_id, pair in identified(rows):
@@ -148,9 +142,20 @@ def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, P
             own.append((group, _own_row(pair_id, group, pair, source, folder)))
     bad.tell(len(own))
     if not own:
-        fix = f"see the rows in {report}" if problems else "give a file that has rows"
-        raise InputError("no pairs to train on", where=source.source_name, fix=fix)
+        raise _no_pairs(source, problems, report)
     return write_split(own, source, folder, "dpo")
+
+
+def _no_pairs(source: PairSource, problems: list[UnusableRow], report: Path) -> InputError:
+    faults = Counter(problem.what for problem in problems)
+    fix = f"see the rows in {report}" if problems else "give a file that has rows"
+    if any(fault.endswith("no pair") for fault in faults):
+        fix = (
+            "a pair is two answers to one prompt, one with the higher score or the better label: give some; the stage "
+            f"sft trains on the good answers of such a file alone. All rows are in {report}"
+        )
+    got = "; ".join(f"{count:,} rows: {fault}" for fault, count in faults.most_common(3)) or None
+    return InputError("no pairs to train on", where=source.source_name, got=got, fix=fix)
 
 
 def write_split(
@@ -172,13 +177,6 @@ def write_split(
     return train, val if files[True] else None
 
 
-def prompt_of(found: Preference | Judgement) -> str:
-    """A key of what a prompt is: its turns, its images and its tools."""
-    images = [image_key(image) for image in found.images]
-    # Without tools the key is what it was before they were read, so that the same prompts are held out.
-    return digest_json([found.messages, images, *([found.tools] if found.tools else [])])
-
-
 def read_rows(source: PairSource) -> Iterator[SourceRow]:
     """The rows of a file or hub dataset, in order; raises InputError where it cannot be read."""
     if source.dataset_file is not None:
@@ -186,39 +184,6 @@ def read_rows(source: PairSource) -> Iterator[SourceRow]:
     elif source.dataset is not None:
         configuration = source.subset if isinstance(source.subset, str) else None
         yield from hub_rows(source.dataset, configuration, source.split, source.dataset_revision)
-
-
-def pair_up(
-    judgements: Iterable[tuple[SourceRow, Judgement]], problems: list[UnusableRow]
-) -> Iterator[tuple[str, Any]]:
-    """Every good answer against every bad one to the same chat; prompts with only one kind become problems."""
-    chats: dict[str, list[tuple[SourceRow, Judgement]]] = {}
-    for row, judgement in judgements:
-        chats.setdefault(prompt_of(judgement), []).append((row, judgement))
-    for answers in chats.values():
-        good = [item for item in answers if item[1].is_good]
-        bad = [item for item in answers if not item[1].is_good]
-        if not good or not bad:
-            kind = "good" if good else "bad"
-            problems += [UnusableRow(row.where, f"its prompt has {kind} answers only: no pair") for row, _ in answers]
-        for winner_row, winner in good:
-            for loser_row, loser in bad:
-                # Two people may have judged one answer both ways, which is no preference.
-                if winner.answer != loser.answer:
-                    pair = Preference(winner.messages, winner.answer, loser.answer, winner.images, winner.tools)
-                    yield f"{row_name(winner_row)}:{row_name(loser_row)}", pair
-
-
-def _preferences(source: PairSource, problems: list[UnusableRow]) -> Iterator[tuple[str, Preference]]:
-    """Names and preferences; bad rows are raised, or added to `problems`."""
-    judgements: list[tuple[SourceRow, Judgement]] = []
-    for row, found in parsed_rows(source, problems):
-        if isinstance(found, Judgement):
-            judgements.append((row, found))
-        else:
-            yield row_name(row), found
-    # Answers to one prompt may stand anywhere in the file: these wait for its end.
-    yield from pair_up(judgements, problems)
 
 
 def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRow]:
@@ -233,12 +198,12 @@ def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[Fou
 def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRow]:
     form, remarks = source.pair_format, Remarks(set(source.columns.values()))
     for row in _drawn(read_rows(source), source):
-        remarks.missing -= row.values.keys()
-        # All columns are taken out before one is put back: two may swap names.
-        row.values.update({ours: row.values.pop(theirs) for ours, theirs in source.columns.items()
-                           if theirs in row.values and ours != theirs})  # fmt: skip
+        _rename(row.values, source, remarks)
         # The first row decides for all: a second form in one file is a fault to be told, not a choice to be made.
         form = form or detect(row.values, row.where, source.forms)
+        for key in source.forms[form].items:
+            for item in listed(row.values.get(key)):
+                _rename(item, source, remarks)
         remarks.add_unused(row.values, source.forms[form], source.tags)
         try:
             found = parse(row.values, form, source.tags, source.forms)
@@ -255,6 +220,13 @@ def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRo
     remarks.tell(source.source_name)
 
 
+def _rename(values: dict[str, Any], source: PairSource, remarks: Remarks) -> None:
+    remarks.missing -= values.keys()
+    # All columns are taken out before one is put back: two may swap names.
+    values.update({ours: values.pop(theirs) for ours, theirs in source.columns.items()
+                   if theirs in values and ours != theirs})  # fmt: skip
+
+
 def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]:
     """All rows, or as many as `subset` says, drawn by the seed and in their order."""
     rows = islice(rows, source.max_rows)
@@ -269,12 +241,6 @@ def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]
         )  # fmt: skip
     places = random.Random(source.seed).sample(range(len(everything)), source.subset)
     yield from (everything[place] for place in sorted(places))
-
-
-def row_name(row: SourceRow) -> str:
-    """Its own id, or its number."""
-    given = row.values.get("id", row.values.get("pair_id"))
-    return str(given) if isinstance(given, (str, int)) and str(given) else f"row-{row.number}"
 
 
 def identified(rows: Iterable[tuple[str, FoundT]]) -> Iterator[tuple[str, FoundT]]:

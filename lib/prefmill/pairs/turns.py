@@ -28,6 +28,7 @@ _WEIGHTS = ("weight", "loss_weight", "loss", "train", "training")  # OpenAI's, L
 READ = {*REASONING, *_OF_TOOLS, *_WEIGHTS, "role", "content", "from", "value", "tool_calls", "function_call"}
 # HH-RLHF begins a turn after a blank line: within a line the same word is text.
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_HELPSTEER = re.compile(r"\s*<extra_id_1>(User|Assistant)\s*")
 
 
 class BadRowError(ValueError):
@@ -190,10 +191,19 @@ def parse_dialogue(text: str, what: str) -> list[Turn]:
 
 
 def as_prompt(text: str) -> list[Turn]:
-    """The user's turn, or the turns of a transcript of `Human:` and `Assistant:` that ends where the answer begins."""
+    """The user's turn, or the turns of a transcript that ends where the answer begins: HH-RLHF's, HelpSteer's."""
+    first, *pieces = _HELPSTEER.split(text)
+    if pieces:
+        said = zip(["User", *pieces[::2]], [first, *pieces[1::2]], strict=True)
+        return [{"role": ROLES[speaker.lower()], "content": words} for speaker, words in said]
     if "Human" in _SPEAKER.findall(text)[:1] and text.rstrip().endswith("\n\nAssistant:"):
         return parse_dialogue(text, "prompt")[:-1]
     return [{"role": "user", "content": text}]
+
+
+def asked_chat(asked: Any, what: str, tags: Mapping[str, str]) -> Chat:
+    """A prompt that is text, or a list of messages."""
+    return Chat(as_prompt(asked)) if isinstance(asked, str) else as_chat(asked, what, tags)
 
 
 def is_transcript(answer: Turn) -> bool:

@@ -17,16 +17,18 @@ from pyarrow import parquet
 from prefmill.core.errors import InputError
 from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.pairs.chats import CHAT_FORMS, ChatSource, write_chats
-from prefmill.pairs.formats import Preference, parse
+from prefmill.pairs.formats import parse
+from prefmill.pairs.forms import Preference
 from prefmill.pairs.sources import PairSource, write_pairs
 from prefmill.pairs.turns import BadRowError
 from prefmill.store.jsonl import read_jsonl, write_jsonl
-from tests.unit.pairs.test_formats import SAME
+from tests.unit.pairs.test_formats import SAME, SCORED
 
 PAIR = {"prompt": "Q?", "chosen": "good", "rejected": "bad"}
 ODD = (None, 5, 0.5, True, "x", "", [], [5], [None], {}, {"a": 1}, [{}], [["a", 5]], {"role": ["user"]})
 ROWS: dict[str, dict[str, Any]] = {
     **SAME,
+    **{form: row for form, (row, *_) in SCORED.items()},
     "alpaca": {**SAME["alpaca"], "history": [["a", "b"]], "tools": [{"name": "f"}], "images": ["a.png"]},
     "unpaired": {"prompt": "Q?", "completion": "good", "label": True},
     "messages": {
