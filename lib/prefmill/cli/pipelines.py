@@ -106,10 +106,11 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from prefmill.cli.headlines import describe
-    from prefmill.distributed.launchers import refuse_copies
+    from prefmill.distributed.launchers import leave_ranks, refuse_copies
     from prefmill.pipeline.local import RunOptions, run_plan
 
     refuse_copies(os.environ)
+    leave_ranks(os.environ)
     _, plan = load_plan(arguments)
     if arguments.dry_run:
         return _show_plan(plan, arguments.only, arguments.force)

@@ -81,8 +81,7 @@ def _is_value(word: str) -> bool:
 def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
     from prefmill.cli.headlines import describe
     from prefmill.core.stage import load_stage
-    from prefmill.distributed.devices import world_size
-    from prefmill.distributed.launchers import refuse_copies
+    from prefmill.distributed.launchers import is_one_of_ranks, leave_ranks, refuse_copies
     from prefmill.pipeline.launched import run_launched
     from prefmill.pipeline.local import RunOptions, run_plan
     from prefmill.pipeline.manual_submission import element, stage_plan
@@ -94,9 +93,10 @@ def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
     only = f"{stage}:{name}" if name else None
     if only is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         only = element(plan.tasks, os.environ).key
-    if is_launched() and world_size() > 1:
+    if is_one_of_ranks(os.environ):
         run_launched(plan.select(only) if only else list(plan.tasks), arguments.force)
         return 0
+    leave_ranks(os.environ)
     say = Console(arguments, plan.workspace / "logs" / plan.run)
     code = run_plan(plan, only, arguments.force, say, RunOptions(describe=describe))
     for task in plan.select(only) if only else plan.tasks:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Protocol, runtime_checkable
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.places import STAGES
 from prefmill.distributed.devices import is_launched
 
+# What torch and accelerate take for a rank's; the first five make it one.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE",
+                  "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
 _COPIES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 # The variables by which `accelerate launch` hands on its file and options, with the keys that say the same here.
 _OF_ACCELERATE = {
@@ -20,6 +23,7 @@ _OF_ACCELERATE = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", None),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "effective_batch_size"),
 }
+FORGET = f"`unset {' '.join(RANK_VARIABLES[:3])}`"
 _NOTHING = ("", "no", "false", "0", "1")
 
 
@@ -31,6 +35,39 @@ class TrainerKeys(Protocol):
     def precision(self) -> str: ...
     @property
     def torch_compile(self) -> bool: ...
+
+
+def is_one_of_ranks(environment: Mapping[str, str]) -> bool:
+    """Whether a process is told to be one rank of several; raises ConfigError where it is told a part of that."""
+    numbers = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if all(value in ("", "1" if name == "WORLD_SIZE" else "0") for name, value in numbers.items()):
+        return False
+    needed = RANK_VARIABLES[:5]
+    whole = all(environment.get(name) for name in needed) and all(value.isdecimal() for value in numbers.values())
+    if whole and int(numbers["RANK"]) < int(numbers["WORLD_SIZE"]):
+        return True
+    raise ConfigError(
+        "this process is told to be a rank, but not which of how many, and where",
+        got=", ".join(f"{name}={environment.get(name, '')}" for name in needed), expected="a value for each",
+        fix=f"start it by torchrun, which sets them; where no launcher did, {FORGET}",
+    )  # fmt: skip
+
+
+def leave_ranks(environment: MutableMapping[str, str]) -> None:
+    """Take out what makes a process a rank; raises ConfigError where it is one of several."""
+    if is_one_of_ranks(environment):
+        raise ConfigError(
+            "one rank of several is to do what is done once", got=told_rank(environment),
+            expected="one copy of this command, which starts a rank for every GPU itself",
+            fix=f"start it without torchrun; where no launcher set these variables, {FORGET}",
+        )  # fmt: skip
+    for name in RANK_VARIABLES:
+        environment.pop(name, None)
+
+
+def told_rank(environment: Mapping[str, str]) -> str:
+    """The variables by which a process is told its rank, for people."""
+    return ", ".join(f"{name}={environment[name]}" for name in RANK_VARIABLES[:5])
 
 
 def refuse_copies(environment: Mapping[str, str]) -> None:

@@ -5,7 +5,11 @@ Rank 0 holds the task's lock, prepares and publishes, as a command does; the oth
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -15,12 +19,14 @@ from typing import Any
 from prefmill.core.errors import PipelineError
 from prefmill.core.graceful_stop import clear_request
 from prefmill.core.stage import Metrics, Task
-from prefmill.distributed.devices import rank
+from prefmill.distributed.devices import rank, world_size
+from prefmill.distributed.launchers import FORGET, told_rank
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.rank_entrypoint import read_spec, write_spec
 from prefmill.pipeline.worker import execute, import_and_run
 
 _WORD, _PATIENCE = "prefmill/task", timedelta(hours=1)  # rank 0 may have large inputs to check
+_ARRIVAL_MINUTES, _POLL_SECONDS = 10.0, 0.2  # until all ranks have come: containers may start one by one
 
 
 def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
@@ -30,9 +36,9 @@ def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
             "ranks work on one task that trains", got=", ".join(task.key for task in tasks),
             fix="name one with task=NAME, or start the command without torchrun",
         )  # fmt: skip
-    store = _store()
+    store = _meet()
     if rank():
-        return _join(store.get(_WORD).decode())
+        return _join(store)
     # A stop that was asked of an earlier attempt would end this one too.
     clear_request(tasks[0].logs)
     try:
@@ -40,6 +46,8 @@ def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
     finally:
         if not store.check([_WORD]):  # up to date, or refused: there is nothing to join
             store.set(_WORD, "")
+            with contextlib.suppress(RuntimeError):  # the store ends with this process: all are to hear that
+                store.wait([_key("heard", number) for number in range(1, world_size())], timedelta(seconds=10))
 
 
 def _lead(task: PlannedTask, say: Callable[[str], None], context: Task) -> Metrics:
@@ -48,17 +56,65 @@ def _lead(task: PlannedTask, say: Callable[[str], None], context: Task) -> Metri
     return import_and_run(task.stage, task.config, context)
 
 
-def _join(spec: str) -> None:
+def _join(store: Any) -> None:
+    try:
+        spec = store.get(_WORD).decode()
+        store.set(_key("heard", rank()), "")
+    except RuntimeError as error:
+        raise PipelineError(
+            "rank 0 has ended before the work began", got=str(error).splitlines()[0], fix="see what rank 0 printed"
+        ) from None
     if spec:
         import_and_run(*read_spec(Path(spec)))
 
 
-def _store() -> Any:
-    """The launcher's key-value store, which the process group uses later."""
+def _meet() -> Any:
+    """The key-value store that the process group uses later, when all ranks have come to it.
+
+    Raises PipelineError naming those that have not come in time.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all ranks, and ends all where one is lost
+        print(f"{told_rank(os.environ)}: waits {_ARRIVAL_MINUTES:g} minutes for the other ranks", file=sys.stderr)
     # As torch's own env:// rendezvous decides: where torchrun's agent serves the store, its port is taken.
     serves = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # multi_tenant: the process group opens a store at this port in this process later, and shares the server.
-    return TCPStore(address, port, is_master=serves, timeout=_PATIENCE, multi_tenant=True)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not serves:
+        # Not TCPStore's own wait: it prints a C++ traceback for every time it tries.
+        _await(lambda: [] if _answers(address) else [0])
+    try:
+        # multi_tenant: the process group opens a store at this port in this process later, and shares the server.
+        store = TCPStore(*address, is_master=serves, timeout=_PATIENCE, multi_tenant=True)
+    except RuntimeError as error:
+        raise PipelineError(
+            "the ranks cannot meet", where=told_rank(os.environ), got=str(error).splitlines()[0],
+            fix="set MASTER_PORT to a free port, the same for all ranks, and MASTER_ADDR to the node of rank 0",
+        ) from None  # fmt: skip
+    store.set(_key("here", rank()), "")
+    _await(lambda: [number for number in range(world_size()) if not store.check([_key("here", number)])])
+    return store
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=_POLL_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _await(missing: Callable[[], list[int]]) -> None:
+    deadline = time.monotonic() + 60 * _ARRIVAL_MINUTES
+    while left := missing():
+        if time.monotonic() > deadline:
+            raise PipelineError(
+                "not all ranks have come", where=told_rank(os.environ), got=f"none of rank {', '.join(map(str, left))}",
+                expected=f"{world_size()} ranks",
+                fix=f"start all of them, with one address and port; where no launcher set these variables, {FORGET}",
+            )  # fmt: skip
+        time.sleep(_POLL_SECONDS)
+
+
+def _key(what: str, number: int) -> str:
+    return f"prefmill/{what}/{number}"

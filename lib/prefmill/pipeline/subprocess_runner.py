@@ -19,6 +19,7 @@ from prefmill.core.errors import AttemptError
 from prefmill.core.files import read_record
 from prefmill.core.graceful_stop import clear_request, request_stop
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.launchers import RANK_VARIABLES
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.rank_entrypoint import FAILURE, RESULT, write_spec
 
@@ -99,8 +100,9 @@ def run_elsewhere(
     log = task.logs.parent / f"{task.name}.log"
     # The log holds earlier attempts too: only what this one prints may explain its end.
     offset = log.stat().st_size if log.is_file() else 0
+    own = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}  # a job is no rank
     process = subprocess.Popen(
-        layout.command(spec), env={**threads, **allocator(os.environ, task.stage.trains), **os.environ, **extra},
+        layout.command(spec), env={**threads, **allocator(os.environ, task.stage.trains), **own, **extra},
         preexec_fn=partial(_shield, task.stage.trains),
     )  # fmt: skip
     code = _wait(process, warnings, context.logs, task.stage.trains)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from prefmill.cli.stage import as_keys
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import Task
-from prefmill.distributed.launchers import refuse_copies, refuse_settings_of_accelerate
+from prefmill.distributed.launchers import is_one_of_ranks, leave_ranks, refuse_copies, refuse_settings_of_accelerate
+from prefmill.pipeline import launched
 from prefmill.pipeline.worker import import_and_run
 from stages.dpo import STAGE
 from tests.conftest import REPOSITORY
 
 RANKS = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
@@ -83,3 +86,50 @@ def test_the_rank_that_deepspeeds_launcher_appends_is_no_key(monkeypatch: pytest
     for variable, value in RANKS.items():
         monkeypatch.setenv(variable, value)
     assert as_keys(words, argparse.ArgumentParser()) == words[1:]
+
+
+@pytest.mark.parametrize(
+    "told", [RANKS, {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "a"}, {**RANKS, **PLACE, "RANK": "2"}]
+)
+def test_a_rank_that_is_told_half_is_refused(told: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="`unset RANK WORLD_SIZE LOCAL_RANK`"):
+        is_one_of_ranks(told)
+
+
+def test_what_is_done_once_is_refused_to_ranks_and_forgets_a_rank_alone() -> None:
+    assert is_one_of_ranks({**RANKS, **PLACE})
+    with pytest.raises(ConfigError, match="RANK=1, WORLD_SIZE=2"):
+        leave_ranks({**RANKS, **PLACE})
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "gone", "HOME": "/"}
+    leave_ranks(alone)
+    assert alone == {"HOME": "/"}
+
+
+@pytest.mark.parametrize(("mine", "other"), [("0", "1"), ("1", "0")])
+def test_a_rank_without_partner_says_at_once_whom_it_waits_for(
+    mine: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with variables left in a shell: it waited for an hour without a word, and rank 0 before its first gather."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {**RANKS, **PLACE, "RANK": mine, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(launched, "_ARRIVAL_MINUTES", 0.01)
+    with pytest.raises(PipelineError, match=f"none of rank {other}\n.*2 ranks\n.*unset RANK"):
+        launched._meet()
+    assert (
+        f"RANK={mine}, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: waits"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_port_that_is_taken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {**RANKS, **PLACE, "RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(PipelineError, match="EADDRINUSE"):
+            launched._meet()
