@@ -62,12 +62,22 @@ class Page:
             assert time.monotonic() < deadline, f"{expression}: {self.read('document.body.innerText')}"
             time.sleep(0.02)
 
-    def press(self, key: str) -> None:
-        """A key, down and up."""
+    def press(self, key: str, place: str = "") -> None:
+        """A key, down and up; `place` is its code on the keyboard, where that matters."""
         text = {"text": key} if len(key) == 1 else {}
         code = {"ArrowLeft": 37, "ArrowDown": 40, "ArrowRight": 39, "Backspace": 8}.get(key, ord(key[0].upper()))
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=place, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+        time.sleep(0.1)  # as a hand: what comes faster a page may take for a key that bounces
+
+    def click(self, selector: str, times: int = 1) -> None:
+        """A mouse on the middle of an element, `times` in a row as in a double click."""
+        box = self.read(f"{_element(selector)}.getBoundingClientRect().toJSON()")
+        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left"}
+        for count in range(1, times + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, clickCount=count, **at)
+            time.sleep(0.12)
 
     def tap(self, selector: str) -> None:
         """A finger on the middle of an element, which must be on the screen and not under another one."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -187,6 +189,48 @@ def test_a_tab_that_is_behind_says_that_its_answer_is_not_kept(
         second.wait("/came too late|somebody finished/.test(document.body.innerText)")
         assert people.wait() == 0
     assert [row["choice"] for row in ratings(people.task)] == ["tie"]
+
+
+@pytest.mark.slow
+def test_one_movement_of_a_hand_is_one_answer_on_any_keyboard(
+    tmp_path: Path, images: Artifact, browser: Browser
+) -> None:
+    """A double click and a key that bounces answered the next question as well; Cyrillic letters did nothing."""
+    with asking(tmp_path, images) as people, browser.tab() as page:
+        page.open(f"{people.url}#ann")
+        shows(page, "ann", 0)
+        page.click("#right", times=2)
+        shows(page, "ann", 1)
+        page.click("#finish", times=2)
+        page.wait("document.getElementById('message').textContent.includes('once more')")
+        for letter, place in (("\u0435", "KeyT"), ("\u03c3", "KeyS")):
+            before = len(answers(people.task))
+            page.press(letter, place)
+            shows(page, "ann", before + 1)
+        page.read("for (const at of [0, 1]) setTimeout(() => document.dispatchEvent(new KeyboardEvent('keydown', "
+                  "{key: 'a', code: 'KeyA'})), at * 40); 0")  # fmt: skip
+        shows(page, "ann", 4)
+        time.sleep(0.3)
+        assert [row["choice"] for row in answers(people.task)] == ["right", "tie", "skip", "left"]
+
+
+@pytest.mark.slow
+def test_a_connection_that_hangs_is_told_and_nothing_is_lost_or_doubled(
+    tmp_path: Path, images: Artifact, browser: Browser
+) -> None:
+    """As a tunnel of a laptop that slept: no key did anything, for ever and without a word."""
+    with asking(tmp_path, images) as people, browser.tab() as page:
+        page.open(f"{people.url}#ann")
+        shows(page, "ann", 0)
+        page.read("AbortSignal.timeout = (timeout => () => timeout.call(AbortSignal, 500))(AbortSignal.timeout); 0")
+        os.kill(people.process, signal.SIGSTOP)
+        page.press("ArrowLeft")
+        page.wait("document.body.dataset.state === 'lost'")
+        os.kill(people.process, signal.SIGCONT)
+        shows(page, "ann", 1)  # it had come through
+        page.press("t")
+        shows(page, "ann", 2)
+        assert [row["choice"] for row in answers(people.task)] == ["left", "tie"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # They cannot be merged, or not by their two files alone; PEFT reads every other key as it was trained.
 _ODD = (
     "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
@@ -89,8 +89,8 @@ def lora_of(folder: Path) -> dict[str, Any]:
             "adapter merged where PEFT can merge it"
         )
     # The older adapter_model.bin is a pickle, which may run code when it is read.
-    if not (folder / _WEIGHTS).is_file():
-        raise ValueError(f"the adapter has no {_WEIGHTS}: nothing else is loaded")
+    if not (folder / PEFT_WEIGHTS).is_file():
+        raise ValueError(f"the adapter has no {PEFT_WEIGHTS}: nothing else is loaded")
     said["target_modules"] = said.get("target_modules") or []
     places = {"target_modules or target_parameters": said["target_modules"] or said.get("target_parameters")}
     needed = {"r": said.get("r"), "lora_alpha": said.get("lora_alpha"), **places}

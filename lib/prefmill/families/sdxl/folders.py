@@ -19,6 +19,12 @@ _SINGLE = {
     "double_blocks.": "FluxTransformer2DModel", "joint_blocks.": "SD3Transformer2DModel",
     "cond_stage_model.": "StableDiffusionPipeline",
 }  # fmt: skip
+# By a setting of the scheduler, the marks of it in single files: names of tensors, or what their heads say.
+_MARKS = {
+    ("prediction_type", "v_prediction"): {"v_pred", "modelspec.prediction_type=v", "ss_v_parameterization=true"},
+    ("rescale_betas_zero_snr", True): {"ztsnr", "ss_zero_terminal_snr=true"},
+}
+_EDM = {"edm_vpred.sigma_max", "edm_mean"}
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -51,27 +57,47 @@ def local_folder(name: str) -> Path | None:
 
 def _folder_of(file: Path) -> str:
     """The line of Python that makes a pipeline's folder of a file with all weights, by the names it has for them."""
-    names = _names_in(file)
+    names, marks = _head_of(file)
+    if found := _EDM & {*names}:
+        return f"start from another checkpoint: this one has EDM's noise ({', '.join(found)}), which cannot be trained"
     kind = next((kind for mark, kind in _SINGLE.items() if any(mark in name for name in names)), _SDXL)
     read = f"diffusers.{kind}.from_single_file('{file}')"
     if kind.endswith("Model"):  # files of these mostly lack the text encoders
         whole = f"diffusers.DiffusionPipeline.from_pretrained('BASE', transformer={read})"
         return f"{whole}.save_pretrained('FOLDER'), BASE being the pipeline that it was made from"
     # diffusers passes these marks over, and the folder would be one that predicts noise.
-    marks = {"v_pred": 'prediction_type: "v_prediction"', "ztsnr": "rescale_betas_zero_snr: true"}
-    said = [value for mark, value in marks.items() if mark in names]
-    then = f", and write {' and '.join(said)} into FOLDER/scheduler/scheduler_config.json" if said else ""
-    return f"{read}.save_pretrained('FOLDER'){then}"
+    told = ", ".join(f"{key}={value!r}" for key, value in marks.items())
+    then = f"p.scheduler.register_to_config({told}); " if told else ""
+    return f"p = {read}; {then}p.save_pretrained('FOLDER')"
 
 
-def _names_in(file: Path) -> list[str]:
+def _head_of(file: Path) -> tuple[list[str], dict[str, Any]]:
+    """The names of a file's tensors, and the scheduler's settings that it has marks of, as kohya's and NoobAI's do."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as opened:
-            return list(opened.keys())
+            names, said = list(opened.keys()), opened.metadata() or {}
     except (OSError, SafetensorError):  # a .ckpt, or damaged
-        return []
+        return [], {}
+    found = {*names, *(f"{key}={value}".lower() for key, value in said.items())}
+    return names, {key: value for (key, value), marks in _MARKS.items() if marks & found}
+
+
+def require_one_schedule(folder: Path, scheduler: Mapping[str, Any], *elsewhere: Mapping[str, Any]) -> None:
+    """Raise InputError where a folder says elsewhere than in its scheduler's file what kind of noise it predicts.
+
+    Nothing else is read, by diffusers or here: the model would be trained as one of another kind.
+    """
+    heads = (_head_of(file)[1] for part in ("unet", "transformer") for file in (folder / part).glob("*.safetensors"))
+    for said in (*elsewhere, *heads):
+        for key in ("prediction_type", "rescale_betas_zero_snr", "shift"):
+            if said.get(key) not in (None, scheduler.get(key)):
+                raise InputError(
+                    "the scheduler says otherwise than the model", where=folder / "scheduler",
+                    got=f"{key}: {said[key]} beside {scheduler.get(key)}", expected="the same in the scheduler's file",
+                    fix=f"write the right {key} into scheduler_config.json, and take the other away",
+                )  # fmt: skip
 
 
 def is_pipeline_adapter(path: Path) -> bool:

@@ -15,6 +15,7 @@ from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser, unpac
 from prefmill.families.sdxl.folders import ADAPTER_FILE
 from prefmill.families.sdxl.kohya import merge, read_factors
 from prefmill.families.sdxl.whole import require_place, require_whole_adapter
+from prefmill.training.adapter_folder import PEFT_WEIGHTS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -148,7 +149,8 @@ def too_long(tokenizers: Mapping[str, Any], backbone: Backbone, prompts: Iterabl
 
 def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
     """Put an adapter on the pipeline: that of `folder`, or a file of another tool; by kohya's keys it is merged."""
-    file = folder if folder.is_file() else folder / ADAPTER_FILE
+    names = (ADAPTER_FILE, PEFT_WEIGHTS)
+    file = folder if folder.is_file() else next((folder / name for name in names if (folder / name).is_file()), folder)
     if not file.is_file():
         others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
         raise InputError(

@@ -23,6 +23,7 @@ from prefmill.families.sdxl.folders import (
     read_index,
     read_json,
     require_files,
+    require_one_schedule,
     variant_of,
 )
 from prefmill.families.sdxl.noise import Schedule, load_schedule
@@ -144,6 +145,7 @@ def require_fit(folder: SdxlFolder) -> None:
             fix="give the model that draws from text alone: this one is for inpainting or editing, or has another VAE",
         )  # fmt: skip
     scheduler = read_json(folder.path / "scheduler" / "scheduler_config.json")
+    require_one_schedule(folder.path, scheduler, folder.index, settings)
     kind, is_flow = str(scheduler.get("_class_name")), backbone.part == "transformer"
     if is_flow != (kind.startswith("FlowMatch") or (is_flow and scheduler.get("prediction_type") == "flow_prediction")):
         raise InputError(

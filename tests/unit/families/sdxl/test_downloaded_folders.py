@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -165,15 +166,63 @@ def test_a_schedule_is_that_of_the_folders_own_scheduler(model: Path, tmp_path: 
         (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], r"FluxTransformer2DModel\.from_single_file"),
         (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], r"SD3Transformer2DModel\.from_single_file"),
         (["cond_stage_model.transformer.weight"], r"\.StableDiffusionPipeline\.from_single_file"),
-        (["conditioner.embedders.0.weight", "v_pred", "ztsnr"], 'XLPipeline.*v_prediction" and rescale_betas_zero_snr'),
+        (["edm_mean", "conditioner.embedders.0.weight"], r"start from another checkpoint[\s\S]*EDM"),
     ],
 )
 def test_a_single_file_is_read_by_its_own_class(tmp_path: Path, names: list[str], said: str) -> None:
-    """And marks of v-prediction, as NoobAI's files have them, are told: diffusers makes a model of noise of those."""
     file = tmp_path / "model.safetensors"
     save_file({name: torch.zeros(1) for name in names}, file)
     with pytest.raises(InputError, match=said):
         open_folder(str(file), None, None)
+
+
+V_FILES: list[tuple[list[str], dict[str, str], bool]] = [
+    (["v_pred", "ztsnr"], {}, True),  # NoobAI
+    (["v_pred"], {}, False),
+    ([], {"modelspec.prediction_type": "v"}, False),  # sd-scripts, of whole models
+    ([], {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, True),
+]
+
+
+@pytest.mark.parametrize(("names", "head", "zero_snr"), V_FILES)
+def test_the_folder_made_of_a_single_file_predicts_what_its_marks_say(
+    model: Path, tmp_path: Path, names: list[str], head: dict[str, str], zero_snr: bool
+) -> None:
+    """diffusers passes the marks over: the command that is told writes them, and the folder is read by them."""
+    import diffusers
+
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(1) for name in ["conditioner.embedders.0.weight", *names]}, file, head)
+    with pytest.raises(InputError) as told:
+        open_folder(str(file), None, None)
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(model)
+    command = re.sub(r"p = .*?\('.*?'\)", "", told.value.details["fix"].partition(": ")[2])
+    exec(command.replace("FOLDER", str(tmp_path / "made")).removeprefix("; "), {"p": pipeline})
+    schedule = open_folder(str(tmp_path / "made"), None, None).schedule()
+    assert (schedule.prediction, schedule.alphas[-1].item() == 0) == ("v_prediction", zero_snr)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("place", ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_v_prediction_that_only_another_file_names_is_refused(model: Path, tmp_path: Path, place: str) -> None:
+    """It was trained as a model of noise, without a word."""
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    if place.endswith(".json"):
+        said = json.loads((folder / place).read_text())
+        (folder / place).write_text(json.dumps({**said, "prediction_type": "v_prediction"}))
+    else:
+        save_file(load_file(folder / place), folder / place, {"modelspec.prediction_type": "v"})
+    with pytest.raises(InputError, match=r"says otherwise than the model[\s\S]*v_prediction beside epsilon"):
+        open_folder(str(folder), None, None)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "v_prediction"}))
+    assert open_folder(str(folder), None, None).schedule().prediction == "v_prediction"  # type: ignore[union-attr]
+
+
+def test_a_folder_of_peft_is_told_as_its_file_is(model: Path, tmp_path: Path) -> None:
+    """It was told to give the file itself, which is refused."""
+    save_file({"base_model.model.to_q.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"PEFT's own keys[\s\S]*merge_and_unload"):
+        add_adapter(None, tmp_path, 1.0)
 
 
 @pytest.mark.parametrize("is_file", [True, False])
