@@ -179,7 +179,7 @@ def test_a_bad_row_with_its_pictures_is_set_aside(tmp_path: Path) -> None:
             {"format": "scores", "scores": "s.csv"},
             r"no column of scores[\s\S]*got: +image, score\n[\s\S]*such as overall",
         ),
-        ({"format": "ratings", "ratings": "mine"}, r"cannot read the table[\s\S]*Is a directory"),
+        ({"format": "ratings", "ratings": "mine"}, "this kind of file is not known"),
         ({"format": "ratings", "ratings": "s.csv", "images": "mine/images.csv"}, r"a file, not a folder[\s\S]*mine\n?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""People's answers to checklist items, from a CSV file: what a judge is held against."""
+"""People's answers to checklist items, from a table: what a judge is held against."""
 
 from __future__ import annotations
 
@@ -23,27 +23,24 @@ class Label:
 
 
 def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collection[str]) -> list[Label]:
-    """The labels in a CSV file with the columns review_id, item_id and label (yes or no, 1 or 0, true or false).
+    """The labels in a table with the columns review_id, item_id and label (yes or no, 1 or 0, true or false).
 
     Raises InputError naming the line of a missing column or value, an unknown review or item, a label that is neither
     yes nor no, or an answer given twice; and where there is no label at all.
     """
     file = LabelFile(path, "unusable item labels", COLUMNS, ", ".join(COLUMNS))
     labels: dict[tuple[str, str], Label] = {}
-    for line, row in file.rows():
-        label = _label(row, f"{path}:{line}", review_ids, item_ids)
+    for where, row in file.rows():
+        label = _label(row, where, review_ids, item_ids)
         key = (label.review_id, label.item_id)
         if key in labels:
-            raise file.unusable(line, f"{key[1]} of review {key[0]} again", "keep one answer to each")
+            raise file.unusable(where, f"{key[1]} of review {key[0]} again", "keep one answer to each")
         labels[key] = label
-    if not labels:
-        raise InputError("the label file is empty", where=path, fix="label some answers, or leave out `labels`")
     return list(labels.values())
 
 
-def _label(row: dict[str, str | None], where: str, review_ids: Collection[str], item_ids: Collection[str]) -> Label:
-    # DictReader gives None for columns that a short line lacks.
-    values = {name: (row[name] or "").strip() for name in COLUMNS}
+def _label(row: dict[str, str], where: str, review_ids: Collection[str], item_ids: Collection[str]) -> Label:
+    values = {name: cell.strip() for name, cell in row.items()}
     for name in COLUMNS:
         if not values[name]:
             raise InputError(
@@ -58,7 +55,7 @@ def _label(row: dict[str, str | None], where: str, review_ids: Collection[str], 
                 expected="a review of the corpus" if name == "review_id" else ", ".join(sorted(known)),
                 fix="correct it, or delete the line",
             )  # fmt: skip
-    answer = _ANSWERS.get(values["label"].lower())
+    answer = _ANSWERS.get(values["label"].lower().removesuffix(".0"))  # of a table with gaps
     if answer is None:
         raise InputError(
             "a label that is neither yes nor no", where=where, got=values["label"],

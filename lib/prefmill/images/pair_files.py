@@ -41,7 +41,7 @@ def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[str, An
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         found = ((f"{number}", row) for number, row in enumerate(_parquet_rows(file, columns), 1))
-    elif suffix == ".jsonl":
+    elif suffix == ".jsonl":  # a line that is no object is for the caller to set aside
         found = ((f"{number}", row) for number, row in enumerate(read_jsonl(file), 1))
     elif suffix in (".csv", ".tsv"):
         found = ((f"{number}", row) for number, row in read_table(file, ()))

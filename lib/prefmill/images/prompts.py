@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import ImagePrompt
-from prefmill.store.row_files import file_rows
+from prefmill.store.row_files import SUFFIXES, file_rows
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
-_SEP_LINE = re.compile(r'"?sep=(.)"?\s*')  # by which Excel is told the separator
 _SLUG_LENGTH = 40
 Names = Mapping[str, tuple[str, ...]]
 """Columns, and what other tools call them."""
 Line = tuple[int, dict[str, str]]
 # What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks.
 _UNSEEN = str.maketrans("", "", "\u200b\u2060\ufeff\u00ad\u200e\u200f")
-_ROWS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 PROMPT_TOO = {"prompt": ("caption", "text")}  # as captioned pictures have it
 
 
@@ -37,10 +32,9 @@ def read_prompts(path: Path) -> list[ImagePrompt]:
     """
     seen: dict[str, int] = {}
     prompts = []
-    if path.suffix.lower() not in (".csv", ".tsv", *_ROWS):
+    if not path.name.lower().endswith(SUFFIXES):
         raise InputError(
-            "prompts are read from a table", where=path, got=path.suffix or "no suffix",
-            expected=", ".join((".csv", ".tsv", *_ROWS)),
+            "prompts are read from a table", where=path, got=path.suffix or "no suffix", expected=", ".join(SUFFIXES),
             fix="name it by its format; lines of prompts are a .tsv whose first line is `prompt`",
         )  # fmt: skip
     for number, row in read_table(path, ("prompt",), PROMPT_TOO):
@@ -92,54 +86,16 @@ def safe_name(name: str) -> str:
 
 
 def read_table(path: Path, required: tuple[str, ...], also: Names = MappingProxyType({})) -> Iterator[Line]:
-    """Line number and fields of every row of a table, names in lower case, lines without any text left out.
+    """Line number and fields of every row of a table, names in lower case, every cell as text.
 
-    It is a .csv or .tsv, or rows of JSON, Parquet or Arrow. A .csv whose first line has semicolons or tabs and no
-    comma, as Excel writes it in many countries, is read by those, or by what a line `sep=;` before it says; a byte
-    order mark tells UTF-16. Columns that a table lacks may be named as `also` says. Raises InputError when it cannot be
-    read, lacks a `required` column, has one twice, or has a line with more or fewer cells than the first: an unquoted
-    comma or line break would cut a prompt.
+    It is a .csv or .tsv, or rows of JSON, Parquet or Arrow; lists, objects and nulls are empty cells. Columns that a
+    table lacks may be named as `also` says. Raises InputError when it cannot be read, lacks a `required` column or has
+    one twice.
     """
-    if path.suffix.lower() in _ROWS:
-        yield from _cells(path, required, also)
-        return
-    try:
-        with path.open(encoding=_encoding(path), newline="") as stream:
-            first = stream.readline()
-            told = _SEP_LINE.fullmatch(first)
-            if not told:
-                stream.seek(0)
-            above = 1 if told else 0
-            reader = csv.reader(stream, **_form(path, told[1] if told else first))
-            header = _named(next(reader, []), required, also, f"{path}:{above + 1}")
-            named = [name for name in header if name]
-            if len(set(named)) < len(named):
-                raise InputError("a column stands there twice", where=f"{path}:{above + 1}", got=", ".join(header),
-                                 fix="name every column once")  # fmt: skip
-            for row in reader:
-                if any(cell.strip() for cell in row):
-                    line = above + reader.line_num
-                    _require_columns(row, header, f"{path}:{line}")
-                    yield line, dict(zip(header, row, strict=False))
-    except FileNotFoundError:
-        raise InputError("no such file", where=path, fix="check the path") from None
-    except OSError as error:  # a folder, or a file of somebody else
-        raise InputError(
-            "cannot read the table", where=path, got=error.strerror, fix="give a .csv or .tsv file that you may read"
-        ) from None
-    except UnicodeError as error:
-        fix = "save it as UTF-8; in Excel as `CSV UTF-8`"
-        raise InputError("cannot read the table", where=path, got=str(error), fix=fix) from None
-    except csv.Error as error:
-        fix = "look for a quote that is not closed: quotes within a cell are doubled"
-        raise InputError("cannot read the table", where=path, got=str(error), fix=fix) from None
-
-
-def _cells(path: Path, required: tuple[str, ...], also: Names) -> Iterator[Line]:
-    """Rows of JSON or Parquet as a table's: every cell as text, empty where it is a list, an object or null."""
-    for row in file_rows(path):
-        header = _named(row.values, required, also, row.where)
+    # PartiPrompts does not quote: a prompt that begins with a quotation mark would swallow the lines after it.
+    for row in file_rows(path, quoted=".tsv" not in path.name.lower()):
         cells = (str(cell) if isinstance(cell, str | int | float) else "" for cell in row.values.values())
+        header = _named(row.values, required, also, row.where)
         yield int(row.where.rpartition(":")[2].removeprefix("row ")), dict(zip(header, cells, strict=True))
 
 
@@ -152,36 +108,14 @@ def _named(names: Iterable[str], required: tuple[str, ...], also: Names, where: 
             header[found[0]] = ours
     if missing := [name for name in required if name not in header]:
         raise InputError(
-            f"no column {', '.join(missing)}", where=where, got=", ".join(header) or "an empty file",
-            expected=", ".join(required), fix="name the columns on the first line, with commas between them",
+            f"no column {', '.join(missing)}", where=where, got=", ".join(header), expected=", ".join(required),
+            fix="name the columns on the first line, with commas between them",
         )  # fmt: skip
-    return header
-
-
-def _encoding(path: Path) -> str:
-    with path.open("rb") as stream:
-        marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    # utf-8-sig: Excel puts a byte order mark in front, which would be part of the first column's name.
-    return "utf-16" if marked else "utf-8-sig"
-
-
-def _form(path: Path, first: str) -> dict[str, Any]:
-    """csv's settings for a table with this first line."""
-    # PartiPrompts does not quote: a prompt that begins with a quotation mark would swallow the lines after it.
-    if path.suffix.lower() == ".tsv":
-        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    return {"delimiter": next((mark for mark in ",;\t" if mark in first), ","), "strict": True}
-
-
-def _require_columns(row: list[str], header: list[str], where: str) -> None:
-    surplus = any(cell.strip() for cell in row[len(header) :])
-    if surplus or len(row) < len(header):
+    if len(set(header)) < len(header):
         raise InputError(
-            f"a line has {'more' if surplus else 'fewer'} cells than the first line has columns", where=where,
-            got=", ".join(row), expected=f"{len(header)}: {', '.join(header)}",
-            fix='write a cell that holds a comma or a line break in double quotes, "like, this", or save the table as '
-            ".tsv; fill a short line up",
-        )  # fmt: skip
+            "a column stands there twice", where=where, got=", ".join(header), fix="name every column once"
+        )
+    return header
 
 
 def _bad(path: Path, line: int, what: str, got: str, fix: str) -> InputError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +26,17 @@ from prefmill.reviews.rows import PaperRow, RowError, clean_text
 
 TextFrom = Literal["text file", "pdf", "row", "abstract", "nothing"]
 T = TypeVar("T")
+_NOT_IN_NAME = re.compile(r"[\s/\\%]|^\.")
+_MAX_NAME_BYTES = 220  # of 255, with an ending and what an unfinished file is called
+_NAME_BEGINNING = 120
+
+
+def file_name(paper_id: str) -> str:
+    """A paper's id as a file's name, another for every id: `/` and what else none may hold as in addresses, `%2F`."""
+    name = _NOT_IN_NAME.sub(lambda sign: "".join(f"%{byte:02X}" for byte in sign[0].encode()), paper_id)
+    if len(name.encode()) <= _MAX_NAME_BYTES:
+        return name
+    return f"{name.encode()[:_NAME_BEGINNING].decode(errors='ignore')}~{hashlib.sha256(paper_id.encode()).hexdigest()}"
 
 
 class PaperConfig(StrictConfig):
@@ -88,14 +101,14 @@ class DocumentReader:
         return Document(
             text=text,
             text_from=text_from,
-            pages=[f"pages/{paper.paper_id}/{index:03d}.png" for index in range(pages)],
-            figures=[f"figures/{paper.paper_id}/{index:03d}.png" for index in range(figures)],
+            pages=[f"pages/{file_name(paper.paper_id)}/{index:03d}.png" for index in range(pages)],
+            figures=[f"figures/{file_name(paper.paper_id)}/{index:03d}.png" for index in range(figures)],
         )
 
     def _text_file(self, paper_id: str) -> str:
         if self.config.texts is None:
             return ""
-        path = self.config.texts / f"{paper_id}.txt"
+        path = self.config.texts / f"{file_name(paper_id)}.txt"
         try:
             return clean_text(path.read_bytes().decode("utf-8-sig"), path.name)
         except FileNotFoundError:
@@ -109,7 +122,7 @@ class DocumentReader:
     def _pdf(self, paper_id: str) -> PdfContent | None:
         if self.config.pdfs is None:
             return None
-        path = self.config.pdfs / f"{paper_id}.pdf"
+        path = self.config.pdfs / f"{file_name(paper_id)}.pdf"
         if not path.is_file() and not self.config.require_files:
             return None
         pages, figures = self._image_folders(paper_id)
@@ -124,10 +137,10 @@ class DocumentReader:
         return PdfContent("", 1, 1)
 
     def _image_folders(self, paper_id: str) -> tuple[Path, Path]:
-        return self.output / "pages" / paper_id, self.output / "figures" / paper_id
+        return self.output / "pages" / file_name(paper_id), self.output / "figures" / file_name(paper_id)
 
     def _remembered(self, paper_id: str, extract: Callable[[], PdfContent]) -> PdfContent:
-        record = self.work / "pdf" / f"{paper_id}.json"
+        record = self.work / "pdf" / f"{file_name(paper_id)}.json"
         if record.is_file():
             return PdfContent(**json.loads(record.read_text(encoding="utf-8")))
         content = extract()

@@ -18,12 +18,12 @@ from prefmill.reviews.decision_words import decision_in
 from prefmill.reviews.scale import Scale
 
 _EXCERPT_CHARS = 200
-_MAX_ID_CHARS = 200  # file names may have 255 bytes, with an ending
+_MAX_ID_CHARS = 200  # longer text is no id but another column
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
 # Read by bytes.translate, the quickest way to ask: 0 for each of these in ASCII, and anything else stays.
 _CONTROL_TO_ZERO = bytes(0 if _CONTROL.match(chr(code)) else code for code in range(256))
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # nearly every id, known to be fit at once
-_NOT_IN_ID = re.compile(r"[\s/\\\x00-\x1f\x7f-\x9f]")  # ids name files
+_NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th", "4.5.1" or "6,5"
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
 # "6-7", "5 -> 6", "6 or 7", "7 1/2", "6%", "6-Jul" (a sheet's 6-7), and "4/5", where the 5 is to be the scale's end
@@ -215,16 +215,15 @@ def required_text(value: Any, name: str) -> str:
 
 
 def parse_id(value: Any, name: str, prefix: str = "") -> str:
-    """An id that can also name a file: text without spaces, slashes or control characters."""
+    """An id as it is given: text of one line, such as `10.1000/abc` or an address."""
     if isinstance(value, str) and _PLAIN_ID.fullmatch(value):
         return prefix + value
     # bool is an int to isinstance, and `true` no id. pandas makes floats of whole numbers where one is missing.
     is_whole = type(value) is int or (type(value) is float and value.is_integer() and abs(value) < _FLOATS_SKIP)
     identifier = f"{value:.0f}" if is_whole else required_text(value, name)
-    if _NOT_IN_ID.search(identifier) or identifier.startswith(".") or len(identifier) > _MAX_ID_CHARS:
+    if _NOT_IN_ID.search(identifier) or len(identifier) > _MAX_ID_CHARS:
         raise RowError(
-            f"{name} {excerpt(identifier)!r} cannot name a file",
-            f"use at most {_MAX_ID_CHARS} characters, no spaces or slashes, and no leading dot",
+            f"{name} {excerpt(identifier)!r} is no id", f"use at most {_MAX_ID_CHARS} characters, all on one line"
         )
     return prefix + identifier
 

@@ -7,8 +7,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,6 +21,7 @@ from prefmill.store.opened import PACKED, reading
 TABLES = (".parquet", ".arrow", ".feather")
 SUFFIXES = (*(kind + packed for packed in PACKED for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")), *TABLES)
 _LONGEST_CELL = 1 << 27  # characters; csv refuses papers otherwise
+_Reader = Callable[[IO[str], Path], Iterator[tuple[str, Any]]]
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
 
 
@@ -31,13 +33,13 @@ class SourceRow(NamedTuple):
     values: dict[str, Any]
 
 
-def file_rows(path: Path, encoding: str = "utf-8", split: str = "train") -> Iterator[SourceRow]:
+def file_rows(path: Path, encoding: str = "utf-8", split: str = "train", quoted: bool = True) -> Iterator[SourceRow]:
     """The rows of a file that ends in one of SUFFIXES, or of a folder that datasets' `save_to_disk` wrote.
 
-    Text is `encoding`, a byte order mark is no text; of a folder with several splits `split` is read. Raises InputError
-    where it is not readable.
+    Text is `encoding`, a byte order mark is no text; of a folder with several splits `split` is read. Quotes around a
+    table's cell are no text where cells are `quoted`. Raises InputError where it is not readable.
     """
-    for number, (place, values) in enumerate(_readable(path, encoding, split)):
+    for number, (place, values) in enumerate(_readable(path, encoding, split, quoted)):
         if not isinstance(values, dict):
             raise InputError(
                 "a row is an object with keys", where=f"{path}:{place}", got=type(values).__name__,
@@ -46,11 +48,11 @@ def file_rows(path: Path, encoding: str = "utf-8", split: str = "train") -> Iter
         yield SourceRow(f"{path}:{place}", number, values)
 
 
-def _readable(path: Path, encoding: str, split: str) -> Iterator[tuple[str, Any]]:
+def _readable(path: Path, encoding: str, split: str, quoted: bool) -> Iterator[tuple[str, Any]]:
     from pyarrow import ArrowException
 
     try:
-        yield from _rows_of(path, encoding, split)
+        yield from _rows_of(path, encoding, split, quoted)
     except (OSError, ArrowException, csv.Error) as error:
         raise InputError(
             "cannot read the file", where=path, got=str(error), fix="download or write it again; in a table, look for "
@@ -63,7 +65,7 @@ def is_saved_to_disk(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _rows_of(path: Path, encoding: str, split: str) -> Iterator[tuple[str, Any]]:
+def _rows_of(path: Path, encoding: str, split: str, quoted: bool) -> Iterator[tuple[str, Any]]:
     if is_saved_to_disk(path):
         return _saved_rows(path, split)
     if not path.name.lower().endswith(SUFFIXES):
@@ -75,17 +77,18 @@ def _rows_of(path: Path, encoding: str, split: str) -> Iterator[tuple[str, Any]]
         raise InputError("no such file", where=path, fix="check the path; a hub dataset is given as name")
     suffix = path.suffix.lower()
     return (
-        _text_rows(path, encoding)
+        _text_rows(path, encoding, quoted)
         if suffix not in TABLES
         else (_parquet_rows(path) if suffix == ".parquet" else _arrow_rows(path))
     )
 
 
-def _text_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
+def _text_rows(path: Path, encoding: str, quoted: bool) -> Iterator[tuple[str, Any]]:
     """Rows of lines, one list or a table, unpacked and decoded on the way."""
     name = path.name.lower()
     kind = Path(name.removesuffix(next(packed for packed in reversed(PACKED) if name.endswith(packed)))).suffix
-    read = {".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows}.get(kind, _jsonl_rows)
+    table: _Reader = partial(_csv_rows, quoted=quoted)
+    read = {".json": _json_rows, ".csv": table, ".tsv": table}.get(kind, _jsonl_rows)
     # A byte order mark is how Excel marks UTF-8; as text it would stand in the first column's name. UTF-16 is
     # recognised, and comes as UTF-8.
     is_utf = codecs.lookup(encoding).name.startswith(("utf-8", "utf-16"))
@@ -97,7 +100,7 @@ def _text_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as error:
             raise InputError(
                 f"not {encoding} text", where=path, got=str(error), expected=f"text in {encoding}",
-                fix="name the encoding it is in, such as encoding=latin-1",
+                fix="save it as UTF-8; of preferences and chats name what it is in, such as encoding=latin-1",
             ) from None  # fmt: skip
 
 
@@ -116,21 +119,22 @@ def _json_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"row {number}", row) for number, row in enumerate(_loads(whole, str(path)), 1))
 
 
-def _csv_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
+def _csv_rows(text: IO[str], path: Path, quoted: bool) -> Iterator[tuple[str, Any]]:
     # The limit is that of the process, not of this reader, and is set back for whoever reads csv beside us.
     before = csv.field_size_limit(_LONGEST_CELL)
     try:
-        reader, line = open_table(iter(text), path)
+        reader, line = open_table(iter(text), path, quoted)
         header = reader.fieldnames or []
         for row in reader:
+            surplus: Any = row.pop("", [])
             cells = [cell for cell in row.values() if cell is not None]
-            if not any(cells):  # a sheet's rows below its last
+            if not "".join([*cells, *surplus]).strip():  # a sheet's rows below its last
                 continue
-            if "" in row or len(cells) < len(header):
+            if any(surplus) or len(cells) < len(header):
                 raise InputError(
-                    f"a row has {'more' if '' in row else 'fewer'} cells than the table has columns",
-                    where=f"{path}:{line + reader.line_num - 1}", got=str(cells)[:200],
-                    expected=f"{len(header)} cells",
+                    f"a row has {'more' if any(surplus) else 'fewer'} cells than the table has columns",
+                    where=f"{path}:{line + reader.line_num - 1}", got=", ".join([*cells, *surplus])[:200],
+                    expected=f"{len(header)} cells: {', '.join(header)}"[:200],
                     fix="put quotes around a cell with a comma or a line break, and fill the row up with commas",
                 )  # fmt: skip
             yield str(line + reader.line_num - 1), row
@@ -138,7 +142,7 @@ def _csv_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(before)
 
 
-def open_table(lines: Iterator[str], path: Path) -> tuple[csv.DictReader[str], int]:
+def open_table(lines: Iterator[str], path: Path, quoted: bool = True) -> tuple[csv.DictReader[str], int]:
     """The rows of a table by its header, and the header's line; cells beyond those of the header have the key "".
 
     Cells end at the mark that is most frequent in the header, or that a line `sep=;` before it names. Raises InputError
@@ -149,11 +153,14 @@ def open_table(lines: Iterator[str], path: Path) -> tuple[csv.DictReader[str], i
         separator, header = told[1], 2
     else:
         # Sheets of countries with a decimal comma have semicolons.
-        separator, header = max(",;\t", key=first.count), 1
+        separator, header = max("\t;," if ".tsv" in path.name.lower() else ",;\t", key=first.count), 1
         lines = chain([first], lines)
     # A space that the header has is the table's, any other may be an answer's first token.
     spaced = f"{separator} " in first
-    reader = csv.DictReader(lines, restkey="", strict=True, delimiter=separator, skipinitialspace=spaced)
+    reader = csv.DictReader(
+        lines, restkey="", strict=True, delimiter=separator, skipinitialspace=spaced,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+    )  # fmt: skip
     # pandas writes its row numbers without a name, and reads them by this one.
     names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(reader.fieldnames or [])]
     if len(set(names)) < len(names):

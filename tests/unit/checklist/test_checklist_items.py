@@ -140,9 +140,9 @@ def test_one_pattern_without_literals_leaves_none() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("review_id,item_id,label\nr,one,well, yes\n", "more cells than columns"),
+        ("review_id,item_id,label\nr,one,well, yes\n", "more cells than the table"),
         ("review_id,item_id,label,label\nr,one,yes,no\n", "name every column once"),
-        ('review_id,item_id,label\nr,one,yes,"open\n', "unreadable CSV"),
+        ('review_id,item_id,label\nr,one,yes,"open\n', "quote that is not closed"),
     ],
 )
 def test_a_label_that_may_stand_elsewhere_is_refused(tmp_path: Path, text: str, message: str) -> None:

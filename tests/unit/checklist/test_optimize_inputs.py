@@ -42,11 +42,11 @@ def test_labels_are_read_from_any_usual_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,label\na,1\n", r"labels.csv:1[\s\S]*id, label"),
-        ("", r"labels.csv:1"),
+        ("id,label\na,1\n", r"labels.csv:2[\s\S]*id, label"),
+        ("", r"is empty[\s\S]*labels.csv"),
         ("review_id,label\na,1\nb,good\n", r"labels.csv:3[\s\S]*'good'"),
         ("review_id,label\na,nan\n", r"labels.csv:2[\s\S]*'nan'"),
-        ("review_id,label\na\n", r"labels.csv:2[\s\S]*None"),
+        ("review_id,label\na\n", r"fewer cells[\s\S]*labels.csv:2"),
         ("review_id,label\na,1\na,2\n", r"labels.csv:3[\s\S]*review a again"),
     ],
 )

@@ -65,7 +65,7 @@ def test_jsonl_with_only_what_is_required(tmp_path: Path) -> None:
         ({"review_text": " \n\x00"}, "empty review_text"),
         ({"title": ""}, "empty title"),
         ({"decision": "maybe"}, "unknown decision 'maybe'"),
-        ({"paper_id": "a/b"}, "cannot name a file"),
+        ({"paper_id": "a/b\nc"}, "is no id"),
         ({"ratings": 3}, "unknown field 'ratings' (did you mean 'rating'?); valid fields: abstract, confidence, "),
     ],
 )

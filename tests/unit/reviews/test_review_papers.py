@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pdf_files import write_pdf
 from PIL import Image
 
 from prefmill.core.config import validate
 from prefmill.core.errors import InputError
 from prefmill.reviews import papers
-from prefmill.reviews.papers import Document, DocumentReader, PaperConfig, check_folders, read_documents
+from prefmill.reviews.papers import Document, DocumentReader, PaperConfig, check_folders, file_name, read_documents
 from prefmill.reviews.pdf import PdfConfig, extract_pdf
 from prefmill.reviews.rows import PaperRow, RowError
 
@@ -37,6 +40,45 @@ def test_text_comes_from_file_then_row_then_abstract(tmp_path: Path) -> None:
     assert reader(tmp_path)(PAPER) == FROM_ROW
     assert reader(tmp_path)(PaperRow("p", "T", "The abstract.")) == Document("The abstract.", "abstract", [], [])
     assert reader(tmp_path)(PaperRow("p", "T")) == Document("", "nothing", [], [])
+
+
+IDS = [
+    "10.1000/abc",
+    "10.1000%2Fabc",
+    "10.1000_abc",
+    "a b",
+    "a\\b",
+    "../x",
+    ".x",
+    "é" * 150,
+    "é" * 150 + "/",
+    "/" * 200,
+]
+
+
+@pytest.mark.parametrize("paper_id", IDS)
+def test_an_id_of_any_signs_names_files_within_the_folder(tmp_path: Path, paper_id: str) -> None:
+    """As the names of files that any system takes: one part, at most 255 bytes with its ending."""
+    name = file_name(paper_id)
+    assert Path(name).name == name
+    assert len(f"{name}.json.tmp".encode()) <= 255
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / f"{name}.txt").write_text("Its text.")
+    assert reader(tmp_path, texts=str(tmp_path / "texts"))(PaperRow(paper_id, "T")).text == "Its text."
+    write_pdf(tmp_path / "texts" / f"{name}.pdf", ["Hello"])
+    document = reader(tmp_path, pdfs=str(tmp_path / "texts"))(PaperRow(paper_id, "T"))
+    assert [path.parent.parent for path in (tmp_path / "out").rglob("*.png")] == [tmp_path / "out" / "pages"]
+    assert [(tmp_path / "out" / page).is_file() for page in document.pages] == [True]
+
+
+@given(st.sets(st.text(st.sampled_from("a.%2F/\\ ~é"), min_size=1, max_size=200) | st.sampled_from(IDS)))
+def test_no_two_ids_name_one_file(ids: set[str]) -> None:
+    assert len({file_name(paper_id) for paper_id in ids}) == len(ids)
+
+
+def test_plain_ids_are_names_as_they_are() -> None:
+    assert [file_name(name) for name in ("p1", "B1-x_y.z:2", "ä")] == ["p1", "B1-x_y.z:2", "ä"]
+    assert unquote(file_name("10.1000/a b%")) == "10.1000/a b%"
 
 
 def test_a_missing_or_unreadable_text_file_is_a_problem_unless_allowed(tmp_path: Path) -> None:

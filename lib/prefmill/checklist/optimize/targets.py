@@ -35,18 +35,18 @@ def target_values(
 
 
 def read_labels(path: Path) -> dict[str, float]:
-    """People's labels from a CSV file with the columns review_id and label (a number, higher is better).
+    """People's labels from a table with the columns review_id and label (a number, higher is better).
 
     Raises InputError naming the line of a missing column, a label that is no finite number, or a repeated review.
     """
     file = LabelFile(path, "unusable labels", COLUMNS, " and ".join(COLUMNS) + " (a number)")
     labels: dict[str, float] = {}
-    for line, row in file.rows():
-        review_id, label = str(row["review_id"]), _number(row["label"])
+    for where, row in file.rows():
+        review_id, label = row["review_id"], _number(row["label"])
         if label is None:
-            raise file.unusable(line, f"label {row['label']!r}", "write a number")
+            raise file.unusable(where, f"label {row['label']!r}", "write a number")
         if review_id in labels:
-            raise file.unusable(line, f"review {review_id} again", "keep one label a review")
+            raise file.unusable(where, f"review {review_id} again", "keep one label a review")
         labels[review_id] = label
     return labels
 
@@ -74,10 +74,9 @@ def require_learnable(
         )  # fmt: skip
 
 
-def _number(text: str | None) -> float | None:
+def _number(text: str) -> float | None:
     try:
-        # csv gives None where a line is short.
-        value = float(text or "")
+        value = float(text)
     except ValueError:
         return None
     # float() reads "nan" and "inf", and one of them would spoil every mean.
