@@ -94,7 +94,7 @@ def _run_stage(stage: str, arguments: argparse.Namespace) -> int:
     if only is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         only = element(plan.tasks, os.environ).key
     if is_one_of_ranks(os.environ):
-        run_launched(plan.select(only) if only else list(plan.tasks), arguments.force)
+        run_launched(plan, only, arguments.force)
         return 0
     leave_ranks(os.environ)
     say = Console(arguments, plan.workspace / "logs" / plan.run)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
 import time
@@ -16,21 +17,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.errors import PipelineError
+from prefmill.core.errors import AttemptError, PipelineError
+from prefmill.core.files import read_record
 from prefmill.core.graceful_stop import clear_request
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import rank, world_size
 from prefmill.distributed.launchers import FORGET, told_rank
-from prefmill.pipeline.plan import PlannedTask
-from prefmill.pipeline.rank_entrypoint import read_spec, write_spec
+from prefmill.pipeline.interruption import interrupted_by_term
+from prefmill.pipeline.plan import Plan, PlannedTask
+from prefmill.pipeline.rank_entrypoint import FAILURE, run_rank, write_spec
+from prefmill.pipeline.run_record import point_latest, write_plan
+from prefmill.pipeline.task_status import at_work
 from prefmill.pipeline.worker import execute, import_and_run
 
 _WORD, _PATIENCE = "prefmill/task", timedelta(hours=1)  # rank 0 may have large inputs to check
 _ARRIVAL_MINUTES, _POLL_SECONDS = 10.0, 0.2  # until all ranks have come: containers may start one by one
 
 
-def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
+def run_launched(plan: Plan, only: str | None = None, force: bool = False) -> None:
     """This rank's part of the one task; raises PipelineError for several tasks, or for one that does not train."""
+    tasks = plan.select(only) if only else list(plan.tasks)
     if len(tasks) != 1 or not tasks[0].stage.trains:
         raise PipelineError(
             "ranks work on one task that trains", got=", ".join(task.key for task in tasks),
@@ -39,10 +45,13 @@ def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
     store = _meet()
     if rank():
         return _join(store)
+    point_latest(plan)
+    write_plan(plan)
     # A stop that was asked of an earlier attempt would end this one too.
     clear_request(tasks[0].logs)
     try:
-        execute(tasks[0], force, run=partial(_lead, tasks[0], partial(store.set, _WORD)))
+        with at_work(plan.workspace, plan.run), interrupted_by_term():
+            execute(tasks[0], force, run=partial(_lead, tasks[0], partial(store.set, _WORD)))
     finally:
         if not store.check([_WORD]):  # up to date, or refused: there is nothing to join
             store.set(_WORD, "")
@@ -51,9 +60,18 @@ def run_launched(tasks: list[PlannedTask], force: bool = False) -> None:
 
 
 def _lead(task: PlannedTask, say: Callable[[str], None], context: Task) -> Metrics:
+    folder = context.work / "attempt"
+    # What a rank of an earlier attempt failed of would be taken for this one's.
+    shutil.rmtree(folder, ignore_errors=True)
     # The others begin at this word; without them rank 0 would wait in its first collective call.
-    say(str(write_spec(context.work / "attempt", task.stage, task.config, context)))
-    return import_and_run(task.stage, task.config, context)
+    say(str(write_spec(folder, task.stage, task.config, context)))
+    try:
+        return import_and_run(task.stage, task.config, context)
+    except (Exception, KeyboardInterrupt):
+        # Of a rank that is lost the others fail, or the launcher ends them.
+        if failure := read_record(folder / FAILURE):
+            raise AttemptError(failure.pop("error"), record=failure) from None
+        raise
 
 
 def _join(store: Any) -> None:
@@ -64,8 +82,8 @@ def _join(store: Any) -> None:
         raise PipelineError(
             "rank 0 has ended before the work began", got=str(error).splitlines()[0], fix="see what rank 0 printed"
         ) from None
-    if spec:
-        import_and_run(*read_spec(Path(spec)))
+    if spec and (code := run_rank(Path(spec))):
+        sys.exit(code)
 
 
 def _meet() -> Any:

@@ -58,20 +58,21 @@ def run_rank(path: Path) -> int:
         _leave(path.with_name(RESULT), {"stopped": str(stopped)})
         return 0
     except Exception as error:
+        print(f"rank {rank()} fails:", file=sys.stderr)
         traceback.print_exc()
         shown = explain_os_error(error) or error
         mendable = isinstance(shown, PrefmillError)
         text = str(shown) if mendable else traceback.format_exc()
-        failure = {"kind": type(shown).__name__, "error": text, "host": socket.gethostname()}
-        _leave(path.with_name(FAILURE), failure, anyone=True)
+        failure = {"kind": type(shown).__name__, "error": text, "failed_on": socket.gethostname()}
+        if not path.with_name(FAILURE).exists():  # the others fail of the first
+            write_atomic(path.with_name(FAILURE), json.dumps(failure))
         return EXIT_USER_ERROR if mendable else EXIT_BUG
     _leave(path.with_name(RESULT), {"metrics": metrics, "peak_gpu_memory_gb": _peak_gpu_memory_gb()})
     return 0
 
 
-def _leave(path: Path, record: Mapping[str, Any], anyone: bool = False) -> None:
-    """Rank 0 writes results; whichever rank fails first says why."""
-    if rank() == 0 or (anyone and not path.exists()):
+def _leave(path: Path, record: Mapping[str, Any]) -> None:
+    if rank() == 0:
         write_atomic(path, json.dumps(record))
 
 

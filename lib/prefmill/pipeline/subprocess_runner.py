@@ -22,6 +22,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.launchers import RANK_VARIABLES
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.rank_entrypoint import FAILURE, RESULT, write_spec
+from prefmill.pipeline.task_status import in_short
 
 REQUEUED, TERMINATED = "requeued", "terminated"
 # Slurm kills 30 seconds after SIGTERM unless its KillWait says otherwise: 20 and 3 end before that.
@@ -29,7 +30,7 @@ _POLL_SECONDS, _KILL_SECONDS, _TERM_SECONDS = 0.1, 3.0, 20.0
 _SAVING_SHARE = 0.85  # of the warning's time may pass before a training that is still saving is ended
 _ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 # How every node's torchrun reports the process that failed first there.
-_FIRST_FAILURE = re.compile(r"time\s*: (\S+)\s+host\s*: (\S+)\s+rank\s*: .*\s+exitcode\s*: (-?\d+)")
+_FIRST_FAILURE = re.compile(r"time\s*: (\S+)\s+host\s*: (\S+)\s+rank\s*: (\d+).*\s+exitcode\s*: (-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -160,15 +161,18 @@ def _collect(folder: Path, code: int, warnings: SignalWatcher, log: Path, offset
     # A stage that failed by itself has failed, whatever warning came too: requeueing would hide it.
     if warnings.received and not failure:
         raise _interrupted(warnings, result)
-    first, host = _first_failure(log, offset) or (code, failure.get("host"))
+    number, first, host = _first_failure(log, offset) or ("", code, failure.get("failed_on"))
     exit_code = code if code < 0 else first
     name = signal.Signals(-exit_code).name if exit_code < 0 else None
     record = {"exit_code": exit_code, "signal": name, "kind": failure.get("kind", "ProcessEnded"), "failed_on": host}
-    if failure:
+    # Of a rank that was killed the others fail: what they say is not why.
+    if failure and not name:
         raise AttemptError(failure["error"], record=record)
+    who = f"rank {number}'s" if number else "the stage's"
     raise AttemptError(
-        f"the stage's process ended by {name}" if name else f"the stage's process ended with exit code {code}",
-        record=record, where=log, fix="see the end of its log; SIGKILL is often memory running out",
+        f"{who} process ended by {name}" if name else f"{who} process ended with exit code {code}",
+        record=record, where=log, got=in_short(failure["error"]) if failure else None,
+        fix="see the end of its log; SIGKILL is often memory running out",
     )  # fmt: skip
 
 
@@ -179,8 +183,8 @@ def _interrupted(warnings: SignalWatcher, result: Mapping[str, Any]) -> AttemptE
     return AttemptError(f"warned by {name}: {how}", state=state, record={"signal": name, "kind": state})
 
 
-def _first_failure(log: Path, offset: int) -> tuple[int, str] | None:
-    """The exit code, negative for a signal, and the node of the process that failed first on any node.
+def _first_failure(log: Path, offset: int) -> tuple[str, int, str] | None:
+    """The rank, the exit code, negative for a signal, and the node of the process that failed first on any node.
 
     The others fail of it: within the same second one that was killed comes before one that lost its peer.
     """
@@ -192,5 +196,5 @@ def _first_failure(log: Path, offset: int) -> tuple[int, str] | None:
         return None
     if not found:
         return None
-    _, host, code = min(found, key=lambda item: (item[0], int(item[2]) >= 0))
-    return int(code), host
+    _, host, number, code = min(found, key=lambda item: (item[0], int(item[3]) >= 0))
+    return number, int(code), host

@@ -6,16 +6,19 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefmill.core.errors import AttemptError, PrefmillError
+from prefmill.core.stage import Task
 from prefmill.distributed.torchrun import arguments
-from prefmill.pipeline import attempts
+from prefmill.pipeline import attempts, launched
 from prefmill.pipeline import subprocess_runner as children
 from prefmill.pipeline.manual_submission import stage_plan
+from prefmill.pipeline.rank_entrypoint import run_rank
 from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher
 from prefmill.slurm import job
 from prefmill.slurm.job import element_id
@@ -137,6 +140,36 @@ def test_a_signal_is_named_also_beneath_torchrun(tmp_path: Path, code: int, log:
     record = {"exit_code": -9, "signal": "SIGKILL", "kind": "ProcessEnded", "failed_on": host}
     assert caught.value.record == record
     assert caught.value.state == "failed"
+
+
+def test_what_a_rank_says_whose_partner_was_killed_is_not_the_reason(tmp_path: Path) -> None:
+    (tmp_path / children.FAILURE).write_text(json.dumps({"kind": "RuntimeError", "error": "closed by peer"}))
+    with pytest.raises(AttemptError, match=r"^rank 3's process ended by SIGKILL\n(.*\n)*  got: *closed by peer"):
+        collect(tmp_path, 1, log=reported(5, "n1", -9) + reported(5, "n1", 1))
+
+
+def test_rank_0_leaves_what_the_rank_said_that_failed_first(tmp_path: Path) -> None:
+    (tmp_path / children.FAILURE).write_text("{}")
+    assert run_rank(tmp_path / "no_spec.json") == 1
+    assert (tmp_path / children.FAILURE).read_text() == "{}"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("closed by peer"), KeyboardInterrupt()])
+def test_under_torchrun_by_hand_the_status_tells_why_another_rank_failed(tmp_path: Path, error: BaseException) -> None:
+    said = {"kind": "ValueError", "error": "a bug", "failed_on": "n2"}
+
+    def run(_config: Any, task: Task) -> Any:
+        (task.work / "attempt" / children.FAILURE).write_text(json.dumps(said))  # as rank 1 does
+        raise error
+
+    (task,) = stage_plan("make", [f"workspace={tmp_path}", "run=r"])[0].tasks
+    task = replace(task, stage=replace(task.stage, run=run))
+    context = Task("r", "make", "all", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
+    specs: list[str] = []
+    with pytest.raises(AttemptError, match="a bug") as caught:
+        launched._lead(task, specs.append, context)
+    assert caught.value.record == {"kind": "ValueError", "failed_on": "n2"}
+    assert len(specs) == 1
 
 
 @pytest.mark.parametrize(("number", "state"), [(signal.SIGUSR1, "requeued"), (signal.SIGTERM, "terminated")])
