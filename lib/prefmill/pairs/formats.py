@@ -10,7 +10,7 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
-from prefmill.pairs.forms import Form, Found, Judgement, Preference, Row, Tags, words
+from prefmill.pairs.forms import Form, Found, Judgement, Kind, Parse, Preference, Row, Tags, words
 from prefmill.pairs.scored import SCORED_FORMS
 from prefmill.pairs.turns import (
     Answer,
@@ -57,29 +57,14 @@ def prompt_and_messages(row: Row, tags: Tags) -> Preference:
     return _preference(row, _prompt_of(chats[0], turns), chosen, rejected)
 
 
-def prompt_strings(row: Row, tags: Tags) -> Preference:
-    """`{prompt, chosen, rejected}` as strings, one turn each."""
-    return _strings(row, row["prompt"])
+def _strings(asked: str) -> Parse:
+    """One turn each: the prompt in the column `asked`, `chosen`, `rejected`."""
+    return lambda row, tags: _preference(row, Chat(as_prompt(row[asked])), row["chosen"], row["rejected"])
 
 
-def system_question(row: Row, tags: Tags) -> Preference:
-    """`{system, question, chosen, rejected}`: orca_dpo_pairs."""
-    return _strings(row, row["question"])
-
-
-def system_input(row: Row, tags: Tags) -> Preference:
-    """`{system, input, chosen, rejected}`."""
-    return _strings(row, row["input"])
-
-
-def instruction_responses(row: Row, tags: Tags) -> Preference:
-    """`{system, instruction, chosen_response, rejected_response}`, `input` and `history` where there are any."""
-    return _preference(row, Chat(alpaca_prompt(row)), row["chosen_response"], row["rejected_response"])
-
-
-def alpaca(row: Row, tags: Tags) -> Preference:
-    """`{instruction, input, chosen, rejected}`, `system` and `history: [[said, answered], ...]` where there are any."""
-    return _preference(row, Chat(alpaca_prompt(row)), row["chosen"], row["rejected"])
+def _alpaca(chosen: str, rejected: str) -> Parse:
+    """`{instruction, input, system, history: [[said, answered], ...]}`, all but the first where there are any."""
+    return lambda row, tags: _preference(row, Chat(alpaca_prompt(row)), row[chosen], row[rejected])
 
 
 def alpaca_prompt(row: Row) -> list[Turn]:
@@ -110,14 +95,15 @@ def openai(row: Row, tags: Tags) -> Preference:
     return _preference(row, prompt, *_sides(row, prompt.turns, tags, "preferred_output", "non_preferred_output"))
 
 
-def llamafactory_v1(row: Row, tags: Tags) -> Preference:
-    """`{chosen_messages, rejected_messages: [{role, content: [{type, value}], loss_weight}]}`."""
-    return _implicit(row, tags, "chosen_messages", "rejected_messages")
+def _implicit(good: str, bad: str) -> Parse:
+    """Whole chats that begin alike, in the columns `good` and `bad`."""
 
+    def parse(row: Row, tags: Tags) -> Preference:
+        chats = [as_chat(row[side], side, tags) for side in (good, bad)]
+        turns, chosen, rejected = split_prompt(*(chat.turns for chat in chats))
+        return _preference(row, _prompt_of(chats[0], turns), chosen, rejected)
 
-def implicit_messages(row: Row, tags: Tags) -> Preference:
-    """`{chosen: [...], rejected: [...]}`: whole chats that begin alike."""
-    return _implicit(row, tags, "chosen", "rejected")
+    return parse
 
 
 def implicit_strings(row: Row, tags: Tags) -> Preference:
@@ -148,21 +134,25 @@ def unpaired_messages(row: Row, tags: Tags) -> Judgement:
 # Implicit forms take the prompt from how both sides begin: a row with a prompt of its own is of another form.
 _PROMPTS = ("prompt", "question", "instruction", "input", "conversations", "messages")
 _OLD = ("chosen_messages", "rejected_messages")
+_TEXTS: Mapping[str, Kind] = {"chosen": "text", "rejected": "text"}
 FORMS: Mapping[str, Form] = {
     "trl_messages": Form({"prompt": "list", "chosen": "list", "rejected": "list"}, trl_messages),
     "prompt_and_messages": Form({"prompt": "text", "chosen": "list", "rejected": "list"}, prompt_and_messages),
-    "prompt_strings": Form({"prompt": "text", "chosen": "text", "rejected": "text"}, prompt_strings),
-    "system_question": Form({"question": "text", "chosen": "text", "rejected": "text"}, system_question),
-    "system_input": Form({"input": "text", "chosen": "text", "rejected": "text"}, system_input, ["instruction"]),
+    "prompt_strings": Form({"prompt": "text", **_TEXTS}, _strings("prompt")),
+    "system_question": Form({"question": "text", **_TEXTS}, _strings("question")),
+    "system_input": Form({"input": "text", **_TEXTS}, _strings("input"), ["instruction"]),
     "instruction_responses": Form(
-        {"instruction": "text", "chosen_response": "text", "rejected_response": "text"}, instruction_responses
+        {"instruction": "text", "chosen_response": "text", "rejected_response": "text"},
+        _alpaca("chosen_response", "rejected_response"),
     ),
-    "alpaca": Form({"instruction": "text", "chosen": "text", "rejected": "text"}, alpaca),
+    "alpaca": Form({"instruction": "text", **_TEXTS}, _alpaca("chosen", "rejected")),
     "sharegpt": Form({"conversations": "list", "chosen": "dict", "rejected": "dict"}, sharegpt),
     "openai": Form({"input": "dict", "preferred_output": "list", "non_preferred_output": "list"}, openai),
-    "llamafactory_v1": Form({"chosen_messages": "list", "rejected_messages": "list"}, llamafactory_v1),
-    "implicit_messages": Form({"chosen": "list", "rejected": "list"}, implicit_messages, [*_PROMPTS[:-1], *_OLD]),
-    "implicit_strings": Form({"chosen": "text", "rejected": "text"}, implicit_strings, _PROMPTS),
+    "llamafactory_v1": Form({"chosen_messages": "list", "rejected_messages": "list"}, _implicit(*_OLD)),
+    "implicit_messages": Form(
+        {"chosen": "list", "rejected": "list"}, _implicit("chosen", "rejected"), [*_PROMPTS[:-1], *_OLD]
+    ),
+    "implicit_strings": Form(_TEXTS, implicit_strings, _PROMPTS),
     "unpaired": Form({"prompt": "text or list", "completion": "text or list", "label": "label"}, unpaired),
     "unpaired_messages": Form({"label": "label", "messages": "list"}, unpaired_messages),
     **SCORED_FORMS,
@@ -175,10 +165,13 @@ def detect(row: Row, where: object, known: Mapping[str, Form] = FORMS) -> str:
     if len(found) == 1:
         return found[0]
     keys = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items() if value is not None)
-    forms = "; ".join(f"{name}: {', '.join(known[name].needs)}" for name in found or known)
+    # There are too many to list: those that lack the fewest keys.
+    near = found or sorted(known, key=lambda name: (len(known[name].needs.keys() - row), -len(known[name].needs)))[:3]
+    forms = "; ".join(f"{name}: {', '.join(known[name].needs)}" for name in near)
     raise InputError(
         "this form of preference data is not known" if not found else "this row has the keys of several forms",
-        where=where, got=keys, expected=forms,
+        where=where, got=keys,
+        expected=forms if found else f"{forms}; or one more of docs/bring-your-own-preferences.md",
         fix=(
             "rename columns with columns={OURS: THEIRS}; rows without a preference cannot be used, image pairs go to "
             "sdxl_dpo" if not found else f"say which it is: pair_format={found[0]}"
@@ -239,20 +232,10 @@ def _with_system(row: Row, turns: Sequence[Turn]) -> list[Turn]:
     return [{"role": "system", "content": system}, *turns]
 
 
-def _implicit(row: Row, tags: Tags, good: str, bad: str) -> Preference:
-    chats = [as_chat(row[side], side, tags) for side in (good, bad)]
-    turns, chosen, rejected = split_prompt(*(chat.turns for chat in chats))
-    return _preference(row, _prompt_of(chats[0], turns), chosen, rejected)
-
-
 def _prompt_of(chat: Chat, turns: Sequence[Turn]) -> Chat:
     if chat.images and sum(turn["content"].count(IMAGE_MARKER) for turn in turns) != len(chat.images):
         raise BadRowError("answers cannot hold images")
     return Chat(turns, chat.images)
-
-
-def _strings(row: Row, asked: str, chosen: str = "chosen", rejected: str = "rejected") -> Preference:
-    return _preference(row, Chat(as_prompt(asked)), row[chosen], row[rejected])
 
 
 def _sides(row: Row, prompt: Sequence[Turn], tags: Tags, good: str = "chosen", bad: str = "rejected") -> list[Answer]:

@@ -73,6 +73,7 @@ class ScoredAnswers:
 
 
 Found = Preference | Judgement | ScoredAnswers
+Parse = Callable[[Row, Tags], Found]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Form:
     """
 
     needs: Mapping[str, Kind]
-    parse: Callable[[Row, Tags], Found]
+    parse: Parse
     without: Sequence[str] = ()
     items: Mapping[str, Sequence[str]] = field(default_factory=dict)
 

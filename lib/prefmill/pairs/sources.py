@@ -66,7 +66,8 @@ class PairSource(RowPolicy):
     def _file_or_name(cls, values: Any) -> Any:
         """`dataset: x.jsonl` is a file, whose content counts, not its path."""
         named = str(values.get("dataset") or "") if isinstance(values, dict) else ""
-        if named.lower().endswith(SUFFIXES) or is_saved_to_disk(Path(named).expanduser()):
+        path = Path(named).expanduser()
+        if named.lower().endswith(SUFFIXES) or path.is_file() or is_saved_to_disk(path):
             if values.get("dataset_file") is not None:
                 raise ValueError("give dataset or dataset_file, not both")
             return {**values, "dataset": None, "dataset_file": values["dataset"]}

@@ -19,11 +19,11 @@ from prefmill.core.errors import InputError
 from prefmill.reviews.rows import Item, Place, RawRow, RowProblem, excerpt
 from prefmill.store.jsonl import check_unique_keys, parse_json_strictly
 from prefmill.store.opened import PACKED, reading
-from prefmill.store.row_files import TABLES, file_rows, open_table
+from prefmill.store.row_files import TABLES, file_rows, more_or_fewer, open_table
 
-JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv",)
+JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv", ".tsv")
 JSON = (".json", *JSON_LINES)
-_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".tsv", ".xlsx") for packed in PACKED)
+_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".xlsx") for packed in PACKED)
 _log = logging.getLogger(__name__)
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(r'\s*(?:\[|\{[^\[]*"notes"\s*:\s*\[)')  # an array, or an API answer that holds one
@@ -60,9 +60,15 @@ def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Pa
 
     Raises InputError where a folder has none.
     """
-    if not path.is_dir():
-        return [path]
     names = (*(f"{ending}{packed}" for ending in endings for packed in PACKED), *TABLES)
+    if not path.is_dir():
+        others = JSON if endings == CSV else CSV
+        if path.name.lower().endswith(tuple(f"{ending}{packed}" for ending in others for packed in PACKED)):
+            raise InputError(
+                "a file of another format than its source says", where=path, expected=", ".join(endings),
+                fix=f"set format: {'jsonl' if endings == CSV else 'csv'} of this source, or give another file",
+            )  # fmt: skip
+        return [path]
     # Archives made on macOS hold a hidden `._name` beside every file, which is no text.
     inside = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and without not in file.parts]
     found = [file for file in inside if file.name.lower().endswith(names) and file.is_file()]
@@ -163,10 +169,11 @@ def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             place = Place(source, str(path), start)
             # The reader knows only where a row ends, and a quoted cell may go over many lines.
             start = reader.line_num + header
+            misfit = more_or_fewer(values)
             if not any(values.values()):  # a sheet's rows below its last
                 continue
-            if "" in values or None in values.values():
-                reason = f"the row has not the header's {len(reader.fieldnames or ())} cells"
+            if misfit:
+                reason = f"the row has {misfit} cells than the header's {len(reader.fieldnames or ())}"
                 fix = f"quote cells that hold {separator!r} or line breaks, and fill the row up with {separator!r}"
                 yield RowProblem(place, reason, fix, excerpt(list(values.values())))
             else:

@@ -21,6 +21,8 @@ _OTHER_MAGIC = {  # by their first bytes, as such a file would be called bad UTF
     b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV"),
     b"PAR1": ("Parquet", "give the file a name that ends in .parquet"),
     b"ARROW1": ("Arrow", "give the file a name that ends in .arrow"),
+    b"version https://git-lfs": ("a pointer of Git LFS", "download the file that it stands for: git lfs pull"),
+    b"<!DOCTYPE": ("a web page", "download the file itself, logged in where it asks for that"),
 }
 _UTF_16 = {  # by a byte order mark, or by the zero beside each of the first characters
     "utf-16": re.compile(rb"\xff\xfe|\xfe\xff"),
@@ -81,7 +83,7 @@ def _packing(path: Path) -> tuple[str, Callable[[Path], Any]]:
 
 def _open(path: Path, unpack: Callable[[Path], Any]) -> IO[bytes]:
     stream = unpack(path)
-    beginning = stream.peek(8)
+    beginning = stream.peek(24)
     for magic, (kind, fix) in _OTHER_MAGIC.items():
         if beginning.startswith(magic):
             stream.close()

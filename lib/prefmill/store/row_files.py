@@ -20,6 +20,7 @@ from prefmill.store.opened import PACKED, reading
 
 TABLES = (".parquet", ".arrow", ".feather")
 SUFFIXES = (*(kind + packed for packed in PACKED for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")), *TABLES)
+_KINDS = f"{', '.join(name for name in SUFFIXES if name.count('.') == 1)}; text may be packed ({', '.join(PACKED[1:])})"
 _LONGEST_CELL = 1 << 27  # characters; csv refuses papers otherwise
 _Reader = Callable[[IO[str], Path], Iterator[tuple[str, Any]]]
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
@@ -70,8 +71,8 @@ def _rows_of(path: Path, encoding: str, split: str, quoted: bool) -> Iterator[tu
         return _saved_rows(path, split)
     if not path.name.lower().endswith(SUFFIXES):
         raise InputError(
-            "this kind of file is not known", where=path, expected=", ".join(SUFFIXES),
-            fix="convert it, or name it by its format",
+            "this kind of file is not known", where=path, expected=_KINDS,
+            fix="convert or unpack it, or name it by its format",
         )  # fmt: skip
     if not path.is_file():
         raise InputError("no such file", where=path, fix="check the path; a hub dataset is given as name")
@@ -126,14 +127,13 @@ def _csv_rows(text: IO[str], path: Path, quoted: bool) -> Iterator[tuple[str, An
         reader, line = open_table(iter(text), path, quoted)
         header = reader.fieldnames or []
         for row in reader:
-            surplus: Any = row.pop("", [])
-            cells = [cell for cell in row.values() if cell is not None]
-            if not "".join([*cells, *surplus]).strip():  # a sheet's rows below its last
+            misfit = more_or_fewer(row)
+            if not any(row.values()):  # a sheet's rows below its last
                 continue
-            if any(surplus) or len(cells) < len(header):
+            if misfit:
                 raise InputError(
-                    f"a row has {'more' if any(surplus) else 'fewer'} cells than the table has columns",
-                    where=f"{path}:{line + reader.line_num - 1}", got=", ".join([*cells, *surplus])[:200],
+                    f"a row has {misfit} cells than the table has columns",
+                    where=f"{path}:{line + reader.line_num - 1}", got=str(list(row.values()))[:200],
                     expected=f"{len(header)} cells: {', '.join(header)}"[:200],
                     fix="put quotes around a cell with a comma or a line break, and fill the row up with commas",
                 )  # fmt: skip
@@ -169,6 +169,15 @@ def open_table(lines: Iterator[str], path: Path, quoted: bool = True) -> tuple[c
         )
     reader.fieldnames = names
     return reader, header
+
+
+def more_or_fewer(row: dict[str, Any]) -> str:
+    """Whether a table's row has more cells than its header, or fewer; empty cells behind the last are taken away."""
+    surplus = row.pop("", [])
+    if any(surplus):
+        row[""] = surplus
+        return "more"
+    return "fewer" if None in row.values() else ""
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -244,8 +244,10 @@ def test_bad_rows_say_why(row: dict[str, Any], why: str, tmp_path: Path) -> None
 
 
 def test_unknown_and_ambiguous_rows_list_the_forms_and_the_keys() -> None:
-    with pytest.raises(InputError, match=r"text \(str\), stars \(int\)(.|\n)*sharegpt: conversations, chosen"):
+    with pytest.raises(InputError, match=r"text \(str\), stars \(int\)(.|\n)*docs/bring-your-own-preferences.md"):
         detect({"text": "a", "stars": 5}, "f:1")
+    with pytest.raises(InputError, match=r"expected: helpsteer2: prompt, response_1, response_2, preference_strength;"):
+        detect({"prompt": "a", "response_1": "b", "response_2": "c", "strength": 1}, "f:1")
     both = {"prompt": "a", "question": "b", "chosen": "x", "rejected": "y"}
     with pytest.raises(InputError, match="pair_format=prompt_strings"):
         detect(both, "f:1")

@@ -108,6 +108,13 @@ def test_a_cell_as_long_as_a_paper_is_read() -> None:
     assert max(len(value) for row in file_rows(case("long_cell.csv")) for value in row.values.values()) > 131_072
 
 
+@pytest.mark.parametrize("name", ["x.zip", "x.xlsx", "x.txt", "x"])
+def test_a_file_of_no_known_kind_is_not_looked_for_on_the_hub(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(LINES)
+    with pytest.raises(InputError, match=r"kind of file is not known(.|\n)*\.jsonl(.|\n)*unpack"):
+        write_pairs(validate(PairSource, {"dataset": str(tmp_path / name)}), tmp_path, tmp_path / "bad.json")
+
+
 def test_more_cells_than_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt,chosen,rejected\nQ?,good, as said,bad\n")
     with pytest.raises(InputError, match="more cells") as caught:

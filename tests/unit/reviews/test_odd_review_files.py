@@ -148,12 +148,38 @@ def test_a_table_of_a_country_with_decimal_commas(tmp_path: Path, first: str) ->
     reviews = [(item.text, item.rating) for item in items if isinstance(item, ReviewRow)]
     assert reviews == [('a, b; "c"\nd', 6.5), ("x, y", 7.0)]
     assert problem.place.line == 6 + ("sep" in first)
-    assert "header's 5 cells" in problem.reason
+    assert "fewer cells than the header's 5" in problem.reason
     assert "fill the row up with ';'" in problem.fix
     tabs = write(tmp_path / "x.tsv", "\t".join(ROW) + "\n" + "\t".join(map(str, ROW.values())) + "\n")
     assert items_of(source(format="csv", path=tabs)) == items_of(
         source(format="jsonl", path=write(tmp_path / "x.jsonl", ROW))
     )
+
+
+def test_empty_cells_behind_the_last_column_are_no_fault(tmp_path: Path) -> None:
+    """As sheets write them where a cell was once touched, and as pandas' reader refuses or shifts them."""
+    lines = [",".join(ROW), "p1,T,r1,x,6,,", ",,,,,,", "p1,T,r2,y,7,,z"]
+    items, (problem,) = read(source(format="csv", path=write(tmp_path / "x.csv", "\n".join(lines))))
+    assert [item.text for item in items if isinstance(item, ReviewRow)] == ["x"]
+    assert "more cells than the header's 5" in problem.reason
+    assert problem.place.line == 4
+
+
+def test_a_file_of_another_format_is_told_and_tables_with_tabs_lie_in_folders(tmp_path: Path) -> None:
+    table = write(tmp_path / "f" / "x.tsv", "\t".join(ROW) + "\n" + "\t".join(map(str, ROW.values())) + "\n")
+    assert items_of(source(format="csv", path=table.parent)) == items_of(source(format="csv", path=table))
+    for name, given, right in (("x.csv.gz", "jsonl", "csv"), ("x.jsonl", "csv", "jsonl")):
+        with pytest.raises(InputError, match=rf"another format(.|\n)*set format: {right}"):
+            read(source(format=given, path=write(tmp_path / name, "")))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "Git LFS"), ("<!DOCTYPE html>", "page")],
+)
+def test_what_came_in_place_of_a_file_is_told(tmp_path: Path, text: str, kind: str) -> None:
+    with pytest.raises(InputError, match=rf"of another kind(.|\n)*{kind}(.|\n)*download"):
+        read(source(format="jsonl", path=write(tmp_path / "x.jsonl", text)))
 
 
 def test_the_conversion_that_is_advised_keeps_what_windows_writes(tmp_path: Path) -> None:
