@@ -15,7 +15,7 @@ from prefmill.images.sampling import ImageSampling
 class GenerateImagesConfig(ImageSampling):
     """Which prompts, which model, how images are drawn."""
 
-    prompts: ExternalPath = Field(description="a table with a column prompt and, if you like, prompt_id")
+    prompts: ExternalPath = Field(description="a table with a column prompt, perhaps prompt_id; or a .txt of lines")
     num_prompts: int | None = Field(None, ge=1, description="take the first so many, by prompt_id; none: all")
     model_name_or_path: str | None = Field(None, description="folder or hub name, where no checkpoint is given")
     revision: str | None = Field(None, description="of a hub model")

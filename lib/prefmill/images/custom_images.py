@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
@@ -15,11 +16,13 @@ from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, GeneratedImage, Rating
 from prefmill.images.collection import Collection, SourceImage
 from prefmill.images.prompts import (
+    CAPTIONS,
     PROMPT_TOO,
     Line,
     is_safe,
     one_spelling,
     prompt_id_of,
+    read_caption,
     read_table,
     safe_name,
     with_slashes,
@@ -29,19 +32,28 @@ from prefmill.store.jsonl import read_jsonl
 from prefmill.store.picture_formats import FORMATS
 
 _log = logging.getLogger(__name__)
-_CAPTIONS, _PICTURES = (".txt", ".caption"), {*FORMATS.values(), ".jpeg", ".tiff"}
+_PICTURES = {*FORMATS.values(), ".jpeg", ".tiff"}
 IMAGES_FILES = ("images.csv", "images.jsonl")
 _METADATA = ("metadata.csv", "metadata.jsonl")  # ImageFolder's
 _FILE = ("file_name", "filename", "image_path")
 _IMAGE_TOO = {**PROMPT_TOO, "file": (*_FILE, "image")}
 _SCORE_TOO = {"image": (*_FILE, "file")}
-_RATING_TOO = {"choice": ("preference", "winner"), "rater": ("annotator",)}  # as Label Studio and sheets have it
+_RATING_TOO = {
+    "choice": ("preference", "winner", "pairwise", "pw"),
+    "rater": ("annotator",),
+}  # as Label Studio and sheets have it
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
 # Our own names first, then those of tables filled in by hand.
 _SIDES = (
     ("left", "right"), ("image_a", "image_b"), ("image_0", "image_1"), ("image_1", "image_2"), ("image1", "image2"),
 )  # fmt: skip
-_CHOICES = {name: name for name in ("left", "right", "tie", "skip")} | {"a": "left", "b": "right", "equal": "tie"}
+_CHOICES = {
+    **{name: name for name in ("left", "right", "tie", "skip")}, "a": "left", "b": "right", "first": "left",
+    "second": "right", **dict.fromkeys(("equal", "same", "draw", "both", "neither"), "tie"),
+}  # fmt: skip
+_LABEL = re.compile(r"(?:image|picture|option)_?(?=[ab012]\b)")
+_ORDER = re.compile(r"(\w+?)_?([<>=])_?(\w+)")
+_UPLOADED = re.compile(r"/data/(?:upload/(?:\d+/)?[0-9a-f]{8}-|local-files/\?d=)")  # Label Studio's addresses
 
 
 def read_own_images(folder: Path) -> Iterator[SourceImage]:
@@ -125,7 +137,7 @@ def _known(collection: Collection) -> dict[str, SourceImage]:
 
 def _plain(name: str) -> str:
     """A file's name as it is compared: without `./`, with slashes, accents as one sign (macOS writes them as two)."""
-    return unicodedata.normalize("NFC", with_slashes(name).removeprefix("./"))
+    return unicodedata.normalize("NFC", _UPLOADED.sub("", with_slashes(name)).removeprefix("./"))
 
 
 def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -137,14 +149,14 @@ def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     rows = [(number, {ours.get(name, name): cell.strip() for name, cell in cells.items()}) for number, cells in table]
     rated = _rated([ours.get(name, name) for name in columns], path) if rows else {}
     said = {_choice(row.get(column, "")) for _, row in rows for column in rated.values()}
-    words = dict(zip(sides, _SIDES[0], strict=True)) | _CHOICES | _numbered(sides, said)
+    words = _CHOICES | _numbered(sides, said)
     num_blank = 0
     for number, row in rows:
         answered = {name: cell for name, column in rated.items() if (cell := row.get(column))}
         num_blank += not answered
         for name, cell in answered.items():
             by_file = {row.get(side): side for side in _SIDES[0]}
-            choice = words.get(_choice(cell)) or by_file.get(cell, cell)
+            choice = _chosen(_choice(cell), words) or by_file.get(cell, cell)
             dimension = row.get("dimension", name).lower()
             yield number, {"rater": path.stem, **row, "dimension": dimension, "choice": choice}
     if num_blank:
@@ -152,8 +164,16 @@ def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _choice(cell: str) -> str:
-    """A choice as it is looked up; a number that stands beside empty cells became 1.0 in pandas."""
-    return cell.lower().replace(" ", "_").removesuffix(".0")
+    """A choice as it is looked up, `Image 2` as 2; a number that stands beside empty cells became 1.0 in pandas."""
+    return _LABEL.sub("", cell.lower().replace(" ", "_")).removesuffix(".0")
+
+
+def _chosen(said: str, words: Mapping[str, str]) -> str | None:
+    """What a choice means, also of one that is written as an order, a>b."""
+    order = _ORDER.fullmatch(said)
+    if order and {words.get(order[1]), words.get(order[3])} == {"left", "right"}:
+        return {">": words[order[1]], "<": words[order[3]]}.get(order[2], "tie")
+    return words.get(said)
 
 
 def _rated(columns: Sequence[str], path: Path) -> dict[str, str]:
@@ -256,20 +276,14 @@ def read_artifact(folder: Path, name: str, collection: Collection) -> None:
 def _captions(folder: Path) -> Iterator[Line]:
     """A row for each picture below `folder` that has its caption beside it; raises InputError where some have none."""
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)
-    texts = {path: [text for suffix in _CAPTIONS if (text := path.with_suffix(suffix)).is_file()] for path in pictures}
+    texts = {path: [text for suffix in CAPTIONS if (text := path.with_suffix(suffix)).is_file()] for path in pictures}
     if any(texts.values()) and (bare := [path for path in pictures if not texts[path]]):
         raise InputError(
             "a picture without a caption", where=bare[0], got=f"{len(bare)} of {len(pictures)} pictures",
             expected="a .txt or .caption beside it", fix="write it, or move the picture out of the folder",
         )  # fmt: skip
     for number, path in enumerate(pictures if any(texts.values()) else (), 1):
-        try:
-            caption = texts[path][0].read_text(encoding="utf-8-sig").strip()
-        except UnicodeError as error:
-            raise InputError(
-                "cannot read a caption", where=texts[path][0], got=str(error), fix="save it as UTF-8"
-            ) from None
-        yield number, {"prompt": caption.partition("\n")[0], "file": str(path.relative_to(folder))}
+        yield number, {"prompt": read_caption(texts[path][0]), "file": str(path.relative_to(folder))}
 
 
 def _own_image(folder: Path, row: dict[str, str], where: str, short: str) -> SourceImage:

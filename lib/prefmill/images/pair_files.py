@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +36,16 @@ def data_files(path: Path) -> list[Path]:
     return files
 
 
-def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Where each row of a file stands, and the row; of Parquet only `columns` where some are named."""
+def rows_of(file: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row of a file stands, and the row."""
     suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        found = ((f"{number}", row) for number, row in enumerate(_parquet_rows(file, columns), 1))
-    elif suffix == ".jsonl":  # a line that is no object is for the caller to set aside
+    if suffix == ".jsonl":  # a line that is no object is for the caller to set aside
         found = ((f"{number}", row) for number, row in enumerate(read_jsonl(file), 1))
     elif suffix in (".csv", ".tsv"):
         found = ((f"{number}", row) for number, row in read_table(file, ()))
     else:
         found = ((row.where.removeprefix(f"{file}:"), row.values) for row in file_rows(file))
     yield from ((f"{file.name}:{place}", row) for place, row in found)
-
-
-def _parquet_rows(file: Path, columns: Collection[str]) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        names = [name for name in table.schema_arrow.names if not columns or name in columns]
-        # 64 rows in memory at once: each holds two whole images as bytes.
-        for batch in table.iter_batches(batch_size=64, columns=names):
-            yield from batch.to_pylist()
-    except (OSError, ArrowException) as error:
-        raise InputError(
-            "cannot read the table", where=file, got=str(error).splitlines()[0], fix="download or write the file again"
-        ) from None
 
 
 def picture_bytes(content: Any) -> bytes | None:

@@ -26,8 +26,6 @@ _SIDES = (
 )  # fmt: skip
 _HPDV3_SIDES, _HPDV3_KEYS = ("path1", "path2"), {"confidence", "choice_dist"}
 _PICKAPIC_KEYS = ("caption", "jpg_0", "jpg_1", "label_0")
-# Smaller sets in its form leave these out: an image is then named by its content, and the shares sum to 1.
-_PICKAPIC_MORE = ("image_0_uid", "image_1_uid", "label_1", "has_label", "user_id")
 
 
 class RatingsSource(StrictConfig):
@@ -122,7 +120,9 @@ def _read_pairs(source: PairsSource, work: Path, collection: Collection) -> None
             ids.append(_free_id(prompt_id, file, path, collection))
             collection.add_image(SourceImage(ids[-1], prompt_id, prompt, path, file, where))
         given = {"prompt_id": prompt_id, "left": ids[0], "right": ids[1], "rater": str(row.get("rater") or "pairs")}
-        for dimension, label in {"overall": 1.0, **(_labels(row) or {})}.items():
+        shares = row.get("choice_dist")  # HPDv3's numbers of votes
+        tied = isinstance(shares, list) and len(shares) == 2 and shares[0] == shares[1]
+        for dimension, label in {"overall": 0.5 if tied else 1.0, **(_labels(row) or {})}.items():
             collection.ratings.append((where, Rating(**given, dimension=dimension, choice=choice_of(label - 0.5))))  # type: ignore[typeddict-item]
 
 
@@ -219,7 +219,7 @@ def _uid(picture: Any) -> str:
 def _pickapic_rows(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Rows with where they stand and the folder that their paths are relative to."""
     for file in data_files(path):
-        for where, row in rows_of(file, (*_PICKAPIC_KEYS, *_PICKAPIC_MORE)):
+        for where, row in rows_of(file):
             missing = [key for key in _PICKAPIC_KEYS if not isinstance(row, dict) or key not in row]
             if missing:
                 raise InputError(

@@ -11,6 +11,8 @@ from types import MappingProxyType
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import ImagePrompt
+from prefmill.images.annotation_rows import single_answers
+from prefmill.store.opened import reading
 from prefmill.store.row_files import SUFFIXES, file_rows
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -21,23 +23,21 @@ Names = Mapping[str, tuple[str, ...]]
 Line = tuple[int, dict[str, str]]
 # What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks.
 _UNSEEN = str.maketrans("", "", "\u200b\u2060\ufeff\u00ad\u200e\u200f")
+CAPTIONS = (".txt", ".caption")
 PROMPT_TOO = {"prompt": ("caption", "text")}  # as captioned pictures have it
 
 
 def read_prompts(path: Path) -> list[ImagePrompt]:
     """The prompts of a table with a column `prompt` and, if it has one, `prompt_id`; sorted by id.
 
+    A .txt has one on each line, a folder one in each file of captions.
+
     Column names are read without case (PartiPrompts writes `Prompt`), other columns are left alone. Raises
     InputError naming the line of an empty prompt, an unsafe id, or an id or prompt that stands there twice.
     """
     seen: dict[str, int] = {}
     prompts = []
-    if not path.name.lower().endswith(SUFFIXES):
-        raise InputError(
-            "prompts are read from a table", where=path, got=path.suffix or "no suffix", expected=", ".join(SUFFIXES),
-            fix="name it by its format; lines of prompts are a .tsv whose first line is `prompt`",
-        )  # fmt: skip
-    for number, row in read_table(path, ("prompt",), PROMPT_TOO):
+    for number, row in _prompt_rows(path):
         text = one_spelling(row.get("prompt") or "")
         if not text:
             raise _bad(path, number, "a prompt is empty", repr(row.get("prompt")), "write a prompt or delete the line")
@@ -52,6 +52,37 @@ def read_prompts(path: Path) -> list[ImagePrompt]:
     if not prompts:
         raise InputError("no prompt in the file", where=path, fix="write a line with `prompt`, then a prompt a line")
     return sorted(prompts, key=lambda prompt: prompt["prompt_id"])
+
+
+def _prompt_rows(path: Path) -> Iterator[Line]:
+    if path.is_dir():
+        texts = sorted(file for file in path.rglob("*") if file.suffix.lower() in CAPTIONS)
+        yield from ((number, {"prompt": read_caption(file)}) for number, file in enumerate(texts, 1))
+    elif path.suffix.lower() == ".txt":
+        lines = enumerate(_read_text(path).split("\n"), 1)
+        yield from ((number, {"prompt": line}) for number, line in lines if line.strip())
+    elif path.name.lower().endswith(SUFFIXES):
+        yield from read_table(path, ("prompt",), PROMPT_TOO)
+    else:
+        raise InputError(
+            "prompts are read from a table", where=path, got=path.suffix or "no suffix",
+            expected=", ".join((".txt", *SUFFIXES)),
+            fix="name it by its format; one prompt a line is a .txt",
+        )  # fmt: skip
+
+
+def read_caption(file: Path) -> str:
+    """The first line of a file of text beside a picture."""
+    return _read_text(file).strip().partition("\n")[0]
+
+
+def _read_text(file: Path) -> str:
+    with reading(file) as (stream, _):
+        data = stream.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError("cannot read the text", where=file, got=str(error), fix="save it as UTF-8") from None
 
 
 def prompt_id_of(text: str) -> str:
@@ -94,9 +125,10 @@ def read_table(path: Path, required: tuple[str, ...], also: Names = MappingProxy
     """
     # PartiPrompts does not quote: a prompt that begins with a quotation mark would swallow the lines after it.
     for row in file_rows(path, quoted=".tsv" not in path.name.lower()):
-        cells = (str(cell) if isinstance(cell, str | int | float) else "" for cell in row.values.values())
-        header = _named(row.values, required, also, row.where)
-        yield int(row.where.rpartition(":")[2].removeprefix("row ")), dict(zip(header, cells, strict=True))
+        for values in single_answers(row.values):
+            cells = (str(cell) if isinstance(cell, str | int | float) else "" for cell in values.values())
+            header = _named(values, required, also, row.where)
+            yield int(row.where.rpartition(":")[2].removeprefix("row ")), dict(zip(header, cells, strict=True))
 
 
 def _named(names: Iterable[str], required: tuple[str, ...], also: Names, where: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefmill.images.prompts import is_safe, one_spelling, prompt_id_of, safe_na
 from prefmill.images.rating import choice_of
 from prefmill.store.row_files import file_rows
 
+_RANK = re.compile(r"\s*(\d+)(?:st|nd|rd|th)?\s*", re.IGNORECASE)
 _RANKING = "ranking"  # the rater of a published ranking
 
 
@@ -31,7 +33,7 @@ def read_rankings(path: Path, images: Path, work: Path, collection: Collection) 
             continue
         prompt_id, prompt = str(row["id"]), one_spelling(row["prompt"])
         ranked = []
-        for file, rank in zip(row["generations"], row["ranking"], strict=True):
+        for file, rank in zip(row["generations"], map(_rank, row["ranking"]), strict=True):
             image_id = f"{prompt_id}/{safe_name(Path(file).stem)}"
             collection.add_image(SourceImage(image_id, prompt_id, prompt, base / file, file, where))
             ranked.append((image_id, rank))
@@ -54,7 +56,7 @@ def _of_rows(path: Path, images: Path, work: Path) -> Iterator[tuple[str, Path, 
     """ImageRewardDB's rows, one an image with its rank among those of its `prompt_id`, as rankings."""
     found: dict[str, tuple[str, Path, dict[str, Any]]] = {}
     for file in data_files(path):
-        for where, row in rows_of(file, ("image", "prompt_id", "prompt", "rank")):
+        for where, row in rows_of(file):
             if not isinstance(row, dict) or not {"image", "prompt_id", "prompt", "rank"} <= row.keys():
                 raise InputError(
                     "not a row of ImageRewardDB", where=file.parent / where, got=", ".join(row),
@@ -91,7 +93,7 @@ def _fault(row: Any) -> str | None:
         return "not a ranking"
     if len(files) != len(row["ranking"]):
         return "as many ranks as images are needed"
-    if not all(map(_is_number, row["ranking"])):
+    if None in map(_rank, row["ranking"]):
         return "a rank that is no number"
     if not is_name(row["id"]) or not isinstance(row["prompt"], str) or not row["prompt"].strip():
         return "no usable id and prompt"
@@ -104,6 +106,12 @@ def _fault(row: Any) -> str | None:
     if len(stems) < len(files) or any(".." in Path(file).parts or Path(file).is_absolute() for file in files):
         return "images' names cannot be used"
     return None
+
+
+def _rank(value: Any) -> Any:
+    """The number of a rank, that of `2nd` too; None for what is none."""
+    found = _RANK.fullmatch(value) if isinstance(value, str) else None
+    return int(found[1]) if found else value if _is_number(value) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 # By Pillow's name, with the suffix that a copy gets. A phone's MPO opens as JPEG.
 FORMATS = {
     "PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "AVIF": ".avif", "GIF": ".gif", "TIFF": ".tif",
-    "BMP": ".bmp", "JPEG2000": ".jp2",
+    "BMP": ".bmp", "JPEG2000": ".jp2", "HEIF": ".heic",
 }  # fmt: skip
 READ = "a whole PNG, JPEG, WebP, AVIF, GIF, TIFF, BMP or JPEG 2000 file"
 HEAD = 1024  # bytes, enough for `format_of`

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -20,11 +22,10 @@ MAX_PIXELS = 40_000_000  # a file of some kilobytes can claim more than a machin
 _ROUNDING = 2  # of 255: between sRGB profiles of several makers; the same picture with and without one stays the same
 _UNSCALED = ("I", "F")  # 32-bit integers and floats: nothing in the file says which value is white
 _PLAIN = {"PNG", "JPEG", "WEBP"}
-_CODED = {"PNG", "AVIF"}  # formats that may say their colours by numbers
+_CODED = {"PNG", "AVIF", "HEIF"}  # formats that may say their colours by numbers
 # Pillow gives a PNG's transparent colour in the file's depth, and the pixels in 8 bits.
 _CLEAR_AS = {"L;2": lambda value: value * 85, "L;4": lambda value: value * 17, "RGB;16B": lambda value: value >> 8}
 _PHOTOMETRIC = 262  # TIFF 6.0, page 37: 0 is white
-_OPENED_AS = [name for name in FORMATS if name != "MPO"]  # found behind JPEG
 _NEW_SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF 6.0, page 36; DNG 1.4, page 22
 _AGAIN = "make the image again, or take the row out"
 
@@ -122,7 +123,7 @@ def _opened(source: str | Path | io.BytesIO, where: object, max_pixels: int = MA
 
     try:
         # No other decoders: for EPS, Pillow starts Ghostscript on whatever the file says.
-        image = Image.open(source, formats=_OPENED_AS)
+        image = Image.open(source, formats=_opened_as())
     except UnidentifiedImageError:
         raise _unread(_head(source), where) from None
     if image.format == "TIFF" and _is_raw(image, source):
@@ -140,6 +141,16 @@ def _opened(source: str | Path | io.BytesIO, where: object, max_pixels: int = MA
         if clear is not None:
             image.info["transparency"] = tuple(map(scale, clear)) if isinstance(clear, tuple) else scale(clear)
     return image
+
+
+@functools.cache
+def _opened_as() -> list[str]:
+    """Pillow's names of what is opened: HEIC where pillow-heif is installed, as Pillow's own wheels have no decoder."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return [name for name in FORMATS if name not in ("MPO", "HEIF")]  # MPO is found behind JPEG
+    return [name for name in FORMATS if name != "MPO"]
 
 
 def _bytes_of(source: str | Path | io.BytesIO) -> BinaryIO:
@@ -163,18 +174,18 @@ def _is_raw(image: Any, source: str | Path | io.BytesIO) -> bool:
 
 
 def _unread(head: bytes, where: object) -> ImageError:
-    if (name := format_of(head)) is not None:
+    name = format_of(head)
+    if name is not None and not (name == "HEIC" and "HEIF" in _opened_as()):
         return _other_format(name, where)
-    if is_ours(head):
+    if name or is_ours(head):
         return ImageError("damaged image", where=where, got="a file that is cut or overwritten", fix=_AGAIN)
     got, fix = other_content(head) or (None, _AGAIN)
     return ImageError("not an image", where=where, got=got, expected=READ, fix=fix)
 
 
 def _other_format(name: str, where: object) -> ImageError:
-    return ImageError(
-        "an image in a format that is not read", where=where, got=name, expected=READ, fix="convert it to PNG or JPEG"
-    )
+    fix = "convert it to PNG or JPEG" + (", or pip install pillow-heif" if name == "HEIC" else "")
+    return ImageError("an image in a format that is not read", where=where, got=name, expected=READ, fix=fix)
 
 
 def _in_srgb(image: Image) -> Image:

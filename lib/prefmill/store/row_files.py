@@ -183,7 +183,7 @@ def more_or_fewer(row: dict[str, Any]) -> str:
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import parquet
 
-    yield from _batched(parquet.ParquetFile(path).iter_batches())
+    yield from _batched(parquet.ParquetFile(path).iter_batches(batch_size=64))  # rows may hold whole pictures
 
 
 def _arrow_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -143,4 +143,20 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_prompts(tmp_path / "none.csv")
     with pytest.raises(InputError, match="prompts are read from a table"):
-        read_prompts(write(tmp_path, "A cat", "p.txt"))
+        read_prompts(write(tmp_path, "A cat", "p.doc"))
+
+
+def test_prompts_may_be_lines_of_text_or_captions(tmp_path: Path) -> None:
+    lines = write(tmp_path, '\ufeffA cat, sitting\r\n\nA "dog"; running\n', "p.txt")
+    assert [row["prompt"] for row in read_prompts(lines)] == ["A cat, sitting", 'A "dog"; running']
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    (tmp_path / "c" / "1.txt").write_text("A cat\nwith more\n")
+    (tmp_path / "c" / "d" / "2.caption").write_text("A dog")
+    (tmp_path / "c" / "1.png").touch()
+    assert [row["prompt"] for row in read_prompts(tmp_path / "c")] == ["A cat", "A dog"]
+    for text, told in (("A cat\nA  cat\n", r"stands here twice(.|\n)*p.txt:2"), ("\n", "no prompt in the file")):
+        with pytest.raises(InputError, match=told):
+            read_prompts(write(tmp_path, text, "p.txt"))
+    (tmp_path / "p.txt").write_bytes(b"\xe9t\xe9\n")
+    with pytest.raises(InputError, match=r"cannot read the text(.|\n)*UTF-8"):
+        read_prompts(tmp_path / "p.txt")

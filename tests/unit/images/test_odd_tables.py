@@ -107,6 +107,11 @@ def sides(found: Collection) -> list[tuple[str, str, str]]:
         ("image1,image2,choice,annotator\na.png,b.png,1.0,x\na.png,b.png,2.0,y\n", ["a", "b"]),
         ("Image A,Image B,Preference\na.png,b.png,Image A\n", ["a"]),
         ("left,right,winner\na.png,b.png,b.png\n", ["b"]),
+        ("left,right,choice,rater\na.png,b.png,Image 2,x\na.png,b.png,image1,y\n", ["b", "a"]),
+        ("image_a,image_b,choice,rater\na.png,b.png,A > B,x\na.png,b.png,B>A,y\na.png,b.png,A<B,z\n", ["a", "b", "b"]),
+        ("image_1,image_2,choice\na.png,b.png,second\n", ["b"]),
+        ("image1,image2,pairwise\na.png,b.png,left\n", ["a"]),  # Label Studio's, by its control's name
+        ("image_a,image_b,choice\na.png,b.png,A > C\n", []),
         ("left,right,choice\na.png,b.png,1\n", []),  # the first of two, or the second of 0 and 1
     ],
 )
@@ -114,6 +119,12 @@ def test_a_choice_is_read_as_its_table_writes_choices(tmp_path: Path, table: str
     found = rated(written(tmp_path, ratings_csv=table))
     assert [name for _, name, _ in sides(found)] == better
     assert len(found.quarantine.rows) == (not better)
+
+
+@pytest.mark.parametrize("tie", ["tie", "Equal", "draw", "same", "both", "neither", "A=B", "b = a"])
+def test_every_word_for_a_tie_is_a_tie(tmp_path: Path, tie: str) -> None:
+    ((_, rating),) = rated(written(tmp_path, ratings_csv=f"left,right,choice\na.png,b.png,{tie}\n")).ratings
+    assert rating["choice"] == "tie"
 
 
 def test_two_annotators_of_label_studio_are_two_raters(tmp_path: Path) -> None:

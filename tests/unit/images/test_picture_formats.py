@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import random
 import struct
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from prefmill.images.files import inspect_image
+from prefmill.store import pictures
 from prefmill.store.pictures import ImageError, image_size, open_image, shown_bytes
 
 P3, SRGB = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)), ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
@@ -146,6 +149,38 @@ def test_other_files_are_named(tmp_path: Path, head: bytes, what: str, named: st
     (tmp_path / "a.png").write_bytes(head)
     with pytest.raises(ImageError, match=rf"{what}[\s\S]*a\.png[\s\S]*{named}"):
         open_image(tmp_path / "a.png")
+
+
+def test_heic_is_read_where_its_decoder_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for pillow-heif, which is not installed here: what it cannot decode is damaged."""
+
+    class Decoder(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            if not self.fp.read().endswith(b"whole"):  # type: ignore[union-attr]
+                raise SyntaxError("cut")
+            self._size, self._mode, self.tile = (2, 1), "RGB", []
+            self.im = Image.new("RGB", (2, 1), (255, 0, 0)).im
+
+    def register() -> None:
+        Image.register_open("HEIF", Decoder, lambda head: head[4:8] == b"ftyp")
+
+    file = tmp_path / "phone.heic"
+    file.write_bytes(b"\0\0\0\x1cftypheic whole")
+    with pytest.raises(ImageError, match=r"not read[\s\S]*HEIC[\s\S]*pip install pillow-heif"):
+        open_image(file)
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    pictures._opened_as.cache_clear()
+    try:
+        assert open_image(file).getpixel((1, 0)) == (255, 0, 0)
+        assert (inspect_image(file).suffix, shown_bytes(file)[1]) == (".heic", "image/png")
+        file.write_bytes(b"\0\0\0\x1cftypheic cut")
+        with pytest.raises(ImageError, match="damaged image"):
+            open_image(file)
+    finally:
+        pictures._opened_as.cache_clear()
 
 
 def test_of_several_pages_the_first_and_never_the_preview_of_a_raw_file(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_label_that_is_said_not_to_be_one_is_a_skip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"ranking": [1, None]}, {"ranking": ["1", "2"]}, {"ranking": [1, float("nan")]}, {"ranking": [True, False]},
+        {"ranking": [1, None]}, {"ranking": ["1", "best"]}, {"ranking": [1, float("nan")]}, {"ranking": [True, False]},
         {"id": None}, {"prompt": None}, {"prompt": 5}, {"generations": [1, 2]}, {"generations": ["/a.png", "b.png"]},
     ],
 )  # fmt: skip
@@ -60,6 +60,9 @@ def test_a_ranking_that_is_none_is_set_aside(tmp_path: Path, change: dict[str, A
     assert (found.ratings, len(found.quarantine.rows)) == ([], 1)
     ((_, rating),) = ranked(tmp_path, {}).ratings
     assert (rating["prompt_id"], rating["choice"]) == ("7", "left")
+    for ranks, choice in ((["1", "2"], "left"), (["2nd", "1st"], "right"), (["1ST", 1], "tie")):
+        ((_, rating),) = ranked(tmp_path, {"ranking": ranks}).ratings
+        assert rating["choice"] == choice
 
 
 def ranked(folder: Path, change: dict[str, Any]) -> Collection:
@@ -114,6 +117,14 @@ def test_backslashes_of_windows_lead_to_the_file_and_not_out_of_the_folder(
         assert read(out).quarantine.counts() == {f"{'ranking' if ranking else 'row'}: images' names cannot be used": 1}
 
 
+@pytest.mark.parametrize(("votes", "choice"), [([12, 7], "left"), ([5, 5], "tie"), (None, "left")])
+def test_a_row_of_hpdv3_with_as_many_votes_for_either_is_a_tie(tmp_path: Path, votes: Any, choice: str) -> None:
+    row = {"prompt": "a cat", "path1": "a.png", "path2": "b.png", "confidence": 0.9, "choice_dist": votes}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    ((_, rating),) = collect([PairsSource(format="pairs", pairs=str(tmp_path / "p.jsonl"))], [], tmp_path).ratings  # type: ignore[arg-type]
+    assert rating["choice"] == choice
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".json"])
 @pytest.mark.parametrize("more", [{"confidence": 0.95}, {"confidence": None, "choice_dist": [12, 7]}])
 def test_rows_of_hpdv3_prefer_their_first_path(tmp_path: Path, suffix: str, more: dict[str, Any]) -> None:
@@ -153,7 +164,7 @@ def test_rows_of_imagerewarddb_are_rankings(tmp_path: Path) -> None:
     assert told == {(False, "p10", "p11"), (False, "p10", "p12"), (True, "p11", "p12"), (False, "p21", "p20")}
     parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "x"}]), tmp_path / "bad.parquet")
     bad = ImageRewardSource(**source, rankings=str(tmp_path / "bad.parquet"))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"not a row of ImageRewardDB[\s\S]*bad.parquet:1"):
+    with pytest.raises(InputError, match=r"not a row of ImageRewardDB[\s\S]*bad.parquet:row 1"):
         collect([bad], [], tmp_path / "work")
 
 
