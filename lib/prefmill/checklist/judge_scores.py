@@ -18,7 +18,7 @@ from prefmill.checklist.judge_probes import Sampled
 from prefmill.checklist.scored import CHECKLIST, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
-from prefmill.core.records import Answer, Paper, Review, ReviewEvaluation, Split
+from prefmill.core.records import Paper, Review, ReviewEvaluation, Split
 from prefmill.core.statistics import Array
 from prefmill.reviews.text_statistics import words
 
@@ -125,7 +125,9 @@ def sampled_reviews(corpus: Artifact, shards: Sequence[Artifact], ids: set[str])
     for paper, scored, _ in _answered_papers(corpus, shards):
         for review, evaluation in scored:
             if review["review_id"] in ids:
-                yield Sampled(paper, review, _quotes(evaluation["answers"]))
+                answers = evaluation["answers"].items()
+                quotes = {name: answer["evidence"] for name, answer in answers if answer.get("evidence")}
+                yield Sampled(paper, review, quotes)
 
 
 def _answered_papers(
@@ -134,10 +136,6 @@ def _answered_papers(
     papers = scored_papers(corpus, shards, with_answers=True)
     # with_answers makes them whole evaluations, which the type of scored_papers does not tell.
     return cast("Iterator[tuple[Paper, list[tuple[Review, ReviewEvaluation]], list[str]]]", papers)
-
-
-def _quotes(answers: Mapping[str, Answer]) -> dict[str, str]:
-    return {name: answer["evidence"] for name, answer in answers.items() if answer.get("evidence")}
 
 
 def _same(what: str, shards: Sequence[Artifact], values: Sequence[Any]) -> Any:

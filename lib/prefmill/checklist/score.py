@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
             # Failures of earlier attempts count as well: reruns do not get round max_failed_share bit by bit.
             counts.count(entry.failed)
         done = (_journaled_place(entry) for entry in journal.ordered(_journaled_place))
-        reviews = _in_shard(papers_with_reviews(corpus), task.shard)
+        papers = papers_with_reviews(corpus)
+        reviews: Iterator[PaperReviews] = (item for item in papers if item[1] and task.shard.holds(item[0]["paper_id"]))
         if scoring.limit is not None:
             reviews = _first(reviews, scoring.limit)
         upper_bound = min(num_rows, scoring.limit or num_rows)
@@ -149,7 +151,8 @@ def _score_rest(
     """Score `reviews` and journal each outcome as soon as it is there, whichever comes first."""
     from tqdm import tqdm
 
-    expected = _expected(upper_bound, task.shard, scoring.limit)
+    # Of one shard of several about as many, with a limit at most so many.
+    expected = upper_bound if scoring.limit is not None else -(-upper_bound // task.shard.count)
     answers = AnswerCounts()
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=expected, initial=counts.num_done, desc="score", unit="review"))
@@ -182,7 +185,7 @@ def _outcomes(reviews: Iterator[PaperReviews], scoring: Scoring, pace: Pace) -> 
         return
     engine = scoring.open_engine()
     pace.start(engine)
-    papers = _chain(first, reviews)
+    papers = chain([first], reviews)
     for outcome in engine.score_as_done(show_prompts(papers, engine) if scoring.debug else papers):
         if scoring.debug:
             show_outcome(outcome)
@@ -190,15 +193,6 @@ def _outcomes(reviews: Iterator[PaperReviews], scoring: Scoring, pace: Pace) -> 
             yield outcome, engine.evaluation(outcome)
         else:
             yield outcome, {"review_id": outcome.review_id, "paper_id": outcome.paper_id, "reason": outcome.failure}
-
-
-def _chain(first: PaperReviews, rest: Iterator[PaperReviews]) -> Iterator[PaperReviews]:
-    yield first
-    yield from rest
-
-
-def _in_shard(papers: Iterable[PaperReviews], shard: Shard) -> Iterator[PaperReviews]:
-    return ((paper, reviews) for paper, reviews in papers if reviews and shard.holds(paper["paper_id"]))
 
 
 def _first(papers: Iterator[PaperReviews], count: int) -> Iterator[PaperReviews]:
@@ -300,8 +294,3 @@ def _num_reviews(corpus: Artifact) -> int:
     if not rows:
         raise InputError("the corpus has no reviews", where=path, fix="check the sources given to ingest_reviews")
     return rows
-
-
-def _expected(upper_bound: int, shard: Shard, limit: int | None) -> int:
-    """About how many reviews the shard has: exact for one shard, or with a limit below its size."""
-    return upper_bound if limit is not None else -(-upper_bound // shard.count)

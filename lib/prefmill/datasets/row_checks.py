@@ -29,7 +29,15 @@ def contrast_problems(example: CheckedRow, min_rating_diff: float, min_checkmark
         return
     chosen, rejected = (answer.rating for answer in example.answers)
     # A missing rating is told by rating_problems, once.
-    if chosen is not None and rejected is not None and not _equal(chosen - rejected, example.rating_diff):
+    if (
+        chosen is not None
+        and rejected is not None
+        and not math.isclose(
+            chosen - rejected,
+            example.rating_diff,
+            abs_tol=1e-4,  # completions give six digits
+        )
+    ):
         yield f"rating_diff is {example.rating_diff:g}, but the ratings are {chosen:g} and {rejected:g}"
     if example.rating_diff < min_rating_diff:
         yield f"rating_diff is {example.rating_diff:g}, under {min_rating_diff:g}"
@@ -66,7 +74,3 @@ def unreadable(folder: Path, name: str) -> str | None:
     except ImageError as error:
         return ": ".join(str(part) for part in (error.what, error.details["got"]) if part)
     return None
-
-
-def _equal(left: float, right: float) -> bool:
-    return math.isclose(left, right, abs_tol=1e-4)  # completions give six digits

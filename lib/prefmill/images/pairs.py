@@ -81,7 +81,7 @@ def choose_pairs(
         else:
             winner, loser = pair if overall > 0.5 else pair[::-1]
             if labels == "bradley_terry":
-                shares = {name: _fitted(fits[name], pair) if shares[name] is not None else None for name in shares}
+                shares = {name: fits[name].preference(*pair) if shares[name] is not None else None for name in shares}
             sides = {name: _oriented(share, winner == pair[0]) for name, share in shares.items()}
             if labels == "bradley_terry" and (_overall(dict(sides)) or 0.0) <= 0.5:
                 quarantine.add("pair", _pair_id(pair), "the prompt's other votes say otherwise")
@@ -148,10 +148,6 @@ def _disputed(votes: Votes, pair: PairKey) -> bool:
     """Whether one half of the voters prefers each side, which is more than a tie."""
     answers: Iterable[float] = votes.of["overall"].get(pair, {}).values()
     return any(answer != 0.5 for answer in answers)
-
-
-def _fitted(strengths: Strengths, pair: PairKey) -> float:
-    return strengths.preference(*pair)
 
 
 def _oriented(share: float | None, winner_is_first: bool) -> float | None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from prefmill.core.errors import InputError
 from prefmill.pairs.formats import FORMS, alpaca_prompt
-from prefmill.pairs.forms import Form, Judgement, Row, Tags
+from prefmill.pairs.forms import Form, Judgement, Parse, Row, Tags
 from prefmill.pairs.pairing import FoundRow, UnusableRow, grouped, prompt_of, row_name, unpaired
 from prefmill.pairs.pictures import image_path
 from prefmill.pairs.sources import PairSource, identified, parsed_rows, write_split
@@ -22,14 +22,17 @@ from prefmill.training.bad_rows import BadRows
 _PREFERENCE_KEYS = ("chosen", "rejected", "label")
 
 
-def messages(row: Row, tags: Tags) -> Judgement:
-    """`{messages: [{role, content}]}`: a chat that ends with the answer."""
-    return _chat(row, as_chat(row["messages"], "messages", tags), "messages")
+def _chat(key: str) -> Parse:
+    """A chat in the column `key` that ends with the answer."""
 
+    def parse(row: Row, tags: Tags) -> Judgement:
+        chat = as_chat(row[key], key, tags)
+        # The last turn alone is the answer: whether earlier ones are trained is for `train_on` to say.
+        answer = sole_answer(chat.turns[-1:], key)
+        turns, images = place_images(Chat(chat.turns[:-1], chat.images), row)
+        return Judgement(turns, answer, True, images)
 
-def conversations(row: Row, tags: Tags) -> Judgement:
-    """`{conversations: [{from, value}]}`, `system` where there is one: ShareGPT."""
-    return _chat(row, as_chat(row["conversations"], "conversations", tags), "conversations")
+    return parse
 
 
 def prompt_completion(row: Row, tags: Tags) -> Judgement:
@@ -47,8 +50,8 @@ def instruction_output(row: Row, tags: Tags) -> Judgement:
 
 CHAT_FORMS: Mapping[str, Form] = {
     **FORMS,
-    "messages": Form({"messages": "list"}, messages, [*_PREFERENCE_KEYS, "completion"]),
-    "conversations": Form({"conversations": "list"}, conversations, _PREFERENCE_KEYS),
+    "messages": Form({"messages": "list"}, _chat("messages"), [*_PREFERENCE_KEYS, "completion"]),
+    "conversations": Form({"conversations": "list"}, _chat("conversations"), _PREFERENCE_KEYS),
     "prompt_completion": Form(
         {"prompt": "text or list", "completion": "text or list"}, prompt_completion, _PREFERENCE_KEYS
     ),
@@ -118,10 +121,3 @@ def _own_row(name: str, chat: Judgement, source: PairSource, folder: Path) -> di
     if chat.images:
         row["images"] = [image_path(image, name, source.image_base, folder) for image in chat.images]
     return row
-
-
-def _chat(row: Row, chat: Chat, what: str) -> Judgement:
-    # The last turn alone is the answer: whether earlier ones are trained is for `train_on` to say.
-    answer = sole_answer(chat.turns[-1:], what)
-    turns, images = place_images(Chat(chat.turns[:-1], chat.images), row)
-    return Judgement(turns, answer, True, images)

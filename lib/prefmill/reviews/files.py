@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import json
 import logging
 import re
 from collections.abc import Callable, Generator, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -19,7 +18,7 @@ from prefmill.core.errors import InputError
 from prefmill.reviews.rows import Item, Place, RawRow, RowProblem, excerpt
 from prefmill.store.jsonl import check_unique_keys, parse_json_strictly
 from prefmill.store.opened import PACKED, reading
-from prefmill.store.row_files import TABLES, file_rows, more_or_fewer, open_table
+from prefmill.store.row_files import TABLES, file_rows, table_rows
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv", ".tsv")
 JSON = (".json", *JSON_LINES)
@@ -31,7 +30,6 @@ _OBJECT = re.compile(r"\s*\{\s*[\r\n]")  # an object over several lines: a file 
 _GAP = re.compile(r"[\s,]*")
 _END = re.compile(r"\](?:[^\[\]{}]*\})?\s*")  # of an array, and of the API answer that holds it
 _CHUNK_BYTES = 1 << 20
-_MAX_CSV_FIELD_CHARS = 1 << 24  # above any paper; below what an unclosed quote swallows of a large file
 # Not LATIN1, in which the dashes and quotes of Windows are control characters, which are left out.
 _UTF8_FIX = "save the file as UTF-8 (for example: iconv -f WINDOWS-1252 -t UTF-8), or correct the line"
 
@@ -159,30 +157,14 @@ def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
     if path.suffix.lower() in TABLES:
         yield from _table_rows(path, source)
         return
-    # The csv module's own limit of 131,072 characters is below a long paper's text.
-    csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
-    start = 1
-    try:
-        reader, header = open_table(_text_lines(path), path)
-        start, separator = header + 1, reader.reader.dialect.delimiter
-        for values in reader:
-            place = Place(source, str(path), start)
-            # The reader knows only where a row ends, and a quoted cell may go over many lines.
-            start = reader.line_num + header
-            misfit = more_or_fewer(values)
-            if not any(values.values()):  # a sheet's rows below its last
-                continue
-            if misfit:
-                reason = f"the row has {misfit} cells than the header's {len(reader.fieldnames or ())}"
-                fix = f"quote cells that hold {separator!r} or line breaks, and fill the row up with {separator!r}"
-                yield RowProblem(place, reason, fix, excerpt(list(values.values())))
-            else:
-                yield RawRow(place, cast("dict[str, Any]", values))
-    except csv.Error as error:
-        raise InputError(
-            "unreadable CSV", where=f"{path}, in the row from line {start}", got=str(error),
-            fix="look for an unclosed quote there; quotes inside a cell are doubled",
-        ) from None  # fmt: skip
+    for row in table_rows(_text_lines(path), path):
+        place = Place(source, str(path), row.line)
+        if row.misfit:
+            reason = f"the row has {row.misfit} cells than the header's {row.num_columns}"
+            fix = f"quote cells that hold {row.separator!r} or line breaks, and fill the row up with {row.separator!r}"
+            yield RowProblem(place, reason, fix, excerpt(list(row.cells.values())))
+        else:
+            yield RawRow(place, row.cells)
 
 
 def _table_rows(path: Path, source: int) -> Iterator[RawRow]:

@@ -72,6 +72,7 @@ class IngestTally:
 
     def warnings(self) -> list[str]:
         """What someone who reads the numbers must know, a sentence each."""
+        unknown = _first_of(f"{name} ({count})" for name, count in self.unknown.most_common())
         titles, gone, orphans = self.text_from["nothing"], self.left_out, sum(self.orphans.values())
         said = {
             f"{titles} papers have neither text nor abstract: models see their titles only": titles,
@@ -85,7 +86,7 @@ class IngestTally:
             "in their source to read it as text": self.html,
             "; ".join(low := self._low_scales()): low,
             f"{len(self.merged)} papers were merged into others with the same title": self.merged,
-            f"{self.unknown.total()} values are unknown and were left out: {_named(self.unknown)}": self.unknown,
+            f"{self.unknown.total()} values are unknown and were left out: {unknown}": self.unknown,
         }
         return [text for text, happened in said.items() if happened]
 
@@ -259,11 +260,6 @@ def _count(tally: IngestTally, paper: Paper, document: Document, num_reviews: in
     tally.text_from[document.text_from] += 1
     tally.pages += len(paper["pages"])
     tally.figures += len(paper["figures"])
-
-
-def _named(unknown: Counter[str]) -> str:
-    shown = [f"{name} ({count})" for name, count in unknown.most_common(SHOWN_PROBLEMS)]
-    return ", ".join([*shown, *(["..."] if len(unknown) > len(shown) else [])])
 
 
 def _first_of(names: Iterable[str]) -> str:

@@ -203,17 +203,13 @@ def _given(fields: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, A
 
 def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
     details = row.values.get("details")
-    yield replace(row, place=replace(row.place, item=_note_name(row.values)))
+    yield replace(row, place=replace(row.place, item=f"note {row.values.get('id')}"))
     if isinstance(details, dict):
         # The API uses the name that was asked for: details=replies, or details=directReplies.
         replies = details.get("replies") or details.get("directReplies") or []
         for reply in replies if isinstance(replies, list) else [replies]:
             inner = as_row(reply, replace(row.place, item="reply"))
             yield from [inner] if isinstance(inner, RowProblem) else _unfold(inner)
-
-
-def _note_name(note: Mapping[str, Any]) -> str:
-    return f"note {note.get('id')}"
 
 
 def _invitation_names(note: Mapping[str, Any]) -> set[str]:

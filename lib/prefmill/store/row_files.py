@@ -21,7 +21,7 @@ from prefmill.store.opened import PACKED, reading
 TABLES = (".parquet", ".arrow", ".feather")
 SUFFIXES = (*(kind + packed for packed in PACKED for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")), *TABLES)
 _KINDS = f"{', '.join(name for name in SUFFIXES if name.count('.') == 1)}; text may be packed ({', '.join(PACKED[1:])})"
-_LONGEST_CELL = 1 << 27  # characters; csv refuses papers otherwise
+_LONGEST_CELL = 1 << 24  # characters: above any paper, below what an unclosed quote swallows of a large file
 _Reader = Callable[[IO[str], Path], Iterator[tuple[str, Any]]]
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
 
@@ -54,11 +54,8 @@ def _readable(path: Path, encoding: str, split: str, quoted: bool) -> Iterator[t
 
     try:
         yield from _rows_of(path, encoding, split, quoted)
-    except (OSError, ArrowException, csv.Error) as error:
-        raise InputError(
-            "cannot read the file", where=path, got=str(error), fix="download or write it again; in a table, look for "
-            "a quote that is not closed: quotes within a cell are doubled",
-        ) from None  # fmt: skip
+    except (OSError, ArrowException) as error:
+        raise InputError("cannot read the file", where=path, got=str(error), fix="download or write it again") from None
 
 
 def is_saved_to_disk(path: Path) -> bool:
@@ -121,23 +118,48 @@ def _json_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(text: IO[str], path: Path, quoted: bool) -> Iterator[tuple[str, Any]]:
+    for row in table_rows(iter(text), path, quoted):
+        if row.misfit:
+            raise InputError(
+                f"a row has {row.misfit} cells than the table has columns", where=f"{path}:{row.line}",
+                got=str(list(row.cells.values()))[:200], expected=f"{row.num_columns} cells",
+                fix="put quotes around a cell with a comma or a line break, and fill the row up with commas",
+            )  # fmt: skip
+        yield str(row.line), row.cells
+
+
+class TableRow(NamedTuple):
+    """A row by the columns' names, the line that it begins in, and whether it has `more` or `fewer` cells."""
+
+    line: int
+    cells: dict[str, Any]
+    misfit: str
+    num_columns: int
+    separator: str
+
+
+def table_rows(lines: Iterator[str], path: Path, quoted: bool = True) -> Iterator[TableRow]:
+    """The rows of a table, empty ones left out; raises InputError where it is none."""
     # The limit is that of the process, not of this reader, and is set back for whoever reads csv beside us.
-    before = csv.field_size_limit(_LONGEST_CELL)
+    before, start = csv.field_size_limit(_LONGEST_CELL), 1
     try:
-        reader, line = open_table(iter(text), path, quoted)
-        header = reader.fieldnames or []
+        reader, header = open_table(lines, path, quoted)
+        num_columns, separator = len(reader.fieldnames or ()), reader.reader.dialect.delimiter
+        start += header
         for row in reader:
-            misfit = more_or_fewer(row)
-            if not any(row.values()):  # a sheet's rows below its last
-                continue
-            if misfit:
-                raise InputError(
-                    f"a row has {misfit} cells than the table has columns",
-                    where=f"{path}:{line + reader.line_num - 1}", got=str(list(row.values()))[:200],
-                    expected=f"{len(header)} cells: {', '.join(header)}"[:200],
-                    fix="put quotes around a cell with a comma or a line break, and fill the row up with commas",
-                )  # fmt: skip
-            yield str(line + reader.line_num - 1), row
+            # The reader knows only where a row ends, and a quoted cell may go over many lines.
+            line, start = start, reader.line_num + header
+            cells: dict[str, Any] = dict(row)
+            if not any(cells.get("", [True])):  # a sheet has empty cells behind its last, and rows below
+                del cells[""]
+            if any(cells.values()):
+                misfit = "more" if "" in cells else "fewer" if None in cells.values() else ""
+                yield TableRow(line, cells, misfit, num_columns, separator)
+    except csv.Error as error:
+        raise InputError(
+            "unreadable CSV", where=f"{path}, in the row from line {start}", got=str(error),
+            fix="look for a quote that is not closed there; quotes inside a cell are doubled",
+        ) from None  # fmt: skip
     finally:
         csv.field_size_limit(before)
 
@@ -169,15 +191,6 @@ def open_table(lines: Iterator[str], path: Path, quoted: bool = True) -> tuple[c
         )
     reader.fieldnames = names
     return reader, header
-
-
-def more_or_fewer(row: dict[str, Any]) -> str:
-    """Whether a table's row has more cells than its header, or fewer; empty cells behind the last are taken away."""
-    surplus = row.pop("", [])
-    if any(surplus):
-        row[""] = surplus
-        return "more"
-    return "fewer" if None in row.values() else ""
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
