@@ -10,7 +10,7 @@ from image_artifacts import make_images
 from rating_pages import Asking, answers, asking
 
 pytestmark = [pytest.mark.slow, pytest.mark.timing]
-_SIZES = {1280: 800, 390: 844}
+_SIZES = {1280: 800, 390: 844, 640: 360}  # the last: a window at 200 %
 
 
 @pytest.mark.parametrize("width", _SIZES)
@@ -29,13 +29,14 @@ def test_anybody_can_use_it(chromium: str, tmp_path: Path, width: int) -> None:
         _activate(page, "#who button", width)
         page.wait("document.body.dataset.state === 'ann/0'")
         assert page.accessibility_faults() == []
-        assert page.read("document.documentElement.scrollWidth") == width
+        assert page.read("document.documentElement.scrollWidth") <= width
         boxes = [
             page.read(f"(({{top, bottom, left}}) => [top, bottom, left])({_box(side)})") for side in ("left", "right")
         ]
-        if width == 390:  # one above the other, both whole on the first screen
+        assert max(bottom for _, bottom, _ in boxes) <= _SIZES[width]  # both whole on the first screen
+        if width == 390:  # one above the other
             assert boxes[0][2] == boxes[1][2]
-            assert boxes[0][1] <= boxes[1][0] < boxes[1][1] <= _SIZES[width]
+            assert boxes[0][1] <= boxes[1][0]
             heights = page.read("[...document.querySelectorAll('footer button')].map(button => button.offsetHeight)")
             assert min(heights) >= 44
         else:

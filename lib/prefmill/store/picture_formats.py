@@ -17,7 +17,7 @@ _OURS = rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP|....ftypavi[fs]|GIF8|II\*\0|MM\0\*|
 _NAMES = {
     rb"....ftyp(hei|hev|mif1|msf1)": "HEIC", rb"\xff\x0a|....JXL ": "JPEG XL", rb"[^\0]*<svg": "SVG",
     rb"II\*\0....CR|....ftypcrx|FUJIFILMCCD|IIRO|IIRS|IIU\0": "a camera's raw file", rb"8BPS": "Photoshop",
-    rb"%PDF": "PDF", rb"%!PS|\xc5\xd0\xd3\xc6": "EPS", rb"\0\0[\x01\x02]\0": "an icon", rb"P[1-7f]\s": "PPM",
+    rb"%PDF": "PDF", rb"%!PS|\xc5\xd0\xd3\xc6": "EPS", rb"\0\0[\x01\x02]\0": "an icon or a TGA", rb"P[1-7f]\s": "PPM",
     rb"qoif": "QOI", rb"DDS ": "DDS", rb"v/1\x01": "OpenEXR", rb"#\?R": "Radiance HDR",
     rb"....ftyp(?!avi[fs])|\x1aE\xdf\xa3": "a video",
 }  # fmt: skip
@@ -27,6 +27,7 @@ _META = 1 << 16  # bytes of an AVIF, its boxes before the picture
 _COLOURS = {(12, 13): "Display P3", (9, 16): "HDR, PQ", (9, 18): "HDR, HLG", (12, 16): "HDR, PQ"}
 _NO_PICTURES = {
     rb"(?i)\s*<(!doctype html|html)": ("an HTML page", "get the file again: a page was saved in its place"),
+    rb"\Z": ("an empty file", "get the file again"),
     rb"version https://git-lfs": ("a Git LFS pointer", "run git lfs pull"),
 }
 

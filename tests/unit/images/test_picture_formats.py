@@ -139,6 +139,7 @@ def test_bytes_that_were_lost_or_changed_never_end_a_run(tmp_path: Path, name: s
         (b"<?xml version='1.0'?>\n<!-- a drawing -->\n<svg xmlns=", "a format that is not read", "SVG"),
         (b"\0\0\0\x18ftypcrx \0\0", "a format that is not read", "a camera's raw file"),
         (b"8BPS\0\1", "a format that is not read", "Photoshop"),
+        (b"", "not an image", "an empty file"),
         (b"\n<!DOCTYPE html><title>404", "not an image", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "not an image", "git lfs pull"),
         (b"\0\0\0 ftypavif\0\0", "damaged image", "cut"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _MARKS = {
     ("rescale_betas_zero_snr", True): {"ztsnr", "ss_zero_terminal_snr=true"},
 }
 _EDM = {"edm_vpred.sigma_max", "edm_mean"}
+_ADAPTER_KEY = re.compile(r"lora_|\.lora\.|\.(hada|lokr)_")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -35,13 +37,14 @@ def local_folder(name: str) -> Path | None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if (path / PIPELINE_FILE).is_file():
         return path
-    if is_pipeline_adapter(path):
-        raise InputError(
-            "an adapter, not a pipeline", where=path, expected=f"a folder with {PIPELINE_FILE}", fix=merged_once(path)
-        )
     # Beside a config.json it is a part of a model, or another kind of model.
     single = [] if (path / "config.json").is_file() else sorted(path.glob("*.safetensors"))
     files = [path] if path.is_file() else single
+    if adapter := next((one for one in (path, *files) if is_pipeline_adapter(one)), None):
+        raise InputError(
+            "an adapter, not a pipeline", where=adapter, expected=f"a folder with {PIPELINE_FILE}",
+            fix=merged_once(adapter),
+        )  # fmt: skip
     if files:
         raise InputError(
             "no diffusers pipeline here", where=path, got=f"a single file, {files[0].name}",
@@ -101,8 +104,9 @@ def require_one_schedule(folder: Path, scheduler: Mapping[str, Any], *elsewhere:
 
 
 def is_pipeline_adapter(path: Path) -> bool:
-    """Whether a folder has an adapter alone: diffusers' file, or PEFT's."""
-    return (path / ADAPTER_FILE).is_file() or is_adapter(path)
+    """Whether a folder has an adapter alone, diffusers' file or PEFT's, or a file the keys of any tool's."""
+    names = _head_of(path)[0] if path.is_file() else []
+    return (path / ADAPTER_FILE).is_file() or is_adapter(path) or any(map(_ADAPTER_KEY.search, names))
 
 
 def merged_once(path: Path) -> str:
@@ -110,10 +114,16 @@ def merged_once(path: Path) -> str:
     merged = [folder / MERGED for folder in (path, path.parent) if (folder / MERGED / PIPELINE_FILE).is_file()]
     if merged:
         return f"give model_name_or_path={merged[0]}"
-    file = next((folder for folder in (path, path.parent) if (folder / ADAPTER_FILE).is_file()), path)
+    file = path.parent if path.is_dir() and (path.parent / ADAPTER_FILE).is_file() else path
+    put_on = f"from prefmill.families.sdxl.generator import add_adapter; add_adapter(p, pathlib.Path('{file}'), 1.0)"
+    if is_adapter(file):  # by PEFT's own keys
+        put_on = (
+            "import peft; part = 'unet' if hasattr(p, 'unet') else 'transformer'; setattr(p, part, "
+            f"peft.PeftModel.from_pretrained(getattr(p, part), '{file}').merge_and_unload())"
+        )
     return (
-        "give the base it was trained on, or merge the two once, in Python: p = diffusers.DiffusionPipeline."
-        f"from_pretrained('BASE'); p.load_lora_weights('{file}'); p.fuse_lora(); p.unload_lora_weights(); "
+        "give the base it was trained on, or merge the two once, in Python: import diffusers, pathlib; "
+        f"p = diffusers.DiffusionPipeline.from_pretrained('BASE'); {put_on}; p.fuse_lora(); p.unload_lora_weights(); "
         "p.save_pretrained('FOLDER'), and give model_name_or_path=FOLDER"
     )
 

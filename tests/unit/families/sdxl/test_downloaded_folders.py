@@ -234,6 +234,45 @@ def test_a_single_file_is_told_how_it_becomes_a_folder(model: Path, tmp_path: Pa
             open_it()
 
 
+@pytest.mark.parametrize("tool", ["kohya", "lycoris", "diffusers", "peft"])
+def test_the_command_that_merges_an_adapter_given_as_a_base_makes_that_base(
+    model: Path, tmp_path: Path, tool: str
+) -> None:
+    """A file was taken for a checkpoint, and PEFT's folder and LyCORIS' file for diffusers': neither command ran."""
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    part = model / "unet" / "diffusion_pytorch_model.safetensors"
+    old = load_file(part)[f"{name}.weight"]
+    draw = torch.Generator().manual_seed(0)
+    up, down, more = (torch.randn(shape, generator=draw) for shape in ((len(old), 2), (2, old.shape[1]), (2, 2)))
+    kohya, given, change = f"lora_unet_{name.replace('.', '_')}", tmp_path / "my.safetensors", 0.5 * up @ down
+    if tool == "lycoris":
+        save_file({f"{kohya}.lokr_w1": more, f"{kohya}.lokr_w2": (up @ down)[: len(old) // 2, : old.shape[1] // 2]
+                   .contiguous()}, given)  # fmt: skip
+        change = torch.kron(more, (up @ down)[: len(old) // 2, : old.shape[1] // 2])
+    elif tool == "kohya":
+        save_file(
+            {f"{kohya}.lora_up.weight": up, f"{kohya}.lora_down.weight": down, f"{kohya}.alpha": torch.tensor(1.0)},
+            given,
+        )
+    elif tool == "diffusers":
+        save_file({f"unet.{name}.lora_B.weight": up, f"unet.{name}.lora_A.weight": down}, given)
+        change = up @ down
+    else:
+        given = tmp_path / "peft"
+        given.mkdir()
+        keys = {f"base_model.model.{name}.lora_B.weight": up, f"base_model.model.{name}.lora_A.weight": down}
+        save_file(keys, given / "adapter_model.safetensors")
+        said = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": [name]}
+        (given / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match="an adapter, not a pipeline") as told:
+        open_folder(str(given), None, None)
+    command = re.search(r"in Python: (.*), and give", told.value.details["fix"])
+    assert command
+    exec(command[1].replace("BASE", str(model)).replace("FOLDER", str(tmp_path / "made")), {})
+    made = open_folder(str(tmp_path / "made"), None, None).load_denoiser("fp32").state_dict()
+    torch.testing.assert_close(made[f"{name}.weight"] - old, change, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_may_be_a_file_of_any_name(model: Path, tmp_path: Path) -> None:
     pipeline = open_pipeline(GeneratorSource(str(model), "x", "fp32"))
     pipeline.unet.add_adapter(_lora(), "mine")

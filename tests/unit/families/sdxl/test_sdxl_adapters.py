@@ -188,7 +188,7 @@ def test_an_adapter_comes_back_through_peft(sdxl: SdxlFolder, lora: str, tmp_pat
     from prefmill.families.sdxl.config import SdxlPreferenceConfig
 
     for keys in ({"lora": {"start": str(tmp_path)}}, {"model_name_or_path": str(tmp_path)}):
-        with pytest.raises(ConfigError, match=r"load_lora_weights.*give model_name_or_path=FOLDER"):
+        with pytest.raises(ConfigError, match=r"PeftModel.*give model_name_or_path=FOLDER"):
             validate(SdxlPreferenceConfig, keys)
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "model_index.json").write_text("{}")
