@@ -97,6 +97,10 @@ class PairSource(RowPolicy):
             self._known(part.pair_format)
         if isinstance(self.subset, str) and self.dataset_file is not None:
             raise ValueError("subset names a configuration of a hub dataset; of a file it is a number of rows")
+        if self.dataset_file is not None and not is_saved_to_disk(self.dataset_file):
+            for key, at_default in (("split", self.split == "train"), ("dataset_revision", not self.dataset_revision)):
+                if not at_default:
+                    raise ValueError(f"{key} is of a hub dataset, a file has none; leave it out, or give another file")
         unknown = sorted(set(self.tags) - set(TAGS))
         if unknown:
             raise ValueError(f"unknown tags {', '.join(unknown)}; tags are {', '.join(TAGS)}")

@@ -21,6 +21,7 @@ from prefmill.store.opened import PACKED, reading
 TABLES = (".parquet", ".arrow", ".feather")
 SUFFIXES = (*(kind + packed for packed in PACKED for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")), *TABLES)
 _KINDS = f"{', '.join(name for name in SUFFIXES if name.count('.') == 1)}; text may be packed ({', '.join(PACKED[1:])})"
+_ROWS_AT_ONCE = 64  # of a table in memory: each may hold whole pictures
 _LONGEST_CELL = 1 << 24  # characters: above any paper, below what an unclosed quote swallows of a large file
 _Reader = Callable[[IO[str], Path], Iterator[tuple[str, Any]]]
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
@@ -196,7 +197,7 @@ def open_table(lines: Iterator[str], path: Path, quoted: bool = True) -> tuple[c
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import parquet
 
-    yield from _batched(parquet.ParquetFile(path).iter_batches(batch_size=64))  # rows may hold whole pictures
+    yield from _batched(parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE))
 
 
 def _arrow_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -227,10 +228,10 @@ def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
 def _batched(batches: Any) -> Iterator[tuple[str, Any]]:
     number = 0
     for batch in batches:
-        # One batch at a time: all rows at once would hold every picture of the file in memory.
-        for row in batch.to_pylist():
-            number += 1
-            yield f"row {number}", _given(row)
+        for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+            for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                number += 1
+                yield f"row {number}", _given(row)
 
 
 def _given(value: Any, depth: int = 0) -> Any:

@@ -266,6 +266,9 @@ def test_a_config_names_its_mistakes(tmp_path: Path) -> None:
         source(path, tags={"speaker": "who"})
     with pytest.raises(ConfigError, match="number of rows"):
         source(path, subset="default")
+    for keys in ({"split": "test"}, {"dataset_revision": "main"}):
+        with pytest.raises(ConfigError, match="a file has none"):
+            source(path, **keys)
 
 
 def test_the_content_of_a_file_is_the_identity_not_its_path(tmp_path: Path) -> None:

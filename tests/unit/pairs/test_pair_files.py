@@ -8,11 +8,14 @@ import gzip
 import io
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pandas
+import pyarrow
 import pytest
+from pyarrow import feather, parquet
 
 from prefmill.core.config import validate
 from prefmill.core.errors import InputError
@@ -76,6 +79,21 @@ def test_feather_and_tables_of_pandas_are_read(tmp_path: Path) -> None:
     assert [row.values for row in file_rows(tmp_path / "x.feather")] == ROWS
     found = [row.values for row in file_rows(tmp_path / "x.csv")]
     assert found == [{"Unnamed: 0": str(number), **row} for number, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_with_pictures_is_never_whole_in_memory(tmp_path: Path, kind: str) -> None:
+    table = pyarrow.table({"image": [bytes([n % 256]) * 20_000 for n in range(2_000)]})
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "x.parquet")
+    else:
+        feather.write_feather(table, tmp_path / "x.arrow", chunksize=2_000)
+    tracemalloc.start()
+    count = sum(len(row.values["image"]) for row in file_rows(tmp_path / f"x.{kind}"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 40_000_000
+    assert peak < 15_000_000, peak
 
 
 def test_a_packed_file_that_is_cut_says_so(tmp_path: Path) -> None:
