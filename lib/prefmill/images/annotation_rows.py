@@ -21,7 +21,7 @@ def single_answers(row: Row) -> list[Row]:
         answers: Iterable[Row] = _of_label_studio(row["annotations"])
     elif isinstance(row.get("options"), list) and isinstance(row.get("accept"), list):
         data, answers = {}, _of_prodigy(row)
-    elif (found := list(_of_argilla(row))) or {"fields", "responses"} <= row.keys():
+    elif (found := list(_of_argilla(row))) or any(key == "responses" or key.endswith(".responses") for key in row):
         fields = row.get("fields")
         plain = {key: cell for key, cell in row.items() if isinstance(cell, str | int | float) and "." not in key}
         data, answers = fields if isinstance(fields, dict) else plain, found

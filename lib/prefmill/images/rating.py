@@ -37,10 +37,6 @@ class Matchup:
         return self.first.source.prompt_id
 
     @property
-    def prompt(self) -> str:
-        return self.first.source.prompt
-
-    @property
     def matchup_id(self) -> str:
         """Names the two images."""
         return f"{self.first.source.image_id}:{self.second.source.image_id}"

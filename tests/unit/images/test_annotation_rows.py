@@ -59,7 +59,7 @@ def test_label_studio(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "1 line has no answer" in caplog.text
 
 
-def test_argilla(tmp_path: Path) -> None:
+def test_argilla(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its JSON of both major versions, and the columns of the data set that it makes."""
     answers = [{"user_id": "u", "value": "a"}, {"user_id": "v", "value": "b", "status": "submitted"},
                {"user_id": "w", "value": "a", "status": "discarded"}]  # fmt: skip
@@ -69,6 +69,12 @@ def test_argilla(tmp_path: Path) -> None:
     status = ["submitted", "submitted", "draft"]
     columns = {"better.responses": ["a", "b", "a"], "better.responses.users": ["u", "v", "w"]}
     assert rated(tmp_path, [{**FILES, **columns, "better.responses.status": status}], ".jsonl") == wanted
+
+    nobody = {**FILES, **dict.fromkeys([*columns, "better.responses.status"])}  # its columns are null then
+    for rows in ([nobody, {**FILES, **columns}], [{"fields": FILES, "responses": {}}]):
+        caplog.clear()
+        assert len(rated(tmp_path, rows)) == 3 * (len(rows) - 1)
+        assert "1 line has no answer" in caplog.text
 
     def ranked(first: int, second: int) -> dict[str, Any]:
         ranks = [{"value": "image_a", "rank": first}, {"value": "image_b", "rank": second}]
