@@ -80,7 +80,7 @@ Parse = Callable[[Row, Tags], Found]
 class Form:
     """A form by its keys: those it needs, with what they hold, and those that would make it another form.
 
-    `items` has the keys that are read of the objects in a list.
+    `items` has the keys that are read of the objects in a list, and columns that a row need not have.
     """
 
     needs: Mapping[str, Kind]
@@ -92,7 +92,7 @@ class Form:
     def keys(self) -> set[str]:
         """The keys of a row that are read, those that it need not have among them."""
         more = ("input", "history") if "instruction" in self.needs else ()
-        return {*self.needs, *more, "system", "tools", "images", "image", "id", "pair_id"}
+        return {*self.needs, *self.items, *more, "system", "tools", "images", "image", "id", "pair_id"}
 
     def fits(self, row: Row) -> bool:
         """Whether `row` has this form's keys, holding what they should."""

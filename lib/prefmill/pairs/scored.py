@@ -34,7 +34,8 @@ def _choice(names: Mapping[str, float]) -> Score:
     """A score by the name of what was chosen."""
 
     def score(row: Row, key: str) -> float:
-        name = str(row[key]).removesuffix(".0")  # as pandas writes whole numbers of a column with gaps
+        value = +row[key] if isinstance(row[key], bool) else row[key]
+        name = str(value).removesuffix(".0")  # as pandas writes whole numbers of a column with gaps
         if name not in names:
             raise BadRowError(f"{key} is {row[key]!r}; expected one of {', '.join(names)}")
         return names[name]
@@ -117,5 +118,5 @@ SCORED_FORMS: Mapping[str, Form] = {
     "helpsteer3": _of_two("context", "response1", "response2", "overall_preference", _lower),
     "shp": _of_two("history", "human_ref_A", "human_ref_B", "labels", _choice({"1": 1, "0": -1})),
     "safe_rlhf": _of_two("prompt", "response_0", "response_1", "better_response_id", _choice({"0": 1, "1": -1})),
-    "arena": Form({"conversation_a": "list", "conversation_b": "list", "winner": "text"}, arena, _OTHERS),
+    "arena": Form({"conversation_a": "list", "conversation_b": "list", "winner": "text"}, arena, _OTHERS, {"turn": ()}),
 }

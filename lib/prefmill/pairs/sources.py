@@ -155,10 +155,9 @@ def _no_pairs(source: PairSource, problems: list[UnusableRow], report: Path) -> 
     faults = Counter(problem.what for problem in problems)
     fix = f"see the rows in {report}" if problems else "give a file that has rows"
     if any(fault.endswith("no pair") for fault in faults):
-        fix = (
-            "a pair is two answers to one prompt, one with the higher score or the better label: give some; the stage "
-            f"sft trains on the good answers of such a file alone. All rows are in {report}"
-        )
+        fix = f"give two answers to a prompt, one with the higher score or the better label; all rows are in {report}"
+    if any("good answers only" in fault for fault in faults):
+        fix += "; or train on the good answers alone with the stage sft, which takes this file"
     got = "; ".join(f"{count:,} rows: {fault}" for fault, count in faults.most_common(3)) or None
     return InputError("no pairs to train on", where=source.source_name, got=got, fix=fix)
 

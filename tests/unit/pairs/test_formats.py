@@ -136,8 +136,9 @@ def test_ties_are_counted_and_listed(
     assert len(written(tmp_path, [*SCORED[form], {**SCORED[form][0], **changes}])) == 1
     assert "1 ties" in capsys.readouterr().out
     assert [row["what"] for row in json.loads((tmp_path / "bad_rows.json").read_text())] == ["a tie: no pair"]
-    with pytest.raises(InputError, match=r"1 rows: a tie(.|\n)*higher score"):
+    with pytest.raises(InputError, match=r"1 rows: a tie(.|\n)*higher score") as caught:
         written(tmp_path, [{**SCORED[form][0], **changes}])
+    assert "sft" not in str(caught.value), "it would refuse the file too"
 
 
 def test_each_answer_is_held_against_each_of_a_lower_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +168,9 @@ def test_mt_bench_is_judged_up_to_a_turn_and_helpsteers_prompts_are_transcripts(
     row = {**SCORED["arena"][0], "turn": 1}
     row |= {key: [*row[key], *more] for key in ("conversation_a", "conversation_b")}
     assert parse(row, "arena", {}) == ScoredAnswers([USER], ("bad", "good"), (-1, 0))
+    assert "turn" in FORMS["arena"].keys
+    for label in (True, 1, 1.0, "1"):
+        assert parse({**SCORED["shp"][0], "labels": label}, "shp", {}).scores == (1, 0)
     with pytest.raises(BadRowError, match="share no prompt"):
         parse({**row, "turn": 2}, "arena", {})
     asked = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nQ?"
