@@ -52,6 +52,16 @@ COMMAND_LINE = "given on the command line"
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
+def _place(text: str) -> Path:
+    """The absolute path of `text`, `~` at its start a home; ValueError for what only a shell reads."""
+    if "$" in text and not Path(text).exists():  # a folder of that very name would be made
+        raise ValueError("variables of the environment are not read in configurations: write the path")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("no user of that name has a home here: write the path") from None
+
+
 # Path itself cannot be subclassed before Python 3.12.
 class ExternalPath(PosixPath):
     """A file or folder from outside the pipeline: its content, not its path, is part of a task's identity.
@@ -62,7 +72,7 @@ class ExternalPath(PosixPath):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(
-            lambda text: cls(Path(text).expanduser().absolute()),
+            lambda text: cls(_place(text)),
             core_schema.str_schema(min_length=1),
             serialization=core_schema.to_string_ser_schema(),
         )
@@ -190,7 +200,7 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
             # OmegaConf's further lines are about its own objects, YAML's first one names no place.
             "cannot merge the configuration", where=where,
             got=" ".join(str(error).split()) if isinstance(error, YAMLError) else str(error).splitlines()[0],
-            fix="check the overrides and ${...} references",
+            fix="check the overrides and ${...} references, which name other keys and no variables of the environment",
         ) from None  # fmt: skip
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}

@@ -6,7 +6,9 @@ import difflib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -73,10 +75,13 @@ _DISK_FIXES = {
 }
 
 
-def explain_os_error(error: BaseException) -> PrefmillError | None:
-    """A disk's refusal (full, quota, read-only, no access, a file in the way) with its fix; None for any other."""
+def explain_os_error(error: BaseException, folder: Path | None = None) -> PrefmillError | None:
+    """A disk's refusal (full, quota, read-only, no access, a file in the way) with its fix; None for any other.
+
+    `folder` is where the work is: for errors that name no file.
+    """
     if not isinstance(error, OSError):
-        return _explain_a_librarys(str(error))
+        return _explain_a_librarys(str(error), folder)
     if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and os.path.isfile(error.filename)):
         return PrefmillError(
             "a file is where a folder should be", where=error.filename, fix="name another folder, or move that file"
@@ -84,16 +89,24 @@ def explain_os_error(error: BaseException) -> PrefmillError | None:
     fix = _DISK_FIXES.get(error.errno or 0)
     if fix is None:
         return None
-    return PrefmillError(f"cannot write: {error.strerror}", where=error.filename or "(file not named)", fix=fix)
+    where = error.filename or folder
+    room = _room(Path(where)) if where and error.errno == errno.ENOSPC else None
+    return PrefmillError(f"cannot write: {error.strerror}", where=where or "(file not named)", got=room, fix=fix)
 
 
-def _explain_a_librarys(text: str) -> PrefmillError | None:
+def _explain_a_librarys(text: str, folder: Path | None) -> PrefmillError | None:
     """The same of the libraries that save weights: they raise errors of their own, no OSError."""
-    if "inline_container" in text and "unexpected pos" in text:  # torch.save, cut short in the middle of a file
-        return PrefmillError("cannot write: torch could not write a whole file", fix=_DISK_FIXES[errno.ENOSPC])
     match = re.search(r"\(os error (\d+)\)", text)  # safetensors, as Rust words it
-    fix = _DISK_FIXES.get(int(match[1])) if match else None
-    return PrefmillError(f"cannot write: {os.strerror(int(match[1]))}", fix=fix) if match and fix else None
+    cut = "inline_container" in text and "unexpected pos" in text  # torch.save, in the middle of a file
+    number = errno.ENOSPC if cut else int(match[1]) if match else 0
+    if number not in _DISK_FIXES:
+        return None
+    return explain_os_error(OSError(number, os.strerror(number)), folder)
+
+
+def _room(path: Path) -> str:
+    disk = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return f"{shutil.disk_usage(disk).free / 1e6:,.1f} MB free, with what was begun"
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str:

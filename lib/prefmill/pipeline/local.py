@@ -35,6 +35,7 @@ from prefmill.pipeline.task_status import INTERRUPTED, at_work, in_short, is_run
 from prefmill.pipeline.worker import (
     EXIT_BUG,
     EXIT_USER_ERROR,
+    already_running,
     announce,
     execute,
     keep_finished,
@@ -281,7 +282,7 @@ def _run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
     """The stage's work by torchrun, as in a Slurm job; a command that is interrupted lets it save first."""
     warnings = SignalWatcher(0.0)
     warnings.listen()
-    return run_elsewhere(task, context, Layout(1, ranks, os.cpu_count() or 1), warnings, {})
+    return run_elsewhere(task, context, Layout(1, ranks, len(os.sched_getaffinity(0))), warnings, {})
 
 
 def _end_with_command() -> None:
@@ -303,6 +304,8 @@ def _failure(task: PlannedTask, code: int) -> str:
         return (
             f"ended by {name}\n  fix:      run again: it resumes where it stopped (SIGKILL is often memory running out)"
         )
+    if is_running(task.logs):  # both found it free when they looked: its process came second
+        return str(already_running(task))
     status = read_status(task.logs)
     if status.get("state") != "failed":  # it ended before the worker could say anything, or had room to
         disk = next(folder for folder in (task.logs, *task.logs.parents) if folder.is_dir())

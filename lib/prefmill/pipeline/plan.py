@@ -14,6 +14,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 from prefmill.core.config import (
     COMMAND_LINE,
     ConfigT,
+    ExternalPath,
     StrictConfig,
     lay_over,
     load,
@@ -39,7 +40,7 @@ class PipelineFile(StrictConfig):
 
     name: str
     run: str | None = None
-    workspace: str | None = None
+    workspace: ExternalPath | None = None
     share: bool = True
     stages: dict[str, StageEntry] = Field(min_length=1)
 
@@ -153,7 +154,7 @@ def plan_task(pipeline: PipelineFile, source: Path, stage: str, name: str) -> Pl
 
 
 def _planner(pipeline: PipelineFile, source: Path) -> _Planner:
-    workspace = Path(pipeline.workspace).expanduser().absolute() if pipeline.workspace else default_workspace()
+    workspace = Path(pipeline.workspace) if pipeline.workspace else default_workspace()
     return _Planner(pipeline, pipeline.run or pipeline.name, workspace, source)
 
 

@@ -60,7 +60,7 @@ def run_rank(path: Path) -> int:
     except Exception as error:
         print(f"rank {rank()} fails:", file=sys.stderr)
         traceback.print_exc()
-        shown = explain_os_error(error) or error
+        shown = explain_os_error(error, path.parent) or error
         mendable = isinstance(shown, PrefmillError)
         text = str(shown) if mendable else traceback.format_exc()
         failure = {"kind": type(shown).__name__, "error": text, "failed_on": socket.gethostname()}

@@ -86,12 +86,16 @@ def locked(task: PlannedTask) -> Iterator[None]:
     Raises PipelineError where another process keeps it.
     """
     task.logs.mkdir(parents=True, exist_ok=True)
-    refusal = PipelineError(
+    with held(task.logs / "lock", _LOCK_PATIENCE_SECONDS, already_running(task)):
+        yield
+
+
+def already_running(task: PlannedTask) -> PipelineError:
+    """What a second command at the task is told."""
+    return PipelineError(
         f"{task.key} is already running", where=task.logs / STATUS,
         fix="wait for it, or end the process or job named there",
     )  # fmt: skip
-    with held(task.logs / "lock", _LOCK_PATIENCE_SECONDS, refusal):
-        yield
 
 
 def log_path(task: PlannedTask) -> Path:
@@ -135,7 +139,7 @@ def _reported(task: PlannedTask) -> Iterator[None]:
         raise
     except BaseException as error:
         # Ctrl-C and sys.exit too: a status left at `running` would count this attempt as lost.
-        explained = explain_os_error(error)
+        explained = explain_os_error(error, task.output)
         shown = explained or error
         text = str(shown) if isinstance(shown, PrefmillError) else traceback.format_exc()
         ended = shown if isinstance(shown, AttemptError) else AttemptError("", record={"kind": type(shown).__name__})

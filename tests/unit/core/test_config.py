@@ -40,7 +40,9 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("sources=[{pth: a}]", ["sources.0.pth: unknown key", "did you mean 'path'", "sources.0.path: required"]),
         ("num_train_epochs", ["an override is written key=value", "num_train_epochs=VALUE"]),
         ("output=${oc.env:HOME}", ["environment values are not allowed"]),
-        ("output=${nothing}", ["cannot merge"]),
+        ("output=${nothing}", ["cannot merge", "no variables of the environment"]),
+        ("sources=[{path: $WORK/a}]", ["sources.0.path = '$WORK/a'", "not read in configurations: write the path"]),
+        ("sources=[{path: ~nobody.here/a}]", ["sources.0.path", "no user of that name"]),
     ],
 )
 def test_a_bad_override_names_key_value_and_fix(override: str, expected: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,3 +48,12 @@ def test_other_errors_stay_bugs() -> None:
     assert explain_os_error(ValueError("unexpected pos")) is None
     assert explain_os_error(RuntimeError("I/O error: No such file or directory (os error 2)")) is None
     assert explain_os_error(OSError("made by hand")) is None
+
+
+def test_a_full_disk_is_told_with_its_folder_and_room_also_for_libraries_that_name_none(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free / 1e6
+    explained = explain_os_error(RuntimeError("I/O error: No space left on device (os error 28)"), tmp_path / "out")
+    assert explained is not None
+    assert explained.details["where"] == tmp_path / "out"
+    told = str(explained.details["got"]).split(" MB free")[0].replace(",", "")
+    assert float(told) == pytest.approx(free, rel=0.2)

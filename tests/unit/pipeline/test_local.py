@@ -14,10 +14,12 @@ import pytest
 from toys import toy_plan
 
 from prefmill.cli.headlines import describe
-from prefmill.core.errors import PipelineError
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.graceful_stop import StopWatch, request_stop
 from prefmill.pipeline import local, worker
 from prefmill.pipeline.local import RunOptions, run_plan
+from prefmill.pipeline.plan import PipelineFile
 from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.task_status import read_status, write_status
 from prefmill.pipeline.worker import EXIT_USER_ERROR
@@ -47,6 +49,18 @@ def test_a_task_that_another_command_is_at_is_named_and_left_alone(
     assert "make:all is already running" in "\n".join(said)
     assert read_status(task.logs)["attempt"] == 7, "the status of the one at work"
     assert StopWatch(task.logs).due(1, 1), "and what it was asked"
+
+
+def test_of_two_that_started_at_once_the_second_is_told_of_the_first(tmp_path: Path) -> None:
+    (task,) = toy_plan(tmp_path, make={}).tasks
+    with worker.locked(task):
+        assert local._failure(task, EXIT_USER_ERROR).startswith("make:all is already running\n")
+
+
+@pytest.mark.parametrize("workspace", ["$WORK/runs", "~nobody.here/runs"])
+def test_a_workspace_that_only_a_shell_can_read_is_refused(workspace: str) -> None:
+    with pytest.raises(ConfigError, match="write the path"):
+        validate(PipelineFile, {"name": "toy", "stages": {"make": {}}, "workspace": workspace})
 
 
 @pytest.fixture
