@@ -58,17 +58,21 @@ def run_rank(path: Path) -> int:
         _leave(path.with_name(RESULT), {"stopped": str(stopped)})
         return 0
     except Exception as error:
-        print(f"rank {rank()} fails:", file=sys.stderr)
-        traceback.print_exc()
-        shown = explain_os_error(error, path.parent) or error
-        mendable = isinstance(shown, PrefmillError)
-        text = str(shown) if mendable else traceback.format_exc()
-        failure = {"kind": type(shown).__name__, "error": text, "failed_on": socket.gethostname()}
-        if not path.with_name(FAILURE).exists():  # the others fail of the first
-            write_atomic(path.with_name(FAILURE), json.dumps(failure))
-        return EXIT_USER_ERROR if mendable else EXIT_BUG
+        return _fail(error, path.with_name(FAILURE))
     _leave(path.with_name(RESULT), {"metrics": metrics, "peak_gpu_memory_gb": _peak_gpu_memory_gb()})
     return 0
+
+
+def _fail(error: Exception, record: Path) -> int:
+    print(f"rank {rank()} fails:", file=sys.stderr)
+    traceback.print_exception(error)
+    shown = explain_os_error(error, record.parent) or error
+    mendable = isinstance(shown, PrefmillError)
+    text = str(shown) if mendable else "".join(traceback.format_exception(error))
+    if not record.exists():  # the others fail of the first
+        said = {"kind": type(shown).__name__, "error": text, "failed_on": socket.gethostname()}
+        write_atomic(record, json.dumps(said))
+    return EXIT_USER_ERROR if mendable else EXIT_BUG
 
 
 def _leave(path: Path, record: Mapping[str, Any]) -> None:

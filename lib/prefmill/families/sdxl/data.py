@@ -64,23 +64,25 @@ def balance_labels(pairs: Sequence[PairImages], seed: int) -> Iterator[PairImage
 
     Not each by a coin: a few more wins of one kind of image would move a model one way in every picture alike.
     """
-    draw = random.Random(seed)
+    winners = dict(_walks(sorted(pairs, key=lambda pair: (pair.prompt_id, pair.pair_id)), random.Random(seed)))
+    for pair in pairs:
+        yield pair if winners[pair.pair_id] == pair.digests[0] else pair.swapped
+
+
+def _walks(pairs: Sequence[PairImages], draw: random.Random) -> Iterator[tuple[str, str]]:
+    """Ids of pairs and the image that wins: random walks over all pairs as edges, the image that is left wins."""
     images = defaultdict[tuple[str, str], dict[str, PairImages]](dict)
-    for pair in sorted(pairs, key=lambda pair: (pair.prompt_id, pair.pair_id)):
+    for pair in pairs:
         for digest in pair.digests:
             images[pair.prompt_id, digest][pair.pair_id] = pair
-    # Walks over all pairs as edges, Euler's way: the image left wins, the one entered loses. Those from an image with
-    # an odd number of pairs come first, as they end at another; the others return to their start.
     order = draw.sample(list(images), len(images))
-    winners = dict[str, str]()
+    # Euler's way: a walk from an image with an odd number of pairs ends at another, so that the rest return.
     for prompt, at in [*(image for image in order if len(images[image]) % 2), *order]:
         while ahead := images[prompt, at]:
             pair = ahead.pop(draw.choice(list(ahead)))
-            winners[pair.pair_id] = at
+            yield pair.pair_id, at
             at = pair.digests[at == pair.digests[0]]
             del images[prompt, at][pair.pair_id]
-    for pair in pairs:
-        yield pair if winners[pair.pair_id] == pair.digests[0] else pair.swapped
 
 
 def _pair(row: ImagePair, folder: Path, digests: dict[str, str], where: str) -> PairImages:

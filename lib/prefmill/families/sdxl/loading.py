@@ -144,9 +144,13 @@ def require_fit(folder: SdxlFolder) -> None:
             got=f"in_channels: {settings.get('in_channels')}", expected=f"{wanted}, of {channels} latent channels",
             fix="give the model that draws from text alone: this one is for inpainting or editing, or has another VAE",
         )  # fmt: skip
+    _require_scheduler(folder)
+
+
+def _require_scheduler(folder: SdxlFolder) -> None:
     scheduler = read_json(folder.path / "scheduler" / "scheduler_config.json")
-    require_one_schedule(folder.path, scheduler, folder.index, settings)
-    kind, is_flow = str(scheduler.get("_class_name")), backbone.part == "transformer"
+    require_one_schedule(folder.path, scheduler, folder.index, folder.denoiser_settings)
+    kind, is_flow = str(scheduler.get("_class_name")), folder.backbone.part == "transformer"
     if is_flow != (kind.startswith("FlowMatch") or (is_flow and scheduler.get("prediction_type") == "flow_prediction")):
         raise InputError(
             "the scheduler is of another kind of model", where=folder.path / "scheduler", got=kind,
