@@ -22,7 +22,10 @@ def add_pipeline_commands(commands: Any) -> None:
     run = pipeline_command(commands, "run", "run a pipeline on this machine: only what changed", _run)
     run.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
     run.add_argument("--force", action="store_true", help="remake the selected tasks even if they are up to date")
-    run.add_argument("--jobs", type=at_least(1), metavar="N", help="tasks at once (default: one per GPU, or one)")
+    run.add_argument(
+        "--jobs", type=at_least(1), metavar="N",
+        help="tasks at once (default: one per GPU, or one); on CPUs each takes every core: OMP_NUM_THREADS shares them",
+    )  # fmt: skip
     run.add_argument("--dry-run", action="store_true", help="print which tasks would run, and why; run nothing")
     run.add_argument(
         "--keep-going", action=argparse.BooleanOptionalAction, default=True,

@@ -71,7 +71,7 @@ def told_rank(environment: Mapping[str, str]) -> str:
 
 
 def refuse_copies(environment: Mapping[str, str]) -> None:
-    """Raise ConfigError where a launcher has started this command several times and no copy is told its rank."""
+    """Raise ConfigError where a launcher was to start several ranks, and no copy of this command is told its rank."""
     for name, launcher in _COPIES.items():
         if not is_launched() and (copies := environment.get(name, "1")) != "1":
             raise ConfigError(
@@ -80,6 +80,12 @@ def refuse_copies(environment: Mapping[str, str]) -> None:
                 fix=f"start it once per node: `{launcher} {'--ntasks=1' if launcher == 'srun' else '-n 1'} ...`; "
                 f"on several nodes let `prefmill submit` or `sbatch sbatch/STAGE.sbatch` start them",
             )  # fmt: skip
+    if not is_launched() and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment.keys():
+        raise ConfigError(
+            "accelerate is to start several processes, and starts one", got="neither multi_gpu nor mpirun",
+            fix=f"start `torchrun --nproc-per-node N -m {STAGES}.STAGE ...`; for one process set "
+            "num_processes: 1, and MASTER_ADDR nowhere",
+        )  # fmt: skip
 
 
 def refuse_settings_of_accelerate(config: TrainerKeys, environment: Mapping[str, str]) -> None:

@@ -45,6 +45,14 @@ def environment_of(monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, 
     return dict(prepare_simple_launcher_cmd_env(arguments)[1])
 
 
+def test_several_processes_that_accelerate_does_not_start_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs it starts all by mpirun or one by itself, which would train alone without a word."""
+    told = environment_of(monkeypatch)
+    with pytest.raises(ConfigError, match="starts one"):
+        refuse_copies(told)
+    refuse_copies(environment_of(monkeypatch, "--num_processes", "1"))
+
+
 @pytest.mark.parametrize(
     ("options", "keys", "named"),
     [
