@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -54,7 +55,7 @@ ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 def _place(text: str) -> Path:
     """The absolute path of `text`, `~` at its start a home; ValueError for what only a shell reads."""
-    if "$" in text and not Path(text).exists():  # a folder of that very name would be made
+    if re.search(r"\$\{?\w", text) and not Path(text).exists():  # a folder of that very name would be made
         raise ValueError("variables of the environment are not read in configurations: write the path")
     try:
         return Path(text).expanduser().absolute()

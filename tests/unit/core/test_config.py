@@ -77,6 +77,14 @@ def test_identity_follows_content_not_paths_or_runtime_keys(tmp_path: Path) -> N
     assert made("a", "same", 1) != made("a", "other", 1)
 
 
+@pytest.mark.parametrize("name", ["a $(touch pwned)", "100$", "$HOME"])
+def test_signs_of_a_shell_may_be_part_of_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may even be called $HOME, where there is one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$HOME").mkdir()
+    assert Source(path=name).path == tmp_path / name  # type: ignore[arg-type]
+
+
 def test_identity_of_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         identity(load(Example, {"sources": [{"path": str(tmp_path / "gone")}]}))
