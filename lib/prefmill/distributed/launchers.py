@@ -83,7 +83,7 @@ def refuse_copies(environment: Mapping[str, str]) -> None:
     if not is_launched() and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment.keys():
         raise ConfigError(
             "accelerate is to start several processes, and starts one", got="neither multi_gpu nor mpirun",
-            fix=f"start `torchrun --nproc-per-node N -m {STAGES}.STAGE ...`, or `accelerate launch --num_processes 1 ...` "
+            fix=f"start `torchrun --nproc-per-node N -m {STAGES}.STAGE ...`, or `accelerate launch --num_processes 1` "
             "with no MASTER_ADDR in the environment",
         )  # fmt: skip
 
