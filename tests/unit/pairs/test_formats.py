@@ -12,8 +12,8 @@ import pytest
 from prefmill.core.config import identity, validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.pairs.chats import ChatSource, write_chats
-from prefmill.pairs.formats import FORMS, detect, parse
-from prefmill.pairs.forms import Preference, ScoredAnswers
+from prefmill.pairs.formats import detect, parse
+from prefmill.pairs.forms import Preference
 from prefmill.pairs.sources import PairSource, write_pairs
 from prefmill.pairs.turns import BadRowError
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -60,26 +60,6 @@ SAME: dict[str, dict[str, Any]] = {
     "implicit_messages": {"chosen": [SYSTEM, USER, said("good")], "rejected": [SYSTEM, USER, said("bad")]},
 }  # fmt: skip
 
-# Published sets, by the names and the meaning that their cards give: user "Q?", the better answer "good", else "bad".
-SCORED: dict[str, list[dict[str, Any]]] = {
-    "ultrafeedback": [{"source": "x", "instruction": "Q?", "models": ["m", "n"], "completions": [
-        {"model": "m", "response": "bad", "overall_score": 4.0},
-        {"model": "n", "response": "good", "overall_score": 7.5},
-    ]}],
-    "nectar": [{"prompt": "\n\nHuman: Q?\n\nAssistant: ", "turns": 1, "answers": [
-        {"answer": "bad", "model": "m", "rank": 2.0}, {"answer": "good", "model": "n", "rank": 1.0},
-    ]}],
-    "helpsteer": [{"prompt": "Q?", "response": "bad", "helpfulness": 1, "verbosity": 4},
-                  {"prompt": "Q?", "response": "good", "helpfulness": 3, "verbosity": 0}],
-    "webgpt": [{"question": {"dataset": "eli5", "id": "1", "full_text": "Q?"}, "answer_0": "good", "answer_1": "bad",
-                "score_0": 0.5, "score_1": -0.5}],
-    "helpsteer2": [{"prompt": "Q?", "response_1": "good", "response_2": "bad", "preference_strength": -2}],
-    "helpsteer3": [{"context": [USER], "response1": "bad", "response2": "good", "overall_preference": 1}],
-    "shp": [{"post_id": "a", "history": "Q?", "human_ref_A": "good", "human_ref_B": "bad", "labels": 1, "score_A": 9}],
-    "safe_rlhf": [{"prompt": "Q?", "response_0": "bad", "response_1": "good", "better_response_id": 1}],
-    "arena": [{"conversation_a": [USER, said("bad")], "conversation_b": [USER, said("good")], "winner": "model_b"}],
-}  # fmt: skip
-
 
 def source(path: Path, **keys: Any) -> PairSource:
     return validate(PairSource, {"dataset": str(path), **keys})
@@ -96,86 +76,6 @@ def test_the_same_preference_in_every_form(form: str) -> None:
     row = SAME[form]
     assert detect(row, "f:1") == form
     assert parse(row, form, {}) == Preference([SYSTEM, USER], "good", "bad")
-
-
-def test_every_form_has_its_test() -> None:
-    assert set(FORMS) - set(SAME) - set(SCORED) == {"implicit_strings", "unpaired", "unpaired_messages"}
-
-
-@pytest.mark.parametrize("form", SCORED)
-def test_the_same_preference_in_every_set_of_scores(form: str, tmp_path: Path) -> None:
-    """What is better is as the sets' own cards say it: the lower rank, the negative strength, labels of 1 for A."""
-    rows = SCORED[form]
-    assert {detect(row, "f:1") for row in rows} == {form}
-    (pair,) = written(tmp_path, rows)
-    assert (pair.messages, pair.chosen, pair.rejected) == ([USER], "good", "bad")
-    chats = validate(ChatSource, {"dataset": str(tmp_path / "rows.jsonl")})
-    train, _ = write_chats(chats, tmp_path / "sft", tmp_path / "bad.json")
-    assert [row["messages"] for row in read_jsonl(train)] == [[USER, said("good")]]
-
-
-@pytest.mark.parametrize("form", SCORED)
-def test_a_score_that_is_none_is_the_rows_fault(form: str) -> None:
-    key, item = {"ultrafeedback": ("overall_score", "completions"), "nectar": ("rank", "answers")}.get(form, ("", ""))
-    row = SCORED[form][0]
-    wrong = {**row, item: [{**answer, key: "many"} for answer in row[item]]} if item else {
-        **row, list(FORMS[form].needs)[-1]: "many",
-    }  # fmt: skip
-    with pytest.raises(BadRowError, match="'many'; expected"):
-        parse(wrong, form, {})
-
-
-@pytest.mark.parametrize(
-    ("form", "changes"),
-    [("helpsteer2", {"preference_strength": 0}), ("arena", {"winner": "tie (bothbad)"}),
-     ("arena", {"winner": "tie", "conversation_b": [USER, said("good")]}), ("webgpt", {"score_1": 0.5})],
-)  # fmt: skip
-def test_ties_are_counted_and_listed(
-    form: str, changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert len(written(tmp_path, [*SCORED[form], {**SCORED[form][0], **changes}])) == 1
-    assert "1 ties" in capsys.readouterr().out
-    assert [row["what"] for row in json.loads((tmp_path / "bad_rows.json").read_text())] == ["a tie: no pair"]
-    with pytest.raises(InputError, match=r"1 rows: a tie(.|\n)*higher score") as caught:
-        written(tmp_path, [{**SCORED[form][0], **changes}])
-    assert "sft" not in str(caught.value), "it would refuse the file too"
-
-
-def test_each_answer_is_held_against_each_of_a_lower_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scores = {"a": 9.0, "b": 7.5, "c": 7.5, "d": 2.0}
-    completions = [
-        {"response": said, "overall_score": score, "fine-grained_score": -score, "model": "m"}
-        for said, score in scores.items()
-    ]
-    row = {"instruction": "Q?", "completions": completions, "models": ["m"], "id": "x"}
-    # As InstructGPT (2022) takes a ranking: all pairs of k answers, without those that are equal.
-    expected = {(one, other) for one in scores for other in scores if scores[one] > scores[other]}
-    pairs = written(tmp_path, [row])
-    assert {(pair.chosen, pair.rejected) for pair in pairs} == expected
-    assert len(pairs) == 5
-    assert pairs[0].pair_id == "x:0:1"
-    told = capsys.readouterr().out
-    assert "1 ties" in told
-    assert "not used: completions.fine-grained_score, completions.model, models\n" in told
-    other = written(tmp_path, [row], columns={"overall_score": "fine-grained_score"})
-    assert {(pair.rejected, pair.chosen) for pair in other} == expected
-    with pytest.raises(InputError, match="no row has"):
-        written(tmp_path, [row], columns={"overall_score": "score"})
-
-
-def test_mt_bench_is_judged_up_to_a_turn_and_helpsteers_prompts_are_transcripts() -> None:
-    more = [{"role": "user", "content": "And?"}, said("more")]
-    row = {**SCORED["arena"][0], "turn": 1}
-    row |= {key: [*row[key], *more] for key in ("conversation_a", "conversation_b")}
-    assert parse(row, "arena", {}) == ScoredAnswers([USER], ("bad", "good"), (-1, 0))
-    assert "turn" in FORMS["arena"].keys
-    for label in (True, 1, 1.0, "1"):
-        assert parse({**SCORED["shp"][0], "labels": label}, "shp", {}).scores == (1, 0)
-    with pytest.raises(BadRowError, match="share no prompt"):
-        parse({**row, "turn": 2}, "arena", {})
-    asked = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nQ?"
-    turns = parse({**SCORED["helpsteer2"][0], "prompt": asked}, "helpsteer2", {}).messages
-    assert turns == [{"role": "user", "content": "Hi"}, said("Hello"), USER]
 
 
 def test_labels_without_two_answers_to_a_prompt_say_what_can_be_done(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from prefmill.pairs.forms import Preference
 from prefmill.pairs.sources import PairSource, write_pairs
 from prefmill.pairs.turns import BadRowError
 from prefmill.store.jsonl import read_jsonl, write_jsonl
-from tests.unit.pairs.test_formats import SAME, SCORED
+from tests.unit.pairs.test_formats import SAME
+from tests.unit.pairs.test_scored_forms import SCORED
 
 PAIR = {"prompt": "Q?", "chosen": "good", "rejected": "bad"}
 ODD = (None, 5, 0.5, True, "x", "", [], [5], [None], {}, {"a": 1}, [{}], [["a", 5]], {"role": ["user"]})
