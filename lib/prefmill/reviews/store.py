@@ -26,17 +26,17 @@ from prefmill.store.jsonl import encode_checked, parse_json
 _CACHE_KILOBYTES, _PAGE_BYTES = 65536, 32768  # a page holds some forty reviews
 _SCHEMA = """
 CREATE TABLE papers (paper_id TEXT PRIMARY KEY, title TEXT, abstract TEXT, text TEXT, decision TEXT, venue TEXT,
-    drawn INTEGER, date REAL, title_key TEXT, file INTEGER, line INTEGER, item TEXT);
-CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, json BLOB, rating REAL, rating_min REAL,
-    rating_max REAL, date REAL, file INTEGER, line INTEGER, item TEXT);
+    drawn INTEGER, date REAL, title_key TEXT, origin INTEGER, line INTEGER, item TEXT);
+CREATE TABLE reviews (review_id TEXT PRIMARY KEY, paper_id TEXT, json BLOB, rating REAL, date REAL,
+    origin INTEGER, line INTEGER, item TEXT);
 CREATE TABLE deleted (note_id TEXT PRIMARY KEY, date REAL);
-CREATE TABLE decisions (note_id TEXT, paper_id TEXT, decision TEXT, rank INTEGER, date REAL, file INTEGER,
+CREATE TABLE decisions (note_id TEXT, paper_id TEXT, decision TEXT, rank INTEGER, date REAL, origin INTEGER,
     line INTEGER, item TEXT);
 CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
-CREATE TABLE problems (file INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
+CREATE TABLE problems (origin INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
 """
 _PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn, date"
-_ADD_REVIEW = "INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD_REVIEW = "INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class StoredReview(msgspec.Struct, frozen=True):
@@ -67,8 +67,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         # One cursor for what is done for every row: a connection's execute makes one each time.
         self._insert = self._database.cursor().execute
         self._encode = msgspec.json.Encoder().encode
-        self._files: list[tuple[int, str]] = []
-        self._file_numbers: dict[tuple[int, str], int] = {}
+        # Source, file and scale by number: a row has one of them for three, as each column is time for each row.
+        self._origins: list[tuple[int, str, Scale]] = []
+        self._origin_numbers: dict[tuple[int, str, Scale], int] = {}
         self._last_paper: PaperRow | None = None
         self.num_repeated = 0  # reviews listed again, word for word
         self.num_older = 0  # versions of notes that a newer one replaces
@@ -109,25 +110,22 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def problems(self) -> Iterator[RowProblem]:
         """The problems, in the order in which they were met."""
-        columns = "file, line, item, reason, fix, excerpt"
-        for file, line, item, *rest in self._database.execute(f"SELECT {columns} FROM problems ORDER BY rowid"):  # noqa: S608
-            yield RowProblem(self._place(file, line, item), *rest)
+        columns = "origin, line, item, reason, fix, excerpt"
+        for origin, line, item, *rest in self._database.execute(f"SELECT {columns} FROM problems ORDER BY rowid"):  # noqa: S608
+            yield RowProblem(self._place(origin, line, item), *rest)
 
     def papers(self) -> Iterator[tuple[Place, PaperRow, str]]:
         """Place, paper and title key, in order of the ids."""
-        query = f"SELECT file, line, item, title_key, {_PAPER_COLUMNS} FROM papers ORDER BY paper_id"  # noqa: S608
-        for file, line, item, key, *paper in self._database.execute(query):
-            yield self._place(file, line, item), _paper(paper), key
+        query = f"SELECT origin, line, item, title_key, {_PAPER_COLUMNS} FROM papers ORDER BY paper_id"  # noqa: S608
+        for origin, line, item, key, *paper in self._database.execute(query):
+            yield self._place(origin, line, item), _paper(paper), key
 
     def reviews_by_paper(self) -> Iterator[tuple[str, list[StoredReview]]]:
         """Each paper's id and its reviews, both in order of their ids: one walk along the index."""
-        query = "SELECT paper_id, json, rating, rating_min, rating_max, file FROM reviews ORDER BY paper_id, review_id"
-        sources = [source for source, _ in self._files]
+        query = "SELECT paper_id, json, rating, origin FROM reviews ORDER BY paper_id, review_id"
+        said = [(scale, source) for source, _, scale in self._origins]
         for paper_id, rows in groupby(self._database.execute(query), itemgetter(0)):
-            yield (
-                paper_id,
-                [StoredReview(json, rating, (low, high), sources[file]) for _, json, rating, low, high, file in rows],
-            )
+            yield paper_id, [StoredReview(json, rating, *said[origin]) for _, json, rating, origin in rows]
 
     def find_paper(self, identifier: str, key: str) -> str | None:
         """The id of the paper with that id, with an id that was merged into it, or with that title key."""
@@ -170,10 +168,10 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         """Index the reviews and bring decisions to their papers; what belongs to no paper is yielded."""
         # Only now: to build an index once costs less than to keep it right through every insert.
         self._database.execute("CREATE INDEX by_paper ON reviews (paper_id, review_id)")
-        self._database.execute("CREATE INDEX by_title ON papers (title_key)")
+        self._database.execute("CREATE INDEX by_title ON papers (title_key, paper_id)")
         for table, what in (("reviews", "review"), ("decisions", "decision")):
             unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
-            query = f"SELECT paper_id, file, line, item FROM {table} WHERE {unknown}"  # noqa: S608
+            query = f"SELECT paper_id, origin, line, item FROM {table} WHERE {unknown}"  # noqa: S608
             # Fetched whole, as the caller puts each problem into this database before it asks for the next.
             orphans = self._database.execute(query).fetchall()
             fix = (
@@ -224,7 +222,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
         Of two versions with different dates the newer one alone stands.
         """
-        query = f"SELECT file, line, item, {_PAPER_COLUMNS} FROM papers WHERE paper_id = ?"  # noqa: S608
+        query = f"SELECT origin, line, item, {_PAPER_COLUMNS} FROM papers WHERE paper_id = ?"  # noqa: S608
         known = self._database.execute(query, (paper.paper_id,)).fetchone()
         earlier = _paper(known[3:])
         if dates_differ(earlier.date, paper.date):
@@ -236,10 +234,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._update(filled(earlier, paper))
 
     def _add_review(self, place: Place, review: ReviewRow) -> None:
-        scale = review.scale or COMMON_SCALE
         values = (
             review.review_id, review.paper_id, self._encode(replace(review, date=UNSET) if review.date else review),
-            review.rating, *scale, review.date or None, *self._located(place),
+            review.rating, review.date or None, *self._located(place, review.scale or COMMON_SCALE),
         )  # fmt: skip
         try:
             self._insert(_ADD_REVIEW, values)
@@ -253,7 +250,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         """
         query = "SELECT * FROM reviews WHERE review_id = ?"
         known = self._database.execute(query, (review_id,)).fetchone()
-        *said, date, file, line, item = known
+        *said, date, origin, line, item = known
         is_same, told = tuple(said) == values[:-4], dates_differ(date, values[-4])
         self.num_repeated += is_same
         self.num_older += told and not is_same
@@ -261,7 +258,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             self._database.execute(_ADD_REVIEW.replace("INSERT", "REPLACE"), values)
         if is_same or told:
             return
-        earlier = self._place(file, line, item)
+        earlier = self._place(origin, line, item)
         raise RowError(
             f"another review with the id {review_id} is at {earlier.brief}",
             "remove one of the two rows, or rename its id",
@@ -271,7 +268,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         """Give papers that say none themselves the decision of their notes; those that contradict one are yielded."""
         # Only now: a note may be deleted by one that is read later.
         query = (
-            "SELECT paper_id, rank, decision, date, file, line, item FROM decisions "
+            "SELECT paper_id, rank, decision, date, origin, line, item FROM decisions "
             "ORDER BY paper_id, rank DESC, rowid"
         )  # fmt: skip
         for paper_id, notes in groupby(self._database.execute(query).fetchall(), itemgetter(0)):
@@ -307,16 +304,17 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         query = f"UPDATE papers SET {', '.join(f'{name} = ?' for name in said)} WHERE paper_id = ?"  # noqa: S608
         self._database.execute(query, (*said.values(), paper.paper_id))
 
-    def _located(self, place: Place) -> tuple[int, int | None, str | None]:
-        file = (place.source, place.file)
-        number = self._file_numbers.get(file)
+    def _located(self, place: Place, scale: Scale = COMMON_SCALE) -> tuple[int, int | None, str | None]:
+        origin = (place.source, place.file, scale)
+        number = self._origin_numbers.get(origin)
         if number is None:
-            number = self._file_numbers[file] = len(self._files)
-            self._files.append(file)
+            number = self._origin_numbers[origin] = len(self._origins)
+            self._origins.append(origin)
         return number, place.line, place.item
 
-    def _place(self, file: int, line: int | None, item: str | None) -> Place:
-        return Place(*self._files[file], line, item)
+    def _place(self, origin: int, line: int | None, item: str | None) -> Place:
+        source, file, _ = self._origins[origin]
+        return Place(source, file, line, item)
 
 
 def _moved(review: bytes, paper_id: str) -> bytes:
