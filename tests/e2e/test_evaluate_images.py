@@ -101,6 +101,12 @@ def test_scorers_that_may_not_judge_are_refused(tmp_path: Path, given: Mapping[s
         evaluate(tmp_path / "a", {**given, "scorer": given["policy"]})
     with pytest.raises(ConfigError, match="trained on prompts that it is to judge"):
         evaluate(tmp_path / "b", given, splits=["train", "val"])
+    # The same words under ids of the table's own.
+    learnt = json.loads(given["scorer"].file("trained_on.json").read_text())["prompts"][0]
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(f"prompt_id,prompt\none,{learnt.upper()}\ntwo,a red circle\n")
+    with pytest.raises(ConfigError, match=r"trained on prompts that it is to judge[\s\S]*1 of 2, such as one"):
+        evaluate(tmp_path / "e", given, prompts=str(renamed))
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("prompt_id,prompt\none,a red circle\n")
     with pytest.raises(InputError, match="too few held-out prompts"):

@@ -25,6 +25,7 @@ from prefmill.families.sdxl.folders import ADAPTER_FILE, PIPELINE_FILE
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.images.generation import drawn_guidance, make_images, plan_jobs
 from prefmill.images.grids import write_grids
+from prefmill.images.pairs import same_words
 from prefmill.images.prompts import read_prompts
 from prefmill.images.sampling import ImageSampling
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -69,7 +70,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     prompts = held_out_prompts(wanted, task)
     # Before any image is made: that takes hours, and this depends on the inputs alone.
     if isinstance(scorer, Artifact):
-        require_independent(scorer, tuned, prompts)
+        require_independent(scorer, tuned, prompts, by_words=wanted.prompts is not None)
     # All images before any score: the pipelines have left the device when the scorer comes.
     images = {side: _images(wanted, side, tuned, prompts, task) for side in SIDES}
     scores = {side: _scores(images[side], side, task, scorer) for side in SIDES}
@@ -149,11 +150,17 @@ def _of_scorer(scorer: Artifact | Path, tuned: Artifact) -> dict[str, Any]:
     return {"scorer": scorer.manifest.content_digest, "scorer_shares_training_prompts": shares}
 
 
-def require_independent(scorer: Artifact, tuned: Artifact, prompts: Sequence[ImagePrompt]) -> None:
-    """Raise ConfigError for a scorer that learnt from one of these prompts, or that the tuning was rewarded by."""
-    trained_on = json.loads(scorer.file("trained_on.json").read_text())["prompt_ids"]
+def require_independent(
+    scorer: Artifact, tuned: Artifact, prompts: Sequence[ImagePrompt], by_words: bool = False
+) -> None:
+    """Raise ConfigError for a scorer that learnt from one of these prompts, or that the tuning was rewarded by.
+
+    `by_words`: the prompts may have other ids here than there, as a table's.
+    """
+    trained_on = json.loads(scorer.file("trained_on.json").read_text())
+    known = {*trained_on["prompt_ids"], *(map(same_words, trained_on.get("prompts", ())) if by_words else ())}
     # By prompt, not by image: other images of a prompt that the scorer learnt would still flatter it.
-    seen = sorted({row["prompt_id"] for row in prompts} & set(trained_on))
+    seen = sorted(row["prompt_id"] for row in prompts if known & {row["prompt_id"], same_words(row["prompt"])})
     if seen:
         raise ConfigError(
             "the scorer was trained on prompts that it is to judge", where=scorer.path,

@@ -100,8 +100,8 @@ def split_pairs(
     owners = _Owners()
     for pair in pairs:
         for name in (pair["preferred"], pair["rejected"]):
-            owners.join(_words(pair["prompt"]), f"image {digests[name]}")
-    return [{**pair, "split": _split_of(owners.find(_words(pair["prompt"])), config)} for pair in pairs]
+            owners.join(same_words(pair["prompt"]), f"image {digests[name]}")
+    return [{**pair, "split": _split_of(owners.find(same_words(pair["prompt"])), config)} for pair in pairs]
 
 
 class _Owners:
@@ -123,7 +123,7 @@ class _Owners:
         self._parents[given] = kept
 
 
-def _words(prompt: str) -> str:
+def same_words(prompt: str) -> str:
     """What two spellings of a prompt have in common, as a name in `_Owners`."""
     return f"prompt {' '.join(prompt.casefold().split())}"
 

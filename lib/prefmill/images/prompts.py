@@ -23,6 +23,7 @@ Names = Mapping[str, tuple[str, ...]]
 Line = tuple[int, dict[str, str]]
 # What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks.
 _UNSEEN = str.maketrans("", "", "\u200b\u2060\ufeff\u00ad\u200e\u200f")
+_QUOTED = re.compile(r'"((?:[^"]|"")*""(?:[^"]|"")*)"')  # a cell whose quotes are doubled, as pandas writes it
 CAPTIONS = (".txt", ".caption")
 PROMPT_TOO = {"prompt": ("caption", "text")}  # as captioned pictures have it
 
@@ -124,11 +125,17 @@ def read_table(path: Path, required: tuple[str, ...], also: Names = MappingProxy
     one twice.
     """
     # PartiPrompts does not quote: a prompt that begins with a quotation mark would swallow the lines after it.
-    for row in file_rows(path, quoted=".tsv" not in path.name.lower()):
+    is_tsv = ".tsv" in path.name.lower()
+    for row in file_rows(path, quoted=not is_tsv):
         for values in single_answers(row.values):
             cells = (str(cell) if isinstance(cell, str | int | float) else "" for cell in values.values())
+            plain = map(_unquoted, cells) if is_tsv else cells
             header = _named(values, required, also, row.where)
-            yield int(row.where.rpartition(":")[2].removeprefix("row ")), dict(zip(header, cells, strict=True))
+            yield int(row.where.rpartition(":")[2].removeprefix("row ")), dict(zip(header, plain, strict=True))
+
+
+def _unquoted(cell: str) -> str:
+    return found[1].replace('""', '"') if (found := _QUOTED.fullmatch(cell)) else cell
 
 
 def _named(names: Iterable[str], required: tuple[str, ...], also: Names, where: str) -> list[str]:

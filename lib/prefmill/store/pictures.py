@@ -25,7 +25,7 @@ _PLAIN = {"PNG", "JPEG", "WEBP"}
 _CODED = {"PNG", "AVIF", "HEIF"}  # formats that may say their colours by numbers
 # Pillow gives a PNG's transparent colour in the file's depth, and the pixels in 8 bits.
 _CLEAR_AS = {"L;2": lambda value: value * 85, "L;4": lambda value: value * 17, "RGB;16B": lambda value: value >> 8}
-_PHOTOMETRIC = 262  # TIFF 6.0, page 37: 0 is white
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF 6.0, pages 29, 37 (0 is white) and 80 (2 has a sign)
 _NEW_SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF 6.0, page 36; DNG 1.4, page 22
 _AGAIN = "make the image again, or take the row out"
 
@@ -242,12 +242,18 @@ def _orientation(image: Image) -> int:
 
 
 def _require_scale(image: Any, where: object) -> None:
-    turned = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(_PHOTOMETRIC) == 0
-    if image.mode in _UNSCALED or turned:
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    # What Pillow hands on as if it were 16 bits from black to white, or 8 bits without a sign.
+    faults = {
+        f"32-bit values, mode {image.mode}": image.mode in _UNSCALED,
+        "16 bits, 0 is white": image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == 0,
+        "12 bits": 12 in tags.get(_BITS, ()),
+        "numbers with a sign": 2 in tags.get(_SAMPLE_FORMAT, ()),
+    }
+    for got in (fault for fault, is_there in faults.items() if is_there):
         raise ImageError(
-            "an image without a scale", where=where,
-            got="16 bits, 0 is white" if turned else f"32-bit values, mode {image.mode}",
-            expected="8 or 16 bits a channel", fix="save it with 8 bits a channel",
+            "an image without a scale", where=where, got=got, expected="8 or 16 bits a channel, from black to white",
+            fix="save it with 8 bits a channel",
         )  # fmt: skip
 
 

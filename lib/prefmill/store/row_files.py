@@ -168,8 +168,8 @@ def table_rows(lines: Iterator[str], path: Path, quoted: bool = True) -> Iterato
 def open_table(lines: Iterator[str], path: Path, quoted: bool = True) -> tuple[csv.DictReader[str], int]:
     """The rows of a table by its header, and the header's line; cells beyond those of the header have the key "".
 
-    Cells end at the mark that is most frequent in the header, or that a line `sep=;` before it names. Raises InputError
-    where a column stands there twice.
+    Cells end at the mark that is most frequent in the header, or that a line `sep=;` before it names; a header in
+    quotes says that cells are `quoted`. Raises InputError where a column stands there twice.
     """
     first = next(lines, "")
     if told := _SEP_LINE.match(first):
@@ -182,7 +182,7 @@ def open_table(lines: Iterator[str], path: Path, quoted: bool = True) -> tuple[c
     spaced = f"{separator} " in first
     reader = csv.DictReader(
         lines, restkey="", strict=True, delimiter=separator, skipinitialspace=spaced,
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        quoting=csv.QUOTE_MINIMAL if quoted or '"' in first else csv.QUOTE_NONE,
     )  # fmt: skip
     # pandas writes its row numbers without a name, and reads them by this one.
     names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(reader.fieldnames or [])]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -41,6 +43,15 @@ def test_ids_do_not_depend_on_other_prompts(tmp_path: Path) -> None:
 def test_quotes_in_a_tsv_are_text(tmp_path: Path) -> None:
     path = write(tmp_path, 'Prompt\tCategory\n"Fly" on a wall\tArts\n', "p.tsv")
     assert [row["prompt"] for row in read_prompts(path)] == ['"Fly" on a wall']
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_tsv_that_a_program_wrote_says_its_quotes_twice(tmp_path: Path, quoting: Any) -> None:
+    """As pandas and Python write it: the prompt was trained with the marks of the format in it."""
+    prompts = ['"Open" on a door', 'a sign that says "open"', "a cat, asleep", 'a 5" disk']
+    with (tmp_path / "p.tsv").open("w", newline="") as stream:
+        csv.writer(stream, "excel-tab", quoting=quoting).writerows([["prompt"], *([prompt] for prompt in prompts)])
+    assert sorted(row["prompt"] for row in read_prompts(tmp_path / "p.tsv")) == sorted(prompts)
 
 
 def test_partiprompts(shared_data: Path) -> None:

@@ -281,10 +281,20 @@ def test_16_bits_of_grey_keep_their_profile(tmp_path: Path, name: str) -> None:
         assert np.abs(shown - as_srgb)[20:].max() < 1.5
 
 
-def test_a_tiff_of_16_bits_whose_zero_is_white_is_refused(tmp_path: Path) -> None:
-    """Pillow turns 8 bits round and leaves 16: every stage would read a negative."""
-    tags = [(256, 3, 4), (257, 3, 2), (258, 3, 16), (259, 3, 1), (262, 3, 0), (273, 4, 8), (278, 3, 2), (279, 4, 16)]
+@pytest.mark.parametrize(
+    ("bits", "white", "sign", "said"),
+    [(16, 0, 1, "0 is white"), (12, 1, 1, "12 bits"), (8, 1, 2, "numbers with a sign"), (16, 1, 1, None)],
+)
+def test_a_tiff_whose_values_pillow_takes_for_others_is_refused(
+    tmp_path: Path, bits: int, white: int, sign: int, said: str | None
+) -> None:
+    """TIFF 6.0: a negative of 16 bits stays one, 12 bits are almost black, -1 is white: in every stage."""
+    tags = [(256, 3, 4), (257, 3, 2), (258, 3, bits), (259, 3, 1), (262, 3, white), (273, 4, 8), (278, 3, 2),
+            (279, 4, bits), (339, 3, sign)]  # fmt: skip
     ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag, 1, value) for *tag, value in tags)
-    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 24) + bytes(16) + ifd + bytes(4))
-    with pytest.raises(ImageError, match=r"without a scale[\s\S]*0 is white"):
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 8 + bits) + b"\xff" * bits + ifd + bytes(4))
+    if said is None:
+        assert open_image(tmp_path / "a.tif").getpixel((0, 0)) == (255, 255, 255)
+        return
+    with pytest.raises(ImageError, match=rf"without a scale[\s\S]*{said}"):
         open_image(tmp_path / "a.tif")

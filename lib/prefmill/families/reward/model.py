@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from prefmill.families.causal.loading import require_vocabulary
 
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
 """What `forward` takes, as a CLIP processor gives it."""
+_log = logging.getLogger(__name__)
 
 
 class MultiHeadRewardConfig(PreTrainedConfig):
@@ -114,10 +117,28 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any]) -> dic
 
     The same width for every prompt: a reward does not depend on what else is in the batch.
     """
+    tell_cut(processor.tokenizer, prompts, processor.tokenizer.model_max_length)
     batch = processor(
         text=list(prompts), images=list(images), padding="max_length", truncation=True, return_tensors="pt"
     )
     return {name: batch[name] for name in INPUTS}
+
+
+def cut_prompts(tokenizer: Any, prompts: Iterable[str], longest: int) -> list[str]:
+    """Those of more than `longest` tokens: their ends have no effect."""
+    return [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > longest]
+
+
+def tell_cut(tokenizer: Any, prompts: Iterable[str], longest: int) -> None:
+    """Say in the log that prompts are cut, where one is."""
+    if cut_prompts(tokenizer, prompts, longest):
+        _say_cut(longest)
+
+
+@functools.cache
+def _say_cut(longest: int) -> None:
+    """Once: prompts come in many batches."""
+    _log.warning("there are prompts of more than %d tokens: the scorer does not read their ends", longest)
 
 
 def _head(width: int, hidden_size: int) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from prefmill.core.errors import InputError
 from prefmill.families.causal.loading import loading, read_whole, require_vocabulary
-from prefmill.families.reward.model import encode, open_processor
+from prefmill.families.reward.model import encode, open_processor, tell_cut
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def _opened(folder: Path, device: str) -> Scorer:
     if (folder / MED_CONFIG).is_file():
         return _image_reward(folder, device)
     if is_open_clip(str(folder)):
-        # HPSv2 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP's cos(image, text).
-        return _clip(load_open_clip(folder), folder, device, 1.0)
+        return _hps(folder, device)
     said = json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
     opened = {"clip": _pick_score, "clip_vision_model": _aesthetics}.get(said.get("model_type", ""))
     if opened is None:
@@ -68,6 +67,22 @@ def _pick_score(folder: Path, device: str) -> Scorer:
         _weights(folder, WEIGHTS)
     model = read_whole(CLIPModel, str(folder), dtype=torch.float32)
     return _clip(model, folder, device, model.logit_scale.exp().item())
+
+
+def _hps(folder: Path, device: str) -> Scorer:
+    """HPSv2 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP's cos(image, text), the image being seen whole."""
+    model = load_open_clip(folder)
+    score, side = _clip(model, folder, device, 1.0), model.config.vision_config.image_size
+    return lambda prompts, images: score(prompts, [on_square(image, side) for image in images])
+
+
+def on_square(image: Image, side: int) -> Image:
+    """A picture as large as it fits into a square of `side` pixels, in the middle of black (HPSv2's ResizeMaxSize)."""
+    from PIL import Image, ImageOps
+
+    fitted, square = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC), Image.new("RGB", (side, side))
+    square.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
+    return square
 
 
 def _clip(model: Any, folder: Path, device: str, scale: float) -> Scorer:
@@ -134,6 +149,7 @@ def _image_reward(folder: Path, device: str) -> Scorer:
     images_of = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     def score(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
+        tell_cut(tokenizer, prompts, _MAX_TOKENS)
         given = tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         ).to(device)

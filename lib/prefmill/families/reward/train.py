@@ -37,7 +37,7 @@ from prefmill.families.reward.data import (
 )
 from prefmill.families.reward.family import RewardFamily, reward_family
 from prefmill.families.reward.measures import DIGITS, fit_temperature, fit_tie_band, measure_head
-from prefmill.families.reward.model import MultiHeadReward, create_reward, open_processor
+from prefmill.families.reward.model import MultiHeadReward, create_reward, cut_prompts, open_processor
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 from prefmill.store.jsonl import write_jsonl
 from prefmill.training.config import TrainingConfig
@@ -268,7 +268,8 @@ def _measure_and_save(
     write_atomic(task.output / METRICS, json.dumps(measured, indent=1, allow_nan=False) + "\n")
     write_jsonl(task.output / PREDICTIONS, _predictions(held_out, margins))
     # What evaluate_images refuses to have judged by this model.
-    prompts_seen = {"prompt_half": wanted.half, "prompt_ids": sorted({row.prompt_id for row in train})}
+    ids, prompts = (sorted(found) for found in ({row.prompt_id for row in train}, {row.prompt for row in train}))
+    prompts_seen = {"prompt_half": wanted.half, "prompt_ids": ids, "prompts": prompts}
     write_atomic(task.output / TRAINED_ON, json.dumps(prompts_seen, indent=1) + "\n")
     return measured
 
@@ -295,8 +296,8 @@ def _predictions(
 def _count_cut(processor: Any, rows: Sequence[LabelledPair]) -> int:
     """How many prompts are longer than CLIP reads: their ends have no effect."""
     prompts = {row.prompt_id: row.prompt for row in rows}
-    lengths = {name: len(processor.tokenizer(prompt)["input_ids"]) for name, prompt in prompts.items()}
-    cut = sorted(name for name, length in lengths.items() if length > processor.tokenizer.model_max_length)
+    long = set(cut_prompts(processor.tokenizer, prompts.values(), processor.tokenizer.model_max_length))
+    cut = sorted(name for name, prompt in prompts.items() if prompt in long)
     if cut:
         _log.warning("%d of %d prompts are longer than CLIP reads, such as %s", len(cut), len(prompts), cut[0])
     return len(cut)

@@ -21,7 +21,8 @@ PAIRS = "pairs.jsonl"
 class PairImages:
     """A pair as a group of two samples: `images` are the winner's and the loser's files and their sha256.
 
-    `weight` averages 1 over the pairs that train together.
+    `weight` averages 1 over the pairs that train together. A `held_out` one is seen as it is, whatever is changed in
+    training: what is measured on it could not be compared.
     """
 
     pair_id: str
@@ -31,6 +32,7 @@ class PairImages:
     digests: tuple[str, str]
     weight: float = 1.0
     soft_label: float | None = None
+    held_out: bool = False
 
     @property
     def pairs(self) -> Sequence[Pair]:
@@ -56,7 +58,7 @@ def read_image_pairs(artifact: Artifact, split: ImageSplit) -> list[PairImages]:
     ]
     # An average of 1, so that weights do not change the size of a step, nor which learning rate is right.
     mean = sum(pair.weight for pair in pairs) / max(1, len(pairs))
-    return [replace(pair, weight=pair.weight / mean) for pair in pairs]
+    return [replace(pair, weight=pair.weight / mean, held_out=split != "train") for pair in pairs]
 
 
 def balance_labels(pairs: Sequence[PairImages], seed: int) -> Iterator[PairImages]:

@@ -148,7 +148,7 @@ def _encode(
     epochs = sorted({item.epoch for item in plan})
     seen = [(pair, epoch) for epoch in epochs for pair in train] + [(pair, 0) for pair in held_out]
     files = {
-        (path, digest, reader.flipped(pair.pair_id, epoch), reader.size(pair))
+        (path, digest, reader.flipped(pair, epoch), reader.size(pair))
         for pair, epoch in seen
         for path, digest in zip(pair.images, pair.digests, strict=True)
     }

@@ -84,21 +84,27 @@ class PairReader:
 
     def prompt(self, pair: PairImages, epoch: int) -> str | None:
         """The prompt that an epoch shows with a pair; none in a share `caption_dropout` of them."""
-        chance = random.Random(f"{self.seed}:{epoch}:{pair.pair_id}").random() if self.caption_dropout else 1.0
-        return None if chance < self.caption_dropout else pair.prompt
+        share = 0.0 if pair.held_out else self.caption_dropout
+        chance = random.Random(f"{self.seed}:{epoch}:{pair.pair_id}").random() if share else 1.0
+        return None if chance < share else pair.prompt
 
     def size(self, pair: PairImages) -> Size:
         """The size in pixels that both images of a pair are brought to: the winner's bucket."""
         return self.images.size(*image_size(pair.images[0])) if self.images.bucket_step else self.images.size(1, 1)
 
-    def flipped(self, pair_id: str, epoch: int) -> bool:
+    def flipped(self, pair: PairImages, epoch: int) -> bool:
         """Whether an epoch sees both images of a pair mirrored."""
         # From another seed than the noise: else an epoch would mirror just the pairs with certain timesteps.
-        return self.random_flip and bool(draw(self.seed + 1, pair_id, epoch, (1,), 2).timestep)
+        may = self.random_flip and not pair.held_out
+        return may and bool(draw(self.seed + 1, pair.pair_id, epoch, (1,), 2).timestep)
+
+    def offset(self, pair: PairImages) -> float:
+        """How far the noise of a pair's channels is moved."""
+        return 0.0 if pair.held_out else self.noise_offset
 
     def keys(self, pair: PairImages, epoch: int) -> list[str]:
         """The keys of the latents of winner and loser in an epoch."""
-        flip = self.flipped(pair.pair_id, epoch)
+        flip = self.flipped(pair, epoch)
         return [self.images.of(digest, flip, self.size(pair)) for digest in pair.digests]
 
     def batch(self, pairs: Sequence[PairImages], epochs: Sequence[int]) -> SdxlBatch:
@@ -112,16 +118,11 @@ class PairReader:
         # Winner and loser share timestep and noise, as in Diffusion-DPO's code: their difference then varies less.
         draws = [
             draw(
-                self.seed,
-                pair.pair_id,
-                epoch,
-                shape,
-                self.schedule.num_timesteps,
-                self.noise_offset,
+                self.seed, pair.pair_id, epoch, shape, self.schedule.num_timesteps, self.offset(pair),
                 self.schedule.sample,
             )
             for pair, epoch in given
-        ] * 2
+        ] * 2  # fmt: skip
         said = [self.prompt(pair, epoch) for pair, epoch in given]
         texts = [self.cache.load(self.texts.of(prompt)) for prompt in said] * 2
         labels = [pair.soft_label for pair in pairs]

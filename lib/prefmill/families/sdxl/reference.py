@@ -89,7 +89,7 @@ class ReferenceErrors:
             self.one_side_at_once,
             self.settings,
             # Nothing is added without an offset: errors kept before there was one stay valid.
-            *([self.reader.noise_offset] if self.reader.noise_offset else []),
+            *filter(None, {read.offset(pair) for pair in pairs}),
         ]
         return f"{digest_json(said)}-reference"
 

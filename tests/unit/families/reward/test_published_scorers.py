@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from prefmill.core.config import validate
 from prefmill.core.errors import InputError
 from prefmill.demo.tiny_models import build
+from prefmill.families.reward.model import _say_cut
 from prefmill.families.reward.open_clip import CONFIG_FILE
 from prefmill.families.reward.published import MED_CONFIG, open_published
 from prefmill.families.reward.scoring import open_scorer
@@ -71,9 +72,19 @@ def test_pickscore_is_clips_own_logit(clip: Path, images: list[Path]) -> None:
         agrees(clip, images, CLIPModel.from_pretrained(clip).eval()(**given).logits_per_image.diagonal())
 
 
+def whole(path: Path, side: int) -> Image.Image:
+    """A picture as ResizeMaxSize of HPSv2's open_clip/transform.py makes it: the longer side first, then black."""
+    image = Image.open(path).convert("RGB")
+    height, width = (round(length * side / max(image.size)) for length in reversed(image.size))
+    across, down = side - width, side - height
+    padding = ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
+    return Image.fromarray(np.pad(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), padding))
+
+
 def test_hpsv2_is_open_clips_cosine(
     clip: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the whole picture: of those that are not square only the middle was scored."""
     from transformers import CLIPProcessor
 
     processor = CLIPProcessor.from_pretrained(clip)
@@ -85,8 +96,20 @@ def test_hpsv2_is_open_clips_cosine(
     state = open_clip.make_state()
     processor.save_pretrained(open_clip.write(tmp_path, config, state))
     tokens = processor.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
-    image, text = open_clip.by_hand(state, seen(clip, images), tokens)
+    for path in images:
+        whole(path, 32).save(tmp_path / path.name)
+    image, text = open_clip.by_hand(state, seen(clip, [tmp_path / path.name for path in images]), tokens)
     agrees(tmp_path, images, (normalize(image) * normalize(text)).sum(1))
+
+
+def test_a_prompt_that_a_scorer_reads_in_part_is_told_once(
+    clip: Path, images: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    score = open_scorer(clip)
+    _say_cut.cache_clear()
+    for prompts, times in ((PROMPTS, 0), ([*PROMPTS[:2], "a red square " * 30], 1), (["a blue circle " * 30] * 3, 1)):
+        score(prompts, images)
+        assert caplog.text.count("prompts of more than 77 tokens") == times
 
 
 HEADS: dict[str, Callable[[int], nn.Module]] = {

@@ -91,6 +91,17 @@ def test_captions_are_dropped_in_their_share_and_the_same_ones_each_time(
     assert all(replace(reader, caption_dropout=0.0).prompt(pair, epoch) for epoch in range(100))
 
 
+def test_held_out_pairs_are_seen_as_they_are(folder: SdxlFolder, tmp_path: Path, pair: PairImages) -> None:
+    """Runs of other recipes were measured on other pictures and prompts, and a sweep compared them."""
+    plain, held = reader_of(folder, tmp_path, pair), replace(pair, held_out=True)
+    changing = replace(plain, caption_dropout=0.99, random_flip=True, noise_offset=0.5)
+    assert changing.flipped(replace(pair, pair_id="b"), 0)
+    for kept, found in zip(vars(plain.batch([pair], [0])).values(), vars(changing.batch([held], [0])).values()):  # noqa: B905
+        assert kept is found or torch.equal(kept, found)
+    keys = [ReferenceErrors([held], reader, {}, 1, torch.float32).key((0, 0)) for reader in (plain, changing)]
+    assert keys[0] == keys[1]
+
+
 @pytest.mark.parametrize("key", [{"caption_dropout": 0.99}, {"noise_offset": 0.1}])
 def test_references_of_another_recipe_are_not_taken(
     key: dict[str, float], folder: SdxlFolder, tmp_path: Path, pair: PairImages
