@@ -50,6 +50,7 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
     from pathlib import Path
 
     from prefmill.core.statistics import Resampling
+    from prefmill.families.sdxl.generator import GeneratorSource
     from prefmill.images.evaluate import ImageEvaluation, evaluate_images
 
     model = task.optional_input("model")
@@ -58,11 +59,7 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
     if model is not None:
         label = f"{model.manifest.stage}@{model.manifest.content_digest[:12]}"
     wanted = ImageEvaluation(
-        base=base,
-        base_label=label,
-        precision=config.precision,
-        revision=config.revision,
-        variant=config.variant,
+        base=GeneratorSource(base, label, config.precision, config.revision, config.variant),
         published_scorer=config.published_scorer,
         prompts=config.prompts,
         splits=config.splits,

@@ -38,10 +38,8 @@ _METADATA = ("metadata.csv", "metadata.jsonl")  # ImageFolder's
 _FILE = ("file_name", "filename", "image_path")
 _IMAGE_TOO = {**PROMPT_TOO, "file": (*_FILE, "image")}
 _SCORE_TOO = {"image": (*_FILE, "file")}
-_RATING_TOO = {
-    "choice": ("preference", "winner", "pairwise", "pw"),
-    "rater": ("annotator",),
-}  # as Label Studio and sheets have it
+# As Label Studio and sheets have it.
+_RATING_TOO = {"choice": ("preference", "winner", "pairwise", "pw"), "rater": ("annotator",)}
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
 # Our own names first, then those of tables filled in by hand.
 _SIDES = (

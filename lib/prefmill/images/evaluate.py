@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,6 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.figures import with_interval
 from prefmill.core.files import digest_path, write_atomic
 from prefmill.core.image_rows import HEADS, GeneratedImage, ImagePrompt, ImageSplit
-from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling, holm, means, within
 from prefmill.families.reward.scoring import open_scorer
@@ -42,11 +41,7 @@ _BLOCK = 64  # images scored between two that are kept
 class ImageEvaluation:
     """What is asked for; see stages/evaluate_images.py."""
 
-    base: str
-    base_label: str
-    precision: Precision
-    revision: str | None
-    variant: str | None
+    base: GeneratorSource
     published_scorer: Path | None
     prompts: Path | None
     splits: Sequence[ImageSplit]
@@ -79,7 +74,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     num_grids = write_grids(task.output, GRIDS, shown, SIDES, len(wanted.sampling.seeds))
     measured: dict[str, Any] = {
         **_of_scorer(scorer, tuned),
-        "base": wanted.base_label,
+        "base": wanted.base.label,
         "tuned": tuned.manifest.content_digest,
         "shuffled_labels": bool(tuned.manifest.config.get("shuffle_labels")),
         "num_prompts": len(prompts),
@@ -110,16 +105,17 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
 def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[ImagePrompt]:
     """The prompts of the configured file, else those of the pairs' held-out splits, sorted; at most `num_prompts`."""
     pairs = task.optional_input("pairs")
+    rows: Iterable[Any]
     if wanted.prompts is not None:
-        found = {row["prompt_id"]: row for row in read_prompts(wanted.prompts)}
+        rows = read_prompts(wanted.prompts)
     elif pairs is not None:
-        rows = [row for row in read_jsonl(pairs.file("pairs.jsonl")) if row["split"] in wanted.splits]
-        found = {row["prompt_id"]: ImagePrompt(prompt_id=row["prompt_id"], prompt=row["prompt"]) for row in rows}
+        rows = (row for row in read_jsonl(pairs.file("pairs.jsonl")) if row["split"] in wanted.splits)
     else:
         raise ConfigError(
             "no prompts to evaluate on", where=f"{task.stage}:{task.name}",
             fix="give prompts=FILE, or inputs.pairs=FOLDER whose held-out prompts are taken",
         )  # fmt: skip
+    found = {row["prompt_id"]: ImagePrompt(prompt_id=row["prompt_id"], prompt=row["prompt"]) for row in rows}
     chosen = [found[name] for name in sorted(found)][: wanted.num_prompts]
     if len(chosen) < 2:
         raise InputError(
@@ -146,7 +142,9 @@ def _of_scorer(scorer: Artifact | Path, tuned: Artifact) -> dict[str, Any]:
         return {
             "scorer": digest_path(scorer), "published_scorer": scorer.name, "scorer_shares_training_prompts": False
         }  # fmt: skip
-    shares = shares_training_prompts(scorer, tuned)
+    # Not where each had its half.
+    judged_by = _prompt_half(json.loads(scorer.file("trained_on.json").read_text()))
+    shares = not (judged_by == "judge" and _prompt_half(tuned.manifest.config) == "policy")
     return {"scorer": scorer.manifest.content_digest, "scorer_shares_training_prompts": shares}
 
 
@@ -175,28 +173,21 @@ def require_independent(
         )  # fmt: skip
 
 
-def shares_training_prompts(scorer: Artifact, tuned: Artifact) -> bool:
-    """Whether the scorer may have learnt from prompts that the model was tuned on: not where each had its half."""
-    judged_by = _prompt_half(json.loads(scorer.file("trained_on.json").read_text()))
-    return not (judged_by == "judge" and _prompt_half(tuned.manifest.config) == "policy")
-
-
 def _prompt_half(recorded: Mapping[str, Any]) -> str | None:
     """The half of the prompts that a training learnt from; it was recorded as `half` once."""
     half: str | None = recorded.get("prompt_half", recorded.get("half"))
     return half
 
 
-def source_of(wanted: ImageEvaluation, side: str, tuned: Artifact) -> GeneratorSource:
+def source_of(base: GeneratorSource, side: str, tuned: Artifact) -> GeneratorSource:
     """What makes the images of a side: the base, the base with the tuned adapter, or the tuned pipeline itself."""
     label = f"{tuned.manifest.stage}@{tuned.manifest.content_digest[:12]}"
-    options: dict[str, Any] = {"precision": wanted.precision, "revision": wanted.revision, "variant": wanted.variant}
     if side == "base":
-        return GeneratorSource(wanted.base, wanted.base_label, **options)
+        return base
     if (tuned.path / ADAPTER_FILE).is_file():
-        return GeneratorSource(wanted.base, f"{wanted.base_label} + {label}", **options, adapter=tuned.path)
+        return replace(base, label=f"{base.label} + {label}", adapter=tuned.path)
     if (tuned.path / PIPELINE_FILE).is_file():
-        return GeneratorSource(str(tuned.path), label, wanted.precision)
+        return GeneratorSource(str(tuned.path), label, base.precision)
     raise InputError(
         "neither an adapter nor a pipeline", where=tuned.path, expected=f"{ADAPTER_FILE} or {PIPELINE_FILE}",
         fix="give the output of sdxl_dpo as inputs.tuned",
@@ -255,7 +246,7 @@ def _images(
     wanted: ImageEvaluation, side: str, tuned: Artifact, prompts: Sequence[ImagePrompt], task: Task
 ) -> list[GeneratedImage]:
     """A side's images, below a folder of its own; rows name files from the artifact on."""
-    source = source_of(wanted, side, tuned)
+    source = source_of(wanted.base, side, tuned)
     work = task.work / side
     work.mkdir(exist_ok=True)
     rows = make_images(
@@ -313,8 +304,7 @@ def _drift(wanted: ImageEvaluation, tuned: Artifact, task: Task) -> dict[str, An
         return None
     from prefmill.families.sdxl.denoising_error_shift import denoising_drift
 
-    base = source_of(wanted, "base", tuned)
     return denoising_drift(
-        base, source_of(wanted, "tuned", tuned), pairs, wanted.splits, wanted.drift_draws, wanted.resolution,
-        task.work / "cache", wanted.resampling,
+        wanted.base, source_of(wanted.base, "tuned", tuned), pairs, wanted.splits, wanted.drift_draws,
+        wanted.resolution, task.work / "cache", wanted.resampling,
     )  # fmt: skip

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.files import write_atomic
-from prefmill.core.image_rows import ImagePrompt
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.generation import cut_prompts, drawn_guidance, make_images, plan_jobs
 from prefmill.images.prompts import read_prompts
@@ -41,7 +40,11 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
 
     def open_model() -> Any:
         model = wanted.open_model()
-        write_atomic(cut_file, json.dumps(_warned(cut_prompts(model, prompts), prompts)))
+        if cut := cut_prompts(model, prompts):
+            _log.warning(
+                "%d of %d prompts are longer than the text encoders read, as %s", len(cut), len(prompts), cut[0]
+            )
+        write_atomic(cut_file, json.dumps(cut))
         return model
 
     rows = make_images(
@@ -59,9 +62,3 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
     }
     write_atomic(task.output / "summary.json", json.dumps(summary, indent=1) + "\n")
     return {"num_prompts": len(prompts), "num_images": len(rows), "num_cut_prompts": len(summary["cut_prompts"])}
-
-
-def _warned(cut: list[str], prompts: Sequence[ImagePrompt]) -> list[str]:
-    if cut:
-        _log.warning("%d of %d prompts are longer than the text encoders read, as %s", len(cut), len(prompts), cut[0])
-    return cut

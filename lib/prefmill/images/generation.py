@@ -185,12 +185,7 @@ class _BatchSize:
 
 
 def _batches(
-    model: Any,
-    jobs: Sequence[ImageJob],
-    sampling: ImageSampling,
-    label: str,
-    output: Path,
-    size: _BatchSize,
+    model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling, label: str, output: Path, size: _BatchSize
 ) -> Iterator[int]:
     """Work through `jobs`; yields how many are done. A batch of which an image is missing is made again whole."""
     from accelerate.utils.memory import should_reduce_batch_size
@@ -216,12 +211,7 @@ def _batches(
 
 
 def _store(
-    model: Any,
-    batch: Sequence[ImageJob],
-    latents: torch.Tensor,
-    sampling: ImageSampling,
-    label: str,
-    output: Path,
+    model: Any, batch: Sequence[ImageJob], latents: torch.Tensor, sampling: ImageSampling, label: str, output: Path
 ) -> None:
     for job, item in zip(batch, latents, strict=True):
         _require_finite(item, job, model)

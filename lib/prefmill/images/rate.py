@@ -28,15 +28,7 @@ from prefmill.core.places import STAGES
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
 from prefmill.images.custom_images import image_of_row, read_own_images
-from prefmill.images.rating import (
-    Matchup,
-    brightness,
-    in_order,
-    plan_matchups,
-    rate_by_scores,
-    score_all,
-    sharpness,
-)
+from prefmill.images.rating import Matchup, brightness, in_order, plan_matchups, rate_by_scores, score_all, sharpness
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.missing import Progress
 
@@ -192,11 +184,7 @@ def _ask_program(
 
 
 def _ask_people(
-    wanted: RateImages,
-    rater: PeopleConfig,
-    matchups: Sequence[Matchup],
-    images: dict[str, GoodImage],
-    task: Task,
+    wanted: RateImages, rater: PeopleConfig, matchups: Sequence[Matchup], images: dict[str, GoodImage], task: Task
 ) -> list[Rating]:
     """Serve the page until it is finished; a killed server's successor goes on behind the last answer."""
     from prefmill.images.answers import AnswerBook, Session

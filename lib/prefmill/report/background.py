@@ -26,10 +26,7 @@ def training_section(checkpoints: Sequence[Artifact]) -> list[Row]:
 
 def data_section(corpus: Artifact | None, datasets: Artifact | None) -> Row:
     """Counts of papers and reviews by split, where the SFT cut fell, pairs made and dropped; absent parts are None."""
-    return {
-        "corpus": _summary(corpus),
-        "datasets": _summary(datasets),
-    }
+    return {"corpus": _summary(corpus), "datasets": _summary(datasets)}
 
 
 def validation_section(validation: Artifact | None) -> Row | None:

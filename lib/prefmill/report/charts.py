@@ -109,10 +109,7 @@ def line_chart(lines: Sequence[Line], title: str, x_axis: str, y_axis: str, refe
     if reference is not None:
         parts.append(element("line", x1=left, x2=right, y1=y(reference), y2=y(reference), class_="zero"))
     parts += [_curve(line, x, y) for line in lines]
-    parts += [
-        text(y_axis, 4, 12, "axis-name"),
-        text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle"),
-    ]
+    parts += [text(y_axis, 4, 12, "axis-name"), text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
     return _chart(title, bottom + 40, parts)
 
 

@@ -101,8 +101,4 @@ def _table(rows: Sequence[Row], best: Row, config: StudyConfig) -> Markup:
 def _cells(row: Row, config: StudyConfig) -> list[str]:
     shown = row["state"] if row["value"] is None else f"{row['value']:.4f}"
     values = (row["params"][name] for name in config.space)
-    return [
-        str(row["number"]),
-        *(f"{one:.3g}" if isinstance(one, float) else str(one) for one in values),
-        shown,
-    ]
+    return [str(row["number"]), *(f"{one:.3g}" if isinstance(one, float) else str(one) for one in values), shown]

@@ -204,12 +204,7 @@ def _value(metrics: Mapping[str, Any], name: str, stage: Stage[Any], folder: Pat
     if not isinstance(value, (int, float)):
         raise TrialError(f"metric {name} is no number", where=folder, got=value, fix="see that it has held-out data")
     if not math.isfinite(value):
-        raise TrialDivergedError(
-            f"metric {name} is no finite number",
-            where=folder,
-            got=value,
-            fix="narrow the space",
-        )
+        raise TrialDivergedError(f"metric {name} is no finite number", where=folder, got=value, fix="narrow the space")
     return float(value)
 
 

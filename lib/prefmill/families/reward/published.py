@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,19 +71,15 @@ def _pick_score(folder: Path, device: str) -> Scorer:
 
 
 def _hps(folder: Path, device: str) -> Scorer:
-    """HPSv2 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP's cos(image, text), the image being seen whole."""
+    """HPSv2 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP's cos(image, text), the image whole on a black square."""
+    from PIL import ImageOps
+    from PIL.Image import Resampling
+
     model = load_open_clip(folder)
     score, side = _clip(model, folder, device, 1.0), model.config.vision_config.image_size
-    return lambda prompts, images: score(prompts, [on_square(image, side) for image in images])
-
-
-def on_square(image: Image, side: int) -> Image:
-    """A picture as large as it fits into a square of `side` pixels, in the middle of black (HPSv2's ResizeMaxSize)."""
-    from PIL import Image, ImageOps
-
-    fitted, square = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC), Image.new("RGB", (side, side))
-    square.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
-    return square
+    # Of an odd number of black rows or columns the last side has one more, as in the authors' ResizeMaxSize.
+    pad = functools.partial(ImageOps.pad, size=(side, side), method=Resampling.BICUBIC, centering=(0.499, 0.499))
+    return lambda prompts, images: score(prompts, [pad(image) for image in images])
 
 
 def _clip(model: Any, folder: Path, device: str, scale: float) -> Scorer:

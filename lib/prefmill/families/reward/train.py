@@ -295,9 +295,8 @@ def _predictions(
 
 def _count_cut(processor: Any, rows: Sequence[LabelledPair]) -> int:
     """How many prompts are longer than CLIP reads: their ends have no effect."""
-    prompts = {row.prompt_id: row.prompt for row in rows}
-    long = set(cut_prompts(processor.tokenizer, prompts.values(), processor.tokenizer.model_max_length))
-    cut = sorted(name for name, prompt in prompts.items() if prompt in long)
+    prompts = sorted({row.prompt for row in rows})
+    cut = cut_prompts(processor.tokenizer, prompts, processor.tokenizer.model_max_length)
     if cut:
         _log.warning("%d of %d prompts are longer than CLIP reads, such as %s", len(cut), len(prompts), cut[0])
     return len(cut)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prefmill.core.files import replacing
 from prefmill.core.precision import torch_dtype
 from prefmill.families.sdxl.backbone import prompt_arguments
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
@@ -139,9 +140,8 @@ def save_grid(images: Sequence[Any], path: Path) -> None:
     for number, image in enumerate(images):
         grid.paste(image, (number % columns * width, number // columns * height))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    grid.save(partial, format="PNG")
-    partial.replace(path)
+    with replacing(path) as stream:
+        grid.save(stream, format="PNG")
 
 
 def _trained(model: Any) -> list[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from prefmill.core.statistics import MIN_PAPERS, Resampling, means
 from prefmill.distributed.devices import device_type
 from prefmill.families.sdxl.backbone import denoiser
 from prefmill.families.sdxl.data import PairImages, read_image_pairs
-from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts
+from prefmill.families.sdxl.encoding import ImageKeys, TextKeys
 from prefmill.families.sdxl.family import PairReader, errors, predict
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.families.sdxl.loading import SdxlFolder, open_folder
@@ -68,17 +68,12 @@ def _encoded(
     base: GeneratorSource, folder: SdxlFolder, pairs: Sequence[PairImages], resolution: int | None, cache: Path
 ) -> PairReader:
     """Latents and embeddings of the pairs, by the base's VAE in fp32 and its text encoders."""
-    device = torch.device(device_type())
-    store = TensorCache(cache)
     images = ImageKeys(folder.digest("vae"), resolution or _native_resolution(folder), "fp32")
-    encoders = folder.digest(*folder.encoders)
-    texts = TextKeys(encoders, base.precision)
-    square = images.size(1, 1)
-    files = {(path, sha, False, square) for pair in pairs for path, sha in zip(pair.images, pair.digests, strict=True)}
-    encode_images(sorted(files), folder, images, store, _VAE_BATCH, device)
-    encode_texts(sorted({pair.prompt for pair in pairs}), folder, texts, store, device)
+    texts = TextKeys(folder.digest(*folder.encoders), base.precision)
     # Without min-SNR, whatever training used: else two trainings would be measured by different errors.
-    return PairReader(store, images, texts, folder.schedule(), _SEED)
+    reader = PairReader(TensorCache(cache), images, texts, folder.schedule(), _SEED)
+    reader.encode(folder, [(pair, 0) for pair in pairs], _VAE_BATCH, torch.device(device_type()))
+    return reader
 
 
 def _native_resolution(folder: SdxlFolder) -> int:

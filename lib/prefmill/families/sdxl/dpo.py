@@ -22,7 +22,7 @@ from prefmill.families.reward.data import Half, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_pairs
-from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, encode_images, encode_texts, tell_cut
+from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, tell_cut
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name, require_patches
@@ -140,21 +140,13 @@ def _encode(
     """Have the latents and embeddings of all pairs in the cache."""
     cache = TensorCache(cache_folder(task, config.cache_dir))
     images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision, config.bucket_step)
-    encoders = folder.digest(*folder.encoders)
-    texts = TextKeys(encoders, config.precision)
+    texts = TextKeys(folder.digest(*folder.encoders), config.precision)
     reader = PairReader(
         cache, images, texts, schedule, config.seed, config.random_flip, config.caption_dropout, config.noise_offset
     )
     epochs = sorted({item.epoch for item in plan})
     seen = [(pair, epoch) for epoch in epochs for pair in train] + [(pair, 0) for pair in held_out]
-    files = {
-        (path, digest, reader.flipped(pair, epoch), reader.size(pair))
-        for pair, epoch in seen
-        for path, digest in zip(pair.images, pair.digests, strict=True)
-    }
-    encode_images(sorted(files), folder, images, cache, config.vae_batch_size, device)
-    # None always: sample images are guided away from it, and a dropped caption becomes it.
-    encode_texts([None, *sorted({pair.prompt for pair in [*train, *held_out]})], folder, texts, cache, device)
+    reader.encode(folder, seen, config.vae_batch_size, device)
     return reader
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from prefmill.families.sdxl.data import PairImages
-from prefmill.families.sdxl.encoding import ImageKeys, Size, TextKeys
+from prefmill.families.sdxl.encoding import ImageKeys, Size, TextKeys, encode_images, encode_texts
+from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.families.sdxl.noise import ERRORS, Schedule, draw
 from prefmill.store.pictures import image_size
 from prefmill.store.tensor_cache import TensorCache
@@ -106,6 +107,18 @@ class PairReader:
         """The keys of the latents of winner and loser in an epoch."""
         flip = self.flipped(pair, epoch)
         return [self.images.of(digest, flip, self.size(pair)) for digest in pair.digests]
+
+    def encode(
+        self, folder: SdxlFolder, seen: Sequence[tuple[PairImages, int]], vae_batch_size: int, device: torch.device
+    ) -> None:
+        """Have what batches of these pairs and epochs need in the cache, and what stands for no prompt."""
+        files = {
+            (path, digest, self.flipped(pair, epoch), self.size(pair))
+            for pair, epoch in seen
+            for path, digest in zip(pair.images, pair.digests, strict=True)
+        }
+        encode_images(sorted(files), folder, self.images, self.cache, vae_batch_size, device)
+        encode_texts([None, *sorted({pair.prompt for pair, _ in seen})], folder, self.texts, self.cache, device)
 
     def batch(self, pairs: Sequence[PairImages], epochs: Sequence[int]) -> SdxlBatch:
         """These pairs, each as its epoch has it."""

@@ -81,16 +81,10 @@ class ReferenceErrors:
         read = self.reader
         content = [[pair.pair_id, read.texts.of(read.prompt(pair, epoch)), *read.keys(pair, epoch)] for pair in pairs]
         said = [
-            content,
-            epoch,
-            self.reader.seed,
-            self.at_once,
-            self.with_predictions,
-            self.one_side_at_once,
-            self.settings,
+            content, epoch, read.seed, self.at_once, self.with_predictions, self.one_side_at_once, self.settings,
             # Nothing is added without an offset: errors kept before there was one stay valid.
             *filter(None, {read.offset(pair) for pair in pairs}),
-        ]
+        ]  # fmt: skip
         return f"{digest_json(said)}-reference"
 
     def compute(self, model: Any, used: Iterable[tuple[int, int]], device: torch.device, task: Task) -> None:
