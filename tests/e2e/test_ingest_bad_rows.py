@@ -173,6 +173,20 @@ def test_a_scale_that_ends_earlier_and_html_are_told(tmp_path: Path, caplog: pyt
     assert summary(ingest(tmp_path / "two", sources=[right]))["warnings"] == []
 
 
+def test_a_scale_that_changed_with_the_year_and_one_upside_down_are_told(tmp_path: Path) -> None:
+    """Each was read as it stood: six of six as six of ten, and the best rating as the worst."""
+    years = [row(n, rating=1 + n % size, venue=f"V {size}") for size in (6, 10) for n in range(size * 100, size * 104)]
+    path = jsonl(tmp_path / "years.jsonl", *years)
+    (told,) = summary(ingest(tmp_path / "years", sources=[{"format": "jsonl", "path": path}]))["warnings"]
+    assert told.startswith("no rating of source 0, V 6, is above 6 on 1 to 10: set rating_max")
+    fates = [row(n, rating=1 + (n % 2) * 3 + n % 3, decision="rejected" if n % 2 else "accepted") for n in range(80)]
+    turned = {"format": "jsonl", "path": jsonl(tmp_path / "turned.jsonl", *fates), "rating_max": 6}
+    (told,) = summary(ingest(tmp_path / "turned", sources=[turned]))["warnings"]
+    assert told.startswith("source 0 has mean ratings of 1.98 for accepted papers and of 5 for rejected ones")
+    right = {**turned, "lower_is_better": True}
+    assert summary(ingest(tmp_path / "right", sources=[right]))["warnings"] == []
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", row(1, rating=0))
     sources = [{"format": "jsonl", "path": path}]

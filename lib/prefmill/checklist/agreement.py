@@ -7,7 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, means, quotient, ranks, statistic, within
+from prefmill.core.statistics import (
+    MIN_PAPERS,
+    Array,
+    Resampling,
+    correlations,
+    means,
+    quotient,
+    ranks,
+    second_moments,
+    statistic,
+    sums_by,
+    within,
+)
 
 Found = dict[str, Any]
 _DIGITS = 6
@@ -21,7 +33,7 @@ def agreement(papers: Sequence[str], judge: Array, other: Array, resampling: Res
     """
     # Every measure below follows from sums of these cells, so that a bootstrap draw is a product of matrices.
     cells = np.stack([judge * other, judge * (1 - other), (1 - judge) * other, (1 - judge) * (1 - other)], axis=1)
-    sums = _per_paper(papers, cells)
+    sums = sums_by(np.asarray(papers), cells)
     return {
         "num_answers": len(judge),
         "num_papers": len(sums),
@@ -35,7 +47,7 @@ def agreement(papers: Sequence[str], judge: Array, other: Array, resampling: Res
 
 def mean_shift(papers: Sequence[str], shifts: Array, resampling: Resampling) -> Found:
     """The mean of `shifts` [N] over papers, every paper counting the same, with its interval; N is at least 1."""
-    sums = _per_paper(papers, np.column_stack([shifts, np.ones(len(shifts))]))
+    sums = sums_by(np.asarray(papers), np.column_stack([shifts, np.ones(len(shifts))]))
     per_paper = sums[:, :1] / sums[:, 1:]
     if len(per_paper) < MIN_PAPERS:
         return {"value": round(float(per_paper.mean()), _DIGITS), "low": None, "high": None}
@@ -53,17 +65,7 @@ def rank_correlation(papers: Sequence[str], first: Array, second: Array, resampl
         return None
     a, b = (ranks(values.tolist()) for values in (first, second))
     a, b = a - a.mean(), b - b.mean()
-    sums = _per_paper(papers, np.column_stack([a, b, a * a, b * b, a * b, np.ones(len(a))]))
-    return _interval(sums, resampling, _correlation, -1.0)
-
-
-def _per_paper(papers: Sequence[str], values: Array) -> Array:
-    """The sums over each paper's rows of `values` [N, K]: [P, K]."""
-    names, index = np.unique(np.asarray(papers, dtype=str), return_inverse=True)
-    sums = np.zeros((len(names), values.shape[1]))
-    # Not sums[index] += values, which adds one row alone where an index is repeated.
-    np.add.at(sums, index, values)
-    return sums
+    return _interval(sums_by(np.asarray(papers), second_moments(a, b)), resampling, correlations, -1.0)
 
 
 def _interval(sums: Array, resampling: Resampling, function: Any, lowest: float) -> Found:
@@ -91,13 +93,3 @@ def _kappa(cells: Array) -> Array:
 
 def _f1(cells: Array) -> Array:
     return quotient(2 * cells[:, 0], 2 * cells[:, 0] + cells[:, 1] + cells[:, 2], 1.0)
-
-
-def _correlation(moments: Array) -> Array:
-    """From mean sums of a, b, a², b², ab and the count, for each row; 0 where a draw leaves nothing to vary."""
-    a, b, aa, bb, ab, count = (moments[:, index] for index in range(6))
-    variances = np.clip(aa / count - (a / count) ** 2, 0, None) * np.clip(bb / count - (b / count) ** 2, 0, None)
-    empty = variances <= 1e-12
-    covariance = ab / count - a * b / count**2
-    result: Array = np.where(empty, 0.0, covariance / np.sqrt(np.where(empty, 1.0, variances)))
-    return result

@@ -13,6 +13,7 @@ from prefmill.core.records import Answer
 
 _DIGITS = 4
 _MOST_WITH_FEW = 20  # of reviews: with fewer, all alike says nothing
+_FEW_ITEMS = 2  # so many may well have one answer in every review
 
 
 class JudgeGate(StrictConfig):
@@ -83,10 +84,12 @@ class AnswerCounts:
 
     items: dict[str, ItemCount] = field(default_factory=dict)
     num_reviews: int = 0
+    num_level: int = 0  # reviews with one and the same P(yes) for all of several items
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Take in a review's answers."""
         self.num_reviews += 1
+        self.num_level += len(answers) > _FEW_ITEMS and len({answer["p_yes"] for answer in answers.values()}) == 1
         for name, answer in answers.items():
             self.items.setdefault(name, ItemCount()).add(answer)
 
@@ -116,13 +119,21 @@ def check(counts: AnswerCounts, gate: JudgeGate, key: str = "judge") -> None:
     mass, yes = found["answer_mass"], found["yes_share"]
     if mass is not None and mass < gate.min_answer_mass:
         raise _not_believed(
-            found, f"at least {_percent(gate.min_answer_mass)} ({key}.min_answer_mass)",
+            in_words(found), f"at least {_percent(gate.min_answer_mass)} ({key}.min_answer_mass)",
             f"use a model that follows instructions, or another chat template, or set {key}.min_answer_mass=0",
         )  # fmt: skip
-    if counts.num_reviews >= _MOST_WITH_FEW and max(yes, 1 - yes) > gate.max_same_answer:
+    if counts.num_reviews < _MOST_WITH_FEW:
+        return
+    most = f"at most {_percent(gate.max_same_answer)} of one answer ({key}.max_same_answer)"
+    if max(yes, 1 - yes) > gate.max_same_answer:
         raise _not_believed(
-            found, f"at most {_percent(gate.max_same_answer)} of one answer ({key}.max_same_answer)",
+            in_words(found), most,
             f"use a stronger model, or items that tell reviews apart, or set {key}.max_same_answer=1",
+        )  # fmt: skip
+    if (level := counts.num_level / counts.num_reviews) > gate.max_same_answer:
+        raise _not_believed(
+            f"all items of a review have one and the same P(yes), in {_percent(level)} of the reviews", most,
+            f"look for a cache before the server that leaves the question out, or set {key}.max_same_answer=1",
         )  # fmt: skip
 
 
@@ -139,11 +150,10 @@ def warnings(found: Mapping[str, Any], num_items: int) -> list[str]:
     return said
 
 
-def _not_believed(found: Mapping[str, Any], expected: str, fix: str) -> InputError:
+def _not_believed(got: str, expected: str, fix: str) -> InputError:
     return InputError(
-        "the judge is not to be believed", got=in_words(found), expected=expected,
-        fix=f"{fix}; what is scored is kept",
-    )  # fmt: skip
+        "the judge is not to be believed", got=got, expected=expected, fix=f"{fix}; what is scored is kept"
+    )
 
 
 def _percent(share: float) -> str:

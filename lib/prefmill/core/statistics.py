@@ -147,6 +147,27 @@ def _draw_counts(num_papers: int, resampling: Resampling) -> Iterator[NDArray[np
         yield generator.multinomial(num_papers, np.full(num_papers, 1 / num_papers), size=rows).astype(np.uint8)
 
 
+def sums_by(papers: NDArray[Any], values: Array) -> Array:
+    """The sums over each paper's rows of `values` [N, K], in order of the papers: [P, K]."""
+    names, index = np.unique(papers, return_inverse=True)
+    sums = np.zeros((len(names), values.shape[1]))
+    # Not sums[index] += values, which adds one row alone where an index is repeated.
+    np.add.at(sums, index, values)
+    return sums
+
+
+def second_moments(a: Array, b: Array) -> Array:
+    """What `correlations` needs of two values [N] each: 1, a, b, a², b² and ab, [N, 6]."""
+    return np.stack([np.ones(len(a)), a, b, a * a, b * b, a * b], axis=1)
+
+
+def correlations(means: Array) -> Array:
+    """Correlations [R] from means [R, 6] of `second_moments`; zero where either side does not vary."""
+    a, b, squares, other_squares, both = (means[:, 1:] / means[:, :1]).T
+    spread = np.sqrt(np.maximum(squares - a**2, 0) * np.maximum(other_squares - b**2, 0))
+    return np.where(spread > 1e-12, (both - a * b) / np.maximum(spread, 1e-12), 0.0)
+
+
 def quotient(part: Array, whole: Array, otherwise: float) -> Array:
     """`part` / `whole`, both [N]; `otherwise` where the whole is 0 but for rounding."""
     result: Array = np.divide(part, whole, out=np.full_like(whole, otherwise), where=whole > 1e-12)

@@ -11,6 +11,7 @@ from prefmill.datasets.examples import CheckedRow
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import Files, Occurrences, fingerprint
 from prefmill.reviews.prompt import prompt_title
+from prefmill.reviews.scale import moments
 
 _MIN_ROWS_FOR_RATINGS = 20
 _RATING_SHIFT_SD = 0.5  # a shift of means under half a standard deviation is taken for chance
@@ -40,14 +41,6 @@ def rating_problems_of(train: Mapping[float, int], val: Mapping[float, int]) -> 
     # The second bound is three standard errors: with few rows in val a large shift may be chance.
     if shift > _RATING_SHIFT_SD * deviation and shift > 3 * deviation * math.sqrt(1 / count + 1 / count_val):
         yield f"the mean rating is {mean:.2f} in train and {mean_val:.2f} in val"
-
-
-def moments(counts: Mapping[float, int]) -> tuple[float, float, int]:
-    """Mean, standard deviation and number of values given as value to count."""
-    total = sum(counts.values())
-    mean = sum(value * count for value, count in counts.items()) / total
-    variance = sum(count * (value - mean) ** 2 for value, count in counts.items()) / total
-    return mean, math.sqrt(variance), total
 
 
 class Repeats:

@@ -92,7 +92,7 @@ class Form:
     def keys(self) -> set[str]:
         """The keys of a row that are read, those that it need not have among them."""
         more = ("input", "history") if "instruction" in self.needs else ()
-        return {*self.needs, *self.items, *more, "system", "tools", "images", "image", "id", "pair_id"}
+        return {*self.needs, *self.items, *more, "system", "tools", "images", "image", "id", "pair_id", "split"}
 
     def fits(self, row: Row) -> bool:
         """Whether `row` has this form's keys, holding what they should."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, nan
 from typing import Any
@@ -47,14 +48,17 @@ def _of_list(asked: str, listed: str, answer: str, key: str, score: Score = _hig
     """Rows with a list of answers, each with its score."""
 
     def parse(row: Row, tags: Tags) -> ScoredAnswers:
-        items = row[listed]
-        if not items or not all(isinstance(item, Mapping) and isinstance(item.get(answer), str) for item in items):
-            raise BadRowError(f"{listed} is no list of objects with `{answer}` as text")
-        return _compared(
-            row, _prompt(row, asked, tags), [item[answer] for item in items], [score(i, key) for i in items]
-        )
+        answers = _listed_texts(row, listed, answer)
+        return _compared(row, _prompt(row, asked, tags), answers, [score(item, key) for item in row[listed]])
 
     return Form({asked: "prompt", listed: "list"}, parse, _OTHERS, {listed: (answer, key)})
+
+
+def _listed_texts(row: Row, listed: str, answer: str) -> list[str]:
+    items = row[listed]
+    if not items or not all(isinstance(item, Mapping) and isinstance(item.get(answer), str) for item in items):
+        raise BadRowError(f"{listed} is no list of objects with `{answer}` as text")
+    return [item[answer] for item in items]
 
 
 def _of_columns(asked: str, scores: Mapping[str, str]) -> Form:
@@ -95,6 +99,46 @@ def _up_to(turn: Any, chat: Chat) -> Chat:
     return Chat(chat.turns[: ends[turn - 1]], chat.images) if turn in range(1, len(ends)) else chat
 
 
+def arena_lists(row: Row, tags: Tags) -> ScoredAnswers:
+    """`{prompt, response_a, response_b, winner_model_a, winner_model_b}`, lists of a text a turn: the arena's 55k."""
+    asked, first, second = (_sole_text(row[key], key) for key in ("prompt", "response_a", "response_b"))
+    scores = [_higher(row, f"winner_model_{side}") for side in "ab"]
+    return _compared(row, asked_chat(asked, "prompt", tags), [first, second], scores)
+
+
+def _sole_text(value: Any, key: str) -> str:
+    """What a list of one turn says, which CSV has as JSON; null, where a model said nothing, is empty."""
+    texts = value
+    if isinstance(value, str):
+        try:
+            texts = json.loads(value)
+        except ValueError:
+            texts = [value]
+    if not isinstance(texts, (list, tuple)) or len(texts) != 1 or not isinstance(texts[0], str | None):
+        raise BadRowError(f"{key} is not the text of one turn: after different answers no prompt is shared")
+    return texts[0] or ""
+
+
+_ARENA_LISTS: Mapping[str, Kind] = {
+    "prompt": "text or list", "response_a": "text or list", "response_b": "text or list", "winner_model_a": "label",
+    "winner_model_b": "label",
+}  # fmt: skip
+# As the models of that set were asked.
+_POST = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+_ARTICLE = "Article:\n{article}\n\nTL;DR:"
+
+
+def summaries(row: Row, tags: Tags) -> ScoredAnswers:
+    """`{info: {subreddit, title, post} or {article}, summaries: [{text}, {text}], choice}`: the better one's place."""
+    info = row["info"]
+    try:
+        asked = (_POST if info.get("post") else _ARTICLE).format_map(info)
+    except KeyError as missing:
+        raise BadRowError(f"info has no {missing}") from None
+    answers, chosen = _listed_texts(row, "summaries", "text"), _choice({"0": 0, "1": 1})(row, "choice")
+    return _compared(row, asked_chat(asked, "info", tags), answers, [place == chosen for place in range(len(answers))])
+
+
 _QUESTION = "full_text"  # of a question that is an object
 
 
@@ -118,5 +162,9 @@ SCORED_FORMS: Mapping[str, Form] = {
     "helpsteer3": _of_two("context", "response1", "response2", "overall_preference", _lower),
     "shp": _of_two("history", "human_ref_A", "human_ref_B", "labels", _choice({"1": 1, "0": -1})),
     "safe_rlhf": _of_two("prompt", "response_0", "response_1", "better_response_id", _choice({"0": 1, "1": -1})),
+    "summaries": Form(
+        {"info": "dict", "summaries": "list", "choice": "label"}, summaries, _OTHERS, {"summaries": ["text"]}
+    ),
+    "arena_lists": Form(_ARENA_LISTS, arena_lists, _OTHERS, {"winner_tie": ()}),
     "arena": Form({"conversation_a": "list", "conversation_b": "list", "winner": "text"}, arena, _OTHERS, {"turn": ()}),
 }

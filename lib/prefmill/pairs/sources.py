@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, count, islice
@@ -28,6 +29,7 @@ from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows, i
 from prefmill.training.bad_rows import BadRows, RowPolicy
 
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+_HELD_OUT = re.compile("val|dev|test|eval|heldout|held.out", re.IGNORECASE)
 FoundT = TypeVar("FoundT")
 SOURCE_KEYS = ("dataset", "dataset_file", "mixture")  # one of them names the dataset
 TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
@@ -209,6 +211,10 @@ def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRo
             for item in listed(row.values.get(key)):
                 _rename(item, source, remarks)
         remarks.add_unused(row.values, source.forms[form], source.tags)
+        # Who takes a whole file does not mean to train on what its authors hold out.
+        if source.split == "train" and _HELD_OUT.match(str(row.values.get("split"))):
+            problems.append(UnusableRow(row.where, f"its column `split` says {row.values['split']}"))
+            continue
         try:
             found = parse(row.values, form, source.tags, source.forms)
         except BadRowError as error:

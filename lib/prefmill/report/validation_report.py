@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from prefmill.core.figures import bounds
-from prefmill.datasets.cross_checks import moments
 from prefmill.datasets.findings import CHECKS, Finding, Findings
 from prefmill.datasets.length_bias import LengthBias
 from prefmill.datasets.validate import Validation
+from prefmill.reviews.scale import moments
 
 _QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 

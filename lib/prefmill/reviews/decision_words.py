@@ -8,11 +8,12 @@ from functools import lru_cache
 from prefmill.core.records import Decision
 
 DECISIONS: tuple[Decision, ...] = ("accepted", "rejected", "withdrawn", "desk_rejected")
+_NO = r"\b(not|never|cannot|below|fail\w*)\b"
 _DECISION_WORDS: tuple[tuple[re.Pattern[str], Decision], ...] = (  # the first that matches
     (re.compile(r"desk[ _-]?reject", re.IGNORECASE), "desk_rejected"),
     (re.compile(r"withdraw|retracted", re.IGNORECASE), "withdrawn"),
-    # "not recommended for acceptance", "no acceptance", "unaccepted"
-    (re.compile(r"\b(not|never|cannot)\b[^.,;:]*accept|\b(no|non)[ -]?accept|unaccept", re.IGNORECASE), "rejected"),
+    # "not recommended for acceptance", "marginally below acceptance threshold", "no acceptance", "unacceptable"
+    (re.compile(rf"({_NO}|n['’]t\b)[^.,;:]*accept|\b(no|non)[ -]?accept|(un|in)accept", re.IGNORECASE), "rejected"),
     # "Submitted to ICLR 2024" is how OpenReview shows a rejected paper.
     (re.compile(r"reject|invite to workshop|submitted to|\d{4} submitted", re.IGNORECASE), "rejected"),
     (re.compile(r"accept|\b(poster|oral|spotlight|notable|talk)\b|\btop[ -]?\d+ ?%", re.IGNORECASE), "accepted"),

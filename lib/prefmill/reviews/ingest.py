@@ -6,9 +6,8 @@ import contextlib
 import itertools
 import json
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from prefmill.core.records import Paper
 from prefmill.reviews.files import PlainRow
 from prefmill.reviews.markup import holds_html
 from prefmill.reviews.papers import Document, DocumentReader, read_documents
-from prefmill.reviews.rejects import SHOWN_PROBLEMS, Rejects
+from prefmill.reviews.rejects import Rejects
 from prefmill.reviews.rows import (
     DecisionRow,
     DeletedRow,
@@ -33,80 +32,18 @@ from prefmill.reviews.rows import (
     Skipped,
     half_a_pair,
 )
-from prefmill.reviews.scale import COMMON_SCALE, Scale, prompt_scale, rescaled
+from prefmill.reviews.scale import COMMON_SCALE, prompt_scale
 from prefmill.reviews.source import SourceConfig, problem_with, read_source
 from prefmill.reviews.splits import SplitConfig, read_test_set, split_of
 from prefmill.reviews.store import CorpusStore, StoredReview
+from prefmill.reviews.tally import IngestTally
 from prefmill.store.jsonl import JsonlWriter, encode_checked
 from prefmill.store.missing import Progress
 
 _SHOWN_UNKNOWN = 100
-_JUDGED_REVIEWS, _SHORT_SCALE = 20, 0.6  # from so many on, ratings in the lower part of a scale are of another one
 _ROWS_A_LOOK = 64  # at the clock, for the progress
 _STORED = (PaperRow, ReviewRow, DecisionRow, DeletedRow)
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class IngestTally:
-    """What was read and written, for the summary."""
-
-    rows: int = 0
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    splits: Counter[str] = field(default_factory=Counter)
-    split_reviews: Counter[str] = field(default_factory=Counter)
-    decisions: Counter[str] = field(default_factory=Counter)
-    ratings: Counter[tuple[int, Scale, float]] = field(default_factory=Counter)  # by source and scale
-    text_from: Counter[str] = field(default_factory=Counter)
-    pages: int = 0
-    figures: int = 0
-    unreviewed: int = 0
-    repeated: int = 0
-    older: int = 0
-    deleted: int = 0
-    orphans: dict[str, int] = field(default_factory=dict)
-    merged: list[tuple[str, str]] = field(default_factory=list)
-    unknown: Counter[str] = field(default_factory=Counter)
-    left_out: int = 0
-    html: int = 0
-
-    def warnings(self) -> list[str]:
-        """What someone who reads the numbers must know, a sentence each."""
-        unknown = _first_of(f"{name} ({count})" for name, count in self.unknown.most_common())
-        titles, gone, orphans = self.text_from["nothing"], self.left_out, sum(self.orphans.values())
-        said = {
-            f"{titles} papers have neither text nor abstract: models see their titles only": titles,
-            f"{gone} papers with neither text nor abstract were left out, with their reviews": gone,
-            f"{self.repeated} reviews were listed again, word for word, and count once": self.repeated,
-            f"{self.older} notes have a newer version by their dates, which counts": self.older,
-            f"{self.deleted} reviews, papers and decisions were left out, as a later version is deleted": self.deleted,
-            f"{orphans} reviews of {len(self.orphans)} papers that are deleted or not in the sources were left out: "
-            f"{_first_of(self.orphans)}": self.orphans,
-            f"{self.html} reviews hold HTML, such as <br /> or &amp;, which models would learn: set html: true "
-            "in their source to read it as text": self.html,
-            "; ".join(low := self._low_scales()): low,
-            f"{len(self.merged)} papers were merged into others with the same title": self.merged,
-            f"{self.unknown.total()} values are unknown and were left out: {unknown}": self.unknown,
-        }
-        return [text for text, happened in said.items() if happened]
-
-    def common_ratings(self) -> Counter[float]:
-        """How often each rating was given, on the common scale."""
-        found = Counter[float]()
-        for (_, scale, rating), count in self.ratings.items():
-            found[rescaled(rating, scale, COMMON_SCALE)] += count
-        return found
-
-    def _low_scales(self) -> list[str]:
-        scales: defaultdict[tuple[int, Scale], Counter[float]] = defaultdict(Counter)
-        for (source, scale, rating), count in self.ratings.items():
-            scales[source, scale][rating] += count
-        return [
-            f"no rating of source {source} is above {max(ratings):g} on {low:g} to {high:g}: set rating_max if its "
-            "scale ends there"
-            for (source, (low, high)), ratings in scales.items()
-            if ratings.total() >= _JUDGED_REVIEWS and max(ratings) - low <= _SHORT_SCALE * (high - low)
-        ]
 
 
 def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Rejects, progress: Progress) -> IngestTally:
@@ -179,7 +116,8 @@ def write_corpus(
             papers.write_line(encode_checked(row if scale == COMMON_SCALE else {**row, "scale": list(scale)}))
             if written:
                 reviews.write_line(b"\n".join([review.json for review in written]), len(written))
-            tally.ratings.update([(review.source, review.scale, review.rating) for review in written])
+            told = row["venue"], row["decision"]
+            tally.ratings.update([(review.source, *told, review.scale, review.rating) for review in written])
             _count(tally, row, document, len(written))
         # Still inside the writers' block: they rename their files only when it ends without an error.
         rejects.check_share(tally.rows)
@@ -260,11 +198,6 @@ def _count(tally: IngestTally, paper: Paper, document: Document, num_reviews: in
     tally.text_from[document.text_from] += 1
     tally.pages += len(paper["pages"])
     tally.figures += len(paper["figures"])
-
-
-def _first_of(names: Iterable[str]) -> str:
-    shown = list(itertools.islice(names, SHOWN_PROBLEMS + 1))
-    return ", ".join([*shown[:SHOWN_PROBLEMS], *(["..."] if len(shown) > SHOWN_PROBLEMS else [])])
 
 
 def _write_quarantine(store: CorpusStore, path: Path) -> None:

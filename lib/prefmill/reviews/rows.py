@@ -28,7 +28,7 @@ _NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
 # "6-7", "5 -> 6", "6 or 7", "7 1/2", "6%", "6-Jul" (a sheet's 6-7), and "4/5", where the 5 is to be the scale's end
 _SECOND_NUMBER = re.compile(
-    r"\s*(?:(?P<of>[/\u2044\u2215]|(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b)"
+    r"\s*(?:(?P<of>[/\u2044\u2215]|[(\[]?(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b)"
     r"\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)|\s+[\d¼½¾]"
     r"|-(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?:-\d+)?\s*$"
 )
@@ -262,40 +262,42 @@ def parse_rating(
     return rating
 
 
-def _sole_number(text: str, scale: Scale) -> str:
-    """`text`; raises RowError where its number is one of two, or of another scale, such as 4/5."""
+def _is_otherwise(text: str, highest: float) -> bool:
+    """Whether the number that `text` begins with is one of two, or of a scale that ends elsewhere, such as 4/5."""
     number = _LEADING_NUMBER.match(text)
     second = _SECOND_NUMBER.match(text, number.end()) if number else None
     end = second and (100 if second["percent"] else float(second["number"]) if second["of"] else None)
-    if second and end != scale[1]:
-        raise RowError(
-            f"rating {excerpt(text)!r} is no number on the scale {scale[0]:g} to {scale[1]:g}",
-            "write one number, say in rating_words of this source what it means, or set rating_min and rating_max to "
-            "the scale that it is on",
-        )
-    return text
+    return second is not None and end != highest
 
 
 def _as_number(value: Any, scale: Scale, words: Mapping[str, float], decimal_comma: bool) -> Any:
-    """What `parse_score` can read; raises RowError, with the key to set, for words and commas that it cannot."""
+    """What `parse_score` can read; raises RowError, with the key to set, for text that is no rating."""
     if not isinstance(value, str):
         return value
-    number = words.get(word_key(value))
-    if number is not None:
+    if (number := words.get(word_key(value))) is not None:
         return number
-    if _DECIMAL_COMMA.match(value):
-        if decimal_comma:
-            return _sole_number(value.replace(",", ".", 1), scale)
-        raise RowError(
-            f"rating {excerpt(value)!r} has a decimal comma",
-            "write a point, or set decimal_comma: true for this source",
+    text = value.replace(",", ".", 1) if decimal_comma and _DECIMAL_COMMA.match(value) else value
+    if begins_with_number(text) and not _is_otherwise(text, scale[1]):
+        return text
+    raise _no_rating(text, scale)
+
+
+def _no_rating(text: str, scale: Scale) -> RowError:
+    shown = repr(excerpt(text))
+    if _DECIMAL_COMMA.match(text):
+        return RowError(
+            f"rating {shown} has a decimal comma", "write a point, or set decimal_comma: true for this source"
         )
-    if begins_with_number(value):
-        return _sole_number(value, scale)
-    raise RowError(
-        f"rating is not a number: {excerpt(value)!r}",
+    if begins_with_number(text):
+        return RowError(
+            f"rating {shown} is no number on the scale {scale[0]:g} to {scale[1]:g}",
+            "write one number, say in rating_words of this source what it means, or set rating_min and rating_max to "
+            "the scale that it is on",
+        )
+    return RowError(
+        f"rating is not a number: {shown}",
         "give the number of each of the venue's words in rating_words of this source, such as "
-        f"rating_words: {{{excerpt(value.strip())!r}: 1}}, or correct the row",
+        f"rating_words: {{{excerpt(text.strip())!r}: 1}}, or correct the row",
     )
 
 
@@ -311,7 +313,7 @@ def parse_confidence(value: Any, words: Mapping[str, float] | None = None) -> fl
     if type(value) in _NUMBERS and 1 <= value <= 5:
         return float(value)
     number = (words or {}).get(word_key(value)) if isinstance(value, str) else None
-    if number is None and isinstance(value, str) and not begins_with_number(value):
+    if number is None and isinstance(value, str) and (not begins_with_number(value) or _is_otherwise(value, 5)):
         return Unknown("confidence", value)
     confidence = parse_score(value if number is None else number, "confidence")
     # A venue's own scale, 0 to 100 say, is no reason to lose its reviews.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -42,6 +42,14 @@ def prompt_scale(scales: Sequence[Scale]) -> Scale:
         return scales[0]
     counts = Counter(scales)
     return min(counts, key=lambda scale: (-counts[scale], scale), default=COMMON_SCALE)
+
+
+def moments(counts: Mapping[float, int]) -> tuple[float, float, int]:
+    """Mean, standard deviation and number of values given as value to count."""
+    total = sum(counts.values())
+    mean = sum(value * count for value, count in counts.items()) / total
+    variance = sum(count * (value - mean) ** 2 for value, count in counts.items()) / total
+    return mean, math.sqrt(variance), total
 
 
 RatingUnit = Literal["points", "quantiles"]

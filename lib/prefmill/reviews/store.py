@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from prefmill.reviews.rows import DecisionRow, DeletedRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.reviews.splits import title_key
-from prefmill.reviews.versions import MERGED_FIELDS, dates_differ, filled, final, require_agreement
+from prefmill.reviews.versions import MERGED_FIELDS, differ, filled, final, require_agreement
 from prefmill.store.jsonl import encode_checked, parse_json
 
 _CACHE_KILOBYTES, _PAGE_BYTES = 65536, 32768  # a page holds some forty reviews
@@ -225,7 +225,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         query = f"SELECT origin, line, item, {_PAPER_COLUMNS} FROM papers WHERE paper_id = ?"  # noqa: S608
         known = self._database.execute(query, (paper.paper_id,)).fetchone()
         earlier = _paper(known[3:])
-        if dates_differ(earlier.date, paper.date):
+        if differ(earlier.date, paper.date):
             older, newer = sorted((earlier, paper), key=lambda version: version.date or 0)
             self.num_older += replace(older, date=newer.date) != newer
             self._update(newer)
@@ -251,7 +251,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         query = "SELECT * FROM reviews WHERE review_id = ?"
         known = self._database.execute(query, (review_id,)).fetchone()
         *said, date, origin, line, item = known
-        is_same, told = tuple(said) == values[:-4], dates_differ(date, values[-4])
+        is_same, told = tuple(said) == values[:-4], differ(date, values[-4])
         self.num_repeated += is_same
         self.num_older += told and not is_same
         if told and values[-4] > date:
@@ -277,7 +277,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
                 if rank < highest:
                     break
                 stands = final(decision, other)
-                if stands is None and dates_differ(date, other_date):
+                if stands is None and differ(date, other_date):
                     self.num_older += 1
                     stands = other if other_date > date else decision
                 if stands is None:

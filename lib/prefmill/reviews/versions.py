@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec.structs import replace
 
 from prefmill.core.records import Decision
@@ -18,7 +20,7 @@ def filled(paper: PaperRow, other: PaperRow) -> PaperRow:
 
 def require_agreement(earlier: PaperRow, later: PaperRow, place: Place) -> None:
     """Raise RowError where two rows of a paper say different things; `place` is the earlier one's."""
-    differing = [name for name in MERGED_FIELDS if _differ(getattr(earlier, name), getattr(later, name))]
+    differing = [name for name in MERGED_FIELDS if differ(getattr(earlier, name), getattr(later, name))]
     if title_key(earlier.title) != title_key(later.title):
         differing.insert(0, "title")
     if differing:
@@ -28,12 +30,8 @@ def require_agreement(earlier: PaperRow, later: PaperRow, place: Place) -> None:
         )
 
 
-def dates_differ(one: float | None, two: float | None) -> bool:
-    """Whether dates tell which of two versions is the newer one."""
-    return bool(one and two and one != two)
-
-
-def _differ(one: str | None, two: str | None) -> bool:
+def differ(one: Any, two: Any) -> bool:
+    """Whether both are given and are not the same, as dates that tell which version is the newer one."""
     return bool(one and two and one != two)
 
 

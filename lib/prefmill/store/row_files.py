@@ -24,6 +24,8 @@ _KINDS = f"{', '.join(name for name in SUFFIXES if name.count('.') == 1)}; text 
 _ROWS_AT_ONCE = 64  # of a table in memory: each may hold whole pictures
 _LONGEST_CELL = 1 << 24  # characters: above any paper, below what an unclosed quote swallows of a large file
 _Reader = Callable[[IO[str], Path], Iterator[tuple[str, Any]]]
+_LISTS = ("data", "rows", "examples")  # what exports call the list of their rows
+_ONE_LIST = re.compile(rf'\s*(\[|\{{[^\[{{]*"(?:{"|".join(_LISTS)})"\s*:\s*\[\s*\{{)')
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*$')  # by which a sheet is told the separator
 
 
@@ -110,12 +112,14 @@ def _jsonl_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of one list, or one a line, as the hub's files of this name mostly are."""
+    """Rows of one list, which may be the `data` of an object, or one a line, as the hub's files mostly are."""
     whole = text.read()
-    if not whole.lstrip().startswith("["):
-        yield from _jsonl_rows(io.StringIO(whole), path)
+    if _ONE_LIST.match(whole):
+        found = _loads(whole, str(path))
+        rows = found if isinstance(found, list) else found[next(key for key in _LISTS if key in found)]
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
         return
-    yield from ((f"row {number}", row) for number, row in enumerate(_loads(whole, str(path)), 1))
+    yield from _jsonl_rows(io.StringIO(whole), path)
 
 
 def _csv_rows(text: IO[str], path: Path, quoted: bool) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,8 @@ def counts(num_reviews: int, yes: int, mass: float | None, items: int = 2) -> An
     found = AnswerCounts()
     for number in range(num_reviews):
         answer: Any = {"yes": number < yes, "p_yes": 0.9 if number < yes else 0.1}
-        found.add({f"i{item}": answer if mass is None else {**answer, "mass": mass} for item in range(items)})
+        answers = [{**answer, "p_yes": abs(answer["p_yes"] - item / 1e6)} for item in range(items)]
+        found.add({f"i{i}": said if mass is None else {**said, "mass": mass} for i, said in enumerate(answers)})
     return found
 
 
@@ -57,3 +58,16 @@ def test_items_answered_alike_are_named() -> None:
     (alike, low) = warnings(found.overall(), 3)
     assert alike == "1 of 3 items are answered alike for every review: same"
     assert "puts 30% of its mass" in low
+
+
+def test_a_judge_that_gives_every_question_one_answer_is_refused() -> None:
+    """As a cache that leaves the question out: half of the reviews get yes to everything, so no share looks odd."""
+    found, few = AnswerCounts(), AnswerCounts()
+    for number in range(100):
+        answers: Any = {f"i{item}": {"yes": number % 2, "p_yes": 0.2 + number % 2 / 2} for item in range(24)}
+        found.add(answers)
+        few.add({name: answers[name] for name in ("i0", "i1")})
+    with pytest.raises(InputError, match=r"one and the same P\(yes\), in 100% of the reviews[\s\S]*a cache"):
+        check(found, GATE)
+    check(found, JudgeGate(max_same_answer=1))
+    check(few, GATE)  # two items may well go together

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from prefmill.datasets.cross_checks import Leaks, Repeats, moments, order_problems, rating_problems_of
+from prefmill.datasets.cross_checks import Leaks, Repeats, order_problems, rating_problems_of
 from prefmill.datasets.examples import Answered, CheckedRow
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import Files, Occurrences, fingerprint
 from prefmill.datasets.registry import DatasetKey
+from prefmill.reviews.scale import moments
 
 LONG = "A long review. " * 40
 

@@ -256,3 +256,16 @@ def test_columns_that_nothing_reads_are_told(tmp_path: Path, capsys: pytest.Capt
     write_jsonl(tmp_path / "x.jsonl", [{"prompt": "Q?", "chosen": "good", "rejected": "bad", "score": 3, "id": "a"}])
     write_pairs(validate(PairSource, {"dataset": str(tmp_path / "x.jsonl")}), tmp_path, tmp_path / "bad.json")
     assert "columns that are not used: score\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("beside", [{}, {"version": "1.0"}])
+def test_a_list_that_an_export_puts_into_an_object_is_read(
+    tmp_path: Path, indent: int | None, beside: dict[str, str]
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**beside, "data": ROWS}, indent=indent))
+    assert [row.values for row in file_rows(path)] == ROWS
+    # A row that has a list of that name, as the only line of a file, is a row.
+    path.write_text(json.dumps({"data": ["a"], "rows": 3}))
+    assert [row.values for row in file_rows(path)] == [{"data": ["a"], "rows": 3}]

@@ -34,8 +34,13 @@ SCORED: dict[str, list[dict[str, Any]]] = {
     "helpsteer3": [{"context": [USER], "response1": "bad", "response2": "good", "overall_preference": 1}],
     "shp": [{"post_id": "a", "history": "Q?", "human_ref_A": "good", "human_ref_B": "bad", "labels": 1, "score_A": 9}],
     "safe_rlhf": [{"prompt": "Q?", "response_0": "bad", "response_1": "good", "better_response_id": 1}],
+    "summaries": [{"info": {"id": "t", "subreddit": "x", "title": "T", "post": "Q?"}, "choice": 1, "split": "train",
+                   "summaries": [{"text": "bad", "policy": "p"}, {"text": "good", "policy": "q"}]}],
+    "arena_lists": [{"model_a": "m", "prompt": '["Q?"]', "response_a": '["bad"]', "response_b": '["good"]',
+                     "winner_model_a": "0", "winner_model_b": "1", "winner_tie": "0"}],
     "arena": [{"conversation_a": [USER, said("bad")], "conversation_b": [USER, said("good")], "winner": "model_b"}],
 }  # fmt: skip
+TLDR = "SUBREDDIT: r/x\n\nTITLE: T\n\nPOST: Q?\n\nTL;DR:"  # as the set's authors asked their models
 
 
 def test_every_form_has_its_test() -> None:
@@ -48,10 +53,11 @@ def test_the_same_preference_in_every_set_of_scores(form: str, tmp_path: Path) -
     rows = SCORED[form]
     assert {detect(row, "f:1") for row in rows} == {form}
     (pair,) = written(tmp_path, rows)
-    assert (pair.messages, pair.chosen, pair.rejected) == ([USER], "good", "bad")
+    asked = [{**USER, "content": TLDR}] if form == "summaries" else [USER]
+    assert (pair.messages, pair.chosen, pair.rejected) == (asked, "good", "bad")
     chats = validate(ChatSource, {"dataset": str(tmp_path / "rows.jsonl")})
     train, _ = write_chats(chats, tmp_path / "sft", tmp_path / "bad.json")
-    assert [row["messages"] for row in read_jsonl(train)] == [[USER, said("good")]]
+    assert [row["messages"] for row in read_jsonl(train)] == [[*asked, said("good")]]
 
 
 @pytest.mark.parametrize("form", SCORED)
@@ -67,8 +73,9 @@ def test_a_score_that_is_none_is_the_rows_fault(form: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "changes"),
-    [("helpsteer2", {"preference_strength": 0}), ("arena", {"winner": "tie (bothbad)"}),
-     ("arena", {"winner": "tie", "conversation_b": [USER, said("good")]}), ("webgpt", {"score_1": 0.5})],
+    [("helpsteer2", {"preference_strength": 0}), ("arena_lists", {"winner_model_b": 0, "winner_tie": 1}),
+     ("arena", {"winner": "tie (bothbad)"}), ("arena", {"winner": "tie", "conversation_b": [USER, said("good")]}),
+     ("webgpt", {"score_1": 0.5})],
 )  # fmt: skip
 def test_ties_are_counted_and_listed(
     form: str, changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -116,3 +123,38 @@ def test_mt_bench_is_judged_up_to_a_turn_and_helpsteers_prompts_are_transcripts(
     asked = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nQ?"
     turns = parse({**SCORED["helpsteer2"][0], "prompt": asked}, "helpsteer2", {}).messages
     assert turns == [{"role": "user", "content": "Hi"}, said("Hello"), USER]
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "fault"),
+    [
+        ("arena_lists", {"response_b": '["good", "more"]'}, "response_b is not the text of one turn"),
+        ("arena_lists", {"prompt": [3]}, "prompt is not the text"),
+        ("arena_lists", {"response_a": "[null]"}, "an answer is empty"),
+        (
+            "arena_lists",
+            {"prompt": '["Q?", "And?"]', "response_a": '["a", "b"]', "response_b": '["c", "d"]'},
+            "prompt is not the text of one turn",
+        ),
+        ("summaries", {"choice": 2}, "choice is 2; expected one of 0, 1"),
+        ("summaries", {"info": {"post": "Q?"}}, "info has no 'subreddit'"),
+        ("summaries", {"summaries": [{"note": "x"}]}, "`text` as text"),
+    ],
+)
+def test_rows_that_say_no_preference_are_named(form: str, changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(BadRowError, match=fault):
+        parse({**SCORED[form][0], **changes}, form, {})
+
+
+def test_rows_that_a_set_holds_out_are_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """HelpSteer2's file of preferences has both splits; its rows for validation were trained on."""
+    row = SCORED["helpsteer2"][0]
+    rows = [{**row, "prompt": split, "split": split} for split in ("train", "validation", "valid2", "test")]
+    assert [pair.messages[0]["content"] for pair in written(tmp_path, rows)] == ["train"]
+    told = capsys.readouterr().out
+    assert "3 rows left out" in told
+    assert "not used" not in told
+    assert "`split` says valid2" in (tmp_path / "bad_rows.json").read_text()
+    assert len(written(tmp_path, rows, columns={"part": "split"})) == 4, "the way to train on them all"
+    with pytest.raises(InputError, match="1 rows: its column `split` says test"):
+        written(tmp_path, rows[3:])

@@ -74,7 +74,9 @@ def test_confidence_may_be_missing_but_not_wrong() -> None:
     assert parse_confidence(None) is None
     assert parse_confidence("") is None
     assert parse_confidence("4: confident") == 4.0
-    assert parse_confidence(80) == Unknown("confidence", "80")
+    assert parse_confidence("4/5") == 4.0
+    for value in (80, "4/10", "3-4", "4 (out of 7)"):
+        assert parse_confidence(value) == Unknown("confidence", str(value))
     with pytest.raises(RowError, match="not a number"):
         parse_confidence([4])
 
@@ -96,6 +98,14 @@ def test_confidence_may_be_missing_but_not_wrong() -> None:
         ("Withdrawn_Submission", "withdrawn"),
         ("desk_rejected", "desk_rejected"),
         ("Desk Rejected Submission", "desk_rejected"),
+        # What an area chair recommends, and words that hold "accept" and mean its opposite.
+        ("5: Marginally below acceptance threshold", "rejected"),
+        ("6: Marginally above acceptance threshold", "accepted"),
+        ("Don't accept", "rejected"),
+        ("Fails to be acceptable", "rejected"),
+        ("Inacceptable", "rejected"),
+        ("Accepted with minor revision", "accepted"),
+        ("Reject and resubmit", "rejected"),
     ],
 )
 def test_decisions_as_venues_write_them(text: str, decision: str) -> None:

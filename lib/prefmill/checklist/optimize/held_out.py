@@ -10,7 +10,15 @@ import numpy as np
 from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.moments import Array, variance, weighted_moments
 from prefmill.checklist.optimize.selection import Design, Papers, select
-from prefmill.core.statistics import Estimate, Resampling, assign_folds, statistic
+from prefmill.core.statistics import (
+    Estimate,
+    Resampling,
+    assign_folds,
+    correlations,
+    second_moments,
+    statistic,
+    sums_by,
+)
 
 Progress = Callable[[int, int], None]
 _PERMUTED_AT_ONCE = 50  # permuted targets solved together: tens of megabytes
@@ -52,7 +60,7 @@ def fixed_scores(score: Array, training: Array) -> Array:
 
 def correlation(scores: Array, design: Design, training: Array, resampling: Resampling) -> Estimate:
     """The correlation of held-out `scores` [N] with the target within folds, with an interval over papers."""
-    return statistic(_per_paper(design, training, scores), resampling, _correlations)
+    return statistic(_per_paper(design, training, scores), resampling, correlations)
 
 
 def gain(scores: Array, baseline: Array, design: Design, training: Array, resampling: Resampling) -> Estimate:
@@ -60,7 +68,7 @@ def gain(scores: Array, baseline: Array, design: Design, training: Array, resamp
     # In one row of a paper: each draw takes the same papers for both, and what they share cancels.
     values = np.hstack([_per_paper(design, training, item) for item in (scores, baseline)])
     size = _MOMENTS_OF_A_SCORE
-    return statistic(values, resampling, lambda means: _correlations(means[:, :size]) - _correlations(means[:, size:]))
+    return statistic(values, resampling, lambda means: correlations(means[:, :size]) - correlations(means[:, size:]))
 
 
 def compare_with_baselines(
@@ -126,23 +134,12 @@ def _held_out(scores: Array, training: Array) -> Array:
 
 
 def _per_paper(design: Design, training: Array, scores: Array) -> Array:
-    """Sums over each paper's reviews [papers, 6] of 1, score, target, and their products."""
+    """Sums over each paper's reviews of `second_moments` of score and target, [papers, 6]."""
     target = design.target.copy()
     for inside in training.astype(bool):
         # Scores are centred in their fold as well; folds' means differ by chance alone.
         target[~inside] -= target[~inside].mean()
-    values = np.stack([np.ones(len(target)), scores, target, scores**2, target**2, scores * target], axis=1)
-    _, index = np.unique(design.papers, return_inverse=True)
-    sums = np.zeros((index.max() + 1, values.shape[1]))
-    np.add.at(sums, index, values)
-    return sums
-
-
-def _correlations(means: Array) -> Array:
-    """Correlations [R] from resampled means [R, 6]; zero where the score or the target does not vary."""
-    score, target, squares, target_squares, products = (means[:, 1:] / means[:, :1]).T
-    spread = np.sqrt(np.maximum(squares - score**2, 0) * np.maximum(target_squares - target**2, 0))
-    return np.where(spread > 1e-12, (products - score * target) / np.maximum(spread, 1e-12), 0.0)
+    return sums_by(design.papers, second_moments(scores, target))
 
 
 def _fold_correlations(design: Design, targets: Array, training: Array, rules: SelectConfig, seed: int) -> Array:
