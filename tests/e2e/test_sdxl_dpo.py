@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 import torch
 from image_pair_artifacts import make_pairs, make_sdxl
 from mdlm_artifacts import run_stage
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_artifacts import content, executed_steps, kill_after, publish_as
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import identity, load, validate
-from prefmill.core.errors import ConfigError, InputError, PipelineError
+from prefmill.core.errors import ConfigError, DivergedError, InputError, PipelineError
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from stages.sdxl_dpo import STAGE, SdxlDpoConfig
@@ -252,7 +253,41 @@ def test_the_whole_unet_and_the_other_objectives(
     unet = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     before = load_file(model.path / "unet" / "diffusion_pytorch_model.safetensors")
     assert set(unet) == set(before)
-    assert {value.dtype for value in unet.values()} == {torch.bfloat16}
+    assert {value.dtype for value in unet.values()} == {torch.float32}  # as the base's files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rate", "asked", "expected"), [(1e-8, "auto", "F32"), (1e-2, "auto", "BF16"), (1e-8, "bf16", "BF16")]
+)
+def test_the_whole_unet_is_saved_in_its_bases_precision_unless_that_loses_the_training(
+    rate: float, asked: str, expected: str, tmp_path: Path, model: Artifact, pairs: Artifact, cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """What was trained is in the Trainer's own checkpoint, in fp32."""
+    base = shutil.copytree(model.path, tmp_path / "base")
+    (file,) = (base / "unet").glob("*.safetensors")
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    keys = {**KEYS, "model_name_or_path": str(base), "cache_dir": str(cache), "lora": None, "use_ema": False}
+    keys |= {"learning_rate": rate, "save_dtype": asked, "precision": "bf16"}
+    run_stage("sdxl_dpo", tmp_path, keys, pairs=pairs)
+    saved = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(max((tmp_path / "out").glob("checkpoint-*")) / "model.safetensors")
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[expected]
+    assert all(torch.equal(value, trained[name].to(dtype)) for name, value in saved.items())
+    assert {value.dtype for value in saved.values()} == {dtype}
+    assert ("rounding to bf16 loses" in caplog.text) == (rate == 1e-8)
+
+
+@pytest.mark.slow
+def test_a_unet_that_is_no_number_after_its_last_step_is_not_published(
+    tmp_path: Path, model: Artifact, cache: Path
+) -> None:
+    pairs = make_pairs(tmp_path / "pairs", val=0)
+    keys = {**KEYS, "lora": None, "use_ema": False, "max_steps": 1, "learning_rate": 1e38, "cache_dir": str(cache)}
+    with pytest.raises(DivergedError, match="a trained weight is not a number"):
+        run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)
+    assert not (tmp_path / "out" / "unet").exists()
 
 
 def test_latents_that_are_no_numbers(tmp_path: Path, pairs: Artifact) -> None:

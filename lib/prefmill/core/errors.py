@@ -106,7 +106,10 @@ def _explain_a_librarys(text: str, folder: Path | None) -> PrefmillError | None:
 
 def _room(path: Path) -> str:
     disk = next(folder for folder in path.absolute().parents if folder.is_dir())
-    return f"{shutil.disk_usage(disk).free / 1e6:,.1f} MB free, with what was begun"
+    room = f"{shutil.disk_usage(disk).free / 1e6:,.1f} MB free, with what was begun"
+    # Many small files may use up a disk's inodes first; some file systems count none.
+    inodes = os.statvfs(disk)
+    return f"{room}, but no inode: that disk may hold no more files" if inodes.f_files and not inodes.f_favail else room
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str:

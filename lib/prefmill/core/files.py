@@ -100,13 +100,13 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row and have it on disk before going on, so that a kill loses none."""
+def append_row(path: Path, *rows: Mapping[str, Any]) -> None:
+    """Append rows and have them on disk before going on, so that a kill loses none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as stream:
-        # After a line that a crash or a full disk cut off: this row must not become a part of it.
+        # After a line that a crash or a full disk cut off: these must not become a part of it.
         torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
-        stream.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+        stream.write(b"\n" * torn + b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -5,8 +5,7 @@ Reads only the margins log that preference training writes; nothing here needs t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from prefmill.core.errors import InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import read_appended, write_atomic
 from prefmill.core.statistics import correlation
 
 Suspicion = Literal["never_learned", "forgotten", "length_only"]
@@ -99,7 +98,7 @@ def read_histories(logs: Iterable[Path]) -> dict[str, History]:
     """The history of every pair, by its id; of a step that was taken twice, after a kill, the later row counts."""
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for path in logs:
-        for row in _rows(path):
+        for row in read_appended(path):
             rows.setdefault(row["pair_id"], {})[row["step"]] = row
     return {pair_id: _history(pair_id, [steps[step] for step in sorted(steps)]) for pair_id, steps in rows.items()}
 
@@ -144,24 +143,6 @@ def write_exclude(path: Path, found: Sequence[Suspect]) -> None:
         margins = " ".join(f"{sighting.margin:.3g}" for sighting in suspect.history.sightings)
         lines += [f"# {', '.join(suspect.reasons)}; margins {margins}", suspect.history.pair_id]
     write_atomic(path, "\n".join(lines) + "\n")
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log; a last line that a kill cut off does not count."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            # A whole row ends in a newline, after which an empty piece is last: what stands here instead was cut off.
-            if number == len(lines):
-                return
-            raise InputError(
-                "not a row of a margins log", where=f"{path}:{number}", got=error,
-                fix="name the run of a dpo training; a damaged file is written again by training again",
-            ) from None  # fmt: skip
 
 
 def _history(pair_id: str, rows: Sequence[Mapping[str, Any]]) -> History:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -31,6 +32,7 @@ from prefmill.pipeline.task_status import at_work
 from prefmill.pipeline.worker import execute, import_and_run
 
 _WORD, _PATIENCE = "prefmill/task", timedelta(hours=1)  # rank 0 may have large inputs to check
+_ENDING_SECONDS = 2.0
 _ARRIVAL_MINUTES, _POLL_SECONDS = 10.0, 0.2  # until all ranks have come: containers may start one by one
 
 
@@ -51,7 +53,8 @@ def run_launched(plan: Plan, only: str | None = None, force: bool = False) -> No
     clear_request(tasks[0].logs)
     try:
         with at_work(plan.workspace, plan.run), interrupted_by_term():
-            execute(tasks[0], force, run=partial(_lead, tasks[0], partial(store.set, _WORD)))
+            lead = partial(_lead, tasks[0], partial(store.set, _WORD), partial(_ended, store))
+            execute(tasks[0], force, run=lead)
     finally:
         if not store.check([_WORD]):  # up to date, or refused: there is nothing to join
             store.set(_WORD, "")
@@ -59,7 +62,7 @@ def run_launched(plan: Plan, only: str | None = None, force: bool = False) -> No
                 store.wait([_key("heard", number) for number in range(1, world_size())], timedelta(seconds=10))
 
 
-def _lead(task: PlannedTask, say: Callable[[str], None], context: Task) -> Metrics:
+def _lead(task: PlannedTask, say: Callable[[str], None], ended: Callable[[], str], context: Task) -> Metrics:
     folder = context.work / "attempt"
     # What a rank of an earlier attempt failed of would be taken for this one's.
     shutil.rmtree(folder, ignore_errors=True)
@@ -67,11 +70,35 @@ def _lead(task: PlannedTask, say: Callable[[str], None], context: Task) -> Metri
     say(str(write_spec(folder, task.stage, task.config, context)))
     try:
         return import_and_run(task.stage, task.config, context)
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         # Of a rank that is lost the others fail, or the launcher ends them.
         if failure := read_record(folder / FAILURE):
             raise AttemptError(failure.pop("error"), record=failure) from None
+        if isinstance(error, Exception) and (lost := ended()):
+            raise AttemptError(
+                f"the process of rank {lost} ended before it could say why", record={"kind": "ProcessEnded"},
+                got=f"{type(error).__name__} of rank 0: {error}".splitlines()[0],
+                fix="see what the launcher says of its end; SIGKILL is often memory running out",
+            ) from error  # fmt: skip
         raise
+
+
+def _ended(store: Any) -> str:
+    """The other ranks of this node whose processes have ended, such as `1, 3`; for the end of this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it when it has seen what is to be told here
+    places = [store.get(_key("here", number)).decode().split() for number in range(1, world_size())]
+    here = [(number, pid) for number, (host, pid) in enumerate(places, 1) if host == socket.gethostname()]
+    deadline = time.monotonic() + _ENDING_SECONDS  # its connections are closed before it is gone
+    while not (found := [str(number) for number, pid in here if _has_ended(pid)]) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return ", ".join(found)
+
+
+def _has_ended(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        # A process that nobody has waited for is still there, as a zombie; its name, in brackets, may hold any sign.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return True
 
 
 def _join(store: Any) -> None:
@@ -109,7 +136,7 @@ def _meet() -> Any:
             "the ranks cannot meet", where=told_rank(os.environ), got=str(error).splitlines()[0],
             fix="set MASTER_PORT to a free port, the same for all ranks, and MASTER_ADDR to the node of rank 0",
         ) from None  # fmt: skip
-    store.set(_key("here", rank()), "")
+    store.set(_key("here", rank()), f"{socket.gethostname()} {os.getpid()}")
     _await(lambda: [number for number in range(world_size()) if not store.check([_key("here", number)])])
     return store
 

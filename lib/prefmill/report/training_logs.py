@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from prefmill.core.artifact import Artifact
-from prefmill.core.files import read_record
+from prefmill.core.files import read_appended, read_record
 from prefmill.core.places import RUN_RECORD
-from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 
 NATS = "nats"
@@ -69,7 +68,7 @@ def read_margins(checkpoint: Artifact) -> list[float]:
     margins: dict[tuple[int, str], tuple[int, float]] = {}
     for path in sorted((folder / MARGINS).glob(MARGINS_LOGS)) if folder else []:
         # A resumed training logs the steps after its checkpoint again; the later row counts.
-        margins |= {(row["step"], row["pair_id"]): (row["epoch"], row["margin"]) for row in read_jsonl(path)}
+        margins |= {(row["step"], row["pair_id"]): (row["epoch"], row["margin"]) for row in read_appended(path)}
     last = max((epoch for epoch, _ in margins.values()), default=0)
     return [margin for _, (epoch, margin) in sorted(margins.items()) if epoch == last]
 

@@ -53,8 +53,11 @@ class TensorCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Node and process: on a shared disk two nodes may have a process of the same number.
         partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(path)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)  # on a full disk it would keep the room that the next attempt needs
 
 
 def cache_folder(task: Task, given: Path | None) -> Path:

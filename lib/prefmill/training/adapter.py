@@ -24,28 +24,25 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig, frozen: Sequence
     """`model` with the adapter that `config.lora` asks for, none on the modules called `frozen`; or unchanged."""
     if config.lora is None:
         return model
-    import peft
-
-    from prefmill.core.seeding import seeded
-
     if Path(str(model.config._name_or_path)).is_dir():
         model.config._name_or_path = model.name_or_path = ""  # checkpoints would name a folder of this machine
     if config.lora.start is not None:
         return put_on(model, config.lora.start, trainable=True)
+    return new_adapter(model, config, task_type="CAUSAL_LM", exclude_modules=list(frozen) or None)
+
+
+def new_adapter(model: Any, config: TrainingConfig, **more: Any) -> Any:
+    """`model` with a new adapter as `config.lora` has it; `more` are PEFT's own keys."""
+    import peft
+
+    from prefmill.core.seeding import seeded
+
+    assert config.lora is not None
+    said = config.lora.model_dump(include={"r", "use_dora", "target_modules"})
+    # Dropout would part policy and reference before the first step.
+    settings = peft.LoraConfig(**said, lora_alpha=config.lora.alpha, lora_dropout=0.0, **more)
     with seeded(config.seed):  # an adapter begins at random weights
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.lora.r,
-                lora_alpha=config.lora.alpha,
-                # Dropout would part policy and reference before the first step.
-                lora_dropout=0.0,
-                use_dora=config.lora.use_dora,
-                target_modules=config.lora.target_modules,
-                exclude_modules=list(frozen) or None,
-            ),
-        )
+        return peft.get_peft_model(model, settings)
 
 
 def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:

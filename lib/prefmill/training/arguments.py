@@ -76,11 +76,13 @@ def check_optimizer(trainer: Any) -> None:
     import torch
     from transformers import get_scheduler
 
-    args = trainer.args
+    args, warmup = trainer.args, bool(trainer.args.warmup_steps)
     probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
         trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-        get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+        get_scheduler(args.lr_scheduler_type, probe, warmup, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+        if warmup and probe.param_groups[0]["lr"] == 1:
+            raise ValueError(f"{args.lr_scheduler_type} begins at the full rate whatever warmup_steps says")
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise _refused(error) from None
 

@@ -19,6 +19,7 @@ from prefmill.core.stage import Task
 from prefmill.distributed.collectives import rank_zero_says
 from prefmill.pipeline.attempts import EXECUTED
 from prefmill.training.checkpoints import STEPS, mark_complete
+from prefmill.training.telemetry import alarm
 
 _GO_ON, _SAVE, _STOP = 0, 1, 2  # what rank 0 has all ranks do after a step
 
@@ -31,6 +32,22 @@ class StageCallback(TrainerCallback):
         self.stopping = False
         self._watch = StopWatch(task.logs)
         self._save_seconds, self._saved = 60 * save_minutes, time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say where warm-up takes the whole training: the learning rate asked for is never reached."""
+        warmup, last = args.get_warmup_steps(state.max_steps), state.max_steps - 1
+        if warmup > last and state.is_world_process_zero:
+            told = (
+                f"warm-up takes {warmup} steps of {state.max_steps}: the rate ends at {last / warmup:.0%} of its peak"
+            )
+            alarm(self.task.logs, state.global_step, told, "lower warmup_steps, or learning_rate has no meaning")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Raise DivergedError for an evaluation that is no number: every pair with NaN would count as lost."""
+        means = {name: value for name, value in given["metrics"].items() if name in ("eval_loss", "eval_margin")}
+        wrong = {name: value for name, value in means.items() if not math.isfinite(value)}
+        if wrong:
+            raise _diverged("an evaluation is not a number", state.global_step, wrong)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Record that this optimizer step was taken; save and stop after it where that was asked for."""
@@ -62,16 +79,9 @@ class StageCallback(TrainerCallback):
         if self.stopping:
             raise Stopped(f"saved and stopped at step {state.global_step} of {state.max_steps}")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Append to the curve."""
-        values = {key: value for key, value in (logs or {}).items() if key in _CURVE_KEYS or key.startswith("eval_")}
+        values = {key: value for key, value in given["logs"].items() if key in _CURVE_KEYS or key.startswith("eval_")}
         curve = {key: value for key, value in values.items() if not key.endswith(_TIMING_SUFFIXES)}
         if not curve or not state.is_world_process_zero:
             return
@@ -90,13 +100,15 @@ def check_every_step(trainer: Any) -> None:
     """Have `trainer` raise DivergedError before it takes a step whose loss or gradient norm is NaN or infinite.
 
     Looked at once an optimizer step, whether or not it is logged: the loss since the last log has every microbatch in
-    it. In fp16 the norm may be infinite: its scaler then skips the step by itself.
+    it. In fp16 the norm may be infinite, as its scaler then skips the step by itself; not where nothing is scaled any
+    more, or every step to come would be skipped.
     """
-    grad_norm_of = trainer._get_grad_norm
+    grad_norm_of, scaler = trainer._get_grad_norm, trainer.accelerator.scaler
 
     def checked(model: Any, grad_norm: Any = None) -> Any:
         norm = grad_norm_of(model, grad_norm=grad_norm)
-        _require_numbers(trainer._tr_loss, 0.0 if trainer.args.fp16 else norm, trainer.state.global_step + 1)
+        may_skip = trainer.args.fp16 and (scaler is None or scaler.get_scale() > 1)
+        _require_numbers(trainer._tr_loss, 0.0 if may_skip else norm, trainer.state.global_step + 1)
         return norm
 
     trainer._get_grad_norm = checked
@@ -108,10 +120,12 @@ def _require_numbers(loss: Tensor, grad_norm: Any, step: int) -> None:
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if math.isfinite(float(loss.detach() * 0 + norm)):  # one wait for the device, not two
         return
-    raise DivergedError(
-        "the loss or its gradient is no longer a number", where=f"step {step}", got=f"{float(loss)} and {float(norm)}",
-        fix="lower learning_rate, check the data, or use precision=fp32; the last checkpoint is kept",
-    )  # fmt: skip
+    raise _diverged("the loss or its gradient is no longer a number", step, f"{float(loss)} and {float(norm)}")
+
+
+def _diverged(what: str, step: int, got: object) -> DivergedError:
+    fix = "lower learning_rate, check the data, or use precision=fp32; the last checkpoint is kept"
+    return DivergedError(what, where=f"step {step}", got=got, fix=fix)
 
 
 _CURVE_KEYS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import read_record, write_atomic
+from prefmill.core.files import read_appended, read_record, write_atomic
 from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.distributed.deepspeed_file import zero_stage
 from prefmill.distributed.devices import world_size
@@ -100,12 +100,8 @@ def mark_complete(checkpoint: Path) -> None:
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """The rows of a loss curve in the order of their steps; of a step taken twice the later row counts."""
-    from prefmill.store.jsonl import read_jsonl
-
-    if not path.is_file():
-        return []
     rows: dict[int, dict[str, Any]] = {}
-    for row in read_jsonl(path):
+    for row in read_appended(path):
         # Training and evaluation log one step in rows of their own.
         rows[row["step"]] = {**rows.get(row["step"], {}), **row}
     return [rows[step] for step in sorted(rows)]

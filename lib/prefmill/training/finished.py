@@ -25,7 +25,6 @@ _STORED: dict[str, Precision] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 def stored_precision(name: str, revision: str | None) -> Precision:
     """The precision most weights of a checkpoint's (first) safetensors file are stored in; fp32 where none is."""
-    from safetensors import safe_open
     from transformers.utils.hub import cached_file
 
     def file(leaf: str) -> str | None:
@@ -34,7 +33,14 @@ def stored_precision(name: str, revision: str | None) -> Precision:
 
     index = file("model.safetensors.index.json")
     leaf = min(json.loads(Path(index).read_text())["weight_map"].values()) if index else "model.safetensors"
-    path, sizes = file(leaf), dict.fromkeys(_STORED, 0)
+    return precision_of(file(leaf))
+
+
+def precision_of(path: str | Path | None) -> Precision:
+    """The precision most weights of a safetensors file are stored in; fp32 where none is known."""
+    from safetensors import safe_open
+
+    sizes = dict.fromkeys(_STORED, 0)
     with safe_open(path, "pt") as stored:
         for key in stored.keys():  # noqa: SIM118 (no mapping)
             # A slice reads the header alone, none of the weights.

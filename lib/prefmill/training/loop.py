@@ -78,6 +78,7 @@ def run_training(spec: TrainingSpec) -> Metrics:
     with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
         checkpoint = spec.resume(task.output)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.optimizer.eval()  # those without a schedule train other weights than the average that they are to leave
     published = spec.publish(trainer)
     trainer.accelerator.wait_for_everyone()
     last = {name: value for row in trainer.state.log_history for name, value in row.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,12 @@ def _publish_whole(
         # Before merging, which takes the adapter out of the model.
         save_adapter(model, base_name(start, config.revision, task), config.revision, task.output / ADAPTER)
     model = merge_adapter(model).cpu()
-    auto: list[Precision] = ["fp32"]
-    if config.save_dtype != "auto":
-        auto = [config.save_dtype]
-    elif (stored := stored_precision(start, config.revision)) != "fp32":
-        # The base's own precision halves the files, but at small learning rates rounds most of the training away.
-        auto = [stored, "fp32"]
-    for precision in auto:
+    for precision in precisions(config, lambda: stored_precision(start, config.revision)):
         write_folder(model, processor, task.output, precision, model_card(task, config))
         saved = rescoring.score(rescoring.load(str(task.output)).to(device).eval(), device)
         scores = Scores(before, trained, saved)
-        if _accepted(scores, precision, config):
+        told = f"{scores.lost_share:.0%} of the training, up to {scores.difference:.3g} nats a sample"
+        if scores.faithful(precision) or accepted_with_losses(told, bool(saved.isfinite().all()), precision, config):
             break
     return {
         "saved_dtype": precision,
@@ -106,12 +102,16 @@ def _publish_whole(
     }
 
 
-def _accepted(scores: Scores, precision: Precision, config: TrainingConfig) -> bool:
-    """Whether the folder counts; raises PipelineError where no other precision would be nearer."""
-    if scores.faithful(precision):
-        return True
-    told = f"{scores.lost_share:.0%} of the training, up to {scores.difference:.3g} nats a sample"
-    finite = bool(torch.isfinite(scores.saved).all())
+def precisions(config: TrainingConfig, stored: Callable[[], Precision]) -> list[Precision]:
+    """Those to save in, the first that does not lose the training: the one asked for, or the base's `stored` and fp32.
+
+    The base's own halves the files, but at small learning rates rounds most of the training away.
+    """
+    return list(dict.fromkeys((stored(), "fp32"))) if config.save_dtype == "auto" else [config.save_dtype]
+
+
+def accepted_with_losses(told: str, finite: bool, precision: Precision, config: TrainingConfig) -> bool:
+    """Whether what lost as much as `told` counts; raises PipelineError where no other precision would be nearer."""
     if precision == "fp32" or (config.save_dtype != "auto" and not finite):
         raise PipelineError(
             "the saved folder is not the trained model", got=f"saving in {precision} lost {told}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Sequence
@@ -31,7 +30,6 @@ class Telemetry:
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder / MARGINS
         self._rank = rank
-        self._alarms = folder / ALARMS
         self.speed = Speed(folder, rank)
         self._held: list[tuple[list[str], dict[str, torch.Tensor]]] = []
         self._window: list[dict[str, Any]] = []
@@ -66,9 +64,7 @@ class Telemetry:
         own = [row for pair_ids, columns in held for row in _rows(pair_ids, columns)]
         rows = [row for rows in from_all_ranks(own) for row in rows]
         if self._rank == 0:
-            with (self._folder / LOG).open("a", encoding="utf-8") as stream:
-                for row in rows:
-                    stream.write(json.dumps({"step": step, "epoch": epoch, **row}) + "\n")
+            append_row(self._folder / LOG, *({"step": step, "epoch": epoch, **row} for row in rows))
             folder = self._folder / f"epoch_{epoch:03}"
             folder.mkdir(exist_ok=True)
             np.save(folder / f"step_{step:05}.npy", np.array([row["margin"] for row in rows], dtype=np.float32))
@@ -85,7 +81,9 @@ class Telemetry:
             return {}
         change = _mean([_chosen_change(row) for row in rows])
         if change < -CHOSEN_DROP and self._rank == 0:
-            self._alarm(rows[-1]["step"], change)
+            # The model unlearns what it is to prefer.
+            told = f"chosen responses are {-change:.2f} nats per token less likely than under the reference"
+            alarm(self._folder.parent, rows[-1]["step"], told, "lower learning_rate, or mix in sft by loss_type")
         return {
             "margin": _mean([row["margin"] for row in rows]),
             "accuracy": _mean([win_of(row["margin"]) for row in rows]),
@@ -108,13 +106,11 @@ class Telemetry:
             "eval_f1": f1_by_coin(wins, pair_ids),
         }
 
-    def _alarm(self, step: int, change: float) -> None:
-        """Say that the model unlearns what it is to prefer."""
-        said = f"chosen responses are {-change:.2f} nats per token less likely than under the reference"
-        append_row(
-            self._alarms, {"step": step, "alarm": said, "fix": "lower learning_rate, or mix in sft by loss_type"}
-        )
-        logging.getLogger(__name__).warning("step %d: %s", step, said)
+
+def alarm(logs: Path, step: int, told: str, fix: str) -> None:
+    """Say, in the log and where the console looks after the training, that it is not as it should be."""
+    append_row(logs / ALARMS, {"step": step, "alarm": told, "fix": fix})
+    logging.getLogger(__name__).warning("step %d: %s", step, told)
 
 
 def f1_by_coin(wins: Sequence[float], pair_ids: Sequence[str]) -> float:

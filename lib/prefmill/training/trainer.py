@@ -177,6 +177,7 @@ class PreferenceTrainer(Trainer):
             return {}
         # Not undone: the Trainer puts the model in train mode at every training step.
         self.model.eval()
+        self.optimizer.eval()  # as the Trainer's own evaluation has it
         with torch.no_grad(), self.compute_loss_context_manager():
             shares = from_all_ranks(self._evaluate_share(self._val))
         found = {index: values for share in shares for index, values in share.items()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,3 +60,13 @@ def test_a_full_disk_is_told_with_its_folder_and_room_also_for_libraries_that_na
     assert explained.details["where"] == tmp_path / "out"
     told = str(explained.details["got"]).split(" MB free")[0].replace(",", "")
     assert float(told) == pytest.approx(free, rel=0.2)
+
+
+def test_a_disk_without_inodes_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its room says nothing: it may hold no more files."""
+    found = os.statvfs(tmp_path)
+    real = {name: getattr(found, name) for name in dir(found) if name.startswith("f_")}
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(**{**real, "f_files": 4096, "f_favail": 0}))
+    explained = explain_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "a" / "b")))
+    assert explained is not None
+    assert "no inode" in str(explained.details["got"])

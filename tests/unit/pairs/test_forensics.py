@@ -10,7 +10,6 @@ import pytest
 from prefmill.checklist.items import load_checklist, save_checklist
 from prefmill.cli.main import main
 from prefmill.core.artifact import Provenance
-from prefmill.core.errors import InputError
 from prefmill.datasets.pairs import read_exclude
 from prefmill.pairs.forensics import length_effect, margins_logs, read_histories, suspects, suspicions
 from prefmill.store.artifacts import publish
@@ -75,10 +74,10 @@ def test_a_line_that_a_kill_cut_off_does_not_count(workspace: Path) -> None:
     (path,) = [path for path in margins_logs(workspace / "logs" / "r") if "rank1" in path.name]
     whole = path.read_text()
     path.write_text(whole + '{"step": 9')
-    assert read_histories([path])
-    path.write_text('{"step": 9\n' + whole)
-    with pytest.raises(InputError, match=r"rank1\.jsonl:1"):
-        read_histories([path])
+    expected = read_histories([path])
+    assert expected
+    path.write_text('{"step": 9\n' + whole)  # a training that was resumed wrote on behind it
+    assert read_histories([path]) == expected
 
 
 def test_suspects_of_every_kind(workspace: Path) -> None:

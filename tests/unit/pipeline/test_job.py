@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,9 +171,43 @@ def test_under_torchrun_by_hand_the_status_tells_why_another_rank_failed(tmp_pat
     context = Task("r", "make", "all", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
     specs: list[str] = []
     with pytest.raises(AttemptError, match="a bug") as caught:
-        launched._lead(task, specs.append, context)
+        launched._lead(task, specs.append, str, context)
     assert caught.value.record == {"kind": "ValueError", "failed_on": "n2"}
     assert len(specs) == 1
+
+
+def test_under_torchrun_by_hand_the_status_names_the_rank_that_was_killed(tmp_path: Path) -> None:
+    """Rank 0 hears of it as of a closed connection, which the status told in its place."""
+
+    def run(_config: Any, _task: Task) -> Any:
+        raise RuntimeError("Connection closed by peer")
+
+    (task,) = stage_plan("make", [f"workspace={tmp_path}", "run=r"])[0].tasks
+    task = replace(task, stage=replace(task.stage, run=run))
+    context = Task("r", "make", "all", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
+    with pytest.raises(AttemptError, match=r"rank 1 ended before it could say why\n.*Connection closed by peer"):
+        launched._lead(task, str, lambda: "1", context)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        launched._lead(task, str, str, context)
+
+
+def test_a_rank_that_was_killed_is_known_by_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(launched, "_ENDING_SECONDS", 0.0)
+    here = socket.gethostname()
+    with subprocess.Popen(["sleep", "60"]) as alive, subprocess.Popen(["sleep", "60"]) as killed:
+        killed.kill()
+        while not launched._has_ended(str(killed.pid)):  # a zombie, for which nobody has waited
+            time.sleep(0.01)
+        at = {"1": f"{here} {alive.pid}", "2": f"{here} {killed.pid}", "3": "elsewhere 1"}
+        store = SimpleNamespace(get=lambda key: at[key.rpartition("/")[2]].encode())
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            assert launched._ended(store) == "2"
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            alive.kill()
+    assert launched._has_ended(str(killed.pid))
 
 
 @pytest.mark.parametrize(("number", "state"), [(signal.SIGUSR1, "requeued"), (signal.SIGTERM, "terminated")])

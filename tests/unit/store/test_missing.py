@@ -14,6 +14,7 @@ from prefmill.core.graceful_stop import STOP, Stopped, clear_request, request_st
 from prefmill.core.stage import Task
 from prefmill.store.kept_tensors import KeptTensors
 from prefmill.store.missing import kept_rows, missing, silent
+from prefmill.store.tensor_cache import TensorCache
 
 
 def test_what_is_held_is_passed_over_and_counts_as_done() -> None:
@@ -70,3 +71,20 @@ def test_tensors_are_kept_bit_for_bit_and_a_torn_line_costs_itself_alone(tmp_pat
         assert found[name].shape == value.shape
     kept.forget()
     assert kept.read() == {}
+
+
+def test_a_tensor_that_does_not_fit_keeps_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt on a full disk left what it had written, under a name of its own."""
+
+    def write(_tensors: Any, path: Path) -> None:
+        path.write_bytes(b"a part")
+        raise OSError("no room")
+
+    cache = TensorCache(tmp_path)
+    monkeypatch.setattr("prefmill.store.tensor_cache.save_file", write)
+    with pytest.raises(OSError, match="no room"):
+        cache.save("key", {"a": torch.zeros(1)})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.undo()
+    cache.save("key", {"a": torch.ones(1)})
+    assert cache.load("key")["a"] == 1

@@ -7,21 +7,26 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from prefmill.core.config import identity, validate
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, DivergedError
 from prefmill.core.stage import Task, load_stage
 from prefmill.pipeline.subprocess_runner import allocator
-from prefmill.store.jsonl import write_jsonl
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.arguments import trainer_arguments
+from prefmill.training.callbacks import check_every_step
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.config import TrainingConfig
+from prefmill.training.telemetry import ALARMS
 from tests.tiny import pair_rows
 from tests.unit.training.test_group_training import SMALL, curve, train
 
@@ -86,6 +91,7 @@ def test_a_schedule_takes_its_keys(tmp_path: Path, tiny_qwen2: Path) -> None:
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 2}, "begins at the full rate whatever warmup_steps says"),
         ({"optim": "lomo"}, "pip install lomo-optim"),
     ],
 )
@@ -96,6 +102,97 @@ def test_what_the_trainer_could_not_make_is_refused_before_the_reference_is_scor
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
     with pytest.raises(ConfigError, match=why):
         train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", **keys)
+
+
+@pytest.mark.parametrize("kind", ["constant_with_warmup", "linear", "cosine", "inverse_sqrt", "polynomial"])
+def test_schedules_with_a_warm_up_are_taken(kind: str, tmp_path: Path, tiny_qwen2: Path) -> None:
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", lr_scheduler_type=kind, warmup_steps=2)
+    rates = [row["learning_rate"] for row in read_curve(tmp_path / "logs" / STEPS) if "learning_rate" in row]
+    assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
+
+
+def test_a_warm_up_of_the_whole_training_is_told(tmp_path: Path, tiny_qwen2: Path) -> None:
+    """One step at a rate of 0: it trains nothing."""
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(3))
+    keys = {"warmup_steps": 0.1, "num_train_epochs": 1}
+    train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", **keys)
+    (row,) = read_jsonl(tmp_path / "logs" / ALARMS)
+    assert row["alarm"] == "warm-up takes 1 steps of 1: the rate ends at 0% of its peak"
+    train(tmp_path / "two", tiny_qwen2, tmp_path / "pairs.jsonl", **keys | {"num_train_epochs": 2})
+    assert not (tmp_path / "two" / "logs" / ALARMS).exists()
+
+
+class Averaging(torch.optim.SGD):
+    """As optimizers without a schedule: trains some weights, and leaves their average."""
+
+    held: tuple[list[Any], list[Any]] | None = None  # the average, and what is trained while the average is in place
+
+    def params(self) -> list[Any]:
+        return [value for group in self.param_groups for value in group["params"]]
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        values = [value.detach().clone() for value in self.params()]
+        before = self.held[0] if self.held else values
+        self.held = ([(old + new) / 2 for old, new in zip(before, values, strict=True)], [])
+
+    def eval(self) -> None:
+        if self.held and not self.held[1]:
+            self.held[1].extend(value.detach().clone() for value in self.params())
+            self._put(self.held[0])
+
+    def train(self) -> None:
+        if self.held and self.held[1]:
+            self._put(self.held[1])
+            self.held[1].clear()
+
+    def _put(self, values: list[Any]) -> None:
+        with torch.no_grad():
+            for place, value in zip(self.params(), values, strict=True):
+                place.copy_(value)
+
+
+def test_an_optimizer_that_leaves_an_average_publishes_it(
+    tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Averaging] = []
+
+    def create(self: Trainer, *_: Any) -> Averaging:
+        made.append(Averaging(self.model.parameters(), lr=0.1))
+        self.optimizer = made[-1]
+        return made[-1]
+
+    monkeypatch.setattr(Trainer, "create_optimizer", create)
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl", learning_rate=0.1)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert made[0].held is not None
+    average, trained = made[0].held
+    total = [sum(float(value.double().sum()) for value in values) for values in (weights.values(), average, trained)]
+    assert total[0] == pytest.approx(total[1], abs=1e-6)
+    assert abs(total[0] - total[2]) > 1e-4
+
+
+def test_an_evaluation_that_is_no_number_ends_the_training(tmp_path: Path, tiny_qwen2: Path) -> None:
+    """Every pair of it counted as lost, and an accuracy of 0 was published."""
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(3))
+    keys = {"num_train_epochs": 1, "learning_rate": 1e38, "max_grad_norm": 1e9}
+    with pytest.raises(DivergedError, match="an evaluation is not a number"):
+        train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl", **keys)
+
+
+@pytest.mark.parametrize(("scale", "ends"), [(65536.0, False), (1.0, True)])
+def test_in_fp16_a_step_is_skipped_only_while_a_smaller_scale_may_help(scale: float, ends: bool) -> None:
+    """A gradient that is infinite without any scale would have every step skipped: nothing would be trained."""
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(fp16=True), accelerator=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale)),
+        state=SimpleNamespace(global_step=4), _tr_loss=torch.tensor(0.5),
+        _get_grad_norm=lambda *_, **__: torch.tensor(math.inf),
+    )  # fmt: skip
+    check_every_step(trainer)
+    with pytest.raises(DivergedError, match="step 5") if ends else nullcontext():
+        trainer._get_grad_norm(None)
 
 
 def test_liger_is_refused_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefmill.core.files import append_row
 from prefmill.core.statistics import correlation
+from prefmill.pairs.forensics import read_histories
 from prefmill.store.jsonl import read_jsonl
+from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.objectives import PairScores, Settings, mix
 from prefmill.training.speed import SPEED, Speed
-from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, Telemetry, f1_by_coin
+from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, LOG, Telemetry, f1_by_coin
 
 SETTINGS = Settings(0.1)
 SIGMOID = mix(["sigmoid"], [1.0], SETTINGS)
@@ -37,6 +40,26 @@ def test_the_alarm_is_for_chosen_answers_that_become_unlikely(tmp_path: Path, ch
     rows = list(read_jsonl(tmp_path / ALARMS)) if (tmp_path / ALARMS).is_file() else []
     assert [row["step"] for row in rows] == [7] * alarms
     assert telemetry.means() == {}
+
+
+def test_a_row_that_a_kill_has_torn_spoils_no_other(tmp_path: Path) -> None:
+    """Resumed, the training wrote on behind it: the report, and `prefmill pairs`, then refused the whole log."""
+    for step in (1, 2):
+        telemetry = Telemetry(tmp_path, 0)
+        telemetry.add(["a", "b"], scores(0.5), SIGMOID, SETTINGS)
+        telemetry.step(step, 0)
+        log = tmp_path / "margins" / LOG
+        if step == 1:
+            log.write_bytes(log.read_bytes()[:-20])
+    histories = read_histories([log])
+    assert {name: [seen.step for seen in found.sightings] for name, found in histories.items()} == {
+        "a": [1, 2], "b": [2],
+    }  # fmt: skip
+    append_row(tmp_path / STEPS, {"step": 1, "loss": 0.7})
+    with (tmp_path / STEPS).open("a") as stream:
+        stream.write('{"step": 2, "lo')
+    append_row(tmp_path / STEPS, {"step": 2, "loss": 0.5})
+    assert [row["loss"] for row in read_curve(tmp_path / STEPS)] == [0.7, 0.5]
 
 
 def test_margins_that_follow_lengths_show(tmp_path: Path) -> None:

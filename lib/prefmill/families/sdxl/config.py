@@ -90,7 +90,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     use_ema: bool = Field(False, description="publish the moving average of the weights")
     # The default of diffusers' EMAModel.
     ema_decay: float = Field(0.9999, gt=0, lt=1, description="of the moving average")
-    optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "sgd"] = "adamw_torch_fused"
+    optim: str | None = "adamw_torch_fused"
     torch_compile: bool = False
 
     logging_steps: int = runtime(50, ge=1)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
@@ -25,7 +24,7 @@ from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_p
 from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, tell_cut
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
-from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, optimizer_name, require_patches
+from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, require_patches
 from prefmill.families.sdxl.noise import ERRORS, Schedule
 from prefmill.families.sdxl.reference import ReferenceErrors, used_by
 from prefmill.families.sdxl.soft_labels import with_soft_labels
@@ -128,7 +127,6 @@ def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbat
             "fp16 needs a GPU", where="precision", got="no GPU that torch sees", fix="set precision: bf16 or fp32"
         )
     args.gradient_checkpointing = False  # transformers would ask the UNet in a language model's words
-    args.optim = OptimizerNames(optimizer_name(config))
     args.ddp_find_unused_parameters = False  # every weight that is trained has a part in every loss
     return args
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ from prefmill.families.sdxl.folders import ADAPTER_FILE, MERGED
 from prefmill.families.sdxl.kohya import DORA_NORM, DoraNorm, original_name
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.training.adapter import ADAPTER, save_adapter
-from prefmill.training.publish import model_card
+from prefmill.training.finished import require_finite
+from prefmill.training.publish import accepted_with_losses, model_card, precisions
+from prefmill.training.rescoring import LOST_SHARE
 
 # By kohya's key names. Tools disagree on DoRA's `dora_scale`: a file for each of the two rules.
 COMFYUI_FILE, LYCORIS_FILE = "comfyui.safetensors", "lycoris.safetensors"
@@ -148,7 +151,7 @@ def merged_weight(layer: Any, adapter: str = "default") -> Tensor:
 
 
 def save_pipeline(unet: Mapping[str, Tensor], output: Path, folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:
-    """A whole pipeline: this UNet or transformer in the run's precision, and all else as it is in `folder`."""
+    """A whole pipeline: this UNet or transformer as `save_dtype` says, and all else as it is in `folder`."""
     name, loader = folder.backbone.part, folder.denoiser_class
     output.mkdir(parents=True, exist_ok=True)
     for part in sorted(folder.path.iterdir()):
@@ -158,11 +161,31 @@ def save_pipeline(unet: Mapping[str, Tensor], output: Path, folder: SdxlFolder, 
     # Without storage, and the tensors put in its place: there is no second model in memory.
     with torch.device("meta"):
         model = loader.from_config(loader.load_config(folder.path, subfolder=name))
-    dtype = torch_dtype(config.precision if config.save_dtype == "auto" else config.save_dtype)
-    state = {name: value.detach().to("cpu", dtype) for name, value in unet.items()}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(_rounded(unet, folder, config), assign=True)
     model.register_to_config(_name_or_path="")  # a path of this machine is no part of the content
     model.save_pretrained(output / name, variant=folder.variant)
+
+
+def _rounded(unet: Mapping[str, Tensor], folder: SdxlFolder, config: SdxlPreferenceConfig) -> dict[str, Tensor]:
+    """Weights in the precision to save, by what they lose of their change; raises DivergedError for one not finite."""
+    for name, value in unet.items():
+        require_finite(name, value)
+    for precision in precisions(config, folder.denoiser_precision):
+        state = {name: value.detach().to("cpu", torch_dtype(precision)) for name, value in unet.items()}
+        if precision == "fp32":
+            break
+        start = folder.load_denoiser("fp32").state_dict()
+        lost, effect = (sum(_distance(a[name], b[name]) for name in unet) for a, b in ((state, unet), (unet, start)))
+        share = (lost / effect) ** 0.5 if effect else float(lost > 0)
+        told = f"{share:.0%} of the training"
+        if share <= LOST_SHARE[precision] or accepted_with_losses(told, math.isfinite(share), precision, config):
+            break
+    return state
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    """The sum of squared differences."""
+    return float((left.detach().cpu().double() - right.detach().cpu().double()).square().sum())
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor, float]:

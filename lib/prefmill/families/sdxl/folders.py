@@ -160,6 +160,12 @@ def variant_of(part: Path, variant: str | None) -> str | None:
     return variant if variant is None or any(f".{variant}" in name for name in _weights(part)) else None
 
 
+def files_of(part: Path, variant: str | None) -> list[Path]:
+    """The files of weights that are read of a part."""
+    chosen = variant_of(part, variant)
+    return [part / name for name in _weights(part) if (f".{chosen}" in name if chosen else name.count(".") == 1)]
+
+
 def _require_part(part: Path, variant: str | None) -> None:
     kind = part.name.partition("_")[0]
     wanted = {"scheduler": ("scheduler_config.json",), "tokenizer": _TOKENIZER_FILES, "feature": ()}

@@ -19,6 +19,7 @@ from prefmill.families.sdxl.backbone import Backbone, backbone_of
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.folders import (
     PIPELINE_FILE,
+    files_of,
     local_folder,
     read_index,
     read_json,
@@ -28,7 +29,9 @@ from prefmill.families.sdxl.folders import (
 )
 from prefmill.families.sdxl.noise import Schedule, load_schedule
 from prefmill.families.sdxl.whole import require_whole_part, require_whole_pipeline
+from prefmill.training.adapter import new_adapter
 from prefmill.training.config import weights_precision
+from prefmill.training.finished import precision_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class SdxlFolder:
     def load_denoiser(self, precision: Precision) -> Any:
         """The UNet or transformer."""
         return self.load(self.denoiser_class, self.backbone.part, precision)
+
+    def denoiser_precision(self) -> Precision:
+        """The precision that most weights of its first file are stored in."""
+        return precision_of(files_of(self.path / self.backbone.part, self.variant)[0])
 
     def load_pipeline(self, **parts: Any) -> Any:
         """The pipeline with these parts in place of its own, None for none."""
@@ -190,21 +197,11 @@ def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
     """`unet` with the adapter of the configuration, step 0 being the base to the bit; unchanged without one."""
     if config.lora is None:
         return unet
-    import peft
-
-    from prefmill.core.seeding import seeded
     from prefmill.families.sdxl.dora import make_exact
     from prefmill.families.sdxl.lora import make_lean
 
-    given = config.lora
-    targets = given.target_modules
-    settings = peft.LoraConfig(
-        r=given.r, lora_alpha=given.alpha, lora_dropout=0.0, use_dora=given.use_dora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )  # fmt: skip
     try:
-        with seeded(config.seed):  # an adapter begins at random weights
-            model = peft.get_peft_model(unet, settings)
+        model = new_adapter(unet, config)
     except ValueError as error:
         raise ConfigError(
             "the adapter does not fit this model", where="lora.target_modules", got=str(error).splitlines()[0],
@@ -213,18 +210,6 @@ def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
     make_exact(model)
     make_lean(model)
     return model
-
-
-def optimizer_name(config: SdxlPreferenceConfig) -> str:
-    """The Trainer's name of the optimizer; raises ConfigError where the package it needs is missing."""
-    import importlib.util
-
-    if config.optim == "adamw_bnb_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "an 8-bit optimizer needs a package that is not installed", where="optim", got="no bitsandbytes",
-            fix="pip install bitsandbytes (it needs a GPU), or set optim: adamw_torch",
-        )  # fmt: skip
-    return config.optim
 
 
 def _use_attention(unet: Any, name: str | None) -> None:
