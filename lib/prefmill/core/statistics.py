@@ -48,7 +48,7 @@ def means(values: Array, resampling: Resampling) -> list[Estimate]:
 
     A paper is drawn with all its reviews (cluster bootstrap, Davison and Hinkley 1997, section 3.8). Percentile
     intervals are too short for few papers, so they are stretched by the t-quantile and the small-sample factor
-    (Hesterberg 2015, "expanded percentile"); the p-value inverts the same interval. Raises InputError below 2 papers.
+    (Hesterberg 2015, "expanded percentile"); the p-value inverts these intervals. Raises InputError below 2 papers.
     """
     return _estimates(values, resampling, lambda drawn: drawn)
 
@@ -74,7 +74,7 @@ def within(estimate: Estimate, resampling: Resampling, lowest: float = 0.0, high
     needed = value / (value - end) if value else 0.0  # the share of others that takes the mean to zero
     p_value = 2 * (1 - _NORMAL.cdf(math.sqrt(estimate.num_papers * needed / (1 - needed)))) if needed < 1 else 0.0
     low, high = value - others * (value - lowest), value + others * (highest - value)
-    return replace(estimate, low=low, high=high, p_value=max(p_value, estimate.p_value))
+    return replace(estimate, low=low, high=high, p_value=max(p_value, 2 / (resampling.num_resamples + 1)))
 
 
 def wilson(share: float, count: int, confidence: float) -> tuple[float, float]:
@@ -107,23 +107,35 @@ def _estimates(values: Array, resampling: Resampling, function: Callable[[Array]
     draws = value + (drawn - value) * _stretch(num_papers, resampling.confidence)
     tail = (1 - resampling.confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
-    columns = np.stack([value, low, high, _two_sided(draws)], axis=1)
+    columns = np.stack([value, low, high, _two_sided(value, drawn, num_papers)], axis=1)
     return [Estimate(mean, lower, upper, p_value, num_papers) for mean, lower, upper, p_value in columns.tolist()]
 
 
-def _two_sided(draws: Array) -> Array:
-    """[K] p-values of zero; one is added to each count, as the sample itself is one of the possible draws."""
-    below, above = (draws <= 0).sum(axis=0), (draws >= 0).sum(axis=0)
-    p_values: Array = np.minimum(1.0, 2 * (np.minimum(below, above) + 1) / (len(draws) + 1))
-    return p_values
+def _two_sided(value: Array, drawn: Array, num_papers: int) -> Array:
+    """[K] p-values of zero: the level whose interval just reaches it, each level's being stretched by its own quantile.
+
+    One is added to the counts, as the sample itself is one of the possible draws. Of papers that all agree nobody
+    knows the spread: there it is the sign test's.
+    """
+    towards_zero = np.sort((drawn - value) * np.sign(value), axis=0)[: len(drawn) // 2]
+    below = (np.abs(value) + towards_zero * _stretches(num_papers, len(drawn))[:, None] <= 0).sum(axis=0)
+    p_values: Array = np.minimum(1.0, 2 * (below + 1) / (len(drawn) + 1))
+    agree = (np.ptp(drawn, axis=0) <= _NO_WIDTH) & (value != 0)
+    return np.where(agree, np.maximum(p_values, 2.0 ** (1 - num_papers)), p_values)
 
 
-def _stretch(num_papers: int, confidence: float) -> float:
-    from scipy.special import stdtrit  # a second, for what `prefmill --help` does not need
+@lru_cache(maxsize=8)
+def _stretches(num_papers: int, num_draws: int) -> Array:
+    """The stretch [num_draws // 2] of the interval that begins at each draw, from the lowest one on."""
+    return _stretch(num_papers, 1 - 2 * np.arange(1, num_draws // 2 + 1) / (num_draws + 1))
+
+
+def _stretch(num_papers: int, confidence: Any) -> Any:
+    """For a confidence, or an array of them."""
+    from scipy.special import ndtri, stdtrit  # a second, for what `prefmill --help` does not need
 
     probability = (1 + confidence) / 2
-    student = float(stdtrit(num_papers - 1, probability))
-    return student / _NORMAL.inv_cdf(probability) * math.sqrt(num_papers / (num_papers - 1))
+    return stdtrit(num_papers - 1, probability) / ndtri(probability) * math.sqrt(num_papers / (num_papers - 1))
 
 
 def _weights(num_papers: int, resampling: Resampling) -> Iterator[Array]:
