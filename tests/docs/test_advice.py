@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from prefmill.core.config import StrictConfig
 from prefmill.core.stage import load_stage, stage_names
 from prefmill.pipeline.plan import PipelineFile, StageEntry
-from prefmill.slurm.cluster import ClusterFile
+from prefmill.slurm.cluster import ClusterFile, Resources
 from tests.docs import messages
 
 _KEY, _VALUE = r"([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)*)", r"(\{[^}]*\}|\[[^\]]*\]|[^\s,;|)`'\"]+)"
@@ -62,7 +62,7 @@ PROSE = {
 @cache
 def models() -> tuple[type[BaseModel], ...]:
     """Every configuration class that a user's file or command line can reach."""
-    roots = [load_stage(name).config for name in stage_names()] + [PipelineFile, StageEntry, ClusterFile]
+    roots = [load_stage(name).config for name in stage_names()] + [PipelineFile, StageEntry, ClusterFile, Resources]
     found: dict[type[BaseModel], None] = {}
     while roots:
         model = roots.pop()

@@ -165,7 +165,7 @@ class Cluster:
             for number, node in enumerate(self.node_names, 1):
                 stream.write(
                     f"NodeName={node} NodeHostname={values['host']} NodeAddr=127.0.1.{number} "
-                    f"Port={self.port + 10 + number} CPUs={self.cpus} RealMemory=64000 Gres=gpu:{self.gpus}\n"
+                    f"Port={self.port + 10 + number} CPUs={self.cpus} RealMemory=64000 Gres=gpu:h100:{self.gpus}\n"
                 )
                 (self.root / "state" / node).mkdir(exist_ok=True)
         for number in range(self.gpus):  # Slurm wants device files: links to /dev/null will do
@@ -173,7 +173,7 @@ class Cluster:
             link.unlink(missing_ok=True)
             link.symlink_to("/dev/null")
         (etc / "gres.conf").write_text(
-            f"NodeName=n[1-{self.nodes}] Name=gpu File={self.root}/dev/nvidia[0-{self.gpus - 1}]\n"
+            f"NodeName=n[1-{self.nodes}] Name=gpu Type=h100 File={self.root}/dev/nvidia[0-{self.gpus - 1}]\n"
         )
         # 22.05 knows v1 and v2 only; v1 is never used, as nothing above asks for cgroups.
         (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")

@@ -7,7 +7,7 @@ and what one has done the next one sees. Submissions are never rewritten; their 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from prefmill.slurm.elements import Tried, collect_evidence, has_room
 from prefmill.slurm.failures import POLICIES, Decision, Evidence, Failure, RetryOptions, classify, decide, several
 from prefmill.slurm.follow_up import book, me
 from prefmill.slurm.intents import Order, SbatchRefusedError, send_fitting
-from prefmill.slurm.jobs import Element, JobState, Partition, element_name
+from prefmill.slurm.jobs import Element, JobState, element_name
 from prefmill.slurm.notify import announce
+from prefmill.slurm.partitions import Partition, offer_of, partitions
 from prefmill.slurm.releases import release_held
 from prefmill.slurm.sightings import told
 from prefmill.slurm.submission import JobRecord, require_owner, submissions
@@ -78,7 +79,7 @@ def _judge(view: View, again: Collection[str], say: Say) -> Iterable[Retry]:
     ]
     ids = sorted({view.tried[task.key].job.job_id for task in ended if view.tried[task.key].sent})
     accounts = slurm.accounting(ids) if ids else {}
-    limits = slurm.partitions() if ended else None
+    limits = partitions() if ended else None
     going: set[str] = set()
     for task in ended:
         upstream = [other.key for other in view.plan.upstream(task) if other.key in view.open]
@@ -141,7 +142,7 @@ def _means(
     resources = validate(Resources, tried.array.resources)
     seen = evidence.account.memory_gb if evidence.account else None
     known = raised or resources.memory_gb or (seen / resources.nodes if seen else None)
-    partition = limits.get(resources.partition or "")
+    partition = offer_of(resources.partition, limits)
     further = needs_less(task.config.model_copy(update=shrunk))
     limit = partition.memory_gb if partition else None
     return RetryOptions(known, limit, has_room(task.output), {**shrunk, **further} if further else {})
@@ -186,16 +187,22 @@ def _order(view: View, group: list[Retry]) -> Order:
     needs = {retry.tried.index: view.needs(retry.task) or frozenset() for retry in group}
     waits = dependency(TaskBatch(first.array.stage, first.array.chunk, indices, needs), _whole(view), {})
     resources = validate(Resources, first.array.resources)
-    excluded = _excluded(view, resources, group)
-    # In MB, as sbatch takes no fractions.
-    options = [f"--mem={round(group[0].memory_gb * 1024)}M"] if group[0].memory_gb else []
-    options += [f"--exclude={','.join(excluded)}"] if excluded else []
+    options = retry_options(resources, group[0].memory_gb, _excluded(view, resources, group))
     for retry in group:
         # Before sbatch is called: the job may start at once, and reads its keys from this file.
         if isinstance(keys := retry.row.get("smaller"), Mapping):
             write_smaller(retry.task.logs, first.submission.number, keys)
     where = (first.array.stage, first.array.chunk, first.array.script)
-    return Order(first.submission, "array", *where, indices, tuple(options), waits, resources.max_concurrent)
+    return Order(first.submission, "array", *where, indices, options, waits, resources.max_concurrent)
+
+
+def retry_options(resources: Resources, memory_gb: float | None, excluded: Sequence[str]) -> tuple[str, ...]:
+    """Options of sbatch that a retry has beside its script's: more memory, and nodes to leave out."""
+    # In MB, as sbatch takes no fractions.
+    memory = [f"--mem={round(memory_gb * 1024)}M"] if memory_gb else []
+    # An option of the command takes the place of the script's: the site's own nodes are named again.
+    nodes = [str(resources.options["exclude"]), *excluded] if "exclude" in resources.options else excluded
+    return (*memory, *([f"--exclude={','.join(nodes)}"] if excluded else []))
 
 
 def _note(view: View, retry: Retry, record: JobRecord, say: Say) -> None:
@@ -222,7 +229,7 @@ def _excluded(view: View, resources: Resources, group: list[Retry]) -> list[str]
     """Nodes not to use, these failures' own among them; at most half of the partition's, the latest."""
     own = [str(retry.row["exclude"]) for retry in group if retry.row.get("exclude")]
     nodes = list(dict.fromkeys([*own, *view.decisions.excluded_nodes(time.time())]))
-    partition = (slurm.partitions() or {}).get(resources.partition or "") if nodes else None
+    partition = offer_of(resources.partition, partitions() or {}) if nodes else None
     return nodes[: (partition.nodes if partition else 2) // 2]
 
 

@@ -7,9 +7,9 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, load, merge, modern, renamed, validate
 from prefmill.core.errors import ConfigError, nearest
@@ -25,6 +25,12 @@ _OWN_OPTIONS = {
     "array", "dependency", "export", "export-file", "get-user-env", "kill-on-invalid-dep", "output", "error",
     "open-mode", "requeue", "no-requeue", "signal", "ntasks", "ntasks-per-node", "job-name", "wrap", "parsable",
 }  # fmt: skip
+# Those that a key says: of both Slurm takes one, and what is checked and estimated goes by the key.
+_KEY_OF_OPTION = {
+    "partition": "partition", "nodes": "nodes", "cpus-per-task": "cpus", "time": "time_limit_minutes",
+    "gpus": "gpus", "gpus-per-node": "gpus and gpu_type", "gpus-per-task": "gpus and gpu_type",
+}  # fmt: skip
+_MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
 
 
 def _variable_name(name: str) -> str:
@@ -39,12 +45,14 @@ VariableName = Annotated[str, AfterValidator(_variable_name)]
 class Resources(StrictConfig):
     """What one task gets; counts of GPUs, CPUs and memory are for each of its nodes.
 
+    `partition` may be a list such as `a,b`, of which Slurm takes any. `gpu_type` is the site's name of it, as `h100`.
     `processes` is how many of a training stage's processes run on a node: by default one for every GPU it has.
     """
 
     partition: str | None = None
     nodes: int = Field(1, ge=1)
     gpus: int = Field(0, ge=0)
+    gpu_type: str | None = Field(None, pattern=r"^[\w.-]+$")
     cpus: int = Field(1, ge=1)
     memory_gb: float | None = Field(None, gt=0)
     time_limit_minutes: int = renamed("minutes", 60, ge=1)
@@ -64,7 +72,20 @@ class Resources(StrictConfig):
         wrong = [name for name in options if not _OPTION.fullmatch(name) or name in _OWN_OPTIONS]
         if wrong:
             raise ValueError(f"'{wrong[0]}' is decided by prefmill or is no long option of sbatch")
+        for name, value in options.items():
+            key = _KEY_OF_OPTION.get(name) or ("gpus and gpu_type" if name == "gres" and "gpu" in str(value) else None)
+            if key:
+                raise ValueError(f"'{name}' is said by the key {key}: write that instead")
         return options
+
+    @model_validator(mode="after")
+    def _say_memory_once(self) -> Self:
+        given = [name for name in _MEMORY_OPTIONS if name in self.options]
+        if given and self.memory_gb is not None:
+            raise ValueError(
+                f"memory_gb and the option '{given[0]}' both say the memory: set memory_gb: null, or leave that out"
+            )
+        return self
 
 
 class Secrets(StrictConfig):

@@ -12,11 +12,10 @@ from prefmill.checklist.engine import TransformersConfig, VllmConfig
 from prefmill.core.errors import PipelineError, PrefmillError
 from prefmill.core.places import MANIFEST
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
-from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
 from prefmill.slurm.forecast import stated
-from prefmill.slurm.jobs import Partition
 from prefmill.slurm.memory import ORIGINS, sharding
+from prefmill.slurm.partitions import Partition, gpu_kind, offer_of, partitions
 from prefmill.slurm.places import LOCAL_FILESYSTEMS, filesystem
 from prefmill.slurm.policy import SitePolicy, read_policy
 from prefmill.slurm.requests import by_stage, objections
@@ -39,7 +38,7 @@ def estimate(
 
     A `tiny` pipeline may train on CPUs.
     """
-    offered = slurm.partitions()
+    offered = partitions()
     policy = read_policy() if offered else None
     if offered is None:
         say("Slurm does not answer here: requests are not checked against partitions")
@@ -70,10 +69,15 @@ def _stated_hours(
     cluster: ClusterFile, task: PlannedTask, resources: Resources, offered: Mapping[str, Partition]
 ) -> Iterator[str]:
     """What the site's throughput table says of a task, where the kind of its GPUs is known, or the table has one."""
-    partition = offered.get(resources.partition or "")
-    kinds = [partition.gpu_type] if partition and partition.gpu_type else list(cluster.throughput)
+    known = _kind_of_gpu(resources, offered)
+    kinds = [known] if known else list(cluster.throughput)
     if len(kinds) == 1 and is_measurable(task):
         yield from stated(task, resources, cluster.throughput.get(kinds[0], {}), kinds[0])
+
+
+def _kind_of_gpu(resources: Resources, offered: Mapping[str, Partition]) -> str:
+    partition = offer_of(resources.partition, offered)
+    return gpu_kind(resources.gpu_type or "") or (partition.gpu_type if partition else "")
 
 
 def _without_gpu(task: PlannedTask, resources: Resources, offered: Mapping[str, Partition] | None) -> Iterator[str]:
@@ -149,8 +153,7 @@ def _show_training(
         say(f"    {name}: {ORIGINS[name]}")
     fits = (f"{size} GB: {'fits' if needs.memory.total <= size else 'does not fit'}" for size in _CARDS_GB)
     say("  " + "; ".join(fits))
-    partition = offered.get(resources.partition or "")
-    given = gpu_gb or (_GPU_GB.get(partition.gpu_type) if partition else None)
+    given = gpu_gb or _GPU_GB.get(_kind_of_gpu(resources, offered))
     if resources.gpus and given is not None and needs.memory.total > given:
         yield (
             f"{task.stage.name}: {needs.memory.total:.0f} GB needed on each GPU, which has {given:g}: a higher ZeRO "

@@ -1,4 +1,4 @@
-"""What Slurm says of jobs and partitions, read from the few outputs that are the same in every version.
+"""What Slurm says of jobs, read from the few outputs that are the same in every version.
 
 A question Slurm does not answer gives None, which is never the same as "no such job".
 """
@@ -18,10 +18,10 @@ Element = tuple[str, int]  # an array's job id and the index; -1 for a job that 
 LIVE_STATES = {
     # A job that is COMPLETING may still have processes that write.
     "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
-    "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD",
+    "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD", "POWER_UP_NODE", "EXPEDITING",
 }  # fmt: skip
 UNKNOWN = "UNKNOWN"
-_QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%S|%u|%E"
+_QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%S|%u|%P|%E"
 _ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,Start,ReqMem,MaxRSS"
 _ARRAY_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^]%]*)(?:%\d+)?\]?.*))?")
 _DEPENDENCY = re.compile(r"(\d+)(_\d+|_\*)?(?:\+\d+)?(?:\((\w+)\))?")
@@ -30,6 +30,9 @@ _SECONDS = 60.0
 _CLOCKS_DIFFER_SECONDS = 600.0
 _IDS_AT_ONCE = 500
 _NO_SUCH_JOB = "Invalid job id specified"
+# What a shell sets for a person: SQUEUE_PARTITION hides jobs, SCANCEL_INTERACTIVE waits for a yes, and SBATCH_...
+# would win over a script's own options.
+_PERSONAL = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_", "SBATCH_")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class JobState:
     peak_gb: float | None = None
     started: float | None = None
     user: str = ""
+    partition: str = ""
 
     @property
     def live(self) -> bool:
@@ -61,21 +65,6 @@ class JobState:
     def held_after_launch(self) -> bool:
         """Whether its node could not launch it, so that Slurm holds it: it is PENDING, and never starts by itself."""
         return self.state == "PENDING" and "requeued held" in self.reason
-
-
-@dataclass(frozen=True)
-class Partition:
-    """What a partition offers: `max_minutes` and `max_nodes` None where there is no limit; the rest is per node."""
-
-    name: str
-    nodes: int
-    max_minutes: int | None
-    max_nodes: int | None
-    cpus: int
-    memory_gb: float
-    gpus: int
-    up: bool = True
-    gpu_type: str = ""
 
 
 def queue(job_ids: Sequence[str], states: str = "all") -> dict[Element, JobState] | None:
@@ -146,10 +135,11 @@ def setting(name: str, default: int) -> int:
     return int(found[1]) if found else default
 
 
-def partitions() -> dict[str, Partition] | None:
-    """Every partition by name; the default one also as "". None when Slurm does not answer."""
-    text = ask(["sinfo", "-h", "-o", "%P|%D|%l|%s|%c|%m|%G|%a"])
-    return None if text is None else _partitions(text)
+def environment() -> dict[str, str]:
+    """This process' environment for Slurm's commands: they answer the same for everybody."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith(_PERSONAL)}
+    # Times are otherwise local and name no zone, and the C library's part of an error is translated.
+    return own | {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"}
 
 
 def element_name(element: Element) -> str:
@@ -210,10 +200,8 @@ def ask(command: Sequence[str]) -> str | None:
 def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
     if shutil.which(command[0]) is None:
         return None
-    # Times are otherwise local and name no zone, and the C library's part of an error is translated.
-    environment = os.environ | {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment)
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment())
     except subprocess.TimeoutExpired:
         return None
 
@@ -225,13 +213,13 @@ def _batches(job_ids: Sequence[str]) -> Iterator[str]:
 
 def _queue_rows(text: str) -> Iterator[tuple[Element, JobState]]:
     for line in _whole_lines(text, _QUEUE_FIELDS.count("|")):
-        job, index, raw_id, state, reason, node, started, user, dependency = line.split("|", 8)
+        job, index, raw_id, state, reason, node, started, user, partition, dependency = line.split("|", 9)
         element = (job, int(index) if index.isdigit() else -1)
         yield (
             element,
             JobState(
                 clean_state(state), reason, node=node, raw_id=raw_id, started=_seconds(started), user=user,
-                dependency="" if dependency == "(null)" else dependency,
+                partition=partition, dependency="" if dependency == "(null)" else dependency,
             ),
         )  # fmt: skip
 
@@ -269,61 +257,11 @@ def _indices(spans: str) -> Iterator[int]:
             yield from range(int(first), int(last if last.isdigit() else first) + 1, int(step or 1))
 
 
-def _partitions(text: str) -> dict[str, Partition]:
-    """sinfo writes a line for every kind of node in a partition: nodes add up, the rest is the largest kind's."""
-    found: dict[str, Partition] = {}
-    for line in text.splitlines():
-        shown, nodes, limit, size, cpus, memory, gres, up = line.split("|")
-        name = shown.rstrip("*")
-        old = found.get(name, Partition(name, 0, None, None, 0, 0.0, 0))
-        found[name] = Partition(
-            name, old.nodes + int(nodes), minutes(limit), _upper(size), max(old.cpus, _number(cpus)),
-            max(old.memory_gb, _number(memory) / 1024), max(old.gpus, _gpus(gres)), up == "up",
-            old.gpu_type or _gpu_type(gres),
-        )  # fmt: skip
-        if shown.endswith("*"):
-            found[""] = found[name]
-    return found
-
-
-def minutes(text: str) -> int | None:
-    """Slurm's [days-]hours:minutes:seconds in minutes; None for infinite."""
-    if not text or not text[0].isdigit():
-        return None
-    days, _, clock = text.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0]) if len(parts) == 2 else (parts[0], 0)
-    return (int(days or 0) * 24 + hours) * 60 + minutes
-
-
-def _upper(size: str) -> int | None:
-    last = size.rpartition("-")[2]
-    return int(last) if last.isdigit() else None
-
-
-def _number(text: str) -> int:
-    # sinfo writes 64+ in a line of nodes that differ.
-    digits = re.match(r"\d+", text)
-    return int(digits.group()) if digits else 0
-
-
 def _seconds(text: str) -> float | None:
     return float(text) if text.isdigit() else None
 
 
-def _gpu_type(gres: str) -> str:
-    """`h100` of `gpu:h100:8` or `gpu:nvidia_h100_80gb:8`; "" where the site does not say."""
-    found = re.search(r"gpu:([\w.-]+):\d", gres)
-    known = re.search(r"[abhlv]\d+s?", found[1].lower()) if found else None
-    return known[0] if known else ""
-
-
 def gigabytes(text: str) -> float | None:
     """`64000M`, `1.50T` or, from older versions, `4Gn`."""
-    match = re.match(r"([\d.]+)([KMGT])", text)
-    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 2) if match and float(match[1]) else None
-
-
-def _gpus(gres: str) -> int:
-    """GPUs in `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
-    return sum(int(count) for count in re.findall(r"gpu:(?:[\w.-]+:)?(\d+)", gres))
+    match = re.match(r"([\d.]+)([KMGTP])", text)
+    return float(match[1]) * 1024.0 ** ("KMGTP".index(match[2]) - 2) if match and float(match[1]) else None

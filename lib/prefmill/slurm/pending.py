@@ -12,13 +12,13 @@ _HELD: Sequence[tuple[str, str]] = [
     ("JobHeldUser", "somebody holds it; to do: `scontrol release {name}`"),
     ("JobHeldAdmin", "an operator holds it; to do: ask the cluster's operators to release {name}"),
     (r"Invalid(Account|QOS)", "to do: correct account and qos in the cluster file, `prefmill cancel`, submit again"),
-    # A limit on one job is for its own request: no other job's end makes room for it.
-    (
-        r"Max\w*Per(Job|Node)|QOSMin|Partition(Time|Node)Limit|BadConstraints|AccountNotAllowed|QOSNotAllowed",
-        "it asks for more than is allowed; to do: lower its resources (`prefmill estimate` names the limit), "
-        "`prefmill cancel`, submit again",
-    ),
 ]
+# A limit on one job is for its own request: no other job's end makes room for it.
+_TOO_MUCH = (
+    r"Max\w*Per(Job|Node)|QOSMin|Partition(Time|Node)Limit|BadConstraints|AccountNotAllowed|QOSNotAllowed",
+    "it asks for more than is allowed; to do: lower its resources (`prefmill estimate` names the limit), "
+    "`prefmill cancel`, submit again",
+)
 _QUEUED: Sequence[tuple[str, str]] = [
     ("MaxSubmit|MaxJobs|Grp|PerUser|PerAccount|JobArrayTaskLimit", "it starts when other jobs have ended"),
     (
@@ -30,7 +30,9 @@ _QUEUED: Sequence[tuple[str, str]] = [
 
 def held(job: JobState, name: str) -> str:
     """Why Slurm never starts pending `job` by itself, and what to do; "" where it will."""
-    return _explained(_HELD, job.reason, name)
+    # Of several partitions Slurm shows the reason of one: the job starts in another.
+    rules = _HELD if "," in job.partition else [*_HELD, _TOO_MUCH]
+    return _explained(rules, job.reason, name)
 
 
 def why_queued(job: JobState) -> str:

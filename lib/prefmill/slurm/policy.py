@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources
-from prefmill.slurm.jobs import gigabytes, minutes
+from prefmill.slurm.jobs import gigabytes
+from prefmill.slurm.partitions import minutes, partition_names
 from prefmill.slurm.submission import user_name
 
 _ASSOCIATION = "Account,Partition,QOS,DefaultQOS,MaxSubmit,MaxWall,MaxTRES,GrpTRES"
@@ -65,9 +66,14 @@ class SitePolicy:
     partitions: Mapping[str, Mapping[str, str]]
 
     def objections(self, cluster: ClusterFile, resources: Resources) -> Iterator[str]:
-        """Why a task with these resources would be refused, or never start."""
-        account = str(resources.options.get("account") or cluster.account or self.default_account)
-        partition = self.partitions.get(resources.partition or "", {})
+        """Why a task with these resources would be refused, or never start, in each of its partitions."""
+        found = [list(self._objections(cluster, resources, name)) for name in partition_names(resources.partition)]
+        yield from dict.fromkeys(text for texts in found for text in texts) if all(found) else ()
+
+    def _objections(self, cluster: ClusterFile, resources: Resources, name: str) -> Iterator[str]:
+        # Slurm keeps names of accounts and QOS in small letters, and takes them in any.
+        account = str(resources.options.get("account") or cluster.account or self.default_account).lower()
+        partition = self.partitions.get(name, {})
         association = self._association(account, partition.get("PartitionName", ""))
         if association is None:
             if "associations" in self.enforced and self.associations:
@@ -75,7 +81,7 @@ class SitePolicy:
                 yield f"account '{account}' is none of yours: {known}"
             return
         # slurmdbd makes a QOS "normal" by itself, the default where nobody has set one.
-        qos = str(resources.options.get("qos") or cluster.qos or association.default_qos or "normal")
+        qos = str(resources.options.get("qos") or cluster.qos or association.default_qos or "normal").lower()
         if "qos" in self.enforced and qos not in association.qos:
             yield f"qos '{qos}' does not go with account {account}: {', '.join(association.qos)}"
         yield from _closed(partition, account, qos)
@@ -84,10 +90,10 @@ class SitePolicy:
 
     def submit_limit(self, cluster: ClusterFile) -> int | None:
         """How many jobs may be submitted at once; an array counts by its elements."""
-        association = self._association(cluster.account or self.default_account, "")
+        association = self._association((cluster.account or self.default_account).lower(), "")
         if association is None:
             return None
-        found = self._limits(association, cluster.qos or association.default_qos or "normal", {})
+        found = self._limits(association, (cluster.qos or association.default_qos or "normal").lower(), {})
         return min((limits.submit for limits in found if limits.submit is not None), default=None)
 
     def _association(self, account: str, partition: str) -> Association | None:
@@ -156,23 +162,25 @@ def _partitions(text: str) -> dict[str, dict[str, str]]:
 def _closed(partition: Mapping[str, str], account: str, qos: str) -> Iterator[str]:
     for key, name, what in (("AllowAccounts", account, "account"), ("AllowQos", qos, "QOS")):
         allowed = partition.get(key, "ALL")
-        if allowed not in ("ALL", "N/A") and name not in allowed.split(","):
+        if allowed not in ("ALL", "N/A") and name not in allowed.lower().split(","):
             yield f"partition {partition['PartitionName']} is closed to {what} {name}: {allowed}"
     for key, name, what in (("DenyAccounts", account, "account"), ("DenyQos", qos, "QOS")):
-        if name in partition.get(key, "").split(","):
+        if name in partition.get(key, "").lower().split(","):
             yield f"partition {partition['PartitionName']} is closed to {what} {name}"
 
 
 def _tres(resources: Resources) -> dict[str, float]:
     """What one task takes of everything that is counted."""
     each = {"gres/gpu": resources.gpus, "cpu": resources.cpus, "mem": resources.memory_gb or 0, "node": 1}
+    if resources.gpu_type:
+        each[f"gres/gpu:{resources.gpu_type}"] = resources.gpus
     return {name: resources.nodes * count for name, count in each.items()}
 
 
 def parse_tres(text: str) -> dict[str, float]:
-    """`cpu=4,mem=100G,gres/gpu=2`; memory in GB."""
+    """`cpu=4,mem=100G,gres/gpu=2`; memory and others that have a unit, such as `bb/flash=2T`, in GB."""
     pairs = [part.split("=", 1) for part in text.split(",") if "=" in part]
-    return {name: gigabytes(value) or 0.0 if name == "mem" else float(value) for name, value in pairs}
+    return {name: float(value) if value.isdigit() else gigabytes(value) or 0.0 for name, value in pairs}
 
 
 def _count(text: str) -> int | None:

@@ -9,9 +9,8 @@ from itertools import groupby
 
 from prefmill.core.errors import PipelineError
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
-from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
-from prefmill.slurm.jobs import Partition
+from prefmill.slurm.partitions import Partition, offer_of, partition_names, partitions
 from prefmill.slurm.policy import SitePolicy, read_policy
 
 
@@ -27,7 +26,7 @@ def read_offer() -> Offer:
     """Ask Slurm for both."""
     with ThreadPoolExecutor(1) as pool:
         policy = pool.submit(read_policy)
-        found = slurm.partitions() or {}
+        found = partitions() or {}
     return Offer(found, policy.result() if found else None)
 
 
@@ -62,10 +61,11 @@ def objections(
 
 def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iterator[str]:
     """Why a task with these resources would wait for ever; Slurm itself accepts such jobs."""
-    partition = offered.get(resources.partition or "")
-    if partition is None:
+    unknown = [name for name in partition_names(resources.partition) if name not in offered]
+    partition = offer_of(resources.partition, offered)
+    if unknown or partition is None:
         known = ", ".join(sorted(name for name in offered if name))
-        yield f"there is no partition '{resources.partition or '(default)'}': {known}"
+        yield f"there is no partition '{unknown[0] or '(default)'}': {known}"
         return
     # Each is the largest that any node has: that no node has them all is for `sbatch --test-only` to say.
     limits = [

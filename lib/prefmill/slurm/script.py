@@ -15,7 +15,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from prefmill.slurm.cluster import ClusterFile, Resources
-from prefmill.slurm.jobs import setting
+from prefmill.slurm.jobs import environment, setting
 
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
 _SECONDS = 120
@@ -87,11 +87,9 @@ def sbatch(script: Path, options: Sequence[str] = ()) -> SbatchAnswer:
     """Submit `script` with further sbatch options, once."""
     executor = ScriptExecutor(script.parent)
     program, *path = executor._make_submission_command(script)
-    # Options from the environment would win over those of the script.
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")} | {"LC_ALL": "C"}
     command = [program, *options, *path]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=clean)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment())
     except subprocess.TimeoutExpired:
         return SbatchAnswer(error=f"no answer in {_SECONDS} seconds")
     except OSError as error:
@@ -114,8 +112,9 @@ def refusal(cluster: ClusterFile, resources: Resources) -> list[str]:
     text = array_script(cluster, resources, "test.only", [0], here / "logs/test/submissions/0/arrays/only.json", here)
     try:
         done = subprocess.run(
-            ["sbatch", "--test-only"], input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
+            ["sbatch", "--test-only"], input=text, capture_output=True, text=True, timeout=_SECONDS, check=False,
+            env=environment(),
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [f"Slurm says: {done.stderr.strip().splitlines()[-1]}"] if done.returncode and done.stderr.strip() else []
@@ -175,7 +174,7 @@ def _parameters(cluster: ClusterFile, resources: Resources) -> dict[str, Any]:
         # One on every node: torchrun starts the ranks there.
         "ntasks_per_node": 1,
         "cpus_per_task": resources.cpus,
-        "gpus_per_node": resources.gpus or None,
+        "gpus_per_node": ":".join(filter(None, (resources.gpu_type, str(resources.gpus)))) if resources.gpus else None,
         "mem": None if resources.memory_gb is None else f"{round(resources.memory_gb * 1024)}M",
     }
 

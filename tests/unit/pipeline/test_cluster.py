@@ -8,7 +8,8 @@ import pytest
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError
-from prefmill.slurm.cluster import ClusterFile, read_cluster, read_secrets, resources_for
+from prefmill.slurm.advance import retry_options
+from prefmill.slurm.cluster import ClusterFile, Resources, read_cluster, read_secrets, resources_for
 from tests.conftest import REPOSITORY
 
 
@@ -35,11 +36,28 @@ def test_the_pipeline_wins_over_the_stage_and_the_stage_over_the_site() -> None:
         ({"options": {"array": "0-3"}}, "decided by prefmill"),
         ({"options": {"export": "ALL"}}, "decided by prefmill"),
         ({"options": {"x y": 1}}, "no long option"),
+        ({"options": {"time": "1-00:00:00"}}, "said by the key time_limit_minutes"),
+        ({"gpus": 8, "options": {"gpus-per-node": "h100:8"}}, "said by the key gpus and gpu_type"),
+        ({"options": {"gres": "gpu:h100:8"}}, "said by the key gpus and gpu_type"),
+        ({"memory_gb": 4, "options": {"mem-per-cpu": "4G"}}, "both say the memory"),
     ],
 )
 def test_wrong_resources_are_explained(values: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resources_for(validate(ClusterFile, {}), "sft", values)
+
+
+def test_options_that_no_key_says_are_the_sites() -> None:
+    options = {"mem": 0, "gres": "lscratch:100", "exclude": "n[1-2]", "constraint": "ib"}
+    cluster = validate(ClusterFile, {"resources": {"memory_gb": 4}, "stages": {"sft": {"memory_gb": None}}})
+    assert resources_for(cluster, "sft", {"options": options}).options == options
+
+
+def test_a_retry_leaves_out_the_sites_own_nodes_too() -> None:
+    site = Resources(options={"exclude": "n[1-2]"})
+    assert retry_options(site, 1.5, ["n7"]) == ("--mem=1536M", "--exclude=n[1-2],n7")
+    assert retry_options(Resources(), None, ["n7", "n8"]) == ("--exclude=n7,n8",)
+    assert retry_options(site, None, []) == ()  # the script's own stands
 
 
 @pytest.mark.parametrize("name", ["A=b", "a b", "$(id)", "1x", ""])

@@ -12,8 +12,8 @@ import pytest
 
 from prefmill.core.stage import load_stage, stage_names
 from prefmill.slurm.cluster import Resources, read_cluster, resources_for
-from prefmill.slurm.jobs import Partition
 from prefmill.slurm.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size
+from prefmill.slurm.partitions import Partition
 from prefmill.slurm.requests import never_starts
 from prefmill.training.config import LoraConfig, TrainingConfig
 from tests.conftest import REPOSITORY
@@ -33,6 +33,7 @@ SIZE = ModelSize(
         ({"time_limit_minutes": 2881}, "time_limit_minutes: 2881"),
         ({"cpus": 97}, "cpus: 97"), ({"memory_gb": 1001}, "memory_gb: 1001"),
         ({"partition": "gpus"}, "there is no partition 'gpus': gpu"),
+        ({"partition": "gpu,gpus"}, "there is no partition 'gpus': gpu"), ({"partition": "gpu,gpu"}, None),
     ],
 )  # fmt: skip
 def test_what_can_never_start_is_named(asked: dict[str, Any], said: str | None) -> None:

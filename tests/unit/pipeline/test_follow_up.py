@@ -24,7 +24,7 @@ from prefmill.slurm.status import read_rows
 from prefmill.slurm.submission import Intent
 from prefmill.slurm.view import View, look, next_look
 
-HEALER = f"43|N/A|43|PENDING|Dependency||N/A|{ME}|afterany:41_*(unfulfilled)"
+HEALER = f"43|N/A|43|PENDING|Dependency||N/A|{ME}|gpu|afterany:41_*(unfulfilled)"
 
 
 def with_script(run: Run) -> None:

@@ -104,16 +104,18 @@ def test_a_script_asks_for_what_it_was_given_and_runs_a_command(tmp_path: Path) 
         partition="gpu",
         nodes=2,
         gpus=8,
+        gpu_type="h100",
         cpus=96,
         memory_gb=1.5,
         time_limit_minutes=90,
-        options={"constraint": "h100", "reboot": True},
+        options={"constraint": "ib", "reboot": True},
     )
     path = tmp_path / "a b" / "logs" / "r" / "submissions" / "0001" / "arrays" / "sft.0.json"
     text = array_script(cluster, wanted, "r.sft", [0, 1, 3], path, tmp_path / "code")
     for line in (
-        "--array=0-1,3", "--account=acc", "--partition=gpu", "--nodes=2", "--gpus-per-node=8", "--cpus-per-task=96",
-        "--mem=1536M", "--time=90", "--constraint=h100", "--reboot", "--kill-on-invalid-dep=no", "--requeue",
+        "--array=0-1,3", "--account=acc", "--partition=gpu", "--nodes=2", "--gpus-per-node=h100:8",
+        "--cpus-per-task=96",
+        "--mem=1536M", "--time=90", "--constraint=ib", "--reboot", "--kill-on-invalid-dep=no", "--requeue",
         "--signal=B:USR1@120", "--ntasks-per-node=1", "--open-mode=append",
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in text

@@ -52,6 +52,11 @@ def policy(program: Path) -> SitePolicy:  # noqa: F811
          ["partition dear is closed to QOS normal: short", "partition dear is closed to account mill"]),
         ({}, {"partition": "closed", "time_limit_minutes": 10, "gpus": 1},
          ["partition closed is closed to account mill: other"]),
+        # Of several partitions one is enough, and Slurm takes names in any case.
+        ({"account": "Mill", "qos": "NORMAL"}, {"partition": "dear,main", "time_limit_minutes": 60}, []),
+        ({}, {"partition": "dear,closed", "time_limit_minutes": 10, "gpus": 1},
+         ["partition dear is closed to QOS normal: short", "partition dear is closed to account mill",
+          "partition closed is closed to account mill: other"]),
         ({}, {"options": {"qos": "short", "account": "mill"}, "gpus": 5, "time_limit_minutes": 1},
          ["5 GPUs asked for, QOS short allows 2", "5 GPUs asked for, QOS short allows 4"]),
     ],
@@ -80,3 +85,4 @@ def test_a_site_without_accounting_has_no_policy(program: Path) -> None:  # noqa
     (program / "sacctmgr").chmod(0o755)
     assert read_policy() is None
     assert parse_tres("cpu=4,mem=1.5T,gres/gpu=2") == {"cpu": 4, "mem": 1536, "gres/gpu": 2}
+    assert parse_tres("bb/flash=2T,mem=1P") == {"bb/flash": 2048, "mem": 1 << 20}

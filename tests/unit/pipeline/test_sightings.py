@@ -33,10 +33,10 @@ from prefmill.slurm.submission import (
 )
 
 ME = user_name()
-RUNNING = f"41|0|41|RUNNING|None|n1|1700000000|{ME}|(null)"
-WAITS = f"42|0|42|PENDING|Dependency||N/A|{ME}|afterok:41_0(unfulfilled)"
+RUNNING = f"41|0|41|RUNNING|None|n1|1700000000|{ME}|gpu|(null)"
+WAITS = f"42|0|42|PENDING|Dependency||N/A|{ME}|gpu|afterok:41_0(unfulfilled)"
 STUCK = WAITS.replace("Dependency|", "DependencyNeverSatisfied|")
-HEALER = f"43|N/A|43|PENDING|Dependency||N/A|{ME}|afterany:41_*(unfulfilled)"
+HEALER = f"43|N/A|43|PENDING|Dependency||N/A|{ME}|gpu|afterany:41_*(unfulfilled)"
 PURGED = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.jobs import JobState, clean_state, expand, waits_for
+from prefmill.slurm.partitions import Partition, offer_of, partitions
 
 
 @pytest.fixture
@@ -46,14 +47,16 @@ def test_states_lose_what_follows_them() -> None:
 
 def test_squeue_is_read(program: Path) -> None:
     lines = [
-        "41|0|42|RUNNING|None|n1|1700000000|ann|(null)",
-        "41|1|41|PENDING|DependencyNeverSatisfied||N/A|ann|afterok:40_1(failed)",
-        "50|N/A|50|PENDING|Dependency||N/A|ann|afterany:41_*(unfulfilled)",
+        "41|0|42|RUNNING|None|n1|1700000000|ann|gpu|(null)",
+        "41|1|41|PENDING|DependencyNeverSatisfied||N/A|ann|gpu|afterok:40_1(failed)",
+        "50|N/A|50|PENDING|Dependency||N/A|ann|gpu|afterany:41_*(unfulfilled)",
     ]
     pretend(program, "squeue", "\n".join(lines))
     found = slurm.queue(["41", "50"])
     assert found is not None
-    assert found["41", 0] == JobState("RUNNING", "None", node="n1", raw_id="42", started=1.7e9, user="ann")
+    assert found["41", 0] == JobState(
+        "RUNNING", "None", node="n1", raw_id="42", started=1.7e9, user="ann", partition="gpu"
+    )
     assert waits_for(found["41", 1]) == ({("40", 1)}, True)
     assert waits_for(found["50", -1]) == ({("41", -1)}, False)
 
@@ -85,8 +88,36 @@ def test_no_answer_is_not_an_empty_answer(program: Path) -> None:
 def test_partitions_are_read(program: Path) -> None:
     lines = ["gpu|30|2-12:00:00|1-4|96+|1031000+|gpu:h100:8(S:0-1)|up", "cpu*|4|infinite|1-infinite|64|64000|(null)|up"]
     pretend(program, "sinfo", "\n".join([*lines, "cpu*|2|infinite|1-infinite|128|128000|gpu:a:2,gpu:b:1|up"]))
-    found = slurm.partitions()
+    found = partitions()
     assert found is not None
     gpu, cpu = found["gpu"], found[""]
     assert (gpu.nodes, gpu.max_minutes, gpu.max_nodes, gpu.cpus, gpu.gpus) == (30, 60 * 60, 4, 96, 8)
     assert (cpu.name, cpu.nodes, cpu.max_minutes, cpu.max_nodes, cpu.cpus, cpu.gpus) == ("cpu", 6, None, None, 128, 3)
+
+
+def test_a_list_of_partitions_offers_the_best_of_each(program: Path) -> None:
+    lines = ["gpu|30|2-12:00:00|1-4|96|1024|gpu:h100:8|up", "old*|50|infinite|1-2|64|2048|(null)|drain"]
+    pretend(program, "sinfo", "\n".join(lines))
+    offered = partitions()
+    assert offered is not None
+    both = offer_of("old,gpu", offered)
+    assert both == Partition("old,gpu", 50, None, 4, 96, 2.0, 8, True, "h100")
+    mixed = {**offered, "a": Partition("a", 1, 60, None, 8, 1.0, 4, gpu_type="a100")}
+    offer = offer_of("gpu,a", mixed)
+    assert offer is not None
+    assert (offer.gpus, offer.gpu_type) == (8, "")  # 40 GB or 80: nobody can say
+    assert offer_of("gpu", offered) == offered["gpu"]
+    assert offer_of(None, offered) == offer_of("", offered) == offered["old"]
+    assert offer_of("night", offered) is None
+
+
+def test_what_a_shell_sets_for_a_person_does_not_reach_slurms_commands(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program / "squeue").write_text("#!/bin/sh\n/usr/bin/env\n")
+    (program / "squeue").chmod(0o755)
+    for name in ("SQUEUE_PARTITION", "SCANCEL_INTERACTIVE", "SBATCH_PARTITION", "SLURM_CONF"):
+        monkeypatch.setenv(name, "low")
+    seen = slurm.ask(["squeue"])
+    assert seen is not None
+    assert [line for line in seen.splitlines() if line.endswith("=low")] == ["SLURM_CONF=low"]

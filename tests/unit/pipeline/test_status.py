@@ -101,6 +101,14 @@ def test_a_pending_job_says_why_and_what_to_do(
     assert said in found["a"].reason
 
 
+def test_of_several_partitions_the_limit_of_one_holds_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = JobState(
+        "PENDING", "PartitionTimeLimit", partition="short,main"
+    )  # as a real Slurm shows one that waits for main
+    found, _ = rows(run, monkeypatch, {("1", 0): job})
+    assert (found["a"].state, found["a"].reason) == ("queued", "PartitionTimeLimit")
+
+
 def test_no_answer_from_slurm_is_said_and_nothing_is_made_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "queue", lambda ids: None)
     table = read_rows(run, "r")

@@ -1,0 +1,111 @@
+"""What Slurm says of partitions, as sinfo prints it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from prefmill.slurm.jobs import ask
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a partition offers: `max_minutes` and `max_nodes` None where there is no limit; the rest is per node."""
+
+    name: str
+    nodes: int
+    max_minutes: int | None
+    max_nodes: int | None
+    cpus: int
+    memory_gb: float
+    gpus: int
+    up: bool = True
+    gpu_type: str = ""
+
+
+def partitions() -> dict[str, Partition] | None:
+    """Every partition by name; the default one also as "". None when Slurm does not answer."""
+    # -a, as jobs may be submitted to a hidden partition as well.
+    text = ask(["sinfo", "-a", "-h", "-o", "%P|%D|%l|%s|%c|%m|%G|%a"])
+    return None if text is None else _partitions(text)
+
+
+def partition_names(partition: str | None) -> list[str]:
+    """The partitions of a job: Slurm starts it in any one of a list such as `a,b`; "" is the default one."""
+    return [name for name in (partition or "").split(",") if name] or [""]
+
+
+def offer_of(partition: str | None, offered: Mapping[str, Partition]) -> Partition | None:
+    """What a partition offers, or the best of each of a list; None where none of that name is known."""
+    found = [offered[name] for name in partition_names(partition) if name in offered]
+    return reduce(_better, found) if found else None
+
+
+def minutes(text: str) -> int | None:
+    """Slurm's [days-]hours:minutes:seconds in minutes; None for infinite."""
+    if not text or not text[0].isdigit():
+        return None
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0]) if len(parts) == 2 else (parts[0], 0)
+    return (int(days or 0) * 24 + hours) * 60 + minutes
+
+
+def _partitions(text: str) -> dict[str, Partition]:
+    """sinfo writes a line for every kind of node in a partition: nodes add up, the rest is the largest kind's."""
+    found: dict[str, Partition] = {}
+    for line in text.splitlines():
+        shown, nodes, limit, size, cpus, memory, gres, up = line.split("|")
+        name = shown.rstrip("*")
+        kind = Partition(
+            name, int(nodes), minutes(limit), _upper(size), _number(cpus), _number(memory) / 1024, _gpus(gres),
+            up == "up", _gpu_type(gres),
+        )  # fmt: skip
+        old = found.get(name)
+        found[name] = replace(_better(old, kind), nodes=old.nodes + kind.nodes) if old else kind
+        if shown.endswith("*"):
+            found[""] = found[name]
+    return found
+
+
+def _better(one: Partition, other: Partition) -> Partition:
+    """The larger of each number of two partitions, where None is no limit; of two kinds of GPU none is known."""
+    longest, widest = (
+        None if None in pair else max(pair)  # type: ignore[type-var]
+        for pair in ((one.max_minutes, other.max_minutes), (one.max_nodes, other.max_nodes))
+    )
+    kinds = {each.gpu_type for each in (one, other) if each.gpus}
+    return Partition(
+        ",".join(dict.fromkeys((one.name, other.name))), max(one.nodes, other.nodes), longest, widest,
+        max(one.cpus, other.cpus), max(one.memory_gb, other.memory_gb), max(one.gpus, other.gpus),
+        one.up or other.up, kinds.pop() if len(kinds) == 1 else "",
+    )  # fmt: skip
+
+
+def _upper(size: str) -> int | None:
+    last = size.rpartition("-")[2]
+    return int(last) if last.isdigit() else None
+
+
+def _number(text: str) -> int:
+    # sinfo writes 64+ in a line of nodes that differ.
+    digits = re.match(r"\d+", text)
+    return int(digits.group()) if digits else 0
+
+
+def _gpu_type(gres: str) -> str:
+    found = re.search(r"gpu:([\w.-]+):\d", gres)
+    return gpu_kind(found[1]) if found else ""
+
+
+def gpu_kind(name: str) -> str:
+    """`h100` of a site's names for it, such as `nvidia_h100_80gb`; "" where none is known."""
+    known = re.search(r"[abhlv]\d+s?", name.lower())
+    return known[0] if known else ""
+
+
+def _gpus(gres: str) -> int:
+    """GPUs in `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
+    return sum(int(count) for count in re.findall(r"gpu:(?:[\w.-]+:)?(\d+)", gres))
