@@ -153,8 +153,11 @@ def _made(task: PlannedTask) -> bool:
 
 def _queued_elements(indices: Sequence[int], environment: Mapping[str, str]) -> list[str]:
     array = environment.get("SLURM_ARRAY_JOB_ID")
-    # -r, as pending elements of an array otherwise share one row, whose %K is a range.
-    shown = subprocess.run(["squeue", "-h", "-r", "-j", str(array), "-o", "%K"], capture_output=True, text=True)
+    # -r, as pending elements of an array otherwise share one row, whose %K is a range. SQUEUE_PARTITION and its like
+    # come along from the shell that called sbatch, and would hide some.
+    own = {key: value for key, value in environment.items() if not key.startswith("SQUEUE_")}
+    command = ["squeue", "-h", "-r", "-j", str(array), "-o", "%K"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=own)
     alive = {line.strip() for line in shown.stdout.splitlines()}
     lost = [index for index in indices if str(index) not in alive]
     if array is None or lost:

@@ -112,8 +112,8 @@ def named(names: Sequence[str], since: float) -> dict[str, list[str]] | None:
                 found[name].append(job)
     if set(names) <= found.keys():
         return found
-    # Asked last: it lists the jobs of everybody.
-    shown = ask(["scontrol", "-o", "show", "job"])
+    # Asked last: it lists the jobs of everybody. -a, as it leaves out those in hidden partitions.
+    shown = ask(["scontrol", "-a", "-o", "show", "job"])
     # Here every element of an array has an id of its own; Slurm's other commands name them by the array's.
     more: dict[str, dict[str, None]] = {}
     for job, array, name in _SHOWN_JOB.findall(shown or ""):
