@@ -47,7 +47,12 @@ class Asking:
     """The stage in a process of its own, waiting for people."""
 
     def __init__(self, task: Task, **settings: Any) -> None:
-        self.task, self._settings = task, settings
+        self.task = task
+        self.ask(**settings)
+
+    def ask(self, **settings: Any) -> None:
+        """Begin with these settings."""
+        self._settings = settings
         self.start()
 
     def start(self) -> None:

@@ -192,6 +192,24 @@ def test_a_tab_that_is_behind_says_that_its_answer_is_not_kept(
 
 
 @pytest.mark.slow
+def test_a_page_of_other_questions_goes_on_with_those_that_are_asked_now(
+    tmp_path: Path, images: Artifact, browser: Browser
+) -> None:
+    """The program is started again on the same port while the page is open: it had to be reloaded by hand."""
+    with asking(tmp_path, images, dimensions=["fidelity"]) as people, browser.tab() as page:
+        page.open(f"{people.url}#ann")
+        shows(page, "ann", 0)
+        people.kill()
+        people.ask(dimensions=["style"])
+        page.press("ArrowLeft")
+        page.wait("document.body.innerText.includes('That answer is not kept')")
+        assert asked(page)[1] == "style"
+        page.press("ArrowRight")
+        shows(page, "ann", 1)
+        assert [(row["dimension"], row["choice"]) for row in answers(people.task)] == [("style", "right")]
+
+
+@pytest.mark.slow
 def test_one_movement_of_a_hand_is_one_answer_on_any_keyboard(
     tmp_path: Path, images: Artifact, browser: Browser
 ) -> None:

@@ -18,6 +18,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
 from prefmill.images.pair_sources import PairSource, collect
 from prefmill.images.pairs import ImageSplitConfig, Labels, choose_pairs, fit_strengths, split_pairs
+from prefmill.images.prompts import foreign_marks
 from prefmill.images.votes import Votes, count_votes, figures
 from prefmill.store.jsonl import write_jsonl
 
@@ -93,14 +94,9 @@ def _no_pair(num_ratings: int, num_ties: int, collection: Collection) -> InputEr
 
 
 def _summary(
-    pairs: Sequence[ImagePair],
-    num_ties: int,
-    num_ratings: int,
-    votes: Votes,
-    fits: Mapping[Dimension, Strengths],
-    collection: Collection,
-    building: PairBuilding,
-) -> dict[str, Any]:
+    pairs: Sequence[ImagePair], num_ties: int, num_ratings: int, votes: Votes, fits: Mapping[Dimension, Strengths],
+    collection: Collection, building: PairBuilding,
+) -> dict[str, Any]:  # fmt: skip
     prompts = {image.prompt_id for image in collection.images.values()}
     labelled = {name: sum(pair["labels"][name] is not None for pair in pairs) for name in DIMENSIONS}
     told = figures(votes)
@@ -119,7 +115,8 @@ def _summary(
         **told,
         "quarantine": collection.quarantine.counts(),
     }
-    return {**summary, "warnings": collection.quarantine.warnings() + _warnings(summary, votes, building)}
+    warnings = collection.quarantine.warnings() + _warnings(summary, votes, building)
+    return {**summary, "warnings": warnings + foreign_marks({pair["prompt"] for pair in pairs})}
 
 
 def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) -> list[str]:
@@ -150,13 +147,9 @@ def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) 
 
 
 def _write(
-    task: Task,
-    pairs: Sequence[ImagePair],
-    images: Mapping[str, GoodImage],
-    fits: Mapping[Dimension, Strengths],
-    collection: Collection,
-    summary: Mapping[str, Any],
-) -> None:
+    task: Task, pairs: Sequence[ImagePair], images: Mapping[str, GoodImage], fits: Mapping[Dimension, Strengths],
+    collection: Collection, summary: Mapping[str, Any],
+) -> None:  # fmt: skip
     used = {name for pair in pairs for name in (pair["preferred"], pair["rejected"])}
     for number, image in enumerate(images.values(), 1):
         if image.file in used:

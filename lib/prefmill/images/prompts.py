@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from prefmill.images.annotation_rows import single_answers
 from prefmill.store.opened import reading
 from prefmill.store.row_files import SUFFIXES, file_rows
 
+_log = logging.getLogger(__name__)
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 _SLUG_LENGTH = 40
@@ -23,6 +25,7 @@ Names = Mapping[str, tuple[str, ...]]
 Line = tuple[int, dict[str, str]]
 # What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks.
 _UNSEEN = str.maketrans("", "", "\u200b\u2060\ufeff\u00ad\u200e\u200f")
+_MARKS = re.compile(r"\([^()]+:\s*\d*\.?\d+\s*\)|\bBREAK\b|<(?:lora|lyco|hypernet):")
 _QUOTED = re.compile(r'"((?:[^"]|"")*""(?:[^"]|"")*)"')  # a cell whose quotes are doubled, as pandas writes it
 CAPTIONS = (".txt", ".caption")
 PROMPT_TOO = {"prompt": ("caption", "text")}  # as captioned pictures have it
@@ -50,9 +53,18 @@ def read_prompts(path: Path) -> list[ImagePrompt]:
             raise _bad(path, number, "a prompt stands here twice", got, "delete one, or give each a prompt_id")
         seen[prompt_id.lower()] = number
         prompts.append(ImagePrompt(prompt_id=prompt_id, prompt=text))
+    for warning in foreign_marks(row["prompt"] for row in prompts):
+        _log.warning("%s: %s", path, warning)
     if not prompts:
         raise InputError("no prompt in the file", where=path, fix="write a line with `prompt`, then a prompt a line")
     return sorted(prompts, key=lambda prompt: prompt["prompt_id"])
+
+
+def foreign_marks(prompts: Iterable[str]) -> list[str]:
+    """The line that says so where prompts have marks by which other programs weigh words or load adapters."""
+    found = sorted(prompt for prompt in prompts if _MARKS.search(prompt))
+    told = "marks of another program, as (word:1.3), BREAK or <lora:name:1>, which are read as words here"
+    return [f"{len(found)} prompts have {told}, such as: {found[0]}"] if found else []
 
 
 def _prompt_rows(path: Path) -> Iterator[Line]:

@@ -135,7 +135,7 @@ class RatingServer(ThreadingHTTPServer):
         left, right = (self.image(str(body.get(side)).removeprefix("/image/")) for side in ("left", "right"))
         dimension = body.get("dimension")
         if dimension not in self.session.dimensions:
-            raise RefusalError(HTTPStatus.BAD_REQUEST, "no such dimension: reload this page")
+            raise RefusalError(HTTPStatus.NOT_FOUND, "no such dimension: reload this page")
         return ShownPair(left, right, dimension)
 
     def _address(self, image: GoodImage) -> str:

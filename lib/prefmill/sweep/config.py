@@ -78,6 +78,11 @@ class StudyConfig(StrictConfig):
             raise ValueError("stale_seconds must be at least 2 x heartbeat_seconds")
         return self
 
+    @property
+    def sign(self) -> int:
+        """Times a metric: the more the better."""
+        return 1 if self.direction == "maximize" else -1
+
     def definition(self) -> dict[str, Any]:
         """What every trial of a study has in common."""
         from prefmill.core.config import identity

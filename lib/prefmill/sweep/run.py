@@ -195,9 +195,8 @@ def _finish(study: optuna.Study, config: StudyConfig, task: Task, draw: Draw) ->
             "no trial of the study has a value", where=study_folder(task, config.study_name),
             got=studies.last_reason(study), fix="fix what that says, and give the study a new study_name",
         )  # fmt: skip
-    sign = 1 if config.direction == "maximize" else -1
     # Of equal values the first, so that every worker writes the same page.
-    best = max(complete, key=lambda row: (sign * row["value"], -row["number"]))
+    best = max(complete, key=lambda row: (config.sign * row["value"], -row["number"]))
     write_jsonl(task.output / TRIALS, rows)
     values = stage_values(config.config, config.set, best["params"])
     write_atomic(task.output / BEST, to_yaml(values))

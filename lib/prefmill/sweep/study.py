@@ -152,7 +152,8 @@ def behind(study: optuna.Study, config: StudyConfig, number: int, values: Sequen
     trial = study.get_trials(deepcopy=False)[number]
     for step in range(len(trial.intermediate_values) + 1, len(values) + 1):
         # Through the storage: only `ask` gives a handle to report by, and another worker may have asked for this trial.
-        study._storage.set_trial_intermediate_value(trial._trial_id, step, values[step - 1])
+        # Optuna compares them by the metric's direction, and of every evaluation the higher value is the better one.
+        study._storage.set_trial_intermediate_value(trial._trial_id, step, config.sign * values[step - 1])
         # One at a time: a pruner looks at the newest, and a slow look must decide as a quick one does.
         if pruner.prune(study, study.get_trials(deepcopy=False)[number]):
             return step

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, lay_over, load, merge, read_yaml
-from prefmill.core.errors import ConfigError, DivergedError, InputError, PrefmillError
+from prefmill.core.errors import ConfigError, DivergedError, PrefmillError
 from prefmill.core.files import write_atomic
 from prefmill.core.places import STAGES, stages_folder
 from prefmill.core.stage import Stage, load_stage
@@ -165,10 +165,8 @@ def _wait(child: subprocess.Popen[bytes], look: Callable[[], None]) -> int:
 
 
 def evaluations(curve: Path, name: str) -> list[float]:
-    """The value `name` of each evaluation of a curve, in their order; none while its last line is being written."""
-    with contextlib.suppress(InputError):
-        return [float(row[name]) for row in read_curve(curve) if name in row]
-    return []
+    """The value `name` of each evaluation of a curve, in their order."""
+    return [float(row[name]) for row in read_curve(curve) if name in row]
 
 
 def _require_evaluations(curve: Path, name: str, stage: Stage[Any]) -> None:

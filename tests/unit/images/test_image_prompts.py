@@ -54,8 +54,18 @@ def test_a_tsv_that_a_program_wrote_says_its_quotes_twice(tmp_path: Path, quotin
     assert sorted(row["prompt"] for row in read_prompts(tmp_path / "p.tsv")) == sorted(prompts)
 
 
-def test_partiprompts(shared_data: Path) -> None:
+@pytest.mark.parametrize("mark", ["(hat:1.3)", "a dog BREAK a cat", "<lora:Style_v2:0.8>"])
+def test_marks_of_other_programs_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, mark: str) -> None:
+    """As AUTOMATIC1111's and ComfyUI's users write them; diffusers has words alone."""
+    read_prompts(write(tmp_path, f'prompt\n"A (red) cat: asleep, 2:1, break"\n"A cat, {mark}"\n'))
+    (told,) = caplog.messages
+    assert "1 prompts have marks of another program, as (word:1.3), BREAK or <lora:name:1>" in told
+    assert told.endswith(f"such as: A cat, {mark}")
+
+
+def test_partiprompts(shared_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     prompts = read_prompts(shared_data / "images" / "PartiPrompts.tsv")
+    assert not caplog.messages
     assert len(prompts) == 1632
     assert all(is_safe(row["prompt_id"]) for row in prompts)
     assert sum('"' in row["prompt"] for row in prompts) > 20

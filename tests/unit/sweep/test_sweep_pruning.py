@@ -96,6 +96,18 @@ def test_how_often_the_worker_looks_decides_nothing(tmp_path: Path, monkeypatch:
     assert often == once
 
 
+def test_a_metric_to_minimize_turns_no_evaluation_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna takes both by one direction: with a calibration error as metric the most accurate trials were ended."""
+    keys = {"n_trials": len(CURVES), "pruner": "median", "prune_by": "eval_f1", "startup_trials": 3}
+    states = []
+    for direction in ("maximize", "minimize"):
+        use(monkeypatch, looks=(1, 2, 3, 4))
+        go(tmp_path / direction, direction=direction, **keys)
+        states.append([row["state"] for row in read_jsonl(next((tmp_path / direction).rglob(TRIALS)))])
+    assert states[0] == states[1]
+    assert "pruned" in states[0]
+
+
 def test_a_pruned_trainings_process_ends_at_once(tmp_path: Path) -> None:
     def look() -> None:
         raise TrialPruned("behind")
@@ -115,4 +127,4 @@ def test_nothing_to_prune_by_is_told(tmp_path: Path) -> None:
         _require_evaluations(curve, "eval_accuracy", SimpleNamespace(name="sdxl_dpo"))  # type: ignore[arg-type]
     with curve.open("a") as stream:
         stream.write('{"step": 4, "eval')
-    assert evaluations(curve, "eval_f1") == []
+    assert evaluations(curve, "eval_f1") == [0.5]  # the next one is being written

@@ -72,18 +72,14 @@ class TextKeys:
 
 
 def encode_images(
-    images: Sequence[tuple[Path, str, bool, Size]],
-    folder: SdxlFolder,
-    keys: ImageKeys,
-    cache: TensorCache,
-    batch_size: int,
-    device: torch.device,
-) -> None:
+    images: Sequence[tuple[Path, str, bool, Size]], folder: SdxlFolder, keys: ImageKeys, cache: TensorCache,
+    batch_size: int, device: torch.device,
+) -> None:  # fmt: skip
     """Keep `latents` [C, H/8, W/8] fp32 and `time_ids` [6] fp32 of images (file, sha256, mirrored, size) not yet kept.
 
     In a distributed run each rank does its share. Raises InputError for an image that cannot be read, or whose latents
     are not numbers.
-    """  # fmt: skip
+    """
     wanted = {keys.of(digest, flip, size): (path, flip, size) for path, digest, flip, size in images}
     # By size, so that a batch holds pictures of one size.
     missing = _own_share(sorted(wanted.items(), key=lambda item: (item[1][2], item[0])), cache)
