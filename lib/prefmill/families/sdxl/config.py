@@ -133,7 +133,7 @@ class SdxlPreferenceConfig(TrainingConfig):
         if self.changed("ema_decay") and not self.use_ema:
             raise ValueError("ema_decay has no effect without use_ema; leave it out, or set use_ema: true")
         if self.changed("beta") and self.objective == "sft":
-            raise ValueError("beta: objective sft has no reference, leave it out")
+            raise ValueError("beta has no effect with objective sft; leave it out")
         if self.mapo_snr is not None and self.objective != "mapo":
             raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
