@@ -127,7 +127,8 @@ def _two_sided(value: Array, drawn: Array, num_papers: int) -> Array:
 @lru_cache(maxsize=8)
 def _stretches(num_papers: int, num_draws: int) -> Array:
     """The stretch [num_draws // 2] of the interval that begins at each draw, from the lowest one on."""
-    return _stretch(num_papers, 1 - 2 * np.arange(1, num_draws // 2 + 1) / (num_draws + 1))
+    stretches: Array = _stretch(num_papers, 1 - 2 * np.arange(1, num_draws // 2 + 1) / (num_draws + 1))
+    return stretches
 
 
 def _stretch(num_papers: int, confidence: Any) -> Any:
