@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -25,6 +25,10 @@ _OWN_OPTIONS = {
     "array", "dependency", "export", "export-file", "get-user-env", "kill-on-invalid-dep", "output", "error",
     "open-mode", "requeue", "no-requeue", "signal", "ntasks", "ntasks-per-node", "job-name", "wrap", "parsable",
 }  # fmt: skip
+# Settings of libraries that tasks use, and of the network: a model is looked for where HF_HOME says.
+_LIBRARIES = re.compile(
+    r"(HF|HUGGINGFACE|TRANSFORMERS|WANDB|NCCL|VLLM|TORCH|PYTORCH|TRITON|OPENAI)_\w+|(https?|all|no)_proxy", re.I
+)
 # Those that a key says: of both Slurm takes one, and what is checked and estimated goes by the key.
 _KEY_OF_OPTION = {
     "partition": "partition", "nodes": "nodes", "cpus-per-task": "cpus", "time": "time_limit_minutes",
@@ -160,6 +164,16 @@ def resources_for(
         # Each layer by its present names first: else a key under a former name could not be overridden by its new one.
         layered |= modern(Resources, merge(layer))
     return validate(Resources, layered, where=f"{where or 'the cluster file'}: resources of {stage}")
+
+
+def not_taken_along(cluster: ClusterFile, environment: Mapping[str, str]) -> Iterator[str]:
+    """A note that names variables of this shell that libraries read and that jobs do not get."""
+    layers = (cluster.resources, *cluster.stages.values())
+    lines = [*cluster.setup, *(str(line) for layer in layers for line in layer.get("setup") or ())]
+    known = {*cluster.exported, *(cluster.secrets.names if cluster.secrets else ())}
+    left = sorted(name for name in environment if _LIBRARIES.fullmatch(name) and name not in known)
+    if left := [name for name in left if not any(name in line for line in lines)]:
+        yield f"set here, and not for jobs: {', '.join(left)} (name them in `export`, what is secret in `secrets`)"
 
 
 def read_secrets(secrets: Secrets) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from prefmill.checklist.engine import TransformersConfig, VllmConfig
 from prefmill.core.errors import PipelineError, PrefmillError
 from prefmill.core.places import MANIFEST
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
-from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
+from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
 from prefmill.slurm.forecast import stated
 from prefmill.slurm.memory import ORIGINS, sharding
 from prefmill.slurm.partitions import Partition, gpu_kind, offer_of, partitions
@@ -55,7 +56,8 @@ def estimate(
             problems += _show_training(plan, tasks[0], resources, offered or {}, gpu_gb, say)
         for line in _stated_hours(cluster, tasks[0], resources, offered or {}):
             say(line)
-    for note in (*_place_notes(plan, cluster), *_limit_notes(plan, cluster, policy)):
+    about_site = (*not_taken_along(cluster, os.environ), *_place_notes(plan, cluster))
+    for note in (*about_site, *_limit_notes(plan, cluster, policy)):
         say(note)
     if problems:
         raise PipelineError(

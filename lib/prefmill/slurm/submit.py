@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from prefmill.pipeline.run_record import point_latest, write_plan
 from prefmill.pipeline.sharing import share_finished
 from prefmill.pipeline.state import code_version, inspect
 from prefmill.slurm import jobs as slurm
-from prefmill.slurm.cluster import ClusterFile, Resources, resources_for
+from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
 from prefmill.slurm.follow_up import LOOK_MINUTES, Wait, live_follow_ups, postpone, send_follow_up
 from prefmill.slurm.intents import FullError, Order, SbatchRefusedError, send_fitting, settle
 from prefmill.slurm.queued import Queued, queued_tasks
@@ -94,6 +95,8 @@ def submit(
         if not batches:
             say("nothing to submit")
             return
+        for note in not_taken_along(cluster, os.environ):
+            say(note)
         draft = _draft(pipeline, plan, source, cluster, batches, dry_run)
         arrays = _arrays(draft, plan, batches, pipeline, cluster, size)
         jobs = {item.element[0]: item.whole for item in live.values()}

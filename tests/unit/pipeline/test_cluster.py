@@ -9,7 +9,7 @@ import pytest
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError
 from prefmill.slurm.advance import retry_options
-from prefmill.slurm.cluster import ClusterFile, Resources, read_cluster, read_secrets, resources_for
+from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, read_cluster, read_secrets, resources_for
 from tests.conftest import REPOSITORY
 
 
@@ -72,6 +72,15 @@ def test_a_secret_is_not_exported(tmp_path: Path) -> None:
     config.write_text(f"export: [TOKEN]\nsecrets: {{file: {file}, names: [TOKEN]}}\n")
     with pytest.raises(ConfigError, match="exported and a secret"):
         read_cluster(config)
+
+
+def test_what_libraries_read_here_and_jobs_do_not_get_is_named(tmp_path: Path) -> None:
+    cluster = with_secrets(secrets_file(tmp_path, "HF_TOKEN=x\n"), ["HF_TOKEN"])
+    cluster = cluster.model_copy(update={"export": ["HF_HOME"], "setup": ["export NCCL_IB_HCA=mlx5"]})
+    here = dict.fromkeys(["HF_HOME", "HF_TOKEN", "NCCL_IB_HCA", "HF_HUB_OFFLINE", "https_proxy", "EDITOR", "PATH"], "v")
+    (note,) = not_taken_along(cluster, here)
+    assert note.startswith("set here, and not for jobs: HF_HUB_OFFLINE, https_proxy (")
+    assert list(not_taken_along(cluster, {"HF_HOME": "v"})) == []
 
 
 def test_secrets_are_read_by_name(tmp_path: Path) -> None:
