@@ -169,7 +169,7 @@ def read_temperature(artifact: Artifact | None, settings: Mapping[str, Any]) -> 
             "no temperature was fitted there", where=artifact.path, expected=CALIBRATION,
             fix="run judge_quality with `labels` and calibrate=true, or leave out the input calibration",
         )  # fmt: skip
-    found = json.loads(artifact.file(CALIBRATION).read_text())
+    found = artifact.json(CALIBRATION)
     if found["judge"] != judge_of(settings):
         raise ConfigError(
             "the temperature was fitted for another judge", where=artifact.path, got=judge_of(settings),

@@ -154,8 +154,11 @@ class ChatEngine(ServerEngine):
             # At least one choice comes each time (else _ask raises), so this loop ends.
             words += [_first_word((choice.message or {}).get("content")) for choice in choices]
         yes, no = map(words.count, _ANSWERS)
-        if not yes + no:
-            raise RefusedError(f"none of {len(words)} sampled answers is {YES} or {NO}, the first {words[0]!r}")
+        if yes + no < len(words) / 2:  # those that happen to begin with one of the two do not speak for the rest
+            other = next(word for word in words if word not in _ANSWERS)
+            raise RefusedError(
+                f"{yes + no} of {len(words)} sampled answers are {YES} or {NO}, one begins with {other!r}"
+            )
         # Agresti and Coull 1998: the plain standard error would be 0 where all votes agree.
         smoothed = (yes + 1) / (yes + no + 2)
         stderr = math.sqrt(smoothed * (1 - smoothed) / (yes + no))

@@ -92,7 +92,7 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
     checklist = load_checklist(shards[0].file(CHECKLIST))
     # From the manifest: an engine described by hand could be another judge.
     settings = _same("engine", shards, [shard.manifest.config.get("engine") for shard in shards])
-    summaries = [json.loads(shard.file(SUMMARY).read_text()) for shard in shards]
+    summaries = [shard.json(SUMMARY) for shard in shards]
     temperature = _same("temperature", shards, [summary.get("temperature") for summary in summaries])
     reviews: list[Scored] = []
     unscored: set[str] = set()

@@ -125,7 +125,7 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
         pace = Pace()
         _score_rest(_left(reviews, done), scoring, journal, counts, upper_bound, task, pace)
         # Now the shard's own size is known; until here the whole corpus stood in for it.
-        _require_few_failures(counts, scoring.max_failed_share, counts.num_done)
+        require_few_failures(counts.num_failed, scoring.max_failed_share, counts.num_done)
         tally = _write_rows(journal, task.output)
     if scoring.gate is not None:
         # Over all outcomes, those of earlier attempts included, which the first look did not see.
@@ -161,7 +161,7 @@ def _score_rest(
             counts.count(failed)
             if failed:
                 # Before the journal has it: a rerun asks again about the review that ended the task.
-                _require_few_failures(counts, scoring.max_failed_share, upper_bound, outcome)
+                require_few_failures(counts.num_failed, scoring.max_failed_share, upper_bound, outcome)
             journal.append(row, outcome.num_cut_tokens, failed)
             if not failed:
                 answers.add(outcome.answers)
@@ -228,12 +228,13 @@ def _journaled_place(entry: Entry) -> Place:
     return _place(_parse_ids(entry.json))
 
 
-def _require_few_failures(counts: Counts, share: float, num_reviews: int, latest: Outcome | None = None) -> None:
-    if counts.num_failed <= share * num_reviews:
+def require_few_failures(num_failed: int, share: float, num_reviews: int, latest: Outcome | None = None) -> None:
+    """Raise InputError where more than this share of the reviews could not be scored."""
+    if num_failed <= share * num_reviews:
         return
     example = f", the latest {latest.review_id} of paper {latest.paper_id}: {latest.failure}" if latest else ""
     raise InputError(
-        "too many reviews could not be scored", got=f"{counts.num_failed} failed{example}",
+        "too many reviews could not be scored", got=f"{num_failed} failed{example}",
         expected=f"at most {share:g} of the reviews (max_failed_share)",
         fix="over-long reviews: set engine.truncate_reviews=true; to go on without such reviews: raise "
         "max_failed_share. What is scored is kept",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,10 @@ class Artifact:
                 fix="make it again with this version of prefmill: rerun its stage with --force",
             )  # fmt: skip
         return self.path / name
+
+    def json(self, name: str) -> Any:
+        """What payload file `name`, one of JSON, holds."""
+        return json.loads(self.file(name).read_text())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -149,7 +148,7 @@ def _shows(paper: Paper, modality: Modality) -> bool:
 
 
 def _is_generated(corpus: Artifact) -> bool:
-    sources = json.loads(corpus.file("summary.json").read_text())["sources"]
+    sources = corpus.json("summary.json")["sources"]
     return all(source["format"] == "generated" for source in sources)
 
 

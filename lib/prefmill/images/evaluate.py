@@ -143,7 +143,7 @@ def _of_scorer(scorer: Artifact | Path, tuned: Artifact) -> dict[str, Any]:
             "scorer": digest_path(scorer), "published_scorer": scorer.name, "scorer_shares_training_prompts": False
         }  # fmt: skip
     # Not where each had its half.
-    judged_by = _prompt_half(json.loads(scorer.file("trained_on.json").read_text()))
+    judged_by = _prompt_half(scorer.json("trained_on.json"))
     shares = not (judged_by == "judge" and _prompt_half(tuned.manifest.config) == "policy")
     return {"scorer": scorer.manifest.content_digest, "scorer_shares_training_prompts": shares}
 
@@ -155,7 +155,7 @@ def require_independent(
 
     `by_words`: the prompts may have other ids here than there, as a table's.
     """
-    trained_on = json.loads(scorer.file("trained_on.json").read_text())
+    trained_on = scorer.json("trained_on.json")
     known = {*trained_on["prompt_ids"], *(map(same_words, trained_on.get("prompts", ())) if by_words else ())}
     # By prompt, not by image: other images of a prompt that the scorer learnt would still flatter it.
     seen = sorted(row["prompt_id"] for row in prompts if known & {row["prompt_id"], same_words(row["prompt"])})

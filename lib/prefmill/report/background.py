@@ -26,15 +26,12 @@ def training_section(checkpoints: Sequence[Artifact]) -> list[Row]:
 
 def data_section(corpus: Artifact | None, datasets: Artifact | None) -> Row:
     """Counts of papers and reviews by split, where the SFT cut fell, pairs made and dropped; absent parts are None."""
-    return {"corpus": _summary(corpus), "datasets": _summary(datasets)}
+    return {"corpus": corpus and corpus.json("summary.json"), "datasets": datasets and datasets.json("summary.json")}
 
 
 def validation_section(validation: Artifact | None) -> Row | None:
     """What validate_datasets found."""
-    if validation is None:
-        return None
-    report: Row = json.loads(validation.file("report.json").read_text())
-    return report
+    return validation.json("report.json") if validation else None
 
 
 def training_checklists(artifacts: Iterable[Artifact]) -> set[str]:
@@ -121,13 +118,6 @@ def _config(artifact: Artifact) -> Mapping[str, Any]:
     """The configuration as far as it decides the content: no paths of this machine, no runtime keys."""
     config: Mapping[str, Any] = artifact.manifest.identity.get("config", {})
     return config
-
-
-def _summary(artifact: Artifact | None) -> Row | None:
-    if artifact is None:
-        return None
-    summary: Row = json.loads(artifact.file("summary.json").read_text())
-    return summary
 
 
 def _describe(artifact: Artifact) -> Row:

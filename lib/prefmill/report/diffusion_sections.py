@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -56,7 +55,7 @@ def build_diffusion_report(
 
 
 def _evaluation(evaluation: Artifact, resampling: Resampling, examples: int) -> Row:
-    models: dict[str, Row] = json.loads(evaluation.file("metrics.json").read_text())["models"]
+    models: dict[str, Row] = evaluation.json("metrics.json")["models"]
     rows = list(read_jsonl(evaluation.file("rows.jsonl")))
     columns = {label: measured_by_unit([row for row in rows if row["model"] == label]) for label in models}
     first, last = next(iter(models)), list(models)[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ def build_image_report(inputs: Mapping[str, Sequence[Artifact]], title: str, sho
 
 
 def _evaluation(evaluation: Artifact, known: Mapping[str, Artifact]) -> Row:
-    metrics = json.loads(evaluation.file("metrics.json").read_text())
+    metrics = evaluation.json("metrics.json")
     scorer = known.get(metrics["scorer"])
     grids = [entry.path for entry in evaluation.manifest.files if entry.path.startswith("grids/")]
     rate = metrics["dimensions"]["mean"]["win_rate"]
@@ -121,7 +120,7 @@ def _of_a_published(name: str) -> str:
 def _of_the_scorer(scorer: Artifact | None) -> str:
     if scorer is None:
         return "The scorer was not found among the artifacts, so how well it predicts choices is not known."
-    heads = json.loads(scorer.file("metrics.json").read_text())["splits"]["test"]
+    heads = scorer.json("metrics.json")["splits"]["test"]
     found = {name: head["accuracy"] for name, head in heads.items() if head and head["accuracy"]["value"] is not None}
     if not found:
         return "The scorer has never been measured on test pairs: its judgement may be worth nothing."
@@ -132,7 +131,7 @@ def _of_the_scorer(scorer: Artifact | None) -> str:
 
 
 def _reward(reward: Artifact) -> Row:
-    metrics = json.loads(reward.file("metrics.json").read_text())
+    metrics = reward.json("metrics.json")
     return {
         "name": f"{reward.manifest.stage}:{reward.manifest.task}",
         "metrics": metrics,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ _MEASURES = {"kappa": "kappa", "f1": "F1", "accuracy": "accuracy"}
 def judge_section(artifacts: Iterable[Artifact]) -> list[Row]:
     """What every judge_quality behind the report found; empty where there is none."""
     found = [item for item in artifacts if item.manifest.kind == "judge_quality"]
-    return [_describe(json.loads(item.file("quality.json").read_text())) for item in found]
+    return [_describe(item.json("quality.json")) for item in found]
 
 
 def _describe(quality: Found) -> Row:

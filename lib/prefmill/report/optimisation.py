@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def optimisation_section(artifacts: Iterable[Artifact]) -> list[Row]:
 
 
 def _describe(checklist: Artifact) -> Row:
-    summary: Row = json.loads(checklist.file("summary.json").read_text())
+    summary: Row = checklist.json("summary.json")
     items = list(read_jsonl(checklist.file("select/items.jsonl")))
     return {
         "conclusion": summary["conclusion"],

@@ -127,7 +127,7 @@ def build_report(
 
 def _read(evaluations: Sequence[Artifact]) -> list[Evaluated]:
     """In the order in which models are shown; raises InputError where the engines' settings differ."""
-    read: list[Evaluated] = [(json.loads(item.file(METRICS).read_text()), item) for item in evaluations]
+    read: list[Evaluated] = [(item.json(METRICS), item) for item in evaluations]
     _require_same_engine(read)
     return sorted(read, key=lambda item: model_order(item[0]["model"]))
 

@@ -113,7 +113,7 @@ def _paired(
         if first not in given or same:
             continue
         # compare() tells evaluations apart by their model, in whose place the runs stand here.
-        read = [json.loads(item.file(METRICS).read_text()) | {"model": run} for run, item in given.items() if item]
+        read = [item.json(METRICS) | {"model": run} for run, item in given.items() if item]
         try:
             compared = compare(read, resampling)
         except InputError as error:

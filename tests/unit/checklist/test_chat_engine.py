@@ -96,6 +96,15 @@ def test_sampled_answers_have_a_standard_error(judge: Judge) -> None:
     assert "logprobs" not in judge.bodies[0]
 
 
+def test_a_few_that_begin_with_an_answer_do_not_speak_for_the_rest(judge: Judge) -> None:
+    """Of "The answer is Yes" seven times and one No, P(yes) was 0."""
+    choices = [{"message": {"content": text}} for text in ("No", *["The answer is Yes"] * 3)]
+    judge.answer = lambda _: {"choices": choices}
+    found = outcome(top_logprobs=0, votes=4)
+    assert not found.answers
+    assert found.failure == "1 of 4 sampled answers are Yes or No, one begins with 'the'"
+
+
 FINE = reply(200, likeliest(TOKENS))
 RETRIED: dict[str, list[Reply | None]] = {
     "too many requests": [reply(429, {}, **NOW)],

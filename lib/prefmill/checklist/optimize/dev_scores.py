@@ -10,6 +10,7 @@ from typing import Any
 
 from prefmill.checklist.engine import Engine, Outcome
 from prefmill.checklist.judge_gate import AnswerCounts, JudgeGate, check
+from prefmill.checklist.score import require_few_failures
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
 from prefmill.core.records import Answer, Paper, Review
@@ -66,7 +67,7 @@ def score_dev(
         # score() keeps the order given, so the number of entries tells where to go on.
         for outcome in _outcomes(_behind(papers, len(entries)), open_engine):
             num_failed += outcome.failure is not None
-            _require_few_failures(num_failed, max_failed_share, len(facts), outcome)
+            require_few_failures(num_failed, max_failed_share, len(facts), outcome)
             journal.append(row := _row(outcome), failed=outcome.failure is not None)
             _count(counts, row)
             if gate is not None and counts.num_reviews == gate.after_reviews:
@@ -137,14 +138,3 @@ def _facts(paper: Paper, review: Review) -> dict[str, Any]:
         "decision": paper["decision"],
         "num_words": len(review["text"].split()),
     }
-
-
-def _require_few_failures(num_failed: int, share: float, num_reviews: int, latest: Outcome) -> None:
-    if num_failed > share * num_reviews:
-        raise InputError(
-            "too many dev reviews could not be scored",
-            got=f"{num_failed} failed, the latest {latest.review_id} of paper {latest.paper_id}: {latest.failure}",
-            expected=f"at most {share:g} of the reviews (max_failed_share)",
-            fix="fix the cause (over-long reviews: engine.truncate_reviews=true), or raise max_failed_share. "
-            "What is scored is kept",
-        )  # fmt: skip
