@@ -24,6 +24,7 @@ _OPTION = re.compile(r"[a-z][a-z-]*")
 _OWN_OPTIONS = {
     "array", "dependency", "export", "export-file", "get-user-env", "kill-on-invalid-dep", "output", "error",
     "open-mode", "requeue", "no-requeue", "signal", "ntasks", "ntasks-per-node", "job-name", "wrap", "parsable",
+    "chdir", "wait", "test-only", "quiet", "clusters",
 }  # fmt: skip
 # Settings of libraries that tasks use, and of the network: a model is looked for where HF_HOME says.
 _LIBRARIES = re.compile(

@@ -35,6 +35,7 @@ def test_the_pipeline_wins_over_the_stage_and_the_stage_over_the_site() -> None:
         ({"gpus": -1}, "greater than or equal to 0"),
         ({"options": {"array": "0-3"}}, "decided by prefmill"),
         ({"options": {"export": "ALL"}}, "decided by prefmill"),
+        ({"options": {"chdir": "/x"}}, "decided by prefmill"),
         ({"options": {"x y": 1}}, "no long option"),
         ({"options": {"time": "1-00:00:00"}}, "said by the key time_limit_minutes"),
         ({"gpus": 8, "options": {"gpus-per-node": "h100:8"}}, "said by the key gpus and gpu_type"),
