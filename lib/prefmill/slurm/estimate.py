@@ -16,7 +16,7 @@ from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
 from prefmill.slurm.forecast import stated
 from prefmill.slurm.memory import ORIGINS, sharding
-from prefmill.slurm.partitions import Partition, gpu_kind, offer_of, partitions
+from prefmill.slurm.partitions import Partition, gpu_kind, gpu_memory_gb, offer_of, partitions
 from prefmill.slurm.places import LOCAL_FILESYSTEMS, filesystem
 from prefmill.slurm.policy import SitePolicy, read_policy
 from prefmill.slurm.requests import by_stage, objections
@@ -28,8 +28,6 @@ from prefmill.training.config import TrainingConfig
 
 _CARDS_GB = (24, 80)
 _SMALLER = {"text": "a shorter max_length", "images": "a smaller per_device_train_batch_size or resolution"}
-# A100 and V100 are sold in two sizes: these are the larger ones, and --gpu-memory says otherwise.
-_GPU_GB = {"h200": 141, "b200": 180, "h100": 80, "a100": 80, "l40s": 48, "a40": 48, "a6000": 48, "v100": 32, "l4": 24}
 
 
 def estimate(
@@ -71,15 +69,15 @@ def _stated_hours(
     cluster: ClusterFile, task: PlannedTask, resources: Resources, offered: Mapping[str, Partition]
 ) -> Iterator[str]:
     """What the site's throughput table says of a task, where the kind of its GPUs is known, or the table has one."""
-    known = _kind_of_gpu(resources, offered)
+    known = gpu_kind(_gpu_name(resources, offered))
     kinds = [known] if known else list(cluster.throughput)
     if len(kinds) == 1 and is_measurable(task):
         yield from stated(task, resources, cluster.throughput.get(kinds[0], {}), kinds[0])
 
 
-def _kind_of_gpu(resources: Resources, offered: Mapping[str, Partition]) -> str:
+def _gpu_name(resources: Resources, offered: Mapping[str, Partition]) -> str:
     partition = offer_of(resources.partition, offered)
-    return gpu_kind(resources.gpu_type or "") or (partition.gpu_type if partition else "")
+    return resources.gpu_type or (partition.gpu_type if partition else "")
 
 
 def _without_gpu(task: PlannedTask, resources: Resources, offered: Mapping[str, Partition] | None) -> Iterator[str]:
@@ -155,7 +153,7 @@ def _show_training(
         say(f"    {name}: {ORIGINS[name]}")
     fits = (f"{size} GB: {'fits' if needs.memory.total <= size else 'does not fit'}" for size in _CARDS_GB)
     say("  " + "; ".join(fits))
-    given = gpu_gb or _GPU_GB.get(_kind_of_gpu(resources, offered))
+    given = gpu_gb or gpu_memory_gb(_gpu_name(resources, offered))
     if resources.gpus and given is not None and needs.memory.total > given:
         yield (
             f"{task.stage.name}: {needs.memory.total:.0f} GB needed on each GPU, which has {given:g}: a higher ZeRO "

@@ -9,6 +9,9 @@ from functools import reduce
 
 from prefmill.slurm.jobs import ask
 
+# A100 and V100 are sold in two sizes: these are the larger ones, and --gpu-memory says otherwise.
+_GPU_GB = {"h200": 141, "b200": 180, "h100": 80, "a100": 80, "l40s": 48, "a40": 48, "a6000": 48, "v100": 32, "l4": 24}
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -97,13 +100,19 @@ def _number(text: str) -> int:
 
 def _gpu_type(gres: str) -> str:
     found = re.search(r"gpu:([\w.-]+):\d", gres)
-    return gpu_kind(found[1]) if found else ""
+    return found[1] if found else ""
 
 
 def gpu_kind(name: str) -> str:
     """`h100` of a site's names for it, such as `nvidia_h100_80gb`; "" where none is known."""
     known = re.search(r"[abhlv]\d+s?", name.lower())
     return known[0] if known else ""
+
+
+def gpu_memory_gb(name: str) -> float | None:
+    """Of a GPU, by a site's name for it: as that says (`a100_40gb`, `3g.40gb` of a divided one), else its kind's."""
+    stated = re.search(r"(\d+)gb", name.lower())
+    return float(stated[1]) if stated else _GPU_GB.get(gpu_kind(name))
 
 
 def _gpus(gres: str) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.jobs import JobState, clean_state, expand, waits_for
-from prefmill.slurm.partitions import Partition, offer_of, partitions
+from prefmill.slurm.partitions import Partition, gpu_kind, gpu_memory_gb, offer_of, partitions
 
 
 @pytest.fixture
@@ -109,6 +109,17 @@ def test_a_list_of_partitions_offers_the_best_of_each(program: Path) -> None:
     assert offer_of("gpu", offered) == offered["gpu"]
     assert offer_of(None, offered) == offer_of("", offered) == offered["old"]
     assert offer_of("night", offered) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "memory_gb"),
+    [
+        ("h100", "h100", 80), ("nvidia_a100-sxm4-40gb", "a100", 40), ("a100_3g.20gb", "a100", 20), ("1g.10gb", "", 10),
+        ("tesla_v100", "v100", 32), ("rtx_4090", "", None), ("", "", None),
+    ],
+)  # fmt: skip
+def test_a_sites_name_of_a_gpu_says_its_memory(name: str, kind: str, memory_gb: float | None) -> None:
+    assert (gpu_kind(name), gpu_memory_gb(name)) == (kind, memory_gb)
 
 
 def test_what_a_shell_sets_for_a_person_does_not_reach_slurms_commands(
