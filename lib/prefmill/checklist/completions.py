@@ -153,7 +153,8 @@ class Server:
 
     def _said(self, response: httpx.Response) -> str:
         """The status and the start of what the server said, on one line and without the key."""
-        text = " ".join(response.text.split())
+        # A redirect is mostly to the address that was meant: https, or with /v1.
+        text = " ".join([*filter(None, [response.headers.get("location")]), *response.text.split()])
         if self.key:
             # A server may repeat the key that it refuses, and this text goes into logs.
             text = text.replace(self.key, "***")

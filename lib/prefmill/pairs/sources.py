@@ -18,7 +18,7 @@ from tqdm import tqdm
 from prefmill.core.config import ExternalPath, later
 from prefmill.core.errors import InputError, nearest
 from prefmill.pairs.formats import FORMS, detect, parse
-from prefmill.pairs.forms import Form, Preference
+from prefmill.pairs.forms import Form, Preference, words
 from prefmill.pairs.mixture import MixedFile, mixed
 from prefmill.pairs.pairing import FoundRow, UnusableRow, pair_up, prompt_of
 from prefmill.pairs.pictures import image_path, write_by_rename
@@ -141,13 +141,17 @@ def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, P
     """
     problems: list[UnusableRow] = []
     rows = list(tqdm(pair_up(parsed_rows(source, problems), problems), desc="reading pairs", unit=" pairs"))
-    own = []
+    own, seen = [], Counter[tuple[str, int, int]]()
     bad = BadRows(report, source.on_bad_row == "drop", dict(problems))
     for pair_id, pair in identified(rows):
         with bad.row(f"row {pair_id}"):
             group = prompt_of(pair)
             own.append((group, _own_row(pair_id, group, pair, source, folder)))
+            seen[group, hash(words(pair.chosen)), hash(words(pair.rejected))] += 1
     bad.tell(len(own))
+    again, turned = seen.total() - len(seen), sum((prompt, bad, good) in seen for prompt, good, bad in seen) // 2
+    if again or turned:
+        print(f"{again:,} pairs stand there again and {turned:,} both ways round: all are trained on", flush=True)
     if not own:
         raise _no_pairs(source, problems, report)
     return write_split(own, source, folder, "dpo")

@@ -297,7 +297,7 @@ def _no_rating(text: str, scale: Scale) -> RowError:
     return RowError(
         f"rating is not a number: {shown}",
         "give the number of each of the venue's words in rating_words of this source, such as "
-        f"rating_words: {{{excerpt(text.strip())!r}: 1}}, or correct the row",
+        f"rating_words: {{{excerpt(text.strip())!r}: 1}}, or remove rows without a rating",
     )
 
 

@@ -191,6 +191,9 @@ def test_a_key_that_is_refused_and_a_server_that_stays_away(judge: Judge) -> Non
         judge.trouble = [reply(status, {})]
         with pytest.raises(ConfigError, match="refuses the key"):
             outcome()
+    judge.trouble = [reply(307, b"", Location="https://judge.example/v1/chat/completions")]
+    with pytest.raises(ConfigError, match=r"307 [^:]*: https://judge\.example/v1"):
+        outcome()
     judge.trouble = [reply(404, {"error": {"message": "model 'judge' not found"}})]
     with pytest.raises(ConfigError, match=r"model 'judge' not found[\s\S]*or the model's name"):
         outcome()

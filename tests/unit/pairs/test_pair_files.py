@@ -269,3 +269,16 @@ def test_a_list_that_an_export_puts_into_an_object_is_read(
     # A row that has a list of that name, as the only line of a file, is a row.
     path.write_text(json.dumps({"data": ["a"], "rows": 3}))
     assert [row.values for row in file_rows(path)] == [{"data": ["a"], "rows": 3}]
+
+
+def test_pairs_that_stand_there_again_or_the_other_way_round_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where several people judged the same two answers: what they undo of each other was trained without a word."""
+    row = {"prompt": "Q?", "chosen": "good", "rejected": "bad"}
+    turned = {"prompt": "Q?", "chosen": "bad ", "rejected": "good"}
+    for rows, told in (([row, row, turned], "1 pairs stand there again and 1 both ways round"), ([row], "")):
+        write_jsonl(tmp_path / "x.jsonl", rows)
+        write_pairs(validate(PairSource, {"dataset": str(tmp_path / "x.jsonl")}), tmp_path, tmp_path / "bad.json")
+        assert told in (said := capsys.readouterr().out)
+        assert bool(told) == ("stand there" in said)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, Statistic, quotient, statistic, within
+from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, Statistic, quotient, statistic, sums_by, within
 
 DIGITS = 6
 NUM_BINS = 10
@@ -98,7 +98,7 @@ def measure_head(
         "tie_aware": tie_aware(d / temperature, y, band),
         "pairs": np.ones(len(d)),
     }
-    sums = _by_prompt(counts, held)
+    sums = dict(zip(counts, sums_by(np.asarray(held), np.stack(list(counts.values()), axis=1)).T, strict=True))
     return {
         "num_pairs": len(d),
         "num_decided": int(decided.sum()),
@@ -110,12 +110,6 @@ def measure_head(
         "calibration_error": round(calibration_error(d / temperature, y), DIGITS),
         "calibration_error_uncalibrated": round(calibration_error(d, y), DIGITS),
     }
-
-
-def _by_prompt(counts: dict[str, Array], prompts: Sequence[str]) -> dict[str, Array]:
-    """Sums over each prompt's pairs, prompts in alphabetical order."""
-    _, place = np.unique(np.asarray(prompts), return_inverse=True)
-    return {name: np.bincount(place, weights=values).astype(np.float64) for name, values in counts.items()}
 
 
 def _estimate(
