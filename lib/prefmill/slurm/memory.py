@@ -18,8 +18,11 @@ from prefmill.training.config import TrainingConfig, weights_precision
 GIGABYTE = 2.0**30
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _NF4_BYTES = 0.5 + 0.127 / 8  # 4 bits, and block scales that are quantized too (QLoRA, arXiv 2305.14314: 0.127 bits)
-_ADAM_BYTES = 8  # two moments in fp32
-_OPTIMIZER_BYTES = {"adamw_bnb_8bit": 2, "sgd": 0}  # others: Adam's
+# Moments as large as the weights that optimizers keep, by parts of transformers' names for them; others: Adam's two.
+_MOMENTS = {
+    "adafactor": 0, "lomo": 0, "schedule_free_sgd": 1, "sgd": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3,
+    "grokadamw": 3,
+}  # fmt: skip
 _RUNTIME_GB = 1.5  # CUDA context, kernels, NCCL's buffers
 _FRAGMENTS = 0.05  # of everything: what the allocator cannot use
 
@@ -28,7 +31,7 @@ _FRAGMENTS = 0.05  # of everything: what the allocator cannot use
 ORIGINS = {
     "weights": "parameters x bytes a number, by rank under ZeRO-3 and FSDP2; 4 bits: 0.516 a linear weight",
     "gradients": "trained parameters x bytes a number, by rank from ZeRO-2 on; whole where several passes add to them",
-    "optimizer": "8 bytes a trained parameter, and DeepSpeed's 4 of an fp32 copy, by rank from ZeRO-1 on",
+    "optimizer": "a trained parameter's moments (AdamW's 8 bytes) and DeepSpeed's fp32 copy, by rank from ZeRO-1 on",
     "activations": "what autograd keeps of a microbatch: rows x tokens x a layer's bytes, or counted on an image model",
     "logits": "tokens projected together x vocabulary x (4 + 4 + bytes a number)",
     "gathered": "the layers, embeddings and head that are whole at a time",
@@ -178,7 +181,7 @@ def model_states(
     trained = numbers.trained
     # DeepSpeed trains fp32 copies of what it computes with; without it the weights are fp32 themselves.
     by_deepspeed = shards.stage > 0 and not config.fsdp
-    each = _OPTIMIZER_BYTES.get(config.optim or "", _ADAM_BYTES) + (4 if by_deepspeed and kept < 4 else 0)
+    each = optimizer_bytes(config.optim or "adamw") + (4 if by_deepspeed and kept < 4 else 0)
     optimizer = trained * each / (world if shards.stage >= 1 else 1)
     gradients = trained * (kept if by_deepspeed else 4) / (world if shards.stage >= 2 else 1)
     gradients += trained * number if several_passes and shards.stage >= 2 and world > 1 else 0
@@ -191,6 +194,12 @@ def model_states(
         "gradients": (0 if shards.offloads_optimizer else gradients + buckets) / GIGABYTE,
         "optimizer": (0 if shards.offloads_optimizer else optimizer) / GIGABYTE,
     }
+
+
+def optimizer_bytes(name: str) -> float:
+    """Bytes that the optimizer of this name in transformers keeps for a trained number."""
+    moments = next((count for part, count in _MOMENTS.items() if part in name), 2)
+    return moments * (1 if "8bit" in name else 0.5 if "4bit" in name else 4)
 
 
 def _weight_bytes(size: ModelSize, config: TrainingConfig, kept: int) -> float:
@@ -208,7 +217,8 @@ def host_memory(size: ModelSize, config: TrainingConfig, world: int) -> float:
     they are offloaded too: 18, as DeepSpeed's estimate_zero3_model_states_mem_needs counts.
     """
     shards = sharding(config)
-    optimizer = trained_parameters(size, config) * (_ADAM_BYTES + 4 + 4) if shards.offloads_optimizer else 0
+    each = optimizer_bytes(config.optim or "adamw") + 4 + 4
+    optimizer = trained_parameters(size, config) * each if shards.offloads_optimizer else 0
     weights = size.parameters * _BYTES[weights_precision(config)] if shards.offloads_weights else 0
     return (optimizer + weights) / world / GIGABYTE
 

@@ -12,7 +12,7 @@ import pytest
 
 from prefmill.core.stage import load_stage, stage_names
 from prefmill.slurm.cluster import Resources, read_cluster, resources_for
-from prefmill.slurm.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size
+from prefmill.slurm.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size, optimizer_bytes
 from prefmill.slurm.partitions import Partition
 from prefmill.slurm.requests import never_starts
 from prefmill.training.config import LoraConfig, TrainingConfig
@@ -63,6 +63,36 @@ def test_weights_gradients_and_adams_state_are_divided_as_zero_divides_them(tmp_
     assert gigabytes(training(deepspeed=zero(tmp_path, 2))) == [2, 0.25, 1.5]
     assert gigabytes(training(deepspeed=zero(tmp_path, 3))) == [0.25, 0.25, 1.5]
     assert gigabytes(training(lora=LoraConfig(r=10)), 1) == [2, 0.04, 0.08]
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_an_optimizers_state_is_what_it_keeps(name: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    weight = torch.nn.Linear(64, 64, bias=False)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=name), weight)
+    optimizer = kind(weight.parameters(), **options)
+    weight(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    kept = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
+    assert kept / weight.weight.numel() == pytest.approx(
+        optimizer_bytes(name), abs=0.2
+    )  # Adafactor keeps a row and a column
+
+
+def test_moments_in_8_bits_are_an_eighth_as_published() -> None:
+    names = (
+        "paged_adamw_8bit",
+        "adamw_8bit",
+        "lion_8bit",
+        "lion_32bit",
+        "adamw_torch_4bit",
+        "ademamix_8bit",
+        "adamw_torch_fused",
+    )
+    assert [optimizer_bytes(name) for name in names] == [2, 2, 1, 4, 1, 3, 8]
 
 
 def test_fsdp_shards_weights_gradients_and_moments_in_fp32() -> None:
