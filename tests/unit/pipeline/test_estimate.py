@@ -75,24 +75,14 @@ def test_an_optimizers_state_is_what_it_keeps(name: str, tmp_path: Path) -> None
     optimizer = kind(weight.parameters(), **options)
     weight(torch.ones(1, 64)).sum().backward()
     optimizer.step()
-    (state,) = optimizer.state.values()
-    kept = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
-    assert kept / weight.weight.numel() == pytest.approx(
-        optimizer_bytes(name), abs=0.2
-    )  # Adafactor keeps a row and a column
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    each = sum(value.nbytes for value in kept if value.numel() > 1) / weight.weight.numel()
+    assert each == pytest.approx(optimizer_bytes(name), abs=0.2)  # Adafactor keeps a row and a column
 
 
-def test_moments_in_8_bits_are_an_eighth_as_published() -> None:
-    names = (
-        "paged_adamw_8bit",
-        "adamw_8bit",
-        "lion_8bit",
-        "lion_32bit",
-        "adamw_torch_4bit",
-        "ademamix_8bit",
-        "adamw_torch_fused",
-    )
-    assert [optimizer_bytes(name) for name in names] == [2, 2, 1, 4, 1, 3, 8]
+def test_moments_may_be_in_8_bits_or_in_4() -> None:
+    names = ("paged_adamw_8bit", "adamw_8bit", "lion_8bit", "lion_32bit", "adamw_torch_4bit", "ademamix_8bit")
+    assert [optimizer_bytes(name) for name in names] == [2, 2, 1, 4, 1, 3]
 
 
 def test_fsdp_shards_weights_gradients_and_moments_in_fp32() -> None:
