@@ -47,6 +47,12 @@ def open_scorer(folder: Path, batch_size: int = 16) -> Callable[[Sequence[str], 
             with torch.inference_mode():
                 found = score(shown, [open_image(path) for path in files])
             rows.append(found.float().cpu().numpy().reshape(len(files), -1))
+            # Compared, NaN is neither more nor less: the picture would lose every time.
+            if not np.isfinite(rows[-1]).all():
+                raise InputError(
+                    "a score that is no number", where=folder, got=f"NaN or infinity for {files[0].name} or near it",
+                    fix="download the scorer again, or give another",
+                )  # fmt: skip
         return np.concatenate(rows)
 
     return rewards

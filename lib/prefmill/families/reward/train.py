@@ -40,6 +40,7 @@ from prefmill.families.reward.measures import DIGITS, fit_temperature, fit_tie_b
 from prefmill.families.reward.model import MultiHeadReward, create_reward, cut_prompts, open_processor
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 from prefmill.store.jsonl import write_jsonl
+from prefmill.store.pictures import cut_images
 from prefmill.training.config import TrainingConfig
 from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Settings, mix
@@ -93,7 +94,7 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
         counts={
             "pairs": len(train),
             "prompts": len({row.prompt_id for row in train}),
-            "num_cut_prompts": _count_cut(processor, rows),
+            **_count_cut(processor, rows),
         },
         logged={},
     )
@@ -288,10 +289,17 @@ def _predictions(
     ]
 
 
-def _count_cut(processor: Any, rows: Sequence[LabelledPair]) -> int:
-    """How many prompts are longer than CLIP reads: their ends have no effect."""
+def _count_cut(processor: Any, rows: Sequence[LabelledPair]) -> Metrics:
+    """How many prompts and images CLIP sees only a part of, for the metrics; the log names one."""
     prompts = sorted({row.prompt for row in rows})
-    cut = cut_prompts(processor.tokenizer, prompts, processor.tokenizer.model_max_length)
-    if cut:
-        _log.warning("%d of %d prompts are longer than CLIP reads, such as %s", len(cut), len(prompts), cut[0])
-    return len(cut)
+    long = cut_prompts(processor.tokenizer, prompts, processor.tokenizer.model_max_length)
+    if long:
+        _log.warning("%d of %d prompts are longer than CLIP reads, such as %s", len(long), len(prompts), long[0])
+    shown = rows if processor.image_processor.do_center_crop else ()
+    paths = {path for row in shown for path in (row.preferred, row.rejected)}
+    if cut := cut_images(paths, lambda *_: (1, 1)):
+        _log.warning(
+            "%d of %d images are not square, and CLIP sees their middle alone, by up to %.0f %% less than people did, "
+            "such as %s", len(cut), len(paths), 100 * max(cut.values()), min(cut).name,
+        )  # fmt: skip
+    return {"num_cut_prompts": len(long), "num_cut_images": len(cut)}

@@ -22,13 +22,12 @@ from prefmill.families.sdxl.backbone import backbone_of
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.generator import too_long
 from prefmill.families.sdxl.loading import SdxlFolder
-from prefmill.store.pictures import DECODER, image_size, open_image
+from prefmill.store.pictures import DECODER, cut_images, open_image
 from prefmill.store.tensor_cache import TensorCache
 
 Size = tuple[int, int]  # width, height in pixels
 
 _VERSION = 1
-_NOTICED = 0.05  # of an image's area: rounding to whole latents cuts less
 _log = logging.getLogger(__name__)
 
 
@@ -161,12 +160,6 @@ def bucket(width: int, height: int, resolution: int, step: int) -> Size:
     return min(sizes, key=lambda size: (abs(log(size[0] * height / size[1] / width)), size))
 
 
-def cut_share(width: int, height: int, size: Size) -> float:
-    """The share of an image's area, in [0, 1), that scaling it to cover `size` leaves outside."""
-    scale = max(size[0] / width, size[1] / height)
-    return 1 - size[0] * size[1] / (width * height * scale**2)
-
-
 def load_pixels(path: Path, size: Size, flip: bool) -> tuple[Tensor, Tensor]:
     """An image scaled to cover `size` (width, height) and cut around its centre, [3, H, W] in [-1, 1].
 
@@ -196,9 +189,8 @@ def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys)
     names = [name for name in folder.encoders if name.startswith("tokenizer")]
     tokenizers = {name: AutoTokenizer.from_pretrained(folder.path, subfolder=name) for name in names}
     long = too_long(tokenizers, folder.backbone, {pair.prompt for pair in pairs})
-    sizes = {path: image_size(path) for pair in pairs for path in pair.images}
-    shares = {path: cut_share(*size, images.size(*size)) for path, size in sizes.items()}
-    cut = [path for path, share in shares.items() if share > _NOTICED]
+    paths = {path for pair in pairs for path in pair.images}
+    cut = cut_images(paths, images.size)
     if long:
         _log.warning(
             "%d prompts are longer than the text encoders read; their ends have no effect: %s", len(long), long[0]
@@ -206,7 +198,7 @@ def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys)
     if cut:
         _log.warning(
             "%d of %d images are cut, by up to %.0f %% of their area, such as %s; bucket_step: 64 keeps them whole",
-            len(cut), len(sizes), 100 * max(shares.values()), cut[0].name,
+            len(cut), len(paths), 100 * max(cut.values()), min(cut).name,
         )  # fmt: skip
     return {"num_cut_prompts": len(long), "num_cut_images": len(cut)}
 

@@ -164,8 +164,25 @@ def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
     with loading("the adapter", file):
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=_ADAPTER_NAME)
         require_place(pipeline, file, _ADAPTER_NAME)
-        pipeline.set_adapters(_ADAPTER_NAME, scale)
     require_whole_adapter(pipeline, file, _ADAPTER_NAME)
+    _scale(pipeline, scale)
+
+
+def _scale(pipeline: Any, scale: float) -> None:
+    """Have `scale` times the adapter's whole change of the weights added; DoRA's is merged for that, see decision 0183.
+
+    PEFT's own scale leaves what DoRA's magnitudes change: at 0 the pipeline would not be the base.
+    """
+    parts = [part for part in pipeline.components.values() if hasattr(part, "modules")]
+    layers = [layer for part in parts for layer in part.modules() if hasattr(layer, "lora_A")]
+    if scale == 1 or not any(layer.lora_magnitude_vector for layer in layers):
+        pipeline.set_adapters(_ADAPTER_NAME, scale)
+        return
+    bases = [(layer.get_base_layer(), layer.get_base_layer().weight.data.clone()) for layer in layers]
+    pipeline.fuse_lora()
+    for layer, before in bases:
+        layer.weight.data = before.lerp(layer.weight.data, scale)
+    pipeline.unload_lora_weights()
 
 
 def _label(artifact: Artifact) -> str:

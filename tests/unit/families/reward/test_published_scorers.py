@@ -20,11 +20,12 @@ from torch.nn.functional import normalize
 from prefmill.core.config import validate
 from prefmill.core.errors import InputError
 from prefmill.demo.tiny_models import build
+from prefmill.families.reward.data import LabelledPair
 from prefmill.families.reward.model import _say_cut
 from prefmill.families.reward.open_clip import CONFIG_FILE
 from prefmill.families.reward.published import MED_CONFIG, open_published
 from prefmill.families.reward.scoring import open_scorer
-from prefmill.families.reward.train import load_clip, load_processor
+from prefmill.families.reward.train import _count_cut, load_clip, load_processor
 from stages.train_reward import TrainRewardConfig
 
 PROMPTS = ["a red square on the left", "two green lines", "a blue circle"]
@@ -110,6 +111,17 @@ def test_a_prompt_that_a_scorer_reads_in_part_is_told_once(
     for prompts, times in ((PROMPTS, 0), ([*PROMPTS[:2], "a red square " * 30], 1), (["a blue circle " * 30] * 3, 1)):
         score(prompts, images)
         assert caplog.text.count("prompts of more than 77 tokens") == times
+
+
+def test_images_of_which_clip_sees_the_middle_alone_are_told(
+    clip: Path, images: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """40 x 32 pixels, of which people saw all: a fifth is left out."""
+    Image.new("RGB", (32, 32)).save(images[0].parent / "square.png")
+    pair = LabelledPair("a", "p", PROMPTS[0], images[0], images[0].parent / "square.png", (1.0,), 1.0, "train")
+    assert _count_cut(load_processor(str(clip), None), [pair]) == {"num_cut_prompts": 0, "num_cut_images": 1}
+    assert "1 of 2 images are not square, and CLIP sees their middle alone, by up to 20 %" in caplog.text
+    (images[0].parent / "square.png").unlink()
 
 
 HEADS: dict[str, Callable[[int], nn.Module]] = {
@@ -251,6 +263,9 @@ def headless(folder: Path) -> None:
         # The embedding's first number was the score.
         (headless, r"no scorer of images here[\s\S]*no layers to one score"),
         (cut, "cannot load the scorer"),
+        # Compared, NaN lost every time.
+        (lambda folder: rewritten(folder, lambda s: {k: v / 0 * 0 if "scale" in k else v for k, v in s.items()}),
+         "a score that is no number"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot load the scorer"),
     ],
 )  # fmt: skip

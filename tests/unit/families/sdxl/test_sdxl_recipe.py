@@ -22,7 +22,6 @@ from prefmill.families.sdxl.encoding import (
     ImageKeys,
     TextKeys,
     bucket,
-    cut_share,
     encode_images,
     encode_texts,
     load_pixels,
@@ -35,6 +34,7 @@ from prefmill.families.sdxl.noise import draw, load_schedule
 from prefmill.families.sdxl.reference import ReferenceErrors
 from prefmill.images.generation import make_images, plan_jobs
 from prefmill.images.sampling import ImageSampling
+from prefmill.store.pictures import cut_share
 from prefmill.store.tensor_cache import TensorCache
 from prefmill.training.pictures import log_picture
 from prefmill.training.trainer import work_of

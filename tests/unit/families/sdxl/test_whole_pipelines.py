@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,6 +62,32 @@ def test_an_adapter_that_finds_no_place_is_refused(
             continue
         with pytest.raises(InputError, match=named):
             open_pipeline(source)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.5])
+def test_a_doras_scale_is_that_of_all_that_it_changes(model: Path, tmp_path: Path, scale: float) -> None:
+    """Against W + scale (W' - W) of what diffusers merges: at 0 the magnitudes stayed, and with them another model."""
+    import diffusers
+    import peft
+
+    unet = open_folder(str(model), None, None).load_denoiser("fp32")
+    adapted = peft.get_peft_model(unet, peft.LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in filter(lambda value: value.requires_grad, adapted.parameters()):
+            value += 0.1 * torch.randn_like(value)
+    export.save_diffusers(export.adapter_state(adapted), adapted.peft_config["default"], tmp_path / ADAPTER_FILE)
+    merged = diffusers.StableDiffusionXLPipeline.from_pretrained(model)
+    before = {name: value.clone() for name, value in merged.unet.state_dict().items()}
+    merged.load_lora_weights(tmp_path)
+    merged.fuse_lora()
+    merged.unload_lora_weights()
+    after = merged.unet.state_dict()
+    found = open_pipeline(GeneratorSource(str(model), "x", "fp32", adapter=tmp_path, adapter_scale=scale)).unet
+    assert found.state_dict().keys() == before.keys()
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, before[name] + scale * (after[name] - before[name]), rtol=0, atol=1e-6)
+    assert max((after[name] - before[name]).abs().max() for name in before) > 0.1
 
 
 def renamed(state: dict[str, Tensor], rename: Callable[[str], str | None]) -> dict[str, Tensor]:
