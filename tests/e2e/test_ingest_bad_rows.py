@@ -179,6 +179,11 @@ def test_a_scale_that_changed_with_the_year_and_one_upside_down_are_told(tmp_pat
     path = jsonl(tmp_path / "years.jsonl", *years)
     (told,) = summary(ingest(tmp_path / "years", sources=[{"format": "jsonl", "path": path}]))["warnings"]
     assert told.startswith("no rating of source 0, V 6, is above 6 on 1 to 10: set rating_max")
+    workshops = [row(n, rating=1 + n % 6, venue=f"W {n // 24}") for n in range(7 * 24)]
+    path = jsonl(tmp_path / "workshops.jsonl", *workshops)
+    (told,) = summary(ingest(tmp_path / "workshops", sources=[{"format": "jsonl", "path": path}]))["warnings"]
+    assert told.count("set rating_max") == 5
+    assert told.endswith("; ...")
     fates = [row(n, rating=1 + (n % 2) * 3 + n % 3, decision="rejected" if n % 2 else "accepted") for n in range(80)]
     turned = {"format": "jsonl", "path": jsonl(tmp_path / "turned.jsonl", *fates), "rating_max": 6}
     (told,) = summary(ingest(tmp_path / "turned", sources=[turned]))["warnings"]

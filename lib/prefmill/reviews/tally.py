@@ -55,7 +55,7 @@ class IngestTally:
             f"{_first_of(self.orphans)}": self.orphans,
             f"{self.html} reviews hold HTML, such as <br /> or &amp;, which models would learn: set html: true "
             "in their source to read it as text": self.html,
-            "; ".join(doubts := [*self._low_scales(), *self._turned_scales()]): doubts,
+            _first_of(doubts := [*self._turned_scales(), *self._low_scales()], "; "): doubts,
             f"{len(self.merged)} papers were merged into others with the same title": self.merged,
             f"{self.unknown.total()} values are unknown and were left out: {unknown}": self.unknown,
         }
@@ -97,6 +97,6 @@ class IngestTally:
         ]
 
 
-def _first_of(names: Iterable[str]) -> str:
+def _first_of(names: Iterable[str], between: str = ", ") -> str:
     shown = list(itertools.islice(names, SHOWN_PROBLEMS + 1))
-    return ", ".join([*shown[:SHOWN_PROBLEMS], *(["..."] if len(shown) > SHOWN_PROBLEMS else [])])
+    return between.join([*shown[:SHOWN_PROBLEMS], *(["..."] if len(shown) > SHOWN_PROBLEMS else [])])
