@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefmill.checklist.label_files import LabelFile
-from prefmill.core.errors import InputError, nearest
+from prefmill.core.errors import nearest
 
 COLUMNS = ("review_id", "item_id", "label")
 _ANSWERS = {"yes": True, "1": True, "true": True, "no": False, "0": False, "false": False}
@@ -31,7 +31,7 @@ def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collecti
     file = LabelFile(path, "unusable item labels", COLUMNS, ", ".join(COLUMNS))
     labels: dict[tuple[str, str], Label] = {}
     for where, row in file.rows():
-        label = _label(row, where, review_ids, item_ids)
+        label = _label(file, row, where, review_ids, item_ids)
         key = (label.review_id, label.item_id)
         if key in labels:
             raise file.unusable(where, f"{key[1]} of review {key[0]} again", "keep one answer to each")
@@ -39,26 +39,16 @@ def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collecti
     return list(labels.values())
 
 
-def _label(row: dict[str, str], where: str, review_ids: Collection[str], item_ids: Collection[str]) -> Label:
+def _label(
+    file: LabelFile, row: dict[str, str], where: str, review_ids: Collection[str], item_ids: Collection[str]
+) -> Label:
     values = {name: cell.strip() for name, cell in row.items()}
-    for name in COLUMNS:
-        if not values[name]:
-            raise InputError(
-                f"a label without its {name}", where=where, got=", ".join(f"{key}={values[key]!r}" for key in COLUMNS),
-                expected="a value in each column", fix="fill it in, or delete the line",
-            )  # fmt: skip
     for name, known in (("review_id", review_ids), ("item_id", item_ids)):
         if values[name] not in known:
             hint = nearest(values[name], list(known)) if name == "item_id" else ""
-            raise InputError(
-                f"a label with an unknown {name}{hint}", where=where, got=values[name],
-                expected="a review of the corpus" if name == "review_id" else ", ".join(sorted(known)),
-                fix="correct it, or delete the line",
-            )  # fmt: skip
+            fix = "write an id of the corpus, and of checklist.json beside the scores, or delete the line"
+            raise file.unusable(where, f"{name} {values[name]!r}{hint}", fix)
     answer = _ANSWERS.get(values["label"].lower().removesuffix(".0"))  # of a table with gaps
     if answer is None:
-        raise InputError(
-            "a label that is neither yes nor no", where=where, got=values["label"],
-            expected="yes or no, 1 or 0, true or false", fix="correct it, or delete the line",
-        )  # fmt: skip
+        raise file.unusable(where, f"label {values['label']!r}", "write yes or no, 1 or 0, true or false")
     return Label(values["review_id"], values["item_id"], answer)
