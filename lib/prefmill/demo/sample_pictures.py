@@ -73,12 +73,10 @@ def write_samples(
             answers = list(_answers(prompt_id, names, good_first, worse_on, draw))
             ratings += answers
             labels = _labels(answers, good)
-            pairs.append(
-                ImagePair(
-                    pair_id=f"{prompt_id}-{index}", prompt_id=prompt_id, prompt=scene.prompt, preferred=good,
-                    rejected=bad, labels=labels, weight=1 / pairs_per_prompt, split=split,
-                )
-            )  # fmt: skip
+            pairs.append(ImagePair(
+                pair_id=f"{prompt_id}-{index}", prompt_id=prompt_id, prompt=scene.prompt, preferred=good, rejected=bad,
+                labels=labels, weight=1 / pairs_per_prompt, split=split,
+            ))  # fmt: skip
     write_jsonl(folder / "pairs.jsonl", pairs)
     _write_csv(folder / "prompts.csv", ("prompt_id", "prompt"), prompts)
     _write_csv(folder / "images.csv", ("prompt_id", "prompt", "file"), images)

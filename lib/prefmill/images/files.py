@@ -27,7 +27,7 @@ def inspect_image(content: bytes | Path, where: object = None, max_pixels: int =
     with reading(where):
         # Read once: the digest is that of the very bytes that were decoded, even if the file changes meanwhile.
         data = content.read_bytes() if isinstance(content, Path) else content
-    image = check_image(data, where, max_pixels)
-    width, height = upright_size(image)
-    pixels = hashlib.sha256(f"{width}x{height}".encode() + as_seen(image, where).tobytes()).hexdigest()
+        image = check_image(data, where, max_pixels)
+        width, height = upright_size(image)
+        pixels = hashlib.sha256(f"{width}x{height}".encode() + as_seen(image, where).tobytes()).hexdigest()
     return ImageFacts(width, height, hashlib.sha256(data).hexdigest(), pixels, FORMATS[str(image.format)])

@@ -23,8 +23,9 @@ _SLUG_LENGTH = 40
 Names = Mapping[str, tuple[str, ...]]
 """Columns, and what other tools call them."""
 Line = tuple[int, dict[str, str]]
-# What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks.
-_UNSEEN = str.maketrans("", "", "\u200b\u2060\ufeff\u00ad\u200e\u200f")
+# What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks; and
+# what databases fill text up with.
+_UNSEEN = str.maketrans("", "", "\0\u200b\u2060\ufeff\u00ad\u200e\u200f")
 _MARKS = re.compile(r"\([^()]+:\s*\d*\.?\d+\s*\)|\bBREAK\b|<(?:lora|lyco|hypernet):")
 _QUOTED = re.compile(r'"((?:[^"]|"")*""(?:[^"]|"")*)"')  # a cell whose quotes are doubled, as pandas writes it
 CAPTIONS = (".txt", ".caption")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import io
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ def reading(where: object) -> Iterator[None]:
         raise ImageError("missing image", where=where, fix="put the file there, or take the row out") from None
     except Image.DecompressionBombError as error:
         raise _too_large(str(error), where, MAX_PIXELS) from None
-    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError, struct.error) as error:  # the last of EXIF
         got = (str(error).splitlines() or [type(error).__name__])[0]
         raise ImageError("damaged image", where=where, got=got, fix=_AGAIN) from None
 

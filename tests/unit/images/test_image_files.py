@@ -10,7 +10,7 @@ from PIL import Image
 
 from prefmill.core.files import copy_once
 from prefmill.images.files import inspect_image
-from prefmill.store.pictures import ImageError
+from prefmill.store.pictures import ImageError, open_image
 from tests.e2e.image_artifacts import bomb, draw
 
 
@@ -58,3 +58,19 @@ def test_ours_are_linked_and_others_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "x" / "theirs.png").samefile(source)
     assert (tmp_path / "x" / "theirs.png").read_bytes() == source.read_bytes()
     copy_once(source, tmp_path / "x" / "theirs.png", may_link=False)  # done again after a kill
+
+
+@pytest.mark.parametrize(
+    ("name", "exif"),
+    [
+        ("a.webp", b"MX\0*\0\0\0\x08"),
+        # The width as text (TIFF 6.0, page 34: a number), beside a turn by 90 degrees.
+        ("a.jpg", b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\0\0\2\0\0\0\2a\0\0\0\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
+    ],
+)
+def test_a_picture_whose_exif_cannot_be_read_is_set_aside_by_name(tmp_path: Path, name: str, exif: bytes) -> None:
+    """One of them ended the run with a traceback of Pillow."""
+    Image.new("RGB", (4, 2)).save(tmp_path / name, exif=exif)
+    for read in (inspect_image, open_image):
+        with pytest.raises(ImageError, match=rf"damaged image[\s\S]*{name}"):
+            read(tmp_path / name)

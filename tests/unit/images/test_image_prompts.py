@@ -138,7 +138,7 @@ def test_a_row_that_has_no_prompt_is_named(tmp_path: Path, text: str, message: s
         read_prompts(write(tmp_path, text, "p.jsonl"))
 
 
-@pytest.mark.parametrize("sign", ["\u200b", "\ufeff", "\u00ad", "\u2060", "\u200e"])
+@pytest.mark.parametrize("sign", ["\0", "\u200b", "\ufeff", "\u00ad", "\u2060", "\u200e"])
 def test_signs_that_show_nothing_make_no_second_prompt(tmp_path: Path, sign: str) -> None:
     """A web page's spaces without width: the same words, in two splits."""
     with pytest.raises(InputError, match="stands here twice"):

@@ -170,10 +170,10 @@ Schedule = NoiseSchedule | FlowSchedule
 
 def load_schedule(folder: Path, min_snr_gamma: float | None, call: Call = call_sdxl, patch: int = 1) -> Schedule:
     """The training schedule of a pipeline's folder; raises ConfigError for one that cannot be trained."""
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    if scheduler["_class_name"].startswith("FlowMatch"):
+    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    if name.startswith("FlowMatch"):
         return _load_flow(folder, min_snr_gamma, call, patch)
-    return _load_diffusion(folder, min_snr_gamma, call)
+    return _load_diffusion(folder, name, min_snr_gamma, call)
 
 
 def _load_flow(folder: Path, min_snr_gamma: float | None, call: Call, patch: int) -> FlowSchedule:
@@ -204,11 +204,10 @@ def shift_by_size(scheduler: Any, patch: int) -> Shift:
     return shift
 
 
-def _load_diffusion(folder: Path, min_snr_gamma: float | None, call: Call) -> NoiseSchedule:
+def _load_diffusion(folder: Path, name: str, min_snr_gamma: float | None, call: Call) -> NoiseSchedule:
     import diffusers
 
     # The folder's own class first: where its file does not say the betas, that has them, and they are not DDPM's.
-    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
     own = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
     if not hasattr(own, "alphas_cumprod"):
         raise ConfigError(
