@@ -12,7 +12,7 @@ from training_artifacts import make_checkpoint, make_datasets, make_task, publis
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
-from prefmill.core.errors import PipelineError
+from prefmill.core.errors import ConfigError, PipelineError
 from stages import dpo, sft
 from tests.tiny import save_tiny_qwen2
 
@@ -97,3 +97,36 @@ def test_a_bf16_base_gives_a_bf16_folder_where_it_holds_the_training(tmp_path: P
     metrics = train_sft(tmp_path / "long", start, datasets, learning_rate=2e-3)
     assert metrics["saved_dtype"] == "bf16"
     assert metrics["saved_lost_share"] < 0.1
+
+
+def test_the_card_names_a_model_of_this_machine_without_its_place(tmp_path: Path, datasets: Artifact) -> None:
+    """The same model elsewhere gave another card, and its content another digest."""
+    for place in ("one", "other"):
+        start = str(save_tiny_qwen2(tmp_path / place / "tiny"))
+        config = validate(sft.SftConfig, {**SETTINGS, "model_name_or_path": start})
+        sft.run(config, make_task("sft", tmp_path / place, datasets=datasets))
+    one, other = ((tmp_path / place / "out" / "README.md").read_text() for place in ("one", "other"))
+    assert '"model_name_or_path": "tiny"' in one
+    assert one == other
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_that_trls_loss_would_read_past_is_refused(
+    tied: bool, tmp_path: Path, start: Artifact, datasets: Artifact
+) -> None:
+    """TRL's own words came with a traceback; for tokens of a tied head it had none."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    lora: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"]}
+    model = str(start.path)
+    if tied:
+        said = {**json.loads((start.path / "config.json").read_text()), "tie_word_embeddings": True}
+        model = str(shutil.copytree(start.path, tmp_path / "tied"))
+        (tmp_path / "tied" / "config.json").write_text(json.dumps(said))
+        keys = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5, 6])
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), keys).save_pretrained(tmp_path / "adapter")
+        lora = {"start": str(tmp_path / "adapter")}
+    config = validate(sft.SftConfig, {**SETTINGS, "model_name_or_path": model, "lora": lora})
+    with pytest.raises(ConfigError, match="all-linear spares the head"):
+        sft.run(config, make_task("sft", tmp_path, datasets=datasets))

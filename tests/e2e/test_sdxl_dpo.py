@@ -336,7 +336,11 @@ def test_configurations_it_refuses(tmp_path: Path, model: Artifact, pairs: Artif
         with pytest.raises(ConfigError, match=message):
             validate(SdxlDpoConfig, {"per_device_train_batch_size": 2, **values})
     keys = {**KEYS, "cache_dir": str(tmp_path / "cache")}
-    for more, message in (({"optim": "adamw_bnb_8bit"}, "bitsandbytes"), ({"precision": "fp16"}, "fp16 needs a GPU")):
+    for more, message in (
+        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"save_dtype": "bf16"}, "saved in fp32"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+    ):
         with pytest.raises(ConfigError, match=message):
             run_stage("sdxl_dpo", tmp_path / "run", {**keys, **more}, model=model, pairs=pairs)
     with pytest.raises(PipelineError, match="no reward model"):

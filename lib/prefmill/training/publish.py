@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,17 @@ def model_card(task: Task, config: StrictConfig) -> str:
         for item in items
     ]
     made_from = "\n".join(inputs or ["- nothing of this pipeline"])
-    # Keys that change no result (`runtime`) would give one model several cards.
-    settings = json.dumps(identity(config), indent=1, sort_keys=True)
+    # Keys that change no result (`runtime`) would give one model several cards, as would where a folder lies here.
+    known = {key: _without_place(value) for key, value in identity(config).items()}
+    settings = json.dumps(known, indent=1, sort_keys=True)
     return (
         f"---\nlibrary_name: transformers\ntags: [prefmill, {task.stage}]\n---\n"
         f"# {task.stage}\n\nMade by prefmill's stage `{task.stage}`.\n\n"
         f"## Made from\n\n{made_from}\n\n## Configuration\n\n```json\n{settings}\n```\n"
     )
+
+
+def _without_place(value: Any) -> Any:
+    """A folder of this machine, as a model or a reference may be, by its own name."""
+    is_folder = isinstance(value, str) and os.path.isdir(os.path.expanduser(value))  # False for texts of any length
+    return os.path.basename(os.path.normpath(value)) if is_folder else value

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
+from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision, shares_weights
@@ -92,7 +94,13 @@ class Chats:
     router_aux_loss_coef: float | None = None
 
     def trainer(self, model: Any, config: TrainingConfig, task: Task, callbacks: list[TrainerCallback]) -> SFTTrainer:
-        """TRL's trainer of `model`."""
+        """TRL's trainer of `model`; raises ConfigError for an adapter that TRL's loss reads past."""
+        if not isinstance(model.get_output_embeddings(), (nn.Linear, ModulesToSaveWrapper)):
+            raise ConfigError(
+                "sft computes its loss from the head's own weights, without the adapter on them", where="lora",
+                got=type(model.get_output_embeddings()).__name__, expected="a head that is left alone, or saved whole",
+                fix="leave lora.target_modules out: all-linear spares the head; or start from one that holds it whole",
+            )  # fmt: skip
         given = trainer_arguments(config, task, world_size()) | {
             # TRL's default is to cut rows at 1,024 tokens; over-long ones are dropped or refused before.
             "max_length": None,

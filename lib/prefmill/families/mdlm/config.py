@@ -96,6 +96,8 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
             raise ValueError("diffusion_steps is a number from 1 on, or auto")
         if self.diffusion_steps == "auto" and self.max_diffusion_steps & (self.max_diffusion_steps - 1):
             raise ValueError("max_diffusion_steps must be a power of two: auto halves and doubles the draws")
+        if self.torch_compile:  # it would end in a traceback at the first step
+            raise ValueError("torch_compile cannot follow how masked tokens alone are projected: leave it out")
         return self
 
     @property

@@ -102,6 +102,7 @@ def create_reward(clip: CLIPModel, hidden_size: int, seed: int) -> MultiHeadRewa
         model = MultiHeadReward(config)
     # Only now: making the model draws its weights at random, CLIP's among them.
     model.clip.load_state_dict(clip.state_dict())
+    model.clip.set_attn_implementation(clip.config._attn_implementation)  # no dictionary says it
     return model
 
 

@@ -153,4 +153,6 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError("with deepspeed no rank holds the whole model: leave out use_ema and sample_steps")
         if self.save_merged and self.lora is None:
             raise ValueError("the whole UNet is always saved as a pipeline: leave out save_merged")
+        if self.save_dtype != "auto" and self.lora is not None and not self.save_merged:
+            raise ValueError("save_dtype is of whole weights, and an adapter is saved in fp32: leave it out")
         return self

@@ -74,6 +74,17 @@ def test_it_is_held_against_clips_own_forward(
             check_reward(model, clip, "clip")
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_asked_for_is_what_runs(attention: str, tmp_path: Path) -> None:
+    """It was the library's own choice, whatever `attn_implementation` said."""
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(build("clip", tmp_path / "clip"), attn_implementation=attention)
+    layers = [part for part in create_reward(clip, 16, 0).modules() if type(part).__name__ == "CLIPAttention"]
+    assert layers
+    assert {part.config._attn_implementation for part in layers} == {attention}
+
+
 def test_it_is_saved_and_loaded_as_any_pretrained_model(folder: Path) -> None:
     from transformers import AutoModel
 
