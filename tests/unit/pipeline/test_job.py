@@ -191,6 +191,7 @@ def test_under_torchrun_by_hand_the_status_names_the_rank_that_was_killed(tmp_pa
         launched._lead(task, str, str, context)
 
 
+@pytest.mark.timing
 def test_a_rank_that_was_killed_is_known_by_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(launched, "_ENDING_SECONDS", 0.0)
