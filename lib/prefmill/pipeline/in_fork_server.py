@@ -11,3 +11,5 @@ gc.disable()
 # Not where it is ignored, as in a script's background: prefmill goes on then, and needs it.
 if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+# It was started with Ctrl-C blocked: one that came until here is answered now.
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -7,7 +7,21 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
+
+
+def start_fork_server() -> None:
+    """Start it where it does not run, deaf to Ctrl-C until `in_fork_server` has said what it does then.
+
+    Python answers with a traceback of its own start.
+    """
+    resource_tracker.ensure_running()  # before the signal is blocked: it has it unblocked when it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def wait_for_all(processes: Iterable[BaseProcess], seconds: float) -> None:

@@ -22,7 +22,7 @@ from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error
 from prefmill.core.graceful_stop import Stopped, request_stop
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.isolation import end_with_parent
-from prefmill.pipeline.interruption import interrupted_by_term, wait_for_all
+from prefmill.pipeline.interruption import interrupted_by_term, start_fork_server, wait_for_all
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.preload import collect_from_now_on
 from prefmill.pipeline.progress_display import Bar
@@ -172,6 +172,7 @@ class _Run:
         bar = Bar(task.key, task.logs, self.say)
         self.running[task.key] = _Running(task, process, time.monotonic(), place, bar, ranks)
         try:
+            start_fork_server()
             process.start()
         except (EOFError, OSError) as error:
             time.sleep(_SIGNAL_SECONDS)  # Ctrl-C ends the fork server too, perhaps before it is known here

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from multiprocessing import popen_forkserver
 from pathlib import Path
@@ -99,6 +101,29 @@ def test_a_fork_server_that_ctrl_c_has_ended_first_is_no_traceback(
             run_plan(toy_plan(tmp_path, make={}), say=lambda _: None)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+_INTERRUPTED = """
+import os, signal, sys, time
+from multiprocessing import forkserver
+from prefmill.pipeline.interruption import start_fork_server
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist takes no Ctrl-C
+forkserver.set_forkserver_preload(["prefmill.pipeline.in_fork_server"])
+start_fork_server()
+time.sleep(float(sys.argv[1]))
+server = forkserver._forkserver._forkserver_pid
+os.kill(server, signal.SIGINT)
+print(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]))
+"""
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("seconds", ["0", "0.01", "0.02", "0.04"])
+def test_ctrl_c_while_the_fork_server_starts_is_no_traceback(seconds: str) -> None:
+    command = [sys.executable, "-c", _INTERRUPTED, seconds]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout.strip(), done.stderr) == (str(-signal.SIGINT), "")
 
 
 def test_gpus_are_given_to_tasks_and_come_back(tmp_path: Path) -> None:
