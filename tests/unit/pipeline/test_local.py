@@ -114,7 +114,9 @@ start_fork_server()
 time.sleep(float(sys.argv[1]))
 server = forkserver._forkserver._forkserver_pid
 os.kill(server, signal.SIGINT)
-print(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]))
+time.sleep(1)
+os.kill(server, signal.SIGKILL)  # once it runs, it ignores Ctrl-C
+os.waitpid(server, 0)
 """
 
 
@@ -122,8 +124,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]))
 @pytest.mark.parametrize("seconds", ["0", "0.01", "0.02", "0.04"])
 def test_ctrl_c_while_the_fork_server_starts_is_no_traceback(seconds: str) -> None:
     command = [sys.executable, "-c", _INTERRUPTED, seconds]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert (done.stdout.strip(), done.stderr) == (str(-signal.SIGINT), "")
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stderr == ""
 
 
 def test_gpus_are_given_to_tasks_and_come_back(tmp_path: Path) -> None:
