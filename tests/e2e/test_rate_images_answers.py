@@ -149,7 +149,7 @@ def test_an_answer_is_about_what_was_shown_though_others_rated_it_meanwhile(tmp_
         assert {given[-1][side] for side in ("left", "right")} == {given[-2][side] for side in ("left", "right")}
         status, _, _ = people.request("POST", "/answer", {**body, "number": 1})
         assert (status, len(answers(people.task))) == (200, len(given))  # answered once already
-        for wrong, expected in (({"left": "/image/00"}, 404), ({"dimension": "taste"}, 400)):
+        for wrong, expected in (({"left": "/image/00"}, 404), ({"dimension": "taste"}, 404)):
             assert people.request("POST", "/answer", {**body, "number": 1, **wrong})[0] == expected
 
 

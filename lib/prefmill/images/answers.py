@@ -109,9 +109,13 @@ class Session:
     """Who is asked what: each rater's pairs in an order of their own, until every pair has raters enough."""
 
     def __init__(
-        self, book: AnswerBook, matchups: Sequence[Matchup], dimensions: Sequence[Dimension], raters_per_pair: int,
+        self,
+        book: AnswerBook,
+        matchups: Sequence[Matchup],
+        dimensions: Sequence[Dimension],
+        raters_per_pair: int,
         seed: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.book, self.dimensions, self._seed = book, tuple(dimensions), seed
         self._matchups = {item.matchup_id: item for item in matchups}
         self._needed = raters_per_pair

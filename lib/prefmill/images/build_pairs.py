@@ -94,9 +94,14 @@ def _no_pair(num_ratings: int, num_ties: int, collection: Collection) -> InputEr
 
 
 def _summary(
-    pairs: Sequence[ImagePair], num_ties: int, num_ratings: int, votes: Votes, fits: Mapping[Dimension, Strengths],
-    collection: Collection, building: PairBuilding,
-) -> dict[str, Any]:  # fmt: skip
+    pairs: Sequence[ImagePair],
+    num_ties: int,
+    num_ratings: int,
+    votes: Votes,
+    fits: Mapping[Dimension, Strengths],
+    collection: Collection,
+    building: PairBuilding,
+) -> dict[str, Any]:
     prompts = {image.prompt_id for image in collection.images.values()}
     labelled = {name: sum(pair["labels"][name] is not None for pair in pairs) for name in DIMENSIONS}
     told = figures(votes)
@@ -147,9 +152,13 @@ def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) 
 
 
 def _write(
-    task: Task, pairs: Sequence[ImagePair], images: Mapping[str, GoodImage], fits: Mapping[Dimension, Strengths],
-    collection: Collection, summary: Mapping[str, Any],
-) -> None:  # fmt: skip
+    task: Task,
+    pairs: Sequence[ImagePair],
+    images: Mapping[str, GoodImage],
+    fits: Mapping[Dimension, Strengths],
+    collection: Collection,
+    summary: Mapping[str, Any],
+) -> None:
     used = {name for pair in pairs for name in (pair["preferred"], pair["rejected"])}
     for number, image in enumerate(images.values(), 1):
         if image.file in used:

@@ -195,9 +195,11 @@ def source_of(base: GeneratorSource, side: str, tuned: Artifact) -> GeneratorSou
 
 
 def compare(
-    prompt_ids: Sequence[str], scores: Mapping[str, NDArray[np.float32]], resampling: Resampling,
+    prompt_ids: Sequence[str],
+    scores: Mapping[str, NDArray[np.float32]],
+    resampling: Resampling,
     compare_with: CompareWith = "same_seed",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Win rate and mean difference of tuned over base on each dimension and on their mean, from scores [N, K].
 
     An image is compared with the base's of the same prompt and seed, or of that prompt's other seeds; a tie is half a

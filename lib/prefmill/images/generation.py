@@ -61,9 +61,15 @@ def plan_jobs(prompts: Iterable[ImagePrompt], seeds: Iterable[int]) -> list[Imag
 
 
 def make_images(
-    open_model: Callable[[], Any], jobs: Sequence[ImageJob], sampling: ImageSampling, label: str, output: Path,
-    work: Path, batch_size: int | None = None, progress: Progress = silent,
-) -> list[GeneratedImage]:  # fmt: skip
+    open_model: Callable[[], Any],
+    jobs: Sequence[ImageJob],
+    sampling: ImageSampling,
+    label: str,
+    output: Path,
+    work: Path,
+    batch_size: int | None = None,
+    progress: Progress = silent,
+) -> list[GeneratedImage]:
     """Make what is missing of `jobs` below `output`, in batches that fit in memory; returns the rows, in their order.
 
     `open_model` returns a pipeline as `sdxl.generator.open_pipeline` does; it is not called when nothing

@@ -155,9 +155,12 @@ def _read_images(wanted: RateImages, task: Task) -> Collection:
 
 
 def _ask_program(
-    wanted: RateImages, rater: RewardConfig | MeasureConfig, matchups: Sequence[Matchup], images: dict[str, GoodImage],
+    wanted: RateImages,
+    rater: RewardConfig | MeasureConfig,
+    matchups: Sequence[Matchup],
+    images: dict[str, GoodImage],
     task: Task,
-) -> list[Rating]:  # fmt: skip
+) -> list[Rating]:
     if isinstance(rater, MeasureConfig):
         scorer = {"sharpness": sharpness, "brightness": brightness}[rater.by]
     else:
@@ -255,9 +258,12 @@ def _announced(url: str, port: int, task: Task) -> Iterator[None]:
 
 
 def _summary(
-    wanted: RateImages, matchups: Sequence[Matchup], images: dict[str, GoodImage], ratings: Sequence[Rating],
+    wanted: RateImages,
+    matchups: Sequence[Matchup],
+    images: dict[str, GoodImage],
+    ratings: Sequence[Rating],
     collection: Collection,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     if not ratings:
         raise InputError("nothing was rated", fix="rate at least one pair before finishing")
     choices = Counter(f"{row['dimension']}: {row['choice']}" for row in ratings)

@@ -78,9 +78,13 @@ def plan_matchups(images: Iterable[GoodImage], most_per_prompt: int | None, seed
 
 
 def rate_by_scores(
-    matchups: Sequence[Matchup], scores: Mapping[str, Mapping[Dimension, float]], rater: str,
-    dimensions: Sequence[Dimension], tie_margin: float, seed: int,
-) -> list[Rating]:  # fmt: skip
+    matchups: Sequence[Matchup],
+    scores: Mapping[str, Mapping[Dimension, float]],
+    rater: str,
+    dimensions: Sequence[Dimension],
+    tie_margin: float,
+    seed: int,
+) -> list[Rating]:
     """The ratings of a program whose `scores` by image id are given; `overall` is the mean of the others.
 
     The side an image stands on is random, as for people. Scores that differ by `tie_margin` or less are a tie.

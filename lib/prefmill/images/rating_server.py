@@ -47,9 +47,13 @@ class RatingServer(ThreadingHTTPServer):
     request_queue_size = 256
 
     def __init__(
-        self, session: Session, images: Mapping[str, GoodImage], token: str, port: int = 0,
+        self,
+        session: Session,
+        images: Mapping[str, GoodImage],
+        token: str,
+        port: int = 0,
         on_answer: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.session, self.token, self._on_answer = session, token, on_answer
         # Each request has its own thread, and a session is not made for that.
         self.lock = threading.Lock()

@@ -67,9 +67,14 @@ def calibration_error(margins: Array, labels: Array) -> float:
 
 
 def measure_head(
-    margins: Array, labels: Array, flipped: NDArray[np.bool_], prompts: Sequence[str], temperature: float, band: float,
+    margins: Array,
+    labels: Array,
+    flipped: NDArray[np.bool_],
+    prompts: Sequence[str],
+    temperature: float,
+    band: float,
     resampling: Resampling,
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     """What metrics.json says of one head on one split; None where no pair has a label.
 
     `margins` [N] are r(preferred) - r(rejected). `flipped` is a coin a pair: which of its images counts as the first,

@@ -227,9 +227,14 @@ def freeze(model: MultiHeadReward, trainable: Literal["all", "vision", "heads"])
 
 
 def _measure_and_save(
-    model: Any, processor: Any, config: TrainingConfig, wanted: RewardTraining, task: Task,
-    train: Sequence[LabelledPair], held_out: dict[str, list[LabelledPair]],
-) -> dict[str, Any]:  # fmt: skip
+    model: Any,
+    processor: Any,
+    config: TrainingConfig,
+    wanted: RewardTraining,
+    task: Task,
+    train: Sequence[LabelledPair],
+    held_out: dict[str, list[LabelledPair]],
+) -> dict[str, Any]:
     """Write the folder: weights with the fitted temperatures, measures, predictions, and the prompts trained on."""
     # Without a crop: held-out images are seen whole, as they will be when the model scores.
     reader = PixelReader(processor)

@@ -28,9 +28,15 @@ _DIGITS = 8
 
 
 def denoising_drift(
-    base: GeneratorSource, tuned: GeneratorSource, pairs: Artifact, splits: Sequence[ImageSplit], num_draws: int,
-    resolution: int | None, cache: Path, resampling: Resampling,
-) -> dict[str, Any] | None:  # fmt: skip
+    base: GeneratorSource,
+    tuned: GeneratorSource,
+    pairs: Artifact,
+    splits: Sequence[ImageSplit],
+    num_draws: int,
+    resolution: int | None,
+    cache: Path,
+    resampling: Resampling,
+) -> dict[str, Any] | None:
     """m(tuned) - m(base), m the mean squared error of the predicted noise, of `winner` and `loser`; over prompts.
 
     Both models see the same timestep and noise, `num_draws` of them a pair. A winner's drift above 0 says that the
