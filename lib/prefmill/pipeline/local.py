@@ -161,7 +161,7 @@ class _Run:
         if place is None:
             if not is_running(task.logs):
                 keep_finished(task)
-            self.say(f"= {task.key} {state.reasons[0]}")
+            self.say(f"= {task.key} {'; '.join(state.reasons)}")
             return True
         ranks = self.slots.ranks(task)
         self.say(

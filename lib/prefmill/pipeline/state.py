@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from prefmill import __version__
 from prefmill.core.artifact import Artifact, Manifest, Provenance
@@ -67,7 +69,23 @@ def inspect_task(task: PlannedTask) -> TaskState:
         check_content(read(task.output, task.stage.writes), only_touched=True)
     except ArtifactError as error:
         return TaskState("stale", (_in_words(error),))
-    return TaskState("complete", (_made(manifest),))
+    return TaskState("complete", (_made(manifest), *_models_written_since(task)))
+
+
+def _models_written_since(task: PlannedTask) -> Iterator[str]:
+    """A note where a model's weights are newer than what was made of them: a plan knows it by its name alone."""
+    made = (task.output / MANIFEST).stat().st_mtime
+    for name in _models_named(task.config):
+        if any(path.stat().st_mtime > made for path in Path(name).rglob("*.safetensors")):
+            yield f"{name} was written to since: --force makes it again"
+
+
+def _models_named(config: BaseModel) -> Iterator[str]:
+    for key, value in config:
+        if key == "model_name_or_path" and isinstance(value, str):
+            yield value
+        elif isinstance(value, BaseModel):
+            yield from _models_named(value)
 
 
 def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:

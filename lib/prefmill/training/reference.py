@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefmill.core.errors import DivergedError
 from prefmill.core.files import digest_json, digest_path
 from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import Task
@@ -48,7 +49,17 @@ class GroupScoring:
         calls = max(from_all_ranks(len(batches))) if self.in_step else len(batches)
         # A rank with fewer batches runs its last one again: sharded weights are gathered by all ranks at once.
         found = [self.score(batches[min(call, len(batches) - 1)]).double().cpu() for call in range(calls)]
-        return self.join(group, found[: len(batches)])
+        return require_numbers(self.join(group, found[: len(batches)]))
+
+
+def require_numbers(scores: Tensor) -> Tensor:
+    """`scores`; raises DivergedError where one is NaN or infinite: kept, it would end every training that reads it."""
+    if not bool(torch.isfinite(scores).all()):
+        raise DivergedError(
+            "the reference's scores are not numbers", got=f"{scores.dtype} with NaN or infinite entries",
+            fix="set precision: bf16 where it is fp16, whose numbers end at 65,504, or download the model again",
+        )  # fmt: skip
+    return scores
 
 
 def start_weights(task: Task, config: TrainingConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ def test_a_touched_key_reruns_what_depends_on_it_and_is_named(tmp_path: Path) ->
     assert states["make:all"].reasons == ("rows was 3, is 4",)
     assert states["use:all"].freshness == "waiting"
     assert run(plan) == ["make:all", "use:all"]
+
+
+def test_a_model_that_was_written_to_since_is_told(tmp_path: Path) -> None:
+    weights = tmp_path / "model" / "unet" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    plan = toy_plan(tmp_path, make={"set": {"model_name_or_path": str(tmp_path / "model")}})
+    run(plan)
+    assert len(inspect(plan)["make:all"].reasons) == 1
+    later = (plan.tasks[0].output / MANIFEST).stat().st_mtime + 9
+    os.utime(weights, (later, later))
+    state = inspect(plan)["make:all"]
+    assert state.freshness == "complete"
+    assert state.reasons[1:] == (f"{tmp_path}/model was written to since: --force makes it again",)
 
 
 def test_an_upstream_that_comes_out_the_same_stops_there(tmp_path: Path) -> None:

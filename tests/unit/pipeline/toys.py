@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefmill.core.config import StrictConfig, runtime
+from prefmill.core.config import StrictConfig, later, runtime
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -13,6 +13,7 @@ from prefmill.store.jsonl import read_jsonl, write_jsonl
 class MakeConfig(StrictConfig):
     rows: int = 3
     fail: str = runtime("")
+    model_name_or_path: str | None = later(None)
 
 
 class UseConfig(StrictConfig):

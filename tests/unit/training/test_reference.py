@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefmill.core.errors import DivergedError
 from prefmill.core.files import append_row
 from prefmill.core.graceful_stop import Stopped, clear_request, request_stop
 from prefmill.core.stage import Task
@@ -75,6 +76,12 @@ def stopped(folder: Path) -> None:
 def kept_in(folder: Path) -> int:
     """How many groups' scores are kept."""
     return len(kept_reference(task_in(folder), "weights", {}, torch.device("cpu")).read())
+
+
+def test_scores_that_are_no_numbers_end_it_and_are_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="the reference's scores are not numbers"):
+        score_all(tmp_path, off=float("nan"))
+    assert kept_in(tmp_path) == 0
 
 
 @pytest.mark.timing

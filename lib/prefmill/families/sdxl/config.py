@@ -134,6 +134,8 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError("ema_decay has no effect without use_ema; leave it out, or set use_ema: true")
         if self.changed("beta") and self.objective == "sft":
             raise ValueError("beta has no effect with objective sft; leave it out")
+        if (of_samples := self.changed("num_samples", "sample_inference_steps")) and self.sample_steps is None:
+            raise ValueError(f"{', '.join(of_samples)}: no effect without sample_steps, leave it out or set that")
         if self.mapo_snr is not None and self.objective != "mapo":
             raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:

@@ -20,7 +20,7 @@ from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.encoding import wait_for_all
 from prefmill.families.sdxl.family import PairReader, errors, predict_pairs
 from prefmill.store.missing import missing
-from prefmill.training.reference import advance_together
+from prefmill.training.reference import advance_together, require_numbers
 
 CHUNK = 32  # pairs a file: a killed run loses no more than that
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the error
@@ -108,7 +108,7 @@ class ReferenceErrors:
 
     def _values(self, model: Any, chunk: Chunk, device: torch.device) -> dict[str, Tensor]:
         found = [self._run(model, pairs, chunk[0], device) for pairs in self._batches(chunk)]
-        values = {"scores": torch.cat([scores for scores, _ in found])}
+        values = {"scores": require_numbers(torch.cat([scores for scores, _ in found]))}
         if self.with_predictions:
             values["predictions"] = torch.cat([predictions for _, predictions in found])
         return values
