@@ -101,26 +101,34 @@ def check_every_step(trainer: Any) -> None:
 
     Looked at once an optimizer step, whether or not it is logged: the loss since the last log has every microbatch in
     it. In fp16 the norm may be infinite, as its scaler then skips the step by itself; not where nothing is scaled any
-    more, or every step to come would be skipped.
+    more, or every step to come would be skipped, and not at every step: nothing would be trained.
     """
-    grad_norm_of, scaler = trainer._get_grad_norm, trainer.accelerator.scaler
+    grad_norm_of, scaler, num_skipped = trainer._get_grad_norm, trainer.accelerator.scaler, 0
 
     def checked(model: Any, grad_norm: Any = None) -> Any:
-        norm = grad_norm_of(model, grad_norm=grad_norm)
+        nonlocal num_skipped
+        norm, step = grad_norm_of(model, grad_norm=grad_norm), trainer.state.global_step + 1
         may_skip = trainer.args.fp16 and (scaler is None or scaler.get_scale() > 1)
-        _require_numbers(trainer._tr_loss, 0.0 if may_skip else norm, trainer.state.global_step + 1)
+        _require_numbers(trainer._tr_loss, 0.0 if may_skip else norm, step)
+        num_skipped += may_skip and not math.isfinite(float(_whole(norm)))
+        if num_skipped == trainer.state.max_steps:
+            raise _diverged("fp16 has skipped every step", step, f"{num_skipped} gradients that are not numbers")
         return norm
 
     trainer._get_grad_norm = checked
 
 
 def _require_numbers(loss: Tensor, grad_norm: Any, step: int) -> None:
-    norm = 0.0 if grad_norm is None else grad_norm
-    # FSDP2 gives a DTensor, of which every rank holds a part.
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = _whole(grad_norm)
     if math.isfinite(float(loss.detach() * 0 + norm)):  # one wait for the device, not two
         return
     raise _diverged("the loss or its gradient is no longer a number", step, f"{float(loss)} and {float(norm)}")
+
+
+def _whole(grad_norm: Any) -> Any:
+    norm = 0.0 if grad_norm is None else grad_norm
+    # FSDP2 gives a DTensor, of which every rank holds a part.
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _diverged(what: str, step: int, got: object) -> DivergedError:

@@ -187,11 +187,27 @@ def test_in_fp16_a_step_is_skipped_only_while_a_smaller_scale_may_help(scale: fl
     """A gradient that is infinite without any scale would have every step skipped: nothing would be trained."""
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(fp16=True), accelerator=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale)),
-        state=SimpleNamespace(global_step=4), _tr_loss=torch.tensor(0.5),
+        state=SimpleNamespace(global_step=4, max_steps=6), _tr_loss=torch.tensor(0.5),
         _get_grad_norm=lambda *_, **__: torch.tensor(math.inf),
     )  # fmt: skip
     check_every_step(trainer)
     with pytest.raises(DivergedError, match="step 5") if ends else nullcontext():
+        trainer._get_grad_norm(None)
+
+
+def test_in_fp16_not_every_step_may_be_skipped() -> None:
+    norms = iter([math.inf, 1.0, math.inf, math.inf, math.inf])
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(fp16=True), accelerator=SimpleNamespace(scaler=None), _tr_loss=torch.tensor(0.5),
+        state=SimpleNamespace(global_step=0, max_steps=2), _get_grad_norm=lambda *_, **__: torch.tensor(next(norms)),
+    )  # fmt: skip
+    check_every_step(trainer)
+    trainer._get_grad_norm(None)
+    trainer._get_grad_norm(None)  # one of two was taken
+    trainer._get_grad_norm = lambda *_, **__: torch.tensor(next(norms))
+    check_every_step(trainer)
+    trainer._get_grad_norm(None)
+    with pytest.raises(DivergedError, match="fp16 has skipped every step"):
         trainer._get_grad_norm(None)
 
 
