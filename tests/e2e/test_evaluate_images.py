@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,13 @@ from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError, PipelineError
 from prefmill.core.files import digest_path
-from prefmill.core.image_rows import HEADS
+from prefmill.core.image_rows import HEADS, ImagePrompt
 from prefmill.core.statistics import Resampling
 from prefmill.demo.tiny_models import build
-from prefmill.images.evaluate import compare, conclusion
+from prefmill.images.evaluate import compare, conclusion, trained_prompts
 from prefmill.report.image_sections import _doubts
 from prefmill.store.artifacts import publish
-from prefmill.store.jsonl import read_jsonl
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from stages.evaluate_images import STAGE, EvaluateImagesConfig
 
 TUNING: dict[str, Any] = {
@@ -137,6 +138,18 @@ def test_a_published_scorer_judges_by_its_one_score(tmp_path: Path, given: Mappi
 
 def scores(values: list[float]) -> np.ndarray[Any, Any]:
     return np.tile(np.array(values, dtype=np.float32)[:, None], (1, len(HEADS)))
+
+
+def test_prompts_that_the_pairs_train_on_are_known_by_their_words(tmp_path: Path) -> None:
+    rows = [{"prompt": "A  red circle", "split": "train"}, {"prompt": "a square", "split": "test"}]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    pairs: Any = SimpleNamespace(file=lambda name: tmp_path / name)
+    asked = [ImagePrompt(prompt_id=name, prompt=name) for name in ("a red Circle", "a square", "a star")]
+    assert trained_prompts(asked, pairs) == ["a red Circle"]
+    assert trained_prompts(asked, None) == []
+    measured = {"num_prompts": 30, "num_trained_prompts": 1, "scorer_shares_training_prompts": False, "drift": None}
+    doubts = _doubts({**measured, "published_scorer": "p"}, None)
+    assert any("1 of the 30 prompts are trained on" in doubt for doubt in doubts)
 
 
 def test_win_rates_by_hand() -> None:

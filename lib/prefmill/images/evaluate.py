@@ -70,6 +70,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
     images = {side: _images(wanted, side, tuned, prompts, task) for side in SIDES}
     scores = {side: _scores(images[side], side, task, scorer) for side in SIDES}
     write_jsonl(task.output / SCORES, _score_rows(images, scores))
+    trained = trained_prompts(prompts, task.optional_input("pairs"))
     shown = images["base"][: wanted.num_grid_prompts * len(wanted.sampling.seeds)]
     num_grids = write_grids(task.output, GRIDS, shown, SIDES, len(wanted.sampling.seeds))
     measured: dict[str, Any] = {
@@ -78,6 +79,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
         "tuned": tuned.manifest.content_digest,
         "shuffled_labels": bool(tuned.manifest.config.get("shuffle_labels")),
         "num_prompts": len(prompts),
+        **({"num_trained_prompts": len(trained)} if trained else {}),
         "num_images": len(images["base"]),
         "seeds": sorted(wanted.sampling.seeds),
         "guidance_scale": drawn_guidance(task.output / images["base"][0]["file"]),
@@ -98,6 +100,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
         "win_rate_high": overall["win_rate"]["high"],
         "num_prompts": len(prompts),
         "winner_drift": (measured["drift"] or {}).get("winner", {}).get("value"),
+        "warnings": [f"{len(trained)} prompts are trained on in the pairs, such as {trained[0]}"] if trained else [],
         "conclusion": [conclusion(measured)],
     }
 
@@ -123,6 +126,13 @@ def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[ImagePrompt]:
             got=len(chosen), expected="at least 2", fix="rate more prompts, or give prompts=FILE",
         )  # fmt: skip
     return chosen
+
+
+def trained_prompts(prompts: Sequence[ImagePrompt], pairs: Artifact | None) -> list[str]:
+    """The ids of those whose words stand in the pairs' training split: the tuned model may have learnt them."""
+    rows = read_jsonl(pairs.file("pairs.jsonl")) if pairs else ()
+    known = {same_words(row["prompt"]) for row in rows if row["split"] == "train"}
+    return [row["prompt_id"] for row in prompts if same_words(row["prompt"]) in known]
 
 
 def one_scorer(wanted: ImageEvaluation, task: Task) -> Artifact | Path:

@@ -95,6 +95,11 @@ def _doubts(metrics: Row, scorer: Artifact | None) -> list[str]:
             "The scorer has learnt from prompts that the model was tuned on, so both may share the taste of those "
             "ratings: prompt_half=policy for sdxl_dpo and prompt_half=judge for the scorer keep them apart."
         )
+    if trained := metrics.get("num_trained_prompts"):
+        doubts.append(
+            f"{trained} of the {metrics['num_prompts']} prompts are trained on in the pairs: a tuned model that has "
+            "learnt them by heart would win on these."
+        )
     if metrics["num_prompts"] < MIN_PROMPTS:
         doubts.append(f"Only {metrics['num_prompts']} prompts: the intervals can be trusted, but they are wide.")
     winner = (metrics["drift"] or {}).get("winner")
