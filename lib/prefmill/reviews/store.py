@@ -170,7 +170,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._database.execute("CREATE INDEX by_paper ON reviews (paper_id, review_id)")
         self._database.execute("CREATE INDEX by_title ON papers (title_key, paper_id)")
         for table, what in (("reviews", "review"), ("decisions", "decision")):
-            unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
+            # A paper is looked for once, and not for each of its reviews.
+            unknown = f"paper_id IN (SELECT paper_id FROM {table} EXCEPT SELECT paper_id FROM papers)"  # noqa: S608
             query = f"SELECT paper_id, origin, line, item FROM {table} WHERE {unknown}"  # noqa: S608
             # Fetched whole, as the caller puts each problem into this database before it asks for the next.
             orphans = self._database.execute(query).fetchall()
