@@ -325,4 +325,4 @@ def test_what_is_no_pipeline_is_not_taken_for_a_single_file(
 def test_a_key_without_effect_is_refused(keys: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         validate(SdxlPreferenceConfig, keys)
-    validate(SdxlPreferenceConfig, {**keys, "objective": "dspo", "use_ema": True})
+    validate(SdxlPreferenceConfig, {**keys, "objective": "dspo", "use_ema": True, "sample_steps": 5})
