@@ -35,6 +35,10 @@ def stages_folder() -> Path:
 
 
 def default_workspace() -> Path:
-    """The repository that holds `stages`, or the current folder when prefmill is installed as a package."""
+    """The current folder where it has pipelines, as `prefmill init` lays them down; else the checkout of `stages`.
+
+    Installed as a package there is no checkout: then it is the current folder too.
+    """
     repository = stages_folder().resolve().parent
-    return repository if (repository / "pyproject.toml").is_file() else Path.cwd()
+    in_checkout = (repository / "pyproject.toml").is_file() and not Path("configs", "pipelines").is_dir()
+    return repository if in_checkout else Path.cwd()

@@ -137,7 +137,7 @@ def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineFile:
 
 
 def make_plan(pipeline: PipelineFile, source: Path) -> Plan:
-    """The plan of `pipeline`; `source` is its file, beside whose folder its stages' configs are looked up.
+    """The plan of `pipeline`; `source` is its file: configs are looked up beside its folder, then in `configs` here.
 
     Raises ConfigError or PipelineError before anything runs: unknown stages and keys, inputs nobody makes, cycles.
     """
@@ -249,7 +249,10 @@ class _Planner:
     def _config_path(self, stage: str, name: str) -> Path:
         if name.endswith((".yaml", ".yml")):
             return Path(name).expanduser()
-        return self.source.resolve().parent.parent / stage / f"{name}.yaml"
+        beside = self.source.resolve().parent.parent / stage / f"{name}.yaml"
+        # A pipeline of one's own may lie anywhere, not only beside the folders of stages.
+        here = Path("configs", stage, f"{name}.yaml").absolute()
+        return here if here.is_file() and not beside.is_file() else beside
 
     def _need(self, name: str, key: str, reads: Reads) -> Need:
         if (name, key) not in self.needs:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from toys import toy_plan
 
+from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.pipeline.array_elements import elements
-from prefmill.pipeline.plan import PlannedTask, read_pipeline
+from prefmill.pipeline.plan import PipelineFile, PlannedTask, make_plan, read_pipeline
 
 
 def task(plan_tasks: tuple[PlannedTask, ...], key: str) -> PlannedTask:
@@ -42,6 +43,21 @@ def test_an_array_over_listed_numbers(tmp_path: Path) -> None:
     assert [item.key for item in plan.tasks] == ["make:rows5", "make:rows10", "use:factor1-b", "use:factor3-b"]
     assert [item.config.model_dump()["rows"] for item in plan.tasks[:2]] == [5, 10]
     assert list(elements("s", {"rate": [0.1, 1e-5]})) == [("rate0.1", {"rate": 0.1}), ("rate1e-05", {"rate": 1e-5})]
+
+
+def test_a_pipeline_anywhere_finds_what_is_laid_down_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workspace is the current folder, though the checkout is another; a file beside its folder comes first."""
+    for folder, rows in (("work/configs", 1), ("work/mine", 2)):
+        file = tmp_path / folder / "make" / "small.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"rows: {rows}\n")
+    (tmp_path / "work/configs/pipelines").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    pipeline = validate(PipelineFile, {"name": "own", "stages": {"make": {"config": "small"}}})
+    for source, rows in (("own.yaml", 1), ("mine/pipelines/own.yaml", 2)):
+        plan = make_plan(pipeline, Path(source))
+        assert plan.workspace == tmp_path / "work"
+        assert plan.tasks[0].config.model_dump()["rows"] == rows
 
 
 def test_need_by_array_value(tmp_path: Path) -> None:
