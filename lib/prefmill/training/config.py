@@ -154,9 +154,9 @@ class TrainingConfig(StrictConfig):
     def _shipped_with_the_repository(cls, given: Any) -> Any:
         if not isinstance(given, str) or Path(given).expanduser().exists():
             return given
-        from prefmill.core.places import default_workspace
+        from prefmill.core.places import stages_folder
 
-        shipped = default_workspace() / given  # an absolute path stays what it is
+        shipped = stages_folder().resolve().parent / given  # an absolute path stays what it is
         return str(shipped) if shipped.exists() else given
 
     @field_validator("fsdp", mode="before")
