@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from prefmill.core.config import StrictConfig
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Reads, Stage, Task
+
+if TYPE_CHECKING:
+    from prefmill.core.statistics import Resampling
+    from prefmill.report.report import Report
 
 
 class ReportConfig(StrictConfig):
@@ -23,6 +30,8 @@ class ReportConfig(StrictConfig):
 
 def run(config: ReportConfig, task: Task) -> Metrics:
     """Write `report.html`, `comparison.json` and of reviews `report.md`; print the conclusion and the run's cost."""
+    from prefmill.report.training_logs import cost_lines
+
     reports = {"evaluations": _report_reviews, "images": _report_images, "diffusion": _report_diffusion}
     given = [name for name in reports if task.inputs.get(name)]
     if len(given) != 1:
@@ -31,51 +40,37 @@ def run(config: ReportConfig, task: Task) -> Metrics:
             got=" and ".join(given) or f"none of {', '.join(reports)}",
             fix="give one of inputs.evaluations=[FOLDER, ...], inputs.images=[...] and inputs.diffusion=[...]",
         )  # fmt: skip
-    return reports[given[0]](config, task)
+    report = reports[given[0]](config, task)
+    write_atomic(task.output / "report.html", report.html)
+    write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
+    if report.markdown:
+        write_atomic(task.output / "report.md", report.markdown)
+    print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
+    return {**({"verdict": report.verdicts} if report.verdicts else {}), "conclusion": report.conclusions}
 
 
-def _report_diffusion(config: ReportConfig, task: Task) -> Metrics:
+def _report_diffusion(config: ReportConfig, task: Task) -> Report:
     """On masked-diffusion models."""
-    import json
-
-    from prefmill.core.statistics import Resampling
     from prefmill.report.diffusion_sections import build_diffusion_report
-    from prefmill.report.training_logs import cost_lines
 
     checkpoints = (*task.inputs.get("mdlm_sft", ()), *task.inputs.get("mdlm_dpo", ()))
-    resampling = Resampling(config.num_resamples, config.seed, config.confidence)
     title, examples = config.title or task.run, config.num_examples
-    report = build_diffusion_report(
-        task.inputs["diffusion"], checkpoints, title, resampling, examples, config.show_cost
+    return build_diffusion_report(
+        task.inputs["diffusion"], checkpoints, title, _resampling(config), examples, config.show_cost
     )
-    write_atomic(task.output / "report.html", report.html)
-    write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
-    print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
-    return {"conclusion": report.conclusions}
 
 
-def _report_images(config: ReportConfig, task: Task) -> Metrics:
+def _report_images(config: ReportConfig, task: Task) -> Report:
     """On tuned image models."""
-    import json
-
     from prefmill.report.image_sections import build_image_report
-    from prefmill.report.training_logs import cost_lines
 
     given = {name: task.inputs.get(name, ()) for name in ("images", "rewards", "tuned", "sweeps")}
-    report = build_image_report(given, config.title or task.run, config.show_cost)
-    write_atomic(task.output / "report.html", report.html)
-    write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
-    print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
-    return {"conclusion": report.conclusions}
+    return build_image_report(given, config.title or task.run, config.show_cost)
 
 
-def _report_reviews(config: ReportConfig, task: Task) -> Metrics:
+def _report_reviews(config: ReportConfig, task: Task) -> Report:
     """On models that write reviews."""
-    import json
-
-    from prefmill.core.statistics import Resampling
     from prefmill.report.report import ReportInputs, build_report
-    from prefmill.report.training_logs import cost_lines
 
     inputs = ReportInputs(
         evaluations=task.inputs["evaluations"],
@@ -85,14 +80,13 @@ def _report_reviews(config: ReportConfig, task: Task) -> Metrics:
         checkpoints=(*task.inputs.get("sft", ()), *task.inputs.get("dpo", ())),
         quality=task.inputs.get("quality", ()),
     )
-    resampling = Resampling(config.num_resamples, config.seed, config.confidence)
-    report = build_report(inputs, config.title or task.run, resampling, config.num_examples, config.show_cost)
-    write_atomic(task.output / "report.html", report.html)
-    write_atomic(task.output / "report.md", report.markdown)
-    write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
-    conclusion = [f"[{story.modality}] {story.helped} {story.how_sure}" for story in report.stories]
-    print("\n".join([*conclusion, "cost, as far as recorded:", *cost_lines(report.artifacts)]))
-    return {"verdict": {story.modality: story.verdict for story in report.stories}, "conclusion": conclusion}
+    return build_report(inputs, config.title or task.run, _resampling(config), config.num_examples, config.show_cost)
+
+
+def _resampling(config: ReportConfig) -> Resampling:
+    from prefmill.core.statistics import Resampling
+
+    return Resampling(config.num_resamples, config.seed, config.confidence)
 
 
 STAGE = Stage(

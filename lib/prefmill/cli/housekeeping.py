@@ -73,12 +73,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     from prefmill.core.statistics import Resampling
     from prefmill.pipeline.run_record import run_tasks
     from prefmill.report.run_comparison import compare_runs, comparison_page, finished_outputs, show
-    from prefmill.store.artifacts import read_manifest
 
     workspace, runs = _named_runs(arguments)
     if len(runs) < 2:
         raise PipelineError(f"nothing to compare {runs[0]} with", fix="name two runs or more: prefmill compare RUN RUN")
-    outputs = {run: finished_outputs(run_tasks(workspace, run), read_manifest) for run in runs}
+    outputs = {run: finished_outputs(run_tasks(workspace, run)) for run in runs}
     found = compare_runs(outputs, Resampling(2000, 0, 0.95))
     if arguments.json:
         print(json.dumps(asdict(found), indent=1))

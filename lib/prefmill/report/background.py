@@ -24,16 +24,6 @@ def training_section(checkpoints: Sequence[Artifact]) -> list[Row]:
     return [_training(checkpoint) for checkpoint in checkpoints]
 
 
-def data_section(corpus: Artifact | None, datasets: Artifact | None) -> Row:
-    """Counts of papers and reviews by split, where the SFT cut fell, pairs made and dropped; absent parts are None."""
-    return {"corpus": corpus and corpus.json("summary.json"), "datasets": datasets and datasets.json("summary.json")}
-
-
-def validation_section(validation: Artifact | None) -> Row | None:
-    """What validate_datasets found."""
-    return validation.json("report.json") if validation else None
-
-
 def training_checklists(artifacts: Iterable[Artifact]) -> set[str]:
     """Digests of the checklists that the training data were scored with, as far as they are known."""
     scores = (item for item in artifacts if item.manifest.kind == "review_scores")

@@ -94,44 +94,27 @@ def interval_chart(rows: Sequence[ChartInterval], title: str, axis: str, level: 
     for index, row in enumerate(rows):
         parts.append(_interval_row(row, x, top + step * index))
     parts.append(text(axis, (left + right) / 2, bottom + 36, "axis-name", "middle"))
-    return _chart(title, bottom + 42, parts)
+    return svg(title, WIDTH, bottom + 42, parts)
 
 
 def line_chart(lines: Sequence[Line], title: str, x_axis: str, y_axis: str, reference: float | None = None) -> Markup:
     """Curves over a common axis; `reference` draws a dashed level, such as the loss of no preference."""
+    levels = [] if reference is None else [reference]
     points = [point for line in lines for point in line.points]
-    y_values = [y for _, y in points] + ([reference] if reference is not None else [])
-    x_ticks = nice_ticks(min(x for x, _ in points), max(x for x, _ in points), 5)
-    y_ticks = nice_ticks(min(y_values), max(y_values), 5)
-    left, right, top, bottom = 46.0, WIDTH - 10, 24.0, 216.0
-    x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(y_ticks[0], y_ticks[-1], bottom, top)
-    parts = [_horizontal_grid(y_ticks, y, left, right), _x_labels(x_ticks, x, bottom)]
-    if reference is not None:
-        parts.append(element("line", x1=left, x2=right, y1=y(reference), y2=y(reference), class_="zero"))
-    parts += [_curve(line, x, y) for line in lines]
-    parts += [text(y_axis, 4, 12, "axis-name"), text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
-    return _chart(title, bottom + 40, parts)
+    plane = _Plane([x for x, _ in points], [y for _, y in points] + levels, bottom=216.0)
+    dashed = [plane.level(level, "zero") for level in levels]
+    return plane.chart(title, x_axis, y_axis, [*dashed, *(_curve(line, plane.x, plane.y) for line in lines)])
 
 
 def scatter_chart(groups: Sequence[Line], title: str, x_axis: str, y_axis: str) -> Markup:
     """Clouds of points, one look a group."""
     points = [point for group in groups for point in group.points]
-    x_ticks = nice_ticks(min(x for x, _ in points), max(x for x, _ in points), 5)
-    y_ticks = nice_ticks(min(y for _, y in points), max(y for _, y in points), 5)
-    left, right, top, bottom = 46.0, WIDTH - 10, 24.0, 246.0
-    x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(y_ticks[0], y_ticks[-1], bottom, top)
-    clouds = [
-        element(
-            "g",
-            Markup("").join(marker(group.label, x(a), y(b), 3.2) for a, b in group.points),
-            class_=f"cloud {series_class(group.series)}",
-        )
-        for group in groups
-    ]
-    names = [text(y_axis, 4, 12, "axis-name"), text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
-    return _chart(
-        title, bottom + 40, [_horizontal_grid(y_ticks, y, left, right), _x_labels(x_ticks, x, bottom), *clouds, *names]
-    )
+    plane = _Plane([x for x, _ in points], [y for _, y in points], bottom=246.0)
+    clouds = []
+    for group in groups:
+        marks = [marker(group.label, plane.x(a), plane.y(b), 3.2) for a, b in group.points]
+        clouds.append(element("g", *marks, class_=f"cloud {series_class(group.series)}"))
+    return plane.chart(title, x_axis, y_axis, clouds)
 
 
 def share_strip(shares: Sequence[tuple[str, float]], title: str) -> Markup:
@@ -143,31 +126,19 @@ def share_strip(shares: Sequence[tuple[str, float]], title: str) -> Markup:
     if len(trained) > 1:
         parts.append(element("line", x1=x(trained[0]), x2=x(trained[-1]), y1=11, y2=11, class_="travel"))
     parts += [element("g", marker(label, x(share), 11, 4.6), class_=series_class(label)) for label, share in shares]
-    return element(
-        "svg",
-        element("title", escape(title)),
-        *parts,
-        class_="strip",
-        viewBox="0 0 240 22",
-        role="img",
-        aria_label=title,
-    )
+    return svg(title, 240, 22, parts, "strip")
 
 
 def histogram(counts: Sequence[tuple[float, float, int]], series: str, title: str, x_axis: str) -> Markup:
     """Bars of (low, high, count)."""
-    highest = max(count for *_, count in counts)
-    x_ticks = nice_ticks(counts[0][0], counts[-1][1], 5)
-    y_ticks = nice_ticks(0, highest, 4)
-    left, right, top, bottom = 46.0, WIDTH - 10, 24.0, 186.0
-    x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(0, y_ticks[-1], bottom, top)
+    highest, bottom = max(count for *_, count in counts), 186.0
+    plane = _Plane([counts[0][0], counts[-1][1]], [0, highest], bottom, num_y_ticks=4)
+    x, y = plane.x, plane.y
     bars = [
         element("rect", x=x(low) + 0.7, width=max(0.6, x(high) - x(low) - 1.4), y=y(count), height=bottom - y(count))
         for low, high, count in counts
     ]
-    names = [text("count", 4, 12, "axis-name"), text(x_axis, (left + right) / 2, bottom + 34, "axis-name", "middle")]
-    body = [_horizontal_grid(y_ticks, y, left, right), element("g", *bars, class_=f"bars {series_class(series)}")]
-    return _chart(title, bottom + 40, [*body, _x_labels(x_ticks, x, bottom), *names])
+    return plane.chart(title, x_axis, "count", [element("g", *bars, class_=f"bars {series_class(series)}")])
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
@@ -230,9 +201,27 @@ def _vertical_grid(ticks: Sequence[float], x: Scale, top: float, bottom: float) 
     return Markup("").join([*lines, _x_labels(ticks, x, bottom)])
 
 
-def _horizontal_grid(ticks: Sequence[float], y: Scale, left: float, right: float) -> Markup:
-    lines = [element("line", x1=left, x2=right, y1=y(tick), y2=y(tick), class_="grid") for tick in ticks]
-    return Markup("").join([*lines, *(text(tick_label(tick), left - 6, y(tick) + 4, "tick", "end") for tick in ticks)])
+class _Plane:
+    """The plane of a chart: round ticks that enclose the numbers of both axes, and `x` and `y` that place a number."""
+
+    left, right, top = 46.0, WIDTH - 10, 24.0
+
+    def __init__(self, xs: Sequence[float], ys: Sequence[float], bottom: float, num_y_ticks: int = 5) -> None:
+        self.x_ticks, self.y_ticks = nice_ticks(min(xs), max(xs), 5), nice_ticks(min(ys), max(ys), num_y_ticks)
+        self.x = _linear(self.x_ticks[0], self.x_ticks[-1], self.left, self.right)
+        self.y, self.bottom = _linear(self.y_ticks[0], self.y_ticks[-1], bottom, self.top), bottom
+
+    def level(self, value: float, css_class: str) -> Markup:
+        """A line across the plane."""
+        return element("line", x1=self.left, x2=self.right, y1=self.y(value), y2=self.y(value), class_=css_class)
+
+    def chart(self, title: str, x_axis: str, y_axis: str, marks: Sequence[Markup]) -> Markup:
+        """The chart with `marks` over its grid, and the names of its axes."""
+        grid = [self.level(tick, "grid") for tick in self.y_ticks]
+        grid += [text(tick_label(tick), self.left - 6, self.y(tick) + 4, "tick", "end") for tick in self.y_ticks]
+        below = text(x_axis, (self.left + self.right) / 2, self.bottom + 34, "axis-name", "middle")
+        parts = [*grid, _x_labels(self.x_ticks, self.x, self.bottom), *marks, text(y_axis, 4, 12, "axis-name"), below]
+        return svg(title, WIDTH, self.bottom + 40, parts)
 
 
 def _x_labels(ticks: Sequence[float], x: Scale, bottom: float) -> Markup:
@@ -246,11 +235,11 @@ def _linear(low: float, high: float, start: float, end: float) -> Scale:
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _chart(title: str, height: float, parts: Sequence[Markup]) -> Markup:
-    box = f"0 0 {_n(WIDTH)} {_n(height)}"
-    # role and aria-label: a screen reader then names the chart in place of reading out its ticks.
-    named = element("title", escape(title))
-    return element("svg", named, *parts, class_="chart", viewBox=box, role="img", aria_label=title)
+def svg(title: str, width: float, height: float, parts: Sequence[Markup], css_class: str = "chart") -> Markup:
+    """A picture of these parts."""
+    box, named = f"0 0 {_n(width)} {_n(height)}", element("title", escape(title))
+    # role and aria-label: a screen reader then names the picture in place of reading out its ticks.
+    return element("svg", named, *parts, class_=css_class, viewBox=box, role="img", aria_label=title)
 
 
 def text(content: str, x: float, y: float, css_class: str, anchor: str = "start") -> Markup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,6 @@ from prefmill.report.training_logs import logs_of
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TaskCost:
-    """What one task took over all of its attempts; `hours` are those of the clock, `gpu_hours` times the GPUs it held.
-
-    `early` are the attempts that ended before it was complete, oldest first.
-    """
-
-    name: str
-    attempts: int
-    hours: float
-    gpu_hours: float
-    memory_gb: float | None
-    early: Sequence[Row]
-
-
 def cost_section(artifacts: Sequence[Artifact]) -> Row:
     """What the page says of the cost of everything behind it.
 
@@ -43,10 +27,10 @@ def cost_section(artifacts: Sequence[Artifact]) -> Row:
     tasks = [task for task in found if task is not None]
     return {
         "tasks": tasks,
-        "hours": sum(task.hours for task in tasks),
-        "gpu_hours": sum(task.gpu_hours for task in tasks),
+        "hours": sum(task["hours"] for task in tasks),
+        "gpu_hours": sum(task["gpu_hours"] for task in tasks),
         "num_unknown": len(found) - len(tasks),
-        "early": [(task.name, _explain(row)) for task in tasks for row in task.early],
+        "early": [(task["name"], _explain(row)) for task in tasks for row in task["early"]],
         "decisions": _decisions(ordered),
     }
 
@@ -57,7 +41,8 @@ def clock(hours: float) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def _task_cost(artifact: Artifact) -> TaskCost | None:
+def _task_cost(artifact: Artifact) -> Row | None:
+    """Over all attempts: hours of the clock, and times the GPUs that were held; what ended early, oldest first."""
     logs, record = logs_of(artifact), read_record(artifact.path / RUN_RECORD)
     attempts = read_attempts(logs) if logs else []
     if not attempts and "seconds" not in record:
@@ -65,15 +50,15 @@ def _task_cost(artifact: Artifact) -> TaskCost | None:
     spans = [(row["ended"] - row["started"]) / 3600 for row in attempts] or [record["seconds"] / 3600]
     # Attempts of earlier versions have noted no GPUs.
     gpus = [row.get("gpus", 0) for row in attempts] or [0]
-    return TaskCost(
-        name=f"{artifact.manifest.stage}:{artifact.manifest.task}",
-        attempts=len(spans),
-        hours=sum(spans),
+    return {
+        "name": f"{artifact.manifest.stage}:{artifact.manifest.task}",
+        "attempts": len(spans),
+        "hours": sum(spans),
         # By what the job held, used or not: that is what a cluster bills.
-        gpu_hours=sum(hours * count for hours, count in zip(spans, gpus, strict=True)),
-        memory_gb=record.get("peak_memory_gb"),
-        early=[row for row in attempts if row["outcome"] != "complete"],
-    )
+        "gpu_hours": sum(hours * count for hours, count in zip(spans, gpus, strict=True)),
+        "memory_gb": record.get("peak_memory_gb"),
+        "early": [row for row in attempts if row["outcome"] != "complete"],
+    }
 
 
 def _explain(row: Mapping[str, Any]) -> str:

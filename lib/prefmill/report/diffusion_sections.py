@@ -17,7 +17,7 @@ from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.facts import facts
-from prefmill.report.report import ModelsReport, page_environment
+from prefmill.report.report import Report, page_environment
 from prefmill.store.jsonl import read_jsonl
 
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ def build_diffusion_report(
     resampling: Resampling,
     examples: int,
     show_cost: bool,
-) -> ModelsReport:
+) -> Report:
     """One self-contained page; the same inputs give the same bytes but for what they cost."""
     artifacts, missing = everything_behind([*checkpoints, *evaluations])
     parts = [_evaluation(item, resampling, examples) for item in evaluations]
@@ -51,7 +51,7 @@ def build_diffusion_report(
         **background.closing_sections(artifacts, missing, show_cost),
     )
     comparison = {part["name"]: {"models": part["models"], "changes": part["changes"]} for part in parts}
-    return ModelsReport(html, {"evaluations": comparison}, [part["conclusion"] for part in parts], artifacts)
+    return Report(html, {"evaluations": comparison}, [part["conclusion"] for part in parts], artifacts)
 
 
 def _evaluation(evaluation: Artifact, resampling: Resampling, examples: int) -> Row:

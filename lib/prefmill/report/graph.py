@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from prefmill.report.charts import WIDTH, element, text
+from prefmill.report.charts import WIDTH, element, svg, text
 
 BOX_HEIGHT, LEVEL_HEIGHT, BOX_WIDTH, SIDE = 44.0, 84.0, 150.0, 22.0
 Place = tuple[float, float, float]  # centre, top, width
@@ -20,12 +20,8 @@ def lineage_graph(levels: Sequence[Sequence[Mapping[str, Any]]], edges: Sequence
     places = {box["stage"]: place for index, level in enumerate(levels) for box, place in _row(level, index)}
     arrows = [_arrow(places[maker], places[reader], maker, reader) for maker, reader in edges if maker != reader]
     boxes = [_box(box, places[box["stage"]]) for level in levels for box in level]
-    title = "Which stage read the output of which"
     height = LEVEL_HEIGHT * len(levels) - (LEVEL_HEIGHT - BOX_HEIGHT) + 4
-    return element(
-        "svg", element("title", escape(title)), *arrows, *boxes,
-        class_="chart graph", viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=title,
-    )  # fmt: skip
+    return svg("Which stage read the output of which", WIDTH, height, [*arrows, *boxes], "chart graph")
 
 
 def _row(level: Sequence[Mapping[str, Any]], index: int) -> list[tuple[Mapping[str, Any], Place]]:

@@ -15,7 +15,7 @@ from prefmill.evaluation.lineage import everything_behind
 from prefmill.report import background
 from prefmill.report.charts import ChartInterval, interval_chart
 from prefmill.report.facts import facts
-from prefmill.report.report import ModelsReport, page_environment
+from prefmill.report.report import Report, page_environment
 from prefmill.report.sweep_page import sweep_charts
 from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep.config import StudyConfig
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 MIN_PROMPTS = 20  # below this an interval over prompts is wide, whatever it shows
 
 
-def build_image_report(inputs: Mapping[str, Sequence[Artifact]], title: str, show_cost: bool) -> ModelsReport:
+def build_image_report(inputs: Mapping[str, Sequence[Artifact]], title: str, show_cost: bool) -> Report:
     """One self-contained page, images included; the same inputs give the same bytes but for what they cost.
 
     `inputs` are those of the stage: `images` is reported on, `rewards`, `tuned` and `sweeps` may be empty.
@@ -50,7 +50,7 @@ def build_image_report(inputs: Mapping[str, Sequence[Artifact]], title: str, sho
         "evaluations": {part["name"]: part["metrics"] for part in parts},
         "reward_models": {row["name"]: row["metrics"] for row in rewards},
     }
-    return ModelsReport(html, comparison, [part["conclusion"] for part in parts], artifacts)
+    return Report(html, comparison, [part["conclusion"] for part in parts], artifacts)
 
 
 def _evaluation(evaluation: Artifact, known: Mapping[str, Artifact]) -> Row:

@@ -8,7 +8,6 @@ from typing import Any
 from markupsafe import Markup
 
 from prefmill.core.artifact import Artifact
-from prefmill.core.figures import bounds, figure
 from prefmill.report.charts import ChartInterval, interval_chart
 
 Row = dict[str, Any]
@@ -24,24 +23,8 @@ def judge_section(artifacts: Iterable[Artifact]) -> list[Row]:
 
 
 def _describe(quality: Found) -> Row:
-    return {
-        "conclusion": quality["conclusion"],
-        "confidence": quality["confidence"],
-        "num_unscored_labels": quality["num_unscored_labels"],
-        "judges": [_judge(judge) for judge in quality["judges"]],
-        "rows": _item_rows(quality),
-    }
-
-
-def _judge(judge: Found) -> Row:
-    return {
-        **{name: judge[name] for name in ("name", "engine", "temperature", "checklist", "num_items")},
-        **{name: judge[name] for name in ("num_reviews", "num_papers", "num_unscored")},
-        "model": (judge["settings"] or {}).get("model_name_or_path"),
-        "people": _people_chart(judge),
-        "moves": _moves_chart(judge),
-        "num_probed": judge["probes"]["num_reviews"] if judge["probes"] else 0,
-    }
+    drawn = [{**judge, "people": _people_chart(judge), "moves": _moves_chart(judge)} for judge in quality["judges"]]
+    return {**quality, "judges": drawn, "rows": _item_rows(quality)}
 
 
 def _people_chart(judge: Found) -> Markup | None:
@@ -78,23 +61,6 @@ def _item_rows(quality: Found) -> list[Row]:
     found = {name: {item["id"]: item for item in table["items"]} if table else {} for name, table in columns.items()}
     questions = {key: item["question"] for items in found.values() for key, item in items.items()}
     return [
-        {
-            "question": question,
-            **{name: _cell(items.get(key)) for name, items in found.items()},
-            "gap": _gap(found["between"].get(key)),
-        }
+        {"question": question, **{name: items.get(key) for name, items in found.items()}}
         for key, question in questions.items()
     ]
-
-
-def _cell(item: Found | None) -> Row | None:
-    """Kappa of one item, with what it rests on."""
-    if item is None:
-        return None
-    kappa = item["kappa"]
-    interval = None if kappa["low"] is None else bounds(kappa)
-    return {"kappa": figure(kappa["value"]), "interval": interval, "answers": item["num_answers"]}
-
-
-def _gap(item: Found | None) -> str:
-    return "–" if item is None else f"{item['max_gap']:.4f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,16 @@ def optimisation_section(artifacts: Iterable[Artifact]) -> list[Row]:
 
 def _describe(checklist: Artifact) -> Row:
     summary: Row = checklist.json("summary.json")
-    items = list(read_jsonl(checklist.file("select/items.jsonl")))
+    # Every candidate, what is kept first, the steadiest on top.
+    items = sorted(
+        read_jsonl(checklist.file("select/items.jsonl")),
+        key=lambda item: (_ORDER.index(item["status"]), -(item["stability"] or 0)),
+    )
     return {
-        "conclusion": summary["conclusion"],
-        "num_reviews": summary["num_reviews"],
-        "num_papers": summary["num_papers"],
-        "confidence": summary["confidence"],
-        "p_value": summary["p_value"],
-        "num_permutations": summary["num_permutations"],
+        **summary,
         "chart": _held_out_chart(summary),
         "path": _path_chart(checklist.file("select/path.jsonl")),
-        "rows": _item_rows(items, summary["weights"]),
+        "rows": [{**item, "why": _why(item)} for item in items],
     }
 
 
@@ -63,23 +62,6 @@ def _path_chart(path: Path) -> Markup | None:
     points = [(float(size), error) for size, error in sorted(best.items())]
     line = Line("lasso", CHOSEN, points)
     return line_chart([line], "Error of the checklists on the regularisation path", "items", "mean squared error")
-
-
-def _item_rows(items: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> list[Row]:
-    """Every candidate, what is kept first, the steadiest on top."""
-    ordered = sorted(items, key=lambda item: (_ORDER.index(item["status"]), -(item["stability"] or 0)))
-    return [
-        {
-            "question": item["question"],
-            "status": item["status"].replace("_", " "),
-            "why": _why(item),
-            "weight": "–" if item["id"] not in weights else f"{weights[item['id']]:.2f}",
-            "yes": f"{item['yes_share']:.0%}",
-            "stability": "–" if item["stability"] is None else f"{item['stability']:.0%}",
-            "correlation": figure(item["target_correlation"]),
-        }
-        for item in ordered
-    ]
 
 
 def _why(item: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from prefmill.evaluation.lineage import everything_behind
 from prefmill.evaluation.metrics import MEASURES
 from prefmill.evaluation.record import METRICS
 from prefmill.report import background, sections
-from prefmill.report.agreement_section import agreement_doubts, agreement_rows
 from prefmill.report.charts import key_marker, series_class
 from prefmill.report.costs import clock
 from prefmill.report.examples import choose_papers, read_examples
@@ -28,7 +27,7 @@ from prefmill.report.facts import facts
 from prefmill.report.judge_section import judge_section
 from prefmill.report.markdown import to_markdown
 from prefmill.report.optimisation import optimisation_section
-from prefmill.report.story import Compared, Story, data_doubts, main_pair, tell
+from prefmill.report.story import Compared, Verdict, agreement_doubts, data_doubts, main_pair, tell
 
 TEMPLATES = Path(__file__).parent / "templates"
 Evaluated = tuple[Mapping[str, Any], Artifact]  # metrics.json, and the artifact that holds it
@@ -53,23 +52,17 @@ class ReportInputs:
 
 @dataclass(frozen=True)
 class Report:
-    """The finished page, the numbers behind it, its first sentences, and every artifact it leads back to."""
+    """The finished page, the numbers behind it, a conclusion an evaluation, and every artifact it leads back to.
 
-    html: str
-    markdown: str
-    comparison: dict[str, Any]
-    stories: tuple[Story, ...]
-    artifacts: Sequence[Artifact]
-
-
-@dataclass(frozen=True)
-class ModelsReport:
-    """As `Report`, on models of images or masked diffusion: `conclusions` has a sentence for every evaluation."""
+    Of models that write reviews also the page as Markdown, and the verdict on each modality.
+    """
 
     html: str
     comparison: dict[str, Any]
     conclusions: list[str]
     artifacts: Sequence[Artifact]
+    markdown: str = ""
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
 
 
 def build_report(
@@ -81,7 +74,7 @@ def build_report(
     """
     evaluated = _read(inputs.evaluations)
     comparison = compare([metrics for metrics, _ in evaluated], resampling)
-    validation = background.validation_section(inputs.validation)
+    validation = inputs.validation.json("report.json") if inputs.validation else None
     training = background.training_section(inputs.checkpoints)
     artifacts, missing = everything_behind(inputs.all())
     doubts = data_doubts(
@@ -103,7 +96,9 @@ def build_report(
                 **_tables(compared, metrics, resampling.confidence),
             }
         )
-    data = background.data_section(inputs.corpus, inputs.datasets)
+    # Counts of papers and reviews by split, where the SFT cut fell, pairs made and dropped.
+    made = {"corpus": inputs.corpus, "datasets": inputs.datasets}
+    data = {name: item.json("summary.json") if item else None for name, item in made.items()}
     opening = facts(artifacts, data["datasets"], show_run=show_cost)
     page = page_environment().get_template("report.html.jinja")
     html = page.render(
@@ -121,8 +116,10 @@ def build_report(
         # Cost is on the page alone: runs with one result differ in it, and comparison.json is to stay the same bytes.
         **background.closing_sections(artifacts, missing, show_cost),
     )
-    markdown = to_markdown(title, opening, parts)
-    return Report(html, markdown, comparison, tuple(part["story"] for part in parts), artifacts)
+    stories = [part["story"] for part in parts]
+    told = [f"[{story.modality}] {story.helped} {story.how_sure}" for story in stories]
+    verdicts = {story.modality: story.verdict for story in stories}
+    return Report(html, comparison, told, artifacts, to_markdown(title, opening, parts), verdicts)
 
 
 def _read(evaluations: Sequence[Artifact]) -> list[Evaluated]:
@@ -141,11 +138,10 @@ def _tables(compared: Compared, metrics: Sequence[Mapping[str, Any]], confidence
         "difference_chart": sections.difference_chart(compared),
         "measures": sections.measure_table(compared),
         "pairs": sections.pair_table(compared, confidence),
-        "agreement": agreement_rows(metrics),
+        "agreement": [item for item in metrics if item.get("agreement")],
         "items": sections.item_rows(compared, questions, confidence),
         "factors": sections.factor_rows(compared, confidence),
         "length_chart": sections.length_chart(metrics),
-        "lengths": sections.length_rows(compared),
     }
 
 

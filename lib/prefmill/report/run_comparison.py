@@ -18,6 +18,7 @@ from prefmill.evaluation.metrics import MEASURES
 from prefmill.evaluation.record import METRICS
 from prefmill.report.report import page_environment
 from prefmill.report.story import p_text
+from prefmill.store.artifacts import read_manifest
 
 Outputs = Mapping[str, Mapping[str, Artifact]]  # the finished artifacts of each run, by stage:task
 ABSENT = "–"
@@ -75,7 +76,7 @@ def comparison_page(found: RunComparison) -> str:
     """One self-contained HTML page."""
     labels = {measure.name: measure.label for measure in MEASURES}
     page = page_environment().get_template("runs.html.jinja")
-    return page.render(found=found, labels=labels, show=show)
+    return page.render(title=", ".join(found.runs), found=found, labels=labels, show=show)
 
 
 def show(value: Any) -> str:
@@ -136,17 +137,13 @@ def _lines(task: str, first: str, pair: Mapping[str, Any]) -> list[Paired]:
     other = pair["baseline"] if turned < 0 else pair["candidate"]
     measures = {name: item for name, item in pair["measures"].items() if item["value"] or item["low"] or item["high"]}
     return [
-        Paired(task, name, other, turned * item["value"], *_ends(item, turned), item["p_holm"], item["num_papers"])
+        Paired(task, name, other, turned * item["value"], min(ends), max(ends), item["p_holm"], item["num_papers"])
         for name, item in measures.items()
+        if (ends := [turned * item[end] for end in ("low", "high")])
     ]
 
 
-def _ends(interval: Mapping[str, Any], turned: int) -> tuple[float, float]:
-    low, high = sorted((turned * interval["low"], turned * interval["high"]))
-    return low, high
-
-
-def finished_outputs(tasks: Sequence[Mapping[str, Any]], read: Any) -> dict[str, Artifact]:
-    """The finished artifact of each task of a run's plan, by its key; `read` gives a folder's manifest or None."""
-    found = {task["key"]: (Path(task["output"]), read(Path(task["output"]))) for task in tasks}
-    return {key: Artifact(path, manifest) for key, (path, manifest) in found.items() if manifest is not None}
+def finished_outputs(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Artifact]:
+    """The finished artifact of each task of a run's plan, by its key."""
+    places = {task["key"]: Path(task["output"]) for task in tasks}
+    return {key: Artifact(path, made) for key, path in places.items() if (made := read_manifest(path)) is not None}

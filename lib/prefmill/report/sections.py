@@ -116,18 +116,6 @@ def length_chart(evaluations: Sequence[Mapping[str, Any]]) -> Markup:
     return scatter_chart(clouds, "Length and checklist score of each review", "words", "checklist score")
 
 
-def length_rows(compared: Compared) -> list[Row]:
-    """How far length and score go together within each model."""
-    return [
-        {
-            "model": item["model"],
-            "words": f"{item['measures']['num_words']['value']:.0f}",
-            "correlation": figure(item["words_score_correlation"]),
-        }
-        for item in compared["models"]
-    ]
-
-
 def _value(model: Mapping[str, Any], measure: Measure) -> Any:
     return model["measures"].get(measure.name, model.get(measure.name))
 

@@ -173,6 +173,22 @@ def data_doubts(validation: Mapping[str, Any] | None, is_control: bool, other_ch
     return doubts
 
 
+def agreement_doubts(compared: Compared, evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a second engine gives reason to doubt: that the models' order is the first one's opinion."""
+    pair = main_pair(compared)
+    second = {metrics["model"]: metrics["agreement"] for metrics in evaluations if metrics.get("agreement")}
+    if pair is None or pair["baseline"] not in second or pair["candidate"] not in second:
+        return []
+    before, after = second[pair["baseline"]], second[pair["candidate"]]
+    # The direction alone is asked for: the table shows how far the engines agree.
+    if (after["mean_score"] - before["mean_score"]) * pair["measures"][SCORE]["value"] > 0:
+        return []
+    return [
+        f"The second engine, {after['engine']}, does not see this difference: its mean score goes from "
+        f"{before['mean_score']:.2f} ({pair['baseline']}) to {after['mean_score']:.2f} ({pair['candidate']})."
+    ]
+
+
 def _doubts(compared: Compared, pair: Mapping[str, Any], confidence: float) -> Iterator[str]:
     yield from _length_doubt(compared, pair, confidence)
     yield from _step_doubts(compared, confidence)

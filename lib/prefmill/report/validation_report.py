@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from prefmill.core.figures import bounds
+from prefmill.core.figures import bounds, columns
 from prefmill.datasets.findings import CHECKS, Finding, Findings
 from prefmill.datasets.length_bias import LengthBias
 from prefmill.datasets.validate import Validation
@@ -82,10 +82,8 @@ def error_table(findings: Findings) -> str:
     """The errors as an aligned text table, with how many more there are of each check."""
     errors = [finding for finding in findings.listed if finding.severity == "error"]
     errors.sort(key=lambda finding: list(CHECKS).index(finding.check))
-    rows = [[finding.check, finding.where, finding.what] for finding in errors]
-    widths = [max(len(row[column]) for row in [["check", "where", ""], *rows]) for column in (0, 1)]
-    lines = [_aligned(row, widths) for row in [["check", "where", "what"], *rows]]
-    return "\n".join([*lines, *_left_out(findings, errors)])
+    lines = columns([["check", "where", "what"], *([found.check, found.where, found.what] for found in errors)])
+    return "\n".join([*(f"    {line}" for line in lines), *_left_out(findings, errors)])
 
 
 def _left_out(findings: Findings, listed: Sequence[Finding]) -> Iterator[str]:
@@ -95,10 +93,6 @@ def _left_out(findings: Findings, listed: Sequence[Finding]) -> Iterator[str]:
         rest = findings.counts[check, "error"] - shown[check]
         if rest:
             yield f"... and {rest:,} more of {check}"
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    return f"    {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}"
 
 
 def _check(findings: Findings, check: str) -> dict[str, Any]:
