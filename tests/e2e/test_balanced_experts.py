@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from training_artifacts import make_datasets, make_task
+from training_artifacts import make_checkpoint, make_datasets, make_task
 from transformers import AutoModelForCausalLM
 
 from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError
 from prefmill.training.checkpoints import STEPS, read_curve
 from stages import dpo, sft
 from tests.models.tiny_configs import tiny_config
@@ -42,3 +43,13 @@ def test_the_loss_has_the_balancing_loss_beside_it(tmp_path: Path, stage: Any, k
     if stage is dpo:
         assert first[0] == pytest.approx(math.log(2), abs=1e-6)
     assert 0.9 < first[1] - first[0] < 2, "two of four experts, evenly: the loss is near 2, half of it counts"
+
+
+@pytest.mark.parametrize("stage", [dpo, sft])
+def test_a_model_without_experts_is_refused_by_name(tmp_path: Path, stage: Any) -> None:
+    """In sft it was a traceback of TRL's."""
+    config = validate(stage.STAGE.config, {**SETTINGS, "router_aux_loss_coef": 0.1})
+    task = make_task(stage.STAGE.name, tmp_path, datasets=make_datasets(tmp_path / "data"),
+                     **{"model" if stage is sft else "policy": make_checkpoint(tmp_path / "base")})  # fmt: skip
+    with pytest.raises(ConfigError, match="does not report what its experts were given"):
+        stage.run(config, task)

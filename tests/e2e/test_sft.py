@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from stages.sft import STAGE, SftConfig, run
 
@@ -40,6 +42,18 @@ def sft(folder: Path, base: Artifact, datasets: Artifact, **keys: Any) -> dict[s
     return run(config, make_task("sft", folder, model=base, datasets=datasets))
 
 
+def own_losses(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    """The losses of each row's completion tokens by the model's own logits, row by row."""
+    tokenizer, model, found = load_tokenizer(str(folder)), load_model(str(folder), precision="fp32"), []
+    for row in rows:
+        *messages, answer = row["messages"]
+        prompt, completion = encode(tokenizer, messages, answer["content"])
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        found.append(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none"))
+    return found
+
+
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_curve(folder / "logs" / STEPS) if "loss" in row]
 
@@ -62,16 +76,17 @@ def test_defaults_are_those_of_the_field() -> None:
 def test_the_loss_is_that_of_the_completions_alone(tmp_path: Path, base: Artifact, datasets: Artifact) -> None:
     """The first step over all rows, in microbatches of two: the mean over all completion tokens, no prompt's."""
     sft(tmp_path, base, datasets, effective_batch_size=24, num_train_epochs=1)
-    tokenizer, model = load_tokenizer(str(base.path)), load_model(str(base.path), precision="fp32")
-    total, num_tokens = 0.0, 0
-    for row in sft_rows(24):
-        *messages, answer = row["messages"]
-        prompt, completion = encode(tokenizer, messages, answer["content"])
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum").item()
-        num_tokens += len(completion)
-    assert losses(tmp_path)[0] == pytest.approx(total / num_tokens, abs=1e-5)
+    tokens = torch.cat(own_losses(base.path, sft_rows(24)))
+    assert losses(tmp_path)[0] == pytest.approx(tokens.mean().item(), abs=1e-5)
+
+
+def test_the_validation_loss_is_the_mean_over_rows_in_any_batches(undisturbed: Path, datasets: Artifact) -> None:
+    """The Trainer's mean over batches hung on which rows stood in one, and with that on the batch size and ranks."""
+    rows = list(read_jsonl(datasets.file("sft_clean_val/data.jsonl")))
+    means = torch.stack([row.mean() for row in own_losses(undisturbed / "out", rows)])
+    evaluated = [row["eval_loss"] for row in read_curve(undisturbed / "logs" / STEPS) if "eval_loss" in row]
+    assert len({len(row) for row in own_losses(undisturbed / "out", rows)}) > 1
+    assert evaluated[-1] == pytest.approx(means.mean().item(), abs=1e-5)
 
 
 def test_it_learns_and_validates_every_epoch(undisturbed: Path) -> None:

@@ -90,6 +90,7 @@ def test_each_part_is_frozen_by_its_key(
     assert {parts[name] for name, weight in model.named_parameters() if weight.requires_grad} == trained
 
 
-def test_nothing_left_to_train_is_refused() -> None:
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2"])
+def test_nothing_left_to_train_is_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match="every part of the model is frozen"):
-        freeze(build("gemma3"), FrozenParts(freeze_language_model=True), with_images=False)
+        freeze(build(model_type), FrozenParts(freeze_language_model=True), with_images=False)

@@ -13,6 +13,7 @@ from prefmill.core.errors import PrefmillError, explain_os_error
 
 def guarded(command: Callable[[], int]) -> int:
     """Run `command`; returns its exit code: 2 for what the user can fix, 130 when interrupted, 141 unread."""
+    _open_closed_streams()
     # A terminal of another encoding shows ? for what it lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -36,3 +37,12 @@ def guarded(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; run again to resume", file=sys.stderr)
         return 130
+
+
+def _open_closed_streams() -> None:
+    """Give what a shell has closed (`>&-`) to the null device: the next file opened would get what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115 (for as long as the process lives)
+            os.set_inheritable(stream.fileno(), True)  # the lowest number that is free: the one that was closed
+            setattr(sys, name, stream)

@@ -37,7 +37,7 @@ REFUSED = {
     "max_steps": "num_train_epochs and the rows say how many steps there are; max_rows takes fewer rows",
     "eval_strategy": "held-out rows are evaluated at the end of every epoch",
     "eval_steps": "held-out rows are evaluated at the end of every epoch",
-    "per_device_eval_batch_size": "evaluation takes per_device_train_batch_size too",
+    "per_device_eval_batch_size": "sft evaluates row by row, other stages by per_device_train_batch_size",
     "resume_from_checkpoint": "the same command resumes by itself; --force begins anew",
     "max_prompt_length": "max_length is of prompt and answer together, and nothing is cut",
     "max_completion_length": "max_length is of prompt and answer together, and nothing is cut",

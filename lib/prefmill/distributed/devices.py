@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +25,11 @@ def visible_gpus() -> list[str]:
     if visible is None:
         # Device files are counted: asking CUDA would start it here, and no fork could use it any more.
         return [str(index) for index in range(sum(map(_may_open, Path("/dev").glob("nvidia[0-9]*"))))]
-    # -1 is how CUDA is told to see none, and NoDevFiles how Slurm says so.
-    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    names = [name.strip() for name in visible.split(",")]
+    kind = names[0][:4] if names[0].startswith(("GPU-", "MIG-")) else ""
+    # CUDA reads on to the first that is none (-1, Slurm's NoDevFiles), and takes nothing where one stands there twice.
+    found = list(takewhile(lambda name: name.startswith(kind) if kind else name.isdecimal(), names))
+    return found if len(set(found)) == len(found) else []
 
 
 def _may_open(device: Path) -> bool:

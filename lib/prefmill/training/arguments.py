@@ -29,6 +29,10 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
 
     claim_device()
     on_cpu = not has_gpu()
+    if on_cpu and config.precision == "fp16":  # transformers would compute in fp32
+        raise ConfigError(
+            "fp16 needs a GPU", where="precision", got="no GPU that torch sees", fix="set precision: bf16 or fp32"
+        )
     _point_trackers(task)
     return {
         **{name: getattr(config, name) for name in _SAME_NAME},

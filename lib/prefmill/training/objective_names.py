@@ -32,6 +32,16 @@ NEEDS: dict[str, frozenset[Need]] = {
     "bradley_terry_heads": frozenset({"heads"}),
 }
 
+# The objectives that read a key; every other key of theirs is read by all.
+READ_BY = {
+    "beta": NEEDS.keys() - {"sft"},
+    "label_smoothing": {"sigmoid", "sigmoid_norm", "robust", "spg"},
+    "simpo_gamma": {"simpo"},
+    "upper_power": {"spg"},
+    "upper_weight": {"spg"},
+    "clip": {"espo"},
+}
+
 
 def require_known(names: str | list[str]) -> str | list[str]:
     """`names` as they are; raises ValueError for one that no objective has."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.training.config import TrainingConfig
-from prefmill.training.objective_names import ObjectiveNames
+from prefmill.training.objective_names import READ_BY, ObjectiveNames
 
 
 class ObjectiveKeys(StrictConfig):
@@ -23,6 +23,13 @@ class ObjectiveKeys(StrictConfig):
     )
     simpo_gamma: float = Field(0.5, description="target margin of `simpo`")
     shuffle_labels: bool = Field(False, description="control: swap chosen and rejected at random, by seed and pair")
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        given = self.changed(*(key for key in READ_BY if key in type(self).model_fields))
+        if unread := [key for key in given if READ_BY[key].isdisjoint(self.loss_type)]:
+            raise ValueError(f"{', '.join(unread)}: no effect with loss_type {', '.join(self.loss_type)}, leave it out")
+        return self
 
 
 class PreferenceConfig(ObjectiveKeys, TrainingConfig):
@@ -75,4 +82,6 @@ class PreferenceConfig(ObjectiveKeys, TrainingConfig):
     def _group_brings_its_own_attention(self) -> PreferenceConfig:
         if self.layout == "group" and self.attn_implementation is not None:
             raise ValueError("layout: group brings its own attention: leave attn_implementation out")
+        if self.layout == "pairwise" and self.max_tokens_per_microbatch is not None:
+            raise ValueError("layout: pairwise has rows of one side each: leave max_tokens_per_microbatch out")
         return self

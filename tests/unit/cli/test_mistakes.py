@@ -169,6 +169,18 @@ def test_a_reader_that_goes_ends_the_command_as_any_other_program() -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_error_and_no_files_number(closed: str, tmp_path: Path) -> None:
+    """Its number went to the next file opened: what the command and its children print would stand in that."""
+    script = (
+        "import os, sys; from prefmill.cli.guard import guarded; "
+        "sys.exit(guarded(lambda: [open(sys.argv[1], 'w'), print('told'), os.system('echo heard; echo heard >&2')][2]))"
+    )
+    command = ["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, script, str(tmp_path / "kept")]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert (tmp_path / "kept").read_text() == ""
+
+
 def test_a_workspace_given_as_a_key_where_it_is_an_option_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["doctor", "workspace=/tmp"])

@@ -52,12 +52,16 @@ def test_a_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"),
-    [("", []), ("-1", []), ("NoDevFiles", []), ("1, 3", ["1", "3"]), ("GPU-5a", ["GPU-5a"])],
-)
-def test_the_gpus_are_those_made_visible(monkeypatch: pytest.MonkeyPatch, visible: str, expected: list[str]) -> None:
+    "visible",
+    [
+        "", "-1", "NoDevFiles", "1, 3", "GPU-5a", "0,-1,1", "0,,1", "1,0,1", "GPU-5a,GPU-6b", "GPU-5a,1", "0,GPU-5a",
+        "GPU-5a,GPU-5a", "MIG-7c,MIG-8d", "MIG-7c,GPU-5a",
+    ],
+)  # fmt: skip
+def test_the_gpus_are_those_made_visible(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
+    """As torch reads the variable: CUDA stops at the first that is none, and of twice the same takes nothing."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert visible_gpus() == expected
+    assert visible_gpus() == [str(name) for name in torch.cuda._parse_visible_devices()]
 
 
 def test_gpus_that_a_jobs_control_group_forbids_are_not_counted(

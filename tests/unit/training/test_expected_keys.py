@@ -306,3 +306,10 @@ def test_segments_grow_in_trainings_unless_the_user_said_otherwise(
     environment: dict[str, str], trains: bool, expected: dict[str, str]
 ) -> None:
     assert allocator(environment, trains) == expected
+
+
+def test_fp16_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers computed in fp32, and said nothing."""
+    monkeypatch.setattr("prefmill.training.arguments.has_gpu", lambda: False)
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        arguments(tmp_path, precision="fp16")

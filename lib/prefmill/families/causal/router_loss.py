@@ -34,13 +34,18 @@ class RoutedFamily(Family):
 
 def count_routing(model: Any, name: str) -> None:
     """Have the scorer of `model` keep the balancing loss; raises ConfigError for one whose routers do not report."""
+    require_routing(model, name)
+    model.counts_routing = True
+
+
+def require_routing(model: Any, name: str) -> None:
+    """Raise ConfigError for a model whose routers do not report."""
     config = model.config.get_text_config()
     if not hasattr(config, "output_router_logits") or _experts_per_token(config) is None:
         raise ConfigError(
             "this model does not report what its experts were given", where=name, got=config.model_type,
             expected="a mixture of experts with output_router_logits", fix="leave router_aux_loss_coef out",
         )  # fmt: skip
-    model.counts_routing = True
 
 
 def balancing_loss(logits: tuple[Tensor, ...], config: Any, mask: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision, shares_weights
 from prefmill.families.causal.chat import encode_turns
 from prefmill.families.causal.chat_rows import TrainedTurns
-from prefmill.families.causal.image_limits import FrozenParts
 from prefmill.families.causal.load_check import check_rows
 from prefmill.families.causal.loading import LOADING, ORIGIN, load_model, load_tokenizer
+from prefmill.families.causal.router_loss import require_routing
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.templates import recorded_day
 from prefmill.families.causal.vision import ImageReader, with_images
@@ -108,6 +108,8 @@ class Chats:
             # Rows are token ids with labels: nothing is left to template, tokenise or cut.
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "eval_strategy": "epoch" if self.val is not None else "no",
+            # The Trainer averages over batches: of several rows the loss would hang on which stand together.
+            "per_device_eval_batch_size": 1,
         }
         trainer = SFTTrainer(
             model=model,
@@ -124,8 +126,10 @@ class Chats:
         return trainer
 
 
-def _load_trained(name: str, config: TrainingConfig, parts: FrozenParts, with_images: bool) -> Any:
+def _load_trained(name: str, config: TrainingConfig, parts: TrainedTurns, with_images: bool) -> Any:
     model = load_model(name, precision=weights_precision(config), **config.model_dump(include=LOADING))
+    if parts.router_aux_loss_coef:
+        require_routing(model, name)
     if not shares_weights(config) and config.per_device_train_batch_size > 1:
         check_rows(model, name)
     return add_adapter(model, config, freeze(model, parts, with_images))

@@ -32,7 +32,7 @@ def freeze(model: Any, parts: FrozenParts, with_images: bool) -> list[str]:
 
     Raises ConfigError where nothing would be trained.
     """
-    if not hasattr(model.config, "vision_config"):
+    if not hasattr(model.config, "vision_config") and not parts.freeze_language_model:
         return []
     if with_images:
         require_both_ways(model)

@@ -94,6 +94,8 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
     def _halving_draws(self) -> Self:
         if self.diffusion_steps != "auto" and self.diffusion_steps < 1:
             raise ValueError("diffusion_steps is a number from 1 on, or auto")
+        if self.diffusion_steps != "auto" and self.changed("max_diffusion_steps"):
+            raise ValueError("max_diffusion_steps is of diffusion_steps: auto, leave it out")
         if self.diffusion_steps == "auto" and self.max_diffusion_steps & (self.max_diffusion_steps - 1):
             raise ValueError("max_diffusion_steps must be a power of two: auto halves and doubles the draws")
         if self.torch_compile:  # it would end in a traceback at the first step

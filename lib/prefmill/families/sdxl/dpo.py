@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from prefmill.core.artifact import Artifact
-from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.errors import InputError
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
@@ -122,10 +122,6 @@ def _plan(pairs: Sequence[PairImages], config: SdxlPreferenceConfig) -> list[Mic
 
 def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
     args = plan_arguments(config, task, plan)
-    if config.precision == "fp16" and args.use_cpu:
-        raise ConfigError(
-            "fp16 needs a GPU", where="precision", got="no GPU that torch sees", fix="set precision: bf16 or fp32"
-        )
     args.gradient_checkpointing = False  # transformers would ask the UNet in a language model's words
     args.ddp_find_unused_parameters = False  # every weight that is trained has a part in every loss
     return args

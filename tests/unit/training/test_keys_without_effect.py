@@ -1,0 +1,51 @@
+"""Keys that nothing would read are refused: a setting without effect is a fault that nobody sees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError
+from prefmill.core.stage import load_stage
+from prefmill.families.mdlm.family import DiffusionFamily
+from prefmill.training.objective_names import NEEDS, READ_BY
+from prefmill.training.objectives import OBJECTIVES, PairScores, Settings
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "why"),
+    [
+        ("dpo", {"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing: no effect with loss_type ipo"),
+        ("dpo", {"simpo_gamma": 1.0}, "simpo_gamma: no effect with loss_type sigmoid"),
+        ("dpo", {"beta": 0.5, "loss_type": "sft"}, "beta: no effect with loss_type sft"),
+        ("dpo", {"layout": "pairwise", "max_tokens_per_microbatch": 60}, "leave max_tokens_per_microbatch out"),
+        ("mdlm_dpo", {"upper_power": 2.0, "clip": 0.1}, "upper_power, clip: no effect with loss_type sigmoid"),
+        ("mdlm_dpo", {"max_diffusion_steps": 8}, "max_diffusion_steps is of diffusion_steps: auto"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(stage: str, keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        validate(load_stage(stage).config, keys)
+
+
+@pytest.mark.parametrize(("key", "names"), READ_BY.items())
+def test_the_objectives_that_read_a_key_are_those_it_changes(key: str, names: set[str]) -> None:
+    """By the losses themselves; `upper_power` is of the bounds that spg is given."""
+    if key == "upper_power":
+        return
+    sides = ("chosen", "rejected", "ref_chosen", "ref_rejected", "rejected_upper", "ref_rejected_upper")
+    draws = torch.Generator().manual_seed(0)
+    scores = PairScores(
+        **{name: torch.rand(9, generator=draws, dtype=torch.float64) * 9 - 9 for name in sides},
+        chosen_length=torch.full((9,), 3.0), rejected_length=torch.full((9,), 5.0),
+    )  # fmt: skip
+    settings = Settings(beta=0.1, label_smoothing=0.1)
+    changed = replace(settings, **{key: 0.3})
+    usable = [name for name, needs in NEEDS.items() if needs <= DiffusionFamily.supplies]
+    losses = [[OBJECTIVES[name].loss(scores, given) for name in usable] for given in (settings, changed)]
+    read = {name for name, one, other in zip(usable, *losses, strict=True) if not torch.equal(one, other)}
+    assert read == names & set(usable)
