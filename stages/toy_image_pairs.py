@@ -11,7 +11,7 @@ from prefmill.core.stage import Metrics, Stage, Task
 class ToyImagePairsConfig(StrictConfig):
     """How much to draw."""
 
-    num_prompts: int = Field(60, ge=4, description="prompts, each of two things side by side")
+    num_prompts: int = Field(60, ge=4, le=200, description="prompts, each of two things side by side")
     pairs_per_prompt: int = Field(5, ge=1, description="pairs of a good picture and one with a fault")
     held_out_share: float = Field(0.3, gt=0, lt=1, description="of the prompts: half for validation, half for testing")
     seed: int = Field(0, description="of what is drawn")

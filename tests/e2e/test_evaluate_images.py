@@ -23,7 +23,8 @@ from prefmill.core.files import digest_path
 from prefmill.core.image_rows import HEADS, ImagePrompt
 from prefmill.core.statistics import Resampling
 from prefmill.demo.tiny_models import build
-from prefmill.images.evaluate import compare, conclusion, trained_prompts
+from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
+from prefmill.images.evaluate import compare, conclusion, source_of, trained_prompts
 from prefmill.report.image_sections import _doubts
 from prefmill.store.artifacts import publish
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -186,3 +187,14 @@ def test_the_same_images_are_a_tie_and_better_ones_a_win() -> None:
         measured = compare(prompts, {"base": base, "tuned": base + shift + noise}, Resampling(1000))
         assert words in conclusion({"dimensions": measured, "num_prompts": 30})
         assert (measured["spatial"]["p_holm"] < 0.05) == (shift != 0)
+
+
+def test_a_tuned_pipeline_is_opened_by_its_own_variant(tmp_path: Path) -> None:
+    """It was looked for without one, and refused by telling to set the variant that was set."""
+    folder = build("sdxl", tmp_path / "tuned")
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    tuned = publish(
+        folder, "image_checkpoint", Provenance("sdxl_dpo", "all", "f", {}, {"variant": "fp16"}, "0", {}), {}
+    )
+    open_pipeline(source_of(GeneratorSource("base", "base", "fp32"), "tuned", tuned))

@@ -37,6 +37,12 @@ def test_what_it_writes(tmp_path: Path) -> None:
     assert min(first_is_better.values()) > 5, "the better picture comes first or second"
 
 
+def test_no_prompt_is_drawn_twice(tmp_path: Path) -> None:
+    """Of the demo's 100 every sixth was another one's, often of another split: a scorer judged what it had learnt."""
+    made = make_samples(tmp_path / "a", num_prompts=100, pairs_per_prompt=1)
+    assert len({pair["prompt"] for pair in read_jsonl(made.file("pairs.jsonl"))}) == 100
+
+
 def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_samples(tmp_path / name, seed=seed, num_prompts=6)

@@ -55,8 +55,7 @@ def write_samples(
     ratings: list[Rating] = []
     images: list[tuple[str, str, str]] = []
     prompts: list[tuple[str, str]] = []
-    for number in range(num_prompts):
-        scene = _scene(draw)
+    for number, scene in zip(range(num_prompts), _scenes(draw), strict=False):
         prompt_id = f"sample-{number:03}"
         prompts.append((prompt_id, scene.prompt))
         split = _split(number, num_prompts, held_out_share)
@@ -111,6 +110,15 @@ def draw_lit(draw: random.Random) -> tuple[str, Image]:
     _draw_thing(picture, 0.5, thing, shape, outlined=False, draw=draw)
     lit = ImageEnhance.Brightness(picture).enhance(draw.uniform(0.3, 1))
     return f"a {thing} {shape} on a {ground} ground", lit
+
+
+def _scenes(draw: random.Random) -> Iterator[Scene]:
+    """One after the other, each with a prompt of its own: one that is held out must not be trained on."""
+    known = set[str]()
+    while True:
+        if (scene := _scene(draw)).prompt not in known:
+            known.add(scene.prompt)
+            yield scene
 
 
 def _scene(draw: random.Random) -> Scene:

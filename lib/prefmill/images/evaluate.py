@@ -197,7 +197,7 @@ def source_of(base: GeneratorSource, side: str, tuned: Artifact) -> GeneratorSou
     if (tuned.path / ADAPTER_FILE).is_file():
         return replace(base, label=f"{base.label} + {label}", adapter=tuned.path)
     if (tuned.path / PIPELINE_FILE).is_file():
-        return GeneratorSource(str(tuned.path), label, base.precision)
+        return GeneratorSource(str(tuned.path), label, base.precision, variant=tuned.manifest.config.get("variant"))
     raise InputError(
         "neither an adapter nor a pipeline", where=tuned.path, expected=f"{ADAPTER_FILE} or {PIPELINE_FILE}",
         fix="give the output of sdxl_dpo as inputs.tuned",

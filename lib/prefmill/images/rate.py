@@ -210,13 +210,12 @@ def _ask_people(
             try:
                 server = RatingServer(session, images, token, port, report)
             except OSError as error:
-                if not rater.port:  # the port of the attempt before is taken by now
-                    server = RatingServer(session, images, token, 0, report)
-                else:
+                if rater.port:
                     raise ConfigError(
                         "cannot open the page's port", where=f"rater.port={rater.port}", got=error.strerror,
                         fix="choose another, or leave it out",
                     ) from None  # fmt: skip
+                server = RatingServer(session, images, token, 0, report)  # that of the attempt before is taken by now
             # After the server has bound: port 0 is whatever the system chose, and the next attempt asks for it again.
             kept = json.dumps({"token": server.token, "port": server.port})
             write_atomic(task.work / "server.json", kept, _OWNER_ONLY)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmill.core.errors import InputError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Task
 from prefmill.training.config import TrainingConfig
-from prefmill.training.finished import require_finite
+from prefmill.training.finished import require_finite, tensor_names
 from prefmill.training.reference import weights_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig, frozen: Sequence
 
 
 def new_adapter(model: Any, config: TrainingConfig, **more: Any) -> Any:
-    """`model` with a new adapter as `config.lora` has it; `more` are PEFT's own keys."""
+    """`model` with a new adapter as `config.lora` has it; `more` are PEFT's own keys.
+
+    Raises ConfigError for a target that no layer is called by: beside others PEFT passes it over.
+    """
     import peft
 
     from prefmill.core.seeding import seeded
@@ -41,8 +44,25 @@ def new_adapter(model: Any, config: TrainingConfig, **more: Any) -> Any:
     said = config.lora.model_dump(include={"r", "use_dora", "target_modules"})
     # Dropout would part policy and reference before the first step.
     settings = peft.LoraConfig(**said, lora_alpha=config.lora.alpha, lora_dropout=0.0, **more)
-    with seeded(config.seed):  # an adapter begins at random weights
-        return peft.get_peft_model(model, settings)
+    targets = config.lora.target_modules
+    try:
+        with seeded(config.seed):  # an adapter begins at random weights
+            adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise unfitting_targets(str(error).splitlines()[0]) from None
+    found = [f".{name}" for name in adapted.base_model.targeted_module_names]
+    named = targets if isinstance(targets, list) else []
+    if absent := [name for name in named if not any(layer.endswith(f".{name}") for layer in found)]:
+        raise unfitting_targets(f"no layer called {', '.join(absent)}")
+    return adapted
+
+
+def unfitting_targets(got: str) -> ConfigError:
+    """The refusal of targets that a model has no layers for that could be adapted."""
+    return ConfigError(
+        "the adapter does not fit this model", where="lora.target_modules", got=got,
+        fix="name linear layers of the model, such as to_q, to_k, to_v, to_out.0 of an image model; or leave it out",
+    )  # fmt: skip
 
 
 def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
@@ -58,19 +78,13 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise _unfitting(model, folder, " ".join(str(error).split())[:300]) from None
     # PEFT leaves weights that are not in the file as a new adapter has them, and those that have no place unread.
-    given, own = _names(folder), set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    given = set(tensor_names(folder / "adapter_model.safetensors"))
+    own = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     found = [f"{name}: not in the file" for name in sorted(own - given)]
     found += [f"{name}: no place for it" for name in sorted(given - own) if "lora_" in name]
     if found:
         raise _unfitting(model, folder, "; ".join(found[:3]) + ("; ..." if found[3:] else ""))
     return adapted
-
-
-def _names(folder: Path) -> set[str]:
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        return set(file.keys())
 
 
 def _unfitting(model: PreTrainedModel, folder: Path, got: str) -> InputError:

@@ -36,6 +36,14 @@ def stored_precision(name: str, revision: str | None) -> Precision:
     return precision_of(file(leaf))
 
 
+def tensor_names(path: Path) -> list[str]:
+    """Of a safetensors file, by its head alone."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as stored:
+        return list(stored.keys())
+
+
 def precision_of(path: str | Path | None) -> Precision:
     """The precision most weights of a safetensors file are stored in; fp32 where none is known."""
     from safetensors import safe_open

@@ -17,6 +17,7 @@ from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.other_reference import reference_parts
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.store.jsonl import read_jsonl
+from prefmill.training.adapter import add_adapter
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.preference_config import PreferenceConfig
 from stages.dpo import DpoConfig
@@ -59,6 +60,15 @@ def train(folder: Path, pairs: Path, **keys: Any) -> Path:
 
 def first_loss(folder: Path) -> float:
     return float(next(row["loss"] for row in read_curve(folder / "logs" / STEPS) if "loss" in row))
+
+
+def test_a_target_that_no_layer_is_called_by_is_refused(tiny_qwen2: Path) -> None:
+    """PEFT passes it over: of LLaMA's names those that a model lacks were not trained, without a word."""
+    from transformers import AutoModelForCausalLM
+
+    config = validate(PreferenceConfig, {"learning_rate": 1e-3, "lora": {"target_modules": ["q_proj", "qkv_proj"]}})
+    with pytest.raises(ConfigError, match="no layer called qkv_proj"):
+        add_adapter(AutoModelForCausalLM.from_pretrained(tiny_qwen2), config)
 
 
 def scores(base: Path, adapter: Path | None, pairs: Path) -> dict[str, list[float]]:

@@ -132,13 +132,12 @@ class SampleGrid(TrainerCallback):
 
 def save_grid(images: Sequence[Any], path: Path) -> None:
     """Images of one size side by side, in rows of four."""
+    from diffusers.utils import make_image_grid
     from PIL import Image
 
-    width, height = images[0].size
     columns = min(4, len(images))
-    grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
-    for number, image in enumerate(images):
-        grid.paste(image, (number % columns * width, number // columns * height))
+    filled = [*images, *[Image.new("RGB", images[0].size)] * (-len(images) % columns)]
+    grid = make_image_grid(filled, len(filled) // columns, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as stream:
         grid.save(stream, format="PNG")

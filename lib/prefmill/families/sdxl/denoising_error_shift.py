@@ -15,8 +15,9 @@ from prefmill.core.statistics import MIN_PAPERS, Resampling, means
 from prefmill.distributed.devices import device_type
 from prefmill.families.sdxl.backbone import denoiser
 from prefmill.families.sdxl.data import PairImages, read_image_pairs
-from prefmill.families.sdxl.encoding import ImageKeys, TextKeys
+from prefmill.families.sdxl.encoding import ImageKeys, text_keys
 from prefmill.families.sdxl.family import PairReader, errors, predict
+from prefmill.families.sdxl.folders import read_json
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.families.sdxl.loading import SdxlFolder, open_folder
 from prefmill.store.tensor_cache import TensorCache
@@ -69,7 +70,7 @@ def _encoded(
 ) -> PairReader:
     """Latents and embeddings of the pairs, by the base's VAE in fp32 and its text encoders."""
     images = ImageKeys(folder.digest("vae"), resolution or _native_resolution(folder), "fp32")
-    texts = TextKeys(folder.digest(*folder.encoders), base.precision)
+    texts = text_keys(folder, base.precision)
     # Without min-SNR, whatever training used: else two trainings would be measured by different errors.
     reader = PairReader(TensorCache(cache), images, texts, folder.schedule(), _SEED)
     reader.encode(folder, [(pair, 0) for pair in pairs], _VAE_BATCH, torch.device(device_type()))
@@ -78,11 +79,8 @@ def _encoded(
 
 def _native_resolution(folder: SdxlFolder) -> int:
     """The size in pixels that the model was made for."""
-    from diffusers import AutoencoderKL
-
-    blocks = AutoencoderKL.load_config(folder.path, subfolder="vae")["block_out_channels"]
-    scale: int = 2 ** (len(blocks) - 1)
-    return folder.backbone.side(folder.denoiser_settings) * scale
+    blocks = read_json(folder.path / "vae" / "config.json")["block_out_channels"]
+    return folder.backbone.side(folder.denoiser_settings) << len(blocks) - 1
 
 
 def _errors(

@@ -21,7 +21,7 @@ from prefmill.families.reward.data import Half, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_pairs
-from prefmill.families.sdxl.encoding import ImageKeys, TextKeys, tell_cut
+from prefmill.families.sdxl.encoding import ImageKeys, tell_cut, text_keys
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, require_patches
@@ -62,7 +62,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     spec = TrainingSpec(
         config=config,
         task=task,
-        load=partial(_load, folder, config),
+        load=partial(unsharded_loading()(load_policy), folder, config),
         data=Preferences(
             data, held, sdxl_family(reader, predictions, winner_alone(config)), objective, settings, ErrorTelemetry,
             args,
@@ -73,11 +73,6 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         counts={"pairs": len(train), "val_pairs": len(held_out), **told},
     )  # fmt: skip
     return run_training(spec)
-
-
-def _load(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
-    with unsharded_loading():
-        return load_policy(folder, config)
 
 
 def settings_of(config: SdxlPreferenceConfig, schedule: Schedule) -> Settings:
@@ -134,7 +129,7 @@ def _encode(
     """Have the latents and embeddings of all pairs in the cache."""
     cache = TensorCache(cache_folder(task, config.cache_dir))
     images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision, config.bucket_step)
-    texts = TextKeys(folder.digest(*folder.encoders), config.precision)
+    texts = text_keys(folder, config.precision)
     reader = PairReader(
         cache, images, texts, schedule, config.seed, config.random_flip, config.caption_dropout, config.noise_offset
     )

@@ -18,7 +18,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import digest_bytes, digest_json
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.core.stage import Metrics
-from prefmill.families.sdxl.backbone import backbone_of
+from prefmill.families.sdxl.backbone import backbone_of, call_sdxl
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.generator import too_long
 from prefmill.families.sdxl.loading import SdxlFolder
@@ -58,16 +58,23 @@ class ImageKeys:
 
 @dataclass(frozen=True)
 class TextKeys:
-    """Names cached text embeddings."""
+    """Names cached text embeddings; `zeros` says whether no prompt is zeros in place of the empty prompt."""
 
     encoders: str
     precision: Precision
+    zeros: bool
 
     def of(self, prompt: str | None) -> str:
         """The key of a prompt; of None that of no prompt, as guidance leads away from it."""
-        if prompt is None:
-            return f"{digest_json([_VERSION, self.encoders, self.precision])}-no-text"
-        return f"{digest_json([_VERSION, self.encoders, self.precision, digest_bytes(prompt.encode())])}-text"
+        if prompt is None and self.zeros:
+            return f"{digest_json([_VERSION, self.encoders, self.precision])}-zeros"
+        return f"{digest_json([_VERSION, self.encoders, self.precision, digest_bytes((prompt or '').encode())])}-text"
+
+
+def text_keys(folder: SdxlFolder, precision: Precision) -> TextKeys:
+    """Those of a pipeline's text encoders, which compute in `precision`; SDXL's default are zeros."""
+    zeros = folder.index.get("force_zeros_for_empty_prompt", folder.backbone.call is call_sdxl)
+    return TextKeys(folder.digest(*folder.encoders), precision, zeros)
 
 
 def encode_images(
@@ -110,8 +117,7 @@ def encode_texts(
 ) -> None:
     """Keep `embeddings` [L, D] and `pooled` [P] of the prompts not yet kept, in the precision of the encoders.
 
-    No prompt, None, is zeros where the pipeline says so, as SDXL does, and the empty prompt elsewhere. Prompts longer
-    than the encoders read are told in the log.
+    Prompts longer than the encoders read are told in the log.
     """
     missing = _own_share(sorted({keys.of(prompt): prompt for prompt in prompts}.items()), cache)
     if missing:
@@ -119,7 +125,7 @@ def encode_texts(
         for key, prompt in tqdm(missing, desc="encoding prompts", unit=" prompts"):
             # One by one: a kept embedding must not depend on which other prompts were missing at that time.
             embeddings, pooled = encode_prompt(encoder, [prompt or ""], device)
-            if prompt is None and encoder.config.get("force_zeros_for_empty_prompt"):
+            if prompt is None and keys.zeros:
                 embeddings, pooled = embeddings * 0, pooled * 0
             cache.save(key, {"embeddings": embeddings[0].cpu(), "pooled": pooled[0].cpu()})
     wait_for_all()

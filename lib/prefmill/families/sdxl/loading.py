@@ -29,7 +29,7 @@ from prefmill.families.sdxl.folders import (
 )
 from prefmill.families.sdxl.noise import Schedule, load_schedule
 from prefmill.families.sdxl.whole import require_whole_part, require_whole_pipeline
-from prefmill.training.adapter import new_adapter
+from prefmill.training.adapter import new_adapter, unfitting_targets
 from prefmill.training.config import weights_precision
 from prefmill.training.finished import precision_of
 
@@ -194,19 +194,19 @@ def load_policy(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
 
 
 def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
-    """`unet` with the adapter of the configuration, step 0 being the base to the bit; unchanged without one."""
+    """`unet` with the adapter of the configuration, step 0 being the base to the bit; unchanged without one.
+
+    Raises ConfigError for layers that are not linear, as SD 1.5's proj_in: DoRA is exact, and merged, on linear ones.
+    """
     if config.lora is None:
         return unet
     from prefmill.families.sdxl.dora import make_exact
     from prefmill.families.sdxl.lora import make_lean
 
-    try:
-        model = new_adapter(unet, config)
-    except ValueError as error:
-        raise ConfigError(
-            "the adapter does not fit this model", where="lora.target_modules", got=str(error).splitlines()[0],
-            fix="name linear layers of the model, such as to_q, to_k, to_v, to_out.0",
-        ) from None  # fmt: skip
+    model = new_adapter(unet, config)
+    layers = {name: unet.get_submodule(name).get_base_layer() for name in model.base_model.targeted_module_names}
+    if others := [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if type(layer) is not nn.Linear]:
+        raise unfitting_targets(f"not linear: {others[0]}")
     make_exact(model)
     make_lean(model)
     return model

@@ -76,16 +76,12 @@ class NoiseSchedule:
     prediction: str = "epsilon"
     min_snr_gamma: float | None = None
     call: Call = call_sdxl
+    sample: Sampling = uniform
 
     @property
     def num_timesteps(self) -> int:
         """T."""
         return len(self.alphas)
-
-    @property
-    def sample(self) -> Sampling:
-        """How a timestep is drawn."""
-        return uniform
 
     def times(self, timesteps: Tensor, latents: Tensor) -> Tensor:
         """What a UNet is told of the timesteps: their numbers, [S]."""
@@ -133,16 +129,12 @@ class FlowSchedule:
     sigmas: Tensor
     call: Call
     shift: Shift | None = None
+    sample: Sampling = logit_normal
 
     @property
     def num_timesteps(self) -> int:
         """T."""
         return len(self.sigmas)
-
-    @property
-    def sample(self) -> Sampling:
-        """How a timestep is drawn."""
-        return logit_normal
 
     def times(self, timesteps: Tensor, latents: Tensor) -> Tensor:
         """What a transformer is told of the timesteps: T sigma, [S] fp32."""

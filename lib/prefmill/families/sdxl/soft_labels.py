@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from scipy.special import expit
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.image_rows import HEADS
@@ -21,16 +22,9 @@ def with_soft_labels(pairs: Sequence[PairImages], config: SdxlPreferenceConfig, 
     folder = task.input("reward").path
     prompts = [pair.prompt for pair in pairs for _ in pair.images]
     rewards = score_images(folder, prompts, [path for pair in pairs for path in pair.images]) @ weights
-    return [
-        replace(pair, soft_label=soft_label(float(winner - loser), config.reward_temperature))
-        for pair, (winner, loser) in zip(pairs, rewards.reshape(-1, 2), strict=True)
-    ]
-
-
-def soft_label(difference: float, temperature: float) -> float:
-    """s(difference / temperature), without overflow."""
-    # tanh and not exp, which overflows for a large difference.
-    return float(0.5 * (1 + np.tanh(difference / temperature / 2)))
+    winners, losers = rewards.reshape(-1, 2).T
+    labels = expit((winners - losers).astype(float) / config.reward_temperature)
+    return [replace(pair, soft_label=float(label)) for pair, label in zip(pairs, labels, strict=True)]
 
 
 def head_weights(given: dict[str, float] | None) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

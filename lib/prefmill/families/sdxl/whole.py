@@ -12,6 +12,7 @@ from torch import nn
 from prefmill.core.errors import InputError
 from prefmill.families.causal.loading import require_whole
 from prefmill.families.sdxl.folders import variant_of
+from prefmill.training.finished import tensor_names
 
 # A pair's first factor and DoRA's magnitudes, as PEFT, kohya and older diffusers call them.
 _PATTERNS = (re.compile(r"lora(_A|_down|\.down)\b"), re.compile(r"dora_scale|lora_magnitude_vector"))
@@ -41,7 +42,7 @@ def require_whole_pipeline(pipeline: Any, folder: Path, variant: str | None) -> 
 
 def require_place(pipeline: Any, file: Path, name: str | None = None) -> None:
     """Raise InputError for `file` without a LoRA's keys, or where diffusers passed over all, so that `name` is none."""
-    keys = _keys(file)
+    keys = tensor_names(file)
     has_place = name is None or any(name in names for names in pipeline.get_list_adapters().values())
     if not has_place or not any("lora" in key for key in keys):
         raise InputError(
@@ -54,7 +55,7 @@ def require_place(pipeline: Any, file: Path, name: str | None = None) -> None:
 
 def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
     """Raise InputError where the adapter called `name` has no place for a factor or a magnitude of `file`."""
-    keys = _keys(file)
+    keys = tensor_names(file)
     given = [sum(pattern.search(key) is not None for key in keys) for pattern in _PATTERNS]
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     weights = [(key, value) for part in parts for key, value in part.named_parameters() if f".{name}" in key]
@@ -68,10 +69,3 @@ def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
             got=counts if lost else "factors or magnitudes that the file lacks",
             fix="give the base that it was trained on, and the file as it was written",
         )  # fmt: skip
-
-
-def _keys(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())

@@ -287,6 +287,11 @@ def test_alpha_is_four_times_the_rank_and_targets_are_checked(sdxl: SdxlFolder) 
         32.0,
         3.0,
     ]
-    config = validate(SdxlPreferenceConfig, {"lora": {"target_modules": ["to_nothing"]}})
-    with pytest.raises(ConfigError, match="does not fit this model"):
-        add_adapter(unet_of(sdxl), config)
+    for targets, got in (
+        (["to_nothing"], "not found in the base model"),
+        (["to_q", "to_nothing"], "no layer called to_nothing"),  # trained to_q alone
+        (["to_q", "conv1"], r"conv1 \(Conv2d\)"),  # a traceback once all was trained
+    ):
+        config = validate(SdxlPreferenceConfig, {"lora": {"target_modules": targets}})
+        with pytest.raises(ConfigError, match=f"does not fit this model(.|\\n)*{got}"):
+            add_adapter(unet_of(sdxl), config)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from prefmill.core.errors import ConfigError
@@ -26,6 +27,7 @@ from prefmill.families.sdxl.encoding import (
     encode_texts,
     load_pixels,
     tell_cut,
+    text_keys,
 )
 from prefmill.families.sdxl.family import PairReader
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
@@ -67,7 +69,7 @@ def pair(tmp_path: Path) -> PairImages:
 
 def reader_of(folder: SdxlFolder, tmp_path: Path, pair: PairImages, bucket_step: int | None = None) -> PairReader:
     """A reader whose cache holds all that the pair may ask for."""
-    images, texts = ImageKeys("vae", 32, "fp32", bucket_step), TextKeys("text", "fp32")
+    images, texts = ImageKeys("vae", 32, "fp32", bucket_step), TextKeys("text", "fp32", zeros=True)
     reader = PairReader(TensorCache(tmp_path / "cache"), images, texts, load_schedule(folder.path, None), seed=0)
     files = [(path, sha, False, reader.size(pair)) for path, sha in zip(pair.images, pair.digests, strict=True)]
     encode_images(files, folder, images, reader.cache, 4, CPU)
@@ -89,6 +91,26 @@ def test_captions_are_dropped_in_their_share_and_the_same_ones_each_time(
     assert (batch.embeddings[1] != 0).any()
     assert torch.equal(batch.embeddings[1], batch.embeddings[3])
     assert all(replace(reader, caption_dropout=0.0).prompt(pair, epoch) for epoch in range(100))
+
+
+@pytest.mark.parametrize("zeros", [True, False, None])
+def test_no_prompt_is_what_the_pipelines_own_guidance_leads_away_from(
+    folder: SdxlFolder, tmp_path: Path, zeros: bool | None
+) -> None:
+    """Against diffusers; two pipelines with the same encoders took each other's from the cache."""
+    other = Path(shutil.copytree(folder.path, tmp_path / "other"))
+    index = {**json.loads((other / "model_index.json").read_text()), "force_zeros_for_empty_prompt": zeros}
+    said = {name: value for name, value in index.items() if value is not None}
+    (other / "model_index.json").write_text(json.dumps(said))
+    cache = TensorCache(tmp_path / "cache")
+    for one in (folder, SdxlFolder(other)):
+        keys = text_keys(one, "fp32")
+        encode_texts([None], one, keys, cache, CPU)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(other)
+    _, theirs, _, pooled = pipeline.encode_prompt("a red square", device=CPU, do_classifier_free_guidance=True)
+    kept = cache.load(keys.of(None))
+    assert torch.allclose(kept["embeddings"], theirs[0], atol=1e-6)
+    assert torch.allclose(kept["pooled"], pooled[0], atol=1e-6)
 
 
 def test_held_out_pairs_are_seen_as_they_are(folder: SdxlFolder, tmp_path: Path, pair: PairImages) -> None:
@@ -191,7 +213,7 @@ def test_pixels_of_a_bucket_are_the_images_own(tmp_path: Path) -> None:
 def test_samples_are_those_of_generate_images(folder: SdxlFolder, tmp_path: Path) -> None:
     """Pixel for pixel: guidance away from the same nothing, the latents' mean and spread, the folder's scheduler."""
     prompts = ["a red square on the left", "a blue circle"]
-    cache, texts = TensorCache(tmp_path / "cache"), TextKeys("text", "fp32")
+    cache, texts = TensorCache(tmp_path / "cache"), TextKeys("text", "fp32", zeros=True)
     encode_texts([None, *prompts], folder, texts, cache, CPU)
     config = SdxlPreferenceConfig(sample_steps=1, sample_inference_steps=3, resolution=32, precision="fp32")
     grid = SampleGrid(prompts, config, folder, cache, texts, tmp_path)
