@@ -61,7 +61,7 @@ def test_more_papers_never_move_one_between_splits(tmp_path: Path) -> None:
 
 
 def test_a_title_under_two_ids_is_one_paper_in_one_split(tmp_path: Path) -> None:
-    lines = [row(1), row(2, title="TITLE  1!", abstract="Another."), row(3)]
+    lines = [row(1), row(2, title="TITLE  1!", abstract="Another.", review_text="Bad."), row(3)]
     corpus = ingest(tmp_path, sources=[{"format": "jsonl", "path": jsonl(tmp_path / "x.jsonl", *lines)}])
     assert [paper["paper_id"] for paper in rows(corpus, "papers.jsonl")] == ["p1", "p3"]
     assert _ids(rows(corpus, "reviews.jsonl")) == [("p1", "r1"), ("p1", "r2"), ("p3", "r3")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ CALIBRATION = "calibration.json"
 NUM_BINS = 10
 _EDGE = 5e-7  # half of the last decimal of a stored probability: 0 and 1 stand for what rounds to them
 _LOWEST, _HIGHEST = 0.02, 50.0
-_GOLDEN = (math.sqrt(5) - 1) / 2
 _TOLERANCE = 1e-6  # of the logarithm of the temperature
 _JUDGE_KEYS = ("model_name_or_path", "revision", "include_paper")
 
@@ -179,6 +178,8 @@ def read_temperature(artifact: Artifact | None, settings: Mapping[str, Any]) -> 
 
 
 def _likeliest(p_yes: Array, labels: Array) -> float:
+    from scipy.optimize import minimize_scalar  # a second, for what scoring does not need
+
     odds = _log_odds(p_yes)
     signed = np.where(labels > 0.5, -odds, odds)
 
@@ -186,26 +187,10 @@ def _likeliest(p_yes: Array, labels: Array) -> float:
         # -log P(label) is log(1 + exp(x)): logaddexp does not overflow where the judge is sure and wrong.
         return float(np.logaddexp(0.0, signed * math.exp(-log_temperature)).mean())
 
-    return math.exp(golden_section(loss, math.log(_LOWEST), math.log(_HIGHEST)))
-
-
-def golden_section(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where `function`, with one minimum in [low, high], is least (Kiefer 1953).
-
-    The likelihood is concave in 1/T, hence has one maximum in any monotone function of T.
-    """
-    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    at_left, at_right = function(left), function(right)
-    while high - low > _TOLERANCE:
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - _GOLDEN * (high - low)
-            at_left = function(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + _GOLDEN * (high - low)
-            at_right = function(right)
-    return (low + high) / 2
+    # The likelihood is concave in 1/T, hence has one maximum in any monotone function of T.
+    bounds = math.log(_LOWEST), math.log(_HIGHEST)
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE})
+    return math.exp(float(found.x))
 
 
 def _log_odds(p_yes: Array) -> Array:

@@ -25,6 +25,8 @@ _SHOWN_CHARACTERS = 300
 _KEY = re.compile(r"[!#-&(-~][!-~]*")  # what a header may hold, without the quotes that an env file leaves around it
 _HIGHEST_PORT = 65535
 _ERROR_STATUS = re.compile("[45][0-9]{2}")
+# A gateway that looks at texts says 403 about one review, as it does about a key.
+_WITHHELD = re.compile(r"moderation|input was flagged|content[ _-]?(filter|policy)", re.IGNORECASE)
 _NO_RETRY_MENDS = re.compile("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER")
 _CLIENT_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _log = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ class Server:
     def _content(self, response: httpx.Response, status: int, content: Any) -> dict[str, Any]:
         said = self._said(response)
         # Key and address are the same for every review, so these end the task in place of failing reviews one by one.
-        if status in (401, 402, 403):
+        if status in (401, 402, 403) and not _WITHHELD.search(said):
             raise ConfigError(
                 "the server refuses the key", where=self.url, got=said,
                 expected=f"its key in {self.config.api_key_env}, which is {'set' if self.key else 'not set'}",
@@ -191,7 +193,8 @@ class Server:
         return PrefmillError(
             "the server did not answer", where=self.url, got=f"{trouble} (attempt {attempts})",
             expected=f"an answer within {self.config.num_retries + 1} attempts (engine.num_retries)",
-            fix=f"look at the server's log, start it again and rerun: what is scored is kept{chat}",
+            fix=f"look at {self.config.base_url_env} and the server's log, start it again and rerun: what is scored is "
+            f"kept{chat}",
         )  # fmt: skip
 
 

@@ -148,7 +148,8 @@ class Engine(ABC):
             if outcome.failure is not None:
                 raise InputError(
                     "a review could not be scored", where=f"review {outcome.review_id} of paper {outcome.paper_id}",
-                    got=outcome.failure, fix="shorten it, or set the engine's truncate_reviews=true",
+                    got=outcome.failure,
+                    fix="shorten it, set the engine's truncate_reviews=true, or serve a longer context to engine chat",
                 )  # fmt: skip
             yield self.evaluation(outcome)
 

@@ -236,8 +236,8 @@ def require_few_failures(num_failed: int, share: float, num_reviews: int, latest
     raise InputError(
         "too many reviews could not be scored", got=f"{num_failed} failed{example}",
         expected=f"at most {share:g} of the reviews (max_failed_share)",
-        fix="over-long reviews: set engine.truncate_reviews=true; to go on without such reviews: raise "
-        "max_failed_share. What is scored is kept",
+        fix="over-long reviews: set engine.truncate_reviews=true, or serve a chat model with a longer context; "
+        "to go on without such reviews: raise max_failed_share. What is scored is kept",
     )  # fmt: skip
 
 

@@ -76,7 +76,8 @@ def link(store: CorpusStore, rejects: Rejects, tally: IngestTally) -> None:
     # Before titles are merged: a merged paper has the smallest id, which must not be that of a dropped paper.
     tally.unreviewed = store.drop_unreviewed()
     tally.merged = store.merge_titles()
-    tally.repeated, tally.older, tally.deleted = store.num_repeated, store.num_older, store.num_deleted
+    tally.apart, tally.repeated = store.num_apart, store.num_repeated
+    tally.older, tally.deleted = store.num_older, store.num_deleted
 
 
 def write_corpus(
@@ -92,7 +93,7 @@ def write_corpus(
     Papers and reviews are in order of their ids. Raises InputError when too many rows were set aside or none is left;
     no file appears then.
     """
-    test_ids = read_test_set(splits, store.find_paper)
+    test_titles = read_test_set(splits, store.find_title)
     with contextlib.ExitStack() as stack:
         papers = stack.enter_context(JsonlWriter(reader.output / "papers.jsonl"))
         reviews = stack.enter_context(JsonlWriter(reader.output / "reviews.jsonl"))
@@ -109,7 +110,7 @@ def write_corpus(
             if document.text_from == "nothing" and reader.config.title_only == "drop":
                 tally.left_out += 1
                 continue
-            row = _paper(paper, document, "test" if paper.paper_id in test_ids else split_of(key, splits))
+            row = _paper(paper, document, "test" if key in test_titles else split_of(key, splits))
             written = reviews_of[paper.paper_id]
             scale = prompt_scale([review.scale for review in written])
             # No key on 1 to 10: a corpus that was made before rows kept their scale has the same bytes.

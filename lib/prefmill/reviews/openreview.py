@@ -110,8 +110,7 @@ class OpenReviewSource(FileSource):
             return self._paper(values, content, names)
         if names & _lower(self.review_invitations):
             return self._review(values, content)
-        # min: a set of strings has another order in every process, and summaries would differ.
-        return self._decision(values, content, names) or [Skipped(min(names))]
+        return self._decision(values, content, names) or [self._passed_over(content, names)]
 
     def _paper(self, note: Mapping[str, Any], content: Mapping[str, Any], names: set[str]) -> list[Item]:
         found = forms.standing(content, _group(note), names, self.decisions_by_word)
@@ -175,6 +174,15 @@ class OpenReviewSource(FileSource):
             )
         decision, unknown = self.decision(said)
         return unknown if decision is None else [self._decision_row(note, decision, rank=0 if by_chair else 2)]
+
+    def _passed_over(self, content: Mapping[str, Any], names: set[str]) -> Item:
+        """A note of another kind; what has a review's grades, such as an `Emergency_Review`, is told."""
+        fields = {name.lower(): value for name, value in content.items()}
+        is_rated = all(_given(fields, wanted) for wanted in (self.rating_fields, self.confidence_fields))
+        # min: a set of strings has another order in every process, and summaries would differ.
+        if is_rated and not names & _lower(self.decision_invitations):
+            return Unknown("rated note that review_invitations does not name", min(names))
+        return Skipped(min(names))
 
     def _decision_row(self, note: Mapping[str, Any], decision: Decision, rank: int = 2) -> DecisionRow:
         return DecisionRow(self._paper_id(note), decision, rank, _date(note), f"{self.id_prefix}{note.get('id')}")

@@ -26,9 +26,10 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # nearly every id
 _NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th", "4.5.1" or "6,5"
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
-# "6-7", "5 -> 6", "6 or 7", "7 1/2", "6%", "6-Jul" (a sheet's 6-7), and "4/5", where the 5 is to be the scale's end
+# "6-7", "5 -> 6", "5 (raised to 6)", "7 1/2", "6%", "6-Jul" (a sheet's 6-7), and "4/5", where the 5 must end the scale
 _SECOND_NUMBER = re.compile(
-    r"\s*(?:(?P<of>[/\u2044\u2215]|[(\[]?(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b)"
+    r"\s*(?:(?P<of>[/\u2044\u2215]|[(\[]?(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b"
+    r"|[^\d\n]*\b(?:rais|lower|increas|decreas|chang|updat)ed to\b)"
     r"\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)|\s+[\d¼½¾]"
     r"|-(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?:-\d+)?\s*$"
 )
@@ -310,8 +311,6 @@ def parse_confidence(value: Any, words: Mapping[str, float] | None = None) -> fl
     """A confidence from 1 to 5, None where there is none; a word that `words` lacks and another number are unknown."""
     if value is None or value == "":
         return None
-    if type(value) in _NUMBERS and 1 <= value <= 5:
-        return float(value)
     number = (words or {}).get(word_key(value)) if isinstance(value, str) else None
     if number is None and isinstance(value, str) and (not begins_with_number(value) or _is_otherwise(value, 5)):
         return Unknown("confidence", value)

@@ -71,8 +71,8 @@ def split_of(key: str, config: SplitConfig) -> Split:
     return "train"
 
 
-def read_test_set(config: SplitConfig, find_paper: Callable[[str, str], str | None]) -> frozenset[str]:
-    """The ids of the papers that `test_set` lists; `find_paper` looks one up by a line's text and its title key.
+def read_test_set(config: SplitConfig, find_title: Callable[[str, str], str | None]) -> frozenset[str]:
+    """The title keys of the papers in `test_set`; `find_title` looks one up by a line's text and its title key.
 
     Raises InputError naming the first line that matches none.
     """
@@ -83,11 +83,11 @@ def read_test_set(config: SplitConfig, find_paper: Callable[[str, str], str | No
         entry = _decode(line, config.test_set, number)
         if not entry:
             continue
-        paper_id = find_paper(entry, _key_or_nothing(entry))
-        if paper_id is None:
+        key = find_title(entry, _key_or_nothing(entry))
+        if key is None:
             unmatched.append((number, entry))
         else:
-            found.add(paper_id)
+            found.add(key)
     # A list of which nothing matches is the wrong file, even where unmatched lines are allowed.
     if not found or (unmatched and config.require_test_papers):
         raise _unmatched(config.test_set, unmatched)

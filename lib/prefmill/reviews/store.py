@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from prefmill.reviews.rows import DecisionRow, DeletedRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.reviews.splits import title_key
-from prefmill.reviews.versions import MERGED_FIELDS, differ, filled, final, require_agreement
+from prefmill.reviews.versions import MERGED_FIELDS, as_one, differ, filled, final, require_agreement
 from prefmill.store.jsonl import encode_checked, parse_json
 
 _CACHE_KILOBYTES, _PAGE_BYTES = 65536, 32768  # a page holds some forty reviews
@@ -64,6 +64,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             f"PRAGMA synchronous=OFF; {_SCHEMA} BEGIN;"
         )
         self._database.create_function("moved", 2, _moved)
+        self._database.create_function("text_of", 1, lambda review: parse_json(review)["text"])
         # One cursor for what is done for every row: a connection's execute makes one each time.
         self._insert = self._database.cursor().execute
         self._encode = msgspec.json.Encoder().encode
@@ -72,6 +73,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self._origin_numbers: dict[tuple[int, str, Scale], int] = {}
         self._last_paper: PaperRow | None = None
         self.num_repeated = 0  # reviews listed again, word for word
+        self.num_apart = 0  # papers with the title of another that fared otherwise
         self.num_older = 0  # versions of notes that a newer one replaces
         self.num_deleted = 0  # reviews and papers that a later version says are deleted
 
@@ -127,12 +129,12 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         for paper_id, rows in groupby(self._database.execute(query), itemgetter(0)):
             yield paper_id, [StoredReview(json, rating, *said[origin]) for _, json, rating, origin in rows]
 
-    def find_paper(self, identifier: str, key: str) -> str | None:
-        """The id of the paper with that id, with an id that was merged into it, or with that title key."""
+    def find_title(self, identifier: str, key: str) -> str | None:
+        """The title key of the paper with that id, with an id that was merged into it, or with that title key."""
         queries = (
-            ("SELECT paper_id FROM papers WHERE paper_id = ?", identifier),
-            ("SELECT paper_id FROM aliases WHERE alias = ?", identifier),
-            ("SELECT paper_id FROM papers WHERE title_key = ?", key),
+            ("SELECT title_key FROM papers WHERE paper_id = ?", identifier),
+            ("SELECT title_key FROM papers JOIN aliases USING (paper_id) WHERE alias = ?", identifier),
+            ("SELECT title_key FROM papers WHERE title_key = ?", key),
         )
         rows = (self._database.execute(query, (value,)).fetchone() for query, value in queries)
         return next((row[0] for row in rows if row), None)
@@ -151,12 +153,10 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def drop_orphans(self, all_of_them: bool) -> dict[str, int]:
         """Drop what belongs to no paper, or only to deleted ones; returns how many reviews of each paper."""
-        if not (all_of_them or self.count("deleted")):
+        if not (all_of_them or self.count("deleted")):  # as nearly always: every look goes through all reviews
             return {}
         unknown = "paper_id NOT IN (SELECT paper_id FROM papers)"
         if not all_of_them:
-            if not self.count("deleted"):  # as nearly always: every look goes through all reviews
-                return {}
             unknown += " AND paper_id IN (SELECT note_id FROM deleted)"
         query = f"SELECT paper_id, count(*) FROM reviews WHERE {unknown} GROUP BY paper_id ORDER BY paper_id"  # noqa: S608
         found = dict(self._database.execute(query).fetchall())
@@ -191,20 +191,18 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         return self._database.execute(query).rowcount
 
     def merge_titles(self) -> list[tuple[str, str]]:
-        """Make one paper of those that share a title, under the smallest id; returns (dropped id, kept id).
-
-        The kept paper's own values stand; what it lacks comes from the next that has it.
-        """
+        """Make one paper of those that share a title, as `as_one` does; returns (dropped id, kept id)."""
         repeated = "SELECT title_key FROM papers GROUP BY title_key HAVING count(*) > 1 ORDER BY min(paper_id)"
         merged = []
         for (key,) in self._database.execute(repeated).fetchall():
             query = f"SELECT {_PAPER_COLUMNS} FROM papers WHERE title_key = ? ORDER BY paper_id"  # noqa: S608
-            kept, *others = [_paper(row) for row in self._database.execute(query, (key,))]
-            for other in others:
-                kept = filled(kept, other)
-                self._replace(kept, other.paper_id)
-                merged.append((other.paper_id, kept.paper_id))
-            self._update(kept)
+            papers = as_one(_paper(row) for row in self._database.execute(query, (key,)))
+            self.num_apart += len(papers) - 1
+            for kept, dropped in papers:
+                for paper_id in dropped:
+                    self._replace(kept.paper_id, paper_id)
+                    merged.append((paper_id, kept.paper_id))
+                self._update(kept)
         return merged
 
     def _add_paper(self, place: Place, paper: PaperRow) -> None:
@@ -292,12 +290,17 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             update = "UPDATE papers SET decision = ? WHERE paper_id = ? AND decision IS NULL"
             self._database.execute(update, (decision, paper_id))
 
-    def _replace(self, kept: PaperRow, dropped_id: str) -> None:
+    def _replace(self, kept_id: str, dropped_id: str) -> None:
         query = "UPDATE reviews SET paper_id = :kept, json = moved(json, :kept) WHERE paper_id = :dropped"
-        self._database.execute(query, {"kept": kept.paper_id, "dropped": dropped_id})
+        ids = {"kept": kept_id, "dropped": dropped_id}
+        self._database.execute(query, ids)
+        # Two dumps of one venue may name its reviews differently.
+        first = "SELECT min(review_id) FROM reviews WHERE paper_id = :kept GROUP BY rating, text_of(json)"
+        query = f"DELETE FROM reviews WHERE paper_id = :kept AND review_id NOT IN ({first})"  # noqa: S608
+        self.num_repeated += self._database.execute(query, ids).rowcount
         self._database.execute("DELETE FROM papers WHERE paper_id = ?", (dropped_id,))
         # A test set may list the dropped id, which must still find its paper.
-        self._database.execute("INSERT INTO aliases VALUES (?, ?)", (dropped_id, kept.paper_id))
+        self._database.execute("INSERT INTO aliases VALUES (?, ?)", (dropped_id, kept_id))
 
     def _update(self, paper: PaperRow) -> None:
         said = {name: getattr(paper, name) for name in ("title", *MERGED_FIELDS, "date")}

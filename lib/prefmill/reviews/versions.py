@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from msgspec.structs import replace
@@ -35,7 +36,24 @@ def differ(one: Any, two: Any) -> bool:
     return bool(one and two and one != two)
 
 
-def final(one: Decision, two: Decision) -> Decision | None:
+def as_one(papers: Iterable[PaperRow]) -> list[tuple[PaperRow, list[str]]]:
+    """Papers of one title, the smallest id first: each that stands, and the ids of those that are merged into it.
+
+    Its own values stand; what it lacks comes from the next that has it. One that was accepted and one that was
+    rejected, as before a resubmission, stay two: their reviews are of different versions.
+    """
+    found: list[tuple[PaperRow, list[str]]] = []
+    for paper in papers:
+        for at, (kept, ids) in enumerate(found):
+            if not (differ(kept.decision, paper.decision) and final(kept.decision, paper.decision) is None):
+                found[at] = filled(kept, paper), [*ids, paper.paper_id]
+                break
+        else:
+            found.append((paper, []))
+    return found
+
+
+def final(one: Decision | None, two: Decision | None) -> Decision | None:
     """The decision that stands: a paper withdrawn or desk-rejected stays so; None where the two contradict."""
     if one == two:
         return one

@@ -29,7 +29,7 @@ def forecast(
     for task in _distinct(plan.select(only) if only else plan.tasks):
         missing = [path for paths in task.inputs.values() for path in paths if not (path / MANIFEST).is_file()]
         if missing:
-            say(f"{task.key}: not measured, as its input {missing[0]} is not finished")
+            say(f"{task.key}: not measured, as its input {missing[0]} is not finished: run what makes it first")
         else:
             ready.append(task)
     for key, times in measure(ready, plan.workspace, show).items() if ready else ():

@@ -141,7 +141,11 @@ def _slice(task: PlannedTask, rows: int, scratch: Path) -> PlannedTask:
         return replace(small, inputs={**task.inputs, "datasets": (cut,)})
     key = "limit" if task.stage.writes == "review_scores" else "max_rows"
     most = getattr(task.config, key)
-    return replace(small, config=task.config.model_copy(update={key: rows if most is None else min(rows, most)}))
+    changes: dict[str, Any] = {key: rows if most is None else min(rows, most)}
+    share = getattr(task.config, "max_failed_share", None)
+    if share:  # one of eight reviews that is too long says nothing of the share of all
+        changes["max_failed_share"] = max(0.5, share)
+    return replace(small, config=task.config.model_copy(update=changes))
 
 
 def _sliced_datasets(task: PlannedTask, rows: int, folder: Path) -> Path:

@@ -37,21 +37,30 @@ class Journal(AbstractContextManager["Journal"]):
         # Before the first append, which would otherwise become part of a torn line.
         _cut_torn_end(path)
         self._stream: IO[bytes] = path.open("ab")
+        self._held: list[bytes] = []
+        self._has_success = any(not entry.failed for entry in self.entries())
 
     def append(self, row: Any, num_cut_tokens: int = 0, failed: bool = False) -> None:
-        """Add one entry; when this returns, it survives the end of this process."""
+        """Add one entry; when this returns, it survives the end of this process.
+
+        Failures do so from the first success on. Where all fails, as with a server that refuses every request, all is
+        to be tried again once the cause is gone.
+        """
         head = _FAILED if failed else str(num_cut_tokens).encode()
-        self._stream.write(head + b"\t" + to_json(row).encode() + b"\n")
-        # Not synced: a kill costs nothing that the kernel has, and what a power cut takes is scored again.
-        self._stream.flush()
+        self._held.append(head + b"\t" + to_json(row).encode() + b"\n")
+        self._has_success |= not failed
+        if self._has_success:
+            self._write_held()
 
     def entries(self) -> Iterator[Entry]:
         """Every entry, from the first."""
+        self._write_held()
         with self._path.open("rb") as stream:
             yield from map(_entry, stream)
 
     def ordered(self, key: Callable[[Entry], tuple[str, str]]) -> Iterator[Entry]:
         """Every entry, by its key; sorted on disk, so that memory does not grow with their number."""
+        self._write_held()
         # An empty name is a database of SQLite's own, in memory up to its cache and in a temporary file beyond.
         with contextlib.closing(sqlite3.connect("")) as places, self._path.open("rb") as stream:
             places.execute("CREATE TABLE places (first BLOB, second BLOB, start INTEGER)")
@@ -59,6 +68,12 @@ class Journal(AbstractContextManager["Journal"]):
             for (start,) in places.execute("SELECT start FROM places ORDER BY first, second"):
                 stream.seek(start)
                 yield _entry(stream.readline())
+
+    def _write_held(self) -> None:
+        self._stream.write(b"".join(self._held))
+        # Not synced: a kill costs nothing that the kernel has, and what a power cut takes is scored again.
+        self._stream.flush()
+        self._held.clear()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -45,13 +45,6 @@ def test_it_is_where_the_derivative_of_the_likelihood_vanishes() -> None:
     assert slope == pytest.approx(0, abs=1e-5)
 
 
-def test_golden_section_finds_a_minimum_wherever_it_is() -> None:
-    for wanted in (-3.9, 0.0, 2.2):
-        assert calibration.golden_section(lambda x, w=wanted: abs(x - w) ** 1.5, -4, 4) == pytest.approx(
-            wanted, abs=1e-5
-        )
-
-
 def test_losses_and_errors_by_hand() -> None:
     p_yes, labels = np.array([0.9, 0.9, 0.9, 0.9, 0.2]), np.array([1.0, 1.0, 1.0, 0.0, 0.0])
     expected = -(3 * math.log(0.9) + math.log(0.1) + math.log(0.8)) / 5

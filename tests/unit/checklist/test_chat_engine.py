@@ -157,6 +157,7 @@ FAILED: dict[str, tuple[int, Any, str]] = {
     ),
     "a filter": (200, {"choices": [{"message": {}, "finish_reason": "content_filter"}]}, "answer: content_filter"),
     "vLLM's older errors": (200, {"object": "error", "message": "too long", "code": 400}, "too long"),
+    "a gateway's moderation": (403, {"error": {"message": "moderation: your input was flagged"}}, "was flagged"),
     "a request it refuses": (400, {"message": "too long"}, "400"),
     "a refusal within a 200": (200, {"error": {"code": "400", "message": "too long"}}, "too long"),
 }

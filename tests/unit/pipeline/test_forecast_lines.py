@@ -45,6 +45,19 @@ def task_of(stage: str, folder: Path, pairs: int, **keys: object) -> PlannedTask
     return PlannedTask("r", found, "clean", {}, {}, config, {"datasets": (folder,)}, folder / "o", folder / "l")
 
 
+def test_one_of_eight_reviews_may_fail_where_few_of_all_may() -> None:
+    """With a share of 5 % that is allowed, a review that is too long ended the measurement."""
+    found = load_stage("score_reviews")
+    shares = []
+    for share in (0, 0.05, 0.9):
+        config = found.config.model_validate({"engine": {"engine": "lexical"}, "max_failed_share": share})
+        task = PlannedTask("r", found, "all", {}, {}, config, {}, Path("o"), Path("l"))
+        small = slices._slice(task, 8, Path("scratch")).config
+        assert isinstance(small, found.config)
+        shares.append((small.limit, small.max_failed_share))
+    assert shares == [(8, 0), (8, 0.5), (8, 0.9)]
+
+
 @pytest.mark.parametrize("stage", ["dpo", "mdlm_dpo"])
 def test_a_slice_is_whole_groups_from_all_of_the_file_with_their_images(stage: str, tmp_path: Path) -> None:
     task = task_of(stage, tmp_path / "made", pairs=300)

@@ -28,6 +28,7 @@ from tests.unit.reviews.read_sources import ROW, items_of, read, source, write
 @pytest.mark.parametrize(
     "text",
     [
+        "5 (raised to 6)", "6, changed to 8",
         "4/5", "3 out of 5", "4 (out of 5)", "6-7", "6 - 7", "6 or 7", "5 -> 6", "5→6", "6 to 7", "6, 7", "6;7", "6±1",
         "60%",
         "6\u22127", "6\u20117", "5 => 6", "5 > 6", "6 and 7", "6 & 7", "6 | 7", "4\u20445", "7 1/2", "7 ½", "6-jul",

@@ -259,3 +259,18 @@ def test_a_folder_of_forums_is_read_in_order_of_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="a folder without review files"):
         items_of(source(format="openreview_v2", path=tmp_path / "empty"))
+
+
+def test_a_rated_note_of_another_invitation_is_told(tmp_path: Path) -> None:
+    """Emergency reviews were counted as skipped, beside comments, in summary.json alone."""
+    notes = [
+        v1_note("e1", "Paper1/-/Emergency_Review", V1_REVIEW),
+        v1_note("m1", "Paper1/-/Meta_Review", {"metareview": "Fine.", "rating": "8", "confidence": "4"}),
+        v1_note("x1", "Paper1/-/Ethics_Review", {"recommendation": "1: no issues"}),
+    ]
+    path = write(tmp_path / "notes.json", json.dumps(notes))
+    found = items_of(source(format="openreview_v1", path=path))
+    told = Unknown("rated note that review_invitations does not name", "emergency_review")
+    assert found == [told, Skipped("meta_review"), Skipped("ethics_review")]
+    given = ["official_review", "emergency_review"]
+    assert isinstance(items_of(source(format="openreview_v1", path=path, review_invitations=given))[0], ReviewRow)

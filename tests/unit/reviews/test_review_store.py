@@ -30,7 +30,7 @@ def at(line: int, file: str = "/data/a.jsonl") -> Place:
 
 
 def review(identifier: str, paper_id: str, **values: Any) -> ReviewRow:
-    return ReviewRow(identifier, paper_id, "Good.", 6.0, **values)
+    return ReviewRow(identifier, paper_id, values.pop("text", f"Good {identifier}."), 6.0, **values)
 
 
 def written(row: ReviewRow) -> dict[str, Any]:
@@ -216,8 +216,35 @@ def test_one_title_is_one_paper_under_the_smallest_id(store: CorpusStore) -> Non
     assert store.merge_titles() == [("b", "a"), ("c", "a")]
     assert contents(store) == {"a": ["r-a", "r-b", "r-c"], "d": ["r-d"]}
     assert [paper.abstract for _, paper, _ in store.papers()] == ["abstract b", "abstract d"]
-    assert [store.find_paper(name, "") for name in ("a", "b", "c", "d", "e")] == ["a", "a", "a", "d", None]
-    assert store.find_paper("?", "deep nets") == "a"
+    assert [store.find_title(name, "") for name in ("a", "b", "c", "d")] == [*["deep nets"] * 3, "deep nets 2"]
+    assert [store.find_title("?", key) for key in ("deep nets", "other")] == ["deep nets", None]
+
+
+def test_an_accepted_and_a_rejected_paper_of_one_title_stay_two(store: CorpusStore) -> None:
+    """A resubmission: the reviews of the version that was accepted were those of a rejected paper."""
+    fates: list[tuple[str, Any]] = [
+        ("a", "rejected"), ("b", "accepted"), ("c", None), ("d", "accepted"), ("e", "withdrawn"),
+    ]  # fmt: skip
+    for line, (paper_id, fate) in enumerate(fates, 1):
+        store.add(at(line), PaperRow(paper_id, "Deep Nets", decision=fate))
+        store.add(at(line), review(f"r-{paper_id}", paper_id))
+    assert list(store.link()) == []
+    assert store.merge_titles() == [("c", "a"), ("e", "a"), ("d", "b")]
+    assert contents(store) == {"a": ["r-a", "r-c", "r-e"], "b": ["r-b", "r-d"]}
+    assert [paper.decision for _, paper, _ in store.papers()] == ["rejected", "accepted"]
+    assert store.num_apart == 1
+
+
+def test_a_review_that_two_dumps_name_differently_counts_once(store: CorpusStore) -> None:
+    """Each pair of such a paper was trained four times."""
+    for paper_id in ("a", "z"):
+        store.add(at(1), PaperRow(paper_id, "Deep Nets"))
+        for number in (1, 2):
+            store.add(at(1), review(f"{paper_id}{number}", paper_id, text=f"Review {number}."))
+    assert list(store.link()) == []
+    store.merge_titles()
+    assert contents(store) == {"a": ["a1", "a2"]}
+    assert store.num_repeated == 2
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=25))

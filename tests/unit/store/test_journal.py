@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefmill.store.journal import Entry, Journal
+from prefmill.store.journal import Entry, Journal, _entry
 
 NAMES = ["a", "b" * 3, "é", "\uffff", "\U0001f600", "Z", "", "a\x00b", "10", "9"]
 
@@ -35,6 +35,25 @@ def test_entries_come_in_the_order_of_their_keys_as_python_has_it(tmp_path: Path
             journal.append(row, num_cut_tokens=number)
         found = [(entry.row(), entry.num_cut_tokens) for entry in journal.ordered(key)]
     assert found == sorted(((row, number) for number, row in enumerate(given)), key=lambda pair: place(pair[0]))
+
+
+def test_failures_are_kept_from_the_first_success_on(tmp_path: Path) -> None:
+    """Of a server that refuses all, a rerun asks again about all: the share that may fail was kept as failed."""
+    path = tmp_path / "journal"
+    first, second, third, fourth = rows(4)
+    with Journal(path) as journal:
+        journal.append(first, failed=True)
+    assert not path.read_bytes()
+    with Journal(path) as journal:
+        journal.append(first, failed=True)
+        journal.append(second)
+        assert [entry.failed for entry in map(_entry, path.read_bytes().splitlines())] == [True, False]
+    with Journal(path) as journal:
+        journal.append(third, failed=True)
+        assert [entry.row() for entry in map(_entry, path.read_bytes().splitlines())] == [first, second, third]
+    with Journal(tmp_path / "all failed") as journal:
+        journal.append(fourth, failed=True)
+        assert [entry.row() for entry in journal.ordered(key)] == [fourth]
 
 
 @pytest.mark.slow
