@@ -53,7 +53,7 @@ def with_rows(folder: Path, pairs: Artifact, change: Any) -> Artifact:
 
 def test_it_learns_from_ln_2_on_and_writes_what_the_page_says(undisturbed: Path, pairs: Artifact) -> None:
     curve = [row for row in read_curve(undisturbed / "logs" / STEPS) if "loss" in row]
-    assert curve[0]["loss"] == pytest.approx(math.log(2) / 2, abs=0.2)  # the weight of each of two pairs is 1/2
+    assert curve[0]["loss"] == pytest.approx(math.log(2), abs=0.2)
     assert curve[-1]["loss"] < curve[0]["loss"]
     names = set(content(undisturbed))
     expected = {"config.json", "model.safetensors", "metrics.json", "predictions.jsonl", "trained_on.json", "README.md"}

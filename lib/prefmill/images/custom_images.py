@@ -37,9 +37,13 @@ IMAGES_FILES = ("images.csv", "images.jsonl")
 _METADATA = ("metadata.csv", "metadata.jsonl")  # ImageFolder's
 _FILE = ("file_name", "filename", "image_path")
 _IMAGE_TOO = {**PROMPT_TOO, "file": (*_FILE, "image")}
-_SCORE_TOO = {"image": (*_FILE, "file")}
-# As Label Studio and sheets have it.
-_RATING_TOO = {"choice": ("preference", "winner", "pairwise", "pw"), "rater": ("annotator",)}
+# As Label Studio, crowds' platforms and sheets have it.
+RATERS = (
+    "annotator", "annotator_id", "worker", "worker_id", "workerid", "user", "user_id", "rater_id", "participant",
+    "participant_id", "prolific_pid", "evaluator", "labeler",
+)  # fmt: skip
+_SCORE_TOO = {"image": (*_FILE, "file"), "rater": RATERS}
+_RATING_TOO = {"choice": ("preference", "winner", "pairwise", "pw"), "rater": RATERS}
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
 # Our own names first, then those of tables filled in by hand.
 _SIDES = (
@@ -184,7 +188,7 @@ def _rated(columns: Sequence[str], path: Path) -> dict[str, str]:
             f"no column {', '.join(missing)}", where=f"{path}:1",
             got=", ".join(columns), expected=", ".join(RATING_COLUMNS), fix="name the columns on the first line",
         )  # fmt: skip
-    _tell_unused(path, {*columns} - {"prompt_id", *RATING_COLUMNS[:4], *rated.values()})
+    tell_unused(path, {*columns} - {"prompt_id", *RATING_COLUMNS[:4], *rated.values()})
     return rated
 
 
@@ -196,7 +200,8 @@ def _numbered(sides: tuple[str, str], said: set[str]) -> dict[str, str]:
     return {"0": "left", "1": "right"} if by_name == "0" or said & {"0", "2"} == {"0"} else {}
 
 
-def _tell_unused(path: Path, columns: set[str]) -> None:
+def tell_unused(path: Path, columns: set[str]) -> None:
+    """Name the columns of a table that nothing reads, in the log."""
     if columns := columns - {""}:
         _log.warning("%s: columns that are not used: %s", path, ", ".join(sorted(columns)))
 
@@ -229,7 +234,7 @@ def read_scores(path: Path, collection: Collection, tie_margin: float) -> Iterat
             collection.quarantine.add("rating", where, "scored twice by one rater", image_id=image.image_id)
         else:
             scored[image.prompt_id, rater][image.image_id] = (where, scores)
-    _tell_unused(path, unused)
+    tell_unused(path, unused)
     for (prompt_id, rater), images in scored.items():
         for (left, (where, ours)), (right, (_, theirs)) in combinations(images.items(), 2):
             for dimension in (name for name in ours if name in theirs):

@@ -13,7 +13,14 @@ from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
-from prefmill.images.custom_images import read_artifact, read_own_images, read_ratings, read_scores
+from prefmill.images.custom_images import (
+    RATERS,
+    read_artifact,
+    read_own_images,
+    read_ratings,
+    read_scores,
+    tell_unused,
+)
 from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import one_spelling, prompt_id_of, safe_name
 from prefmill.images.rankings import is_name, overall, read_rankings
@@ -25,6 +32,10 @@ _SIDES = (
     ("preferred_image", "rejected_image"), ("chosen_image", "rejected_image"),
 )  # fmt: skip
 _HPDV3_SIDES, _HPDV3_KEYS = ("path1", "path2"), {"confidence", "choice_dist"}
+_PAIR_KEYS = {
+    "prompt", "caption", "prompt_id", "pair_id", "labels", "choice_dist", "confidence", "weight", "split", "rater",
+    *RATERS, *DIMENSIONS, *_HPDV3_SIDES, *(name for names in _SIDES for name in names),
+}  # fmt: skip
 _PICKAPIC_KEYS = ("caption", "jpg_0", "jpg_1", "label_0")
 
 
@@ -106,10 +117,12 @@ def collect(sources: Sequence[PairSource], artifacts: Sequence[Artifact], work: 
 def _read_pairs(source: PairsSource, work: Path, collection: Collection) -> None:
     """Every row as a vote for its better image, overall and on each dimension that the row has a label for."""
     rows = ((file.parent, where, row) for file in data_files(source.pairs) for where, row in rows_of(file))
+    unused = set[str]()
     for base, where, row in rows:
         if reason := _pair_fault(row):
             collection.quarantine.add("row", where, reason, row=_without_bytes(row))
             continue
+        unused |= row.keys() - _PAIR_KEYS
         prompt, folder = one_spelling(_prompt(row)), source.images or base
         prompt_id = safe_name(str(row.get("prompt_id") or prompt_id_of(prompt)))
         ids = []
@@ -119,11 +132,13 @@ def _read_pairs(source: PairsSource, work: Path, collection: Collection) -> None
             path = stored(content, folder, work / file)
             ids.append(_free_id(prompt_id, file, path, collection))
             collection.add_image(SourceImage(ids[-1], prompt_id, prompt, path, file, where))
-        given = {"prompt_id": prompt_id, "left": ids[0], "right": ids[1], "rater": str(row.get("rater") or "pairs")}
+        rater = next((str(row[name]) for name in ("rater", *RATERS) if row.get(name)), "pairs")
+        given = {"prompt_id": prompt_id, "left": ids[0], "right": ids[1], "rater": rater}
         shares = row.get("choice_dist")  # HPDv3's numbers of votes
         tied = isinstance(shares, list) and len(shares) == 2 and shares[0] == shares[1]
         for dimension, label in {"overall": 0.5 if tied else 1.0, **(_labels(row) or {})}.items():
             collection.ratings.append((where, Rating(**given, dimension=dimension, choice=choice_of(label - 0.5))))  # type: ignore[typeddict-item]
+    tell_unused(source.pairs, unused)
 
 
 def _pair_fault(row: Any) -> str | None:

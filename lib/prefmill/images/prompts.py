@@ -26,7 +26,11 @@ Line = tuple[int, dict[str, str]]
 # What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks; and
 # what databases fill text up with.
 _UNSEEN = str.maketrans("", "", "\0\u200b\u2060\ufeff\u00ad\u200e\u200f")
-_MARKS = re.compile(r"\([^()]+:\s*\d*\.?\d+\s*\)|\bBREAK\b|<(?:lora|lyco|hypernet):")
+# Of A1111, ComfyUI, sd-scripts' lists of samples, where `#` begins a remark, Midjourney and lists of random words.
+_MARKS = re.compile(
+    r"\([^()]+:\s*\d*\.?\d+\s*\)|\bBREAK\b|<(?:lora|lyco|hypernet):|\bembedding:|^#|(?:^|\s)--[a-z]+\b"
+    r"|\{[^{}]*\|[^{}]*\}|\b__\w+__\b"
+)
 _QUOTED = re.compile(r'"((?:[^"]|"")*""(?:[^"]|"")*)"')  # a cell whose quotes are doubled, as pandas writes it
 CAPTIONS = (".txt", ".caption")
 PROMPT_TOO = {"prompt": ("caption", "text")}  # as captioned pictures have it
@@ -64,7 +68,7 @@ def read_prompts(path: Path) -> list[ImagePrompt]:
 def foreign_marks(prompts: Iterable[str]) -> list[str]:
     """The line that says so where prompts have marks by which other programs weigh words or load adapters."""
     found = sorted(prompt for prompt in prompts if _MARKS.search(prompt))
-    told = "marks of another program, as (word:1.3), BREAK or <lora:name:1>, which are read as words here"
+    told = "marks of another program, as (word:1.3), --w 768, {a|b} or <lora:name:1>, which are read as words here"
     return [f"{len(found)} prompts have {told}, such as: {found[0]}"] if found else []
 
 

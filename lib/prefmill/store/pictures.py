@@ -9,6 +9,7 @@ import io
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 DECODER = 4  # raised where pictures become other arrays than before: what was computed of them is not taken again
 MAX_PIXELS = 40_000_000  # a file of some kilobytes can claim more than a machine's memory holds
-_NOTICED = 0.05  # of a picture's area: rounding to whole latents cuts less
+_NOTICED = 0.05  # of a picture's area or side: rounding to whole latents cuts less
 _ROUNDING = 2  # of 255: between sRGB profiles of several makers; the same picture with and without one stays the same
 _UNSCALED = ("I", "F")  # 32-bit integers and floats: nothing in the file says which value is white
 _PLAIN = {"PNG", "JPEG", "WEBP"}
@@ -57,6 +58,13 @@ def cut_images(paths: Iterable[Path], fit: Callable[[int, int], tuple[int, int]]
     """Of those that lose more than 5 % of their area where they are scaled to cover `fit` of their size, that share."""
     shares = ((path, cut_share(*(size := image_size(path)), fit(*size))) for path in paths)
     return {path: share for path, share in shares if share > _NOTICED}
+
+
+def enlarged_images(paths: Iterable[Path], fit: Callable[[int, int], tuple[int, int]]) -> dict[Path, float]:
+    """Of those that are scaled up by more than 5 % to cover `fit` of their size, by how much."""
+    sizes = ((path, image_size(path)) for path in paths)
+    scales = ((path, max(map(truediv, fit(*size), size))) for path, size in sizes)
+    return {path: scale for path, scale in scales if scale > 1 + _NOTICED}
 
 
 def cut_share(width: int, height: int, size: tuple[int, int]) -> float:

@@ -54,13 +54,20 @@ def test_a_tsv_that_a_program_wrote_says_its_quotes_twice(tmp_path: Path, quotin
     assert sorted(row["prompt"] for row in read_prompts(tmp_path / "p.tsv")) == sorted(prompts)
 
 
-@pytest.mark.parametrize("mark", ["(hat:1.3)", "a dog BREAK a cat", "<lora:Style_v2:0.8>"])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "A cat, (hat:1.3)", "A cat, a dog BREAK a cat", "A cat, <lora:Style_v2:0.8>", "A cat --ar 16:9 --v 6",
+        "A cat --n blurry --w 768", "# the second sample", "A {black|white} cat", "A __colour__ cat",
+        "embedding:good, cat",
+    ],
+)  # fmt: skip
 def test_marks_of_other_programs_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, mark: str) -> None:
-    """As AUTOMATIC1111's and ComfyUI's users write them; diffusers has words alone."""
-    read_prompts(write(tmp_path, f'prompt\n"A (red) cat: asleep, 2:1, break"\n"A cat, {mark}"\n'))
+    """As users of AUTOMATIC1111, ComfyUI, sd-scripts and Midjourney write them; diffusers has words alone."""
+    read_prompts(write(tmp_path, f'prompt\n"A (red) cat #1: asleep -- or not, 2:1, break, snake_case"\n"{mark}"\n'))
     (told,) = caplog.messages
-    assert "1 prompts have marks of another program, as (word:1.3), BREAK or <lora:name:1>" in told
-    assert told.endswith(f"such as: A cat, {mark}")
+    assert "1 prompts have marks of another program, as (word:1.3), --w 768, {a|b} or <lora:name:1>" in told
+    assert told.endswith(f"such as: {mark}")
 
 
 def test_partiprompts(shared_data: Path, caplog: pytest.LogCaptureFixture) -> None:

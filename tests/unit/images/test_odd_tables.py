@@ -121,6 +121,13 @@ def test_a_choice_is_read_as_its_table_writes_choices(tmp_path: Path, table: str
     assert len(found.quarantine.rows) == (not better)
 
 
+@pytest.mark.parametrize("name", ["rater", "WorkerId", "user_id", "annotator_id", "PROLIFIC_PID"])
+def test_two_raters_are_two_whatever_their_column_is_called(tmp_path: Path, name: str) -> None:
+    """They were one person, named by the file, who repeats or contradicts itself: its answers were set aside."""
+    found = rated(written(tmp_path, ratings_csv=f"left,right,choice,{name}\na.png,b.png,left,x\na.png,b.png,right,y\n"))
+    assert [rater for _, _, rater in sides(found)] == ["x", "y"]
+
+
 @pytest.mark.parametrize("tie", ["tie", "Equal", "draw", "same", "both", "neither", "A=B", "b = a"])
 def test_every_word_for_a_tie_is_a_tie(tmp_path: Path, tie: str) -> None:
     ((_, rating),) = rated(written(tmp_path, ratings_csv=f"left,right,choice\na.png,b.png,{tie}\n")).ratings
@@ -200,6 +207,16 @@ def test_no_column_and_no_line_of_a_table_is_left_out_in_silence(
 def paired(folder: Path, *rows: Any) -> Collection:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return collect([PairsSource(format="pairs", pairs=str(folder / "pairs.jsonl"))], [], folder / "work")  # type: ignore[arg-type]
+
+
+def test_pairs_say_who_judged_them_and_their_other_columns_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two users counted as one who contradicts themselves; a tie in a column of its own was a win, without a word."""
+    row = {"prompt": "a cat", "chosen": "a.png", "rejected": "b.png", "tie": True}
+    found = paired(tmp_path, {**row, "user_id": 7}, {**row, "chosen": "b.png", "rejected": "a.png", "user_id": 8})
+    assert [rater for _, _, rater in sides(found)] == ["7", "8"]
+    assert "columns that are not used: tie" in caplog.text
 
 
 def test_pairs_of_files_in_two_folders_may_have_one_name(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -24,6 +24,7 @@ from prefmill.training.data import Pair
 PAIRS = "pairs.jsonl"
 Half = Literal["all", "policy", "judge"]
 Labelled = tuple[str, Tensor, Tensor, Tensor]
+WeightedT = TypeVar("WeightedT", bound=Any)  # a dataclass with a `weight`
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the image
 
 
@@ -73,6 +74,12 @@ def read_pairs(folder: Path, overall_for_missing: bool = False) -> list[Labelled
     return kept
 
 
+def counted_alike(pairs: Sequence[WeightedT]) -> list[WeightedT]:
+    """Pairs that train or are evaluated together, with weights that average 1: steps and losses keep their size."""
+    mean = sum(pair.weight for pair in pairs) / max(1, len(pairs))
+    return [replace(pair, weight=pair.weight / mean) for pair in pairs]
+
+
 def in_half(prompt_id: str, half: Half) -> bool:
     """Whether a prompt belongs to a half; `policy` and `judge` share none, whatever other prompts there are."""
     if half == "all":
@@ -85,12 +92,8 @@ def in_half(prompt_id: str, half: Half) -> bool:
 def flip_by_coin(rows: Sequence[LabelledPair], seed: int) -> list[LabelledPair]:
     """Every pair with its labels turned round by a coin of (seed, pair): a control that leaves nothing to learn."""
     # 1 - nan is nan: what nobody said stays unsaid.
-    return [
-        LabelledPair(**{**row.__dict__, "labels": tuple(1 - label for label in row.labels)})
-        if coin(seed, row.pair_id)
-        else row
-        for row in rows
-    ]
+    turned = (replace(row, labels=tuple(1 - label for label in row.labels)) for row in rows)
+    return [other if coin(seed, row.pair_id) else row for row, other in zip(rows, turned, strict=True)]
 
 
 def coin(seed: int, pair_id: str) -> bool:

@@ -30,6 +30,7 @@ from prefmill.families.reward.data import (
     PairPreferenceDataset,
     PixelReader,
     coin,
+    counted_alike,
     flip_by_coin,
     group_pairs_by_prompt,
     in_half,
@@ -123,7 +124,7 @@ def split_rows(
             "no pairs to train on", where=where, got=f"{len(rows)} pairs, prompt_half: {half}",
             expected="pairs of split train", fix="rate more prompts, or set prompt_half=all",
         )  # fmt: skip
-    return train, held_out
+    return counted_alike(train), {split: counted_alike(part) for split, part in held_out.items()}
 
 
 def load_clip(name: str, config: TrainingConfig) -> CLIPModel:

@@ -21,7 +21,7 @@ PAIRS = "pairs.jsonl"
 class PairImages:
     """A pair as a group of two samples: `images` are the winner's and the loser's files and their sha256.
 
-    `weight` averages 1 over the pairs that train together. A `held_out` one is seen as it is, whatever is changed in
+    A `held_out` one is seen as it is, whatever is changed in
     training: what is measured on it could not be compared.
     """
 
@@ -46,19 +46,12 @@ class PairImages:
 
 
 def read_image_pairs(artifact: Artifact, split: ImageSplit) -> list[PairImages]:
-    """The pairs of a split, their weights averaging 1; raises InputError naming the row for an image that is missing.
-
-    Raises InputError too for a weight that is not above 0.
-    """
+    """The pairs of a split; raises InputError naming the row for an image that is missing or a weight not above 0."""
     digests = {entry.path: entry.sha256 for entry in artifact.manifest.files}
     rows = enumerate(read_jsonl(artifact.file(PAIRS)), 1)
     where = str(artifact.path / PAIRS)
-    pairs = [
-        _pair(row, artifact.path, digests, f"{where}:{number}") for number, row in rows if row.get("split") == split
-    ]
-    # An average of 1, so that weights do not change the size of a step, nor which learning rate is right.
-    mean = sum(pair.weight for pair in pairs) / max(1, len(pairs))
-    return [replace(pair, weight=pair.weight / mean, held_out=split != "train") for pair in pairs]
+    found = ((f"{where}:{number}", row) for number, row in rows if row.get("split") == split)
+    return [replace(_pair(row, artifact.path, digests, at), held_out=split != "train") for at, row in found]
 
 
 def balance_labels(pairs: Sequence[PairImages], seed: int) -> Iterator[PairImages]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.image_rows import ImageSplit
@@ -17,7 +18,6 @@ from prefmill.families.sdxl.backbone import denoiser
 from prefmill.families.sdxl.data import PairImages, read_image_pairs
 from prefmill.families.sdxl.encoding import ImageKeys, text_keys
 from prefmill.families.sdxl.family import PairReader, errors, predict
-from prefmill.families.sdxl.folders import read_json
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.families.sdxl.loading import SdxlFolder, open_folder
 from prefmill.store.tensor_cache import TensorCache
@@ -26,6 +26,7 @@ from prefmill.store.tensor_cache import TensorCache
 _SEED = 0
 _VAE_BATCH, _PAIRS_AT_ONCE = 4, 4
 _DIGITS = 8
+_Errors = NDArray[np.float64]
 
 
 def denoising_drift(
@@ -69,7 +70,7 @@ def _encoded(
     base: GeneratorSource, folder: SdxlFolder, pairs: Sequence[PairImages], resolution: int | None, cache: Path
 ) -> PairReader:
     """Latents and embeddings of the pairs, by the base's VAE in fp32 and its text encoders."""
-    images = ImageKeys(folder.digest("vae"), resolution or _native_resolution(folder), "fp32")
+    images = ImageKeys(folder.digest("vae"), resolution or folder.native_resolution, "fp32")
     texts = text_keys(folder, base.precision)
     # Without min-SNR, whatever training used: else two trainings would be measured by different errors.
     reader = PairReader(TensorCache(cache), images, texts, folder.schedule(), _SEED)
@@ -77,15 +78,7 @@ def _encoded(
     return reader
 
 
-def _native_resolution(folder: SdxlFolder) -> int:
-    """The size in pixels that the model was made for."""
-    blocks = read_json(folder.path / "vae" / "config.json")["block_out_channels"]
-    return folder.backbone.side(folder.denoiser_settings) << len(blocks) - 1
-
-
-def _errors(
-    source: GeneratorSource, reader: PairReader, pairs: Sequence[PairImages], num_draws: int
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _errors(source: GeneratorSource, reader: PairReader, pairs: Sequence[PairImages], num_draws: int) -> _Errors:
     """m of winner and loser, [N, 2], the mean over the draws."""
     unet = denoiser(open_pipeline(source)).eval()
     device = next(unet.parameters()).device
@@ -100,9 +93,7 @@ def _errors(
     return totals / num_draws
 
 
-def _estimate(
-    rows: np.ndarray[Any, np.dtype[np.float64]], before: np.ndarray[Any, np.dtype[np.float64]], resampling: Resampling
-) -> dict[str, float | None]:
+def _estimate(rows: _Errors, before: _Errors, resampling: Resampling) -> dict[str, float | None]:
     found = {"base": round(float(before.mean()), _DIGITS), "value": round(float(rows.mean()), _DIGITS)}
     if len(rows) < MIN_PAPERS:
         return {**found, "low": None, "high": None}

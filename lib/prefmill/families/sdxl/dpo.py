@@ -17,7 +17,7 @@ from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import device_kind
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
-from prefmill.families.reward.data import Half, in_half
+from prefmill.families.reward.data import Half, counted_alike, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_pairs
@@ -95,7 +95,7 @@ def _pairs(
 ) -> list[PairImages]:
     """The pairs of a split, as the configuration has them; raises InputError when there are none to train on."""
     half: Half = config.prompt_half if split == "train" else "all"
-    pairs = [pair for pair in read_image_pairs(artifact, split) if in_half(pair.prompt_id, half)]
+    pairs = counted_alike([pair for pair in read_image_pairs(artifact, split) if in_half(pair.prompt_id, half)])
     if split == "train" and not pairs:
         raise InputError(
             "no pairs to train on", where=artifact.path, expected="rows with split: train",

@@ -22,7 +22,7 @@ from prefmill.families.sdxl.backbone import backbone_of, call_sdxl
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.generator import too_long
 from prefmill.families.sdxl.loading import SdxlFolder
-from prefmill.store.pictures import DECODER, cut_images, open_image
+from prefmill.store.pictures import DECODER, cut_images, enlarged_images, open_image
 from prefmill.store.tensor_cache import TensorCache
 
 Size = tuple[int, int]  # width, height in pixels
@@ -193,14 +193,24 @@ def load_pixels(path: Path, size: Size, flip: bool) -> tuple[Tensor, Tensor]:
 
 
 def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys) -> Metrics:
-    """How many prompts and images training sees only a part of, for the metrics; the log names the first."""
+    """How many prompts and images training sees only a part of, or blown up, for the metrics; the log names the first.
+
+    It tells too where the resolution is not the one that the model was made for.
+    """
     from transformers import AutoTokenizer
 
     names = [name for name in folder.encoders if name.startswith("tokenizer")]
     tokenizers = {name: AutoTokenizer.from_pretrained(folder.path, subfolder=name) for name in names}
     long = too_long(tokenizers, folder.backbone, {pair.prompt for pair in pairs})
     paths = {path for pair in pairs for path in pair.images}
-    cut = cut_images(paths, images.size)
+    cut, enlarged = (found(paths, images.size) for found in (cut_images, enlarged_images))
+    if images.resolution != folder.native_resolution:
+        _log.warning("resolution is %d, this model draws %d pixels", images.resolution, folder.native_resolution)
+    if enlarged:
+        _log.warning(
+            "%d of %d images are smaller than they are trained at and blown up, by up to %.3g, such as %s; a lower "
+            "resolution keeps them sharp", len(enlarged), len(paths), max(enlarged.values()), min(enlarged).name,
+        )  # fmt: skip
     if long:
         _log.warning(
             "%d prompts are longer than the text encoders read; their ends have no effect: %s", len(long), long[0]
@@ -210,7 +220,7 @@ def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys)
             "%d of %d images are cut, by up to %.0f %% of their area, such as %s; bucket_step: 64 keeps them whole",
             len(cut), len(paths), 100 * max(cut.values()), min(cut).name,
         )  # fmt: skip
-    return {"num_cut_prompts": len(long), "num_cut_images": len(cut)}
+    return {"num_cut_prompts": len(long), "num_cut_images": len(cut), "num_enlarged_images": len(enlarged)}
 
 
 def wait_for_all() -> None:

@@ -68,6 +68,12 @@ class SdxlFolder:
         """What the config.json of the UNet or transformer says."""
         return dict(self.denoiser_class.load_config(self.path, subfolder=self.backbone.part))
 
+    @property
+    def native_resolution(self) -> int:
+        """The size in pixels that the model was made for."""
+        blocks = read_json(self.path / "vae" / "config.json")["block_out_channels"]
+        return self.backbone.side(self.denoiser_settings) << len(blocks) - 1
+
     def schedule(self, min_snr_gamma: float | None = None, guidance: float | None = None) -> Schedule:
         """The training schedule, with how the denoiser is called; raises ConfigError for what it cannot follow."""
         if width := self.denoiser_settings.get("time_cond_proj_dim"):

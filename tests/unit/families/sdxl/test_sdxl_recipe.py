@@ -196,7 +196,12 @@ def test_a_wide_pair_is_trained_whole_in_its_bucket_and_its_cut_is_told_without_
     square = reader_of(folder, tmp_path, pair)
     assert square.keys(pair, 0) != whole.keys(pair, 0)
     told = tell_cut([pair, replace(pair, prompt="word " * 100)], folder, square.images)
-    assert told == {"num_cut_prompts": 1, "num_cut_images": 2}
+    assert told == {"num_cut_prompts": 1, "num_cut_images": 2, "num_enlarged_images": 0}
+    assert "draws" not in caplog.text
+    larger = tell_cut([pair], folder, replace(square.images, resolution=64))
+    assert larger["num_enlarged_images"] == 2
+    assert "2 of 2 images are smaller than they are trained at and blown up, by up to 2, such as l.png" in caplog.text
+    assert "resolution is 64, this model draws 32 pixels" in caplog.text
     assert "2 of 2 images are cut, by up to 50 %" in caplog.text
     assert "1 prompts are longer than the text encoders read" in caplog.text
 

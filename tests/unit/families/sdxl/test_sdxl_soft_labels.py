@@ -54,6 +54,31 @@ def test_a_label_is_the_logistic_of_the_rewards_difference(tmp_path: Path) -> No
     assert len({pair.soft_label for pair in found}) == 3
 
 
+@pytest.mark.parametrize("half", ["all", "policy", "judge"])
+def test_weights_average_one_in_both_trainings_whichever_half_it_is(tmp_path: Path, half: Any) -> None:
+    """A reward model's loss was the smaller the more pairs a prompt has, 0.14 for 0.69; a half's was off in both."""
+    from image_pair_artifacts import make_pairs
+    from training_artifacts import make_task
+
+    from prefmill.families.reward.data import read_pairs
+    from prefmill.families.reward.train import split_rows
+    from prefmill.families.sdxl.dpo import _pairs
+    from prefmill.store.jsonl import read_jsonl, write_jsonl
+    from prefmill.training.objectives import OBJECTIVES
+
+    artifact, file = make_pairs(tmp_path / "made", train=12, val=4), tmp_path / "made" / "pairs.jsonl"
+    rows = [{**row, "weight": 1 / (1 + n), "labels": {"style": 1.0}} for n, row in enumerate(read_jsonl(file))]
+    write_jsonl(file, rows)
+    config = validate(SdxlPreferenceConfig, {"prompt_half": "all" if half == "judge" else half})
+    train, held_out = split_rows(read_pairs(artifact.path), half, artifact.path)
+    tuned = _pairs(config, make_task("sdxl_dpo", tmp_path / "run"), artifact, "train", OBJECTIVES["dpo"])
+    for pairs in (train, held_out["val"], tuned):
+        assert sum(pair.weight for pair in pairs) / len(pairs) == pytest.approx(1, abs=1e-6)  # type: ignore[attr-defined]
+    told = {row["pair_id"]: row["weight"] for row in rows}
+    first, second = train[:2]
+    assert first.weight / second.weight == pytest.approx(told[first.pair_id] / told[second.pair_id])
+
+
 def test_a_head_that_there_is_not_is_refused() -> None:
     assert head_weights(None).tolist() == pytest.approx([0.2] * 5)
     with pytest.raises(ConfigError, match="no such head"):
