@@ -28,6 +28,8 @@ def test_no_pair_left_says_what_dropped_them(tmp_path: Path, inputs: Inputs) -> 
     assert "no pair is left for dpo_clean_train" in message
     assert "checkmark_diff_too_small" in message
     assert "rating_diff_too_small" in message
+    # More fall to the rating's difference, but lowering that leaves none either.
+    assert "fix:      lower min_checkmark_diff" in message
     assert not list(tmp_path.rglob("data.jsonl")), "half-written datasets must not stay"
     with pytest.raises(InputError, match=r"fix: .*lower min_rating_diff"):
         build(tmp_path, inputs, min_rating_diff=9.5)

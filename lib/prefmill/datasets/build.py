@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -158,7 +158,9 @@ class _Writer:
         if self.num_pairs[key.split]:
             got, fix = f"{self.num_pairs[key.split]} pairs, all of papers without images", "ingest their images"
         elif dropped:
-            got, fix = f"dropped: {', '.join(explain_drops(dropped))}", REMEDIES[dropped.most_common(1)[0][0]]
+            got = f"dropped: {', '.join(explain_drops(dropped))}"
+            # Pairs that came furthest need the least: most fall to the first filter, whatever stops the rest.
+            fix = "; or ".join(REMEDIES[reason] for reason in get_args(Dropped)[::-1] if dropped[reason])
         else:
             got, fix = f"no {' or '.join(self._rules.decisions)} paper with two scored reviews", "ingest more reviews"
         return InputError(f"no pair is left for {key.folder}", got=got, fix=f"{fix}{leaving_out(key.split)}")

@@ -15,8 +15,8 @@ from prefmill.reviews.scale import VenueQuantiles, common_rating
 
 Dropped = Literal[
     "rating_diff_too_small",
-    "checkmark_diff_too_small",
     "rating_and_checkmark_disagree",
+    "checkmark_diff_too_small",
     "same_text",
     "excluded",
     "over_max_pairs_per_paper",

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from prefmill.core.errors import InputError
-from prefmill.pairs.formats import FORMS, alpaca_prompt
+from prefmill.pairs.formats import FORMS
 from prefmill.pairs.forms import Form, Judgement, Parse, Row, Tags
 from prefmill.pairs.pairing import FoundRow, UnusableRow, grouped, prompt_of, row_name, unpaired
 from prefmill.pairs.pictures import image_path
 from prefmill.pairs.sources import PairSource, identified, parsed_rows, write_split
-from prefmill.pairs.turns import Chat, as_answer, as_chat, place_images, sole_answer
+from prefmill.pairs.turns import Chat, alpaca_prompt, as_answer, as_chat, place_images, sole_answer
 from prefmill.training.bad_rows import BadRows
 
 # Without these a row of a preference would have the keys of two forms, which is refused.

@@ -17,6 +17,7 @@ from prefmill.pairs.turns import (
     BadRowError,
     Chat,
     Turn,
+    alpaca_prompt,
     answer_to,
     as_answer,
     as_chat,
@@ -65,21 +66,6 @@ def _strings(asked: str) -> Parse:
 def _alpaca(chosen: str, rejected: str) -> Parse:
     """`{instruction, input, system, history: [[said, answered], ...]}`, all but the first where there are any."""
     return lambda row, tags: _preference(row, Chat(alpaca_prompt(row)), row[chosen], row[rejected])
-
-
-def alpaca_prompt(row: Row) -> list[Turn]:
-    """The turns of Alpaca's `instruction`, `input`, `system`, `history`; raises BadRowError for a bad history."""
-    parts = [part for part in (row["instruction"], row.get("input")) if part]
-    history = row.get("history") or []
-    if not all(isinstance(part, str) for part in parts) or not isinstance(history, (list, tuple)):
-        raise BadRowError("instruction and input are texts, history is a list")
-    turns: list[Turn] = []
-    for exchange in history:
-        # A mapping or a text of two letters has two items as well.
-        if not isinstance(exchange, (list, tuple)) or [type(said) for said in exchange] != [str, str]:
-            raise BadRowError("history is a list of [what was said, what was answered]")
-        turns += [{"role": role, "content": said} for role, said in zip(("user", "assistant"), exchange, strict=True)]
-    return [*turns, {"role": "user", "content": "\n".join(parts)}]
 
 
 def sharegpt(row: Row, tags: Tags) -> Preference:

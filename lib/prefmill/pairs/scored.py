@@ -8,7 +8,16 @@ from math import isfinite, nan
 from typing import Any
 
 from prefmill.pairs.forms import Form, Kind, Row, ScoredAnswers, Tags
-from prefmill.pairs.turns import Answer, BadRowError, Chat, as_chat, asked_chat, place_images, sole_answer
+from prefmill.pairs.turns import (
+    Answer,
+    BadRowError,
+    Chat,
+    alpaca_prompt,
+    as_chat,
+    asked_chat,
+    place_images,
+    sole_answer,
+)
 
 Score = Callable[[Row, str], float]
 # A row that has these beside its scores is of the form that they say.
@@ -144,6 +153,8 @@ _QUESTION = "full_text"  # of a question that is an object
 
 def _prompt(row: Row, key: str, tags: Tags) -> Chat:
     asked = row[key]
+    if key == "instruction" and (row.get("input") or row.get("history")):
+        return Chat(alpaca_prompt(row))
     return asked_chat(asked.get(_QUESTION) if isinstance(asked, Mapping) else asked, key, tags)
 
 
@@ -162,6 +173,7 @@ SCORED_FORMS: Mapping[str, Form] = {
     "helpsteer3": _of_two("context", "response1", "response2", "overall_preference", _lower),
     "shp": _of_two("history", "human_ref_A", "human_ref_B", "labels", _choice({"1": 1, "0": -1})),
     "safe_rlhf": _of_two("prompt", "response_0", "response_1", "better_response_id", _choice({"0": 1, "1": -1})),
+    "alpaca_farm": _of_two("instruction", "output_1", "output_2", "preference", _choice({"1": 1, "2": -1})),
     "summaries": Form(
         {"info": "dict", "summaries": "list", "choice": "label"}, summaries, _OTHERS, {"summaries": ["text"]}
     ),

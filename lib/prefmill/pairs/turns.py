@@ -206,6 +206,21 @@ def asked_chat(asked: Any, what: str, tags: Mapping[str, str]) -> Chat:
     return Chat(as_prompt(asked)) if isinstance(asked, str) else as_chat(asked, what, tags)
 
 
+def alpaca_prompt(row: Mapping[str, Any]) -> list[Turn]:
+    """The turns of Alpaca's `instruction`, `input`, `system`, `history`; raises BadRowError for a bad history."""
+    parts = [part for part in (row["instruction"], row.get("input")) if part]
+    history = row.get("history") or []
+    if not all(isinstance(part, str) for part in parts) or not isinstance(history, (list, tuple)):
+        raise BadRowError("instruction and input are texts, history is a list")
+    turns: list[Turn] = []
+    for exchange in history:
+        # A mapping or a text of two letters has two items as well.
+        if not isinstance(exchange, (list, tuple)) or [type(said) for said in exchange] != [str, str]:
+            raise BadRowError("history is a list of [what was said, what was answered]")
+        turns += [{"role": role, "content": said} for role, said in zip(("user", "assistant"), exchange, strict=True)]
+    return [*turns, {"role": "user", "content": "\n".join(parts)}]
+
+
 def is_transcript(answer: Turn) -> bool:
     """Whether an answer holds the turns before it as well."""
     return answer["content"].lstrip().startswith("Human:") and "\n\nAssistant:" in answer["content"]

@@ -190,7 +190,8 @@ def unfold(
         review = as_row(entry, replace(row.place, item=f"reviews[{index}]"))
         if isinstance(review, RawRow):
             more = beside(paper, index)
-            if both := sorted(more.keys() & review.values.keys()):
+            said = review.values
+            if both := sorted(name for name in more.keys() & said.keys() if more[name] != said[name]):
                 reason = f"'{both[0]}' stands in the paper and in its review"
                 yield RowProblem(review.place, reason, "rename one of the two, or leave it out", excerpt(entry))
                 continue

@@ -34,6 +34,7 @@ SCORED: dict[str, list[dict[str, Any]]] = {
     "helpsteer3": [{"context": [USER], "response1": "bad", "response2": "good", "overall_preference": 1}],
     "shp": [{"post_id": "a", "history": "Q?", "human_ref_A": "good", "human_ref_B": "bad", "labels": 1, "score_A": 9}],
     "safe_rlhf": [{"prompt": "Q?", "response_0": "bad", "response_1": "good", "better_response_id": 1}],
+    "alpaca_farm": [{"instruction": "Q?", "input": "", "output_1": "bad", "output_2": "good", "preference": 2}],
     "summaries": [{"info": {"id": "t", "subreddit": "x", "title": "T", "post": "Q?"}, "choice": 1, "split": "train",
                    "summaries": [{"text": "bad", "policy": "p"}, {"text": "good", "policy": "q"}]}],
     "arena_lists": [{"model_a": "m", "prompt": '["Q?"]', "response_a": '["bad"]', "response_b": '["good"]',
@@ -58,6 +59,17 @@ def test_the_same_preference_in_every_set_of_scores(form: str, tmp_path: Path) -
     chats = validate(ChatSource, {"dataset": str(tmp_path / "rows.jsonl")})
     train, _ = write_chats(chats, tmp_path / "sft", tmp_path / "bad.json")
     assert [row["messages"] for row in read_jsonl(train)] == [[*asked, said("good")]]
+
+
+@pytest.mark.parametrize("form", ["ultrafeedback", "alpaca_farm"])
+def test_the_input_of_an_instruction_is_part_of_the_prompt(form: str) -> None:
+    """It was taken for read, and left out without a word."""
+    row = {**SCORED[form][0], "input": "le chat", "history": [["Hi", "Hello"]], "system": "Be brief."}
+    alpaca = {"instruction": "Q?", "chosen": "a", "rejected": "b"} | {
+        key: row[key] for key in ("input", "history", "system")
+    }
+    assert parse(row, form, {}).messages == parse(alpaca, "alpaca", {}).messages
+    assert parse(row, form, {}).messages[-1] == {"role": "user", "content": "Q?\nle chat"}
 
 
 @pytest.mark.parametrize("form", SCORED)

@@ -44,7 +44,7 @@ def test_reviews_without_ids_are_named_by_what_they_say(tmp_path: Path) -> None:
 def test_a_papers_list_of_reviews_is_a_row_each(tmp_path: Path) -> None:
     paper = {"paper_id": "p", "title": "T", "decision": True}
     reviews = [
-        {"review_id": "a", "review_text": "x", "rating": 6},
+        {"paper_id": "p", "review_id": "a", "review_text": "x", "rating": 6},  # the paper's own id again
         {"title": "y", "review_text": "y", "rating": 1},
         "z",
     ]
