@@ -114,7 +114,7 @@ def play(scene: Scene, name: str, calm: dict[str, str]) -> list[str]:
     try:
         next(fault)
         with ThreadPoolExecutor(4) as pool:  # all train when the fault comes
-            submitted = pool.map(lambda run: scene.prefmill(*scene.command(run)), [*scene.runs, *twins])
+            submitted = pool.map(scene.submit, [*scene.runs, *twins])
         problems += [f"submit: {done.stderr}" for done in submitted if done.returncode]
         next(fault)
         for twin in twins:

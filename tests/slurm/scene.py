@@ -71,6 +71,14 @@ class Scene:
         files = ["configs/pipelines/storm.yaml", "--cluster", f"configs/clusters/{self.cluster}.yaml"]
         return ["submit", *files, f"workspace={self.site.workspace}", f"run={run}", *self.arguments]
 
+    def submit(self, run: str) -> subprocess.CompletedProcess[str]:
+        """Submit a run; where Slurm gave no clear answer for long, as it may by chance, do what the message says."""
+        done = self.prefmill(*self.command(run))
+        for _ in range(3):
+            if done.returncode and f"`prefmill advance {run}` when it answers again" in done.stderr:
+                done = self.about("advance", run)
+        return done
+
     def pause(self, low: float, high: float) -> None:
         """A random time."""
         time.sleep(self.random.uniform(low, high))
