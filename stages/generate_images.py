@@ -31,19 +31,14 @@ class GenerateImagesConfig(ImageSampling):
 def run(config: GenerateImagesConfig, task: Task) -> Metrics:
     """Write `images/`, `images.jsonl`, `prompts.jsonl` and `summary.json`; interrupted, it makes what is missing."""
     from prefmill.families.sdxl.generator import choose_source, open_pipeline
-    from prefmill.images.generate import GenerateImages, generate_images
+    from prefmill.images.generate import generate_images
+    from prefmill.images.prompts import read_prompts
 
     model, tuned = (task.optional_input(name) for name in ("model", "tuned"))
     source = choose_source(config, model, tuned, f"{task.stage}:{task.name}")
-    wanted = GenerateImages(
-        prompts=config.prompts,
-        num_prompts=config.num_prompts,
-        sampling=config,
-        label=source.label,
-        open_model=partial(open_pipeline, source),
-        batch_size=config.batch_size,
-    )
-    return generate_images(wanted, task)
+    prompts = read_prompts(config.prompts)[: config.num_prompts]
+    opened = partial(open_pipeline, source)
+    return generate_images(task, prompts, config, source.label, opened, config.batch_size)
 
 
 STAGE = Stage(

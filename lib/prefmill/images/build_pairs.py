@@ -142,7 +142,7 @@ def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) 
             found.append(f"{name}: two raters agree on {told['agreement']:.0%} of what both answered")
     for rater, told in votes.raters.items():
         if told.prefers_a_side:
-            sides = f"{told.num_left} left, {told.num_right} right"
+            sides = f"{told.choices['left']} left, {told.choices['right']} right"
             found.append(f"rater {rater} answers by the side, not by the image: {sides}")
     spelt = defaultdict(list)
     for rater in sorted(votes.raters):

@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prefmill.core.files import write_atomic
+from prefmill.core.image_rows import ImagePrompt
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.generation import cut_prompts, drawn_guidance, make_images, plan_jobs
-from prefmill.images.prompts import read_prompts
 from prefmill.images.sampling import ImageSampling
 from prefmill.store.jsonl import write_jsonl
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class GenerateImages:
-    """What is to be made: which prompts with which seeds, how, and by what."""
-
-    prompts: Path
-    num_prompts: int | None
-    sampling: ImageSampling
-    label: str
-    open_model: Callable[[], Any]
-    batch_size: int | None
-
-
-def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
+def generate_images(
+    task: Task, prompts: Iterable[ImagePrompt], sampling: ImageSampling, label: str, open_model: Callable[[], Any],
+    batch_size: int | None,
+) -> Metrics:  # fmt: skip
     """Make the images of this shard's prompts and write the payload; the metrics are the summary's counts."""
-    prompts = [row for row in read_prompts(wanted.prompts)[: wanted.num_prompts] if task.shard.holds(row["prompt_id"])]
-    jobs = plan_jobs(prompts, wanted.sampling.seeds)
+    prompts = [row for row in prompts if task.shard.holds(row["prompt_id"])]
+    jobs = plan_jobs(prompts, sampling.seeds)
     # In a file: a resumed task whose images are all there opens no model, and still has to report them.
     cut_file = task.work / "cut_prompts.json"
 
-    def open_model() -> Any:
-        model = wanted.open_model()
+    def opened() -> Any:
+        model = open_model()
         if cut := cut_prompts(model, prompts):
             _log.warning(
                 "%d of %d prompts are longer than the text encoders read, as %s", len(cut), len(prompts), cut[0]
@@ -47,16 +36,14 @@ def generate_images(wanted: GenerateImages, task: Task) -> Metrics:
         write_atomic(cut_file, json.dumps(cut))
         return model
 
-    rows = make_images(
-        open_model, jobs, wanted.sampling, wanted.label, task.output, task.work, wanted.batch_size, task.advance
-    )
+    rows = make_images(opened, jobs, sampling, label, task.output, task.work, batch_size, task.advance)
     write_jsonl(task.output / "images.jsonl", rows)
     write_jsonl(task.output / "prompts.jsonl", prompts)
     summary = {
         "num_prompts": len(prompts),
         "num_images": len(rows),
-        "seeds": sorted(wanted.sampling.seeds),
-        "model": wanted.label,
+        "seeds": sorted(sampling.seeds),
+        "model": label,
         "guidance_scale": drawn_guidance(task.output / rows[0]["file"]) if rows else None,
         "cut_prompts": json.loads(cut_file.read_text()) if cut_file.is_file() else [],
     }

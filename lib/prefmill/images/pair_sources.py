@@ -13,14 +13,7 @@ from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
-from prefmill.images.custom_images import (
-    RATERS,
-    read_artifact,
-    read_own_images,
-    read_ratings,
-    read_scores,
-    tell_unused,
-)
+from prefmill.images.custom_images import RATERS, read_artifact, read_own_images, read_ratings, read_scores, tell_unused
 from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import one_spelling, prompt_id_of, safe_name
 from prefmill.images.rankings import is_name, overall, read_rankings

@@ -19,10 +19,7 @@ _BIAS_VOTES, _BIAS_Z = 20, 4.0  # so many votes and standard errors before a rat
 class RaterFigures:
     """How one rater answered."""
 
-    num_left: int = 0
-    num_right: int = 0
-    num_ties: int = 0
-    num_skips: int = 0
+    choices: Counter[str] = field(default_factory=Counter)
     lefts: Counter[PairKey] = field(default_factory=Counter)  # left answers less right ones, over a pair's dimensions
 
     @property
@@ -30,7 +27,8 @@ class RaterFigures:
         """Whether the side an image stood on tells the answer, far beyond chance."""
         # Answers to one pair's dimensions go together: pairs are what chance puts left or right.
         chance = sum(count**2 for count in self.lefts.values()) ** 0.5
-        return self.num_left + self.num_right >= _BIAS_VOTES and abs(self.lefts.total()) > _BIAS_Z * chance
+        answered = self.choices["left"] + self.choices["right"]
+        return answered >= _BIAS_VOTES and abs(self.lefts.total()) > _BIAS_Z * chance
 
 
 @dataclass
@@ -85,7 +83,8 @@ def count_votes(
     # In a second pass: a later row may still take an earlier one back.
     for (rater, dimension, pair), (_, rating) in first.items():
         vote = _vote(rating)
-        _figure(votes.raters[rater], rating)
+        votes.raters[rater].choices[rating["choice"]] += 1
+        votes.raters[rater].lefts[pair] += {"left": 1, "right": -1}.get(rating["choice"], 0)
         if vote is not None:
             votes.of[dimension][pair][rater] = vote
     return votes
@@ -102,8 +101,9 @@ def figures(votes: Votes) -> dict[str, Any]:
             "num_ties": values.count(0.5),
             "agreement": None if agreement is None else round(agreement, 6),
         }
-    told = ("num_left", "num_right", "num_ties", "num_skips")
-    raters = {name: {key: getattr(votes.raters[name], key) for key in told} for name in sorted(votes.raters)}
+    told = {"left": "num_left", "right": "num_right", "tie": "num_ties", "skip": "num_skips"}
+    found = sorted(votes.raters.items())
+    raters = {name: {key: one.choices[choice] for choice, key in told.items()} for name, one in found}
     return {"dimensions": dimensions, "raters": raters}
 
 
@@ -117,9 +117,3 @@ def _vote(rating: Rating) -> float | None:
     if chosen is None:
         return 0.5 if rating["choice"] == "tie" else None
     return float(chosen == _pair(rating)[0])
-
-
-def _figure(found: RaterFigures, rating: Rating) -> None:
-    name = {"left": "num_left", "right": "num_right", "tie": "num_ties", "skip": "num_skips"}[rating["choice"]]
-    setattr(found, name, getattr(found, name) + 1)
-    found.lefts[_pair(rating)] += {"left": 1, "right": -1}.get(rating["choice"], 0)
