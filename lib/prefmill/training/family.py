@@ -67,11 +67,10 @@ def reference_of_pairs(
     family: Family, reference: Reference, groups: Sequence[AnyGroup], parts: Sequence[GroupPart], epoch: int
 ) -> tuple[Tensor, Tensor]:
     """The reference's scores of chosen and rejected, each [N, ...], in the order of the parts' pairs."""
-    chosen, rejected = [], []
-    for part in parts:
-        scores = reference(part.group, epoch)
-        for index in part.pairs:
-            sides = family.reference_sides(scores, index, groups[part.group].pairs[index])
-            chosen.append(sides[0])
-            rejected.append(sides[1])
+    sides = [
+        family.reference_sides(reference(part.group, epoch), index, groups[part.group].pairs[index])
+        for part in parts
+        for index in part.pairs
+    ]
+    chosen, rejected = zip(*sides, strict=True)
     return torch.stack(chosen), torch.stack(rejected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,7 @@ def stored_precision(name: str, revision: str | None) -> Precision:
     """The precision most weights of a checkpoint's (first) safetensors file are stored in; fp32 where none is."""
     from transformers.utils.hub import cached_file
 
-    def file(leaf: str) -> str | None:
-        found: str | None = cached_file(name, leaf, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return found
-
+    file = partial(cached_file, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     index = file("model.safetensors.index.json")
     leaf = min(json.loads(Path(index).read_text())["weight_map"].values()) if index else "model.safetensors"
     return precision_of(file(leaf))

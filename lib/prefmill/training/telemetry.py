@@ -79,7 +79,11 @@ class Telemetry:
         rows, self._window = self._window, []
         if not rows:
             return {}
-        change = _mean([_chosen_change(row) for row in rows])
+        changes = [
+            (row["chosen_logps"] - row["ref_chosen_logps"]) / row["chosen_length"] if "ref_chosen_logps" in row else 0.0
+            for row in rows
+        ]
+        change = _mean(changes)
         if change < -CHOSEN_DROP and self._rank == 0:
             # The model unlearns what it is to prefer.
             told = f"chosen responses are {-change:.2f} nats per token less likely than under the reference"
@@ -123,13 +127,6 @@ def f1_by_coin(wins: Sequence[float], pair_ids: Sequence[str]) -> float:
     found = sum(win for win, is_first in zip(wins, first, strict=True) if is_first)
     wrong = sum(1 - win for win in wins)  # missed where the chosen side is first, a false alarm where it is second
     return 2 * found / (2 * found + wrong) if found + wrong else 0.5
-
-
-def _chosen_change(row: dict[str, Any]) -> float:
-    if "ref_chosen_logps" not in row:
-        return 0.0
-    change: float = (row["chosen_logps"] - row["ref_chosen_logps"]) / row["chosen_length"]
-    return change
 
 
 def gradient_coefficient(scores: PairScores, objective: Objective, settings: Settings) -> torch.Tensor:

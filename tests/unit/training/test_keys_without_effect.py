@@ -15,6 +15,8 @@ from prefmill.families.mdlm.family import DiffusionFamily
 from prefmill.training.objective_names import NEEDS, READ_BY
 from prefmill.training.objectives import OBJECTIVES, PairScores, Settings
 
+OF_A_FILE = {"name": "b", "kind": "exact_match", "file": __file__, "subset": "main", "split": "train"}
+
 
 @pytest.mark.parametrize(
     ("stage", "keys", "why"),
@@ -25,6 +27,7 @@ from prefmill.training.objectives import OBJECTIVES, PairScores, Settings
         ("dpo", {"layout": "pairwise", "max_tokens_per_microbatch": 60}, "leave max_tokens_per_microbatch out"),
         ("mdlm_dpo", {"upper_power": 2.0, "clip": 0.1}, "upper_power, clip: no effect with loss_type sigmoid"),
         ("mdlm_dpo", {"max_diffusion_steps": 8}, "max_diffusion_steps is of diffusion_steps: auto"),
+        ("mdlm_evaluate", {"benchmarks": [OF_A_FILE]}, "subset, split: of a dataset on the hub"),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused(stage: str, keys: dict[str, Any], why: str) -> None:

@@ -28,13 +28,8 @@ from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, refer
 from prefmill.families.causal.load_check import as_scorer, check_in_shards
 from prefmill.families.causal.loading import LOADING, ORIGIN, load_model, load_tokenizer
 from prefmill.families.causal.other_reference import check_reference, reference_parts, reference_revision
-from prefmill.families.causal.router_loss import RoutedFamily, count_routing
-from prefmill.families.causal.scorer import (
-    Batch,
-    encode_pairwise,
-    encode_sequences,
-    score_batch,
-)
+from prefmill.families.causal.router_loss import RoutedFamily, require_routing
+from prefmill.families.causal.scorer import Batch, encode_pairwise, encode_sequences, score_batch
 from prefmill.families.causal.start_checks import check_positions, check_start
 from prefmill.families.causal.templates import recorded_day
 from prefmill.families.causal.vision import ImageReader, with_images
@@ -162,7 +157,8 @@ def load_trained(name: str, config: PreferenceConfig, parts: ChatRows, with_imag
     """The model to tune with its adapter, its frozen parts without gradient and without one."""
     model = load_policy(name, config, config.revision)
     if parts.router_aux_loss_coef:
-        count_routing(model, name)
+        require_routing(model, name)
+        model.counts_routing = True  # its scorer then keeps the balancing loss
     # Frozen first: an adapter is not put on modules that stay as they are.
     return add_adapter(model, config, freeze(model, parts, with_images))
 

@@ -32,12 +32,6 @@ class RoutedFamily(Family):
         return self.coefficient * loss
 
 
-def count_routing(model: Any, name: str) -> None:
-    """Have the scorer of `model` keep the balancing loss; raises ConfigError for one whose routers do not report."""
-    require_routing(model, name)
-    model.counts_routing = True
-
-
 def require_routing(model: Any, name: str) -> None:
     """Raise ConfigError for a model whose routers do not report."""
     config = model.config.get_text_config()

@@ -36,6 +36,8 @@ class BenchmarkConfig(StrictConfig):
     def _one_source(self) -> Self:
         if (self.file is None) == (self.dataset is None):
             raise ValueError("give file or dataset, one of them")
+        if self.file is not None and (given := self.changed("subset", "split")):
+            raise ValueError(f"{', '.join(given)}: of a dataset on the hub, a file has none; leave it out")
         return self
 
 

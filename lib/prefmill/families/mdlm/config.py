@@ -52,7 +52,6 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
 
     # In the identity at its default too, as it was before other stages had the key.
     quantization: Quantization | None = Field(None, description="`4bit`: an NF4 base (needs bitsandbytes and `lora`)")
-    per_device_train_batch_size: int = Field(1, ge=1)
     num_train_epochs: int = Field(3, ge=1)
     diffusion_steps: int | Literal["auto"] = Field(
         20, description="masks drawn per row, or auto: as many as `variance_tolerance` needs"
@@ -67,7 +66,6 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
         8, formerly="rows_at_once", ge=1, description="masked rows per forward pass; results do not depend on it"
     )
 
-    save_steps: int = runtime(500, ge=1)
     logging_steps: int = runtime(50, ge=1)
     output_dir: ExternalPath | None = runtime(
         None, description="a folder of yours that gets a copy of the finished model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -126,11 +127,7 @@ class DiffusionFamily(Family):
 
 def diffusion_family(drawing: Drawing, live: LiveVariance | None = None) -> DiffusionFamily:
     """The family whose rows are drawn by `drawing`; fine-tuning has groups of one response, its pair with itself."""
-
-    def encode(groups: Sequence[Group], parts: Sequence[GroupPart], epoch: int) -> DiffusionBatch:
-        return encode_pairs(groups, parts, epoch, drawing)
-
-    return DiffusionFamily(encode, score_batch, live)
+    return DiffusionFamily(partial(encode_pairs, drawing=drawing), score_batch, live)
 
 
 def fill_groups(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,7 @@ class RewardFamily(Family):
 
 def reward_family(reader: PixelReader) -> RewardFamily:
     """The family whose images are read by `reader`."""
-
-    def encode(groups: Sequence[ImageGroup], parts: Sequence[GroupPart], epoch: int) -> RewardBatch:
-        return encode_pairs(groups, parts, epoch, reader)
-
-    return RewardFamily(encode, score_batch)
+    return RewardFamily(partial(encode_pairs, reader=reader), score_batch)
 
 
 def score_batch(model: Any, batch: RewardBatch) -> Tensor:

@@ -47,7 +47,6 @@ from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preferences import Preferences, train_data, val_data
 from prefmill.training.publish import save_finished
-from prefmill.training.trainer import PreferenceTrainer
 
 METRICS, PREDICTIONS, TRAINED_ON = "metrics.json", "predictions.jsonl", "trained_on.json"
 HELD_OUT = ("val", "test")
@@ -91,7 +90,11 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
             settings=settings,
         ),
         processor=processor,
-        publish=lambda trainer: _publish(trainer, processor, config, wanted, task, train, held_out),
+        publish=lambda trainer: (
+            summarise(_measure_and_save(trainer.model, processor, config, wanted, task, train, held_out))
+            if trainer.is_world_process_zero()  # one rank measures
+            else {}
+        ),
         counts={
             "pairs": len(train),
             "prompts": len({row.prompt_id for row in train}),
@@ -175,16 +178,6 @@ def _load(clip: str, config: TrainingConfig, wanted: RewardTraining) -> MultiHea
     check_reward(model, start, clip)
     freeze(model, wanted.trainable)
     return model
-
-
-def _publish(
-    trainer: PreferenceTrainer, processor: Any, config: TrainingConfig, wanted: RewardTraining, task: Task,
-    train: Sequence[LabelledPair], held_out: dict[str, list[LabelledPair]],
-) -> Metrics:  # fmt: skip
-    """Measure and save on the first rank."""
-    if not trainer.is_world_process_zero():
-        return {}
-    return summarise(_measure_and_save(trainer.model, processor, config, wanted, task, train, held_out))
 
 
 def check_reward(model: MultiHeadReward, clip: CLIPModel, name: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal.group_layout import pack
 from prefmill.families.causal.load_check import as_scorer
-from prefmill.families.causal.router_loss import RoutedFamily, count_routing
+from prefmill.families.causal.router_loss import RoutedFamily, require_routing
 from prefmill.families.causal.scorer import encode_sequences, score_batch
 from tests.models.matrix import GROUPS, build
 from tests.unit.families.causal.test_kinds_of_layers import assert_same_gradients, dpo_loss
@@ -21,7 +21,8 @@ ROWS = [(prompt, answer) for prompt, answers in GROUPS for answer in answers]
 
 
 def routed(model: Any, layout: str) -> Any:
-    count_routing(model, "tiny")
+    require_routing(model, "tiny")
+    model.counts_routing = True
     return as_scorer(model, layout, "tiny").train()
 
 
@@ -65,4 +66,4 @@ def test_a_shared_prompt_counts_once() -> None:
 
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not report what its experts"):
-        count_routing(build("llama"), "tiny")
+        require_routing(build("llama"), "tiny")
