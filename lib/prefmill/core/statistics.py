@@ -197,9 +197,10 @@ def correlation(left: Sequence[float] | Array, right: Sequence[float] | Array) -
 
 def ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Ranks from 0, [N], equal values at the mean of their ranks."""
-    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return ((ends - counts + ends - 1) / 2)[inverse]
+    from scipy.stats import rankdata
+
+    result: Array = rankdata(values) - 1
+    return result
 
 
 def assign_folds(papers: NDArray[np.int64], num_folds: int, seed: int) -> NDArray[np.int64]:

@@ -10,13 +10,17 @@ from prefmill.core.records import Split
 from prefmill.datasets.examples import CheckedRow
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import Files, Occurrences, fingerprint
-from prefmill.reviews.prompt import prompt_title
+from prefmill.reviews.prompt import title_and_abstract
 from prefmill.reviews.scale import moments
 
 _MIN_ROWS_FOR_RATINGS = 20
 _RATING_SHIFT_SD = 0.5  # a shift of means under half a standard deviation is taken for chance
 _SHORT_REVIEW = "short review"
-_LEAKS = {"paper": "paper", "title": "title", "review": "review text", _SHORT_REVIEW: "short review text"}
+_ABSTRACT = "abstract"  # as of a paper that was given another title: no fault of the splits, which go by titles
+_LEAKS = {
+    "paper": "paper", "title": "title", _ABSTRACT: "abstract", "review": "review text",
+    _SHORT_REVIEW: "short review text",
+}  # fmt: skip
 
 
 def order_problems(previous: CheckedRow | None, example: CheckedRow) -> Iterator[str]:
@@ -76,18 +80,20 @@ class Repeats:
 class Leaks:
     """What occurs in more than one split, over all datasets, and where given over the corpus's held-out papers.
 
-    Reviews shorter than `min_shared_characters` may repeat by chance ("See my comments above."): those are warnings.
+    Reviews shorter than `min_shared_characters` may repeat by chance ("See my comments above."): those are warnings,
+    and so are abstracts.
     """
 
     def __init__(self, files: Files, min_shared_characters: int) -> None:
         self._files, self._min_shared_characters = files, min_shared_characters
         self._found: dict[str, dict[str, Occurrences]] = {what: {} for what in _LEAKS}
 
-    def add_paper(self, split: Split, paper_id: str, title: str | None, file: str, line: int) -> None:
-        """Note a paper of `split`."""
+    def add_paper(self, split: Split, paper_id: str, said: tuple[str | None, str | None], file: str, line: int) -> None:
+        """Note a paper of `split`, with its title and abstract; short abstracts ("Withdrawn.") may be alike."""
         self._add("paper", split, fingerprint(paper_id), file, line)
-        if title is not None:
-            self._add("title", split, fingerprint(title), file, line)
+        for what, text, least in zip(("title", _ABSTRACT), said, (0, self._min_shared_characters), strict=True):
+            if text and len(text) >= least:
+                self._add(what, split, fingerprint(text), file, line)
 
     def add_review(self, split: Split, text: str, text_key: int, file: str, line: int) -> None:
         """Note a review of `split`; `text_key` is its fingerprint."""
@@ -98,14 +104,14 @@ class Leaks:
         """Note what a row of a dataset holds."""
         place = (example.key.file_name(), example.line)
         if is_first_of_paper:
-            self.add_paper(example.key.split, example.paper_id, prompt_title(example.prompt), *place)
+            self.add_paper(example.key.split, example.paper_id, title_and_abstract(example.prompt), *place)
         for answer, text in zip(example.answers, texts, strict=True):
             self.add_review(example.key.split, answer.text, text, *place)
 
     def report(self, findings: Findings) -> None:
         """Name everything of train that is in another split, and everything of val that is in dev or test."""
         for what, splits in self._found.items():
-            note = findings.warning if what == _SHORT_REVIEW else findings.error
+            note = findings.warning if what in (_SHORT_REVIEW, _ABSTRACT) else findings.error
             for split, others in (("train", ("val", "dev", "test")), ("val", ("dev", "test"))):
                 for other in others:
                     for place, twin in self._shared(splits, split, other):

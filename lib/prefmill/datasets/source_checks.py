@@ -23,7 +23,7 @@ from prefmill.datasets.occurrences import fingerprint
 from prefmill.datasets.registry import DatasetKey
 from prefmill.datasets.selection import Rank, rank
 from prefmill.reviews.join import PAPERS, REVIEWS, papers_with_reviews
-from prefmill.reviews.prompt import review_completion
+from prefmill.reviews.prompt import neutralise, review_completion
 from prefmill.reviews.scale import common_rating, scale_of
 
 
@@ -164,7 +164,8 @@ class _Lines:
 
 def _note_held_out(source: Source, leaks: Leaks, lines: _Lines) -> None:
     paper = source.paper
-    leaks.add_paper(paper["split"], paper["paper_id"], paper["title"], f"corpus {PAPERS}", lines.paper)
+    said = neutralise(paper["title"]), neutralise(paper["abstract"])  # as prompts have them
+    leaks.add_paper(paper["split"], paper["paper_id"], said, f"corpus {PAPERS}", lines.paper)
     for number, review in enumerate(source.reviews.values(), lines.review):
         key = fingerprint(review["text"])
         leaks.add_review(paper["split"], review["text"], key, f"corpus {REVIEWS}", number)

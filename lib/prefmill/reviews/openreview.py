@@ -126,20 +126,19 @@ class OpenReviewSource(FileSource):
         return [paper, *accepted, *([Unknown("venue", found.unknown)] if found.unknown else [])]
 
     def _review(self, note: Mapping[str, Any], content: Mapping[str, Any]) -> list[Item]:
-        fields = {name.lower(): value for name, value in content.items()}
-        if len(fields) < len(content):
+        if len(content) < len(note["content"]):
             raise RowError("two fields have one name, case aside", "rename or remove one of them")
-        rating = _first(fields, self.rating_fields)
+        rating = _first(content, self.rating_fields)
         if rating is None:
             raise RowError(
                 f"review without a rating; its fields: {', '.join(sorted(content))}",
                 "name the field in rating_fields of this source, or remove the note",
             )
-        confidence, unknown = self.confidence(_first(fields, self.confidence_fields))
+        confidence, unknown = self.confidence(_first(content, self.confidence_fields))
         read = _lower((*self.rating_fields, *self.confidence_fields, *self.exclude_fields))
-        rest = {name: value for name, value in fields.items() if name not in read}
+        rest = {name: value for name, value in content.items() if name not in read}
         scores, sections, left_out = _split_content(rest, _lower(self.sub_score_fields))
-        for name, value in _given(fields, self.rating_fields)[1:]:  # behind the one that was taken
+        for name, value in _given(content, self.rating_fields)[1:]:  # behind the one that was taken
             if begins_with_number(str(value)):
                 scores[name] = parse_score(value, f"content.{name}")
             else:
@@ -163,7 +162,7 @@ class OpenReviewSource(FileSource):
             return [self._decision_row(note, _RETRACTIONS[name])]
         if not names & _lower(self.decision_invitations):
             return []
-        said = _first({name.lower(): value for name, value in content.items()}, self.decision_fields)
+        said = _first(content, self.decision_fields)
         by_chair = forms.META_REVIEW in names
         if said is None and by_chair:  # most venues' meta-reviews leave the decision to its own note
             return []
@@ -177,8 +176,7 @@ class OpenReviewSource(FileSource):
 
     def _passed_over(self, content: Mapping[str, Any], names: set[str]) -> Item:
         """A note of another kind; what has a review's grades, such as an `Emergency_Review`, is told."""
-        fields = {name.lower(): value for name, value in content.items()}
-        is_rated = all(_given(fields, wanted) for wanted in (self.rating_fields, self.confidence_fields))
+        is_rated = all(_given(content, wanted) for wanted in (self.rating_fields, self.confidence_fields))
         # min: a set of strings has another order in every process, and summaries would differ.
         if is_rated and not names & _lower(self.decision_invitations):
             return Unknown("rated note that review_invitations does not name", min(names))
@@ -228,12 +226,12 @@ def _invitation_names(note: Mapping[str, Any]) -> set[str]:
 
 
 def _content(note: Mapping[str, Any]) -> dict[str, Any]:
-    """The note's content by field, unwrapped where API 2 wraps each value."""
+    """The note's content by field in lower case, unwrapped where API 2 wraps each value."""
     content = note.get("content")
     if not isinstance(content, dict):
         raise RowError("note without content", "dump whole notes, with id, forum, invitation(s) and content")
     # Told by each value, as a dump may hold notes of both; a value that is hidden has its readers alone.
-    return {name: value.get("value", _shown(value)) if isinstance(value, dict) else value
+    return {name.lower(): value.get("value", _shown(value)) if isinstance(value, dict) else value
             for name, value in content.items()}  # fmt: skip
 
 

@@ -15,6 +15,7 @@ _INSTRUCTION = 'Review this paper. End with a line "Rating: N", N from {:g} to {
 _INSTRUCTED = re.compile(r'"Rating: N", N from (\S+) to (\S+)\.(?=\s|$)')
 _RATING_LINE = re.compile(r"Rating:\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?\.?")
 _TITLE_LINE = re.compile(r"^Title: (.+)$", re.MULTILINE)
+_ABSTRACT = re.compile(r"\n\nAbstract: (.*?)(?:\n\n(?:Paper|Figures|Pages): |\Z)", re.DOTALL)
 # What tokenizers and dataset loaders take for more than text. A space after the first character ends that, and
 # as nothing is deleted, no marker can form from the pieces around another.
 _MARKERS = re.compile(
@@ -50,11 +51,11 @@ def review_messages(paper: Paper, modality: Modality) -> list[Message]:
     return [{"role": "user", "content": "\n\n".join(parts)}]
 
 
-def prompt_title(prompt: str) -> str | None:
-    """The title in a prompt made by `review_messages`; None in any other text."""
+def title_and_abstract(prompt: str) -> tuple[str | None, str | None]:
+    """The title and the abstract in a prompt made by `review_messages`; None for what another text lacks."""
     # The first match: a paper's text may have such a line too, and comes after the title.
-    match = _TITLE_LINE.search(prompt)
-    return match[1] if match else None
+    title, abstract = (pattern.search(prompt) for pattern in (_TITLE_LINE, _ABSTRACT))
+    return title and title[1], abstract and abstract[1]
 
 
 def asked_scale(prompt: str) -> Scale:

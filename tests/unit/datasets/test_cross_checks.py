@@ -36,13 +36,27 @@ def repeats_in(*examples: CheckedRow) -> list[tuple[str, str, str, str]]:
     return found_in(repeats.report)
 
 
-def leaks_in(*examples: CheckedRow, held_out: str | None = None) -> list[tuple[str, str, str, str]]:
+def leaks_in(
+    *examples: CheckedRow, held_out: str | None = None, abstract: str | None = None
+) -> list[tuple[str, str, str, str]]:
     leaks = Leaks(Files(), min_shared_characters=400)
     for item in examples:
         leaks.add_example(item, tuple(fingerprint(answer.text) for answer in item.answers), True)
     if held_out:
-        leaks.add_paper("test", "other", held_out, "corpus papers.jsonl", 7)
+        leaks.add_paper("test", "other", (held_out, abstract), "corpus papers.jsonl", 7)
     return found_in(leaks.report)
+
+
+def test_an_abstract_under_another_title_is_told() -> None:
+    """A renamed version of a training paper stood in the test without a word."""
+    abstract = "We study masks.\n\nMore of it. " * 20
+    trained = example(1, prompt=f"Review this paper.\n\nTitle: One\n\nAbstract: {abstract.strip()}\n\nPaper: Text.")
+    (found,) = leaks_in(trained, held_out="Another", abstract=abstract)
+    assert found[:2] == ("leakage", "warning")
+    assert found[3].startswith("abstract of train is also in test: corpus papers.jsonl:7")
+    assert leaks_in(trained, held_out="Another", abstract="We study shades. " * 40) == []
+    short = example(1, prompt="Review this paper.\n\nTitle: One\n\nAbstract: Withdrawn.")
+    assert leaks_in(short, held_out="Another", abstract="Withdrawn.") == []
 
 
 def test_order_of_sorted_rows_is_fine() -> None:

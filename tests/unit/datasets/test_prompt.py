@@ -10,11 +10,11 @@ from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER, Paper, Review
 from prefmill.reviews.prompt import (
     neutralise,
-    prompt_title,
     review_completion,
     review_images,
     review_messages,
     split_completion,
+    title_and_abstract,
 )
 from prefmill.reviews.scale import COMMON_SCALE
 
@@ -53,8 +53,10 @@ def test_clean_has_title_abstract_and_text_and_no_marker() -> None:
 
 @pytest.mark.parametrize("modality", ["clean", "clean_images", "vision"])
 def test_title_is_found_in_every_prompt(modality: str) -> None:
-    assert prompt_title(prompt(modality, abstract="x\nTitle: another")) == "A title"
-    assert prompt_title("no title here") is None
+    abstract = "x\nTitle: another\n\nMore."
+    assert title_and_abstract(prompt(modality, abstract=abstract)) == ("A title", abstract)
+    assert title_and_abstract(prompt(modality, abstract="")) == ("A title", "")
+    assert title_and_abstract("no title here") == (None, None)
 
 
 def test_clean_without_paper_text_names_no_empty_section() -> None:
