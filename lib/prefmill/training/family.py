@@ -68,8 +68,9 @@ def reference_of_pairs(
 ) -> tuple[Tensor, Tensor]:
     """The reference's scores of chosen and rejected, each [N, ...], in the order of the parts' pairs."""
     sides = [
-        family.reference_sides(reference(part.group, epoch), index, groups[part.group].pairs[index])
+        family.reference_sides(scores, index, groups[part.group].pairs[index])
         for part in parts
+        for scores in [reference(part.group, epoch)]  # looked up once, and not for each pair
         for index in part.pairs
     ]
     chosen, rejected = zip(*sides, strict=True)
