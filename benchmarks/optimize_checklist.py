@@ -36,7 +36,7 @@ from prefmill.checklist.lexical import LexicalEngine
 from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.held_out import checklist_scores as held_out_scores
 from prefmill.checklist.optimize.held_out import correlation, outer_training, permutation_test, permuted
-from prefmill.checklist.optimize.moments import Array
+from prefmill.checklist.optimize.lasso import Array
 from prefmill.checklist.optimize.selection import Design, select
 from prefmill.core.config import validate
 from prefmill.core.statistics import Resampling

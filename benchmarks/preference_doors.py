@@ -27,13 +27,12 @@ from prefmill.demo.text import Shape, create_qwen2
 from prefmill.demo.tokenizer import VISION_TOKENS, train_chat_tokenizer
 from prefmill.demo.vision import create_qwen2_5_vl
 from prefmill.families.causal.group_attention import use_group_attention
-from prefmill.families.causal.group_layout import encode_groups
-from prefmill.families.causal.image_batches import add_images
+from prefmill.families.causal.group_layout import add_images, encode_groups
 from prefmill.families.causal.image_limits import ImageLimits
-from prefmill.families.causal.processing import ImageTextProcessor
 from prefmill.families.causal.scorer import patch_forward, score_batch
 from prefmill.families.causal.vision import with_images
 from prefmill.families.causal.vision_families import open_reader
+from prefmill.families.causal.vllm_loading import ImageTextProcessor
 from prefmill.integrations.group_dpo_trainer import GroupDPOTrainer
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import PreferencePair, group_by_prompt

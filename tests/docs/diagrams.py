@@ -10,8 +10,8 @@ from markupsafe import Markup, escape
 
 from prefmill.core.stage import load_stage
 from prefmill.pipeline.plan import Plan, make_plan, read_pipeline
+from prefmill.report.background import lineage_graph
 from prefmill.report.charts import WIDTH, element, text
-from prefmill.report.graph import lineage_graph
 from tests.conftest import REPOSITORY
 from tests.structure import layers
 

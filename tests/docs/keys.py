@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from prefmill.cli.completion import KEYS
-from prefmill.cli.keys import Key, keys_of
+from prefmill.cli.stage import Key, keys_of
 from prefmill.core.stage import load_stage, stage_names
 from tests.conftest import REPOSITORY
 

@@ -20,7 +20,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.records import Modality
 from prefmill.core.stage import load_stage
 from prefmill.families.causal.loading import load_model
-from prefmill.families.causal.processing import ImageTextProcessor
+from prefmill.families.causal.vllm_loading import ImageTextProcessor
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
 from prefmill.reviews.scale import COMMON_SCALE
 from prefmill.store.jsonl import read_jsonl, write_jsonl

@@ -82,7 +82,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, base: Artifact, datasets: Ar
 def test_sft_learns_and_writes_a_folder_that_transformers_loads(modality: str, tuned: dict[str, Path]) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from prefmill.families.causal.processing import ImageTextProcessor
+    from prefmill.families.causal.vllm_loading import ImageTextProcessor
 
     out = tuned[modality] / "out"
     assert losses(tuned[modality])[-1] < losses(tuned[modality])[0]
@@ -202,7 +202,7 @@ def test_the_loss_on_image_pairs_is_that_of_trl(tmp_path: Path, base: Artifact, 
     from trl import DPOConfig, DPOTrainer
 
     from prefmill.families.causal.loading import load_model
-    from prefmill.families.causal.processing import ImageTextProcessor
+    from prefmill.families.causal.vllm_loading import ImageTextProcessor
     from prefmill.store.jsonl import write_jsonl
 
     rows = list(read_jsonl(datasets.path / "dpo_vision_train" / "data.jsonl"))[:12]

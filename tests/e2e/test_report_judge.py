@@ -16,7 +16,7 @@ import stages.score_reviews as score_reviews
 from prefmill.checklist.items import load_checklist, save_checklist
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
-from prefmill.report.judge_section import judge_section
+from prefmill.report.checklist_sections import judge_section, judged
 from prefmill.report.report import page_environment
 from prefmill.store.jsonl import read_jsonl
 from stages.report import STAGE, ReportConfig, run
@@ -142,12 +142,10 @@ def test_every_measure_may_be_missing_or_hostile() -> None:
         "num_reviews": 1, "num_papers": 1, "num_unscored": 2, "labels": None, "probes": None,
     }  # fmt: skip
     full = {**bare, "settings": {"model_name_or_path": HOSTILE}, "temperature": 2.5, "labels": table, "probes": probes}
-    from prefmill.report import judge_section as module
-
     shared = {"conclusion": [HOSTILE], "confidence": 0.95, "num_unscored_labels": 1}
     made = [
-        module._describe({**shared, "judges": [bare], "between": None}),
-        module._describe({**shared, "judges": [full, bare], "between": table}),
+        judged({**shared, "judges": [bare], "between": None}),
+        judged({**shared, "judges": [full, bare], "between": table}),
     ]
     html = page_environment().get_template("judge.html.jinja").render(judge=made)
     assert "<script" not in html

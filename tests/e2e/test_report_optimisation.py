@@ -12,7 +12,7 @@ from evaluation_artifacts import make_corpus, make_evaluation, make_task, publis
 import stages.optimize_checklist as optimize_checklist
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
-from prefmill.report.optimisation import optimisation_section
+from prefmill.report.checklist_sections import optimisation_section
 from prefmill.store.jsonl import read_jsonl
 from stages.report import ReportConfig, run
 

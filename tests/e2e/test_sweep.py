@@ -22,7 +22,7 @@ from prefmill.core.stage import load_stage, stage_names
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.store.artifacts import read
 from prefmill.store.jsonl import read_jsonl
-from prefmill.sweep.claims import read_claim
+from prefmill.sweep.study import read_claim
 from stages.sweep import STAGE, SweepConfig
 from tests.conftest import REPOSITORY
 

@@ -9,7 +9,7 @@ import pytest
 
 from prefmill.store.artifacts import read_manifest
 from prefmill.store.jsonl import read_jsonl
-from prefmill.sweep.claims import read_claim
+from prefmill.sweep.study import read_claim
 from tests.conftest import REPOSITORY
 from tests.slurm.conftest import Site
 from tests.slurm.test_job import rows

@@ -18,7 +18,7 @@ from prefmill.checklist.items import Checklist
 from prefmill.checklist.judge_gate import check
 from prefmill.checklist.judge_probes import ask, sample
 from prefmill.checklist.judge_scores import Judge, Scored, read_judge, sampled_reviews
-from prefmill.checklist.optimize.candidates import with_paraphrases
+from prefmill.checklist.optimize.proposals import with_paraphrases
 from prefmill.checklist.probe_measures import measure_probes, probability_gaps
 from prefmill.checklist.quality_config import JudgeQualityConfig
 from prefmill.core.artifact import Artifact

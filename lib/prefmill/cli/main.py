@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from prefmill import __version__
 from prefmill.cli.completion import SHELLS, commands_of, options_of
+from prefmill.cli.console import guarded
 from prefmill.cli.data import add_data_commands
-from prefmill.cli.guard import guarded
 from prefmill.cli.housekeeping import add_housekeeping
 from prefmill.cli.pipelines import add_pipeline_commands, new_command
 from prefmill.cli.runs import add_commands

@@ -124,7 +124,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> None:
     from prefmill.slurm.cluster import read_cluster
-    from prefmill.slurm.requests import check_requests, read_offer
+    from prefmill.slurm.policy import check_requests, read_offer
 
     with ThreadPoolExecutor(1) as pool:  # Slurm answers while the plan is made
         offer = None if arguments.dry_run else pool.submit(read_offer)  # a dry run may be for another site

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefmill.cli.pipelines import Command, at_least, load_plan, new_command, pipeline_command, run_of
+from prefmill.core.terminal import Say
 
 
 def add_commands(commands: Any) -> None:
@@ -74,7 +74,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from prefmill.pipeline.verify import verify_run
+    from prefmill.pipeline.runs import verify_run
 
     return verify_run(*run_of(arguments))
 
@@ -125,7 +125,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_and_forecast(arguments: argparse.Namespace, pipeline: Any, plan: Any, say: Callable[[str], None]) -> None:
+def _check_and_forecast(arguments: argparse.Namespace, pipeline: Any, plan: Any, say: Say) -> None:
     from prefmill.slurm.cluster import read_cluster, resources_for
     from prefmill.slurm.estimate import estimate
     from prefmill.slurm.forecast import forecast

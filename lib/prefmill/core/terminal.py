@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
+Say = Callable[[str], None]  # shows a line
 _CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 STATES = {
     "complete": "green", "running": "bold", "failed": "red", "killed": "red", "stopped": "red", "stale": "yellow",

@@ -1,4 +1,4 @@
-"""SFT and preference datasets from a scored corpus, in two streaming passes: survey, then write."""
+"""SFT and preference datasets from a scored corpus in chat forms, in two streaming passes: survey, then write."""
 
 from __future__ import annotations
 
@@ -8,24 +8,76 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from tqdm import tqdm
 
-from prefmill.checklist.scored import ScoredPaper, check_inputs, scored_papers
+from prefmill.checklist.scored import ScoredPaper, ScoredReview, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, InputError
 from prefmill.core.files import copy_once, write_atomic
-from prefmill.core.records import Modality, Standing
-from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, explain_drops, pairs_of
+from prefmill.core.records import Modality, Paper, Standing
+from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, ReviewPair, explain_drops, pairs_of
 from prefmill.datasets.registry import SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
-from prefmill.datasets.rows import IMAGES, PaperPrompt, dpo_row, make_prompt, sft_row
-from prefmill.datasets.selection import Rank, rank
-from prefmill.datasets.survey import Survey, check_buildable, check_scored, leaving_out, survey
+from prefmill.datasets.survey import Rank, Survey, check_buildable, check_scored, leaving_out, rank, survey
 from prefmill.reviews.join import REVIEWS
-from prefmill.reviews.scale import RatingUnit, VenueQuantiles
+from prefmill.reviews.prompt import Message, review_completion, review_images, review_messages
+from prefmill.reviews.scale import RatingUnit, Scale, VenueQuantiles, scale_of
 from prefmill.store.jsonl import JsonlWriter, read_jsonl
 from prefmill.store.missing import Progress
+
+IMAGES = "images"
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+class PaperPrompt(NamedTuple):
+    """A paper's prompt, made once for all of its rows; `images` are relative to the artifact, None for text."""
+
+    paper_id: str
+    messages: list[Message]
+    images: list[str] | None
+    scale: Scale
+
+
+def make_prompt(paper: Paper, modality: Modality) -> PaperPrompt | None:
+    """The prompt of `paper`, or None when the modality needs images that it does not have."""
+    images = review_images(paper, modality)
+    if modality != "clean" and not images:
+        return None
+    paths = None if modality == "clean" else [f"{IMAGES}/{path}" for path in images]
+    return PaperPrompt(paper["paper_id"], review_messages(paper, modality), paths, scale_of(paper))
+
+
+def sft_row(prompt: PaperPrompt, scored: ScoredReview) -> dict[str, Any]:
+    """A review to imitate: `messages` in the OpenAI form, the last one the assistant's."""
+    answer = {"role": "assistant", "content": review_completion(scored.review, prompt.scale)}
+    row = {
+        "id": scored.review["review_id"],
+        "paper_id": prompt.paper_id,
+        "messages": [*prompt.messages, answer],
+    }
+    return _with_images(row, prompt)
+
+
+def dpo_row(prompt: PaperPrompt, pair: ReviewPair) -> dict[str, Any]:
+    """A preference in the ShareGPT form; `group` names the paper, so that its pairs can share one prompt."""
+    row = {
+        "id": pair.pair_id,
+        "group": prompt.paper_id,
+        "conversations": [{"from": _SPEAKERS[turn["role"]], "value": turn["content"]} for turn in prompt.messages],
+        "chosen": {"from": "gpt", "value": review_completion(pair.chosen.review, prompt.scale)},
+        "rejected": {"from": "gpt", "value": review_completion(pair.rejected.review, prompt.scale)},
+        "chosen_id": pair.chosen.review["review_id"],
+        "rejected_id": pair.rejected.review["review_id"],
+        # Floats even where they are whole: `datasets` takes a column's type from the first rows.
+        "rating_diff": float(pair.rating_diff),
+        "checkmark_diff": float(pair.checkmark_diff),
+    }
+    return _with_images(row, prompt)
+
+
+def _with_images(row: dict[str, Any], prompt: PaperPrompt) -> dict[str, Any]:
+    return row if prompt.images is None else {**row, "images": prompt.images}
 
 
 @dataclass(frozen=True)

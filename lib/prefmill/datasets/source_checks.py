@@ -21,7 +21,7 @@ from prefmill.datasets.examples import CheckedRow, read_examples
 from prefmill.datasets.findings import Findings
 from prefmill.datasets.occurrences import fingerprint
 from prefmill.datasets.registry import DatasetKey
-from prefmill.datasets.selection import Rank, rank
+from prefmill.datasets.survey import Rank, rank
 from prefmill.reviews.join import PAPERS, REVIEWS, papers_with_reviews
 from prefmill.reviews.prompt import neutralise, review_completion
 from prefmill.reviews.scale import common_rating, scale_of

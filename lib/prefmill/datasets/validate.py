@@ -16,10 +16,19 @@ from prefmill.datasets.findings import Findings
 from prefmill.datasets.length_bias import LengthBias
 from prefmill.datasets.occurrences import Files, fingerprint
 from prefmill.datasets.registry import KINDS, REGISTRY, SUMMARY, DatasetKey, read_registry
-from prefmill.datasets.row_checks import contrast_problems, image_problems, marker_problems, rating_problems
-from prefmill.datasets.selection import Rank
 from prefmill.datasets.source_checks import Claims, check_against_source
-from prefmill.datasets.structure_checks import count_problems, grid_problems, keys_in, read_summary, registry_problems
+from prefmill.datasets.structure_checks import (
+    contrast_problems,
+    count_problems,
+    grid_problems,
+    image_problems,
+    keys_in,
+    marker_problems,
+    rating_problems,
+    read_summary,
+    registry_problems,
+)
+from prefmill.datasets.survey import Rank
 from prefmill.datasets.token_lengths import TokenCounter, context_of, open_counter
 from prefmill.store.missing import Progress
 

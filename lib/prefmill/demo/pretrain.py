@@ -17,10 +17,10 @@ from prefmill.reviews.join import papers_with_reviews
 from prefmill.reviews.prompt import Message, review_completion, review_messages
 from prefmill.reviews.scale import scale_of
 from prefmill.training.arguments import trainer_arguments
+from prefmill.training.bad_rows import report_dropped
 from prefmill.training.callbacks import StageCallback, check_every_step
 from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.config import TrainingConfig
-from prefmill.training.loop import report_dropped
 from prefmill.training.publish import save_finished
 
 _IGNORED = -100  # a label that takes no part in the loss

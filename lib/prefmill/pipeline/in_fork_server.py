@@ -1,6 +1,6 @@
 """How a fork server lives, set when it is imported: a fork server can be told of modules, but not to call anything.
 
-Its children call `prefmill.pipeline.preload.collect_from_now_on`.
+Its children call `prefmill.pipeline.worker.collect_from_now_on`.
 """
 
 import gc

@@ -21,10 +21,10 @@ from typing import Any
 from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error
 from prefmill.core.graceful_stop import Stopped, request_stop
 from prefmill.core.stage import Metrics, Task
+from prefmill.core.terminal import Say
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.interruption import interrupted_by_term, start_fork_server, wait_for_all
 from prefmill.pipeline.plan import Plan, PlannedTask
-from prefmill.pipeline.preload import collect_from_now_on
 from prefmill.pipeline.progress_display import Bar
 from prefmill.pipeline.run_record import point_latest, write_plan
 from prefmill.pipeline.sharing import TAKEN, share
@@ -37,6 +37,7 @@ from prefmill.pipeline.worker import (
     EXIT_USER_ERROR,
     already_running,
     announce,
+    collect_from_now_on,
     execute,
     keep_finished,
     log_path,
@@ -50,7 +51,6 @@ _ROOM_FOR_A_STATUS = 64 * 1024  # bytes; with less left on a disk, a task cannot
 _SIGNAL_SECONDS = 1.0
 _SAVE_SECONDS, _GRACE_SECONDS = 60.0, 3.0  # what an interrupted training gets to save in, and any other task to end in
 EXIT_INTERRUPTED = 130
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,16 @@ from prefmill.core.config import (
 from prefmill.core.errors import ConfigError, PipelineError, nearest, select
 from prefmill.core.places import MANIFEST, NO_RUNS, STAGES, default_workspace
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
-from prefmill.pipeline.array_elements import SAFE_NAME, SINGLE_TASK, elements
 from prefmill.pipeline.overrides import joined, names_stage_key, require_stages, with_stage_keys
-from prefmill.pipeline.stage_entry import ElementEntry, Need, StageEntry, with_settings
+from prefmill.pipeline.stage_entry import (
+    SAFE_NAME,
+    SINGLE_TASK,
+    ElementEntry,
+    Need,
+    StageEntry,
+    elements,
+    with_settings,
+)
 
 
 class PipelineFile(StrictConfig):
@@ -92,24 +99,18 @@ class Plan:
     share: bool = False
 
     def upstream(self, task: PlannedTask) -> list[PlannedTask]:
-        """The tasks of this plan whose outputs `task` reads."""
-        if task.key not in self._upstream:
-            self._upstream[task.key] = self._find_upstream(task)
+        """The tasks of this plan whose outputs `task` reads, in the plan's order."""
         return self._upstream[task.key]
-
-    def _find_upstream(self, task: PlannedTask) -> list[PlannedTask]:
-        wanted = {path for paths in task.inputs.values() for path in paths}
-        # In the plan's order: a set of paths has another in every process.
-        return [other for _, other in sorted(self._made[path] for path in wanted if path in self._made)]
 
     @cached_property
     def _upstream(self) -> dict[str, list[PlannedTask]]:
-        return {}
-
-    @cached_property
-    def _made(self) -> dict[Path, tuple[int, PlannedTask]]:
-        """Which task makes an output, with its place in the plan."""
-        return {task.output: (place, task) for place, task in enumerate(self.tasks)}
+        made = {task.output: place for place, task in enumerate(self.tasks)}
+        found = {}
+        for task in self.tasks:
+            # Places and no set of paths, whose order is another in every process.
+            places = {made[path] for paths in task.inputs.values() for path in paths if path in made}
+            found[task.key] = [self.tasks[place] for place in sorted(places)]
+        return found
 
     def select(self, selector: str) -> list[PlannedTask]:
         """The tasks named by `STAGE` or `STAGE:TASK`; raises PipelineError when there are none."""
@@ -141,21 +142,16 @@ def make_plan(pipeline: PipelineFile, source: Path) -> Plan:
 
     Raises ConfigError or PipelineError before anything runs: unknown stages and keys, inputs nobody makes, cycles.
     """
-    planner = _planner(pipeline, source)
+    planner = _Planner(pipeline, source)
     tasks = [task for name in planner.order() for task in planner.tasks(name)]
     return Plan(planner.run, planner.workspace, tuple(tasks), pipeline.share)
 
 
 def plan_task(pipeline: PipelineFile, source: Path, stage: str, name: str) -> PlannedTask:
     """One task of `pipeline`, without planning the others; raises PipelineError when it has no such task."""
-    for task in _planner(pipeline, source).tasks(stage, only=name):
+    for task in _Planner(pipeline, source).tasks(stage, only=name):
         return task
     raise PipelineError(f"no task '{stage}:{name}' in this pipeline", where=source, fix="submit the pipeline again")
-
-
-def _planner(pipeline: PipelineFile, source: Path) -> _Planner:
-    workspace = Path(pipeline.workspace) if pipeline.workspace else default_workspace()
-    return _Planner(pipeline, pipeline.run or pipeline.name, workspace, source)
 
 
 def _stage_file(path: Path) -> dict[str, Any]:
@@ -166,8 +162,9 @@ def _stage_file(path: Path) -> dict[str, Any]:
 
 
 class _Planner:
-    def __init__(self, pipeline: PipelineFile, run: str, workspace: Path, source: Path) -> None:
-        self.pipeline, self.run, self.workspace, self.source = pipeline, run, workspace, source
+    def __init__(self, pipeline: PipelineFile, source: Path) -> None:
+        self.pipeline, self.run, self.source = pipeline, pipeline.run or pipeline.name, source
+        self.workspace = Path(pipeline.workspace) if pipeline.workspace else default_workspace()
         self.stages = {name: load_stage(name) for name in pipeline.stages}
         self.arrays = {name: modern(self.stages[name].config, entry.array) for name, entry in pipeline.stages.items()}
         self.elements = {name: dict(elements(name, array)) for name, array in self.arrays.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from prefmill.core.files import read_record
 from prefmill.core.places import PROGRESS
+from prefmill.core.terminal import Say
 
 HEARTBEAT_SECONDS = 60.0
 
@@ -19,7 +19,7 @@ HEARTBEAT_SECONDS = 60.0
 class Bar:
     """The progress of one task; a log file gets a heartbeat line in place of the bar."""
 
-    def __init__(self, key: str, logs: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, key: str, logs: Path, say: Say) -> None:
         self._key, self._path, self._say = key, logs / PROGRESS, say
         # tqdm draws on stderr; in a file every redraw would be a line of its own.
         self._is_terminal = sys.stderr.isatty()

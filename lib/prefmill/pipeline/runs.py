@@ -1,4 +1,4 @@
-"""The runs of a workspace: which there are, how far each is, how large, and what can be deleted."""
+"""The runs of a workspace: which there are, how far each is, how large, whether undamaged, and what can be deleted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 from prefmill.core.artifact import Manifest
 from prefmill.core.errors import ArtifactError, PipelineError
 from prefmill.core.places import CACHE, CHECKPOINT_PREFIX, LATEST, MANIFEST, WANTED_AGAIN, WORK
+from prefmill.core.terminal import Say
 from prefmill.pipeline.run_record import ROOTS, run_names, run_tasks
 from prefmill.pipeline.task_status import is_at_work, is_running, read_status
 from prefmill.pipeline.worker import clear_telemetry, set_aside, telemetry
-from prefmill.store.artifacts import SUPERSEDED, read_manifest, remaking, superseded
+from prefmill.store.artifacts import SUPERSEDED, read, read_manifest, remaking, superseded
+from prefmill.store.stamps import stamp, verify
 
 
 @dataclass(frozen=True)
@@ -182,3 +184,25 @@ def _manifest(folder: Path) -> Manifest | None:
         return read_manifest(folder)
     except ArtifactError:  # one damaged output may not keep all runs from being listed
         return None
+
+
+def verify_run(workspace: Path, run: str, say: Say = print) -> int:
+    """Print a line for each task; returns 0 where all that is finished has the content it was made with, else 1."""
+    damaged = 0
+    for task in run_tasks(workspace, run):
+        output = Path(task["output"])
+        if not (output / MANIFEST).is_file():
+            say(f"-        {task['key']}: not finished")
+            continue
+        try:
+            artifact = read(output)
+            verify(artifact)
+            # What was hashed just now need not be hashed again before it is used.
+            stamp(output, artifact.manifest.files)
+        except ArtifactError as error:
+            damaged += 1
+            say(f"DAMAGED  {task['key']}: {error}")
+            continue
+        size = sum(entry.bytes for entry in artifact.manifest.files)
+        say(f"ok       {task['key']}: {len(artifact.manifest.files)} files, {size / 1e6:.1f} MB")
+    return int(damaged > 0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from prefmill.core.errors import ArtifactError, PrefmillError
 from prefmill.core.files import write_atomic
 from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WANTED_AGAIN, WORK
+from prefmill.core.terminal import Say
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.state import fingerprints, inspect_task, read_inputs, task_identity
 from prefmill.pipeline.task_status import is_running, write_status
@@ -40,7 +41,7 @@ def share(task: PlannedTask) -> str | None:
     return None
 
 
-def share_finished(plan: Plan, leave: Container[str], say: Callable[[str], None]) -> None:
+def share_finished(plan: Plan, leave: Container[str], say: Say) -> None:
     """`share` of every task of `plan` that is not complete, upstream first; those in `leave` are on their way."""
     unknown: set[str] = set()
     for task in plan.tasks:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import resource
@@ -11,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,6 @@ from prefmill.distributed.launchers import TrainerKeys, refuse_settings_of_accel
 from prefmill.pipeline import attempts
 from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
-from prefmill.pipeline.preload import import_now
 from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
 from prefmill.pipeline.task_status import INTERRUPTED, held, read_status, write_status
 from prefmill.store.artifacts import publish, remaking, superseded
@@ -245,3 +246,23 @@ def _usage() -> dict[str, float]:
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest process, children that have ended included
     kilobytes = max(resource.getrusage(item).ru_maxrss for item in who)
     return {"peak_memory_gb": round(kilobytes / 2**20, 3)}
+
+
+def import_now(modules: Iterable[str]) -> None:
+    """Import those of `modules` that are not there yet; what they make is never collected, nor looked at again."""
+    missing = [name for name in modules if name not in sys.modules]
+    if not missing:
+        return
+    gc.disable()
+    try:
+        for name in missing:
+            importlib.import_module(name)
+    finally:
+        collect_from_now_on()
+
+
+def collect_from_now_on() -> None:
+    """Turn the collector on, for what is made from here on."""
+    # Before the collector is on: its first pass would go through everything the imports made.
+    gc.freeze()
+    gc.enable()

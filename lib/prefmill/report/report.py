@@ -1,9 +1,10 @@
-"""The report: one self-contained page, and all its numbers as JSON."""
+"""The report: one self-contained page, its verdict and tables as Markdown, and all its numbers as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,11 @@ from prefmill.evaluation.metrics import MEASURES
 from prefmill.evaluation.record import METRICS
 from prefmill.report import background, sections
 from prefmill.report.charts import key_marker, series_class
-from prefmill.report.costs import clock
+from prefmill.report.checklist_sections import judge_section, optimisation_section
 from prefmill.report.examples import choose_papers, read_examples
 from prefmill.report.facts import facts
-from prefmill.report.judge_section import judge_section
-from prefmill.report.markdown import to_markdown
-from prefmill.report.optimisation import optimisation_section
 from prefmill.report.story import Compared, Verdict, agreement_doubts, data_doubts, main_pair, tell
+from prefmill.report.training_logs import clock
 
 TEMPLATES = Path(__file__).parent / "templates"
 Evaluated = tuple[Mapping[str, Any], Artifact]  # metrics.json, and the artifact that holds it
@@ -203,3 +202,49 @@ def page_environment() -> Environment:
 
 def _thousands(number: int) -> str:
     return f"{number:,}".replace(",", "\u202f")
+
+
+Row = Mapping[str, Any]
+
+
+def to_markdown(title: str, facts: Sequence[str], modalities: Sequence[Row]) -> str:
+    """The page's numbers without its charts and examples; `modalities` are those of the page."""
+    parts = [f"# {_plain(title)}", *([_plain(" · ".join(facts))] if facts else [])]
+    for part in modalities:
+        parts += _modality(part, named=len(modalities) > 1)
+    return "\n\n".join(parts) + "\n"
+
+
+def _modality(part: Row, named: bool) -> Iterable[str]:
+    story, models = part["story"], [item["model"] for item in part["compared"]["models"]]
+    if named:
+        yield f"## {_plain(part['compared']['modality'])}"
+    yield f"**{_plain(story.helped)}**"
+    yield f"{_plain(story.how_much)} {_plain(story.how_sure)}"
+    if story.harms:
+        yield f"Worse: {_plain('; '.join(story.harms))}."
+    measures = [[row["measure"].label, *map(_cell, row["cells"])] for row in part["measures"]]
+    yield _table(["Measure", *models], measures)
+    items = [
+        [row["name"], *(f"{share:.0%}" for _, share in row["shares"]), row["change_text"]] for row in part["items"]
+    ]
+    if items:
+        yield _table(["Item, share of yes", *(label for label, _ in part["items"][0]["shares"]), "Change"], items)
+    yield "What to doubt:\n\n" + "\n".join(f"- {_plain(doubt)}" for doubt in story.doubts)
+
+
+def _cell(cell: Row | None) -> str:
+    if not cell:
+        return "–"
+    return f"{cell['value']} ({cell['interval']})" if cell.get("interval") else str(cell["value"])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(_plain, line)) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: other people's words may hold its signs, or HTML."""
+    # Words are joined by single spaces, as a line break would end the row of a table.
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -14,6 +14,7 @@ from typing import Any
 
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
+from prefmill.core.terminal import Say
 from prefmill.pipeline.decisions import AGAIN, CANCEL, RETRY, STOP, alone, show
 from prefmill.pipeline.oom_backoff import read_smaller, write_smaller
 from prefmill.pipeline.plan import PlannedTask
@@ -21,16 +22,15 @@ from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources
 from prefmill.slurm.elements import Tried, collect_evidence, has_room
 from prefmill.slurm.failures import POLICIES, Decision, Evidence, Failure, RetryOptions, classify, decide, several
-from prefmill.slurm.follow_up import book, me
+from prefmill.slurm.follow_up import book, me, release_held
 from prefmill.slurm.intents import Order, SbatchRefusedError, send_fitting
 from prefmill.slurm.jobs import Element, JobState, element_name
 from prefmill.slurm.notify import announce
 from prefmill.slurm.partitions import Partition, offer_of, partitions
-from prefmill.slurm.releases import release_held
 from prefmill.slurm.sightings import told
 from prefmill.slurm.submission import JobRecord, require_owner, submissions
 from prefmill.slurm.task_batches import TaskBatch, dependency
-from prefmill.slurm.view import Say, View, going_on, look, next_look
+from prefmill.slurm.view import View, going_on, look, next_look
 from prefmill.training.config import needs_less
 
 

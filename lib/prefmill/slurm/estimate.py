@@ -12,19 +12,32 @@ from pydantic import BaseModel
 from prefmill.checklist.engine import TransformersConfig, VllmConfig
 from prefmill.core.errors import PipelineError, PrefmillError
 from prefmill.core.places import MANIFEST
+from prefmill.core.terminal import Say
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
-from prefmill.slurm.forecast import stated
+from prefmill.slurm.forecast import is_measurable, stated
 from prefmill.slurm.memory import ORIGINS, sharding
 from prefmill.slurm.partitions import Partition, gpu_kind, gpu_memory_gb, offer_of, partitions
-from prefmill.slurm.places import LOCAL_FILESYSTEMS, filesystem
-from prefmill.slurm.policy import SitePolicy, read_policy
-from prefmill.slurm.requests import by_stage, objections
+from prefmill.slurm.policy import SitePolicy, by_stage, objections, read_policy
 from prefmill.slurm.script import refusal
-from prefmill.slurm.slices import is_measurable
 from prefmill.slurm.training_needs import training_needs
-from prefmill.slurm.view import Say
 from prefmill.training.config import TrainingConfig
+
+LOCAL_FILESYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs", "f2fs"}
+_MOUNTS = Path("/proc/self/mounts")
+
+
+def filesystem(path: Path) -> str:
+    """The kind of file system that holds `path` or will, as `ext4` or `nfs4`; "" where that is not known."""
+    try:
+        lines = [line.split(" ") for line in _MOUNTS.read_text().splitlines()]
+    except OSError:
+        return ""
+    # The kernel writes a space in a path as \040, since spaces part its fields.
+    mounts = {Path(fields[1].replace("\\040", " ")): fields[2] for fields in lines}
+    absolute = path.absolute()
+    return next((mounts[parent] for parent in (absolute, *absolute.parents) if parent in mounts), "")
+
 
 _CARDS_GB = (24, 80)
 _SMALLER = {"text": "a shorter max_length", "images": "a smaller per_device_train_batch_size or resolution"}

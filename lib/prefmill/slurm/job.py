@@ -31,8 +31,7 @@ from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, Si
 from prefmill.pipeline.task_status import write_status
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, log_path, print_into_log
 from prefmill.slurm.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
-from prefmill.slurm.follow_up import book_again
-from prefmill.slurm.releases import release_when_task_ends
+from prefmill.slurm.follow_up import book_again, release_when_task_ends
 from prefmill.slurm.submission import read_array, read_submission
 
 EXIT_TERMINATED, EXIT_NOT_REQUEUED = 143, 3

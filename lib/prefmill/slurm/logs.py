@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prefmill.core.terminal import Say
 from prefmill.pipeline.run_record import run_tasks, select_tasks
 from prefmill.slurm.elements import newest
 from prefmill.slurm.submission import submissions
-from prefmill.slurm.view import Say
 
 _POLL_SECONDS = 0.5
 _BYTES = 1 << 20  # of a log's end are read for its last lines

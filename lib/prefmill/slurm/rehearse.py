@@ -10,6 +10,7 @@ from typing import Any
 
 from prefmill.core.files import read_record
 from prefmill.core.places import CHECKPOINT_PREFIX, PROGRESS
+from prefmill.core.terminal import Say
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.task_status import read_status
@@ -21,7 +22,7 @@ from prefmill.slurm.estimate import estimate
 from prefmill.slurm.rehearsal_plan import SAVE_STEPS, rehearsal_of
 from prefmill.slurm.status import read_rows, render
 from prefmill.slurm.submit import submit
-from prefmill.slurm.view import Say, View, going_on, look
+from prefmill.slurm.view import View, going_on, look
 from prefmill.store.artifacts import read_manifest
 from prefmill.training.checkpoints import COMPLETE
 

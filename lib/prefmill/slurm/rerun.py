@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prefmill.core.errors import PipelineError, select
 from prefmill.core.places import MANIFEST, WANTED_AGAIN
+from prefmill.core.terminal import Say
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.slurm import jobs as slurm
@@ -15,7 +16,7 @@ from prefmill.slurm.elements import Tried, elements_of, newest, unsent
 from prefmill.slurm.intents import settle
 from prefmill.slurm.jobs import JobState
 from prefmill.slurm.submission import Submission, require_owner, submissions
-from prefmill.slurm.view import Say, View, look
+from prefmill.slurm.view import View, look
 
 
 def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:

@@ -25,9 +25,8 @@ from prefmill.pipeline.run_record import run_tasks
 from prefmill.pipeline.task_status import INTERRUPTED, in_short, is_at_work, is_finished, is_running, read_status
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest, read_tail, unsent
-from prefmill.slurm.jobs import JobState
-from prefmill.slurm.launches import last_words
-from prefmill.slurm.pending import held, why_queued
+from prefmill.slurm.failures import last_words
+from prefmill.slurm.jobs import JobState, held, why_queued
 from prefmill.slurm.sightings import Sightings, sight
 from prefmill.slurm.submission import script_of, submissions
 

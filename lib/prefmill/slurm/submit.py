@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.core.terminal import Say
 from prefmill.pipeline.decisions import alone, submissions_folder
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
@@ -22,8 +23,8 @@ from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
 from prefmill.slurm.follow_up import LOOK_MINUTES, Wait, live_follow_ups, postpone, send_follow_up
 from prefmill.slurm.intents import FullError, Order, SbatchRefusedError, send_fitting, settle
-from prefmill.slurm.queued import Queued, queued_tasks
 from prefmill.slurm.script import array_script, healer_script, max_array_size
+from prefmill.slurm.sightings import Queued, queued_tasks
 from prefmill.slurm.submission import (
     ADVANCE,
     ArrayFile,
@@ -39,7 +40,6 @@ from prefmill.slurm.submission import (
     write_submission,
 )
 from prefmill.slurm.task_batches import TaskBatch, chunks_of, dependency, make_batches
-from prefmill.slurm.view import Say
 
 _ADVANCE_MINUTES = 10
 _SUBMITTING_MINUTES = 5  # nobody submits for so long; a submission that was cut off is then finished

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prefmill.pipeline.plan import Plan, PlannedTask
-
-Element = tuple[str, int]  # a job and the index of its array; the job of a batch not yet submitted is its name
+from prefmill.slurm.jobs import Element
 
 
 @dataclass(frozen=True)

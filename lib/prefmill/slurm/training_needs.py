@@ -10,8 +10,8 @@ from prefmill.core.places import MANIFEST
 from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.slurm.cluster import Resources
+from prefmill.slurm.forecast import rows_of
 from prefmill.slurm.memory import GpuMemory, gpu_memory, host_memory, model_size, sharding
-from prefmill.slurm.slices import rows_of
 from prefmill.training.config import TrainingConfig, accumulation
 from prefmill.training.preference_config import PreferenceConfig
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
+from prefmill.core.terminal import Say
 from prefmill.pipeline.decisions import CANCEL, WAIT, Decisions
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 from prefmill.pipeline.state import inspect
@@ -19,7 +20,6 @@ from prefmill.slurm.jobs import Element, JobState
 from prefmill.slurm.sightings import Sightings, sight
 from prefmill.slurm.submission import Submission, submissions
 
-Say = Callable[[str], None]
 _SECONDS_BETWEEN_TRIES = (0, 5, 20)
 
 

@@ -15,8 +15,8 @@ from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
 from prefmill.store.jsonl import write_jsonl
 from prefmill.sweep import study as studies
-from prefmill.sweep.claims import Watch, beating, claim, read_claim
 from prefmill.sweep.config import StudyConfig
+from prefmill.sweep.study import Watch, beating, claim, read_claim
 from prefmill.sweep.trial import (
     TrialDivergedError,
     TrialError,

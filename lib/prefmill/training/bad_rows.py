@@ -1,20 +1,23 @@
-"""Rows that cannot be used: refused by name, or left out and listed, wherever that shows."""
+"""Rows that cannot be used, at fault or over-long: refused by name, or left out and listed, wherever that shows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from prefmill.core.config import StrictConfig
-from prefmill.core.errors import InputError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Task
+
+if TYPE_CHECKING:
+    from prefmill.training.config import TrainingConfig
 
 BAD_ROWS = "bad_rows.json"  # in a task's logs
 
@@ -72,3 +75,23 @@ def list_bad_rows(found: Mapping[str, str], report: Path) -> None:
     known = {row["where"]: row["what"] for row in before} | dict(found)
     write_atomic(report, json.dumps([{"where": where, "what": what} for where, what in known.items()], indent=1))
     print(f"{len(found):,} rows left out, listed in {report}", flush=True)
+
+
+def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, config: TrainingConfig) -> None:
+    """List over-long rows in the logs; raises ConfigError when `on_overlong` is `fail`, or when nothing is left."""
+    path = task.logs / "overlong_rows.json"
+    if dropped:
+        files = {row.get("file") for row in dropped}
+        # Training and validation files share the list; a rerun replaces the rows of its own file.
+        others = [row for row in json.loads(path.read_text()) if row.get("file") not in files] if path.is_file() else []
+        write_atomic(path, json.dumps([*others, *dropped], indent=1))
+    if not dropped or (kept and config.on_overlong == "drop"):
+        return
+    longest = max(row["num_tokens"] for row in dropped)
+    # With `drop` this is a file of which nothing is left: to drop more is no way out.
+    drop = "" if config.on_overlong == "drop" else ", or set on_overlong=drop to leave them out"
+    raise ConfigError(
+        f"{len(dropped)} of {len(dropped) + kept} rows are longer than max_length",
+        where=path, got=f"up to {longest} tokens", expected=f"at most {config.max_length}",
+        fix=f"raise max_length to {longest}{drop}; nothing is ever truncated",
+    )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,8 +11,6 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
-from prefmill.core.errors import ConfigError
-from prefmill.core.files import write_atomic
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.scoring import scoring_model
 from prefmill.distributed.sharding import leave_sizes_to_deepspeed
@@ -22,8 +19,7 @@ from prefmill.training.callbacks import StageCallback
 from prefmill.training.checkpoints import newest_checkpoint, require_its_ranks, resume_strictly
 from prefmill.training.config import TrainingConfig
 from prefmill.training.family import Reference
-from prefmill.training.finished import kept_dtype
-from prefmill.training.savable import ensure_savable
+from prefmill.training.finished import ensure_savable, kept_dtype
 
 
 class Trained(Protocol):
@@ -97,23 +93,3 @@ def _look_before(spec: TrainingSpec, trainer: Any) -> None:
             spec.check(model)
         if spec.reference is not None:
             trainer.set_reference(*spec.reference(trainer, model))
-
-
-def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, config: TrainingConfig) -> None:
-    """List over-long rows in the logs; raises ConfigError when `on_overlong` is `fail`, or when nothing is left."""
-    path = task.logs / "overlong_rows.json"
-    if dropped:
-        files = {row.get("file") for row in dropped}
-        # Training and validation files share the list; a rerun replaces the rows of its own file.
-        others = [row for row in json.loads(path.read_text()) if row.get("file") not in files] if path.is_file() else []
-        write_atomic(path, json.dumps([*others, *dropped], indent=1))
-    if not dropped or (kept and config.on_overlong == "drop"):
-        return
-    longest = max(row["num_tokens"] for row in dropped)
-    # With `drop` this is a file of which nothing is left: to drop more is no way out.
-    drop = "" if config.on_overlong == "drop" else ", or set on_overlong=drop to leave them out"
-    raise ConfigError(
-        f"{len(dropped)} of {len(dropped) + kept} rows are longer than max_length",
-        where=path, got=f"up to {longest} tokens", expected=f"at most {config.max_length}",
-        fix=f"raise max_length to {longest}{drop}; nothing is ever truncated",
-    )  # fmt: skip

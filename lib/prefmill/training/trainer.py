@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from prefmill.core.stage import Task
 from prefmill.distributed.collectives import from_all_ranks
-from prefmill.distributed.devices import world_size
+from prefmill.distributed.devices import rank, world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.training.arguments import made, trainer_arguments
-from prefmill.training.batches import AnyGroup, GroupPart, Microbatch
+from prefmill.training.batches import AnyGroup, GroupPart, Microbatch, one_by_one, plan_batches
 from prefmill.training.callbacks import check_every_step
-from prefmill.training.config import TrainingConfig
+from prefmill.training.config import TrainingConfig, accumulation
 from prefmill.training.family import Family, Reference, reference_of_pairs
 from prefmill.training.objectives import Objective, PairScores, Settings
 from prefmill.training.telemetry import Telemetry
@@ -253,3 +254,46 @@ class _StepTelemetry(TrainerCallback):
         self.telemetry.step(state.global_step, epoch)
         if self.epoch_of_step.get(state.global_step + 1) != epoch:
             control.should_evaluate = True
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Groups of pairs in their batches, how a family scores them, and the loss; `arguments` unless the usual ones."""
+
+    train: PreferenceData
+    val: PreferenceData | None
+    family: Family
+    objective: Objective
+    settings: Settings
+    telemetry: Callable[[Path, int], Telemetry] = Telemetry
+    arguments: TrainingArguments | None = None
+
+    def trainer(
+        self, model: Any, config: TrainingConfig, task: Task, callbacks: list[TrainerCallback]
+    ) -> PreferenceTrainer:
+        """The preference trainer of `model`."""
+        args = self.arguments or plan_arguments(config, task, self.train.plan)
+        telemetry = self.telemetry(task.logs, rank())
+        return PreferenceTrainer(
+            model, args, self.train, self.val, self.family, self.objective, self.settings, telemetry, callbacks
+        )
+
+
+def train_data(groups: Sequence[AnyGroup], config: TrainingConfig) -> PreferenceData:
+    """Groups in the microbatches of all epochs."""
+    # The reference is set later: it is scored by the model as the trainer has placed it.
+    return PreferenceData(groups, None, plan_epochs(groups, config, config.num_train_epochs))
+
+
+def plan_epochs(groups: Sequence[AnyGroup], config: TrainingConfig, num_epochs: int) -> list[Microbatch]:
+    """The microbatches of so many epochs on the ranks that there are."""
+    ranks = world_size()
+    per_step = accumulation(config, ranks) * ranks
+    return plan_batches(groups, num_epochs, config.effective_batch_size, per_step, config.seed)
+
+
+def val_data(groups: Sequence[AnyGroup], config: TrainingConfig) -> PreferenceData | None:
+    """Every validation pair once, in microbatches of the training size; None without pairs."""
+    if not groups:
+        return None
+    return PreferenceData(groups, None, one_by_one(groups, config.per_device_train_batch_size, config.seed))

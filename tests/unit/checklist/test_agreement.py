@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prefmill.checklist.agreement import agreement, mean_shift, rank_correlation
-from prefmill.checklist.optimize.screening import kappa
+from prefmill.checklist.optimize.select_step import kappa
 from prefmill.core.statistics import Resampling
 
 RESAMPLING = Resampling(2000)

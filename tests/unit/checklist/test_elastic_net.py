@@ -14,7 +14,6 @@ from prefmill.checklist.engine import LexicalConfig
 from prefmill.checklist.items import load_checklist
 from prefmill.checklist.lexical import LexicalEngine
 from prefmill.checklist.optimize.config import SelectConfig
-from prefmill.checklist.optimize.elastic_net import STRENGTHS, shrunk_path
 from prefmill.checklist.optimize.export_step import spread_over
 from prefmill.checklist.optimize.held_out import (
     checklist_scores,
@@ -24,7 +23,7 @@ from prefmill.checklist.optimize.held_out import (
     permutation_test,
     permuted,
 )
-from prefmill.checklist.optimize.moments import weighted_moments
+from prefmill.checklist.optimize.lasso import STRENGTHS, shrunk_path, weighted_moments
 from prefmill.checklist.optimize.selection import MODELS, Design, select
 from prefmill.core.statistics import Resampling
 

@@ -10,8 +10,8 @@ import pytest
 
 from prefmill.checklist.items import Item, load_checklist
 from prefmill.checklist.optimize import proposals
-from prefmill.checklist.optimize.candidates import collect_candidates, with_paraphrases
 from prefmill.checklist.optimize.config import ProposeConfig, SelectConfig
+from prefmill.checklist.optimize.proposals import collect_candidates, with_paraphrases
 from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError

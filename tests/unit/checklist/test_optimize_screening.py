@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prefmill.checklist.optimize.config import SelectConfig
-from prefmill.checklist.optimize.screening import Screened, kappa, mutual_information, screen, seed_kappa
+from prefmill.checklist.optimize.select_step import Screened, kappa, mutual_information, screen, seed_kappa
 
 RULES = SelectConfig()
 N = 400

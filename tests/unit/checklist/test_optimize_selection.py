@@ -16,8 +16,7 @@ from prefmill.checklist.optimize.held_out import (
     permutation_test,
     permuted,
 )
-from prefmill.checklist.optimize.lasso import path, solve
-from prefmill.checklist.optimize.moments import Array, squared_errors, weighted_moments
+from prefmill.checklist.optimize.lasso import Array, path, solve, squared_errors, weighted_moments
 from prefmill.checklist.optimize.selection import (
     MODELS,
     Design,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefmill.checklist.optimize.steps import Step, run_steps
+from prefmill.checklist.optimize.run import Step, run_steps
 
 NAMES = ("a", "b", "c")
 

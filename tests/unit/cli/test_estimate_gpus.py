@@ -7,7 +7,7 @@ import pytest
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.slurm.cluster import Resources
 from prefmill.slurm.estimate import _without_gpu
-from prefmill.slurm.requests import by_stage
+from prefmill.slurm.policy import by_stage
 from tests.conftest import REPOSITORY
 
 JUDGE = "it judges with Qwen/Qwen2.5-7B-Instruct"

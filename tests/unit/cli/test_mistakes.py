@@ -173,7 +173,7 @@ def test_a_reader_that_goes_ends_the_command_as_any_other_program() -> None:
 def test_a_closed_stream_is_no_error_and_no_files_number(closed: str, tmp_path: Path) -> None:
     """Its number went to the next file opened: what the command and its children print would stand in that."""
     script = (
-        "import os, sys; from prefmill.cli.guard import guarded; "
+        "import os, sys; from prefmill.cli.console import guarded; "
         "sys.exit(guarded(lambda: [open(sys.argv[1], 'w'), print('told'), os.system('echo heard; echo heard >&2')][2]))"
     )
     command = ["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, script, str(tmp_path / "kept")]

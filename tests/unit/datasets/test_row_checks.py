@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from prefmill.core.records import Modality, Paper
+from prefmill.datasets.build import dpo_row, make_prompt, sft_row
 from prefmill.datasets.examples import CheckedRow, read_examples
 from prefmill.datasets.pairs import orient
 from prefmill.datasets.registry import DatasetKey
-from prefmill.datasets.row_checks import contrast_problems, image_problems, marker_problems, rating_problems
-from prefmill.datasets.rows import dpo_row, make_prompt, sft_row
+from prefmill.datasets.structure_checks import contrast_problems, image_problems, marker_problems, rating_problems
 
 Row = dict[str, Any]
 SFT, DPO = DatasetKey("sft", "clean", "train"), DatasetKey("dpo", "clean", "train")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefmill.datasets.selection import Rank, Ranking, num_selected, rank
+from prefmill.datasets.survey import Rank, Ranking, num_selected, rank
 
 
 def ranking(ranks: list[Rank]) -> Ranking:

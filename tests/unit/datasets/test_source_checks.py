@@ -9,8 +9,8 @@ import pytest
 from prefmill.core.records import Paper
 from prefmill.datasets.examples import Answered, CheckedRow
 from prefmill.datasets.registry import DatasetKey
-from prefmill.datasets.selection import rank
 from prefmill.datasets.source_checks import Claims, Source, source_problems
+from prefmill.datasets.survey import rank
 from prefmill.reviews.prompt import review_completion
 from prefmill.reviews.scale import COMMON_SCALE
 

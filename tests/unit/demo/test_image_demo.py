@@ -11,8 +11,8 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError
+from prefmill.demo.pretrain_images import vae_by_hand
 from prefmill.demo.sample_pictures import draw_lit
-from prefmill.demo.vae_by_hand import vae_by_hand
 from prefmill.families.sdxl.encoding import encode_pixels
 from stages.tiny_image_model import TinyImageModelConfig
 from tests.conftest import REPOSITORY

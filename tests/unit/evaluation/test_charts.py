@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from prefmill.report.background import lineage_graph
 from prefmill.report.charts import (
     WIDTH,
     ChartInterval,
@@ -22,7 +23,6 @@ from prefmill.report.charts import (
     thin,
     tick_label,
 )
-from prefmill.report.graph import lineage_graph
 from prefmill.report.training_logs import bins
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&"

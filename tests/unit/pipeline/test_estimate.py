@@ -14,7 +14,7 @@ from prefmill.core.stage import load_stage, stage_names
 from prefmill.slurm.cluster import Resources, read_cluster, resources_for
 from prefmill.slurm.memory import ModelSize, gpu_memory, host_memory, layer_bytes, model_size, optimizer_bytes
 from prefmill.slurm.partitions import Partition
-from prefmill.slurm.requests import never_starts
+from prefmill.slurm.policy import never_starts
 from prefmill.training.config import LoraConfig, TrainingConfig
 from tests.conftest import REPOSITORY
 

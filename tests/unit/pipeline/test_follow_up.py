@@ -12,13 +12,12 @@ import pytest
 from test_sightings import ME, RUNNING, WAITS, Run, run  # noqa: F401
 
 from prefmill.pipeline.decisions import Decisions
+from prefmill.pipeline.runs import verify_run
 from prefmill.pipeline.state import inspect
-from prefmill.pipeline.verify import verify_run
 from prefmill.pipeline.worker import execute
 from prefmill.slurm import advance
-from prefmill.slurm.follow_up import Wait, book_again
+from prefmill.slurm.follow_up import Wait, book_again, release_when_task_ends
 from prefmill.slurm.jobs import JobState
-from prefmill.slurm.releases import release_when_task_ends
 from prefmill.slurm.rerun import cancel, rerun
 from prefmill.slurm.status import read_rows
 from prefmill.slurm.submission import Intent

@@ -14,10 +14,9 @@ from prefmill.core.config import load
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import load_stage
 from prefmill.pipeline.plan import PlannedTask
-from prefmill.slurm import slices
+from prefmill.slurm import forecast as slices
 from prefmill.slurm.cluster import ClusterFile, Resources, read_cluster
-from prefmill.slurm.forecast import _lines, seconds_for, stated
-from prefmill.slurm.slices import Timed, rows_of
+from prefmill.slurm.forecast import Timed, _lines, rows_of, seconds_for, stated
 from prefmill.store.artifacts import publish, read
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.conftest import REPOSITORY

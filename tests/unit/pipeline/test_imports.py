@@ -11,7 +11,7 @@ from toys import STAGES, MakeConfig, toy_plan
 
 from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.pipeline.local import run_plan
-from prefmill.pipeline.preload import import_now
+from prefmill.pipeline.worker import import_now
 from prefmill.store.artifacts import read_manifest
 from prefmill.store.jsonl import write_jsonl
 

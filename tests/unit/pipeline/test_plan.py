@@ -9,8 +9,8 @@ from toys import toy_plan
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.pipeline.array_elements import elements
 from prefmill.pipeline.plan import PipelineFile, PlannedTask, make_plan, read_pipeline
+from prefmill.pipeline.stage_entry import elements
 
 
 def task(plan_tasks: tuple[PlannedTask, ...], key: str) -> PlannedTask:

@@ -20,8 +20,8 @@ from prefmill.pipeline.plan import PipelineFile, Plan
 from prefmill.slurm import status
 from prefmill.slurm import view as views
 from prefmill.slurm.advance import advance
-from prefmill.slurm.queued import queued_tasks
 from prefmill.slurm.rerun import cancel, rerun
+from prefmill.slurm.sightings import queued_tasks
 from prefmill.slurm.submission import (
     ArrayFile,
     Submission,

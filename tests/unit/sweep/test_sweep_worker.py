@@ -24,12 +24,11 @@ from prefmill.core.stage import Task
 from prefmill.report.sweep_page import sweep_page
 from prefmill.store.artifacts import payload
 from prefmill.store.jsonl import read_jsonl
-from prefmill.sweep import claims
 from prefmill.sweep import run as worker
 from prefmill.sweep import study as studies
-from prefmill.sweep.claims import HEARTBEAT, Watch, beating, claim, read_claim
 from prefmill.sweep.config import StudyConfig, corners
 from prefmill.sweep.run import BEST, PAGE, TRIALS, sweep, trial_folder
+from prefmill.sweep.study import HEARTBEAT, Watch, beating, claim, read_claim
 from prefmill.sweep.trial import TrialError, TrialInterrupted
 
 pytestmark = pytest.mark.timing
@@ -242,7 +241,7 @@ def test_a_heart_that_stops_is_noticed_by_the_observers_own_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = 0.0
-    monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=lambda: seconds, time_ns=time.time_ns))
+    monkeypatch.setattr(studies, "time", SimpleNamespace(monotonic=lambda: seconds, time_ns=time.time_ns))
     watch = Watch(stale_seconds=1.0)
     claim(tmp_path, "a")
     with beating(tmp_path, 0.01):

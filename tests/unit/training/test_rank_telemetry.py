@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prefmill.store.jsonl import read_jsonl, write_jsonl
-from prefmill.training.speed import SPEED
+from prefmill.training.telemetry import SPEED
 from tests.tiny import pair_rows
 from tests.unit.training import test_ranks
 

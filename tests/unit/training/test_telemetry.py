@@ -15,8 +15,7 @@ from prefmill.pairs.forensics import read_histories
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.objectives import PairScores, Settings, mix
-from prefmill.training.speed import SPEED, Speed
-from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, LOG, Telemetry, f1_by_coin
+from prefmill.training.telemetry import ALARMS, CHOSEN_DROP, LOG, SPEED, Speed, Telemetry, f1_by_coin
 
 SETTINGS = Settings(0.1)
 SIGMOID = mix(["sigmoid"], [1.0], SETTINGS)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 
 from prefmill.checklist.optimize.config import SelectConfig
-from prefmill.checklist.optimize.moments import Array, variance, weighted_moments
+from prefmill.checklist.optimize.lasso import Array, variance, weighted_moments
 from prefmill.checklist.optimize.selection import Design, Papers, select
 from prefmill.core.statistics import (
     Estimate,

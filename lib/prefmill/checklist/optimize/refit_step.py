@@ -12,7 +12,6 @@ import numpy as np
 
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.optimize.config import RefitConfig, SelectConfig
-from prefmill.checklist.optimize.dev_data import answers, baseline_features, design_of, with_target
 from prefmill.checklist.optimize.held_out import (
     Progress,
     checklist_scores,
@@ -24,7 +23,7 @@ from prefmill.checklist.optimize.held_out import (
     permutation_test,
     rounded,
 )
-from prefmill.checklist.optimize.selection import Design
+from prefmill.checklist.optimize.selection import Design, answers, baseline_features, design_of, with_target
 from prefmill.core.files import write_atomic
 from prefmill.core.statistics import Resampling
 

@@ -21,8 +21,7 @@ from prefmill.distributed.scoring import scoring_context, scoring_model
 from prefmill.distributed.sharding import shares_weights, unsharded_loading
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.chat_rows import ChatRows
-from prefmill.families.causal.group_layout import cut_responses, encode_groups, pack
-from prefmill.families.causal.image_batches import add_images
+from prefmill.families.causal.group_layout import add_images, cut_responses, encode_groups, pack
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.load_check import as_scorer, check_in_shards
@@ -36,18 +35,16 @@ from prefmill.families.causal.vision import ImageReader, with_images
 from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter, put_on
-from prefmill.training.bad_rows import BadRows
+from prefmill.training.bad_rows import BadRows, report_dropped
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_group_batches
-from prefmill.training.chats import no_images
 from prefmill.training.config import TrainingConfig, accumulation
-from prefmill.training.data import Group, PreferencePair, group_by_prompt, read_pairs, swap_by_coin
+from prefmill.training.data import Group, PreferencePair, group_by_prompt, no_images, read_pairs, swap_by_coin
 from prefmill.training.family import Family, Reference, by_group
 from prefmill.training.finished import kept_dtype, loading_precision
-from prefmill.training.loop import TrainingSpec, report_dropped, run_training
+from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.preference_config import PreferenceConfig
-from prefmill.training.preferences import Preferences, plan_epochs
-from prefmill.training.publish import publish
+from prefmill.training.publish import Rescoring, pair_scorer, publish, shortest_pairs
 from prefmill.training.reference import (
     GroupScoring,
     computed_as,
@@ -56,8 +53,7 @@ from prefmill.training.reference import (
     start_weights,
     weights_of,
 )
-from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
-from prefmill.training.trainer import PreferenceData, PreferenceTrainer
+from prefmill.training.trainer import PreferenceData, Preferences, PreferenceTrainer, plan_epochs
 
 
 def train_dpo(

@@ -33,11 +33,10 @@ from prefmill.families.causal.vision_parts import KeptProcessor, freeze
 from prefmill.training.adapter import add_adapter
 from prefmill.training.arguments import made, trainer_arguments
 from prefmill.training.callbacks import check_every_step
-from prefmill.training.chats import encoded_chats
 from prefmill.training.config import TrainingConfig, weights_precision
+from prefmill.training.data import encoded_chats
 from prefmill.training.loop import TrainingSpec, run_training
-from prefmill.training.publish import publish
-from prefmill.training.rescoring import NUM_SAMPLES, Rescoring
+from prefmill.training.publish import NUM_SAMPLES, Rescoring, publish
 
 _IGNORED = -100  # a label that takes no part in the loss
 

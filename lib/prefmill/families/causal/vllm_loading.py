@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision
@@ -14,6 +19,17 @@ from prefmill.distributed.devices import visible_gpus
 if TYPE_CHECKING:
     from prefmill.families.causal.generation import GenerationRequest
     from prefmill.families.causal.vision import ImageReader
+
+
+class ImageTextProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor without its video half, the only part of it that needs torchvision.
+
+    transformers finds the parts of a processor by the arguments of its constructor.
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _GB = 1 << 30
@@ -56,7 +72,7 @@ def open_vllm(
     except ImportError as error:
         raise _not_installed(str(error)) from error
     if not is_torchvision_available():
-        from prefmill.families.causal.vllm_without_torchvision import options_without_torchvision
+        from prefmill.families.causal.vllm_loading import options_without_torchvision
 
         options = options_without_torchvision(name_or_path, revision, trust_remote_code) | options
     memory = {} if kv_cache_gb is None else {"kv_cache_memory_bytes": int(kv_cache_gb * _GB)}
@@ -95,3 +111,40 @@ def _not_installed(got: str) -> ConfigError:
         "vLLM is not installed", got=got,
         fix="`make vllm` for the CPU build, `make install-gpu` on a GPU machine, or engine: transformers",
     )  # fmt: skip
+
+
+_WRITING = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}  # whose module in vLLM has the form that this replaces
+
+
+def options_without_torchvision(name_or_path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What to tell vLLM of the model `name_or_path`, and its class registered with a processor for images alone.
+
+    Nothing of a model that is none of `_WRITING`. The PIL form of the image processor's module stands in for
+    the torchvision form: `smart_resize` is the same.
+    """
+    from vllm import ModelRegistry
+
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    if config.model_type not in _WRITING:
+        return {}
+    # Before vLLM's module, which imports `smart_resize` from there at its top.
+    sys.modules.setdefault("transformers.models.qwen2_vl.image_processing_qwen2_vl", image_processing_pil_qwen2_vl)
+    module = importlib.import_module(f"vllm.model_executor.models.{config.model_type}")
+    architecture: str = config.architectures[0]
+    info = getattr(module, f"{architecture.removesuffix('ForConditionalGeneration')}ProcessingInfo")
+    info.get_hf_processor = _processor
+    info.get_supported_mm_processor_kwargs = _supported_arguments
+    info.get_max_video_tokens = lambda self, seq_len, mm_counts: 0
+    ModelRegistry.register_model(architecture, getattr(module, architecture))  # a class is looked at in this process
+    return {"limit_mm_per_prompt": {"video": 0}}
+
+
+def _processor(info: Any, **options: Any) -> ImageTextProcessor:
+    config = info.ctx.model_config
+    processor: ImageTextProcessor = ImageTextProcessor.from_pretrained(config.model, revision=config.revision)
+    return processor
+
+
+def _supported_arguments(info: Any) -> dict[str, set[str]]:
+    images = set(info.get_hf_processor().image_processor.valid_kwargs.__annotations__)
+    return {"text_kwargs": set(), "images_kwargs": images, "videos_kwargs": set()}

@@ -30,9 +30,8 @@ from prefmill.training.data import Group
 from prefmill.training.family import Reference
 from prefmill.training.loop import run_training
 from prefmill.training.objectives import Settings, mix
-from prefmill.training.preferences import Preferences, train_data, val_data
 from prefmill.training.reference import GroupScoring, computed_as, kept_reference, reference_scores, start_weights
-from prefmill.training.trainer import PreferenceTrainer
+from prefmill.training.trainer import Preferences, PreferenceTrainer, train_data, val_data
 
 
 def train_diffusion_dpo(

@@ -22,7 +22,6 @@ from prefmill.families.causal.scorer import (
 )
 from prefmill.families.mdlm.blocks import block_keys
 from prefmill.families.mdlm.estimator import Draws
-from prefmill.families.mdlm.upper_bound import upper_bounds
 from prefmill.training.batches import Movable
 
 
@@ -235,3 +234,28 @@ def _nothing(device: torch.device) -> Rows:
     """One token with nothing masked: what a rank runs while others still have maskings, its value left out."""
     place = torch.zeros(1, dtype=torch.long, device=device)
     return Rows(place, place, end=1, num_masked=0)
+
+
+def upper_bounds(
+    logps: Tensor, sample: Tensor, column: Tensor, weights: Tensor, lengths: Tensor, width: int, power: float
+) -> Tensor:
+    """U of S samples, [S] float64, from masked tokens' log-probabilities [C] and the `weights` [C] of their draws.
+
+    `sample` and `column` [C] say whose they are, `lengths` [S] how many tokens a response has, `width` is of a row.
+    Each token's weights are scaled to sum to 1, as they do in the mean; tokens that no draw masked count as the others.
+    """
+    place = sample * width + column
+    size = len(lengths) * width
+    scaled = power * logps.double()
+    # Largest first: p^b of an unlikely token is 0 in any precision.
+    top = torch.full((size,), -torch.inf, dtype=torch.float64, device=logps.device)
+    top = top.scatter_reduce(0, place, scaled.detach(), "amax")
+    zeros = torch.zeros_like(top)
+    share = zeros.index_add(0, place, weights.double() * torch.exp(scaled - top[place]))
+    seen = zeros.index_add(0, place, weights.double())
+    masked = seen > 0
+    means = (share / seen).where(masked, torch.ones_like(seen))
+    tokens = means.log() + top.masked_fill(~masked, 0.0)
+    totals = (tokens / power).view(-1, width).sum(1)
+    result: Tensor = totals * lengths / masked.view(-1, width).sum(1)
+    return result

@@ -14,11 +14,10 @@ from prefmill.families.causal.chat import encode
 from prefmill.families.mdlm.config import DiffusionSftConfig
 from prefmill.families.mdlm.family import Drawing, diffusion_family, fill_groups
 from prefmill.families.mdlm.training import NoMargins, diffusion_spec, opened
-from prefmill.training.chats import encoded_chats
-from prefmill.training.data import Group, Pair
+from prefmill.training.data import Group, Pair, encoded_chats
 from prefmill.training.loop import run_training
 from prefmill.training.objectives import Settings, mix
-from prefmill.training.preferences import Preferences, train_data, val_data
+from prefmill.training.trainer import Preferences, train_data, val_data
 
 
 def train_diffusion_sft(config: DiffusionSftConfig, task: Task, start: str, train: Path, val: Path | None) -> Metrics:

@@ -40,12 +40,9 @@ from prefmill.training.family import Family
 from prefmill.training.finished import loading_precision
 from prefmill.training.loop import TrainingSpec
 from prefmill.training.objectives import Objective, PairScores, Settings
-from prefmill.training.preferences import Preferences
-from prefmill.training.publish import publish
-from prefmill.training.rescoring import Rescoring, pair_scorer, shortest_pairs
-from prefmill.training.speed import Speed
-from prefmill.training.telemetry import Telemetry
-from prefmill.training.trainer import PreferenceTrainer
+from prefmill.training.publish import Rescoring, pair_scorer, publish, shortest_pairs
+from prefmill.training.telemetry import Speed, Telemetry
+from prefmill.training.trainer import Preferences, PreferenceTrainer
 
 ConfigT = TypeVar("ConfigT", bound=DiffusionTrainingConfig)
 _log = logging.getLogger(__name__)

@@ -45,8 +45,8 @@ from prefmill.store.pictures import cut_images
 from prefmill.training.config import TrainingConfig
 from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Settings, mix
-from prefmill.training.preferences import Preferences, train_data, val_data
 from prefmill.training.publish import save_finished
+from prefmill.training.trainer import Preferences, train_data, val_data
 
 METRICS, PREDICTIONS, TRAINED_ON = "metrics.json", "predictions.jsonl", "trained_on.json"
 HELD_OUT = ("val", "test")

@@ -34,8 +34,14 @@ from prefmill.training.batches import Microbatch
 from prefmill.training.family import Reference
 from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Objective, Settings, mix
-from prefmill.training.preferences import Preferences, plan_epochs, val_data
-from prefmill.training.trainer import PreferenceData, PreferenceTrainer, plan_arguments
+from prefmill.training.trainer import (
+    PreferenceData,
+    Preferences,
+    PreferenceTrainer,
+    plan_arguments,
+    plan_epochs,
+    val_data,
+)
 
 
 def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: Artifact) -> Metrics:

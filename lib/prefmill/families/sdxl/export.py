@@ -24,8 +24,7 @@ from prefmill.families.sdxl.kohya import DORA_NORM, DoraNorm, original_name
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.training.adapter import ADAPTER, save_adapter
 from prefmill.training.finished import require_finite
-from prefmill.training.publish import accepted_with_losses, model_card, precisions
-from prefmill.training.rescoring import LOST_SHARE
+from prefmill.training.publish import LOST_SHARE, accepted_with_losses, model_card, precisions
 
 # By kohya's key names. Tools disagree on DoRA's `dora_scale`: a file for each of the two rules.
 COMFYUI_FILE, LYCORIS_FILE = "comfyui.safetensors", "lycoris.safetensors"

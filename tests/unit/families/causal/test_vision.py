@@ -13,8 +13,7 @@ from PIL import Image
 from prefmill.core.errors import InputError
 from prefmill.families.causal import qwen_vision
 from prefmill.families.causal.group_attention import use_group_attention
-from prefmill.families.causal.group_layout import encode_groups
-from prefmill.families.causal.image_batches import add_images
+from prefmill.families.causal.group_layout import add_images, encode_groups
 from prefmill.families.causal.image_limits import ImageLimits
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from prefmill.families.causal.scorer import encode_pairwise, patch_forward, score_batch
@@ -197,7 +196,7 @@ def test_limits_replace_the_processors(tiny_vl: Path, pictures: list[str], reade
 def test_prompts_have_as_many_tokens_as_transformers_processor_gives(
     tiny_vl: Path, groups: list[Group], reader: ImageReader, pictures: list[str]
 ) -> None:
-    from prefmill.families.causal.processing import ImageTextProcessor
+    from prefmill.families.causal.vllm_loading import ImageTextProcessor
 
     text = f"{sentence(0, 4)}<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|image_pad|><|vision_end|>"
     prompt = f"<|im_start|>user\n{text}{sentence(9, 3)}<|im_end|>\n<|im_start|>assistant\n"

@@ -15,8 +15,7 @@ import torch
 from benchmarks.exact_joints import random_joint
 from prefmill.families.mdlm.family import Drawing, diffusion_family
 from prefmill.families.mdlm.loading import load_diffusion_model
-from prefmill.families.mdlm.scorer import encode_samples, patch_forward, score_batch
-from prefmill.families.mdlm.upper_bound import upper_bounds
+from prefmill.families.mdlm.scorer import encode_samples, patch_forward, score_batch, upper_bounds
 from tests.unit.families.mdlm.test_mdlm_scorer import MASK, samples
 
 LENGTH = 4
