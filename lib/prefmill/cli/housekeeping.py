@@ -11,31 +11,27 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from prefmill.cli.pipelines import Command, new_command, workspace_of
+from prefmill.cli.pipelines import new_command, workspace_of
 from prefmill.core.figures import columns
 
 
 def add_housekeeping(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
-    _command(commands, "runs", "list the runs: state, age, size and headline", _runs)
-    compare = _command(commands, "compare", "compare runs: keys that differ, metrics with paired intervals", _compare)
+    shown = ("--workspace", "--json")
+    new_command(commands, "runs", "list the runs: state, age, size and headline", _runs, *shown)
+    compared = "compare runs: keys that differ, metrics with paired intervals"
+    compare = new_command(commands, "compare", compared, _compare, *shown)
     compare.add_argument("runs", nargs="+", metavar="RUN", help="the runs' names; differences are to the first")
     compare.add_argument("--output", type=Path, metavar="FILE", help="the page (default: data/compare/RUN-RUN.html)")
-    remove = _command(commands, "rm", "delete runs with all their outputs and logs", _remove)
+    remove = new_command(commands, "rm", "delete runs with all their outputs and logs", _remove, "--workspace")
     remove.add_argument("runs", nargs="+", metavar="RUN", help="the runs' names")
-    collect = _command(commands, "gc", "delete caches, superseded outputs and intermediate checkpoints", _collect)
+    collected = "delete caches, superseded outputs and intermediate checkpoints"
+    collect = new_command(commands, "gc", collected, _collect, "--workspace")
     collect.add_argument("runs", nargs="*", metavar="RUN", help="the runs' names (default: all, and the caches)")
     for command in (remove, collect):
         command.add_argument("--yes", action="store_true", help="delete; without it only the list is printed")
-    restore = _command(commands, "restore", "bring back the output that a rerun superseded", _restore)
-    restore.add_argument("selector", metavar="STAGE[:TASK]", help="which stage or task")
-    restore.add_argument("--run", default="latest", help="the run's name (default: the newest)")
-
-
-def _command(commands: Any, name: str, summary: str, command: Command) -> argparse.ArgumentParser:
-    parser = new_command(commands, name, summary, command, workspace=True)
-    parser.add_argument("--json", action="store_true", help="print JSON") if name in ("runs", "compare") else None
-    return parser
+    restored = "bring back the output that a rerun superseded"
+    new_command(commands, "restore", restored, _restore, "--workspace", "selector", "--run")
 
 
 def _named_runs(arguments: argparse.Namespace) -> tuple[Path, list[str]]:

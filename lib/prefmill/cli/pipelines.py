@@ -15,12 +15,27 @@ from prefmill.cli.console import Console, add_verbosity
 from prefmill.core.terminal import paint_states
 
 Command = Callable[[argparse.Namespace], int | None]
+_NEWEST = {"default": "latest", "help": "the run's name (default: the newest)"}
+_COMMON: dict[str, dict[str, Any]] = {  # what several commands take, in the same words
+    "--workspace": {"type": Path, "help": "the folder that holds logs/ (default: the repository)"},
+    "run": {"nargs": "?", **_NEWEST},
+    "--run": _NEWEST,
+    "selector": {"metavar": "STAGE[:TASK]", "help": "which stage or task"},
+    "pipeline": {"type": Path, "help": "a file of configs/pipelines/"},
+    # With a default argparse does not call it required where another argument is missing.
+    "overrides": {
+        "nargs": "*", "default": [], "metavar": "key=value", "help": "run=NAME, workspace=DIR or STAGE.KEY=VALUE",
+    },
+    "--cluster": {"type": Path, "required": True, "metavar": "FILE", "help": "a file of configs/clusters/"},
+    "--only": {"metavar": "STAGE[:TASK]", "help": "limit the work to this stage or task"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+}  # fmt: skip
+PLANNED, OF_RUN = ("pipeline", "overrides"), ("--workspace", "run")
 
 
 def add_pipeline_commands(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
-    run = pipeline_command(commands, "run", "run a pipeline on this machine: only what changed", _run)
-    run.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
+    run = new_command(commands, "run", "run a pipeline on this machine: only what changed", _run, *PLANNED, "--only")
     run.add_argument("--force", action="store_true", help="remake the selected tasks even if they are up to date")
     run.add_argument(
         "--jobs", type=at_least(1), metavar="N",
@@ -32,41 +47,20 @@ def add_pipeline_commands(commands: Any) -> None:
         help="after a failure run the tasks that do not need the failed one (default), or start nothing more",
     )  # fmt: skip
     add_verbosity(run)
-    submit = pipeline_command(commands, "submit", "submit to Slurm the tasks that are not complete or queued", _submit)
-    submit.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="a file of configs/clusters/")
-    submit.add_argument("--only", metavar="STAGE[:TASK]", help="limit the work to this stage or task")
+    summary = "submit to Slurm the tasks that are not complete or queued"
+    submit = new_command(commands, "submit", summary, _submit, *PLANNED, "--cluster", "--only")
     submit.add_argument("--dry-run", action="store_true", help="print the scripts and submit nothing")
-    plan = pipeline_command(commands, "plan", "show every task and whether it would run", _plan)
-    why = pipeline_command(commands, "why", "explain the state of a stage or task", _why, selects=True)
-    for parser in (plan, why):
-        parser.add_argument("--json", action="store_true", help="print JSON")
+    new_command(commands, "plan", "show every task and whether it would run", _plan, *PLANNED, "--json")
+    summary = "explain the state of a stage or task"
+    new_command(commands, "why", summary, _why, "pipeline", "selector", "overrides", "--json")
 
 
-def new_command(
-    commands: Any, name: str, summary: str, command: Command, run: bool = False, workspace: bool = False
-) -> argparse.ArgumentParser:
-    """The parser of a command of `commands`, which may take a `run` and its `workspace`."""
+def new_command(commands: Any, name: str, summary: str, command: Command, *takes: str) -> argparse.ArgumentParser:
+    """The parser of a command of `commands`, with those of the common arguments that it takes."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     parser.set_defaults(command=command)
-    if run or workspace:
-        parser.add_argument("--workspace", type=Path, help="the folder that holds logs/ (default: the repository)")
-    if run:
-        parser.add_argument("run", nargs="?", default="latest", help="the run's name (default: the newest)")
-    return parser
-
-
-def pipeline_command(
-    commands: Any, name: str, summary: str, command: Command, selects: bool = False
-) -> argparse.ArgumentParser:
-    """A command that takes a pipeline file and `key=value` arguments."""
-    parser = new_command(commands, name, summary, command)
-    parser.add_argument("pipeline", type=Path, help="a file of configs/pipelines/")
-    if selects:
-        parser.add_argument("selector", metavar="STAGE[:TASK]", help="which stage or task")
-    # With a default argparse does not call it required where another argument is missing.
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="run=NAME, workspace=DIR or STAGE.KEY=VALUE"
-    )
+    for argument in takes:
+        parser.add_argument(argument, **_COMMON[argument])
     return parser
 
 

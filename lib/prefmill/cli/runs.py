@@ -7,61 +7,47 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefmill.cli.pipelines import Command, at_least, load_plan, new_command, pipeline_command, run_of
+from prefmill.cli.pipelines import OF_RUN, PLANNED, at_least, load_plan, new_command, run_of
 from prefmill.core.terminal import Say
 
 
 def add_commands(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
-    status = new_command(commands, "status", "show a run, task by task", _status, run=True)
+    status = new_command(commands, "status", "show a run, task by task", _status, *OF_RUN)
     status.add_argument("--watch", action="store_true", help="refresh until the run ends")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--every", type=_seconds, default=10.0, metavar="SECONDS", help="with --watch (default: 10)")
 
-    new_command(commands, "verify", "hash every finished output of a run again", _verify, run=True)
+    new_command(commands, "verify", "hash every finished output of a run again", _verify, *OF_RUN)
 
-    logs = _command(commands, "logs", "print the end of the logs of a stage or task", _logs, selects="STAGE[:TASK]")
+    selects = ("--workspace", "selector", "--run")
+    logs = new_command(commands, "logs", "print the end of the logs of a stage or task", _logs, *selects)
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing new lines")
     logs.add_argument("-n", "--lines", type=at_least(0), default=10, help="lines of each log (default: 10)")
 
     repaired = "resubmit failed tasks that can be retried (safe to run anytime)"
-    new_command(commands, "advance", repaired, _advance, run=True)
-    _command(commands, "rerun", "submit a stage or task again", _rerun, selects="STAGE[:TASK]")
-    cancel = _command(commands, "cancel", "end the jobs of a run, a stage or a task", _cancel)
+    new_command(commands, "advance", repaired, _advance, *OF_RUN)
+    new_command(commands, "rerun", "submit a stage or task again", _rerun, *selects)
+    ended = "end the jobs of a run, a stage or a task"
+    cancel = new_command(commands, "cancel", ended, _cancel, "--workspace", "--run")
     cancel.add_argument("selector", nargs="?", metavar="STAGE[:TASK]", help="default: everything")
 
-    estimate = _planned(commands, "estimate", "check memory and limits before you queue", _estimate, required=False)
+    estimate = new_command(commands, "estimate", "check memory and limits before you queue", _estimate, *PLANNED)
+    estimate.add_argument("--cluster", type=Path, metavar="FILE", help="a file of configs/clusters/")
     estimate.add_argument(
         "--measure", action="store_true", help="run slices of scoring and training here and forecast their hours"
     )
     estimate.add_argument("--only", metavar="STAGE[:TASK]", help="with --measure: this stage or task")
     estimate.add_argument("--json", action="store_true", help="print JSON")
     estimate.add_argument("--gpu-memory", type=float, metavar="GB", help="of a GPU, where Slurm does not name its type")
-    _planned(commands, "rehearse", "the whole pipeline on the cluster, tiny, with a fire drill", _rehearse)
+    drilled = "the whole pipeline on the cluster, tiny, with a fire drill"
+    new_command(commands, "rehearse", drilled, _rehearse, *PLANNED, "--cluster")
 
 
 def _seconds(text: str) -> float:
     if text.replace(".", "", 1).isdecimal():
         return float(text)
     raise argparse.ArgumentTypeError(f"a time in seconds, 0 or more, not '{text}'")
-
-
-def _planned(
-    commands: Any, name: str, summary: str, command: Command, required: bool = True
-) -> argparse.ArgumentParser:
-    parser = pipeline_command(commands, name, summary, command)
-    parser.add_argument("--cluster", type=Path, required=required, metavar="FILE", help="a file of configs/clusters/")
-    return parser
-
-
-def _command(
-    commands: Any, name: str, summary: str, command: Command, selects: str | None = None
-) -> argparse.ArgumentParser:
-    parser = new_command(commands, name, summary, command, workspace=True)
-    if selects:
-        parser.add_argument("selector", metavar=selects, help="which stage or task")
-    parser.add_argument("--run", default="latest", help="the run's name (default: the newest)")
-    return parser
 
 
 def _status(arguments: argparse.Namespace) -> int:

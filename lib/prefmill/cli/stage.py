@@ -170,7 +170,6 @@ def other_names(config: type[StrictConfig]) -> dict[str, list[str]]:
 
 
 def _stage_help(name: str) -> str:
-    from prefmill.cli.stage import keys_of
     from prefmill.core.stage import load_stage
 
     stage = load_stage(name)

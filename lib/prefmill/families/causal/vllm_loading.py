@@ -72,8 +72,6 @@ def open_vllm(
     except ImportError as error:
         raise _not_installed(str(error)) from error
     if not is_torchvision_available():
-        from prefmill.families.causal.vllm_loading import options_without_torchvision
-
         options = options_without_torchvision(name_or_path, revision, trust_remote_code) | options
     memory = {} if kv_cache_gb is None else {"kv_cache_memory_bytes": int(kv_cache_gb * _GB)}
     return LLM(
