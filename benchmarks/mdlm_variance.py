@@ -26,7 +26,7 @@ from prefmill.core.config import read_yaml, validate
 from prefmill.core.stage import Task, load_stage
 from prefmill.families.mdlm.config import Sampling
 from prefmill.families.mdlm.estimator import Draws, block_sizes, draw
-from prefmill.families.mdlm.likelihood import Likelihood
+from prefmill.families.mdlm.evaluated_model import Likelihood
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _DRAWS = (1, 2, 4, 8, 16, 64)

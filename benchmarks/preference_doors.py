@@ -23,9 +23,8 @@ from datasets import Dataset
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
-from prefmill.demo.text import Shape, create_qwen2
+from prefmill.demo.text import Shape, create_qwen2, create_qwen2_5_vl
 from prefmill.demo.tokenizer import VISION_TOKENS, train_chat_tokenizer
-from prefmill.demo.vision import create_qwen2_5_vl
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import add_images, encode_groups
 from prefmill.families.causal.image_limits import ImageLimits

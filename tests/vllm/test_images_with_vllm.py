@@ -19,9 +19,8 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
 from prefmill.core.records import Modality
 from prefmill.core.stage import load_stage
-from prefmill.demo.text import Shape, generation_defaults, save, special_ids
+from prefmill.demo.text import Shape, create_qwen2_5_vl, generation_defaults, save, special_ids
 from prefmill.demo.tokenizer import VISION_TOKENS, train_chat_tokenizer
-from prefmill.demo.vision import create_qwen2_5_vl
 from prefmill.distributed.isolation import in_own_process
 from prefmill.evaluation.generators import GenerationEngine, TransformersGeneration, VllmGeneration
 from prefmill.evaluation.held_out import read_held_out

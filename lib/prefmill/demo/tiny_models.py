@@ -16,32 +16,23 @@ def build_all(folder: Path, seed: int = 0) -> list[Path]:
     `flux_dev` and `flux_schnell`.
     The weights are random and follow from `seed`; existing files are replaced.
     """
-    texts = _texts(seed)
-    folders = []
-    for name, build in builders().items():
+    texts, made = _texts(seed), builders()
+    for name, build in made.items():
         build(folder / name, texts, seed)
-        folders.append(folder / name)
-    return folders
+    return [folder / name for name in made]
 
 
 def builders() -> dict[str, Builder]:
     """The builder of each model, by the name of its folder."""
     # Here and not above: diffusers and transformers take seconds to import.
     from prefmill.demo.image import build_clip, build_flux_dev, build_flux_schnell, build_sd3, build_sd15, build_sdxl
-    from prefmill.demo.text import build_masked_diffusion, build_qwen2
-    from prefmill.demo.vision import build_qwen2_5_vl
+    from prefmill.demo.text import build_masked_diffusion, build_qwen2, build_qwen2_5_vl
 
-    return {
-        "qwen2": build_qwen2,
-        "qwen2_5_vl": build_qwen2_5_vl,
-        "masked_diffusion": build_masked_diffusion,
-        "clip": build_clip,
-        "sdxl": build_sdxl,
-        "sd15": build_sd15,
-        "sd3": build_sd3,
-        "flux_dev": build_flux_dev,
-        "flux_schnell": build_flux_schnell,
-    }
+    made = (
+        build_qwen2, build_qwen2_5_vl, build_masked_diffusion, build_clip, build_sdxl, build_sd15, build_sd3,
+        build_flux_dev, build_flux_schnell,
+    )  # fmt: skip
+    return {build.__name__.removeprefix("build_"): build for build in made}
 
 
 def build(name: str, folder: Path, seed: int = 0) -> Path:

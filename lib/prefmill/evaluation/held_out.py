@@ -82,7 +82,8 @@ def read_held_out(corpus: Artifact, num_papers: int | None, seed: int, modality:
     papers = {paper["paper_id"]: paper for paper in read_jsonl(path) if paper["paper_id"] in chosen}
     rows = (row for row in read_jsonl(corpus.file(REVIEWS)) if row["paper_id"] in chosen)
     reviews = {key: tuple(group) for key, group in groupby(rows, key=lambda row: str(row["paper_id"]))}
-    return HeldOut(papers, reviews, _is_generated(corpus))
+    sources = corpus.json("summary.json")["sources"]
+    return HeldOut(papers, reviews, all(source["format"] == "generated" for source in sources))
 
 
 def human_generations(held_out: HeldOut) -> list[Generation]:
@@ -145,11 +146,6 @@ def _count(counts: AnswerCounts, generations: Sequence[Generation], rows: Sequen
 
 def _shows(paper: Paper, modality: Modality) -> bool:
     return modality == "clean" or bool(review_images(paper, modality))
-
-
-def _is_generated(corpus: Artifact) -> bool:
-    sources = corpus.json("summary.json")["sources"]
-    return all(source["format"] == "generated" for source in sources)
 
 
 def _score_block(

@@ -108,13 +108,15 @@ def _paired(
     notes: list[str] = []
     first = next(iter(outputs))
     for task, items in made.items():
-        given = {run: item for run, item in zip(outputs, items, strict=True) if _is_evaluation(item)}
-        same = len({item.manifest.content_digest for item in given.values() if item}) < 2
+        given = {
+            run: item for run, item in zip(outputs, items, strict=True) if item and item.manifest.kind == "evaluation"
+        }
+        same = len({item.manifest.content_digest for item in given.values()}) < 2
         # Runs that share a task have the same content there: no bootstrap is needed to find no difference.
         if first not in given or same:
             continue
         # compare() tells evaluations apart by their model, in whose place the runs stand here.
-        read = [item.json(METRICS) | {"model": run} for run, item in given.items() if item]
+        read = [item.json(METRICS) | {"model": run} for run, item in given.items()]
         try:
             compared = compare(read, resampling)
         except InputError as error:
@@ -125,10 +127,6 @@ def _paired(
         with_first = [pair for pair in pairs if first in (pair["baseline"], pair["candidate"])]
         paired += [line for pair in with_first for line in _lines(task, first, pair)]
     return paired, notes
-
-
-def _is_evaluation(artifact: Artifact | None) -> bool:
-    return artifact is not None and artifact.manifest.kind == "evaluation"
 
 
 def _lines(task: str, first: str, pair: Mapping[str, Any]) -> list[Paired]:

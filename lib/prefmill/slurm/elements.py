@@ -70,7 +70,7 @@ def unsent(submissions: Sequence[Submission]) -> dict[str, Tried]:
         sent = {(job.stage, job.chunk, index) for job in one.jobs() for index in job.indices}
         for stage, chunk, indices in one.wanted:
             array = one.array(stage, chunk)
-            nothing = JobRecord("array", stage, chunk, f"unsent-{one.number}", (), "", 0.0)
+            nothing = JobRecord("array", stage, chunk, (), "", 0.0, job_id=f"unsent-{one.number}")
             for index in indices:
                 key = f"{stage}:{array.tasks[index]}"
                 # A newer submission counts for its tasks, whether it has sent them or not.

@@ -242,15 +242,15 @@ def _by_status(evidence: Evidence) -> Failure | None:
         return Failure("stale", "it had finished, but its output is not what is wanted now", "manifest")
     if state != "failed":
         return None
-    if kind == "NoProgress":
-        return Failure("no_progress", _first(error), "status file")
-    if kind == "NotRequeued":
-        return Failure("preempted", _first(error), "status file")
-    if error.startswith("cannot write:"):
-        return Failure("disk", _first(error), "status file")
-    if kind == "ArtifactError" and error.startswith(INPUT_ERRORS):
-        return Failure("early", _first(error), "status file")
-    return Failure("refused", _first(error), "status file") if kind in _REFUSALS else None
+    causes: dict[Kind, bool] = {
+        "no_progress": kind == "NoProgress",
+        "preempted": kind == "NotRequeued",
+        "disk": error.startswith("cannot write:"),
+        "early": kind == "ArtifactError" and error.startswith(INPUT_ERRORS),
+        "refused": kind in _REFUSALS,
+    }
+    cause = next((cause for cause, holds in causes.items() if holds), None)
+    return Failure(cause, _line(error), "status file") if cause else None
 
 
 def _by_log(evidence: Evidence) -> Failure | None:
@@ -285,8 +285,8 @@ def _by_traces(evidence: Evidence) -> Failure:
     state, error = status.get("state"), str(status.get("error", ""))
     if state == "failed":
         if status.get("signal"):
-            return Failure("killed", _first(error), "status file", _node(evidence))
-        return Failure("bug", _last(error), "status file", _node(evidence), signature(error))
+            return Failure("killed", _line(error), "status file", _node(evidence))
+        return Failure("bug", _line(error, -1), "status file", _node(evidence), signature(error))
     # A process that can still write changes this state: it was SIGKILL, or the node is lost.
     if state == "running":
         return Failure("killed", "it ended without a word", "status file", _node(evidence))
@@ -308,9 +308,5 @@ def _node(evidence: Evidence) -> str:
     return (culprit if culprit in nodes.split(",") else short) or nodes or str(evidence.status.get("host", ""))
 
 
-def _first(error: str) -> str:
-    return (error.strip().splitlines() or ["(no error given)"])[0][:200]
-
-
-def _last(error: str) -> str:
-    return (error.strip().splitlines() or ["(no error given)"])[-1][:200]
+def _line(error: str, number: int = 0) -> str:
+    return (error.strip().splitlines() or ["(no error given)"])[number][:200]

@@ -63,7 +63,7 @@ def send(order: Order) -> JobRecord:
     Raises SbatchRefusedError and FullError in Slurm's own words, PipelineError where it gives no clear answer for long.
     """
     name = f"{order.submission.run}.{order.stage}.{uuid4().hex[:8]}"
-    intent = Intent(name, order.kind, order.stage, order.chunk, order.indices, order.dependency, time.time())
+    intent = Intent(order.kind, order.stage, order.chunk, order.indices, order.dependency, time.time(), name)
     order.submission.record_intent(intent)
     answer = SbatchAnswer()
     known: str | None = ""

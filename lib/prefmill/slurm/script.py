@@ -96,14 +96,10 @@ def sbatch(script: Path, options: Sequence[str] = ()) -> SbatchAnswer:
         return SbatchAnswer(error=f"fatal: {error}")
     text = done.stderr.strip() or done.stdout.strip() or f"no answer, exit code {done.returncode}"
     try:
-        return SbatchAnswer("" if done.returncode else _job_id(executor, done.stdout), text)
+        job_id = "" if done.returncode else str(executor._get_job_id_from_submission_command(done.stdout))
     except FailedJobError:
-        return SbatchAnswer(error=text)
-
-
-def _job_id(executor: ScriptExecutor, text: str) -> str:
-    job_id: str = executor._get_job_id_from_submission_command(text)
-    return job_id
+        job_id = ""
+    return SbatchAnswer(job_id, text)
 
 
 def refusal(cluster: ClusterFile, resources: Resources) -> list[str]:

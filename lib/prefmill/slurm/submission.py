@@ -22,29 +22,25 @@ Kind = Literal["array", "advance"]
 
 @dataclass(frozen=True)
 class Intent:
-    """An sbatch call about to be made: `name` is its job's, and no other job's."""
+    """An sbatch call about to be made, under a name that no other job has.
 
-    name: str
+    `indices` are the array's elements it runs, `dependency` what it waits for.
+    """
+
     kind: Kind
     stage: str
     chunk: int
     indices: tuple[int, ...]
     dependency: str
     time: float
+    name: str = ""  # unknown of a job in a submission of an earlier version
 
 
-@dataclass(frozen=True)
-class JobRecord:
-    """One sbatch call: `indices` are the array's elements it runs, `dependency` what it waits for."""
+@dataclass(frozen=True, kw_only=True)
+class JobRecord(Intent):
+    """A call that was made, and the job that came of it."""
 
-    kind: Kind
-    stage: str
-    chunk: int
     job_id: str
-    indices: tuple[int, ...]
-    dependency: str
-    time: float
-    name: str = ""  # unknown in a submission of an earlier version
 
 
 @dataclass(frozen=True)

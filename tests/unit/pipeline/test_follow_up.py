@@ -95,7 +95,7 @@ def test_cancel_ends_every_job_of_a_run_and_reads_no_manifest(run: Run) -> None:
     (run.submission.folder / "jobs.jsonl").open("a").write(json.dumps(
         {"kind": "array", "stage": "make", "chunk": 0, "job_id": "50", "indices": [0], "dependency": "", "time": 2e9}
     ) + "\n")  # fmt: skip
-    run.submission.record_intent(Intent("toy.use.1234", "array", "use", 0, (0,), "", 0.0))
+    run.submission.record_intent(Intent("array", "use", 0, (0,), "", 0.0, "toy.use.1234"))
     again = RUNNING.replace("41|0|41", "50|0|50")
     lost = RUNNING.replace("41|0|41", "60|0|60")
     shown = f"{RUNNING}\n{WAITS}\n{HEALER}\n{again}\n{lost}"

@@ -188,8 +188,8 @@ def test_more_nodes_are_refused_where_nothing_trains(tmp_path: Path) -> None:
 def test_a_torn_line_costs_no_other_job(tmp_path: Path) -> None:
     number, folder = claim_folder(tmp_path, "r")
     submission = Submission(folder, number, "r", tmp_path, {}, "", {}, "")
-    submission.record_job(Intent("r.make.1", "array", "make", 0, (0, 1), "", 0.0), "1")
+    submission.record_job(Intent("array", "make", 0, (0, 1), "", 0.0, "r.make.1"), "1")
     with (folder / "jobs.jsonl").open("a") as stream:
         stream.write('{"kind": "arr')
-    submission.record_job(Intent("r.use.2", "array", "use", 0, (0,), "afterok:1", 0.0), "2")
+    submission.record_job(Intent("array", "use", 0, (0,), "afterok:1", 0.0, "r.use.2"), "2")
     assert [(job.job_id, job.indices) for job in submission.jobs()] == [("1", (0, 1)), ("2", (0,))]

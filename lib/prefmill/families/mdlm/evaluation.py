@@ -13,8 +13,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.families.causal.chat import encode
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig, Question, read_questions
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
-from prefmill.families.mdlm.evaluated_model import Loaded, Row, load
-from prefmill.families.mdlm.likelihood import Likelihood
+from prefmill.families.mdlm.evaluated_model import Likelihood, Loaded, Row, load
 from prefmill.store.jsonl import JsonlWriter
 from prefmill.training.data import PreferencePair, read_pairs
 from prefmill.training.telemetry import win_of

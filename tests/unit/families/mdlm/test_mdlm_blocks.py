@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.exact_joints import Joint, moments_by_count, random_joint
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.mdlm.blocks import block_spans
+from prefmill.families.mdlm.evaluated_model import bounds, chain
 from prefmill.families.mdlm.family import Drawing
 from prefmill.families.mdlm.generation import Unmasking, generate
-from prefmill.families.mdlm.likelihood import bounds, chain
 from prefmill.families.mdlm.load_check import check_diffusion_model
 from prefmill.families.mdlm.loading import block_length_of, load_diffusion_model
 from prefmill.families.mdlm.native import Llada2Config

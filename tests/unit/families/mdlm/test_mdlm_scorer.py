@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import prefmill.families.mdlm.scorer
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.mdlm.estimator import Draws
+from prefmill.families.mdlm.evaluated_model import bounds, chain
 from prefmill.families.mdlm.family import Drawing
-from prefmill.families.mdlm.likelihood import bounds, chain
 from prefmill.families.mdlm.loading import check_remote_code, load_diffusion_model, mask_token_of, predicts_next
 from prefmill.families.mdlm.scorer import chunks, encode_samples, patch_forward, restore_forward, score_batch
 
