@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from prefmill.core.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
 _CLOCK = "strftime_now"  # transformers gives it to templates; a variable of the same name takes its place
 _NAMES_GIVEN_BY_US = {"messages", "tools", "add_generation_prompt", _CLOCK}
 
@@ -72,6 +74,8 @@ class ChatTemplate(StrictConfig):
             )  # fmt: skip
         # Some checkpoints have several templates by name (Command R: one for tools, one for documents).
         texts = own if isinstance(own, dict) else {"": own}
+        if unread := [key for key in self.chat_template_kwargs if not any(key in text for text in texts.values())]:
+            _log.warning("chat_template_kwargs: no effect, %s's template reads no %s", name, ", ".join(unread))
         written = {key: self._defaults + text for key, text in texts.items()}
         tokenizer.chat_template = written if isinstance(own, dict) else written[""]
         day = today if self.template_date is None else date.fromisoformat(self.template_date)

@@ -91,6 +91,19 @@ def test_variables_are_given_and_go_out_with_the_model_as_defaults(folder: Path,
     assert again.apply_chat_template(USER, tokenize=False, mood="x") == "Say yes.xTrue"
 
 
+def test_a_variable_that_the_template_does_not_read_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`enable_thinking` of a model that has no such switch: its chats stayed as they were, and nothing was said."""
+    keys = {
+        "chat_template": load_tokenizer(str(folder)).chat_template,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    opened(folder, **keys)
+    assert "template reads no enable_thinking" in caplog.text
+    caplog.clear()
+    opened(folder, **keys | {"chat_template": keys["chat_template"] + "{% if enable_thinking %}{% endif %}"})
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("template", ["\n  {% if true %}a{% endif %}", "  {% if true %}a{% endif %}", "\n\nb", " b"])
 def test_variables_leave_a_templates_white_space_alone(template: str, folder: Path) -> None:
     plain, given = (
