@@ -202,7 +202,7 @@ def load_policy(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:
 def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
     """`unet` with the adapter of the configuration, step 0 being the base to the bit; unchanged without one.
 
-    Raises ConfigError for layers that are not linear, as SD 1.5's proj_in: DoRA is exact, and merged, on linear ones.
+    Raises ConfigError for DoRA, and for save_merged, on layers that are not linear, as SD 1.5's proj_in.
     """
     if config.lora is None:
         return unet
@@ -211,8 +211,9 @@ def add_adapter(unet: Any, config: SdxlPreferenceConfig) -> Any:
 
     model = new_adapter(unet, config)
     layers = {name: unet.get_submodule(name).get_base_layer() for name in model.base_model.targeted_module_names}
-    if others := [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if type(layer) is not nn.Linear]:
-        raise unfitting_targets(f"not linear: {others[0]}")
+    others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if type(layer) is not nn.Linear]
+    if others and (config.lora.use_dora or config.save_merged):
+        raise unfitting_targets(f"not linear, with use_dora or save_merged: {others[0]}")
     make_exact(model)
     make_lean(model)
     return model

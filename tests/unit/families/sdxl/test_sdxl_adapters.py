@@ -292,6 +292,22 @@ def test_alpha_is_four_times_the_rank_and_targets_are_checked(sdxl: SdxlFolder) 
         (["to_q", "to_nothing"], "no layer called to_nothing"),  # trained to_q alone
         (["to_q", "conv1"], r"conv1 \(Conv2d\)"),  # a traceback once all was trained
     ):
-        config = validate(SdxlPreferenceConfig, {"lora": {"target_modules": targets}})
+        given = {"lora": {"target_modules": targets}, "save_merged": True}
         with pytest.raises(ConfigError, match=f"does not fit this model(.|\\n)*{got}"):
-            add_adapter(unet_of(sdxl), config)
+            add_adapter(unet_of(sdxl), validate(SdxlPreferenceConfig, given))
+
+
+def test_a_lora_on_convolutions_is_read_by_diffusers(sdxl: SdxlFolder, tmp_path: Path) -> None:
+    from prefmill.core.config import validate
+    from prefmill.families.sdxl.config import SdxlPreferenceConfig
+    from prefmill.families.sdxl.loading import add_adapter
+
+    given = {"lora": {"target_modules": ["to_q", "conv1"], "use_dora": False}}
+    model = disturb(add_adapter(unet_of(sdxl), validate(SdxlPreferenceConfig, given)))
+    for name in ("diffusers", "kohya"):
+        file = tmp_path / f"{name}.safetensors"
+        if name == "kohya":
+            export.save_kohya(model, 64.0, "base", file, sdxl.backbone)
+        else:
+            export.save_diffusers(export.adapter_state(model), model.peft_config["default"], file)
+        assert near(outputs(from_diffusers(sdxl, file)), outputs(model)), name
