@@ -101,9 +101,10 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
     for paper, scored, missing in _answered_papers(corpus, shards):
         unscored |= set(missing)
         for review, evaluation in scored:
-            answers = [evaluation["answers"][key] for key in checklist.ids]
+            by_item = {key: evaluation["answers"][key] for key in checklist.ids}
+            answers = by_item.values()
             engines.add(evaluation["engine"])
-            counts.add({key: evaluation["answers"][key] for key in checklist.ids})
+            counts.add(by_item)
             reviews.append(
                 Scored(
                     review["review_id"], paper["paper_id"], paper["split"], len(words(review["text"])),

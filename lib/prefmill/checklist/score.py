@@ -264,7 +264,7 @@ def _write_rows(journal: Journal, output: Path) -> Tally:
 
 
 def _summary(tally: Tally, scoring: Scoring, shard: Shard) -> dict[str, Any]:
-    count = max(1, tally.num_scored)
+    count, num_yes = max(1, tally.num_scored), {name: item.yes for name, item in tally.answers.items.items()}
     return {
         "engine": tally.engine,
         "checklist": scoring.checklist.name,
@@ -274,18 +274,13 @@ def _summary(tally: Tally, scoring: Scoring, shard: Shard) -> dict[str, Any]:
         "num_scored": tally.num_scored,
         "num_failed": tally.num_failed,
         "num_truncated": tally.num_truncated,
-        "num_yes": sum(item.yes for item in tally.answers.items.values()),
+        "num_yes": sum(num_yes.values()),
         "num_yes_with_evidence": tally.num_with_evidence,
         "mean_checkmark_score": round(tally.checkmark_sum / count, 6),
         "mean_p_yes": round(tally.p_yes_sum / count, 6),
-        "yes_rates": {name: round(_num_yes(tally, name) / count, 6) for name in scoring.checklist.ids},
+        "yes_rates": {name: round(num_yes.get(name, 0) / count, 6) for name in scoring.checklist.ids},
         "judge": {**tally.answers.overall(), "items": tally.answers.by_item(scoring.checklist.ids)},
     }
-
-
-def _num_yes(tally: Tally, name: str) -> int:
-    item = tally.answers.items.get(name)
-    return item.yes if item else 0
 
 
 def _num_reviews(corpus: Artifact) -> int:

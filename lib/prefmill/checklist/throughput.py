@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from prefmill.checklist.engine import Engine
-from prefmill.core.stage import PROGRESS_INTERVAL_SECONDS
 
 
 class Pace:
@@ -15,7 +14,6 @@ class Pace:
         self._engine: Engine | None = None
         self._started = 0.0
         self._num_items = 0
-        self._shown, self._shown_at = "", 0.0
 
     def start(self, engine: Engine) -> None:
         """Begin to count."""
@@ -35,13 +33,7 @@ class Pace:
         return figures if rate is None else {**figures, "cache_hit_rate": round(rate, 4)}
 
     def __str__(self) -> str:
-        """The same on part of a line, as `59.6 items/s, 88 % cached`; worked out once a second."""
-        now = time.monotonic()
-        if now - self._shown_at >= PROGRESS_INTERVAL_SECONDS or not self._shown:
-            self._shown, self._shown_at = self._show(), now
-        return self._shown
-
-    def _show(self) -> str:
+        """The same on part of a line, as `59.6 items/s, 88 % cached`."""
         figures = self.figures()
         parts = [f"{figures['items_per_second']:.1f} items/s"] if figures else []
         parts += [f"{figures['cache_hit_rate']:.0%} cached".replace("%", " %")] if "cache_hit_rate" in figures else []

@@ -17,7 +17,7 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, InputError
 from prefmill.core.files import copy_once, write_atomic
 from prefmill.core.records import Modality, Paper, Standing
-from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, ReviewPair, explain_drops, pairs_of
+from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, ReviewPair, pairs_of
 from prefmill.datasets.registry import SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
 from prefmill.datasets.survey import Rank, Survey, check_buildable, check_scored, leaving_out, rank, survey
 from prefmill.reviews.join import REVIEWS
@@ -210,7 +210,7 @@ class _Writer:
         if self.num_pairs[key.split]:
             got, fix = f"{self.num_pairs[key.split]} pairs, all of papers without images", "ingest their images"
         elif dropped:
-            got = f"dropped: {', '.join(explain_drops(dropped))}"
+            got = "dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
             # Pairs that came furthest need the least: most fall to the first filter, whatever stops the rest.
             fix = "; or ".join(REMEDIES[reason] for reason in get_args(Dropped)[::-1] if dropped[reason])
         else:

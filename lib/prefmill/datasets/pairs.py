@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -116,12 +116,6 @@ def read_exclude(path: Path) -> frozenset[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("cannot read the exclude file", where=path, got=error, fix="correct `exclude`") from None
     return frozenset(line for line in lines if line and not line.startswith("#"))
-
-
-def explain_drops(dropped: Counter[Dropped]) -> Iterator[str]:
-    """`1,204 rating_diff_too_small` for every reason, most frequent first."""
-    for reason, count in dropped.most_common():
-        yield f"{count:,} {reason}"
 
 
 def _standing(scored: ScoredReview) -> tuple[float, float, str]:
