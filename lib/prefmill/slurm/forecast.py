@@ -211,8 +211,10 @@ def forecast(
     Of tasks with the same configuration the first stands for all. `resources` are what stages get on a cluster, if any;
     `show` gets the slices' progress.
     """
-    ready = []
-    for task in _distinct(plan.select(only) if only else plan.tasks):
+    ready, asked = [], plan.select(only) if only else plan.tasks
+    if not any(map(is_measurable, asked)):
+        say("nothing to measure: slices are of score_reviews and of trainings on chats or pairs of texts")
+    for task in _distinct(asked):
         missing = [path for paths in task.inputs.values() for path in paths if not (path / MANIFEST).is_file()]
         if missing:
             say(f"{task.key}: not measured, as its input {missing[0]} is not finished: run what makes it first")

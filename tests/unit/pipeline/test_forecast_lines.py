@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from toys import toy_plan
 
 from prefmill.cli.main import main
 from prefmill.core.config import load
@@ -55,6 +56,12 @@ def test_one_of_eight_reviews_may_fail_where_few_of_all_may() -> None:
         assert isinstance(small, found.config)
         shares.append((small.limit, small.max_failed_share))
     assert shares == [(8, 0), (8, 0.5), (8, 0.9)]
+
+
+def test_where_nothing_can_be_measured_it_says_so(tmp_path: Path) -> None:
+    told: list[str] = []
+    slices.forecast(toy_plan(tmp_path), {}, told.append, only="make")
+    assert told == ["nothing to measure: slices are of score_reviews and of trainings on chats or pairs of texts"]
 
 
 @pytest.mark.parametrize("stage", ["dpo", "mdlm_dpo"])

@@ -27,6 +27,7 @@ OF_A_FILE = {"name": "b", "kind": "exact_match", "file": __file__, "subset": "ma
         ("dpo", {"layout": "pairwise", "max_tokens_per_microbatch": 60}, "leave max_tokens_per_microbatch out"),
         ("mdlm_dpo", {"upper_power": 2.0, "clip": 0.1}, "upper_power, clip: no effect with loss_type sigmoid"),
         ("mdlm_dpo", {"max_diffusion_steps": 8}, "max_diffusion_steps is of diffusion_steps: auto"),
+        ("mdlm_sft", {"variance_tolerance": 0.5}, "variance_tolerance is of mdlm_dpo"),
         ("mdlm_evaluate", {"benchmarks": [OF_A_FILE]}, "subset, split: of a dataset on the hub"),
     ],
 )

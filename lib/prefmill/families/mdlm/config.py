@@ -116,6 +116,12 @@ class DiffusionSftConfig(DiffusionTrainingConfig):
     # Without a fill a model trained row by row learns no end: docs/decisions/0139.
     answer_block_tokens: int = Field(32, ge=1)
 
+    @model_validator(mode="after")
+    def _needs_no_more_draws(self) -> Self:
+        if self.changed("variance_tolerance"):
+            raise ValueError("variance_tolerance is of mdlm_dpo: this loss is linear in the draws, leave it out")
+        return self
+
 
 class DiffusionPreferenceConfig(ObjectiveKeys, DiffusionTrainingConfig):
     """Keys of mdlm_dpo, those of preference training among them."""
