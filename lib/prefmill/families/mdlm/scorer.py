@@ -83,7 +83,7 @@ def encode_samples(
 def score_batch(model: Any, batch: DiffusionBatch) -> Tensor:
     """The value of every draw of every sample, [S, n] float64, through `model`'s installed forward.
 
-    With `upper_power` a last column, [S, n + 1], has each sample's upper bound (upper_bound.py).
+    With `upper_power` a last column, [S, n + 1], has each sample's upper bound (`upper_bounds`).
     """
     names = ("input_ids", "ends", "masked", "counts", "weights", "lengths", "upper_power")
     scores: Tensor = model(**{name: getattr(batch, name) for name in names})
