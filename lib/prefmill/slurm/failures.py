@@ -249,8 +249,7 @@ def _by_status(evidence: Evidence) -> Failure | None:
         "early": kind == "ArtifactError" and error.startswith(INPUT_ERRORS),
         "refused": kind in _REFUSALS,
     }
-    cause = next((cause for cause, holds in causes.items() if holds), None)
-    return Failure(cause, _line(error), "status file") if cause else None
+    return next((Failure(cause, _line(error), "status file") for cause, holds in causes.items() if holds), None)
 
 
 def _by_log(evidence: Evidence) -> Failure | None:

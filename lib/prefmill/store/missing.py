@@ -64,9 +64,8 @@ def kept_rows(
     come from it: an interrupted run and an undisturbed one see the same.
     """
     paths = [folder / f"{name}-{index:06}.jsonl" for index in range(len(blocks))]
-    numbers = range(len(blocks))
     for (index,) in missing(
-        numbers, lambda index: paths[index].is_file(), advance, unit, size=lambda index: len(blocks[index])
+        range(len(blocks)), lambda at: paths[at].is_file(), advance, unit, size=lambda at: len(blocks[at])
     ):
         write_jsonl(paths[index], make(blocks[index]))
     return [row for path in paths for row in read_jsonl(path)]
