@@ -13,9 +13,8 @@ import pytest
 from prefmill.core.config import identity, validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.stage import Task
-from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.other_reference import reference_parts
-from prefmill.families.causal.start_checks import check_positions, check_start
+from prefmill.families.causal.start_checks import check_start
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter
 from prefmill.training.checkpoints import STEPS, read_curve
@@ -254,72 +253,6 @@ def test_an_adapter_with_tokens_that_its_base_lacks_is_refused(adapter: Path, ti
     more.save_pretrained(folder)
     with pytest.raises(InputError, match=r"other tokens than its base's(.|\n)*<\|tool\|>"):
         check_start(str(tiny_qwen2), own, config)
-
-
-def test_a_reward_model_is_no_start_and_one_without_a_head_is_told(
-    tiny_qwen2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """With tied embeddings both would load without a word, the head dropped or made up."""
-    from transformers import Qwen2ForSequenceClassification, Qwen2Model
-
-    from prefmill.families.causal.loading import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(str(tiny_qwen2))
-    said = json.loads((tiny_qwen2 / "config.json").read_text()) | {"tie_word_embeddings": True}
-    for kind in (Qwen2ForSequenceClassification, Qwen2Model):
-        kind(kind.config_class(**said)).save_pretrained(tmp_path / kind.__name__)
-        load_model(str(tmp_path / kind.__name__), precision="fp32")
-    with pytest.raises(InputError, match="Qwen2ForSequenceClassification"):
-        check_start(str(tmp_path / "Qwen2ForSequenceClassification"), tokenizer, PreferenceConfig())
-    check_start(str(tmp_path / "Qwen2Model"), tokenizer, PreferenceConfig())
-    assert "says that it is Qwen2Model" in caplog.text
-
-
-def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_qwen2: Path, tmp_path: Path) -> None:
-    from prefmill.families.causal.loading import load_tokenizer
-
-    folder = shutil.copytree(tiny_qwen2, tmp_path / "m")
-    (folder / "model.safetensors").unlink()
-    tokenizer = load_tokenizer(str(folder))
-    check_start(str(folder), tokenizer, PreferenceConfig())
-    check_positions(str(folder), [512], PreferenceConfig())
-    with pytest.raises(ConfigError, match="longer than the model has positions"):
-        check_positions(str(folder), [3, 513], PreferenceConfig())
-    for attention in ("flash_attention_2", "nonesuch"):
-        with pytest.raises(ConfigError, match="this attention cannot be used"):
-            check_start(str(folder), tokenizer, PreferenceConfig(attn_implementation=attention, layout="pairwise"))
-    check_start(str(folder), tokenizer, PreferenceConfig(attn_implementation="eager", layout="pairwise"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention", "indexed_attention"]}))
-    with pytest.raises(ConfigError, match="cannot share prompts in this model"):
-        choose_layout(PreferenceConfig(layout="group"), str(folder))
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
-    with pytest.raises(InputError, match="no embedding for"):
-        check_start(str(folder), tokenizer, PreferenceConfig())
-    tokenizer.pad_token = tokenizer.eos_token = None
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match="neither a pad nor an end token"):
-        load_tokenizer(str(folder))
-
-
-def test_rows_with_two_sets_of_positions_are_not_mixed(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """LongRoPE (Phi 3, Phi 4 mini): transformers takes the long factors for all rows of a batch, or for none."""
-    from prefmill.families.causal.loading import load_model
-    from prefmill.families.causal.scorer import encode_sequences, patch_forward, score_batch
-
-    folder = shutil.copytree(tiny_qwen2, tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64,
-            "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
-    model = patch_forward(load_model(str(folder), precision="fp32").eval())
-    short, long = ([5, 6, 7, 8], [9, 10]), ([5] * 70, [6, 7])
-    alone, beside = (float(score_batch(model, encode_sequences(rows, 0))[0]) for rows in ([short], [short, long]))
-    assert abs(alone - beside) > 1e-3
-    for lengths in ([6, 64], [65, 72]):
-        check_positions(str(folder), lengths, PreferenceConfig())
-    with pytest.raises(ConfigError, match=r"other positions for long(.|\n)*6 to 72 tokens(.|\n)*max_length=64"):
-        check_positions(str(folder), [6, 72], PreferenceConfig())
 
 
 @pytest.mark.parametrize(
