@@ -27,6 +27,9 @@ _ANSWERS = (YES.casefold(), NO.casefold())
 _BEGUN = {word[:end] for word in _ANSWERS for end in range(1, len(word))}
 _MOST_BEGUN = 0.05  # of the mass on whole answers: what a token that only begins one may have
 _MOST_UNSEEN = 0.05  # what an answer that is not listed may have: the twentieth of twenty tokens has no more
+_NOTHING_SAID = (
+    "is withheld or empty; where the model thinks first, give it room: engine.extra_body={max_completion_tokens: 2000}"
+)
 _VOTE_TOKENS = 4  # of a sampled answer: a word of several tokens and what stands before it
 
 
@@ -56,6 +59,11 @@ class _Choice(msgspec.Struct):
         """Why there is no answer, where the server or its model withholds one."""
         said = (self.message or {}).get("refusal") or self.error
         return str(said) if said else self.finish_reason if self.finish_reason in ("content_filter", "error") else None
+
+    @property
+    def first_word(self) -> str:
+        """Of the answer; empty where there is none."""
+        return "" if self.refusal else _first_word((self.message or {}).get("content"))
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,9 @@ class ChatEngine(ServerEngine):
         places = choice.logprobs and choice.logprobs.content
         return self._read((places and places[0].top_logprobs) or [])
 
-    def _read(self, tokens: Sequence[_Token]) -> Read:
+    def _read(self, listed: Sequence[_Token]) -> Read:
+        # Servers that list the sampled token beside the likeliest ones list it twice: it has its probability once.
+        tokens = list({(token.token, repr(token.logprob)): token for token in listed}.values())
         found = [(_word(token.token), as_logp(token.logprob)) for token in tokens]
         shares = [(word, math.exp(logp)) for word, logp in found if logp is not None]
         # Without a number, as with NaN, nobody knows how much an answer has.
@@ -137,10 +147,10 @@ class ChatEngine(ServerEngine):
             likeliest = max(shares, key=lambda pair: pair[1])[0]
             raise RefusedError(f"neither {YES} nor {NO} among the {len(shares)} likeliest tokens, first {likeliest!r}")
         # No token that is not listed is likelier than one that is; a server may list fewer than it was asked for.
-        listed = [share for _, share in shares]
-        if not min(yes, no) and (unseen := min(*listed, 1 - sum(listed))) > _MOST_UNSEEN:
+        told = [share for _, share in shares]
+        if not min(yes, no) and (unseen := min(*told, 1 - sum(told))) > _MOST_UNSEEN:
             raise RefusedError(
-                f"only one answer is among the {len(listed)} likeliest tokens, the other may have probability "
+                f"only one answer is among the {len(told)} likeliest tokens, the other may have probability "
                 f"{unseen:.2g}: set engine.top_logprobs higher, or to 0"
             )
         return Read(yes / (yes + no), min(1.0, yes + no))
@@ -152,13 +162,12 @@ class ChatEngine(ServerEngine):
             asked = {"max_tokens": _VOTE_TOKENS, "temperature": 1, "n": self._config.votes - len(words)}
             choices = await self._ask(client, text, asked)
             # At least one choice comes each time (else _ask raises), so this loop ends.
-            words += [_first_word((choice.message or {}).get("content")) for choice in choices]
+            words += [choice.first_word for choice in choices]
         yes, no = map(words.count, _ANSWERS)
         if yes + no < len(words) / 2:  # those that happen to begin with one of the two do not speak for the rest
             other = next(word for word in words if word not in _ANSWERS)
-            raise RefusedError(
-                f"{yes + no} of {len(words)} sampled answers are {YES} or {NO}, one begins with {other!r}"
-            )
+            said = f"begins with {other!r}" if other else _NOTHING_SAID
+            raise RefusedError(f"{yes + no} of {len(words)} sampled answers are {YES} or {NO}, one {said}")
         # Agresti and Coull 1998: the plain standard error would be 0 where all votes agree.
         smoothed = (yes + 1) / (yes + no + 2)
         stderr = math.sqrt(smoothed * (1 - smoothed) / (yes + no))

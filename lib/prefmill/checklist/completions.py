@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 
@@ -73,6 +74,15 @@ class Server:
             )  # fmt: skip
         return cls(url, key or None, config)
 
+    @property
+    def where(self) -> str:
+        """The address, and the proxy on the way to it, which answers in the server's name."""
+        url, proxies = httpx.URL(self.url), getproxies_environment()
+        named = next((f"{name.upper()}_PROXY" for name in (url.scheme, "all") if name in proxies), None)
+        if named is None or proxy_bypass(url.host):
+            return self.url
+        return f"{self.url} by the proxy in {named}, which may have said this (NO_PROXY={url.host} goes past it)"
+
     def client(self) -> httpx.AsyncClient:
         """A client for one event loop; redirects are not followed, so that the key goes to no other host.
 
@@ -113,14 +123,16 @@ class Server:
         while True:
             wait: float | None = None
             try:
-                response = await client.request(method, f"{self.url}/{path}", json=body)
+                # In all: httpx's own limit begins again with every byte of an answer that drips.
+                async with asyncio.timeout(self.config.timeout_seconds):
+                    response = await client.request(method, f"{self.url}/{path}", json=body)
                 content = _json(response)
                 status = _status(response, content)
                 if status not in _TRANSIENT and status < 500 and not _is_cut(response, content):
                     self._told = 0
                     return self._content(response, status, content)
                 trouble, wait = self._said(response), retry_after(response.headers)
-            except (httpx.TransportError, httpx.DecodingError) as error:
+            except (httpx.TransportError, httpx.DecodingError, TimeoutError) as error:
                 trouble = f"{type(error).__name__} {error}".strip()
                 if _NO_RETRY_MENDS.search(trouble):
                     raise self._no_tls(trouble) from None
@@ -138,17 +150,17 @@ class Server:
         # Key and address are the same for every review, so these end the task in place of failing reviews one by one.
         if status in (401, 402, 403) and not _WITHHELD.search(said):
             raise ConfigError(
-                "the server refuses the key", where=self.url, got=said,
+                "the server refuses the key", where=self.where, got=said,
                 expected=f"its key in {self.config.api_key_env}, which is {'set' if self.key else 'not set'}",
                 fix=f"set {self.config.api_key_env} where the stage runs, or name another in engine.api_key_env",
             )  # fmt: skip
-        if status in (404, 405) or 300 <= status < 400:
+        if status in (404, 405, 407) or 300 <= status < 400:
             raise self._nothing_there(said)
         if status >= 400:
             raise RefusedError(said)
         if not isinstance(content, dict):
             raise InputError(
-                "the server did not answer with JSON", where=self.url, got=said,
+                "the server did not answer with JSON", where=self.where, got=said,
                 fix="check the URL in the variable that base_url_env names: it mostly ends in /v1",
             )  # fmt: skip
         return content
@@ -173,7 +185,7 @@ class Server:
 
     def _nothing_there(self, said: str) -> ConfigError:
         return ConfigError(
-            "the server has nothing at this address", where=self.url, got=said,
+            "the server has nothing at this address", where=self.where, got=said,
             expected="OpenAI's /models and /completions or /chat/completions below the URL, and the model named",
             fix=f"correct {self.config.base_url_env} (it usually ends in /v1), or the model's name where that is what "
             "the server does not find",
@@ -181,7 +193,7 @@ class Server:
 
     def _no_tls(self, trouble: str) -> ConfigError:
         return ConfigError(
-            "the server cannot be trusted, or speaks no TLS", where=self.url, got=trouble,
+            "the server cannot be trusted, or speaks no TLS", where=self.where, got=trouble,
             expected="https with a certificate that this machine knows, or plain http",
             fix="set SSL_CERT_FILE to the file of the authority that signed its certificate, or correct "
             f"{self.config.base_url_env}",
@@ -191,7 +203,7 @@ class Server:
         # llama.cpp's server and LiteLLM's openai models fail so where a prompt is token ids.
         chat = "; where it takes no token ids as prompts, set engine.engine=chat" if path == "completions" else ""
         return PrefmillError(
-            "the server did not answer", where=self.url, got=f"{trouble} (attempt {attempts})",
+            "the server did not answer", where=self.where, got=f"{trouble} (attempt {attempts})",
             expected=f"an answer within {self.config.num_retries + 1} attempts (engine.num_retries)",
             fix=f"look at {self.config.base_url_env} and the server's log, start it again and rerun: what is scored is "
             f"kept{chat}",
@@ -222,6 +234,8 @@ def _status(response: httpx.Response, content: Any) -> int:
     # vLLM's errors had no `error` around them until 0.10.
     found = content if isinstance(content, dict) else {}
     error = found.get("error") or (found if found.get("object") == "error" else None)
+    if "insufficient_quota" in str(error):  # OpenAI says 429, but waiting fills no account
+        return 402
     if not error or not response.is_success:
         return response.status_code
     code = str(error.get("code") if isinstance(error, dict) else "")

@@ -105,6 +105,20 @@ def test_a_few_that_begin_with_an_answer_do_not_speak_for_the_rest(judge: Judge)
     assert found.failure == "1 of 4 sampled answers are Yes or No, one begins with 'the'"
 
 
+@pytest.mark.parametrize("choice", [{"finish_reason": "content_filter"}, {"message": {"content": ""}}])
+def test_sampled_answers_without_words_say_what_a_thinking_model_needs(judge: Judge, choice: Any) -> None:
+    judge.answer = lambda _: {"choices": [choice] * 4}
+    assert "is withheld or empty; where the model thinks first" in outcome(top_logprobs=0, votes=4).failure
+    judge.answer = lambda _: {"choices": [{"message": {"content": "Yes", "refusal": "I cannot"}}] * 4}
+    assert "0 of 4 sampled answers" in outcome(top_logprobs=0, votes=4).failure  # P(yes) was 1
+
+
+def test_a_token_that_is_listed_twice_counts_once(judge: Judge) -> None:
+    """As by servers that list the sampled token beside the likeliest: P(yes) was 4/9."""
+    judge.answer = lambda _: likeliest([("Yes", 0.2), ("Yes", 0.2), ("No", 0.5), ("yes", 0.05)])
+    assert outcome().answers["summary"] == {"yes": False, "p_yes": 0.333333, "mass": 0.75}
+
+
 FINE = reply(200, likeliest(TOKENS))
 RETRIED: dict[str, list[Reply | None]] = {
     "too many requests": [reply(429, {}, **NOW)],
@@ -192,6 +206,9 @@ def test_a_key_that_is_refused_and_a_server_that_stays_away(judge: Judge) -> Non
         judge.trouble = [reply(status, {})]
         with pytest.raises(ConfigError, match="refuses the key"):
             outcome()
+    judge.trouble = [reply(429, {"error": {"code": "insufficient_quota"}})]
+    with pytest.raises(ConfigError, match="refuses the key"):
+        outcome()
     judge.trouble = [reply(307, b"", Location="https://judge.example/v1/chat/completions")]
     with pytest.raises(ConfigError, match=r"307 [^:]*: https://judge\.example/v1"):
         outcome()
