@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from prefmill.core.errors import PrefmillError, explain_os_error
+from prefmill.core.errors import PrefmillError, explained
 from prefmill.core.terminal import paint
 
 _COLOURS = {"+": "green", "x": "red", ">": "bold", "=": "dim", ".": "dim", "-": "yellow", "!": "yellow"}
@@ -49,8 +49,9 @@ def guarded(command: Callable[[], int]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        code = command()
-        sys.stdout.flush()  # here, where a reader that has gone is no traceback
+        with explained():
+            code = command()
+            sys.stdout.flush()  # here, where a reader that has gone is no traceback
         return code
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -59,12 +60,6 @@ def guarded(command: Callable[[], int]) -> int:
         # Python flushes stdout once more when it ends, which would raise this error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE  # as the shell reports it: a run that was cut off is no success
-    except OSError as error:
-        explained = explain_os_error(error)
-        if explained is None:
-            raise
-        print(f"error: {explained}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; run again to resume", file=sys.stderr)
         return 130

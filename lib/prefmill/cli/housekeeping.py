@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -93,9 +94,14 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _remove(arguments: argparse.Namespace) -> None:
+    from prefmill.core.errors import PipelineError
     from prefmill.pipeline.runs import point_latest_away, remove_run
 
     workspace, runs = _named_runs(arguments)
+    if queued := _queued(workspace, runs):
+        raise PipelineError(
+            f"jobs of run {queued[0]} are queued or running", fix=f"end them: prefmill cancel --run {queued[0]}"
+        )
     # All names are looked up before anything is deleted: one wrong name deletes nothing.
     found = [item for run in runs for item in remove_run(workspace, run)]
     if _deleted(found, workspace, arguments.yes):
@@ -110,7 +116,24 @@ def _collect(arguments: argparse.Namespace) -> None:
     workspace, runs = _named_runs(arguments)
     for run in runs:
         run_tasks(workspace, run)  # refuses a name that is no run's
-    _deleted(removable(workspace, runs or run_names(workspace)), workspace, arguments.yes)
+    queued = _queued(workspace, run_names(workspace))
+    _deleted(removable(workspace, runs or run_names(workspace), queued), workspace, arguments.yes)
+
+
+def _queued(workspace: Path, runs: Sequence[str]) -> list[str]:
+    """Those of `runs` that have jobs in Slurm's queue; raises PipelineError where it does not say."""
+    from prefmill.core.errors import PipelineError
+    from prefmill.slurm.sightings import live_elements
+    from prefmill.slurm.submission import submissions
+
+    if shutil.which("squeue") is None:  # a copy of what a cluster made
+        return []
+    found = {run: live_elements(submissions(workspace, run)) for run in runs}
+    if silent := [run for run, live in found.items() if live is None]:
+        raise PipelineError(
+            f"Slurm does not say what is queued of run {silent[0]}", fix="try again when `squeue` answers"
+        )
+    return [run for run, live in found.items() if live]
 
 
 def _deleted(found: Sequence[Any], workspace: Path, sure: bool) -> bool:

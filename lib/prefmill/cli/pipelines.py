@@ -105,6 +105,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from prefmill.cli.headlines import describe
     from prefmill.distributed.launchers import leave_ranks, refuse_copies
     from prefmill.pipeline.local import RunOptions, run_plan
+    from prefmill.slurm.sightings import live_elements
+    from prefmill.slurm.submission import submissions
 
     refuse_copies(os.environ)
     leave_ranks(os.environ)
@@ -112,6 +114,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _show_plan(plan, arguments.only, arguments.force)
     say = Console(arguments, plan.workspace / "logs" / plan.run)
+    if live := live_elements(submissions(plan.workspace, plan.run)):
+        say(f"! {len(live)} jobs of this run are queued or running, and make what this command finds unmade: "
+            f"`prefmill cancel --run {plan.run}` ends them")  # fmt: skip
     options = RunOptions(arguments.jobs, arguments.keep_going, describe)
     return run_plan(plan, arguments.only, arguments.force, say, options)
 

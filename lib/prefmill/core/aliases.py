@@ -34,7 +34,7 @@ REFUSED = {
     "lora_target_modules": "write lora.target_modules", "use_peft": "write lora: {r: 16, alpha: 32}",
     "lora_dropout": "adapters are trained without dropout, in which policy and reference would differ",
     "load_in_4bit": "write quantization: 4bit", "dtype": "write precision", "torch_dtype": "write precision",
-    "max_steps": "num_train_epochs and the rows say how many steps there are; max_rows takes fewer rows",
+    "max_steps": "num_train_epochs and the number of rows say how many steps there are",
     "eval_strategy": "held-out rows are evaluated at the end of every epoch",
     "eval_steps": "held-out rows are evaluated at the end of every epoch",
     "per_device_eval_batch_size": "sft evaluates row by row, other stages by per_device_train_batch_size",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ _DISK_FIXES = {
     errno.EROFS: "set `workspace` to a folder on a writable disk",
     errno.EACCES: "give yourself write access, or set `workspace` to a folder of yours",
     errno.EPERM: "give yourself write access, or set `workspace` to a folder of yours",
-}
+} | dict.fromkeys(
+    (errno.EIO, errno.ESTALE),
+    "the disk or its server fails: run again when it answers, or set `workspace` to another; finished work is kept",
+)  # fmt: skip
+_IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # which libraries tell in the system's words
 
 
 def explain_os_error(error: BaseException, folder: Path | None = None) -> PrefmillError | None:
@@ -94,11 +99,23 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
     return PrefmillError(f"cannot write: {error.strerror}", where=where or "(file not named)", got=room, fix=fix)
 
 
+@contextlib.contextmanager
+def explained(folder: Path | None = None) -> Iterator[None]:
+    """Raise a disk's refusal as the error that says what to do; any other passes."""
+    try:
+        yield
+    except OSError as error:
+        if (told := explain_os_error(error, folder)) is None:
+            raise
+        raise told from error
+
+
 def _explain_a_librarys(text: str, folder: Path | None) -> PrefmillError | None:
     """The same of the libraries that save weights: they raise errors of their own, no OSError."""
     match = re.search(r"\(os error (\d+)\)", text)  # safetensors, as Rust words it
     cut = "inline_container" in text and "unexpected pos" in text  # torch.save, in the middle of a file
-    number = errno.ENOSPC if cut else int(match[1]) if match else 0
+    said = next((known for known in _IN_WORDS if os.strerror(known) in text), 0)
+    number = errno.ENOSPC if cut or text == "database or disk is full" else int(match[1]) if match else said
     if number not in _DISK_FIXES:
         return None
     return explain_os_error(OSError(number, os.strerror(number)), folder)

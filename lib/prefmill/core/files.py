@@ -56,7 +56,8 @@ def replacing(path: Path, writer: str = "", mode: int = 0o666) -> Iterator[IO[by
     partial = path.with_name(f".{path.name}{writer}.partial")
     partial.unlink(missing_ok=True)  # a killed process may have left it, with another mode
     try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb", _BUFFER_BYTES) as stream:
+        opened = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with _naming(path), os.fdopen(opened, "wb", _BUFFER_BYTES) as stream:
             yield stream
             # Synced before the rename: after a power cut the name could otherwise stand for an empty file.
             stream.flush()
@@ -66,6 +67,32 @@ def replacing(path: Path, writer: str = "", mode: int = 0o666) -> Iterator[IO[by
         partial.unlink(missing_ok=True)
     # The new name is in the folder, which has to reach the disk as well.
     sync_folder(path.parent)
+
+
+def refusal(folder: Path, num_bytes: int) -> OSError | None:
+    """What the disk says to a file of that size in `folder`; None where it takes it. A quota is seen by trying only."""
+    probe = folder / f".room.{os.getpid()}"
+    try:
+        with probe.open("wb") as stream:
+            # A file that is only made longer takes no blocks, and no quota would object.
+            os.posix_fallocate(stream.fileno(), 0, num_bytes)
+    except OSError as error:
+        error.filename = str(folder)
+        return error
+    finally:
+        with contextlib.suppress(OSError):  # a read-only disk refuses that too, of a file that is not there
+            probe.unlink()
+    return None
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What the disk refuses to a descriptor names no file: name this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -103,7 +130,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def append_row(path: Path, *rows: Mapping[str, Any]) -> None:
     """Append rows and have them on disk before going on, so that a kill loses none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as stream:
+    with _naming(path), path.open("a+b") as stream:
         # After a line that a crash or a full disk cut off: these must not become a part of it.
         torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
         stream.write(b"\n" * torn + b"".join(json.dumps(row).encode() + b"\n" for row in rows))

@@ -24,6 +24,7 @@ WORK = "work"  # the task's own scratch: partial output to resume from, never pu
 STARTED = "started.json"  # in the scratch
 CHECKPOINT_PREFIX = "checkpoint-"  # the trainer's own, for resuming
 # In its logs.
+SHARED_FROM = "shared_from.txt"  # names the run that made its output, where this one took it
 PROGRESS = "progress.json"
 STATUS = "status.json"
 WANTED_AGAIN = "wanted_again"  # there while finished output is to be made again, as somebody asked

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -18,7 +16,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error
+from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error, explained
+from prefmill.core.files import refusal
 from prefmill.core.graceful_stop import Stopped, request_stop
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.terminal import Say
@@ -268,8 +267,9 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
     collect_from_now_on()
     end_with_parent()
     _end_with_command()
-    print_into_log(task)
     try:
+        with explained(task.output):
+            print_into_log(task)
         os.environ.update(place)
         execute(task, force, run=partial(_run_ranks, task, ranks) if ranks > 1 else None)
     except PrefmillError as error:
@@ -310,8 +310,8 @@ def _failure(task: PlannedTask, code: int) -> str:
     status = read_status(task.logs)
     if status.get("state") != "failed":  # it ended before the worker could say anything, or had room to
         disk = next(folder for folder in (task.logs, *task.logs.parents) if folder.is_dir())
-        if shutil.disk_usage(disk).free < _ROOM_FOR_A_STATUS:
-            return str(explain_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(disk))))
+        if (refused := refusal(disk, _ROOM_FOR_A_STATUS)) and (told := explain_os_error(refused)):
+            return str(told)
         return (
             f"its process ended with exit code {code} before it could say why\n  fix:      read its log, then run again"
         )

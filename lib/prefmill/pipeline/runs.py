@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,15 +74,18 @@ def headline(tasks: Iterable[dict[str, Any]]) -> str:
     return ""
 
 
-def removable(workspace: Path, runs: Iterable[str]) -> list[Removal]:
+def removable(workspace: Path, runs: Iterable[str], queued: Collection[str] = ()) -> list[Removal]:
     """Finished tasks' checkpoints and scratch, superseded output and abandoned remakes of `runs`, and all caches.
 
-    Nothing of a run at work is removable, and no cache while any run of the workspace is at work.
+    Nothing of a run at work is removable, and no cache while any run of the workspace is at work. Those in `queued`
+    have jobs: a training that waits there goes on from what it has saved.
     """
     names = list(runs)
-    found = [item for run in names if not _busy(workspace, run) for item in _of_run(workspace, run)]
+    found = [
+        item for run in names if run not in queued and not _busy(workspace, run) for item in _of_run(workspace, run)
+    ]
     # A cache belongs to the workspace: any of its runs may be reading it.
-    if not any(_busy(workspace, run) for run in run_names(workspace)):
+    if not queued and not any(_busy(workspace, run) for run in run_names(workspace)):
         found += _removals("cache, computed again when needed", (workspace / "data" / CACHE).glob("*"))
     return found
 

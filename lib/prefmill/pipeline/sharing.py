@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prefmill.core.errors import ArtifactError, PrefmillError
 from prefmill.core.files import write_atomic
-from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, WANTED_AGAIN, WORK
+from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, SHARED_FROM, WANTED_AGAIN, WORK
 from prefmill.core.terminal import Say
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.state import fingerprints, inspect_task, read_inputs, task_identity
@@ -18,7 +18,6 @@ from prefmill.pipeline.task_status import is_running, write_status
 from prefmill.pipeline.worker import clear_telemetry, locked, put_in_place, telemetry
 from prefmill.store.artifacts import read, remaking, superseded
 
-SHARED_FROM = "shared_from.txt"  # in the logs of a task whose output another run made
 TAKEN = "taken from run {}: the same configuration and inputs"
 _FINGERPRINT = re.compile(rb'"fingerprint":\s*"([0-9a-f]+)"')
 _HEAD_BYTES = 4096  # a manifest begins with what it is; those of large outputs have megabytes after it
@@ -86,7 +85,8 @@ def _take(folder: Path, task: PlannedTask) -> None:
     clear_telemetry(task.logs, superseded(task.logs) if task.output.exists() else None)
     for path in telemetry(task.logs.parents[2] / run / task.stage.name / task.name):
         shutil.copytree(path, task.logs / path.name) if path.is_dir() else shutil.copy2(path, task.logs)
-    write_atomic(task.logs / SHARED_FROM, f"{run}\n")
+    if not (task.logs / SHARED_FROM).exists():  # that run may have taken it as well
+        write_atomic(task.logs / SHARED_FROM, f"{run}\n")
     # By rename, when all is there: until now the task has what it had before.
     put_in_place(made, task.output)
     write_status(task, "complete")

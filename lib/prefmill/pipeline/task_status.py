@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import read_record, write_atomic
@@ -60,8 +61,8 @@ def is_running(logs: Path) -> bool:
 @contextlib.contextmanager
 def at_work(workspace: Path, run: str) -> Iterator[None]:
     """Have `is_at_work` say so until the block ends or this process does, between two tasks too."""
-    with _run_lock(workspace, run).open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_SH)
+    with _run_lock(workspace, run).open("a+b") as stream:
+        _lock(stream, fcntl.LOCK_SH)
         yield
 
 
@@ -70,15 +71,24 @@ def is_at_work(workspace: Path, run: str) -> bool:
     return _is_held(_run_lock(workspace, run), fcntl.LOCK_EX)
 
 
+def refuse_beside_run(workspace: Path, run: str) -> None:
+    """Raise PipelineError where a `prefmill run` is at work: a job would hold its GPUs, and find its task taken."""
+    if is_at_work(workspace, run):
+        raise PipelineError(
+            "a `prefmill run` on this machine is at work on this run", where=_run_lock(workspace, run),
+            fix="wait for it, or end it with Ctrl-C: what it has finished and saved is kept",
+        )  # fmt: skip
+
+
 @contextlib.contextmanager
 def held(lock: Path, patience_seconds: float, refusal: PipelineError) -> Iterator[None]:
     """Hold a lock alone; raises `refusal` where another process keeps it for longer than that."""
     deadline = time.monotonic() + patience_seconds
-    with lock.open("ab") as stream:
+    with lock.open("a+b") as stream:
         while True:
             try:
                 # Asked again and again, as flock itself knows no time limit.
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -90,13 +100,28 @@ def held(lock: Path, patience_seconds: float, refusal: PipelineError) -> Iterato
 def _is_held(lock: Path, operation: int) -> bool:
     """Whether a process holds the lock so that `operation` would have to wait."""
     try:
-        with lock.open("rb") as stream:
-            fcntl.flock(stream, operation | fcntl.LOCK_NB)
+        with lock.open("r+b" if os.access(lock, os.W_OK) else "rb") as stream:
+            _lock(stream, operation | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
     return False
+
+
+def _lock(stream: IO[bytes], operation: int) -> None:
+    """Take the lock; raises BlockingIOError where it is another's, PipelineError where the disk has no locks."""
+    try:
+        fcntl.flock(stream, operation)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise PipelineError(
+                "this disk has no file locks", where=stream.name, got=error.strerror,
+                fix="have it mounted with them (Lustre: -o flock), or set `workspace` to another disk",
+            ) from None  # fmt: skip
+        # NFS shows an exclusive lock to those alone who may write: who looks at another's run cannot know.
+        if error.errno != errno.EBADF:
+            raise
 
 
 def _run_lock(workspace: Path, run: str) -> Path:

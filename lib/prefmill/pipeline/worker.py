@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error
+from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error, explained
 from prefmill.core.files import write_atomic
 from prefmill.core.graceful_stop import Stopped, clear_request
 from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WANTED_AGAIN, WORK
@@ -45,7 +45,7 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
     PrefmillError for what the user can fix; the status file in the task's logs then says the same.
     """
     # The lock first: a second worker must not write its status over that of the one at work.
-    with locked(task), _reported(task):
+    with explained(task.output), locked(task), _reported(task):
         inputs = read_inputs(task)
         if not force and inspect_task(task).freshness == "complete":
             keep_finished(task)
@@ -140,14 +140,14 @@ def _reported(task: PlannedTask) -> Iterator[None]:
         raise
     except BaseException as error:
         # Ctrl-C and sys.exit too: a status left at `running` would count this attempt as lost.
-        explained = explain_os_error(error, task.output)
-        shown = explained or error
+        told = explain_os_error(error, task.output)
+        shown = told or error
         text = str(shown) if isinstance(shown, PrefmillError) else traceback.format_exc()
         ended = shown if isinstance(shown, AttemptError) else AttemptError("", record={"kind": type(shown).__name__})
         with contextlib.suppress(OSError):  # on a full disk the error itself matters more than its record
             _end(task, attempt, ended.state, error=text, **ended.record)
-        if explained is not None:
-            raise explained from error
+        if told is not None:
+            raise told from error
         raise
     _end(task, attempt, "complete")
 

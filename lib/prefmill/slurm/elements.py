@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefmill.core.files import refusal
 from prefmill.core.places import STATUS
 from prefmill.pipeline.attempts import idle_attempts, progressed, read_attempts
 from prefmill.pipeline.task_status import read_status
@@ -113,16 +114,7 @@ def has_room(folder: Path) -> bool:
     wanted = min(64 << 20, disk.f_blocks * disk.f_frsize // 20)
     if disk.f_bavail * disk.f_frsize < wanted:
         return False
-    probe = folder / f".room.{os.getpid()}"
-    try:  # a quota is seen by trying only
-        with probe.open("wb") as stream:
-            # A file that is only made longer takes no blocks, and no quota would object.
-            os.posix_fallocate(stream.fileno(), 0, max(wanted, 1))
-    except OSError:
-        return False
-    finally:
-        probe.unlink(missing_ok=True)
-    return True
+    return refusal(folder, max(wanted, 1)) is None
 
 
 def _is_of(status: Mapping[str, Any], element: Element) -> bool:

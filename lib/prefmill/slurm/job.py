@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.config import validate
-from prefmill.core.errors import AttemptError, PipelineError, PrefmillError
+from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explained
 from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS, idle_attempts
 from prefmill.pipeline.manual_submission import give_back_until_ready, pipeline_stage, stage_task, training_task
@@ -59,17 +59,18 @@ def main(argv: Sequence[str]) -> int:
     warnings = SignalWatcher(SIGNAL_SECONDS)
     warnings.listen()
     try:
-        for job in _find(argv):
-            warnings.seconds = job.signal_seconds
-            redirect(job.task)
-            with _looked_after(job):
-                code = run(job, warnings)
-            if code:
-                return code
-        return 0
+        with explained():
+            return next((code for job in _find(argv) if (code := _begin(job, warnings))), 0)
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _begin(job: JobTask, warnings: SignalWatcher) -> int:
+    warnings.seconds = job.signal_seconds
+    redirect(job.task)
+    with _looked_after(job):
+        return run(job, warnings)
 
 
 def run(job: JobTask, warnings: SignalWatcher) -> int:

@@ -269,7 +269,7 @@ def gigabytes(text: str) -> float | None:
 
 _HELD: Sequence[tuple[str, str]] = [
     ("requeued held", "its node could not launch it; to do: `prefmill advance`, or `scontrol release {name}`"),
-    ("JobHeldUser", "somebody holds it; to do: `scontrol release {name}`"),
+    ("JobHeldUser|requeued in held state", "somebody holds it; to do: `scontrol release {name}`"),
     ("JobHeldAdmin", "an operator holds it; to do: ask the cluster's operators to release {name}"),
     (r"Invalid(Account|QOS)", "to do: correct account and qos in the cluster file, `prefmill cancel`, submit again"),
 ]

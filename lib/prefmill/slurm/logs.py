@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prefmill.core.places import SHARED_FROM
 from prefmill.core.terminal import Say
 from prefmill.pipeline.run_record import run_tasks, select_tasks
 from prefmill.slurm.elements import newest
@@ -28,13 +29,22 @@ def show_logs(workspace: Path, run: str, selector: str, lines: int, follow: bool
     for task, path in logs.items():
         text, places[task] = read_end(path, lines)
         _say(text, task if width else "", width, say)
-        if not path.is_file() and not follow:
-            say(f"{task}: no log yet ({path})")
+        if note := _note(path):
+            say(f"{task}: {note}")
     while follow:
         time.sleep(_POLL_SECONDS)
         for task, path in logs.items():
             text, places[task] = read_on(path, places[task])
             _say(text, task if width else "", width, say)
+
+
+def _note(path: Path) -> str:
+    """Where to look instead: a task whose output was taken has no log, or that of an earlier attempt."""
+    taken = path.with_suffix("") / SHARED_FROM
+    if taken.is_file():
+        run = taken.read_text().strip()
+        return f"made by run {run}: see {path.parents[2] / run / path.parent.name / path.name}"
+    return "" if path.is_file() else f"no log yet ({path})"
 
 
 def select_logs(workspace: Path, run: str, selector: str) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from prefmill.core.errors import PipelineError, select
@@ -10,12 +9,13 @@ from prefmill.core.places import MANIFEST, WANTED_AGAIN
 from prefmill.core.terminal import Say
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.pipeline.plan import PlannedTask
+from prefmill.pipeline.task_status import refuse_beside_run
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.advance import advance
 from prefmill.slurm.elements import Tried, elements_of, newest, unsent
 from prefmill.slurm.intents import settle
-from prefmill.slurm.jobs import JobState
-from prefmill.slurm.submission import Submission, require_owner, submissions
+from prefmill.slurm.sightings import live_elements
+from prefmill.slurm.submission import require_owner, submissions
 from prefmill.slurm.view import View, look
 
 
@@ -26,6 +26,7 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
     """
     with alone(workspace, run):
         require_owner(submissions(workspace, run))
+        refuse_beside_run(workspace, run)
         view = look(workspace, run)
         selected = view.plan.select(selector)
         never = [task.key for task in selected if task.key not in view.tried]
@@ -60,12 +61,10 @@ def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) ->
             say(line)
         known = newest(found) | unsent(found)
         tried = {key: known[key] for key in (select(selector, known, "was submitted") if selector else known)}
-        jobs = [job for one in found for job in one.jobs()]
-        shown = slurm.queue([job.job_id for job in jobs])
-        if shown is None:
+        live = live_elements(found)
+        if live is None:
             raise PipelineError("Slurm does not answer", fix="cancel again when `squeue` does")
         every = {element: key for one in found for element, key in elements_of(one)}
-        live = [element for element, job in shown.items() if job.live and _is_ours(job, found)]
         ended = [element for element in live if (selector is None or every.get(element) in tried)]
         keys = {every[element] for element in ended if element in every} | {
             k for k, one in tried.items() if not one.sent
@@ -85,11 +84,6 @@ def _note_cancel(decisions: Decisions, key: str, tried: Tried) -> None:
         key, tried.name, CANCEL, kind="cancelled", why="cancelled with `prefmill cancel`", reason="asked for",
         todo=f"`prefmill rerun {key}` when it is wanted again", submission=tried.submission.number,
     )  # fmt: skip
-
-
-def _is_ours(job: JobState, found: Sequence[Submission]) -> bool:
-    """Whether a job id still is a job of this run: Slurm counts anew when its state is lost."""
-    return job.user in ("", *(one.owner for one in found))
 
 
 def _is_live(view: View, task: PlannedTask) -> bool:

@@ -6,20 +6,20 @@ Absence is no evidence: a queue that is empty, cut short or shows nobody the job
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.places import MANIFEST, WANTED_AGAIN
+from prefmill.pipeline.task_status import is_finished
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, left_end_record, newest
 from prefmill.slurm.jobs import Element, JobState
-from prefmill.slurm.submission import submissions
+from prefmill.slurm.submission import Submission, submissions
 
 if TYPE_CHECKING:  # the plan brings the configurations, and `status` must answer at once
-    from prefmill.pipeline.plan import Plan, PlannedTask
+    from prefmill.pipeline.plan import Plan
 
 OWN_RECORD, PURGED = "its own record", "Slurm no longer knows its job"
 _DEFAULT_MIN_JOB_AGE = 300  # seconds that slurmctld remembers a job that has ended, unless it says otherwise
@@ -57,6 +57,15 @@ def sight(tried: Iterable[Tried], others: Iterable[str] = ()) -> Sightings | Non
     own |= {one.element: accounts[one.element] for one in absent if one.element in accounts}
     ended, unknown = _without_record([one for one in absent if one.element not in accounts])
     return Sightings(own, ended, {**unknown, **strangers})
+
+
+def live_elements(found: Sequence[Submission]) -> list[Element] | None:
+    """Everything of a run that is queued or running, its follow-up job too; None where Slurm does not answer."""
+    ids = [job.job_id for one in found for job in one.jobs()]
+    shown = slurm.queue(ids) if ids else {}
+    # An id may be somebody else's job by now: Slurm counts anew when its state is lost.
+    owners = {"", *(one.owner for one in found)}
+    return None if shown is None else [key for key, job in shown.items() if job.live and job.user in owners]
 
 
 def told(unknown: Mapping[Element, str], tried: Mapping[str, Tried]) -> list[str]:
@@ -115,7 +124,7 @@ def queued_tasks(plan: Plan) -> dict[str, Queued]:
     """
     found = submissions(plan.workspace, plan.run)
     tried = newest(found)
-    wanted = [tried[task.key] for task in plan.tasks if task.key in tried and _is_open(task)]
+    wanted = [tried[task.key] for task in plan.tasks if task.key in tried and not is_finished(task.output, task.logs)]
     # Jobs of finished tasks as well: a manifest is written before its job has ended.
     seen = sight(wanted, [one.job.job_id for one in tried.values()]) if tried else Sightings()
     if seen is None:
@@ -126,10 +135,6 @@ def queued_tasks(plan: Plan) -> dict[str, Queued]:
             fix="try again in a few minutes; nothing was submitted",
         )  # fmt: skip
     return {key: _queued(one, seen.queue[one.element]) for key, one in tried.items() if seen.live(one.element)}
-
-
-def _is_open(task: PlannedTask) -> bool:
-    return not (task.output / MANIFEST).is_file() or (task.logs / WANTED_AGAIN).exists()
 
 
 def _queued(tried: Tried, job: JobState) -> Queued:

@@ -19,6 +19,7 @@ from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.run_record import point_latest, write_plan
 from prefmill.pipeline.sharing import share_finished
 from prefmill.pipeline.state import code_version, inspect
+from prefmill.pipeline.task_status import refuse_beside_run
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
 from prefmill.slurm.follow_up import LOOK_MINUTES, Wait, live_follow_ups, postpone, send_follow_up
@@ -82,6 +83,7 @@ def submit(
     with nullcontext() if dry_run else alone(plan.workspace, plan.run):
         found = submissions(plan.workspace, plan.run)
         require_owner(found)
+        refuse_beside_run(plan.workspace, plan.run)
         # Before the queue is looked at: a job whose answer was lost counts as queued from here on.
         for line in [] if dry_run else settle(found):
             say(line)

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,21 @@ def test_other_errors_stay_bugs() -> None:
     assert explain_os_error(ValueError("unexpected pos")) is None
     assert explain_os_error(RuntimeError("I/O error: No such file or directory (os error 2)")) is None
     assert explain_os_error(OSError("made by hand")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("write(): fd 3 failed with No space left on device"),  # torch, where it writes the older format
+        sqlite3.OperationalError("database or disk is full"),
+        OSError(errno.ESTALE, os.strerror(errno.ESTALE), "x"),
+        OSError(errno.EIO, os.strerror(errno.EIO), "x"),
+    ],
+)
+def test_what_disks_and_their_servers_do_is_no_bug(error: Exception) -> None:
+    explained = explain_os_error(error, Path("/w"))
+    assert explained is not None
+    assert "run again" in str(explained)
 
 
 def test_a_full_disk_is_told_with_its_folder_and_room_also_for_libraries_that_name_none(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from prefmill.core.files import copy_once, replacing, write_atomic
+from prefmill.core.files import append_row, copy_once, replacing, write_atomic
 
 
 def test_what_is_named_is_on_disk_and_the_mode_holds_from_the_start(
@@ -32,6 +33,16 @@ def test_what_is_named_is_on_disk_and_the_mode_holds_from_the_start(
     assert seen[2][0] == "sync", "the folder"
     assert path.read_text() == "secret"
     assert not left.exists()
+
+
+def test_a_refusal_names_the_file_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (lambda path: write_atomic(path, "x"), lambda path: append_row(path, {})):
+        with pytest.raises(OSError, match=str(tmp_path / "record")):
+            write(tmp_path / "record")
 
 
 def test_a_copy_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from dataclasses import replace
 from multiprocessing import popen_forkserver
 from pathlib import Path
 from threading import Timer
-from types import SimpleNamespace
 
 import pytest
 from toys import toy_plan
@@ -173,12 +173,15 @@ def test_a_bug_is_a_line_and_its_log_on_the_console(tmp_path: Path) -> None:
     assert "Traceback" in log.read_text()
 
 
-def test_a_task_that_had_no_room_to_say_why_it_failed_is_told_of_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_that_had_no_room_to_say_why_it_failed_is_told_of_the_disk(tmp_path: Path) -> None:
     task = replace(toy_plan(tmp_path, make={}).tasks[0], logs=tmp_path / "logs" / "r" / "sft" / "clean")
     assert "exit code 1 before it could say why" in local._failure(task, 1)
-    usage = SimpleNamespace(free=4096)
-    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: usage)
-    assert "No space left on device" in local._failure(task, 1)
-    assert "free space on that disk" in local._failure(task, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # seen by writing only, as a quota is
+    try:
+        told = local._failure(task, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot write: File too large" in told
+    assert "run again: finished work is kept" in told
+    assert list(tmp_path.glob("**/.room*")) == []

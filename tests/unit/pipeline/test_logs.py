@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefmill.core.errors import PipelineError
+from prefmill.core.places import SHARED_FROM
 from prefmill.slurm.logs import read_end, read_on, select_logs, show_logs
 
 
@@ -61,3 +62,12 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
     lines, place = read_end(path, 3)
     assert lines == ["399997", "399998", "399999"]
     assert place == path.stat().st_size
+
+
+def test_a_task_that_was_taken_names_the_log_of_the_run_that_made_it(workspace: Path) -> None:
+    taken = workspace / "logs" / "r" / "dpo" / "vision"
+    taken.mkdir()
+    (taken / SHARED_FROM).write_text("first\n")
+    said: list[str] = []
+    show_logs(workspace, "r", "dpo:vision", 5, False, said.append)
+    assert said == [f"dpo:vision: made by run first: see {workspace}/logs/first/dpo/vision.log"]

@@ -12,6 +12,7 @@ import pytest
 from toys import RUNS
 
 from prefmill.core.errors import PipelineError
+from prefmill.core.places import SHARED_FROM
 from prefmill.pipeline import runs, sharing
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 from prefmill.pipeline.run_record import run_names, write_plan
@@ -52,6 +53,14 @@ def test_a_run_with_another_key_takes_what_is_the_same_from_one_that_has_it(tmp_
     ours, theirs = second.tasks[0].output / "numbers.jsonl", first.tasks[0].output / "numbers.jsonl"
     assert ours.stat().st_ino == theirs.stat().st_ino  # one copy on the disk
     assert {state.freshness for state in inspect(second).values()} == {"complete"}
+
+
+def test_a_task_taken_twice_names_the_run_that_made_it(tmp_path: Path) -> None:
+    finish(plan(tmp_path, "first"))
+    for run in ("second", "third"):
+        share_finished(plan(tmp_path, run), (), lambda _: None)
+        shutil.rmtree(tmp_path / "data" / "first", ignore_errors=True)
+    assert (tmp_path / "logs/third/make/all" / SHARED_FROM).read_text() == "first\n"
 
 
 def test_nothing_is_taken_that_differs_or_is_damaged(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import pytest
 from test_slurm import pretend
 from toys import toy_plan
 
+from prefmill.cli.main import main
 from prefmill.core.errors import PipelineError
 from prefmill.pipeline.local import write_plan
 from prefmill.pipeline.plan import PipelineFile, Plan
+from prefmill.pipeline.task_status import at_work
 from prefmill.slurm import status
 from prefmill.slurm import view as views
 from prefmill.slurm.advance import advance
@@ -31,6 +33,7 @@ from prefmill.slurm.submission import (
     write_array,
     write_submission,
 )
+from prefmill.store.artifacts import remaking
 
 ME = user_name()
 RUNNING = f"41|0|41|RUNNING|None|n1|1700000000|{ME}|gpu|(null)"
@@ -239,6 +242,31 @@ def test_a_watch_ends_with_1_where_something_is_open_that_nobody_acts_on(
     assert status.watch_status(run.workspace, "toy", 1.0) == 1
 
 
+@pytest.mark.parametrize("job", [RUNNING, WAITS, STUCK, HEALER])
+def test_a_run_with_jobs_is_not_deleted_and_gc_leaves_what_they_go_on_from(run: Run, job: str) -> None:
+    """Its jobs would be beyond `cancel`, and wait for ever where what they wait for has failed."""
+    begun = remaking(run.plan.tasks[0].output)
+    begun.mkdir(parents=True)
+    words = ["toy", "--yes", "--workspace", str(run.workspace)]
+    run.slurm(squeue=job)
+    assert main(["rm", *words]) == 2
+    assert main(["gc", *words]) == 0
+    assert begun.is_dir()
+    run.slurm(code=1)  # nobody knows
+    assert [main([command, *words]) for command in ("rm", "gc")] == [2, 2]
+    run.slurm(squeue=job.replace(f"|{ME}|", "|somebody|"))
+    assert main(["gc", *words]) == 0
+    assert not begun.is_dir()
+    assert main(["rm", *words]) == 0
+    assert not (run.workspace / "logs" / "toy").exists()
+
+
+def test_a_task_is_not_submitted_again_beside_a_local_run(run: Run) -> None:
+    with at_work(run.workspace, "toy"), pytest.raises(PipelineError, match="`prefmill run` on this machine"):
+        rerun(run.workspace, "toy", "make")
+    assert run.sent == 0
+
+
 def test_a_watch_of_tasks_that_were_never_submitted_ends_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Looks(monkeypatch)
     (run.submission.folder / "jobs.jsonl").write_text("")
@@ -246,8 +274,6 @@ def test_a_watch_of_tasks_that_were_never_submitted_ends_with_1(run: Run, monkey
 
 
 def test_a_watch_of_a_local_run_goes_on_between_two_tasks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefmill.pipeline.task_status import at_work
-
     (run.submission.folder / "jobs.jsonl").write_text("")
     looks = Looks(monkeypatch, lambda: run.finish("make", "use"))
     with at_work(run.workspace, "toy"):

@@ -78,6 +78,7 @@ def test_what_stopped_says_what_to_do_and_blocks_the_rest(run: Path, monkeypatch
     ("reason", "state", "said"),
     [
         ("JobHeldUser", "held", "to do: `scontrol release 1_0`"),
+        ("job requeued in held state", "held", "to do: `scontrol release 1_0`"),
         ("JobHeldAdmin", "held", "ask the cluster's operators to release 1_0"),
         ("launch failed requeued held", "held", "could not launch it; to do: `prefmill advance`"),
         ("launch failure limit exceeded requeued held", "held", "could not launch it; to do: `prefmill advance`"),

@@ -134,6 +134,14 @@ def test_a_disk_error_says_what_to_do_and_is_recorded(tmp_path: Path) -> None:
     assert not (plan.tasks[0].output / MANIFEST).exists()
 
 
+def test_a_disk_that_takes_no_lock_or_status_is_explained_too(tmp_path: Path) -> None:
+    (task,) = toy_plan(tmp_path, make={}).tasks
+    task.logs.parents[1].mkdir(parents=True)
+    task.logs.parent.write_text("")  # in the way, before the task has a place for its status
+    with pytest.raises(PrefmillError, match="a file is where a folder should be"):
+        execute(task)
+
+
 def test_missing_and_damaged_inputs_stop_the_task_before_it_runs(tmp_path: Path) -> None:
     plan = toy_plan(tmp_path)
     with pytest.raises(PrefmillError, match="no finished artifact"):
