@@ -82,7 +82,8 @@ def _require_quality(collection: Collection, num_ratings: int, allowed: float, l
             f"{len(bad)} of {num_ratings} ratings cannot be used", where=bad[0]["where"],
             got=f"{collection.quarantine.reasons()}; the first: {str(first)[:200]}",
             expected=f"at most {allowed:.0%} (max_quarantined_share)",
-            fix=f"correct the sources, every row is in {logs / 'quarantine.jsonl'}; or raise max_quarantined_share",
+            fix="correct the sources (docs/stages/build_image_pairs.md lists each format's columns), every row is in "
+            f"{logs / 'quarantine.jsonl'}; or raise max_quarantined_share",
         )  # fmt: skip
 
 

@@ -16,13 +16,12 @@ from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, GeneratedImage, Rating
 from prefmill.images.collection import Collection, SourceImage
 from prefmill.images.prompts import (
-    CAPTIONS,
     PROMPT_TOO,
     Line,
     is_safe,
     one_spelling,
     prompt_id_of,
-    read_caption,
+    read_captions,
     read_table,
     safe_name,
     with_slashes,
@@ -278,15 +277,15 @@ def read_artifact(folder: Path, name: str, collection: Collection) -> None:
 
 def _captions(folder: Path) -> Iterator[Line]:
     """A row for each picture below `folder` that has its caption beside it; raises InputError where some have none."""
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)
-    texts = {path: [text for suffix in CAPTIONS if (text := path.with_suffix(suffix)).is_file()] for path in pictures}
-    if any(texts.values()) and (bare := [path for path in pictures if not texts[path]]):
+    pictures = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in _PICTURES)
+    texts = read_captions(folder, pictures)
+    if texts and (bare := [path for path in pictures if path.with_suffix("") not in texts]):
         raise InputError(
             "a picture without a caption", where=bare[0], got=f"{len(bare)} of {len(pictures)} pictures",
             expected="a .txt or .caption beside it", fix="write it, or move the picture out of the folder",
         )  # fmt: skip
-    for number, path in enumerate(pictures if any(texts.values()) else (), 1):
-        yield number, {"prompt": read_caption(texts[path][0]), "file": str(path.relative_to(folder))}
+    for number, path in enumerate(pictures if texts else (), 1):
+        yield number, {"prompt": texts[path.with_suffix("")], "file": str(path.relative_to(folder))}
 
 
 def _own_image(folder: Path, row: dict[str, str], where: str, short: str) -> SourceImage:

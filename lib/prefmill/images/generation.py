@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import replacing, write_atomic
 from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
-from prefmill.families.sdxl.backbone import BACKBONES, denoiser
+from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser
 from prefmill.families.sdxl.generator import decode, too_long, unpacked
 from prefmill.images.files import inspect_image
 from prefmill.images.sampling import ImageSampling
@@ -97,18 +97,7 @@ def followed(model: Any, sampling: ImageSampling) -> ImageSampling:
     `guidance_scale` is the pipeline's where none is given, and 0 where the model has none; the log says so.
     """
     backbone, settings = BACKBONES[type(model).__name__], denoiser(model).config
-    step = backbone.patch * model.vae_scale_factor
-    for key in ("height", "width"):
-        if (getattr(sampling, key) or 0) % step:
-            raise ConfigError(
-                "a picture of this size does not divide into patches", where=key, got=getattr(sampling, key),
-                expected=f"a multiple of {step}", fix=f"correct {key}",
-            )  # fmt: skip
-    if sampling.negative_prompt and not backbone.free_guidance:
-        raise ConfigError(
-            "this model's guidance leads away from no prompt", where="negative_prompt", got=sampling.negative_prompt,
-            fix="leave out negative_prompt, or take SDXL, SD 1.5 or SD 3",
-        )  # fmt: skip
+    _require_drawable(model, sampling, backbone, settings)
     if not (backbone.free_guidance or settings.get("guidance_embeds")):
         if sampling.guidance_scale:
             _log.warning("this model has no guidance: guidance_scale has no effect, and is written as 0")
@@ -117,6 +106,29 @@ def followed(model: Any, sampling: ImageSampling) -> ImageSampling:
         return sampling
     _log.info("guidance_scale is %s, the default of %s", backbone.guidance, type(model).__name__)
     return sampling.model_copy(update={"guidance_scale": backbone.guidance})
+
+
+def _require_drawable(model: Any, sampling: ImageSampling, backbone: Backbone, settings: Mapping[str, Any]) -> None:
+    step = backbone.patch * model.vae_scale_factor
+    for key in ("height", "width"):
+        if (getattr(sampling, key) or 0) % step:
+            raise ConfigError(
+                "a picture of this size does not divide into patches", where=key, got=getattr(sampling, key),
+                expected=f"a multiple of {step}", fix=f"correct {key}",
+            )  # fmt: skip
+    # LCM's UNets, too, are told their guidance.
+    if sampling.negative_prompt and (not backbone.free_guidance or settings.get("time_cond_proj_dim")):
+        raise ConfigError(
+            "this model's guidance leads away from no prompt", where="negative_prompt", got=sampling.negative_prompt,
+            fix="leave out negative_prompt, or take SDXL, SD 1.5 or SD 3",
+        )  # fmt: skip
+    most = model.scheduler.config.get("original_inference_steps", sampling.num_inference_steps)  # of LCM and TCD
+    if sampling.num_inference_steps > most:
+        raise ConfigError(
+            "more steps than this model's scheduler has", where="num_inference_steps",
+            got=sampling.num_inference_steps, expected=f"at most {most}, of {type(model.scheduler).__name__}",
+            fix="lower num_inference_steps; such models need 1 to 8",
+        )  # fmt: skip
 
 
 def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) -> torch.Tensor:
@@ -132,6 +144,7 @@ def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) 
             width=sampling.width,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
+            **BACKBONES[type(model).__name__].reads(denoiser(model).config),
             generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
             # Latents alone: the VAE is in fp32, and decoding a whole batch at once takes much memory.
             output_type="latent",
@@ -162,7 +175,7 @@ def cut_prompts(model: Any, prompts: Iterable[ImagePrompt]) -> list[str]:
     given = list(prompts)
     tokenizers = {name: part for name, part in model.components.items() if name.startswith("tokenizer") and part}
     backbone = BACKBONES[type(model).__name__]
-    long = set(too_long(tokenizers, backbone, [row["prompt"] for row in given]))
+    long = set(too_long(tokenizers, backbone, denoiser(model).config, [row["prompt"] for row in given]))
     return sorted(row["prompt_id"] for row in given if row["prompt"] in long)
 
 

@@ -15,7 +15,7 @@ from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
 from prefmill.images.custom_images import RATERS, read_artifact, read_own_images, read_ratings, read_scores, tell_unused
 from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
-from prefmill.images.prompts import one_spelling, prompt_id_of, safe_name
+from prefmill.images.prompts import PROMPT_TOO, one_spelling, prompt_id_of, safe_name
 from prefmill.images.rankings import is_name, overall, read_rankings
 from prefmill.images.rating import choice_of
 
@@ -26,9 +26,17 @@ _SIDES = (
 )  # fmt: skip
 _HPDV3_SIDES, _HPDV3_KEYS = ("path1", "path2"), {"confidence", "choice_dist"}
 _PAIR_KEYS = {
-    "prompt", "caption", "prompt_id", "pair_id", "labels", "choice_dist", "confidence", "weight", "split", "rater",
-    *RATERS, *DIMENSIONS, *_HPDV3_SIDES, *(name for names in _SIDES for name in names),
+    "prompt", "prompt_id", "pair_id", "labels", "choice_dist", "confidence", "weight", "split", "rater",
+    *PROMPT_TOO["prompt"], *RATERS, *DIMENSIONS, *_HPDV3_SIDES, *(name for names in _SIDES for name in names),
 }  # fmt: skip
+# Two images, and the columns that say how often, or how much, each was chosen: Rapidata's. GenAI-Arena's is a word.
+_VOTED = (
+    ("image1", "image2", "votes_image1", "votes_image2"),
+    ("image1", "image2", "weighted_results_image1_preference", "weighted_results_image2_preference"),
+    ("left_image", "right_image", "leftvote", "rightvote"),
+)
+_VOTES = {"vote_type", *(name for columns in _VOTED for name in columns[2:])}
+_WORDS = {"leftvote": (1, 0), "rightvote": (0, 1), "tievote": (1, 1), "bothbad_vote": (1, 1)}
 _PICKAPIC_KEYS = ("caption", "jpg_0", "jpg_1", "label_0")
 
 
@@ -111,7 +119,8 @@ def _read_pairs(source: PairsSource, work: Path, collection: Collection) -> None
     """Every row as a vote for its better image, overall and on each dimension that the row has a label for."""
     rows = ((file.parent, where, row) for file in data_files(source.pairs) for where, row in rows_of(file))
     unused = set[str]()
-    for base, where, row in rows:
+    for base, where, given_row in rows:
+        row = _voted(given_row)
         if reason := _pair_fault(row):
             collection.quarantine.add("row", where, reason, row=_without_bytes(row))
             continue
@@ -150,9 +159,30 @@ def _pair_fault(row: Any) -> str | None:
     return "images' names cannot be used" if any(".." in Path(file).parts for file in files) else None
 
 
+def _voted(row: Any) -> Any:
+    """A row of two images and their votes with the better one first, by our names; any other as it is."""
+    for *sides, ours, theirs in _VOTED if isinstance(row, dict) and row.keys() & _VOTES else ():
+        words = _WORDS.get(str(row.get("vote_type")), (None, None))
+        margin = _lead(row.get(ours, words[0]), row.get(theirs, words[1]))
+        if margin is not None and all(row.get(side) for side in sides):
+            better, worse = sides if margin >= 0 else sides[::-1]
+            rest = {key: value for key, value in row.items() if key not in (*sides, *_VOTES)}
+            return {**rest, "preferred": row[better], "rejected": row[worse], "choice_dist": [abs(margin), 0.0]}
+    return row
+
+
+def _lead(ours: Any, theirs: Any) -> float | None:
+    """By how much of all votes an image leads; None where there are none, or they are no numbers."""
+    try:
+        first, second = float(ours), float(theirs)
+        return _margin(first / (first + second), second / (first + second))
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
 def _prompt(row: dict[str, Any]) -> str:
-    """What the images are of; many files call it a caption."""
-    found = row.get("prompt") or row.get("caption")
+    """What the images are of, by any of its names."""
+    found = next((row[name] for name in ("prompt", *PROMPT_TOO["prompt"]) if row.get(name)), None)
     return found if isinstance(found, str) else ""
 
 
@@ -165,8 +195,9 @@ def _pictures(row: dict[str, Any]) -> list[Any]:
 
 
 def _without_bytes(row: Any) -> Any:
-    """A row as a list of faults can hold it."""
-    return {key: value for key, value in row.items() if not picture_bytes(value)} if isinstance(row, dict) else row
+    """A row as a list of faults can hold it, with the names of all columns."""
+    named = row.items() if isinstance(row, dict) else ()
+    return {key: "a picture" if picture_bytes(value) else value for key, value in named} or row
 
 
 def _free_id(prompt_id: str, file: str, path: Path, collection: Collection) -> str:

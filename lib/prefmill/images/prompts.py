@@ -24,8 +24,9 @@ Names = Mapping[str, tuple[str, ...]]
 """Columns, and what other tools call them."""
 Line = tuple[int, dict[str, str]]
 # What web pages leave in copied text: spaces without width, soft hyphens, marks of a direction, byte order marks; and
-# what databases fill text up with.
-_UNSEEN = str.maketrans("", "", "\0\u200b\u2060\ufeff\u00ad\u200e\u200f")
+# signs of control, as databases fill text up with and DOS ends it. Those that part words are spaces.
+_CONTROL = "".join(chr(code) for code in range(128) if not (chr(code).isprintable() or chr(code).isspace()))
+_UNSEEN = str.maketrans("", "", _CONTROL + "\u200b\u2060\ufeff\u00ad\u200e\u200f")
 # Of A1111, ComfyUI, sd-scripts' lists of samples, where `#` begins a remark, Midjourney and lists of random words.
 _MARKS = re.compile(
     r"\([^()]+:\s*\d*\.?\d+\s*\)|\bBREAK\b|<(?:lora|lyco|hypernet):|\bembedding:|^#|(?:^|\s)--[a-z]+\b"
@@ -74,8 +75,9 @@ def foreign_marks(prompts: Iterable[str]) -> list[str]:
 
 def _prompt_rows(path: Path) -> Iterator[Line]:
     if path.is_dir():
-        texts = sorted(file for file in path.rglob("*") if file.suffix.lower() in CAPTIONS)
-        yield from ((number, {"prompt": read_caption(file)}) for number, file in enumerate(texts, 1))
+        # Pictures may share a caption: it is one prompt.
+        texts = sorted({one_spelling(text) for text in read_captions(path).values()})
+        yield from ((number, {"prompt": text}) for number, text in enumerate(texts, 1))
     elif path.suffix.lower() == ".txt":
         lines = enumerate(_read_text(path).split("\n"), 1)
         yield from ((number, {"prompt": line}) for number, line in lines if line.strip())
@@ -89,16 +91,33 @@ def _prompt_rows(path: Path) -> Iterator[Line]:
         )  # fmt: skip
 
 
-def read_caption(file: Path) -> str:
-    """The first line of a file of text beside a picture."""
-    return _read_text(file).strip().partition("\n")[0]
+def read_captions(folder: Path, pictures: Iterable[Path] | None = None) -> dict[Path, str]:
+    """The first line of each file of captions below `folder`, by its path without suffix; what is passed over is told.
+
+    Of a .txt and a .caption of one name it is the .txt's. With `pictures` only theirs are read.
+    """
+    wanted = None if pictures is None else {path.with_suffix("") for path in pictures}
+    # Hidden files are none: macOS leaves a `._a.txt` beside an a.txt.
+    files = [path for path in folder.rglob("[!.]*") if path.suffix.lower() in CAPTIONS]
+    found, passed = dict[Path, str](), list[Path]()
+    for file in sorted(files, key=lambda path: (path.suffix.lower() == ".caption", path)):
+        if wanted is None or file.with_suffix("") in wanted:
+            first, _, more = _read_text(file).strip().partition("\n")
+            if not first:
+                raise InputError("an empty caption", where=file, fix="write it, or move the picture out of the folder")
+            if found.setdefault(file.with_suffix(""), first) != first or more:
+                passed.append(file)
+    if passed:
+        told = "%s: of %d captions not all is read, such as %s: the first line counts, and a .txt before a .caption"
+        _log.warning(told, folder, len(passed), passed[0].name)
+    return found
 
 
 def _read_text(file: Path) -> str:
     with reading(file) as (stream, _):
         data = stream.read()
     try:
-        return data.decode("utf-8-sig")
+        return "\n".join(data.decode("utf-8-sig").replace("\r\n", "\n").split("\r"))
     except UnicodeDecodeError as error:
         raise InputError("cannot read the text", where=file, got=str(error), fix="save it as UTF-8") from None
 

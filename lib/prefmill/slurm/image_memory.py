@@ -95,7 +95,7 @@ def count_unet(name: str, config: SdxlPreferenceConfig) -> Counted:
     # The losers run without a gradient where they have no part in it.
     samples = config.per_device_train_batch_size * (1 if winner_alone(config) else 2)
     channels, side = said["in_channels"] // (backbone.patch**2 if backbone.packed else 1), config.resolution // 8
-    tokens = _TOKENS * backbone.clip_states + (backbone.t5[1] if backbone.t5 else 0)
+    tokens = _TOKENS * backbone.clip_states + sum(backbone.reads(said).values())
     text = said.get("cross_attention_dim") or said["joint_attention_dim"]
     with torch.device("meta"):
         model = make.from_config(said).train()

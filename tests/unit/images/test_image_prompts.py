@@ -177,10 +177,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_prompts_may_be_lines_of_text_or_captions(tmp_path: Path) -> None:
     lines = write(tmp_path, '\ufeffA cat, sitting\r\n\nA "dog"; running\n', "p.txt")
     assert [row["prompt"] for row in read_prompts(lines)] == ["A cat, sitting", 'A "dog"; running']
+    assert [row["prompt"] for row in read_prompts(write(tmp_path, "A cat\rA dog\x1a", "old.txt"))] == ["A cat", "A dog"]
     (tmp_path / "c" / "d").mkdir(parents=True)
     (tmp_path / "c" / "1.txt").write_text("A cat\nwith more\n")
     (tmp_path / "c" / "d" / "2.caption").write_text("A dog")
     (tmp_path / "c" / "1.png").touch()
+    (tmp_path / "c" / "._1.txt").write_bytes(b"\0\5\x16\7")  # as macOS leaves beside a file
+    (tmp_path / "c" / "3.txt").write_text("A  dog\n")  # a caption of two pictures is one prompt
     assert [row["prompt"] for row in read_prompts(tmp_path / "c")] == ["A cat", "A dog"]
     for text, told in (("A cat\nA  cat\n", r"stands here twice(.|\n)*p.txt:2"), ("\n", "no prompt in the file")):
         with pytest.raises(InputError, match=told):

@@ -172,9 +172,12 @@ def test_ratings_and_scores_may_be_rows_of_json(tmp_path: Path, form: str) -> No
          {"a cat", "a dog"}),
         # The first line of a caption counts, for kohya's trainers as here.
         ({"a.txt": "a cat\n", "b.caption": "\ufeffa cat\nNegative prompt: dogs"}, {"a cat"}),
+        ({"a.TXT": "a cat\r", "b.txt": "a dog", "b.caption": "a large dog", "._a.png": ""}, {"a cat", "a dog"}),
     ],
 )  # fmt: skip
-def test_captioned_folders_are_lists_of_images(tmp_path: Path, files: dict[str, str], prompts: set[str]) -> None:
+def test_captioned_folders_are_lists_of_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, files: dict[str, str], prompts: set[str]
+) -> None:
     """ImageFolder's metadata, and kohya's captions in folders such as `10_cat`."""
     folder = tmp_path if any("metadata" in name for name in files) else tmp_path / "10_cat"
     folder.mkdir(exist_ok=True)
@@ -185,6 +188,8 @@ def test_captioned_folders_are_lists_of_images(tmp_path: Path, files: dict[str, 
     found = list(read_own_images(tmp_path))
     assert [image.path for image in found] == [folder / "a.png", folder / "b.png"]
     assert {image.prompt for image in found} == prompts
+    assert folder == tmp_path or {row["prompt"] for row in read_prompts(tmp_path)} == prompts
+    assert ("of 1 captions not all is read, such as b.caption" in caplog.text) == ("b.caption" in files)
     if folder != tmp_path:
         (folder / "c.webp").touch()
         with pytest.raises(InputError, match=r"a picture without a caption[\s\S]*c.webp[\s\S]*1 of 3"):

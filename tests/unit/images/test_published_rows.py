@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from prefmill.core.errors import InputError
@@ -192,3 +194,35 @@ def test_addresses_and_pictures_as_text_are_told_as_such(tmp_path: Path, form: s
     found = collect([source(**given)], [], tmp_path / "work")  # type: ignore[arg-type]
     assert not found.images
     assert [reason in row["reason"] for row in found.quarantine.rows] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("sides", "more", "choice"),
+    [
+        # Columns as their cards on the hub list them: Rapidata's two kinds of sets, GenAI-Arena's (GenAI-Bench).
+        (("image1", "image2"), {"votes_image1": 6, "votes_image2": 20, "model1": "flux"}, "image2"),
+        (("image1", "image2"), {"votes_image1": 13, "votes_image2": 13}, "tie"),
+        (("image1", "image2"),
+         {"weighted_results_image1_preference": 0.8, "weighted_results_image2_preference": 0.2}, "image1"),
+        (("left_image", "right_image"), {"vote_type": "rightvote", "left_model": "a"}, "right_image"),
+        (("left_image", "right_image"), {"vote_type": "bothbad_vote"}, "tie"),
+        # Nobody voted, a word nobody knows, and numbers of which nobody knows the meaning.
+        (("image1", "image2"), {"votes_image1": 0, "votes_image2": 0}, None),
+        (("left_image", "right_image"), {"vote_type": "other"}, None),
+        (("image0", "image1"), {"label": 0}, None),
+    ],
+)  # fmt: skip
+def test_votes_for_two_images_are_read_or_their_columns_named(
+    tmp_path: Path, sides: tuple[str, str], more: dict[str, Any], choice: str | None
+) -> None:
+    row = {"text": "a cat", **{side: {"bytes": side.encode(), "path": "x.png"} for side in sides}, **more}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "p.parquet")
+    found = collect([PairsSource(format="pairs", pairs=str(tmp_path / "p.parquet"))], [], tmp_path / "work")  # type: ignore[arg-type]
+    if choice is None:
+        (fault,) = found.quarantine.rows
+        assert (fault["reason"], fault["row"]) == ("no two images", {**row, **dict.fromkeys(sides, "a picture")})
+        return
+    ((_, said),) = found.ratings
+    better, worse = (found.images[said[side]].path.read_bytes().decode() for side in ("left", "right"))
+    assert (said["choice"], {better, worse}) == ("tie" if choice == "tie" else "left", set(sides))
+    assert choice in ("tie", better)

@@ -131,9 +131,10 @@ def loading(what: str, where: object) -> Iterator[None]:
     try:
         yield
     except known as error:
-        got = str(error).splitlines()[0] if str(error) else type(error).__name__
+        got = (str(error).strip() or type(error).__name__).splitlines()[0]
         again = "download it again: a file is missing, damaged, or of another model"
         fix = again if Path(str(where)).exists() else _HUB
+        fix = "install that package with pip" if isinstance(error, ImportError) else fix
         raise InputError(f"cannot load {what}", where=where, got=got, fix=fix) from error
 
 

@@ -63,6 +63,13 @@ class Backbone:
         told = self.told(settings, guidance)
         return self.call if told is None else partial(self.call, guidance=told)
 
+    def reads(self, settings: Mapping[str, Any]) -> dict[str, int]:
+        """The pipeline's argument for how many tokens T5 reads; FLUX.1-schnell, told no guidance, was made with 256."""
+        if self.t5 is None:
+            return {}
+        is_schnell = not (self.free_guidance or settings.get("guidance_embeds"))
+        return {"max_sequence_length": 256 if is_schnell else self.t5[1]}
+
     def side(self, settings: Mapping[str, Any]) -> int:
         """The side, in latents, of the pictures that a denoiser of these settings is made for."""
         return int(settings.get("sample_size") or self.sample_size or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from prefmill.training.pictures import log_picture
 
 EMA_FILE = "ema.safetensors"
 SAMPLES = "samples"
+_log = logging.getLogger(__name__)
 
 
 class Ema(TrainerCallback):
@@ -82,6 +84,11 @@ class SampleGrid(TrainerCallback):
     ) -> None:  # fmt: skip
         self.prompts, self.config, self.folder = prompts, config, folder
         self.cache, self.texts, self.logs = cache, texts, logs
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Tell where there will be none."""
+        if (asked := self.config.sample_steps or 0) > state.max_steps:
+            _log.warning("sample_steps is %d, this training has %d: no sample is drawn", asked, state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any

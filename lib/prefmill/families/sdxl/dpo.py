@@ -21,7 +21,7 @@ from prefmill.families.reward.data import Half, counted_alike, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_pairs
-from prefmill.families.sdxl.encoding import ImageKeys, tell_cut, text_keys
+from prefmill.families.sdxl.encoding import ImageKeys, tell_cut, tell_mirrored, text_keys
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, require_patches
@@ -61,6 +61,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     with unsharded_loading():
         reader = _encode(config, task, folder, schedule, args.device, train, held_out, data.plan)
     told = tell_cut([*train, *held_out], folder, reader.images)
+    tell_mirrored(pair.prompt for pair in (train if config.random_flip else ()))
     references = [_references(config, folder, reader, given, args.device, objective) for given in (train, held_out)]
     # Only where an objective needs them: a prediction is as large as a latent, an error is one number.
     predictions = _predictions(references) if "residuals" in objective.needs else None

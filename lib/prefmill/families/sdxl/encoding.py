@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import log
@@ -28,6 +29,7 @@ from prefmill.store.tensor_cache import TensorCache
 Size = tuple[int, int]  # width, height in pixels
 
 _VERSION = 1
+_SIDED = re.compile(r"\b(?:left|right)(?:most|wards?)?\b", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 
@@ -74,7 +76,10 @@ class TextKeys:
 def text_keys(folder: SdxlFolder, precision: Precision) -> TextKeys:
     """Those of a pipeline's text encoders, which compute in `precision`; SDXL's default are zeros."""
     zeros = folder.index.get("force_zeros_for_empty_prompt", folder.backbone.call is call_sdxl)
-    return TextKeys(folder.digest(*folder.encoders), precision, zeros)
+    encoders, reads = folder.digest(*folder.encoders), folder.backbone.reads(folder.denoiser_settings)
+    # FLUX.1's two models have the same encoders; embeddings kept of one were taken for the other's.
+    short = "".join(f"-{tokens}" for tokens in reads.values() if folder.backbone.t5 and tokens < folder.backbone.t5[1])
+    return TextKeys(encoders + short, precision, zeros)
 
 
 def encode_images(
@@ -124,7 +129,8 @@ def encode_texts(
         encoder = load_encoders(folder, keys.precision).to(device)
         for key, prompt in tqdm(missing, desc="encoding prompts", unit=" prompts"):
             # One by one: a kept embedding must not depend on which other prompts were missing at that time.
-            embeddings, pooled = encode_prompt(encoder, [prompt or ""], device)
+            reads = folder.backbone.reads(folder.denoiser_settings)
+            embeddings, pooled = encode_prompt(encoder, [prompt or ""], device, **reads)
             if prompt is None and keys.zeros:
                 embeddings, pooled = embeddings * 0, pooled * 0
             cache.save(key, {"embeddings": embeddings[0].cpu(), "pooled": pooled[0].cpu()})
@@ -136,11 +142,14 @@ def load_encoders(folder: SdxlFolder, precision: Precision) -> Any:
     return folder.load_pipeline(**{folder.backbone.part: None}, vae=None, torch_dtype=torch_dtype(precision))
 
 
-def encode_prompt(encoder: Any, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, L, D] and pooled embeddings [B, P] of prompts, cut to L tokens; P is 0 for SD 1.5."""
+def encode_prompt(encoder: Any, prompts: Sequence[str], device: torch.device, **reads: int) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, L, D] and pooled embeddings [B, P] of prompts, cut to L tokens; P is 0 for SD 1.5.
+
+    `reads` is what `Backbone.reads` says.
+    """
     backbone = backbone_of(type(encoder).__name__, "encoder")
     given: dict[str, Any] = {name: list(prompts) for name in backbone.prompts}
-    given |= {"do_classifier_free_guidance": False} if backbone.free_guidance else {}
+    given |= reads | ({"do_classifier_free_guidance": False} if backbone.free_guidance else {})
     with torch.no_grad():
         found = encoder.encode_prompt(**given, device=device, num_images_per_prompt=1)
     embeddings: Tensor = found[0]
@@ -201,7 +210,7 @@ def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys)
 
     names = [name for name in folder.encoders if name.startswith("tokenizer")]
     tokenizers = {name: AutoTokenizer.from_pretrained(folder.path, subfolder=name) for name in names}
-    long = too_long(tokenizers, folder.backbone, {pair.prompt for pair in pairs})
+    long = too_long(tokenizers, folder.backbone, folder.denoiser_settings, {pair.prompt for pair in pairs})
     paths = {path for pair in pairs for path in pair.images}
     cut, enlarged = (found(paths, images.size) for found in (cut_images, enlarged_images))
     if images.resolution != folder.native_resolution:
@@ -221,6 +230,15 @@ def tell_cut(pairs: Sequence[PairImages], folder: SdxlFolder, images: ImageKeys)
             len(cut), len(paths), 100 * max(cut.values()), min(cut).name,
         )  # fmt: skip
     return {"num_cut_prompts": len(long), "num_cut_images": len(cut), "num_enlarged_images": len(enlarged)}
+
+
+def tell_mirrored(prompts: Iterable[str]) -> None:
+    """Say in the log how many prompts are of a side that a mirrored picture does not have."""
+    if sided := sorted(prompt for prompt in {*prompts} if _SIDED.search(prompt)):
+        _log.warning(
+            "%d prompts say left or right, and random_flip trains them with mirrored pictures too: %s",
+            len(sided), sided[0],
+        )  # fmt: skip
 
 
 def wait_for_all() -> None:

@@ -138,12 +138,17 @@ def decode(model: Any, latents: Tensor) -> Image:
     return image
 
 
-def too_long(tokenizers: Mapping[str, Any], backbone: Backbone, prompts: Iterable[str]) -> list[str]:
-    """The prompts of which no text encoder reads the end, sorted; `tokenizers` by their parts' names."""
+def too_long(
+    tokenizers: Mapping[str, Any], backbone: Backbone, settings: Mapping[str, Any], prompts: Iterable[str]
+) -> list[str]:
+    """The prompts of which no text encoder reads the end, sorted; `tokenizers` by their parts' names.
+
+    `settings` are the denoiser's.
+    """
     # SDXL's two tokenizers differ in their padding alone. T5's, where it is there, reads the farthest.
-    name, tokens = backbone.t5 if backbone.t5 and backbone.t5[0] in tokenizers else ("tokenizer", None)
-    tokenizer = tokenizers[name]
-    longest = tokens or tokenizer.model_max_length
+    t5 = tokenizers.get(backbone.t5[0]) if backbone.t5 else None
+    tokenizer = t5 or tokenizers["tokenizer"]
+    longest = backbone.reads(settings)["max_sequence_length"] if t5 else tokenizer.model_max_length
     return sorted(prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > longest)
 
 

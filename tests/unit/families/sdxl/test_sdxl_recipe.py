@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.image_rows import ImagePrompt
@@ -27,6 +28,7 @@ from prefmill.families.sdxl.encoding import (
     encode_texts,
     load_pixels,
     tell_cut,
+    tell_mirrored,
     text_keys,
 )
 from prefmill.families.sdxl.family import PairReader
@@ -232,6 +234,22 @@ def test_samples_are_those_of_generate_images(folder: SdxlFolder, tmp_path: Path
         make_images(lambda: model, jobs, sampling, "tiny", tmp_path / str(seed), tmp_path, 1)
         theirs = Image.open(tmp_path / str(seed) / jobs[0].file)
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_samples_that_never_come_and_prompts_of_a_side_are_told(
+    folder: SdxlFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, texts = SdxlPreferenceConfig(sample_steps=100), TextKeys("text", "fp32", zeros=True)
+    grid = SampleGrid(["a"], config, folder, TensorCache(tmp_path), texts, tmp_path)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    for steps in (100, 99):
+        grid.on_train_begin(arguments, TrainerState(max_steps=steps), TrainerControl())
+    tell_mirrored(["a cat leftover from Bright", "the right cat", "a dog on the LEFT, to the right", "leftmost"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "sample_steps is 100, this training has 99: no sample is drawn",
+        "3 prompts say left or right, and random_flip trains them with mirrored pictures too: a dog on the LEFT, to "
+        "the right",
+    ]
 
 
 def test_pictures_go_to_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,101 @@
+"""Distilled models: how many steps, tokens and prompts they take, and a scheduler of a package that is not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.demo.tiny_models import build
+from prefmill.families.sdxl.backbone import denoiser
+from prefmill.families.sdxl.encoding import encode_texts, text_keys
+from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
+from prefmill.families.sdxl.loading import open_folder
+from prefmill.images.generation import ImageJob, cut_prompts, draw_latents, followed
+from prefmill.images.sampling import ImageSampling
+from prefmill.store.tensor_cache import TensorCache
+
+PROMPT = "a red square"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("distilled")
+    made = {name: build(name, root / name) for name in ("sdxl", "flux_dev", "flux_schnell")}
+    for part in made["flux_dev"].glob("t*_encoder*"):  # published with the same encoders
+        shutil.copytree(part, made["flux_schnell"] / part.name, dirs_exist_ok=True)
+    return made
+
+
+def with_scheduler(model: Path, folder: Path, name: str) -> Path:
+    shutil.copytree(model, folder)
+    for file, key, value in (
+        ("scheduler/scheduler_config.json", "_class_name", name),
+        ("model_index.json", "scheduler", ["diffusers", name]),
+    ):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_more_steps_than_a_distilled_schedule_has_are_refused(
+    folders: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    """Their `original_inference_steps` of 50: diffusers raised in the midst of a drawing."""
+    model = open_pipeline(GeneratorSource(str(with_scheduler(folders["sdxl"], tmp_path / "m", name)), "m", "fp32"))
+    assert followed(model, ImageSampling(num_inference_steps=50)).num_inference_steps == 50
+    with pytest.raises(ConfigError, match=rf"num_inference_steps[\s\S]*at most 50, of {name}"):
+        followed(model, ImageSampling(num_inference_steps=51))
+
+
+def test_a_model_that_is_told_its_guidance_is_led_away_from_nothing(folders: dict[str, Path]) -> None:
+    """LCM's UNet: diffusers passes a negative prompt over."""
+    model = open_pipeline(GeneratorSource(str(folders["sdxl"]), "m", "fp32"))
+    assert followed(model, ImageSampling(negative_prompt="dull")).negative_prompt == "dull"
+    model.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(ConfigError, match="leads away from no prompt"):
+        followed(model, ImageSampling(negative_prompt="dull"))
+
+
+def test_a_package_that_a_scheduler_needs_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    """torchsde, whose error begins with an empty line; the fix was to download the folder again."""
+    folder = with_scheduler(folders["sdxl"], tmp_path / "m", "DPMSolverSDEScheduler")
+    with pytest.raises(InputError, match=r"requires the torchsde library[\s\S]*install that package"):
+        open_pipeline(GeneratorSource(str(folder), "m", "fp32"))
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("flux_schnell", 256), ("flux_dev", 512)])
+def test_t5_reads_as_many_tokens_as_the_model_was_made_with(
+    folders: dict[str, Path], name: str, tokens: int, tmp_path: Path
+) -> None:
+    """In training and in drawing, by what diffusers' own pipeline makes of the number on the model's card."""
+    folder, cache = open_folder(str(folders[name]), None, None), TensorCache(tmp_path)
+    keys = text_keys(folder, "fp32")
+    encode_texts([PROMPT], folder, keys, cache, torch.device("cpu"))
+    model: Any = open_pipeline(GeneratorSource(str(folders[name]), "m", "fp32"))
+    theirs, _, _ = model.encode_prompt(PROMPT, None, max_sequence_length=tokens)
+    torch.testing.assert_close(cache.load(keys.of(PROMPT))["embeddings"], theirs[0])
+    assert len(theirs[0]) == tokens
+    seen = list[int]()
+    hook = denoiser(model).register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    asked = ImageSampling(num_inference_steps=1, height=32, width=32)
+    draw_latents(model, [ImageJob("p", PROMPT, 0)], followed(model, asked))
+    hook.remove()
+    assert seen == [tokens]
+    rows: list[Any] = [{"prompt_id": str(length), "prompt": "a" * length} for length in (tokens - 3, tokens)]
+    assert cut_prompts(model, rows) == [str(tokens)]
+
+
+def test_embeddings_of_one_flux_are_not_the_others(folders: dict[str, Path]) -> None:
+    """Of the same encoders they read different lengths."""
+    schnell, dev = (open_folder(str(folders[name]), None, None) for name in ("flux_schnell", "flux_dev"))
+    assert schnell.digest(*schnell.encoders) == dev.digest(*dev.encoders)
+    assert text_keys(schnell, "fp32") != text_keys(dev, "fp32")
