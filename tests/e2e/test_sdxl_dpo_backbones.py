@@ -145,7 +145,8 @@ def test_an_image_is_diffusers_own(
     (file,) = (tmp_path / "out" / "images").rglob("*.png")
     drawn = Image.open(file)
     pipeline = DiffusionPipeline.from_pretrained(model.path)
-    theirs = pipeline("a red square", generator=torch.Generator().manual_seed(7), **asked).images[0]
+    card = {"max_sequence_length": 256} if model.path.name == "flux_schnell" else {}  # as its authors draw
+    theirs = pipeline("a red square", generator=torch.Generator().manual_seed(7), **asked, **card).images[0]
     difference = np.asarray(drawn).astype(int) - np.asarray(theirs).astype(int)
     assert np.abs(difference).max() <= 1
     assert np.asarray(theirs).std() > 1
