@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-STARTER = ("configs", "sbatch")
+STARTER = ("configs", "sbatch", "docs")
 # The command's own `editable_mode` is set too late, after its options are final.
 EDITABLE = "editable_wheel" in sys.argv
 
@@ -35,7 +35,7 @@ class BuildPy(build_py):
         for name in STARTER:
             target = Path(self.build_lib) / "prefmill" / "starter" / name
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(name, target)
+            shutil.copytree(name, target, ignore=shutil.ignore_patterns("decisions", "*.py", "__pycache__"))
 
 
 setup(cmdclass={"build_py": BuildPy})

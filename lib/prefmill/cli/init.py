@@ -1,4 +1,4 @@
-"""`prefmill init DIR`: configurations, sbatch scripts and a first pipeline, to work in without a checkout."""
+"""`prefmill init DIR`: configurations, sbatch scripts and the pages, to work in without a checkout."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from prefmill.core.files import write_atomic
 from prefmill.core.places import STAGES, stages_folder
 
 _FOLDERS = ("configs", "sbatch")
+_DOCS = "docs"  # without the reasons of its code; left out where a project has its own
+_TEXT = (".yaml", ".sbatch", ".sh", ".md")
 _IGNORED = "/data/\n/checkpoints/\n/logs/\n"
 
 
@@ -27,17 +29,18 @@ def lay_down(folder: Path) -> Iterator[str]:
         )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     source = _source()
-    for name in _FOLDERS:
-        shutil.copytree(source / name, folder / name)
+    laid_down = [folder / name for name in (*_FOLDERS, _DOCS) if not (folder / name).exists()]
+    for target in laid_down:
+        shutil.copytree(source / target.name, target, ignore=shutil.ignore_patterns("decisions", "*.py", "__pycache__"))
     _use_this_interpreter(folder)
-    for path in [*folder.glob("configs/**/*.yaml"), *folder.glob("sbatch/*")]:
+    for path in [file for target in laid_down for file in target.rglob("*") if file.suffix in _TEXT]:
         text = path.read_text()
         # A wheel has them as prefmill.stages, as `stages` may be anybody's folder.
         if "-m stages." in text and STAGES != "stages":
             path.write_text(text.replace("-m stages.", f"-m {STAGES}."))
     if not (folder / ".gitignore").exists():
         write_atomic(folder / ".gitignore", _IGNORED)
-    yield f"wrote {folder}/configs and {folder}/sbatch"
+    yield f"wrote {', '.join(map(str, laid_down))}"
     yield f"next: cd {shlex.quote(str(folder))} && prefmill run configs/pipelines/demo.yaml"
 
 

