@@ -165,11 +165,14 @@ def code_version() -> str:
     import subprocess
 
     # Asked first: the copy of a submission may lie in a checkout that has gone on since.
-    copied = Path(__file__).parents[3] / CODE_VERSION
-    if copied.is_file():
-        return copied.read_text().strip()
-
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    root = Path(__file__).parents[3]
+    if (root / CODE_VERSION).is_file():
+        return (root / CODE_VERSION).read_text().strip()
+    if not (root / "pyproject.toml").is_file():  # installed: git would describe the repository around it
+        return __version__
+    # A colleague's checkout is described too, and nothing that its configuration names is started.
+    trusting = ["-c", "safe.directory=*", "-c", "core.fsmonitor=false"]
+    command = ["git", *trusting, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, or not a checkout: the version alone is the truth

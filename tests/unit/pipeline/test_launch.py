@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from prefmill.slurm.script import array_script, array_spec
 from prefmill.slurm.submission import Intent, Submission, claim_folder, submissions
 from prefmill.slurm.submit import submit
 from prefmill.slurm.task_batches import TaskBatch, dependency, make_batches
+from tests.conftest import REPOSITORY
 
 EACH = Stage(
     "each", UseConfig, use, "data", "review_scores", {"numbers": Reads("review_corpus", "make", "elementwise")}
@@ -154,8 +158,6 @@ def test_a_frozen_pipeline_needs_no_file_and_plans_the_same(tmp_path: Path) -> N
 
 
 def test_a_snapshot_is_importable_and_knows_its_version(tmp_path: Path) -> None:
-    import sys
-
     from prefmill.pipeline.state import code_version
 
     snapshot(tmp_path / "code")
@@ -168,6 +170,35 @@ def test_a_snapshot_is_importable_and_knows_its_version(tmp_path: Path) -> None:
     assert library.startswith(str(tmp_path))
     assert stages.startswith(str(tmp_path))
     assert version == code_version()
+
+
+def test_the_version_is_that_of_the_code_and_no_repository_around_it(tmp_path: Path) -> None:
+    from prefmill.pipeline.state import code_version
+
+    def git(*words: str) -> str:
+        given = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+        return subprocess.run(given, check=True, capture_output=True, text=True).stdout
+
+    # As in a project's own environment, site-packages below its repository.
+    library = tmp_path / ".venv" / "lib" / "python3" / "site-packages"
+    shutil.copytree(REPOSITORY / "lib" / "prefmill", library / "prefmill")
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "a project")
+    code = "import prefmill.pipeline.state as s; print(s.__file__, s.code_version())"
+
+    def version(path: Path, **more: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(path), **more}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], env=environment, check=True, capture_output=True, text=True
+        )
+        file, found = done.stdout.split()
+        assert file.startswith(str(path))
+        return found
+
+    assert version(library) == "0.1.0"
+    # A checkout that belongs to somebody else, which git refuses to describe unless told otherwise.
+    found = version(REPOSITORY / "lib", GIT_TEST_ASSUME_DIFFERENT_OWNER="1")
+    assert found == code_version() != "0.1.0"
 
 
 def test_two_that_ask_at_once_get_a_number_each(tmp_path: Path) -> None:
