@@ -201,7 +201,7 @@ class _Writer:
 
     def _empty_sft(self, key: DatasetKey) -> InputError:
         return InputError(
-            f"no review is left for {key.folder}", got=f"none of the split's reviews is above the cut {self._cut}",
+            f"no review is left for {key.folder}", got=f"none of the split's reviews is above {self._cut}",
             fix=f"raise sft_top_fraction, or ingest more papers{leaving_out(key.split)}",
         )  # fmt: skip
 

@@ -25,6 +25,9 @@ class Rank(NamedTuple):
     minus_mean_p_yes: float
     id_hash: int
 
+    def __str__(self) -> str:
+        return f"the cut at score {-self.minus_checkmark_score:g} and mean P(yes) {-self.minus_mean_p_yes:.3g}"
+
 
 def rank(evaluation: EvaluationScores) -> Rank:
     """The place of a review; smaller is better, and no two reviews are equal."""

@@ -53,34 +53,45 @@ def none_is_plain(line: bytes) -> None:
     return
 
 
-def files_at(path: Path, endings: tuple[str, ...], without: str = "") -> list[Path]:
+def files_at(path: Path, endings: tuple[str, ...], without: str = "", or_else: tuple[str, ...] = ()) -> list[Path]:
     """`path`, or the files of a folder, plain or packed, at any depth and in order of name; none in a folder `without`.
 
-    Raises InputError where a folder has none.
+    Where there are none, those that end `or_else`. Raises InputError where a folder has none of these either.
     """
-    names = (*(f"{ending}{packed}" for ending in endings for packed in PACKED), *TABLES)
     if not path.is_dir():
-        others = JSON if endings == CSV else CSV
-        if path.name.lower().endswith(tuple(f"{ending}{packed}" for ending in others for packed in PACKED)):
-            raise InputError(
-                "a file of another format than its source says", where=path, expected=", ".join(endings),
-                fix=f"set format: {'jsonl' if endings == CSV else 'csv'} of this source, or give another file",
-            )  # fmt: skip
+        _check_ending(path, CSV if endings != CSV else JSON, endings)
         return [path]
     # Archives made on macOS hold a hidden `._name` beside every file, which is no text.
     inside = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and without not in file.parts]
-    found = [file for file in inside if file.name.lower().endswith(names) and file.is_file()]
+    found = _ending_in(inside, endings) or _ending_in(inside, or_else)
     other = [file.name for file in inside if file.name.lower().endswith(_DATA) and file not in set(found)]
     if found and other:
         _log.warning("%s: %d files are of another kind and not read: %s", path, len(other), ", ".join(other[:5]))
     if not found:
-        expected = ", ".join(f"*{ending}" for ending in endings)
+        expected = ", ".join(f"*{ending}" for ending in endings + or_else)
         got = ", ".join(other[:5]) or None
         raise InputError(
             "a folder without review files", where=path, got=got, expected=expected,
             fix="check the source's path" + (", or convert its files" if got else ""),
         )  # fmt: skip
     return found
+
+
+def _ending_in(files: list[Path], endings: tuple[str, ...]) -> list[Path]:
+    names = (*_packed(endings), *TABLES)
+    return [file for file in files if file.name.lower().endswith(names) and file.is_file()]
+
+
+def _packed(endings: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{ending}{packed}" for ending in endings for packed in PACKED)
+
+
+def _check_ending(path: Path, others: tuple[str, ...], endings: tuple[str, ...]) -> None:
+    if path.name.lower().endswith(_packed(others)):
+        raise InputError(
+            "a file of another format than its source says", where=path, expected=", ".join(endings),
+            fix=f"set format: {'jsonl' if endings == CSV else 'csv'} of this source, or give another file",
+        )  # fmt: skip
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -87,7 +87,7 @@ class _TableSource(FileSource):
 class JsonlSource(_TableSource):
     """One JSON object a line, or a file that is an array of them, plain or packed, or one row of Parquet.
 
-    An object is a review with its paper, or a paper with a list `reviews` of objects.
+    An object is a review with its paper, a paper with a list `reviews` of objects, or holds such objects by their ids.
     """
 
     format: Literal["jsonl"]
@@ -96,12 +96,13 @@ class JsonlSource(_TableSource):
         """The objects of each file, those of a paper once for each of its reviews."""
         means_otherwise = self.columns or self.html or self.rating_words or self.lower_is_better
         plain = none_is_plain if means_otherwise else _plain_reader(self)
-        for path in files_at(self.path, JSON_LINES):
-            for row in json_rows(path, source, plain):
-                if isinstance(row, RawRow) and isinstance(row.values.get("reviews"), list):
-                    yield from unfold(row)
-                else:
-                    yield row
+        for path in files_at(self.path, JSON_LINES, or_else=(".json",)):
+            for found in json_rows(path, source, plain):
+                for row in _entries(found):
+                    if isinstance(row, RawRow) and isinstance(row.values.get("reviews"), list):
+                        yield from unfold(row)
+                    else:
+                        yield row
 
     def items(self, values: dict[str, Any]) -> list[Item]:
         """The row's paper and review."""
@@ -179,6 +180,15 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         sub_scores=scores,
     )
     return [paper, review, *unknown, *in_words]
+
+
+def _entries(row: RawRow | PlainRow | RowProblem) -> Iterator[RawRow | PlainRow | RowProblem]:
+    """A row, or where it is an object of nothing but objects, as of papers by their ids, each of these."""
+    values = row.values if isinstance(row, RawRow) else {}
+    if not values or not all(isinstance(value, dict) for value in values.values()):
+        yield row
+        return
+    yield from (RawRow(replace(row.place, item=excerpt(name)), value) for name, value in values.items())
 
 
 def unfold(

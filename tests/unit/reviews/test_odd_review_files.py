@@ -36,6 +36,30 @@ def test_a_folders_other_files_are_named(tmp_path: Path, caplog: pytest.LogCaptu
     assert "1 files are of another kind and not read: c.json" in caplog.text
 
 
+def test_a_folder_of_json_files_is_read_where_it_holds_no_lines(tmp_path: Path) -> None:
+    """One file a paper, as many crawlers write: `convert its files` was the advice."""
+    paper = {name: ROW[name] for name in ("paper_id", "title")}
+    review = {name: value for name, value in ROW.items() if name not in paper}
+    write(tmp_path / "a" / "1.json", json.dumps({**paper, "reviews": [review]}, indent=1))
+    write(tmp_path / "b" / "2.json", json.dumps([{**ROW, "review_id": "r2"}]))
+    ids = [item.review_id for item in items_of(source(format="jsonl", path=tmp_path)) if isinstance(item, ReviewRow)]
+    assert ids == [ROW["review_id"], "r2"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_papers_by_their_ids_are_papers(tmp_path: Path, indent: int | None) -> None:
+    """`{id: {..., reviews: [...]}}`, in one line or over many: its first paper was missing all fields."""
+    review = {"review_text": "Fine.", "rating": 3}
+    papers = {name: {"paper_id": name, "title": name, "reviews": [review]} for name in "pq"}
+    path = write(tmp_path / "x.json", json.dumps({**papers, "s": {"title": "no review"}}, indent=indent))
+    items, problems = read(source(format="jsonl", path=path))
+    reviews = [item for item in items if isinstance(item, ReviewRow)]
+    assert [review.paper_id for review in reviews] == ["p", "q"]
+    assert [(problem.place.item, problem.reason) for problem in problems] == [
+        ("s", "missing in the row: rating, review_text")
+    ]
+
+
 def test_a_table_with_another_separator_or_column_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "|".join(ROW) + "\n" + "|".join(map(str, ROW.values())) + "\n")
     _, problems = read(source(format="csv", path=path))
