@@ -21,7 +21,7 @@ from prefmill.core.terminal import Say
 from prefmill.pipeline.local import RunOptions, run_plan
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.slots import Slots
-from prefmill.reviews.join import REVIEWS
+from prefmill.reviews.join import PAPERS, REVIEWS
 from prefmill.slurm.cluster import Resources
 from prefmill.store.artifacts import publish, read_manifest
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -143,13 +143,27 @@ def _slice(task: PlannedTask, rows: int, scratch: Path) -> PlannedTask:
     if task.inputs.get("datasets"):
         cut = _sliced_datasets(task, rows, scratch / "inputs" / place)
         return replace(small, inputs={**task.inputs, "datasets": (cut,)})
-    key = "limit" if task.stage.writes == "review_scores" else "max_rows"
-    most = getattr(task.config, key)
-    changes: dict[str, Any] = {key: rows if most is None else min(rows, most)}
-    share = getattr(task.config, "max_failed_share", None)
-    if share:  # one of eight reviews that is too long says nothing of the share of all
-        changes["max_failed_share"] = max(0.5, share)
-    return replace(small, config=task.config.model_copy(update=changes))
+    if task.stage.writes == "review_scores":
+        return _sliced_reviews(task, small, rows, scratch / "inputs" / place)
+    # Of a dataset that the task reads itself the first rows: nobody knows how many there are to draw from.
+    most = task.config.max_rows  # type: ignore[attr-defined]
+    return replace(small, config=task.config.model_copy(update={"max_rows": rows if most is None else min(rows, most)}))
+
+
+def _sliced_reviews(task: PlannedTask, small: PlannedTask, rows: int, folder: Path) -> PlannedTask:
+    """`small` on about so many reviews of the task's shard; with a `limit` of its own on the first, which it scores."""
+    share, most = task.config.max_failed_share, task.config.limit  # type: ignore[attr-defined]
+    changes = {"max_failed_share": max(0.5, share)} if share else {}  # one of eight is too long: that says nothing
+    if most is not None:
+        return replace(small, config=task.config.model_copy(update={**changes, "limit": min(rows, most)}))
+    (source,) = task.inputs["corpus"]
+    reviews = list(_some_groups(source / REVIEWS, rows * task.sizes.get("shard", 1)))
+    papers = {review["paper_id"] for review in reviews}
+    write_jsonl(folder / REVIEWS, reviews)
+    write_jsonl(folder / PAPERS, (paper for paper in read_jsonl(source / PAPERS) if paper["paper_id"] in papers))
+    _publish_as(source, folder)
+    inputs = {**task.inputs, "corpus": (folder,)}
+    return replace(small, config=task.config.model_copy(update=changes), inputs=inputs)
 
 
 def _sliced_datasets(task: PlannedTask, rows: int, folder: Path) -> Path:
@@ -163,9 +177,15 @@ def _sliced_datasets(task: PlannedTask, rows: int, folder: Path) -> Path:
             chosen = list(_some_groups(source / entry.path, max(1, round(entry.rows * rows / total))))
             write_jsonl(folder / entry.path, chosen)
             _link_images(chosen, source, folder)
+    _publish_as(source, folder)
+    return folder
+
+
+def _publish_as(source: Path, folder: Path) -> None:
+    manifest = read_manifest(source)
+    assert manifest is not None
     origin = Provenance(**{name: getattr(manifest, name) for name in Provenance.__dataclass_fields__})
     publish(folder, manifest.kind, origin, {})
-    return folder
 
 
 def _some_groups(path: Path, rows: int) -> Iterator[dict[str, Any]]:

@@ -50,12 +50,32 @@ def test_one_of_eight_reviews_may_fail_where_few_of_all_may() -> None:
     found = load_stage("score_reviews")
     shares = []
     for share in (0, 0.05, 0.9):
-        config = found.config.model_validate({"engine": {"engine": "lexical"}, "max_failed_share": share})
+        config = found.config.model_validate({"engine": {"engine": "lexical"}, "max_failed_share": share, "limit": 90})
         task = PlannedTask("r", found, "all", {}, {}, config, {}, Path("o"), Path("l"))
         small = slices._slice(task, 8, Path("scratch")).config
         assert isinstance(small, found.config)
         shares.append((small.limit, small.max_failed_share))
     assert shares == [(8, 0), (8, 0.5), (8, 0.9)]
+
+
+def test_a_slice_of_reviews_is_whole_papers_from_all_of_the_corpus(tmp_path: Path) -> None:
+    """The first by id were taken: a corpus whose long reviews come last was forecast far too short."""
+    found = load_stage("score_reviews")
+    papers = [{"paper_id": f"p{n:03d}"} for n in range(200)]
+    write_jsonl(tmp_path / "c" / "papers.jsonl", papers)
+    write_jsonl(tmp_path / "c" / "reviews.jsonl", [{**paper, "review_id": i} for paper in papers for i in range(3)])
+    publish(tmp_path / "c", "review_corpus", slices.Provenance("ingest_reviews", "all", "f", {}, {}, "v", {}), {})
+    config = found.config.model_validate({"engine": {"engine": "lexical"}})
+    inputs = {"corpus": (tmp_path / "c",)}
+    task = PlannedTask("r", found, "all", {}, {"shard": 2}, config, inputs, Path("o"), Path("l"))
+    small = slices._slice(task, 30, tmp_path / "scratch")
+    (folder,) = small.inputs["corpus"]
+    reviews, drawn = (
+        list(read_jsonl(read(folder, "review_corpus").file(f"{name}.jsonl"))) for name in ("reviews", "papers")
+    )
+    assert (rows_of(small), len(reviews)) == (30, 60)  # as many for each of the shards
+    assert [review["paper_id"] for review in reviews] == [paper["paper_id"] for paper in drawn for _ in range(3)]
+    assert drawn[-1]["paper_id"] > "p100" > drawn[0]["paper_id"]
 
 
 def test_where_nothing_can_be_measured_it_says_so(tmp_path: Path) -> None:
