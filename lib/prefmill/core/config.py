@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,11 @@ class StrictConfig(BaseModel):
     def changed(self, *keys: str) -> list[str]:
         """Those of `keys` that are not at their default; by value, as a job is handed every key of its plan."""
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
+    def tell_unread(self, why: str, *keys: str) -> None:
+        """Log those of `keys` that are not at their default: for `why`, nothing reads them."""
+        if given := self.changed(*keys):
+            logging.getLogger(__name__).warning("%s: no effect, %s", ", ".join(given), why)
 
     def made_otherwise(self) -> dict[str, Any]:
         """Part of the identity beside the keys: what the same keys make now and did not make before."""

@@ -26,7 +26,7 @@ from prefmill.families.causal.generation import (
     require_fitting,
 )
 from prefmill.families.causal.image_limits import ImageLimits
-from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.loading import load_config, load_model, load_tokenizer
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision import ImageReader, with_images
 from prefmill.families.causal.vision_families import open_reader
@@ -106,6 +106,7 @@ def _write(
         source.name_or_path, template=source.template, today=source.today, **source.origin
     )  # fmt: skip
     reader = _reader(source, tokenizer, writing) if writing.modality != "clean" else None
+    writing.limits.tell_unread_without(reader is not None)
     chats = {key: _chat(paper, writing) for key, paper in papers.items()}
     requests = _within(encode_prompts(tokenizer, chats, writing.samples_per_paper, reader), writing.max_prompt_tokens)
     if isinstance(writing.generation, VllmGeneration):
@@ -164,9 +165,9 @@ def _with_vllm(
     progress: Progress,
 ) -> dict[tuple[str, int], Completion]:
     """vLLM is told of no longer texts than there will be: its cache must have room for one of the longest."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(source.name_or_path, **source.origin)
+    config = load_config(source.name_or_path, **source.origin)
     sampling = writing.sampling
     require_fitting(requests, max_prompt_tokens(config, sampling.max_new_tokens))
     llm = open_vllm(

@@ -32,6 +32,10 @@ _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "o
 _HELD_OUT = re.compile("val|dev|test|eval|heldout|held.out", re.IGNORECASE)
 FoundT = TypeVar("FoundT")
 SOURCE_KEYS = ("dataset", "dataset_file", "mixture")  # one of them names the dataset
+_OF_A_SOURCE = (
+    "split", "dataset_revision", "subset", "max_rows", "encoding", "pair_format", "columns", "tags", "image_folder",
+    "val_fraction",
+)  # fmt: skip
 TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
 
 
@@ -95,6 +99,8 @@ class PairSource(RowPolicy):
     def _consistent(self) -> PairSource:
         if sum(bool(getattr(self, key)) for key in SOURCE_KEYS) > 1:
             raise ValueError("give one of dataset, dataset_file and mixture")
+        if not self.has_source and (unread := self.changed(*_OF_A_SOURCE)):
+            raise ValueError(f"{', '.join(unread)}: of `dataset`, which is not given; leave it out, or give that")
         for part in self.mixture:
             self._known(part.pair_format)
         if isinstance(self.subset, str) and self.dataset_file is not None:

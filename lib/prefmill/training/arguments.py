@@ -80,13 +80,15 @@ def check_optimizer(trainer: Any) -> None:
     import torch
     from transformers import get_scheduler
 
-    args, warmup = trainer.args, bool(trainer.args.warmup_steps)
+    args, warmup = trainer.args, 9 * bool(trainer.args.warmup_steps)  # one step may be all of a warm-up that ends at 1
     probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
         trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-        get_scheduler(args.lr_scheduler_type, probe, warmup, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+        get_scheduler(args.lr_scheduler_type, probe, warmup, 99, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
         if warmup and probe.param_groups[0]["lr"] == 1:
             raise ValueError(f"{args.lr_scheduler_type} begins at the full rate whatever warmup_steps says")
+        if args.lr_scheduler_kwargs and "constant" in args.lr_scheduler_type:  # it is handed none
+            raise ValueError(f"{args.lr_scheduler_type} reads no lr_scheduler_kwargs")
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise _refused(error) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefmill.store.jsonl import read_jsonl
 from prefmill.training.bad_rows import BadRows, report_dropped
 from prefmill.training.config import TrainingConfig
 
+_log = logging.getLogger(__name__)
 Answer = str | Mapping[str, Any]  # text alone, or a turn that also has `reasoning_content` or `tool_calls`
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
 
@@ -117,6 +119,8 @@ def rows_of_input(task: Task, names: str, has_own: bool, own_key: str) -> tuple[
             where=f"{task.stage}:{task.name}", fix=f"give either inputs.datasets=FOLDER or {own_key}",
         )  # fmt: skip
     if datasets is None:
+        if not names.endswith("_clean"):
+            _log.warning("modality: no effect, it is of the input `datasets`, and %s is given", own_key.split("=")[0])
         return None
     val = datasets.path / f"{names}_val" / "data.jsonl"
     return datasets.file(f"{names}_train/data.jsonl"), val if val.is_file() and val.stat().st_size else None

@@ -92,6 +92,7 @@ def test_a_schedule_takes_its_keys(tmp_path: Path, tiny_qwen2: Path) -> None:
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 2}, "begins at the full rate whatever warmup_steps says"),
+        ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"min_lr_rate": 1}}, "reads no lr_scheduler_kwargs"),
         ({"optim": "lomo"}, "pip install lomo-optim"),
     ],
 )
@@ -110,6 +111,15 @@ def test_schedules_with_a_warm_up_are_taken(kind: str, tmp_path: Path, tiny_qwen
     train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", lr_scheduler_type=kind, warmup_steps=2)
     rates = [row["learning_rate"] for row in read_curve(tmp_path / "logs" / STEPS) if "learning_rate" in row]
     assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
+
+
+def test_a_warm_up_that_begins_above_zero_is_one(tmp_path: Path, tiny_qwen2: Path) -> None:
+    """cosine_warmup_with_min_lr begins at 1 / warmup_steps of the rate; it was refused as one that knows no warm-up."""
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    keys = {"lr_scheduler_type": "cosine_warmup_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    train(tmp_path, tiny_qwen2, tmp_path / "pairs.jsonl", warmup_steps=2, **keys)
+    rates = [row["learning_rate"] for row in read_curve(tmp_path / "logs" / STEPS) if "learning_rate" in row]
+    assert rates[:2] == pytest.approx([5e-4, 1e-3])
 
 
 def test_a_warm_up_of_the_whole_training_is_told(tmp_path: Path, tiny_qwen2: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import load_stage
 from prefmill.families.mdlm.family import DiffusionFamily
+from prefmill.store.jsonl import write_jsonl
 from prefmill.training.objective_names import NEEDS, READ_BY
 from prefmill.training.objectives import OBJECTIVES, PairScores, Settings
+from tests.e2e.training_artifacts import make_task
+from tests.tiny import pair_rows
 
 OF_A_FILE = {"name": "b", "kind": "exact_match", "file": __file__, "subset": "main", "split": "train"}
 
@@ -28,6 +32,8 @@ OF_A_FILE = {"name": "b", "kind": "exact_match", "file": __file__, "subset": "ma
         ("mdlm_dpo", {"upper_power": 2.0, "clip": 0.1}, "upper_power, clip: no effect with loss_type sigmoid"),
         ("mdlm_dpo", {"max_diffusion_steps": 8}, "max_diffusion_steps is of diffusion_steps: auto"),
         ("mdlm_sft", {"variance_tolerance": 0.5}, "variance_tolerance is of mdlm_dpo"),
+        ("dpo", {"max_rows": 9, "tags": {"role": "r"}}, "max_rows, tags: of `dataset`, which is not given"),
+        ("sft", {"val_fraction": 0.1}, "val_fraction: of `dataset`, which is not given"),
         ("mdlm_evaluate", {"benchmarks": [OF_A_FILE]}, "subset, split: of a dataset on the hub"),
     ],
 )
@@ -53,3 +59,18 @@ def test_the_objectives_that_read_a_key_are_those_it_changes(key: str, names: se
     losses = [[OBJECTIVES[name].loss(scores, given) for name in usable] for given in (settings, changed)]
     read = {name for name, one, other in zip(usable, *losses, strict=True) if not torch.equal(one, other)}
     assert read == names & set(usable)
+
+
+def test_keys_that_the_model_or_its_rows_do_not_read_are_told(
+    tiny_qwen2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(2))
+    keys = {"dataset": str(tmp_path / "pairs.jsonl"), "model_name_or_path": str(tiny_qwen2), "precision": "fp32",
+            "per_device_train_batch_size": 4, "effective_batch_size": 4, "report_to": []}  # fmt: skip
+    unread = {"modality": "vision", "freeze_vision_tower": True, "freeze_projector": False, "max_pixels": 50_000}
+    stage = load_stage("dpo")
+    stage.run(validate(stage.config, keys), make_task("dpo", tmp_path / "plain"))
+    assert "no effect" not in caplog.text
+    stage.run(validate(stage.config, {**keys, **unread}), make_task("dpo", tmp_path / "told"))
+    told = {key for line in caplog.messages if ": no effect, " in line for key in line.split(":")[0].split(", ")}
+    assert told == unread.keys()

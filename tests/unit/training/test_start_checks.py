@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,33 @@ def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_q
     tokenizer.save_pretrained(folder)
     with pytest.raises(InputError, match="neither a pad nor an end token"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"model_type": "brandnew"}, r"`brandnew`(.|\n)*install a transformers that has this kind"),
+        ({"model_type": None}, r"model_type(.|\n)*check that the folder is whole"),
+        ({"model_type": "brandnew", "auto_map": {"AutoConfig": "c.C"}}, r"set trust_remote_code=true if you trust"),
+    ],
+)
+def test_a_model_that_transformers_does_not_know_is_refused_by_name(
+    said: dict[str, Any], why: str, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """Wherever its configuration is read first: dpo ended in a traceback of transformers, for a very new model too."""
+    from prefmill.families.causal.loading import load_model, load_tokenizer
+
+    folder = shutil.copytree(tiny_qwen2, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | said
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value}))
+    tokenizer = load_tokenizer(str(tiny_qwen2))
+    for read in (
+        lambda: choose_layout(PreferenceConfig(), str(folder)),
+        lambda: check_start(str(folder), tokenizer, PreferenceConfig()),
+        lambda: load_model(str(folder), precision="fp32"),
+    ):
+        with pytest.raises(InputError, match=why):
+            read()
 
 
 def test_rows_with_two_sets_of_positions_are_not_mixed(tiny_qwen2: Path, tmp_path: Path) -> None:

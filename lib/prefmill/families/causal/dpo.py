@@ -77,6 +77,7 @@ def train_dpo(
     reader = open_reader(policy, tokenizer, rows, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
+    rows.tell_unread_without(any(group.images for group in [*groups, *held_out]))
     check_positions(policy, (length for group in [*groups, *held_out] for length in group.lengths), config)
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings, Family.supplies)

@@ -18,6 +18,11 @@ class ImageLimits(StrictConfig):
         None, ge=784, description="images are scaled down to this many pixels; none: the limit of the model's processor"
     )
 
+    def tell_unread_without(self, images: bool) -> None:
+        """Log the bounds that are given where there are no images."""
+        if not images:
+            self.tell_unread("no row has an image", *ImageLimits.model_fields)
+
 
 class FrozenParts(StrictConfig):
     """Which parts of a model that also takes images stay as they are: its encoder, its way to the text, the text part.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 
 import torch
-from transformers import AutoConfig
 
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal.group_attention import use_group_attention
-from prefmill.families.causal.loading import require_folder
+from prefmill.families.causal.loading import load_config
 from prefmill.families.causal.other_reference import reference_parts, reference_revision
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.preference_config import PreferenceConfig
@@ -57,15 +56,14 @@ def _why_pairwise(config: PreferenceConfig, policy: str) -> str | None:
 
 def _why_not_group(name: str, revision: str | None, config: PreferenceConfig) -> str | None:
     """The refusal of a model without weights: what decides is its configuration and its code."""
-    require_folder(name)
-    options = {"trust_remote_code": config.trust_remote_code}
-    found = AutoConfig.from_pretrained(name, revision=revision, **options)
+    trust = config.trust_remote_code
+    found = load_config(name, revision, trust)
     if found.model_type in _PAIRWISE_ONLY:
         return f"a model of type {found.model_type} cannot share prompts"
     try:
         # A model of any size fits: on this device weights have shapes and no memory.
         with torch.device("meta"):
-            use_group_attention(auto_class(found).from_config(found, **options))
+            use_group_attention(auto_class(found).from_config(found, trust_remote_code=trust))
     except ConfigError as error:
         got = error.details["got"]
         return error.what.removeprefix("layout: ") + (f" ({got})" if got else "")

@@ -77,13 +77,10 @@ def load_model(
     A model that also takes images is loaded with its vision part. With `quantization` its linear layers hold 4 bits a
     weight and compute in `precision`; files of 8 or 4 bits are read as whole weights where they can be.
     """
-    from transformers import AutoConfig
-
-    require_folder(name_or_path)
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(name_or_path, revision, trust_remote_code)
+    attention = attn_implementation or _own_attention(config)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **origin)
-        attention = attn_implementation or _own_attention(config)
         model, info = read_weights(
             auto_class(config), name_or_path, config, precision, quantization, attn_implementation=attention, **origin
         )
@@ -96,6 +93,17 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     loaded: PreTrainedModel = model
     return loaded
+
+
+def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The configuration of the model `name`; raises InputError where transformers finds none that it knows."""
+    from transformers import AutoConfig
+
+    require_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except load_errors() as error:
+        raise _unloadable("model", name, error) from error
 
 
 def read_weights(
@@ -222,6 +230,10 @@ def _fix(name_or_path: str, error: Exception) -> str:
     folder = Path(name_or_path)
     if "quantiz" in str(error):
         return "install what reads such weights, or give the model before it was quantized"
+    if "does not recognize this architecture" in str(error):
+        return "install a transformers that has this kind of model, or give another model"
+    if "trust_remote_code" in str(error):
+        return "set trust_remote_code=true if you trust that code, or give a model that transformers has itself"
     if not folder.is_dir():
         return _HUB
     other = sorted(file.name for ending in ("safetensors", "bin", "pth", "gguf") for file in folder.glob(f"*.{ending}"))

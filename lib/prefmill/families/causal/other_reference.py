@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.families.causal.loading import load_tokenizer
+from prefmill.families.causal.loading import load_config, load_tokenizer
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.training.adapter_folder import base_revision, read_adapter, split_adapter
 from prefmill.training.objectives import Objective
@@ -55,8 +55,8 @@ def check_reference(
     # Its template never writes a prompt: any day will do for one that reads the clock.
     other = load_tokenizer(name, revision=revision, trust_remote_code=trust, today=date.today())
     _same_vocabulary(name, tokenizer.get_vocab(), other.get_vocab())
-    mine = AutoConfig.from_pretrained(policy, revision=config.revision, trust_remote_code=trust)
-    theirs = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    mine = load_config(policy, config.revision, trust)
+    theirs = load_config(name, revision, trust)
     require_trainable(name, theirs, config.quantization)
     # Embeddings are often padded beyond the vocabulary: more are fine, fewer would fail in the midst of scoring.
     rows = theirs.get_text_config().vocab_size

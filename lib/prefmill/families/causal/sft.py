@@ -66,6 +66,7 @@ def train_sft(
         router_aux_loss_coef=turns.router_aux_loss_coef,
     )
     parts = [part for part in (chats.train, chats.val) if part is not None]
+    turns.tell_unread_without(reader is not None and any(any(part["image_paths"]) for part in parts))
     check_positions(model_name, (len(ids) for part in parts for ids in part["input_ids"]), config)
     rescoring = sft_rescoring(config, chats.train, chats.collate)
     processor = reader or KeptProcessor(tokenizer, model_name, config.revision)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, GenerationMixin, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.loading import load_config
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.config import TrainingConfig
@@ -103,7 +104,7 @@ def _position_border(text: Any) -> int | None:
 
 
 def _config(name: str, config: TrainingConfig) -> Any:
-    return AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    return load_config(name, config.revision, config.trust_remote_code)
 
 
 def _try_attention(name: str, found: Any, config: TrainingConfig) -> None:

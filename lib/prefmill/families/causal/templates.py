@@ -73,11 +73,19 @@ class ChatTemplate(StrictConfig):
                 fix="use an instruction-tuned model, or give the file of one with chat_template=FILE",
             )  # fmt: skip
         # Some checkpoints have several templates by name (Command R: one for tools, one for documents).
-        texts = own if isinstance(own, dict) else {"": own}
+        texts = own if isinstance(own, dict) else {"default": own}
+        if "default" not in texts:
+            raise InputError(
+                "the model has chat templates by name, and none of them for every chat", where=name,
+                got=", ".join(sorted(texts)), expected="one called default",
+                fix="write the one you mean into a file, and give it with chat_template=FILE",
+            )  # fmt: skip
         if unread := [key for key in self.chat_template_kwargs if not any(key in text for text in texts.values())]:
             _log.warning("chat_template_kwargs: no effect, %s's template reads no %s", name, ", ".join(unread))
         written = {key: self._defaults + text for key, text in texts.items()}
-        tokenizer.chat_template = written if isinstance(own, dict) else written[""]
+        tokenizer.chat_template = written if isinstance(own, dict) else written["default"]
+        if not any(_CLOCK in text for text in texts.values()):
+            self.tell_unread(f"{name}'s template reads no clock", "template_date")
         day = today if self.template_date is None else date.fromisoformat(self.template_date)
         if day is None and any(_CLOCK in text for text in texts.values()):
             raise InputError(

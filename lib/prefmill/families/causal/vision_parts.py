@@ -32,8 +32,10 @@ def freeze(model: Any, parts: FrozenParts, with_images: bool) -> list[str]:
 
     Raises ConfigError where nothing would be trained.
     """
-    if not hasattr(model.config, "vision_config") and not parts.freeze_language_model:
-        return []
+    if not hasattr(model.config, "vision_config"):
+        parts.tell_unread("this model reads text alone", "freeze_vision_tower", "freeze_projector")
+        if not parts.freeze_language_model:
+            return []
     if with_images:
         require_both_ways(model)
     unseen = not with_images

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 
 from prefmill.core.errors import ConfigError
 from prefmill.core.precision import Precision
 from prefmill.distributed.devices import visible_gpus
+from prefmill.families.causal.loading import load_config
 
 if TYPE_CHECKING:
     from prefmill.families.causal.generation import GenerationRequest
@@ -123,7 +124,7 @@ def options_without_torchvision(name_or_path: str, revision: str | None, trust_r
     """
     from vllm import ModelRegistry
 
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(name_or_path, revision, trust_remote_code)
     if config.model_type not in _WRITING:
         return {}
     # Before vLLM's module, which imports `smart_resize` from there at its top.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization
-from prefmill.families.causal.loading import load_errors, load_tokenizer, read_weights, require_folder, require_whole
+from prefmill.families.causal.loading import load_config, load_errors, load_tokenizer, read_weights, require_whole
 from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -179,13 +179,9 @@ def _load(
 
 def read_config(name: str, revision: str | None, trust: bool) -> Any:
     """The configuration of a model; raises InputError where there is none to read."""
-    from transformers import AutoConfig
-
     from prefmill.families.mdlm import native  # noqa: F401 - the Auto classes know LLaDA and Dream from here on
 
-    require_folder(name)
-    with _loadable(name):
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    return load_config(name, revision, trust)
 
 
 @contextmanager

@@ -104,6 +104,24 @@ def test_a_variable_that_the_template_does_not_read_is_told(folder: Path, caplog
     assert not caplog.text
 
 
+def test_a_day_for_a_template_without_a_clock_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opened(folder, template_date="2026-01-02", chat_template="{{ strftime_now('%d') }}")
+    assert not caplog.text
+    opened(folder, template_date="2026-01-02")
+    assert "template_date: no effect" in caplog.text
+
+
+def test_templates_by_name_without_one_for_every_chat_are_refused(folder: Path, tmp_path: Path) -> None:
+    """A folder with `additional_chat_templates` alone: transformers raised in the midst of the first row."""
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.chat_template = {"tool_use": TOOLS, "rag": THINKS}
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"rag, tool_use(.|\n)*chat_template=FILE"):
+        load_tokenizer(str(tmp_path))
+    named = tmp_path / "additional_chat_templates" / "rag.jinja"
+    assert prompt_text(opened(tmp_path, chat_template=str(named)), USER).endswith("<|im_start|>assistant\n")
+
+
 @pytest.mark.parametrize("template", ["\n  {% if true %}a{% endif %}", "  {% if true %}a{% endif %}", "\n\nb", " b"])
 def test_variables_leave_a_templates_white_space_alone(template: str, folder: Path) -> None:
     plain, given = (
