@@ -58,8 +58,8 @@ class IngestTally:
             "in their source to read it as text": self.html,
             _first_of(doubts := [*self._turned_scales(), *self._low_scales()], "; "): doubts,
             f"{len(self.merged)} papers were merged into others with the same title": self.merged,
-            f"{self.apart} papers have the title of another that was accepted or rejected where they were not: they "
-            "are kept apart, in one split": self.apart,
+            f"{self.apart} papers have the title of another that was accepted or rejected where they were not, or has "
+            "another venue and abstract: they are kept apart, in one split": self.apart,
             f"{self.unknown.total()} values are unknown and were left out: {unknown}": self.unknown,
         }
         return [text for text, happened in said.items() if happened]

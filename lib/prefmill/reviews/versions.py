@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from prefmill.core.records import Decision
-from prefmill.reviews.rows import PaperRow, Place, RowError
+from prefmill.reviews.rows import PaperRow, Place, RowError, word_key
 from prefmill.reviews.splits import title_key
 
 MERGED_FIELDS = ("abstract", "text", "decision", "venue")
@@ -39,18 +39,26 @@ def differ(one: Any, two: Any) -> bool:
 def as_one(papers: Iterable[PaperRow]) -> list[tuple[PaperRow, list[str]]]:
     """Papers of one title, the smallest id first: each that stands, and the ids of those that are merged into it.
 
-    Its own values stand; what it lacks comes from the next that has it. One that was accepted and one that was
-    rejected, as before a resubmission, stay two: their reviews are of different versions.
+    Its own values stand; what it lacks comes from the next that has it. What was submitted twice stays two papers:
+    their reviews are of different versions.
     """
     found: list[tuple[PaperRow, list[str]]] = []
     for paper in papers:
         for at, (kept, ids) in enumerate(found):
-            if not (differ(kept.decision, paper.decision) and final(kept.decision, paper.decision) is None):
+            if not _resubmitted(kept, paper):
                 found[at] = filled(kept, paper), [*ids, paper.paper_id]
                 break
         else:
             found.append((paper, []))
     return found
+
+
+def _resubmitted(one: PaperRow, two: PaperRow) -> bool:
+    """Whether one was accepted and one rejected, or two venues have each an abstract of its own."""
+    if differ(one.decision, two.decision) and final(one.decision, two.decision) is None:
+        return True
+    # Both, as dumps of one venue may spell its name, or cut an abstract, in two ways.
+    return differ(one.venue, two.venue) and differ(word_key(one.abstract), word_key(two.abstract))
 
 
 def final(one: Decision | None, two: Decision | None) -> Decision | None:

@@ -12,6 +12,7 @@ from prefmill.checklist.items import Item, load_checklist
 from prefmill.checklist.optimize import proposals
 from prefmill.checklist.optimize.config import ProposeConfig, SelectConfig
 from prefmill.checklist.optimize.proposals import collect_candidates, with_paraphrases
+from prefmill.checklist.optimize.selection import baseline_features
 from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
@@ -178,3 +179,10 @@ def test_a_model_is_asked_for_real(tmp_path: Path, tiny_judge: Path) -> None:
             proposals.propose(config, [], 0, tmp_path / folder, lambda *_: None)
         told.append(str(caught.value))
     assert told[0] == told[1]
+
+
+def test_the_target_is_no_baseline_of_itself() -> None:
+    """A checklist for the rating was "worse than rating only"."""
+    reviews = [{"num_words": 10 * n, "rating": n} for n in range(1, 4)]
+    assert list(baseline_features(reviews, "rating")) == ["length_only"]
+    assert baseline_features(reviews, "confidence")["rating_only"].tolist() == [[1, 1], [2, 4], [3, 9]]

@@ -235,6 +235,18 @@ def test_an_accepted_and_a_rejected_paper_of_one_title_stay_two(store: CorpusSto
     assert store.num_apart == 1
 
 
+def test_versions_of_two_venues_with_one_fate_stay_two_where_their_abstracts_differ(store: CorpusStore) -> None:
+    """The reviews of the second stood under the first one's abstract, and made pairs with its reviews."""
+    versions = [("a", "V 2023", "Old."), ("b", "V 2024", "New."), ("c", "V  2024", " new. "), ("d", "V 2023", "Cut")]
+    for line, (paper_id, venue, abstract) in enumerate(versions, 1):
+        store.add(at(line), PaperRow(paper_id, "Deep Nets", abstract, decision="accepted", venue=venue))
+        store.add(at(line), review(f"r-{paper_id}", paper_id))
+    assert list(store.link()) == []
+    assert store.merge_titles() == [("d", "a"), ("c", "b")]
+    assert contents(store) == {"a": ["r-a", "r-d"], "b": ["r-b", "r-c"]}
+    assert store.num_apart == 1
+
+
 def test_a_review_that_two_dumps_name_differently_counts_once(store: CorpusStore) -> None:
     """Each pair of such a paper was trained four times."""
     for paper_id in ("a", "z"):

@@ -82,7 +82,7 @@ def _held_out(
     training = outer_training(design.papers, config.outer_folds, seed)
     resampling = Resampling(config.num_resamples, seed, config.confidence)
     scores = checklist_scores(design, training, select_config, seed, equal=config.weights == "equal")
-    features = baseline_features(reviews)
+    features = baseline_features(reviews, select_config.target)
     baselines = {name: fitted_scores(values, design.target, training) for name, values in features.items()}
     # All candidates, those screened out included: the checklist that one has without any choice.
     baselines["all_items_equal"] = fixed_scores(answers(reviews, all_ids)[0].sum(axis=1), training)

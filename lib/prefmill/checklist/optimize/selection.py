@@ -20,7 +20,7 @@ from prefmill.checklist.optimize.lasso import (
     variance,
     weighted_moments,
 )
-from prefmill.checklist.optimize.targets import read_labels, require_learnable, target_values
+from prefmill.checklist.optimize.targets import Target, read_labels, require_learnable, target_values
 
 Papers = NDArray[np.int64]
 MODELS = ("chosen", "all_equal", "shrunk", "shrunk_signed")
@@ -212,11 +212,12 @@ def design_of(reviews: Sequence[Row], target: Array, ids: Sequence[str]) -> Desi
     return Design(yes / spread, spread, target, papers.astype(np.int64))
 
 
-def baseline_features(reviews: Sequence[Row]) -> dict[str, Array]:
-    """What the baselines are fitted on: length or rating, each with its square, as extremes may differ from both."""
-    words = np.log1p([row["num_words"] for row in reviews])
-    ratings = np.array([row["rating"] for row in reviews], dtype=np.float64)
-    return {
-        "length_only": np.column_stack([words, words**2]),
-        "rating_only": np.column_stack([ratings, ratings**2]),
-    }
+def baseline_features(reviews: Sequence[Row], target: Target) -> dict[str, Array]:
+    """What the baselines are fitted on: length or rating, each with its square, as extremes may differ from both.
+
+    The rating is none where it is the target itself.
+    """
+    columns = {"length_only": np.log1p([row["num_words"] for row in reviews])}
+    if target != "rating":
+        columns["rating_only"] = np.array([row["rating"] for row in reviews], dtype=np.float64)
+    return {name: np.column_stack([values, values**2]) for name, values in columns.items()}
