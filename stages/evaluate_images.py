@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, later, runtime
+from prefmill.core.errors import ConfigError
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Reads, Stage, Task
@@ -42,6 +43,8 @@ class EvaluateImagesConfig(ImageSampling):
     def _has_other_seeds(self) -> EvaluateImagesConfig:
         if self.compare_with == "other_seeds" and len(self.seeds) < 2:
             raise ValueError("compare_with: other_seeds needs two seeds or more")
+        if self.resolution is not None and self.drift_draws == 0:
+            raise ValueError("resolution has no effect with drift_draws: 0, leave it out")
         return self
 
 
@@ -53,6 +56,11 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
     from prefmill.families.sdxl.generator import GeneratorSource
     from prefmill.images.evaluate import ImageEvaluation, evaluate_images
 
+    if (unread := config.changed("splits", "resolution")) and task.optional_input("pairs") is None:
+        raise ConfigError(
+            "keys of pairs, and no pairs", where=f"{task.stage}:{task.name}", got=", ".join(unread),
+            fix="give inputs.pairs=FOLDER of build_image_pairs, or leave them out",
+        )  # fmt: skip
     model = task.optional_input("model")
     base = start_model(config, task, "model")  # type: ignore[arg-type]
     label = Path(base).name if Path(base).is_dir() else base

@@ -156,6 +156,8 @@ def test_what_cannot_be_rated_is_explained(tmp_path: Path) -> None:
     images = make_images(tmp_path / "images", num_seeds=1)
     with pytest.raises(ConfigError, match="images from two places"):
         rate(task_for(tmp_path / "x" / "b", "rate_images", images=images), images=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"a reward model that nothing asks for[\s\S]*rater.by=sharpness"):
+        rate(task_for(tmp_path / "x" / "d", "rate_images", images=images, reward=images), rater={"by": "sharpness"})
     with pytest.raises(InputError, match=r"no two images of one prompt[\s\S]*4 images of 4 prompts"):
         rate(task_for(tmp_path / "x" / "c", "rate_images", images=images), rater={"by": "sharpness"})
 

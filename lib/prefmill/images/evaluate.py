@@ -316,5 +316,5 @@ def _drift(wanted: ImageEvaluation, tuned: Artifact, task: Task) -> dict[str, An
 
     return denoising_drift(
         wanted.base, source_of(wanted.base, "tuned", tuned), pairs, wanted.splits, wanted.drift_draws,
-        wanted.resolution, task.work / "cache", wanted.resampling,
+        wanted.resolution, wanted.sampling.guidance_scale, task.work / "cache", wanted.resampling,
     )  # fmt: skip

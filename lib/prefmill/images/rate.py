@@ -82,6 +82,11 @@ class RateImages:
 
 def rate_images(wanted: RateImages, task: Task) -> Metrics:
     """Write `ratings.csv`, `images/`, `images.jsonl`, `quarantine.jsonl` and `summary.json`; the metrics are counts."""
+    if task.optional_input("reward") is not None and not isinstance(wanted.rater, RewardConfig):
+        raise ConfigError(
+            "a reward model that nothing asks for", where=f"{task.stage}:{task.name}",
+            got=f"rater.by={wanted.rater.by}", fix="set rater.by=reward, or leave out inputs.reward",
+        )  # fmt: skip
     collection = _read_images(wanted, task)
     good = check_images([image for _, image in sorted(collection.images.items())], collection.quarantine)
     matchups = plan_matchups(good.values(), wanted.max_pairs_per_prompt, wanted.seed)

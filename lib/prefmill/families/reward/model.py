@@ -8,16 +8,31 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from prefmill.core.errors import InputError
 from prefmill.core.image_rows import HEADS
 from prefmill.families.causal.loading import require_vocabulary
 
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
 """What `forward` takes, as a CLIP processor gives it."""
+_MAX_TOKENS = 77  # of every CLIP
 _log = logging.getLogger(__name__)
 
 
@@ -108,9 +123,27 @@ def create_reward(clip: CLIPModel, hidden_size: int, seed: int) -> MultiHeadRewa
 
 def open_processor(name: str | Path, **options: Any) -> Any:
     """CLIP's tokenizer and image processor; raises InputError where the tokenizer has no words."""
-    processor = CLIPProcessor.from_pretrained(name, **options)
-    require_vocabulary(processor.tokenizer, str(name))
-    return processor
+    # By its class, as older folders name a class that transformers no longer has; and Pillow's, as the scorers' authors
+    # resize: where torchvision is installed transformers would take that, whose pixels are others.
+    images = CLIPImageProcessorPil.from_pretrained(name, **options)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if tokenizer.model_max_length > LARGE_INTEGER:  # transformers' word for a folder that does not say
+        tokenizer.model_max_length = _MAX_TOKENS
+    require_vocabulary(tokenizer, str(name))
+    return CLIPProcessor(images, tokenizer)
+
+
+def require_size(images_of: Any, clip: Any, where: object) -> None:
+    """Raise InputError where pictures of any shape do not become the squares that a CLIP of this configuration sees."""
+    side = getattr(clip, "vision_config", clip).image_size
+    for size in ((2 * side, side), (side, 3 * side)):
+        made = np.shape(images_of(images=Image.new("RGB", size))["pixel_values"][0])
+        if made != (3, side, side):
+            raise InputError(
+                "the image processor is of another model", where=where, got=f"{made[2]} x {made[1]} pixels",
+                expected=f"{side} x {side}",
+                fix="copy preprocessor_config.json from the CLIP that this model was made of (its card names it)",
+            )  # fmt: skip
 
 
 def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:

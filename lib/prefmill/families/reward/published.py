@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from prefmill.core.errors import InputError
 from prefmill.families.causal.loading import loading, read_whole, require_vocabulary
-from prefmill.families.reward.model import encode, open_processor, tell_cut
+from prefmill.families.reward.model import encode, open_processor, require_size, tell_cut
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def _hps(folder: Path, device: str) -> Scorer:
 
 def _clip(model: Any, folder: Path, device: str, scale: float) -> Scorer:
     processor, model = open_processor(_require_processor(folder)), model.to(device).eval()
+    require_size(processor.image_processor, model.config, folder)
 
     def score(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
         batch = {name: value.to(device) for name, value in encode(processor, prompts, images).items()}
@@ -107,6 +108,7 @@ def _aesthetics(folder: Path, device: str) -> Scorer:
     name = "predictor" if "predictor.weight" in state else "layers"
     head, model = linear_layers(state, name, relu).to(device), model.to(device).eval()
     images_of = CLIPImageProcessorPil.from_pretrained(_require_processor(folder))
+    require_size(images_of, model.config, folder)
 
     def score(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
         pixels = images_of(images=list(images), return_tensors="pt")["pixel_values"].to(device)

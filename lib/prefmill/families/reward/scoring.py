@@ -83,7 +83,7 @@ def _open_reward(folder: Path, device: str) -> Callable[[Sequence[str], Sequence
 def load_reward(folder: Path) -> tuple[Any, Any]:
     """The reward model in `folder` and its processor; raises InputError where there is none."""
     from prefmill.families.causal.loading import loading, read_whole
-    from prefmill.families.reward.model import MultiHeadReward, MultiHeadRewardConfig, open_processor
+    from prefmill.families.reward.model import MultiHeadReward, MultiHeadRewardConfig, open_processor, require_size
 
     config = MultiHeadRewardConfig.from_pretrained(folder)
     # Order counts too: columns are read by their place in HEADS.
@@ -93,4 +93,6 @@ def load_reward(folder: Path) -> tuple[Any, Any]:
             expected=", ".join(HEADS), fix="give the output of the stage train_reward",
         )  # fmt: skip
     with loading("the reward model", folder):
-        return read_whole(MultiHeadReward, str(folder), dtype="float32"), open_processor(folder)
+        model, processor = read_whole(MultiHeadReward, str(folder), dtype="float32"), open_processor(folder)
+        require_size(processor.image_processor, config.clip_config, folder)
+        return model, processor

@@ -38,7 +38,7 @@ from prefmill.families.reward.data import (
 )
 from prefmill.families.reward.family import RewardFamily, reward_family
 from prefmill.families.reward.measures import DIGITS, fit_temperature, fit_tie_band, measure_head
-from prefmill.families.reward.model import MultiHeadReward, create_reward, cut_prompts, open_processor
+from prefmill.families.reward.model import MultiHeadReward, create_reward, cut_prompts, open_processor, require_size
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 from prefmill.store.jsonl import write_jsonl
 from prefmill.store.pictures import cut_images
@@ -81,7 +81,7 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
     spec = TrainingSpec(
         config=config,
         task=task,
-        load=lambda: _load(clip, config, wanted),
+        load=lambda: _load(clip, processor, config, wanted),
         data=Preferences(
             train=train_data(group_pairs_by_prompt(learnt), config),
             val=val_data(group_pairs_by_prompt(held_out["val"]), config),
@@ -172,8 +172,9 @@ def summarise(measured: dict[str, Any]) -> Metrics:
     return summary
 
 
-def _load(clip: str, config: TrainingConfig, wanted: RewardTraining) -> MultiHeadReward:
+def _load(clip: str, processor: Any, config: TrainingConfig, wanted: RewardTraining) -> MultiHeadReward:
     start = load_clip(clip, config)
+    require_size(processor.image_processor, start.config, clip)
     model = create_reward(start, wanted.hidden_size, config.seed)
     check_reward(model, start, clip)
     freeze(model, wanted.trainable)

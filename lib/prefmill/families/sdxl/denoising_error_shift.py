@@ -20,6 +20,7 @@ from prefmill.families.sdxl.encoding import ImageKeys, text_keys
 from prefmill.families.sdxl.family import PairReader, errors, predict
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.families.sdxl.loading import SdxlFolder, open_folder
+from prefmill.families.sdxl.noise import Schedule
 from prefmill.store.tensor_cache import TensorCache
 
 # Fixed, so that the drifts of two trainings come from the same draws and can be compared.
@@ -36,12 +37,14 @@ def denoising_drift(
     splits: Sequence[ImageSplit],
     num_draws: int,
     resolution: int | None,
+    guidance: float | None,
     cache: Path,
     resampling: Resampling,
 ) -> dict[str, Any] | None:
     """m(tuned) - m(base), m the mean squared error of the predicted noise, of `winner` and `loser`; over prompts.
 
-    Both models see the same timestep and noise, `num_draws` of them a pair. A winner's drift above 0 says that the
+    Both models see the same timestep and noise, `num_draws` of them a pair, and are told the `guidance` that pictures
+    are drawn with where they read one. A winner's drift above 0 says that the
     tuned model explains preferred images worse than before, whatever its margin says (Diffusion-DPO can lower both
     sides' likelihood). None where the splits hold no pairs.
     """
@@ -49,7 +52,8 @@ def denoising_drift(
     if not held_out:
         return None
     folder = open_folder(base.model, base.revision, base.variant)
-    reader = _encoded(base, folder, held_out, resolution, cache)
+    schedule = folder.schedule(guidance=guidance if folder.denoiser_settings.get("guidance_embeds") else None)
+    reader = _encoded(base, folder, schedule, held_out, resolution, cache)
     # A generator: one model is in memory at a time.
     before, after = (_errors(source, reader, held_out, num_draws) for source in (base, tuned))
     difference = after - before
@@ -67,13 +71,14 @@ _SIDES = ("winner", "loser")
 
 
 def _encoded(
-    base: GeneratorSource, folder: SdxlFolder, pairs: Sequence[PairImages], resolution: int | None, cache: Path
-) -> PairReader:
+    base: GeneratorSource, folder: SdxlFolder, schedule: Schedule, pairs: Sequence[PairImages], resolution: int | None,
+    cache: Path,
+) -> PairReader:  # fmt: skip
     """Latents and embeddings of the pairs, by the base's VAE in fp32 and its text encoders."""
     images = ImageKeys(folder.digest("vae"), resolution or folder.native_resolution, "fp32")
     texts = text_keys(folder, base.precision)
     # Without min-SNR, whatever training used: else two trainings would be measured by different errors.
-    reader = PairReader(TensorCache(cache), images, texts, folder.schedule(), _SEED)
+    reader = PairReader(TensorCache(cache), images, texts, schedule, _SEED)
     reader.encode(folder, [(pair, 0) for pair in pairs], _VAE_BATCH, torch.device(device_type()))
     return reader
 

@@ -251,6 +251,15 @@ def headless(folder: Path) -> None:
     CLIPVisionModelWithProjection(CLIPModel.from_pretrained(folder).config.vision_config).save_pretrained(folder)
 
 
+def legacy(folder: Path, **more: Any) -> None:
+    """The image processor's settings in the form of OpenAI's own folders."""
+    said = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    del said["image_processor_type"]
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**said, **old, **more}))
+    (folder / "processor_config.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -267,6 +276,9 @@ def headless(folder: Path) -> None:
         (lambda folder: rewritten(folder, lambda s: {k: v / 0 * 0 if "scale" in k else v for k, v in s.items()}),
          "a score that is no number"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot load the scorer"),
+        # Of a CLIP that sees 64 pixels, and one that lets pictures keep their shape: tracebacks at the first picture.
+        (lambda folder: legacy(folder, size=64, crop_size=64), r"another model[\s\S]*64 x 64[\s\S]*: 32 x 32"),
+        (lambda folder: legacy(folder, do_center_crop=False), r"another model[\s\S]*64 x 32[\s\S]*: 32 x 32"),
     ],
 )  # fmt: skip
 def test_a_scorer_that_is_not_whole_never_scores(
@@ -277,6 +289,15 @@ def test_a_scorer_that_is_not_whole_never_scores(
     change(folder)
     with pytest.raises(InputError, match=said):
         open_scorer(folder)(PROMPTS, images)
+
+
+def test_settings_of_older_transformers_are_read(clip: Path, images: list[Path], tmp_path: Path) -> None:
+    """Sizes as numbers, a class that is gone, a tokenizer that does not say its length."""
+    folder = Path(shutil.copytree(clip, tmp_path / "scorer"))
+    legacy(folder, image_processor_type="CLIPFeatureExtractor")
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "model_max_length": None}))
+    agrees(folder, images, torch.from_numpy(open_scorer(clip)(PROMPTS, images)[:, 0]))
 
 
 def test_a_reward_model_is_not_trained_with_a_tokenizer_that_knows_no_word(clip: Path, tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.statistics import Resampling
 from prefmill.demo.tiny_models import build
 from prefmill.families.sdxl.backbone import denoiser
+from prefmill.families.sdxl.denoising_error_shift import denoising_drift
 from prefmill.families.sdxl.encoding import encode_texts, text_keys
 from prefmill.families.sdxl.generator import GeneratorSource, open_pipeline
 from prefmill.families.sdxl.loading import open_folder
@@ -92,6 +95,28 @@ def test_t5_reads_as_many_tokens_as_the_model_was_made_with(
     assert seen == [tokens]
     rows: list[Any] = [{"prompt_id": str(length), "prompt": "a" * length} for length in (tokens - 3, tokens)]
     assert cut_prompts(model, rows) == [str(tokens)]
+
+
+def test_drift_is_measured_at_the_guidance_that_pictures_are_drawn_with(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUX.1-dev's; it was 3.5 whatever the key said. A model that reads none is told none."""
+    from image_pair_artifacts import make_pairs
+
+    told = list[Any]()
+    forward = FluxTransformer2DModel.forward
+
+    def seen(self: Any, *args: Any, **given: Any) -> Any:
+        told.append(None if given["guidance"] is None else given["guidance"].unique().tolist())
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", seen)
+    pairs, resampling = make_pairs(tmp_path / "pairs", train=1, val=1), Resampling(1000, 0, 0.95)
+    for name, asked, expected in (("flux_dev", 1.5, [1.5]), ("flux_dev", None, [3.5]), ("flux_schnell", 1.5, None)):
+        source = GeneratorSource(str(folders[name]), "m", "fp32")
+        denoising_drift(source, source, pairs, ["val"], 1, 32, asked, tmp_path, resampling)
+        assert told == [expected] * 2
+        told.clear()
 
 
 def test_embeddings_of_one_flux_are_not_the_others(folders: dict[str, Path]) -> None:
