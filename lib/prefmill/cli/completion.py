@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from prefmill.core.places import default_workspace
+from prefmill.core.places import default_workspace, expand_home
 
 KEYS = Path(__file__).parent / "keys.json"  # written by `python -m tests.docs.keys`: importing the stages takes seconds
 # COMP_WORDBREAKS: bash cuts words at `=` and `:`, and would complete the parts of `run=mine` and `dpo:clean` alone.
@@ -94,7 +94,7 @@ def options_of(parser: argparse.ArgumentParser) -> list[str]:
 def _workspace(before: Sequence[str]) -> Path:
     given = [item.removeprefix("workspace=") for item in before if item.startswith("workspace=")]
     given += [before[place + 1] for place, item in enumerate(before[:-1]) if item == "--workspace"]
-    return Path(given[-1]).expanduser() if given else default_workspace()
+    return expand_home(given[-1]) if given else default_workspace()
 
 
 def _runs(workspace: Path) -> list[str]:

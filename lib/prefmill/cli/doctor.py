@@ -16,6 +16,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from prefmill.core.places import expand_home
+
 Verdict = Literal["ok", "note", "fail"]
 _LOW_DISK_GB = 20
 
@@ -135,7 +137,7 @@ def check_disk(workspace: Path) -> Iterator[Diagnosis]:
 
 def check_hub() -> Iterator[Diagnosis]:
     """Whether a Hugging Face token is set; its value is never read."""
-    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = expand_home(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     has_token = bool(os.environ.get("HF_TOKEN")) or (cache / "token").is_file()
     what = f"Hugging Face token {'set' if has_token else 'not set'}; cache {cache}"
     yield Diagnosis.of(has_token, what, "for gated models: `hf auth login`, or set HF_TOKEN")

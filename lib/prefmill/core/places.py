@@ -7,6 +7,7 @@ Imports nothing heavy: shell completion and `prefmill status` ask here.
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 # Named by its place: a wheel may claim no such top-level name as `stages`, and a folder of that name may be anybody's.
@@ -33,6 +34,11 @@ WANTED_AGAIN = "wanted_again"  # there while finished output is to be made again
 def stages_folder() -> Path:
     """The folder of the package `stages`, in the checkout or where prefmill is installed."""
     return Path(importlib.import_module(STAGES).__path__[0])
+
+
+def expand_home(path: str | Path) -> Path:
+    """`path` with the home that `~` at its start names, or as it is where there is none: a file may be called `~a`."""
+    return Path(os.path.expanduser(path))  # Path's own raises RuntimeError
 
 
 def default_workspace() -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prefmill.core.places import expand_home
+
 # The keys that name what a revision is of; the second is set where the first names a file or folder.
 _OF = {
     "revision": ("model_name_or_path",),
@@ -22,6 +24,6 @@ def require_hub_names(config: object) -> None:
 
 def require_hub_name(key: str, named: str, value: str | Path | None) -> None:
     """Raise ValueError where `value`, of the key `named`, is none or lies here: its revision `key` had no effect."""
-    if value is None or Path(value).expanduser().exists():
+    if value is None or expand_home(value).exists():
         got = f"{named} is not given" if value is None else f"{value} is on this machine"
         raise ValueError(f"{key}: only what is on the hub has revisions, and {got}; leave {key} out")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from prefmill.core.config import ExternalPath, later
 from prefmill.core.errors import InputError, nearest
+from prefmill.core.places import expand_home
 from prefmill.pairs.formats import FORMS, detect, parse
 from prefmill.pairs.forms import Form, Preference, words
 from prefmill.pairs.mixture import MixedFile, mixed
@@ -72,7 +73,7 @@ class PairSource(RowPolicy):
     def _file_or_name(cls, values: Any) -> Any:
         """`dataset: x.jsonl` is a file, whose content counts, not its path."""
         named = str(values.get("dataset") or "") if isinstance(values, dict) else ""
-        path = Path(named).expanduser()
+        path = expand_home(named)
         if named.lower().endswith(SUFFIXES) or path.is_file() or is_saved_to_disk(path):
             if values.get("dataset_file") is not None:
                 raise ValueError("give dataset or dataset_file, not both")

@@ -10,7 +10,7 @@ from typing import Any
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
 from prefmill.core.files import write_atomic
-from prefmill.core.places import stages_folder
+from prefmill.core.places import expand_home, stages_folder
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.stage_entry import with_settings
 from prefmill.pipeline.state import CODE_VERSION, code_version
@@ -30,9 +30,9 @@ def freeze(pipeline: PipelineFile, plan: Plan, source: Path) -> dict[str, Any]:
         frozen = {} if settings else _written_out(tasks[0], entry["array"], source)
         inputs = {
             # A relative path or `~` means something else in another folder or to another user.
-            key: str(Path(given).expanduser().absolute())
+            key: str(expand_home(given).absolute())
             if isinstance(given, str)
-            else [str(Path(path).expanduser().absolute()) for path in given]
+            else [str(expand_home(path).absolute()) for path in given]
             for key, given in entry["inputs"].items()
         }
         entry.update(config=None, set=frozen, inputs=inputs)

@@ -25,7 +25,7 @@ from prefmill.core.config import (
     validate,
 )
 from prefmill.core.errors import ConfigError, PipelineError, nearest, select
-from prefmill.core.places import MANIFEST, NO_RUNS, STAGES, default_workspace
+from prefmill.core.places import MANIFEST, NO_RUNS, STAGES, default_workspace, expand_home
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
 from prefmill.pipeline.overrides import joined, names_stage_key, require_stages, with_stage_keys
 from prefmill.pipeline.stage_entry import (
@@ -245,7 +245,7 @@ class _Planner:
 
     def _config_path(self, stage: str, name: str) -> Path:
         if name.endswith((".yaml", ".yml")):
-            return Path(name).expanduser()
+            return expand_home(name)
         beside = self.source.resolve().parent.parent / stage / f"{name}.yaml"
         # A pipeline of one's own may lie anywhere, not only beside the folders of stages.
         here = Path("configs", stage, f"{name}.yaml").absolute()
@@ -280,7 +280,7 @@ class _Planner:
         given = self.pipeline.stages[name].inputs.get(key)
         if given is not None:
             paths = [given] if isinstance(given, str) else given
-            return tuple(Path(path).expanduser().absolute() for path in paths)
+            return tuple(expand_home(path).absolute() for path in paths)
         need = self._need(name, key, reads)
         producer = need.stages.get(str(values.get(need.by))) if need.by else need.stage
         if producer in self.stages:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prefmill.core.places import expand_home
+
 _CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # They cannot be merged, or not by their two files alone; PEFT reads every other key as it was trained.
 _ODD = (
@@ -41,7 +43,7 @@ def template_of(folder: Path) -> str | None:
 
 def adapter_at(name: str, revision: str | None = None) -> Path | None:
     """The folder of the adapter `name`, a path or a hub's name that is in the cache; None for anything else."""
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     # Out of the cache alone: a configuration is read where there is no network.
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.is_dir():
         from huggingface_hub import constants
@@ -64,7 +66,7 @@ def base_of(folder: Path) -> str:
     base = str(read_adapter(folder).get("base_model_name_or_path") or "")
     is_path = base.startswith((".", "/", "~"))
     # Our own adapters name a local base by the digest of its content, from which no path follows.
-    if not base or base.startswith("sha256:") or (is_path and not Path(base).expanduser().is_dir()):
+    if not base or base.startswith("sha256:") or (is_path and not expand_home(base).is_dir()):
         raise ValueError(
             f"the base of this adapter is not here: {base or 'not named'}; give it as model_name_or_path, and this "
             f"folder as lora.start"
@@ -75,7 +77,7 @@ def base_of(folder: Path) -> str:
 def base_revision(folder: Path) -> str | None:
     """The revision of its base on the hub that an adapter was trained on; None where it names none."""
     said = read_adapter(folder).get("revision")
-    return str(said) if said and not Path(base_of(folder)).expanduser().is_dir() else None
+    return str(said) if said and not expand_home(base_of(folder)).is_dir() else None
 
 
 def lora_of(folder: Path) -> dict[str, Any]:

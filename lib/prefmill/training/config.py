@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, PipelineError
+from prefmill.core.places import expand_home
 from prefmill.core.precision import Precision, Quantization
 from prefmill.core.revisions import require_hub_name
 from prefmill.core.stage import Task
@@ -39,7 +39,7 @@ class LoraConfig(StrictConfig):
     def _as_it_began(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("start") is None:
             return values
-        start = adapter_at(str(values["start"])) or Path(str(values["start"])).expanduser()
+        start = adapter_at(str(values["start"])) or expand_home(str(values["start"]))
         found = lora_of(start)
         # Before defaults are filled in, so only what the user wrote can disagree with the adapter.
         other = [key for key, value in found.items() if values.get(key, value) != value]
@@ -152,7 +152,7 @@ class TrainingConfig(StrictConfig):
     @field_validator("deepspeed", mode="before")
     @classmethod
     def _shipped_with_the_repository(cls, given: Any) -> Any:
-        if not isinstance(given, str) or Path(given).expanduser().exists():
+        if not isinstance(given, str) or expand_home(given).exists():
             return given
         from prefmill.core.places import stages_folder
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
 from prefmill.core.config import ExternalPath, StrictConfig, flatten, identity, load, read_yaml, runtime
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.core.stage import load_stage, stage_names
+from tests.conftest import REPOSITORY
 
 
 class Source(StrictConfig):
@@ -50,6 +53,14 @@ def test_a_bad_override_names_key_value_and_fix(override: str, expected: list[st
         load(Example, {}, [override])
     for part in expected:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", stage_names())
+def test_a_home_that_nobody_has_is_no_traceback(name: str) -> None:
+    config, file = load_stage(name).config, REPOSITORY / "configs" / name / "demo.yaml"
+    for key in config.model_fields:
+        with contextlib.suppress(ConfigError):
+            load(config, file if file.is_file() else {}, [f"{key}=~nobody.here/a"])
 
 
 @pytest.mark.parametrize("text", ["a: [1\n", "- 1\n", "a: 1\na: 2\n", "\xff"])

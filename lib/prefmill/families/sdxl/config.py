@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, later, renamed, runtime
+from prefmill.core.places import expand_home
 from prefmill.families.sdxl.folders import is_pipeline_adapter, merged_once
 from prefmill.training.config import OF_TEXT_MODELS, LoraConfig, TrainingConfig
 from prefmill.training.objective_names import ObjectiveName
@@ -110,7 +111,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     def _adapter_is_continued(cls, values: Any) -> Any:
         """In place of what language models do: a UNet's adapter is merged first."""
         named = values.get("model_name_or_path") if isinstance(values, dict) else None
-        folder = Path(str(named)).expanduser()
+        folder = expand_home(str(named))
         if named is not None and is_pipeline_adapter(folder):
             raise ValueError(f"model_name_or_path: {named} is an adapter, not a pipeline: {merged_once(folder)}")
         return values

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import InputError
+from prefmill.core.places import expand_home
 from prefmill.training.adapter_folder import is_adapter
 
 PIPELINE_FILE = "model_index.json"
@@ -32,7 +33,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 def local_folder(name: str) -> Path | None:
     """The pipeline's folder on this machine; None for a hub name. Raises InputError for a path without a pipeline."""
-    path = Path(name).expanduser()
+    path = expand_home(name)
     # A hub name has one slash: more is a path, and the hub would answer with an error about its name.
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if (path / PIPELINE_FILE).is_file():
