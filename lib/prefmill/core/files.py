@@ -99,7 +99,8 @@ def sync_folder(folder: Path) -> None:
     """Have the names in `folder` on disk."""
     directory = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        with _naming(folder):
+            os.fsync(directory)
     finally:
         os.close(directory)
 

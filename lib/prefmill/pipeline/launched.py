@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,6 +34,8 @@ from prefmill.pipeline.worker import execute, import_and_run
 
 _WORD, _PATIENCE = "prefmill/task", timedelta(hours=1)  # rank 0 may have large inputs to check
 _ENDING_SECONDS = 2.0
+# What gloo and NCCL say of a peer that is gone.
+_BROKEN, _NAMED = re.compile(r"by peer|ncclRemoteError|remote process exited|[Tt]imed out waiting"), 8
 _ARRIVAL_MINUTES, _POLL_SECONDS = 10.0, 0.2  # until all ranks have come: containers may start one by one
 
 
@@ -62,7 +65,7 @@ def run_launched(plan: Plan, only: str | None = None, force: bool = False) -> No
                 store.wait([_key("heard", number) for number in range(1, world_size())], timedelta(seconds=10))
 
 
-def _lead(task: PlannedTask, say: Callable[[str], None], ended: Callable[[], str], context: Task) -> Metrics:
+def _lead(task: PlannedTask, say: Callable[[str], None], ended: Callable[[Exception], str], context: Task) -> Metrics:
     folder = context.work / "attempt"
     # What a rank of an earlier attempt failed of would be taken for this one's.
     shutil.rmtree(folder, ignore_errors=True)
@@ -74,7 +77,7 @@ def _lead(task: PlannedTask, say: Callable[[str], None], ended: Callable[[], str
         # Of a rank that is lost the others fail, or the launcher ends them.
         if failure := read_record(folder / FAILURE):
             raise AttemptError(failure.pop("error"), record=failure) from None
-        if isinstance(error, Exception) and (lost := ended()):
+        if isinstance(error, Exception) and (lost := ended(error)):
             raise AttemptError(
                 f"the process of rank {lost} ended before it could say why", record={"kind": "ProcessEnded"},
                 got=f"{type(error).__name__} of rank 0: {error}".splitlines()[0],
@@ -83,15 +86,22 @@ def _lead(task: PlannedTask, say: Callable[[str], None], ended: Callable[[], str
         raise
 
 
-def _ended(store: Any) -> str:
-    """The other ranks of this node whose processes have ended, such as `1, 3`; for the end of this one."""
+def _ended(store: Any, error: Exception) -> str:
+    """The other ranks of this node whose processes have ended, such as `1, 3`; for the end of this one.
+
+    Where none has and a connection broke, those of other nodes that have not said of what they fail.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it when it has seen what is to be told here
     places = [store.get(_key("here", number)).decode().split() for number in range(1, world_size())]
     here = [(number, pid) for number, (host, pid) in enumerate(places, 1) if host == socket.gethostname()]
     deadline = time.monotonic() + _ENDING_SECONDS  # its connections are closed before it is gone
     while not (found := [str(number) for number, pid in here if _has_ended(pid)]) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-    return ", ".join(found)
+    if found or not _BROKEN.search(str(error)):
+        return ", ".join(found)
+    others = [f"{number} on {host}" for number, (host, _) in enumerate(places, 1) if host != socket.gethostname()]
+    silent = [name for name in others if not store.check([_key("failed", int(name.split()[0]))])]
+    return " or ".join(silent[:_NAMED]) + f" or {len(silent) - _NAMED} more" * (len(silent) > _NAMED)
 
 
 def _has_ended(pid: str) -> bool:
@@ -110,6 +120,8 @@ def _join(store: Any) -> None:
             "rank 0 has ended before the work began", got=str(error).splitlines()[0], fix="see what rank 0 printed"
         ) from None
     if spec and (code := run_rank(Path(spec))):
+        with contextlib.suppress(RuntimeError):  # rank 0's node may be gone with the store
+            store.set(_key("failed", rank()), "")
         sys.exit(code)
 
 

@@ -171,7 +171,7 @@ def test_under_torchrun_by_hand_the_status_tells_why_another_rank_failed(tmp_pat
     context = Task("r", "make", "all", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
     specs: list[str] = []
     with pytest.raises(AttemptError, match="a bug") as caught:
-        launched._lead(task, specs.append, str, context)
+        launched._lead(task, specs.append, lambda _: "", context)
     assert caught.value.record == {"kind": "ValueError", "failed_on": "n2"}
     assert len(specs) == 1
 
@@ -186,9 +186,9 @@ def test_under_torchrun_by_hand_the_status_names_the_rank_that_was_killed(tmp_pa
     task = replace(task, stage=replace(task.stage, run=run))
     context = Task("r", "make", "all", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
     with pytest.raises(AttemptError, match=r"rank 1 ended before it could say why\n.*Connection closed by peer"):
-        launched._lead(task, str, lambda: "1", context)
+        launched._lead(task, str, lambda _: "1", context)
     with pytest.raises(RuntimeError, match="closed by peer"):
-        launched._lead(task, str, str, context)
+        launched._lead(task, str, lambda _: "", context)
 
 
 @pytest.mark.timing
@@ -201,10 +201,16 @@ def test_a_rank_that_was_killed_is_known_by_its_process(monkeypatch: pytest.Monk
         while not launched._has_ended(str(killed.pid)):  # a zombie, for which nobody has waited
             time.sleep(0.01)
         at = {"1": f"{here} {alive.pid}", "2": f"{here} {killed.pid}", "3": "elsewhere 1"}
-        store = SimpleNamespace(get=lambda key: at[key.rpartition("/")[2]].encode())
+        store = SimpleNamespace(get=lambda key: at[key.rpartition("/")[2]].encode(), check=lambda _: False)
+        closed = RuntimeError("Connection closed by peer [10.0.0.2]:2945")
         before = signal.getsignal(signal.SIGTERM)
         try:
-            assert launched._ended(store) == "2"
+            assert launched._ended(store, closed) == "2"
+            at["2"] = f"{here} {alive.pid}"
+            assert launched._ended(store, closed) == "3 on elsewhere"
+            assert launched._ended(store, ValueError("of rank 0's own")) == ""
+            store.check = lambda keys: keys == ["prefmill/failed/3"]  # it says itself of what it failed
+            assert launched._ended(store, closed) == ""
         finally:
             signal.signal(signal.SIGTERM, before)
             alive.kill()
