@@ -228,8 +228,15 @@ def test_one_movement_of_a_hand_is_one_answer_on_any_keyboard(
         page.read("for (const at of [0, 1]) setTimeout(() => document.dispatchEvent(new KeyboardEvent('keydown', "
                   "{key: 'a', code: 'KeyA'})), at * 40); 0")  # fmt: skip
         shows(page, "ann", 4)
+        # Of a key held on a button the browser makes a click at each repeat.
+        page.read("document.getElementById('right').focus()")
+        enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+        for is_repeat in (False, True, True, True):
+            page.call("Input.dispatchKeyEvent", type="keyDown", autoRepeat=is_repeat, **enter)
+            time.sleep(0.15)
+        shows(page, "ann", 5)
         time.sleep(0.3)
-        assert [row["choice"] for row in answers(people.task)] == ["right", "tie", "skip", "left"]
+        assert [row["choice"] for row in answers(people.task)] == ["right", "tie", "skip", "left", "right"]
 
 
 @pytest.mark.slow
