@@ -24,8 +24,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and t
 _CONTROL_TO_ZERO = bytes(0 if _CONTROL.match(chr(code)) else code for code in range(256))
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # nearly every id, known to be fit at once
 _NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-# "6: marginally above the acceptance threshold", "3 good", "7/10", but not "6th", "4.5.1" or "6,5"
-_LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?![\w.]|,\d)")
+# "6: marginally above the acceptance threshold", "3 good", "3. Good", "7/10", but not "6th", "4.5.1" or "6,5"
+_LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?!\w|\.\S|,\d)")
 # "6-7", "5 -> 6", "5 (raised to 6)", "7 1/2", "6%", "6-Jul" (a sheet's 6-7), and "4/5", where the 5 must end the scale
 _SECOND_NUMBER = re.compile(
     r"\s*(?:(?P<of>[/\u2044\u2215]|[(\[]?(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b"

@@ -32,6 +32,7 @@ from prefmill.reviews.rows import (
         (" 10 ", 10.0),
         ("7/10", 7.0),
         ("4.5 = between", 4.5),
+        ("3. Weak accept", 3.0),  # HotCRP's choices
         ("-1", -1.0),
     ],
 )
@@ -48,6 +49,7 @@ def test_scores_as_venues_write_them(value: Any, score: float) -> None:
         "accept",
         "6th",
         "1.2.3",
+        "3.Weak",
         True,
         float("nan"),
         float("inf"),
@@ -75,6 +77,7 @@ def test_confidence_may_be_missing_but_not_wrong() -> None:
     assert parse_confidence("") is None
     assert parse_confidence("4: confident") == 4.0
     assert parse_confidence("4/5") == 4.0
+    assert parse_confidence("4. Expert") == 4.0
     for value in (80, "4/10", "3-4", "4 (out of 7)"):
         assert parse_confidence(value) == Unknown("confidence", str(value))
     with pytest.raises(RowError, match="not a number"):
