@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from filelock import FileLock
 DEMO = "prefmill run configs/pipelines/demo.yaml"
 MDLM = "prefmill run configs/pipelines/mdlm.yaml"
 REPOSITORY = Path(__file__).resolve().parents[1]
+_OUTPUTS = ("data", "checkpoints", "logs")
+_MADE = re.compile(r"\.venv|\..*_cache|\.hypothesis|__pycache__|build|site|.*\.egg-info")
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,26 @@ def _run_once(tmp_path_factory: pytest.TempPathFactory, command: str) -> Documen
     return DocumentedRun(checkout, *json.loads(told.read_text()))
 
 
+def repository_files() -> Iterator[str]:
+    """The names of the files that git holds; of a copy without git those that running it did not make."""
+    # Anybody's checkout: in a container it often belongs to another user.
+    listed = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    done = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        yield from (name for name in done.stdout.split("\0") if name and (REPOSITORY / name).is_file())
+        return
+    for folder, inside, files in os.walk(REPOSITORY):
+        place = Path(folder).relative_to(REPOSITORY)
+        # Pruned here, as an environment has a hundred thousand files.
+        inside[:] = [] if str(place) in _OUTPUTS else [name for name in inside if not _MADE.fullmatch(name)]
+        yield from (str(place / name) for name in files)
+
+
 def clean_copy(folder: Path) -> None:
-    """Write there what git holds."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    for name in filter(None, listed.stdout.split("\0")):
-        if (REPOSITORY / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((REPOSITORY / name).read_bytes())
+    """Write there what `repository_files` names."""
+    for name in repository_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((REPOSITORY / name).read_bytes())
 
 
 def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,8 @@ import pytest
 from prefmill.core.config import load, read_yaml
 from prefmill.core.stage import describe_stages, load_stage, stage_names
 from prefmill.pipeline.plan import make_plan, read_pipeline
+from tests.documented_runs import REPOSITORY, repository_files
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "trl", "datasets", "diffusers", "peft", "deepspeed", "vllm", "numpy")
 STAGES = stage_names()
 
@@ -81,13 +81,11 @@ def test_help_and_status_answer_at_once(command: list[str], tmp_path: Path) -> N
 
 
 def test_nothing_names_a_machine_or_a_package_host() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     # A path that starts there, not one that has such a folder inside.
     banned = re.compile(r"(?<![\w}*.])/(wo[r]k|opt)/|pypi[.]org|pythonhosted[.]org")
-    for name in listed.splitlines():
-        path = REPOSITORY / name
-        if path.is_file() and path.suffix not in {".png", ".jpg"}:
-            text = path.read_text(encoding="utf-8", errors="replace")
+    for name in repository_files():
+        if not name.endswith((".png", ".jpg")):
+            text = (REPOSITORY / name).read_text(encoding="utf-8", errors="replace")
             assert banned.search(text) is None, name
 
 
