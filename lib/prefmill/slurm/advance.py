@@ -18,6 +18,7 @@ from prefmill.core.terminal import Say
 from prefmill.pipeline.decisions import AGAIN, CANCEL, RETRY, STOP, alone, show
 from prefmill.pipeline.oom_backoff import read_smaller, write_smaller
 from prefmill.pipeline.plan import PlannedTask
+from prefmill.pipeline.task_status import is_running
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources
 from prefmill.slurm.elements import Tried, collect_evidence, has_room
@@ -76,6 +77,8 @@ def _judge(view: View, again: Collection[str], say: Say) -> Iterable[Retry]:
         task
         for key, task in view.open.items()
         if key in view.tried and key not in view.live and not view.undecided(key)
+        # By a `prefmill run`, say: a job would find it taken.
+        if key in again or not is_running(task.logs)
     ]
     ids = sorted({view.tried[task.key].job.job_id for task in ended if view.tried[task.key].sent})
     accounts = slurm.accounting(ids) if ids else {}

@@ -87,7 +87,7 @@ POLICIES: Mapping[Kind, Policy] = {
         None, "lower per_device_train_batch_size or max_length, set activation_checkpointing or a higher ZeRO stage "
         "(`prefmill estimate` says what fits), then submit again",
     ),
-    "disk": Policy(3, f"free space or raise the quota, {AGAIN}"),
+    "disk": Policy(3, f"free space, raise the quota or see why the disk fails, {AGAIN}"),
     "killed": Policy(3, f"find out who kills it: its log and the node's, {AGAIN}"),
     "refused": Policy(0, "correct what the error names, then submit again"),
     "bug": Policy(2, "fix what the traceback shows, then submit again: queued jobs run the code as it was"),
@@ -216,7 +216,7 @@ _REFUSALS = {"ConfigError", "InputError", "ArtifactError", "PipelineError", "Div
 _SIGNATURES: Sequence[tuple[Kind, re.Pattern[str]]] = [
     ("gpu", re.compile(r"NVRM: Xid|\bXid \(|uncorrectable (NVLink |ECC )?error|fallen off the bus|ECC error", re.I)),
     ("gpu_memory", re.compile(r"CUDA out of memory|torch\.(cuda\.)?OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")),
-    ("disk", re.compile(r"No space left on device|Disk quota exceeded")),
+    ("disk", re.compile(r"No space left on device|Disk quota exceeded|Stale file handle")),
     ("host_memory", re.compile(
         r"oom[-_ ]kill|exceeded (job |step )?memory limit|OUT_OF_MEMORY|Out Of Memory|^MemoryError|"
         r"Cannot allocate memory|can't allocate memory", re.M | re.I)),

@@ -13,6 +13,7 @@ from prefmill.core.terminal import Say
 from prefmill.pipeline.decisions import CANCEL, WAIT, Decisions
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 from prefmill.pipeline.state import inspect
+from prefmill.pipeline.task_status import is_running
 from prefmill.slurm.elements import Tried, newest, unsent
 from prefmill.slurm.follow_up import LOOK_MINUTES, Wait
 from prefmill.slurm.intents import settle
@@ -85,6 +86,8 @@ def _sight_after(seconds: float, wanted: Sequence[Tried], others: Sequence[str])
 def next_look(view: View) -> Wait | None:
     """When to look again: when a job has ended, in some minutes where nothing tells of a change, None for never."""
     waiting = any(view.decisions.last(key).get("action") == WAIT for key in view.open)
+    # No job's end tells of a task that a `prefmill run` is at.
+    waiting |= any(is_running(task.logs) for key, task in view.open.items() if key not in view.live)
     live = tuple(dict.fromkeys(view.live[key][0] for key in view.open if key in view.live))  # upstream first
     if waiting or (view.postponed and not live):
         return Wait(minutes=LOOK_MINUTES)

@@ -19,9 +19,11 @@ from prefmill.core.errors import PipelineError
 from prefmill.pipeline.local import write_plan
 from prefmill.pipeline.plan import PipelineFile, Plan
 from prefmill.pipeline.task_status import at_work
+from prefmill.pipeline.worker import locked
 from prefmill.slurm import status
 from prefmill.slurm import view as views
 from prefmill.slurm.advance import advance
+from prefmill.slurm.follow_up import LOOK_MINUTES, Wait
 from prefmill.slurm.rerun import cancel, rerun
 from prefmill.slurm.sightings import queued_tasks
 from prefmill.slurm.submission import (
@@ -33,6 +35,7 @@ from prefmill.slurm.submission import (
     write_array,
     write_submission,
 )
+from prefmill.slurm.view import next_look
 from prefmill.store.artifacts import remaking
 
 ME = user_name()
@@ -259,6 +262,15 @@ def test_a_run_with_jobs_is_not_deleted_and_gc_leaves_what_they_go_on_from(run: 
     assert not begun.is_dir()
     assert main(["rm", *words]) == 0
     assert not (run.workspace / "logs" / "toy").exists()
+
+
+def test_what_a_local_run_is_at_is_looked_at_again_later(run: Run) -> None:
+    """Its job found it taken: submitted again it would hold its GPUs, fail once more, and be given up."""
+    run.slurm(squeue=WAITS, sacct="41_0|FAILED|2:0|n1|1700000000||")
+    with locked(run.plan.tasks[0]):
+        assert "0 resubmitted" in run.advance()
+        assert next_look(views.look(run.workspace, "toy")) == Wait(minutes=LOOK_MINUTES)
+    assert "1 resubmitted" in run.advance()
 
 
 def test_a_task_is_not_submitted_again_beside_a_local_run(run: Run) -> None:
