@@ -198,6 +198,17 @@ def test_permuted_targets_stay_together_in_papers_of_their_size() -> None:
         assert blocks == before
 
 
+def test_papers_that_are_alone_with_their_size_exchange_whole_targets() -> None:
+    """Where each had another number of reviews, nothing moved: p was 1 however strong the signal."""
+    papers = np.repeat(np.arange(11), [1, 2, 4, 7, 9, 12, *[3] * 5])
+    versions = permuted(papers.astype(float), papers, 20, 0)
+    for version in versions:
+        blocks = [set(version[papers == paper].tolist()) for paper in range(11)]
+        assert [len(block) for block in blocks] == [1] * 11
+        assert (set.union(*blocks[:6]), set.union(*blocks[6:])) == ({*range(6)}, {*range(6, 11)})
+    assert len(np.unique(versions[:, papers < 6], axis=0)) > 15
+
+
 def sorted_blocks(values: Array, papers: Array) -> list[tuple[float, ...]]:
     return sorted(tuple(values[papers == paper]) for paper in np.unique(papers))
 

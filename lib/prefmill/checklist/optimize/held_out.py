@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.lasso import Array, variance, weighted_moments
@@ -23,6 +24,7 @@ from prefmill.core.statistics import (
 Progress = Callable[[int, int], None]
 _PERMUTED_AT_ONCE = 50  # permuted targets solved together: tens of megabytes
 _MOMENTS_OF_A_SCORE = 6
+_MIN_OF_A_SIZE = 5  # papers, to be exchanged among themselves
 
 
 def outer_training(papers: Papers, num_folds: int, seed: int) -> Array:
@@ -89,7 +91,7 @@ def permutation_test(
 ) -> tuple[float, float]:
     """The held-out correlation, and the p-value of one as large or larger when targets say nothing of the answers.
 
-    Targets move between papers with as many reviews, a paper's together: what the reviews of one paper have in
+    Targets move between papers, mostly with as many reviews, a paper's together: what the reviews of one paper have in
     common stays (block permutation, Good 2005, section 9). The whole choice is repeated for each permutation.
     """
     shuffled = permuted(design.target, design.papers, num_permutations, seed + 3)
@@ -104,16 +106,27 @@ def permutation_test(
 
 
 def permuted(target: Array, papers: Papers, count: int, seed: int) -> Array:
-    """`count` versions [count, N] of `target` with the papers' blocks exchanged among papers of the same size."""
+    """`count` versions [count, N] of `target` with the papers' blocks exchanged among papers of the same size.
+
+    Papers of rare sizes exchange theirs among each other, repeated or cut to the other's size (decision 0194).
+    """
     generator = np.random.default_rng(seed)
     rows = [np.flatnonzero(papers == paper) for paper in np.unique(papers)]
-    sizes = sorted({len(row) for row in rows})
-    blocks = [np.stack([row for row in rows if len(row) == size]) for size in sizes]
+    blocks, rare = _exchangeable(rows)
     result = np.repeat(target[None], count, axis=0)
     for version in result:
         for block in blocks:
             version[block] = target[block[generator.permutation(len(block))]]
+        for own, other in enumerate(generator.permutation(len(rare))):
+            version[rare[own]] = np.resize(target[rare[other]], len(rare[own]))
     return result
+
+
+def _exchangeable(rows: list[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """The rows of papers by size, a block [papers, size] for each size that is not rare, and those of the others."""
+    by_size = [[row for row in rows if len(row) == size] for size in sorted({len(row) for row in rows})]
+    blocks = [np.stack(group) for group in by_size if len(group) >= _MIN_OF_A_SIZE]
+    return blocks, [row for group in by_size if len(group) < _MIN_OF_A_SIZE for row in group]
 
 
 def rounded(estimate: Estimate) -> dict[str, float]:
