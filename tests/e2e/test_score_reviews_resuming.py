@@ -163,8 +163,10 @@ def test_failures_stop_the_stage_unless_allowed(
     with pytest.raises(InputError, match=f"3 failed, the latest {ids[6]}"):
         score(task, max_failed_share=2.5 / len(ids))
     assert counting.asked[5:] == ids[4:7]  # what was scored is kept, what failed is asked again
+    counting.name = "lexical (fallback)"  # as of a server that fell back between two attempts
     metrics = score(task, max_failed_share=4 / len(ids))
     assert (metrics["num_failed"], metrics["num_scored"]) == (4, len(ids) - 4)
+    assert metrics["warnings"][-1].startswith("more than one model has answered: lexical and lexical (fallback);")
     failures = list(read_jsonl(task.output / "failures.jsonl"))
     assert [(row["review_id"], row["reason"]) for row in failures] == [(name, "no answer") for name in ids[4:8]]
     assert [row["review_id"] for row in evaluations(task)] == ids[:4] + ids[8:]

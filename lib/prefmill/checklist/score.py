@@ -79,7 +79,7 @@ class Tally(Counts):
     p_yes_sum: float = 0.0
     num_with_evidence: int = 0
     answers: AnswerCounts = field(default_factory=AnswerCounts)
-    engine: str | None = None
+    engines: set[str] = field(default_factory=set)
 
     def add(self, row: Any, num_cut_tokens: int, failed: bool) -> None:
         """Take in one outcome, given as its journal row."""
@@ -89,7 +89,7 @@ class Tally(Counts):
         self.num_truncated += num_cut_tokens > 0
         self.checkmark_sum += row["checkmark_score"]
         self.p_yes_sum += row["mean_p_yes"]
-        self.engine = row["engine"]
+        self.engines.add(row["engine"])
         self.answers.add(row["answers"])
         self.num_with_evidence += sum("evidence" in answer for answer in row["answers"].values())
 
@@ -135,6 +135,8 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
     write_atomic(task.output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     metrics = {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
     found = warnings(summary["judge"], len(scoring.checklist.ids)) if scoring.gate is not None else []
+    if len(tally.engines) > 1:
+        found.append(f"more than one model has answered: {summary['engine']}; score again with --force, by one of them")
     # The pace is no part of the payload: the same scores make the same files, however fast.
     return {**metrics, **pace.figures(), "warnings": found}
 
@@ -266,7 +268,7 @@ def _write_rows(journal: Journal, output: Path) -> Tally:
 def _summary(tally: Tally, scoring: Scoring, shard: Shard) -> dict[str, Any]:
     count, num_yes = max(1, tally.num_scored), {name: item.yes for name, item in tally.answers.items.items()}
     return {
-        "engine": tally.engine,
+        "engine": " and ".join(sorted(tally.engines)) or None,
         "checklist": scoring.checklist.name,
         "shard": {"index": shard.index, "count": shard.count},
         **({} if scoring.temperature is None else {"temperature": scoring.temperature}),

@@ -14,7 +14,7 @@ from prefmill.checklist.engine import Outcome, ServerConfig
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import ConcurrentEngine, ReviewRequest
 from prefmill.core.errors import ConfigError, InputError, PrefmillError
-from prefmill.core.records import Paper, Review
+from prefmill.core.records import Paper, Review, ReviewEvaluation
 
 if TYPE_CHECKING:
     import httpx
@@ -68,6 +68,12 @@ class ServerEngine(ConcurrentEngine):
         self._answers_as = name
         if name != self._model:
             _log.warning("the server answers as %s, where %s was asked for", name, self._model)
+
+    def evaluation(self, outcome: Outcome) -> ReviewEvaluation:
+        """As of other engines, with the model that answers where it has another name: a later attempt may meet one."""
+        row = super().evaluation(outcome)
+        asked = self._answers_as in (None, self._model)
+        return row if asked else {**row, "engine": f"{self.name} ({self._answers_as})"}
 
     def numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Generator[tuple[int, Outcome], None, None]:
         """Outcomes as the server answers. What it still answers comes before the PrefmillError of its trouble."""

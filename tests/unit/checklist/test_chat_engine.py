@@ -248,7 +248,9 @@ def test_what_a_server_counts_is_its_own_business(judge: Judge, usage: Any) -> N
 
 def test_another_model_is_told_and_a_change_is_refused(judge: Judge, caplog: pytest.LogCaptureFixture) -> None:
     judge.answer = lambda _: {**likeliest(TOKENS), "model": "judge-2024-08"}
-    assert outcome().answers
+    engine = open_engine(ChatConfig(model_name_or_path="judge"), CHECKLIST)
+    (row,) = engine.evaluate([(PAPER, [REVIEW])])
+    assert row["engine"] == "chat (judge-2024-08)"
     assert caplog.text.count("answers as judge-2024-08, where judge was asked for") == 1
     judge.answer = lambda _: {**likeliest(TOKENS), "model": "judge" if len(judge.bodies) % 24 < 5 else "fallback"}
     with pytest.raises(InputError, match=r"another model answers than before[\s\S]*fallback[\s\S]*judge"):
