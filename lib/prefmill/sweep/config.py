@@ -73,6 +73,9 @@ class StudyConfig(StrictConfig):
                 raise ValueError(
                     f"{name}: losses of different beta or learning rate cannot be compared; use a held-out F1"
                 )
+        reads = {"median": ("startup_trials", "prune_by"), "hyperband": ("prune_by",), "none": ()}[self.pruner]
+        if unread := [key for key in self.changed("startup_trials", "prune_by") if key not in reads]:
+            raise ValueError(f"{', '.join(unread)}: no effect with pruner: {self.pruner}, leave it out")
         # One beat that is late on a slow disk must not cost a living worker its trial.
         if self.stale_seconds < 2 * self.heartbeat_seconds:
             raise ValueError("stale_seconds must be at least 2 x heartbeat_seconds")

@@ -76,7 +76,8 @@ def test_the_trials_that_optuna_would_end_are_ended(
     name: str, pruner: Callable[[], optuna.pruners.BasePruner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     came = use(monkeypatch, looks=(1, 2, 3, 4))
-    told = go(tmp_path, n_trials=len(CURVES), pruner=name, prune_by="eval_f1", startup_trials=3)
+    more: dict[str, Any] = {"startup_trials": 3} if name == "median" else {}
+    told = go(tmp_path, n_trials=len(CURVES), pruner=name, prune_by="eval_f1", **more)
     rows = list(read_jsonl(next(tmp_path.rglob(TRIALS))))
     states = [row["state"] for row in rows]
     assert states == by_optuna(pruner())
@@ -128,3 +129,9 @@ def test_nothing_to_prune_by_is_told(tmp_path: Path) -> None:
     with curve.open("a") as stream:
         stream.write('{"step": 4, "eval')
     assert evaluations(curve, "eval_f1") == [0.5]  # the next one is being written
+
+
+@pytest.mark.parametrize(("pruner", "named"), [("none", "startup_trials, prune_by"), ("hyperband", "startup_trials")])
+def test_a_key_that_the_pruner_does_not_read_is_refused(tmp_path: Path, pruner: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"{named}: no effect with pruner: {pruner}"):
+        go(tmp_path, pruner=pruner, prune_by="eval_f1", startup_trials=3)
