@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -33,6 +34,12 @@ class LoraConfig(StrictConfig):
     )
     # `later`: no part of the identity at its default, or trainings from before this key would be stale.
     start: ExternalPath | None = later(None)
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _word_is_a_name(cls, given: Any) -> Any:
+        # PEFT reads a text as a regular expression of whole paths, which no layer has that a word names.
+        return [given] if isinstance(given, str) and re.fullmatch(r"[\w.]+", given) else given
 
     @model_validator(mode="before")
     @classmethod

@@ -287,6 +287,11 @@ def test_alpha_is_four_times_the_rank_and_targets_are_checked(sdxl: SdxlFolder) 
         32.0,
         3.0,
     ]
+    # A word is a name; PEFT takes a text for a regular expression of whole paths.
+    texts = ("to_q", "to_out.0", "all-linear", ".*attn2[.]to_q")
+    assert [validate(AdapterConfig, {"target_modules": text}).target_modules for text in texts] == [
+        ["to_q"], ["to_out.0"], *texts[2:],
+    ]  # fmt: skip
     for targets, got in (
         (["to_nothing"], "not found in the base model"),
         (["to_q", "to_nothing"], "no layer called to_nothing"),  # trained to_q alone
