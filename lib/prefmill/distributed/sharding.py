@@ -5,6 +5,7 @@ Finished weights are gathered; how a model comes to its ranks is in `scoring`.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ class Sharded(Protocol):
     def precision(self) -> Precision: ...
 
 
+_log = logging.getLogger(__name__)
 ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
 _PATCHED = "_prefmill_fsdp_on_cpu"
 
@@ -70,6 +72,8 @@ def sharding_arguments(config: Sharded) -> dict[str, Any]:
     if uses_fsdp(config):
         allow_fsdp_on_cpu()
         return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    if config.fsdp:
+        _log.warning("fsdp: no effect, one process has nobody to share with")
     if config.deepspeed is None:
         return {}
     settings = following(deepspeed_settings(config.deepspeed))

@@ -26,7 +26,7 @@ from prefmill.pairs.pictures import image_path, write_by_rename
 from prefmill.pairs.remarks import Remarks, listed, repeats_prompt
 from prefmill.pairs.turns import BadRowError, Turn, as_answer
 from prefmill.store.jsonl import to_json
-from prefmill.store.row_files import SUFFIXES, SourceRow, file_rows, hub_rows, is_saved_to_disk
+from prefmill.store.row_files import SUFFIXES, TABLES, SourceRow, file_rows, hub_rows, is_saved_to_disk
 from prefmill.training.bad_rows import BadRows, RowPolicy
 
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
@@ -110,6 +110,9 @@ class PairSource(RowPolicy):
             for key, at_default in (("split", self.split == "train"), ("dataset_revision", not self.dataset_revision)):
                 if not at_default:
                     raise ValueError(f"{key} is of a hub dataset, a file has none; leave it out, or give another file")
+        is_text = self.mixture or (self.dataset_file and self.dataset_file.suffix.lower() not in TABLES)
+        if self.changed("encoding") and not is_text:
+            raise ValueError("encoding is of text files, leave it out")
         unknown = sorted(set(self.tags) - set(TAGS))
         if unknown:
             raise ValueError(f"unknown tags {', '.join(unknown)}; tags are {', '.join(TAGS)}")

@@ -34,6 +34,7 @@ OF_A_FILE = {"name": "b", "kind": "exact_match", "file": __file__, "subset": "ma
         ("mdlm_sft", {"variance_tolerance": 0.5}, "variance_tolerance is of mdlm_dpo"),
         ("dpo", {"max_rows": 9, "tags": {"role": "r"}}, "max_rows, tags: of `dataset`, which is not given"),
         ("sft", {"val_fraction": 0.1}, "val_fraction: of `dataset`, which is not given"),
+        ("dpo", {"dataset": "x.parquet", "encoding": "latin-1"}, "encoding is of text files"),
         ("mdlm_evaluate", {"benchmarks": [OF_A_FILE]}, "subset, split: of a dataset on the hub"),
     ],
 )
@@ -67,7 +68,8 @@ def test_keys_that_the_model_or_its_rows_do_not_read_are_told(
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(2))
     keys = {"dataset": str(tmp_path / "pairs.jsonl"), "model_name_or_path": str(tiny_qwen2), "precision": "fp32",
             "per_device_train_batch_size": 4, "effective_batch_size": 4, "report_to": []}  # fmt: skip
-    unread = {"modality": "vision", "freeze_vision_tower": True, "freeze_projector": False, "max_pixels": 50_000}
+    unread = {"modality": "vision", "freeze_vision_tower": True, "freeze_projector": False, "max_pixels": 50_000,
+              "image_folder": str(tmp_path), "fsdp": True}  # fmt: skip
     stage = load_stage("dpo")
     stage.run(validate(stage.config, keys), make_task("dpo", tmp_path / "plain"))
     assert "no effect" not in caplog.text

@@ -88,6 +88,12 @@ def test_a_model_that_transformers_does_not_know_is_refused_by_name(
             read()
 
 
+def test_a_file_in_a_models_place_names_its_folder(tiny_qwen2: Path) -> None:
+    """`model.gguf` of the current folder was looked for on the hub."""
+    with pytest.raises(InputError, match=rf"this is a file(.|\n)*give {tiny_qwen2}$"):
+        choose_layout(PreferenceConfig(), str(tiny_qwen2 / "config.json"))
+
+
 def test_rows_with_two_sets_of_positions_are_not_mixed(tiny_qwen2: Path, tmp_path: Path) -> None:
     """LongRoPE (Phi 3, Phi 4 mini): transformers takes the long factors for all rows of a batch, or for none."""
     from prefmill.families.causal.loading import load_model

@@ -19,9 +19,10 @@ class ImageLimits(StrictConfig):
     )
 
     def tell_unread_without(self, images: bool) -> None:
-        """Log the bounds that are given where there are no images."""
+        """Log what is said of images where there are none."""
         if not images:
-            self.tell_unread("no row has an image", *ImageLimits.model_fields)
+            said = {*ImageLimits.model_fields, "image_folder"} & type(self).model_fields.keys()
+            self.tell_unread("no row has an image", *sorted(said))
 
 
 class FrozenParts(StrictConfig):

@@ -91,8 +91,20 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On a CPU bitsandbytes would repack weights in eval mode, and could not train on them again (0.50).
             module.support_avx512bf16_for_cpu = False
+    say_untied(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def say_untied(model: Any) -> None:
+    """Have the configuration of `model` say that its head is its own where that is so.
+
+    Of files that hold a head too, transformers reads it whatever `tie_word_embeddings` says; others do not.
+    """
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    ties = model.config.tie_word_embeddings and model._tied_weights_keys
+    if head is not None and ties and head.weight is not words.weight:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -196,6 +208,10 @@ def require_folder(name_or_path: str) -> None:
     """Raise InputError for what looks like a path and is no folder: a hub would be asked for it otherwise."""
     # A name on the hub has one slash at most.
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if Path(name_or_path).is_file():
+        raise InputError(
+            "a model is a folder, and this is a file", where=name_or_path, fix=f"give {Path(name_or_path).parent}"
+        )
     if looks_local and not Path(name_or_path).is_dir():
         raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")
     ours = ("model_index.json", "pytorch_lora_weights.safetensors")  # of diffusers

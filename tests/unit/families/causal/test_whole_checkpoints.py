@@ -69,3 +69,13 @@ def test_files_that_cannot_be_read_name_what_to_do(tmp_path: Path) -> None:
     configure(tmp_path, num_hidden_layers=5)
     with pytest.raises(InputError, match="layer_types"):
         load_model(str(tmp_path), precision="fp32")
+
+
+def test_a_head_in_the_files_of_a_tied_model_is_published_as_its_own(tmp_path: Path) -> None:
+    """transformers goes by the files, others by `tie_word_embeddings`: vLLM leaves such a head out (Qwen2's loader)."""
+    configure(save_tiny_qwen2(tmp_path), tie_word_embeddings=True)
+    model = load_model(str(tmp_path), precision="fp32")
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert model.config.tie_word_embeddings is False
+    rewrite(tmp_path, lambda w: {**w, "lm_head.weight": w["model.embed_tokens.weight"].clone()})
+    assert load_model(str(tmp_path), precision="fp32").config.tie_word_embeddings is True
