@@ -69,6 +69,12 @@ class EvaluateConfig(ImageLimits, ChatTemplate):
         return self
 
     @model_validator(mode="after")
+    def _are_draws(self) -> Self:
+        if self.samples_per_paper > 1 and self.temperature == 0:
+            raise ValueError("at temperature 0 all samples_per_paper are the same review: raise it, or write one")
+        return self
+
+    @model_validator(mode="after")
     def _two_engines(self) -> Self:
         if self.second_engine == self.engine:
             raise ValueError("second_engine is the same as engine: it would agree with itself")

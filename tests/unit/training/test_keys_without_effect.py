@@ -35,6 +35,8 @@ OF_A_FILE = {"name": "b", "kind": "exact_match", "file": __file__, "subset": "ma
         ("dpo", {"max_rows": 9, "tags": {"role": "r"}}, "max_rows, tags: of `dataset`, which is not given"),
         ("sft", {"val_fraction": 0.1}, "val_fraction: of `dataset`, which is not given"),
         ("dpo", {"dataset": "x.parquet", "encoding": "latin-1"}, "encoding is of text files"),
+        ("evaluate", {"model": "base", "temperature": 0.0, "samples_per_paper": 2}, "samples_per_paper are the same"),
+        ("mdlm_evaluate", {"samples_per_prompt": 2}, "samples_per_prompt are the same"),
         ("mdlm_evaluate", {"benchmarks": [OF_A_FILE]}, "subset, split: of a dataset on the hub"),
     ],
 )

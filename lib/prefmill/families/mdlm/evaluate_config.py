@@ -67,6 +67,12 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
         return pattern
 
     @model_validator(mode="after")
+    def _are_draws(self) -> Self:
+        if self.samples_per_prompt > 1 and self.temperature == 0 and self.remasking != "random":
+            raise ValueError("at temperature 0 all samples_per_prompt are the same answer: raise it, or write one")
+        return self
+
+    @model_validator(mode="after")
     def _blocks_divide(self) -> Self:
         # `generate` refuses the same, but only once the model is loaded.
         block = self.block_tokens or self.num_tokens
