@@ -101,9 +101,9 @@ def say_untied(model: Any) -> None:
 
     Of files that hold a head too, transformers reads it whatever `tie_word_embeddings` says; others do not.
     """
-    head, words = model.get_output_embeddings(), model.get_input_embeddings()
-    ties = model.config.tie_word_embeddings and model._tied_weights_keys
-    if head is not None and ties and head.weight is not words.weight:
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    ties = getattr(model.config, "tie_word_embeddings", False) and model._tied_weights_keys  # mllama's says nothing
+    if head is not None and ties and head is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 

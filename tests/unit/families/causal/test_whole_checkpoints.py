@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefmill.core.errors import InputError
-from prefmill.families.causal.loading import load_model
+from prefmill.families.causal.loading import load_model, say_untied
 from tests.tiny import save_tiny_qwen2
 
 Weights = dict[str, Tensor]
@@ -79,3 +80,6 @@ def test_a_head_in_the_files_of_a_tied_model_is_published_as_its_own(tmp_path: P
     assert model.config.tie_word_embeddings is False
     rewrite(tmp_path, lambda w: {**w, "lm_head.weight": w["model.embed_tokens.weight"].clone()})
     assert load_model(str(tmp_path), precision="fp32").config.tie_word_embeddings is True
+    model.config = SimpleNamespace()
+    say_untied(model)
+    assert model.config == SimpleNamespace()  # mllama's has no such key
