@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -136,8 +137,8 @@ def test_bash_completes(tmp_path: Path) -> None:
     text = subprocess.run(
         [sys.executable, "-m", "prefmill.cli.main", "completion", "bash"], capture_output=True, check=True
     )
-    program = f'prefmill() {{ {Path(sys.executable).with_name("prefmill")} "$@"; }}'
-    typed = f"COMP_WORDS=(prefmill run {DEMO} dpo.be); COMP_CWORD=3"
+    program = f'prefmill() {{ {shlex.quote(str(Path(sys.executable).with_name("prefmill")))} "$@"; }}'
+    typed = f"COMP_WORDS=(prefmill run {shlex.quote(str(DEMO))} dpo.be); COMP_CWORD=3"
     ask = "\n".join([program, typed, "_prefmill 2>/dev/null", 'echo "${COMPREPLY[@]}"'])
     done = subprocess.run(["bash", "-c", text.stdout.decode() + ask], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["dpo.beta="], done.stderr

@@ -184,14 +184,14 @@ def test_the_version_is_that_of_the_code_and_no_repository_around_it(tmp_path: P
     shutil.copytree(REPOSITORY / "lib" / "prefmill", library / "prefmill")
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "--message", "a project")
-    code = "import prefmill.pipeline.state as s; print(s.__file__, s.code_version())"
+    code = "import prefmill.pipeline.state as s; print(s.__file__, s.code_version(), sep='\\n')"
 
     def version(path: Path, **more: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(path), **more}
         done = subprocess.run(
             [sys.executable, "-P", "-c", code], env=environment, check=True, capture_output=True, text=True
         )
-        file, found = done.stdout.split()
+        file, found = done.stdout.splitlines()
         assert file.startswith(str(path))
         return found
 
