@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from prefmill.cli.main import EXAMPLES
 from prefmill.core.stage import load_stage
 from prefmill.reviews.generated import generate
 from tests.conftest import REPOSITORY
@@ -42,7 +43,8 @@ NEEDS_WEIGHTS = ("llada-8b", "FOLDER")
 
 def to_run() -> list[tuple[Path, str]]:
     """Every command with its page; what stands on several stages' pages, which do not build on each other, once."""
-    found: dict[tuple[Path, str], tuple[Path, str]] = {}
+    of_help = EXAMPLES.splitlines()[-1].strip()  # the one that no page has
+    found = {(PAGES[0].parent, of_help): (REPOSITORY / "docs" / "stages" / "score_reviews.md", of_help)}
     for page in PAGES:
         for command in commands(page):
             is_run_elsewhere = command.startswith(RUN_BY_CI) or NEEDS_SLURM.match(command)

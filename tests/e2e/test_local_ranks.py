@@ -1,4 +1,4 @@
-"""`prefmill run` and torchrun with two ranks on this machine: the losses of one process; tasks side by side."""
+"""`prefmill run` and torchrun with two ranks on this machine: one process's losses; tasks side by side; loaders."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def losses(workspace: Path, run_name: str, stage: str) -> list[float]:
 
 def test_two_ranks_train_as_one_process_does_and_tasks_run_side_by_side(tmp_path: Path) -> None:
     path = pipeline(tmp_path)
-    run(tmp_path, "run=one", pipeline=path)
+    loaded_by_another = [f"{stage}.dataloader_num_workers=1" for stage in (*TRAININGS, "mdlm_sft")]
+    run(tmp_path, "run=one", *loaded_by_another, pipeline=path)
     processes = [f"stages.{stage}.processes=2" for stage in TRAININGS]
     printed = run(tmp_path, "run=two", "share=false", "--jobs", "2", *processes, pipeline=path)
     for stage in TRAININGS:

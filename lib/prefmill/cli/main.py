@@ -36,7 +36,7 @@ EXAMPLES = f"""examples:
   prefmill rerun dpo:clean                                  submit a task again
   prefmill doctor                                           check this machine
   eval "$(prefmill completion bash)"                        completion of commands, runs, stages, tasks, keys
-  python -m {STAGES}.dpo configs/dpo/demo.yaml run=mine task=clean inputs.datasets=data/demo/build_datasets/all
+  python -m {STAGES}.score_reviews configs/score_reviews/demo.yaml run=own inputs.corpus=data/demo/ingest_reviews/all
 """
 
 

@@ -182,4 +182,6 @@ def _stage_help(name: str) -> str:
     lines += ["", "inputs:"]
     for name_of_input, reads in stage.reads.items():
         lines.append(f"  inputs.{name_of_input:<25} {reads.kind}{' (optional)' if reads.optional else ''}")
-    return "\n".join([*lines, "", "example:", f"  python -m {STAGES}.{name} configs/{name}/demo.yaml run=mine"])
+    needed = [f" inputs.{key}=FOLDER" for key, reads in stage.reads.items() if not reads.optional or reads.instead_of]
+    example = f"  python -m {STAGES}.{name} configs/{name}/demo.yaml run=mine{''.join(needed)}"
+    return "\n".join([*lines, "", "example:", example])

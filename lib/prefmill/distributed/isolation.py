@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,21 @@ from prefmill.core import errors
 from prefmill.core.errors import AttemptError, PrefmillError, explain_os_error
 from prefmill.core.files import write_atomic
 from prefmill.distributed.devices import machine_has_gpu
+
+_LONGEST_TMPDIR = 70  # bytes: a socket's path has at most 107, and `/pymp-XXXXXXXX/listener-XXXXXXXX` follows
+
+
+def keep_socket_paths_short() -> None:
+    """Have multiprocessing put this process's sockets below /tmp where TMPDIR, as of many clusters' jobs, is too long.
+
+    For the server that starts tasks and for processes that load rows; other temporary files stay in TMPDIR.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+        given, tempfile.tempdir = tempfile.tempdir, "/tmp"  # noqa: S108 - the folder made there is the user's own
+        try:
+            get_temp_dir()  # made once, and removed when the process ends
+        finally:
+            tempfile.tempdir = given
 
 
 def in_own_process(folder: Path, work: Callable[..., None], *arguments: object) -> None:

@@ -21,7 +21,7 @@ from prefmill.core.files import refusal
 from prefmill.core.graceful_stop import Stopped, request_stop
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.terminal import Say
-from prefmill.distributed.isolation import end_with_parent
+from prefmill.distributed.isolation import end_with_parent, keep_socket_paths_short
 from prefmill.pipeline.interruption import interrupted_by_term, start_fork_server, wait_for_all
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.progress_display import Bar
@@ -77,6 +77,7 @@ def run_plan(
     selected = plan.select(only) if only else list(plan.tasks)
     point_latest(plan)
     write_plan(plan)
+    keep_socket_paths_short()
     # Not spawn, which would pay for the imports in every task: 13 to 16 s of CPU for TRL.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_preload(selected))
@@ -264,6 +265,7 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
     """
     # The terminal's Ctrl-C reaches every process: this one is to save, and its parent asks it to.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.set_start_method("fork", force=True)  # as in a job: what loads rows for a training is no pickle
     collect_from_now_on()
     end_with_parent()
     _end_with_command()

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.isolation import keep_socket_paths_short
 from prefmill.distributed.scoring import scoring_model
 from prefmill.distributed.sharding import leave_sizes_to_deepspeed
 from prefmill.training.arguments import check_optimizer
@@ -60,6 +61,7 @@ class TrainingSpec:
 def run_training(spec: TrainingSpec) -> Metrics:
     """Train from the newest complete checkpoint on, and publish; every rank calls."""
     task = spec.task
+    keep_socket_paths_short()
     require_its_ranks(task.output, spec.config)
     # A stage's callbacks come first: what they write is part of a complete checkpoint.
     trainer = spec.data.trainer(

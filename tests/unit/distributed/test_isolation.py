@@ -83,3 +83,20 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     while child.exists() and child.read_text().split(") ")[1][0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_sockets_have_short_paths_where_tmpdir_is_long(tmp_path: Path) -> None:
+    folder = tmp_path / ("a-cluster's-folder-for-this-job/" * 4)
+    folder.mkdir(parents=True)
+    code = (
+        "import tempfile; from multiprocessing.connection import Listener; from pathlib import Path\n"
+        "from prefmill.distributed.isolation import keep_socket_paths_short\n"
+        "keep_socket_paths_short()\n"
+        "with Listener(None, 'AF_UNIX') as one: print(Path(one.address).parent, tempfile.gettempdir(), sep='\\n')"
+    )
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    sockets, others = map(Path, done.stdout.splitlines())
+    assert others == folder
+    assert sockets.parent == Path("/tmp")
+    assert not sockets.exists()
