@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from training_artifacts import make_checkpoint, make_datasets, make_task, publish_as
 
 from prefmill.core.artifact import Artifact
@@ -124,6 +125,9 @@ def test_an_adapter_that_trls_loss_would_read_past_is_refused(
         said = {**json.loads((start.path / "config.json").read_text()), "tie_word_embeddings": True}
         model = str(shutil.copytree(start.path, tmp_path / "tied"))
         (tmp_path / "tied" / "config.json").write_text(json.dumps(said))
+        weights = load_file(start.path / "model.safetensors")
+        weights.pop("lm_head.weight")  # a head of its own in the files would be trained as such
+        save_file(weights, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
         keys = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5, 6])
         peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), keys).save_pretrained(tmp_path / "adapter")
         lora = {"start": str(tmp_path / "adapter")}
