@@ -102,6 +102,10 @@ def saved(folder: Path) -> Weights:
     return load_file(folder / "model.safetensors")
 
 
+def needs_compressed_tensors() -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: make vllm, which brings it")
+
+
 class NoProcessor:
     def save_pretrained(self, folder: Path) -> None:
         """A model alone is saved here."""
@@ -110,6 +114,8 @@ class NoProcessor:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_folder_of_eight_or_four_bits_is_read_and_saved_as_its_whole_weights(form: str, tmp_path: Path) -> None:
     """Activations are not rounded either: the forward is that of a model which only ever had these weights."""
+    if form.startswith("compressed"):
+        needs_compressed_tensors()
     whole = quantize(save_tiny_qwen2(tmp_path / "given"), FORMS[form])
     model = load_model(str(tmp_path / "given"), precision="fp32")
     assert {key: (value.double() - whole[key]).abs().max() < 1e-7 for key, value in model.state_dict().items()} == (
@@ -165,6 +171,7 @@ def test_the_experts_of_gpt_oss_are_multiplied_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_on_fp8_starts_at_its_whole_weights_and_publishes_them(tmp_path: Path, pairs_file: Path) -> None:
     """The reference's scores against those of the plain folder, computed by transformers."""
+    needs_compressed_tensors()
     start = save_tiny_qwen2(tmp_path / "start")
     whole = quantize(start, FORMS["compressed-fp8"])
     made = train(tmp_path / "on", pairs_file, model_name_or_path=str(start), lora=None, learning_rate=1e-9)
