@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,8 +58,17 @@ def _resubmitted(one: PaperRow, two: PaperRow) -> bool:
     """Whether one was accepted and one rejected, or two venues have each an abstract of its own."""
     if differ(one.decision, two.decision) and final(one.decision, two.decision) is None:
         return True
-    # Both, as dumps of one venue may spell its name, or cut an abstract, in two ways.
-    return differ(one.venue, two.venue) and differ(word_key(one.abstract), word_key(two.abstract))
+    # Both, as dumps of one venue may cut an abstract.
+    return are_two_venues(one.venue, two.venue) and differ(word_key(one.abstract), word_key(two.abstract))
+
+
+def are_two_venues(one: str, two: str) -> bool:
+    """Whether the names are of two venues or years; `iclr_2017` and `ICLR.cc/2017/conference` are one in two dumps."""
+    years = [set(re.findall(r"\d{4}", name)) for name in (one, two)]
+    if all(years) and not years[0] & years[1]:
+        return True
+    words = [re.findall(r"[^\W\d_]+", name.casefold()) for name in (one, two)]
+    return all(words) and words[0][0] not in words[1] and words[1][0] not in words[0]  # mostly its acronym
 
 
 def final(one: Decision | None, two: Decision | None) -> Decision | None:

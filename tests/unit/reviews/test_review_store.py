@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from prefmill.core.records import Decision
 from prefmill.reviews.rows import DecisionRow, DeletedRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.store import CorpusStore, StoredReview
+from prefmill.reviews.versions import are_two_venues
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_an_accepted_and_a_rejected_paper_of_one_title_stay_two(store: CorpusSto
 
 def test_versions_of_two_venues_with_one_fate_stay_two_where_their_abstracts_differ(store: CorpusStore) -> None:
     """The reviews of the second stood under the first one's abstract, and made pairs with its reviews."""
-    versions = [("a", "V 2023", "Old."), ("b", "V 2024", "New."), ("c", "V  2024", " new. "), ("d", "V 2023", "Cut")]
+    versions = [("a", "V 2023", "Old."), ("b", "V 2024", "New."), ("c", "V  2024", " new. "), ("d", "V.cc/2023", "Cut")]
     for line, (paper_id, venue, abstract) in enumerate(versions, 1):
         store.add(at(line), PaperRow(paper_id, "Deep Nets", abstract, decision="accepted", venue=venue))
         store.add(at(line), review(f"r-{paper_id}", paper_id))
@@ -245,6 +246,22 @@ def test_versions_of_two_venues_with_one_fate_stay_two_where_their_abstracts_dif
     assert store.merge_titles() == [("d", "a"), ("c", "b")]
     assert contents(store) == {"a": ["r-a", "r-d"], "b": ["r-b", "r-c"]}
     assert store.num_apart == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "expected"),
+    [
+        ("ICLR.cc/2017/conference", "iclr_2017", False),
+        ("Submitted to ICLR 2023", "ICLR 2023 poster", False),
+        ("ICLR 2023", "", False),
+        ("ICLR.cc/2023/Conference", "ICLR.cc/2024/Conference", True),
+        ("NeurIPS.cc/2024/Conference", "ICLR.cc/2024/Conference", True),
+        ("TMLR", "ICLR 2024", True),
+    ],
+)
+def test_a_venue_is_known_by_its_year_and_acronym(one: str, two: str, expected: bool) -> None:
+    """A name that two dumps of one venue spell differently kept its papers apart, and counted their reviews twice."""
+    assert are_two_venues(one, two) is are_two_venues(two, one) is expected
 
 
 def test_a_review_that_two_dumps_name_differently_counts_once(store: CorpusStore) -> None:
