@@ -8,19 +8,20 @@ from typing import Any
 
 from pydantic import Field
 
-from prefmill.core.config import ExternalPath
+from prefmill.core.config import ExternalPath, validate
 from prefmill.core.errors import ConfigError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
+from prefmill.training.bad_rows import BAD_ROWS
 
 
 class MdlmEvaluateConfig(DiffusionEvaluationConfig):
-    """`pairs_path` is a file of preference rows, instead of build_datasets' held-out pairs of this `modality`."""
+    """`pairs_path` is a file of preference rows, in place of build_datasets' held-out pairs of this `modality`."""
 
     modality: Modality = Field("clean", description="dataset to evaluate on")
     pairs_path: ExternalPath | None = Field(
-        None, description="a file of preference pairs; none: those of the input `datasets`"
+        None, description="a file of preference pairs in any form; none: those of the input `datasets`"
     )
 
 
@@ -56,10 +57,19 @@ def _harness(config: MdlmEvaluateConfig) -> Any:
 
 
 def _pairs(config: MdlmEvaluateConfig, task: Task) -> Path | None:
+    """The held-out pairs of `datasets`, or a file's, in any form that mdlm_dpo reads; None without either."""
     datasets = task.optional_input("datasets")
-    if config.pairs_path is not None:
-        return Path(str(config.pairs_path))
-    return None if datasets is None else datasets.file(f"dpo_{config.modality}_val/data.jsonl")
+    if config.pairs_path is None:
+        return None if datasets is None else datasets.file(f"dpo_{config.modality}_val/data.jsonl")
+    if datasets is not None:
+        raise ConfigError(
+            "two sets of pairs to evaluate on", where=f"{task.stage}:{task.name}",
+            got=f"inputs.datasets = {datasets.path} and {config.pairs_path}", fix="leave one of them out",
+        )  # fmt: skip
+    from prefmill.pairs.sources import PairSource, write_pairs
+
+    source = validate(PairSource, {"dataset_file": str(config.pairs_path)})
+    return write_pairs(source, task.work / "pairs", task.logs / BAD_ROWS)[0]
 
 
 STAGE = Stage(

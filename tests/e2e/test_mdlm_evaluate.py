@@ -50,6 +50,16 @@ def questions(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def as_prompt_and_answers(row: dict[str, Any]) -> dict[str, Any]:
+    (turn,) = row["conversations"]
+    return {
+        "id": row["id"],
+        "prompt": turn["value"],
+        "chosen": row["chosen"]["value"],
+        "rejected": row["rejected"]["value"],
+    }
+
+
 def test_before_and_after(tmp_path: Path, models: tuple[Artifact, Artifact], datasets: Artifact) -> None:
     keys = {**KEYS, "benchmarks": questions(tmp_path)}
     for name in ("a", "b"):
@@ -66,10 +76,12 @@ def test_before_and_after(tmp_path: Path, models: tuple[Artifact, Artifact], dat
     rows = list(read_jsonl(tmp_path / "a" / "out" / "rows.jsonl"))
     assert {row["kind"] for row in rows} == {"likelihood", "generation", "benchmark"}
     assert all(row["standard_error"] >= 0 for row in rows if row["kind"] == "likelihood")
-    # A folder that no stage wrote takes the place of one of them.
+    # A folder that no stage wrote takes the place of one of them, and a file in another form that of the pairs.
     plain = shutil.copytree(models[0].path, tmp_path / "plain", ignore=shutil.ignore_patterns(MANIFEST, RUN_RECORD))
-    keys = {**KEYS, "model_name_or_path": str(plain)}
-    run_stage("mdlm_evaluate", tmp_path / "c", keys, after=models[1], datasets=datasets)
+    pairs = list(read_jsonl(datasets.file("dpo_clean_val/data.jsonl")))
+    write_jsonl(tmp_path / "pairs.jsonl", map(as_prompt_and_answers, pairs))
+    keys = {**KEYS, "model_name_or_path": str(plain), "pairs_path": str(tmp_path / "pairs.jsonl")}
+    run_stage("mdlm_evaluate", tmp_path / "c", keys, after=models[1])
     found = metrics_of(tmp_path / "c")["models"]
     assert found["model"]["chosen_nats_per_token"] == before["chosen_nats_per_token"]
     assert found["after"]["chosen_nats_per_token"] == after["chosen_nats_per_token"]
@@ -131,6 +143,9 @@ def test_what_it_refuses(tmp_path: Path, models: tuple[Artifact, Artifact], data
         run_stage("mdlm_evaluate", tmp_path, KEYS, datasets=datasets)
     with pytest.raises(ConfigError, match="nothing to evaluate on"):
         run_stage("mdlm_evaluate", tmp_path, KEYS, after=models[1])
+    keys = {**KEYS, "pairs_path": str(datasets.file("dpo_clean_val/data.jsonl"))}
+    with pytest.raises(ConfigError, match="two sets of pairs"):
+        run_stage("mdlm_evaluate", tmp_path, keys, after=models[1], datasets=datasets)
     with pytest.raises(ConfigError, match="multiple of block_tokens"):
         validate(MdlmEvaluateConfig, {"num_tokens": 10, "block_tokens": 4})
     with pytest.raises(ConfigError, match="not a regular expression"):
