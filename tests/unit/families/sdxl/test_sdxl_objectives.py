@@ -9,8 +9,12 @@ import mpmath
 import pytest
 import torch
 from torch import Tensor
+from toy_diffusion import make_schedule
 
+from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.families.sdxl.dpo import choose_objective, settings_of
 from prefmill.families.sdxl.family import SdxlFamily
 from prefmill.families.sdxl.telemetry import cosine_to_sft
 from prefmill.training.objectives import (
@@ -227,3 +231,13 @@ def test_images_supply_what_these_objectives_need_and_no_lengths() -> None:
         mix(["simpo"], [1.0], SETTINGS, SdxlFamily.supplies)
     assert "lengths" in str(refused.value)
     assert "mapo" in str(refused.value)
+
+
+def test_sft_weight_adds_the_winners_error() -> None:
+    """m_w of the key's description, by hand."""
+    keys = {"objective": "dpo", "beta": 7.0, "learning_rate": 1e-4, "num_train_epochs": 1}
+    config, schedule, given = validate(SdxlPreferenceConfig, {**keys, "sft_weight": 0.3}), make_schedule(), draw()
+    settings = settings_of(config, schedule)
+    found = choose_objective(config, settings, schedule).loss(scores_of(given), settings)
+    winner = ((given["w"] - given["noise"]) ** 2).mean(1)
+    assert torch.allclose(found, dpo(scores_of(given), settings) + 0.3 * winner, atol=1e-12)
