@@ -18,6 +18,7 @@ from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import Reads, Stage
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.plan import PipelineFile, make_plan, plan_task
+from prefmill.pipeline.task_status import at_work
 from prefmill.slurm.cluster import ClusterFile, Resources
 from prefmill.slurm.script import array_script, array_spec
 from prefmill.slurm.submission import Intent, Submission, claim_folder, submissions
@@ -215,6 +216,15 @@ def test_more_nodes_are_refused_where_nothing_trains(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot use more than one node"):
         submit(pipeline, plan, tmp_path / "x.yaml", validate(ClusterFile, {}), dry_run=True, say=lambda _: None)
     assert not (tmp_path / "logs").exists()
+
+
+def test_nothing_is_submitted_beside_a_local_run(tmp_path: Path) -> None:
+    """Its jobs held their nodes, and failed as their tasks were taken."""
+    pipeline = PipelineFile.model_validate({"name": "toy", "workspace": str(tmp_path), "stages": {"make": {}}})
+    plan = make_plan(pipeline, tmp_path / "x.yaml")
+    (tmp_path / "logs" / "toy").mkdir(parents=True)
+    with at_work(tmp_path, "toy"), pytest.raises(PipelineError, match="is at work on this run"):
+        submit(pipeline, plan, tmp_path / "x.yaml", validate(ClusterFile, {}), say=lambda _: None)
 
 
 def test_a_torn_line_costs_no_other_job(tmp_path: Path) -> None:
