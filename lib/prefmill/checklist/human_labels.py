@@ -28,7 +28,7 @@ def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collecti
     Raises InputError naming the line of a missing column or value, an unknown review or item, a label that is neither
     yes nor no, or an answer given twice; and where there is no label at all.
     """
-    file = LabelFile(path, "unusable item labels", COLUMNS, ", ".join(COLUMNS))
+    file = LabelFile(path, "unusable item labels", COLUMNS)
     labels: dict[tuple[str, str], Label] = {}
     for where, row in file.rows():
         label = _label(file, row, where, review_ids, item_ids)

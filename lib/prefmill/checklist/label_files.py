@@ -20,7 +20,6 @@ class LabelFile:
     path: Path
     problem: str
     columns: tuple[str, ...]
-    expected: str
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
         """Every row as text, with where it stands; raises InputError where it cannot be read or lacks a column."""
@@ -36,4 +35,4 @@ class LabelFile:
 
     def unusable(self, where: str, got: str, fix: str) -> InputError:
         """The error for a line that cannot be used."""
-        return InputError(self.problem, where=where, got=got, expected=self.expected, fix=fix)
+        return InputError(self.problem, where=where, got=got, expected=", ".join(self.columns), fix=fix)

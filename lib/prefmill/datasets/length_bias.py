@@ -18,14 +18,13 @@ class ShareInterval(NamedTuple):
 
 
 class LengthBias:
-    """Takes pairs in, paper by paper; memory grows with the number of distinct lengths only."""
+    """Takes pairs in, paper by paper; memory grows with the number of distinct lengths and papers' sums only."""
 
     def __init__(self) -> None:
         self.num_pairs = 0
-        self.num_groups = 0
         self._group: str | None = None
-        self._wins = self._size = 0.0  # of the current paper
-        self._sum_wins = self._sum_wins2 = self._sum_wins_size = self._sum_size2 = 0.0
+        self._wins, self._size = 0.0, 0  # of the current paper
+        self._papers: Counter[tuple[float, int]] = Counter()  # by wins and size
         self._chosen: Counter[int] = Counter()
         self._rejected: Counter[int] = Counter()
 
@@ -48,10 +47,9 @@ class LengthBias:
         """
         assert self.num_pairs, "no pairs"
         self._close_group()
-        count, groups = self.num_pairs, self.num_groups
-        mean = self._sum_wins / count
-        # The sum over papers of (wins - mean * size)**2, multiplied out so that no paper need be kept.
-        squares = self._sum_wins2 - 2 * mean * self._sum_wins_size + mean**2 * self._sum_size2
+        count, groups = self.num_pairs, self._papers.total()
+        mean = sum(wins * times for (wins, _), times in self._papers.items()) / count
+        squares = sum((wins - mean * size) ** 2 * times for (wins, size), times in self._papers.items())
         if groups < 2 or squares <= 1e-9 * count:
             from prefmill.core.statistics import wilson  # numpy, which no stage imports while it is only listed
 
@@ -74,9 +72,5 @@ class LengthBias:
 
     def _close_group(self) -> None:
         if self._size:
-            self.num_groups += 1
-            self._sum_wins += self._wins
-            self._sum_wins2 += self._wins**2
-            self._sum_wins_size += self._wins * self._size
-            self._sum_size2 += self._size**2
-        self._wins = self._size = 0.0
+            self._papers[self._wins, self._size] += 1
+        self._wins, self._size = 0.0, 0

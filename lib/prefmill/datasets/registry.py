@@ -92,15 +92,9 @@ def read_registry(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / REGISTRY
     try:
         entries = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError("no dataset registry", where=path, fix="rerun build_datasets") from None
-    except ValueError as error:
-        raise InputError(
-            "unreadable dataset registry", where=path, got=str(error), fix="rerun build_datasets"
-        ) from None
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError("no dataset registry", where=path, got=error, fix="rerun build_datasets") from None
     if not isinstance(entries, dict):
-        raise InputError(
-            "a dataset registry maps names to entries", where=path, got=type(entries).__name__,
-            fix="rerun build_datasets",
-        )  # fmt: skip
+        got = type(entries).__name__
+        raise InputError("a dataset registry maps names to entries", where=path, got=got, fix="rerun build_datasets")
     return entries

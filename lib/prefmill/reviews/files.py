@@ -128,18 +128,8 @@ def jsonl_rows(
         if items := plain(line):
             yield PlainRow(place, line, items)
             continue
-        if line.isspace():
-            continue
-        try:
-            values, strict = parse_json_strictly(line)
-        except UnicodeDecodeError as error:
-            yield RowProblem(place, f"invalid UTF-8 at byte {error.start}", _UTF8_FIX, excerpt(line))
-        # Nesting that is too deep ends in a RecursionError, which is no ValueError.
-        except (ValueError, RecursionError) as error:
-            fix = "correct or delete that line; each line is one JSON object"
-            yield RowProblem(place, f"not JSON: {error}", fix, excerpt(line.strip()))
-        else:
-            yield as_row(values, place, not strict)
+        if not line.isspace():
+            yield _parsed(line, place, "correct or delete that line; each line is one JSON object")
 
 
 def json_rows(
@@ -192,21 +182,21 @@ def as_row(values: Any, place: Place, may_hold_nan: bool = True) -> RawRow | Row
 def json_file_row(path: Path, source: int) -> RawRow | RowProblem:
     """The one object in a JSON file."""
     content = b"".join(line for _, line in read_lines(path))
-    place = Place(source, str(path))
+    return _parsed(content, Place(source, str(path)), "correct the file, or remove it")
+
+
+def _parsed(content: bytes, place: Place, fix: str) -> RawRow | RowProblem:
+    """The object that `content` spells, or its fault, with its line where `place` is a file."""
     try:
-        values = json.loads(content)
-        check_unique_keys(content, values)
-        return as_row(values, place)
+        values, strict = parse_json_strictly(content)
     except UnicodeDecodeError as error:
-        place = replace(place, line=content.count(b"\n", 0, error.start) + 1)
-        return RowProblem(place, "invalid UTF-8", _UTF8_FIX, excerpt(content))
-    except RecursionError as error:
-        return RowProblem(place, f"not JSON: {error}", "remove the file", excerpt(content))
-    except json.JSONDecodeError as error:
-        place = replace(place, line=error.lineno)
-        return RowProblem(place, f"not JSON: {error.msg}", "correct that line, or remove the file", excerpt(content))
-    except ValueError as error:
-        return RowProblem(place, f"not JSON: {error}", "keep one of the two, or remove the file", excerpt(content))
+        line, reason, fix = content.count(b"\n", 0, error.start) + 1, f"invalid UTF-8 at byte {error.start}", _UTF8_FIX
+    # Nesting that is too deep ends in a RecursionError, which is no ValueError.
+    except (ValueError, RecursionError) as error:
+        line, reason = getattr(error, "lineno", 0), f"not JSON: {getattr(error, 'msg', error)}"
+    else:
+        return as_row(values, place, not strict)
+    return RowProblem(replace(place, line=place.line or line or None), reason, fix, excerpt(content.strip()))
 
 
 def _text_lines(path: Path) -> Iterator[str]:

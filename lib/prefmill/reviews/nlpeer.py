@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from prefmill.core.errors import InputError
 from prefmill.reviews.files import PlainRow, json_file_row, json_rows
 from prefmill.reviews.openreview_forms import as_sections
-from prefmill.reviews.rows import Item, RawRow, RowError, RowProblem, Skipped
+from prefmill.reviews.rows import Item, RawRow, RowError, RowProblem, Skipped, clean_text
 from prefmill.reviews.source import FileSource
 from prefmill.reviews.tabular import row_items
 
@@ -63,7 +63,7 @@ class NLPeerSource(FileSource):
             "title": meta.get("title"),
             "abstract": meta.get("abstract"),
             "review_id": f"{folder.parent.name}-{values.get('rid')}",  # unique within a paper alone
-            "review_text": as_sections({name: text for name, text in report.items() if text}),
+            "review_text": as_sections({name: clean_text(text, name) for name, text in report.items()}),
             "rating": scores["overall"],
             "confidence": scores.get("confidence", more.get("confidence")),
             "sub_scores": {name: score for name, score in scores.items() if name not in ("overall", "confidence")},

@@ -55,6 +55,7 @@ _ABOUT_REVIEWER = re.compile(r"(impact_of_)?knowledge_of_.*|.*author_identity.*|
 _RATING_NAME = re.compile(r"(\w+_)?rating(_\w+)?|(\w+_)?recommendation(_(before|after)_\w+)?")
 _RATING_TEXT = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*([:(/=-][^\n]{0,100})?")
 _VENUE_GROUP = re.compile(r"(\w+)\.\w+/(\d{4})/")
+_OF_NOTE = {"invitation", "invitations", "content"}
 _OF_ONE_PAPER = re.compile(r"/(submission|paper)\d+(/.*)?$", re.IGNORECASE)
 
 
@@ -208,14 +209,30 @@ def _given(fields: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, A
 
 
 def _unfold(row: RawRow) -> Iterator[RawRow | RowProblem]:
-    details = row.values.get("details")
-    yield replace(row, place=replace(row.place, item=f"note {row.values.get('id')}"))
-    if isinstance(details, dict):
-        # The API uses the name that was asked for: details=replies, or details=directReplies.
-        replies = details.get("replies") or details.get("directReplies") or []
-        for reply in replies if isinstance(replies, list) else [replies]:
-            inner = as_row(reply, replace(row.place, item="reply"))
-            yield from [inner] if isinstance(inner, RowProblem) else _unfold(inner)
+    """A note and those in it, or those in what holds notes, such as an object of forums by their ids."""
+    found, inside = row.values, list(_objects_in(row.values))
+    is_note = bool(found.keys() & _OF_NOTE)
+    if is_note or not inside:
+        yield replace(row, place=replace(row.place, item=f"note {found.get('id')}"))
+    if is_note:
+        # The API uses the name that was asked for; what else is there is of the form, or what notes said before.
+        details = found.get("details")
+        replies = (details.get("replies") or details.get("directReplies") or []) if isinstance(details, dict) else []
+        inside = [*filter(_holds_note, inside), *(replies if isinstance(replies, list) else [replies])]
+    for entry in inside:
+        inner = as_row(entry, replace(row.place, item="reply" if is_note else None))
+        yield from [inner] if isinstance(inner, RowProblem) else _unfold(inner)
+
+
+def _objects_in(holder: Any) -> Iterator[dict[str, Any]]:
+    """The objects in a list or an object, those in lists too, but for a note's own parts."""
+    parts = holder if isinstance(holder, list) else [holder[key] for key in holder if key not in ("content", "details")]
+    for part in parts:
+        yield from [part] if isinstance(part, dict) else _objects_in(part) if isinstance(part, list) else []
+
+
+def _holds_note(value: dict[str, Any]) -> bool:
+    return bool(value.keys() & _OF_NOTE) or any(map(_holds_note, _objects_in(value)))
 
 
 def _invitation_names(note: Mapping[str, Any]) -> set[str]:

@@ -32,15 +32,10 @@ PRESETS: Mapping[Any, Mapping[str, Any]] = {
     "iclr_2018": {"decision_invitations": ["acceptance_decision"]},
     "iclr_2019": {"decision_invitations": ["meta_review"], "decision_fields": ["recommendation"]},  # no decision notes
     "iclr_2020": {**_DECISION_NOTE, "rating_max": 8.0},  # 1, 3, 6, 8
-    "iclr_2021": _DECISION_NOTE,
-    "iclr_2022": {**_DECISION_NOTE, "rating_fields": ["recommendation"]},
-    "iclr_2023": {**_DECISION_NOTE, "rating_fields": ["recommendation"]},
-    "iclr_2024": _DECISION_NOTE,
-    "iclr_2025": _DECISION_NOTE,
+    **dict.fromkeys(("iclr_2021", "iclr_2024", "iclr_2025", "neurips", "colm"), _DECISION_NOTE),
+    **{name: {**_DECISION_NOTE, "rating_fields": ["recommendation"]} for name in ("iclr_2022", "iclr_2023")},
     "iclr_2026": {**_DECISION_NOTE, "rating_min": 0.0},  # 0, 2, 4, 6, 8, 10
-    "neurips": _DECISION_NOTE,
     "neurips_2025": {**_DECISION_NOTE, "rating_max": 6.0},
-    "colm": _DECISION_NOTE,
     "emnlp_2023": {"rating_fields": ["soundness"], "rating_max": 5.0},  # its form has no overall rating
     "arr": {"rating_fields": ["overall_assessment"], "rating_max": 5.0, "decision_invitations": ["decision"]},
     "tmlr": {  # its form asks for no grade but whether the claims are supported
@@ -98,7 +93,8 @@ def says_nothing(text: str) -> bool:
 
 
 def as_sections(sections: Mapping[str, str]) -> str:
-    """A review's text of what stands in the fields of its form, a heading each."""
+    """A review's text of what stands in the fields of its form, a heading each, less those that say nothing."""
+    sections = {name: text for name, text in sections.items() if not says_nothing(text)}
     # Older forms, such as ICLR's until 2021, have one text field, which needs no heading.
     if len(sections) == 1:
         return next(iter(sections.values()))

@@ -248,13 +248,16 @@ def begins_with_number(text: str) -> bool:
     return _LEADING_NUMBER.match(text) is not None
 
 
-def parse_rating(
-    value: Any, scale: Scale, words: Mapping[str, float] | None = None, decimal_comma: bool = False
-) -> float:
-    """A rating within `scale`; `words` gives the number of a rating in words, `decimal_comma` reads 6,5 as 6.5."""
+def with_point(value: Any) -> Any:
+    """`value` with a point where it is text that begins with a number with a decimal comma, such as 6,5."""
+    return value.replace(",", ".", 1) if isinstance(value, str) and _DECIMAL_COMMA.match(value) else value
+
+
+def parse_rating(value: Any, scale: Scale, words: Mapping[str, float] | None = None) -> float:
+    """A rating within `scale`; `words` gives the number of a rating in words."""
     if words and type(value) in _NUMBERS:
         value = words.get(f"{value:g}", value)
-    rating = parse_score(_as_number(value, scale, words or {}, decimal_comma), "rating")
+    rating = parse_score(_as_number(value, scale, words or {}), "rating")
     if not scale[0] <= rating <= scale[1]:
         raise RowError(
             f"rating {rating:g} is outside the scale {scale[0]:g} to {scale[1]:g}",
@@ -271,24 +274,22 @@ def _is_otherwise(text: str, highest: float) -> bool:
     return second is not None and end != highest
 
 
-def _as_number(value: Any, scale: Scale, words: Mapping[str, float], decimal_comma: bool) -> Any:
+def _as_number(value: Any, scale: Scale, words: Mapping[str, float]) -> Any:
     """What `parse_score` can read; raises RowError, with the key to set, for text that is no rating."""
     if not isinstance(value, str):
         return value
     if (number := words.get(word_key(value))) is not None:
         return number
-    text = value.replace(",", ".", 1) if decimal_comma and _DECIMAL_COMMA.match(value) else value
-    if begins_with_number(text) and not _is_otherwise(text, scale[1]):
-        return text
-    raise _no_rating(text, scale)
+    if begins_with_number(value) and not _is_otherwise(value, scale[1]):
+        return value
+    raise _no_rating(value, scale)
 
 
 def _no_rating(text: str, scale: Scale) -> RowError:
     shown = repr(excerpt(text))
     if _DECIMAL_COMMA.match(text):
-        return RowError(
-            f"rating {shown} has a decimal comma", "write a point, or set decimal_comma: true for this source"
-        )
+        fix = "write a point, or set decimal_comma: true for this source"
+        return RowError(f"rating {shown} has a decimal comma", fix)
     if begins_with_number(text):
         return RowError(
             f"rating {shown} is no number on the scale {scale[0]:g} to {scale[1]:g}",

@@ -26,6 +26,7 @@ from prefmill.reviews.rows import (
     parse_decision,
     parse_rating,
     spelled,
+    with_point,
     word_key,
 )
 from prefmill.reviews.scale import COMMON_SCALE, Scale
@@ -103,13 +104,17 @@ class SourceConfig(StrictConfig, ABC):
 
     def rating(self, value: Any) -> float:
         """A rating as this source writes it; raises RowError where it is none, or outside the scale."""
-        rating = parse_rating(value, self.scale, self._ratings_by_word, self.decimal_comma)
+        rating = parse_rating(self.pointed(value), self.scale, self._ratings_by_word)
         # Rounded, as 1 + 5 - 2.3 is 2.7 and a little.
         return round(sum(self.scale) - rating, 6) if self.lower_is_better else rating
 
     def confidence(self, value: Any) -> tuple[float | None, list[Item]]:
         """A confidence from 1 to 5, or None and in the list the word that nobody gave a number."""
-        return _or_unknown(parse_confidence(value, self._confidences_by_word))
+        return _or_unknown(parse_confidence(self.pointed(value), self._confidences_by_word))
+
+    def pointed(self, value: Any) -> Any:
+        """`value` with a point in place of its decimal comma, where this source has commas."""
+        return with_point(value) if self.decimal_comma else value
 
     def decision(self, value: Any) -> tuple[Decision | None, list[Item]]:
         """A decision, or None and in the list the words that mean none."""

@@ -176,7 +176,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             # Fetched whole, as the caller puts each problem into this database before it asks for the next.
             orphans = self._database.execute(query).fetchall()
             fix = (
-                "add the papers' rows or submission notes to the sources, or set unknown_papers: drop to leave out "
+                "add the papers' titles or submission notes to the sources, or set unknown_papers: drop to leave out "
                 f"what is said of papers that are not there ({len(orphans)} rows)"
             )
             for paper_id, *place in orphans:

@@ -1,9 +1,10 @@
-"""Sources with one review a row, its paper repeated on each: JSON lines, CSV, and the generator."""
+"""Sources with one review a row, its paper repeated on each: JSON lines and CSV."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, Self
 
 import msgspec
@@ -15,15 +16,15 @@ from prefmill.core.config import later
 from prefmill.core.files import digest_json
 from prefmill.reviews.decision_words import DECISIONS
 from prefmill.reviews.files import CSV, JSON_LINES, PlainRow, as_row, csv_rows, files_at, json_rows, none_is_plain
-from prefmill.reviews.generated import generate
+from prefmill.reviews.openreview_forms import as_sections
 from prefmill.reviews.rows import (
     Item,
     PaperRow,
-    Place,
     RawRow,
     ReviewRow,
     RowError,
     RowProblem,
+    Skipped,
     Unknown,
     begins_with_number,
     check_fields,
@@ -44,6 +45,9 @@ VALID_FIELDS = REQUIRED_FIELDS | {
     "paper_id", "review_id", "abstract", "text", "decision", "decision_raw", "confidence", "venue", "sub_scores",
 }  # fmt: skip
 _PAPER_FIELDS = ("paper_id", "title", "abstract", "text", "decision", "venue")
+_SAID_OF_PAPER = {"title", "abstract", "text", "decision"}  # by a row that is not of a review alone
+_TEXTS = {"review_text", "abstract", "text"}
+_Columns = dict[str, str | list[str]]
 _SUB_SCORE_COLUMN = "sub_scores."
 # What pandas takes for a missing value in a table.
 _MISSING = frozenset({
@@ -57,31 +61,38 @@ _DECISION_FIX = (
 
 
 class _TableSource(FileSource):
-    """Rows with the fields of `VALID_FIELDS`; `columns` names the file's own field for one where the two differ."""
+    """Rows with the fields of `VALID_FIELDS`; `columns` names the file's own field for one where the two differ.
 
-    columns: dict[str, str] = later({})
+    Several fields that make up a text are a list there. Papers and reviews may be rows of their own, with one paper_id.
+    """
+
+    columns: _Columns = later({})
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
         unknown = sorted(name for name in self.columns if name not in VALID_FIELDS and not _is_sub_score(name))
         if unknown:
             raise ValueError(f"columns: no field '{unknown[0]}'; fields: {', '.join(sorted(VALID_FIELDS))}")
+        if several := sorted(name for name, own in self.columns.items() if own != str(own) and name not in _TEXTS):
+            raise ValueError(
+                f"columns: '{several[0]}' is one value: name one column; {', '.join(sorted(_TEXTS))} may have more"
+            )
         return self
 
     def named(self, values: dict[str, Any]) -> dict[str, Any]:
         """A row by the names of `VALID_FIELDS`; raises RowError where it lacks what `columns` names."""
         if not self.columns:
             return values
-        if missing := sorted(set(self.columns.values()) - values.keys()):
+        taken = set(chain.from_iterable([own] if isinstance(own, str) else own for own in self.columns.values()))
+        if missing := sorted(taken - values.keys()):
             raise RowError(f"columns names '{missing[0]}', which the file has not", "correct columns of this source")
-        taken = set(self.columns.values())
         # The file's own field of a name that stands for another one is one more: it must not take that one's place.
         rest = {
             f"{name} (the file's own)" if name in self.columns else name: value
             for name, value in values.items()
             if name not in taken
         }
-        return rest | {field: values[column] for field, column in self.columns.items()}
+        return rest | {field: _cell(values, own) for field, own in self.columns.items()}
 
 
 class JsonlSource(_TableSource):
@@ -116,7 +127,7 @@ class CsvSource(_TableSource):
     """
 
     format: Literal["csv"]
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: _Columns = Field(default_factory=dict)
 
     @cached_property
     def missing_words(self) -> frozenset[str]:
@@ -140,46 +151,39 @@ class CsvSource(_TableSource):
         return row_items({**rest, "sub_scores": sub_scores}, self)
 
 
-class GeneratedSource(SourceConfig):
-    """The project's own corpus (see `prefmill.reviews.generated`); with `images`, a page and a figure a paper."""
-
-    format: Literal["generated"]
-    seed: int = Field(0, ge=0)
-    num_papers: int = Field(ge=1)
-    images: bool = False
-
-    def rows(self, source: int) -> Iterator[RawRow | RowProblem]:
-        """The generator's rows."""
-        for number, values in enumerate(generate(self.seed, self.num_papers), 1):
-            yield RawRow(Place(source, "(generated)", number), values)
-
-    def items(self, values: dict[str, Any]) -> list[Item]:
-        """The row's paper and review."""
-        return row_items(values, self, drawn=self.images)
+def _cell(values: dict[str, Any], own: str | list[str]) -> Any:
+    return values[own] if isinstance(own, str) else as_sections({name: clean_text(values[name], name) for name in own})
 
 
 def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False) -> list[Any]:
-    """The paper and the review of one row; raises RowError naming the field at fault."""
-    check_fields(values, REQUIRED_FIELDS, VALID_FIELDS, config.ignore_extra_fields, "row", _NAMES_FIX)
-    paper = _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)
+    """The paper and the review of one row, or the one that it has; raises RowError naming the field at fault."""
+    names = values.keys()
+    is_paper = "title" in names and not names & {"review_text", "rating"}
+    if is_paper and (config.ignore_extra_fields or names <= VALID_FIELDS):
+        return [_paper(list(map(values.get, _PAPER_FIELDS)), config, drawn), Skipped("row of a paper alone")]
+    alone = {"paper_id", "review_text", "rating"} <= names and not names & _SAID_OF_PAPER
+    required = REQUIRED_FIELDS - {"title"} if alone else REQUIRED_FIELDS
+    check_fields(values, required, VALID_FIELDS, config.ignore_extra_fields, "row", _NAMES_FIX)
+    paper = None if alone else _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)
+    paper_id = paper.paper_id if paper else parse_id(values["paper_id"], "paper_id", config.id_prefix)
     confidence, unknown = config.confidence(values.get("confidence"))
-    scores, in_words = _sub_scores(values.get("sub_scores"))
+    scores, in_words = _sub_scores(values.get("sub_scores"), config)
     text, rating = required_text(values["review_text"], "review_text"), config.rating(values["rating"])
     review_id = values.get("review_id")
     review = ReviewRow(
         # Else by what it says, so that it is the same wherever its row stands; the same words again count once.
         review_id=parse_id(review_id, "review_id", config.id_prefix)
         if review_id not in (None, "")
-        else f"{paper.paper_id}-{_digest([text, rating, confidence, scores])}",
-        paper_id=paper.paper_id,
+        else f"{paper_id}-{_digest([text, rating, confidence, scores])}",
+        paper_id=paper_id,
         text=text,
         rating=rating,
         scale=config.written_scale,
         confidence=confidence,
-        venue=paper.venue,
+        venue=paper.venue if paper else _venue(values.get("venue"), config),
         sub_scores=scores,
     )
-    return [paper, review, *unknown, *in_words]
+    return [*([paper] if paper else []), review, *unknown, *in_words]
 
 
 def _entries(row: RawRow | PlainRow | RowProblem) -> Iterator[RawRow | PlainRow | RowProblem]:
@@ -283,7 +287,7 @@ def _paper(said: list[Any], config: SourceConfig, drawn: bool) -> PaperRow:
         abstract=clean_text(abstract, "abstract"),
         text=clean_text(text, "text"),
         decision=decision,
-        venue=clean_text(venue, "venue") or config.venue,
+        venue=_venue(venue, config),
         drawn=drawn,
     )
     # In place, as a configuration is frozen.
@@ -291,7 +295,11 @@ def _paper(said: list[Any], config: SourceConfig, drawn: bool) -> PaperRow:
     return paper
 
 
-def _sub_scores(value: Any) -> tuple[dict[str, float], list[Item]]:
+def _venue(value: Any, config: SourceConfig) -> str:
+    return clean_text(value, "venue") or config.venue
+
+
+def _sub_scores(value: Any, config: SourceConfig) -> tuple[dict[str, float], list[Item]]:
     """Sub-scores by name, and the answers in words, which are none."""
     if not value:
         return {}, []
@@ -301,7 +309,7 @@ def _sub_scores(value: Any) -> tuple[dict[str, float], list[Item]]:
     scores = {name: float(score) for name, score in sorted(value.items()) if is_number(score)}
     if len(scores) == len(value):
         return scores, []
-    given = [(name, score) for name, score in sorted(value.items()) if score not in (None, "")]
+    given = [(name, config.pointed(score)) for name, score in sorted(value.items()) if score not in (None, "")]
     in_words = {name for name, score in given if isinstance(score, str) and not begins_with_number(score)}
     scores = {name: parse_score(score, f"sub_scores.{name}") for name, score in given if name not in in_words}
     return scores, [Unknown("sub-score in words", name) for name in sorted(in_words)]

@@ -39,7 +39,7 @@ def read_labels(path: Path) -> dict[str, float]:
 
     Raises InputError naming the line of a missing column, a label that is no finite number, or a repeated review.
     """
-    file = LabelFile(path, "unusable labels", COLUMNS, " and ".join(COLUMNS) + " (a number)")
+    file = LabelFile(path, "unusable labels", COLUMNS)
     labels: dict[str, float] = {}
     for where, row in file.rows():
         review_id, label = row["review_id"], _number(row["label"])
