@@ -16,6 +16,7 @@ from prefmill.reviews.store import CorpusStore
 class IngestReviewsConfig(BadRowConfig, PaperConfig):
     """Where the reviews are, how papers are split, and what becomes of bad rows."""
 
+    unread_with = {"pdfs=none": ("workers", "pdf"), "on_bad_row=fail": ("max_quarantined_share",)}
     sources: list[Source] = Field(min_length=1, description="list of sources, each with its `format`")
     splits: SplitConfig = Field(
         default_factory=SplitConfig, description="shares of papers for train, val, dev and test"

@@ -19,6 +19,7 @@ DEBUG_REVIEWS = 3  # of each shard, where no limit is given
 class ScoreReviewsConfig(StrictConfig):
     """Which checklist to score with, by which engine."""
 
+    unread_with = {"engine.engine=lexical": ("judge",), "debug": ("judge",)}
     engine: EngineConfig = Field(LexicalConfig(), description="how items are answered: lexical, or by a model")
     checklist: ChecklistFile = Field(None, description="a checklist of yours; none: the shipped 24 items")
     limit: int | None = Field(None, ge=1, description="score the first so many reviews of each shard only")

@@ -17,6 +17,10 @@ from prefmill.report.validation_report import describe, error_table, to_markdown
 class ValidateDatasetsConfig(StrictConfig):
     """What to check, and where a check begins to complain."""
 
+    unread_with = {
+        "model_name_or_path=none": ("max_length", "max_too_long_fraction"),
+        "stage=sft": ("max_length_accuracy",),
+    }
     stage: Part = Field("all", description="all, sft or dpo: which datasets to check")
     model_name_or_path: str | None = Field(None, description="count tokens with this model's tokenizer; none: do not")
     max_length: int | None = Field(None, ge=1, description="tokens per row may have; none: the model's context")

@@ -29,6 +29,7 @@ class LexicalConfig(StrictConfig):
 class JudgeConfig(ChatTemplate):
     """What every engine with a model is told: whose tokens prompts are made of, and what stands in a prompt."""
 
+    unread_with = {"evidence=false": ("evidence_max_tokens",)}
     model_name_or_path: str = Field(description="folder or hub name of a model with a chat template")
     revision: str | None = Field(None, description="of a hub model")
     trust_remote_code: bool = Field(False, description="run the hub model's own code")
@@ -85,6 +86,7 @@ class OpenAIConfig(JudgeConfig, ServerConfig):
 class ChatConfig(ServerConfig):
     """A server that has chat completions alone: prompts are text, and answers are words among its likeliest tokens."""
 
+    unread_with = {"top_logprobs": ("votes",)}
     engine: Literal["chat"] = "chat"
     model_name_or_path: str = Field(min_length=1, description="the server's name for the model")
     include_paper: IncludePaper = Field("none", description="what of the paper stands before the review")

@@ -13,6 +13,10 @@ from prefmill.core.config import ExternalPath, StrictConfig, runtime
 class JudgeQualityConfig(StrictConfig):
     """What the judge is held against, and how many reviews are changed and asked about again."""
 
+    unread_with = {
+        "calibrate=false": ("min_labels", "folds"),
+        "num_probed=0": ("probe_other", "max_paraphrases", "judge"),
+    }
     labels: ExternalPath | None = Field(None, description="CSV of people's answers: review_id, item_id, label")
     calibrate: bool = Field(False, description="fit a temperature to the labels of dev reviews")
     min_labels: int = Field(50, ge=10, description="of dev reviews, for a temperature")

@@ -9,8 +9,9 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from operator import attrgetter
 from pathlib import Path, PosixPath
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
@@ -27,6 +28,8 @@ class StrictConfig(BaseModel):
     """Base of every configuration: frozen, no unknown keys, no silent coercion, no NaN."""
 
     # NaN and infinity are no JSON, in which identities and manifests are written.
+    # Keys that nothing reads beside another one: by `key=value` as YAML writes it, or the key alone where it is given.
+    unread_with: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
@@ -43,12 +46,24 @@ class StrictConfig(BaseModel):
 
     def changed(self, *keys: str) -> list[str]:
         """Those of `keys` that are not at their default; by value, as a job is handed every key of its plan."""
-        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        fields = type(self).model_fields
+        return [key for key in keys if getattr(self, key) != fields[key].get_default(call_default_factory=True)]
 
-    def tell_unread(self, why: str, *keys: str) -> None:
+    def tell_unread(self, why: str, *keys: str, place: str = "") -> None:
         """Log those of `keys` that are not at their default: for `why`, nothing reads them."""
         if given := self.changed(*keys):
-            logging.getLogger(__name__).warning("%s: no effect, %s", ", ".join(given), why)
+            logging.getLogger(__name__).warning("%s: no effect, %s", ", ".join(place + key for key in given), why)
+
+    def tell_unread_with(self, place: str = "") -> None:
+        """Log what `unread_with` says of this configuration, which is at `place`, and of its parts."""
+        for beside, keys in self.unread_with.items():
+            path, _, value = beside.partition("=")
+            found = attrgetter(path)(self)
+            if str(found).lower() == value if value else found:
+                self.tell_unread(f"with {place}{beside}", *keys, place=place)
+        for name, part in self:
+            if isinstance(part, StrictConfig):
+                part.tell_unread_with(f"{place}{name}.")
 
     def made_otherwise(self) -> dict[str, Any]:
         """Part of the identity beside the keys: what the same keys make now and did not make before."""
@@ -140,10 +155,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         require_plain_numbers(path.read_text("utf-8-sig"), path)
     except FileNotFoundError:
-        raise ConfigError(
-            f"no such configuration file{_near(path)}", where=path,
-            fix="check the path; shipped ones are under configs/",
-        ) from None  # fmt: skip
+        near = _near(path)
+        raise ConfigError(f"no such configuration file{near}", where=path, fix="check the path; see configs/") from None
     except IsADirectoryError:
         files = ", ".join(map(str, sorted(path.glob("[!.]*.yaml")))) or "(none)"
         raise ConfigError("a folder, not a file", where=path, expected=files, fix="name one of its files") from None

@@ -77,6 +77,7 @@ def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
     import_now(stage.preload)
     if stage.trains and "torch" in sys.modules:  # preloaded by all that compute with it
         claim_device()
+    config.tell_unread_with()
     return stage.run(config, task)
 
 

@@ -28,6 +28,7 @@ class SplitConfig(StrictConfig):
     `require_test_papers: false` accepts lines that match no paper.
     """
 
+    unread_with = {"test_set=none": ("require_test_papers",)}
     train: float = Field(0.765, gt=0, le=1)
     val: float = Field(0.085, ge=0, lt=1)
     dev: float = Field(0.05, ge=0, lt=1)

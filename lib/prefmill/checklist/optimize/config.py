@@ -18,6 +18,7 @@ StepName = Literal["propose", "score", "select", "refit", "export"]
 class ProposeConfig(StrictConfig):
     """Where candidate items come from."""
 
+    unread_with = {"engine=none": ("num_proposals", "num_examples", "max_new_tokens")}
     shipped: bool = Field(True, description="the shipped 24 items are candidates")
     candidates: ChecklistFile = Field(None, description="a checklist of yours with more items")
     engine: EngineConfig | None = Field(None, description="a model that proposes items, configured as in score_reviews")
@@ -29,6 +30,7 @@ class ProposeConfig(StrictConfig):
 class ScoreConfig(StrictConfig):
     """How the candidates are answered for the dev reviews."""
 
+    unread_with = {"engine.engine=lexical": ("max_paraphrases", "judge")}
     engine: EngineConfig = Field(LexicalConfig(), description="as in score_reviews; optimise with the one you score by")
     max_reviews: int | None = Field(5000, ge=1, description="dev reviews used at most, whole papers; none: all")
     max_paraphrases: int = Field(1, ge=0, description="of each item, asked to see whether answers stay the same")
@@ -39,6 +41,9 @@ class ScoreConfig(StrictConfig):
 class SelectConfig(StrictConfig):
     """What items are chosen to predict, which are dropped beforehand, and how strict the choice is."""
 
+    unread_with = {"shrink=false": ("l1_ratio",)} | {
+        f"target={target}": ("accept_rating",) for target in ("confidence", "rating", "labels")
+    }
     target: Target = Field("confidence", description="confidence, rating, decision_agreement or labels")
     labels: ExternalPath | None = Field(None, description="CSV with review_id and label, for the target labels")
     # In points of 1 to 10, to which every venue's ratings are mapped.
