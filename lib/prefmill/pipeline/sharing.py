@@ -13,7 +13,7 @@ from prefmill.core.files import write_atomic
 from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, SHARED_FROM, WANTED_AGAIN, WORK
 from prefmill.core.terminal import Say
 from prefmill.pipeline.plan import Plan, PlannedTask
-from prefmill.pipeline.state import fingerprints, inspect_task, read_inputs, task_identity
+from prefmill.pipeline.state import fingerprints, inspect_task, read_inputs, task_identity, written_since
 from prefmill.pipeline.task_status import is_running, write_status
 from prefmill.pipeline.worker import clear_telemetry, locked, put_in_place, telemetry
 from prefmill.store.artifacts import read, remaking, superseded
@@ -62,7 +62,8 @@ def _made(task: PlannedTask, wanted: tuple[str, ...]) -> Iterator[Path]:
         if path.parent == task.output or path.parents[2].is_symlink():  # `latest` is one of the others
             continue
         try:
-            if _fingerprint(path) in wanted and read(path.parent, task.stage.writes):
+            same = _fingerprint(path) in wanted and not any(written_since(task, path.parent))
+            if same and read(path.parent, task.stage.writes):
                 yield path.parent
         except ArtifactError:  # another run's damage is no concern of this one
             continue

@@ -15,13 +15,14 @@ from prefmill import __version__
 from prefmill.core.artifact import Artifact, Manifest, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError
-from prefmill.core.files import digest_json, read_record
+from prefmill.core.files import digest_json, read_record, sample_digest
 from prefmill.core.places import MANIFEST, STARTED, WANTED_AGAIN, WORK
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.store.artifacts import read, read_manifest, remaking
 from prefmill.store.stamps import check_content
 
 CODE_VERSION = "code_version.txt"  # in the copy of the code that a submission keeps
+_OF_MODELS = (".safetensors", ".bin", ".json", ".jinja", ".model")
 Freshness = Literal["complete", "stale", "missing", "waiting"]
 
 
@@ -69,20 +70,33 @@ def inspect_task(task: PlannedTask) -> TaskState:
         check_content(read(task.output, task.stage.writes), only_touched=True)
     except ArtifactError as error:
         return TaskState("stale", (_in_words(error),))
-    return TaskState("complete", (_made(manifest), *_models_written_since(task)))
+    since = (f"{name} was written to since: --force makes it again" for name in written_since(task, task.output))
+    return TaskState("complete", (_made(manifest), *since))
 
 
-def _models_written_since(task: PlannedTask) -> Iterator[str]:
-    """A note where a model's weights are newer than what was made of them: a plan knows it by its name alone."""
-    made = (task.output / MANIFEST).stat().st_mtime
+def written_since(task: PlannedTask, folder: Path) -> Iterator[str]:
+    """Models whose weights are newer than what was made of them in `folder`: a plan knows them by name alone."""
+    made = (folder / MANIFEST).stat().st_mtime
     for name in _models_named(task.config):
         if any(path.stat().st_mtime > made for path in Path(name).rglob("*.safetensors")):
-            yield f"{name} was written to since: --force makes it again"
+            yield name
+
+
+def models_in(config: BaseModel) -> dict[str, str]:
+    """What the models' folders hold that a configuration names."""
+    return {name: sample_digest(Path(name), _OF_MODELS) for name in _models_named(config) if Path(name).is_dir()}
+
+
+def models_changed(task: PlannedTask, begun: Mapping[str, Any]) -> list[str]:
+    """The models whose folders hold something else than when the attempt recorded as `begun` began."""
+    # An attempt of an earlier version has noted none; a folder that is gone now may come back.
+    noted = begun.get("models", {})
+    return [name for name, now in models_in(task.config).items() if noted.get(name, now) != now]
 
 
 def _models_named(config: BaseModel) -> Iterator[str]:
     for key, value in config:
-        if key == "model_name_or_path" and isinstance(value, str):
+        if key in ("model_name_or_path", "ref_name") and isinstance(value, str):
             yield value
         elif isinstance(value, BaseModel):
             yield from _models_named(value)
@@ -93,11 +107,11 @@ def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:
     if not (made := read_record(folder / WORK / STARTED)):
         return ()
     wanted = task_identity(task, read_inputs(task))
-    if made["fingerprint"] in fingerprints(task, wanted):
-        return ("begun: a run goes on from there",)
-    # A folder from before the identity was noted has its fingerprint alone.
-    other = differences(made.get("identity", wanted), wanted) or ["other settings"]
-    return (f"begun otherwise, which a run drops: {'; '.join(other)}",)
+    other = [f"{name} held another model" for name in models_changed(task, made)]
+    if made["fingerprint"] not in fingerprints(task, wanted):
+        # A folder from before the identity was noted has its fingerprint alone.
+        other = differences(made.get("identity", wanted), wanted) or ["other settings"]
+    return (f"begun otherwise, which a run drops: {'; '.join(other)}" if other else "begun: a run goes on from there",)
 
 
 def read_inputs(task: PlannedTask) -> dict[str, tuple[Artifact, ...]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error, explained
-from prefmill.core.files import write_atomic
+from prefmill.core.files import read_record, write_atomic
 from prefmill.core.graceful_stop import Stopped, clear_request
 from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WANTED_AGAIN, WORK
 from prefmill.core.stage import Metrics, Stage, Task
@@ -28,7 +28,7 @@ from prefmill.distributed.launchers import TrainerKeys, refuse_settings_of_accel
 from prefmill.pipeline import attempts
 from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
-from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
+from prefmill.pipeline.state import fingerprints, inspect_task, models_changed, models_in, provenance, read_inputs
 from prefmill.pipeline.task_status import INTERRUPTED, held, read_status, write_status
 from prefmill.store.artifacts import publish, remaking, superseded
 from prefmill.store.stamps import check_content
@@ -166,13 +166,14 @@ def _prepare(task: PlannedTask, wanted: Mapping[str, Any], force: bool) -> Path:
     finished = (task.output / MANIFEST).is_file()
     folder = remaking(task.output) if finished else task.output
     marker = folder / WORK / STARTED
-    resumes = not force and marker.is_file() and json.loads(marker.read_text())["fingerprint"] in same
+    begun = read_record(marker)
+    resumes = not force and begun.get("fingerprint") in same and not models_changed(task, begun)
     if folder.exists() and not resumes:
         shutil.rmtree(folder)
     if not marker.is_file():
         # Before anything else is made here: what lies in a folder without a mark is of unknown origin, and deleted.
         begun = {"fingerprint": same[0], "date": datetime.now(UTC).date().isoformat(), "identity": wanted}
-        write_atomic(marker, json.dumps(begun))
+        write_atomic(marker, json.dumps({**begun, "models": models_in(task.config)}))
     if not resumes:
         clear_telemetry(task.logs, superseded(task.logs) if finished else None)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from prefmill.core.places import MANIFEST, STATUS
 from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline import worker
 from prefmill.pipeline.plan import Plan
+from prefmill.pipeline.sharing import share
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.task_status import is_running
 from prefmill.pipeline.worker import execute
@@ -67,6 +69,33 @@ def test_a_model_that_was_written_to_since_is_told(tmp_path: Path) -> None:
     state = inspect(plan)["make:all"]
     assert state.freshness == "complete"
     assert state.reasons[1:] == (f"{tmp_path}/model was written to since: --force makes it again",)
+
+
+def test_an_attempt_on_another_model_is_dropped_and_no_run_shares_it(tmp_path: Path) -> None:
+    """Of a folder written over since a training began its checkpoints are no part; a copy of it is the same model."""
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"first" * 1000)
+    keys = {"model_name_or_path": str(weights.parent)}
+    broken, whole = (toy_plan(tmp_path, make={"set": {**keys, "fail": fail}}) for fail in ("bug", ""))
+    with pytest.raises(ValueError, match="a bug"):
+        run(broken)
+    weights.unlink()
+    weights.write_bytes(b"first" * 1000)
+    assert inspect(whole)["make:all"].reasons == ("begun: a run goes on from there",)
+    weights.write_bytes(b"other" * 1000)
+    told = f"begun otherwise, which a run drops: {weights.parent} held another model"
+    assert inspect(whole)["make:all"].reasons == (told,)
+    run(whole)
+    manifest = read_manifest(whole.tasks[0].output)
+    assert manifest is not None
+    assert manifest.metrics["attempt"] == "started"
+    elsewhere = replace(whole.tasks[0], run="next", output=tmp_path / "data" / "next" / "make" / "all")
+    later = (whole.tasks[0].output / MANIFEST).stat().st_mtime + 9
+    os.utime(weights, (later, later))
+    assert share(elsewhere) is None
+    os.utime(weights, (later - 99, later - 99))
+    assert share(elsewhere) == "toy"
 
 
 def test_an_upstream_that_comes_out_the_same_stops_there(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
@@ -111,7 +112,7 @@ class Chats:
             # The Trainer averages over batches: of several rows the loss would hang on which stand together.
             "per_device_eval_batch_size": 1,
         }
-        trainer = SFTTrainer(
+        trainer = _EachRowOnce(
             model=model,
             args=fsdp_mixed_precision(made(TrlConfig, given), config),
             train_dataset=self.train,
@@ -122,8 +123,49 @@ class Chats:
         )
         # Qwen2.5-VL says that it takes no count of tokens, but it is TRL that divides by it: the mean is over the step.
         trainer.model_accepts_loss_kwargs = True
+        trainer.train_dataset = _Repeatable(self.train)
         check_every_step(trainer)
         return trainer
+
+
+class _EachRowOnce(SFTTrainer):
+    """TRL's trainer on rows that ranks learn once an epoch: accelerate fills their last batches with the first rows."""
+
+    def get_train_dataloader(self) -> Any:
+        """The rows in their order, and after them some without labels, up to what ranks run beside each other."""
+        loader: Any = super().get_train_dataloader()
+        if self.args.world_size > 1:
+            loader.set_sampler(_Filled(loader.get_sampler(), self.args.train_batch_size * self.args.world_size))
+        return loader
+
+
+class _Filled(Sampler[int]):
+    """The places that `sampler` gives, and others after the last row up to a multiple of `size`."""
+
+    def __init__(self, sampler: Any, size: int) -> None:
+        self._sampler, self._size = sampler, size
+        self.set_epoch = sampler.set_epoch
+
+    def __len__(self) -> int:
+        return -(-len(self._sampler) // self._size) * self._size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._sampler
+        yield from range(len(self._sampler), len(self))
+
+
+@dataclass(frozen=True)
+class _Repeatable(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows, and after the last one the same again without labels: nothing is learnt from those."""
+
+    rows: Dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.rows[place % len(self.rows)]
+        return row if place < len(self.rows) else {**row, "labels": [_IGNORED] * len(row["labels"])}
 
 
 def _load_trained(name: str, config: TrainingConfig, parts: TrainedTurns, with_images: bool) -> Any:
