@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefmill.core.errors import PipelineError, select
@@ -52,13 +54,16 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
 def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) -> None:
     """End every job of the run, or of the selected tasks, whichever command or attempt submitted it.
 
-    They stay ended until `prefmill rerun` or `submit`. No output is looked at: nothing in it can be in the way.
+    They stay ended until `prefmill rerun` or `submit`. No output is looked at: nothing in it can be in the way. Nor is
+    a full disk, which only cancelled jobs may stop filling; raises PipelineError where it took no note.
     """
+    refused: list[OSError] = []
     with alone(workspace, run):
         found = submissions(workspace, run)
         require_owner(found)
-        for line in settle(found):
-            say(line)
+        with _despite(refused):
+            for line in settle(found):
+                say(line)
         known = newest(found) | unsent(found)
         tried = {key: known[key] for key in (select(selector, known, "was submitted") if selector else known)}
         live = live_elements(found)
@@ -70,13 +75,27 @@ def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) ->
             k for k, one in tried.items() if not one.sent
         }
         # Noted before scancel: no look retries what ends now, and no ending task books another follow-up job.
-        for key in sorted(keys):
-            _note_cancel(Decisions(workspace, run), key, tried[key])
-        for key in tried:  # finished output that was to be made again is wanted as it is
-            (workspace / "logs" / run / key.replace(":", "/", 1) / WANTED_AGAIN).unlink(missing_ok=True)
+        with _despite(refused):
+            for key in sorted(keys):
+                _note_cancel(Decisions(workspace, run), key, tried[key])
+            for key in tried:  # finished output that was to be made again is wanted as it is
+                (workspace / "logs" / run / key.replace(":", "/", 1) / WANTED_AGAIN).unlink(missing_ok=True)
         if ended and not slurm.cancel(ended):
             raise PipelineError("Slurm did not cancel every job", fix="see `squeue --me`, then cancel again")
         say(f"run {run}: {len(keys)} tasks cancelled")
+    if refused:
+        raise PipelineError(
+            "cancelled, but the disk took no note of it", where=refused[0].filename, got=refused[0].strerror,
+            fix="make room, and cancel again: a job that looks after the run would submit these tasks again",
+        )  # fmt: skip
+
+
+@contextmanager
+def _despite(refused: list[OSError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        refused.append(error)
 
 
 def _note_cancel(decisions: Decisions, key: str, tried: Tried) -> None:

@@ -95,6 +95,8 @@ def submit(
         size = max_array_size(cluster)
         batches = make_batches(plan, todo, {key: item.element for key, item in live.items()}, size)
         if not batches:
+            if not dry_run:  # all may have been taken from other runs: this one is there all the same
+                _record(plan)
             say("nothing to submit")
             return
         for note in not_taken_along(cluster, os.environ):
@@ -238,12 +240,17 @@ def _show(draft: Submission, calls: Sequence[Call], texts: Mapping[Path, str], s
         say(f"\n# {script}\n{text}")
 
 
+def _record(plan: Plan) -> None:
+    """Write that by which `prefmill status` and `logs` find the run."""
+    point_latest(plan)
+    write_plan(plan)
+
+
 def _write(
     draft: Submission, plan: Plan, arrays: Mapping[tuple[str, int], ArrayFile], texts: Mapping[Path, str]
 ) -> None:
-    # Before the first job: `prefmill status` and `logs` find the run by these, even if this process is killed halfway.
-    point_latest(plan)
-    write_plan(plan)
+    # Before the first job: the run is then found, even if this process is killed halfway.
+    _record(plan)
     snapshot(draft.code_folder)
     logs = plan.workspace / "logs" / plan.run
     (logs / ADVANCE).mkdir(exist_ok=True)

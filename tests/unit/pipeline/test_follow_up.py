@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from test_sightings import ME, RUNNING, WAITS, Run, run  # noqa: F401
 
+from prefmill.core.errors import PipelineError
+from prefmill.pipeline import decisions
 from prefmill.pipeline.decisions import Decisions
 from prefmill.pipeline.runs import verify_run
 from prefmill.pipeline.state import inspect
@@ -159,6 +162,20 @@ def test_a_task_that_ends_releases_what_slurm_holds(run: Run, capsys: pytest.Cap
         release_when_task_ends(run.workspace, "toy")
     assert said_to_slurm(run, "scontrol") == ["release 41_0"] * 3
     assert "make:all release: launch (3 of 3)" in capsys.readouterr().out
+
+
+def test_cancel_ends_jobs_on_a_full_disk_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fill it, and went on: no note could be taken of their end."""
+    run.slurm(squeue=RUNNING)
+    listen(run, "scancel")
+
+    def full(path: Path, *_rows: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(decisions, "append_row", full)
+    with pytest.raises(PipelineError, match="cancelled, but the disk took no note of it"):
+        cancel(run.workspace, "toy", None)
+    assert said_to_slurm(run, "scancel") == ["41_0"]
 
 
 @pytest.mark.parametrize("ends", ["made", "cancelled"])

@@ -18,7 +18,9 @@ from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import Reads, Stage
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.plan import PipelineFile, make_plan, plan_task
+from prefmill.pipeline.run_record import run_tasks
 from prefmill.pipeline.task_status import at_work
+from prefmill.pipeline.worker import execute
 from prefmill.slurm.cluster import ClusterFile, Resources
 from prefmill.slurm.script import array_script, array_spec
 from prefmill.slurm.submission import Intent, Submission, claim_folder, submissions
@@ -225,6 +227,17 @@ def test_nothing_is_submitted_beside_a_local_run(tmp_path: Path) -> None:
     (tmp_path / "logs" / "toy").mkdir(parents=True)
     with at_work(tmp_path, "toy"), pytest.raises(PipelineError, match="is at work on this run"):
         submit(pipeline, plan, tmp_path / "x.yaml", validate(ClusterFile, {}), say=lambda _: None)
+
+
+def test_a_run_that_takes_all_from_others_is_there(tmp_path: Path) -> None:
+    """`status`, `runs` and `rm` found none of that name."""
+    values = {"name": "toy", "workspace": str(tmp_path), "stages": {"make": {}}}
+    runs = [PipelineFile.model_validate({**values, "run": run}) for run in ("first", "second")]
+    first, second = (make_plan(run, tmp_path / "x.yaml") for run in runs)
+    execute(first.tasks[0])
+    submit(runs[1], second, tmp_path / "x.yaml", validate(ClusterFile, {}), say=lambda _: None)
+    assert [task["key"] for task in run_tasks(tmp_path, "latest")] == ["make:all"]
+    assert (tmp_path / "logs" / "latest").resolve().name == "second"
 
 
 def test_a_torn_line_costs_no_other_job(tmp_path: Path) -> None:
