@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,8 +12,6 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.images.generation import cut_prompts, drawn_guidance, make_images, plan_jobs
 from prefmill.images.sampling import ImageSampling
 from prefmill.store.jsonl import write_jsonl
-
-_log = logging.getLogger(__name__)
 
 
 def generate_images(
@@ -29,11 +26,8 @@ def generate_images(
 
     def opened() -> Any:
         model = open_model()
-        if cut := cut_prompts(model, prompts):
-            _log.warning(
-                "%d of %d prompts are longer than the text encoders read, as %s", len(cut), len(prompts), cut[0]
-            )
-        write_atomic(cut_file, json.dumps(cut))
+        cut = cut_prompts(model, {row["prompt"] for row in prompts})
+        write_atomic(cut_file, json.dumps([row["prompt_id"] for row in prompts if row["prompt"] in cut]))
         return model
 
     rows = make_images(opened, jobs, sampling, label, task.output, task.work, batch_size, task.advance)

@@ -16,6 +16,7 @@ from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
 from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser
 from prefmill.families.sdxl.generator import decode, too_long, unpacked
+from prefmill.families.sdxl.noise import few_steps, require_steps
 from prefmill.images.files import inspect_image
 from prefmill.images.sampling import ImageSampling
 from prefmill.store.missing import Progress, silent
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LARGEST_BATCH = 64
+_FEW = 8  # steps, the most that a distilled model is published for
 _SHARE_OF_FREE_MEMORY = 0.8
 _CPU_BYTES_PER_PIXEL = 5_000  # of an SDXL-sized UNet in fp32 with guidance, rounded up
 _LARGEST_CPU_BATCH = 16
@@ -83,7 +85,8 @@ def make_images(
         # Looked at before the model is opened: loading it takes minutes, and a finished shard does not need it.
         if any(not (output / job.file).is_file() for job in jobs):
             model = open_model()
-            sampling = followed(model, sampling)
+            sampling = followed(model, sampling, label)
+            _tell_cut(model, jobs, sampling)
             size = _BatchSize(work / "batch_size", batch_size, lambda: fitting_batch(model, jobs[0], sampling))
             for num_done in _batches(model, jobs, sampling, label, output, size):
                 bar.update(num_done - bar.n)
@@ -91,8 +94,8 @@ def make_images(
     return [_row(job, output) for job in jobs]
 
 
-def followed(model: Any, sampling: ImageSampling) -> ImageSampling:
-    """`sampling` as this model follows it; raises ConfigError for what it cannot.
+def followed(model: Any, sampling: ImageSampling, label: str = "") -> ImageSampling:
+    """`sampling` as the model called `label` follows it; raises ConfigError for what it cannot.
 
     `guidance_scale` is the pipeline's where none is given, and 0 where the model has none; the log says so.
     """
@@ -102,8 +105,18 @@ def followed(model: Any, sampling: ImageSampling) -> ImageSampling:
         if sampling.guidance_scale:
             _log.warning("this model has no guidance: guidance_scale has no effect, and is written as 0")
         return sampling.model_copy(update={"guidance_scale": 0.0})
+    few = few_steps(model.scheduler.config, settings, label)
+    if few and sampling.num_inference_steps > _FEW:
+        _log.warning("this model seems to be made for 1 to %d steps (%s), and not for num_inference_steps", _FEW, few)
     if sampling.guidance_scale is not None:
         return sampling
+    if few:
+        raise ConfigError(
+            "this model seems to be made for few steps without guidance", where="guidance_scale", got=few,
+            expected="the number on the model's card",
+            fix=f"set guidance_scale: 0 (for Turbo, Lightning, Hyper-SD) or 1 (LCM), and num_inference_steps: 4; "
+            f"for an ordinary model guidance_scale: {backbone.guidance}",
+        )  # fmt: skip
     _log.info("guidance_scale is %s, the default of %s", backbone.guidance, type(model).__name__)
     return sampling.model_copy(update={"guidance_scale": backbone.guidance})
 
@@ -122,13 +135,7 @@ def _require_drawable(model: Any, sampling: ImageSampling, backbone: Backbone, s
             "this model's guidance leads away from no prompt", where="negative_prompt", got=sampling.negative_prompt,
             fix="leave out negative_prompt, or take SDXL, SD 1.5 or SD 3",
         )  # fmt: skip
-    most = model.scheduler.config.get("original_inference_steps", sampling.num_inference_steps)  # of LCM and TCD
-    if sampling.num_inference_steps > most:
-        raise ConfigError(
-            "more steps than this model's scheduler has", where="num_inference_steps",
-            got=sampling.num_inference_steps, expected=f"at most {most}, of {type(model.scheduler).__name__}",
-            fix="lower num_inference_steps; such models need 1 to 8",
-        )  # fmt: skip
+    require_steps(model.scheduler.config, sampling.num_inference_steps, "num_inference_steps")
 
 
 def draw_latents(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) -> torch.Tensor:
@@ -170,13 +177,19 @@ def fitting_batch(model: Any, job: ImageJob, sampling: ImageSampling) -> int:
     return _power_of_two(min(_SHARE_OF_FREE_MEMORY * free / needed, _LARGEST_BATCH))
 
 
-def cut_prompts(model: Any, prompts: Iterable[ImagePrompt]) -> list[str]:
-    """The ids of prompts longer than the model's text encoders read: their ends have no effect."""
-    given = list(prompts)
+def cut_prompts(model: Any, prompts: Iterable[str]) -> list[str]:
+    """Those longer than the model's text encoders read, sorted: their ends have no effect."""
     tokenizers = {name: part for name, part in model.components.items() if name.startswith("tokenizer") and part}
-    backbone = BACKBONES[type(model).__name__]
-    long = set(too_long(tokenizers, backbone, denoiser(model).config, [row["prompt"] for row in given]))
-    return sorted(row["prompt_id"] for row in given if row["prompt"] in long)
+    return too_long(tokenizers, BACKBONES[type(model).__name__], denoiser(model).config, prompts)
+
+
+def _tell_cut(model: Any, jobs: Sequence[ImageJob], sampling: ImageSampling) -> None:
+    prompts = {job.prompt for job in jobs}
+    if cut := cut_prompts(model, prompts):
+        told = f"{cut[0][:60]} ..."
+        _log.warning("%d of %d prompts are longer than the text encoders read, as %r", len(cut), len(prompts), told)
+    if cut_prompts(model, filter(None, [sampling.negative_prompt])):
+        _log.warning("negative_prompt is longer than the text encoders read: its end has no effect")
 
 
 class _BatchSize:

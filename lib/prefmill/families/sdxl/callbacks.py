@@ -120,6 +120,8 @@ class SampleGrid(TrainerCallback):
         nothing = prompt_arguments(self._embeddings(None, device), "negative_") if backbone.free_guidance else {}
         side, images = self.config.resolution, []
         told = backbone.told(self.folder.denoiser_settings, self.config.guidance_scale)
+        # No guidance where the model was made for none: with it Turbo's pictures burn out.
+        told = 1.0 if told is None and self.folder.few_steps(self.config.model_name_or_path) else told
         for number, prompt in enumerate(self.prompts):
             given = self._embeddings(prompt, device)
             drawn = pipeline(

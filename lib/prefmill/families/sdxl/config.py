@@ -99,7 +99,7 @@ class SdxlPreferenceConfig(TrainingConfig):
         None, ge=1, description="steps between two sample images in the logs; none: no samples"
     )
     num_samples: int = runtime(4, ge=1, description="prompts drawn for each sample")
-    sample_inference_steps: int = runtime(25, ge=1, description="denoising steps of a sample")
+    sample_inference_steps: int = runtime(25, ge=1, le=1000, description="denoising steps of a sample")
     vae_batch_size: int = runtime(4, ge=1, description="images per pass of the VAE")
     cache_dir: ExternalPath | None = runtime(
         None, description="folder of latents, embeddings and reference errors; none: data/cache"

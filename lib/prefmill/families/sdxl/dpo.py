@@ -24,7 +24,7 @@ from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_p
 from prefmill.families.sdxl.encoding import ImageKeys, tell_cut, tell_mirrored, text_keys
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
-from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, require_patches
+from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, require_made_for, require_patches
 from prefmill.families.sdxl.noise import ERRORS, Schedule
 from prefmill.families.sdxl.reference import ReferenceErrors, used_by
 from prefmill.families.sdxl.soft_labels import with_soft_labels
@@ -52,6 +52,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     """
     folder = open_folder(start, config.revision, config.variant)
     require_patches(folder, config)
+    require_made_for(folder, config)
     schedule = folder.schedule(config.min_snr_gamma, config.guidance_scale)
     settings = settings_of(config, schedule)
     objective = choose_objective(config, settings, schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +28,13 @@ from prefmill.families.sdxl.folders import (
     require_one_schedule,
     variant_of,
 )
-from prefmill.families.sdxl.noise import Schedule, load_schedule
+from prefmill.families.sdxl.noise import Schedule, few_steps, load_schedule, require_steps
 from prefmill.families.sdxl.whole import require_whole_part, require_whole_pipeline
 from prefmill.training.adapter import new_adapter, unfitting_targets
 from prefmill.training.config import weights_precision
 from prefmill.training.finished import precision_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,15 @@ class SdxlFolder:
             )  # fmt: skip
         call = self.backbone.calling(self.denoiser_settings, guidance)
         return load_schedule(self.path, min_snr_gamma, call, self.backbone.patch)
+
+    @cached_property
+    def scheduler_settings(self) -> dict[str, Any]:
+        """What the file of the scheduler says."""
+        return read_json(self.path / "scheduler" / "scheduler_config.json")
+
+    def few_steps(self, name: str | None) -> str | None:
+        """See `noise.few_steps`."""
+        return few_steps(self.scheduler_settings, self.denoiser_settings, Path(name or "").name)
 
     def load_denoiser(self, precision: Precision) -> Any:
         """The UNet or transformer."""
@@ -161,7 +173,7 @@ def require_fit(folder: SdxlFolder) -> None:
 
 
 def _require_scheduler(folder: SdxlFolder) -> None:
-    scheduler = read_json(folder.path / "scheduler" / "scheduler_config.json")
+    scheduler = folder.scheduler_settings
     require_one_schedule(folder.path, scheduler, folder.index, folder.denoiser_settings)
     kind, is_flow = str(scheduler.get("_class_name")), folder.backbone.part == "transformer"
     if is_flow != (kind.startswith("FlowMatch") or (is_flow and scheduler.get("prediction_type") == "flow_prediction")):
@@ -181,6 +193,17 @@ def require_patches(folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:
                 "a picture of this size does not divide into patches", where=key, got=getattr(config, key),
                 expected=f"a multiple of {step}", fix=f"correct {key}",
             )  # fmt: skip
+
+
+def require_made_for(folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:
+    """Raise ConfigError for samples that the scheduler cannot draw; tell of a model that was distilled."""
+    if config.sample_steps is not None:
+        require_steps(folder.scheduler_settings, config.sample_inference_steps, "sample_inference_steps")
+    if few := folder.few_steps(config.model_name_or_path):
+        _log.warning(
+            "this model seems to be distilled to few steps (%s): training on noise of all times may undo that; "
+            "start from the model it was made of, or look at the samples, drawn without guidance", few,
+        )  # fmt: skip
 
 
 def load_policy(folder: SdxlFolder, config: SdxlPreferenceConfig) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ _READ = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr",
 )  # fmt: skip
+_FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|tcd|dmd2?)(?![a-z])", re.IGNORECASE)
+_DISTILLED = {"LCMScheduler": 50, "TCDScheduler": 50}  # and diffusers' default of their `original_inference_steps`
 _NOTHING_LEFT = 1e-6  # a signal-to-noise ratio that only zero terminal SNR (Lin et al. 2023) has; SDXL's own is 5e-3
 
 
@@ -34,6 +37,35 @@ class Draw:
 
 Sampling = Callable[[int, torch.Generator], int]
 Shift = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+def few_steps(scheduler: Mapping[str, Any], denoiser: Mapping[str, Any], name: str) -> str | None:
+    """What says that a pipeline called `name` draws in a few steps without guidance, as Turbo and Lightning; or None.
+
+    Nothing in a folder says so itself: these models have their scheduler's class, or its spacing, from their cards.
+    """
+    kind = str(scheduler.get("_class_name"))
+    if denoiser.get("time_cond_proj_dim") or denoiser.get("guidance_embeds"):  # told its guidance, any, as LCM's UNet
+        return None
+    if kind in _DISTILLED:
+        return kind
+    # Models whose noise ends in nothing have this spacing too, and are drawn with guidance.
+    is_ordinary = scheduler.get("prediction_type") == "v_prediction" or scheduler.get("rescale_betas_zero_snr")
+    if scheduler.get("timestep_spacing") == "trailing" and not is_ordinary:
+        return f"{kind}, timestep_spacing: trailing"
+    found = _FEW_STEPS.search(name)
+    return f"{found[0]} in its name" if found else None
+
+
+def require_steps(scheduler: Mapping[str, Any], steps: int, key: str) -> None:
+    """Raise ConfigError for more steps than LCM's and TCD's schedules have: diffusers would in the midst of drawing."""
+    most = scheduler.get("original_inference_steps", _DISTILLED.get(str(scheduler.get("_class_name"))))
+    if most and steps > most:
+        raise ConfigError(
+            "more steps than this model's scheduler has", where=key, got=steps,
+            expected=f"at most {most}, of {scheduler.get('_class_name')}",
+            fix=f"lower {key}; such models need 1 to 8",
+        )  # fmt: skip
 
 
 def uniform(num_timesteps: int, generator: torch.Generator) -> int:
