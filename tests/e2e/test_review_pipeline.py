@@ -119,9 +119,7 @@ def test_killed_in_training_it_repeats_at_most_one_save_interval(
         command("run", DEMO, f"workspace={copied}", *SMALL), env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
     while len(executed(copied).get(stage, [])) < SAVE_STEPS[stage] + 2:
-        assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)

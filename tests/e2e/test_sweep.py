@@ -71,10 +71,8 @@ def test_a_killed_sweep_goes_on_and_its_best_is_the_best(tmp_path: Path, given: 
     first = subprocess.Popen(command, cwd=REPOSITORY, preexec_fn=end_with_parent)
     study = tmp_path / "checkpoints" / "r" / "sweep" / "study-study"
     steps = study / "trials" / "0000" / "logs" / "trial" / "train_reward" / "all" / "executed_steps.jsonl"
-    deadline = time.monotonic() + 120
     while not (steps.is_file() and len(list(read_jsonl(steps))) >= 3):
         assert first.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()

@@ -80,10 +80,8 @@ def kill_after(steps: int, folder: Path, work: Callable[[], object]) -> None:
     """Run `work` in a fork of this process, which has the slow imports done, and SIGKILL it after that many steps."""
     child = multiprocessing.get_context("fork").Process(target=_slowed, args=(work,))
     child.start()
-    deadline = time.monotonic() + 120
     while len(executed_steps(folder)) < steps:
         assert child.is_alive(), f"ended by itself with code {child.exitcode}"
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
