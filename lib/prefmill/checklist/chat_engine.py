@@ -39,6 +39,7 @@ class _Token(msgspec.Struct):
 
 
 class _Place(msgspec.Struct):
+    token: str | None = None
     top_logprobs: list[_Token] | None = None
 
 
@@ -59,6 +60,13 @@ class _Choice(msgspec.Struct):
         """Why there is no answer, where the server or its model withholds one."""
         said = (self.message or {}).get("refusal") or self.error
         return str(said) if said else self.finish_reason if self.finish_reason in ("content_filter", "error") else None
+
+    @property
+    def is_of_a_thought(self) -> bool:
+        """Whether the first token is of a thought that the server keeps apart: some list log-probabilities of it."""
+        said, listed = self.message or {}, (self.logprobs and self.logprobs.content) or [_Place()]
+        thought = said.get("reasoning_content") or said.get("reasoning")
+        return bool(thought) and not (self.first_word and self.first_word.startswith(_word(listed[0].token or "")))
 
     @property
     def first_word(self) -> str:
@@ -116,6 +124,11 @@ class ChatEngine(ServerEngine):
         (choice, *_) = await self._ask(client, text, asked)
         if choice.refusal:
             raise RefusedError(f"the server withholds an answer: {choice.refusal:.200}")
+        if choice.is_of_a_thought:
+            raise RefusedError(
+                "the log-probabilities are of the model's thought: turn it off, as with engine.extra_body="
+                "{chat_template_kwargs: {enable_thinking: false}}, or set engine.top_logprobs=0 and give it room"
+            )
         places = choice.logprobs and choice.logprobs.content
         return self._read((places and places[0].top_logprobs) or [])
 

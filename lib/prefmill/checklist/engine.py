@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prefmill.checklist.items import Checklist
 from prefmill.core.config import StrictConfig, runtime
@@ -94,6 +94,13 @@ class ChatConfig(ServerConfig):
     top_logprobs: int = Field(20, ge=0, le=20, description="as many as the server gives; 0: none, count sampled votes")
     votes: int = Field(16, ge=2, description="answers sampled an item where top_logprobs is 0")
     extra_body: dict[str, Any] = Field({}, description="more of a request, such as {max_completion_tokens: 1}")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _leaves_the_question(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(extra.keys() & {"messages", "model", "stream"}):
+            raise ValueError(f"extra_body: {taken[0]} is of the request itself, leave it out")
+        return extra
 
 
 AnyEngineConfig = LexicalConfig | TransformersConfig | VllmConfig | OpenAIConfig | ChatConfig

@@ -21,6 +21,7 @@ from prefmill.checklist.judge_scores import Judge, Scored, read_judge, sampled_r
 from prefmill.checklist.optimize.proposals import with_paraphrases
 from prefmill.checklist.probe_measures import measure_probes, probability_gaps
 from prefmill.checklist.quality_config import JudgeQualityConfig
+from prefmill.checklist.scored import judging
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
 from prefmill.core.files import write_atomic
@@ -224,7 +225,7 @@ def _both(judge: Judge, reviews: Sequence[Scored], items: Sequence[str]) -> tupl
 
 def _differences(first: Judge, second: Judge, questions: Sequence[dict[str, str]], items: Sequence[str]) -> list[str]:
     reworded = sum(questions[0][name] != questions[1][name] for name in items)
-    found = [] if first.settings == second.settings else ["engine"]
+    found = [] if judging(first.settings) == judging(second.settings) else ["engine"]
     found += [] if first.temperature == second.temperature else ["temperature"]
     return found + ([f"wording of {reworded} items"] if reworded else [])
 

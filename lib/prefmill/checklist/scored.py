@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
 
+from prefmill.checklist.engine import ServerConfig
 from prefmill.core.artifact import Artifact
-from prefmill.core.errors import ArtifactError
+from prefmill.core.errors import ArtifactError, InputError
 from prefmill.core.records import EvaluationScores, Paper, Review
 from prefmill.reviews.join import papers_with_reviews
 from prefmill.store.jsonl import parse_json, read_jsonl
@@ -95,7 +96,10 @@ def evaluations_by_paper(scores: Sequence[Artifact], with_answers: bool = False)
 
 
 def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> None:
-    """Raise ArtifactError unless every shard in `scores` was scored on `corpus` with the same checklist."""
+    """Raise ArtifactError unless every shard in `scores` was scored on `corpus` with the same checklist.
+
+    InputError where one judge gave some of them and another the rest: their scores mean different things.
+    """
     for shard in scores:
         made_from = shard.manifest.inputs.get("corpus")
         if made_from is not None and made_from != [corpus.manifest.content_digest]:
@@ -109,6 +113,21 @@ def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> None:
             "the shards were scored with different checklists", where=", ".join(map(str, checklists)),
             expected="one checklist", fix=_RESCORE,
         )  # fmt: skip
+
+    judges: dict[str, list[Any]] = {"engine": [judging(shard.manifest.config.get("engine")) for shard in scores],
+              "temperature": [shard.manifest.inputs.get("calibration") for shard in scores]}  # fmt: skip
+    for what, found in judges.items():
+        if any(one != found[0] for one in found):
+            raise InputError(
+                f"the shards were scored with different settings: {what}",
+                where=", ".join(str(shard.path) for shard in scores), got=" and ".join(map(str, found)),
+                expected="one judge", fix="score all shards alike; give a second judge to judge_quality's other_scores",
+            )  # fmt: skip
+
+
+def judging(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An engine's settings, less how its server was asked, which a shard that is scored again may have otherwise."""
+    return {key: value for key, value in (settings or {}).items() if key not in ServerConfig.model_fields}
 
 
 def _match(paper: Paper, reviews: list[Review], evaluations: list[EvaluationScores]) -> ScoredPaper:

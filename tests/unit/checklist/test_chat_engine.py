@@ -300,3 +300,25 @@ def test_https_to_a_plain_server_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("http://", "https://"))
         with pytest.raises(ConfigError, match=r"speaks no TLS[\s\S]*SSL_CERT_FILE"):
             outcome()
+
+
+def _thinks(content: str | None, first: str, other: str, name: str = "reasoning_content") -> Any:
+    answer = likeliest([(first, 0.9), (other, 0.05), ("The", 0.04)])
+    answer["choices"][0]["message"] = {"content": content, name: "No doubt, the review does so."}
+    answer["choices"][0]["logprobs"]["content"][0]["token"] = first
+    return answer
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("content", [None, "", "Yes"])
+def test_the_first_word_of_a_separate_thought_is_no_answer(judge: Judge, content: str | None, name: str) -> None:
+    judge.answer = lambda _: _thinks(content, "No", "Yes", name)
+    assert "the log-probabilities are of the model's thought" in outcome().failure
+    judge.answer = lambda _: _thinks("Yes.", " Yes", "No", name)  # as of servers that list those of the answer alone
+    assert outcome().answers["summary"]["p_yes"] == pytest.approx(0.9 / 0.95)
+
+
+@pytest.mark.parametrize("key", ["messages", "model", "stream"])
+def test_more_of_a_request_may_not_take_the_place_of_what_is_asked(key: str) -> None:
+    with pytest.raises(ValueError, match=f"extra_body: {key} is of the request itself"):
+        ChatConfig(model_name_or_path="judge", extra_body={key: True})

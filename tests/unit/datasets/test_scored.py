@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,6 +78,24 @@ def test_inputs_must_belong_together(artifact: Any, corpus: Artifact) -> None:
     stranger = artifact("s1", "review_scores", {"corpus": ["0" * 64]}, review_evaluations=[])
     with pytest.raises(ArtifactError, match="another corpus"):
         check_inputs(corpus, [good, stranger])
+
+
+CHAT = {"engine": "chat", "model_name_or_path": "a", "num_retries": 8}
+
+
+def test_shards_must_share_a_judge(artifact: Any, corpus: Artifact) -> None:
+    """build_datasets ranked the scores of two models as one; judge_quality refused what only asks the server anew."""
+
+    def shard(name: str, engine: dict[str, Any], **inputs: list[str]) -> Artifact:
+        found: Artifact = artifact(name, "review_scores", inputs, review_evaluations=[])
+        return replace(found, manifest=found.manifest.model_copy(update={"config": {"engine": engine}}))
+
+    first = shard("s0", CHAT)
+    check_inputs(corpus, [first, shard("s1", {**CHAT, "num_retries": 20, "timeout_seconds": 9.0})])
+    with pytest.raises(InputError, match="different settings: engine"):
+        check_inputs(corpus, [first, shard("s2", {**CHAT, "model_name_or_path": "b"})])
+    with pytest.raises(InputError, match="different settings: temperature"):
+        check_inputs(corpus, [first, shard("s3", CHAT, calibration=["0" * 64])])
 
 
 def test_shards_must_share_a_checklist(artifact: Any, corpus: Artifact, tmp_path: Any) -> None:
