@@ -17,6 +17,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from prefmill.core.places import expand_home
+from prefmill.distributed.devices import usable_cpus
 
 Verdict = Literal["ok", "note", "fail"]
 _LOW_DISK_GB = 20
@@ -100,7 +101,7 @@ def check_accelerators() -> Iterator[Diagnosis]:
         yield from (Diagnosis("ok", f"GPU {line.strip()}") for line in listed.splitlines())
     else:
         yield Diagnosis(
-            "note", f"no GPU: training runs on {os.cpu_count()} CPU cores", "use `prefmill run` with tiny models here"
+            "note", f"no GPU: training runs on {usable_cpus()} CPU cores", "use `prefmill run` with tiny models here"
         )
 
 

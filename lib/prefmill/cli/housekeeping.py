@@ -31,6 +31,8 @@ def add_housekeeping(commands: Any) -> None:
     collect.add_argument("runs", nargs="*", metavar="RUN", help="the runs' names (default: all, and the caches)")
     for command in (remove, collect):
         command.add_argument("--yes", action="store_true", help="delete; without it only the list is printed")
+        gone = "do not ask Slurm what is queued: the runs' cluster is gone"
+        command.add_argument("--without-slurm", action="store_true", help=gone)
     restored = "bring back the output that a rerun superseded"
     new_command(commands, "restore", restored, _restore, "--workspace", "selector", "--run")
 
@@ -98,7 +100,7 @@ def _remove(arguments: argparse.Namespace) -> None:
     from prefmill.pipeline.runs import point_latest_away, remove_run
 
     workspace, runs = _named_runs(arguments)
-    if queued := _queued(workspace, runs):
+    if queued := _queued(arguments, workspace, runs):
         raise PipelineError(
             f"jobs of run {queued[0]} are queued or running", fix=f"end them: prefmill cancel --run {queued[0]}"
         )
@@ -116,23 +118,24 @@ def _collect(arguments: argparse.Namespace) -> None:
     workspace, runs = _named_runs(arguments)
     for run in runs:
         run_tasks(workspace, run)  # refuses a name that is no run's
-    queued = _queued(workspace, run_names(workspace))
+    queued = _queued(arguments, workspace, run_names(workspace))
     _deleted(removable(workspace, runs or run_names(workspace), queued), workspace, arguments.yes)
 
 
-def _queued(workspace: Path, runs: Sequence[str]) -> list[str]:
+def _queued(arguments: argparse.Namespace, workspace: Path, runs: Sequence[str]) -> list[str]:
     """Those of `runs` that have jobs in Slurm's queue; raises PipelineError where it does not say."""
     from prefmill.core.errors import PipelineError
     from prefmill.slurm.sightings import live_elements
     from prefmill.slurm.submission import submissions
 
-    if shutil.which("squeue") is None:  # a copy of what a cluster made
+    if arguments.without_slurm or shutil.which("squeue") is None:  # a copy of what a cluster made
         return []
     found = {run: live_elements(submissions(workspace, run)) for run in runs}
     if silent := [run for run, live in found.items() if live is None]:
         raise PipelineError(
-            f"Slurm does not say what is queued of run {silent[0]}", fix="try again when `squeue` answers"
-        )
+            f"Slurm does not say what is queued of run {silent[0]}",
+            fix="try again when `squeue` answers; where that cluster is gone for good, add --without-slurm",
+        )  # fmt: skip
     return [run for run, live in found.items() if live]
 
 

@@ -46,6 +46,15 @@ def machine_has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
+def usable_cpus(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may keep busy: those it may run on, and no more than a container's quota pays for."""
+    files = [groups / "cpu.max", groups / "cpu" / "cpu.cfs_quota_us", groups / "cpu" / "cpu.cfs_period_us"]
+    # One file of two words in version 2, two files in version 1; none, `max` and -1 are no quota.
+    words = " ".join(path.read_text() for path in files if path.is_file()).split()
+    quota = -(-int(words[0]) // int(words[1])) if len(words) == 2 and words[0].isdigit() else sys.maxsize
+    return max(1, min(len(os.sched_getaffinity(0)), quota))
+
+
 def is_launched() -> bool:
     """Whether a launcher has started this process as one of its ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

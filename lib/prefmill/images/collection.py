@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import GeneratedImage, Rating
+from prefmill.distributed.devices import usable_cpus
 from prefmill.images.files import inspect_image
 from prefmill.store.pictures import ImageError
 
@@ -110,7 +110,7 @@ def check_images(images: list[SourceImage], quarantine: Quarantine) -> dict[str,
 
     good = {}
     # Threads do: Pillow lets go of the GIL while it decodes. map keeps the order, so reruns list the same faults.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         looked_at = tqdm(pool.map(_look, images), total=len(images), desc="check", unit="image")
         for image, found in zip(images, looked_at, strict=True):
             if isinstance(found, GoodImage):

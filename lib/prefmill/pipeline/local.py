@@ -21,6 +21,7 @@ from prefmill.core.files import refusal
 from prefmill.core.graceful_stop import Stopped, request_stop
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.terminal import Say
+from prefmill.distributed.devices import usable_cpus
 from prefmill.distributed.isolation import end_with_parent, keep_socket_paths_short
 from prefmill.pipeline.interruption import interrupted_by_term, start_fork_server, wait_for_all
 from prefmill.pipeline.plan import Plan, PlannedTask
@@ -79,6 +80,9 @@ def run_plan(
     write_plan(plan)
     keep_socket_paths_short()
     # Not spawn, which would pay for the imports in every task: 13 to 16 s of CPU for TRL.
+    if (cpus := usable_cpus()) < len(os.sched_getaffinity(0)):
+        # Threads for every core of the machine would wait most of the time for this container's turn.
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_preload(selected))
     run = _Run(plan, list(selected), force, server, say, Slots(options.jobs), options)
@@ -285,7 +289,7 @@ def _run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
     """The stage's work by torchrun, as in a Slurm job; a command that is interrupted lets it save first."""
     warnings = SignalWatcher(0.0)
     warnings.listen()
-    return run_elsewhere(task, context, Layout(1, ranks, len(os.sched_getaffinity(0))), warnings, {})
+    return run_elsewhere(task, context, Layout(1, ranks, usable_cpus()), warnings, {})
 
 
 def _end_with_command() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from test_sightings import ME, RUNNING, WAITS, Run, run  # noqa: F401
 
+from prefmill.cli.main import main
 from prefmill.core.errors import PipelineError
 from prefmill.pipeline import decisions
 from prefmill.pipeline.decisions import Decisions
@@ -176,6 +177,19 @@ def test_cancel_ends_jobs_on_a_full_disk_too(run: Run, monkeypatch: pytest.Monke
     with pytest.raises(PipelineError, match="cancelled, but the disk took no note of it"):
         cancel(run.workspace, "toy", None)
     assert said_to_slurm(run, "scancel") == ["41_0"]
+
+
+@pytest.mark.parametrize("command", ["rm", "gc"])
+def test_runs_of_a_cluster_that_is_gone_can_be_deleted(
+    run: Run, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`squeue` is there and never answers again: both commands asked to wait for it."""
+    run.slurm(squeue="", code=1)
+    asked = [command, "toy", "--workspace", str(run.workspace)]
+    assert main(asked) == 2
+    assert "where that cluster is gone for good, add --without-slurm" in capsys.readouterr().err
+    assert main([*asked, "--without-slurm"]) == 0
+    assert {"rm": "logs/toy", "gc": "nothing to delete"}[command] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ends", ["made", "cancelled"])
