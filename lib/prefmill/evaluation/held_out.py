@@ -71,10 +71,12 @@ def read_held_out(corpus: Artifact, num_papers: int | None, seed: int, modality:
     ids = [paper["paper_id"] for paper in read_jsonl(path) if paper["split"] == "test" and _shows(paper, modality)]
     if not ids or (num_papers is not None and len(ids) < num_papers):
         with_images = "" if modality == "clean" else f" with images for the modality {modality}"
+        more = "give `test` a larger share in ingest_reviews, ingest more papers"
+        if with_images:
+            more += " and their PDFs or figures, set modality=clean"
         raise InputError(
             f"the corpus has too few test papers{with_images}", where=path, got=len(ids),
-            expected=num_papers or "at least one",
-            fix="give `test` a larger share in ingest_reviews, ingest more papers, or lower num_papers",
+            expected=num_papers or "at least one", fix=f"{more}, or lower num_papers" if ids else more,
         )  # fmt: skip
     # By hash: a larger num_papers keeps all that a smaller one had.
     chosen = set(sorted(ids, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())[:num_papers])

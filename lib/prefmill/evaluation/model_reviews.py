@@ -26,7 +26,7 @@ from prefmill.families.causal.generation import (
     require_fitting,
 )
 from prefmill.families.causal.image_limits import ImageLimits
-from prefmill.families.causal.loading import load_config, load_model, load_tokenizer
+from prefmill.families.causal.loading import load_config, load_model, load_tokenizer, stated_generation
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision import ImageReader, with_images
 from prefmill.families.causal.vision_families import open_reader
@@ -187,10 +187,7 @@ def _with_vllm(
         generate_with_vllm,  # vLLM's settings must stand before its import
     )
 
-    try:
-        stated = GenerationConfig.from_pretrained(source.name_or_path, **source.origin)
-    except OSError:  # as transformers does for a model that states none
-        stated = GenerationConfig.from_model_config(config)
+    stated = stated_generation(source.name_or_path, source.revision) or GenerationConfig.from_model_config(config)
     return generate_with_vllm(
         llm, tokenizer, end_token_ids(stated, tokenizer), requests, sampling, writing.batch_size, folder, progress,
         reader=reader,

@@ -145,9 +145,14 @@ FORMS: Mapping[str, Form] = {
 }
 
 
+def forms_of(row: Row, known: Mapping[str, Form]) -> list[str]:
+    """The names of all forms that `row` could have by its keys."""
+    return [name for name, form in known.items() if form.fits(row)]
+
+
 def detect(row: Row, where: object, known: Mapping[str, Form] = FORMS) -> str:
     """The name of the one form that `row` has; raises InputError with the keys seen where none or several fit."""
-    found = [name for name, form in known.items() if form.fits(row)]
+    found = forms_of(row, known)
     if len(found) == 1:
         return found[0]
     keys = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items() if value is not None)
@@ -170,7 +175,8 @@ def parse(row: Row, name: str, tags: Tags, known: Mapping[str, Form] = FORMS) ->
     form = known[name]
     if not form.fits(row):
         needs = ", ".join(f"{key} ({kind})" for key, kind in form.needs.items())
-        raise BadRowError(f"not of the form {name}, which has {needs}; keys are {', '.join(map(str, row))}")
+        keys = ", ".join(str(key) for key, value in row.items() if value is not None)
+        raise BadRowError(f"not of the form {name}, which has {needs}; keys with a value are {keys or 'none'}")
     for values in (row, row.get("input")):  # OpenAI's rows have some in `input`
         refuse_untrained(values if isinstance(values, Mapping) else {}, _UNTRAINED)
     found = form.parse(row, tags)

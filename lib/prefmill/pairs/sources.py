@@ -7,7 +7,7 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from prefmill.core.config import ExternalPath, later
 from prefmill.core.errors import InputError, nearest
 from prefmill.core.places import expand_home
-from prefmill.pairs.formats import FORMS, detect, parse
+from prefmill.pairs.formats import FORMS, detect, forms_of, parse
 from prefmill.pairs.forms import Form, Preference, words
 from prefmill.pairs.mixture import MixedFile, mixed
 from prefmill.pairs.pairing import FoundRow, UnusableRow, pair_up, prompt_of
@@ -32,6 +32,7 @@ from prefmill.training.bad_rows import BadRows, RowPolicy
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 _HELD_OUT = re.compile("val|dev|test|eval|heldout|held.out", re.IGNORECASE)
 FoundT = TypeVar("FoundT")
+_LOOKED_AT = 64  # rows that settle the form of all
 SOURCE_KEYS = ("dataset", "dataset_file", "mixture")  # one of them names the dataset
 _OF_A_SOURCE = (
     "split", "dataset_revision", "subset", "max_rows", "encoding", "pair_format", "columns", "tags", "image_folder",
@@ -216,11 +217,12 @@ def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[Fou
 
 
 def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRow]:
-    form, remarks = source.pair_format, Remarks(set(source.columns.values()))
-    for row in _drawn(read_rows(source), source):
-        _rename(row.values, source, remarks)
-        # The first row decides for all: a second form in one file is a fault to be told, not a choice to be made.
-        form = form or detect(row.values, row.where, source.forms)
+    remarks = Remarks(set(source.columns.values()))
+    rows = _renamed(_drawn(read_rows(source), source), source, remarks)
+    first = list(islice(rows, _LOOKED_AT))
+    # One for all: a second form in one file is a fault to be told, not a choice to be made.
+    form = source.pair_format or (_form_of(first, source) if first else "")
+    for row in chain(first, rows):
         for key in source.forms[form].items:
             for item in listed(row.values.get(key)):
                 _rename(item, source, remarks)
@@ -242,6 +244,19 @@ def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRo
             remarks.num_repeated += repeats_prompt(found)
             yield row, found
     remarks.tell(source.source_name)
+
+
+def _form_of(first: Sequence[SourceRow], source: PairSource) -> str:
+    """The form that most of the `first` rows have: any of them may lack a value, and look like another form for it."""
+    fits = (forms_of(row.values, source.forms) for row in first)
+    alone = Counter(found[0] for found in fits if len(found) == 1)
+    return alone.most_common(1)[0][0] if alone else detect(first[0].values, first[0].where, source.forms)
+
+
+def _renamed(rows: Iterable[SourceRow], source: PairSource, remarks: Remarks) -> Iterator[SourceRow]:
+    for row in rows:
+        _rename(row.values, source, remarks)
+        yield row
 
 
 def _rename(values: dict[str, Any], source: PairSource, remarks: Remarks) -> None:

@@ -111,7 +111,7 @@ def lora_of(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path) -> dict[str, Any]:
     """What an adapter says of itself; raises ValueError where it says nothing."""
     try:
-        said: dict[str, Any] = json.loads((folder / _CONFIG).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        said: dict[str, Any] = {**json.loads((folder / _CONFIG).read_text("utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"no adapter in {folder}: {error}") from None
     return said

@@ -209,5 +209,6 @@ def no_images(where: str, image: str) -> InputError:
     """The refusal of a row with an image by a model that reads text alone."""
     return InputError(
         "this model cannot be shown images", where=where, got=image,
-        fix="start from a vision-language model such as Qwen2.5-VL, or use modality: clean",
+        fix="start from a vision-language model such as Qwen2.5-VL, or train on rows without images (modality=clean "
+        "of build_datasets' datasets)",
     )  # fmt: skip

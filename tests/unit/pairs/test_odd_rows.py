@@ -216,3 +216,15 @@ def test_nulls_that_a_column_fills_in_are_not_trained(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     found = [row["chosen"]["tool_calls"][0]["function"]["arguments"] for row in written(tmp_path / "x.parquet")]
     assert found == [{"city": "Oslo"}, {"day": 3}]
+
+
+@pytest.mark.parametrize("first", [{**PAIR, "prompt": None}, {**PAIR, "chosen": None}, {}])
+def test_a_first_row_that_lacks_a_value_does_not_settle_the_form(tmp_path: Path, first: dict[str, Any]) -> None:
+    """Without its prompt it looks like transcripts (HH-RLHF): all other rows were left out, or none was read at all."""
+    write_jsonl(tmp_path / "a.jsonl", [first, PAIR, {**PAIR, "prompt": "R?"}])
+    file = str(tmp_path / "a.jsonl")
+    source = PairSource(dataset=file, on_bad_row="drop")
+    train, _ = write_pairs(source, tmp_path / "out", tmp_path / "bad.json")
+    assert [row["conversations"][0]["value"] for row in read_jsonl(train)] == ["Q?", "R?"]
+    with pytest.raises(InputError, match=r"a.jsonl:1(.|\n)*prompt_strings"):
+        write_pairs(PairSource(dataset=file), tmp_path / "out", tmp_path / "bad.json")

@@ -222,17 +222,13 @@ def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[Any], add_generation_prompt: bool, **variables: Any
 ) -> str:
     """What the template makes of `messages`, with its clock standing still; raises InputError where it refuses them."""
-    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+    from jinja2.exceptions import TemplateError
 
     try:
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt,
             **{**variables_of(tokenizer), **variables},
         )  # fmt: skip
-    except TemplateSyntaxError as error:
-        raise InputError(
-            "the chat template is no Jinja that can be read", got=str(error), fix=f"correct it, or {OTHER_TEMPLATE}"
-        ) from None
     except (TemplateError, TypeError) as error:  # a template that joins text and None raises TypeError
         raise InputError(
             "the chat template refuses these messages", got=str(error), expected="roles that the template takes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -19,12 +20,14 @@ from prefmill.training.adapter_folder import is_adapter, is_both
 if TYPE_CHECKING:
     from datetime import date
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Keys that say which files a model's name stands for, and those that say how it is loaded from them.
 ORIGIN = {"revision", "trust_remote_code"}
 LOADING = {*ORIGIN, "attn_implementation", "quantization"}
 _HUB = "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)"
+# None for a file that a model does not have.
+_QUIET: Any = {f"_raise_exceptions_for_{cause}": False for cause in ("missing_entries", "connection_errors")}
 # What quantized weights are multiplied by: without it the numbers in the file are not the weights.
 _SCALES = re.compile(r"(?i).*(scale|zero|absmax|quant).*")
 
@@ -39,16 +42,19 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `name_or_path`, with a pad token and a chat template, its own or that of `template`.
 
-    Raises InputError when it is missing, has no chat template (prompts are chats throughout) or one that reads the
-    clock where `today` is not given, or has no token to pad rows with.
+    Raises InputError when it is missing, has no words, no chat template (prompts are chats throughout) or one that
+    reads the clock where `today` is not given, or has no token to pad rows with.
     """
     from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
 
     require_folder(name_or_path)
-    try:
+    with loading("the tokenizer", name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except load_errors() as error:
-        raise _unloadable("tokenizer", name_or_path, error) from error
+    require_vocabulary(tokenizer, name_or_path)
+    if tokenizer.chat_template is None:  # LLaVA's folders have it where processors alone look
+        said = cached_file(name_or_path, "chat_template.json", revision=revision, **_QUIET)
+        tokenizer.chat_template = json.loads(Path(said).read_text("utf-8")).get("chat_template") if said else None
     (template or ChatTemplate()).put_on(tokenizer, name_or_path, today)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -80,12 +86,9 @@ def load_model(
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = load_config(name_or_path, revision, trust_remote_code)
     attention = attn_implementation or _own_attention(config)
-    try:
-        model, info = read_weights(
-            auto_class(config), name_or_path, config, precision, quantization, attn_implementation=attention, **origin
-        )
-    except load_errors() as error:
-        raise _unloadable("model", name_or_path, error) from error
+    model, info = read_weights(
+        auto_class(config), name_or_path, config, precision, quantization, attn_implementation=attention, **origin
+    )
     require_whole(model, info, name_or_path)
     for module in model.modules() if quantization else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -112,16 +115,34 @@ def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any
     from transformers import AutoConfig
 
     require_folder(name)
-    try:
+    with loading("the model", name):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except load_errors() as error:
-        raise _unloadable("model", name, error) from error
+
+
+def stated_generation(name: str, revision: str | None) -> GenerationConfig | None:
+    """What the generation_config.json of `name` says, None without one; raises InputError for one without sense.
+
+    transformers passes over a file that it cannot read, and the ends of answers that it states with it.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils.hub import cached_file
+
+    file = "generation_config.json"
+    if cached_file(name, file, revision=revision, **_QUIET) is None:
+        return None
+    with loading(file, name):
+        stated = GenerationConfig.from_pretrained(name, revision=revision)
+        ends = stated.eos_token_id
+        if not all(isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])):
+            raise ValueError(f"the end of an answer, {ends!r}, is no token's number")
+    return stated
 
 
 def read_weights(
     kind: Any, name: str, config: Any, precision: Precision, quantization: Quantization | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The model of `config`, opened by the Auto class `kind`, and its loading info, for `require_whole` to judge."""
+    stated_generation(name, options.get("revision"))
     quantized = {} if quantization is None else {"quantization_config": four_bit(precision)}
     load = partial(
         kind.from_pretrained,
@@ -133,29 +154,27 @@ def read_weights(
         **quantized,
         **options,
     )
-    return load_whole(load, name, config, precision)
-
-
-def load_errors() -> tuple[type[Exception], ...]:
-    """Errors of a folder that cannot be loaded; cut weights and a config.json at odds with itself are no OSError."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    return OSError, ValueError, ImportError, SafetensorError, StrictDataclassError
+    with loading("the model", name):
+        return load_whole(load, name, config, precision)
 
 
 @contextlib.contextmanager
 def loading(what: str, where: object) -> Iterator[None]:
-    """Turn errors of libraries that cannot load `what` into InputError."""
-    known: tuple[type[Exception], ...] = (*load_errors(), TypeError, KeyError, AttributeError, RuntimeError)
+    """Turn errors of libraries that cannot load `what` into InputError; want of memory stays what it is."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+
+    known = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
+    odd = (TypeError, KeyError, AttributeError, RuntimeError)  # of a file with other things in it than are looked for
     try:
         yield
-    except known as error:
-        got = (str(error).strip() or type(error).__name__).splitlines()[0]
-        again = "download it again: a file is missing, damaged, or of another model"
-        fix = again if Path(str(where)).exists() else _HUB
-        fix = "install that package with pip" if isinstance(error, ImportError) else fix
-        raise InputError(f"cannot load {what}", where=where, got=got, fix=fix) from error
+    except (*known, *odd) as error:
+        if isinstance(error, OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        said = " ".join(str(error).split())[:300]
+        got = said if isinstance(error, known) and said else f"{type(error).__name__}: {said}"
+        raise InputError(f"cannot load {what}", where=where, got=got, fix=_fix(Path(str(where)), error)) from error
 
 
 def read_whole(loader: Any, name: str, **options: Any) -> Any:
@@ -233,27 +252,28 @@ def require_folder(name_or_path: str) -> None:
         )  # fmt: skip
 
 
-def _unloadable(what: str, name_or_path: str, error: Exception) -> InputError:
-    return InputError(
-        f"cannot load the {what}",
-        where=name_or_path,
-        got=" ".join(str(error).split())[:300],
-        fix=_fix(name_or_path, error),
-    )
-
-
-def _fix(name_or_path: str, error: Exception) -> str:
-    folder = Path(name_or_path)
+def _fix(folder: Path, error: Exception) -> str:
     if "quantiz" in str(error):
         return "install what reads such weights, or give the model before it was quantized"
+    if isinstance(error, ImportError):
+        return "install that package with pip"
     if "does not recognize this architecture" in str(error):
         return "install a transformers that has this kind of model, or give another model"
     if "trust_remote_code" in str(error):
         return "set trust_remote_code=true if you trust that code, or give a model that transformers has itself"
-    if not folder.is_dir():
+    if not folder.exists():
         return _HUB
+    if broken := next((file.name for file in sorted(folder.glob("*.json")) if not _is_object(file)), None):
+        return f"download {broken} again, or correct it: it holds no JSON object"
     other = sorted(file.name for ending in ("safetensors", "bin", "pth", "gguf") for file in folder.glob(f"*.{ending}"))
     if isinstance(error, OSError) and other and not any(folder.glob("model*.safetensors")):
         pickles = ": pickles can run code when they are opened" if other[0].endswith((".bin", ".pth")) else ""
         return f"give it as transformers saves it, in model.safetensors; {other[0]} is not read{pickles}"
-    return "check that the folder is whole: config.json, the tokenizer, every file of weights that an index names"
+    return "check that the folder is whole, and download it again: a file is missing, damaged, or of another model"
+
+
+def _is_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text("utf-8")), dict)
+    except ValueError:
+        return False

@@ -14,10 +14,15 @@ _KEY = "quantization_config"
 
 
 def quantization_of(config: Any) -> str | None:
-    """The `quant_method` that a configuration states, `none stated` where it leaves that out; None for whole."""
+    """The `quant_method` that a configuration states, `none stated` where it leaves that out; None for whole.
+
+    compressed-tensors also writes its key where no group of weights is quantized; transformers fails on that.
+    """
     found = getattr(config, _KEY, None) or getattr(config.get_text_config(), _KEY, None)
     stated = found if isinstance(found, dict | None) else found.to_dict()
-    return stated.get("quant_method", "none stated") if stated else None
+    if not stated or (stated.get("quant_method") == "compressed-tensors" and not stated.get("config_groups")):
+        return None
+    return str(stated.get("quant_method", "none stated"))
 
 
 def require_trainable(name: str, config: Any, quantization: Quantization | None) -> None:
@@ -59,6 +64,8 @@ def load_whole(load: Callable[..., tuple[Any, Any]], name: str, config: Any, pre
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     stored = quantization_of(config)
+    if stored is None:
+        _forget(config)
     if stored not in _READ_WHOLE:
         if stored not in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
             raise InputError(
@@ -73,12 +80,16 @@ def load_whole(load: Callable[..., tuple[Any, Any]], name: str, config: Any, pre
     return _plain(model, precision), info
 
 
+def _forget(config: Any) -> None:
+    for owner in (config, config.get_text_config()):
+        owner.__dict__.pop(_KEY, None)
+
+
 def _plain(model: Any, precision: Precision) -> Any:
     """The same weights in a model that nothing has quantized: it rounds no activations, and is saved as it is."""
     import torch
 
-    for config in (model.config, model.config.get_text_config()):
-        config.__dict__.pop(_KEY, None)
+    _forget(model.config)
     with torch.device("meta"):
         own = type(model)(model.config).state_dict().keys()
     weights = {key: value for key, value in model.state_dict().items() if key in own}

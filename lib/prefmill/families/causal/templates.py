@@ -64,7 +64,8 @@ class ChatTemplate(StrictConfig):
     def put_on(self, tokenizer: PreTrainedTokenizerBase, name: str, today: date | None = None) -> None:
         """Have `tokenizer` write chats as said here, on `today` unless a date is given.
 
-        Raises InputError for a tokenizer without a template, and for one that reads the clock where no day is known.
+        Raises InputError for a tokenizer without a template or with one that is no Jinja, and for one that reads the
+        clock where no day is known.
         """
         own = tokenizer.chat_template if self._text is None else self._text
         if own is None:
@@ -80,6 +81,8 @@ class ChatTemplate(StrictConfig):
                 got=", ".join(sorted(texts)), expected="one called default",
                 fix="write the one you mean into a file, and give it with chat_template=FILE",
             )  # fmt: skip
+        for text in texts.values():
+            _require_jinja(text, name)
         if unread := [key for key in self.chat_template_kwargs if not any(key in text for text in texts.values())]:
             _log.warning("chat_template_kwargs: no effect, %s's template reads no %s", name, ", ".join(unread))
         written = {key: self._defaults + text for key, text in texts.items()}
@@ -117,6 +120,19 @@ class ChatTemplate(StrictConfig):
             f"{{% if {name} is not defined %}}{{% set {name} = {value!a} %}}{{% endif %}}\n"
             for name, value in sorted(self.chat_template_kwargs.items())
         )
+
+
+def _require_jinja(text: str, name: str) -> None:
+    from jinja2.exceptions import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        _compile_jinja_template(text)
+    except TemplateSyntaxError as error:
+        raise InputError(
+            "the chat template is no Jinja that can be read", where=name, got=f"line {error.lineno}: {error}",
+            fix="correct it, or give the file of another one with chat_template=FILE",
+        ) from None  # fmt: skip
 
 
 def recorded_day(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization
-from prefmill.families.causal.loading import load_config, load_errors, load_tokenizer, read_weights, require_whole
+from prefmill.families.causal.loading import load_config, load_tokenizer, read_weights, require_whole
 from prefmill.families.causal.templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -162,17 +162,14 @@ def _load(
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     config = read_config(name, revision, trust)
-    with _loadable(name):
-        # BERT, ModernBERT and EuroBERT fill masks by a head of their own; Dream's kin are under AutoModel only.
-        known = getattr(config, "auto_map", None) or {}
-        is_causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in known or not known
-        auto = AutoModelForCausalLM if is_causal else AutoModel
-        auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else auto
-        origin = {"revision": revision, "trust_remote_code": trust}
-        with uninitialised_is_nan():
-            model, info = read_weights(
-                auto, name, config, precision, quantization, attn_implementation=attention, **origin
-            )
+    # BERT, ModernBERT and EuroBERT fill masks by a head of their own; Dream's kin are under AutoModel only.
+    known = getattr(config, "auto_map", None) or {}
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in known or not known
+    auto = AutoModelForCausalLM if is_causal else AutoModel
+    auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else auto
+    origin = {"revision": revision, "trust_remote_code": trust}
+    with uninitialised_is_nan():
+        model, info = read_weights(auto, name, config, precision, quantization, attn_implementation=attention, **origin)
     _check_complete(model, info, name, read)
     return model
 
@@ -182,17 +179,6 @@ def read_config(name: str, revision: str | None, trust: bool) -> Any:
     from prefmill.families.mdlm import native  # noqa: F401 - the Auto classes know LLaDA and Dream from here on
 
     return load_config(name, revision, trust)
-
-
-@contextmanager
-def _loadable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except load_errors() as error:
-        raise InputError(
-            "cannot load the model", where=name, got=str(error).splitlines()[0],
-            fix="check the name, the revision, and that what its code imports is installed (4bit: bitsandbytes)",
-        ) from error  # fmt: skip
 
 
 @contextmanager

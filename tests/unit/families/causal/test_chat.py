@@ -13,6 +13,7 @@ import pytest
 from prefmill.core.errors import InputError
 from prefmill.demo.tokenizer import train_chat_tokenizer
 from prefmill.families.causal.chat import encode, end_token_ids, prompt_text
+from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import KeptProcessor
 from tests.conftest import REPOSITORY
 
@@ -232,5 +233,6 @@ def test_an_answer_that_holds_its_own_end_and_a_header_that_is_left_out_are_refu
             encode(make(), USER, answer)
     with pytest.raises(InputError, match="leaves out of a prompt"):
         encode(make("{% for m in messages %}" + ONE + "{% endfor %}"), USER, "Yes.")
-    with pytest.raises(InputError, match="no Jinja"):
-        encode(make("{% for m in messages %}"), USER, "Yes.")
+    # Of the model and not of its rows, which `on_bad_row: drop` would leave out one by one.
+    with pytest.raises(InputError, match=r"no Jinja(.|\n)*where: +a/model"):
+        ChatTemplate().put_on(make("{% for m in messages %}"), "a/model")

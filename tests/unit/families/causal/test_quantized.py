@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from prefmill.core.errors import InputError
-from prefmill.families.causal.loading import load_model
+from prefmill.families.causal.loading import load_config, load_model
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.training.publish import write_folder
 from tests.tiny import save_tiny_qwen2
@@ -212,6 +212,20 @@ def test_training_refuses_what_would_stay_quantized(
 
 def test_weights_that_are_read_whole_are_trained(tmp_path: Path) -> None:
     require_trainable("", configured(tmp_path, FP8), None)
+
+
+def test_a_key_of_quantization_that_quantizes_nothing_is_left_out(tmp_path: Path) -> None:
+    """compressed-tensors writes it beside whole weights: transformers fails on it with an AttributeError."""
+    folder = save_tiny_qwen2(tmp_path / "m")
+    whole = load_model(str(folder), precision="fp32")
+    config = json.loads((folder / "config.json").read_text())
+    said = {"quant_method": "compressed-tensors", "config_groups": {}, "format": "dense"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    require_trainable(str(folder), load_config(str(folder), None, False), None)
+    found = load_model(str(folder), precision="fp32")
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in whole.state_dict().items())
+    found.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
 def test_an_unknown_quantization_is_refused_where_transformers_skips_it(tmp_path: Path) -> None:

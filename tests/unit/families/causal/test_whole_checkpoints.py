@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prefmill.core.errors import InputError
-from prefmill.families.causal.loading import load_model, say_untied
-from tests.tiny import save_tiny_qwen2
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.loading import load_model, load_tokenizer, say_untied
+from stages.sft import SftConfig
+from tests.tiny import TEMPLATE, save_tiny_qwen2
 
 Weights = dict[str, Tensor]
 
@@ -70,6 +72,49 @@ def test_files_that_cannot_be_read_name_what_to_do(tmp_path: Path) -> None:
     configure(tmp_path, num_hidden_layers=5)
     with pytest.raises(InputError, match="layer_types"):
         load_model(str(tmp_path), precision="fp32")
+
+
+def read_all(folder: Path) -> None:
+    """As sft does, in its order."""
+    validate(SftConfig, {"model_name_or_path": str(folder), "dataset_file": "chats.jsonl"})
+    load_tokenizer(str(folder))
+    load_model(str(folder), precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        # transformers passes over the first two, and over the ends of answers in them.
+        ("generation_config.json", '{"eos_token_id": [3, ', "generation_config.json again"),
+        ("generation_config.json", "", "generation_config.json again"),
+        ("generation_config.json", "[]", "generation_config.json again"),
+        ("generation_config.json", '{"max_new_tokens": -5}', "cannot load generation_config.json"),
+        ("generation_config.json", '{"eos_token_id": "<|im_end|>"}', "cannot load generation_config.json"),
+        ("config.json", "[]", "config.json again"),
+        ("config.json", '{"model_type": "qwen2", "dtype": "float99"}', r"cannot load the (.|\n)*float99"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json again"),
+        # transformers goes on without any word: sft trained on nothing but special tokens.
+        ("tokenizer.json", None, "a tokenizer without words"),
+        ("model.safetensors.index.json", "{}", "weight_map"),
+        ("adapter_config.json", "[]", "no adapter"),
+    ],
+)
+def test_a_file_of_a_folder_that_makes_no_sense_is_named(
+    tmp_path: Path, name: str, text: str | None, said: str
+) -> None:
+    file = save_tiny_qwen2(tmp_path) / name
+    file.unlink(missing_ok=True) if text is None else file.write_text(text)
+    if name in ("model.safetensors.index.json", "adapter_config.json"):
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises((InputError, ConfigError), match=said):
+        read_all(tmp_path)
+
+
+def test_a_template_that_processors_alone_look_for_is_read(tmp_path: Path) -> None:
+    template = save_tiny_qwen2(tmp_path) / "chat_template.jinja"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    assert load_tokenizer(str(tmp_path)).chat_template == TEMPLATE
 
 
 def test_a_head_in_the_files_of_a_tied_model_is_published_as_its_own(tmp_path: Path) -> None:
