@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, GeneratedImage, Rating
@@ -47,12 +47,14 @@ RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
 # Our own names first, then those of tables filled in by hand.
 _SIDES = (
     ("left", "right"), ("image_a", "image_b"), ("image_0", "image_1"), ("image_1", "image_2"), ("image1", "image2"),
+    ("image0", "image1"), ("left_image", "right_image"), ("image_left", "image_right"),
 )  # fmt: skip
 _CHOICES = {
     **{name: name for name in ("left", "right", "tie", "skip")}, "a": "left", "b": "right", "first": "left",
-    "second": "right", **dict.fromkeys(("equal", "same", "draw", "both", "neither"), "tie"),
+    "second": "right",
+    **dict.fromkeys(("equal", "same", "draw", "both", "neither", "bothbad", "both_bad", "tie_(bothbad)"), "tie"),
 }  # fmt: skip
-_LABEL = re.compile(r"(?:image|picture|option)_?(?=[ab012]\b)")
+_LABEL = re.compile(r"(?:image|picture|option|model)_?(?=[ab012]\b)")
 _ORDER = re.compile(r"(\w+?)_?([<>=])_?(\w+)")
 _UPLOADED = re.compile(r"/data/(?:upload/(?:\d+/)?[0-9a-f]{8}-|local-files/\?d=)")  # Label Studio's addresses
 
@@ -162,6 +164,18 @@ def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield number, {"rater": path.stem, **row, "dimension": dimension, "choice": choice}
     if num_blank:
         _log.warning("%s: %d line%s no answer", path, num_blank, " has" if num_blank == 1 else "s have")
+
+
+def answered(row: Mapping[str, Any]) -> tuple[tuple[str, str], str, str] | None:
+    """A row's columns of two images and of a word, and what that says of them: left, right or tie; None for none."""
+    sides = next((names for names in _SIDES if all(row.get(name) for name in names)), None)
+    if sides is None:
+        return None
+    # MJ-Bench's label is the number of the better one of image0 and image1; nobody knows what others' say.
+    columns = ("choice", *_RATING_TOO["choice"], *(["label"] if sides == ("image0", "image1") else []))
+    column = next((name for name in columns if row.get(name) not in (None, "")), "")
+    choice = _chosen(_choice(str(row.get(column))), _CHOICES | _numbered(sides, set()))
+    return (sides, column, choice) if choice in ("left", "right", "tie") else None
 
 
 def _choice(cell: str) -> str:

@@ -13,11 +13,19 @@ from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
-from prefmill.images.custom_images import RATERS, read_artifact, read_own_images, read_ratings, read_scores, tell_unused
+from prefmill.images.custom_images import (
+    RATERS,
+    answered,
+    read_artifact,
+    read_own_images,
+    read_ratings,
+    read_scores,
+    tell_unused,
+)
 from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import PROMPT_TOO, one_spelling, prompt_id_of, safe_name
 from prefmill.images.rankings import is_name, overall, read_rankings
-from prefmill.images.rating import choice_of
+from prefmill.images.rating import choice_of, draw
 
 # The better image first: our own names, and those of other preference files.
 _SIDES = (
@@ -135,11 +143,15 @@ def _read_pairs(source: PairsSource, work: Path, collection: Collection) -> None
             ids.append(_free_id(prompt_id, file, path, collection))
             collection.add_image(SourceImage(ids[-1], prompt_id, prompt, path, file, where))
         rater = next((str(row[name]) for name in ("rater", *RATERS) if row.get(name)), "pairs")
-        given = {"prompt_id": prompt_id, "left": ids[0], "right": ids[1], "rater": rater}
+        # A pair has no sides: with the better image always on one, its rater would be told to answer by the side.
+        turned = draw(0, *sorted(ids)) % 2 == (ids[0] < ids[1])
+        left, right = ids[::-1] if turned else ids
+        given = {"prompt_id": prompt_id, "left": left, "right": right, "rater": rater}
         shares = row.get("choice_dist")  # HPDv3's numbers of votes
         tied = isinstance(shares, list) and len(shares) == 2 and shares[0] == shares[1]
         for dimension, label in {"overall": 0.5 if tied else 1.0, **(_labels(row) or {})}.items():
-            collection.ratings.append((where, Rating(**given, dimension=dimension, choice=choice_of(label - 0.5))))  # type: ignore[typeddict-item]
+            choice = choice_of(0.5 - label if turned else label - 0.5)
+            collection.ratings.append((where, Rating(**given, dimension=dimension, choice=choice)))  # type: ignore[typeddict-item]
     tell_unused(source.pairs, unused)
 
 
@@ -165,10 +177,17 @@ def _voted(row: Any) -> Any:
         words = _WORDS.get(str(row.get("vote_type")), (None, None))
         margin = _lead(row.get(ours, words[0]), row.get(theirs, words[1]))
         if margin is not None and all(row.get(side) for side in sides):
-            better, worse = sides if margin >= 0 else sides[::-1]
-            rest = {key: value for key, value in row.items() if key not in (*sides, *_VOTES)}
-            return {**rest, "preferred": row[better], "rejected": row[worse], "choice_dist": [abs(margin), 0.0]}
+            return _sorted(row, sides, margin)
+    if isinstance(row, dict) and not _pictures(row) and (found := answered(row)):
+        (*sides,), column, choice = found
+        return _sorted(row, sides, {"left": 1.0, "tie": 0.0, "right": -1.0}[choice], column)
     return row
+
+
+def _sorted(row: dict[str, Any], sides: Sequence[str], margin: float, column: str = "") -> dict[str, Any]:
+    better, worse = sides if margin >= 0 else sides[::-1]
+    rest = {key: value for key, value in row.items() if key not in (*sides, column, *_VOTES)}
+    return {**rest, "preferred": row[better], "rejected": row[worse], "choice_dist": [abs(margin), 0.0]}
 
 
 def _lead(ours: Any, theirs: Any) -> float | None:

@@ -232,7 +232,8 @@ def test_pairs_of_files_in_two_folders_may_have_one_name(tmp_path: Path) -> None
     found = paired(tmp_path, *({"prompt": "a cat", "chosen": "win/1.png", "rejected": name} for name in others))
     assert not found.quarantine.rows
     assert sorted(image.listed_as for image in found.images.values()) == sorted({"win/1.png", *others})
-    assert [found.images[row["right"]].listed_as for _, row in found.ratings] == list(others)
+    lost = [row["left" if row["choice"] == "right" else "right"] for _, row in found.ratings]
+    assert [found.images[name].listed_as for name in lost] == list(others)
     assert all(is_safe(part) for name in found.images for part in name.split("/"))
 
 

@@ -135,7 +135,7 @@ def test_rows_of_hpdv3_prefer_their_first_path(tmp_path: Path, suffix: str, more
     (tmp_path / f"train{suffix}").write_text(json.dumps(row) + "\n")
     found = collect([PairsSource(format="pairs", pairs=str(tmp_path / f"train{suffix}"))], [], tmp_path / "work")  # type: ignore[arg-type]
     (said,) = [rating for _, rating in found.ratings]
-    assert (found.images[said["left"]].path.name, said["choice"]) == ("a.png", "left")
+    assert found.images[said[said["choice"]]].path.name == "a.png"  # type: ignore[literal-required]
     # Two paths alone do not say which is the better one.
     (tmp_path / "other.jsonl").write_text(json.dumps({key: row[key] for key in ("prompt", "path1", "path2")}) + "\n")
     other = collect([PairsSource(format="pairs", pairs=str(tmp_path / "other.jsonl"))], [], tmp_path / "work")  # type: ignore[arg-type]
@@ -209,7 +209,10 @@ def test_addresses_and_pictures_as_text_are_told_as_such(tmp_path: Path, form: s
         # Nobody voted, a word nobody knows, and numbers of which nobody knows the meaning.
         (("image1", "image2"), {"votes_image1": 0, "votes_image2": 0}, None),
         (("left_image", "right_image"), {"vote_type": "other"}, None),
-        (("image0", "image1"), {"label": 0}, None),
+        (("image_1", "image_2"), {"label": 0}, None),
+        # The number of the better one, as MJ-Bench's own code compares it (get_label of utils/rm_utils.py).
+        (("image0", "image1"), {"label": 0}, "image0"),
+        (("image0", "image1"), {"label": 1}, "image1"),
     ],
 )  # fmt: skip
 def test_votes_for_two_images_are_read_or_their_columns_named(
@@ -223,6 +226,45 @@ def test_votes_for_two_images_are_read_or_their_columns_named(
         assert (fault["reason"], fault["row"]) == ("no two images", {**row, **dict.fromkeys(sides, "a picture")})
         return
     ((_, said),) = found.ratings
-    better, worse = (found.images[said[side]].path.read_bytes().decode() for side in ("left", "right"))
-    assert (said["choice"], {better, worse}) == ("tie" if choice == "tie" else "left", set(sides))
-    assert choice in ("tie", better)
+    shown = {side: found.images[said[side]].path.read_bytes().decode() for side in ("left", "right")}  # type: ignore[literal-required]
+    assert {*shown.values()} == set(sides)
+    assert shown.get(said["choice"], "tie") == choice
+
+
+@pytest.mark.parametrize(
+    ("sides", "said", "better"),
+    [
+        (("image_a", "image_b"), {"winner": "model_b"}, "b"),  # an arena's
+        (("image_a", "image_b"), {"winner": "tie (bothbad)"}, "tie"),
+        (("image_1", "image_2"), {"winner": 1.0}, "a"),
+        (("left_image", "right_image"), {"preference": "right"}, "b"),
+        (("image_a", "image_b"), {"winner": 1}, None),  # the first, or the second after 0
+        (("image_1", "image_2"), {"label": 1}, None),
+        (("image_1", "image_2"), {"winner": "skip"}, None),
+    ],
+)
+def test_a_word_says_which_of_two_pictures_is_better(
+    tmp_path: Path, sides: tuple[str, str], said: dict[str, Any], better: str | None
+) -> None:
+    """They were set aside as rows without two images."""
+    row = {"prompt": "a cat", **dict(zip(sides, ("a.png", "b.png"), strict=True)), **said}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    found = collect([PairsSource(format="pairs", pairs=str(tmp_path / "p.jsonl"))], [], tmp_path)  # type: ignore[arg-type]
+    if better is None:
+        assert [row["reason"] for row in found.quarantine.rows] == ["no two images"]
+        return
+    ((_, rating),) = found.ratings
+    chosen = rating[rating["choice"]] if rating["choice"] in ("left", "right") else "tie"  # type: ignore[literal-required]
+    assert chosen.rpartition("/")[2] == better
+
+
+def test_raters_of_pairs_have_no_side(tmp_path: Path) -> None:
+    """The better image always stood on the left: whoever made 20 pairs was said to answer by the side."""
+    rows = [{"prompt": f"a cat {n}", "chosen": f"chosen/{n}.png", "rejected": f"rejected/{n}.png"} for n in range(400)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = collect([PairsSource(format="pairs", pairs=str(tmp_path / "p.jsonl"))], [], tmp_path)  # type: ignore[arg-type]
+    assert all(
+        found.images[rating[rating["choice"]]].path.parent.name == "chosen"  # type: ignore[literal-required]
+        for _, rating in found.ratings
+    )
+    assert 150 < sum(rating["choice"] == "left" for _, rating in found.ratings) < 250
