@@ -64,7 +64,8 @@ def files_at(path: Path, endings: tuple[str, ...], without: str = "", or_else: t
     # Archives made on macOS hold a hidden `._name` beside every file, which is no text.
     inside = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and without not in file.parts]
     found = _ending_in(inside, endings) or _ending_in(inside, or_else)
-    other = [file.name for file in inside if file.name.lower().endswith(_DATA) and file not in set(found)]
+    taken = set(found)
+    other = [file.name for file in inside if file.name.lower().endswith(_DATA) and file not in taken]
     if found and other:
         _log.warning("%s: %d files are of another kind and not read: %s", path, len(other), ", ".join(other[:5]))
     if not found:

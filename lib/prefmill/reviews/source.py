@@ -22,6 +22,7 @@ from prefmill.reviews.rows import (
     Skipped,
     Unknown,
     excerpt,
+    half_a_pair,
     parse_confidence,
     parse_decision,
     parse_rating,
@@ -175,6 +176,8 @@ def read_source(config: SourceConfig, source: int) -> Iterator[tuple[RawRow | Pl
                 told = ", ".join(f"{text} in {name}" for name, text in missing)
                 error = RowError(f"{error.reason} ({told} is no value)", error.fix)
             yield problem_with(row, error)
+        except UnicodeEncodeError:  # texts were looked at; what remains is the name of a score, of which an id is made
+            yield problem_with(row, half_a_pair("a field's name"))
 
 
 def without_missing(values: dict[str, Any], words: frozenset[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
 
+from prefmill.reviews.files import files_at
 from prefmill.reviews.rows import PaperRow, ReviewRow, Skipped, Unknown
 from tests.unit.reviews.read_sources import items_of, read, source, write
 
@@ -103,3 +104,20 @@ def test_what_a_note_said_before_is_not_looked_for_in_it(tmp_path: Path) -> None
     assert [item.rating for item in items if isinstance(item, ReviewRow)] == [6.0]
     _, problems = read(source(format="openreview_v2", path=write(tmp_path / "x.json", {"P": {"title": "A title"}})))
     assert problems[0].reason == "not a note: no invitation"
+
+
+def test_a_folder_of_many_files_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file was looked for in a set made anew for it: a folder of 30,000 papers took over ten minutes to list."""
+    for number in range(100):
+        (tmp_path / f"{number}.json").touch()
+    hashed, plain = [], PurePath.__hash__
+    monkeypatch.setattr(PurePath, "__hash__", lambda path: hashed.append(path) or plain(path))
+    assert len(files_at(tmp_path, (".json",))) == 100
+    assert len(hashed) <= 500
+
+
+def test_half_a_character_in_a_scores_name_is_told(tmp_path: Path) -> None:
+    """Of a review without an id, which is made of its scores: it was a traceback."""
+    row = {"paper_id": "p1", "title": "T", "review_text": "Fine.", "rating": 5, "sub_scores": {"\ud800": 3}}
+    _, problems = read(source(format="jsonl", path=write(tmp_path / "x.jsonl", row)))
+    assert [problem.reason for problem in problems] == ["a field's name holds half of a surrogate pair"]
