@@ -64,7 +64,7 @@ class StudyConfig(StrictConfig):
     worker: int = runtime(0, ge=0, description="array key: which of the workers this is")
     heartbeat_seconds: float = runtime(10.0, gt=0, description="between signs of life of a running trial")
     stale_seconds: float = runtime(120.0, gt=0, description="without one before others take the trial over")
-    max_attempts: int = runtime(3, ge=1, description="of a trial whose worker dies")
+    max_attempts: int = runtime(3, ge=1, description="of a trial whose workers die before a new checkpoint")
 
     @model_validator(mode="after")
     def _comparable(self) -> StudyConfig:

@@ -25,6 +25,7 @@ from prefmill.sweep.trial import (
     check_space,
     evaluations,
     independent,
+    reached,
     run_trial,
     stage_values,
     still_runs,
@@ -98,7 +99,7 @@ def _next_turn(study: optuna.Study, config: StudyConfig, folder: Path, worker: s
             if not _is_free(config, place, worker, watch):
                 continue
             # A trial that kills its worker, by memory for one, would otherwise take down one after the other.
-            if len(claim(place, worker).attempts) > config.max_attempts:
+            if len(claim(place, worker, reached(config, place)).attempts) > config.max_attempts:
                 studies.fail(study, trial["number"], f"its worker died {config.max_attempts} times")
                 continue
             return Turn("run", trial["number"], trial["params"])

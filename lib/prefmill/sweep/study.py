@@ -26,25 +26,28 @@ CLAIM, HEARTBEAT = "claim.json", "heartbeat"
 
 @dataclass(frozen=True)
 class Claim:
-    """The worker that runs a trial, and all who did, in order; the last is `worker` itself."""
+    """The worker that runs a trial, and all who did since it had `reached` that step; the last is `worker` itself."""
 
     worker: str
     attempts: tuple[str, ...]
+    reached: int = 0
 
 
 def read_claim(trial: Path) -> Claim | None:
     """The claim on the trial in this folder; None where its worker died before it wrote one."""
     given = read_record(trial / CLAIM)
-    return Claim(given["worker"], tuple(given["attempts"])) if given else None
+    return Claim(given["worker"], tuple(given["attempts"]), given.get("reached", 0)) if given else None
 
 
-def claim(trial: Path, worker: str) -> Claim:
+def claim(trial: Path, worker: str, reached: int = 0) -> Claim:
     """Put `worker` in charge of the trial; call it with the study's lock held.
 
     A claim is a sign of life itself: the next to look must not take for dead who has not come to its first beat.
     """
     before = read_claim(trial)
-    mine = Claim(worker, (*(before.attempts if before else ()), worker))
+    # A worker that was preempted after it had taken the trial further says nothing against it.
+    earlier = before.attempts if before and before.reached >= reached else ()
+    mine = Claim(worker, (*earlier, worker), reached)
     _beat(trial)
     write_atomic(trial / CLAIM, json.dumps(asdict(mine)))
     return mine

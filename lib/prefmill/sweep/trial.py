@@ -16,13 +16,13 @@ from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, lay_over, load, merge, read_yaml
 from prefmill.core.errors import ConfigError, DivergedError, PrefmillError
 from prefmill.core.files import write_atomic
-from prefmill.core.places import STAGES, stages_folder
+from prefmill.core.places import MANIFEST, STAGES, stages_folder
 from prefmill.core.stage import Stage, load_stage
 from prefmill.distributed.isolation import end_with_parent
 from prefmill.pipeline.task_status import is_running, read_status
 from prefmill.store.artifacts import read, read_manifest
 from prefmill.sweep.config import StudyConfig, corners
-from prefmill.training.checkpoints import STEPS, read_curve
+from prefmill.training.checkpoints import STEPS, newest_checkpoint, read_curve
 
 RUN = "trial"
 LOG = "log.txt"
@@ -185,6 +185,13 @@ def still_runs(config: StudyConfig, folder: Path) -> bool:
     """Whether a process holds one of the trial's stages: a file lock tells, as far as the disk passes it on."""
     names = [config.stage, *([config.judge.stage] if config.judge else [])]
     return any(is_running(_logs(folder, name)) for name in names)
+
+
+def reached(config: StudyConfig, folder: Path) -> int:
+    """The step of the newest complete checkpoint of a trial; more than any where it is trained."""
+    output = folder / load_stage(config.stage).root / RUN / config.stage / "all"
+    newest = newest_checkpoint(output, delete_torn=False)
+    return sys.maxsize if (output / MANIFEST).is_file() else int((newest or "-0").rpartition("-")[2])
 
 
 def _logs(folder: Path, stage: str) -> Path:

@@ -12,7 +12,8 @@ from prefmill.core.stage import load_stage
 from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep import study as studies
 from prefmill.sweep.run import TRIALS
-from prefmill.sweep.trial import TrialDivergedError, TrialError, _value
+from prefmill.sweep.trial import TrialDivergedError, TrialError, TrialInterrupted, _value
+from prefmill.training.checkpoints import mark_complete
 from tests.conftest import REPOSITORY
 from tests.unit.sweep.test_sweep_worker import Params, go, ran, score, use
 
@@ -43,6 +44,30 @@ def test_a_metric_that_is_not_finite_is_a_trial_that_diverged(value: float, erro
     with pytest.raises(TrialError, match="is no number") as raised:
         _value({"val_f1": None}, "val_f1", load_stage("train_reward"), Path("trial"))
     assert not isinstance(raised.value, TrialDivergedError)
+
+
+@pytest.mark.parametrize(("saves", "failed"), [(True, 0), (False, 1)])
+def test_a_trial_that_comes_further_each_time_outlives_its_workers(
+    saves: bool, failed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a queue that preempts, a trial was failed after `max_attempts` jobs however far they had taken it."""
+    numbers: list[int] = []
+
+    def preempted(number: int, params: Params) -> float:
+        times = numbers.count(number)
+        if number == 1 and times < 5:
+            trial = next(tmp_path.rglob("trials")) / "0001" / "checkpoints" / "trial" / "train_reward" / "all"
+            checkpoint = trial / f"checkpoint-{times * 10}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "weights").write_bytes(b"w")
+            if saves:
+                mark_complete(checkpoint)
+            raise TrialInterrupted("by signal 15")
+        return score(params)
+
+    use(monkeypatch, preempted, numbers)
+    assert go(tmp_path, n_trials=3, max_attempts=2)["failed"] == failed
+    assert numbers.count(1) == (5 if saves else 2)
 
 
 @pytest.mark.parametrize("followed", [False, True])

@@ -253,7 +253,7 @@ def test_a_heart_that_stops_is_noticed_by_the_observers_own_clock(
     seconds += 1.1
     assert watch.is_stale(tmp_path)
     assert not Watch(1.0).is_stale(tmp_path), "whoever has just come has heard nothing yet"
-    assert json.loads((tmp_path / "claim.json").read_text()) == {"worker": "a", "attempts": ["a"]}
+    assert json.loads((tmp_path / "claim.json").read_text()) == {"worker": "a", "attempts": ["a"], "reached": 0}
     assert trial_folder(tmp_path, 7).name == "0007"
 
 
