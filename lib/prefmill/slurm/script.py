@@ -15,7 +15,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from prefmill.slurm.cluster import ClusterFile, Resources
-from prefmill.slurm.jobs import environment, setting
+from prefmill.slurm.jobs import ask, environment, setting
 
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
 _SECONDS = 120
@@ -113,7 +113,12 @@ def refusal(cluster: ClusterFile, resources: Resources) -> list[str]:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [f"Slurm says: {done.stderr.strip().splitlines()[-1]}"] if done.returncode and done.stderr.strip() else []
+    if not (done.returncode and done.stderr.strip()):
+        return []
+    # Slurm tells of nodes that are away for a day what it tells of those that no partition has.
+    away = ask(["sinfo", "-h", "-R", *(["-p", resources.partition] if resources.partition else [])]) or ""
+    note = " (nodes are down or drained now, see `sinfo -R`: with them it may start)" if away.strip() else ""
+    return [f"Slurm says: {done.stderr.strip().splitlines()[-1]}{note}"]
 
 
 def max_array_size(cluster: ClusterFile) -> int:

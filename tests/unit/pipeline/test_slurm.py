@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from prefmill.core.config import validate
 from prefmill.slurm import jobs as slurm
+from prefmill.slurm.cluster import ClusterFile, Resources
 from prefmill.slurm.jobs import JobState, clean_state, expand, waits_for
 from prefmill.slurm.partitions import Partition, gpu_kind, gpu_memory_gb, offer_of, partitions
+from prefmill.slurm.script import refusal
 
 
 @pytest.fixture
@@ -132,3 +135,17 @@ def test_what_a_shell_sets_for_a_person_does_not_reach_slurms_commands(
     seen = slurm.ask(["squeue"])
     assert seen is not None
     assert [line for line in seen.splitlines() if line.endswith("=low")] == ["SLURM_CONF=low"]
+
+
+@pytest.mark.parametrize("away", ["", "disk  root  2026-11-30T10:00:00  n[1-2]"])
+def test_nodes_that_are_drained_are_named_beside_a_refusal(
+    away: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm says of them what it says of a request that no node could ever take."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = "allocation failure: Requested node configuration is not available"
+    pretend(tmp_path, "sbatch", "", error=said, code=1)
+    pretend(tmp_path, "sinfo", away)
+    (found,) = refusal(validate(ClusterFile, {}), Resources(partition="main"))
+    assert found.startswith(f"Slurm says: {said}")
+    assert ("see `sinfo -R`: with them it may start" in found) == bool(away)
