@@ -45,7 +45,7 @@ def claim(trial: Path, worker: str, reached: int = 0) -> Claim:
     A claim is a sign of life itself: the next to look must not take for dead who has not come to its first beat.
     """
     before = read_claim(trial)
-    # A worker that was preempted after it had taken the trial further says nothing against it.
+    # Who was preempted after it had taken the trial further was not killed by it.
     earlier = before.attempts if before and before.reached >= reached else ()
     mine = Claim(worker, (*earlier, worker), reached)
     _beat(trial)
