@@ -34,7 +34,7 @@ TRAINED = ("sft", "dpo")
 class EvaluateConfig(ImageLimits, ChatTemplate):
     """Which model to evaluate, how it writes and how its reviews are judged."""
 
-    unread_with = {"temperature=0.0": ("top_p",)}
+    unread_with = {"temperature=0.0": ("top_p",), "generation.engine=vllm": ("attn_implementation",)}
     model: str = Field(
         description="the model's label: base, sft, dpo or any other; `human` takes the reviews people wrote",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",

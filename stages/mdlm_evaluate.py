@@ -19,6 +19,7 @@ from prefmill.training.bad_rows import BAD_ROWS
 class MdlmEvaluateConfig(DiffusionEvaluationConfig):
     """`pairs_path` is a file of preference rows, in place of build_datasets' held-out pairs of this `modality`."""
 
+    unread_with = {"pairs_path": ("modality",)}
     modality: Modality = Field("clean", description="dataset to evaluate on")
     pairs_path: ExternalPath | None = Field(
         None, description="a file of preference pairs in any form; none: those of the input `datasets`"

@@ -25,6 +25,7 @@ class MdlmSftConfig(DiffusionSftConfig, RowPolicy):
     `new_model` is the size of a model to train from scratch, with a tokenizer learnt from the training rows.
     """
 
+    unread_with = {"sft_data_path": ("modality",)}
     modality: Modality = Field("clean", description="dataset to train on")
     sft_data_path: ExternalPath | None = Field(
         None, description="a file of chats, in any form that sft takes, instead of the input `datasets`"

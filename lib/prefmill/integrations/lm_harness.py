@@ -121,10 +121,16 @@ def run_tasks(model: TaskModel, config: HarnessConfig) -> Iterator[dict[str, Any
             fix="name tasks of harness.path, or leave it out for lm-eval's own",
         )  # fmt: skip
     # Standard errors are left out below, so none are drawn.
-    found = simple_evaluate(
-        HarnessModel(model), tasks=list(config.tasks), num_fewshot=config.num_fewshot, limit=config.num_rows,
-        task_manager=manager, apply_chat_template=config.chat, bootstrap_iters=0,
-    )  # fmt: skip
+    try:
+        found = simple_evaluate(
+            HarnessModel(model), tasks=list(config.tasks), num_fewshot=config.num_fewshot, limit=config.num_rows,
+            task_manager=manager, apply_chat_template=config.chat, bootstrap_iters=0,
+        )  # fmt: skip
+    except (ConnectionError, FileNotFoundError) as error:  # a name that the hub lacks is of the second kind
+        raise InputError(
+            "cannot load the data of these tasks", where=", ".join(config.tasks), got=str(error).splitlines()[0],
+            fix="check your network or HF_HOME cache, or name tasks of local files with harness.path",
+        ) from error  # fmt: skip
     assert found is not None
     for task, metrics in found["results"].items():
         for name, value in metrics.items():

@@ -53,6 +53,7 @@ class PairSource(RowPolicy):
     """
 
     forms: ClassVar[Mapping[str, Form]] = FORMS
+    unread_with = dict.fromkeys(SOURCE_KEYS, ("modality",))  # of stages that read build_datasets' rows otherwise
 
     dataset: str | None = Field(None, description="a file, or a name on the hub; none: the input `datasets`")
     dataset_file: ExternalPath | None = Field(None, description="set from `dataset` where that names a file")

@@ -129,13 +129,16 @@ def test_a_masked_diffusion_model_runs_both_tasks_by_its_bounds(
     assert sum(row["kind"] == "task_sample" for row in rows) == 2 * len(samples)
 
 
-def test_what_the_harness_cannot_have_is_refused(tasks: Path) -> None:
+def test_what_the_harness_cannot_have_is_refused(tasks: Path, tmp_path: Path) -> None:
     from prefmill.integrations.lm_harness import HarnessModel, run_tasks
 
     model: Any = SimpleNamespace(tokenizer=None)
     with pytest.raises(ConfigError, match="unknown tasks") as caught:
         list(run_tasks(model, validate(HarnessConfig, {"tasks": ["nothing"], "path": str(tasks)})))
     assert "local_choice" in str(caught.value)
+    (tmp_path / "local_choice.yaml").write_text((tasks / "local_choice.yaml").read_text().replace("rows.js", "gone.js"))
+    with pytest.raises(InputError, match=r"data of these tasks(.|\n)*harness\.path"):
+        list(run_tasks(model, validate(HarnessConfig, {"tasks": ["local_choice"], "path": str(tmp_path)})))
     request = SimpleNamespace(args=("a", {"until": [], "num_beams": 3}), task_name="t")
     with pytest.raises(InputError, match="num_beams"):
         HarnessModel(model).generate_until([request])

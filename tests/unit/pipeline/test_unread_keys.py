@@ -1,4 +1,4 @@
-"""Keys of the review stages that nothing reads beside another key's value are told in the task's log."""
+"""Keys that nothing reads beside another key's value are told in the task's log."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ SOURCES = [{"format": "generated", "num_papers": 1}]
         ("judge_quality", {}, {"min_labels": 20, "folds": 3}),
         ("judge_quality", {"num_probed": 0}, {"probe_other": False, "max_paraphrases": 3, "judge": GATE}),
         ("evaluate", {"model": "base", "temperature": 0.0}, {"top_p": 0.5}),
+        ("evaluate", {"model": "base", "generation": {"engine": "vllm"}}, {"attn_implementation": "eager"}),
+        ("sft", {"dataset": "mine/chats"}, {"modality": "vision"}),
+        ("dpo", {"dataset": "pairs.jsonl"}, {"modality": "vision"}),
+        ("dpo", {"mixture": [{"file": "a.jsonl", "weight": 1.0}]}, {"modality": "clean_images"}),
+        ("mdlm_dpo", {"dataset": "mine/pairs"}, {"modality": "vision"}),
+        ("mdlm_sft", {"sft_data_path": "chats.jsonl"}, {"modality": "vision"}),
+        ("mdlm_evaluate", {"pairs_path": "pairs.jsonl"}, {"modality": "vision"}),
     ],
 )
 def test_keys_that_nothing_reads_beside_another_are_told(

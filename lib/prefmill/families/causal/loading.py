@@ -255,6 +255,8 @@ def require_folder(name_or_path: str) -> None:
 def _fix(folder: Path, error: Exception) -> str:
     if "quantiz" in str(error):
         return "install what reads such weights, or give the model before it was quantized"
+    if "attn_implementation" in str(error) or "FlashAttention" in str(error):
+        return "leave attn_implementation out, or set sdpa"
     if isinstance(error, ImportError):
         return "install that package with pip"
     if "does not recognize this architecture" in str(error):

@@ -117,6 +117,12 @@ def test_a_template_that_processors_alone_look_for_is_read(tmp_path: Path) -> No
     assert load_tokenizer(str(tmp_path)).chat_template == TEMPLATE
 
 
+def test_an_attention_that_is_not_there_is_no_fault_of_the_folder(tmp_path: Path) -> None:
+    for attention in ("nonesuch", "flash_attention_2"):
+        with pytest.raises(InputError, match=r"fix: +leave attn_implementation out"):
+            load_model(str(save_tiny_qwen2(tmp_path)), precision="fp32", attn_implementation=attention)
+
+
 def test_a_head_in_the_files_of_a_tied_model_is_published_as_its_own(tmp_path: Path) -> None:
     """transformers goes by the files, others by `tie_word_embeddings`: vLLM leaves such a head out (Qwen2's loader)."""
     configure(save_tiny_qwen2(tmp_path), tie_word_embeddings=True)
