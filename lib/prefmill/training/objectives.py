@@ -290,10 +290,11 @@ def mix(
                 got=f"it needs {', '.join(sorted(OBJECTIVES[name].needs - supplies))}", expected=", ".join(usable),
                 fix="choose one of those",
             )  # fmt: skip
-    if not names or len(names) != len(weights):
+    if not names or len(names) != len(weights) or min(weights) < 0 or not any(weights):
         raise ConfigError(
             "every objective needs a weight", got=f"loss_type={list(names)}, loss_weights={list(weights)}",
-            expected="two lists of the same length", fix="give loss_weights one number for each loss_type",
+            expected="two lists of the same length, of weights none below 0 and one above it",
+            fix="give loss_weights one number for each loss_type",
         )  # fmt: skip
     if "robust" in names and settings.label_smoothing == 0:
         raise ConfigError(

@@ -123,6 +123,10 @@ def test_bad_mixes_are_refused() -> None:
         mix(["sigmod"], [1.0], SETTINGS)
     with pytest.raises(ConfigError, match="needs a weight"):
         mix(["sigmoid", "sft"], [1.0], SETTINGS)
+    for weights in ([-1.0, 1.0], [0.0, 0.0]):  # the worse answers would be learnt, or none
+        with pytest.raises(ConfigError, match="none below 0"):
+            mix(["sigmoid", "sft"], weights, SETTINGS)
+    mix(["sigmoid", "sft"], [1.0, 0.0], SETTINGS)  # as a sweep over the weight has it
     with pytest.raises(ConfigError, match="rate of flipped labels"):
         mix(["robust"], [1.0], Settings(beta=0.1))
 
