@@ -13,6 +13,7 @@ from PIL import Image
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import HEADS
 from prefmill.demo.tiny_models import build
+from prefmill.families.causal.loading import loading
 from prefmill.families.reward.data import PixelReader
 from prefmill.families.reward.model import MultiHeadReward, create_reward
 from prefmill.families.reward.scoring import score_images
@@ -143,3 +144,12 @@ def test_what_cannot_be_scored_is_named(folder: Path, tmp_path: Path, pictures: 
         score_images(folder, ["a boat"], [tmp_path / "absent.png"])
     with pytest.raises(InputError, match="no scorer of images here"):
         score_images(tmp_path, ["a boat"], pictures[:1])
+
+
+@pytest.mark.parametrize("attention", ["nonesuch", "flash_attention_2"])
+def test_an_attention_that_cannot_be_had_is_no_damaged_folder(tmp_path: Path, attention: str) -> None:
+    """The advice was to download the model again, or to install with pip what the error does not call a package."""
+    from transformers import CLIPConfig, CLIPModel
+
+    with pytest.raises(InputError, match=r"fix: +leave attn_implementation out, or set"), loading("a model", tmp_path):
+        CLIPModel._from_config(CLIPConfig(), attn_implementation=attention)
