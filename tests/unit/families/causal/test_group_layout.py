@@ -150,7 +150,8 @@ def test_the_last_layer_leaves_a_prompt_out_but_for_its_last_token(groups: list[
     for hook in hooks:
         hook.remove()
     before = len(groups[0].prompt) - 1
-    score_batch(shared, pack([([], groups[0].responses)]))  # whole sequences, as TRL has them: no prompt at all
+    with pytest.raises(IndexError):  # nothing predicts a first token; -1 would read the sequence's last state
+        score_batch(shared, pack([([], groups[0].responses)]))
     *others, last = [(attended.abs().sum(-1) > 0).tolist() for attended in seen]
     assert others == [[True] * len(last)] * len(others) != []
     assert last == [False] * before + [True] * (len(last) - before)
@@ -217,6 +218,25 @@ def test_bfloat16_stays_near_the_pairwise_layout(tiny_qwen2: Path, groups: list[
     left, right = encode_groups(groups, whole(groups)), encode_pairwise(groups, whole(groups), pad=0)
     one, other = score_batch(patch_forward(grouped), left)[left.chosen], score_batch(pairwise, right)[right.chosen]
     assert ((one - other).abs() / other.abs()).max() < 0.02
+
+
+def test_gradients_are_the_same_bits_every_time_on_several_threads(tiny_qwen2: Path, groups: list[Group]) -> None:
+    """300 responses read their prompt's last token; the gradients that threads added to it came in any order."""
+    model = patch_forward(load_model(str(tiny_qwen2), precision="fp32"))
+    use_group_attention(model)
+    batch = pack([(groups[0].prompt, [*(response for group in groups for response in group.responses)] * 20)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = []
+        for _ in range(8):
+            model.zero_grad()
+            score_batch(model, batch).square().sum().backward()
+            found.append(model.model.layers[0].mlp.down_proj.weight.grad.clone())
+    finally:
+        torch.set_num_threads(before)
+    assert len(batch.lengths) >= 300
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_cutting_keeps_every_response_and_the_limit(groups: list[Group]) -> None:
