@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -262,15 +263,16 @@ def _pick_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
     def picked(
         self: Any, *args: Any, predicts: Tensor | None = None, of_rows: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        if predicts is None:
+        if predicts is None or of_rows is None:
             return forward(*args, **kwargs)
         # Without a mask transformers would take positions that begin anew for rows of their own.
         output = forward(*args, **{**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])})
         routed = getattr(output, "router_logits", None)
+        # `embedding`, as a CPU's threads add gradients of indexed states in another order every time.
         return MoeModelOutputWithPast(
             # The head would otherwise be run over the prompt too, which is most of the tokens.
-            last_hidden_state=output.last_hidden_state[:, predicts],
-            router_logits=routed and tuple(logits[of_rows] for logits in routed),
+            last_hidden_state=F.embedding(predicts, output.last_hidden_state[0])[None],
+            router_logits=routed and tuple(F.embedding(of_rows, logits) for logits in routed),
         )
 
     return picked

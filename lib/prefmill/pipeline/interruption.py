@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 
+from prefmill.distributed.devices import limit_threads
+
 
 def start_fork_server() -> None:
     """Start it where it does not run, deaf to Ctrl-C until `in_fork_server` has said what it does then.
 
     Python answers with a traceback of its own start.
     """
+    limit_threads()
     resource_tracker.ensure_running()  # before the signal is blocked: it has it unblocked when it has started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

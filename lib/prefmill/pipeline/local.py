@@ -80,9 +80,6 @@ def run_plan(
     write_plan(plan)
     keep_socket_paths_short()
     # Not spawn, which would pay for the imports in every task: 13 to 16 s of CPU for TRL.
-    if (cpus := usable_cpus()) < len(os.sched_getaffinity(0)):
-        # Threads for every core of the machine would wait most of the time for this container's turn.
-        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_preload(selected))
     run = _Run(plan, list(selected), force, server, say, Slots(options.jobs), options)
@@ -97,10 +94,9 @@ def run_plan(
     except BaseException:
         run.end()
         raise
-    lost, codes = run.lost, run.codes
-    if not lost:
+    if not run.lost:
         _show_results(plan, selected, say)
-    return max(codes, default=0)
+    return max(run.codes, default=0)
 
 
 @dataclass

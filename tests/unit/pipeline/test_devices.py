@@ -15,7 +15,7 @@ from toys import STAGES, MakeConfig
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Task
 from prefmill.distributed import devices
-from prefmill.distributed.devices import claim_device, usable_cpus, visible_gpus
+from prefmill.distributed.devices import claim_device, limit_threads, usable_cpus, visible_gpus
 from prefmill.pipeline.worker import import_and_run
 
 
@@ -101,3 +101,9 @@ def test_a_containers_quota_limits_the_threads(
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n")
     assert usable_cpus(tmp_path) == cpus
+    for given, threads in ((None, str(cpus) if cpus < 64 else None), ("3", "3")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        limit_threads(tmp_path)
+        assert os.environ.get("OMP_NUM_THREADS") == threads

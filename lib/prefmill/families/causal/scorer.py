@@ -140,9 +140,9 @@ def _forward(
     hidden = output[0]
     head = OwnHead(self) if self.own_head else self.get_output_embeddings()
     # Of completions alone: in fp32 the logits of a prompt of 4,000 tokens would take 2.4 GB.
-    # Not `hidden[row, column]`: responses share their prompt's last token, and a CPU's threads would add its gradient in
-    # another order every time.
-    read = torch.nn.functional.embedding(row * hidden.shape[1] + column, hidden.flatten(0, 1))
+    # Not `hidden[row, column]`: responses share their prompt's last token, to which a CPU's threads would add gradients
+    # in another order every time.
+    read = F.embedding(row * hidden.shape[1] + column, hidden.flatten(0, 1))
     logps = token_logps(read, target, head)
     return sum_by_owner(logps, owner, num_responses)
 
