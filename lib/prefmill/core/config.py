@@ -27,9 +27,9 @@ from prefmill.core.yaml_numbers import require_plain_numbers
 class StrictConfig(BaseModel):
     """Base of every configuration: frozen, no unknown keys, no silent coercion, no NaN."""
 
-    # NaN and infinity are no JSON, in which identities and manifests are written.
     # Keys that nothing reads beside another one: by `key=value` as YAML writes it, or the key alone where it is given.
     unread_with: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # NaN and infinity are no JSON, in which identities and manifests are written.
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prefmill.core.errors import InputError
+from prefmill.core.places import CHECKPOINT_PREFIX
 
 _BUFFER_BYTES = 1 << 20
 
@@ -42,10 +43,12 @@ def digest_path(path: Path) -> str:
 def sample_digest(folder: Path, suffixes: tuple[str, ...]) -> str:
     """sha256 of the files with these suffixes by name, size and 16 blocks of each: other weights differ in any of them.
 
-    Times are left out: what a job copies to its node's own disk is the same model.
+    Times are left out: what a job copies to its node's own disk is the same model. So are checkpoints to resume from,
+    which `prefmill gc` deletes.
     """
     found: list[Any] = []
-    for path in sorted(item for item in folder.rglob("*") if item.suffix in suffixes and item.name[0] != "."):
+    names = (item for item in folder.rglob("[!.]*") if item.suffix in suffixes and item.is_file())
+    for path in sorted(item for item in names if CHECKPOINT_PREFIX not in str(item.parent.relative_to(folder))):
         size = path.stat().st_size
         with path.open("rb") as stream:
             blocks = [os.pread(stream.fileno(), 1 << 16, size * part // 16) for part in range(16)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefmill.core.files import append_row, copy_once, replacing, write_atomic
+from prefmill.core.files import append_row, copy_once, replacing, sample_digest, write_atomic
 
 
 def test_what_is_named_is_on_disk_and_the_mode_holds_from_the_start(
@@ -64,3 +64,17 @@ def test_a_copy_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
         stream.write(b"half" + bytes(1 // 0))
     assert source.read_bytes() == b"picture"
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "b.png", "c.png"]
+
+
+def test_the_sample_of_a_model_is_of_its_own_files(tmp_path: Path) -> None:
+    """`prefmill gc` deletes checkpoints, and a cache of the hub may hold links to files that were never fetched."""
+    (tmp_path / "unet").mkdir()
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(bytes(10**6))
+    whole = sample_digest(tmp_path, (".safetensors",))
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"other")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    assert sample_digest(tmp_path, (".safetensors",)) == whole
+    weights.write_bytes(bytes(10**6 - 1) + b"1")
+    assert sample_digest(tmp_path, (".safetensors",)) != whole
