@@ -70,7 +70,7 @@ _DISK_FIXES = {
     errno.ENOSPC: "free space on that disk, or set `workspace` to a larger one, and run again: finished work is kept",
     errno.EDQUOT: "raise the quota or set `workspace` to another disk, and run again: finished work is kept",
     errno.EFBIG: "raise the limit on the size of files (`ulimit -f`), and run again: finished work is kept",
-    errno.EROFS: "set `workspace` to a folder on a writable disk",
+    errno.EROFS: "make the disk writable, or set `workspace` to a folder on another one",
     errno.EACCES: "give yourself write access, or set `workspace` to a folder of yours",
     errno.EPERM: "give yourself write access, or set `workspace` to a folder of yours",
 } | dict.fromkeys(
