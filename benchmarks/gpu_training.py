@@ -66,7 +66,7 @@ def long(tiny: bool) -> str:
 def beside_trl(prompt: int, response: int, num_groups: int, tiny: bool) -> str:
     """Pairs and tokens per second and the share of the GPU's peak, ours and TRL's, references computed before."""
     if tiny:
-        prompt, response, num_groups = prompt // 200, response // 10, 1
+        prompt, response, num_groups = max(1, prompt // 200), response // 10, 1
     setting = Setting([[response] * RESPONSES] * num_groups, [PAIRS] * num_groups, prompt, gpu=not tiny)
     rates = {}
     for name, open_one in (("ours", own_runner), ("TRL", _trl)):
