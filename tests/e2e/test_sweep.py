@@ -89,7 +89,8 @@ def test_a_killed_sweep_goes_on_and_its_best_is_the_best(tmp_path: Path, given: 
         values.append(trained.manifest.metrics["val_tie_aware_accuracy"])
         claim = read_claim(folder)
         assert claim is not None
-        assert len(claim.attempts) == 2 - number
+        # The worker that was killed had taken the first trial further, and does not count as an attempt any more.
+        assert (len(claim.attempts), claim.reached > 0) == (1, number == 0)
     assert [trial["value"] for trial in trials] == values
     best = yaml.safe_load(made.file("best.yaml").read_text())
     assert best["learning_rate"] == trials[values.index(max(values))]["params"]["learning_rate"]

@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.WordLevel({"[U]": 0}, unk_token="[U]"))
+    tokenizer = Tokenizer(models.WordLevel({"[U]": 0, "word": 1}, unk_token="[U]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
     special = {"unk_token": "[U]", "pad_token": "[U]"}
