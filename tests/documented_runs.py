@@ -79,7 +79,7 @@ def clean_copy(folder: Path) -> None:
 
 
 def _lend_environment(checkout: Path) -> None:
-    """Make this process's environment the one that `make` finds there: its own would be 3 GB in every copy of the folder."""
+    """Let `make` find this process's environment there: its own would be 3 GB in every copy of the folder."""
     environment = checkout / ".venv"
     environment.mkdir()
     (environment / "bin").symlink_to(Path(sys.executable).parent)

@@ -40,6 +40,7 @@ def serving(respond: Callable[[str, str, dict[str, str], bytes], Reply | None]) 
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a header and its body in two parts waited 40 ms for each other
 
         def do_GET(self) -> None:
             self._answer(b"")
