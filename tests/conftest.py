@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -56,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Where several processes share the tests, short files near the end keep all busy to the last."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: FOLDERS_IN_ORDER.index(_folder(item)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the tests import out of garbage collection: the Trainer collects at the end of every training."""
+    gc.collect()
+    gc.freeze()
 
 
 class _ByFile(LoadScopeScheduling):

@@ -17,7 +17,7 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0  # a browser on a machine with other work
 
 
 class Page:
@@ -144,7 +144,7 @@ def started(program: str, profile: Path) -> Iterator[Browser]:
         yield Browser(profile)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE_SECONDS)
 
 
 class Browser:

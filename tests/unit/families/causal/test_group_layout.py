@@ -220,6 +220,7 @@ def test_bfloat16_stays_near_the_pairwise_layout(tiny_qwen2: Path, groups: list[
     assert ((one - other).abs() / other.abs()).max() < 0.02
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_bits_every_time_on_several_threads(tiny_qwen2: Path, groups: list[Group]) -> None:
     """300 responses read their prompt's last token; the gradients that threads added to it came in any order."""
     model = patch_forward(load_model(str(tiny_qwen2), precision="fp32"))

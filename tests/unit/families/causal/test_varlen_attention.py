@@ -167,6 +167,7 @@ def test_what_is_kept_does_not_grow_with_responses_times_the_prompt() -> None:
     assert kept(6) < 1.1 * kept(1)
 
 
+@pytest.mark.slow
 def test_both_ways_compile_without_a_break() -> None:
     """`aot_eager` traces forward and backward, and needs no compiler."""
     states = [torch.randn(1, n, 49, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
