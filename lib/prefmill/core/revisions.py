@@ -1,4 +1,4 @@
-"""Revisions of models and data on the hub: what lies on this machine has none."""
+"""Revisions of models and data on the hub, and where they lie in its cache: what lies elsewhere here has none."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def require_hub_name(key: str, named: str, value: str | Path | None) -> None:
     if value is None or expand_home(value).exists():
         got = f"{named} is not given" if value is None else f"{value} is on this machine"
         raise ValueError(f"{key}: only what is on the hub has revisions, and {got}; leave {key} out")
+
+
+def snapshot(name: str, revision: str | None = None) -> Path | None:
+    """The cache's folder of a repository on the hub, which may not exist; None for `name` that cannot be one's."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).is_dir():
+        return None
+    from huggingface_hub import constants
+
+    # Out of the cache alone: it is asked where there is no network.
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    reference = cached / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision or "main"
+    return cached / "snapshots" / commit

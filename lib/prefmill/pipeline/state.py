@@ -17,12 +17,14 @@ from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError
 from prefmill.core.files import digest_json, read_record, sample_digest
 from prefmill.core.places import MANIFEST, STARTED, WANTED_AGAIN, WORK
+from prefmill.core.revisions import snapshot
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.store.artifacts import read, read_manifest, remaking
 from prefmill.store.stamps import check_content
 
 CODE_VERSION = "code_version.txt"  # in the copy of the code that a submission keeps
 _OF_MODELS = (".safetensors", ".bin", ".json", ".jinja", ".model")
+_REVISION_OF = {"model_name_or_path": "revision", "ref_name": "ref_revision"}
 Freshness = Literal["complete", "stale", "missing", "waiting"]
 
 
@@ -77,14 +79,22 @@ def inspect_task(task: PlannedTask) -> TaskState:
 def written_since(task: PlannedTask, folder: Path) -> Iterator[str]:
     """Models whose weights are newer than what was made of them in `folder`: a plan knows them by name alone."""
     made = (folder / MANIFEST).stat().st_mtime
-    for name in _models_named(task.config):
+    for name, _ in _models_named(task.config):
         if any(path.stat().st_mtime > made for path in Path(name).rglob("*.safetensors")):
             yield name
 
 
 def models_in(config: BaseModel) -> dict[str, str]:
-    """What the models' folders hold that a configuration names."""
-    return {name: sample_digest(Path(name), _OF_MODELS) for name in _models_named(config) if Path(name).is_dir()}
+    """What the models hold that a configuration names: a folder's sample, or a file's content in the hub's cache."""
+    found: dict[str, str] = {}
+    for name, revision in _models_named(config):
+        if (cached := snapshot(name, revision)) is not None:
+            # Each file for itself, as an attempt may begin before all are downloaded. A branch may move in between.
+            links = (file for file in cached.rglob("*") if file.suffix in _OF_MODELS and file.is_symlink())
+            found |= {f"{name}/{file.relative_to(cached)}": file.readlink().name for file in links}
+        elif Path(name).is_dir():
+            found[name] = sample_digest(Path(name), _OF_MODELS)
+    return found
 
 
 def models_changed(task: PlannedTask, begun: Mapping[str, Any]) -> list[str]:
@@ -94,10 +104,11 @@ def models_changed(task: PlannedTask, begun: Mapping[str, Any]) -> list[str]:
     return [name for name, now in models_in(task.config).items() if noted.get(name, now) != now]
 
 
-def _models_named(config: BaseModel) -> Iterator[str]:
+def _models_named(config: BaseModel) -> Iterator[tuple[str, str | None]]:
+    """Each with its revision on the hub."""
     for key, value in config:
-        if key in ("model_name_or_path", "ref_name") and isinstance(value, str):
-            yield value
+        if key in _REVISION_OF and isinstance(value, str):
+            yield value, getattr(config, _REVISION_OF[key], None)
         elif isinstance(value, BaseModel):
             yield from _models_named(value)
 

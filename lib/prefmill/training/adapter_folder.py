@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.places import expand_home
+from prefmill.core.revisions import snapshot
 
 _CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # They cannot be merged, or not by their two files alone; PEFT reads every other key as it was trained.
@@ -43,15 +44,7 @@ def template_of(folder: Path) -> str | None:
 
 def adapter_at(name: str, revision: str | None = None) -> Path | None:
     """The folder of the adapter `name`, a path or a hub's name that is in the cache; None for anything else."""
-    folder = expand_home(name)
-    # Out of the cache alone: a configuration is read where there is no network.
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.is_dir():
-        from huggingface_hub import constants
-
-        cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-        reference = cached / "refs" / (revision or "main")
-        commit = reference.read_text().strip() if reference.is_file() else revision or "main"
-        folder = cached / "snapshots" / commit
+    folder = snapshot(name, revision) or expand_home(name)
     return folder if is_adapter(folder) else None
 
 

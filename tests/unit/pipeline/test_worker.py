@@ -7,10 +7,12 @@ import json
 import os
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import scan_cache_dir
 from toys import RUNS, toy_plan
 
 from prefmill.core.errors import PrefmillError
@@ -96,6 +98,42 @@ def test_an_attempt_on_another_model_is_dropped_and_no_run_shares_it(tmp_path: P
     assert share(elsewhere) is None
     os.utime(weights, (later - 99, later - 99))
     assert share(elsewhere) == "toy"
+
+
+def in_hub_cache(cache: Path, commit: str, **files: str) -> None:
+    """A repository's branch as the hub's library keeps it: links to content by its hash."""
+    place = cache / "models--org--model"
+    for name, content in files.items():
+        blob, link = place / "blobs" / sha256(content.encode()).hexdigest(), place / "snapshots" / commit / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_text(content)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs" / "main").write_text(commit)
+    (found,) = scan_cache_dir(cache).repos
+    assert found.refs["main"].commit_hash == commit
+
+
+def test_an_attempt_ends_where_a_branch_on_the_hub_has_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that came since it began, and another README, change nothing."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    in_hub_cache(cache, "a" * 40, **{"config.json": "{}"})
+    keys = {"model_name_or_path": "org/model"}
+    broken, whole = (toy_plan(tmp_path, make={"set": {**keys, "fail": fail}}) for fail in ("bug", ""))
+    with pytest.raises(ValueError, match="a bug"):
+        run(broken)
+    in_hub_cache(cache, "a" * 40, **{"model.safetensors": "first"})
+    with pytest.raises(ValueError, match="a bug"):
+        run(broken)
+    in_hub_cache(cache, "b" * 40, **{"config.json": "{}", "model.safetensors": "first", "README.md": "new"})
+    assert inspect(whole)["make:all"].reasons == ("begun: a run goes on from there",)
+    in_hub_cache(cache, "c" * 40, **{"config.json": "{}", "model.safetensors": "other"})
+    told = "begun otherwise, which a run drops: org/model/model.safetensors held another model"
+    assert inspect(whole)["make:all"].reasons == (told,)
 
 
 def test_an_upstream_that_comes_out_the_same_stops_there(tmp_path: Path) -> None:
