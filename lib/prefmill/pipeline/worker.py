@@ -173,7 +173,8 @@ def _prepare(task: PlannedTask, wanted: Mapping[str, Any], force: bool) -> Path:
     if not marker.is_file():
         # Before anything else is made here: what lies in a folder without a mark is of unknown origin, and deleted.
         begun = {"fingerprint": same[0], "date": datetime.now(UTC).date().isoformat(), "identity": wanted}
-        write_atomic(marker, json.dumps({**begun, "models": models_in(task.config)}))
+    # Added to by every attempt, as the first may download its model.
+    write_atomic(marker, json.dumps({**begun, "models": models_in(task.config) | begun.get("models", {})}))
     if not resumes:
         clear_telemetry(task.logs, superseded(task.logs) if finished else None)
     return folder
