@@ -225,3 +225,32 @@ def test_two_submissions_at_once_submit_once(site: Site) -> None:
         printed = list(pool.map(lambda _: site.submit("toy", "run=race", "make.seconds=5"), range(2)))
     assert sum("nothing to submit" in text for text in printed) == 1
     assert len(site.queue()) == 7
+
+
+def test_a_job_refuses_what_was_changed_since_its_submission(site: Site) -> None:
+    """It read the file as it found it, and nothing said that this was not what had been submitted."""
+    file = site.checkout / "words.txt"
+    file.write_text("then")
+    (site.checkout / "configs/clusters/hold.yaml").write_text("advance: false\nresources: {options: {hold: true}}\n")
+    site.submit("toy", "run=swap", f"make.file={file}", "--only", "make", cluster="hold")
+    file.write_text("now!")
+    (job,) = jobs(site, "swap")
+    site.cluster.ask("scontrol", "release", str(job["job_id"]))
+    site.wait()
+    assert digests(site.workspace, "swap") == {}, site.logs()
+    shown = site.prefmill("status", "swap", "--workspace", str(site.workspace)).stdout
+    assert "changed since this job was submitted" in shown
+    assert str(file) in site.logs()
+    file.write_text("then")  # put back, the very submission goes on
+    done = site.prefmill("rerun", "make:shard0", "--run", "swap", "--workspace", str(site.workspace))
+    assert done.returncode == 0, done.stderr
+    again = jobs(site, "swap")[-1]
+    site.cluster.ask("scontrol", "release", f"{again['job_id']}")
+    site.wait()
+    assert list(digests(site.workspace, "swap")) == ["make:shard0"], site.logs()
+    file.write_text("now!")  # and a new submission reads it as it is now
+    site.submit("toy", "run=swap", f"make.file={file}", "--only", "make")
+    site.wait()
+    row = json.loads((site.workspace / "data/swap/make/shard1/numbers.jsonl").read_text().splitlines()[0])
+    assert row["text"] == "now!"
+    assert len(digests(site.workspace, "swap")) == 3, site.logs()

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from operator import attrgetter
 from pathlib import Path, PosixPath
@@ -294,10 +294,10 @@ def load(
     return validate(schema, merge(values, overrides, where), where, {**origins, **said})
 
 
-def identity(config: BaseModel) -> dict[str, Any]:
-    """What decides a task's content: every field but runtime ones and later ones unset, external files by digest."""
+def identity(config: BaseModel, digest: Callable[[Path], Any] = digest_path) -> dict[str, Any]:
+    """What decides a task's content: every field but runtime ones and later ones unset, external files by `digest`."""
     given = {name: (field, getattr(config, name)) for name, field in type(config).model_fields.items()}
-    counted = {name: _identity_value(value) for name, (field, value) in given.items() if _counts(field, value)}
+    counted = {name: _identity_value(value, digest) for name, (field, value) in given.items() if _counts(field, value)}
     return counted | (config.made_otherwise() if isinstance(config, StrictConfig) else {})
 
 
@@ -318,13 +318,13 @@ def _counts(field: Any, value: Any) -> bool:
     return bool(value != field.default if said == "unless default" else said)
 
 
-def _identity_value(value: Any) -> Any:
+def _identity_value(value: Any, digest: Callable[[Path], Any]) -> Any:
     if isinstance(value, ExternalPath):
-        return digest_path(value)
+        return digest(value)
     if isinstance(value, BaseModel):
-        return identity(value)
+        return identity(value, digest)
     if isinstance(value, dict):
-        return {str(key): _identity_value(item) for key, item in value.items()}
+        return {str(key): _identity_value(item, digest) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_identity_value(item) for item in value]
+        return [_identity_value(item, digest) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -21,13 +21,7 @@ class PrefmillError(Exception):
     """
 
     def __init__(
-        self,
-        what: str,
-        *,
-        where: object = None,
-        got: object = None,
-        expected: object = None,
-        fix: str | None = None,
+        self, what: str, *, where: object = None, got: object = None, expected: object = None, fix: str | None = None
     ) -> None:
         self.what = what
         self.details = {"where": where, "got": got, "expected": expected, "fix": fix}

@@ -51,11 +51,7 @@ def make_prompt(paper: Paper, modality: Modality) -> PaperPrompt | None:
 def sft_row(prompt: PaperPrompt, scored: ScoredReview) -> dict[str, Any]:
     """A review to imitate: `messages` in the OpenAI form, the last one the assistant's."""
     answer = {"role": "assistant", "content": review_completion(scored.review, prompt.scale)}
-    row = {
-        "id": scored.review["review_id"],
-        "paper_id": prompt.paper_id,
-        "messages": [*prompt.messages, answer],
-    }
+    row = {"id": scored.review["review_id"], "paper_id": prompt.paper_id, "messages": [*prompt.messages, answer]}
     return _with_images(row, prompt)
 
 

@@ -123,10 +123,7 @@ def check_scored(found: Survey, scores: Sequence[Artifact], allow_unscored: bool
 
 
 def check_buildable(
-    found: Survey,
-    splits: Collection[DatasetSplit],
-    modalities: Collection[Modality],
-    decisions: Collection[Standing],
+    found: Survey, splits: Collection[DatasetSplit], modalities: Collection[Modality], decisions: Collection[Standing]
 ) -> None:
     """Raise InputError or ConfigError, before anything is written, when a wanted dataset cannot have rows."""
     for split in splits:

@@ -92,9 +92,7 @@ def measure_review(review: EvaluatedReview, paper: PaperFacts) -> Values:
 
 
 def measure(
-    reviews: Sequence[EvaluatedReview],
-    papers: Mapping[str, PaperFacts],
-    questions: Mapping[str, str],
+    reviews: Sequence[EvaluatedReview], papers: Mapping[str, PaperFacts], questions: Mapping[str, str]
 ) -> dict[str, Any]:
     """The content of metrics.json but for its heading: `overall`, `items`, `factors` and `papers`.
 

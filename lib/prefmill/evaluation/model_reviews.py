@@ -79,11 +79,7 @@ class Writing:
 
 
 def write_reviews(
-    source: ModelSource,
-    papers: Mapping[str, Paper],
-    writing: Writing,
-    folder: Path,
-    progress: Progress = silent,
+    source: ModelSource, papers: Mapping[str, Paper], writing: Writing, folder: Path, progress: Progress = silent
 ) -> list[Generation]:
     """The model's reviews, sorted by paper and sample; what is finished is kept in `folder` to resume from.
 

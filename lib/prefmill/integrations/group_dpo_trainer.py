@@ -210,7 +210,7 @@ def _shared(
         if values is not None:
             # The packed batch has each answer once: autograd adds up what all rows that have it send back.
             spread = values.new_zeros(input_ids.shape[0], input_ids.shape[1] - 1)
-            setattr(output, name, spread.index_put((row, column), values[0][source]))
+            setattr(output, name, spread.index_put((row, column), values[0].index_select(0, source)))
     return output
 
 

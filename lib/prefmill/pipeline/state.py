@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from prefmill import __version__
 from prefmill.core.artifact import Artifact, Manifest, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
-from prefmill.core.errors import ArtifactError
-from prefmill.core.files import digest_json, read_record, sample_digest
+from prefmill.core.errors import ArtifactError, InputError
+from prefmill.core.files import digest_json, digest_path, read_record, sample_digest
 from prefmill.core.places import MANIFEST, STARTED, WANTED_AGAIN, WORK
 from prefmill.core.revisions import snapshot
 from prefmill.pipeline.plan import Plan, PlannedTask
@@ -25,6 +25,8 @@ from prefmill.store.stamps import check_content
 CODE_VERSION = "code_version.txt"  # in the copy of the code that a submission keeps
 _OF_MODELS = (".safetensors", ".bin", ".json", ".jinja", ".model")
 _REVISION_OF = {"model_name_or_path": "revision", "ref_name": "ref_revision"}
+Digest = Callable[[Path], str]
+Inputs = Mapping[str, tuple[Artifact, ...]]
 Freshness = Literal["complete", "stale", "missing", "waiting"]
 
 
@@ -97,6 +99,24 @@ def models_in(config: BaseModel) -> dict[str, str]:
     return found
 
 
+def read_outside(
+    task: PlannedTask, asked: Callable[[str], bool], digest: Digest = digest_path
+) -> Iterator[tuple[str, str]]:
+    """What a task reads that its plan does not make, as far as it is `asked` for by its path: path and content.
+
+    What is not there is left out: a path may be on the disks of compute nodes alone.
+    """
+    files: list[Path] = []
+    identity(task.config, files.append)
+    for path in files:
+        if asked(str(path)) and path.exists():
+            yield str(path), digest(path)
+    for folder in (path for paths in task.inputs.values() for path in paths):
+        if asked(str(folder)) and (made := read_manifest(folder)):
+            yield str(folder), made.content_digest
+    yield from ((name, held) for name, held in models_in(task.config).items() if asked(name))
+
+
 def models_changed(task: PlannedTask, begun: Mapping[str, Any]) -> list[str]:
     """The models whose folders hold something else than when the attempt recorded as `begun` began."""
     # An attempt of an earlier version has noted none; a folder that is gone now may come back.
@@ -125,14 +145,14 @@ def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:
     return (f"begun otherwise, which a run drops: {'; '.join(other)}" if other else "begun: a run goes on from there",)
 
 
-def read_inputs(task: PlannedTask) -> dict[str, tuple[Artifact, ...]]:
+def read_inputs(task: PlannedTask) -> Inputs:
     """A task's input artifacts by name; raises ArtifactError for one that is missing, damaged or of a wrong kind."""
     return {
         name: tuple(read(path, task.stage.reads[name].kind) for path in paths) for name, paths in task.inputs.items()
     }
 
 
-def task_identity(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> dict[str, Any]:
+def task_identity(task: PlannedTask, inputs: Inputs, digest: Digest = digest_path) -> dict[str, Any]:
     """What decides a task's content: stage and its version, configuration, share of the rows, input content."""
     # The values of other array keys are in the configuration already.
     outside = {key: [value, task.sizes[key]] for key, value in task.values.items() if key == "shard"}
@@ -140,7 +160,7 @@ def task_identity(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]])
         "stage": task.stage.name,
         # Not the code's version: every commit would then make everything anew.
         "version": task.stage.version,
-        "config": identity(task.config),
+        "config": identity(task.config, digest),
         "element": outside,
         # By content: where an upstream is made again and comes out the same, nothing after it runs.
         "inputs": {name: [item.manifest.content_digest for item in items] for name, items in inputs.items()},
@@ -155,9 +175,19 @@ def fingerprints(task: PlannedTask, wanted: Mapping[str, Any]) -> tuple[str, str
     return digest_json(wanted), digest_json({**wanted, "config": before})
 
 
-def provenance(task: PlannedTask, inputs: Mapping[str, tuple[Artifact, ...]]) -> Provenance:
-    """Where the artifact of `task` comes from, for its manifest."""
-    wanted = task_identity(task, inputs)
+def provenance(task: PlannedTask, inputs: Inputs, noted: Mapping[str, str]) -> Provenance:
+    """Where the artifact of `task` comes from, for its manifest.
+
+    Raises InputError where what it reads from outside the pipeline is not what was `noted` at its submission.
+    """
+    digest = cache(digest_path)  # pictures of hundreds of GB are not read twice
+    for name in (name for name, held in read_outside(task, noted.__contains__, digest) if held != noted[name]):
+        raise InputError(
+            "changed since this job was submitted", where=name, expected="what it held then",
+            fix="`prefmill submit` again, for a job that reads it as it is now; or put the old content back and "
+            f"`prefmill rerun {task.key}`",
+        )  # fmt: skip
+    wanted = task_identity(task, inputs, digest)
     return Provenance(
         stage=task.stage.name,
         task=task.name,

@@ -37,12 +37,14 @@ EXIT_USER_ERROR, EXIT_BUG = 2, 1
 _LOCK_PATIENCE_SECONDS = 15.0
 
 
-def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metrics] | None = None) -> None:
+def execute(
+    task: PlannedTask, force: bool = False, run: Callable[[Task], Metrics] | None = None, noted: Mapping[str, str] = {}
+) -> None:
     """Bring `task` to completion in this process; nothing happens when its output is up to date.
 
-    `run` takes the place of the stage's own, to have it run in other processes. Resumes an interrupted attempt at
-    the same content. Finished output of any other stays in its place until the new one is published. Raises
-    PrefmillError for what the user can fix; the status file in the task's logs then says the same.
+    `run` takes the place of the stage's own, to have it run in other processes; `noted` is as in `Submission`. Resumes
+    an interrupted attempt at the same content. Finished output of any other stays in its place until the new one is
+    published. Raises PrefmillError for what the user can fix; the status file in the task's logs then says the same.
     """
     # The lock first: a second worker must not write its status over that of the one at work.
     with explained(task.output), locked(task), _reported(task):
@@ -53,7 +55,7 @@ def execute(task: PlannedTask, force: bool = False, run: Callable[[Task], Metric
         for artifact in (item for items in inputs.values() for item in items):
             # Before any work: a flipped bit in an input would otherwise be trained on.
             check_content(artifact)
-        origin = provenance(task, inputs)
+        origin = provenance(task, inputs, noted)  # before what was begun on other content is dropped
         making = _prepare(task, origin.identity, force)
         started = time.time()
         context = Task(task.run, task.stage.name, task.name, task.values, task.sizes, inputs, making, task.logs)

@@ -47,11 +47,7 @@ TEXTS = (
     "Figure 2 shows %(data)s from %(bench)s. We train with %(seeds)s. The code is %(code)s.",
 )  # fmt: skip
 
-OPENINGS = (
-    "I read this paper about %(topic)s.",
-    "Here is my view of this paper.",
-    "This paper is about %(method)s.",
-)
+OPENINGS = ("I read this paper about %(topic)s.", "Here is my view of this paper.", "This paper is about %(method)s.")
 VERDICTS = (  # lowest rating, sentence; from the highest down
     (8, "My vote is a strong accept."),
     (6, "My vote is to accept."),

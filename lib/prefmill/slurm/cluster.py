@@ -81,7 +81,8 @@ class Resources(StrictConfig):
             key = _KEY_OF_OPTION.get(name) or ("gpus and gpu_type" if name == "gres" and "gpu" in str(value) else None)
             if key:
                 raise ValueError(f"'{name}' is said by the key {key}: write that instead")
-        return options
+        # A layer takes back so what one below it gives, such as `exclusive`.
+        return {name: value for name, value in options.items() if value is not False}
 
     @model_validator(mode="after")
     def _say_memory_once(self) -> Self:

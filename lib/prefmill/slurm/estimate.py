@@ -225,9 +225,9 @@ def _place_notes(plan: Plan, cluster: ClusterFile) -> Iterator[str]:
 
 def _limit_notes(plan: Plan, cluster: ClusterFile, policy: SitePolicy | None) -> Iterator[str]:
     limit = policy.submit_limit(cluster) if policy else None
-    # One more than tasks: the job that looks after the run counts too.
-    if limit is not None and len(plan.tasks) + 1 > limit:
-        yield f"{limit} jobs may be submitted at once, this takes {len(plan.tasks) + 1}: the rest follows as jobs end"
+    taken = len(plan.tasks) + cluster.advance  # the job that looks after the run counts too
+    if limit is not None and taken > limit:
+        yield f"{limit} jobs may be submitted at once, this takes {taken}: the rest follows as jobs end"
 
 
 def _show_training(

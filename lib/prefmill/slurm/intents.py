@@ -25,7 +25,7 @@ _TRANSIENT = re.compile(
     r"timed? ?out|Unable to contact|connect|Connection|Zero Bytes|Transport endpoint|Socket|temporarily|not responding|"
     r"standby|Unexpected message|Communication|Protocol authentication|no answer", re.I,
 )  # fmt: skip
-_REFUSED = re.compile(r"Batch job submission failed|unrecognized option|[Ii]nvalid|not permitted|fatal:")
+_REFUSED = re.compile(r"Batch job submission failed|unrecognized option|[Ii]nvalid|not permitted|fatal:|Try .sbatch")
 
 
 class SbatchRefusedError(PipelineError):

@@ -51,6 +51,7 @@ class JobTask:
     secrets: Callable[[], Mapping[str, str]] = dict
     smaller: Mapping[str, Any] = field(default_factory=dict)
     workspace: Path | None = None
+    noted: Mapping[str, str] = field(default_factory=dict)  # as in `Submission`
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +87,7 @@ def run(job: JobTask, warnings: SignalWatcher) -> int:
         return {**metrics, **job.smaller}
 
     try:
-        execute(job.task, run=in_children)
+        execute(job.task, run=in_children, noted=job.noted)
     except AttemptError as error:
         print(f"prefmill: {error}", file=sys.stderr, flush=True)
         if error.state == REQUEUED:
@@ -157,14 +158,10 @@ def submitted_task(path: Path, environment: Mapping[str, str]) -> JobTask:
     cluster = validate(ClusterFile, submission.cluster, where=submission.folder)
     resources = validate(Resources, array.resources, where=path)
     task = plan_task(pipeline, Path(submission.source), array.stage, array.tasks[index])
-    return JobTask(
-        task,
-        cluster.signal_seconds,
-        resources.processes,
-        partial(read_secrets, cluster.secrets) if cluster.secrets else dict,
-        read_smaller(task.logs, submission.number),
-        submission.workspace,
-    )
+    secrets = partial(read_secrets, cluster.secrets) if cluster.secrets else dict
+    smaller = read_smaller(task.logs, submission.number)
+    of_submission = (submission.workspace, submission.noted)
+    return JobTask(task, cluster.signal_seconds, resources.processes, secrets, smaller, *of_submission)
 
 
 def _requeue(task: PlannedTask) -> int:

@@ -233,6 +233,8 @@ def objections(
     """Why a task with these resources would be refused, or never start."""
     yield from never_starts(resources, offered)
     yield from policy.objections(cluster, resources) if policy else ()
+    if policy and cluster.advance and policy.submit_limit(cluster) == 1:  # it would wait for the room that it takes
+        yield "the one job that may be submitted looks after the run: set `advance: false`, and run `prefmill advance`"
 
 
 def never_starts(resources: Resources, offered: Mapping[str, Partition]) -> Iterator[str]:

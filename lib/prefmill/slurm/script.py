@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -113,7 +114,8 @@ def refusal(cluster: ClusterFile, resources: Resources) -> list[str]:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
-    if not (done.returncode and done.stderr.strip()):
+    # A limit on submitted jobs is full for now: the rest follows as jobs end.
+    if not (done.returncode and done.stderr.strip()) or re.search(r"Submit\w*Limit", done.stderr):
         return []
     # Slurm tells of nodes that are away for a day what it tells of those that no partition has.
     away = ask(["sinfo", "-h", "-R", *(["-p", resources.partition] if resources.partition else [])]) or ""

@@ -171,12 +171,7 @@ def explain(workspace: Path, run: str, key: str, logs: Path) -> list[str]:
 
 
 def _row(
-    key: str,
-    output: Path,
-    logs: Path,
-    tried: Tried | None,
-    seen: Sightings | None,
-    decided: Mapping[str, Any],
+    key: str, output: Path, logs: Path, tried: Tried | None, seen: Sightings | None, decided: Mapping[str, Any]
 ) -> Row:
     status, past = read_status(logs), read_attempts(logs)
     state, reason, job = _state(output, logs, status, tried, seen, decided)

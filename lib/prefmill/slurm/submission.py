@@ -6,8 +6,8 @@ import json
 import os
 import pwd
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class ArrayFile:
 class Submission:
     """A submission on disk: written once, before its first job; only `intents.jsonl` and `jobs.jsonl` grow.
 
-    `wanted` are the elements it is to submit, as stage, chunk and indices.
+    `wanted`: the elements to submit, as stage, chunk and indices. `noted`: what they read from outside, by its path.
     """
 
     folder: Path
@@ -81,6 +81,7 @@ class Submission:
     code: str
     owner: str = ""  # unknown in a submission of an earlier version
     wanted: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
+    noted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def code_folder(self) -> Path:

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.run_record import point_latest, write_plan
 from prefmill.pipeline.sharing import share_finished
-from prefmill.pipeline.state import code_version, inspect
+from prefmill.pipeline.state import code_version, inspect, read_outside
 from prefmill.pipeline.task_status import refuse_beside_run
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
@@ -115,7 +115,7 @@ def submit(
             raise PipelineError(
                 "Slurm does not cancel jobs that can never run", got=stuck, fix="scancel these elements"
             )
-        _write(draft, plan, arrays, texts)
+        _write(replace(draft, noted=_noted(plan, todo)), plan, arrays, texts)
         _send(draft, calls, say)
 
 
@@ -154,6 +154,14 @@ def _sort_out(
     stuck = len(queued) - len(live)
     words = f"run {plan.run}: {complete} tasks complete, {len(live)} queued or running, {len(todo)} to submit"
     return todo, live, words + (f" ({stuck} that could never run as they were)" if stuck else "")
+
+
+def _noted(plan: Plan, todo: Sequence[PlannedTask]) -> dict[str, str]:
+    """What the tasks read that nobody in the plan makes, as it is now; a file that all shards read is read once."""
+    made, found = {str(task.output) for task in plan.tasks}, dict[str, str]()
+    for task in todo:
+        found.update(read_outside(task, lambda path: path not in made and path not in found))
+    return found
 
 
 def _draft(

@@ -26,8 +26,7 @@ class RowPolicy(StrictConfig):
     """`on_bad_row: drop` leaves out rows that are at fault themselves, and lists them."""
 
     on_bad_row: Literal["fail", "drop"] = Field(
-        "fail",
-        description="`fail` at a row with a fault (form, template, images, equal sides), or `drop` and list it",
+        "fail", description="`fail` at a row with a fault (form, template, images, equal sides), or `drop` and list it"
     )
 
 

@@ -51,8 +51,7 @@ class PreferenceConfig(ObjectiveKeys, TrainingConfig):
         None, ge=0, le=1, description="LD-DPO: weight, 0 to 1, of the tokens beyond the other side's length; none: 1"
     )
     layout: Literal["auto", "group", "pairwise"] = Field(
-        "auto",
-        description="`group` runs a prompt once, `pairwise` once per side; auto: group where the model allows",
+        "auto", description="`group` runs a prompt once, `pairwise` once per side; auto: group where the model allows"
     )
     max_tokens_per_microbatch: int | None = Field(
         None, ge=2, description="split larger groups (`group` only); none: do not"

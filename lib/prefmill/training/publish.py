@@ -188,11 +188,7 @@ def _publish_whole(
         told = f"{scores.lost_share:.0%} of the training, up to {scores.difference:.3g} nats a sample"
         if scores.faithful(precision) or accepted_with_losses(told, bool(saved.isfinite().all()), precision, config):
             break
-    return {
-        "saved_dtype": precision,
-        "saved_difference": scores.difference,
-        "saved_lost_share": scores.lost_share,
-    }
+    return {"saved_dtype": precision, "saved_difference": scores.difference, "saved_lost_share": scores.lost_share}
 
 
 def precisions(config: TrainingConfig, stored: Callable[[], Precision]) -> list[Precision]:

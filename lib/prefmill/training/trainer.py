@@ -139,11 +139,7 @@ class PreferenceTrainer(Trainer):
         return loss
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The microbatch's share of its step's mean loss, a scalar; DDP averages over ranks, so it is scaled up."""
         scores = self.pair_scores(model, inputs)

@@ -14,6 +14,7 @@ import torch
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from tests.models.tiny_configs import tiny_config
+from tests.threads import same_bits
 from tests.tiny import make_tokenizer, sentence
 
 pytestmark = pytest.mark.slow
@@ -151,6 +152,19 @@ def test_training_gives_the_same_curve_and_weights(tiny_qwen2: Path, tmp_path: P
     others = dict(trainers["trl"].model.named_parameters())
     for name, value in trainers["group"].model.named_parameters():
         assert (value - others[name]).abs().max() < 1e-4, name
+
+
+def test_gradients_are_the_same_bits_every_time_on_several_threads(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """600 answers read their prompt's last token, and the one that is better in all rows takes a gradient from each."""
+    prompt, good = sentence(1, 9), sentence(90, 80)
+    data = [{"prompt": prompt, "chosen": good, "rejected": sentence(500 + row, 2)} for row in range(600)]
+    trainer = make("group", tiny_qwen2, tmp_path, data)
+
+    def gradient() -> torch.Tensor:
+        trainer.model.zero_grad()
+        return loss_and_gradients(trainer)[1]["model.layers.0.mlp.down_proj.weight"]
+
+    assert same_bits(gradient, times=4)
 
 
 def test_it_runs_fewer_tokens_and_generates_as_before(tiny_qwen2: Path, tmp_path: Path) -> None:

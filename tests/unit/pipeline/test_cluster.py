@@ -54,6 +54,13 @@ def test_options_that_no_key_says_are_the_sites() -> None:
     assert resources_for(cluster, "sft", {"options": options}).options == options
 
 
+def test_an_option_that_is_false_is_none() -> None:
+    """A stage that took back `exclusive: true` of its site asked Slurm for `--exclusive=False`, which refuses that."""
+    site = validate(ClusterFile, {"resources": {"options": {"exclusive": True}}})
+    own = {"options": {"exclusive": False, "nice": 0, "constraint": "ib"}}
+    assert resources_for(site, "sft", own).options == {"nice": 0, "constraint": "ib"}
+
+
 def test_a_retry_leaves_out_the_sites_own_nodes_too() -> None:
     site = Resources(options={"exclude": "n[1-2]"})
     assert retry_options(site, 1.5, ["n7"]) == ("--mem=1536M", "--exclude=n[1-2],n7")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from test_slurm import program  # noqa: F401 - a fixture
 
 from prefmill.slurm.cluster import ClusterFile, Resources
-from prefmill.slurm.policy import SitePolicy, parse_tres, read_policy
+from prefmill.slurm.partitions import Partition
+from prefmill.slurm.policy import JobLimits, SitePolicy, objections, parse_tres, read_policy
+from prefmill.slurm.script import refusal
 
 ASSOCIATIONS = "mill||normal,short||9|01:40:00||\nroot||normal||||cpu=64|\nmill|closed|short|short||||"
 QOS = """normal||||||
@@ -72,6 +75,33 @@ def test_the_number_of_jobs_at_once(policy: SitePolicy) -> None:
     assert policy.submit_limit(ClusterFile()) == 9
     assert policy.submit_limit(ClusterFile(qos="short")) == 6
     assert policy.submit_limit(ClusterFile(account="root")) is None
+
+
+def test_a_run_that_would_wait_for_its_own_follow_up_job_is_refused(policy: SitePolicy) -> None:
+    """Where one job may be submitted, as in many a QOS to debug in, that job was it: nothing ever came after it."""
+    alone = replace(policy, qos={**policy.qos, "normal": JobLimits("QOS normal", submit=1)})
+    offered = {name: Partition(name, 4, None, None, 8, 64.0, 8) for name in ("", "main")}
+    found = [list(objections(ClusterFile(advance=advance), Resources(), offered, alone)) for advance in (True, False)]
+    assert [len(said) for said in found] == [1, 0]
+    assert "set `advance: false`" in found[0][0]
+    assert list(objections(ClusterFile(), Resources(), offered, policy)) == []
+
+
+@pytest.mark.parametrize(("told", "refused"), [
+    ("sbatch: error: QOSMaxSubmitJobPerUserLimit\nallocation failure: Job violates accounting/QOS policy", False),
+    ("sbatch: error: AssocGrpSubmitJobsLimit\nallocation failure: Job violates accounting/QOS policy", False),
+    ("sbatch: error: QOSMaxWallDurationPerJobLimit\nallocation failure: Job violates accounting/QOS policy", True),
+])  # fmt: skip
+def test_a_limit_on_submitted_jobs_that_is_full_for_now_forbids_nothing(
+    program: Path,  # noqa: F811
+    told: str,
+    refused: bool,
+) -> None:
+    """`estimate` said of a site where as many jobs were queued as may be that the run would never start."""
+    for name, text in (("sbatch", f"printf '%s\\n' '{told}' >&2; exit 1"), ("sinfo", "exit 0")):
+        (program / name).write_text(f"#!/bin/sh\n{text}\n")
+        (program / name).chmod(0o755)
+    assert bool(refusal(ClusterFile(), Resources())) == refused
 
 
 def test_what_is_not_enforced_is_not_held_against_a_job(policy: SitePolicy) -> None:

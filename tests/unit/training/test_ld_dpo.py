@@ -14,6 +14,7 @@ from prefmill.families.causal.ld_dpo import pair_sums
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.preference_config import PreferenceConfig
+from tests.threads import same_bits
 from tests.tiny import pair_rows
 
 KEYS: dict[str, Any] = {
@@ -35,6 +36,21 @@ def test_sums_are_those_of_a_loop(alpha: float) -> None:
         for sums, place in zip(found, (good, bad), strict=True):
             expected = math.fsum(of[place][:shared]) + alpha * math.fsum(of[place][shared:])
             assert sums[number].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_gradients_are_the_same_bits_every_time_on_several_threads() -> None:
+    """A response that stands in many pairs takes a gradient from each; threads added them in any order."""
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    lengths, sides = torch.tensor([600, 400]), torch.zeros(60, dtype=torch.long)
+
+    def gradient() -> torch.Tensor:
+        tokens = values.clone().requires_grad_()
+        good, bad = pair_sums(tokens, lengths, sides, sides + 1, 0.3)
+        scale = torch.linspace(0.1, 1.7, len(good))
+        (found,) = torch.autograd.grad(((good - bad) * scale).sum(), tokens)
+        return found
+
+    assert same_bits(gradient)
 
 
 def train(folder: Path, model: Path, rows: Path, **keys: Any) -> list[dict[str, Any]]:

@@ -30,11 +30,7 @@ class Moments:
     def part(self, sets: slice) -> Moments:
         """Those of some of the weightings."""
         return Moments(
-            self.mean[sets],
-            self.gram[sets],
-            self.target_mean[:, sets],
-            self.target_var[:, sets],
-            self.cross[:, sets],
+            self.mean[sets], self.gram[sets], self.target_mean[:, sets], self.target_var[:, sets], self.cross[:, sets]
         )
 
 

@@ -67,5 +67,5 @@ def pair_sums(tokens: Tensor, lengths: Tensor, chosen: Tensor, rejected: Tensor,
     place = torch.arange(len(owner), device=sides.device) - first[owner]
     begin = (lengths.cumsum(0) - lengths)[sides]
     weight = torch.where(place < shared[owner], tokens.new_tensor(1.0), tokens.new_tensor(alpha))
-    sums = tokens.new_zeros(len(sides)).index_add(0, owner, tokens[begin[owner] + place] * weight)
+    sums = tokens.new_zeros(len(sides)).index_add(0, owner, tokens.index_select(0, begin[owner] + place) * weight)
     return sums[: len(chosen)], sums[len(chosen) :]

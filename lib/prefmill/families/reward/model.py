@@ -96,7 +96,8 @@ class MultiHeadReward(PreTrainedModel):
         """
         image = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
         text = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        return self.rewards(image, text if prompt_of is None else text[prompt_of])
+        # Not indexed: a CPU's threads would add the gradients of a prompt's images in another order every time.
+        return self.rewards(image, text if prompt_of is None else text.index_select(0, prompt_of))
 
     def rewards(self, image: Tensor, text: Tensor) -> Tensor:
         """Rewards [B, K] from the projected embeddings of images and prompts, [B, D] each."""

@@ -95,11 +95,7 @@ def train_reward(config: TrainingConfig, wanted: RewardTraining, task: Task, cli
             if trainer.is_world_process_zero()  # one rank measures
             else {}
         ),
-        counts={
-            "pairs": len(train),
-            "prompts": len({row.prompt_id for row in train}),
-            **_count_cut(processor, rows),
-        },
+        counts={"pairs": len(train), "prompts": len({row.prompt_id for row in train}), **_count_cut(processor, rows)},
         logged={},
     )
     metrics = run_training(spec)

@@ -19,6 +19,7 @@ from prefmill.families.causal.scorer import encode_pairwise, patch_forward, scor
 from prefmill.store.jsonl import write_jsonl
 from prefmill.training.batches import GroupPart
 from prefmill.training.data import Group, Pair, group_by_prompt, read_pairs
+from tests.threads import same_bits
 from tests.tiny import pair_rows, save_tiny_qwen2
 
 
@@ -226,18 +227,15 @@ def test_gradients_are_the_same_bits_every_time_on_several_threads(tiny_qwen2: P
     model = patch_forward(load_model(str(tiny_qwen2), precision="fp32"))
     use_group_attention(model)
     batch = pack([(groups[0].prompt, [*(response for group in groups for response in group.responses)] * 20)])
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        found = []
-        for _ in range(8):
-            model.zero_grad()
-            score_batch(model, batch).square().sum().backward()
-            found.append(model.model.layers[0].mlp.down_proj.weight.grad.clone())
-    finally:
-        torch.set_num_threads(before)
     assert len(batch.lengths) >= 300
-    assert all(torch.equal(found[0], other) for other in found[1:])
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        score_batch(model, batch).square().sum().backward()
+        found: torch.Tensor = model.model.layers[0].mlp.down_proj.weight.grad
+        return found
+
+    assert same_bits(gradient)
 
 
 def test_cutting_keeps_every_response_and_the_limit(groups: list[Group]) -> None:

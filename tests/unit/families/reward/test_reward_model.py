@@ -18,6 +18,7 @@ from prefmill.families.reward.data import PixelReader
 from prefmill.families.reward.model import MultiHeadReward, create_reward
 from prefmill.families.reward.scoring import score_images
 from prefmill.families.reward.train import check_reward
+from tests.threads import same_bits
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,23 @@ def test_an_attention_that_cannot_be_had_is_no_damaged_folder(tmp_path: Path, at
 
     with pytest.raises(InputError, match=r"fix: +leave attn_implementation out, or set"), loading("a model", tmp_path):
         CLIPModel._from_config(CLIPConfig(), attn_implementation=attention)
+
+
+def test_gradients_are_the_same_bits_every_time_on_several_threads(tmp_path: Path) -> None:
+    """The images of a prompt share its embedding, to which threads added their gradients in any order."""
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(build("clip", tmp_path / "clip"))
+    model = create_reward(clip, 16, 0).train()
+    prompts = torch.tensor([0] * 500 + [1] * 400 + [2] * 300 + [3] * 80)
+    ids = torch.arange(4)[:, None] + torch.arange(5)
+    side = clip.config.vision_config.image_size
+    pixels = torch.randn(len(prompts), 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(pixels, ids, torch.ones_like(ids), prompts).square().sum().backward()
+        found: torch.Tensor = model.clip.text_projection.weight.grad
+        return found
+
+    assert same_bits(gradient, times=5)
