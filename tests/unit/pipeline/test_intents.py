@@ -68,7 +68,7 @@ def test_a_transient_failure_is_tried_again_and_a_refusal_is_quoted(run: Run) ->
     with pytest.raises(SbatchRefusedError, match="Invalid partition name specified"):
         send(order(run))
     assert run.sent == 4
-    sbatch(run, fails("sbatch: option `--hold` takes no argument\nTry \"sbatch --help\" for more information"))
+    sbatch(run, fails('sbatch: option `--hold` takes no argument\nTry "sbatch --help" for more information'))
     with pytest.raises(SbatchRefusedError, match="takes no argument"):  # it was asked again for half a minute
         send(order(run))
     assert run.sent == 5

@@ -8,7 +8,7 @@ from prefmill.store.jsonl import write_jsonl
 
 
 class MakeConfig(StrictConfig):
-    """`text`, or what stands in `file`, is written as it is; `seconds`, `fail` and `fail_first` (a shard) make trouble."""
+    """`text`, or what stands in `file`, is written; `seconds`, `fail` and `fail_first` (a shard) make trouble."""
 
     rows: int = 6
     text: str = ""
