@@ -67,7 +67,8 @@ def run(config: BuildDatasetsConfig, task: Task) -> Metrics:
     )
     summary = build_datasets(task.input("corpus"), task.inputs["scores"], task.output, rules, task.progress)
     rows = {name: counts["rows"] for name, counts in summary["datasets"].items()}
-    return {"rows": rows, "sft_cut": summary["sft"]["cut"], "unscored_reviews": summary["unscored_reviews"]}
+    told: Metrics = {key: summary[key] for key in ("unscored_reviews", "warnings") if key in summary}
+    return {"rows": rows, "sft_cut": summary["sft"]["cut"], **told}
 
 
 STAGE = Stage(

@@ -68,13 +68,16 @@ def make_scores(
     evaluations: Iterable[dict[str, Any]],
     num_shards: int = 2,
     config: Mapping[str, Any] | None = None,
+    engines: Sequence[str] = (),
 ) -> tuple[Artifact, ...]:
-    """The shards of review_scores."""
+    """The shards of review_scores; their summaries name `engines`, where given."""
     rows, shards = list(evaluations), []
     for index in range(num_shards):
         shard, part = Shard(index, num_shards), folder / f"shard{index}"
         write_jsonl(part / "review_evaluations.jsonl", [row for row in rows if shard.holds(row["paper_id"])])
         (part / "checklist.json").write_text("{}")
+        if engines:
+            (part / "summary.json").write_text(json.dumps({"engine": engines[index]}))
         shards.append(make_artifact(part, "review_scores", config, corpus=corpus))
     return tuple(shards)
 

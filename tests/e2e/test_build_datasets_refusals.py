@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dataset_builds import Inputs, build, make_inputs, summary_of
-from review_artifacts import evaluate, make_corpus, make_rows, make_scores
+from dataset_builds import TEXT, Inputs, build, make_inputs, summary_of
+from review_artifacts import evaluate, make_corpus, make_rows, make_scores, make_task
 
 from prefmill.core.config import load
 from prefmill.core.errors import ArtifactError, ConfigError, InputError, PrefmillError
 from prefmill.store.jsonl import write_jsonl
-from stages.build_datasets import BuildDatasetsConfig
+from stages.build_datasets import BuildDatasetsConfig, run
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,15 @@ def test_scores_of_another_corpus_are_refused(tmp_path: Path, inputs: Inputs) ->
     other = make_corpus(tmp_path / "corpus", *make_rows(30))
     with pytest.raises(ArtifactError, match="made from another corpus"):
         build(tmp_path, {"corpus": (other,), "scores": inputs["scores"]})
+
+
+def test_shards_that_other_models_answered_are_told(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "in", *make_rows(200), engines=["chat (gpt-08)", "chat (gpt-11)"])
+    task = make_task(tmp_path / "out", "build_datasets", inputs)
+    metrics = run(load(BuildDatasetsConfig, TEXT), task)
+    (told,) = metrics["warnings"]
+    assert told.startswith("more than one model has answered: chat (gpt-08) and chat (gpt-11)")
+    assert summary_of(task)["warnings"] == [told]
 
 
 BAD_CONFIGS = [{"splits": ["val"]}, {"splits": ["train", "test"]}, {"modality": ["clean"]}, {"min_rating_diff": 0}]

@@ -166,14 +166,12 @@ class Engine(ABC):
         """The row of a review that was scored, every p_yes tempered where there is a temperature."""
         answers = self._tempered(outcome.answers)
         return {
-            "review_id": outcome.review_id,
-            "paper_id": outcome.paper_id,
-            "answers": answers,
+            "review_id": outcome.review_id, "paper_id": outcome.paper_id, "answers": answers,
             # Adding 0.0: the sum of no yes is the integer 0, and a score is always a float.
             "checkmark_score": sum(item.weight for item in self.checklist.items if answers[item.id]["yes"]) + 0.0,
             "mean_p_yes": round(sum(answer["p_yes"] for answer in answers.values()) / len(answers), 6),
             "engine": self.name,
-        }
+        }  # fmt: skip
 
     def _tempered(self, answers: Mapping[str, Answer]) -> dict[str, Answer]:
         if self.temperature is None:

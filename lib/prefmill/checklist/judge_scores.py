@@ -15,14 +15,12 @@ from prefmill.checklist.engine import AnyEngineConfig, EngineConfig
 from prefmill.checklist.items import Checklist, load_checklist
 from prefmill.checklist.judge_gate import AnswerCounts
 from prefmill.checklist.judge_probes import Sampled
-from prefmill.checklist.scored import CHECKLIST, check_inputs, scored_papers
+from prefmill.checklist.scored import BETWEEN_ENGINES, CHECKLIST, SUMMARY, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review, ReviewEvaluation, Split
 from prefmill.core.statistics import Array
 from prefmill.reviews.text_statistics import words
-
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def read_judge(name: str, corpus: Artifact, shards: Sequence[Artifact]) -> Judge
             "no review is scored", where=", ".join(str(shard.path) for shard in shards),
             fix="look at the failures of score_reviews, and give all of its shards",
         )  # fmt: skip
-    engine = " and ".join(sorted(engines))
+    engine = BETWEEN_ENGINES.join(sorted(engines))
     return Judge(name, engine, settings, temperature, checklist, tuple(reviews), frozenset(unscored), counts)
 
 

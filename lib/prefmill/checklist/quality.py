@@ -65,13 +65,10 @@ def measure_quality(config: JudgeQualityConfig, task: Task, conclude: Callable[[
         )
         probed += [{"judge": judge.name, **row} for row in answers]
     quality: Found = {
-        "confidence": config.confidence,
-        "num_labels": len(labels),
-        "num_unscored_labels": len(labels) - len(labelled[0]),
-        "judges": described,
-        "between": between,
+        "confidence": config.confidence, "num_labels": len(labels),
+        "num_unscored_labels": len(labels) - len(labelled[0]), "judges": described, "between": between,
         "calibration": None if fitted is None else asdict(fitted),
-    }
+    }  # fmt: skip
     quality["conclusion"] = conclude(quality)
     # allow_nan=False: NaN is no JSON, and strict parsers refuse the whole file.
     write_atomic(task.output / QUALITY, json.dumps(quality, indent=1, allow_nan=False) + "\n")
@@ -86,17 +83,13 @@ def measure_quality(config: JudgeQualityConfig, task: Task, conclude: Callable[[
 
 def _describe(judge: Judge) -> Found:
     return {
-        "name": judge.name,
-        "engine": judge.engine,
+        "name": judge.name, "engine": judge.engine,
         "settings": judge_of(judge.settings) if judge.settings else None,
-        "temperature": judge.temperature,
-        "checklist": judge.checklist.name,
-        "num_items": len(judge.checklist.items),
-        "num_reviews": len(judge.reviews),
-        "num_papers": len({review.paper_id for review in judge.reviews}),
+        "temperature": judge.temperature, "checklist": judge.checklist.name, "num_items": len(judge.checklist.items),
+        "num_reviews": len(judge.reviews), "num_papers": len({review.paper_id for review in judge.reviews}),
         "num_unscored": len(judge.unscored),
         "answers": {**judge.answers.overall(), "items": judge.answers.by_item(judge.checklist.ids)},
-    }
+    }  # fmt: skip
 
 
 def _read_labels(config: JudgeQualityConfig, judge: Judge) -> list[Label]:
@@ -114,18 +107,11 @@ def _labelled(judge: Judge, labels: Sequence[Label]) -> list[Row]:
         scored = judge.by_id.get(label.review_id)
         if scored is not None and label.item_id in places:
             place = places[label.item_id]
-            rows.append(
-                {
-                    "judge": judge.name,
-                    "review_id": label.review_id,
-                    "paper_id": scored.paper_id,
-                    "split": scored.split,
-                    "item_id": label.item_id,
-                    "label": label.yes,
-                    "yes": bool(scored.yes[place]),
-                    "p_yes": scored.p_yes[place],
-                }
-            )
+            rows.append({
+                "judge": judge.name, "review_id": label.review_id, "paper_id": scored.paper_id, "split": scored.split,
+                "item_id": label.item_id, "label": label.yes, "yes": bool(scored.yes[place]),
+                "p_yes": scored.p_yes[place],
+            })  # fmt: skip
     return rows
 
 
@@ -198,22 +184,18 @@ def _between(first: Judge, second: Judge, resampling: Resampling) -> tuple[Found
     ]
     everything = [paper for paper in papers for _ in shared]
     found = {
-        "differ_in": _differences(first, second, questions, shared),
-        "num_reviews": len(reviews),
+        "differ_in": _differences(first, second, questions, shared), "num_reviews": len(reviews),
         **agreement(everything, yes.ravel(), other_yes.ravel(), resampling),
         **probability_gaps(p_yes, other_p_yes),
-        "num_flips": int((yes != other_yes).sum()),
-        "items": items,
-    }
+        "num_flips": int((yes != other_yes).sum()), "items": items,
+    }  # fmt: skip
     rows = [
         {
-            "review_id": review.review_id,
-            "paper_id": review.paper_id,
-            "num_flips": int((yes[n] != other_yes[n]).sum()),
-            **probability_gaps(p_yes[n], other_p_yes[n]),
+            "review_id": review.review_id, "paper_id": review.paper_id,
+            "num_flips": int((yes[n] != other_yes[n]).sum()), **probability_gaps(p_yes[n], other_p_yes[n]),
         }
         for n, review in enumerate(reviews)
-    ]
+    ]  # fmt: skip
     return found, rows
 
 

@@ -16,6 +16,7 @@ from prefmill.checklist.debug_prompts import show_outcome, show_prompts
 from prefmill.checklist.engine import Engine, Outcome
 from prefmill.checklist.items import Checklist, load_checklist, save_checklist
 from prefmill.checklist.judge_gate import AnswerCounts, JudgeGate, check, warnings
+from prefmill.checklist.scored import BETWEEN_ENGINES, CHECKLIST, EVALUATIONS, FAILURES, SUMMARY, several_models
 from prefmill.checklist.throughput import Pace
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
@@ -26,8 +27,7 @@ from prefmill.reviews.join import REVIEWS, papers_with_reviews
 from prefmill.store.journal import Entry, Journal
 from prefmill.store.jsonl import JsonlWriter
 
-EVALUATIONS, CHECKLIST, SUMMARY = "review_evaluations.jsonl", "checklist.json", "summary.json"
-FAILURES, TRUNCATED = "failures.jsonl", "truncated.jsonl"
+TRUNCATED = "truncated.jsonl"
 OPTIMAL_CHECKLIST = "optimal_checklist.json"  # of the artifact that optimize_checklist writes
 _JOURNAL = "outcomes.journal"
 PaperReviews = tuple[Paper, list[Review]]
@@ -135,10 +135,8 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
     write_atomic(task.output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     metrics = {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
     found = warnings(summary["judge"], len(scoring.checklist.ids)) if scoring.gate is not None else []
-    if len(tally.engines) > 1:
-        found.append(f"more than one model has answered: {summary['engine']}; score again with --force, by one of them")
     # The pace is no part of the payload: the same scores make the same files, however fast.
-    return {**metrics, **pace.figures(), "warnings": found}
+    return {**metrics, **pace.figures(), "warnings": found + several_models(tally.engines)}
 
 
 def _score_rest(
@@ -268,21 +266,18 @@ def _write_rows(journal: Journal, output: Path) -> Tally:
 def _summary(tally: Tally, scoring: Scoring, shard: Shard) -> dict[str, Any]:
     count, num_yes = max(1, tally.num_scored), {name: item.yes for name, item in tally.answers.items.items()}
     return {
-        "engine": " and ".join(sorted(tally.engines)) or None,
+        "engine": BETWEEN_ENGINES.join(sorted(tally.engines)) or None,
         "checklist": scoring.checklist.name,
         "shard": {"index": shard.index, "count": shard.count},
         **({} if scoring.temperature is None else {"temperature": scoring.temperature}),
-        "num_reviews": tally.num_done,
-        "num_scored": tally.num_scored,
-        "num_failed": tally.num_failed,
+        "num_reviews": tally.num_done, "num_scored": tally.num_scored, "num_failed": tally.num_failed,
         "num_truncated": tally.num_truncated,
-        "num_yes": sum(num_yes.values()),
-        "num_yes_with_evidence": tally.num_with_evidence,
+        "num_yes": sum(num_yes.values()), "num_yes_with_evidence": tally.num_with_evidence,
         "mean_checkmark_score": round(tally.checkmark_sum / count, 6),
         "mean_p_yes": round(tally.p_yes_sum / count, 6),
         "yes_rates": {name: round(num_yes.get(name, 0) / count, 6) for name in scoring.checklist.ids},
         "judge": {**tally.answers.overall(), "items": tally.answers.by_item(scoring.checklist.ids)},
-    }
+    }  # fmt: skip
 
 
 def _num_reviews(corpus: Artifact) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -18,6 +19,9 @@ from prefmill.reviews.join import papers_with_reviews
 from prefmill.store.jsonl import parse_json, read_jsonl
 
 EVALUATIONS, FAILURES, CHECKLIST = "review_evaluations.jsonl", "failures.jsonl", "checklist.json"
+SUMMARY = "summary.json"
+BETWEEN_ENGINES = " and "  # in the summary of a shard
+_log = logging.getLogger(__name__)
 _parse_scores = msgspec.json.Decoder(EvaluationScores).decode  # passes over the answers, which are most of a row
 _RESCORE = "rerun score_reviews on this corpus and give all of its shards"
 
@@ -95,10 +99,11 @@ def evaluations_by_paper(scores: Sequence[Artifact], with_answers: bool = False)
     return Groups(merged, " and ".join(str(shard.path / EVALUATIONS) for shard in scores))
 
 
-def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> None:
+def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> list[str]:
     """Raise ArtifactError unless every shard in `scores` was scored on `corpus` with the same checklist.
 
-    InputError where one judge gave some of them and another the rest: their scores mean different things.
+    InputError where one judge gave some of them and another the rest: their scores mean different things. Returns, and
+    logs, a warning where a server has answered by several models.
     """
     for shard in scores:
         made_from = shard.manifest.inputs.get("corpus")
@@ -123,6 +128,17 @@ def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> None:
                 where=", ".join(str(shard.path) for shard in scores), got=" and ".join(map(str, found)),
                 expected="one judge", fix="score all shards alike; give a second judge to judge_quality's other_scores",
             )  # fmt: skip
+    told = several_models(shard.json(SUMMARY).get("engine") for shard in scores if _digest_of(shard, SUMMARY))
+    for warning in told:
+        _log.warning("%s", warning)
+    return told
+
+
+def several_models(engines: Iterable[str | None]) -> list[str]:
+    """The warning where answers are of more than one model, by the engines' names in summaries or evaluations."""
+    found = sorted({name for engine in engines for name in (engine or "").split(BETWEEN_ENGINES) if name})
+    names = BETWEEN_ENGINES.join(found)
+    return [f"more than one model has answered: {names}; score again with --force, by one of them"] * (len(found) > 1)
 
 
 def judging(settings: Mapping[str, Any] | None) -> dict[str, Any]:

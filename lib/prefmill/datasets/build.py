@@ -96,7 +96,7 @@ def build_datasets(
 
     Raises ArtifactError when corpus and scores do not fit each other, InputError when a dataset would be empty.
     """
-    check_inputs(corpus, scores)
+    warnings = check_inputs(corpus, scores)
     if rules.rating_unit == "quantiles":
         # A pass of its own: the place of a rating is known only when all ratings of its venue are.
         quantiles = VenueQuantiles(read_jsonl(corpus.file(REVIEWS)))
@@ -115,7 +115,8 @@ def build_datasets(
         # Inside the with: where one dataset is empty, no file of any of them appears.
         writer.check()
     write_registry(output, keys)
-    summary = _summary(found, writer, rules, cut)
+    # No key where there is none to tell: datasets that were built before have the same bytes.
+    summary = {**_summary(found, writer, rules, cut), **({"warnings": warnings} if warnings else {})}
     write_atomic(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -234,8 +235,7 @@ def _summary(found: Survey, writer: _Writer, rules: BuildRules, cut: Rank) -> di
         "sft": {
             "top_fraction": rules.sft_top_fraction,
             "cut": {
-                "checkmark_score": -cut.minus_checkmark_score,
-                "mean_p_yes": -cut.minus_mean_p_yes,
+                "checkmark_score": -cut.minus_checkmark_score, "mean_p_yes": -cut.minus_mean_p_yes,
                 # Text, as many readers of JSON lose digits of numbers above 2**53.
                 "id_hash": f"{cut.id_hash:016x}",
             },
@@ -244,13 +244,11 @@ def _summary(found: Survey, writer: _Writer, rules: BuildRules, cut: Rank) -> di
             "selected": {split: writer.sft_selected[split] for split in rules.splits},
         },
         "dpo": {
-            "decisions": list(rules.decisions),
-            "min_rating_diff": rules.pairs.min_rating_diff,
-            "rating_unit": rules.rating_unit,
-            "min_checkmark_diff": rules.pairs.min_checkmark_diff,
+            "decisions": list(rules.decisions), "min_rating_diff": rules.pairs.min_rating_diff,
+            "rating_unit": rules.rating_unit, "min_checkmark_diff": rules.pairs.min_checkmark_diff,
             "papers_considered": {split: found.wanted_decision[split] for split in rules.splits},
             "pairs": {split: writer.num_pairs[split] for split in rules.splits},
             "dropped": {split: {r: writer.dropped[split][r] for r in REMEDIES} for split in rules.splits},
         },
         "datasets": {key.folder: {"rows": rows[key], "papers": writer.papers[key]} for key in rows},
-    }
+    }  # fmt: skip

@@ -22,7 +22,7 @@ from prefmill.store.row_files import TABLES, file_rows, table_rows
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv", ".tsv")
 JSON = (".json", *JSON_LINES)
-_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".xlsx") for packed in PACKED)
+_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".xlsx", ".xls", ".xml") for packed in PACKED)
 _log = logging.getLogger(__name__)
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(r'\s*(?:\[|\{[^\[]*"notes"\s*:\s*\[)')  # an array, or an API answer that holds one
@@ -164,7 +164,7 @@ def csv_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
         if row.misfit:
             reason = f"the row has {row.misfit} cells than the header's {row.num_columns}"
             fix = f"quote cells that hold {row.separator!r} or line breaks, and fill the row up with {row.separator!r}"
-            yield RowProblem(place, reason, fix, excerpt(list(row.cells.values())))
+            yield RowProblem(place, reason, fix, excerpt(row.cells))
         else:
             yield RawRow(place, row.cells)
 

@@ -180,16 +180,10 @@ def _take(
 
 def _paper(paper: PaperRow, document: Document, split: Any) -> Paper:
     return {
-        "paper_id": paper.paper_id,
-        "title": paper.title,
-        "abstract": paper.abstract,
-        "text": document.text,
-        "decision": paper.decision,
-        "venue": paper.venue,
-        "split": split,
-        "pages": document.pages,
+        "paper_id": paper.paper_id, "title": paper.title, "abstract": paper.abstract, "text": document.text,
+        "decision": paper.decision, "venue": paper.venue, "split": split, "pages": document.pages,
         "figures": document.figures,
-    }
+    }  # fmt: skip
 
 
 def _count(tally: IngestTally, paper: Paper, document: Document, num_reviews: int) -> None:
@@ -206,28 +200,16 @@ def _write_quarantine(store: CorpusStore, path: Path) -> None:
     with JsonlWriter(path) as writer:
         for problem in store.problems():
             place = problem.place
-            writer.write(
-                {
-                    "source": place.source,
-                    "file": Path(place.file).name,
-                    "line": place.line,
-                    "item": place.item,
-                    "reason": problem.reason,
-                    "fix": problem.fix,
-                    "row": problem.excerpt,
-                }
-            )
+            writer.write({
+                "source": place.source, "file": Path(place.file).name, "line": place.line, "item": place.item,
+                "reason": problem.reason, "fix": problem.fix, "row": problem.excerpt,
+            })  # fmt: skip
 
 
 def _summary(tally: IngestTally, num_papers: int, num_reviews: int, num_quarantined: int) -> dict[str, Any]:
     return {
-        "papers": num_papers,
-        "reviews": num_reviews,
-        "rows": tally.rows,
-        "quarantined_rows": num_quarantined,
-        "repeated_reviews": tally.repeated,
-        "older_versions": tally.older,
-        "deleted": tally.deleted,
+        "papers": num_papers, "reviews": num_reviews, "rows": tally.rows, "quarantined_rows": num_quarantined,
+        "repeated_reviews": tally.repeated, "older_versions": tally.older, "deleted": tally.deleted,
         "reviews_without_paper": dict(itertools.islice(tally.orphans.items(), _SHOWN_UNKNOWN)),
         "papers_without_reviews": tally.unreviewed,
         "merged_titles": len(tally.merged),
@@ -239,10 +221,7 @@ def _summary(tally: IngestTally, num_papers: int, num_reviews: int, num_quaranti
         "decisions": dict(sorted(tally.decisions.items())),
         "ratings": {f"{rating:g}": count for rating, count in sorted(tally.common_ratings().items())},
         "text_from": dict(sorted(tally.text_from.items())),
-        "pages": tally.pages,
-        "figures": tally.figures,
-        "title_only_papers_left_out": tally.left_out,
+        "pages": tally.pages, "figures": tally.figures, "title_only_papers_left_out": tally.left_out,
         "unknown": dict(tally.unknown.most_common(_SHOWN_UNKNOWN)),
-        "warnings": tally.warnings(),
-        "sources": tally.sources,
-    }
+        "warnings": tally.warnings(), "sources": tally.sources,
+    }  # fmt: skip

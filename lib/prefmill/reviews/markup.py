@@ -1,4 +1,4 @@
-"""HTML in texts, as shops and journals keep their reviews: found, and read as plain text where a source says so."""
+"""HTML in texts, found, and read as plain text where a source says so; people's names and addresses in rows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ _TAG = re.compile(
 )
 _ENTITY = re.compile(r"&(#\d{1,6}|#[xX][0-9a-fA-F]{1,5}|\w+);")
 _BLANK = re.compile(r"[ \t]*\n\s*")
+_EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
+_OF_PERSON = re.compile(  # fields that say who wrote or reviewed
+    r"(?i)e-?mail|(?<!for )(?<!to )author|signature|readers|writers|member|orcid|affiliation|\b(user|reviewer)\b"
+    r"|^name\b|(reviewer|user|first|last|sur|given|family|full|middle)[ _-]?name"
+)
+_FIELD = re.compile(  # a name and its text or list, in which API 2 of OpenReview wraps them
+    r"""((["'])([^"'\n]{1,40})\2\s*:\s*(?:\{\s*["']value["']\s*:\s*)?)"""
+    r"""("(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|\[[^\]]*\]?)"""
+)
 
 
 def holds_html(text: str) -> bool:
@@ -36,3 +45,10 @@ def without_html(value: Any) -> Any:
     # Tags first: an entity may spell a tag that is meant to be read.
     text = html.unescape(_TAG.sub(lambda tag: "\n" if tag[1] else "", value)).replace("\xa0", " ")
     return _BLANK.sub("\n", text).strip()
+
+
+def without_people(row: str) -> str:
+    """The text of a row with *** for e-mail addresses and in fields that say who wrote or reviewed."""
+    # By their look, as most faulty rows cannot be decoded.
+    row = _FIELD.sub(lambda field: f"{field[1]}***" if _OF_PERSON.search(field[3]) else field[0], row)
+    return _EMAIL.sub("***", row)

@@ -59,15 +59,12 @@ class NLPeerSource(FileSource):
         if scores.get("overall") in (None, ""):
             return [Skipped("review without an overall score")]
         row = {
-            "paper_id": folder.parent.name,
-            "title": meta.get("title"),
-            "abstract": meta.get("abstract"),
+            "paper_id": folder.parent.name, "title": meta.get("title"), "abstract": meta.get("abstract"),
             "review_id": f"{folder.parent.name}-{values.get('rid')}",  # unique within a paper alone
             "review_text": as_sections({name: clean_text(text, name) for name, text in report.items()}),
-            "rating": scores["overall"],
-            "confidence": scores.get("confidence", more.get("confidence")),
+            "rating": scores["overall"], "confidence": scores.get("confidence", more.get("confidence")),
             "sub_scores": {name: score for name, score in scores.items() if name not in ("overall", "confidence")},
-        }
+        }  # fmt: skip
         paper, review, *more = row_items(row, self)
         date = float((_VERSION.search(folder.name) or "0")[0])
         return [replace(paper, date=date), replace(review, date=date), *more]

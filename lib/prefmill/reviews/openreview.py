@@ -54,7 +54,9 @@ _ABOUT_REVIEWER = re.compile(r"(impact_of_)?knowledge_of_.*|.*author_identity.*|
 # Of a rating that changed, say: as a section it would tell the model and the judge what it is to be.
 _RATING_NAME = re.compile(r"(\w+_)?rating(_\w+)?|(\w+_)?recommendation(_(before|after)_\w+)?")
 _RATING_TEXT = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*([:(/=-][^\n]{0,100})?")
-_VENUE_GROUP = re.compile(r"(\w+)\.\w+/(\d{4})/")
+# Not of workshops and tracks, whose reviewers and scales are others.
+_VENUE_GROUP = re.compile(r"(\w+)\.\w+/(\d{4})/(?:conference/|-/)", re.IGNORECASE)
+_FORUM = re.compile(r"forum\?id=([\w-]+)")  # by which a commitment names the paper as it was reviewed
 _OF_NOTE = {"invitation", "invitations", "content"}
 _OF_ONE_PAPER = re.compile(r"/(submission|paper)\d+(/.*)?$", re.IGNORECASE)
 
@@ -83,8 +85,8 @@ class OpenReviewSource(FileSource):
         return {**forms.PRESETS.get(values.get("preset"), {}), **values} if isinstance(values, dict) else values
 
     def made_otherwise(self) -> dict[str, Any]:
-        """Corpora made before the newest version of a note counted, and answers to a form did not, are read again."""
-        return {**super().made_otherwise(), "notes": "newest, without the form's own answers"}
+        """Corpora are read again in which old notes or a form's answers counted, or a workshop as its conference."""
+        return {**super().made_otherwise(), "notes": "newest, without the form's own answers, of their own venue"}
 
     def rows(self, source: int) -> Iterator[RawRow | PlainRow | RowProblem]:
         """The notes, each submission followed by the replies inside it."""
@@ -115,6 +117,7 @@ class OpenReviewSource(FileSource):
 
     def _paper(self, note: Mapping[str, Any], content: Mapping[str, Any], names: set[str]) -> list[Item]:
         found = forms.standing(content, _group(note), names, self.decisions_by_word)
+        link = _FORUM.search(str(content.get("paper_link")))
         paper = PaperRow(
             paper_id=parse_id(note.get("id"), "id", self.id_prefix),
             title=required_text(content.get("title"), "content.title"),
@@ -122,6 +125,7 @@ class OpenReviewSource(FileSource):
             decision=found.decision,
             venue=self.venue or _venue(note),
             date=_date(note),
+            reviewed_as=f"{self.id_prefix}{link[1]}" if link else "",
         )
         accepted = [DecisionRow(paper.paper_id, "accepted", rank=1)] if found.accepted_group else []
         return [paper, *accepted, *([Unknown("venue", found.unknown)] if found.unknown else [])]

@@ -12,7 +12,7 @@ from prefmill.reviews.rows import word_key
 
 Preset = Literal[
     "iclr_2017", "iclr_2018", "iclr_2019", "iclr_2020", "iclr_2021", "iclr_2022", "iclr_2023", "iclr_2024",
-    "iclr_2025", "iclr_2026", "neurips", "neurips_2025", "colm", "emnlp_2023", "arr", "tmlr",
+    "iclr_2025", "iclr_2026", "neurips", "neurips_2025", "icml_2025", "colm", "emnlp_2023", "arr", "tmlr",
 ]  # fmt: skip
 RATING_FIELDS = ("rating", "recommendation", "overall_recommendation", "overall_assessment", "overall_rating")
 CONFIDENCE_FIELDS = ("confidence", "reviewer_confidence")
@@ -36,6 +36,7 @@ PRESETS: Mapping[Any, Mapping[str, Any]] = {
     **{name: {**_DECISION_NOTE, "rating_fields": ["recommendation"]} for name in ("iclr_2022", "iclr_2023")},
     "iclr_2026": {**_DECISION_NOTE, "rating_min": 0.0},  # 0, 2, 4, 6, 8, 10
     "neurips_2025": {**_DECISION_NOTE, "rating_max": 6.0},
+    "icml_2025": {**_DECISION_NOTE, "rating_fields": ["overall_recommendation"], "rating_max": 5.0},
     "emnlp_2023": {"rating_fields": ["soundness"], "rating_max": 5.0},  # its form has no overall rating
     "arr": {"rating_fields": ["overall_assessment"], "rating_max": 5.0, "decision_invitations": ["decision"]},
     "tmlr": {  # its form asks for no grade but whether the claims are supported
@@ -49,7 +50,8 @@ _PENDING_VENUE = re.compile(r"submission$|under review|decision pending|^active"
 _REVERSION = re.compile(r"_(reversion|reversal|restoration)$")
 # Sections by which a reviewer says that there is nothing to say, or ticks a box of the form.
 _NOTHING = re.compile(
-    r"\W*(n\W{0,3}a|not applicable|none|nothing|yes|no|maybe|no or very minor ethics concerns only)?\W*", re.IGNORECASE
+    r"(?i)\W*(n\W{0,3}a|not applicable|none|nothing|yes|no|maybe|no or very minor ethics concerns only|"
+    r"(there are |i have )?no( (paper )?formatting| ethical)? concerns?( with this (submission|paper))?)?\W*"
 )
 
 

@@ -60,16 +60,11 @@ class PeerReadSource(FileSource):
         check_fields(own, {"comments"}, _REVIEW, self.ignore_extra_fields, "review")
         paper_id = None if paper["id"] is None else str(paper["id"])
         row = {
-            "paper_id": paper_id,
-            "title": paper["title"],
-            "abstract": paper.get("abstract"),
-            "decision": paper.get("accepted"),
-            "venue": paper.get("conference"),
+            "paper_id": paper_id, "title": paper["title"], "abstract": paper.get("abstract"),
+            "decision": paper.get("accepted"), "venue": paper.get("conference"),
             # PeerRead gives reviews no ids; their order in a file is fixed.
-            "review_id": f"{paper_id}-r{index}" if paper_id else None,
-            "review_text": own["comments"],
-            "rating": rating,
-            "confidence": own.get("REVIEWER_CONFIDENCE"),
+            "review_id": f"{paper_id}-r{index}" if paper_id else None, "review_text": own["comments"],
+            "rating": rating, "confidence": own.get("REVIEWER_CONFIDENCE"),
             "sub_scores": {name.lower(): own[name] for name in _SCORES & own.keys()},
-        }
+        }  # fmt: skip
         return row_items(row, self)

@@ -15,9 +15,10 @@ import msgspec
 from prefmill.core.errors import nearest
 from prefmill.core.records import Decision
 from prefmill.reviews.decision_words import decision_in
+from prefmill.reviews.markup import without_people
 from prefmill.reviews.scale import Scale
 
-_EXCERPT_CHARS = 200
+_EXCERPT_CHARS, _SEARCHED_CHARS = 200, 2000
 _MAX_ID_CHARS = 200  # longer text is no id but another column
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
 # Read by bytes.translate, the quickest way to ask: 0 for each of these in ASCII, and anything else stays.
@@ -80,6 +81,7 @@ class PaperRow(msgspec.Struct, frozen=True):
     venue: str = ""
     drawn: bool = False  # generated papers can have their page and figure drawn
     date: float | None = None  # of this version, where the source tells: the newest counts
+    reviewed_as: str = ""  # the id under which it was reviewed, of a paper that was then committed to a venue
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,9 @@ class RawRow(msgspec.Struct, frozen=True):
 
 
 def excerpt(raw: Any) -> str:
-    """The beginning of a row, to recognise it by."""
-    text = spelled(raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else str(raw))
+    """The beginning of a row, to recognise it by, without people's names and addresses: it goes into logs."""
+    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else str(raw)
+    text = without_people(spelled(text[:_SEARCHED_CHARS]))
     return text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "..."
 
 
@@ -172,12 +175,10 @@ def check_fields(
     # Two set comparisons pass nearly every row; only faulty rows pay for the rest.
     if required <= values.keys() <= valid:
         return
-    missing = sorted(required - values.keys())
-    if missing:
+    if missing := sorted(required - values.keys()):
         reason = f"missing in the {what}: {', '.join(missing)}"
         raise RowError(reason, f"add what is missing, or remove the {what}{or_else}")
-    extra = sorted(values.keys() - valid)
-    if extra and not ignore_extra:
+    if not ignore_extra and (extra := sorted(values.keys() - valid)):
         hint = nearest(extra[0], sorted(valid))
         raise RowError(
             f"unknown field '{extra[0]}'{hint}; valid fields: {', '.join(sorted(valid))}",
@@ -193,8 +194,7 @@ def clean_text(value: object, name: str) -> str:
         raise RowError(f"{name} is not text but {type(value).__name__}", f"write {name} as text")
     if value.isascii() and 0 not in value.encode().translate(_CONTROL_TO_ZERO):
         return value.strip()
-    value = value.replace("\r\n", "\n").replace("\r", "\n")
-    value = _CONTROL.sub("", value) if _CONTROL.search(value) else value
+    value = _CONTROL.sub("", value.replace("\r\n", "\n").replace("\r", "\n"))
     try:
         value.isascii() or value.encode()  # nearly all is ASCII, and that is known without a copy
     except UnicodeEncodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -21,17 +22,24 @@ from prefmill.reviews.rows import (
     RowProblem,
     Skipped,
     Unknown,
+    begins_with_number,
     excerpt,
     half_a_pair,
+    is_number,
     parse_confidence,
     parse_decision,
     parse_rating,
+    parse_score,
     spelled,
     with_point,
     word_key,
 )
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.store.jsonl import to_json
+
+# One of the scores that a cell lists: `Novelty: 3 (fair)` as EasyChair has it, or of an object as text.
+_LISTED = re.compile(r"([^:\n]+?):[ \t]*([+-]?\d+(?:[.,]\d+)?[ \t]*(?:\([^)\n]*\))?|[^\n,}]*)")
+_AROUND_NAME = " \t,;{}'\""
 
 
 class SourceConfig(StrictConfig, ABC):
@@ -144,6 +152,28 @@ def _by_key(words: Mapping[str, ValueT]) -> dict[str, ValueT]:
 
 def _or_unknown(value: ValueT | Unknown | None) -> tuple[ValueT | None, list[Item]]:
     return (None, [value]) if isinstance(value, Unknown) else (value, [])
+
+
+def sub_scores_in(value: Any, config: SourceConfig) -> tuple[dict[str, float], list[Item]]:
+    """Sub-scores by name, and the answers in words, which are none."""
+    value = listed_scores(value)
+    # Sorted: the store compares them as JSON to see whether a review is listed twice word for word.
+    scores = {name: float(score) for name, score in sorted(value.items()) if is_number(score)}
+    if len(scores) == len(value):
+        return scores, []
+    given = [(name, config.pointed(score)) for name, score in sorted(value.items()) if score not in (None, "")]
+    in_words = {name for name, score in given if isinstance(score, str) and not begins_with_number(score)}
+    scores = {name: parse_score(score, f"sub_scores.{name}") for name, score in given if name not in in_words}
+    return scores, [Unknown("sub-score in words", name) for name in sorted(in_words)]
+
+
+def listed_scores(value: Any) -> dict[str, Any]:
+    """Scores by name, also of a text that lists them."""
+    listed = _LISTED.findall(value) if isinstance(value, str) else ()
+    named = {name.strip(_AROUND_NAME): score.strip() for name, score in listed} or value or {}
+    if not isinstance(named, dict):
+        raise RowError(f"sub_scores is not an object but {type(value).__name__}", "write names and numbers")
+    return dict(named)
 
 
 class FileSource(SourceConfig):

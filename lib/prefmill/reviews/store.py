@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -36,6 +35,7 @@ CREATE TABLE aliases (alias TEXT PRIMARY KEY, paper_id TEXT);
 CREATE TABLE problems (origin INTEGER, line INTEGER, item TEXT, reason TEXT, fix TEXT, excerpt TEXT);
 """
 _PAPER_COLUMNS = "paper_id, title, abstract, text, decision, venue, drawn, date"
+_ADD_ALIAS = "INSERT OR REPLACE INTO aliases VALUES (?, ?)"
 _ADD_REVIEW = "INSERT INTO reviews VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -77,9 +77,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self.num_older = 0  # versions of notes that a newer one replaces
         self.num_deleted = 0  # reviews and papers that a later version says are deleted
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._database.close()
         # SQLite says "database or disk is full"; as ENOSPC it is told like every other full disk.
         if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
@@ -98,6 +96,8 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             query = "INSERT INTO deleted VALUES (?, ?) ON CONFLICT DO UPDATE SET date = max(date, excluded.date)"
             self._database.execute(query, (item.note_id, item.date))
         elif item != self._last_paper:
+            if item.reviewed_as:
+                self._database.execute(_ADD_ALIAS, (item.paper_id, item.reviewed_as))
             self._add_paper(place, item)
             self._last_paper = item
 
@@ -112,8 +112,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def problems(self) -> Iterator[RowProblem]:
         """The problems, in the order in which they were met."""
-        columns = "origin, line, item, reason, fix, excerpt"
-        for origin, line, item, *rest in self._database.execute(f"SELECT {columns} FROM problems ORDER BY rowid"):  # noqa: S608
+        for origin, line, item, *rest in self._database.execute("SELECT * FROM problems ORDER BY rowid"):
             yield RowProblem(self._place(origin, line, item), *rest)
 
     def papers(self) -> Iterator[tuple[Place, PaperRow, str]]:
@@ -270,6 +269,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             "SELECT paper_id, rank, decision, date, origin, line, item FROM decisions "
             "ORDER BY paper_id, rank DESC, rowid"
         )  # fmt: skip
+        update = "UPDATE papers SET decision = ? WHERE paper_id = ? AND decision IS NULL"
         for paper_id, notes in groupby(self._database.execute(query).fetchall(), itemgetter(0)):
             (_, highest, decision, date, *place), *others = notes
             for _, rank, other, other_date, *other_place in others:
@@ -287,8 +287,10 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
                     )  # fmt: skip
                     continue
                 decision, date = stands, max(filter(None, (date, other_date)), default=None)
-            update = "UPDATE papers SET decision = ? WHERE paper_id = ? AND decision IS NULL"
             self._database.execute(update, (decision, paper_id))
+        # A committed paper's: of several the first by alphabet, which is acceptance.
+        query = "SELECT min(decision), aliases.paper_id FROM aliases JOIN papers ON alias = papers.paper_id GROUP BY 2"
+        self._database.executemany(update, self._database.execute(query).fetchall())
 
     def _replace(self, kept_id: str, dropped_id: str) -> None:
         query = "UPDATE reviews SET paper_id = :kept, json = moved(json, :kept) WHERE paper_id = :dropped"
@@ -300,7 +302,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         self.num_repeated += self._database.execute(query, ids).rowcount
         self._database.execute("DELETE FROM papers WHERE paper_id = ?", (dropped_id,))
         # A test set may list the dropped id, which must still find its paper.
-        self._database.execute("INSERT INTO aliases VALUES (?, ?)", (dropped_id, kept_id))
+        self._database.execute(_ADD_ALIAS, (dropped_id, kept_id))
 
     def _update(self, paper: PaperRow) -> None:
         said = {name: getattr(paper, name) for name in ("title", *MERGED_FIELDS, "date")}
@@ -317,8 +319,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         return number, place.line, place.item
 
     def _place(self, origin: int, line: int | None, item: str | None) -> Place:
-        source, file, _ = self._origins[origin]
-        return Place(source, file, line, item)
+        return Place(*self._origins[origin][:2], line, item)
 
 
 def _moved(review: bytes, paper_id: str) -> bytes:

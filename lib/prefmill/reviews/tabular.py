@@ -25,17 +25,13 @@ from prefmill.reviews.rows import (
     RowError,
     RowProblem,
     Skipped,
-    Unknown,
-    begins_with_number,
     check_fields,
     clean_text,
     excerpt,
-    is_number,
     parse_id,
-    parse_score,
     required_text,
 )
-from prefmill.reviews.source import FileSource, SourceConfig
+from prefmill.reviews.source import FileSource, SourceConfig, listed_scores, sub_scores_in
 from prefmill.reviews.splits import title_key
 from prefmill.store.jsonl import may_repeat_keys
 
@@ -148,7 +144,10 @@ class CsvSource(_TableSource):
             if _is_sub_score(name) and cell not in (None, "")
         }
         rest = {name: cell for name, cell in named.items() if not _is_sub_score(name)}
-        return row_items({**rest, "sub_scores": sub_scores}, self)
+        listed = listed_scores(rest.get("sub_scores"))
+        if not rest.get("confidence") and (name := next((name for name in listed if "confidence" in name.lower()), "")):
+            rest["confidence"] = listed.pop(name)
+        return row_items({**rest, "sub_scores": {**listed, **sub_scores}}, self)
 
 
 def _cell(values: dict[str, Any], own: str | list[str]) -> Any:
@@ -167,7 +166,7 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
     paper = None if alone else _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)
     paper_id = paper.paper_id if paper else parse_id(values["paper_id"], "paper_id", config.id_prefix)
     confidence, unknown = config.confidence(values.get("confidence"))
-    scores, in_words = _sub_scores(values.get("sub_scores"), config)
+    scores, in_words = sub_scores_in(values.get("sub_scores"), config)
     text, rating = required_text(values["review_text"], "review_text"), config.rating(values["rating"])
     review_id = values.get("review_id")
     review = ReviewRow(
@@ -297,22 +296,6 @@ def _paper(said: list[Any], config: SourceConfig, drawn: bool) -> PaperRow:
 
 def _venue(value: Any, config: SourceConfig) -> str:
     return clean_text(value, "venue") or config.venue
-
-
-def _sub_scores(value: Any, config: SourceConfig) -> tuple[dict[str, float], list[Item]]:
-    """Sub-scores by name, and the answers in words, which are none."""
-    if not value:
-        return {}, []
-    if not isinstance(value, dict):
-        raise RowError(f"sub_scores is not an object but {type(value).__name__}", "write names and numbers")
-    # Sorted: the store compares them as JSON to see whether a review is listed twice word for word.
-    scores = {name: float(score) for name, score in sorted(value.items()) if is_number(score)}
-    if len(scores) == len(value):
-        return scores, []
-    given = [(name, config.pointed(score)) for name, score in sorted(value.items()) if score not in (None, "")]
-    in_words = {name for name, score in given if isinstance(score, str) and not begins_with_number(score)}
-    scores = {name: parse_score(score, f"sub_scores.{name}") for name, score in given if name not in in_words}
-    return scores, [Unknown("sub-score in words", name) for name in sorted(in_words)]
 
 
 def _digest(said: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
@@ -22,7 +23,10 @@ _OTHER_MAGIC = {  # by their first bytes, as such a file would be called bad UTF
     b"PAR1": ("Parquet", "give the file a name that ends in .parquet"),
     b"ARROW1": ("Arrow", "give the file a name that ends in .arrow"),
     b"version https://git-lfs": ("a pointer of Git LFS", "download the file that it stands for: git lfs pull"),
-    b"<!DOCTYPE": ("a web page", "download the file itself, logged in where it asks for that"),
+    b"\xd0\xcf\x11\xe0": ("a sheet of Excel's old kind", "save the sheet as CSV"),
+    b"<?xml": ("XML", "save a sheet as CSV, and write a journal's reports as JSON lines"),
+    b"<!doctype": ("a web page", "download the file itself, logged in where it asks for that"),
+    b"<html": ("a web page", "download the file itself, logged in where it asks for that"),
 }
 _UTF_16 = {  # by a byte order mark, or by the zero beside each of the first characters
     "utf-16": re.compile(rb"\xff\xfe|\xfe\xff"),
@@ -85,7 +89,7 @@ def _open(path: Path, unpack: Callable[[Path], Any]) -> IO[bytes]:
     stream = unpack(path)
     beginning = stream.peek(24)
     for magic, (kind, fix) in _OTHER_MAGIC.items():
-        if beginning.startswith(magic):
+        if beginning.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(magic.lower()):
             stream.close()
             raise InputError("a file of another kind", where=path, got=kind, expected="text, plain or packed", fix=fix)
     encoding = next((name for name, pattern in _UTF_16.items() if pattern.match(beginning)), None)

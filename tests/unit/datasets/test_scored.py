@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +98,31 @@ def test_shards_must_share_a_judge(artifact: Any, corpus: Artifact) -> None:
         check_inputs(corpus, [first, shard("s2", {**CHAT, "model_name_or_path": "b"})])
     with pytest.raises(InputError, match="different settings: temperature"):
         check_inputs(corpus, [first, shard("s3", CHAT, calibration=["0" * 64])])
+
+
+def test_shards_that_other_models_answered_are_told(
+    artifact: Any, corpus: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server's alias may name another model from a day to the next; only within a shard it was told."""
+
+    def shard(engine: str | None) -> Artifact:
+        name = f"s{len(list(tmp_path.glob('s*')))}"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"engine": engine}))
+        found: Artifact = artifact(name, "review_scores", review_evaluations=[])
+        return found
+
+    august, november, none = shard("chat (gpt-4o-2024-08-06)"), shard("chat (gpt-4o-2024-11-20)"), shard(None)
+    assert check_inputs(corpus, [august, none, shard("chat (gpt-4o-2024-08-06)")]) == []
+    assert not caplog.records
+    told = (
+        "more than one model has answered: chat (gpt-4o-2024-08-06) and chat (gpt-4o-2024-11-20); "
+        "score again with --force, by one of them"
+    )
+    assert check_inputs(corpus, [november, august, none]) == [told]
+    assert caplog.messages == [told]
+    both = shard("chat (gpt-4o-2024-08-06) and chat (gpt-4o-2024-11-20)")
+    assert check_inputs(corpus, [both]) == check_inputs(corpus, [both, november]) == [told]
 
 
 def test_shards_must_share_a_checklist(artifact: Any, corpus: Artifact, tmp_path: Any) -> None:

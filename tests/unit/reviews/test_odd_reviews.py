@@ -132,7 +132,7 @@ def test_a_dump_of_several_answers_is_read_to_its_end(
     [
         ("aclweb.org/ACL/ARR/2024/June", "aclweb.org/ACL/ARR/2024/June"),
         ("TMLR", "TMLR"),
-        ("ICLR.cc/2024/C", "ICLR 2024"),
+        ("ICLR.cc/2024/Conference", "ICLR 2024"),
     ],
 )
 def test_all_papers_of_a_venue_have_one_venue(tmp_path: Path, group: str, venue: str) -> None:

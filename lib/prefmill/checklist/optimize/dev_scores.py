@@ -131,10 +131,6 @@ def _count(counts: AnswerCounts, row: Mapping[str, Any]) -> None:
 
 def _facts(paper: Paper, review: Review) -> dict[str, Any]:
     return {
-        "review_id": review["review_id"],
-        "paper_id": paper["paper_id"],
-        "rating": common_rating(review),
-        "confidence": review["confidence"],
-        "decision": paper["decision"],
-        "num_words": len(review["text"].split()),
-    }
+        "review_id": review["review_id"], "paper_id": paper["paper_id"], "rating": common_rating(review),
+        "confidence": review["confidence"], "decision": paper["decision"], "num_words": len(review["text"].split()),
+    }  # fmt: skip
