@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -57,7 +59,7 @@ def examine(workspace: Path, model: str | None = None, as_json: bool = False) ->
 
 
 def check_python() -> Iterator[Diagnosis]:
-    """The interpreter's version and whether it is an environment of its own."""
+    """The interpreter's version, whether it is an environment of its own, and whether it keeps what it compiles."""
     version = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
     fix = "make the environment with Python 3.11 to 3.13; of a checkout `make install PYTHON=python3.11` in a new clone"
@@ -65,6 +67,11 @@ def check_python() -> Iterator[Diagnosis]:
     if sys.prefix == sys.base_prefix:
         fix = "use a checkout's, .venv/bin/prefmill, or make one: `python3 -m venv`"
         yield Diagnosis("note", "no virtual environment is active", fix)
+    torch = importlib.util.find_spec("torch")
+    if sys.dont_write_bytecode and torch and torch.cached and not Path(torch.cached).is_file():
+        place = sysconfig.get_path("purelib")
+        what = "PYTHONDONTWRITEBYTECODE is set: every start compiles torch and transformers anew, 10 s and more"
+        yield Diagnosis("note", what, f"unset it, or compile once: python -m compileall -q -j 0 {place}")
 
 
 def check_packages() -> Iterator[Diagnosis]:

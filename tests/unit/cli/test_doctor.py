@@ -48,6 +48,20 @@ def test_a_wrong_version_is_named_with_its_bounds(monkeypatch: pytest.MonkeyPatc
     assert [item.fix for item in failed] == ["pip install 'pytest>=1000'", "pip install 'no-such-package>=1'"]
 
 
+def test_starts_that_compile_everything_are_told(tmp_path: Path) -> None:
+    """Many containers say that bytecode is not to be kept, and uv installs none."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    code = "from prefmill.cli.doctor import check_python; print([item.what for item in check_python()])"
+    compiles = "import py_compile, importlib.util as found; py_compile.compile(found.find_spec('torch').origin)"
+    told = []
+    for program in (code, compiles, code):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        told.append("every start compiles torch" in done.stdout)
+    assert told == [True, False, False]
+
+
 def test_without_slurm_it_says_what_still_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert only([*doctor.check_slurm()]).what == "no Slurm here: only `prefmill run` works"
