@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from prefmill import __version__
-from prefmill.core.artifact import Artifact, Manifest, Provenance
+from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError, InputError
 from prefmill.core.files import digest_json, digest_path, read_record, sample_digest
@@ -75,7 +75,8 @@ def inspect_task(task: PlannedTask) -> TaskState:
     except ArtifactError as error:
         return TaskState("stale", (_in_words(error),))
     since = (f"{name} was written to since: --force makes it again" for name in written_since(task, task.output))
-    return TaskState("complete", (_made(manifest), *since))
+    made_by = f"up to date: content {manifest.content_digest[:12]}, made by {manifest.code_version}"
+    return TaskState("complete", (made_by, *since))
 
 
 def written_since(task: PlannedTask, folder: Path) -> Iterator[str]:
@@ -245,7 +246,3 @@ def _waiting(task: PlannedTask, upstream: list[str]) -> TaskState:
 
 def _in_words(error: ArtifactError) -> str:
     return f"{error.what}: {error.details['where']}"
-
-
-def _made(manifest: Manifest) -> str:
-    return f"up to date: content {manifest.content_digest[:12]}, made by {manifest.code_version}"

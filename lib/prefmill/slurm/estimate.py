@@ -20,7 +20,7 @@ from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
 from prefmill.slurm.forecast import is_measurable, rows_of, stated
 from prefmill.slurm.memory import ORIGINS, GpuMemory, gpu_memory, host_memory, model_size, sharding
-from prefmill.slurm.partitions import Partition, gpu_kind, gpu_memory_gb, offer_of, partitions
+from prefmill.slurm.partitions import Partition, fits_when_back, gpu_kind, gpu_memory_gb, offer_of, partitions
 from prefmill.slurm.policy import SitePolicy, by_stage, objections, read_policy
 from prefmill.slurm.script import refusal
 from prefmill.training.config import TrainingConfig, accumulation
@@ -156,6 +156,9 @@ def estimate(
         found += [*([] if tiny else _without_gpu(tasks[0], resources, offered)), *_missing_inputs(plan, tasks)]
         if offered and not found:  # what the rules above do not say
             found += refusal(cluster, resources)
+            # Slurm tells of nodes that are away for a day what it tells of those that no partition has.
+            if found and "not available" in found[0] and fits_when_back(resources):
+                say(f"{stage}: not now. {found.pop()} (with nodes that are away now it may start: `sinfo -R`)")
         problems += [f"{stage}: {text}" for text in found]
         if tasks[0].stage.trains and isinstance(tasks[0].config, TrainingConfig):
             problems += _show_training(plan, tasks[0], resources, offered or {}, gpu_gb, say)

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
+from operator import ge
 
+from prefmill.slurm.cluster import Resources
 from prefmill.slurm.jobs import ask
 
 # A100 and V100 are sold in two sizes: these are the larger ones, and --gpu-memory says otherwise.
@@ -28,11 +30,22 @@ class Partition:
     gpu_type: str = ""
 
 
+# -a, as jobs may be submitted to a hidden partition as well.
+_SINFO = ("sinfo", "-a", "-h", "-o", "%P|%D|%l|%s|%c|%m|%G|%a")
+
+
 def partitions() -> dict[str, Partition] | None:
     """Every partition by name; the default one also as "". None when Slurm does not answer."""
-    # -a, as jobs may be submitted to a hidden partition as well.
-    text = ask(["sinfo", "-a", "-h", "-o", "%P|%D|%l|%s|%c|%m|%G|%a"])
+    text = ask(_SINFO)
     return None if text is None else _partitions(text)
+
+
+def fits_when_back(resources: Resources) -> bool:
+    """Whether a node that is down or drained now could take a task with these resources."""
+    nodes = (ask([*_SINFO, "-N", "-t", "down,drain,fail,maint"]) or "").splitlines()
+    kinds = filter(None, (offer_of(resources.partition, _partitions(node)) for node in nodes))
+    wanted = (resources.cpus, resources.memory_gb or 0.0, resources.gpus)
+    return any(all(map(ge, (kind.cpus, kind.memory_gb, kind.gpus), wanted)) for kind in kinds)
 
 
 def partition_names(partition: str | None) -> list[str]:
@@ -62,9 +75,11 @@ def _partitions(text: str) -> dict[str, Partition]:
     for line in text.splitlines():
         shown, nodes, limit, size, cpus, memory, gres, up = line.split("|")
         name = shown.rstrip("*")
+        # `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`
+        gpus = sum(map(int, re.findall(r"gpu:(?:[\w.-]+:)?(\d+)", gres)))
         kind = Partition(
-            name, int(nodes), minutes(limit), _upper(size), _number(cpus), _number(memory) / 1024, _gpus(gres),
-            up == "up", _gpu_type(gres),
+            name, int(nodes), minutes(limit), _upper(size), _number(cpus), _number(memory) / 1024, gpus, up == "up",
+            next(iter(re.findall(r"gpu:([\w.-]+):\d", gres)), ""),
         )  # fmt: skip
         old = found.get(name)
         found[name] = replace(_better(old, kind), nodes=old.nodes + kind.nodes) if old else kind
@@ -98,11 +113,6 @@ def _number(text: str) -> int:
     return int(digits.group()) if digits else 0
 
 
-def _gpu_type(gres: str) -> str:
-    found = re.search(r"gpu:([\w.-]+):\d", gres)
-    return found[1] if found else ""
-
-
 def gpu_kind(name: str) -> str:
     """`h100` of a site's names for it, such as `nvidia_h100_80gb`; "" where none is known."""
     known = re.search(r"[abhlv]\d+s?", name.lower())
@@ -113,8 +123,3 @@ def gpu_memory_gb(name: str) -> float | None:
     """Of a GPU, by a site's name for it: as that says (`a100_40gb`, `3g.40gb` of a divided one), else its kind's."""
     stated = re.search(r"(\d+)gb", name.lower())
     return float(stated[1]) if stated else _GPU_GB.get(gpu_kind(name))
-
-
-def _gpus(gres: str) -> int:
-    """GPUs in `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
-    return sum(int(count) for count in re.findall(r"gpu:(?:[\w.-]+:)?(\d+)", gres))

@@ -16,7 +16,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from prefmill.slurm.cluster import ClusterFile, Resources
-from prefmill.slurm.jobs import ask, environment, setting
+from prefmill.slurm.jobs import environment, setting
 
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
 _SECONDS = 120
@@ -117,10 +117,7 @@ def refusal(cluster: ClusterFile, resources: Resources) -> list[str]:
     # A limit on submitted jobs is full for now: the rest follows as jobs end.
     if not (done.returncode and done.stderr.strip()) or re.search(r"Submit\w*Limit", done.stderr):
         return []
-    # Slurm tells of nodes that are away for a day what it tells of those that no partition has.
-    away = ask(["sinfo", "-h", "-R", *(["-p", resources.partition] if resources.partition else [])]) or ""
-    note = " (nodes are down or drained now, see `sinfo -R`: with them it may start)" if away.strip() else ""
-    return [f"Slurm says: {done.stderr.strip().splitlines()[-1]}{note}"]
+    return [f"Slurm says: {done.stderr.strip().splitlines()[-1]}"]
 
 
 def max_array_size(cluster: ClusterFile) -> int:

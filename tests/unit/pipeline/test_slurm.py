@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prefmill.core.config import validate
+from prefmill.core.errors import PipelineError
+from prefmill.pipeline.plan import PipelineFile, make_plan
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.cluster import ClusterFile, Resources
+from prefmill.slurm.estimate import estimate
 from prefmill.slurm.jobs import JobState, clean_state, expand, waits_for
-from prefmill.slurm.partitions import Partition, gpu_kind, gpu_memory_gb, offer_of, partitions
-from prefmill.slurm.script import refusal
+from prefmill.slurm.partitions import Partition, fits_when_back, gpu_kind, gpu_memory_gb, offer_of, partitions
 
 
 @pytest.fixture
@@ -137,15 +140,37 @@ def test_what_a_shell_sets_for_a_person_does_not_reach_slurms_commands(
     assert [line for line in seen.splitlines() if line.endswith("=low")] == ["SLURM_CONF=low"]
 
 
-@pytest.mark.parametrize("away", ["", "disk  root  2026-11-30T10:00:00  n[1-2]"])
-def test_nodes_that_are_drained_are_named_beside_a_refusal(
-    away: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+_UP = "main*|1|1:00:00|1-infinite|4|64000|gpu:2|up"
+
+
+@pytest.mark.parametrize(
+    ("away", "asked", "now"),
+    [
+        ("", {"cpus": 8}, False),
+        ("main*|1|1:00:00|1-infinite|8|64000|gpu:2|up", {"cpus": 8, "partition": "main"}, True),
+        ("main*|1|1:00:00|1-infinite|8|64000|gpu:2|up", {"cpus": 8}, True),
+        ("main*|1|1:00:00|1-infinite|8|64000|gpu:2|up", {"cpus": 8, "gpus": 3}, False),
+        ("main*|1|1:00:00|1-infinite|8|4000|gpu:2|up", {"cpus": 8, "memory_gb": 5}, False),
+        ("other|1|1:00:00|1-infinite|8|64000|gpu:2|up", {"cpus": 8, "partition": "main"}, False),
+    ],
+)  # fmt: skip
+def test_what_waits_for_nodes_that_are_away_may_start_and_is_no_error(
+    away: str, asked: dict[str, Any], now: bool, program: Path, tmp_path: Path
 ) -> None:
-    """Slurm says of them what it says of a request that no node could ever take."""
-    monkeypatch.setenv("PATH", str(tmp_path))
+    """Slurm says of drained nodes what it says of a request that no node could ever take; `estimate` refused both."""
     said = "allocation failure: Requested node configuration is not available"
-    pretend(tmp_path, "sbatch", "", error=said, code=1)
-    pretend(tmp_path, "sinfo", away)
-    (found,) = refusal(validate(ClusterFile, {}), Resources(partition="main"))
-    assert found.startswith(f"Slurm says: {said}")
-    assert ("see `sinfo -R`: with them it may start" in found) == bool(away)
+    pretend(program, "sbatch", "", error=said, code=1)
+    both = "\n".join(filter(None, (_UP, away)))
+    (program / "sinfo").write_text(f"#!/bin/sh\ncase \"$*\" in *-N*) printf '{away}';; *) printf '{both}';; esac\n")
+    (program / "sinfo").chmod(0o755)
+    pipeline = PipelineFile.model_validate(
+        {"name": "t", "workspace": str(tmp_path), "stages": {"make": {"resources": asked}}}
+    )
+    plan, lines = make_plan(pipeline, tmp_path / "t.yaml"), list[str]()
+    assert fits_when_back(Resources.model_validate(asked)) == now
+    if now:
+        estimate(pipeline, plan, validate(ClusterFile, {}), None, lines.append)
+        assert f"make: not now. Slurm says: {said}" in "\n".join(lines)
+        return
+    with pytest.raises(PipelineError, match="would never start"):
+        estimate(pipeline, plan, validate(ClusterFile, {}), None, lines.append)
