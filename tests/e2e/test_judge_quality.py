@@ -27,6 +27,8 @@ from prefmill.checklist.items import Checklist, load_checklist
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.report.checklist_sections import judged as judged_section
+from prefmill.report.report import page_environment
 from prefmill.store.artifacts import payload
 from prefmill.store.jsonl import read_jsonl
 
@@ -210,6 +212,29 @@ def test_a_judge_that_likes_length_is_seen_through(tmp_path: Path, corpus: Artif
 def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(stage.JudgeQualityConfig, settings)
+
+
+def test_labels_of_one_answer_have_no_kappa(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
+    """An item that never occurs, as many do, counted as perfect agreement in the mean over items."""
+    ids = [row["review_id"] for row in rows[1]]
+    answers, _ = draw(ids, 0)
+    labels = [(key, "kind", 1) for key in ids if answers[key]["kind"] > 0.5]
+    path = write_labels(tmp_path / "labels.csv", labels)
+    inputs = {"corpus": corpus, "scores": judged(tmp_path / "a", corpus, answers)}
+    quality, _ = measure(tmp_path / "t", inputs, labels=str(path))
+    people = quality["judges"][0]["labels"]
+    assert (people["kappa"], people["mean_item_kappa"], people["num_items_of_one_answer"]) == (None, None, 1)
+    told = next(sentence for sentence in quality["conclusion"] if "agrees with people" in sentence)
+    assert "at an undefined kappa (one and the same answer throughout), F1 1.00" in told
+    labels += [(key, "clear", number % 2) for number, key in enumerate(ids)]
+    quality, _ = measure(tmp_path / "u", inputs, labels=str(write_labels(tmp_path / "more.csv", labels)))
+    people = quality["judges"][0]["labels"]
+    kappas = {item["id"]: item["kappa"] for item in people["items"]}
+    assert kappas["kind"] is None
+    assert people["mean_item_kappa"] == kappas["clear"]["value"]
+    page = page_environment().get_template("judge.html.jinja").render(judge=[judged_section(quality)])
+    assert "<td>one answer<small>" in page
+    assert "agrees with people at kappa" in page
 
 
 def test_scores_that_do_not_belong_together_are_refused(

@@ -28,19 +28,20 @@ _DIGITS = 6
 def agreement(papers: Sequence[str], judge: Array, other: Array, resampling: Resampling) -> Found:
     """Kappa, F1 and accuracy of `judge` against `other`, yes as 1 and no as 0, [N] each, pooled over the answers.
 
-    Kappa (Cohen 1960) and F1 of yes are 1 where both say one and the same thing throughout. A paper, named by
-    `papers` [N], is drawn with all its answers; intervals are None below 2 papers. N is at least 1.
+    Kappa (Cohen 1960) is None where both say one and the same thing throughout, F1 of yes where nobody says it. A
+    paper, named by `papers` [N], is drawn with all its answers; intervals are None below 2 papers. N is at least 1.
     """
     # Every measure below follows from sums of these cells, so that a bootstrap draw is a product of matrices.
     cells = np.stack([judge * other, judge * (1 - other), (1 - judge) * other, (1 - judge) * (1 - other)], axis=1)
     sums = sums_by(np.asarray(papers), cells)
+    num_yes = (judge + other).sum()
     return {
         "num_answers": len(judge),
         "num_papers": len(sums),
         "yes_share": round(float(judge.mean()), _DIGITS),
         "other_yes_share": round(float(other.mean()), _DIGITS),
-        "kappa": _interval(sums, resampling, _kappa, -1.0),
-        "f1": _interval(sums, resampling, _f1, 0.0),
+        "kappa": _interval(sums, resampling, _kappa, -1.0) if 0 < num_yes < 2 * len(judge) else None,
+        "f1": _interval(sums, resampling, _f1, 0.0) if num_yes else None,
         "accuracy": _interval(sums, resampling, _accuracy, 0.0),
     }
 
@@ -88,8 +89,8 @@ def _kappa(cells: Array) -> Array:
     judge, other = shares[:, 0] + shares[:, 1], shares[:, 0] + shares[:, 2]
     chance = judge * other + (1 - judge) * (1 - other)
     observed = shares[:, 0] + shares[:, 3]
-    return quotient(observed - chance, 1 - chance, 1.0)
+    return quotient(observed - chance, 1 - chance, np.nan)
 
 
 def _f1(cells: Array) -> Array:
-    return quotient(2 * cells[:, 0], 2 * cells[:, 0] + cells[:, 1] + cells[:, 2], 1.0)
+    return quotient(2 * cells[:, 0], 2 * cells[:, 0] + cells[:, 1] + cells[:, 2], np.nan)

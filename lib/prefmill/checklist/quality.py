@@ -126,12 +126,13 @@ def _against_people(judge: Judge, rows: Sequence[Row], resampling: Resampling) -
     for item in judge.checklist.items:
         if own := [row for row in rows if row["item_id"] == item.id]:
             items.append({"id": item.id, "question": item.question, **_agreement(own, resampling)})
-    kappas = [item["kappa"]["value"] for item in items]
+    kappas = [item["kappa"]["value"] for item in items if item["kappa"]]
     return {
         **_agreement(rows, resampling),
         "num_reviews": len({row["review_id"] for row in rows}),
         # The pooled kappa also rewards knowing which items are mostly yes; this mean does not.
-        "mean_item_kappa": round(float(np.mean(kappas)), 6),
+        "mean_item_kappa": round(float(np.mean(kappas)), 6) if kappas else None,
+        "num_items_of_one_answer": len(items) - len(kappas),  # which have no kappa
         "items": items,
     }
 
@@ -174,14 +175,12 @@ def _between(first: Judge, second: Judge, resampling: Resampling) -> tuple[Found
     questions = [{item.id: item.question for item in judge.checklist.items} for judge in (first, second)]
     items = [
         {
-            "id": name,
-            "question": questions[0][name],
-            "other_question": questions[1][name],
+            "id": name, "question": questions[0][name], "other_question": questions[1][name],
             **agreement(papers, yes[:, k], other_yes[:, k], resampling),
             **probability_gaps(p_yes[:, k], other_p_yes[:, k]),
         }
         for k, name in enumerate(shared)
-    ]
+    ]  # fmt: skip
     everything = [paper for paper in papers for _ in shared]
     found = {
         "differ_in": _differences(first, second, questions, shared), "num_reviews": len(reviews),

@@ -104,6 +104,7 @@ def _estimates(values: Array, resampling: Resampling, function: Callable[[Array]
         )  # fmt: skip
     value = function(values.mean(axis=0, keepdims=True))[0]
     drawn = np.concatenate([function(weights @ values) for weights in _weights(num_papers, resampling)])
+    drawn = np.where(np.isnan(drawn), value, drawn)  # a draw without a measure, as kappa of one answer, tells nothing
     draws = value + (drawn - value) * _stretch(num_papers, resampling.confidence)
     tail = (1 - resampling.confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0)

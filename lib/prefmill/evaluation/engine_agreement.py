@@ -74,9 +74,7 @@ def engine_agreement(
     scores = [np.array([row["checkmark_score"] for row in side]) for side in zip(*rows, strict=True)]
     found = agreement(by_answer, answers[0].ravel(), answers[1].ravel(), resampling)
     return {
-        "engine": rows[0][1]["engine"],
-        "num_reviews": len(rows),
-        "confidence": resampling.confidence,
+        "engine": rows[0][1]["engine"], "num_reviews": len(rows), "confidence": resampling.confidence,
         **{name: found[name] for name in ("kappa", "accuracy")},
         "distance": mean_shift(by_review, np.abs(scores[1] - scores[0]), resampling),
         "shift": mean_shift(by_review, scores[1] - scores[0], resampling),
@@ -86,7 +84,7 @@ def engine_agreement(
             {"id": item, **agreement(by_review, answers[0][:, place], answers[1][:, place], resampling)}
             for place, item in enumerate(ids)
         ],
-    }
+    }  # fmt: skip
 
 
 def _score(

@@ -35,7 +35,8 @@ def _people_chart(judge: Found) -> Markup | None:
     """Overall agreement with people; None without labels."""
     if judge["labels"] is None:
         return None
-    rows = [ChartInterval.of(label, STRONG, judge["labels"][name]) for name, label in _MEASURES.items()]
+    found = judge["labels"]
+    rows = [ChartInterval.of(label, STRONG, found[name]) for name, label in _MEASURES.items() if found[name]]
     return interval_chart(rows, f"Agreement of {judge['name']} with people", "1 is complete agreement", level=0.0)
 
 

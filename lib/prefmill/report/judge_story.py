@@ -37,7 +37,7 @@ def _judge(judge: Found) -> Iterator[str]:
             yield f"{who}: {warning}."
     if (people := judge["labels"]) is not None:
         yield (
-            f"{who} agrees with people at kappa {with_interval(people['kappa'])}, F1 {with_interval(people['f1'])}, "
+            f"{who} agrees with people at {_kappa(people)}, F1 {with_interval(people['f1'])}, "
             f"over {people['num_answers']} labels of {people['num_papers']} papers."
         )
     if (length := judge["length"]["score"]) is not None:
@@ -54,7 +54,7 @@ def _probes(who: str, probes: Found) -> Iterator[str]:
         most = abs(repeat["max_answer"])
         yield f"{who}: asked again with its items in reverse order, no P(yes) moves by more than {most:.4f}."
     if (worded := probes["paraphrases"]) is not None:
-        yield f"{who}: an item and its paraphrase are answered alike at kappa {with_interval(worded['kappa'])}."
+        yield f"{who}: an item and its paraphrase are answered alike at {_kappa(worded)}."
     if (position := probes["position"]) is not None:
         yield (
             f"{who}: P(yes) where the evidence stands first, less where it stands last: "
@@ -77,6 +77,11 @@ def _injected(name: str, moved: Found, probes: Found) -> str:
     return f"of the injected instructions '{name.replace('_', ' ')}' moves most: score {_moved(moved)}, {most}{beside}"
 
 
+def _kappa(found: Found) -> str:
+    kappa = found["kappa"]
+    return f"kappa {with_interval(kappa)}" if kappa else "an undefined kappa (one and the same answer throughout)"
+
+
 def _moved(found: Found) -> str:
     score, p_yes = (with_interval(found[name], form) for name, form in (("score", "+.2f"), ("p_yes", "+.3f")))
     return f"{score}, mean P(yes) {p_yes}"
@@ -86,7 +91,7 @@ def _between(between: Found | None) -> Iterator[str]:
     if between is not None:
         differing = " and ".join(between["differ_in"]) or "nothing but the run"
         yield (
-            f"The two judges (differing in {differing}) agree at kappa {with_interval(between['kappa'])}; P(yes) is "
+            f"The two judges (differing in {differing}) agree at {_kappa(between)}; P(yes) is "
             f"{between['mean_gap']:.4f} apart on average and {between['max_gap']:.4f} at most; "
             f"{between['num_flips']} of {between['num_answers']} answers differ."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -50,15 +52,45 @@ def test_the_interval_covers_the_truth() -> None:
 
 
 def test_the_edges() -> None:
-    ones = np.ones(6)
-    same = agreement(["a", "a", "b", "b", "c", "c"], ones, ones, RESAMPLING)
-    assert [same[name]["value"] for name in ("kappa", "f1", "accuracy")] == [1, 1, 1]
-    none = agreement(["a", "a", "b", "b", "c", "c"], 1 - ones, 1 - ones, RESAMPLING)
-    assert none["f1"] == {"value": 1.0, "low": 0.438503, "high": 1.0}  # Wilson: 3 of 3 papers
+    papers, ones = ["a", "a", "b", "b", "c", "c"], np.ones(6)
+    same = agreement(papers, ones, ones, RESAMPLING)
+    assert (same["kappa"], same["f1"]["value"], same["accuracy"]["value"]) == (None, 1, 1)
+    none = agreement(papers, 1 - ones, 1 - ones, RESAMPLING)
+    assert (none["kappa"], none["f1"]) == (None, None)
+    assert none["accuracy"] == {"value": 1.0, "low": 0.438503, "high": 1.0}  # Wilson: 3 of 3 papers
     single = agreement(["a"] * 6, ones, np.array([1.0, 0, 1, 0, 1, 1]), RESAMPLING)
     assert single["accuracy"] == {"value": 0.666667, "low": None, "high": None}
     opposite = agreement(["a", "b", "c", "d"], np.array([1.0, 0, 1, 0]), np.array([0.0, 1, 0, 1]), RESAMPLING)
     assert opposite["kappa"]["value"] == opposite["kappa"]["low"] == -1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_small_table_is_that_of_another_library() -> None:
+    """Of up to four answers: kappa and F1 as scikit-learn has them, and None where it has none."""
+    from sklearn.metrics import cohen_kappa_score, f1_score
+
+    for size in (1, 2, 3, 4):
+        for said in itertools.product([0.0, 1.0], repeat=2 * size):
+            judge, people = np.array(said[:size]), np.array(said[size:])
+            found = agreement([str(number) for number in range(size)], judge, people, Resampling(50))
+            kappa_there = cohen_kappa_score(judge, people, labels=[0, 1])
+            f1_there = f1_score(people, judge, zero_division=np.nan)
+            for name, expected in (("kappa", kappa_there), ("f1", f1_there)):
+                if np.isnan(expected):
+                    assert found[name] is None
+                else:
+                    assert found[name]["value"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_draws_without_a_kappa_do_not_count_as_agreement() -> None:
+    """Each says yes once, of another paper: draws without these two had kappa 1, and the interval ended there."""
+    judge, people = np.zeros(20), np.zeros(20)
+    judge[0] = people[1] = 1.0
+    found = agreement([str(number) for number in range(20)], judge, people, RESAMPLING)
+    assert found["kappa"]["value"] == pytest.approx(-1 / 19, abs=1e-6)
+    assert found["kappa"]["high"] <= 0.1
+    assert found["f1"] == {"value": 0.0, "low": 0.0, "high": pytest.approx(found["f1"]["high"])}
+    assert found["f1"]["high"] < 0.5
 
 
 def test_papers_count_the_same_in_a_mean_shift() -> None:
