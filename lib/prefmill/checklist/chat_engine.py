@@ -173,7 +173,7 @@ class ChatEngine(ServerEngine):
         words: list[str] = []
         while len(words) < self._config.votes:  # a server that knows no `n` gives one at a time
             asked = {"max_tokens": _VOTE_TOKENS, "temperature": 1, "n": self._config.votes - len(words)}
-            choices = await self._ask(client, text, asked)
+            choices = await self._ask(client, text, asked, len(words))
             # At least one choice comes each time (else _ask raises), so this loop ends.
             words += [choice.first_word for choice in choices]
         yes, no = map(words.count, _ANSWERS)
@@ -186,14 +186,18 @@ class ChatEngine(ServerEngine):
         stderr = math.sqrt(smoothed * (1 - smoothed) / (yes + no))
         return Read(yes / (yes + no), (yes + no) / len(words), stderr)
 
-    async def _ask(self, client: httpx.AsyncClient, text: str, asked: Mapping[str, Any]) -> list[_Choice]:
-        """The choices, at least one; raises InputError where there is none."""
+    async def _ask(
+        self, client: httpx.AsyncClient, text: str, asked: Mapping[str, Any], num_before: int = 0
+    ) -> list[_Choice]:
+        """The choices, at least one, behind `num_before`; raises InputError where there is none."""
         messages = [{"role": "user", "content": text}]
         # extra_body comes last, so that a user's key wins over ours.
         extra = self._config.extra_body
         body = {"model": self._model, "messages": messages, **asked, **extra}
         if "max_completion_tokens" in extra:
             del body["max_tokens"]  # newer servers refuse both names of one limit together
+        if type(extra.get("seed")) is int:  # asked for one vote at a time, the same seed gives the same vote
+            body["seed"] += num_before
         content = await self._server.ask(client, "POST", "chat/completions", body)
         self.num_requests += 1
         self.num_prompt_tokens += count_in(content, "usage", "prompt_tokens") or 0

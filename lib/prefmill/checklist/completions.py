@@ -18,6 +18,7 @@ import httpx
 
 from prefmill.checklist.engine import ServerConfig
 from prefmill.core.errors import ConfigError, InputError, PrefmillError
+from prefmill.core.figures import duration
 
 LONGEST_WAIT_SECONDS = 60.0
 # What OpenAI's own client asks again for, and 425 (too early, RFC 8470).
@@ -137,8 +138,9 @@ class Server:
                 if _NO_RETRY_MENDS.search(trouble):
                     raise self._no_tls(trouble) from None
             # Where another request has given up, minutes of waiting here would only hold up its error.
-            if attempt >= self.config.num_retries or self.giving_up:
-                raise self._unreachable(trouble, attempt + 1, path)
+            left = 0 if self.giving_up else self.config.num_retries - attempt
+            if left <= 0 or (wait or 0.0) > LONGEST_WAIT_SECONDS * left:  # a limit a day, say: no attempt left meets it
+                raise self._unreachable(trouble, attempt + 1, path, wait)
             # 1, 2, 4 and up to 60 s: the default of 8 retries outlasts a server that is back after three minutes.
             wait = min(LONGEST_WAIT_SECONDS, wait if wait is not None else 2.0**attempt)
             attempt += 1
@@ -199,9 +201,16 @@ class Server:
             f"{self.config.base_url_env}",
         )  # fmt: skip
 
-    def _unreachable(self, trouble: str, attempts: int, path: str) -> PrefmillError:
+    def _unreachable(self, trouble: str, attempts: int, path: str, asked: float | None) -> PrefmillError:
         # llama.cpp's server and LiteLLM's openai models fail so where a prompt is token ids.
         chat = "; where it takes no token ids as prompts, set engine.engine=chat" if path == "completions" else ""
+        if asked and asked > LONGEST_WAIT_SECONDS:
+            return PrefmillError(
+                "the server asks to wait for long", where=self.where, got=f"{trouble}; {duration(asked)}",
+                expected=f"at most a minute an attempt (engine.num_retries is {self.config.num_retries})",
+                fix="rerun then, what is scored is kept; or wait for it with "
+                f"engine.num_retries={math.ceil(asked / LONGEST_WAIT_SECONDS)}",
+            )  # fmt: skip
         return PrefmillError(
             "the server did not answer", where=self.where, got=f"{trouble} (attempt {attempts})",
             expected=f"an answer within {self.config.num_retries + 1} attempts (engine.num_retries)",

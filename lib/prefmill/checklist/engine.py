@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from prefmill.checklist.items import Checklist
 from prefmill.core.config import StrictConfig, runtime
@@ -101,6 +101,12 @@ class ChatConfig(ServerConfig):
         if taken := sorted(extra.keys() & {"messages", "model", "stream"}):
             raise ValueError(f"extra_body: {taken[0]} is of the request itself, leave it out")
         return extra
+
+    @model_validator(mode="after")
+    def _samples_its_votes(self) -> Self:
+        if not self.top_logprobs and self.extra_body.get("temperature") == 0:
+            raise ValueError("temperature 0 in extra_body samples no votes, leave it out (top_logprobs is 0)")
+        return self
 
 
 AnyEngineConfig = LexicalConfig | TransformersConfig | VllmConfig | OpenAIConfig | ChatConfig

@@ -92,16 +92,12 @@ def human_generations(held_out: HeldOut) -> list[Generation]:
     """The human reviews in the form of generated ones, as the reference point; papers nobody reviewed are left out."""
     return [
         {
-            "paper_id": key,
-            "sample": sample,
-            "text": review["text"],
-            "rating": common_rating(review),
-            "decision": held_out.papers[key]["decision"],
-            "truncated": False,
+            "paper_id": key, "sample": sample, "text": review["text"], "rating": common_rating(review),
+            "decision": held_out.papers[key]["decision"], "truncated": False,
         }
         for key, reviews in held_out.reviews.items()
         for sample, review in enumerate(reviews)
-    ]
+    ]  # fmt: skip
 
 
 def score_generations(
@@ -166,14 +162,9 @@ def _review_id(row: Generation) -> str:
 def _as_review(row: Generation) -> Review:
     """The generated text as a review; the engine reads text only, so a missing rating may stand as 0."""
     return {
-        "review_id": _review_id(row),
-        "paper_id": row["paper_id"],
-        "text": row["text"],
-        "rating": row["rating"] or 0.0,
-        "confidence": None,
-        "venue": "",
-        "sub_scores": {},
-    }
+        "review_id": _review_id(row), "paper_id": row["paper_id"], "text": row["text"], "rating": row["rating"] or 0.0,
+        "confidence": None, "venue": "", "sub_scores": {},
+    }  # fmt: skip
 
 
 def _empty_evaluation(row: Generation, item_ids: Sequence[str]) -> ReviewEvaluation:

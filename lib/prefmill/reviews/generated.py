@@ -67,13 +67,9 @@ def generate_paper(seed: int, index: int) -> list[dict[str, Any]]:
     reviews = [_review(rng, paper, number) for number in range(rng.choice((3, 4, 4, 5)))]
     decision = _decide(rng, [review["rating"] for review in reviews])
     shared = {
-        "paper_id": paper.paper_id,
-        "title": paper.title,
-        "abstract": paper.abstract,
-        "text": paper.text,
-        "decision": decision,
-        "venue": "Generated",
-    }
+        "paper_id": paper.paper_id, "title": paper.title, "abstract": paper.abstract, "text": paper.text,
+        "decision": decision, "venue": "Generated",
+    }  # fmt: skip
     return [{**shared, **review} for review in reviews]
 
 

@@ -318,6 +318,20 @@ def test_the_first_word_of_a_separate_thought_is_no_answer(judge: Judge, content
     assert outcome().answers["summary"]["p_yes"] == pytest.approx(0.9 / 0.95)
 
 
+def test_votes_are_not_one_vote_many_times(judge: Judge) -> None:
+    """A server without `n` gives one answer at a time: with a seed it was the same one, and all votes agreed."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        return {"choices": [{"message": {"content": "Yes" if body["seed"] % 4 else "No"}}]}
+
+    judge.answer = answer
+    found = outcome(top_logprobs=0, votes=8, extra_body={"seed": 4})
+    assert found.answers["summary"]["p_yes"] == 0.75
+    assert [body["seed"] for body in judge.bodies[:9]] == [*range(4, 12), 4]
+    with pytest.raises(ValueError, match="temperature 0 in extra_body samples no votes"):
+        ChatConfig(model_name_or_path="judge", top_logprobs=0, extra_body={"temperature": 0})
+
+
 @pytest.mark.parametrize("key", ["messages", "model", "stream"])
 def test_more_of_a_request_may_not_take_the_place_of_what_is_asked(key: str) -> None:
     with pytest.raises(ValueError, match=f"extra_body: {key} is of the request itself"):

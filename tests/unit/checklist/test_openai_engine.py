@@ -85,6 +85,26 @@ def test_waits_grow_and_the_server_may_ask_for_one(monkeypatch: pytest.MonkeyPat
     assert waits == [7]
 
 
+@pytest.mark.parametrize(("retries", "waited"), [(8, []), (60, [60.0])])
+def test_a_limit_of_an_hour_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, tiny_judge: Path, retries: int, waited: list[float]
+) -> None:
+    """The server was asked nine times, a minute apart, though it had said that an hour must pass."""
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(completions.asyncio, "sleep", sleep)
+    asks = iter([reply(429, {"error": "daily limit"}, **{"Retry-After": "3600"}), reply(404, {})])
+    with serving(lambda *_: next(asks)) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        told = r"asks to wait for long[\s\S]*daily limit[\s\S]*60 min[\s\S]*num_retries=60" if not waited else "404"
+        with pytest.raises(PrefmillError, match=told):
+            engine(tiny_judge, num_retries=retries)
+    assert waits == waited
+
+
 def test_what_was_still_answered_comes_before_the_error(
     server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
 ) -> None:

@@ -123,13 +123,9 @@ def optimize(plan: Optimisation, task: Task, redo: StepName | None) -> Metrics:
     summary = _read(exported / export_step.SUMMARY)
     print("\n".join([f"steps run: {', '.join(ran) or 'none, all were up to date'}", summary["conclusion"]]))
     return {
-        "signal": summary["signal"],
-        "p_value": summary["p_value"],
-        "correlation": summary["correlation"],
-        "num_candidates": summary["num_candidates"],
-        "num_kept": len(summary["weights"]),
-        "conclusion": [summary["conclusion"]],
-    }
+        **{key: summary[key] for key in ("signal", "p_value", "correlation", "num_candidates")},
+        "num_kept": len(summary["weights"]), "conclusion": [summary["conclusion"]],
+    }  # fmt: skip
 
 
 class _Steps:

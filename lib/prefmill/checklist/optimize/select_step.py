@@ -164,15 +164,10 @@ def write_selection(
     solutions = path(found.gram, found.cross, selection.penalties)[:, 0, 0] / design.spread
     write_jsonl(folder / PATH, _path_rows(ids, solutions, selection))
     summary = {
-        "target": config.target,
-        "num_reviews": len(reviews),
-        "num_papers": len(np.unique(design.papers)),
-        "num_labels_outside_dev": num_other_labels,
-        "num_candidates": len(screened),
-        "num_passed": len(ids),
-        "model": MODELS[int(selection.model[0, 0])],
-        "num_kept": int((selection.coefficients != 0).sum()),
-    }
+        "target": config.target, "num_reviews": len(reviews), "num_papers": len(np.unique(design.papers)),
+        "num_labels_outside_dev": num_other_labels, "num_candidates": len(screened), "num_passed": len(ids),
+        "model": MODELS[int(selection.model[0, 0])], "num_kept": int((selection.coefficients != 0).sum()),
+    }  # fmt: skip
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
