@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -42,7 +43,15 @@ def _named_runs(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     from prefmill.pipeline.run_record import own_name
 
     workspace = workspace_of(arguments)
+    _tell_closed(workspace)
     return workspace, list(dict.fromkeys(own_name(workspace, run) for run in arguments.runs))
+
+
+def _tell_closed(workspace: Path) -> None:
+    from prefmill.pipeline.run_record import closed_runs
+
+    if closed := closed_runs(workspace):
+        print(f"not readable for you: {', '.join(closed)} (they may use the caches: gc keeps those)", file=sys.stderr)
 
 
 def _runs(arguments: argparse.Namespace) -> None:
@@ -52,6 +61,7 @@ def _runs(arguments: argparse.Namespace) -> None:
 
     workspace, now = workspace_of(arguments), time.time()
     found = list_runs(workspace)
+    _tell_closed(workspace)
     if arguments.json:
         print(json.dumps([asdict(run) for run in found], indent=1))
         return

@@ -65,8 +65,8 @@ _DISK_FIXES = {
     errno.EDQUOT: "raise the quota or set `workspace` to another disk, and run again: finished work is kept",
     errno.EFBIG: "raise the limit on the size of files (`ulimit -f`), and run again: finished work is kept",
     errno.EROFS: "make the disk writable, or set `workspace` to a folder on another one",
-    errno.EACCES: "give yourself write access, or set `workspace` to a folder of yours",
-    errno.EPERM: "give yourself write access, or set `workspace` to a folder of yours",
+    errno.EACCES: "have its owner give you access, or set `workspace` to a folder of yours",
+    errno.EPERM: "have its owner give you access, or set `workspace` to a folder of yours",
 } | dict.fromkeys(
     (errno.EIO, errno.ESTALE),
     "the disk or its server fails: run again when it answers, or set `workspace` to another; finished work is kept",
@@ -90,7 +90,10 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
         return None
     where = error.filename or folder
     room = _room(Path(where)) if where and error.errno == errno.ENOSPC else None
-    return PrefmillError(f"cannot write: {error.strerror}", where=where or "(file not named)", got=room, fix=fix)
+    what = (
+        "no access" if error.errno in (errno.EACCES, errno.EPERM) else "cannot write"
+    )  # or to read, which is the same
+    return PrefmillError(f"{what}: {error.strerror}", where=where or "(file not named)", got=room, fix=fix)
 
 
 @contextlib.contextmanager

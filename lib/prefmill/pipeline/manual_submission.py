@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from prefmill.core.config import merge, split_override, validate
 from prefmill.core.errors import ConfigError, PipelineError
@@ -38,7 +38,8 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     given = merge({}, [item for item in where if not item.startswith("task=")])
     if "mount_dir" in given:
         given = {"workspace": given.pop("mount_dir"), **given}
-    array = given.pop("array", None) or (_modalities(stage) if is_array else {})
+    field = load_stage(stage).config.model_fields.get("modality") if is_array else None
+    array = given.pop("array", None) or ({"modality": list(get_args(field.annotation))} if field is not None else {})
     entry = {
         "config": config,
         "array": array,
@@ -140,11 +141,6 @@ def element(tasks: Sequence[PlannedTask], environment: Mapping[str, str]) -> Pla
             fix="submit with a matching --array, or give the array's keys, for example array.shard=8",
         )  # fmt: skip
     return tasks[index]
-
-
-def _modalities(stage: str) -> dict[str, Any]:
-    field = load_stage(stage).config.model_fields.get("modality")
-    return {"modality": list(get_args(field.annotation))} if field is not None else {}
 
 
 def _made(task: PlannedTask) -> bool:

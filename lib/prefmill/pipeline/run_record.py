@@ -53,7 +53,14 @@ def run_names(workspace: Path) -> list[str]:
     # A link is `latest`, which is one of the others.
     names = {path.name for path in folders if path.is_dir() and not path.is_symlink() and path.name[0] != "."}
     # A folder without a plan may be anybody's: it is not listed, and so never deleted.
-    return sorted(name for name in names if name != CACHE and (workspace / "logs" / name / "plan.json").is_file())
+    plans = {name: workspace / "logs" / name / "plan.json" for name in names if name != CACHE}
+    return sorted(name for name, plan in plans.items() if os.access(plan, os.R_OK))
+
+
+def closed_runs(workspace: Path) -> list[str]:
+    """Runs of others that may not be looked into, sorted."""
+    folders = (path for path in (workspace / "logs").glob("[!.]*") if path.is_dir() and not path.is_symlink())
+    return sorted(path.name for path in folders if not os.access(path, os.R_OK | os.X_OK))
 
 
 def run_tasks(workspace: Path, run: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from prefmill.core.artifact import Manifest
 from prefmill.core.errors import ArtifactError, PipelineError
 from prefmill.core.places import CACHE, CHECKPOINT_PREFIX, LATEST, MANIFEST, WANTED_AGAIN, WORK
 from prefmill.core.terminal import Say
-from prefmill.pipeline.run_record import ROOTS, run_names, run_tasks
+from prefmill.pipeline.run_record import ROOTS, closed_runs, run_names, run_tasks
 from prefmill.pipeline.task_status import is_at_work, is_running, read_status
 from prefmill.pipeline.worker import clear_telemetry, set_aside, telemetry
 from prefmill.store.artifacts import SUPERSEDED, read, read_manifest, remaking, superseded
@@ -85,7 +85,7 @@ def removable(workspace: Path, runs: Iterable[str], queued: Collection[str] = ()
         item for run in names if run not in queued and not _busy(workspace, run) for item in _of_run(workspace, run)
     ]
     # A cache belongs to the workspace: any of its runs may be reading it.
-    if not queued and not any(_busy(workspace, run) for run in run_names(workspace)):
+    if not queued and not closed_runs(workspace) and not any(_busy(workspace, run) for run in run_names(workspace)):
         found += _removals("cache, computed again when needed", (workspace / "data" / CACHE).glob("*"))
     return found
 

@@ -77,8 +77,9 @@ def _partitions(text: str) -> dict[str, Partition]:
         name = shown.rstrip("*")
         # `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`
         gpus = sum(map(int, re.findall(r"gpu:(?:[\w.-]+:)?(\d+)", gres)))
+        largest = int(size.split("-")[-1]) if size[-1:].isdigit() else None
         kind = Partition(
-            name, int(nodes), minutes(limit), _upper(size), _number(cpus), _number(memory) / 1024, gpus, up == "up",
+            name, int(nodes), minutes(limit), largest, _number(cpus), _number(memory) / 1024, gpus, up == "up",
             next(iter(re.findall(r"gpu:([\w.-]+):\d", gres)), ""),
         )  # fmt: skip
         old = found.get(name)
@@ -100,11 +101,6 @@ def _better(one: Partition, other: Partition) -> Partition:
         max(one.cpus, other.cpus), max(one.memory_gb, other.memory_gb), max(one.gpus, other.gpus),
         one.up or other.up, kinds.pop() if len(kinds) == 1 else "",
     )  # fmt: skip
-
-
-def _upper(size: str) -> int | None:
-    last = size.rpartition("-")[2]
-    return int(last) if last.isdigit() else None
 
 
 def _number(text: str) -> int:

@@ -107,7 +107,7 @@ def _strike(view: View, drills: list[Drill], say: Say) -> None:
             continue
         if (
             _recovering(task, drills)
-            or not _steps_taken(task, status)
+            or read_record(task.logs / PROGRESS).get("done", 0) <= status["attempt"]["done_before"]
             or not any(task.output.glob(f"{CHECKPOINT_PREFIX}*/{COMPLETE}"))
         ):
             continue
@@ -118,11 +118,6 @@ def _strike(view: View, drills: list[Drill], say: Say) -> None:
             say(f"fire drill: {drill.name} ({key})")
         else:
             drill.task, drill.problems = task, ["Slurm refused it"]
-
-
-def _steps_taken(task: PlannedTask, status: dict[str, Any]) -> bool:
-    """Whether this attempt has got somewhere itself."""
-    return bool(read_record(task.logs / PROGRESS).get("done", 0) > status["attempt"]["done_before"])
 
 
 def _recovering(task: PlannedTask, drills: list[Drill]) -> bool:

@@ -10,7 +10,6 @@ from prefmill.core.errors import PipelineError, select
 from prefmill.core.places import MANIFEST, WANTED_AGAIN
 from prefmill.core.terminal import Say
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
-from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.task_status import refuse_beside_run
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.advance import advance
@@ -18,7 +17,7 @@ from prefmill.slurm.elements import Tried, elements_of, newest, unsent
 from prefmill.slurm.intents import settle
 from prefmill.slurm.sightings import live_elements
 from prefmill.slurm.submission import require_owner, submissions
-from prefmill.slurm.view import View, look
+from prefmill.slurm.view import look
 
 
 def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
@@ -34,7 +33,7 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
         never = [task.key for task in selected if task.key not in view.tried]
         if never:
             raise PipelineError(f"{never[0]} was never submitted", fix="submit it with `prefmill submit`")
-        queued = [task.key for task in selected if _is_live(view, task)]
+        queued = [task.key for task in selected if (job := view.queue.get(view.tried[task.key].element)) and job.live]
         nobody_knows = [task.key for task in selected if view.tried[task.key].element in view.unknown]
         if nobody_knows:
             raise PipelineError(
@@ -103,8 +102,3 @@ def _note_cancel(decisions: Decisions, key: str, tried: Tried) -> None:
         key, tried.name, CANCEL, kind="cancelled", why="cancelled with `prefmill cancel`", reason="asked for",
         todo=f"`prefmill rerun {key}` when it is wanted again", submission=tried.submission.number,
     )  # fmt: skip
-
-
-def _is_live(view: View, task: PlannedTask) -> bool:
-    job = view.queue.get(view.tried[task.key].element) if task.key in view.tried else None
-    return job is not None and job.live

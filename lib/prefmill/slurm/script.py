@@ -39,7 +39,7 @@ def array_script(
     logs = array_file.parents[3] / name.rpartition(".")[2] / "slurm"
     special = {"array": array_spec(indices, resources.max_concurrent), "signal": f"B:USR1@{cluster.signal_seconds}"}
     command = ["-m", "prefmill.slurm.job", str(array_file)]
-    return _render(cluster, resources, name, _output(logs, "%A_%a.out"), special, command, code)
+    return _render(cluster, resources, name, f"{str(logs).replace('%', '%%')}/%A_%a.out", special, command, code)
 
 
 def healer_script(cluster: ClusterFile, resources: Resources, run: str, workspace: Path, code: Path) -> str:
@@ -114,10 +114,9 @@ def refusal(cluster: ClusterFile, resources: Resources) -> list[str]:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
+    told = done.stderr.strip().splitlines() if done.returncode else []
     # A limit on submitted jobs is full for now: the rest follows as jobs end.
-    if not (done.returncode and done.stderr.strip()) or re.search(r"Submit\w*Limit", done.stderr):
-        return []
-    return [f"Slurm says: {done.stderr.strip().splitlines()[-1]}"]
+    return [f"Slurm says: {told[-1]}"] if told and not re.search(r"Submit\w*Limit", done.stderr) else []
 
 
 def max_array_size(cluster: ClusterFile) -> int:
@@ -157,11 +156,6 @@ def _render(
     # By exec python takes the shell's place: the warning (B:USR1) goes to the batch script's process alone.
     text: str = executor._make_submission_file_text(f"exec {shlex.join([python, *command])}", "")
     return text
-
-
-def _output(folder: Path, pattern: str) -> str:
-    """A file for Slurm to write to; only `pattern` is one."""
-    return f"{str(folder).replace('%', '%%')}/{pattern}"
 
 
 def _parameters(cluster: ClusterFile, resources: Resources) -> dict[str, Any]:

@@ -229,11 +229,12 @@ def behind(study: optuna.Study, config: StudyConfig, number: int, values: Sequen
 
     What the study has not yet been told is told; call it with the study's lock held.
     """
-    import optuna
+    from optuna.pruners import HyperbandPruner, MedianPruner
 
-    median = optuna.pruners.MedianPruner(n_startup_trials=config.startup_trials)
-    pruner = median if config.pruner == "median" else optuna.pruners.HyperbandPruner()
+    pruner = MedianPruner(config.startup_trials) if config.pruner == "median" else HyperbandPruner()
     trial = study.get_trials(deepcopy=False)[number]
+    if trial.state.is_finished():  # by the worker that took this one for dead: its training need not go on
+        return len(values)
     for step in range(len(trial.intermediate_values) + 1, len(values) + 1):
         # Through the storage: only `ask` gives a handle to report by, and another worker may have asked for this trial.
         # Optuna compares them by the metric's direction, and of every evaluation the higher value is the better one.

@@ -48,6 +48,13 @@ def test_a_file_that_finds_no_room_is_no_bug(save: Callable[[Path], None], tmp_p
     assert "finished work is kept" in str(explained)
 
 
+def test_who_may_not_read_is_not_told_that_he_cannot_write() -> None:
+    told = explain_os_error(PermissionError(errno.EACCES, "Permission denied", "/runs/theirs/plan.json"))
+    assert told is not None
+    assert told.what == "no access: Permission denied"
+    assert "have its owner give you access" in str(told)
+
+
 def test_other_errors_stay_bugs() -> None:
     assert explain_os_error(ValueError("unexpected pos")) is None
     assert explain_os_error(RuntimeError("I/O error: No such file or directory (os error 2)")) is None

@@ -26,6 +26,7 @@ def failed(kind: str, error: str, **more: Any) -> dict[str, Any]:
         (Evidence(failed("ConfigError", "no such key")), "refused", "status file"),
         (Evidence(failed("ArtifactError", "no finished artifact here\n  where: x")), "early", "status file"),
         (Evidence(failed("PrefmillError", "cannot write: No space left on device")), "disk", "status file"),
+        (Evidence(failed("PrefmillError", "no access: Permission denied")), "disk", "status file"),
         (Evidence(failed("ValueError", TRACEBACK)), "bug", "status file"),
         (Evidence(failed("ProcessEnded", "ended by SIGKILL", signal="SIGKILL")), "killed", "status file"),
         (Evidence({"state": "running"}, account=JobState("FAILED", exit_code=9)), "killed", "status file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 from toys import RUNS
 
+from prefmill.cli.main import main
 from prefmill.core.errors import PipelineError
 from prefmill.core.places import SHARED_FROM
 from prefmill.pipeline import runs, sharing
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
-from prefmill.pipeline.run_record import run_names, write_plan
+from prefmill.pipeline.run_record import closed_runs, run_names, write_plan
 from prefmill.pipeline.sharing import share, share_finished
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.task_status import read_status
@@ -192,3 +194,22 @@ def test_a_copy_of_a_workspace_never_leads_to_the_original(tmp_path: Path) -> No
     shutil.copytree(tmp_path / "original", tmp_path / "copy")
     found = runs.removable(tmp_path / "copy", ["r"])
     assert [item.path.relative_to(tmp_path).parts[0] for item in found] == ["copy"]
+
+
+def test_a_run_that_its_owner_keeps_to_himself_is_told_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One such folder ended `prefmill runs` and `gc` of the whole workspace: "cannot write", of a file to read."""
+    for run in ("mine", "theirs"):
+        finish(plan(tmp_path, run))
+    (tmp_path / "data" / "cache" / "x").mkdir(parents=True)
+    theirs = tmp_path / "logs" / "theirs"
+    # Root, who runs some of these tests, may read everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: theirs not in (Path(path), *Path(path).parents))
+    assert run_names(tmp_path) == ["mine"]
+    assert closed_runs(tmp_path) == ["theirs"]
+    assert runs.removable(tmp_path, ["mine"]) == []  # the caches: they may be using them
+    for command in ("runs", "gc"):
+        assert main([command, "--workspace", str(tmp_path)]) == 0
+        assert "not readable for you: theirs" in capsys.readouterr().err
+    assert run_names(tmp_path / "nothing") == closed_runs(tmp_path / "nothing") == []

@@ -18,7 +18,9 @@ import pytest
 from prefmill.core.errors import ConfigError
 from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep import run as worker
+from prefmill.sweep import study as studies
 from prefmill.sweep.run import TRIALS
+from prefmill.sweep.study import claim
 from prefmill.sweep.trial import TrialPruned, _require_evaluations, _wait, evaluations
 from tests.unit.sweep.test_sweep_worker import go
 
@@ -107,6 +109,30 @@ def test_a_metric_to_minimize_turns_no_evaluation_round(tmp_path: Path, monkeypa
         states.append([row["state"] for row in read_jsonl(next((tmp_path / direction).rglob(TRIALS)))])
     assert states[0] == states[1]
     assert "pruned" in states[0]
+
+
+def test_a_trial_that_another_worker_has_ended_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node that stood still for minutes: Optuna's refusal ended the worker with a traceback."""
+    taken: list[int] = []
+
+    def run_trial(config: Any, folder: Path, params: Any, inputs: Any, watch: Callable[[Path], None]) -> float:
+        number = int(folder.name)
+        write_curve(folder / "steps.jsonl", CURVES[number][:1])
+        watch(folder / "steps.jsonl")
+        if not taken:
+            taken.append(number)
+            claim(folder, "worker1")
+            with studies.locked(folder.parents[1]):
+                studies.open_study(config, folder.parents[1], {}).tell(number, 0.25)
+            write_curve(folder / "steps.jsonl", CURVES[number])
+            watch(folder / "steps.jsonl")
+            raise AssertionError("the training went on")
+        return CURVES[number][-1]
+
+    monkeypatch.setattr(worker, "run_trial", run_trial)
+    go(tmp_path, n_trials=3, pruner="median", prune_by="eval_f1")
+    rows = list(read_jsonl(next(tmp_path.rglob(TRIALS))))
+    assert [row["value"] for row in rows] == [0.25, CURVES[1][-1], CURVES[2][-1]]
 
 
 def test_a_pruned_trainings_process_ends_at_once(tmp_path: Path) -> None:
