@@ -89,11 +89,10 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
     if fix is None:
         return None
     where = error.filename or folder
+    if error.errno in (errno.EACCES, errno.EPERM):  # to read as to write
+        return PrefmillError(f"no access: {error.strerror}", where=where, fix=fix)
     room = _room(Path(where)) if where and error.errno == errno.ENOSPC else None
-    what = (
-        "no access" if error.errno in (errno.EACCES, errno.EPERM) else "cannot write"
-    )  # or to read, which is the same
-    return PrefmillError(f"{what}: {error.strerror}", where=where or "(file not named)", got=room, fix=fix)
+    return PrefmillError(f"cannot write: {error.strerror}", where=where or "(file not named)", got=room, fix=fix)
 
 
 @contextlib.contextmanager
