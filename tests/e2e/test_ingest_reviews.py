@@ -20,6 +20,21 @@ from prefmill.store.jsonl import JsonlWriter
 from prefmill.store.stamps import verify
 
 
+def test_reviews_apart_from_their_papers_are_of_these_venues(tmp_path: Path) -> None:
+    """They had none, and quantiles of a venue's ratings were taken over those of all venues."""
+    named = {"p1": 'V "1" 2024', "p2": "W 2025", "p3": ""}
+    papers = [{"paper_id": key, "title": f"Title {key}", "venue": venue} for key, venue in named.items()]
+    said = 'It says "venue":"" there.'
+    reviews = [{"paper_id": key, "review_id": f"r-{key}", "review_text": said, "rating": 5} for key in named]
+    own = {"paper_id": "p1", "review_id": "own", "review_text": said, "rating": 5, "venue": "Its own"}
+    paths = jsonl(tmp_path / "papers.jsonl", *papers), jsonl(tmp_path / "reviews.jsonl", *reviews, own)
+    corpus = ingest(tmp_path, sources=[{"format": "jsonl", "path": path} for path in paths])
+    found = rows(corpus, "reviews.jsonl")
+    venues = {"r-p1": named["p1"], "r-p2": named["p2"], "r-p3": "", "own": "Its own"}
+    assert {review["review_id"]: review["venue"] for review in found} == venues
+    assert {review["text"] for review in found} == {said}
+
+
 def test_a_corpus_is_whole_in_order_and_as_the_records_say(tmp_path: Path) -> None:
     corpus = ingest(tmp_path, sources=[generated(60)])
     papers, reviews = rows(corpus, "papers.jsonl"), rows(corpus, "reviews.jsonl")

@@ -116,7 +116,10 @@ def write_corpus(
             # No key on 1 to 10: a corpus that was made before rows kept their scale has the same bytes.
             papers.write_line(encode_checked(row if scale == COMMON_SCALE else {**row, "scale": list(scale)}))
             if written:
-                reviews.write_line(b"\n".join([review.json for review in written]), len(written))
+                lines = b"\n".join([review.json for review in written])
+                # Of reviews in a table of their own; inside a text these quotes would be escaped.
+                lines = lines.replace(b'"venue":""', b'"venue":' + encode_checked(paper.venue))
+                reviews.write_line(lines, len(written))
             told = row["venue"], row["decision"]
             tally.ratings.update([(review.source, *told, review.scale, review.rating) for review in written])
             _count(tally, row, document, len(written))
