@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,11 @@ def point_latest(plan: Plan) -> None:
         link.unlink(missing_ok=True)
         # Relative, so that it is still right in a workspace that was moved or copied.
         link.symlink_to(plan.run)
-        # By rename: at no moment is there no `latest`.
-        os.replace(link, folder / LATEST)
+        try:
+            os.replace(link, folder / LATEST)  # at no moment is there no `latest`
+        except PermissionError:  # a link of another user's, under the sticky bit that scratch disks have
+            link.unlink()
+            print(f"{folder / LATEST} is another user's and does not follow run {plan.run}: name it", file=sys.stderr)
 
 
 def write_plan(plan: Plan) -> None:

@@ -17,7 +17,7 @@ from prefmill.core.errors import PipelineError
 from prefmill.core.places import SHARED_FROM
 from prefmill.pipeline import runs, sharing
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
-from prefmill.pipeline.run_record import closed_runs, run_names, write_plan
+from prefmill.pipeline.run_record import closed_runs, point_latest, run_names, write_plan
 from prefmill.pipeline.sharing import share, share_finished
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.task_status import read_status
@@ -213,3 +213,22 @@ def test_a_run_that_its_owner_keeps_to_himself_is_told_and_stops_nothing(
         assert main([command, "--workspace", str(tmp_path)]) == 0
         assert "not readable for you: theirs" in capsys.readouterr().err
     assert run_names(tmp_path / "nothing") == closed_runs(tmp_path / "nothing") == []
+
+
+def test_a_link_that_is_another_users_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a workspace with the sticky bit, as on scratch disks, only the first user could run anything."""
+    point_latest(plan(tmp_path, "first"))
+    replace = os.replace
+
+    def sticky(source: Path, target: Path) -> None:
+        if Path(target).name == "latest":  # the tests may run as root, whom no bit stops
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", sticky)
+    point_latest(plan(tmp_path, "second"))
+    assert (tmp_path / "logs" / "latest").resolve().name == "first"
+    assert "does not follow run second" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["first", "latest", "second"]
