@@ -127,8 +127,13 @@ def test_contradictions_ties_and_repetitions_are_set_aside(tmp_path: Path) -> No
 def test_an_all_ties_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"every comparison is a tie[\s\S]*12 ratings, 12 ties"):
         build(tmp_path, [{**row, "choice": "tie"} for row in sure()])
-    with pytest.raises(InputError, match=r"no pair is left"):
+    with pytest.raises(InputError, match=r"no pair is left[\s\S]*correct what .*logs/quarantine.jsonl lists"):
         build(tmp_path / "b", [rating("p00/0", "p00/1", side, side) for side in ("left", "right")])
+    assert [row["reason"] for row in read_jsonl(tmp_path / "b" / "logs" / "quarantine.jsonl")] == [
+        "raters contradict each other"
+    ]
+    with pytest.raises(InputError, match=r"no pair is left\n.*12 ratings, 2 skips, 10 ties\n.*fix: +rate more"):
+        build(tmp_path / "d", [{**row, "choice": "tie" if n > 1 else "skip"} for n, row in enumerate(sure())])
     with pytest.raises(InputError, match=r"no ratings\n.*\n.*files without a row\n.*write a line for each rating"):
         build(tmp_path / "c", [])
 

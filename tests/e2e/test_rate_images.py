@@ -141,7 +141,7 @@ def test_own_images_are_checked_and_copied(tmp_path: Path) -> None:
     assert told["warnings"] == [
         "set aside, see quarantine.jsonl: 1 x image: damaged image; 1 x image: image too large to decode; "
         "1 x image: missing image",
-        "1 of 2 prompts have no two pictures to compare",
+        "1 of 2 prompts have no two different pictures to compare",
     ]
     reasons = [row["reason"] for row in read_jsonl(task.output / "quarantine.jsonl")]
     assert reasons == ["damaged image", "image too large to decode", "missing image"]
@@ -160,6 +160,31 @@ def test_what_cannot_be_rated_is_explained(tmp_path: Path) -> None:
         rate(task_for(tmp_path / "x" / "d", "rate_images", images=images, reward=images), rater={"by": "sharpness"})
     with pytest.raises(InputError, match=r"no two images of one prompt[\s\S]*4 images of 4 prompts"):
         rate(task_for(tmp_path / "x" / "c", "rate_images", images=images), rater={"by": "sharpness"})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"the images of each prompt are the same picture\n.*4 images of 2 prompts\n.*that differ: `seeds`"),
+        (b"", r"no two images[\s\S]*images.csv:2\n.*0 images of 0 prompts; set aside: 4 x image: not an image\n"),
+    ],
+)
+def test_two_images_that_cannot_be_compared_are_not_said_to_be_missing(
+    tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    """`make at least two images per prompt` was told where two were there, equal or empty."""
+    names = ["a.png", "b.png", "c.png", "d.png"]
+    for name in names:
+        draw(tmp_path / "mine" / name, 0) if content is None else write(tmp_path / "mine" / name, content)
+    lines = [f"prompt {number // 2},{name}\n" for number, name in enumerate(names)]
+    write(tmp_path / "mine" / "images.csv", ("prompt,file\n" + "".join(lines)).encode())
+    with pytest.raises(InputError, match=said):
+        rate(task_for(tmp_path / "x", "rate_images"), rater={"by": "sharpness"}, images=str(tmp_path / "mine"))
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

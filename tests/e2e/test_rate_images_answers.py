@@ -95,6 +95,14 @@ def test_a_torn_answer_is_cut_off_and_a_damaged_one_is_named(tmp_path: Path, ima
     with pytest.raises(InputError, match=r"unreadable answer[\s\S]*all.jsonl:2"):
         rate(people.task)
     assert path.read_bytes().endswith(lines[2])
+    path.write_bytes(lines[0] + b'{"rater": "ann", "choice": "left"}\n' + lines[2])
+    with pytest.raises(InputError, match=r"unreadable answer[\s\S]*all.jsonl:2"):
+        rate(people.task)
+    undone = b'{"rater": "ann", "undo": true}\n'
+    path.write_bytes(undone + lines[0] + undone + lines[2])  # the fix, with the damaged line in front of an undo
+    people.start()
+    assert people.state("ann")["number"] == 1
+    people.kill()
 
 
 def test_a_page_that_is_behind_changes_nothing(tmp_path: Path, images: Artifact) -> None:

@@ -100,7 +100,7 @@ class AnswerBook:
     def _replay(self, row: dict[str, Any]) -> None:
         answers = self._answers[row["rater"]]
         if row.get("undo"):
-            answers.pop()
+            del answers[-1:]  # none where somebody deleted a damaged line before it
         else:
             answers.append(RaterAnswer(**row))  # type: ignore[typeddict-item]
 
@@ -109,13 +109,9 @@ class Session:
     """Who is asked what: each rater's pairs in an order of their own, until every pair has raters enough."""
 
     def __init__(
-        self,
-        book: AnswerBook,
-        matchups: Sequence[Matchup],
-        dimensions: Sequence[Dimension],
-        raters_per_pair: int,
+        self, book: AnswerBook, matchups: Sequence[Matchup], dimensions: Sequence[Dimension], raters_per_pair: int,
         seed: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.book, self.dimensions, self._seed = book, tuple(dimensions), seed
         self._matchups = {item.matchup_id: item for item in matchups}
         self._needed = raters_per_pair
@@ -156,8 +152,7 @@ class Session:
             return
         row = RaterAnswer(
             rater=rater, matchup=name, dimension=shown.dimension, choice=choice,
-            left=left.source.image_id, right=right.source.image_id,
-            left_sha256=left.sha256, right_sha256=right.sha256,
+            left=left.source.image_id, right=right.source.image_id, left_sha256=left.sha256, right_sha256=right.sha256,
         )  # fmt: skip
         self.book.add(row)
         self._count(row, 1)
@@ -251,7 +246,8 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             assert isinstance(row, dict)
             assert isinstance(row["rater"], str)
-        except (ValueError, AssertionError, KeyError, UnicodeDecodeError):
+            assert row.get("undo") or RaterAnswer.__required_keys__ <= row.keys()
+        except (ValueError, AssertionError, KeyError):
             # After a power cut some file systems leave zeros where data was not written yet: no answers, so cut off.
             if any(rest.strip(b"\0") for rest in lines[number:]):
                 raise InputError(

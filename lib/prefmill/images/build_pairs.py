@@ -65,7 +65,7 @@ def build_pairs(building: PairBuilding, artifacts: Sequence[Artifact], task: Tas
     found, num_ties = choose_pairs(votes, images, fits, building.labels, building.min_agreement, quarantine)
     pairs = split_pairs(found, images, building.splits)
     if not pairs:
-        raise _no_pair(num_ratings, num_ties, collection)
+        raise _no_pair(num_ties, collection, task.logs)
     summary = _summary(pairs, num_ties, num_ratings, votes, fits, collection, building)
     _write(task, pairs, images, fits, collection, summary)
     for warning in summary["warnings"]:
@@ -87,22 +87,22 @@ def _require_quality(collection: Collection, num_ratings: int, allowed: float, l
         )  # fmt: skip
 
 
-def _no_pair(num_ratings: int, num_ties: int, collection: Collection) -> InputError:
-    reasons = collection.quarantine.reasons()
-    what = "every comparison is a tie" if num_ties and not reasons else "no pair is left"
-    got = f"{num_ratings} ratings, {num_ties} ties" + (f"; {reasons}" if reasons else "")
-    return InputError(what, got=got, fix="rate more, or images that differ more: more seeds, more prompts")
+def _no_pair(num_ties: int, collection: Collection, logs: Path) -> InputError:
+    reasons, num_ratings = collection.quarantine.reasons(), len(collection.ratings)
+    num_skips = sum(rating["choice"] == "skip" for _, rating in collection.ratings)
+    what = "every comparison is a tie" if num_ties and not (num_skips or reasons) else "no pair is left"
+    got = f"{num_ratings} ratings, " + (f"{num_skips} skips, " if num_skips else "") + f"{num_ties} ties"
+    fix = "rate more, or images that differ more: more seeds, more prompts"
+    if reasons:
+        write_jsonl(logs / "quarantine.jsonl", collection.quarantine.rows)
+        got, fix = f"{got}; {reasons}", f"correct what {logs / 'quarantine.jsonl'} lists, or {fix}"
+    return InputError(what, got=got, fix=fix)
 
 
 def _summary(
-    pairs: Sequence[ImagePair],
-    num_ties: int,
-    num_ratings: int,
-    votes: Votes,
-    fits: Mapping[Dimension, Strengths],
-    collection: Collection,
-    building: PairBuilding,
-) -> dict[str, Any]:
+    pairs: Sequence[ImagePair], num_ties: int, num_ratings: int, votes: Votes, fits: Mapping[Dimension, Strengths],
+    collection: Collection, building: PairBuilding,
+) -> dict[str, Any]:  # fmt: skip
     prompts = {image.prompt_id for image in collection.images.values()}
     labelled = {name: sum(pair["labels"][name] is not None for pair in pairs) for name in DIMENSIONS}
     told = figures(votes)
@@ -153,13 +153,9 @@ def _warnings(summary: Mapping[str, Any], votes: Votes, building: PairBuilding) 
 
 
 def _write(
-    task: Task,
-    pairs: Sequence[ImagePair],
-    images: Mapping[str, GoodImage],
-    fits: Mapping[Dimension, Strengths],
-    collection: Collection,
-    summary: Mapping[str, Any],
-) -> None:
+    task: Task, pairs: Sequence[ImagePair], images: Mapping[str, GoodImage], fits: Mapping[Dimension, Strengths],
+    collection: Collection, summary: Mapping[str, Any],
+) -> None:  # fmt: skip
     used = {name for pair in pairs for name in (pair["preferred"], pair["rejected"])}
     for number, image in enumerate(images.values(), 1):
         if image.file in used:

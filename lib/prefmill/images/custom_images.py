@@ -29,6 +29,7 @@ from prefmill.images.prompts import (
 from prefmill.images.rating import choice_of
 from prefmill.store.jsonl import read_jsonl
 from prefmill.store.picture_formats import FORMATS
+from prefmill.store.pictures import on_disk
 
 _log = logging.getLogger(__name__)
 _PICTURES = {*FORMATS.values(), ".jpeg", ".tiff"}
@@ -45,7 +46,7 @@ _SCORE_TOO = {"image": (*_FILE, "file"), "rater": RATERS}
 _RATING_TOO = {"choice": ("preference", "winner", "pairwise", "pw"), "rater": RATERS}
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")
 # Our own names first, then those of tables filled in by hand.
-_SIDES = (
+SIDES = (
     ("left", "right"), ("image_a", "image_b"), ("image_0", "image_1"), ("image_1", "image_2"), ("image1", "image2"),
     ("image0", "image1"), ("left_image", "right_image"), ("image_left", "image_right"),
 )  # fmt: skip
@@ -147,8 +148,8 @@ def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """A row for each dimension rated, under our names; columns not used and lines without an answer are told."""
     table = list(read_table(path, (), _RATING_TOO))
     columns = list(table[0][1]) if table else []
-    sides = next((names for names in _SIDES if set(names) <= {*columns}), _SIDES[0])
-    ours = dict(zip(sides, _SIDES[0], strict=True))
+    sides = next((names for names in SIDES if set(names) <= {*columns}), SIDES[0])
+    ours = dict(zip(sides, SIDES[0], strict=True))
     rows = [(number, {ours.get(name, name): cell.strip() for name, cell in cells.items()}) for number, cells in table]
     rated = _rated([ours.get(name, name) for name in columns], path) if rows else {}
     said = {_choice(row.get(column, "")) for _, row in rows for column in rated.values()}
@@ -158,7 +159,7 @@ def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         answered = {name: cell for name, column in rated.items() if (cell := row.get(column))}
         num_blank += not answered
         for name, cell in answered.items():
-            by_file = {row.get(side): side for side in _SIDES[0]}
+            by_file = {row.get(side): side for side in SIDES[0]}
             choice = _chosen(_choice(cell), words) or by_file.get(cell, cell)
             dimension = row.get("dimension", name).lower()
             yield number, {"rater": path.stem, **row, "dimension": dimension, "choice": choice}
@@ -168,7 +169,7 @@ def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def answered(row: Mapping[str, Any]) -> tuple[tuple[str, str], str, str] | None:
     """A row's columns of two images and of a word, and what that says of them: left, right or tie; None for none."""
-    sides = next((names for names in _SIDES if all(row.get(name) for name in names)), None)
+    sides = next((names for names in SIDES if all(row.get(name) for name in names)), None)
     if sides is None:
         return None
     # MJ-Bench's label is the number of the better one of image0 and image1; nobody knows what others' say.
@@ -196,7 +197,7 @@ def _rated(columns: Sequence[str], path: Path) -> dict[str, str]:
     rated: dict[str, str] = {} if "dimension" in columns else {name: name for name in DIMENSIONS if name in columns}
     if "choice" in columns and "overall" not in rated:
         rated["overall"] = "choice"
-    if missing := [*(name for name in _SIDES[0] if name not in columns), *([] if rated else ["choice"])]:
+    if missing := [*(name for name in SIDES[0] if name not in columns), *([] if rated else ["choice"])]:
         raise InputError(
             f"no column {', '.join(missing)}", where=f"{path}:1",
             got=", ".join(columns), expected=", ".join(RATING_COLUMNS), fix="name the columns on the first line",
@@ -310,7 +311,7 @@ def _own_image(folder: Path, row: dict[str, str], where: str, short: str) -> Sou
     prompt_id = str(row.get("prompt_id") or "") or prompt_id_of(prompt)
     image_id = str(row.get("image_id") or "") or f"{prompt_id}/{safe_name(Path(file).stem)}"
     safe = all(is_safe(part) for part in (prompt_id, *image_id.split("/"))) and image_id.startswith(f"{prompt_id}/")
-    path = folder / file
+    path = on_disk(folder, file)
     if not safe or image_id.count("/") != 1:
         raise InputError(
             "an id cannot be a file name", where=where, got=f"{prompt_id}, {image_id}",

@@ -16,6 +16,7 @@ from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
 from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser
 from prefmill.families.sdxl.generator import decode, too_long, unpacked
+from prefmill.families.sdxl.loading import require_patches
 from prefmill.families.sdxl.noise import few_steps, require_steps
 from prefmill.images.files import inspect_image
 from prefmill.images.sampling import ImageSampling
@@ -63,15 +64,9 @@ def plan_jobs(prompts: Iterable[ImagePrompt], seeds: Iterable[int]) -> list[Imag
 
 
 def make_images(
-    open_model: Callable[[], Any],
-    jobs: Sequence[ImageJob],
-    sampling: ImageSampling,
-    label: str,
-    output: Path,
-    work: Path,
-    batch_size: int | None = None,
-    progress: Progress = silent,
-) -> list[GeneratedImage]:
+    open_model: Callable[[], Any], jobs: Sequence[ImageJob], sampling: ImageSampling, label: str, output: Path,
+    work: Path, batch_size: int | None = None, progress: Progress = silent,
+) -> list[GeneratedImage]:  # fmt: skip
     """Make what is missing of `jobs` below `output`, in batches that fit in memory; returns the rows, in their order.
 
     `open_model` returns a pipeline as `sdxl.generator.open_pipeline` does; it is not called when nothing
@@ -122,13 +117,7 @@ def followed(model: Any, sampling: ImageSampling, label: str = "") -> ImageSampl
 
 
 def _require_drawable(model: Any, sampling: ImageSampling, backbone: Backbone, settings: Mapping[str, Any]) -> None:
-    step = backbone.patch * model.vae_scale_factor
-    for key in ("height", "width"):
-        if (getattr(sampling, key) or 0) % step:
-            raise ConfigError(
-                "a picture of this size does not divide into patches", where=key, got=getattr(sampling, key),
-                expected=f"a multiple of {step}", fix=f"correct {key}",
-            )  # fmt: skip
+    require_patches(backbone.patch * model.vae_scale_factor, sampling, "height", "width")
     # LCM's UNets, too, are told their guidance.
     if sampling.negative_prompt and (not backbone.free_guidance or settings.get("time_cond_proj_dim")):
         raise ConfigError(

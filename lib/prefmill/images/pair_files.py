@@ -10,6 +10,7 @@ from typing import Any
 from prefmill.core.errors import InputError
 from prefmill.images.prompts import read_table, with_slashes
 from prefmill.store.jsonl import parse_json, read_jsonl
+from prefmill.store.pictures import on_disk
 from prefmill.store.row_files import file_rows, is_saved_to_disk
 
 _LONGEST = 255  # characters of a name, on every common file system
@@ -71,7 +72,7 @@ def stored(content: Any, base: Path, target: Path) -> Path:
     """Where the picture of a row lies: below `base` where it is named, written to `target` where it is given."""
     data = picture_bytes(content)
     if data is None:
-        return base / str(picture_path(content))
+        return on_disk(base, str(picture_path(content)))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(data)
     return target

@@ -15,6 +15,7 @@ from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
 from prefmill.images.custom_images import (
     RATERS,
+    SIDES,
     answered,
     read_artifact,
     read_own_images,
@@ -162,7 +163,9 @@ def _pair_fault(row: Any) -> str | None:
     if not _prompt(row).strip():
         return "no prompt"
     if not _pictures(row):
-        return "no two images"
+        sides = (*SIDES, _HPDV3_SIDES)
+        unchosen = any(all(row.get(name) for name in names) for names in sides)
+        return "two images and no choice between them" if unchosen else "no two images"
     if _labels(row) is None:
         return "a label outside 0 to 1"
     files = [picture_path(content) or "" for content in _pictures(row)]
@@ -240,10 +243,9 @@ def _read_pickapic(path: Path, folder: Path, collection: Collection) -> None:
     """Every row as a user's rating on the dimension `overall`; 0.5 : 0.5 is a tie, a row without a label a skip."""
     for where, base, row in _pickapic_rows(path):
         pictures = [row["jpg_0"], row["jpg_1"]]
-        if not all(picture_bytes(one) or picture_path(one) for one in pictures):
-            collection.quarantine.add("row", where, "no two images")
-            continue
-        if reason := next(filter(None, (no_file(picture_path(one)) for one in pictures)), None):
+        there = all(picture_bytes(one) or picture_path(one) for one in pictures)
+        faults = ["" if there else "no two images", *(no_file(picture_path(one)) for one in pictures)]
+        if reason := next(filter(None, faults), None):
             collection.quarantine.add("row", where, reason)
             continue
         given = [row.get(f"image_{side}_uid", _uid(one)) for side, one in enumerate(pictures)]

@@ -54,13 +54,9 @@ def fit_strengths(votes: Votes, images: Mapping[str, GoodImage]) -> dict[Dimensi
 
 
 def choose_pairs(
-    votes: Votes,
-    images: Mapping[str, GoodImage],
-    fits: Mapping[Dimension, Strengths],
-    labels: Labels,
-    min_agreement: float,
-    quarantine: Quarantine,
-) -> tuple[list[ImagePair], int]:
+    votes: Votes, images: Mapping[str, GoodImage], fits: Mapping[Dimension, Strengths], labels: Labels,
+    min_agreement: float, quarantine: Quarantine,
+) -> tuple[list[ImagePair], int]:  # fmt: skip
     """A pair for every two images of which voters prefer one overall, weighted 1 / pairs of its prompt; and the ties.
 
     Overall is the vote on `overall`, or the mean over the other dimensions where nobody was asked. Pairs of equal

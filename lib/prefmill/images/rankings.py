@@ -15,6 +15,7 @@ from prefmill.images.collection import Collection, SourceImage
 from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import is_safe, one_spelling, prompt_id_of, safe_name, with_slashes
 from prefmill.images.rating import choice_of
+from prefmill.store.pictures import on_disk
 from prefmill.store.row_files import file_rows
 
 _RANK = re.compile(r"\s*(\d+)(?:st|nd|rd|th)?\s*", re.IGNORECASE)
@@ -35,7 +36,7 @@ def read_rankings(path: Path, images: Path, work: Path, collection: Collection) 
         ranked = []
         for file, rank in zip(row["generations"], map(_rank, row["ranking"]), strict=True):
             image_id = f"{prompt_id}/{safe_name(Path(file).stem)}"
-            collection.add_image(SourceImage(image_id, prompt_id, prompt, base / file, file, where))
+            collection.add_image(SourceImage(image_id, prompt_id, prompt, on_disk(base, file), file, where))
             ranked.append((image_id, rank))
         # Every pair of a ranking: k (k - 1) / 2 comparisons of k images, as InstructGPT (2022) takes them.
         for (left, left_rank), (right, right_rank) in itertools.combinations(ranked, 2):

@@ -26,7 +26,7 @@ from prefmill.core.files import copy_once, write_atomic
 from prefmill.core.image_rows import HEADS, Dimension, Rating
 from prefmill.core.places import STAGES
 from prefmill.core.stage import Metrics, Task
-from prefmill.images.collection import Collection, GoodImage, check_images
+from prefmill.images.collection import Collection, GoodImage, Quarantine, check_images
 from prefmill.images.custom_images import image_of_row, read_own_images
 from prefmill.images.rating import Matchup, brightness, in_order, plan_matchups, rate_by_scores, score_all, sharpness
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -88,23 +88,26 @@ def rate_images(wanted: RateImages, task: Task) -> Metrics:
             got=f"rater.by={wanted.rater.by}", fix="set rater.by=reward, or leave out inputs.reward",
         )  # fmt: skip
     collection = _read_images(wanted, task)
-    good = check_images([image for _, image in sorted(collection.images.items())], collection.quarantine)
-    matchups = plan_matchups(good.values(), wanted.max_pairs_per_prompt, wanted.seed)
+    quarantine = collection.quarantine
+    good = check_images([image for _, image in sorted(collection.images.items())], quarantine)
+    matchups = plan_matchups(good.values(), wanted.max_pairs_per_prompt, wanted.seed, quarantine)
+    # Before people are asked: afterwards it is too late to put a picture there.
+    write_jsonl(task.output / "quarantine.jsonl", quarantine.rows)
+    warnings = quarantine.warnings() + _alone(collection, matchups)
+    for warning in warnings:
+        _log.warning("%s", warning)
     compared = {image.source.image_id: image for pair in matchups for image in (pair.first, pair.second)}
     if isinstance(wanted.rater, PeopleConfig):
         ratings = _ask_people(wanted, wanted.rater, matchups, compared, task)
     else:
         ratings = _ask_program(wanted, wanted.rater, matchups, compared, task)
-    summary = _summary(wanted, matchups, compared, ratings, collection)
+    summary = _summary(wanted, matchups, compared, ratings, quarantine, warnings)
     for image in compared.values():
         # Files of finished artifacts are linked: nobody edits them.
         copy_once(image.source.path, task.output / image.file, may_link=image.source.is_ours)
     write_jsonl(task.output / "images.jsonl", [image.row for _, image in sorted(compared.items())])
-    write_jsonl(task.output / "quarantine.jsonl", collection.quarantine.rows)
     write_atomic(task.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     write_atomic(task.output / "ratings.csv", ratings_csv(ratings))
-    for warning in summary["warnings"]:
-        _log.warning("%s", warning)
     return {key: summary[key] for key in ("num_pairs", "num_rated_pairs", "num_ratings", "raters", "warnings")}
 
 
@@ -160,12 +163,9 @@ def _read_images(wanted: RateImages, task: Task) -> Collection:
 
 
 def _ask_program(
-    wanted: RateImages,
-    rater: RewardConfig | MeasureConfig,
-    matchups: Sequence[Matchup],
-    images: dict[str, GoodImage],
+    wanted: RateImages, rater: RewardConfig | MeasureConfig, matchups: Sequence[Matchup], images: dict[str, GoodImage],
     task: Task,
-) -> list[Rating]:
+) -> list[Rating]:  # fmt: skip
     if isinstance(rater, MeasureConfig):
         scorer = {"sharpness": sharpness, "brightness": brightness}[rater.by]
     else:
@@ -262,12 +262,9 @@ def _announced(url: str, port: int, task: Task) -> Iterator[None]:
 
 
 def _summary(
-    wanted: RateImages,
-    matchups: Sequence[Matchup],
-    images: dict[str, GoodImage],
-    ratings: Sequence[Rating],
-    collection: Collection,
-) -> dict[str, Any]:
+    wanted: RateImages, matchups: Sequence[Matchup], images: dict[str, GoodImage], ratings: Sequence[Rating],
+    quarantine: Quarantine, warnings: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     if not ratings:
         raise InputError("nothing was rated", fix="rate at least one pair before finishing")
     choices = Counter(f"{row['dimension']}: {row['choice']}" for row in ratings)
@@ -279,12 +276,12 @@ def _summary(
         "num_ratings": len(ratings),
         "raters": len({row["rater"] for row in ratings}),
         "choices": dict(sorted(choices.items())),
-        "quarantine": collection.quarantine.counts(),
-        "warnings": collection.quarantine.warnings() + _alone(collection, matchups),
+        "quarantine": quarantine.counts(),
+        "warnings": warnings,
     }
 
 
 def _alone(collection: Collection, matchups: Sequence[Matchup]) -> list[str]:
     prompts = {image.prompt_id for image in collection.images.values()}
     num_alone = len(prompts - {matchup.prompt_id for matchup in matchups})
-    return [f"{num_alone} of {len(prompts)} prompts have no two pictures to compare"] if num_alone else []
+    return [f"{num_alone} of {len(prompts)} prompts have no two different pictures to compare"] if num_alone else []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, HEADS, Dimension, Rating
-from prefmill.images.collection import GoodImage
+from prefmill.images.collection import GoodImage, Quarantine
 from prefmill.store.missing import Progress, in_batches, kept_rows
 from prefmill.store.pictures import open_image
 
@@ -53,10 +53,12 @@ def draw(seed: int, *names: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()[:8])
 
 
-def plan_matchups(images: Iterable[GoodImage], most_per_prompt: int | None, seed: int) -> list[Matchup]:
+def plan_matchups(
+    images: Iterable[GoodImage], most_per_prompt: int | None, seed: int, quarantine: Quarantine | None = None
+) -> list[Matchup]:
     """Every two different images of a prompt, or `most_per_prompt` of them drawn at random; sorted.
 
-    Raises InputError when there are none.
+    Raises InputError when there are none, which tells what was set aside.
     """
     by_prompt: dict[str, list[GoodImage]] = defaultdict(list)
     for image in images:
@@ -69,22 +71,22 @@ def plan_matchups(images: Iterable[GoodImage], most_per_prompt: int | None, seed
         drawn = sorted(every, key=lambda item: draw(seed, item.matchup_id))[:most_per_prompt]
         found += sorted(drawn, key=lambda item: item.matchup_id)
     if not found:
+        are_equal = any(len(held) > 1 for held in by_prompt.values())
+        where, got = None, f"{sum(map(len, by_prompt.values()))} images of {len(by_prompt)} prompts"
+        if quarantine and quarantine.rows:
+            where, got = quarantine.rows[0]["where"], f"{got}; set aside: {quarantine.reasons()}"
         raise InputError(
-            "no two images of one prompt",
-            got=f"{sum(map(len, by_prompt.values()))} images of {len(by_prompt)} prompts",
-            fix="make at least two images per prompt: `seeds` of generate_images, or lines of images.csv",
+            "the images of each prompt are the same picture" if are_equal else "no two images of one prompt",
+            where=where, got=got, fix="make at least two images per prompt that differ: `seeds` of generate_images, or "
+            "lines of images.csv; put whole pictures where some were set aside",
         )  # fmt: skip
     return found
 
 
 def rate_by_scores(
-    matchups: Sequence[Matchup],
-    scores: Mapping[str, Mapping[Dimension, float]],
-    rater: str,
-    dimensions: Sequence[Dimension],
-    tie_margin: float,
-    seed: int,
-) -> list[Rating]:
+    matchups: Sequence[Matchup], scores: Mapping[str, Mapping[Dimension, float]], rater: str,
+    dimensions: Sequence[Dimension], tie_margin: float, seed: int,
+) -> list[Rating]:  # fmt: skip
     """The ratings of a program whose `scores` by image id are given; `overall` is the mean of the others.
 
     The side an image stands on is random, as for people. Scores that differ by `tie_margin` or less are a tie.

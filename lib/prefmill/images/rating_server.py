@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
@@ -47,13 +48,9 @@ class RatingServer(ThreadingHTTPServer):
     request_queue_size = 256
 
     def __init__(
-        self,
-        session: Session,
-        images: Mapping[str, GoodImage],
-        token: str,
-        port: int = 0,
+        self, session: Session, images: Mapping[str, GoodImage], token: str, port: int = 0,
         on_answer: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.session, self.token, self._on_answer = session, token, on_answer
         # Each request has its own thread, and a session is not made for that.
         self.lock = threading.Lock()
@@ -252,12 +249,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _enter(self, token: str) -> None:
         """Exchange the token in the address for a cookie, so that it stands in no history or referrer."""
         self._require_equal(token)
-        self.send_response(HTTPStatus.SEE_OTHER)
-        self.send_header("Location", "/")
-        self.send_header("Set-Cookie", f"{self._cookie}={token}; HttpOnly; SameSite=Strict; Path=/")
-        self.send_header("Referrer-Policy", "no-referrer")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        cookie = f"{self._cookie}={token}; HttpOnly; SameSite=Strict; Path=/"
+        self._reply(HTTPStatus.SEE_OTHER, b"", "text/plain", more={"Location": "/", "Set-Cookie": cookie})
 
     def _require_token(self) -> None:
         # Not by SimpleCookie: it reads nothing beside a cookie that it dislikes, such as another local program's.
@@ -279,16 +272,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(HTTPStatus.OK, page, "text/html; charset=utf-8", policy)
 
     def _reply(
-        self, status: HTTPStatus, body: bytes, kind: str, policy: str = "default-src 'none'", cache: str = "no-store"
-    ) -> None:
+        self, status: HTTPStatus, body: bytes, kind: str, policy: str = "default-src 'none'", cache: str = "no-store",
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Security-Policy", policy)
-        # The images are files of users: without it a browser may take one for a page and run it.
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Referrer-Policy", "no-referrer")
-        self.send_header("Cache-Control", cache)
+        headers = {
+            "Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": policy,
+            # The images are files of users: without it a browser may take one for a page and run it.
+            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": cache,
+        }  # fmt: skip
+        for name, value in {**headers, **more}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.files import replacing
-from prefmill.store.pictures import check_image, open_image
+from prefmill.store.pictures import check_image, on_disk, open_image
 
 
 def image_path(image: Any, row_id: str, base: Path, folder: Path) -> str:
@@ -27,7 +27,7 @@ def image_path(image: Any, row_id: str, base: Path, folder: Path) -> str:
             write_by_rename(path, data)
         return path.relative_to(folder).as_posix()
     named = image.get("path") if isinstance(image, Mapping) else image
-    found = (base / str(named).removeprefix("file://")).absolute()
+    found = on_disk(base, str(named).removeprefix("file://")).absolute()
     if not isinstance(named, str) or "://" in named.removeprefix("file://") or not found.is_file():
         raise InputError(
             "no such image", got=str(named)[:200], expected=f"a file below {base}, or the image's bytes",

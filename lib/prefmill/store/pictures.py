@@ -6,7 +6,9 @@ import contextlib
 import functools
 import importlib
 import io
+import os
 import struct
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from operator import truediv
@@ -46,6 +48,12 @@ def open_image(path: str | Path) -> Image:
     """
     with reading(path):
         return as_seen(_opened(path, path), path)
+
+
+def on_disk(folder: Path, name: str) -> Path:
+    """The file `name` below `folder`, also where one has its accents as one sign and the other, as macOS, as two."""
+    names = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    return next((path for path in map(folder.joinpath, names) if os.path.exists(path)), folder / name)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -318,7 +318,8 @@ def phi(error: Tensor) -> Tensor:
     series = 1 - error / 2 + square / 12 - square**2 / 720 + square**3 / 30_240 - square**4 / 1_209_600
     small = error.abs() < _SMALL
     regular = torch.where(small, torch.ones_like(error), error)  # so that the branch not taken has a gradient
-    return torch.where(small, series, regular / torch.expm1(regular))
+    # By e^-x, which ends in 0: e^x is infinite from an error of 178 on, and its slope no number.
+    return torch.where(small, series, -regular * torch.exp(-regular) / torch.expm1(-regular))
 
 
 def residual_and_drift(scores: PairScores) -> tuple[Tensor, Tensor]:

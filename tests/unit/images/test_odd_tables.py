@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from prefmill.core.errors import InputError
 from prefmill.images.collection import Collection
 from prefmill.images.custom_images import read_own_images
 from prefmill.images.pair_sources import (
+    ImageRewardSource,
     PairsSource,
     RatingsSource,
     ScoresSource,
     collect,
 )
 from prefmill.images.prompts import is_safe, read_prompts
+from prefmill.pairs.pictures import image_path
 
 LISTING, RATING = (
     "prompt,file\na cat,a.png\na cat,b.png\n",
@@ -247,6 +250,28 @@ def test_a_file_with_spaces_or_accents_needs_no_other_name(tmp_path: Path) -> No
     listing, rating = (text.replace("a.png", "mon été 1.png") for text in (LISTING, RATING))
     ((_, row),) = rated(written(tmp_path, images_csv=listing, ratings_csv=rating)).ratings
     assert all(is_safe(part) for part in row["left"].split("/"))
+
+
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+def test_files_are_found_in_either_normal_form_of_accents(tmp_path: Path, disk: Any) -> None:
+    """As unicodedata has them: names of macOS's disk in tables written elsewhere, and the reverse, were missing."""
+    named = unicodedata.normalize("NFD" if disk == "NFC" else "NFC", "été/ü.png")
+    file = tmp_path / unicodedata.normalize(disk, named)
+    file.parent.mkdir()
+    Image.new("RGB", (8, 8), "red").save(file)
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "b.png")
+    listing, rating = (text.replace("a.png", named) for text in (LISTING, RATING))
+    found = [rated(written(tmp_path, images_csv=listing, ratings_csv=rating))]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "chosen": named, "rejected": "b.png"}) + "\n")
+    (tmp_path / "r.json").write_text(
+        json.dumps([{"id": 7, "prompt": "a cat", "generations": [named, "b.png"], "ranking": [1, 2]}])
+    )
+    for source in (PairsSource(format="pairs", pairs=str(tmp_path / "p.jsonl")),
+                   ImageRewardSource(format="imagereward", rankings=str(tmp_path / "r.json"))):  # fmt: skip
+        found.append(collect([source], [], tmp_path / "work"))
+    for one in found:
+        assert {image.path for image in one.images.values()} == {file, tmp_path / "b.png"}
+    assert image_path(named, "1", tmp_path, tmp_path) == str(file)
 
 
 @pytest.mark.parametrize(

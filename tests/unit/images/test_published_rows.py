@@ -23,6 +23,7 @@ PICK = {
     "caption": "a cat", "image_0_uid": "u0", "image_1_uid": "u1", "jpg_0": "a.png", "jpg_1": "b.png",
     "label_0": 1, "label_1": 0,
 }  # fmt: skip
+UNCHOSEN = "two images and no choice between them"
 RANK = {"id": 7, "prompt": "a cat", "generations": ["a.png", "b.png"], "ranking": [1, 2]}
 
 
@@ -139,7 +140,7 @@ def test_rows_of_hpdv3_prefer_their_first_path(tmp_path: Path, suffix: str, more
     # Two paths alone do not say which is the better one.
     (tmp_path / "other.jsonl").write_text(json.dumps({key: row[key] for key in ("prompt", "path1", "path2")}) + "\n")
     other = collect([PairsSource(format="pairs", pairs=str(tmp_path / "other.jsonl"))], [], tmp_path / "work")  # type: ignore[arg-type]
-    assert other.quarantine.counts() == {"row: no two images": 1}
+    assert other.quarantine.counts() == {f"row: {UNCHOSEN}": 1}
 
 
 def test_rows_of_imagerewarddb_are_rankings(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_votes_for_two_images_are_read_or_their_columns_named(
     found = collect([PairsSource(format="pairs", pairs=str(tmp_path / "p.parquet"))], [], tmp_path / "work")  # type: ignore[arg-type]
     if choice is None:
         (fault,) = found.quarantine.rows
-        assert (fault["reason"], fault["row"]) == ("no two images", {**row, **dict.fromkeys(sides, "a picture")})
+        assert (fault["reason"], fault["row"]) == (UNCHOSEN, {**row, **dict.fromkeys(sides, "a picture")})
         return
     ((_, said),) = found.ratings
     shown = {side: found.images[said[side]].path.read_bytes().decode() for side in ("left", "right")}  # type: ignore[literal-required]
@@ -251,7 +252,7 @@ def test_a_word_says_which_of_two_pictures_is_better(
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
     found = collect([PairsSource(format="pairs", pairs=str(tmp_path / "p.jsonl"))], [], tmp_path)  # type: ignore[arg-type]
     if better is None:
-        assert [row["reason"] for row in found.quarantine.rows] == ["no two images"]
+        assert [row["reason"] for row in found.quarantine.rows] == [UNCHOSEN]
         return
     ((_, rating),) = found.ratings
     chosen = rating[rating["choice"]] if rating["choice"] in ("left", "right") else "tie"  # type: ignore[literal-required]

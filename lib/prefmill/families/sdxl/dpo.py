@@ -51,7 +51,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     runs that alone. Resumes from the newest complete checkpoint.
     """
     folder = open_folder(start, config.revision, config.variant)
-    require_patches(folder, config)
+    require_patches(8 * folder.backbone.patch, config, "resolution", "bucket_step")
     require_made_for(folder, config)
     schedule = folder.schedule(config.min_snr_gamma, config.guidance_scale)
     settings = settings_of(config, schedule)
@@ -167,12 +167,9 @@ def _references(
 
 
 def _compute(
-    references: Sequence[ReferenceErrors],
-    data: Sequence[PreferenceData | None],
-    task: Task,
-    trainer: PreferenceTrainer,
-    model: Any,
-) -> tuple[Reference, Reference]:
+    references: Sequence[ReferenceErrors], data: Sequence[PreferenceData | None], task: Task,
+    trainer: PreferenceTrainer, model: Any,
+) -> tuple[Reference, Reference]:  # fmt: skip
     """The reference's errors, by the policy that still is the reference, or with its adapter off."""
     model.to(trainer.args.device)
     # The Trainer's own autocast, so that the reference rounds as training does.

@@ -6,7 +6,7 @@ diffusers reads LoRA alone, and without an error drops DoRA's magnitudes and, wh
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +121,7 @@ def adapted(weight: Tensor, given: Factors, norm: DoraNorm, scale: float) -> Ten
     return weight + scale * (new - weight)
 
 
-def original_name(module: str, layers_per_block: int) -> str | None:
+def original_name(module: str, layers_per_block: int | Sequence[int]) -> str | None:
     """A layer's name in SDXL's original code, `input_blocks.4.1...`; None for a module that has none there."""
     block, *parts = module.split(".")
     if block not in ("down_blocks", "mid_block", "up_blocks"):
@@ -133,7 +133,9 @@ def original_name(module: str, layers_per_block: int) -> str | None:
         entry = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
         return inside and f"{entry}.{inside.partition('.')[2]}"
     # Down, a block has its layers and a downsampler as entries; up, it has one layer more than down.
-    place = int(parts[0]) * (layers_per_block + 1) + (layers_per_block if "sampler" in kind else int(number))
+    layers = [layers_per_block] * 9 if isinstance(layers_per_block, int) else layers_per_block
+    layers, at = layers if block == "down_blocks" else layers[::-1], int(parts[0])
+    place = sum(layers[:at]) + at + (layers[at] if "sampler" in kind else int(number))
     # The first entry of the way down is the convolution in front of all blocks.
     return inside and (f"input_blocks.{place + 1}." if block == "down_blocks" else f"output_blocks.{place}.") + inside
 

@@ -16,7 +16,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import digest_json, digest_path
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.families.causal.loading import loading
-from prefmill.families.sdxl.backbone import Backbone, backbone_of
+from prefmill.families.sdxl.backbone import Backbone, backbone_of, call_sdxl
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.folders import (
     PIPELINE_FILE,
@@ -154,7 +154,8 @@ def require_parts(folder: SdxlFolder) -> None:
     if missing:
         raise InputError(
             "a part of the pipeline is missing", where=folder.path / PIPELINE_FILE, got=f"no {', '.join(missing)}",
-            expected=", ".join(sorted(needed)), fix="download the whole pipeline: it was saved without these parts",
+            expected=", ".join(sorted(needed)),
+            fix="download the whole pipeline: it was saved without these parts. SDXL's refiner has none: give the base",
         )  # fmt: skip
 
 
@@ -169,7 +170,25 @@ def require_fit(folder: SdxlFolder) -> None:
             got=f"in_channels: {settings.get('in_channels')}", expected=f"{wanted}, of {channels} latent channels",
             fix="give the model that draws from text alone: this one is for inpainting or editing, or has another VAE",
         )  # fmt: skip
+    for key, wanted in _conditions(folder).items() if backbone.part == "unet" else ():
+        if (told := settings.get(key, wanted)) not in (wanted, [wanted] * len(settings["block_out_channels"])):
+            raise InputError(
+                "the unet is told other things than the text encoders say", where=folder.path / "unet",
+                got=f"{key}: {told}", expected=wanted, fix="give a whole pipeline that draws from text alone: parts of "
+                "two models do not go together, refiners and variations ask for more",
+            )  # fmt: skip
     _require_scheduler(folder)
+
+
+def _conditions(folder: SdxlFolder) -> dict[str, Any]:
+    """The settings of a UNet that is told a prompt by the folder's encoders, SDXL's with six numbers, and no more."""
+    encoders = [name for name in folder.encoders if name.startswith("text_encoder")]
+    read = [read_json(folder.path / name / "config.json") for name in encoders]
+    needed = {"cross_attention_dim": sum(one["hidden_size"] for one in read)}
+    if folder.backbone.call is call_sdxl:
+        ids = 6 * folder.denoiser_settings["addition_time_embed_dim"]
+        needed["projection_class_embeddings_input_dim"] = read[-1]["projection_dim"] + ids
+    return {**needed, "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}
 
 
 def _require_scheduler(folder: SdxlFolder) -> None:
@@ -184,13 +203,12 @@ def _require_scheduler(folder: SdxlFolder) -> None:
         )  # fmt: skip
 
 
-def require_patches(folder: SdxlFolder, config: SdxlPreferenceConfig) -> None:
-    """Raise ConfigError where the latents of the configured sizes are no whole number of a transformer's patches."""
-    step = 8 * folder.backbone.patch
-    for key in ("resolution", "bucket_step"):
-        if (getattr(config, key) or 0) % step:
+def require_patches(step: int, settings: Any, *keys: str) -> None:
+    """Raise ConfigError where a size in pixels is no multiple of `step`, the width of a transformer's patches."""
+    for key in keys:
+        if (getattr(settings, key) or 0) % step:
             raise ConfigError(
-                "a picture of this size does not divide into patches", where=key, got=getattr(config, key),
+                "a picture of this size does not divide into patches", where=key, got=getattr(settings, key),
                 expected=f"a multiple of {step}", fix=f"correct {key}",
             )  # fmt: skip
 

@@ -93,6 +93,12 @@ def scheduled(folder: Path, kind: str, *left_out: str, **change: Any) -> None:
         # VAE of another family, a scheduler of flow matching.
         (lambda folder: says(folder / "unet", in_channels=9), None, r"latents alone[\s\S]*got: +in_channels: 9"),
         (lambda folder: says(folder / "vae", latent_channels=16), None, r"latents alone[\s\S]*expected: 16"),
+        # These failed when latents and embeddings had been computed: SDXL's refiner, unCLIP, parts of two models.
+        (lambda folder: says(folder / "unet", projection_class_embeddings_input_dim=72), None,
+         r"other things than[\s\S]*input_dim: 72\n.*expected: 80\n.*refiners"),
+        (lambda folder: says(folder / "unet", class_embed_type="projection"), None, r"class_embed_type: projection"),
+        (lambda folder: says(folder / "unet", cross_attention_dim=[48, 48]), None, r"\[48, 48\]\n +expected: 64"),
+        (lambda folder: indexed(folder, text_encoder=[None, None]), None, r"no text_encoder\n[\s\S]*SDXL's refiner"),
         (lambda folder: scheduled(folder, "FlowMatchEulerDiscreteScheduler"), None, "scheduler is of another kind"),
         (lambda folder: scheduled(folder, "OurScheduler"), None, "cannot load the"),
     ],

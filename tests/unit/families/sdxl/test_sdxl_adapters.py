@@ -275,6 +275,19 @@ def test_merged_weights_are_the_trained_model(sdxl: SdxlFolder, lora: str) -> No
 )  # fmt: skip
 def test_names_are_those_of_the_original_code(ours: str, original: str | None) -> None:
     assert original_name(ours, layers_per_block=2) == original
+    assert original_name(ours, layers_per_block=[2, 2, 2]) == original
+
+
+def test_names_follow_the_layers_of_each_block() -> None:
+    """By the numbers of the original code: down its lists grow by a block's layers and one, up by one more."""
+    names = {name: original_name(name, [1, 3]) for name in (
+        "down_blocks.0.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv", "down_blocks.1.resnets.2.conv1",
+        "up_blocks.0.resnets.3.conv1", "up_blocks.0.upsamplers.0.conv", "up_blocks.1.resnets.0.conv1",
+    )}  # fmt: skip
+    assert list(names.values()) == [
+        "input_blocks.1.0.in_layers.2", "input_blocks.2.0.op", "input_blocks.5.0.in_layers.2",
+        "output_blocks.3.0.in_layers.2", "output_blocks.3.2.conv", "output_blocks.4.0.in_layers.2",
+    ]  # fmt: skip
 
 
 def test_alpha_is_four_times_the_rank_and_targets_are_checked(sdxl: SdxlFolder) -> None:
