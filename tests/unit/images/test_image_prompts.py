@@ -156,7 +156,7 @@ def test_signs_that_show_nothing_make_no_second_prompt(tmp_path: Path, sign: str
 def test_the_rating_page_takes_a_prompts_direction_from_its_letters() -> None:
     """HTML's `dir`: Hebrew and Arabic began at the left, with their full stops on the wrong side."""
     page = (REPOSITORY / "lib" / "prefmill" / "images" / "rating_page.html").read_text(encoding="utf-8")
-    assert re.findall('<h1 id="prompt"([^>]*)>', page) == [' dir="auto"']
+    assert re.findall('<h1 id="prompt"([^>]*)>', page) == [' dir="auto" tabindex="0"']
 
 
 def test_empty_cells_at_the_end_are_no_matter(tmp_path: Path) -> None:
