@@ -76,6 +76,10 @@ def test_a_long_prompt_leaves_both_pictures_whole(chromium: str, tmp_path: Path,
         assert page.read(f"{_box('left')}.height") > 0.25 * height
         # All of the prompt can be read, by keyboard too.
         assert page.read("(({scrollHeight, clientHeight}) => scrollHeight > clientHeight)(document.all.prompt)")
+        page.read("document.all.prompt.focus()")
+        page.press("ArrowDown")
+        page.wait("document.all.prompt.scrollTop > 0")
+        assert not answers(people.task)
         assert page.accessibility_faults() == []
 
 
