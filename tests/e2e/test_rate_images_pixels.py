@@ -20,7 +20,7 @@ from prefmill.images.rating_server import RatingServer
 from prefmill.store.pictures import open_image
 from tests.unit.images.test_picture_formats import p3_profile
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
 _DRAWN = """(async () => {
   const image = new Image();
   image.src = %s;
