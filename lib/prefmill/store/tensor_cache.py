@@ -61,11 +61,11 @@ class TensorCache:
 
 
 def cache_folder(task: Task, given: Path | None) -> Path:
-    """The folder of a configuration, else `data/cache` of the task's workspace, else the task's own scratch."""
+    """The folder of a configuration, else `data/cache` of the workspace where it is ours, else the task's scratch."""
     if given is not None:
         return given
     # <workspace>/checkpoints/<run>/<stage>/<task>
     parents = task.output.parents
-    if len(parents) > 3 and parents[2].name == "checkpoints":
-        return parents[3] / "data" / "cache"
-    return task.work / "cache"
+    shared = parents[3] / "data" / "cache" if len(parents) > 3 and parents[2].name == "checkpoints" else None
+    # Made by another user of the workspace, it takes nothing of ours.
+    return shared if shared and (os.access(shared, os.W_OK) or not shared.is_dir()) else task.work / "cache"
