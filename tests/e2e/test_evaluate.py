@@ -230,3 +230,24 @@ def _prompt_lengths(corpus: Artifact, base: Artifact) -> list[int]:
 def test_a_wrong_configuration_is_explained(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(STAGE.config, config)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_evaluated_as_its_merged_model(corpus: Artifact, base: Artifact, tmp_path: Path) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), lora)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(base.path).save_pretrained(tmp_path / "merged")
+    for name in ("adapter", "merged"):
+        evaluate(corpus, folder_of(tmp_path, name), None, model="x", model_name_or_path=str(tmp_path / name))
+    evaluate(corpus, folder_of(tmp_path, "base"), base, model="x")
+    found = {name: contents(folder_of(tmp_path, name)) for name in ("adapter", "merged", "base")}
+    assert found["adapter"] == found["merged"] != found["base"]

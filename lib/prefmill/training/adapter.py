@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import write_atomic
 from prefmill.core.stage import Task
+from prefmill.training.adapter_folder import PEFT_WEIGHTS
 from prefmill.training.config import TrainingConfig
-from prefmill.training.finished import require_finite, tensor_names
+from prefmill.training.finished import require_finite
 from prefmill.training.reference import weights_of
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig, frozen: Sequence
         model.config._name_or_path = model.name_or_path = ""  # checkpoints would name a folder of this machine
     if config.lora.start is not None:
         return put_on(model, config.lora.start, trainable=True)
-    return new_adapter(model, config, task_type="CAUSAL_LM", exclude_modules=list(frozen) or None)
+    task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None  # which encoders (BERT) have not
+    return new_adapter(model, config, task_type=task, exclude_modules=list(frozen) or None)
 
 
 def new_adapter(model: Any, config: TrainingConfig, **more: Any) -> Any:
@@ -68,22 +71,32 @@ def unfitting_targets(got: str) -> ConfigError:
 def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
     """`model` with the adapter in `folder`, its dropout off; raises InputError where it does not fit, or not wholly."""
     import peft
+    import torch
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     said = peft.PeftConfig.from_pretrained(str(folder))
     said.lora_dropout = 0.0
     try:
-        # Half-precision adapters are trained in fp32, as new ones are.
-        adapted = peft.PeftModel.from_pretrained(model, str(folder), config=said, is_trainable=trainable)
+        given = load_file(folder / PEFT_WEIGHTS)
+        with warnings.catch_warnings(action="ignore"):  # of what is looked at below
+            # Half-precision adapters are trained in fp32, as new ones are.
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), config=said, is_trainable=trainable)
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise _unfitting(model, folder, " ".join(str(error).split())[:300]) from None
     # PEFT leaves weights that are not in the file as a new adapter has them, and those that have no place unread.
-    given = set(tensor_names(folder / "adapter_model.safetensors"))
-    own = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    found = [f"{name}: not in the file" for name in sorted(own - given)]
-    found += [f"{name}: no place for it" for name in sorted(given - own) if "lora_" in name]
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    found = [f"{name}: not in the file" for name in sorted(own.keys() - given)]
+    found += [f"{name}: no place for it" for name in sorted(given.keys() - own) if "lora_" in name]
+    found += [
+        f"{name}: of another shape" for name in sorted(own) if own[name].shape != given.get(name, own[name]).shape
+    ]
     if found:
         raise _unfitting(model, folder, "; ".join(found[:3]) + ("; ..." if found[3:] else ""))
+    with torch.no_grad():
+        # Where transformers renames a model's weights (LLaDA's), PEFT renames these too, and loses them.
+        for name, value in own.items():
+            value.copy_(given[name])
     return adapted
 
 
@@ -134,7 +147,7 @@ def save_adapter(model: Any, base: str, revision: str | None, folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     # The format refuses tensors that share memory, as a head and embeddings may, or are not contiguous.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(state.items())}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
     said = model.peft_config["default"].to_dict()
     said |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     lists = {key: sorted(value) for key, value in said.items() if isinstance(value, set)}  # in an order of their own

@@ -48,10 +48,10 @@ def adapter_at(name: str, revision: str | None = None) -> Path | None:
     return folder if is_adapter(folder) else None
 
 
-def split_adapter(name: str, revision: str | None = None) -> tuple[str, Path | None]:
-    """The whole model behind `name` and the adapter on it, None for a whole model; raises ValueError as `base_of`."""
+def whole_model(name: str, revision: str | None) -> tuple[str, str | None, Path | None]:
+    """The whole model behind `name`, its revision, and the adapter on it; raises ValueError as `base_of`."""
     folder = adapter_at(name, revision)
-    return (name, None) if folder is None else (base_of(folder), folder)
+    return (name, revision, None) if folder is None else (base_of(folder), base_revision(folder), folder)
 
 
 def base_of(folder: Path) -> str:
@@ -61,9 +61,11 @@ def base_of(folder: Path) -> str:
     # Our own adapters name a local base by the digest of its content, from which no path follows.
     if not base or base.startswith("sha256:") or (is_path and not expand_home(base).is_dir()):
         raise ValueError(
-            f"the base of this adapter is not here: {base or 'not named'}; give it as model_name_or_path, and this "
-            f"folder as lora.start"
+            f"the base of this adapter is not here: {base or 'not named'}; to train, give it as model_name_or_path, "
+            "and this folder as lora.start"
         )
+    if adapter_at(base) is not None:
+        raise ValueError(f"the base of this adapter is an adapter itself, {base}: merge that one first")
     return base
 
 
@@ -80,12 +82,9 @@ def lora_of(folder: Path) -> dict[str, Any]:
     if said.get("peft_type") != "LORA" or odd:
         kind = ", ".join(odd) or said.get("peft_type")
         raise ValueError(
-            f"only plain LoRA adapters are continued, not {kind}: start from the base, or from the model with the "
+            f"only plain LoRA adapters are read, not {kind}: start from the base, or from the model with the "
             "adapter merged where PEFT can merge it"
         )
-    # The older adapter_model.bin is a pickle, which may run code when it is read.
-    if not (folder / PEFT_WEIGHTS).is_file():
-        raise ValueError(f"the adapter has no {PEFT_WEIGHTS}: nothing else is loaded")
     said["target_modules"] = said.get("target_modules") or []
     places = {"target_modules or target_parameters": said["target_modules"] or said.get("target_parameters")}
     needed = {"r": said.get("r"), "lora_alpha": said.get("lora_alpha"), **places}
@@ -102,9 +101,12 @@ def lora_of(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """What an adapter says of itself; raises ValueError where it says nothing."""
+    """What an adapter says of itself; raises ValueError where it says nothing, or has no safetensors."""
     try:
         said: dict[str, Any] = {**json.loads((folder / _CONFIG).read_text("utf-8"))}
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"no adapter in {folder}: {error}") from None
+    # The older adapter_model.bin is a pickle, which may run code when it is read.
+    if not (folder / PEFT_WEIGHTS).is_file():
+        raise ValueError(f"the adapter has no {PEFT_WEIGHTS}: nothing else is loaded")
     return said

@@ -48,21 +48,20 @@ def test_the_revision_of_an_adapter_as_reference_is_not_asked_of_its_base(
 ) -> None:
     from huggingface_hub import constants
 
-    from prefmill.families.causal.other_reference import reference_parts, reference_revision
+    from prefmill.families.causal.other_reference import reference_parts
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--me--adapter" / "snapshots" / "v2"
     folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").touch()
     said = {"base_model_name_or_path": "me/base", "peft_type": "LORA"}
     schema = load_stage("dpo").config
     for own in (None, "v7"):
         (folder / "adapter_config.json").write_text(json.dumps({**said, "revision": own}))
         config = validate(schema, {**TRAINING, "ref_name": "me/adapter", "ref_revision": "v2"})
-        parts = reference_parts(config)
-        assert parts == ("me/base", folder)
-        assert reference_revision(config, folder) == own
+        assert reference_parts(config) == ("me/base", own, folder)
     whole = validate(schema, {**TRAINING, "ref_name": "me/whole", "ref_revision": "v2"})
-    assert reference_revision(whole, None) == "v2"
+    assert reference_parts(whole) == ("me/whole", "v2", None)
 
 
 def test_so_is_that_of_a_judge(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_an_adapter_in_the_hubs_cache_is_found_by_its_name(
     named = validate(PreferenceConfig, {"model_name_or_path": "me/mine", "ref_name": "me/mine"})
     assert named.model_name_or_path == str(tiny_qwen2)
     assert identity(named)["lora"] == identity(local)["lora"]
-    assert reference_parts(named) == (str(tiny_qwen2), cached / "snapshots" / "abc123")
+    assert reference_parts(named) == (str(tiny_qwen2), None, cached / "snapshots" / "abc123")
     start = validate(PreferenceConfig, {"model_name_or_path": str(tiny_qwen2), "lora": {"start": "me/mine"}})
     assert identity(start)["lora"] == identity(local)["lora"]
     other = validate(PreferenceConfig, {"model_name_or_path": "me/mine", "revision": "v2"})
@@ -199,13 +199,6 @@ def test_adapters_that_cannot_be_gone_on_with_are_refused(
     (folder / "adapter_config.json").write_text(json.dumps(config | said))
     with pytest.raises(ConfigError, match=why):
         validate(PreferenceConfig, {"model_name_or_path": str(folder), "lora": lora})
-
-
-def test_an_adapter_is_no_model_elsewhere(adapter: Path) -> None:
-    from prefmill.families.causal.loading import load_model
-
-    with pytest.raises(InputError, match="an adapter alone"):
-        load_model(str(adapter), precision="fp32")
 
 
 def test_a_config_beside_an_adapter_makes_no_model_of_it(adapter: Path, tiny_qwen2: Path, tmp_path: Path) -> None:

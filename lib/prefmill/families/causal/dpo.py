@@ -26,7 +26,7 @@ from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.ld_dpo import DesensitizedFamily, per_token, reference_sums
 from prefmill.families.causal.load_check import as_scorer, check_in_shards
 from prefmill.families.causal.loading import LOADING, ORIGIN, load_model, load_tokenizer
-from prefmill.families.causal.other_reference import check_reference, reference_parts, reference_revision
+from prefmill.families.causal.other_reference import check_reference, reference_parts
 from prefmill.families.causal.router_loss import RoutedFamily, require_routing
 from prefmill.families.causal.scorer import Batch, encode_pairwise, encode_sequences, score_batch
 from prefmill.families.causal.start_checks import check_positions, check_start
@@ -243,7 +243,7 @@ def _reference(
     # Another packing or batch size adds in another order: scores are kept for each.
     settings = {**computed_as(config), "layout": config.layout, "at_once": at_once, "ld_alpha": config.ld_alpha}
     other, device = reference_parts(config), trainer.args.device
-    weights = start_weights(task, config) if other is None else _weights(*other, config)
+    weights = start_weights(task, config) if other is None else _weights(*other)
     kept = kept_reference(task, weights, settings, device)
     scope = nullcontext(model) if other is None else _other_reference(*other, config, trainer)
     with scope as reference, scoring_context(trainer, config):
@@ -260,12 +260,12 @@ def _reference(
 
 @contextmanager
 def _other_reference(
-    base: str, adapter: Path | None, config: PreferenceConfig, trainer: PreferenceTrainer
+    base: str, revision: str | None, adapter: Path | None, config: PreferenceConfig, trainer: PreferenceTrainer
 ) -> Iterator[Any]:
     """Another checkpoint than the policy, as training would hold it."""
     # transformers' sharded loading would come before the adapter is put on; `scoring_model` shares both together.
     with unsharded_loading():
-        model = load_policy(base, config, reference_revision(config, adapter))
+        model = load_policy(base, config, revision)
     if adapter is not None:
         model = put_on(model, adapter)  # not merged: in bf16 that would round it away
     with scoring_model(model, trainer, config, kept_dtype(config)) as reference:
@@ -273,10 +273,8 @@ def _other_reference(
         yield reference
 
 
-def _weights(base: str, adapter: Path | None, config: PreferenceConfig) -> str:
-    return "+".join(
-        [weights_of(base, reference_revision(config, adapter)), *([digest_path(adapter)] if adapter else [])]
-    )
+def _weights(base: str, revision: str | None, adapter: Path | None) -> str:
+    return "+".join([weights_of(base, revision), *([digest_path(adapter)] if adapter else [])])
 
 
 def _content(group: Group, config: PreferenceConfig, reader: ImageReader | None) -> list[Any]:

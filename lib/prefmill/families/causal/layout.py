@@ -9,7 +9,7 @@ import torch
 from prefmill.core.errors import ConfigError
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.loading import load_config
-from prefmill.families.causal.other_reference import reference_parts, reference_revision
+from prefmill.families.causal.other_reference import reference_parts
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.preference_config import PreferenceConfig
 
@@ -49,7 +49,7 @@ def _why_pairwise(config: PreferenceConfig, policy: str) -> str | None:
     other = reference_parts(config)
     # Policy and reference run the same packed rows.
     models = [(policy, config.revision)]
-    models += [(other[0], reference_revision(config, other[1]))] if other is not None else []
+    models += [other[:2]] if other is not None else []
     reasons = (_why_not_group(name, revision, config) for name, revision in models)
     return next(filter(None, reasons), None)
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision, Quantization, torch_dtype
-from prefmill.families.causal.quantized import four_bit, load_whole
+from prefmill.families.causal.quantized import four_bit, load_whole, require_trainable, unquantized
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import auto_class
-from prefmill.training.adapter_folder import is_adapter, is_both
+from prefmill.training.adapter import merge_adapter, put_on
+from prefmill.training.adapter_folder import is_both, lora_of, template_of, whole_model
 
 if TYPE_CHECKING:
     from datetime import date
@@ -43,18 +44,22 @@ def load_tokenizer(
     """The tokenizer of `name_or_path`, with a pad token and a chat template, its own or that of `template`.
 
     Raises InputError when it is missing, has no words, no chat template (prompts are chats throughout) or one that
-    reads the clock where `today` is not given, or has no token to pad rows with.
+    reads the clock where `today` is not given, or has no token to pad rows with. Of an adapter it is its base's, with
+    the adapter's own template.
     """
     from transformers import AutoTokenizer
     from transformers.utils.hub import cached_file
 
-    require_folder(name_or_path)
+    name_or_path, revision, adapter = model_parts(name_or_path, revision)
     with loading("the tokenizer", name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     require_vocabulary(tokenizer, name_or_path)
     if tokenizer.chat_template is None:  # LLaVA's folders have it where processors alone look
         said = cached_file(name_or_path, "chat_template.json", revision=revision, **_QUIET)
         tokenizer.chat_template = json.loads(Path(said).read_text("utf-8")).get("chat_template") if said else None
+    if adapter is not None:
+        require_same_tokens(tokenizer, adapter)
+        tokenizer.chat_template = template_of(adapter) or tokenizer.chat_template
     (template or ChatTemplate()).put_on(tokenizer, name_or_path, today)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -80,10 +85,15 @@ def load_model(
 
     Raises InputError when it cannot load, or not as a whole.
 
-    A model that also takes images is loaded with its vision part. With `quantization` its linear layers hold 4 bits a
-    weight and compute in `precision`; files of 8 or 4 bits are read as whole weights where they can be.
+    A model that also takes images is loaded with its vision part, an adapter merged into its base. With `quantization`
+    its linear layers hold 4 bits a weight and compute in `precision`; files of 8 or 4 bits are read as whole weights
+    where they can be.
     """
-    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    base, revision, adapter = model_parts(name_or_path, revision)
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if adapter is not None:
+        model = load_model(base, precision="fp32", attn_implementation=attn_implementation, **origin)
+        return merged(model, adapter, precision, quantization)
     config = load_config(name_or_path, revision, trust_remote_code)
     attention = attn_implementation or _own_attention(config)
     model, info = read_weights(
@@ -95,8 +105,35 @@ def load_model(
             # On a CPU bitsandbytes would repack weights in eval mode, and could not train on them again (0.50).
             module.support_avx512bf16_for_cpu = False
     say_untied(model)
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
+
+
+def model_parts(name: str, revision: str | None) -> tuple[str, str | None, Path | None]:
+    """The whole model behind `name`, its revision and the adapter on it; InputError for one that is not merged here."""
+    require_folder(name)
+    try:
+        base, revision, adapter = whole_model(name, revision)
+        if adapter is not None:
+            lora_of(adapter)
+    except ValueError as error:
+        raise InputError(
+            "this adapter cannot be loaded on its base", where=name, got=error, expected="plain LoRA, its base here",
+            fix="write where the base is into its adapter_config.json as base_model_name_or_path, or give the merged "
+            "model: of a training of prefmill the folder above `adapter`",
+        ) from None  # fmt: skip
+    return base, revision, adapter
+
+
+def merged(model: Any, adapter: Path, precision: Precision, quantization: Quantization | None) -> Any:
+    """`model`, in fp32, with `adapter` merged, then in `precision`: merged in 16 bits much of it would round away."""
+    require_trainable(str(adapter), model.config, None)
+    if quantization is not None:
+        raise InputError(
+            "an adapter is merged into whole weights", where=adapter, got=f"quantization={quantization}",
+            fix="leave quantization out",
+        )  # fmt: skip
+    whole = merge_adapter(put_on(model, adapter))
+    return whole if precision == "fp32" else unquantized(whole, precision)
 
 
 def say_untied(model: Any) -> None:
@@ -114,7 +151,7 @@ def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any
     """The configuration of the model `name`; raises InputError where transformers finds none that it knows."""
     from transformers import AutoConfig
 
-    require_folder(name)
+    name, revision, _ = model_parts(name, revision)
     with loading("the model", name):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -127,6 +164,7 @@ def stated_generation(name: str, revision: str | None) -> GenerationConfig | Non
     from transformers import GenerationConfig
     from transformers.utils.hub import cached_file
 
+    name, revision, _ = model_parts(name, revision)
     file = "generation_config.json"
     if cached_file(name, file, revision=revision, **_QUIET) is None:
         return None
@@ -184,6 +222,22 @@ def read_whole(loader: Any, name: str, **options: Any) -> Any:
     )
     require_whole(model, info, name)
     return model
+
+
+def require_same_tokens(tokenizer: Any, adapter: Path | None) -> None:
+    """Raise InputError for an adapter that was trained with tokens that its base's `tokenizer` does not have."""
+    from transformers import AutoTokenizer
+
+    if adapter is None or not (adapter / "tokenizer_config.json").is_file():
+        return
+    with loading("the adapter's tokenizer", adapter):
+        theirs = AutoTokenizer.from_pretrained(adapter).get_vocab()
+    mine = tokenizer.get_vocab()
+    if other := sorted(token for token, number in theirs.items() if mine.get(token) != number):
+        raise InputError(
+            "the adapter was trained with other tokens than its base's", where=adapter, got=", ".join(other[:5]),
+            fix="give the model with the adapter merged and those tokens in it",
+        )  # fmt: skip
 
 
 def require_vocabulary(tokenizer: Any, name: str) -> None:
@@ -244,11 +298,6 @@ def require_folder(name_or_path: str) -> None:
         raise InputError(
             "this folder has a whole model and an adapter", where=name_or_path, got="adapter_config.json too",
             expected="one of them", fix="move the adapter into a folder of its own, and give the one you mean",
-        )  # fmt: skip
-    if is_adapter(Path(name_or_path)):
-        raise InputError(
-            "this folder has an adapter alone", where=name_or_path, expected="a whole model",
-            fix="give the merged model; sft and dpo go on with an adapter, and dpo takes one as its reference",
         )  # fmt: skip
 
 

@@ -11,23 +11,18 @@ from transformers import PreTrainedTokenizerBase
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_config, load_tokenizer
 from prefmill.families.causal.quantized import require_trainable
-from prefmill.training.adapter_folder import base_revision, read_adapter, split_adapter
+from prefmill.training.adapter_folder import read_adapter, whole_model
 from prefmill.training.objectives import Objective
 from prefmill.training.preference_config import PreferenceConfig
 
 
-def reference_parts(config: PreferenceConfig) -> tuple[str, Path | None] | None:
-    """The whole model of another reference, and the adapter on it where it is one; None for the policy at its start."""
+def reference_parts(config: PreferenceConfig) -> tuple[str, str | None, Path | None] | None:
+    """Another reference's whole model, its revision and the adapter on it if it is one; None: the policy's start."""
     name = str(config.ref_folder) if config.ref_folder is not None else config.ref_name
     try:
-        return None if name is None else split_adapter(name, config.ref_revision)
+        return None if name is None else whole_model(name, config.ref_revision)
     except ValueError as error:
         raise ConfigError("the reference cannot be loaded", where=name, got=error, fix="merge the adapter") from None
-
-
-def reference_revision(config: PreferenceConfig, adapter: Path | None) -> str | None:
-    """The revision of the whole model: `ref_revision`, or the one that an adapter as reference names for its base."""
-    return config.ref_revision if adapter is None else base_revision(adapter)
 
 
 def check_reference(
@@ -40,7 +35,7 @@ def check_reference(
     parts = reference_parts(config)
     if parts is None:
         return
-    name, adapter = parts
+    (name, revision, adapter), trust = parts, config.trust_remote_code
     if adapter is not None and config.layout == "group" and read_adapter(adapter).get("alora_invocation_tokens"):
         raise ConfigError(
             "the reference's adapter begins at tokens that it looks for (aLoRA): a group has several answers in a row",
@@ -51,7 +46,6 @@ def check_reference(
             "ref_name is given, but no objective here has a reference", got=", ".join(config.loss_type),
             fix="leave ref_name out, or add an objective with a reference, such as sigmoid",
         )  # fmt: skip
-    trust, revision = config.trust_remote_code, reference_revision(config, adapter)
     # Its template never writes a prompt: any day will do for one that reads the clock.
     other = load_tokenizer(name, revision=revision, trust_remote_code=trust, today=date.today())
     _same_vocabulary(name, tokenizer.get_vocab(), other.get_vocab())

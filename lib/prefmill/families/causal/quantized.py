@@ -77,7 +77,7 @@ def load_whole(load: Callable[..., tuple[Any, Any]], name: str, config: Any, pre
         if getattr(owner, _KEY, None):
             getattr(owner, _KEY)["dequantize"] = True
     model, info = load(config=config)
-    return _plain(model, precision), info
+    return unquantized(model, precision), info
 
 
 def _forget(config: Any) -> None:
@@ -85,7 +85,7 @@ def _forget(config: Any) -> None:
         owner.__dict__.pop(_KEY, None)
 
 
-def _plain(model: Any, precision: Precision) -> Any:
+def unquantized(model: Any, precision: Precision) -> Any:
     """The same weights in a model that nothing has quantized: it rounds no activations, and is saved as it is."""
     import torch
 
@@ -95,5 +95,6 @@ def _plain(model: Any, precision: Precision) -> Any:
     weights = {key: value for key, value in model.state_dict().items() if key in own}
     plain = type(model).from_pretrained(None, config=model.config, state_dict=weights, dtype=torch_dtype(precision))
     del plain._weight_conversions  # its names as transformers saves any other model of its kind
-    plain.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # encoders such as BERT write nothing
+        plain.generation_config = model.generation_config
     return plain

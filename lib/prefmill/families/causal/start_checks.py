@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.families.causal.loading import load_config
+from prefmill.families.causal.loading import load_config, require_same_tokens
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.training.config import TrainingConfig
@@ -24,7 +24,7 @@ def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingC
 
     ConfigError for an attention that the model does not take.
     """
-    found = _config(name, config)
+    found = load_config(name, config.revision, config.trust_remote_code)
     _require_writer(name, found)
     require_trainable(name, found, config.quantization)
     rows, largest = found.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=-1)
@@ -32,10 +32,9 @@ def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingC
     if largest >= rows:
         raise InputError(
             "the tokenizer has tokens that the model has no embedding for", where=name, got=f"{rows} embeddings",
-            expected=f"at least {largest + 1}", fix="give the tokenizer that the model was trained with, or resize "
-            "the model's embeddings and save it",
+            expected=f"at least {largest + 1}", fix="give the tokenizer of its training, or resize embeddings",
         )  # fmt: skip
-    require_adapter_tokens(tokenizer, config)
+    require_same_tokens(tokenizer, config.lora.start if config.lora else None)
     if config.attn_implementation is not None:
         _try_attention(name, found, config)
 
@@ -54,26 +53,12 @@ def _require_writer(name: str, found: Any) -> None:
         _log.warning("%s says that it is %s, without a head of its own: is it an embedding model?", name, said)
 
 
-def require_adapter_tokens(tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> None:
-    """Raise InputError for an adapter that was trained with tokens that its base's `tokenizer` does not have."""
-    adapter = config.lora.start if config.lora else None
-    if adapter is None or not (adapter / "tokenizer_config.json").is_file():
-        return
-    mine, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(adapter).get_vocab()
-    other = sorted(token for token, number in theirs.items() if mine.get(token) != number)
-    if other:
-        raise InputError(
-            "the adapter was trained with other tokens than its base's", where=adapter, got=", ".join(other[:5]),
-            fix="give the model with the adapter merged and those tokens in it",
-        )  # fmt: skip
-
-
 def check_positions(name: str, lengths: Iterable[int], config: TrainingConfig) -> None:
     """Raise ConfigError where a sequence has more tokens than the model has positions, or two sets of them are mixed.
 
     Beyond the positions training would end with an IndexError in the midst of it.
     """
-    text = _config(name, config).get_text_config()
+    text = load_config(name, config.revision, config.trust_remote_code).get_text_config()
     limit, known = getattr(text, "max_position_embeddings", None), sorted(set(lengths))
     longest = max(known, default=0)
     if isinstance(limit, int) and longest > limit:
@@ -101,10 +86,6 @@ def _position_border(text: Any) -> int | None:
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])
     return None
-
-
-def _config(name: str, config: TrainingConfig) -> Any:
-    return load_config(name, config.revision, config.trust_remote_code)
 
 
 def _try_attention(name: str, found: Any, config: TrainingConfig) -> None:

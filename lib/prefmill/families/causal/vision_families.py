@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from prefmill.families.causal.gemma_vision import Gemma3Reader, Gemma4Reader, read_gemma
 from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.loading import model_parts
 from prefmill.families.causal.qwen_vision import QwenReader, read_qwen
 from prefmill.families.causal.vision import ImageReader
 
@@ -36,5 +37,6 @@ def open_reader(
     name: str, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits, **options: Any
 ) -> ImageReader | None:
     """The reader of the model `name`; None where its images are not known: it is shown text alone."""
+    name, options["revision"], _ = model_parts(name, options.get("revision"))
     family = FAMILIES.get(AutoConfig.from_pretrained(name, **options).model_type)
     return None if family is None else family.reader(name, tokenizer, limits, **options)

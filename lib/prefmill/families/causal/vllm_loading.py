@@ -7,15 +7,16 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision
 from prefmill.distributed.devices import visible_gpus
-from prefmill.families.causal.loading import load_config
+from prefmill.families.causal.loading import load_config, model_parts
 
 if TYPE_CHECKING:
     from prefmill.families.causal.generation import GenerationRequest
@@ -68,6 +69,9 @@ def open_vllm(
         options.setdefault("block_size", 32)
     from transformers.utils import is_torchvision_available
 
+    base, _, adapter = model_parts(name_or_path, revision)
+    if adapter is not None:
+        raise InputError("vLLM needs a whole model", where=name_or_path, got="an adapter", fix=merging(base, adapter))
     try:
         from vllm import LLM
     except ImportError as error:
@@ -98,6 +102,16 @@ def image_options(reader: ImageReader, requests: Sequence[GenerationRequest]) ->
         "limit_mm_per_prompt": {"image": most, "video": 0},
         "mm_processor_kwargs": reader.vllm_options,
     }
+
+
+def merging(base: str, adapter: Path) -> str:
+    """The command that merges an adapter into a folder beside it."""
+    whole, words = f"{adapter}-merged", adapter if (adapter / "tokenizer_config.json").is_file() else base
+    return (
+        f"""python -c "import peft, transformers as t; peft.AutoPeftModelForCausalLM.from_pretrained('{adapter}', """
+        f"""dtype='float32').merge_and_unload().save_pretrained('{whole}'); """
+        f"""t.AutoTokenizer.from_pretrained('{words}').save_pretrained('{whole}')" and give it, or transformers"""
+    )
 
 
 def on_cpu() -> bool:

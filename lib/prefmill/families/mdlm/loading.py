@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization
-from prefmill.families.causal.loading import load_config, load_tokenizer, read_weights, require_whole
-from prefmill.families.causal.templates import ChatTemplate
+from prefmill.families.causal.loading import (
+    load_config,
+    load_tokenizer,
+    merged,
+    model_parts,
+    read_weights,
+    require_whole,
+)
 
 if TYPE_CHECKING:
-    from datetime import date
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -22,8 +27,6 @@ def check_remote_code(trust: bool, name: str, revision: str | None) -> None:
 
     Raises ConfigError for a hub name without a revision; a local folder is pinned by being there.
     """
-    from pathlib import Path
-
     if trust and revision is None and not Path(name).is_dir():
         raise ConfigError(
             "trust_remote_code needs a pinned revision", where=name, got="revision=null",
@@ -33,18 +36,11 @@ def check_remote_code(trust: bool, name: str, revision: str | None) -> None:
 
 
 def load_diffusion_tokenizer(
-    name: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    template: ChatTemplate | None = None,
-    today: date | None = None,
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a masked-diffusion model, with a chat template and an end token; raises InputError without."""
+    """As `load_tokenizer`; raises InputError for a tokenizer without an end token too."""
     check_remote_code(trust_remote_code, name, revision)
-    tokenizer = load_tokenizer(
-        name, revision=revision, trust_remote_code=trust_remote_code, template=template, today=today
-    )  # fmt: skip
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, **options)
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end token, with which answers are filled up", where=name, fix="set its eos_token"
@@ -71,8 +67,11 @@ def load_diffusion_model(
     """
     from prefmill.families.causal.load_check import turn_off_dropout
 
-    check_remote_code(trust_remote_code, name, revision)
-    model = _load(name, precision, revision, trust_remote_code, attn_implementation, quantization, run)
+    base, revision, adapter = model_parts(name, revision)
+    check_remote_code(trust_remote_code, base, revision)
+    read: tuple[Precision, Any] = ("fp32", None) if adapter else (precision, quantization)
+    model = _load(base, read[0], revision, trust_remote_code, attn_implementation, read[1], run)
+    model = merged(model, adapter, precision, quantization) if adapter else model
     turn_off_dropout(model)
     if run:
         require_both_ways(model, name)
@@ -80,17 +79,7 @@ def load_diffusion_model(
 
 
 def require_both_ways(model: Any, name: str) -> None:
-    """Raise InputError for a model that attends to what comes before only."""
-    if not attends_both_ways(model):
-        raise InputError(
-            "this model attends to earlier tokens only", where=name, got=f"model_type {model.config.model_type}",
-            expected="a masked-diffusion model: a later token changes what is predicted at an earlier place",
-            fix="give a model trained with masks; a causal architecture as one has is_causal=false in config.json",
-        )  # fmt: skip
-
-
-def attends_both_ways(model: Any) -> bool:
-    """Whether a later token changes an earlier output: tried on eight tokens, so that no list of models is needed."""
+    """Raise InputError where a later token changes no earlier output: tried on eight tokens, so no list is needed."""
     import torch
 
     device = next(model.parameters()).device
@@ -99,8 +88,12 @@ def attends_both_ways(model: Any) -> bool:
     other[0, -1] = ids[0, 0]
     with torch.no_grad():
         one, two = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
-    # To the bit: a causal mask gives later tokens a weight of exactly 0.
-    return not torch.equal(one, two)
+    if torch.equal(one, two):  # to the bit: a causal mask gives later tokens a weight of exactly 0
+        raise InputError(
+            "this model attends to earlier tokens only", where=name, got=f"model_type {model.config.model_type}",
+            expected="a masked-diffusion model: a later token changes what is predicted at an earlier place",
+            fix="give a model trained with masks; a causal architecture as one has is_causal=false in config.json",
+        )  # fmt: skip
 
 
 def mask_token_of(model: Any, tokenizer: Any, given: int | None = None) -> int:

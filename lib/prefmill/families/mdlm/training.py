@@ -17,10 +17,9 @@ from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_fsdp
-from prefmill.families.causal.loading import LOADING, ORIGIN
+from prefmill.families.causal.loading import LOADING, ORIGIN, require_same_tokens
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.scorer import inner_model
-from prefmill.families.causal.start_checks import require_adapter_tokens
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.load_check import check_diffusion_model
@@ -99,7 +98,7 @@ def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrained
     tokenizer = load_diffusion_tokenizer(start, template=config, today=task.began_on, **options)
     published = read_config(start, config.revision, config.trust_remote_code)
     require_trainable(start, published, config.quantization)
-    require_adapter_tokens(tokenizer, config)
+    require_same_tokens(tokenizer, config.lora.start if config.lora else None)
     blocks = block_length_of(published, config.block_length, config.attn_implementation)
     return recomputed_by_layer(config.model_copy(update={"block_length": blocks})), tokenizer
 

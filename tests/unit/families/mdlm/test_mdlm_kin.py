@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from prefmill.core.config import validate
 from prefmill.core.errors import InputError
 from prefmill.families.mdlm.family import Drawing
 from prefmill.families.mdlm.load_check import check_diffusion_model
 from prefmill.families.mdlm.loading import load_diffusion_model
 from prefmill.families.mdlm.scorer import encode_samples, patch_forward, score_batch
+from prefmill.training.adapter import add_adapter, put_on
+from stages.mdlm_sft import MdlmSftConfig
 from tests.unit.families.mdlm.plain_models import PLAIN
 
 SIZE: dict[str, Any] = {
@@ -168,3 +171,37 @@ def test_another_build_is_refused_by_its_key(config: dict[str, Any], key: str, v
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(InputError, match=f"{key}: {value}"):
         load_diffusion_model(str(tmp_path), precision="fp32")
+
+
+def test_an_adapter_is_put_on_whole_and_merged(kin: tuple[str, Path], tmp_path: Path) -> None:
+    """PEFT renames the weights of models that transformers renames, and lost LLaDA's: it went on without them."""
+    check_adapter(kin[1], tmp_path)
+
+
+def check_adapter(base: Path, folder: Path) -> None:
+    """An adapter of PEFT's own making says the same read again, and merged as a model; raises where not."""
+    import peft
+
+    model = load_diffusion_model(str(base), precision="fp32")
+    config = validate(MdlmSftConfig, {"lora": {"r": 3, "alpha": 5}})
+    made = add_adapter(model, config).eval()
+    if hasattr(model, "prepare_inputs_for_generation"):
+        assert made.peft_config["default"].task_type == peft.TaskType.CAUSAL_LM
+    for name, value in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    made.save_pretrained(folder)
+    said = json.loads((folder / "adapter_config.json").read_text())  # add_adapter has taken the place of the base out
+    (folder / "adapter_config.json").write_text(json.dumps({**said, "base_model_name_or_path": str(base)}))
+    ids = torch.arange(6, 30)[None]
+    with torch.no_grad():
+        expected = made(input_ids=ids).logits
+        again = put_on(load_diffusion_model(str(base), precision="fp32"), folder).eval()
+        assert torch.equal(again(input_ids=ids).logits, expected)
+        merged = load_diffusion_model(str(folder), precision="fp32").eval()
+        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-3, rtol=1e-4)
+    half = load_diffusion_model(str(folder), precision="bf16").state_dict()
+    assert all(torch.equal(half[name], value.to(half[name].dtype)) for name, value in merged.state_dict().items())
+    assert {value.dtype for value in half.values()} >= {torch.bfloat16}
+    with pytest.raises(InputError, match="leave quantization out"):
+        load_diffusion_model(str(folder), precision="bf16", quantization="4bit")

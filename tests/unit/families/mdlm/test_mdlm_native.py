@@ -17,6 +17,7 @@ from prefmill.families.mdlm.loading import load_diffusion_model, load_diffusion_
 from prefmill.families.mdlm.native import MODELS, LladaConfig
 from tests.conftest import REPOSITORY
 from tests.tiny import save_tiny_qwen2
+from tests.unit.families.mdlm.test_mdlm_kin import check_adapter
 
 PUBLISHED = REPOSITORY.parent / "shared" / "data" / "mdlm"
 NAMES = ("llada-tiny", "dream-tiny")
@@ -35,6 +36,10 @@ def test_logits_are_the_published_codes(folder: Path) -> None:
     with torch.no_grad():
         logits = model.double()(input_ids=oracle["input_ids"], use_cache=False).logits
     assert (logits - oracle["logits"]).abs().max() < 1e-9
+
+
+def test_an_adapter_is_put_on_whole_and_merged(folder: Path, tmp_path: Path) -> None:
+    check_adapter(folder, tmp_path)
 
 
 def test_the_saved_folder_has_the_published_names_weights_and_keys(folder: Path, tmp_path: Path) -> None:
