@@ -71,7 +71,8 @@ class _Choice(msgspec.Struct):
     @property
     def first_word(self) -> str:
         """Of the answer; empty where there is none."""
-        return "" if self.refusal else _first_word((self.message or {}).get("content"))
+        text = str((self.message or {}).get("content") or "")
+        return "" if self.refusal else _word((text.split() or [""])[0])
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,6 @@ class ChatEngine(ServerEngine):
                 expected="a choice", fix="use a server that speaks OpenAI's chat completions",
             )  # fmt: skip
         return choices
-
-
-def _first_word(text: Any) -> str:
-    return _word((str(text or "").split() or [""])[0])
 
 
 def _word(token: Any) -> str:

@@ -68,7 +68,8 @@ def read_held_out(corpus: Artifact, num_papers: int | None, seed: int, modality:
     `num_papers`.
     """
     path = corpus.file("papers.jsonl")
-    ids = [paper["paper_id"] for paper in read_jsonl(path) if paper["split"] == "test" and _shows(paper, modality)]
+    tested = (paper for paper in read_jsonl(path) if paper["split"] == "test")
+    ids = [paper["paper_id"] for paper in tested if modality == "clean" or review_images(paper, modality)]
     if not ids or (num_papers is not None and len(ids) < num_papers):
         with_images = "" if modality == "clean" else f" with images for the modality {modality}"
         more = "give `test` a larger share in ingest_reviews, ingest more papers"
@@ -140,10 +141,6 @@ def _count(counts: AnswerCounts, generations: Sequence[Generation], rows: Sequen
     for generation, row in zip(generations, rows, strict=True):
         if words(generation["text"]):
             counts.add(row["answers"])
-
-
-def _shows(paper: Paper, modality: Modality) -> bool:
-    return modality == "clean" or bool(review_images(paper, modality))
 
 
 def _score_block(

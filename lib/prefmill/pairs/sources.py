@@ -187,7 +187,8 @@ def write_split(
     files: dict[bool, list[str]] = {False: [], True: []}
     for prompt, row in rows:
         # By a hash of the prompt: its pairs stay together, and rows that are added move no other prompt.
-        files[_coin(prompt, source.seed) < source.val_fraction].append(to_json(row))
+        coin = int.from_bytes(hashlib.sha256(f"{source.seed}:{prompt}".encode()).digest()[:8]) / 2**64
+        files[coin < source.val_fraction].append(to_json(row))
     if not files[False] or (source.val_fraction and not files[True]):
         raise InputError(
             "too few prompts to hold some out", got=sum(map(len, files.values())), where=source.source_name,
@@ -310,7 +311,3 @@ def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, fol
 def _said(turn: Turn) -> dict[str, Any]:
     more = {key: value for key, value in turn.items() if key not in ("role", "content")}
     return {"from": _SPEAKERS[turn["role"]], "value": turn["content"], **more}
-
-
-def _coin(key: str, seed: int) -> float:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8]) / 2**64

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from prefmill.core.precision import Precision, Quantization, torch_dtype
 from prefmill.families.causal.quantized import four_bit, load_whole, require_trainable, unquantized
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import auto_class
+from prefmill.families.causal.whole import WHOLE, require_vocabulary, require_whole
 from prefmill.training.adapter import merge_adapter, put_on
 from prefmill.training.adapter_folder import is_both, lora_of, template_of, whole_model
 
@@ -29,8 +29,11 @@ LOADING = {*ORIGIN, "attn_implementation", "quantization"}
 _HUB = "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)"
 # None for a file that a model does not have.
 _QUIET: Any = {f"_raise_exceptions_for_{cause}": False for cause in ("missing_entries", "connection_errors")}
-# What quantized weights are multiplied by: without it the numbers in the file are not the weights.
-_SCALES = re.compile(r"(?i).*(scale|zero|absmax|quant).*")
+_MOST = 1e9  # so that what JSON writes as Infinity is none
+_SAMPLING = {
+    "temperature": (0, _MOST), "repetition_penalty": (0, _MOST), "num_beams": (1, _MOST), "top_k": (-1, _MOST),
+    "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1), "do_sample": (False, True),
+}  # fmt: skip
 
 
 def load_tokenizer(
@@ -95,7 +98,10 @@ def load_model(
         model = load_model(base, precision="fp32", attn_implementation=attn_implementation, **origin)
         return merged(model, adapter, precision, quantization)
     config = load_config(name_or_path, revision, trust_remote_code)
-    attention = attn_implementation or _own_attention(config)
+    capped = getattr(
+        config.get_text_config(), "attn_logit_softcapping", None
+    )  # transformers' default for Gemma 2 is not
+    attention = attn_implementation or ("eager" if capped else None)
     model, info = read_weights(
         auto_class(config), name_or_path, config, precision, quantization, attn_implementation=attention, **origin
     )
@@ -153,7 +159,9 @@ def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any
 
     name, revision, _ = model_parts(name, revision)
     with loading("the model", name):
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    config.dtype = None  # what is stated, as of 8 bits, is no matter: weights are read in a precision of their own
+    return config
 
 
 def stated_generation(name: str, revision: str | None) -> GenerationConfig | None:
@@ -173,6 +181,10 @@ def stated_generation(name: str, revision: str | None) -> GenerationConfig | Non
         ends = stated.eos_token_id
         if not all(isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])):
             raise ValueError(f"the end of an answer, {ends!r}, is no token's number")
+        for key, (least, most) in _SAMPLING.items():
+            value = getattr(stated, key, None)
+            if value is not None and not (isinstance(value, int | float) and least <= value <= most):  # NaN is not
+                raise ValueError(f"{key} is {value!r}, expected {least} to {most}")
     return stated
 
 
@@ -182,16 +194,7 @@ def read_weights(
     """The model of `config`, opened by the Auto class `kind`, and its loading info, for `require_whole` to judge."""
     stated_generation(name, options.get("revision"))
     quantized = {} if quantization is None else {"quantization_config": four_bit(precision)}
-    load = partial(
-        kind.from_pretrained,
-        name,
-        dtype=torch_dtype(precision),
-        use_safetensors=True,  # a pickled checkpoint can run code when it is opened
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused by name, with all else that is missing
-        **quantized,
-        **options,
-    )
+    load = partial(kind.from_pretrained, name, dtype=torch_dtype(precision), **WHOLE, **quantized, **options)
     with loading("the model", name):
         return load_whole(load, name, config, precision)
 
@@ -204,7 +207,12 @@ def loading(what: str, where: object) -> Iterator[None]:
     from torch import OutOfMemoryError
 
     known = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
-    odd = (TypeError, KeyError, AttributeError, RuntimeError)  # of a file with other things in it than are looked for
+    odd = (
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+    )  # of a file with other things in it
     try:
         yield
     except (*known, *odd) as error:
@@ -213,15 +221,6 @@ def loading(what: str, where: object) -> Iterator[None]:
         said = " ".join(str(error).split())[:300]
         got = said if isinstance(error, known) and said else f"{type(error).__name__}: {said}"
         raise InputError(f"cannot load {what}", where=where, got=got, fix=_fix(Path(str(where)), error)) from error
-
-
-def read_whole(loader: Any, name: str, **options: Any) -> Any:
-    """The model that `loader` makes of `name`, from safetensors; raises InputError for a weight that it would draw."""
-    model, info = loader.from_pretrained(
-        name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    require_whole(model, info, name)
-    return model
 
 
 def require_same_tokens(tokenizer: Any, adapter: Path | None) -> None:
@@ -238,43 +237,6 @@ def require_same_tokens(tokenizer: Any, adapter: Path | None) -> None:
             "the adapter was trained with other tokens than its base's", where=adapter, got=", ".join(other[:5]),
             fix="give the model with the adapter merged and those tokens in it",
         )  # fmt: skip
-
-
-def require_vocabulary(tokenizer: Any, name: str) -> None:
-    """Raise InputError where every word is unknown: transformers goes on without the files of a vocabulary."""
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(
-            "a tokenizer without words", where=name, got=f"{len(tokenizer)} tokens, all of them special",
-            expected="tokenizer.json, or the vocabulary's files", fix="copy them from the model that this one began as",
-        )  # fmt: skip
-
-
-def require_whole(model: Any, info: Mapping[str, Any], name: str) -> None:
-    """Raise InputError for a weight that the files lack, have in another shape, or have with a scale that is not read.
-
-    transformers puts random numbers in the place of such a weight, says so in a warning, and goes on.
-    """
-    modules = {key for key, _ in model.named_modules()}
-    found = [f"{key}: not in the files" for key in sorted(info["missing_keys"])]
-    found += [
-        f"{key}: of shape {list(theirs)}, not {list(ours)}" for key, theirs, ours in sorted(info["mismatched_keys"])
-    ]
-    for key in sorted(info["unexpected_keys"]):
-        owner, _, part = key.rpartition(".")
-        if owner in modules and _SCALES.fullmatch(part):
-            found.append(f"{key}: not read, and the weight means nothing without it")
-    if found:
-        raise InputError(
-            "the files do not hold this model", where=name, got="; ".join(found[:3]) + ("; ..." if found[3:] else ""),
-            expected=f"every weight of {type(model).__name__}",
-            fix="give the whole model that config.json speaks of, with weights that are not quantized",
-        )  # fmt: skip
-
-
-def _own_attention(config: Any) -> str | None:
-    """The attention that a model was trained with where transformers' choice is another; else None."""
-    # Its default for Gemma 2 leaves the cap of the scores out.
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def require_folder(name_or_path: str) -> None:

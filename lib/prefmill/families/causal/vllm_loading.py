@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Qwen2_5_VLProcessor
@@ -71,7 +70,13 @@ def open_vllm(
 
     base, _, adapter = model_parts(name_or_path, revision)
     if adapter is not None:
-        raise InputError("vLLM needs a whole model", where=name_or_path, got="an adapter", fix=merging(base, adapter))
+        words, whole = adapter if (adapter / "tokenizer_config.json").is_file() else base, f"{adapter}-merged"
+        raise InputError(
+            "vLLM needs a whole model", where=name_or_path, got="an adapter",
+            fix="python -c \"import peft, transformers as t; peft.AutoPeftModelForCausalLM.from_pretrained("
+            f"'{adapter}', dtype='float32').merge_and_unload().save_pretrained('{whole}'); t.AutoTokenizer."
+            f"from_pretrained('{words}').save_pretrained('{whole}')\" and give it, or transformers",
+        )  # fmt: skip
     try:
         from vllm import LLM
     except ImportError as error:
@@ -102,16 +107,6 @@ def image_options(reader: ImageReader, requests: Sequence[GenerationRequest]) ->
         "limit_mm_per_prompt": {"image": most, "video": 0},
         "mm_processor_kwargs": reader.vllm_options,
     }
-
-
-def merging(base: str, adapter: Path) -> str:
-    """The command that merges an adapter into a folder beside it."""
-    whole, words = f"{adapter}-merged", adapter if (adapter / "tokenizer_config.json").is_file() else base
-    return (
-        f"""python -c "import peft, transformers as t; peft.AutoPeftModelForCausalLM.from_pretrained('{adapter}', """
-        f"""dtype='float32').merge_and_unload().save_pretrained('{whole}'); """
-        f"""t.AutoTokenizer.from_pretrained('{words}').save_pretrained('{whole}')" and give it, or transformers"""
-    )
 
 
 def on_cpu() -> bool:

@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization
-from prefmill.families.causal.loading import (
-    load_config,
-    load_tokenizer,
-    merged,
-    model_parts,
-    read_weights,
-    require_whole,
-)
+from prefmill.families.causal.loading import load_config, load_tokenizer, merged, model_parts, read_weights
+from prefmill.families.causal.whole import require_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,8 +117,8 @@ def mask_token_of(model: Any, tokenizer: Any, given: int | None = None) -> int:
 
 def is_text(tokenizer: Any, token: int) -> bool:
     """Whether the tokenizer writes `token` for text, rather than as a special token or not at all."""
-    words: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
-    return token in words.values() and token not in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    other = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return token not in other and token in getattr(tokenizer, "get_vocab", dict)().values()
 
 
 def predicts_next(model: Any, given: bool | None = None) -> bool:

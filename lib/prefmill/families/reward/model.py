@@ -28,7 +28,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import HEADS
-from prefmill.families.causal.loading import require_vocabulary
+from prefmill.families.causal.whole import require_vocabulary
 
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
 """What `forward` takes, as a CLIP processor gives it."""

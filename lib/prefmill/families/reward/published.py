@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prefmill.core.errors import InputError
-from prefmill.families.causal.loading import loading, read_whole, require_vocabulary
+from prefmill.families.causal.loading import loading
+from prefmill.families.causal.whole import read_whole, require_vocabulary
 from prefmill.families.reward.model import encode, open_processor, require_size, tell_cut
 from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
 

@@ -82,7 +82,8 @@ def _open_reward(folder: Path, device: str) -> Callable[[Sequence[str], Sequence
 
 def load_reward(folder: Path) -> tuple[Any, Any]:
     """The reward model in `folder` and its processor; raises InputError where there is none."""
-    from prefmill.families.causal.loading import loading, read_whole
+    from prefmill.families.causal.loading import loading
+    from prefmill.families.causal.whole import read_whole
     from prefmill.families.reward.model import MultiHeadReward, MultiHeadRewardConfig, open_processor, require_size
 
     config = MultiHeadRewardConfig.from_pretrained(folder)

@@ -23,7 +23,8 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
 from prefmill.distributed.devices import rank
 from prefmill.families.causal.load_check import turn_off_dropout
-from prefmill.families.causal.loading import loading, read_whole
+from prefmill.families.causal.loading import loading
+from prefmill.families.causal.whole import read_whole
 from prefmill.families.reward.data import (
     Half,
     LabelledPair,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from prefmill.core.errors import InputError
-from prefmill.families.causal.loading import require_whole
+from prefmill.families.causal.whole import require_whole
 from prefmill.families.sdxl.folders import variant_of
 from prefmill.training.finished import tensor_names
 

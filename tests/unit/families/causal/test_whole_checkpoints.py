@@ -14,7 +14,10 @@ from torch import Tensor
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.loading import load_model, load_tokenizer, say_untied
+from prefmill.families.causal.start_checks import check_start
+from stages.dpo import DpoConfig
 from stages.sft import SftConfig
 from tests.tiny import TEMPLATE, save_tiny_qwen2
 
@@ -31,6 +34,11 @@ def configure(folder: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def another_layer(weights: Weights) -> Weights:
+    """The last layer's weights as those of one more."""
+    return {k.replace(".1.", ".2."): v.clone() for k, v in weights.items() if "layers.1." in k}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -39,6 +47,9 @@ def configure(folder: Path, **values: object) -> None:
         (lambda w: {f"renamed.{k}": v for k, v in w.items()}, "embed_tokens.weight: not in"),
         (lambda w: {**w, "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1)}, "weight_scale_inv: not read"),
         (lambda w: {**w, "lm_head.weight": torch.ones(3, 32)}, r"of shape \[3, 32\]"),
+        # transformers lists these two in a table that people scroll past, and goes on without them.
+        (lambda w: {**w, **another_layer(w)}, "layers.2.input_layernorm.weight: in the files, and config.json has no"),
+        (lambda w: {**w, "model.layers.0.mlp.up_proj.bias": torch.ones(64)}, "up_proj.bias: in the files, and config"),
     ],
 )
 def test_weights_that_are_not_there_are_named(tmp_path: Path, change: Callable[[Weights], Weights], named: str) -> None:
@@ -50,9 +61,21 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path, change: Callable[[
 def test_a_tied_head_and_weights_that_nothing_reads_are_no_fault(tmp_path: Path) -> None:
     rewrite(save_tiny_qwen2(tmp_path), lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"})
     rewrite(tmp_path, lambda w: {**w, "v_head.weight": torch.ones(1)})  # TRL's value head
-    configure(tmp_path, tie_word_embeddings=True)
+    rewrite(tmp_path, lambda w: {**w, **another_layer(w)})
+    configure(tmp_path, tie_word_embeddings=True, num_nextn_predict_layers=1)  # as GLM's, which guess further tokens
     model = load_model(str(tmp_path), precision="fp32")
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", 7, None])
+def test_weights_are_read_whatever_dtype_is_stated(tmp_path: Path, dtype: object) -> None:
+    """`layout: auto` and the check of an attention built the model in it: a TypeError."""
+    configure(save_tiny_qwen2(tmp_path), dtype=dtype)
+    given = {"model_name_or_path": str(tmp_path), "dataset_file": "pairs.jsonl", "learning_rate": 1e-6}
+    config = validate(DpoConfig, {**given, "attn_implementation": "eager"})
+    check_start(str(tmp_path), load_tokenizer(str(tmp_path)), config)
+    assert choose_layout(validate(DpoConfig, given), str(tmp_path))[0].layout == "group"
+    assert load_model(str(tmp_path), precision="bf16").dtype == torch.bfloat16
 
 
 def test_files_that_cannot_be_read_name_what_to_do(tmp_path: Path) -> None:
@@ -90,7 +113,13 @@ def read_all(folder: Path) -> None:
         ("generation_config.json", "[]", "generation_config.json again"),
         ("generation_config.json", '{"max_new_tokens": -5}', "cannot load generation_config.json"),
         ("generation_config.json", '{"eos_token_id": "<|im_end|>"}', "cannot load generation_config.json"),
+        ("generation_config.json", '{"temperature": "hot"}', "temperature is 'hot', expected 0 to"),
+        ("generation_config.json", '{"do_sample": true, "temperature": NaN}', "temperature is nan"),
+        ("generation_config.json", '{"top_p": 5}', "top_p is 5, expected 0 to 1"),
+        ("generation_config.json", '{"top_k": "5"}', "top_k is '5'"),
+        ("generation_config.json", '{"do_sample": "yes"}', "do_sample is 'yes', expected False to True"),
         ("config.json", "[]", "config.json again"),
+        ("config.json", '{"model_type": "qwen2", "dtype": ["a"]}', "cannot load the tokenizer"),
         ("config.json", '{"model_type": "qwen2", "dtype": "float99"}', r"cannot load the (.|\n)*float99"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json again"),
         # transformers goes on without any word: sft trained on nothing but special tokens.

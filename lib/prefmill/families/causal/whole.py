@@ -1,0 +1,61 @@
+"""Whether a model's folder holds the whole model, and no more than its config.json has places for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sized
+from typing import Any
+
+from prefmill.core.errors import InputError
+
+# A pickled checkpoint can run code when it is opened; other shapes are refused by name, with all else that is missing.
+WHOLE: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+# What quantized weights are multiplied by: without it the numbers in the file are not the weights.
+_SCALES = re.compile(r"(?i).*(scale|zero|absmax|quant).*")
+
+
+def read_whole(loader: Any, name: str, **options: Any) -> Any:
+    """The model that `loader` makes of `name`, from safetensors; raises InputError for a weight that it would draw."""
+    model, info = loader.from_pretrained(name, **WHOLE, **options)
+    require_whole(model, info, name)
+    return model
+
+
+def require_vocabulary(tokenizer: Any, name: str) -> None:
+    """Raise InputError where every word is unknown: transformers goes on without the files of a vocabulary."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(
+            "a tokenizer without words", where=name, got=f"{len(tokenizer)} tokens, all of them special",
+            expected="tokenizer.json, or the vocabulary's files", fix="copy them from the model that this one began as",
+        )  # fmt: skip
+
+
+def require_whole(model: Any, info: Mapping[str, Any], name: str) -> None:
+    """Raise InputError for a weight that the files lack, have in another shape, or have with a scale that is not read.
+
+    transformers puts random numbers in the place of such a weight, says so in a warning, and goes on.
+    """
+    modules = dict(model.named_modules())
+    found = [f"{key}: not in the files" for key in sorted(info["missing_keys"])]
+    found += [
+        f"{key}: of shape {list(theirs)}, not {list(ours)}" for key, theirs, ours in sorted(info["mismatched_keys"])
+    ]
+    for key in sorted(info["unexpected_keys"]):
+        owner, _, part = key.rpartition(".")
+        if owner in modules and _SCALES.fullmatch(part):
+            found.append(f"{key}: not read, and the weight means nothing without it")
+        elif hasattr(modules.get(owner), "weight") or _is_a_layer_more(key, modules, model.config.get_text_config()):
+            found.append(f"{key}: in the files, and config.json has no place for it")
+    if found:
+        raise InputError(
+            "the files do not hold this model", where=name, got="; ".join(found[:3]) + ("; ..." if found[3:] else ""),
+            expected=f"every weight of {type(model).__name__}",
+            fix="give the whole model that config.json speaks of, with weights that are not quantized",
+        )  # fmt: skip
+
+
+def _is_a_layer_more(key: str, modules: Mapping[str, Any], config: Any) -> bool:
+    """Whether a weight's layer is beyond those stated, and beyond those that only predict further tokens (MTP's)."""
+    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    found = ((modules.get(name), int(number)) for name, number in re.findall(r"^(.*?)\.(\d+)\.", key))
+    return any(isinstance(layers, Sized) and number >= len(layers) + further for layers, number in found)
