@@ -79,8 +79,7 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
     said.lora_dropout = 0.0
     try:
         given = load_file(folder / PEFT_WEIGHTS)
-        with warnings.catch_warnings(action="ignore"):  # of what is looked at below
-            # Half-precision adapters are trained in fp32, as new ones are.
+        with warnings.catch_warnings(action="ignore"):  # half-precision adapters are cast to fp32, as new ones are
             adapted = peft.PeftModel.from_pretrained(model, str(folder), config=said, is_trainable=trainable)
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise _unfitting(model, folder, " ".join(str(error).split())[:300]) from None

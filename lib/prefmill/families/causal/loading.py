@@ -29,9 +29,8 @@ LOADING = {*ORIGIN, "attn_implementation", "quantization"}
 _HUB = "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)"
 # None for a file that a model does not have.
 _QUIET: Any = {f"_raise_exceptions_for_{cause}": False for cause in ("missing_entries", "connection_errors")}
-_MOST = 1e9  # so that what JSON writes as Infinity is none
 _SAMPLING = {
-    "temperature": (0, _MOST), "repetition_penalty": (0, _MOST), "num_beams": (1, _MOST), "top_k": (-1, _MOST),
+    "temperature": (0, 1e9), "repetition_penalty": (0, 1e9), "num_beams": (1, 1e9), "top_k": (-1, 1e9),
     "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1), "do_sample": (False, True),
 }  # fmt: skip
 
@@ -100,7 +99,7 @@ def load_model(
     config = load_config(name_or_path, revision, trust_remote_code)
     capped = getattr(
         config.get_text_config(), "attn_logit_softcapping", None
-    )  # transformers' default for Gemma 2 is not
+    )  # transformers' choice for Gemma 2 is not
     attention = attn_implementation or ("eager" if capped else None)
     model, info = read_weights(
         auto_class(config), name_or_path, config, precision, quantization, attn_implementation=attention, **origin
