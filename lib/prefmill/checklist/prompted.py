@@ -111,8 +111,7 @@ class Fit:
 
     def _room(self, shared: TokenIds) -> int:
         """Tokens left for a review; very many where the model states no limit."""
-        behind = self.prompts.num_tokens_behind
-        return 10**9 if self.max_length is None else self.max_length - len(shared) - behind
+        return 10**9 if self.max_length is None else self.max_length - len(shared) - self.prompts.num_tokens_behind
 
 
 class PromptedEngine(Engine):

@@ -218,8 +218,7 @@ def _environment() -> dict[str, str]:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     repository = str(stages_folder().parent)
     # `python -m stages.X` must find the checkout, whatever folder this worker was started in.
-    paths = [repository, *filter(None, [outside.get("PYTHONPATH")])]
-    return {**outside, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**outside, "PYTHONPATH": os.pathsep.join([repository, *filter(None, [outside.get("PYTHONPATH")])])}
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

@@ -62,8 +62,7 @@ def calibration_error(margins: Array, labels: Array) -> float:
     p = np.where(turned, 1 - _probability(margins), _probability(margins))
     y = np.where(turned, 1 - labels, labels)
     bins = np.minimum(((p - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = [abs((p[bins == index] - y[bins == index]).sum()) for index in range(NUM_BINS)]
-    return float(sum(gaps) / len(p))
+    return float(sum([abs((p[bins == index] - y[bins == index]).sum()) for index in range(NUM_BINS)]) / len(p))
 
 
 def measure_head(

@@ -135,8 +135,7 @@ class SampleGrid(TrainerCallback):
         return images
 
     def _embeddings(self, prompt: str | None, device: torch.device) -> dict[str, Tensor]:
-        kept = self.cache.load(self.texts.of(prompt))
-        return {name: value[None].to(device) for name, value in kept.items()}
+        return {name: value[None].to(device) for name, value in self.cache.load(self.texts.of(prompt)).items()}
 
 
 def save_grid(images: Sequence[Any], path: Path) -> None:
