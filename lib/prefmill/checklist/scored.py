@@ -112,7 +112,7 @@ def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> list[str]:
                 "these scores were made from another corpus", where=shard.path,
                 got=", ".join(made_from), expected=corpus.manifest.content_digest, fix=_RESCORE,
             )  # fmt: skip
-    checklists = {shard.path: {i.path: i.sha256 for i in shard.manifest.files}.get(CHECKLIST) for shard in scores}
+    checklists = {shard.path: _digest_of(shard, CHECKLIST) for shard in scores}
     if len(set(checklists.values())) > 1:
         raise ArtifactError(
             "the shards were scored with different checklists", where=", ".join(map(str, checklists)),
@@ -164,3 +164,7 @@ def _match(paper: Paper, reviews: list[Review], evaluations: list[EvaluationScor
 
 def _mismatch(what: str, paper: Paper, expected: str) -> ArtifactError:
     return ArtifactError(what, where=f"paper {paper['paper_id']}", expected=expected, fix=_RESCORE)
+
+
+def _digest_of(artifact: Artifact, name: str) -> str | None:
+    return next((entry.sha256 for entry in artifact.manifest.files if entry.path == name), None)
