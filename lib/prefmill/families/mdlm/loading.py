@@ -116,8 +116,8 @@ def mask_token_of(model: Any, tokenizer: Any, given: int | None = None) -> int:
 
 def is_text(tokenizer: Any, token: int) -> bool:
     """Whether the tokenizer writes `token` for text, rather than as a special token or not at all."""
-    other = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    return token not in other and token in getattr(tokenizer, "get_vocab", dict)().values()
+    words: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return token in words.values() and token not in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 def predicts_next(model: Any, given: bool | None = None) -> bool:
