@@ -108,7 +108,8 @@ def draw_lit(draw: random.Random) -> tuple[str, Image]:
     shape = draw.choice(_SHAPES)
     picture = Images.new("RGB", (SIDE, SIDE), _COLOURS[ground])
     _draw_thing(picture, 0.5, thing, shape, outlined=False, draw=draw)
-    return f"a {thing} {shape} on a {ground} ground", ImageEnhance.Brightness(picture).enhance(draw.uniform(0.3, 1))
+    lit = ImageEnhance.Brightness(picture).enhance(draw.uniform(0.3, 1))
+    return f"a {thing} {shape} on a {ground} ground", lit
 
 
 def _scenes(draw: random.Random) -> Iterator[Scene]:

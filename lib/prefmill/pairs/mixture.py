@@ -27,7 +27,8 @@ def mixed(
     files: Sequence[MixedFile], rows: Sequence[Sequence[RowT]], prompt_of: Callable[[RowT], str], seed: int
 ) -> Iterator[RowT]:
     """As many `rows` of each file as fit the weights, file by file; the scarcest file is taken whole. Says how many."""
-    shares = [part.weight / sum(part.weight for part in files) for part in files]
+    whole = sum(part.weight for part in files)
+    shares = [part.weight / whole for part in files]
     total = min(len(found) / share for found, share in zip(rows, shares, strict=True))
     for place, (part, found, share) in enumerate(zip(files, rows, shares, strict=True)):
         # A seed for each file: rows added to one leave the order in which another is drawn.

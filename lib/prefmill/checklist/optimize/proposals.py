@@ -155,4 +155,5 @@ def _generate(
     requests = encode_prompts(tokenizer, {"proposals": [{"role": "user", "content": prompt}]}, 1)
     require_fitting(requests, max_prompt_tokens(model.config, config.max_new_tokens))
     sampling = Sampling(config.max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)
-    return generate_reviews(model, tokenizer, requests, sampling, 1, work, progress)["proposals", 0]["text"]
+    done = generate_reviews(model, tokenizer, requests, sampling, 1, work, progress)
+    return done["proposals", 0]["text"]

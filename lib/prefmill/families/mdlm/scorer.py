@@ -254,7 +254,8 @@ def upper_bounds(
     share = zeros.index_add(0, place, weights.double() * torch.exp(scaled - top[place]))
     seen = zeros.index_add(0, place, weights.double())
     masked = seen > 0
-    tokens = (share / seen).where(masked, torch.ones_like(seen)).log() + top.masked_fill(~masked, 0.0)
+    means = (share / seen).where(masked, torch.ones_like(seen))
+    tokens = means.log() + top.masked_fill(~masked, 0.0)
     totals = (tokens / power).view(-1, width).sum(1)
     result: Tensor = totals * lengths / masked.view(-1, width).sum(1)
     return result
