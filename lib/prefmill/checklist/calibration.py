@@ -74,7 +74,8 @@ def calibration_error(p_yes: Array, labels: Array) -> float:
     # p = 1 belongs to the last bin, not to an eleventh.
     bins = np.minimum((p_yes * NUM_BINS).astype(int), NUM_BINS - 1)
     # A bin's gap times its count is its sum of p - label: nothing is divided, so an empty bin needs no care.
-    return float(np.abs(np.bincount(bins, weights=p_yes - labels, minlength=NUM_BINS)).sum() / len(p_yes))
+    gaps = np.bincount(bins, weights=p_yes - labels, minlength=NUM_BINS)
+    return float(np.abs(gaps).sum() / len(p_yes))
 
 
 def fit_temperature(p_yes: Array, labels: Array, min_labels: int) -> float:
@@ -188,7 +189,8 @@ def _likeliest(p_yes: Array, labels: Array) -> float:
 
     # The likelihood is concave in 1/T, hence has one maximum in any monotone function of T.
     bounds = math.log(_LOWEST), math.log(_HIGHEST)
-    return math.exp(float(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE}).x))
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE})
+    return math.exp(float(found.x))
 
 
 def _log_odds(p_yes: Array) -> Array:

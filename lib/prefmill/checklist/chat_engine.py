@@ -71,7 +71,8 @@ class _Choice(msgspec.Struct):
     @property
     def first_word(self) -> str:
         """Of the answer; empty where there is none."""
-        return "" if self.refusal else _word((str((self.message or {}).get("content") or "").split() or [""])[0])
+        text = str((self.message or {}).get("content") or "")
+        return "" if self.refusal else _word((text.split() or [""])[0])
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class Fit:
 
     def _room(self, shared: TokenIds) -> int:
         """Tokens left for a review; very many where the model states no limit."""
-        return 10**9 if self.max_length is None else self.max_length - len(shared) - self.prompts.num_tokens_behind
+        behind = self.prompts.num_tokens_behind
+        return 10**9 if self.max_length is None else self.max_length - len(shared) - behind
 
 
 class PromptedEngine(Engine):

@@ -68,7 +68,8 @@ class TransformersEngine(PromptedEngine):
     @cached_property
     def _opening(self) -> TokenIds:
         """What all items begin with, asked or quoted: read once a review. Each keeps a token of its own to be asked."""
-        places = zip(*(ids[:-1] for ids in [*self.prompts.questions, *self.prompts.quotes]), strict=False)
+        asked = [*self.prompts.questions, *self.prompts.quotes]
+        places = zip(*(ids[:-1] for ids in asked), strict=False)
         return tuple(tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, places))
 
     def _behind_opening(self, asked: Sequence[TokenIds]) -> list[TokenIds]:

@@ -58,7 +58,8 @@ class LengthBias:
 
         # t and groups / (groups - 1), as mean and spread were estimated from the same few papers (Cameron and Miller
         # 2015, section VI): with 1.96 the interval of 4 papers covers 83 %.
-        error = float(stdtrit(groups - 1, (1 + _CONFIDENCE) / 2)) * math.sqrt(squares * groups / (groups - 1)) / count
+        quantile = stdtrit(groups - 1, (1 + _CONFIDENCE) / 2)
+        error = float(quantile) * math.sqrt(squares * groups / (groups - 1)) / count
         return ShareInterval(mean, max(0.0, mean - error), min(1.0, mean + error))
 
     def auc(self) -> float:

@@ -43,7 +43,8 @@ class TokenCounter:
             return self._count_chat(turns, True)
         from prefmill.families.causal.vision import with_images
 
-        return len(self._reader.encode_prompt(with_images(turns, [str(self._folder / name) for name in images])))
+        shown = with_images(turns, [str(self._folder / name) for name in images])
+        return len(self._reader.encode_prompt(shown))
 
     def _count_chat(self, messages: list[dict[str, str]], asks: bool) -> int:
         return self._count_text(apply_template(self._tokenizer, messages, asks))

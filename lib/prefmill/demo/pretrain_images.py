@@ -55,7 +55,8 @@ def pretrain_unet(folder: Path, steps: int, seed: int, task: Task) -> Metrics:
 
 def encoded(pipeline: Any, seed: int) -> SdxlBatch:
     """All pictures as the UNet sees them, not yet noised."""
-    prompts, pictures = zip(*(draw_lit(random.Random(f"pictures:{seed}")) for _ in range(_NUM_PICTURES)), strict=True)
+    draw = random.Random(f"pictures:{seed}")
+    prompts, pictures = zip(*(draw_lit(draw) for _ in range(_NUM_PICTURES)), strict=True)
     embeddings, pooled = encode_prompt(pipeline, prompts, torch.device("cpu"))
     latents = encode_pixels(pipeline.vae, pipeline.image_processor.preprocess(list(pictures)))
     sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32).expand(_NUM_PICTURES, -1)

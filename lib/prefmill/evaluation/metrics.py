@@ -170,7 +170,8 @@ def _measure_paper(paper_id: str, reviews: list[EvaluatedReview], paper: PaperFa
 def _averages(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of every key over the rows that have it, in the order in which keys first appear."""
     # No set: its order differs between processes, and files made again must have the same bytes.
-    means = {key: average(row.get(key) for row in rows) for key in dict.fromkeys(key for row in rows for key in row)}
+    keys = dict.fromkeys(key for row in rows for key in row)
+    means = {key: average(row.get(key) for row in rows) for key in keys}
     return {key: value for key, value in means.items() if value is not None}
 
 

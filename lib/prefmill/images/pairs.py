@@ -126,7 +126,8 @@ def same_words(prompt: str) -> str:
 
 def _split_of(name: str, config: ImageSplitConfig) -> ImageSplit:
     # By hash, not by shuffling: more prompts rated later leave those they share no image with where they are.
-    position = int.from_bytes(hashlib.sha256(f"{config.seed}/{name}".encode()).digest()[:8]) / 2**64
+    digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
+    position = int.from_bytes(digest[:8]) / 2**64
     # test comes first: changing the share of val or train moves no prompt into it or out of it.
     if position < config.test:
         return "test"

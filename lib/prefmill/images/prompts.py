@@ -86,7 +86,8 @@ def _prompt_rows(path: Path) -> Iterator[Line]:
     else:
         raise InputError(
             "prompts are read from a table", where=path, got=path.suffix or "no suffix",
-            expected=", ".join((".txt", *SUFFIXES)), fix="name it by its format; one prompt a line is a .txt",
+            expected=", ".join((".txt", *SUFFIXES)),
+            fix="name it by its format; one prompt a line is a .txt",
         )  # fmt: skip
 
 

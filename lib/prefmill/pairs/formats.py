@@ -113,7 +113,8 @@ def unpaired(row: Row, tags: Tags) -> Judgement:
 def unpaired_messages(row: Row, tags: Tags) -> Judgement:
     """`{messages, label}`: a chat that ends with the answer, good or not."""
     chat = as_chat(row["messages"], "messages", tags)
-    return _judgement(row, Chat(chat.turns[:-1], chat.images), sole_answer(chat.turns[-1:], "messages"))
+    answer = sole_answer(chat.turns[-1:], "messages")
+    return _judgement(row, Chat(chat.turns[:-1], chat.images), answer)
 
 
 # Implicit forms take the prompt from how both sides begin: a row with a prompt of its own is of another form.

@@ -250,7 +250,8 @@ def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRo
 
 def _form_of(first: Sequence[SourceRow], source: PairSource) -> str:
     """The form that most of the `first` rows have: any of them may lack a value, and look like another form for it."""
-    alone = Counter(found[0] for found in (forms_of(row.values, source.forms) for row in first) if len(found) == 1)
+    fits = (forms_of(row.values, source.forms) for row in first)
+    alone = Counter(found[0] for found in fits if len(found) == 1)
     return alone.most_common(1)[0][0] if alone else detect(first[0].values, first[0].where, source.forms)
 
 

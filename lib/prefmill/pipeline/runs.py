@@ -154,7 +154,8 @@ def restore(output: Path, logs: Path) -> None:
 def size_of(path: Path) -> int:
     """Bytes that deleting `path` frees: files that other runs share by hard links count for nothing."""
     files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
-    return sum(stat.st_size for stat in [item.lstat() for item in files] if stat.st_nlink == 1)
+    stats = [item.lstat() for item in files]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
 def _busy(workspace: Path, run: str) -> bool:

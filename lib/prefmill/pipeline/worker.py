@@ -249,7 +249,8 @@ def _run_record(started: float) -> dict[str, Any]:
 
 def _usage() -> dict[str, float]:
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest process, children that have ended included
-    return {"peak_memory_gb": round(max(resource.getrusage(item).ru_maxrss for item in who) / 2**20, 3)}
+    kilobytes = max(resource.getrusage(item).ru_maxrss for item in who)
+    return {"peak_memory_gb": round(kilobytes / 2**20, 3)}
 
 
 def import_now(modules: Iterable[str]) -> None:

@@ -226,7 +226,8 @@ class _Plane:
 
 def _x_labels(ticks: Sequence[float], x: Scale, bottom: float) -> Markup:
     # The outer labels stay inside the axis: in the middle of their ticks the chart's edge could cut them.
-    labels = zip(ticks, ["start", *["middle"] * (len(ticks) - 2), "end"], strict=True)
+    anchors = ["start", *["middle"] * (len(ticks) - 2), "end"]
+    labels = zip(ticks, anchors, strict=True)
     return Markup("").join(text(tick_label(tick), x(tick), bottom + 16, "tick", anchor) for tick, anchor in labels)
 
 

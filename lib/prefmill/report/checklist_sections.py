@@ -115,7 +115,8 @@ def _path_chart(path: Path) -> Markup | None:
         best[size] = min(row["error"], best.get(size, row["error"]))
     if len(best) < 2:
         return None
-    line = Line("lasso", STRONG, [(float(size), error) for size, error in sorted(best.items())])
+    points = [(float(size), error) for size, error in sorted(best.items())]
+    line = Line("lasso", STRONG, points)
     return line_chart([line], "Error of the checklists on the regularisation path", "items", "mean squared error")
 
 

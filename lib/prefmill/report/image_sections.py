@@ -164,4 +164,5 @@ def _sweep(sweep: Artifact) -> Row:
 
 
 def _data_uri(evaluation: Artifact, name: str) -> str:
-    return f"data:image/png;base64,{base64.b64encode(evaluation.file(name).read_bytes()).decode()}"
+    content = base64.b64encode(evaluation.file(name).read_bytes()).decode()
+    return f"data:image/png;base64,{content}"

@@ -279,5 +279,6 @@ def _general_doubts(compared: Compared, evaluations: Sequence[Mapping[str, Any]]
 
 
 def _measure(compared: Compared, model: str, name: str) -> float | None:
-    value = next(item for item in compared["models"] if item["model"] == model)["measures"].get(name)
+    found = next(item for item in compared["models"] if item["model"] == model)
+    value = found["measures"].get(name)
     return float(value["value"]) if value else None

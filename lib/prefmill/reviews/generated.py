@@ -89,7 +89,8 @@ def compose(rng: random.Random, words: dict[str, str], factors: Sequence[str], n
         sentences.insert(rng.randint(0, len(sentences)), sentence)
     verdict = next(sentence for lowest, sentence in phrases.VERDICTS if rating >= lowest)
     template = " ".join([rng.choice(phrases.OPENINGS), *sentences, verdict])
-    return template % {**words, "number": str(rng.randint(1, 5))}
+    numbered = {**words, "number": str(rng.randint(1, 5))}
+    return template % numbered
 
 
 def _write_paper(rng: random.Random, seed: int, index: int) -> GeneratedPaper:

@@ -62,7 +62,8 @@ def title_key(title: str) -> str:
 def split_of(key: str, config: SplitConfig) -> Split:
     """The split of the paper with this title key, from a hash of seed and key."""
     # Not hash(), which gives another number for the same text in every process.
-    position = int.from_bytes(hashlib.sha256(f"{config.seed}/{key}".encode()).digest()[:8]) / 2**64
+    digest = hashlib.sha256(f"{config.seed}/{key}".encode()).digest()
+    position = int.from_bytes(digest[:8]) / 2**64
     bound = 0.0
     for name in _ORDER[:-1]:
         bound += getattr(config, name)

@@ -88,7 +88,8 @@ def _image_training(config: TrainingConfig, world: int, name: str, steps: int | 
         told.append(f"memory: {error.what}: {error.details['got']}")
         return Training(world, name, None, steps, tuple(told))
     model = f"{name} ({counted.numbers.parameters / 1e9:.2f}B)"
-    return Training(world, model, image_memory(counted, config, world), steps, (*told, *notes(counted, config)))
+    memory = image_memory(counted, config, world)
+    return Training(world, model, memory, steps, (*told, *notes(counted, config)))
 
 
 def _model_of(plan: Plan, task: PlannedTask) -> tuple[str | None, str | None]:

@@ -39,7 +39,8 @@ def why_no_task(job: JobState, log: str) -> str:
 def last_words(log: str) -> str:
     """The last line that says something; an error of prefmill's own by its first."""
     lines = list(_lines(log))
-    return ([line for line in lines if line.startswith("error: ")] or lines or [""])[-1][:200]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1][:200]
 
 
 def _lines(log: str) -> Iterator[str]:

@@ -218,7 +218,8 @@ def _environment() -> dict[str, str]:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     repository = str(stages_folder().parent)
     # `python -m stages.X` must find the checkout, whatever folder this worker was started in.
-    return {**outside, "PYTHONPATH": os.pathsep.join([repository, *filter(None, [outside.get("PYTHONPATH")])])}
+    paths = [repository, *filter(None, [outside.get("PYTHONPATH")])]
+    return {**outside, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

@@ -94,7 +94,8 @@ def permutation_test(
     Targets move between papers, mostly with as many reviews, a paper's together: what the reviews of one paper have in
     common stays (block permutation, Good 2005, section 9). The whole choice is repeated for each permutation.
     """
-    targets = np.vstack([design.target[None], permuted(design.target, design.papers, num_permutations, seed + 3)])
+    shuffled = permuted(design.target, design.papers, num_permutations, seed + 3)
+    targets = np.vstack([design.target[None], shuffled])
     found: list[Array] = []
     for start in range(0, len(targets), _PERMUTED_AT_ONCE):
         found.append(_fold_correlations(design, targets[start : start + _PERMUTED_AT_ONCE], training, rules, seed))
@@ -110,7 +111,8 @@ def permuted(target: Array, papers: Papers, count: int, seed: int) -> Array:
     Papers of rare sizes exchange theirs among each other, repeated or cut to the other's size (decision 0194).
     """
     generator = np.random.default_rng(seed)
-    blocks, rare = _exchangeable([np.flatnonzero(papers == paper) for paper in np.unique(papers)])
+    rows = [np.flatnonzero(papers == paper) for paper in np.unique(papers)]
+    blocks, rare = _exchangeable(rows)
     result = np.repeat(target[None], count, axis=0)
     for version in result:
         for block in blocks:

@@ -126,7 +126,8 @@ def assign_inner_folds(papers: Papers, training: Array, num_folds: int, seed: in
 
 def one_standard_error(errors: Array, error_ses: Array) -> NDArray[np.int64]:
     """The index of the largest penalty, [P, Q], whose error [L, P, Q] is within one standard error of the least."""
-    bound = np.take_along_axis(errors + error_ses, errors.argmin(axis=0)[None], axis=0)
+    best = errors.argmin(axis=0)
+    bound = np.take_along_axis(errors + error_ses, best[None], axis=0)
     # Penalties fall, so the first one within the bound is the largest.
     return np.asarray((errors <= bound).argmax(axis=0), dtype=np.int64)
 

@@ -208,7 +208,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, queries: range, keys: ran
         scores = torch.cat([scores, sinks], dim=-1)
     # In fp32 at least, as transformers' own softmax for Gemma 2; in float64 where a test computes in it.
     wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wide)[..., : len(keys)].to(value.dtype) @ value
+    weights = scores.softmax(-1, dtype=wide)[..., : len(keys)].to(value.dtype)
+    return weights @ value
 
 
 def use_group_attention(model: Any) -> None:

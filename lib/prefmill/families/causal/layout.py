@@ -50,7 +50,8 @@ def _why_pairwise(config: PreferenceConfig, policy: str) -> str | None:
     # Policy and reference run the same packed rows.
     models = [(policy, config.revision)]
     models += [other[:2]] if other is not None else []
-    return next(filter(None, (_why_not_group(name, revision, config) for name, revision in models)), None)
+    reasons = (_why_not_group(name, revision, config) for name, revision in models)
+    return next(filter(None, reasons), None)
 
 
 def _why_not_group(name: str, revision: str | None, config: PreferenceConfig) -> str | None:

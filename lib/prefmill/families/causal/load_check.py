@@ -75,7 +75,8 @@ def check_rows(model: Any, name: str) -> None:
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     model.train(was_training)
-    found = sum_by_owner(logps_of(logits[batch.row, batch.column], batch.target), batch.owner, len(sequences)).cpu()
+    logps = logps_of(logits[batch.row, batch.column], batch.target)
+    found = sum_by_owner(logps, batch.owner, len(sequences)).cpu()
     if not (found - expected).abs().max() <= TOLERANCE[model.dtype]:  # NaN is no agreement
         raise InputError(
             "rows of a batch are not what each is alone in this model", where=name, got=_shown(found),

@@ -97,7 +97,8 @@ def read_qwen(
     Without images the vision part still runs, on one blank image that counts for nothing: under ZeRO-3 and DDP every
     rank must run every part.
     """
-    return decoder_of(model)(attention_mask=mask, use_cache=False, **_embed(model, input_ids, images), **given)
+    shown = _embed(model, input_ids, images)
+    return decoder_of(model)(attention_mask=mask, use_cache=False, **shown, **given)
 
 
 def _embed(model: Any, input_ids: Tensor, images: dict[str, Tensor] | None) -> dict[str, Any]:

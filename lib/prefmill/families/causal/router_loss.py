@@ -45,7 +45,8 @@ def require_routing(model: Any, name: str) -> None:
 def balancing_loss(logits: tuple[Tensor, ...], config: Any, mask: Tensor) -> Tensor:
     """The loss of every layer's router logits [tokens, N], a scalar in fp32; `mask` [R, T] leaves padding out."""
     # Layers are joined before the mean, as in transformers: it is no mean of losses of layers.
-    chance = torch.cat([layer.flatten(0, -2)[mask.flatten().bool()] for layer in logits]).float().softmax(-1)
+    seen = torch.cat([layer.flatten(0, -2)[mask.flatten().bool()] for layer in logits]).float()
+    chance = seen.softmax(-1)
     # f sums to the experts per token rather than to 1, as in transformers.
     chosen = torch.zeros_like(chance).scatter_(1, chance.topk(_experts_per_token(config), dim=-1).indices, 1.0)
     return (chosen.mean(0) * chance.mean(0)).sum() * chance.shape[-1]

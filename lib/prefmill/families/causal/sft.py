@@ -231,7 +231,8 @@ def collate_images(rows: Sequence[Mapping[str, Any]], reader: ImageReader) -> di
         key: torch.tensor([[*row[key], *[value] * (width - len(row[key]))] for row in filled])
         for key, value in padding.items()
     }
-    return batch | reader.inputs([path for row in rows for path in row["image_paths"]], batch["input_ids"])
+    paths = [path for row in rows for path in row["image_paths"]]
+    return batch | reader.inputs(paths, batch["input_ids"])
 
 
 def _encode_row(

@@ -141,7 +141,8 @@ class _ImageWriter:
         parts = text.split(placeholder)
         if len(parts) - 1 != len(paths) or (token != placeholder and token in text):
             raise InputError(
-                "the text contains image tokens", got=max(len(parts) - 1, text.count(token)), expected=len(paths),
+                "the text contains image tokens", got=max(len(parts) - 1, text.count(token)),
+                expected=len(paths),
                 fix="remove the model's image token from the texts, or use the model's own chat template",
             )  # fmt: skip
         written = [*map(self._reader.written, paths), ""]

@@ -40,15 +40,11 @@ def require_whole(model: Any, info: Mapping[str, Any], name: str) -> None:
     found += [
         f"{key}: of shape {list(theirs)}, not {list(ours)}" for key, theirs, ours in sorted(info["mismatched_keys"])
     ]
-    # Layers beyond those stated may be such as guess further tokens only (MTP's).
-    further = getattr(model.config, "num_nextn_predict_layers", None) or 0
     for key in sorted(info["unexpected_keys"]):
         owner, _, part = key.rpartition(".")
-        layers = [(modules.get(name), int(number)) for name, number in re.findall(r"^(.*?)\.(\d+)\.", key)]
-        is_more = any(isinstance(held, Sized) and number >= len(held) + further for held, number in layers)
         if owner in modules and _SCALES.fullmatch(part):
             found.append(f"{key}: not read, and the weight means nothing without it")
-        elif hasattr(modules.get(owner), "weight") or is_more:
+        elif hasattr(modules.get(owner), "weight") or _is_a_layer_more(key, modules, model.config.get_text_config()):
             found.append(f"{key}: in the files, and config.json has no place for it")
     if found:
         raise InputError(
@@ -56,3 +52,10 @@ def require_whole(model: Any, info: Mapping[str, Any], name: str) -> None:
             expected=f"every weight of {type(model).__name__}",
             fix="give the whole model that config.json speaks of, with weights that are not quantized",
         )  # fmt: skip
+
+
+def _is_a_layer_more(key: str, modules: Mapping[str, Any], config: Any) -> bool:
+    """Whether a weight's layer is beyond those stated, and beyond those that only predict further tokens (MTP's)."""
+    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    found = ((modules.get(name), int(number)) for name, number in re.findall(r"^(.*?)\.(\d+)\.", key))
+    return any(isinstance(layers, Sized) and number >= len(layers) + further for layers, number in found)

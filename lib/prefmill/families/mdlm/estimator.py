@@ -106,7 +106,8 @@ def ascending(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     In runs that end at 2, 4, 8, ... each, so that these many draws are a sample by themselves.
     """
     ends = [0, *(2**power for power in range(1, len(counts).bit_length()))]
-    return np.concatenate([np.sort(counts[start:end]) for start, end in pairwise([*ends, len(counts)])])
+    runs = [np.sort(counts[start:end]) for start, end in pairwise([*ends, len(counts)])]
+    return np.concatenate(runs)
 
 
 def systematic_counts(offset: float, law: NDArray[np.float64], num_draws: int) -> NDArray[np.int64]:

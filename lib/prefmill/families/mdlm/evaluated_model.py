@@ -221,7 +221,8 @@ def answer_ends(model: Any, tokenizer: Any) -> frozenset[int]:
 def load(label: str, name: str, config: DiffusionEvaluationConfig, folder: Path, advance: Progress = silent) -> Loaded:
     """A model ready to be evaluated, which keeps what it says in `folder`."""
     tokenizer = load_diffusion_tokenizer(name, template=config, **config.model_dump(include=ORIGIN))
-    model = load_diffusion_model(name, precision=config.precision, **config.model_dump(include=LOADING)).eval()
+    options = config.model_dump(include=LOADING)
+    model = load_diffusion_model(name, precision=config.precision, **options).eval()
     # Bitsandbytes puts 4-bit weights on the GPU while it loads them.
     if has_gpu() and config.quantization is None:
         model = model.to("cuda")

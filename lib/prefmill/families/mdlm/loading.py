@@ -76,7 +76,8 @@ def require_both_ways(model: Any, name: str) -> None:
     """Raise InputError where a later token changes no earlier output: tried on eight tokens, so no list is needed."""
     import torch
 
-    ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.get_input_embeddings().num_embeddings
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
     other = ids.clone()
     other[0, -1] = ids[0, 0]
     with torch.no_grad():

@@ -216,7 +216,8 @@ def diffusion_rescoring(
     # As anyone would load the finished folder: no special kernels, no adapter, whole weights.
     plain = {"precision": "fp32", "attn_implementation": None, "quantization": None, "lora": None}
     whole = config.model_copy(update=plain)
-    score = pair_scorer(family, groups, shortest_pairs(groups, lambda group, pair: group.tokens_of(pair)))
+    parts = shortest_pairs(groups, lambda group, pair: group.tokens_of(pair))
+    score = pair_scorer(family, groups, parts)
     quantized = config.quantization is not None
     return Rescoring(lambda name: load_scoring_model(name, whole, tokenizer), score, score, quantized)
 

@@ -62,7 +62,8 @@ def calibration_error(margins: Array, labels: Array) -> float:
     p = np.where(turned, 1 - _probability(margins), _probability(margins))
     y = np.where(turned, 1 - labels, labels)
     bins = np.minimum(((p - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
-    return float(sum([abs((p[bins == index] - y[bins == index]).sum()) for index in range(NUM_BINS)]) / len(p))
+    gaps = [abs((p[bins == index] - y[bins == index]).sum()) for index in range(NUM_BINS)]
+    return float(sum(gaps) / len(p))
 
 
 def measure_head(

@@ -50,7 +50,8 @@ def load_open_clip(folder: Path, attention: str | None = None) -> CLIPModel:
             "no safetensors of this OpenCLIP model", where=folder, expected=WEIGHTS_FILE,
             fix="download that file too; a .bin or .pt is a pickle and is not opened",
         )  # fmt: skip
-    model = CLIPModel._from_config(clip_config(said.get("model_cfg", said), folder), attn_implementation=attention)
+    config = clip_config(said.get("model_cfg", said), folder)
+    model = CLIPModel._from_config(config, attn_implementation=attention)
     found = dict(renamed(load_file(folder / WEIGHTS_FILE)))
     # Not strict: torch would list hundreds of names where three say enough.
     missing, unknown = model.load_state_dict({name: value.float() for name, value in found.items()}, strict=False)
@@ -71,7 +72,8 @@ def clip_config(said: Mapping[str, Any], folder: Path) -> CLIPConfig:
     if other or not isinstance(vision.get("layers"), int):
         raise InputError(
             "not a CLIP of two plain transformers", where=folder / CONFIG_FILE,
-            got=", ".join(other) or f"layers: {vision.get('layers')}", fix="use one such as ViT-L-14 or ViT-H-14",
+            got=", ".join(other) or f"layers: {vision.get('layers')}",
+            fix="use one such as ViT-L-14 or ViT-H-14",
         )  # fmt: skip
     act = "quick_gelu" if said.get("quick_gelu") else "gelu"
     width, heads = vision["width"], vision.get("head_width", _HEAD_WIDTH)

@@ -135,7 +135,8 @@ class SampleGrid(TrainerCallback):
         return images
 
     def _embeddings(self, prompt: str | None, device: torch.device) -> dict[str, Tensor]:
-        return {name: value[None].to(device) for name, value in self.cache.load(self.texts.of(prompt)).items()}
+        kept = self.cache.load(self.texts.of(prompt))
+        return {name: value[None].to(device) for name, value in kept.items()}
 
 
 def save_grid(images: Sequence[Any], path: Path) -> None:

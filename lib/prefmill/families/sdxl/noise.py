@@ -63,7 +63,8 @@ def require_steps(scheduler: Mapping[str, Any], steps: int, key: str) -> None:
     if most and steps > most:
         raise ConfigError(
             "more steps than this model's scheduler has", where=key, got=steps,
-            expected=f"at most {most}, of {scheduler.get('_class_name')}", fix=f"lower {key}; such models need 1 to 8",
+            expected=f"at most {most}, of {scheduler.get('_class_name')}",
+            fix=f"lower {key}; such models need 1 to 8",
         )  # fmt: skip
 
 
