@@ -97,9 +97,8 @@ def load_model(
         model = load_model(base, precision="fp32", attn_implementation=attn_implementation, **origin)
         return merged(model, adapter, precision, quantization)
     config = load_config(name_or_path, revision, trust_remote_code)
-    capped = getattr(
-        config.get_text_config(), "attn_logit_softcapping", None
-    )  # transformers' choice for Gemma 2 is not
+    # transformers' choice for Gemma 2 leaves the cap of the scores out.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     attention = attn_implementation or ("eager" if capped else None)
     model, info = read_weights(
         auto_class(config), name_or_path, config, precision, quantization, attn_implementation=attention, **origin
@@ -206,12 +205,8 @@ def loading(what: str, where: object) -> Iterator[None]:
     from torch import OutOfMemoryError
 
     known = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
-    odd = (
-        TypeError,
-        LookupError,
-        AttributeError,
-        RuntimeError,
-    )  # of a file with other things in it
+    # Of a file with other things in it than are looked for.
+    odd = (TypeError, LookupError, AttributeError, RuntimeError)
     try:
         yield
     except (*known, *odd) as error:

@@ -32,7 +32,8 @@ def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingC
     if largest >= rows:
         raise InputError(
             "the tokenizer has tokens that the model has no embedding for", where=name, got=f"{rows} embeddings",
-            expected=f"at least {largest + 1}", fix="give the tokenizer of its training, or resize embeddings",
+            expected=f"at least {largest + 1}", fix="give the tokenizer that the model was trained with, or resize "
+            "the model's embeddings and save it",
         )  # fmt: skip
     require_same_tokens(tokenizer, config.lora.start if config.lora else None)
     if config.attn_implementation is not None:
