@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.pairs.forms import Form, Found
 from prefmill.pairs.turns import READ, as_answer
 
+# UltraFeedback's `score_chosen`, Argilla's `chosen-rating` and their kin; not of lengths and log-probabilities.
+_GRADE = "(score|rating|reward|grade)s?"
+_SCORE = re.compile(rf"(.*[ _-])?{_GRADE}[ _-]chosen|chosen[ _-](.*[ _-])?{_GRADE}")
 _LONG_PROMPT = 20  # characters; a shorter question is often repeated in a good answer
 
 
@@ -20,6 +25,17 @@ class Remarks:
     missing: set[str]
     unused: set[str] = field(default_factory=set)
     num_repeated: int = 0
+    num_scored: int = 0
+    num_worse: int = 0
+    num_equal: int = 0
+
+    def add_scores(self, values: Mapping[str, Any]) -> None:
+        """Count a row that has scores of its own for both answers, and whether they say what the pair says."""
+        both = next(((values[key], values.get(_rejected(key))) for key in values if _rejected(key)), None)
+        if both and all(isinstance(score, int | float) and not isinstance(score, bool) for score in both):
+            self.num_scored += 1
+            self.num_worse += both[0] < both[1]
+            self.num_equal += both[0] == both[1]
 
     def add_unused(self, values: Mapping[str, Any], form: Form, tags: Mapping[str, str]) -> None:
         """Add columns, and keys of messages, that hold something which nothing reads."""
@@ -40,11 +56,22 @@ class Remarks:
             )  # fmt: skip
         if self.unused:
             print(f"columns that are not used: {', '.join(sorted(self.unused))}", flush=True)
+        if self.num_worse or self.num_equal:
+            print(
+                f"by their own scores {self.num_worse:,} of {self.num_scored:,} pairs prefer the worse answer, and "
+                f"{self.num_equal:,} have two equal ones: they are trained as they stand", flush=True,
+            )  # fmt: skip
         if self.num_repeated:
             print(
                 f"{self.num_repeated:,} rows have answers that begin with the whole prompt: it is trained as a part of "
                 "them", flush=True,
             )  # fmt: skip
+
+
+@cache
+def _rejected(key: str) -> str:
+    """The rejected answer's column where `key` is of the chosen one's score; empty for any other."""
+    return key.replace("chosen", "rejected") if _SCORE.fullmatch(key) else ""
 
 
 def repeats_prompt(found: Found) -> bool:

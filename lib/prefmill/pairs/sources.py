@@ -244,6 +244,7 @@ def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRo
             problems.append(UnusableRow(row.where, str(error)))
         else:
             remarks.num_repeated += repeats_prompt(found)
+            remarks.add_scores(row.values)
             yield row, found
     remarks.tell(source.source_name)
 

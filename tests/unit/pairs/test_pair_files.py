@@ -258,6 +258,29 @@ def test_columns_that_nothing_reads_are_told(tmp_path: Path, capsys: pytest.Capt
     assert "columns that are not used: score\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("chosen", ["score_chosen", "chosen-rating", "chosen_avg_rating"])
+def test_scores_that_contradict_their_pair_are_told(
+    chosen: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As UltraFeedback and Argilla's sets have them; lengths and missing scores are no scores."""
+    scores = [(8.0, 3.0), (3.0, 8.0), (5, 5), (None, 9.0)]
+    rows = [
+        {"prompt": f"Q{n}?", "chosen": "good", "rejected": "bad", "chosen_length": 1, "rejected_length": 9}
+        | {chosen: good, chosen.replace("chosen", "rejected"): bad}
+        for n, (good, bad) in enumerate(scores)
+    ]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    train, _ = write_pairs(
+        validate(PairSource, {"dataset": str(tmp_path / "x.jsonl")}), tmp_path, tmp_path / "bad.json"
+    )
+    told = "by their own scores 1 of 3 pairs prefer the worse answer, and 1 have two equal ones"
+    assert told in capsys.readouterr().out
+    assert len(list(read_jsonl(train))) == len(rows)
+    write_jsonl(tmp_path / "y.jsonl", rows[:1])
+    write_pairs(validate(PairSource, {"dataset": str(tmp_path / "y.jsonl")}), tmp_path, tmp_path / "bad.json")
+    assert "own scores" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("beside", [{}, {"version": "1.0"}])
 def test_a_list_that_an_export_puts_into_an_object_is_read(
