@@ -25,6 +25,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_images(tmp_path_factory.mktemp("images"), num_prompts=3)
 
 
+@pytest.mark.slow
 def test_finishing_early_takes_what_there_is_and_a_rerun_goes_on(tmp_path: Path, images: Artifact) -> None:
     with asking(tmp_path, images, dimensions=["overall"]) as people:
         task = people.task

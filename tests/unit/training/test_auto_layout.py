@@ -72,6 +72,7 @@ def test_what_is_asked_for_stays(tiny_qwen2: Path) -> None:
     assert [chosen(tiny_qwen2, layout=name)[0] for name in ("group", "pairwise")] == ["group", "pairwise"]
 
 
+@pytest.mark.slow
 def test_a_training_says_which_it_was(tiny_qwen2: Path, tmp_path: Path) -> None:
     """In its metrics; and the weights are those of the layout it became."""
     rows = tmp_path / "data.jsonl"

@@ -84,6 +84,7 @@ def test_step_zero_is_ln_2(precision: str, tmp_path: Path, tiny_qwen2: Path, pai
     assert curve(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6 if precision == "fp32" else 2e-2)
 
 
+@pytest.mark.slow
 def test_how_groups_share_microbatches_changes_nothing(
     tmp_path: Path, grouped: Path, tiny_qwen2: Path, pairs: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_the_finished_folder_is_plain(undisturbed: Path, tiny_qwen2: Path) -> No
     assert str(tiny_qwen2) not in (undisturbed / "out" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_8x1_equals_1x8(tmp_path: Path, tiny_qwen2: Path, pairs_file: Path) -> None:
     for name, at_once in (("a", 8), ("b", 1)):
         train(tmp_path / name, tiny_qwen2, pairs_file, per_device_train_batch_size=at_once, effective_batch_size=8)
@@ -210,6 +211,7 @@ def test_accumulation_must_divide(tmp_path: Path, tiny_qwen2: Path, pairs_file: 
         train(tmp_path, tiny_qwen2, pairs_file, per_device_train_batch_size=3)
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_reference_is_computed_again(
     tmp_path: Path, tiny_qwen2: Path, pairs_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -130,6 +130,7 @@ class Live(TorchDispatchMode):
         return made
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_draws(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak over forward and backward, and that keeping the last chunk's activations does not raise it."""
     patch_forward(model, mask_token_id=MASK, forward_batch_size=4)

@@ -252,6 +252,7 @@ def test_samples_that_never_come_and_prompts_of_a_side_are_told(
     ]
 
 
+@pytest.mark.slow
 def test_pictures_go_to_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed: make vllm, which brings it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
