@@ -18,6 +18,7 @@ from prefmill.store.stamps import stamp
 
 # What any Trainer leaves beside a model: pickles that only resuming reads.
 _TRAINER_STATE = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth")
+_OF_MODELS = ("config.json", "adapter_config.json", "model_index.json")  # transformers', PEFT's and diffusers'
 SUPERSEDED, _REMAKING = ".superseded", ".remaking"
 SCHEMA_VERSIONS: dict[str, int] = {}  # of the kinds whose files have changed form; every kind starts at 1
 
@@ -53,7 +54,7 @@ def read(folder: Path, kind: str | None = None) -> Artifact:
     Sizes of the payload files are checked here, their digests in `stamps`.
     """
     manifest = read_manifest(folder)
-    if manifest is None and kind == "checkpoint" and (folder / "config.json").is_file():
+    if manifest is None and kind == "checkpoint" and any((folder / name).is_file() for name in _OF_MODELS):
         raise ArtifactError(
             "a model folder that no stage wrote is no input", where=folder, expected=f"a {MANIFEST}",
             fix=f"give it as model_name_or_path={folder}, and leave the input out",

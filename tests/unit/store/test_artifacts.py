@@ -96,8 +96,9 @@ def test_a_broken_row_names_its_line(tmp_path: Path) -> None:
         list(read_jsonl(tmp_path / "x.jsonl"))
 
 
-def test_a_plain_model_folder_is_sent_to_the_key_that_takes_it(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json", "model_index.json"])
+def test_a_plain_model_folder_is_sent_to_the_key_that_takes_it(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}")
     with pytest.raises(ArtifactError, match=f"give it as model_name_or_path={tmp_path}, and leave the input out"):
         read(tmp_path, "checkpoint")
     with pytest.raises(ArtifactError, match="no finished artifact here"):
