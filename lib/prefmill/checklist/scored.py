@@ -137,8 +137,10 @@ def check_inputs(corpus: Artifact, scores: Sequence[Artifact]) -> list[str]:
 def several_models(engines: Iterable[str | None]) -> list[str]:
     """The warning where answers are of more than one model, by the engines' names in summaries or evaluations."""
     found = sorted({name for engine in engines for name in (engine or "").split(BETWEEN_ENGINES) if name})
+    if len(found) < 2:
+        return []
     names = BETWEEN_ENGINES.join(found)
-    return [f"more than one model has answered: {names}; score again with --force, by one of them"] * (len(found) > 1)
+    return [f"more than one model has answered: {names}; score again with --force, by one of them"]
 
 
 def judging(settings: Mapping[str, Any] | None) -> dict[str, Any]:
