@@ -22,7 +22,8 @@ from prefmill.store.row_files import TABLES, file_rows, table_rows
 
 JSON_LINES, CSV = (".jsonl", ".ndjson"), (".csv", ".tsv")
 JSON = (".json", *JSON_LINES)
-_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".xlsx", ".xls", ".xml") for packed in PACKED)
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+_DATA = tuple(ending + packed for ending in (*JSON, *CSV, ".xlsx", ".xls", ".xml", *_ARCHIVES) for packed in PACKED)
 _log = logging.getLogger(__name__)
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(r'\s*(?:\[|\{[^\[]*"notes"\s*:\s*\[)')  # an array, or an API answer that holds one
@@ -254,6 +255,11 @@ def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             continue
         try:
             values, position = decoder.raw_decode(buffer, position)
+        except RecursionError:
+            raise InputError(
+                "not JSON: nested too deeply", where=f"{path}:{line}", got=excerpt(buffer[position:]),
+                expected="an array of objects", fix="correct the object that begins there",
+            ) from None  # fmt: skip
         except ValueError as error:
             # Mostly the object only goes on in the next piece; it is a fault where the file ends.
             buffer, position, counted = _grow(buffer[position:], chunks, path, line, error), 0, 0

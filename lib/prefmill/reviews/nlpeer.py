@@ -11,9 +11,9 @@ from msgspec.structs import replace
 from prefmill.core.errors import InputError
 from prefmill.reviews.files import PlainRow, json_file_row, json_rows
 from prefmill.reviews.openreview_forms import as_sections
+from prefmill.reviews.row_items import row_items
 from prefmill.reviews.rows import Item, RawRow, RowError, RowProblem, Skipped, clean_text
 from prefmill.reviews.source import FileSource
-from prefmill.reviews.tabular import row_items
 
 _VERSION = re.compile(r"\d+$")
 _PAPER, _META = "(paper)", "(meta)"  # what a review takes from its place and its paper's file

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from prefmill.reviews.files import PlainRow, files_at, json_file_row
+from prefmill.reviews.nested import unfold
+from prefmill.reviews.row_items import row_items
 from prefmill.reviews.rows import Item, RawRow, RowProblem, Skipped, check_fields, excerpt
 from prefmill.reviews.source import FileSource
-from prefmill.reviews.tabular import row_items, unfold
 
 _PAPER = {
     "id", "title", "abstract", "accepted", "conference", "histories", "authors", "comments", "subjects", "version",

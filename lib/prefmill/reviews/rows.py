@@ -25,13 +25,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and t
 _CONTROL_TO_ZERO = bytes(0 if _CONTROL.match(chr(code)) else code for code in range(256))
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # nearly every id, known to be fit at once
 _NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-# "6: marginally above the acceptance threshold", "3 good", "3. Good", "7/10", but not "6th", "4.5.1" or "6,5"
+# "6: marginally above", "3 good", "3. Good", "7/10", but not "6th", "4.5.1" or "6,5"
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?!\w|\.\S|,\d)")
-# "6-7", "5 -> 6", "5 (raised to 6)", "7 1/2", "6%", "6-Jul" (a sheet's 6-7), and "4/5", where the 5 must end the scale
+# "6-7", "5 -> 6", "5 (raised to 6)", "7 1/2", "6%", a sheet's "6-Jul", "6:00", and "4/5", where 5 must end the scale
 _SECOND_NUMBER = re.compile(
     r"\s*(?:(?P<of>[/\u2044\u2215]|[(\[]?(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b"
     r"|[^\d\n]*\b(?:rais|lower|increas|decreas|chang|updat)ed to\b)"
-    r"\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)|\s+[\d¼½¾]"
+    r"\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)|\s+[\d¼½¾]|:\d"
     r"|-(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?:-\d+)?\s*$"
 )
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
@@ -164,8 +164,9 @@ def excerpt(raw: Any) -> str:
 
 
 def spelled(text: str) -> str:
-    """`text` with \\ud800 for half of a surrogate pair, which JSON can hold, and no log and no UTF-8 file can take."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """`text` with escapes for what no UTF-8 file can take (half of a surrogate pair) and what a terminal would obey."""
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
 
 
 def check_fields(
@@ -231,8 +232,7 @@ def parse_id(value: Any, name: str, prefix: str = "") -> str:
 
 def parse_score(value: Any, name: str) -> float:
     """A finite number, or the one that text such as `6: marginally above the threshold` begins with."""
-    match = _LEADING_NUMBER.match(value) if isinstance(value, str) else None
-    number = float(match[1]) if match else value
+    number = float(match[1]) if isinstance(value, str) and (match := _LEADING_NUMBER.match(value)) else value
     if not is_number(number):
         raise RowError(f"{name} is not a number: {excerpt(repr(value))}", f"give {name} a number, or remove the row")
     return float(number) + 0.0  # no -0, whose line in the corpus would be another than that of 0

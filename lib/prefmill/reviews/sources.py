@@ -11,9 +11,10 @@ from prefmill.reviews.generated import generate
 from prefmill.reviews.nlpeer import NLPeerSource
 from prefmill.reviews.openreview import OpenReviewSource
 from prefmill.reviews.peerread import PeerReadSource
+from prefmill.reviews.row_items import row_items
 from prefmill.reviews.rows import Item, Place, RawRow, RowProblem
 from prefmill.reviews.source import SourceConfig
-from prefmill.reviews.tabular import CsvSource, JsonlSource, row_items
+from prefmill.reviews.tabular import CsvSource, JsonlSource
 
 
 class GeneratedSource(SourceConfig):

@@ -27,8 +27,16 @@ _OTHER_MAGIC = {  # by their first bytes, as such a file would be called bad UTF
     b"<?xml": ("XML", "save a sheet as CSV, and write a journal's reports as JSON lines"),
     b"<!doctype": ("a web page", "download the file itself, logged in where it asks for that"),
     b"<html": ("a web page", "download the file itself, logged in where it asks for that"),
+    **dict.fromkeys((b"7z\xbc\xaf", b"Rar!"), ("an archive", "unpack it")),
+    b"%PDF-": ("PDF", "give a table or lines of JSON"),
+    b"SQLite format": ("a database", "export its table as CSV"),
+    **dict.fromkeys((b"\x80\x04\x95", b"\x80\x05\x95"), ("a pickle", "save it as Parquet or JSON lines")),
+    bytes(16): ("zeros, as a crash or a full disk leaves them", "copy or download it again"),
 }
-_UTF_16 = {  # by a byte order mark, or by the zero beside each of the first characters
+_WIDE = {  # by a byte order mark, or by the zeros beside each of the first characters
+    "utf-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"),
+    "utf-32-le": re.compile(rb"(?:[\t-~]\0\0\0){2}"),
+    "utf-32-be": re.compile(rb"(?:\0\0\0[\t-~]){2}"),
     "utf-16": re.compile(rb"\xff\xfe|\xfe\xff"),
     "utf-16-le": re.compile(rb"(?:[\t-~]\0){2}"),
     "utf-16-be": re.compile(rb"(?:\0[\t-~]){2}"),
@@ -62,7 +70,7 @@ def reading(path: Path) -> Iterator[tuple[IO[bytes], list[int]]]:
         ) from None  # fmt: skip
     except UnicodeDecodeError as error:
         raise InputError(
-            "invalid UTF-16", where=f"{path}, after line {lines_read[0]}", got=error.reason,
+            f"invalid {error.encoding.upper()[:6]}", where=f"{path}, after line {lines_read[0]}", got=error.reason,
             fix="save the file as UTF-8",
         ) from None  # fmt: skip
     except FileNotFoundError:
@@ -87,13 +95,21 @@ def _packing(path: Path) -> tuple[str, Callable[[Path], Any]]:
 
 def _open(path: Path, unpack: Callable[[Path], Any]) -> IO[bytes]:
     stream = unpack(path)
-    beginning = stream.peek(24)
-    for magic, (kind, fix) in _OTHER_MAGIC.items():
-        if beginning.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(magic.lower()):
-            stream.close()
-            raise InputError("a file of another kind", where=path, got=kind, expected="text, plain or packed", fix=fix)
-    encoding = next((name for name, pattern in _UTF_16.items() if pattern.match(beginning)), None)
+    beginning = stream.peek(512)
+    if found := _other_kind(beginning):
+        stream.close()
+        kind, fix = found
+        raise InputError("a file of another kind", where=path, got=kind, expected="text, plain or packed", fix=fix)
+    encoding = next((name for name, pattern in _WIDE.items() if pattern.match(beginning)), None)
     return cast("IO[bytes]", io.BufferedReader(_Recoded(stream, encoding)) if encoding else stream)
+
+
+def _other_kind(beginning: bytes) -> tuple[str, str] | None:
+    """What is no text, by its first bytes, and what to do with it."""
+    if beginning.startswith(b"ustar", 257):  # behind the first file's name and dates
+        return "a tar archive", "unpack it"
+    text = beginning.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return next((found for magic, found in _OTHER_MAGIC.items() if text.startswith(magic.lower())), None)
 
 
 class _Recoded(io.RawIOBase):

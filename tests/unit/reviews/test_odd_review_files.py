@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import logging
 import lzma
+import pickle
 import re
+import tarfile
 from decimal import Decimal
 from pathlib import Path
 
@@ -78,7 +81,8 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 @pytest.mark.parametrize(
     "content",
     [
-        LINES.replace("\n", "\r").encode(), *map(LINES.encode, ("utf-16", "utf-16-le", "utf-16-be")),
+        LINES.replace("\n", "\r").encode(),
+        *map(LINES.encode, ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")),
         gzip.compress(LINES.encode("utf-16-le"), mtime=0), bz2.compress(LINES.encode()), lzma.compress(LINES.encode()),
         # Two frames, as `zstd -c >> file` leaves them.
         b"".join(pyarrow.compress(f"{line}\n".encode(), codec="zstd", asbytes=True) for line in LINES.split("\n")[:-1]),
@@ -116,7 +120,8 @@ def test_parquet_is_read_as_json_lines_and_tables_are(tmp_path: Path) -> None:
     [
         (lzma.compress(LINES.encode())[:-20], "truncated xz file"), (b"BZh" + b"junk" * 9, "damaged bzip2 file"),
         (pyarrow.compress(LINES.encode(), codec="zstd", asbytes=True)[:-5], "damaged zstd file"),
-        (LINES.encode("utf-16-le")[:-1], "invalid UTF-16"), (b"PK\x03\x04", "save the sheet as CSV"),
+        (LINES.encode("utf-16-le")[:-1], "invalid UTF-16"),
+        (LINES.encode("utf-32")[:-1], "invalid UTF-32"), (b"PK\x03\x04", "save the sheet as CSV"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named_once(tmp_path: Path, content: bytes, message: str) -> None:
@@ -204,6 +209,48 @@ def test_a_file_of_another_format_is_told_and_tables_with_tabs_lie_in_folders(tm
 def test_what_came_in_place_of_a_file_is_told(tmp_path: Path, text: str, kind: str) -> None:
     with pytest.raises(InputError, match=rf"of another kind(.|\n)*{kind}(.|\n)*download"):
         read(source(format="jsonl", path=write(tmp_path / "x.jsonl", text)))
+
+
+def archive(mode: str) -> bytes:
+    """One line of JSON in a tar: read as text, the archive's head stood before it in one line."""
+    stream, content = io.BytesIO(), json.dumps(ROW).encode()
+    with tarfile.open(fileobj=stream, mode=mode) as file:  # type: ignore[call-overload]
+        entry = tarfile.TarInfo("x.jsonl")
+        entry.size = len(content)
+        file.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (archive("w"), "tar archive"), (archive("w:gz"), "tar archive"), (b"7z\xbc\xaf\x27\x1c", "an archive"),
+        (b"%PDF-1.7\n", "PDF"), (b"SQLite format 3\0", "database"), (pickle.dumps([ROW]), "pickle"),
+        (bytes(400), "zeros"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_text_are_told(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(content)
+    with pytest.raises(InputError, match=rf"of another kind(.|\n)*{kind}"):
+        read(source(format="jsonl", path=tmp_path / "x.jsonl.gz"))
+
+
+def test_a_folder_with_an_archive_alone_names_it(tmp_path: Path) -> None:
+    write(tmp_path / "x.tar.gz", "")
+    with pytest.raises(InputError, match=r"without review files(.|\n)*x\.tar\.gz"):
+        read(source(format="jsonl", path=tmp_path))
+
+
+def test_json_that_is_nested_without_end_is_told(tmp_path: Path) -> None:
+    """In an array it was a traceback (RecursionError)."""
+    with pytest.raises(InputError, match="nested too deeply"):
+        read(source(format="jsonl", path=write(tmp_path / "x.json", "[" * 9000 + "]" * 9000)))
+
+
+def test_a_log_gives_a_terminal_nothing_to_obey(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", "\x1b[2J\x1b]0;title\x07 no JSON")
+    _, (problem,) = read(source(format="jsonl", path=path))
+    assert problem.excerpt == r"\x1b[2J\x1b]0;title\x07 no JSON"
 
 
 def test_the_conversion_that_is_advised_keeps_what_windows_writes(tmp_path: Path) -> None:

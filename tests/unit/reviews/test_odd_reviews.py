@@ -165,11 +165,12 @@ def test_a_scale_whose_best_is_its_lowest_is_turned_over(tmp_path: Path) -> None
         source(format="jsonl", path=path, rating_min=5, rating_max=1)
 
 
-def test_a_date_that_a_sheet_makes_is_refused_in_its_own_spelling(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", {**ROW, "rating": "6-Jul"})
+@pytest.mark.parametrize("text", ["6-Jul", "06:05:00"])
+def test_a_date_that_a_sheet_makes_is_refused_in_its_own_spelling(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "x.jsonl", {**ROW, "rating": text})
     _, (problem,) = read(source(format="jsonl", path=path))
     assert "no number on the scale" in problem.reason
-    assert items_of(source(format="jsonl", path=path, rating_words={"6-Jul": 6}))
+    assert items_of(source(format="jsonl", path=path, rating_words={text: 6}))
 
 
 def test_words_for_ratings_hold_for_numbers_too() -> None:
