@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
@@ -25,6 +26,7 @@ def sources() -> list[Path]:
     return [path for folder in ("lib/prefmill", "stages") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
 
 
+@cache
 def page() -> str:
     """The whole page: a table for each package of the code."""
     tables: dict[str, set[tuple[str, str]]] = {}

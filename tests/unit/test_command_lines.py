@@ -16,8 +16,8 @@ from tests.conftest import REPOSITORY
 def modules() -> Iterator[str]:
     """Names of the modules of benchmarks/ and tests/ that do something when they are run; toy stages left out."""
     for path in sorted((*REPOSITORY.glob("benchmarks/*.py"), *REPOSITORY.glob("tests/**/*.py"))):
-        relative = path.relative_to(REPOSITORY)
-        if "toys" not in relative.parts and any(map(_is_guard, ast.parse(path.read_text("utf-8")).body)):
+        relative, text = path.relative_to(REPOSITORY), path.read_text("utf-8")
+        if "toys" not in relative.parts and "__main__" in text and any(map(_is_guard, ast.parse(text).body)):
             yield ".".join(relative.with_suffix("").parts)
 
 
