@@ -124,7 +124,7 @@ class ChatEngine(ServerEngine):
         asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": self._config.top_logprobs}
         (choice, *_) = await self._ask(client, text, asked)
         if choice.refusal:
-            raise RefusedError(f"the server withholds an answer: {choice.refusal:.200}")
+            raise RefusedError(f"the server withholds an answer: {self._server.shown(choice.refusal)}")
         if choice.is_of_a_thought:
             raise RefusedError(
                 "the log-probabilities are of the model's thought: turn it off, as with engine.extra_body="
@@ -209,7 +209,7 @@ class ChatEngine(ServerEngine):
             choices = []
         if not choices:
             raise InputError(
-                "the server did not answer every prompt", where=self._server.url, got=str(content)[:300],
+                "the server did not answer every prompt", where=self._server.url, got=self._server.shown(str(content)),
                 expected="a choice", fix="use a server that speaks OpenAI's chat completions",
             )  # fmt: skip
         return choices

@@ -168,13 +168,14 @@ class Server:
         return content
 
     def _said(self, response: httpx.Response) -> str:
-        """The status and the start of what the server said, on one line and without the key."""
+        """The status and the start of what the server said, on one line."""
         # A redirect is mostly to the address that was meant: https, or with /v1.
         text = " ".join([*filter(None, [response.headers.get("location")]), *response.text.split()])
-        if self.key:
-            # A server may repeat the key that it refuses, and this text goes into logs.
-            text = text.replace(self.key, "***")
-        return f"{response.status_code} {response.reason_phrase}: {text[:_SHOWN_CHARACTERS]}"
+        return f"{response.status_code} {response.reason_phrase}: {self.shown(text)}"
+
+    def shown(self, text: str) -> str:
+        """The start of it without the key: a server may repeat that, and what is shown goes into logs."""
+        return (text.replace(self.key, "***") if self.key else text)[:_SHOWN_CHARACTERS]
 
     def _tell(self, attempt: int, trouble: str, wait: float) -> None:
         """One line for all requests that wait for the same thing."""

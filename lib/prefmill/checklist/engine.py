@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from prefmill.checklist.items import Checklist
 from prefmill.core.config import StrictConfig, runtime
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision
 from prefmill.core.records import Answer, Paper, Review, ReviewEvaluation
+from prefmill.core.variables import HIDDEN, VariableName
 from prefmill.families.causal.templates import ChatTemplate
 
+_SECRETS = {"api_key", "apikey", "access_token", "authorization"}
 IncludePaper = Literal["none", "title_abstract", "text"]
 
 
@@ -69,8 +72,8 @@ class ServerConfig(StrictConfig):
     """A server that speaks one of OpenAI's interfaces, and how it is asked."""
 
     # All of this is left out of a task's identity: another address for the same model makes nothing stale.
-    base_url_env: str = runtime("OPENAI_BASE_URL", min_length=1, description="the variable that holds the server's URL")
-    api_key_env: str = runtime("OPENAI_API_KEY", min_length=1, description="the variable that holds its key")
+    base_url_env: VariableName = runtime("OPENAI_BASE_URL", description="the variable that holds the server's URL")
+    api_key_env: VariableName = runtime("OPENAI_API_KEY", description="the variable that holds its key")
     reviews_in_flight: int = runtime(16, ge=1, description="reviews asked about at a time, each with all its items")
     num_retries: int = runtime(8, ge=0, description="of a request, with growing waits, where the server has trouble")
     timeout_seconds: float = runtime(600.0, gt=0, description="for an answer, the time in the server's queue included")
@@ -100,6 +103,9 @@ class ChatConfig(ServerConfig):
     def _leaves_the_question(cls, extra: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(extra.keys() & {"messages", "model", "stream"}):
             raise ValueError(f"extra_body: {taken[0]} is of the request itself, leave it out")
+        if secret := [key for key in extra if key.lower().replace("-", "_") in _SECRETS]:
+            said = f"{secret[0]} would be recorded: give it in the variable that api_key_env names"
+            raise PydanticCustomError(HIDDEN, said)
         return extra
 
     @model_validator(mode="after")

@@ -203,14 +203,11 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.resolvers import oc
     from yaml import YAMLError
 
     overrides = [_with_its_lines(override) for override in overrides]
-    if "${oc.env" in json.dumps([base, list(overrides)], default=str):
-        raise ConfigError(
-            "environment values are not allowed in configs", where=where, got="${oc.env:...}",
-            fix="write the value itself; for a secret, give the variable's name and let the stage read it",
-        )  # fmt: skip
+    OmegaConf.clear_resolver("oc.env")  # its name can be written in too many ways to look for: ${${a}.env:X}
     try:
         # from_dotlist reads what stands after = as YAML: 0.1 is a number there and null is nothing.
         merged = OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.from_dotlist(list(overrides)))
@@ -220,8 +217,11 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object 
             # OmegaConf's further lines are about its own objects, YAML's first one names no place.
             "cannot merge the configuration", where=where,
             got=" ".join(str(error).split()) if isinstance(error, YAMLError) else str(error).splitlines()[0],
-            fix="check the overrides and ${...} references, which name other keys and no variables of the environment",
+            fix="check the overrides and ${...} references, which name other keys and no variables of the environment; "
+            "for a secret, give the variable's name and let the stage read it",
         ) from None  # fmt: skip
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 

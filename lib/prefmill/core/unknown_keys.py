@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from prefmill.core.aliases import ALIASES, REFUSED
+from prefmill.core.variables import HIDDEN
 
 _FEW_KEYS = 12
 
@@ -87,6 +88,8 @@ def explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str,
         return f"    {location} = {detail['input']!r:.200}: {told_kinds(detail)}{place}"
     if detail["type"] == "missing":
         return f"    {location}: required, but not given"
+    if detail["type"] == HIDDEN:
+        return f"    {location}: {detail['msg']}{place}"
     # pydantic's own first words for what a validator of ours says.
     said = _WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
     # Of a whole configuration, the beginning says nothing: a validator names its keys.

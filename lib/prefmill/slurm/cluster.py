@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, load, merge, modern, renamed, validate
 from prefmill.core.errors import ConfigError, nearest
 from prefmill.core.stage import stage_names
+from prefmill.core.variables import VariableName
 
 SIGNAL_SECONDS = 120  # a batch script submitted by hand asks for the same: sbatch/*.sbatch
 # Not sbatch's ALL: what the shell holds, secrets among it, would stay in Slurm's spool.
 _BASIC_EXPORTS = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z-]*")
 # What prefmill decides itself; an option of the site must not undo it.
 _OWN_OPTIONS = {
@@ -36,15 +36,6 @@ _KEY_OF_OPTION = {
     "gpus": "gpus", "gpus-per-node": "gpus and gpu_type", "gpus-per-task": "gpus and gpu_type",
 }  # fmt: skip
 _MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
-
-
-def _variable_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"'{name}' is no name of an environment variable (names only, never values)")
-    return name
-
-
-VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
 class Resources(StrictConfig):

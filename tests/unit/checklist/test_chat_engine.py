@@ -15,6 +15,7 @@ from prefmill.checklist import completions
 from prefmill.checklist.engine import ChatConfig
 from prefmill.checklist.engines import open_engine
 from prefmill.checklist.items import load_checklist
+from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError, PrefmillError
 from tests.loopback import Reply, serving
 
@@ -336,3 +337,28 @@ def test_votes_are_not_one_vote_many_times(judge: Judge) -> None:
 def test_more_of_a_request_may_not_take_the_place_of_what_is_asked(key: str) -> None:
     with pytest.raises(ValueError, match=f"extra_body: {key} is of the request itself"):
         ChatConfig(model_name_or_path="judge", extra_body={key: True})
+
+
+def test_a_key_that_a_server_repeats_is_not_shown(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    judge.answer = lambda _: {"detail": "the account of sk-secret is closed"}
+    with pytest.raises(InputError, match=r"did not answer every prompt[\s\S]*the account of \*\*\* is closed"):
+        outcome()
+    judge.answer = lambda _: {"choices": [{"message": {"refusal": "sk-secret may not ask this"}}]}
+    assert outcome().failure == "the server withholds an answer: *** may not ask this"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"api_key_env": "sk-secret"}, "api_key_env: no name of an environment variable"),
+        ({"api_key_env": "hf_secret"}, "api_key_env: no name of an environment variable"),
+        ({"base_url_env": "https://secret.example/v1"}, "base_url_env: no name of an environment variable"),
+        ({"extra_body": {"Api-Key": "sk-secret"}}, "extra_body: Api-Key would be recorded"),
+    ],
+)
+def test_a_secret_in_place_of_its_variables_name_is_refused_and_not_shown(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(ChatConfig, {"engine": "chat", "model_name_or_path": "judge", **keys})
+    assert said in str(caught.value)
+    assert "secret" not in str(caught.value)

@@ -70,8 +70,14 @@ def test_a_retry_leaves_out_the_sites_own_nodes_too() -> None:
 
 @pytest.mark.parametrize("name", ["A=b", "a b", "$(id)", "1x", ""])
 def test_names_of_variables_carry_no_values(name: str) -> None:
-    with pytest.raises(ConfigError, match="names only"):
+    with pytest.raises(ConfigError, match=r"export\.0: no name of an environment variable; write its name"):
         validate(ClusterFile, {"export": [name]})
+
+
+def test_a_webhooks_address_in_place_of_its_name_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match="webhook: no name of an environment variable") as caught:
+        validate(ClusterFile, {"webhook": "https://hooks.example/secret"})
+    assert "hooks.example" not in str(caught.value)
 
 
 def test_a_secret_is_not_exported(tmp_path: Path) -> None:
