@@ -237,6 +237,34 @@ def test_labels_of_one_answer_have_no_kappa(tmp_path: Path, corpus: Artifact, ro
     assert "agrees with people at kappa" in page
 
 
+def test_several_people_may_label_one_answer(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
+    """What most say counts, ties do not, and how far they agree among themselves is told."""
+    ids = [row["review_id"] for row in rows[1]]
+    answers, labels = draw(ids, 0)
+    given = [
+        (key, name, int(yes), rater)
+        for place, (key, row) in enumerate(labels.items())
+        for name, yes in row.items()
+        for rater, yes in (("ann", yes), ("ben", yes), ("cleo", yes != (place % 4 == 0)))
+    ]
+    # Of the first review only two people remain, who contradict each other.
+    given = [row for row in given if (row[0], row[3]) != (ids[0], "ben")]
+    path = write_labels(tmp_path / "l.csv", given, ("review_id", "item_id", "label", "annotator"))
+    inputs = {"corpus": corpus, "scores": judged(tmp_path / "a", corpus, answers)}
+    quality, _ = measure(tmp_path / "t", inputs, labels=str(path))
+    people = quality["people"]
+    told = {name: people[name] for name in ("num_raters", "num_shared", "num_answers", "num_ties")}
+    assert told == {"num_raters": 3, "num_shared": 2 * len(ids), "num_answers": 6 * len(ids) - 2, "num_ties": 2}
+    assert quality["num_labels"] == 2 * len(ids) - 2
+    assert any("3 people who labelled agree among themselves at alpha 0." in line for line in quality["conclusion"])
+    single = {key: row for key, row in labels.items() if key != ids[0]}
+    alone, _ = measure(tmp_path / "u", inputs, labels=str(write_labels(tmp_path / "m.csv", as_rows(single))))
+    assert alone["people"] is None
+    assert alone["judges"] == quality["judges"]
+    with pytest.raises(InputError, match=r"again[\s\S]*column `rater`"):
+        measure(tmp_path / "v", inputs, labels=str(write_labels(tmp_path / "n.csv", [row[:3] for row in given])))
+
+
 def test_scores_that_do_not_belong_together_are_refused(
     tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]
 ) -> None:

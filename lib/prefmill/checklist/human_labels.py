@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,21 +20,25 @@ class Label:
     review_id: str
     item_id: str
     yes: bool
+    rater: str = ""
 
 
 def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collection[str]) -> list[Label]:
     """The labels in a table with the columns review_id, item_id and label (yes or no, 1 or 0, true or false).
 
+    A column `rater`, or what else tables call it, says whose they are.
+
     Raises InputError naming the line of a missing column or value, an unknown review or item, a label that is neither
     yes nor no, or an answer given twice; and where there is no label at all.
     """
     file = LabelFile(path, "unusable item labels", COLUMNS)
-    labels: dict[tuple[str, str], Label] = {}
+    labels: dict[tuple[str, str, str], Label] = {}
     for where, row in file.rows():
         label = _label(file, row, where, review_ids, item_ids)
-        key = (label.review_id, label.item_id)
+        key = (label.review_id, label.item_id, label.rater)
         if key in labels:
-            raise file.unusable(where, f"{key[1]} of review {key[0]} again", "keep one answer to each")
+            fix = "keep one answer to each, or say in a column `rater` who gave it"
+            raise file.unusable(where, f"{key[1]} of review {key[0]} again", fix)
         labels[key] = label
     return list(labels.values())
 
@@ -51,4 +55,21 @@ def _label(
     answer = _ANSWERS.get(values["label"].lower().removesuffix(".0"))  # of a table with gaps
     if answer is None:
         raise file.unusable(where, f"label {values['label']!r}", "write yes or no, 1 or 0, true or false")
-    return Label(values["review_id"], values["item_id"], answer)
+    return Label(values["review_id"], values["item_id"], answer, values["rater"])
+
+
+def votes_of(labels: Iterable[Label]) -> dict[tuple[str, str], list[bool]]:
+    """All answers to an item about a review, by both their ids."""
+    votes: dict[tuple[str, str], list[bool]] = {}
+    for label in labels:
+        votes.setdefault((label.review_id, label.item_id), []).append(label.yes)
+    return votes
+
+
+def majority(votes: Mapping[tuple[str, str], Sequence[bool]]) -> list[Label]:
+    """What most people answered; where as many say yes as no there is no label."""
+    return [
+        Label(review_id, item_id, 2 * sum(given) > len(given))
+        for (review_id, item_id), given in votes.items()
+        if 2 * sum(given) != len(given)
+    ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefmill.core.errors import InputError
-from prefmill.store.row_files import file_rows
+from prefmill.store.row_files import RATERS, file_rows
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,19 @@ class LabelFile:
     columns: tuple[str, ...]
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """Every row as text, with where it stands; raises InputError where it cannot be read or lacks a column."""
+        """Where each row stands, and its cells as text, with its `rater`.
+
+        Raises InputError where the file cannot be read or lacks a column.
+        """
         row = None
         for row in file_rows(self.path):
             if absent := [name for name in self.columns if name not in row.values]:
                 raise self.unusable(row.where, f"columns {', '.join(row.values)}", f"name the column {absent[0]}")
-            yield row.where, {name: "" if row.values[name] is None else str(row.values[name]) for name in self.columns}
+            found = {name: row.values[name] for name in self.columns}
+            # Who answered, for labels of several people.
+            by = (value for name, value in row.values.items() if name.lower() in ("rater", *RATERS))
+            found["rater"] = next((value for value in by if value), None)
+            yield row.where, {name: "" if value is None else str(value) for name, value in found.items()}
         if row is None:
             raise InputError(
                 "the label file is empty", where=self.path, fix="label some answers, or leave out `labels`"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from prefmill.checklist.agreement import agreement, rank_correlation
+from prefmill.checklist.agreement import agreement, rank_correlation, reliability
 from prefmill.checklist.calibration import Calibration, calibrate, judge_of, write_calibration
 from prefmill.checklist.engine import Engine
 from prefmill.checklist.engines import open_engine
-from prefmill.checklist.human_labels import Label, read_item_labels
+from prefmill.checklist.human_labels import Label, majority, read_item_labels, votes_of
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.judge_gate import check
 from prefmill.checklist.judge_probes import ask, sample
@@ -45,7 +45,9 @@ def measure_quality(config: JudgeQualityConfig, task: Task, conclude: Callable[[
     corpus, resampling = task.input("corpus"), Resampling(config.num_resamples, config.seed, config.confidence)
     shards = {name: task.inputs.get(name, ()) for name in ("scores", "other_scores")}
     judges = [read_judge(name, corpus, given) for name, given in shards.items() if given]
-    labels = _read_labels(config, judges[0])
+    given = _read_labels(config, judges[0])
+    votes = votes_of(given)
+    labels = majority(votes)
     labelled = [_labelled(judge, labels) for judge in judges]
     fitted = _calibrate(config, judges[0], labelled[0]) if config.calibrate else None  # refused before hours of probes
     between, differences = _between(judges[0], judges[1], resampling) if len(judges) > 1 else (None, [])
@@ -67,6 +69,7 @@ def measure_quality(config: JudgeQualityConfig, task: Task, conclude: Callable[[
     quality: Found = {
         "confidence": config.confidence, "num_labels": len(labels),
         "num_unscored_labels": len(labels) - len(labelled[0]), "judges": described, "between": between,
+        "people": _among_people(given, votes, judges[0], resampling),
         "calibration": None if fitted is None else asdict(fitted),
     }  # fmt: skip
     quality["conclusion"] = conclude(quality)
@@ -97,6 +100,22 @@ def _read_labels(config: JudgeQualityConfig, judge: Judge) -> list[Label]:
         return []
     # A label of a review that could not be scored is counted as such, not refused as unknown.
     return read_item_labels(config.labels, judge.by_id.keys() | judge.unscored, judge.checklist.ids)
+
+
+def _among_people(
+    labels: Sequence[Label], votes: Mapping[tuple[str, str], Sequence[bool]], judge: Judge, resampling: Resampling
+) -> Found | None:
+    """How far people agree among themselves, on scored reviews; None where no two answered one item of a review."""
+    shared = {key: given for key, given in votes.items() if len(given) > 1 and key[0] in judge.by_id}
+    if not shared:
+        return None
+    papers = [judge.by_id[review_id].paper_id for review_id, _ in shared]
+    num_yes, num_answers = (np.array([float(count(given)) for given in shared.values()]) for count in (sum, len))
+    return {
+        "num_raters": len({label.rater for label in labels}), "num_shared": len(shared),
+        "num_answers": int(num_answers.sum()), "num_ties": int((2 * num_yes == num_answers).sum()),
+        "alpha": reliability(papers, num_yes, num_answers, resampling),
+    }  # fmt: skip
 
 
 def _labelled(judge: Judge, labels: Sequence[Label]) -> list[Row]:

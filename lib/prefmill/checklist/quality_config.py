@@ -17,7 +17,7 @@ class JudgeQualityConfig(StrictConfig):
         "calibrate=false": ("min_labels", "folds"),
         "num_probed=0": ("probe_other", "max_paraphrases", "judge"),
     }
-    labels: ExternalPath | None = Field(None, description="CSV of people's answers: review_id, item_id, label")
+    labels: ExternalPath | None = Field(None, description="table of people's answers: review_id, item_id, label, rater")
     calibrate: bool = Field(False, description="fit a temperature to the labels of dev reviews")
     min_labels: int = Field(50, ge=10, description="of dev reviews, for a temperature")
     folds: int = Field(5, ge=2, description="of labelled dev papers, to see what a temperature is worth")

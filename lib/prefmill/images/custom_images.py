@@ -30,6 +30,7 @@ from prefmill.images.rating import choice_of
 from prefmill.store.jsonl import read_jsonl
 from prefmill.store.picture_formats import FORMATS
 from prefmill.store.pictures import on_disk
+from prefmill.store.row_files import RATERS
 
 _log = logging.getLogger(__name__)
 _PICTURES = {*FORMATS.values(), ".jpeg", ".tiff"}
@@ -37,11 +38,6 @@ IMAGES_FILES = ("images.csv", "images.jsonl")
 _METADATA = ("metadata.csv", "metadata.jsonl")  # ImageFolder's
 _FILE = ("file_name", "filename", "image_path")
 _IMAGE_TOO = {**PROMPT_TOO, "file": (*_FILE, "image")}
-# As Label Studio, crowds' platforms and sheets have it.
-RATERS = (
-    "annotator", "annotator_id", "worker", "worker_id", "workerid", "user", "user_id", "rater_id", "participant",
-    "participant_id", "prolific_pid", "evaluator", "labeler",
-)  # fmt: skip
 _SCORE_TOO = {"image": (*_FILE, "file"), "rater": RATERS}
 _RATING_TOO = {"choice": ("preference", "winner", "pairwise", "pw"), "rater": RATERS}
 RATING_COLUMNS = ("left", "right", "rater", "dimension", "choice")

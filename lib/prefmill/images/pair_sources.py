@@ -14,7 +14,6 @@ from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, Rating
 from prefmill.images.collection import Collection, SourceImage, same_file
 from prefmill.images.custom_images import (
-    RATERS,
     SIDES,
     answered,
     read_artifact,
@@ -27,6 +26,7 @@ from prefmill.images.pair_files import content_name, data_files, no_file, pictur
 from prefmill.images.prompts import PROMPT_TOO, one_spelling, prompt_id_of, safe_name
 from prefmill.images.rankings import is_name, overall, read_rankings
 from prefmill.images.rating import choice_of, draw
+from prefmill.store.row_files import RATERS
 
 # The better image first: our own names, and those of other preference files.
 _SIDES = (

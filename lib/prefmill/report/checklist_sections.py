@@ -16,7 +16,9 @@ from prefmill.store.jsonl import read_jsonl
 Row = dict[str, Any]
 Found = Mapping[str, Any]
 STRONG, FAINT = "dpo", "base"  # the looks that the charts borrow
-_MEASURES = {"kappa": "kappa", "f1": "F1", "accuracy": "accuracy"}
+_MEASURES = {
+    "kappa": "kappa", "alpha": "Krippendorff's alpha", "ac1": "Gwet's AC1", "f1": "F1", "accuracy": "accuracy",
+}  # fmt: skip
 
 
 def judge_section(artifacts: Iterable[Artifact]) -> list[Row]:
@@ -36,7 +38,7 @@ def _people_chart(judge: Found) -> Markup | None:
     if judge["labels"] is None:
         return None
     found = judge["labels"]
-    rows = [ChartInterval.of(label, STRONG, found[name]) for name, label in _MEASURES.items() if found[name]]
+    rows = [ChartInterval.of(label, STRONG, found[name]) for name, label in _MEASURES.items() if found.get(name)]
     return interval_chart(rows, f"Agreement of {judge['name']} with people", "1 is complete agreement", level=0.0)
 
 

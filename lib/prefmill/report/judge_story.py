@@ -14,6 +14,7 @@ Found = Mapping[str, Any]
 def tell_quality(quality: Found) -> list[str]:
     """The sentences on a `quality.json`, most important first."""
     return [sentence for judge in quality["judges"] for sentence in _judge(judge)] + [
+        *_people(quality.get("people")),
         *_between(quality["between"]),
         *_calibration(quality["calibration"]),
     ]
@@ -46,6 +47,17 @@ def _judge(judge: Found) -> Iterator[str]:
         yield f"{who}: its error and the length of a review correlate at {with_interval(error)}."
     if (probes := judge["probes"]) is not None:
         yield from _probes(who, probes)
+
+
+def _people(people: Found | None) -> Iterator[str]:
+    if people is not None:
+        alpha = people["alpha"]
+        # What no judge can be asked to exceed.
+        agreed = f"alpha {with_interval(alpha)}" if alpha else "an undefined alpha (one and the same answer throughout)"
+        yield (
+            f"The {people['num_raters']} people who labelled agree among themselves at {agreed}, where "
+            f"{people['num_shared']} questions have two answers or more; {people['num_ties']} ties count for neither."
+        )
 
 
 def _probes(who: str, probes: Found) -> Iterator[str]:

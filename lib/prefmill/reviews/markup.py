@@ -17,10 +17,10 @@ _BLANK = re.compile(r"[ \t]*\n\s*")
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
 _OF_PERSON = re.compile(  # fields that say who wrote or reviewed
     r"(?i)e-?mail|(?<!for )(?<!to )author|signature|readers|writers|member|orcid|affiliation|\b(user|reviewer)\b"
-    r"|^name\b|(reviewer|user|first|last|sur|given|family|full|middle)[ _-]?name"
+    r"|(^|\.)name\b|(reviewer|user|first|last|sur|given|family|full|middle)[ _-]?name"
 )
 _FIELD = re.compile(  # a name and its text or list, in which API 2 of OpenReview wraps them
-    r"""((["'])([^"'\n]{1,40})\2\s*:\s*(?:\{\s*["']value["']\s*:\s*)?)"""
+    r"""((["'])([^"'\n]{1,99})\2\s*:\s*(?:\{\s*["']value["']\s*:\s*)?)"""
     r"""("(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|\[[^\]]*\]?)"""
 )
 

@@ -74,7 +74,11 @@ def reading(path: Path) -> Iterator[tuple[IO[bytes], list[int]]]:
             fix="save the file as UTF-8",
         ) from None  # fmt: skip
     except FileNotFoundError:
-        raise InputError("no such file", where=path, fix="check the source's path in the configuration") from None
+        raise InputError(
+            "no such file", where=path,
+            fix="check the source's path in the configuration; what is on the web or the hub is downloaded first "
+            "(`hf download NAME --repo-type dataset --local-dir FOLDER`)",
+        ) from None  # fmt: skip
     except IsADirectoryError:
         raise InputError("a folder where a file is expected", where=path, fix="give the file's path") from None
     except (OSError, zlib.error, lzma.LZMAError) as error:

@@ -21,6 +21,11 @@ from prefmill.store.opened import PACKED, reading
 TABLES = (".parquet", ".arrow", ".feather")
 SUFFIXES = (*(kind + packed for packed in PACKED for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")), *TABLES)
 _KINDS = f"{', '.join(name for name in SUFFIXES if name.count('.') == 1)}; text may be packed ({', '.join(PACKED[1:])})"
+# What Label Studio, crowds' platforms and sheets call who answered.
+RATERS = (
+    "annotator", "annotator_id", "worker", "worker_id", "workerid", "user", "user_id", "rater_id", "participant",
+    "participant_id", "prolific_pid", "evaluator", "labeler",
+)  # fmt: skip
 _ROWS_AT_ONCE = 64  # of a table in memory: each may hold whole pictures
 _LONGEST_CELL = 1 << 24  # characters: above any paper, below what an unclosed quote swallows of a large file
 _Reader = Callable[[IO[str], Path], Iterator[tuple[str, Any]]]

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prefmill.checklist.agreement import agreement, mean_shift, rank_correlation
+from prefmill.checklist.agreement import agreement, mean_shift, rank_correlation, reliability
 from prefmill.checklist.optimize.select_step import kappa
 from prefmill.core.statistics import Resampling
 
@@ -56,7 +56,8 @@ def test_the_edges() -> None:
     same = agreement(papers, ones, ones, RESAMPLING)
     assert (same["kappa"], same["f1"]["value"], same["accuracy"]["value"]) == (None, 1, 1)
     none = agreement(papers, 1 - ones, 1 - ones, RESAMPLING)
-    assert (none["kappa"], none["f1"]) == (None, None)
+    assert (none["kappa"], none["alpha"], none["f1"]) == (None, None, None)
+    assert none["ac1"]["value"] == 1
     assert none["accuracy"] == {"value": 1.0, "low": 0.438503, "high": 1.0}  # Wilson: 3 of 3 papers
     single = agreement(["a"] * 6, ones, np.array([1.0, 0, 1, 0, 1, 1]), RESAMPLING)
     assert single["accuracy"] == {"value": 0.666667, "low": None, "high": None}
@@ -80,6 +81,47 @@ def test_every_small_table_is_that_of_another_library() -> None:
                     assert found[name] is None
                 else:
                     assert found[name]["value"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_alpha_of_every_small_table_is_that_of_another_library() -> None:
+    from nltk.metrics.agreement import AnnotationTask
+
+    for size in (1, 2, 3, 4):
+        for said in itertools.product([0.0, 1.0], repeat=2 * size):
+            rows = [(f"c{place // size}", place % size, value) for place, value in enumerate(said)]
+            found = agreement([str(number) for number in range(size)], np.array(said[:size]), np.array(said[size:]),
+                              Resampling(50))["alpha"]  # fmt: skip
+            if len(set(said)) == 1:
+                assert found is None
+            else:
+                assert found["value"] == pytest.approx(AnnotationTask(data=rows).alpha(), abs=1e-6)
+
+
+def test_alpha_of_several_people_with_gaps_is_that_of_another_library() -> None:
+    from nltk.metrics.agreement import AnnotationTask
+
+    rng = np.random.default_rng(3)
+    answers = (rng.random((40, 5)) < rng.beta(0.5, 0.5, 40)[:, None]).astype(float)
+    answers[rng.random(answers.shape) < 0.4] = np.nan
+    answers = answers[(~np.isnan(answers)).sum(axis=1) > 1]
+    rows = [(f"c{rater}", unit, value) for (unit, rater), value in np.ndenumerate(answers) if not np.isnan(value)]
+    papers = [str(unit % 9) for unit in range(len(answers))]
+    found = reliability(papers, np.nansum(answers, axis=1), (~np.isnan(answers)).sum(axis=1).astype(float), RESAMPLING)
+    assert found is not None
+    assert found["value"] == pytest.approx(AnnotationTask(data=rows).alpha(), abs=1e-6)
+    assert found["low"] < found["value"] < found["high"]
+
+
+@pytest.mark.parametrize(
+    ("table", "ac1"), [((118, 5, 2, 0), 0.94078), ((20, 5, 10, 15), 0.40594), ((1, 2, 4, 3), -0.15385)]
+)
+def test_ac1_is_that_of_another_library(table: tuple[int, int, int, int], ac1: float) -> None:
+    """By irrCAC 0.4. The first table is Gwet's own: 118 of 125 agree, and kappa is -0.02."""
+    judge, people = (np.repeat(said, table) for said in ([1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]))
+    found = agreement([str(number % 10) for number in range(sum(table))], judge, people, RESAMPLING)
+    assert found["ac1"]["value"] == pytest.approx(ac1, abs=1e-5)
+    assert -1 <= found["ac1"]["low"] < ac1 < found["ac1"]["high"] <= 1
 
 
 def test_draws_without_a_kappa_do_not_count_as_agreement() -> None:

@@ -40,6 +40,15 @@ def test_labels_are_read_from_any_usual_csv(tmp_path: Path) -> None:
     assert read_labels(path) == {"a,1": 0.5, "b": -2.0}
 
 
+def test_labels_of_several_people_are_averaged(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("review_id,label,Annotator\na,1,ann\na,2,ben\nb,3,ann\n")
+    assert read_labels(path) == {"a": 1.5, "b": 3.0}
+    path.write_text("review_id,label,Annotator\na,1,ann\na,2,ann\n")
+    with pytest.raises(InputError, match=r"labels.csv:3[\s\S]*review a again[\s\S]*column `rater`"):
+        read_labels(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

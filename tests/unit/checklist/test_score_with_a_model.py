@@ -100,6 +100,7 @@ def test_a_resumed_shard_asks_only_for_what_is_missing(
         run(tmp_path / f"again{num_kept}", corpus, b"".join(lines[:num_kept]), **engine)
     assert [judge.num_requests for judge in opened] == [6 * 24, 4 * 24, 24]
     metrics = json.loads((whole.logs / METRICS).read_text())
+    assert metrics["prompt_tokens"] == opened[0].num_prompt_tokens > 0
     assert 0.5 < metrics["cache_hit_rate"] == round(opened[0].num_cached_tokens / opened[0].num_prompt_tokens, 4) < 1
     assert json.loads((whole.logs / "progress.json").read_text())["done"] == 6
 

@@ -75,6 +75,16 @@ def test_what_paths_leave_out_and_what_they_miss_is_told(tmp_path: Path) -> None
     assert "(columns names 'no.such', which the row has not)" in problems[0].reason
 
 
+def test_excerpts_leave_people_out_of_what_is_inside_too(tmp_path: Path) -> None:
+    """By the paths of their fields, which are longer than a field's name."""
+    who = {"name": "Ann Smith", "contact_of_the_reviewer_as_given": {"email": "Ann at X"}}
+    row = {"title": "T", INSIDE: [{"who": who, "text": "x", "rating": "none"}]}
+    columns = {"review_text": f"{INSIDE}.text", "rating": f"{INSIDE}.rating"}
+    _, (problem,) = read(source(format="jsonl", path=write(tmp_path / "x.jsonl", row), columns=columns))
+    assert f'"{INSIDE}.who.name":***' in problem.excerpt
+    assert "Ann" not in problem.excerpt
+
+
 def test_a_paper_without_a_review_is_skipped(tmp_path: Path) -> None:
     lines = [DEEP_REVIEW, {**DEEP_REVIEW, "id": "z", INSIDE: []}]
     path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, lines)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from prefmill.checklist.label_files import LabelFile
@@ -37,18 +38,21 @@ def target_values(
 def read_labels(path: Path) -> dict[str, float]:
     """People's labels from a table with the columns review_id and label (a number, higher is better).
 
+    Where a column `rater`, or what else tables call it, says whose they are, a review has the mean of its labels.
     Raises InputError naming the line of a missing column, a label that is no finite number, or a repeated review.
     """
     file = LabelFile(path, "unusable labels", COLUMNS)
-    labels: dict[str, float] = {}
+    labels: dict[str, dict[str, float]] = {}
     for where, row in file.rows():
         review_id, label = row["review_id"], _number(row["label"])
         if label is None:
             raise file.unusable(where, f"label {row['label']!r}", "write a number")
-        if review_id in labels:
-            raise file.unusable(where, f"review {review_id} again", "keep one label a review")
-        labels[review_id] = label
-    return labels
+        given = labels.setdefault(review_id, {})
+        if row["rater"] in given:
+            fix = "keep one label a review, or say in a column `rater` who gave it"
+            raise file.unusable(where, f"review {review_id} again", fix)
+        given[row["rater"]] = label
+    return {review_id: fmean(given.values()) for review_id, given in labels.items()}
 
 
 def require_learnable(
