@@ -192,6 +192,22 @@ def test_a_scale_that_changed_with_the_year_and_one_upside_down_are_told(tmp_pat
     assert summary(ingest(tmp_path / "right", sources=[right]))["warnings"] == []
 
 
+def test_words_that_contradict_their_numbers_are_told(tmp_path: Path) -> None:
+    """Without decisions nothing else shows that 1 is the best."""
+    words = ("1: Strong accept", "2: Weak accept", "3: Borderline", "4 (weak reject)", "5: below acceptance threshold")
+    path = jsonl(tmp_path / "x.jsonl", *(row(n, rating=words[n % 5]) for n in range(10)))
+    turned = {"format": "jsonl", "path": path, "rating_max": 5}
+    (told,) = summary(ingest(tmp_path / "turned", sources=[turned]))["warnings"]
+    assert told.startswith(
+        "the words of source 0 accept at a mean rating of 1.5 and reject at 4.5: turn lower_is_better"
+    )
+    assert summary(ingest(tmp_path / "right", sources=[{**turned, "lower_is_better": True}]))["warnings"] == []
+    words = ("-2: Reject", "Weak accept", "2: Accept")
+    path = jsonl(tmp_path / "y.jsonl", *(row(n, rating=words[n % 3]) for n in range(6)))
+    plain = {"format": "jsonl", "path": path, "rating_min": -3, "rating_max": 3, "rating_words": {"weak accept": 1}}
+    assert summary(ingest(tmp_path / "plain", sources=[plain]))["warnings"] == []
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", row(1, rating=0))
     sources = [{"format": "jsonl", "path": path}]

@@ -65,7 +65,8 @@ class Server:
         if set("@?#") & set(url):  # httpx logs URLs
             raise ConfigError(
                 "the server's URL contains more than its address", got=f"a user or query in {config.base_url_env}",
-                expected="http://HOST:PORT/v1 or https://HOST/v1", fix=f"give the key in {config.api_key_env}",
+                expected="http://HOST:PORT/v1 or https://HOST/v1",
+                fix=f"give the key in {config.api_key_env}; Azure's address without a query ends in /openai/v1",
             )  # fmt: skip
         key = os.environ.get(config.api_key_env, "").strip()
         if key and not _KEY.fullmatch(key):  # httpx would refuse it in words that hold it

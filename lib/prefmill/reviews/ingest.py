@@ -63,6 +63,7 @@ def collect(sources: Sequence[SourceConfig], store: CorpusStore, rejects: Reject
                 "a source without rows", where=getattr(source, "path", "sources"), got="0 rows",
                 fix="check that this is the file you meant, or remove the source",
             )  # fmt: skip
+        tally.in_words.append(source.ratings_by_words)
         tally.sources.append({"format": getattr(source, "format", ""), **dict(sorted(counts.items()))})
     return tally
 

@@ -15,7 +15,7 @@ from prefmill.reviews.rows import RawRow, RowProblem, Skipped, excerpt
 from prefmill.store.jsonl import parse_json
 
 _RATING = re.compile(r"rating|score|recommendation|overall", re.IGNORECASE)
-_OF_PAPERS = {"papers", "submissions"}  # lists beside which `reviews` is none of one paper's
+_OF_ROWS = {"data", "rows", "examples", "items", "records", "results", "papers", "submissions"}  # in what holds rows
 
 
 def apart(row: RawRow, paths: Collection[str], rating: str) -> Iterator[RawRow | PlainRow | RowProblem]:
@@ -63,7 +63,7 @@ def entries(row: RawRow | PlainRow | RowProblem, named: Collection[str]) -> Iter
             yield from _of_one(RawRow(replace(row.place, item=excerpt(name)), value), named)
         return
     lists = {name: value for name, value in values.items() if value and _is_of_objects(value)}
-    if not lists or ("reviews" in lists and not lists.keys() & _OF_PAPERS):
+    if not lists.keys() & _OF_ROWS:  # of one paper
         yield from _of_one(row, named)
         return
     for name, found in lists.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Self, TypeVar
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, later
 from prefmill.core.records import Decision
+from prefmill.reviews.decision_words import decision_in
 from prefmill.reviews.files import PlainRow
 from prefmill.reviews.markup import without_html
 from prefmill.reviews.rows import (
@@ -115,7 +117,15 @@ class SourceConfig(StrictConfig, ABC):
         """A rating as this source writes it; raises RowError where it is none, or outside the scale."""
         rating = parse_rating(self.pointed(value), self.scale, self._ratings_by_word)
         # Rounded, as 1 + 5 - 2.3 is 2.7 and a little.
-        return round(sum(self.scale) - rating, 6) if self.lower_is_better else rating
+        rating = round(sum(self.scale) - rating, 6) if self.lower_is_better else rating
+        if isinstance(value, str) and (said := decision_in(value)):
+            self.ratings_by_words[said][rating] += 1
+        return rating
+
+    @cached_property
+    def ratings_by_words(self) -> defaultdict[Decision, Counter[float]]:
+        """How often each rating was given in words that accept, such as `6: weak accept`, or reject, so far."""
+        return defaultdict(Counter)
 
     def confidence(self, value: Any) -> tuple[float | None, list[Item]]:
         """A confidence from 1 to 5, or None and in the list the word that nobody gave a number."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class IngestTally:
     split_reviews: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     ratings: Counter[Rated] = field(default_factory=Counter)
+    in_words: list[Mapping[Decision, Counter[float]]] = field(default_factory=list)  # by source
     text_from: Counter[str] = field(default_factory=Counter)
     pages: int = 0
     figures: int = 0
@@ -56,7 +57,7 @@ class IngestTally:
             f"{_first_of(self.orphans)}": self.orphans,
             f"{self.html} reviews hold HTML, such as <br /> or &amp;, which models would learn: set html: true "
             "in their source to read it as text": self.html,
-            _first_of(doubts := [*self._turned_scales(), *self._low_scales()], "; "): doubts,
+            _first_of(doubts := [*self._turned_words(), *self._turned_scales(), *self._low_scales()], "; "): doubts,
             f"{len(self.merged)} papers were merged into others with the same title": self.merged,
             f"{self.apart} papers have the title of another that was accepted or rejected where they were not, or has "
             "another venue and abstract: they are kept apart, in one split": self.apart,
@@ -85,6 +86,19 @@ class IngestTally:
             "set rating_max if its scale ends there"
             for (source, venue, (low, high)), ratings in self._ratings_by(0, 1, 3).items()
             if ratings.total() >= _JUDGED_REVIEWS and max(ratings) - low <= _SHORT_SCALE * (high - low)
+        ]
+
+    def _turned_words(self) -> list[str]:
+        found = [
+            (source, *(moments(said[fate])[0] for fate in ("accepted", "rejected")))
+            for source, said in enumerate(self.in_words)
+            if said.keys() >= {"accepted", "rejected"}
+        ]
+        return [
+            f"the words of source {source} accept at a mean rating of {good:.3g} and reject at {bad:.3g}: turn "
+            "lower_is_better over, unless that is so"
+            for source, good, bad in found
+            if good < bad
         ]
 
     def _turned_scales(self) -> list[str]:

@@ -60,6 +60,9 @@ def test_what_paths_leave_out_and_what_they_miss_is_told(tmp_path: Path) -> None
     path = write(tmp_path / "x.jsonl", DEEP_REVIEW)
     _, problems = read(source(format="jsonl", path=path))
     assert problems[0].fix.endswith(f"such as columns: {{rating: {INSIDE}.content.rating}}")
+    capitals = {"Title": "On Trees", "reviewers": [{"Score": 3, "Text": "x"}]}
+    _, problems = read(source(format="jsonl", path=write(tmp_path / "c.jsonl", capitals)))
+    assert problems[0].fix.endswith("such as columns: {rating: reviewers.Score}")
     only = {name: own for name, own in COLUMNS.items() if "soundness" not in name}
     row = {name: value for name, value in DEEP_REVIEW.items() if name not in ("year", "rating")}
     _, problems = read(source(format="jsonl", path=write(tmp_path / "y.jsonl", row), columns=only))
