@@ -19,7 +19,14 @@ from prefmill.families.sdxl.joined_layers import Layer, original_layers
 DORA_NORM = "prefmill_dora_norm"
 DoraNorm = Literal["base", "merged"]
 Factors = Mapping[str, Tensor]
-_KEYS = ("lora_unet_", "lora_transformer_", "lora_te", "diffusion_model.", "lycoris_")
+_KEYS = ("lora_unet_", "lora_transformer_", "lora_te", "diffusion_model.", "lycoris_", "text_encoders.")
+# Other starts of names, as kohya's: ComfyUI's, LyCORIS' and diffusers'.
+_STARTS = {
+    "diffusion_model.": "lora_unet_", "lycoris_": "lora_unet_", "text_encoders.clip_l.transformer.": "lora_te1_",
+    "text_encoders.clip_g.transformer.": "lora_te2_", "text_encoders.t5xxl.transformer.": "lora_te3_",
+    "unet.": "lora_unet_", "transformer.": "lora_transformer_", "text_encoder.": "lora_te1_",
+    "text_encoder_2.": "lora_te2_", "text_encoder_3.": "lora_te3_",
+}  # fmt: skip
 # kohya counts T5 as the third, whichever it is here; a transformer's layers are `transformer` by diffusers' names.
 _PARTS = {
     "unet": ("unet",), "transformer": ("transformer", "unet"), "text_encoder": ("te", "te1"),
@@ -30,7 +37,15 @@ _FACTORS = {
     "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a",
     "lokr_w2_b", "lokr_t2",
 }  # fmt: skip
-_PEFTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+# By diffusers' names of modules it reads none of these, or passes them over without an error.
+_UNREAD = tuple(f".{name}" for name in (*_FACTORS, "default.weight"))
+_PEFTS = {
+    **{f"{name}.weight": "lora_down.weight" for name in ("lora_A", "lora_A.default", "lora.down")},
+    **{f"{name}.weight": "lora_up.weight" for name in ("lora_B", "lora_B.default", "lora.up")},
+    "lora_linear_layer.down.weight": "lora_down.weight", "lora_linear_layer.up.weight": "lora_up.weight",
+    "lora_magnitude_vector": "dora_scale", "lora_magnitude_vector.default.weight": "dora_scale",
+}  # fmt: skip
+_SETTINGS = "lora_adapter_metadata"
 _TUCKER = "ijhw,ip,jr->prhw"  # a convolution's core between factors that mix channels
 _OUTER = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -51,7 +66,9 @@ def read_factors(file: Path) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
     try:
         with safe_open(file, "pt") as opened:
             keys, said = sorted(opened.keys()), opened.metadata() or {}
-            if any(key.startswith(_KEYS) for key in keys):
+            # Where the head says alpha it is for diffusers to read.
+            unread = () if _SETTINGS in said else [key for key in keys if key.endswith(_UNREAD)]
+            if any(key.startswith(_KEYS) for key in keys) or any(key.startswith((*_STARTS,)) for key in unread):
                 for key in keys:
                     module, factor = _module_and_factor(key)
                     modules[module][factor] = opened.get_tensor(key)
@@ -68,12 +85,11 @@ def read_factors(file: Path) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
 
 
 def _module_and_factor(key: str) -> tuple[str, str]:
-    """A key's module by kohya's name, and its factor; ComfyUI's names have dots, LyCORIS' another start."""
-    if key.startswith("diffusion_model."):
+    """A key's module by kohya's name, and its factor; most other tools' names have the modules' own dots."""
+    if start := next((start for start in _STARTS if key.startswith(start)), None):
         known = next((name for name in (*_FACTORS, *_PEFTS) if key.endswith(f".{name}")), key.rpartition(".")[2])
-        key = f"lora_unet_{key.removeprefix('diffusion_model.').removesuffix(known).replace('.', '_')[:-1]}.{known}"
-    elif key.startswith("lycoris_"):
-        key = f"lora_unet_{key.removeprefix('lycoris_')}"
+        layer = key.removeprefix(start).removesuffix(f".{known}").replace(".", "_")
+        key = f"{_STARTS[start]}{layer}.{known}"
     module, _, factor = key.partition(".")
     return module, _PEFTS.get(factor, factor)
 
@@ -108,6 +124,9 @@ def adapted(weight: Tensor, given: Factors, norm: DoraNorm, scale: float) -> Ten
     """`weight` and `scale` times an adapter's change of it, as LyCORIS computes that; `base` is ComfyUI's DoRA."""
     if unknown := sorted(set(given) - _FACTORS):
         raise KeyError(*unknown)
+    kinds = {name.partition("_")[0] for name in given} - {"alpha", "dora"}
+    if len(kinds) > 1:
+        raise KeyError(*sorted(kinds))
     given = {name: value.float() for name, value in given.items()}
     change, rank = _change(given)
     strength = given["alpha"].item() / rank if rank and "alpha" in given else 1.0

@@ -14,6 +14,7 @@ from prefmill.families.causal.whole import require_whole
 from prefmill.families.sdxl.folders import variant_of
 from prefmill.training.finished import tensor_names
 
+_READ = re.compile(r"lora|dora_scale")
 # A pair's first factor and DoRA's magnitudes, as PEFT, kohya and older diffusers call them.
 _PATTERNS = (re.compile(r"lora(_A|_down|\.down)\b"), re.compile(r"dora_scale|lora_magnitude_vector"))
 
@@ -41,10 +42,20 @@ def require_whole_pipeline(pipeline: Any, folder: Path, variant: str | None) -> 
 
 
 def require_place(pipeline: Any, file: Path, name: str | None = None) -> None:
-    """Raise InputError for `file` without a LoRA's keys, or where diffusers passed over all, so that `name` is none."""
+    """Raise InputError for `file` without a LoRA's keys, or where diffusers passed over all, so that `name` is none.
+
+    Other keys beside a LoRA's are refused: of FLUX's adapters diffusers passes them over.
+    """
     keys = tensor_names(file)
+    is_lora = any("lora" in key for key in keys)
+    if is_lora and (others := [key for key in keys if not _READ.search(key)]):
+        raise InputError(
+            "an adapter with more than a LoRA", where=file, got=f"{len(others)} other keys, as {others[0]}",
+            expected="a LoRA's factors and magnitudes alone",
+            fix="merge it into its base with the tool that made it, and give that pipeline",
+        )  # fmt: skip
     has_place = name is None or any(name in names for names in pipeline.get_list_adapters().values())
-    if not has_place or not any("lora" in key for key in keys):
+    if not has_place or not is_lora:
         raise InputError(
             "the adapter does not fit the pipeline", where=file, got=f"keys such as {next(iter(keys), 'none')}",
             expected=f"a LoRA's keys of {type(pipeline).__name__}, by diffusers' or kohya's names",

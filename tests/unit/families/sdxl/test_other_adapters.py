@@ -1,0 +1,103 @@
+"""Adapters by diffusers' or ComfyUI's names with what diffusers reads in part: used as they say, or refused by key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prefmill.core.errors import InputError
+from prefmill.demo.tiny_models import build
+from prefmill.families.sdxl.generator import add_adapter
+
+PART = {"flux_dev": "transformer", "sd3": "transformer", "sdxl": "unet"}
+PAIRS = [("lora_down", "lora_up"), ("lora.down", "lora.up"), ("lora_A.default", "lora_B.default")]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    from diffusers import DiffusionPipeline
+
+    made = cache(lambda name: build(name, tmp_path_factory.mktemp(name), 0))
+    return lambda name: DiffusionPipeline.from_pretrained(made(name))  # type: ignore[arg-type]
+
+
+def effective(layer: Any) -> Tensor:
+    """The weight by which a layer maps inputs to outputs, whether its adapter is merged or runs beside it."""
+    with torch.no_grad():
+        found: Tensor = layer(torch.eye(layer.in_features)) - layer(torch.zeros(1, layer.in_features))
+    return found.T
+
+
+@pytest.mark.parametrize(("down", "up"), PAIRS)
+@pytest.mark.parametrize("name", PART)
+def test_alphas_beside_diffusers_names_count(
+    opened: Callable[[str], Any], tmp_path: Path, name: str, down: str, up: str
+) -> None:
+    """Of FLUX diffusers passes over those beside lora_down: the adapter was rank / alpha times too strong."""
+    pipeline, tensors, meant = opened(name), {}, {}
+    parts = {PART[name]: "attn", **({"text_encoder": "q_proj", "text_encoder_2": "k_proj"} if name == "sdxl" else {})}
+    generator = torch.Generator().manual_seed(0)
+    for part, word in parts.items():
+        for key, module in getattr(pipeline, part).named_modules():
+            if isinstance(module, nn.Linear) and word in key:
+                a = torch.randn(2, module.in_features, generator=generator)
+                b = torch.randn(module.out_features, 2, generator=generator)
+                tensors |= {f"{part}.{key}.{down}.weight": a, f"{part}.{key}.{up}.weight": b}
+                tensors[f"{part}.{key}.alpha"] = torch.tensor(0.5)
+                meant[part, key] = module.weight.detach().double() + 0.5 / 2 * b.double() @ a.double()
+    save_file(tensors, tmp_path / "lora.safetensors")
+    add_adapter(pipeline, tmp_path / "lora.safetensors", 1.0)
+    assert len(meant) > 4
+    for (part, key), weight in meant.items():
+        found = effective(getattr(pipeline, part).get_submodule(key))
+        assert torch.allclose(found.double(), weight, atol=1e-4), f"{part}.{key}"
+
+
+def test_text_encoders_by_comfyuis_names(opened: Callable[[str], Any], tmp_path: Path) -> None:
+    """As its node that takes the difference of two models apart saves them, beside `diffusion_model.`"""
+    pipeline = opened("sd3")
+    places = {
+        "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1": ("text_encoder", "encoder.layers.0.mlp.fc1"),
+        "clip_g.transformer.text_model.encoder.layers.0.mlp.fc2": ("text_encoder_2", "encoder.layers.0.mlp.fc2"),
+        "t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q":
+            ("text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q"),
+    }  # fmt: skip
+    tensors, meant = {}, {}
+    for name, (part, layer) in places.items():
+        [weight] = [
+            value for key, value in getattr(pipeline, part).named_parameters() if key.endswith(f"{layer}.weight")
+        ]
+        tensors[f"text_encoders.{name}.diff"] = change = torch.randn_like(weight)
+        meant[weight] = weight.detach() + change
+    save_file(tensors, tmp_path / "lora.safetensors")
+    add_adapter(pipeline, tmp_path / "lora.safetensors", 1.0)
+    assert all(torch.allclose(weight, new) for weight, new in meant.items())
+
+
+@pytest.mark.parametrize("more", ["diff_b", "w_norm", "weight"])
+@pytest.mark.parametrize("name", ["flux_dev", "sdxl"])
+def test_what_is_no_factor_of_a_lora_is_refused_by_its_key(
+    opened: Callable[[str], Any], tmp_path: Path, name: str, more: str
+) -> None:
+    """diffusers passes it over in adapters of FLUX; of others it said that the file was damaged."""
+    pipeline = opened(name)
+    layer = next(key for key, _ in getattr(pipeline, PART[name]).named_modules() if key.endswith("to_q"))
+    tensors = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.ones(32, 2), more: torch.ones(32)}
+    save_file({f"{PART[name]}.{layer}.{key}": value for key, value in tensors.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match=rf"more than a LoRA[\s\S]*1 other keys, as .*to_q.{more}[\s\S]*merge it"):
+        add_adapter(pipeline, tmp_path / "lora.safetensors", 1.0)
+
+
+def test_one_layer_with_two_kinds_of_adapter_is_refused(opened: Callable[[str], Any], tmp_path: Path) -> None:
+    factors = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(32, 2), "diff": torch.ones(32, 32)}
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{layer}.{key}": value for key, value in factors.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match=r"another kind or shape[\s\S]*attn_to_q[\s\S]*diff[\s\S]*lora"):
+        add_adapter(opened("flux_dev"), tmp_path / "lora.safetensors", 1.0)
