@@ -11,6 +11,7 @@ from itertools import combinations
 from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import unquote
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import DIMENSIONS, Dimension, GeneratedImage, Rating
@@ -53,7 +54,8 @@ _CHOICES = {
 }  # fmt: skip
 _LABEL = re.compile(r"(?:image|picture|option|model)_?(?=[ab012]\b)")
 _ORDER = re.compile(r"(\w+?)_?([<>=])_?(\w+)")
-_UPLOADED = re.compile(r"/data/(?:upload/(?:\d+/)?[0-9a-f]{8}-|local-files/\?d=)")  # Label Studio's addresses
+# Label Studio's addresses; what follows is the file, its signs by numbers (%20) where it lies on the server's disk.
+_UPLOADED = re.compile(r"(?:https?://[^/]+)?/data/(?:upload/(?:\d+/)?[0-9a-f]{8}-|local-files/\?d=)(.+)")
 
 
 def read_own_images(folder: Path) -> Iterator[SourceImage]:
@@ -137,7 +139,9 @@ def _known(collection: Collection) -> dict[str, SourceImage]:
 
 def _plain(name: str) -> str:
     """A file's name as it is compared: without `./`, with slashes, accents as one sign (macOS writes them as two)."""
-    return unicodedata.normalize("NFC", _UPLOADED.sub("", with_slashes(name)).removeprefix("./"))
+    uploaded = _UPLOADED.fullmatch(name)
+    file = with_slashes(unquote(uploaded[1]) if uploaded else name)
+    return unicodedata.normalize("NFC", file.removeprefix("./"))
 
 
 def _rating_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -51,8 +51,12 @@ def open_image(path: str | Path) -> Image:
 
 
 def on_disk(folder: Path, name: str) -> Path:
-    """The file `name` below `folder`, also where one has its accents as one sign and the other, as macOS, as two."""
-    names = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    """The file `name` below `folder`, also where one has its accents as one sign and the other, as macOS, as two.
+
+    Or, as archives made on Windows unpack, backslashes for the slashes: one file then, in no folder.
+    """
+    others = (name, name.replace("/", "\\"))
+    names = (name, *(unicodedata.normalize(form, other) for other in others for form in ("NFC", "NFD")))
     return next((path for path in map(folder.joinpath, names) if os.path.exists(path)), folder / name)
 
 

@@ -59,6 +59,23 @@ def test_label_studio(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "1 line has no answer" in caplog.text
 
 
+@pytest.mark.parametrize("host", ["", "http://localhost:8080", "https://label.lab.org"])
+def test_label_studios_addresses_of_files_on_its_disk(tmp_path: Path, host: str) -> None:
+    """As its storage of local files writes them: its own host's name before, the path quoted as in addresses."""
+    from urllib.parse import quote
+
+    name = "mein Bild 1 (größer).png"
+    (tmp_path / "images.csv").write_text(f"prompt,file\na cat,{name}\na cat,b.png\n")
+    left, right = f"{host}/data/local-files/?d={quote(name)}", f"{host}/data/upload/3/0a1b2c3d-b.png"
+    row = task({"completed_by": 1, "result": [result("pw", selected="left")]}, image_a=left, image_b=right)
+    (tmp_path / "export.json").write_text(json.dumps([row]))
+    source = RatingsSource(format="ratings", ratings=str(tmp_path / "export.json"), images=str(tmp_path))  # type: ignore[arg-type]
+    found = collect([source], [], tmp_path / "work")
+    assert found.quarantine.rows == []
+    ((_, rating),) = found.ratings
+    assert found.images[rating["left"]].path.name == name
+
+
 def test_argilla(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its JSON of both major versions, and the columns of the data set that it makes."""
     answers = [{"user_id": "u", "value": "a"}, {"user_id": "v", "value": "b", "status": "submitted"},

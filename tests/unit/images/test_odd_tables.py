@@ -274,6 +274,16 @@ def test_files_are_found_in_either_normal_form_of_accents(tmp_path: Path, disk: 
     assert image_path(named, "1", tmp_path, tmp_path) == str(file)
 
 
+def test_a_backslash_may_be_part_of_a_files_name(tmp_path: Path) -> None:
+    """As archives made on Windows unpack: `set\\a.png` is one file then, in no folder `set`."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "set\\a.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "b.png")
+    listing, rating = (text.replace("a.png", "set\\a.png") for text in (LISTING, RATING))
+    found = rated(written(tmp_path, images_csv=listing, ratings_csv=rating))
+    assert [image.path.is_file() for image in found.images.values()] == [True, True]
+    assert len(found.ratings) == 1
+
+
 @pytest.mark.parametrize(
     "encode",
     [
