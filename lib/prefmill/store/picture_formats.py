@@ -59,6 +59,18 @@ def coded_colours(stream: BinaryIO) -> str | None:
     return f"colours {primaries}, {curve}: {_COLOURS.get((primaries, curve), 'other than sRGB')}"
 
 
+def ends_behind_pixels(stream: BinaryIO) -> bool:
+    """Whether a PNG has its end behind its pixels, and nothing else there."""
+    stream.seek(8)
+    has_pixels = False
+    while len(head := stream.read(8)) == 8 and (kind := head[4:]) != b"IEND":
+        if has_pixels and kind != b"IDAT":
+            return False
+        has_pixels = kind == b"IDAT"
+        stream.seek(int.from_bytes(head[:4]) + 4, io.SEEK_CUR)
+    return len(head) == 8
+
+
 def _coded(stream: BinaryIO) -> tuple[int, int] | None:
     """The two numbers of a PNG's chunk cICP or an AVIF's box nclx."""
     if stream.read(8) != b"\x89PNG\r\n\x1a\n":

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from prefmill.core.errors import InputError
-from prefmill.store.picture_formats import FORMATS, HEAD, READ, coded_colours, format_of, is_ours, other_content
+from prefmill.store.picture_formats import (
+    FORMATS,
+    HEAD,
+    READ,
+    coded_colours,
+    ends_behind_pixels,
+    format_of,
+    is_ours,
+    other_content,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -268,11 +277,19 @@ def _is_plain(image: Image) -> bool:
     return plain and not adjusted and not image.has_transparency_data and _orientation(image) == 1
 
 
-def _orientation(image: Image) -> int:
-    from PIL import ExifTags
+def _orientation(image: Any) -> int:
+    from PIL import ExifTags, Image
 
-    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    # Of a PNG Pillow decodes all pixels first: an orientation may stand behind them.
+    is_told = image.format == "PNG" and image.filename and _ends_behind_pixels(Path(image.filename))
+    exif = Image.Image.getexif(image) if is_told else image.getexif()
+    found = exif.get(ExifTags.Base.Orientation, 1)
     return found if found in range(1, 9) else 1
+
+
+def _ends_behind_pixels(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return ends_behind_pixels(stream)
 
 
 def _require_scale(image: Any, where: object) -> None:

@@ -6,11 +6,11 @@ import resource
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from prefmill.core.files import copy_once
 from prefmill.images.files import inspect_image
-from prefmill.store.pictures import ImageError, open_image
+from prefmill.store.pictures import ImageError, image_size, open_image
 from tests.e2e.image_artifacts import bomb, draw
 
 
@@ -74,3 +74,28 @@ def test_a_picture_whose_exif_cannot_be_read_is_set_aside_by_name(tmp_path: Path
     for read in (inspect_image, open_image):
         with pytest.raises(ImageError, match=rf"damaged image[\s\S]*{name}"):
             read(tmp_path / name)
+
+
+def oriented(file: Path, behind: bool) -> Path:
+    """A PNG that lies on its side, says the chunk before its pixels or, as exiftool writes it, behind them."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (30, 20)).save(file, exif=exif)
+    data = file.read_bytes()
+    start, end = data.index(b"eXIf") - 4, data.index(b"IDAT") - 4
+    assert start < end
+    file.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:] if behind else data)
+    return file
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_size_of_a_png_is_the_upright_ones_wherever_that_is_said(tmp_path: Path, behind: bool) -> None:
+    file = oriented(tmp_path / "a.png", behind)
+    assert image_size(file) == open_image(file).size == (20, 30)
+
+
+def test_the_size_of_a_png_is_told_without_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow decodes them all for what may stand behind them: hours for the pictures of a large set."""
+    file = draw(tmp_path / "a.png", 0, side=40)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
+    assert image_size(file) == (40, 40)
