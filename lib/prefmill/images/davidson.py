@@ -7,9 +7,9 @@ normal prior, so that images which won every vote stay finite: a lone vote gives
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ _MAX_STEPS = 100
 _TOLERANCE = 1e-9
 
 Floats = NDArray[np.float64]
+Places = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def fit(groups: Sequence[Sequence[Comparison]]) -> Strengths:
     An image must be in one group only. Deterministic.
     """
     votes = _Votes(groups)
-    theta, eta = np.zeros(votes.shape), 0.0
+    theta, eta = np.zeros(len(votes.places)), 0.0
     value = votes.posterior(theta, eta)
     for _ in range(_MAX_STEPS):
         d_theta, d_eta, decrement = votes.newton_step(theta, eta)
@@ -70,26 +71,34 @@ def fit(groups: Sequence[Sequence[Comparison]]) -> Strengths:
 
 
 class _Votes:
-    """All comparisons as arrays [C], with the place (prompt, slot) of their images in strengths [P, K]."""
+    """All comparisons as arrays [C], with the places of their images in strengths [N].
+
+    Prompts with equally many images stand together, so that their blocks of the Hessian are one array: filled up to
+    the largest prompt, one of 300 images among 40,000 would make it 29 GB.
+    """
 
     def __init__(self, groups: Sequence[Sequence[Comparison]]) -> None:
-        self.places: dict[str, tuple[int, int]] = {}
-        rows: list[tuple[int, int, int]] = []
-        for prompt, group in enumerate(groups):
-            names = sorted({name for item in group for name in (item.first, item.second)})
-            assert not any(name in self.places for name in names), "an image stands in two groups"
-            self.places |= {name: (prompt, slot) for slot, name in enumerate(names)}
-            rows += [(prompt, self.places[item.first][1], self.places[item.second][1]) for item in group]
-        width = max((slot for _, slot in self.places.values()), default=0) + 1
-        self.shape = (len(groups), width)
-        self.prompt, self.first, self.second = np.array(rows, dtype=np.int64).reshape(-1, 3).T
-        counts = [(c.first_wins, c.second_wins, c.ties) for group in groups for c in group]
+        self.places: dict[str, int] = {}
+        self._alike: dict[int, tuple[slice, slice]] = {}  # by number of images: their strengths, and comparisons
+        named = [(sorted({name for item in group for name in (item.first, item.second)}), group)
+                 for group in groups if group]  # fmt: skip
+        rows: list[Comparison] = []
+        for number, part in itertools.groupby(sorted(named, key=lambda one: len(one[0])), lambda one: len(one[0])):
+            first_image, first_row = len(self.places), len(rows)
+            for names, group in part:
+                assert not any(name in self.places for name in names), "an image stands in two groups"
+                self.places |= {name: len(self.places) + place for place, name in enumerate(names)}
+                rows += group
+            self._alike[number] = slice(first_image, len(self.places)), slice(first_row, len(rows))
+        pairs = [(self.places[row.first], self.places[row.second]) for row in rows]
+        self.first, self.second = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        counts = [(row.first_wins, row.second_wins, row.ties) for row in rows]
         self.wins, self.losses, self.ties = np.array(counts, dtype=np.float64).reshape(-1, 3).T
         self.total = self.wins + self.losses + self.ties
 
     def posterior(self, theta: Floats, eta: float) -> float:
         """The log-posterior, up to a constant."""
-        half = (theta[self.prompt, self.first] - theta[self.prompt, self.second]) / 2
+        half = (theta[self.first] - theta[self.second]) / 2
         log_z = np.logaddexp(np.logaddexp(half, -half), eta)
         likelihood = (self.wins - self.losses) * half + self.ties * eta - self.total * log_z
         prior = np.square(theta).sum() / (2 * STRENGTH_SCALE**2) + eta**2 / (2 * TIE_SCALE**2)
@@ -100,7 +109,7 @@ class _Votes:
 
         The Hessian is a block for each prompt, bordered by eta: each block is solved on its own.
         """
-        half = (theta[self.prompt, self.first] - theta[self.prompt, self.second]) / 2
+        half = (theta[self.first] - theta[self.second]) / 2
         logs = np.stack([half, -half, np.full_like(half, eta)])
         # As in softmax: exp of a large difference would overflow.
         logs -= logs.max(axis=0)
@@ -109,34 +118,38 @@ class _Votes:
         residual = self.wins + self.ties / 2 - self.total * expected
         gradient = self._scatter(residual) - theta / STRENGTH_SCALE**2
         gradient_eta = float((self.ties - self.total * tie).sum() - eta / TIE_SCALE**2)
-        blocks = self._blocks(self.total * (win + tie / 4 - expected**2))
         border = self._scatter(self.total * (tie / 2 - expected * tie))
         corner = float((self.total * tie * (1 - tie)).sum() + 1 / TIE_SCALE**2)
         # Block elimination (Schur complement): one dense Hessian of all prompts would grow with their number squared.
-        solved = np.linalg.solve(blocks, np.stack([gradient, border], axis=-1))
-        by_gradient, by_border = solved[..., 0], solved[..., 1]
-        schur = corner - float((border * by_border).sum())
-        d_eta = (gradient_eta - float((border * by_gradient).sum())) / schur
+        by_gradient, by_border = self._solved(self.total * (win + tie / 4 - expected**2), gradient, border)
+        schur = corner - float(border @ by_border)
+        d_eta = (gradient_eta - float(border @ by_gradient)) / schur
         d_theta = by_gradient - d_eta * by_border
-        return d_theta, d_eta, float((gradient * d_theta).sum() + gradient_eta * d_eta)
+        return d_theta, d_eta, float(gradient @ d_theta + gradient_eta * d_eta)
 
     def _scatter(self, values: Floats) -> Floats:
-        """Sums [P, K] of what each comparison adds to its first image and takes from its second."""
-        found = np.zeros(self.shape)
+        """Sums [N] of what each comparison adds to its first image and takes from its second."""
+        found = np.zeros(len(self.places))
         # add.at, because an image is in several comparisons: `found[...] +=` would count each place once.
-        np.add.at(found, (self.prompt, self.first), values)
-        np.add.at(found, (self.prompt, self.second), -values)
+        np.add.at(found, self.first, values)
+        np.add.at(found, self.second, -values)
         return found
 
-    def _blocks(self, variance: Floats) -> Floats:
-        """The negative Hessian [P, K, K] in the strengths."""
-        num_prompts, width = self.shape
-        found: NDArray[Any] = np.zeros((num_prompts, width, width))
-        # Slots that a small prompt does not use have the prior alone: without it its block would be singular.
-        found[:, np.arange(width), np.arange(width)] = 1 / STRENGTH_SCALE**2
-        for row, column, sign in (
-            (self.first, self.first, 1), (self.second, self.second, 1),
-            (self.first, self.second, -1), (self.second, self.first, -1),
-        ):  # fmt: skip
-            np.add.at(found, (self.prompt, row, column), sign * variance)
+    def _solved(self, variance: Floats, *sides: Floats) -> Floats:
+        """Each of `sides` [N] by the inverse of the negative Hessian in the strengths, prompt by prompt."""
+        found = np.empty((len(sides), len(self.places)))
+        for number, (images, rows) in self._alike.items():
+            given = np.stack([side[images].reshape(-1, number) for side in sides], axis=-1)
+            first, second = (places[rows] - images.start for places in (self.first, self.second))
+            blocks = _blocks(len(given), number, first, second, variance[rows])
+            found[:, images] = np.linalg.solve(blocks, given).reshape(-1, len(sides)).T
         return found
+
+
+def _blocks(num_prompts: int, number: int, first: Places, second: Places, variance: Floats) -> Floats:
+    """The negative Hessian [P, K, K] in the strengths of P prompts with K = `number` images each."""
+    found: Floats = np.zeros((num_prompts, number, number))
+    found[:, np.arange(number), np.arange(number)] = 1 / STRENGTH_SCALE**2
+    for row, column, sign in ((first, first, 1), (second, second, 1), (first, second, -1), (second, first, -1)):
+        np.add.at(found, (row // number, row % number, column % number), sign * variance)
+    return found
