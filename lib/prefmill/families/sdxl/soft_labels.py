@@ -20,10 +20,14 @@ def with_soft_labels(pairs: Sequence[PairImages], config: SdxlPreferenceConfig, 
     """The pairs with p = s((R_w - R_l) / tau), R the weighted sum of the input `reward`'s heads."""
     weights = head_weights(config.reward_weights)
     folder = task.input("reward").path
-    prompts = [pair.prompt for pair in pairs for _ in pair.images]
-    rewards = score_images(folder, prompts, [path for pair in pairs for path in pair.images]) @ weights
-    winners, losers = rewards.reshape(-1, 2).T
-    labels = expit((winners - losers).astype(float) / config.reward_temperature)
+    # Each picture once, however many pairs it is in.
+    shown = {
+        (digest, pair.prompt): path for pair in pairs for digest, path in zip(pair.digests, pair.images, strict=True)
+    }
+    rewards = score_images(folder, [prompt for _, prompt in shown], list(shown.values())) @ weights
+    found = dict(zip(shown, rewards.astype(float), strict=True))
+    margins = [found[pair.digests[0], pair.prompt] - found[pair.digests[1], pair.prompt] for pair in pairs]
+    labels = expit(np.array(margins) / config.reward_temperature)
     return [replace(pair, soft_label=float(label)) for pair, label in zip(pairs, labels, strict=True)]
 
 

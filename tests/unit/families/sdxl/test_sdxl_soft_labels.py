@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prefmill.core.config import validate
@@ -52,6 +53,33 @@ def test_a_label_is_the_logistic_of_the_rewards_difference(tmp_path: Path) -> No
     turned = with_soft_labels([pair.swapped for pair in pairs], validate(SdxlPreferenceConfig, keys), task)
     assert [pair.soft_label for pair in turned] == pytest.approx([1 - float(pair.soft_label or 0) for pair in found])
     assert len({pair.soft_label for pair in found}) == 3
+
+
+def test_a_picture_of_many_pairs_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven pictures of a prompt have 21 pairs: each was scored six times, at every start."""
+    from itertools import combinations
+
+    from training_artifacts import make_task
+
+    from prefmill.families.sdxl.data import PairImages
+
+    asked: list[str] = []
+
+    def score(_: Path, prompts: list[str], paths: list[Path]) -> Any:
+        asked.extend(f"{prompt} {path.name}" for prompt, path in zip(prompts, paths, strict=True))
+        return np.array([[float(path.name)] * 5 for path in paths], dtype=np.float32)
+
+    monkeypatch.setattr("prefmill.families.sdxl.soft_labels.score_images", score)
+    pairs = [
+        PairImages(f"{prompt}:{a}:{b}", prompt, prompt, (Path(str(a)), Path(str(b))), (f"sha {a}", f"sha {b}"))
+        for prompt in ("a cat", "a dog") for a, b in combinations(range(7), 2)
+    ]  # fmt: skip
+    task = make_task("sdxl_dpo", tmp_path / "run", reward=make_reward(tmp_path))
+    found = with_soft_labels(pairs, validate(SdxlPreferenceConfig, {}), task)
+    assert len(asked) == len(set(asked)) == 14
+    for pair in found:
+        margin = int(pair.images[0].name) - int(pair.images[1].name)
+        assert pair.soft_label == pytest.approx(1 / (1 + math.exp(-margin)))
 
 
 @pytest.mark.parametrize("half", ["all", "policy", "judge"])
