@@ -192,11 +192,22 @@ def _places(pipeline: Any) -> Iterator[Layer]:
 
 
 def _layers(part: str, model: Any) -> Iterator[Layer]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            # transformers 5 has no `text_model.` before the first encoder's names, files do.
-            other = f"text_model.{name}" if part.startswith("text") else None
-            other = original_name(name, model.config.layers_per_block) if part == "unet" else other
-            yield from ((known, (module.weight,)) for known in (name, other) if known)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    for name, module in modules.items():
+        yield name, (module.weight,)
+        if part.startswith("text"):  # transformers 5 has no `text_model.` before the first encoder's names, files do
+            yield f"text_model.{name}", (module.weight,)
+    if part == "unet":
+        yield from ((known, (modules[name].weight,)) for known, name in original_unet_names(model))
     if part == "transformer":
         yield from original_layers(model)
+
+
+def original_unet_names(unet: Any) -> Iterator[tuple[str, str]]:
+    """Names of a UNet's original code, and its layers' own."""
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            known = original_name(name, unet.config.layers_per_block)
+            # Behind the residual block alone where a block has no attention, as SD 1.5's first on the way up.
+            others = (known, known.replace(".2.conv", ".1.conv") if "upsampler" in name else known) if known else ()
+            yield from ((other, name) for other in dict.fromkeys(others))

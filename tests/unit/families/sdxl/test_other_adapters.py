@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prefmill.core.errors import InputError
 from prefmill.demo.tiny_models import build
 from prefmill.families.sdxl.generator import add_adapter
+from prefmill.families.sdxl.kohya import original_unet_names
 
 PART = {"flux_dev": "transformer", "sd3": "transformer", "sdxl": "unet"}
 PAIRS = [("lora_down", "lora_up"), ("lora.down", "lora.up"), ("lora_A.default", "lora_B.default")]
@@ -101,3 +102,25 @@ def test_one_layer_with_two_kinds_of_adapter_is_refused(opened: Callable[[str], 
     save_file({f"{layer}.{key}": value for key, value in factors.items()}, tmp_path / "lora.safetensors")
     with pytest.raises(InputError, match=r"another kind or shape[\s\S]*attn_to_q[\s\S]*diff[\s\S]*lora"):
         add_adapter(opened("flux_dev"), tmp_path / "lora.safetensors", 1.0)
+
+
+def test_a_unets_layers_have_the_names_of_its_original_code() -> None:
+    """By diffusers' own conversion; SD 1.5's first upsampler stands in a block without attention, SDXL's never do."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(32, 32, 32), down_block_types=(down[0], *down), up_block_types=(*up, up[1]),
+            layers_per_block=2, cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
+        )  # fmt: skip
+    pairs = dict(original_unet_names(unet))
+    ends = ("weight", "bias")
+    whole = {f"model.diffusion_model.{name}.{end}": f"{ours}.{end}" for name, ours in pairs.items() for end in ends}
+    found = convert_ldm_unet_checkpoint(whole, {**unet.config, "layers_per_block": 2})
+    kinds = (nn.Linear, nn.Conv2d)
+    assert {*pairs.values()} == {name for name, module in unet.named_modules() if isinstance(module, kinds)}
+    assert set(found) == set(whole.values())
+    assert all(name == ours for name, ours in found.items())
+    assert "output_blocks.2.1.conv" in pairs
