@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from prefmill.core.aliases import aliases_in, without_sections
 from prefmill.core.errors import ConfigError, nearest
-from prefmill.core.files import digest_path
+from prefmill.core.files import known_digest
 from prefmill.core.revisions import require_hub_names
 from prefmill.core.unknown_keys import explain
 from prefmill.core.yaml_numbers import require_plain_numbers
@@ -294,7 +294,7 @@ def load(
     return validate(schema, merge(values, overrides, where), where, {**origins, **said})
 
 
-def identity(config: BaseModel, digest: Callable[[Path], Any] = digest_path) -> dict[str, Any]:
+def identity(config: BaseModel, digest: Callable[[Path], Any] = known_digest) -> dict[str, Any]:
     """What decides a task's content: every field but runtime ones and later ones unset, external files by `digest`."""
     given = {name: (field, getattr(config, name)) for name, field in type(config).model_fields.items()}
     counted = {name: _identity_value(value, digest) for name, (field, value) in given.items() if _counts(field, value)}

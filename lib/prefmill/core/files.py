@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +15,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.places import CHECKPOINT_PREFIX
 
 _BUFFER_BYTES = 1 << 20
+_known_digests: dict[tuple[object, ...], str] = {}
 
 
 def digest_bytes(data: bytes) -> str:
@@ -27,17 +28,40 @@ def digest_json(value: Any) -> str:
     return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def digest_path(path: Path) -> str:
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_path(path: Path, digest: Callable[[Path], str] = digest_file) -> str:
     """sha256 of a file's bytes, or of a folder's relative names and file digests; raises InputError if absent."""
-    if path.is_dir():
-        # Sorted, as file systems list names in any order.
-        files = sorted(item for item in path.rglob("*") if item.is_file())
-        return digest_json([[item.relative_to(path).as_posix(), digest_path(item)] for item in files])
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise InputError("no such file or folder", where=path, fix="check the path in the configuration") from None
+        if path.is_dir():
+            # Sorted, as file systems list names in any order.
+            files = sorted(item for item in path.rglob("*") if item.is_file())
+            return digest_json([[item.relative_to(path).as_posix(), digest(item)] for item in files])
+        return digest(path)
+    except FileNotFoundError as error:
+        where = error.filename or path
+        raise InputError("no such file or folder", where=where, fix="check the path in the configuration") from None
+
+
+def known_digest(path: Path) -> str:
+    """`digest_path`, where what this process has read and nobody has written to since is not read again.
+
+    Every element of an array is judged by the same files, more than once, and they may be pictures of hundreds of GB.
+    """
+    return digest_path(path, _digest_unless_known)
+
+
+def _digest_unless_known(path: Path) -> str:
+    status = path.stat()
+    # The time of change is among them, as no program can set it back.
+    facts = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if facts not in _known_digests:
+        _known_digests[facts] = digest_file(path)
+    return _known_digests[facts]
 
 
 def sample_digest(folder: Path, suffixes: tuple[str, ...]) -> str:

@@ -61,7 +61,8 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
 
 def stage_task(stage: str, arguments: Sequence[str], environment: Mapping[str, str]) -> PlannedTask:
     """The element of one stage that this job is."""
-    plan, name = stage_plan(stage, arguments, int(environment.get("SLURM_ARRAY_TASK_COUNT", "1")) > 1)
+    # An array of one too: `--array=1` is how one element is submitted again.
+    plan, name = stage_plan(stage, arguments, "SLURM_ARRAY_TASK_ID" in environment)
     if name is not None:
         return plan.select(f"{stage}:{name}")[0]
     return element(plan.tasks, environment)

@@ -233,9 +233,16 @@ class _Planner:
                 where=self.source, expected=", ".join(["shard", *fields]), fix="correct the stage's `array`",
             )  # fmt: skip
         # Each layer is put under present names first, so that the later one wins whichever name it uses.
-        keys = lay_over(lay_over(given, modern(stage.config, entry.set)), modern(stage.config, mine.set))
-        values = {**keys, **element}
-        return load(stage.config, values, where=f"stage {stage.name}", origins=self._origins(stage.name, entry, path))
+        whole, own = modern(stage.config, entry.set), modern(stage.config, mine.set)
+        origins, said = self._origins(stage.name, entry, path), {**whole, **own}
+        for key in (key for key in element if key in said):
+            raise ConfigError(
+                f"stage {stage.name}: {key} is set, and has an array over its values",
+                where=origins.get(key, self.source), got=f"{key}: {said[key]}",
+                fix=f"leave {key} out, or the array (an sbatch without --array): one task then has that value",
+            )  # fmt: skip
+        keys = {**lay_over(lay_over(given, whole), own), **element}
+        return load(stage.config, keys, where=f"stage {stage.name}", origins=origins)
 
     def _origins(self, name: str, entry: StageEntry, path: Path | None) -> dict[str, str]:
         """Where each key of a stage was given: in its file, in the pipeline's, or on the command line."""

@@ -9,23 +9,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
 from prefmill import __version__
 from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.config import flatten, former_names, identity, modern
 from prefmill.core.errors import ArtifactError, InputError
-from prefmill.core.files import digest_json, digest_path, read_record, sample_digest
+from prefmill.core.files import digest_json, known_digest, read_record
 from prefmill.core.places import MANIFEST, STARTED, WANTED_AGAIN, WORK
-from prefmill.core.revisions import snapshot
+from prefmill.core.revisions import models_changed, models_in, models_named
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.store.artifacts import read, read_manifest, remaking
 from prefmill.store.stamps import check_content
 
 CODE_VERSION = "code_version.txt"  # in the copy of the code that a submission keeps
-_OF_MODELS = (".safetensors", ".bin", ".json", ".jinja", ".model")
-_REVISION_OF = {"model_name_or_path": "revision", "ref_name": "ref_revision"}
-Digest = Callable[[Path], str]
 Inputs = Mapping[str, tuple[Artifact, ...]]
 Freshness = Literal["complete", "stale", "missing", "waiting"]
 
@@ -82,27 +77,12 @@ def inspect_task(task: PlannedTask) -> TaskState:
 def written_since(task: PlannedTask, folder: Path) -> Iterator[str]:
     """Models whose weights are newer than what was made of them in `folder`: a plan knows them by name alone."""
     made = (folder / MANIFEST).stat().st_mtime
-    for name, _ in _models_named(task.config):
+    for name, _ in models_named(task.config):
         if any(path.stat().st_mtime > made for path in Path(name).rglob("*.safetensors")):
             yield name
 
 
-def models_in(config: BaseModel) -> dict[str, str]:
-    """What the models hold that a configuration names: a folder's sample, or a file's content in the hub's cache."""
-    found: dict[str, str] = {}
-    for name, revision in _models_named(config):
-        if (cached := snapshot(name, revision)) is not None:
-            # Each file for itself, as an attempt may begin before all are downloaded. A branch may move in between.
-            links = (file for file in cached.rglob("*") if file.suffix in _OF_MODELS and file.is_symlink())
-            found |= {f"{name}/{file.relative_to(cached)}": file.readlink().name for file in links}
-        elif Path(name).is_dir():
-            found[name] = sample_digest(Path(name), _OF_MODELS)
-    return found
-
-
-def read_outside(
-    task: PlannedTask, asked: Callable[[str], bool], digest: Digest = digest_path
-) -> Iterator[tuple[str, str]]:
+def read_outside(task: PlannedTask, asked: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
     """What a task reads that its plan does not make, as far as it is `asked` for by its path: path and content.
 
     What is not there is left out: a path may be on the disks of compute nodes alone.
@@ -111,27 +91,11 @@ def read_outside(
     identity(task.config, files.append)
     for path in files:
         if asked(str(path)) and path.exists():
-            yield str(path), digest(path)
+            yield str(path), known_digest(path)
     for folder in (path for paths in task.inputs.values() for path in paths):
         if asked(str(folder)) and (made := read_manifest(folder)):
             yield str(folder), made.content_digest
     yield from ((name, held) for name, held in models_in(task.config).items() if asked(name))
-
-
-def models_changed(task: PlannedTask, begun: Mapping[str, Any]) -> list[str]:
-    """The models whose folders hold something else than when the attempt recorded as `begun` began."""
-    # An attempt of an earlier version has noted none; a folder that is gone now may come back.
-    noted = begun.get("models", {})
-    return [name for name, now in models_in(task.config).items() if noted.get(name, now) != now]
-
-
-def _models_named(config: BaseModel) -> Iterator[tuple[str, str | None]]:
-    """Each with its revision on the hub."""
-    for key, value in config:
-        if key in _REVISION_OF and isinstance(value, str):
-            yield value, getattr(config, _REVISION_OF[key], None)
-        elif isinstance(value, BaseModel):
-            yield from _models_named(value)
 
 
 def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:
@@ -139,7 +103,7 @@ def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:
     if not (made := read_record(folder / WORK / STARTED)):
         return ()
     wanted = task_identity(task, read_inputs(task))
-    other = [f"{name} held another model" for name in models_changed(task, made)]
+    other = [f"{name} held another model" for name in models_changed(task.config, made)]
     if made["fingerprint"] not in fingerprints(task, wanted):
         # A folder from before the identity was noted has its fingerprint alone.
         other = differences(made.get("identity", wanted), wanted) or ["other settings"]
@@ -153,7 +117,7 @@ def read_inputs(task: PlannedTask) -> Inputs:
     }
 
 
-def task_identity(task: PlannedTask, inputs: Inputs, digest: Digest = digest_path) -> dict[str, Any]:
+def task_identity(task: PlannedTask, inputs: Inputs) -> dict[str, Any]:
     """What decides a task's content: stage and its version, configuration, share of the rows, input content."""
     # The values of other array keys are in the configuration already.
     outside = {key: [value, task.sizes[key]] for key, value in task.values.items() if key == "shard"}
@@ -161,7 +125,7 @@ def task_identity(task: PlannedTask, inputs: Inputs, digest: Digest = digest_pat
         "stage": task.stage.name,
         # Not the code's version: every commit would then make everything anew.
         "version": task.stage.version,
-        "config": identity(task.config, digest),
+        "config": identity(task.config),
         "element": outside,
         # By content: where an upstream is made again and comes out the same, nothing after it runs.
         "inputs": {name: [item.manifest.content_digest for item in items] for name, items in inputs.items()},
@@ -181,14 +145,13 @@ def provenance(task: PlannedTask, inputs: Inputs, noted: Mapping[str, str]) -> P
 
     Raises InputError where what it reads from outside the pipeline is not what was `noted` at its submission.
     """
-    digest = cache(digest_path)  # pictures of hundreds of GB are not read twice
-    for name in (name for name, held in read_outside(task, noted.__contains__, digest) if held != noted[name]):
+    for name in (name for name, held in read_outside(task, noted.__contains__) if held != noted[name]):
         raise InputError(
             "changed since this job was submitted", where=name, expected="what it held then",
             fix="`prefmill submit` again, for a job that reads it as it is now; or put the old content back and "
             f"`prefmill rerun {task.key}`",
         )  # fmt: skip
-    wanted = task_identity(task, inputs, digest)
+    wanted = task_identity(task, inputs)
     return Provenance(
         stage=task.stage.name,
         task=task.name,

@@ -22,13 +22,14 @@ from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, exp
 from prefmill.core.files import read_record, write_atomic
 from prefmill.core.graceful_stop import Stopped, clear_request
 from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WANTED_AGAIN, WORK
+from prefmill.core.revisions import models_changed, note_models
 from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.distributed.devices import claim_device
 from prefmill.distributed.launchers import TrainerKeys, refuse_settings_of_accelerate
 from prefmill.pipeline import attempts
 from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
-from prefmill.pipeline.state import fingerprints, inspect_task, models_changed, models_in, provenance, read_inputs
+from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
 from prefmill.pipeline.task_status import INTERRUPTED, held, read_status, write_status
 from prefmill.store.artifacts import publish, remaking, superseded
 from prefmill.store.stamps import check_content
@@ -169,14 +170,14 @@ def _prepare(task: PlannedTask, wanted: Mapping[str, Any], force: bool) -> Path:
     folder = remaking(task.output) if finished else task.output
     marker = folder / WORK / STARTED
     begun = read_record(marker)
-    resumes = not force and begun.get("fingerprint") in same and not models_changed(task, begun)
+    resumes = not force and begun.get("fingerprint") in same and not models_changed(task.config, begun)
     if folder.exists() and not resumes:
         shutil.rmtree(folder)
     if not marker.is_file():
         # Before anything else is made here: what lies in a folder without a mark is of unknown origin, and deleted.
         begun = {"fingerprint": same[0], "date": datetime.now(UTC).date().isoformat(), "identity": wanted}
-    # Added to by every attempt, as the first may download its model.
-    write_atomic(marker, json.dumps({**begun, "models": models_in(task.config) | begun.get("models", {})}))
+        write_atomic(marker, json.dumps(begun))
+    note_models(marker, task.config)
     if not resumes:
         clear_telemetry(task.logs, superseded(task.logs) if finished else None)
     return folder

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefmill.core.errors import ArtifactError
-from prefmill.core.stage import Task
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,3 @@ class TensorCache:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)  # on a full disk it would keep the room that the next attempt needs
-
-
-def cache_folder(task: Task, given: Path | None) -> Path:
-    """The folder of a configuration, else `data/cache` of the workspace where it is ours, else the task's scratch."""
-    if given is not None:
-        return given
-    # <workspace>/checkpoints/<run>/<stage>/<task>
-    parents = task.output.parents
-    shared = parents[3] / "data" / "cache" if len(parents) > 3 and parents[2].name == "checkpoints" else None
-    # Made by another user of the workspace, it takes nothing of ours.
-    return shared if shared and (os.access(shared, os.W_OK) or not shared.is_dir()) else task.work / "cache"

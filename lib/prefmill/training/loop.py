@@ -11,7 +11,11 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
+from prefmill.core.errors import InputError
+from prefmill.core.places import STARTED
+from prefmill.core.revisions import note_models
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.collectives import rank_zero_says
 from prefmill.distributed.isolation import keep_socket_paths_short
 from prefmill.distributed.scoring import scoring_model
 from prefmill.distributed.sharding import leave_sizes_to_deepspeed
@@ -67,11 +71,13 @@ def run_training(spec: TrainingSpec) -> Metrics:
     trainer = spec.data.trainer(
         spec.load(), spec.config, task, [*spec.callbacks, StageCallback(task, spec.config.save_minutes)]
     )
+    _require_same_models(spec)
     check_optimizer(trainer)
     leave_sizes_to_deepspeed(trainer)
     if spec.processor is not None:
         ensure_savable(trainer.model, spec.processor)
     _look_before(spec, trainer)
+    _require_same_models(spec)  # again: a reference of its own is loaded for its scores
     resume_strictly(trainer)
     with trainer.args.main_process_first(local=False):  # it deletes torn checkpoints before others look
         checkpoint = spec.resume(task.output)
@@ -82,6 +88,21 @@ def run_training(spec: TrainingSpec) -> Metrics:
     last = {name: value for row in trainer.state.log_history for name, value in row.items()}
     logged = {name: last.get(key) for name, key in spec.logged.items()}
     return {"steps": trainer.state.global_step, **spec.counts, **logged, **published}
+
+
+def _require_same_models(spec: TrainingSpec) -> None:
+    """Note which models have been loaded; raise InputError where an interrupted training had others.
+
+    Loading is what downloads a model, or moves the hub's cache to where its branch is now.
+    """
+    record = spec.task.work / STARTED  # absent where no worker began this
+    changed = rank_zero_says(lambda: note_models(record, spec.config) if record.is_file() else [])
+    if changed:
+        raise InputError(
+            "a model has changed since this training began", where=changed[0],
+            expected="what it held then, or the checkpoints go on upon other weights",
+            fix="run it again, or `prefmill rerun` it: it then begins anew",
+        )  # fmt: skip
 
 
 def _look_before(spec: TrainingSpec, trainer: Any) -> None:

@@ -20,7 +20,7 @@ from prefmill.distributed.devices import device_kind, rank
 from prefmill.distributed.sharding import uses_fsdp
 from prefmill.store.kept_tensors import KeptTensors
 from prefmill.store.missing import Progress, missing
-from prefmill.store.tensor_cache import cache_folder
+from prefmill.training.cache_place import cache_place
 from prefmill.training.config import TrainingConfig, weights_precision
 from prefmill.training.data import Group
 
@@ -87,7 +87,7 @@ def computed_as(config: TrainingConfig) -> dict[str, Any]:
 def kept_reference(task: Task, weights: str, settings: Mapping[str, Any], device: torch.device) -> KeptTensors:
     """Where scores of these weights are kept, computed as `settings` say on this kind of device."""
     key = digest_json({"weights": weights, "settings": dict(settings), "device": device_kind(device)})
-    return KeptTensors(cache_folder(task, None) / "reference" / key.removeprefix("sha256:"))
+    return KeptTensors(cache_place(task, f"reference/{key}"))
 
 
 def reference_scores(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from toys import RUNS, STAGES
 
-from prefmill.pipeline import plan
+from prefmill.pipeline import manual_submission, plan
 
 
 @pytest.fixture(autouse=True)
 def _toy_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "load_stage", STAGES.__getitem__)
+    for room in (plan, manual_submission):
+        monkeypatch.setattr(room, "load_stage", STAGES.__getitem__)
     monkeypatch.setattr(plan, "stage_names", lambda: sorted(STAGES))
     RUNS.clear()

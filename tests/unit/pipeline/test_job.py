@@ -15,8 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from toys import STAGES
 
+from prefmill.core.config import StrictConfig
 from prefmill.core.errors import AttemptError, PrefmillError
+from prefmill.core.records import Modality
 from prefmill.core.stage import Task
 from prefmill.distributed.torchrun import arguments
 from prefmill.pipeline import attempts, launched
@@ -272,7 +275,13 @@ def test_a_job_is_named_as_slurm_names_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert attempts.this_job() == {"job_id": "10", "array_job_id": "7", "array_task_id": "3"}
 
 
-def test_an_array_by_hand_is_over_the_modalities_and_a_task_can_be_named(tmp_path: Path) -> None:
+class OfModality(StrictConfig):
+    modality: Modality = "clean"
+
+
+def test_an_array_by_hand_is_over_the_modalities_and_a_task_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from prefmill.pipeline.manual_submission import element, stage_task
 
     keys = [f"workspace={tmp_path}", "run=r", "array.shard=3"]
@@ -281,3 +290,12 @@ def test_an_array_by_hand_is_over_the_modalities_and_a_task_can_be_named(tmp_pat
     assert stage_task("make", keys, ARRAY | {"SLURM_ARRAY_TASK_ID": "2"}).name == "shard2"
     with pytest.raises(PrefmillError, match="no such element"):
         element(plan.tasks, ARRAY)
+    monkeypatch.setitem(STAGES, "use", replace(STAGES["use"], config=OfModality))
+    where = keys[:2]
+    one = {"SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "1"}
+    for count in ("1", "3"):  # submitted again alone, it is the element that it was
+        again = stage_task("use", [*where, "inputs.numbers=n"], one | {"SLURM_ARRAY_TASK_COUNT": count})
+        assert again.key == "use:clean_images"
+    assert stage_task("use", [*where, "inputs.numbers=n", "modality=vision"], {}).config.modality == "vision"
+    with pytest.raises(PrefmillError, match=r"modality is set, and has an array(.|\n)*command line(.|\n)*vision"):
+        stage_task("use", [*where, "inputs.numbers=n", "modality=vision"], one)

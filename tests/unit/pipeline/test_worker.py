@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -20,8 +21,8 @@ from prefmill.core.places import MANIFEST, STATUS
 from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline import worker
 from prefmill.pipeline.plan import Plan
-from prefmill.pipeline.sharing import share
-from prefmill.pipeline.state import inspect
+from prefmill.pipeline.sharing import share, share_finished
+from prefmill.pipeline.state import inspect, read_outside
 from prefmill.pipeline.task_status import is_running
 from prefmill.pipeline.worker import execute
 from prefmill.store.artifacts import read, read_manifest
@@ -43,6 +44,29 @@ def test_a_second_run_does_nothing(tmp_path: Path) -> None:
     assert run(toy_plan(tmp_path)) == ["make:all", "use:all"]
     assert run(toy_plan(tmp_path)) == []
     assert {state.freshness for state in inspect(toy_plan(tmp_path)).values()} == {"complete"}
+
+
+def test_a_file_that_all_elements_read_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what `prefmill submit` does: take from other runs, look at each element, note what it reads."""
+    source = tmp_path / "reviews.csv"
+    source.write_text("first")
+    plan = toy_plan(tmp_path, make={"array": {"shard": 3}, "set": {"source": str(source)}})
+    run(plan)
+    source.write_text("other")
+    opened, digest = list[str](), hashlib.file_digest
+
+    def counted(stream: Any, name: str) -> Any:
+        opened.append(stream.name)
+        return digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    share_finished(plan, (), print)
+    assert {state.freshness for state in inspect(plan).values()} == {"stale"}
+    noted = [dict(read_outside(task, str(source).__eq__)) for task in plan.tasks]
+    assert noted == [{str(source): sha256(b"other").hexdigest()}] * 3
+    assert opened == [str(source)]
+    source.write_text("third")
+    assert dict(read_outside(plan.tasks[0], str(source).__eq__)) == {str(source): sha256(b"third").hexdigest()}
 
 
 def test_a_touched_key_reruns_what_depends_on_it_and_is_named(tmp_path: Path) -> None:

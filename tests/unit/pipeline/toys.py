@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefmill.core.config import StrictConfig, later, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.pipeline.plan import PipelineFile, Plan, make_plan
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -14,6 +14,7 @@ class MakeConfig(StrictConfig):
     rows: int = 3
     fail: str = runtime("")
     model_name_or_path: str | None = later(None)
+    source: ExternalPath | None = later(None)
 
 
 class UseConfig(StrictConfig):

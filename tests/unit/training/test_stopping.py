@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from test_training import curve, make_task, train, weights
 
+from prefmill.core.errors import InputError
 from prefmill.core.graceful_stop import STOP, Stopped, StopWatch, clear_request, request_stop
+from prefmill.core.places import STARTED
 from prefmill.pipeline.attempts import EXECUTED
 from prefmill.store.jsonl import read_jsonl
 from tests.forked_ranks import run_ranks
@@ -67,6 +69,33 @@ def test_asked_at_the_last_step_it_finishes(
 ) -> None:
     stop_at(8, monkeypatch)
     assert train(tmp_path, tiny_qwen2, pairs_file)["steps"] == 8
+
+
+def test_a_model_downloaded_by_the_attempt_that_was_stopped_is_noted(
+    tmp_path: Path, tiny_qwen2: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its branch may move before the next one, whose loading then has the new weights: checkpoints are of the old."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    record = make_task(tmp_path).work / STARTED
+    record.write_text(json.dumps({"fingerprint": "f"}))  # as the worker leaves it: nothing is downloaded yet
+    keys = {"model_name_or_path": "org/model", "save_steps": 100}
+    link = tmp_path / "hub" / "models--org--model" / "snapshots" / "main" / "model.safetensors"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("first")
+    with monkeypatch.context() as patched:
+        stop_at(3, patched)
+        with pytest.raises(Stopped):
+            train(tmp_path, tiny_qwen2, pairs_file, **keys)
+    assert json.loads(record.read_text()) == {"fingerprint": "f", "models": {"org/model/model.safetensors": "first"}}
+    clear_request(make_task(tmp_path).logs)
+    link.unlink()
+    link.symlink_to("second")
+    with pytest.raises(InputError, match=r"changed since this training began(.|\n)*org/model/model.safetensors"):
+        train(tmp_path, tiny_qwen2, pairs_file, **keys)
+    link.unlink()
+    link.symlink_to("first")
+    assert train(tmp_path, tiny_qwen2, pairs_file, **keys)["steps"] == 8
+    assert steps(tmp_path) == list(range(1, 9))
 
 
 def test_supervised_training_stops_too_and_does_not_evaluate_a_broken_epoch(

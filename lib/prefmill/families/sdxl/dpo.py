@@ -29,8 +29,9 @@ from prefmill.families.sdxl.noise import ERRORS, Schedule
 from prefmill.families.sdxl.reference import ReferenceErrors, used_by
 from prefmill.families.sdxl.soft_labels import with_soft_labels
 from prefmill.families.sdxl.telemetry import ErrorTelemetry
-from prefmill.store.tensor_cache import TensorCache, cache_folder
+from prefmill.store.tensor_cache import TensorCache
 from prefmill.training.batches import Microbatch
+from prefmill.training.cache_place import cache_place
 from prefmill.training.family import Reference
 from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Objective, Settings, mix
@@ -135,7 +136,7 @@ def _encode(
     train: Sequence[PairImages], held_out: Sequence[PairImages], plan: Sequence[Microbatch],
 ) -> PairReader:  # fmt: skip
     """Have the latents and embeddings of all pairs in the cache."""
-    cache = TensorCache(cache_folder(task, config.cache_dir))
+    cache = TensorCache(config.cache_dir or cache_place(task))
     images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision, config.bucket_step)
     texts = text_keys(folder, config.precision)
     reader = PairReader(

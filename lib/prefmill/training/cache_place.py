@@ -1,0 +1,32 @@
+"""Where a training keeps what it computes once: for all runs of its workspace, or for itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from prefmill.core.stage import Task
+from prefmill.distributed.devices import rank
+
+_log = logging.getLogger(__name__)
+
+
+def cache_place(task: Task, part: str = "") -> Path:
+    """`part` of `data/cache` of the workspace where we may write there, else of the task's scratch, which is told."""
+    own = task.work / "cache" / part
+    # <workspace>/checkpoints/<run>/<stage>/<task>
+    parents = task.output.parents
+    if len(parents) <= 3 or parents[2].name != "checkpoints":
+        return own
+    shared = parents[3] / "data" / "cache" / part
+    made = next(folder for folder in (shared, *shared.parents) if folder.is_dir())
+    if os.access(made, os.W_OK):
+        return shared
+    if rank() == 0:
+        _log.warning(
+            "%s is another user's: what is computed before the first step is neither read from there nor kept there; "
+            "its owner shares it with `chmod -R g+rwX %s`",
+            made, made,
+        )  # fmt: skip
+    return own
