@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from prefmill.core.files import read_record
 from prefmill.core.places import default_workspace, expand_home
 
 KEYS = Path(__file__).parent / "keys.json"  # written by `python -m tests.docs.keys`: importing the stages takes seconds
@@ -102,8 +103,7 @@ def _runs(workspace: Path) -> list[str]:
 
 
 def _tasks(workspace: Path, run: str) -> list[str]:
-    path = workspace / "logs" / run / "plan.json"
-    keys = [task["key"] for task in json.loads(path.read_text())["tasks"]] if path.is_file() else []
+    keys = [task["key"] for task in read_record(workspace / "logs" / run / "plan.json").get("tasks", [])]
     return [*dict.fromkeys(key.partition(":")[0] for key in keys), *keys]
 
 

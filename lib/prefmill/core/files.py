@@ -163,10 +163,10 @@ def copy_once(source: Path, target: Path, may_link: bool) -> None:
 def read_record(path: Path) -> dict[str, Any]:
     """The JSON object in a file that is written whole; empty where there is none that can be read."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}
 
 
 def append_row(path: Path, *rows: Mapping[str, Any]) -> None:

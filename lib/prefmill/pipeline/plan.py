@@ -35,6 +35,7 @@ from prefmill.pipeline.stage_entry import (
     Need,
     StageEntry,
     elements,
+    refuse_set_beside_array,
     with_settings,
 )
 
@@ -234,13 +235,8 @@ class _Planner:
             )  # fmt: skip
         # Each layer is put under present names first, so that the later one wins whichever name it uses.
         whole, own = modern(stage.config, entry.set), modern(stage.config, mine.set)
-        origins, said = self._origins(stage.name, entry, path), {**whole, **own}
-        for key in (key for key in element if key in said):
-            raise ConfigError(
-                f"stage {stage.name}: {key} is set, and has an array over its values",
-                where=origins.get(key, self.source), got=f"{key}: {said[key]}",
-                fix=f"leave {key} out, or the array (an sbatch without --array): one task then has that value",
-            )  # fmt: skip
+        origins = self._origins(stage.name, entry, path)
+        refuse_set_beside_array(stage.name, element, {**whole, **own}, origins)
         keys = {**lay_over(lay_over(given, whole), own), **element}
         return load(stage.config, keys, where=f"stage {stage.name}", origins=origins)
 

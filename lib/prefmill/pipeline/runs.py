@@ -49,8 +49,13 @@ def list_runs(workspace: Path) -> list[RunSummary]:
 
 
 def summarise(workspace: Path, run: str) -> RunSummary:
-    """One run: it is `running`, `failed` where a task has failed, `complete` or `incomplete`."""
-    tasks = run_tasks(workspace, run)
+    """One run: it is `running`, `failed` where a task has failed, `complete`, `incomplete`, or its record `damaged`."""
+    folders = [workspace / root / run for root in ROOTS]
+    try:
+        tasks = run_tasks(workspace, run)
+    except PipelineError as error:  # the others are listed all the same
+        changed = (workspace / "logs" / run).stat().st_mtime
+        return RunSummary(run, "damaged", 0, 0, changed, sum(map(size_of, folders)), str(error.details["where"]))
     done = [task for task in tasks if (Path(task["output"]) / MANIFEST).is_file()]
     logs = [Path(task["logs"]) for task in tasks]
     # Between two tasks a local run holds no task's lock; a task under Slurm has no lock of the run.
@@ -60,7 +65,6 @@ def summarise(workspace: Path, run: str) -> RunSummary:
         state = "failed"
     else:
         state = "complete" if len(done) == len(tasks) else "incomplete"
-    folders = [workspace / root / run for root in ROOTS]
     changed = max(path.stat().st_mtime for task in tasks for path in _marks(task, workspace / "logs" / run))
     return RunSummary(run, state, len(done), len(tasks), changed, sum(map(size_of, folders)), headline(done))
 

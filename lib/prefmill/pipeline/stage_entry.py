@@ -57,6 +57,18 @@ def with_settings(array: Mapping[str, Any]) -> str | None:
     return next((key for key, given in array.items() if isinstance(given, Mapping)), None)
 
 
+def refuse_set_beside_array(
+    stage: str, element: Mapping[str, Any], said: Mapping[str, Any], origins: Mapping[str, str]
+) -> None:
+    """Raise ConfigError where a key that is `said` has no effect, as each `element` of the stage's array has its own."""
+    for key in (key for key in element if key in said):
+        raise ConfigError(
+            f"stage {stage}: {key} is set, and has an array over its values",
+            where=origins.get(key), got=f"{key}: {said[key]}",
+            fix=f"leave {key} out, or the array (an sbatch without --array): one task then has that value",
+        )  # fmt: skip
+
+
 SINGLE_TASK = "all"
 # No separators, as names become folders, and no dot in front: that marks output which is being remade.
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import append_row, read_appended, write_atomic
+from prefmill.core.files import append_row, read_appended, read_record, write_atomic
 from prefmill.pipeline.decisions import submissions_folder
 
 ADVANCE = "advance"
@@ -162,12 +162,16 @@ def write_submission(submission: Submission) -> None:
 
 def read_submission(folder: Path) -> Submission:
     """The submission in `folder`; raises PipelineError where there is none."""
-    try:
-        values = json.loads((folder / RECORD).read_text())
-    except FileNotFoundError:
+    record = folder / RECORD
+    if not record.is_file():
         raise PipelineError(
             "no submission here", where=folder, expected=f"a {RECORD}", fix="submit the pipeline with `prefmill submit`"
-        ) from None
+        )
+    if not (values := read_record(record)):
+        raise PipelineError(
+            "the record of a submission is damaged", where=record, got=f"{record.stat().st_size} bytes, no JSON object",
+            fix="end its jobs (in `squeue --me` they begin with the run's name), delete this folder, and submit again",
+        )  # fmt: skip
     # Submissions of earlier versions do not say what they wanted: none of their tasks counts as unsent.
     wanted = tuple((stage, chunk, tuple(indices)) for stage, chunk, indices in values.get("wanted", []))
     return Submission(folder, **values | {"workspace": Path(values["workspace"]), "wanted": wanted})

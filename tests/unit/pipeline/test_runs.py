@@ -22,6 +22,7 @@ from prefmill.pipeline.sharing import share, share_finished
 from prefmill.pipeline.state import inspect
 from prefmill.pipeline.task_status import read_status
 from prefmill.pipeline.worker import execute
+from prefmill.slurm.submission import read_submission
 from prefmill.store.artifacts import read, read_manifest
 
 
@@ -232,3 +233,31 @@ def test_a_link_that_is_another_users_stops_no_run(
     assert (tmp_path / "logs" / "latest").resolve().name == "first"
     assert "does not follow run second" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["first", "latest", "second"]
+
+
+@pytest.mark.parametrize("text", ["", '{"run": "broken", "tasks": [\n{"key": "ma', "[1]"])
+def test_a_run_whose_record_is_damaged_does_not_hide_the_others(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--workspace", str(tmp_path)]
+    for name in ("broken", "whole"):
+        finish(plan(tmp_path, name))
+    record = tmp_path / "logs" / "broken" / "plan.json"
+    record.write_text(text)
+    assert {run.name: run.state for run in runs.list_runs(tmp_path)} == {"broken": "damaged", "whole": "complete"}
+    assert main(["__complete", "logs", "--run", "broken", *where, ""]) == 0
+    for words in (["status", "broken"], ["gc"], ["rm", "broken"], ["verify", "broken"]):
+        assert main([*words, *where]) == 2
+        assert f"the record of run broken is damaged\n  where:    {record}" in capsys.readouterr().err
+    write_plan(plan(tmp_path, "broken"))  # as `prefmill run` does, which is the first fix
+    assert main(["status", "broken", *where]) == 0
+    record.write_text(text)
+    record.unlink()
+    assert main(["gc", *where]) == 0
+
+
+@pytest.mark.parametrize("text", ["", '{"number": 1,', "null"])
+def test_a_damaged_submission_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "submission.json").write_text(text)
+    with pytest.raises(PipelineError, match=f"(?s)damaged.*{tmp_path}/submission.json.*delete this folder"):
+        read_submission(tmp_path)
