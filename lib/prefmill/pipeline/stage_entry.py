@@ -60,7 +60,7 @@ def with_settings(array: Mapping[str, Any]) -> str | None:
 def refuse_set_beside_array(
     stage: str, element: Mapping[str, Any], said: Mapping[str, Any], origins: Mapping[str, str]
 ) -> None:
-    """Raise ConfigError where a key that is `said` has no effect, as each `element` of the stage's array has its own."""
+    """Raise ConfigError where a key that is `said` has no effect: each `element` of the stage's array has its own."""
     for key in (key for key in element if key in said):
         raise ConfigError(
             f"stage {stage}: {key} is set, and has an array over its values",

@@ -19,8 +19,11 @@ from prefmill.slurm.jobs import gigabytes
 from prefmill.slurm.partitions import Partition, minutes, offer_of, partition_names, partitions
 from prefmill.slurm.submission import user_name
 
-_ASSOCIATION = "Account,Partition,QOS,DefaultQOS,MaxSubmit,MaxWall,MaxTRES,GrpTRES"
-_QOS = "Name,MaxSubmitPU,MaxWall,MaxTRES,MaxTRESPU,GrpTRES,MinTRES"
+_ASSOCIATION = (
+    "Cluster", "Account", "ParentName", "Partition", "QOS", "DefaultQOS", "MaxSubmit", "GrpSubmit", "MaxWall",
+    "MaxTRES", "GrpTRES",
+)  # fmt: skip
+_QOS = "Name,MaxSubmitPU,MaxSubmitPA,GrpSubmit,MaxWall,MaxTRES,MaxTRESPU,GrpTRES,MinTRES"
 _TRES_NAMES = {"gres/gpu": "GPUs", "cpu": "CPUs", "mem": "GB of memory", "node": "nodes"}
 Tres = Mapping[str, float]
 
@@ -49,13 +52,17 @@ class JobLimits:
 
 @dataclass(frozen=True)
 class Association:
-    """An account that this user may charge, in one partition or in all (""), with the QOS that go with it."""
+    """An account that this user may charge, in one partition or in all (""), with the QOS that go with it.
+
+    `groups` are the limits on all jobs of that account together, and of each account above it.
+    """
 
     account: str
     partition: str
     qos: tuple[str, ...]
     default_qos: str
     limits: JobLimits
+    groups: tuple[JobLimits, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class SitePolicy:
 
     def _limits(self, association: Association, qos: str, partition: Mapping[str, str]) -> Iterator[JobLimits]:
         if "limits" in self.enforced:
-            yield association.limits
+            yield from (association.limits, *association.groups)
             yield from (self.qos[name] for name in (qos, partition.get("QoS", "")) if name in self.qos)
 
 
@@ -116,7 +123,8 @@ def read_policy() -> SitePolicy | None:
     # -P, as columns would cut long names off.
     books = ["sacctmgr", "-nP", "show"]
     queries = [
-        [*books, "association", f"user={me}", f"format={_ASSOCIATION}"],
+        [*books, "association", f"user={me}", f"format={','.join(_ASSOCIATION)}"],
+        [*books, "association", "user=", f"format={','.join(_ASSOCIATION)}"],  # the accounts' own
         [*books, "user", me, "format=DefaultAccount"],
         [*books, "qos", f"format={_QOS}"],
         ["scontrol", "show", "config"],
@@ -126,29 +134,51 @@ def read_policy() -> SitePolicy | None:
         associations, *others = pool.map(slurm.ask, queries)
     if associations is None:
         return None
-    default, qos, config, partitions = (answer or "" for answer in others)
+    accounts, default, qos, config, partitions = (answer or "" for answer in others)
     # A limit of a kind that is not named here is kept in the books alone: jobs above it run.
     enforced = re.search(r"^AccountingStorageEnforce\s*=\s*(\S+)", config, re.M)
+    # One slurmdbd may keep the books of several clusters: the others' rules are not this one's.
+    here = re.search(r"^ClusterName\s*=\s*(\S+)", config, re.M)
+    own, above = (_rows(text, here[1] if here else "") for text in (associations, accounts))
+    by_name = {row["Account"]: row for row in above}
     return SitePolicy(
         frozenset(enforced[1].split(",") if enforced else ()), default.strip(),
-        tuple(_association(line) for line in associations.splitlines() if line.count("|") == _ASSOCIATION.count(",")),
+        tuple(_association(row, by_name) for row in own),
         {limits.name.removeprefix("QOS "): limits for limits in map(_qos_limits, qos.splitlines())},
         _partitions(partitions),
     )  # fmt: skip
 
 
-def _association(line: str) -> Association:
-    account, partition, qos, default, submit, wall, most, group = line.split("|")
+def _rows(text: str, cluster: str) -> list[dict[str, str]]:
+    """The associations of `cluster`; of every one where its name is not known."""
+    lines = [line.split("|") for line in text.splitlines() if line.count("|") == len(_ASSOCIATION) - 1]
+    rows = [dict(zip(_ASSOCIATION, values, strict=True)) for values in lines]
+    return [row for row in rows if row["Cluster"] == (cluster or row["Cluster"])]
+
+
+def _association(row: Mapping[str, str], accounts: Mapping[str, Mapping[str, str]]) -> Association:
+    name = row["Account"]
     # A group's limit is for all of its jobs together: one job above it can never start either.
-    limits = JobLimits(f"account {account}", _count(submit), minutes(wall), (parse_tres(most), parse_tres(group)))
-    return Association(account, partition, tuple(qos.split(",")), default, limits)
+    most = (parse_tres(row["MaxTRES"]), parse_tres(row["GrpTRES"]))
+    limits = JobLimits(f"account {name}", _least(row["MaxSubmit"], row["GrpSubmit"]), minutes(row["MaxWall"]), most)
+    groups = tuple(
+        JobLimits(f"account {one['Account']}", _least(one["GrpSubmit"]), most=(parse_tres(one["GrpTRES"]),))
+        for one in _line_up(name, accounts)
+    )
+    return Association(name, row["Partition"], tuple(row["QOS"].split(",")), row["DefaultQOS"], limits, groups)
+
+
+def _line_up(name: str, accounts: Mapping[str, Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
+    """An account and those above it."""
+    while name in accounts:
+        yield accounts[name]
+        name = accounts[name]["ParentName"]
 
 
 def _qos_limits(line: str) -> JobLimits:
-    name, submit, wall, *most, least = line.split("|")
-    return JobLimits(
-        f"QOS {name}", _count(submit), minutes(wall), tuple(parse_tres(part) for part in most), parse_tres(least)
-    )
+    name, of_user, of_account, of_all, wall, *most, least = line.split("|")
+    submit = _least(of_user, of_account, of_all)
+    return JobLimits(f"QOS {name}", submit, minutes(wall), tuple(map(parse_tres, most)), parse_tres(least))
 
 
 def _partitions(text: str) -> dict[str, dict[str, str]]:
@@ -186,8 +216,9 @@ def parse_tres(text: str) -> dict[str, float]:
     return {name: float(value) if value.isdigit() else gigabytes(value) or 0.0 for name, value in pairs}
 
 
-def _count(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+def _least(*counts: str) -> int | None:
+    """The smallest of these limits, None where there is none."""
+    return min((int(count) for count in counts if count.isdigit()), default=None)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,18 @@ from prefmill.slurm.partitions import Partition
 from prefmill.slurm.policy import JobLimits, SitePolicy, objections, parse_tres, read_policy
 from prefmill.slurm.script import refusal
 
-ASSOCIATIONS = "mill||normal,short||9|01:40:00||\nroot||normal||||cpu=64|\nmill|closed|short|short||||"
-QOS = """normal||||||
-short|6|00:30:00|cpu=4,gres/gpu=2|gres/gpu=4|mem=100G,node=2|gres/gpu=1
-night||08:00:00||||"""
+# Of two clusters in the books of one slurmdbd; the second query is for the accounts' own.
+ASSOCIATIONS = """old|mill|||short||1||00:01:00||
+big|mill|||normal,short||9||01:40:00||
+big|root|||normal||||||cpu=64
+big|mill||closed|short|short|||||"""
+ACCOUNTS = """old|mill|root||||||||cpu=1
+big|mill|lab|||||||gres/gpu=1|
+big|lab|root|||||7|||gres/gpu=16
+big|root|||||||||"""
+QOS = """normal||||||||
+short|6|||00:30:00|cpu=4,gres/gpu=2|gres/gpu=4|mem=100G,node=2|gres/gpu=1
+night||||08:00:00||||"""
 PARTITIONS = """PartitionName=main AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL Default=YES QoS=N/A MaxTime=UNLIMITED
 PartitionName=closed AllowGroups=ALL AllowAccounts=other AllowQos=ALL Default=NO QoS=night MaxTime=01:00:00
 PartitionName=dear AllowGroups=ALL DenyAccounts=mill,old AllowQos=short Default=NO QoS=night MaxTime=01:00:00"""
@@ -25,8 +33,9 @@ PartitionName=dear AllowGroups=ALL DenyAccounts=mill,old AllowQos=short Default=
 
 @pytest.fixture
 def policy(program: Path) -> SitePolicy:  # noqa: F811
-    cases = f'case "$3" in association) echo "{ASSOCIATIONS}";; user) echo mill;; qos) echo "{QOS}";; esac'
-    enforced = "AccountingStorageEnforce = associations,limits,qos"
+    cases = f"""case "$3 $4" in "association user=") echo "{ACCOUNTS}";; association*) echo "{ASSOCIATIONS}";;
+user*) echo mill;; qos*) echo "{QOS}";; esac"""
+    enforced = "AccountingStorageEnforce = associations,limits,qos\nClusterName             = big"
     for name, text in (("sacctmgr", cases.replace("$3", "$3")), (
         "scontrol", f'case "$*" in *config*) echo "{enforced}";; *) echo "{PARTITIONS}";; esac'
     )):  # fmt: skip
@@ -47,6 +56,8 @@ def policy(program: Path) -> SitePolicy:  # noqa: F811
                                                   "0 GPUs asked for, QOS short wants 1",
                                                   "time_limit_minutes: 60 asked for, QOS short allows 30"]),
         ({"account": "root"}, {"cpus": 65}, ["65 CPUs asked for, account root allows 64"]),
+        ({}, {"gpus": 8, "nodes": 2, "time_limit_minutes": 10}, []),
+        ({}, {"gpus": 8, "nodes": 3, "time_limit_minutes": 10}, ["24 GPUs asked for, account lab allows 16"]),
         ({"qos": "short"}, {"time_limit_minutes": 30, "gpus": 2, "cpus": 2, "memory_gb": 50}, []),
         ({"qos": "short"}, {"time_limit_minutes": 30, "gpus": 1, "nodes": 3, "memory_gb": 40, "cpus": 1},
          ["3 GPUs asked for, QOS short allows 2", "120 GB of memory asked for, QOS short allows 100",
@@ -72,7 +83,7 @@ def test_what_the_rules_forbid_is_named(
 
 
 def test_the_number_of_jobs_at_once(policy: SitePolicy) -> None:
-    assert policy.submit_limit(ClusterFile()) == 9
+    assert policy.submit_limit(ClusterFile()) == 7  # of the account above, where the user may have 9
     assert policy.submit_limit(ClusterFile(qos="short")) == 6
     assert policy.submit_limit(ClusterFile(account="root")) is None
 
