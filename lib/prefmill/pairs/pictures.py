@@ -45,8 +45,13 @@ def image_key(image: Any) -> str:
     return str(image.get("path") if isinstance(image, Mapping) else image)
 
 
+def this_rank() -> str:
+    """A part of file names that no other rank has: all ranks write the same content."""
+    return f".{os.environ.get('RANK', '0')}.{os.getpid()}"
+
+
 def write_by_rename(path: Path, data: bytes) -> None:
-    """Write by rename under a name of this rank's own: all ranks write the same content."""
+    """Write by rename under a name of this rank's own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, f".{os.environ.get('RANK', '0')}.{os.getpid()}") as stream:
+    with replacing(path, this_rank()) as stream:
         stream.write(data)

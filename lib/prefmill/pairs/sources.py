@@ -22,10 +22,10 @@ from prefmill.pairs.formats import FORMS, detect, forms_of, parse
 from prefmill.pairs.forms import Form, Preference, words
 from prefmill.pairs.mixture import MixedFile, mixed
 from prefmill.pairs.pairing import FoundRow, UnusableRow, pair_up, prompt_of
-from prefmill.pairs.pictures import image_path, write_by_rename
+from prefmill.pairs.pictures import image_path, this_rank
 from prefmill.pairs.remarks import Remarks, listed, repeats_prompt
 from prefmill.pairs.turns import BadRowError, Turn, as_answer
-from prefmill.store.jsonl import to_json
+from prefmill.store.jsonl import JsonlWriter
 from prefmill.store.row_files import SUFFIXES, TABLES, SourceRow, file_rows, hub_rows, is_saved_to_disk
 from prefmill.training.bad_rows import BadRows, RowPolicy
 
@@ -184,20 +184,19 @@ def write_split(
     rows: Iterable[tuple[str, dict[str, Any]]], source: PairSource, folder: Path, kind: str
 ) -> tuple[Path, Path | None]:
     """Write rows, each with the key of its prompt, as `kind`_train and `kind`_val; None where nothing is held out."""
-    files: dict[bool, list[str]] = {False: [], True: []}
-    for prompt, row in rows:
-        # By a hash of the prompt: its pairs stay together, and rows that are added move no other prompt.
-        coin = int.from_bytes(hashlib.sha256(f"{source.seed}:{prompt}".encode()).digest()[:8]) / 2**64
-        files[coin < source.val_fraction].append(to_json(row))
-    if not files[False] or (source.val_fraction and not files[True]):
-        raise InputError(
-            "too few prompts to hold some out", got=sum(map(len, files.values())), where=source.source_name,
-            fix="change val_fraction or seed",
-        )  # fmt: skip
     train, val = folder / f"{kind}_train" / "data.jsonl", folder / f"{kind}_val" / "data.jsonl"
-    for path, lines in ((train, files[False]), (val, files[True])):
-        write_by_rename(path, "".join(line + "\n" for line in lines).encode())
-    return train, val if files[True] else None
+    # Inside the with: where no row is left for one of them, no file of either appears.
+    with JsonlWriter(train, this_rank()) as training, JsonlWriter(val, this_rank()) as held_out:
+        for prompt, row in rows:
+            # By a hash of the prompt: its pairs stay together, and rows that are added move no other prompt.
+            coin = int.from_bytes(hashlib.sha256(f"{source.seed}:{prompt}".encode()).digest()[:8]) / 2**64
+            (held_out if coin < source.val_fraction else training).write(row)
+        if not training.num_rows or (source.val_fraction and not held_out.num_rows):
+            raise InputError(
+                "too few prompts to hold some out", got=training.num_rows + held_out.num_rows,
+                where=source.source_name, fix="change val_fraction or seed",
+            )  # fmt: skip
+    return train, val if held_out.num_rows else None
 
 
 def read_rows(source: PairSource) -> Iterator[SourceRow]:

@@ -73,7 +73,11 @@ def _selection(row: Mapping[str, Any], dataset: Artifact) -> Iterator[str]:
     rules = dataset.manifest.config
     yield f"selected from paper {row['group']}, by build_datasets:"
     for name, unit in (("rating_diff", "points"), ("checkmark_diff", "checkmarks")):
-        yield f"  {name} {row[name]:g} {unit}, of at least {rules.get(f'min_{name}', '?')}"
+        least = rules.get(f"min_{name}", "?")
+        # The row has points, whatever the pairs were selected by.
+        is_share = name == "rating_diff" and rules.get("rating_unit") == "quantiles"
+        asked = f"{least} of the venue's own distribution" if is_share else least
+        yield f"  {name} {row[name]:g} {unit}, of at least {asked}"
 
 
 def _answers(data: Path, row: Mapping[str, Any]) -> Iterator[str]:

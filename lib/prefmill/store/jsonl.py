@@ -80,12 +80,15 @@ def read_jsonl(path: Path, parse: Callable[[bytes], Any] = parse_json) -> Iterat
 
 
 class JsonlWriter(AbstractContextManager["JsonlWriter"]):
-    """Writes rows to `path` under a partial name and renames it on a clean exit; on an error nothing appears."""
+    """Writes rows to `path` under a partial name and renames it on a clean exit; on an error nothing appears.
 
-    def __init__(self, path: Path) -> None:
+    `writer` tells processes apart that may write the file at once.
+    """
+
+    def __init__(self, path: Path, writer: str = "") -> None:
         self.num_rows = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._replacing = replacing(path)
+        self._replacing = replacing(path, writer)
         self._stream = self._replacing.__enter__()
 
     def write(self, row: Any) -> None:

@@ -33,6 +33,11 @@ def rows(pairs: dict[str, tuple[list[float], int, int]] = PAIRS) -> list[dict[st
     ]  # fmt: skip
 
 
+def publish_datasets(workspace: Path, **rules: Any) -> None:
+    made = Provenance("build_datasets", "all", "f", {}, {"min_checkmark_diff": 1.5, **rules}, "0", {})
+    publish(workspace / "data" / "r" / "build_datasets" / "all", "preference_datasets", made, {})
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     """A run with a training's margins, split over two ranks, and the data that one of its pairs was made from."""
@@ -47,8 +52,7 @@ def workspace(tmp_path: Path) -> Path:
         "chosen": {"from": "gpt", "value": "A thorough review."}, "rejected": {"from": "gpt", "value": "Meh."},
         "chosen_id": "good", "rejected_id": "a", "rating_diff": 3.0, "checkmark_diff": 5.0,
     }])  # fmt: skip
-    made = Provenance("build_datasets", "all", "f", {}, {"min_rating_diff": 2.0, "min_checkmark_diff": 1.5}, "0", {})
-    publish(data / "build_datasets" / "all", "preference_datasets", made, {})
+    publish_datasets(tmp_path, min_rating_diff=2.0)
     checklist = load_checklist()
     evaluations = [
         {"review_id": review, "paper_id": "p1", "checkmark_score": score, "mean_p_yes": 0.5, "engine": "lexical",
@@ -138,6 +142,13 @@ def test_pair_tells_all_that_is_known(workspace: Path, capsys: pytest.CaptureFix
     assert "not in this run's data" in printed
     assert main(["pair", "god:a", "--workspace", str(workspace)]) == 2
     assert "did you mean 'good:a'" in capsys.readouterr().err
+
+
+def test_pair_tells_shares_from_points(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The row has points, and the rule a share: `3 points, of at least 0.3` compared the two."""
+    publish_datasets(workspace, min_rating_diff=0.3, rating_unit="quantiles")
+    assert main(["pair", "good:a", "--workspace", str(workspace)]) == 0
+    assert "rating_diff 3 points, of at least 0.3 of the venue's own distribution" in capsys.readouterr().out
 
 
 def test_several_tasks_need_a_choice(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

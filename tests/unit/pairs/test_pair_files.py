@@ -21,7 +21,7 @@ from prefmill.core.config import validate
 from prefmill.core.errors import InputError
 from prefmill.pairs.chats import ChatSource, write_chats
 from prefmill.pairs.formats import parse
-from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.pairs.sources import PairSource, write_pairs, write_split
 from prefmill.pairs.turns import BadRowError
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.row_files import file_rows
@@ -305,3 +305,22 @@ def test_pairs_that_stand_there_again_or_the_other_way_round_are_told(
         write_pairs(validate(PairSource, {"dataset": str(tmp_path / "x.jsonl")}), tmp_path, tmp_path / "bad.json")
         assert told in (said := capsys.readouterr().out)
         assert bool(told) == ("stand there" in said)
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
+    """All lines were held beside the rows, three times over; the bytes are the same."""
+    source = validate(PairSource, {"dataset": "x.jsonl", "val_fraction": 0.25})
+    rows = ((str(number), {"text": "word " * 1000 + str(number)}) for number in range(4000))
+    tracemalloc.start()
+    train, val = write_split(rows, source, tmp_path, "dpo")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20, f"20 MB of text took {peak >> 20} MB"
+    assert val is not None
+    numbers = [[int(row["text"].split()[-1]) for row in read_jsonl(path)] for path in (train, val)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(4000))
+    assert all(found == sorted(found) for found in numbers)
+    assert 0.2 < len(numbers[1]) / 4000 < 0.3
+    with pytest.raises(InputError, match="too few prompts to hold some out"):
+        write_split([("a", {"text": "x"})], source, tmp_path / "few", "dpo")
+    assert not any(path.is_file() for path in (tmp_path / "few").rglob("*"))
