@@ -45,6 +45,9 @@ def serving(respond: Callable[[str, str, dict[str, str], bytes], Reply | None]) 
         def do_GET(self) -> None:
             self._answer(b"")
 
+        def do_HEAD(self) -> None:
+            self._answer(b"")
+
         def do_POST(self) -> None:
             self._answer(self.rfile.read(int(self.headers["Content-Length"])))
 
@@ -65,7 +68,8 @@ def serving(respond: Callable[[str, str, dict[str, str], bytes], Reply | None]) 
                 self.send_header(header, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
             loopback.after_answer()
 
         def log_message(self, *_: Any) -> None:

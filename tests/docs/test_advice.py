@@ -25,7 +25,7 @@ _OPEN = re.compile(r"…|\.\.\.|[A-Z]{2,}|^/")  # known at run time, or for the 
 # Names in remedies that are no setting of ours, by whose they are.
 FOREIGN = {
     "of a model's folder": "config.json tokenizer_config.json scheduler_config.json preprocessor_config.json is_causal "
-    "eos_token to_q to_k to_v to_out adapter_config.json base_model_name_or_path",
+    "eos_token pad_token to_q to_k to_v to_out adapter_config.json base_model_name_or_path",
     "of a dataset": "images.csv prompt_id",
     "LLaMA-Factory's": "dataset_dir file_name hf_hub_url quantization_bit val_size",
     "DeepSpeed's, accelerate's": "zero_optimization full_shard auto_wrap shard_grad_op",

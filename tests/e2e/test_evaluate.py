@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,21 @@ def _prompt_lengths(corpus: Artifact, base: Artifact) -> list[int]:
     papers = [row for row in read_jsonl(corpus.file("papers.jsonl")) if row["split"] == "test"]
     chats = {row["paper_id"]: review_messages(row, "clean") for row in papers}
     return [len(item.prompt_ids) for item in encode_prompts(load_tokenizer(str(base.path)), chats, 1)]  # type: ignore[arg-type]
+
+
+def test_a_template_with_a_token_that_has_no_embedding_is_refused(
+    corpus: Artifact, base: Artifact, tmp_path: Path
+) -> None:
+    """An IndexError before; on a GPU an assertion without a name."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(base.path, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>"]})
+    tokenizer.chat_template = "<start>" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"the model has no embedding for a token(.|\n)*'<start>', number"):
+        evaluate(corpus, folder_of(tmp_path, "named"), None, model="named", model_name_or_path=str(folder))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,26 @@ def test_rows_are_read_as_sft_reads_them(tmp_path: Path, undisturbed: Path) -> N
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="cannot be shown images"):
         run_stage("mdlm_sft", tmp_path / "c", {**keys, "on_bad_row": "drop"}, model=model)
+
+
+def test_a_token_without_an_embedding_is_refused_by_name(tmp_path: Path, undisturbed: Path) -> None:
+    """In training and in evaluation: an IndexError before, when all was loaded."""
+    from transformers import AutoTokenizer
+
+    model, token = shutil.copytree(undisturbed / "out", tmp_path / "model"), "<later>"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.save_pretrained(model)
+    write_jsonl(tmp_path / "chats.jsonl", [{"prompt": "how is it", "completion": f"it is {token} old"}])
+    keys = {**SMALL, "model_name_or_path": str(model), "sft_data_path": str(tmp_path / "chats.jsonl")}
+    with pytest.raises(InputError, match=rf"no embedding for a token(.|\n)*'{token}', number"):
+        run_stage("mdlm_sft", tmp_path / "a", keys)
+    pair = {"prompt": f"how is {token}", "chosen": "it is old", "rejected": "it is new"}
+    write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    keys = {"precision": "fp32", "diffusion_steps": 4, "num_tokens": 8, "block_tokens": 4, "num_steps": 4,
+            "model_name_or_path": str(model), "pairs_path": str(tmp_path / "pairs.jsonl")}  # fmt: skip
+    with pytest.raises(InputError, match=rf"no embedding for a token(.|\n)*'{token}', number"):
+        run_stage("mdlm_evaluate", tmp_path / "b", keys)
 
 
 def test_keys_have_the_names_this_field_knows() -> None:

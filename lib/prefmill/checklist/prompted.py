@@ -28,6 +28,16 @@ def prompts_for(config: JudgeConfig, checklist: Checklist) -> Prompts:
     return Prompts(tokenizer, checklist, config.include_paper, config.quote_tokens)
 
 
+def own_prompts(config: JudgeConfig, checklist: Checklist) -> Prompts:
+    """The prompts for a judge's model that runs here: of a server's the tokenizer alone may be at hand."""
+    from prefmill.families.causal.loading import ORIGIN, load_config
+
+    prompts, name = prompts_for(config, checklist), config.model_name_or_path
+    origin = config.model_dump(include=ORIGIN)
+    prompts.require_embedded(load_config(name, **origin).get_text_config().vocab_size, name)
+    return prompts
+
+
 class Read(NamedTuple):
     """What a model was found to answer: P(yes) over yes and no, and where known their mass and P(yes)'s error."""
 

@@ -17,6 +17,7 @@ from prefmill.checklist.items import Checklist
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper
 from prefmill.families.causal.chat import apply_template
+from prefmill.families.causal.whole import require_embedded
 from prefmill.reviews.prompt import neutralise
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Prompts:
     def written(self, ids: Sequence[int]) -> str:
         """The text of what a model wrote."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def require_embedded(self, num_embeddings: int, name: str) -> None:
+        """Raise InputError for a token that may stand in a prompt, and for which the model `name` has no embedding."""
+        foreign = set(self._tokenizer.get_vocab().values()) - self._markers.keys()
+        require_embedded([self._opening, *self.questions, *self.quotes, foreign], self._tokenizer, num_embeddings, name)
 
     def shared(self, paper: Paper) -> TokenIds:
         """What comes before the review: the same for all reviews of `paper`; for all papers where none is included."""

@@ -13,7 +13,7 @@ import torch
 from prefmill.checklist.engine import Outcome, TransformersConfig
 from prefmill.checklist.evidence import OPENING, is_closed
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, PromptedEngine, Read, longest_prompt, prompts_for, yes_places
+from prefmill.checklist.prompted import Fit, PromptedEngine, Read, longest_prompt, own_prompts, yes_places
 from prefmill.checklist.prompts import Answers, TokenIds
 from prefmill.core.records import Paper, Review
 from prefmill.distributed.devices import device_type
@@ -38,7 +38,7 @@ class TransformersEngine(PromptedEngine):
     def __init__(self, config: TransformersConfig, checklist: Checklist) -> None:
         super().__init__(checklist)
         self._config = config
-        self.prompts = prompts_for(config, checklist)
+        self.prompts = own_prompts(config, checklist)
         options = config.model_dump(include={*ORIGIN, "attn_implementation"})
         self.model = load_model(config.model_name_or_path, precision=config.precision, **options)
         self.model.eval().to(device_type())

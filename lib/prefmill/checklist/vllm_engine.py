@@ -16,7 +16,7 @@ from prefmill.checklist.prompted import (
     Read,
     ReviewRequest,
     longest_prompt,
-    prompts_for,
+    own_prompts,
     read_of,
     yes_places,
 )  # fmt: skip
@@ -57,7 +57,7 @@ class VllmEngine(ConcurrentEngine):
     def __init__(self, config: VllmConfig, checklist: Checklist) -> None:
         super().__init__(checklist)
         self._config = config
-        self.prompts = prompts_for(config, checklist)
+        self.prompts = own_prompts(config, checklist)
         self._llm = _open(config)
         context = self._llm.llm_engine.model_config.max_model_len - 1  # the answer's token has its place too
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)

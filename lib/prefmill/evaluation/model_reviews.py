@@ -32,6 +32,7 @@ from prefmill.families.causal.vision import ImageReader, with_images
 from prefmill.families.causal.vision_families import open_reader
 from prefmill.families.causal.vision_parts import require_both_ways
 from prefmill.families.causal.vllm_loading import image_options, on_cpu, open_vllm, require_vllm
+from prefmill.families.causal.whole import require_embedded
 from prefmill.reviews.prompt import review_images, review_messages, split_completion
 from prefmill.reviews.scale import COMMON_SCALE, rescaled, scale_of
 from prefmill.store.jsonl import read_jsonl, write_jsonl
@@ -105,6 +106,9 @@ def _write(
     writing.limits.tell_unread_without(reader is not None)
     chats = {key: _chat(paper, writing) for key, paper in papers.items()}
     requests = _within(encode_prompts(tokenizer, chats, writing.samples_per_paper, reader), writing.max_prompt_tokens)
+    shown = load_config(source.name_or_path, **source.origin).get_text_config()
+    used = [[tokenizer.pad_token_id], *(request.prompt_ids for request in requests)]
+    require_embedded(used, tokenizer, shown.vocab_size, source.name_or_path)
     if isinstance(writing.generation, VllmGeneration):
         completions = _with_vllm(source, tokenizer, requests, writing, writing.generation, reader, folder, progress)
     else:

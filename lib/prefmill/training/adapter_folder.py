@@ -44,8 +44,11 @@ def template_of(folder: Path) -> str | None:
 
 def adapter_at(name: str, revision: str | None = None) -> Path | None:
     """The folder of the adapter `name`, a path or a hub's name that is in the cache; None for anything else."""
-    folder = snapshot(name, revision) or expand_home(name)
-    return folder if is_adapter(folder) else None
+    cached = snapshot(name, revision)
+    folder = cached or expand_home(name)
+    # Whoever looks for a model on the hub may have fetched what an adapter says of itself, and nothing else of it.
+    fetched = cached is None or any(cached.glob("adapter_model.*"))
+    return folder if is_adapter(folder) and fetched else None
 
 
 def whole_model(name: str, revision: str | None) -> tuple[str, str | None, Path | None]:

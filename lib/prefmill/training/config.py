@@ -11,7 +11,7 @@ from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.places import expand_home
 from prefmill.core.precision import Precision, Quantization
-from prefmill.core.revisions import require_hub_name
+from prefmill.core.revisions import require_hub_name, snapshot
 from prefmill.core.stage import Task
 from prefmill.distributed.deepspeed_file import require_accumulation, require_agreement
 from prefmill.training.adapter_folder import adapter_at, base_of, base_revision, lora_of, template_of
@@ -47,6 +47,8 @@ class LoraConfig(StrictConfig):
         if not isinstance(values, dict) or values.get("start") is None:
             return values
         start = adapter_at(str(values["start"])) or expand_home(str(values["start"]))
+        if not start.exists() and snapshot(str(values["start"])) is not None:
+            raise ValueError(f"no such folder, nor an adapter in the hub's cache: `hf download {start}` fetches one")
         found = lora_of(start)
         # Before defaults are filled in, so only what the user wrote can disagree with the adapter.
         other = [key for key, value in found.items() if values.get(key, value) != value]

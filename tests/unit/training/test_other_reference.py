@@ -125,7 +125,7 @@ def test_what_cannot_be_a_reference(tmp_path: Path, tiny_qwen2: Path, other: Pat
     small = shutil.copytree(other, tmp_path / "small")
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
-    with pytest.raises(InputError, match="no embedding for some tokens"):
+    with pytest.raises(InputError, match="the reference has no embedding for a token"):
         train(tmp_path, "small", tiny_qwen2, pairs_file, ref_name=str(small))
     with pytest.raises(InputError, match="no such model folder"):
         train(tmp_path, "nowhere", tiny_qwen2, pairs_file, ref_name=str(tmp_path / "nowhere"))

@@ -146,6 +146,7 @@ def _generate(
         require_fitting,
     )
     from prefmill.families.causal.loading import load_model, load_tokenizer
+    from prefmill.families.causal.whole import require_embedded
 
     shared: dict[str, Any] = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
     tokenizer = load_tokenizer(engine.model_name_or_path, template=engine, **shared)
@@ -153,6 +154,8 @@ def _generate(
     model = load_model(engine.model_name_or_path, precision=engine.precision, attn_implementation=attention, **shared)
     model.eval().to(device_type())
     requests = encode_prompts(tokenizer, {"proposals": [{"role": "user", "content": prompt}]}, 1)
+    used = [[tokenizer.pad_token_id], requests[0].prompt_ids]
+    require_embedded(used, tokenizer, model.config.get_text_config().vocab_size, engine.model_name_or_path)
     require_fitting(requests, max_prompt_tokens(model.config, config.max_new_tokens))
     sampling = Sampling(config.max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)
     done = generate_reviews(model, tokenizer, requests, sampling, 1, work, progress)

@@ -29,7 +29,7 @@ from prefmill.families.causal.loading import LOADING, ORIGIN, load_model, load_t
 from prefmill.families.causal.other_reference import check_reference, reference_parts
 from prefmill.families.causal.router_loss import RoutedFamily, require_routing
 from prefmill.families.causal.scorer import Batch, encode_pairwise, encode_sequences, score_batch
-from prefmill.families.causal.start_checks import check_positions, check_start
+from prefmill.families.causal.start_checks import check_positions, check_start, check_tokens
 from prefmill.families.causal.templates import recorded_day
 from prefmill.families.causal.vision import ImageReader, with_images
 from prefmill.families.causal.vision_families import open_reader
@@ -78,10 +78,12 @@ def train_dpo(
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
     rows.tell_unread_without(any(group.images for group in [*groups, *held_out]))
+    used = [ids for group in [*groups, *held_out] for ids in (group.prompt, *group.responses)]
+    check_tokens(policy, tokenizer, used, config)
     check_positions(policy, (length for group in [*groups, *held_out] for length in group.lengths), config)
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings, Family.supplies)
-    check_reference(config, objective, policy, tokenizer)
+    check_reference(config, objective, policy, tokenizer, used)
     rescoring = causal_rescoring(config, groups, tokenizer.pad_token_id, reader)
     processor = reader or KeptProcessor(tokenizer, policy, config.revision)
     spec = TrainingSpec(

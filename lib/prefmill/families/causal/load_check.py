@@ -6,6 +6,7 @@ own shows as a difference. What the model itself says is its untouched forward i
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from prefmill.families.causal.scorer import (
 )
 from prefmill.training.preference_config import PreferenceConfig
 
+_log = logging.getLogger(__name__)
 _DRAWS = re.compile(r"(?i).*(drop|jitter).*")  # attributes that functions draw by
 _PROMPT, _ANSWERS = 12, (7, 5)  # tokens
 # Nats that a sum over an answer may differ by: rounding alone, in another order of the same operations.
@@ -83,6 +85,28 @@ def check_rows(model: Any, name: str) -> None:
             expected=f"{_shown(expected)} within {TOLERANCE[model.dtype]}",
             fix="set per_device_train_batch_size=1, or another attn_implementation",
         )  # fmt: skip
+
+
+def agrees_with_fused_head(model: Any) -> bool:
+    """Whether the loss that TRL computes of a model's last layer, with its head's weights, is the model's own.
+
+    TRL goes by a list of what models do to their logits. ModernBERT's decoder has a layer before its head,
+    RecurrentGemma a cap under another name, and code of its own does as it likes: those would learn another loss.
+    """
+    sequences, expected = own_likelihoods(model)
+    was_training, found = model.training, []
+    model.eval()
+    with torch.no_grad():
+        for prompt, answer in sequences:
+            ids = torch.tensor([[*prompt, *answer]], device=model.device)
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            found.append(model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.double().sum().cpu())
+    model.train(was_training)
+    agrees = bool((torch.stack(found) - expected).abs().max() <= TOLERANCE[model.dtype])
+    if not agrees:
+        _log.warning("sft computes this model's loss by its own forward, with all logits: TRL's is another one")
+    return agrees
 
 
 def turn_off_dropout(model: torch.nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.precision import Precision, Quantization, torch_dtype
+from prefmill.core.revisions import snapshot
 from prefmill.families.causal.quantized import four_bit, load_whole, require_trainable, unquantized
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import auto_class
@@ -125,7 +126,26 @@ def model_parts(name: str, revision: str | None) -> tuple[str, str | None, Path 
             fix="write where the base is into its adapter_config.json as base_model_name_or_path, or give the merged "
             "model: of a training of prefmill the folder above `adapter`",
         ) from None  # fmt: skip
+    if adapter is None and _is_to_be_fetched(name, revision):
+        raise InputError(
+            "an adapter on the hub whose files are not here", where=name, got="adapter_config.json and no config.json",
+            expected="a whole model, or an adapter in a folder or in the hub's cache",
+            fix=f"run `hf download {name}{f' --revision {revision}' if revision else ''}` first",
+        )  # fmt: skip
     return base, revision, adapter
+
+
+def _is_to_be_fetched(name: str, revision: str | None) -> bool:
+    """Whether `name` is an adapter of the hub that is not in its cache: a training would have gone on from it."""
+    from transformers.utils.hub import cached_file
+
+    cached = snapshot(name, revision)
+    if cached is None or (cached / "config.json").is_file():
+        return False
+    try:
+        return cached_file(name, "adapter_config.json", revision=revision, **_QUIET) is not None
+    except OSError:  # no such repository, or a closed one: loading says so
+        return False
 
 
 def merged(model: Any, adapter: Path, precision: Precision, quantization: Quantization | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_config, load_tokenizer
 from prefmill.families.causal.quantized import require_trainable
+from prefmill.families.causal.whole import require_embedded
 from prefmill.training.adapter_folder import read_adapter, whole_model
 from prefmill.training.objectives import Objective
 from prefmill.training.preference_config import PreferenceConfig
@@ -26,9 +27,13 @@ def reference_parts(config: PreferenceConfig) -> tuple[str, str | None, Path | N
 
 
 def check_reference(
-    config: PreferenceConfig, objective: Objective, policy: str, tokenizer: PreTrainedTokenizerBase
+    config: PreferenceConfig,
+    objective: Objective,
+    policy: str,
+    tokenizer: PreTrainedTokenizerBase,
+    used: Sequence[Sequence[int]],
 ) -> None:
-    """Refuse a reference that does not read the policy's tokens, or that no objective would ask.
+    """Refuse a reference that does not read the policy's tokens, those `used` at least, or that no objective would ask.
 
     Its size and shape are its own. Raises ConfigError and InputError.
     """
@@ -53,12 +58,8 @@ def check_reference(
     theirs = load_config(name, revision, trust)
     require_trainable(name, theirs, config.quantization)
     # Embeddings are often padded beyond the vocabulary: more are fine, fewer would fail in the midst of scoring.
-    rows = theirs.get_text_config().vocab_size
-    if rows <= max(tokenizer.get_vocab().values()):
-        raise InputError(
-            "the reference has no embedding for some tokens", where=name, got=f"{rows} embeddings",
-            expected=f"at least {max(tokenizer.get_vocab().values()) + 1}", fix="name another checkpoint in ref_name",
-        )  # fmt: skip
+    size = theirs.get_text_config().vocab_size
+    require_embedded([*used, [tokenizer.pad_token_id]], tokenizer, size, name, "the reference")
     # Patches and positions come from the policy's reader, and mean something else to another family.
     if hasattr(mine, "vision_config") and theirs.model_type != mine.model_type:
         raise InputError(

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
@@ -23,10 +23,10 @@ from prefmill.distributed.devices import world_size
 from prefmill.distributed.sharding import fsdp_mixed_precision, shares_weights
 from prefmill.families.causal.chat import encode_turns
 from prefmill.families.causal.chat_rows import TrainedTurns
-from prefmill.families.causal.load_check import check_rows
+from prefmill.families.causal.load_check import agrees_with_fused_head, check_rows
 from prefmill.families.causal.loading import LOADING, ORIGIN, load_model, load_tokenizer
 from prefmill.families.causal.router_loss import require_routing
-from prefmill.families.causal.start_checks import check_positions, check_start
+from prefmill.families.causal.start_checks import check_positions, check_start, check_tokens
 from prefmill.families.causal.templates import recorded_day
 from prefmill.families.causal.vision import ImageReader, with_images
 from prefmill.families.causal.vision_families import open_reader
@@ -68,6 +68,7 @@ def train_sft(
     )
     parts = [part for part in (chats.train, chats.val) if part is not None]
     turns.tell_unread_without(reader is not None and any(any(part["image_paths"]) for part in parts))
+    check_tokens(model_name, tokenizer, (ids for part in parts for ids in part["input_ids"]), config)
     check_positions(model_name, (len(ids) for part in parts for ids in part["input_ids"]), config)
     rescoring = sft_rescoring(config, chats.train, chats.collate)
     processor = reader or KeptProcessor(tokenizer, model_name, config.revision)
@@ -124,12 +125,24 @@ class Chats:
         # Qwen2.5-VL says that it takes no count of tokens, but it is TRL that divides by it: the mean is over the step.
         trainer.model_accepts_loss_kwargs = True
         trainer.train_dataset = _Repeatable(self.train)
+        if not shares_weights(config):
+            trainer.has_own_loss = not agrees_with_fused_head(model)
         check_every_step(trainer)
         return trainer
 
 
 class _EachRowOnce(SFTTrainer):
-    """TRL's trainer on rows that ranks learn once an epoch: accelerate fills their last batches with the first rows."""
+    """TRL's trainer on rows that ranks learn once an epoch: accelerate fills their last batches with the first rows.
+
+    A model with `has_own_loss` is given by its own forward what TRL would compute of its last layer and its head.
+    """
+
+    has_own_loss = False
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The mean over the step's tokens; TRL's own figures of them, as their entropy, only with its own loss."""
+        compute = Trainer.compute_loss if self.has_own_loss else SFTTrainer.compute_loss
+        return compute(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """The rows in their order, and after them some without labels, up to what ranks run beside each other."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,27 +15,20 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_config, require_same_tokens
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.vision_parts import auto_class
+from prefmill.families.causal.whole import require_embedded
 from prefmill.training.config import TrainingConfig
 
 _log = logging.getLogger(__name__)
 
 
 def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> None:
-    """Raise InputError for a model that does not write, weights that are not trained, or a token without an embedding.
+    """Raise InputError for a model that does not write, and for weights that are not trained.
 
     ConfigError for an attention that the model does not take.
     """
     found = load_config(name, config.revision, config.trust_remote_code)
     _require_writer(name, found)
     require_trainable(name, found, config.quantization)
-    rows, largest = found.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=-1)
-    # A GPU would stop with an assertion that names no token.
-    if largest >= rows:
-        raise InputError(
-            "the tokenizer has tokens that the model has no embedding for", where=name, got=f"{rows} embeddings",
-            expected=f"at least {largest + 1}", fix="give the tokenizer that the model was trained with, or resize "
-            "the model's embeddings and save it",
-        )  # fmt: skip
     require_same_tokens(tokenizer, config.lora.start if config.lora else None)
     if config.attn_implementation is not None:
         _try_attention(name, found, config)
@@ -52,6 +46,14 @@ def _require_writer(name: str, found: Any) -> None:
                 fix="give the language model that it was made from",
             )  # fmt: skip
         _log.warning("%s says that it is %s, without a head of its own: is it an embedding model?", name, said)
+
+
+def check_tokens(
+    name: str, tokenizer: PreTrainedTokenizerBase, used: Iterable[Iterable[int]], config: TrainingConfig
+) -> None:
+    """Raise InputError for a token of rows, or the one that fills them up, that the model has no embedding for."""
+    found = load_config(name, config.revision, config.trust_remote_code)
+    require_embedded(chain(used, [[tokenizer.pad_token_id]]), tokenizer, found.get_text_config().vocab_size, name)
 
 
 def check_positions(name: str, lengths: Iterable[int], config: TrainingConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from prefmill.core.errors import InputError
@@ -27,6 +27,24 @@ def require_vocabulary(tokenizer: Any, name: str) -> None:
         raise InputError(
             "a tokenizer without words", where=name, got=f"{len(tokenizer)} tokens, all of them special",
             expected="tokenizer.json, or the vocabulary's files", fix="copy them from the model that this one began as",
+        )  # fmt: skip
+
+
+def require_embedded(
+    used: Iterable[Iterable[int]], tokenizer: Any, num_embeddings: int | None, name: str, whose: str = "the model"
+) -> None:
+    """Raise InputError for a token of `used` that a model has no embedding for: a GPU's assertion would not name it.
+
+    Tokens that no text has are no matter: Gemma 3's small models have the image token of the large ones in their
+    tokenizer, and no embedding for it.
+    """
+    token = max((max(ids, default=0) for ids in used), default=0)
+    if num_embeddings is not None and token >= num_embeddings:
+        raise InputError(
+            f"{whose} has no embedding for a token", where=name,
+            got=f"{tokenizer.convert_ids_to_tokens(token)!r}, number {token}", expected=f"below {num_embeddings}",
+            fix="take it out of the data or the chat template, or give the tokenizer that the model was trained with"
+            if token != tokenizer.pad_token_id else "set pad_token to the end token in its tokenizer_config.json",
         )  # fmt: skip
 
 

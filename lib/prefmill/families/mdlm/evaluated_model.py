@@ -17,6 +17,7 @@ from prefmill.core.files import digest_json
 from prefmill.distributed.devices import has_gpu
 from prefmill.families.causal.chat import encode, end_token_ids, prompt_text
 from prefmill.families.causal.loading import LOADING, ORIGIN
+from prefmill.families.causal.whole import require_embedded
 from prefmill.families.mdlm.estimator import block_sizes
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 from prefmill.families.mdlm.family import Drawing
@@ -131,6 +132,7 @@ class Loaded:
 
     def likelihoods(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
         """The likelihood of every (prompt, response), by the configured draws."""
+        self._require_embedded(ids for sample in samples for ids in sample)
         rows = self._kept("likelihoods", in_batches(samples, SAMPLES_PER_BLOCK), self._likelihoods)
         return [Likelihood(row["num_tokens"], tuple(row["values"]), tuple(row["blocks"])) for row in rows]
 
@@ -151,6 +153,7 @@ class Loaded:
         self, prompts: Sequence[list[int]], how: Unmasking, ends: Collection[int] = frozenset()
     ) -> list[list[int]]:
         """Token ids of an answer to every prompt, in order; prompts of about one length run together."""
+        self._require_embedded(prompts)
         # Blocks count from a text's start: filled up on the left, prompts would have theirs in different columns.
         mixed = self.block_length is None and takes_padding(self.model)
         how = replace(how, block_length=self.block_length)
@@ -169,6 +172,10 @@ class Loaded:
     def encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids of a user's message and an answer to it."""
         return encode(self.tokenizer, [{"role": "user", "content": question}], answer)
+
+    def _require_embedded(self, used: Iterable[Sequence[int]]) -> None:
+        size = self.model.get_input_embeddings().num_embeddings
+        require_embedded(used, self.tokenizer, size, self.model.config.name_or_path or self.label)
 
     def _kept(
         self, name: str, blocks: Sequence[Sequence[Any]], make: Callable[[Sequence[Any]], list[Any]], how: object = None

@@ -20,6 +20,7 @@ from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_f
 from prefmill.families.causal.loading import LOADING, ORIGIN, require_same_tokens
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.scorer import inner_model
+from prefmill.families.causal.whole import require_embedded
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.load_check import check_diffusion_model
@@ -112,6 +113,11 @@ def diffusion_spec(
     **more: Any,
 ) -> TrainingSpec:
     """The training of `start` on `data`; `more` are keys of TrainingSpec."""
+    parts: list[Any] = [part for part in (data.train, data.val) if part is not None]
+    rows = (ids for part in parts for group in part.groups for ids in (group.prompt, *group.responses))
+    # A configuration of its own code may not say it.
+    size = getattr(read_config(start, config.revision, config.trust_remote_code), "vocab_size", None)
+    require_embedded(rows, tokenizer, size, start)
     rescoring = diffusion_rescoring(config, tokenizer, data.family, data.train.groups)
     return TrainingSpec(
         config=config,
