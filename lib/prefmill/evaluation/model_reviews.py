@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -41,6 +42,7 @@ from prefmill.store.missing import Progress, silent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
 WRITTEN = "written.jsonl"
 
 
@@ -113,6 +115,11 @@ def _write(
         completions = _with_vllm(source, tokenizer, requests, writing, writing.generation, reader, folder, progress)
     else:
         completions = _with_transformers(source, tokenizer, requests, writing, reader, folder, progress)
+    if empty := sum(not row["text"].strip() for row in completions.values()):
+        _log.warning(
+            "%d of %d reviews are empty: a model that thinks first may need more max_new_tokens, or "
+            "chat_template_kwargs={enable_thinking: false} where its template knows that", empty, len(completions)
+        )  # fmt: skip
     # Engines finish in any order: sorted, the file has the same bytes after a kill.
     ordered = sorted(completions.values(), key=lambda row: (row["key"], row["sample"]))
     write_jsonl(folder / WRITTEN, [_as_generation(row, papers[row["key"]]) for row in ordered])

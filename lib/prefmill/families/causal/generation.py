@@ -13,6 +13,7 @@ import numpy as np
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.chat import end_token_ids, image_paths, prompt_text
+from prefmill.families.causal.thoughts import said
 from prefmill.families.causal.vision_parts import sees_both_ways
 from prefmill.store.missing import Progress, kept_rows, silent
 
@@ -47,7 +48,7 @@ class GenerationRequest:
 
 
 class Completion(TypedDict):
-    """What came out, without the end token; `truncated` when the token limit came first."""
+    """What came out, without the end token and a thought; `truncated` when the token limit came first."""
 
     key: str
     sample: int
@@ -284,7 +285,7 @@ def as_completion(
     return {
         "key": request.key,
         "sample": request.sample,
-        "text": str(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
+        "text": said(tokenizer, request.prompt_ids, answer),
         "num_tokens": len(answer),
         "truncated": end is None and len(ids) >= sampling.max_new_tokens,
     }
