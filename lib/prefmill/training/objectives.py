@@ -10,6 +10,7 @@ for sums is not this one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -111,9 +112,9 @@ def espo(scores: PairScores, settings: Settings) -> Tensor:
     assert scores.ref_rejected is not None, "espo needs a reference"
     moved = torch.stack([scores.chosen - scores.ref_chosen, scores.rejected - scores.ref_rejected])
     lengths = torch.stack([scores.chosen_length, scores.rejected_length])
-    ratio = torch.exp(moved / lengths)
-    clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
-    gain = torch.minimum(ratio[0], clipped[0]) - torch.maximum(ratio[1], clipped[1])  # min(r A, clip(r) A), A = 1, -1
+    log_ratio, most, least = moved / lengths, math.log(1 + settings.clip), math.log(1 - settings.clip)
+    # min(r A, clip(r) A), A = 1, -1; clipped before exp, whose gradient is NaN where it overflows.
+    gain = log_ratio[0].clamp(max=most).exp() - log_ratio[1].clamp(min=least).exp()
     return (settings.beta * (moved**2 / 2 / lengths).sum(0) - gain) / 2
 
 

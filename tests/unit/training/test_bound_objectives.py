@@ -82,6 +82,22 @@ def test_espo_lets_go_of_a_ratio_that_has_gone_far_enough() -> None:
 
 
 @pytest.mark.parametrize("name", ["spg", "espo"])
+def test_a_winner_that_has_gone_very_far_has_a_gradient(name: str) -> None:
+    """Beyond e^88 a ratio overflows in fp32: it was clipped, and its gradient was NaN."""
+    start = torch.full((2,), -1000.0)
+    chosen, rejected = (start.clone().requires_grad_() for _ in range(2))
+    moved = torch.tensor([300.0, 1e4])
+    given = PairScores(
+        chosen + moved, rejected - moved, torch.ones(2), torch.ones(2), start, start,
+        rejected_upper=rejected - moved, ref_rejected_upper=start,
+    )  # fmt: skip
+    OBJECTIVES[name].loss(given, Settings(beta=0.1, clip=CLIP)).sum().backward()
+    for side in (chosen, rejected):
+        assert side.grad is not None
+        assert side.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["spg", "espo"])
 def test_they_are_for_scores_that_are_bounds(name: str) -> None:
     with pytest.raises(ConfigError, match="does not fit this model family"):
         mix([name], [1.0], SETTINGS, Family.supplies)
