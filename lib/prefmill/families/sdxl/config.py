@@ -139,6 +139,8 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError(f"{', '.join(of_samples)}: no effect without sample_steps, leave it out or set that")
         if self.mapo_snr is not None and self.objective != "mapo":
             raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
+        if self.reward_weights is not None and max(self.reward_weights.values(), default=0) <= 0:
+            raise ValueError("of reward_weights none is above 0: nothing is preferred, or what is worse; raise one")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
             raise ValueError(f"attn_implementation is one of {', '.join(ATTENTION)}")
         if self.bucket_step and self.resolution % self.bucket_step:

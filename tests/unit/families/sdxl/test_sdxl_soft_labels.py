@@ -111,3 +111,12 @@ def test_a_head_that_there_is_not_is_refused() -> None:
     assert head_weights(None).tolist() == pytest.approx([0.2] * 5)
     with pytest.raises(ConfigError, match="no such head"):
         head_weights({"beauty": 1.0})
+
+
+@pytest.mark.parametrize("weights", [{}, {"style": 0.0}, {"style": -1.0, "material": 0}])
+def test_weights_that_prefer_nothing_are_refused(weights: dict[str, float]) -> None:
+    """Every label was 1/2, or turned round: the training ran to its end, and learnt nothing or the worse picture."""
+    keys = {"objective": "dspo_rm", "reward_weights": weights}
+    with pytest.raises(ConfigError, match="of reward_weights none is above 0"):
+        validate(SdxlPreferenceConfig, keys)
+    validate(SdxlPreferenceConfig, {**keys, "reward_weights": {**weights, "fidelity": 0.5}})
