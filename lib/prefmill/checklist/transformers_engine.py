@@ -13,11 +13,20 @@ import torch
 from prefmill.checklist.engine import Outcome, TransformersConfig
 from prefmill.checklist.evidence import OPENING, is_closed
 from prefmill.checklist.items import Checklist
-from prefmill.checklist.prompted import Fit, PromptedEngine, Read, longest_prompt, own_prompts, yes_places
+from prefmill.checklist.prompted import (
+    Fit,
+    PromptedEngine,
+    Read,
+    ReviewRequest,
+    longest_prompt,
+    own_prompts,
+    yes_places,
+)
 from prefmill.checklist.prompts import Answers, TokenIds
 from prefmill.core.records import Paper, Review
 from prefmill.distributed.devices import device_type
 from prefmill.families.causal.loading import ORIGIN, load_model
+from prefmill.families.causal.positions import position_border
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -45,23 +54,38 @@ class TransformersEngine(PromptedEngine):
         # A model that also reads images keeps its text model's limits in a configuration of their own.
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
+        self._border = position_border(self.model.config)
         self._shared: tuple[TokenIds, Cache | None] = ((), None)
 
     @torch.inference_mode()
     def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
         """The answers to every review, in the order given; a review that does not fit fails, or is cut."""
         for request in self._fit.requests(papers):
-            if request.failure is not None:
-                yield request.refused(request.failure)
+            if failure := request.failure or self._crossing(request):
+                yield request.refused(failure)
                 continue
             cache = self._cache(request.shared, request.review)
             found = self._answers(cache)
             quotes = self._quotes(cache, yes_places(found)) if self._config.evidence else {}
             yield request.outcome(self.checklist.ids, found, quotes)
 
+    def _crossing(self, request: ReviewRequest) -> str | None:
+        """Why a review cannot be read, where some of its items would pass the border of two sets of positions."""
+        before = len(request.shared) + len(request.review)
+        longest = before + self.prompts.num_tokens_behind
+        if self._border is None or longest <= self._border or before + len(self._opening) > self._border:
+            return None
+        return (
+            f"{before} to {longest} tokens, where this model has other positions beyond {self._border}: an item would "
+            f"be read by both sets (engine.max_length={self._border} leaves out or cuts such reviews)"
+        )
+
     def _cache(self, shared: TokenIds, review: TokenIds) -> Cache:
         """The cache of a review, what stands before it, and what all items begin with."""
         self._count(shared, review)
+        if self._border is not None and len(shared) <= self._border < len(shared) + len(review) + len(self._opening):
+            # In one piece, as what is shared has the positions of short prompts.
+            return read(self.model, shared + review + self._opening, None)
         # A forward extends its cache in place, and the paper's next review needs this one as it is.
         return read(self.model, review + self._opening, copy.deepcopy(self._shared_cache(shared)))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,36 @@ def test_shared_cache_equals_one_forward_a_prompt(
         assert p_yes(outcome) == pytest.approx(expected, abs=TOLERANCE)
         assert max(expected) - min(expected) > 0.1  # the model tells the items apart
         assert [answer["yes"] for answer in outcome.answers.values()] == [value > 0.5 for value in expected]
+
+
+def with_two_sets_of_positions(model: Path, folder: Path, border: int) -> Path:
+    """LongRoPE, as Phi 3.5 and Phi 4 mini have it."""
+    made = shutil.copytree(model, folder)
+    config = json.loads((made / "config.json").read_text())
+    num = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]) // 2
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": border,
+            "short_factor": [1.0] * num, "long_factor": [4.0] * num}  # fmt: skip
+    (made / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    return made
+
+
+def test_a_prompt_has_one_set_of_positions(tiny_judge: Path, corpus_texts: list[str], tmp_path: Path) -> None:
+    plain = engine(tiny_judge, include_paper="title_abstract")
+    prompts, text = plain.prompts, corpus_texts[0]
+    before = len(prompts.shared(paper())) + len(prompts.foreign(text))
+    longer = f"{text} {text}"
+    longest = before + prompts.num_tokens_behind
+    # The oracle reads the answer's token as well. The first review stays below this border, the second is beyond.
+    model = with_two_sets_of_positions(tiny_judge, tmp_path / "m", longest + 1)
+    judge = engine(model, include_paper="title_abstract")
+    reviews = [review(text, "r0"), review(longer, "r1"), review(text, "r2")]
+    for outcome, one in zip(judge.score([(paper(), reviews)]), reviews, strict=True):
+        assert p_yes(outcome) == pytest.approx(one_by_one(judge, paper(), one["text"]), abs=TOLERANCE)
+    assert one_by_one(judge, paper(), longer) != pytest.approx(one_by_one(plain, paper(), longer), abs=1e-3)
+
+    between = with_two_sets_of_positions(tiny_judge, tmp_path / "n", longest - 1)
+    (outcome,) = engine(between, include_paper="title_abstract").score([(paper(), [review(text)])])
+    assert f"beyond {longest - 1}: an item would be read by both sets" in str(outcome.failure)
 
 
 def test_answers_of_several_tokens_are_summed(spelling_judge: Path) -> None:

@@ -75,17 +75,21 @@ class WordTokenizer:
         return " ".join(map(str, ids))
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+def tiny(**more: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=1,
-        initializer_range=0.5,
+        initializer_range=0.5, **more,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny()
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,18 @@ def test_a_sample_does_not_depend_on_its_batch(model: Any, requests: list[Genera
     assert completed(model, requests, tmp_path / "five", 5) == alone
     assert completed(model, requests[::-1][3:], tmp_path / "fewer", 4).items() <= alone.items()
     assert len({row["text"] for row in alone.values()}) > len(requests) // 2  # the control: it does sample
+
+
+def test_a_sample_does_not_depend_on_its_batch_with_two_sets_of_positions(
+    requests: list[GenerationRequest], tmp_path: Path
+) -> None:
+    """LongRoPE: transformers takes the long factors for all rows of a batch, or for none."""
+    border = 7 + SAMPLING.max_new_tokens  # prompts of 3 to 9 tokens: some stay below it, some pass it while they go on
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": border,
+            "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}  # fmt: skip
+    model = tiny(rope_parameters=rope)
+    alone = completed(model, requests, tmp_path / "one", 1)
+    assert completed(model, requests, tmp_path / "all", 14) == alone
 
 
 def test_the_models_own_generation_defaults_are_set_aside(

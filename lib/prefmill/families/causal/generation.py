@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.chat import end_token_ids, image_paths, prompt_text
+from prefmill.families.causal.positions import position_border
 from prefmill.families.causal.thoughts import said
 from prefmill.families.causal.vision_parts import sees_both_ways
 from prefmill.store.missing import Progress, kept_rows, silent
@@ -92,13 +94,26 @@ def max_prompt_tokens(config: PreTrainedConfig, max_new_tokens: int) -> int | No
     return int(context) - max_new_tokens
 
 
-def plan_batches(requests: Sequence[GenerationRequest], batch_size: int) -> list[list[GenerationRequest]]:
+def plan_batches(
+    requests: Sequence[GenerationRequest], batch_size: int, border: int | None = None, num_new: int = 0
+) -> list[list[GenerationRequest]]:
     """Batches of similar prompt length, the longest first (a batch too large for memory fails at once).
+
+    Where a model has other positions beyond `border` tokens, prompts that pass it, prompts that do not within
+    `num_new` more tokens, and prompts of each length that do on the way are apart.
 
     Deterministic: an interrupted run plans the same batches again.
     """
+
+    def side(request: GenerationRequest) -> int:
+        length = len(request.prompt_ids)
+        if border is None or length + num_new <= border:
+            return 0
+        return length if length <= border else -1
+
     ordered = sorted(requests, key=lambda request: (-len(request.prompt_ids), request.key, request.sample))
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    alike = [list(group) for _, group in groupby(ordered, side)]
+    return [group[start : start + batch_size] for group in alike for start in range(0, len(group), batch_size)]
 
 
 def generate_reviews(
@@ -120,7 +135,8 @@ def generate_reviews(
     def generate(batch: Sequence[GenerationRequest]) -> list[Completion]:
         return generate_batch(model, tokenizer, batch, sampling, reader)
 
-    rows = kept_rows(folder, "generated", plan_batches(requests, batch_size), generate, progress, "reviews generated")
+    planned = plan_batches(requests, batch_size, position_border(model.config), sampling.max_new_tokens)
+    rows = kept_rows(folder, "generated", planned, generate, progress, "reviews generated")
     return {(row["key"], row["sample"]): row for row in rows}
 
 

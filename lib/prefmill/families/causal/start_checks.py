@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_config, require_same_tokens
+from prefmill.families.causal.positions import position_border
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.vision_parts import auto_class
 from prefmill.families.causal.whole import require_embedded
@@ -70,25 +71,12 @@ def check_positions(name: str, lengths: Iterable[int], config: TrainingConfig) -
             expected=f"at most {limit}", fix=f"set max_length={limit} and on_overlong=drop, or raise "
             "max_position_embeddings in the model's config.json where its positions can be stretched",
         )  # fmt: skip
-    if (border := _position_border(text)) is not None and known and known[0] <= border < longest:
+    if (border := position_border(text)) is not None and known and known[0] <= border < longest:
         raise ConfigError(
             "this model has other positions for long sequences, and would read short ones by them where both stand in "
             "one batch", where=name, got=f"{known[0]} to {longest} tokens", expected=f"all up to {border}, or all over",
             fix=f"set max_length={border} and on_overlong=drop, or train on long and short rows apart",
         )  # fmt: skip
-
-
-def _position_border(text: Any) -> int | None:
-    """The length up to which LongRoPE (arXiv 2402.13753) has its short factors; None for any other kind of positions.
-
-    transformers chooses by the longest row of a batch: a row's likelihood would depend on what stands beside it.
-    """
-    given = getattr(text, "rope_parameters", None) or {}
-    # By kind of layer where layers differ.
-    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
-        if rope.get("rope_type") == "longrope":
-            return int(rope["original_max_position_embeddings"])
-    return None
 
 
 def _try_attention(name: str, found: Any, config: TrainingConfig) -> None:
