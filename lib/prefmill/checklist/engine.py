@@ -23,7 +23,7 @@ IncludePaper = Literal["none", "title_abstract", "text"]
 
 
 class LexicalConfig(StrictConfig):
-    """Rules over the review's sentences: no model, thousands of reviews per second, a baseline."""
+    """Rules over the review's sentences: no model, about a thousand reviews per second, a baseline."""
 
     engine: Literal["lexical"] = "lexical"
     evidence: bool = Field(True, description="quote the sentence behind each yes")
