@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.places import CHECKPOINT_PREFIX
 
 _BUFFER_BYTES = 1 << 20
+_SURELY_ANOTHER_STEP_NS = 3_000_000_000
 _known_digests: dict[tuple[object, ...], str] = {}
 
 
@@ -59,9 +61,13 @@ def _digest_unless_known(path: Path) -> str:
     status = path.stat()
     # The time of change is among them, as no program can set it back.
     facts = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if facts not in _known_digests:
-        _known_digests[facts] = digest_file(path)
-    return _known_digests[facts]
+    if (known := _known_digests.get(facts)) is not None:
+        return known
+    digest = digest_file(path)
+    # Clocks of file systems go by steps of some ms, or 2 s: another write in the same step would not be seen.
+    if time.time_ns() - status.st_ctime_ns > _SURELY_ANOTHER_STEP_NS:
+        _known_digests[facts] = digest
+    return digest
 
 
 def sample_digest(folder: Path, suffixes: tuple[str, ...]) -> str:

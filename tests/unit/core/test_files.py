@@ -6,10 +6,20 @@ import errno
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from prefmill.core.files import append_row, copy_once, replacing, sample_digest, write_atomic
+from prefmill.core.files import (
+    append_row,
+    copy_once,
+    digest_bytes,
+    known_digest,
+    replacing,
+    sample_digest,
+    write_atomic,
+)
 
 
 def test_what_is_named_is_on_disk_and_the_mode_holds_from_the_start(
@@ -78,3 +88,20 @@ def test_the_sample_of_a_model_is_of_its_own_files(tmp_path: Path) -> None:
     assert sample_digest(tmp_path, (".safetensors",)) == whole
     weights.write_bytes(bytes(10**6 - 1) + b"1")
     assert sample_digest(tmp_path, (".safetensors",)) != whole
+
+
+def test_what_is_written_within_a_step_of_the_clock_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same inode, size and times: as on file systems whose clock goes by steps of two seconds."""
+    path, ticks = tmp_path / "rows.jsonl", Path.stat
+
+    def stepwise(self: Path, **options: Any) -> Any:
+        real = ticks(self, **options)
+        step = {name: getattr(real, name) // 2_000_000_000 * 2_000_000_000 for name in ("st_mtime_ns", "st_ctime_ns")}
+        return SimpleNamespace(st_mode=real.st_mode, st_ino=real.st_ino, st_size=real.st_size, **step)
+
+    monkeypatch.setattr(Path, "stat", stepwise)
+    for number in range(10, 60):
+        path.write_text(str(number))
+        assert known_digest(path) == digest_bytes(str(number).encode())

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from hashlib import sha256
@@ -16,6 +17,7 @@ import pytest
 from huggingface_hub import scan_cache_dir
 from toys import RUNS, toy_plan
 
+from prefmill.core import files
 from prefmill.core.errors import PrefmillError
 from prefmill.core.places import MANIFEST, STATUS
 from prefmill.core.stage import Metrics, Task
@@ -60,13 +62,15 @@ def test_a_file_that_all_elements_read_is_read_once(tmp_path: Path, monkeypatch:
         return digest(stream, name)
 
     monkeypatch.setattr(hashlib, "file_digest", counted)
+    later = time.time_ns() + 10**10  # what was written just now is read each time
+    monkeypatch.setattr(files.time, "time_ns", lambda: later)
     share_finished(plan, (), print)
     assert {state.freshness for state in inspect(plan).values()} == {"stale"}
     noted = [dict(read_outside(task, str(source).__eq__)) for task in plan.tasks]
     assert noted == [{str(source): sha256(b"other").hexdigest()}] * 3
     assert opened == [str(source)]
-    source.write_text("third")
-    assert dict(read_outside(plan.tasks[0], str(source).__eq__)) == {str(source): sha256(b"third").hexdigest()}
+    source.write_text("a third one")
+    assert dict(read_outside(plan.tasks[0], str(source).__eq__)) == {str(source): sha256(b"a third one").hexdigest()}
 
 
 def test_a_touched_key_reruns_what_depends_on_it_and_is_named(tmp_path: Path) -> None:
