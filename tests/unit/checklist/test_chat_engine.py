@@ -55,7 +55,12 @@ class Judge:
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
-    made = Judge()
+    made, sleep = Judge(), completions.asyncio.sleep
+
+    async def at_once(_: float) -> None:  # how long waits are is tested with the engine `openai`
+        await sleep(0)
+
+    monkeypatch.setattr(completions.asyncio, "sleep", at_once)
     with serving(made) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         yield made
