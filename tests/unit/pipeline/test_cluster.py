@@ -74,12 +74,6 @@ def test_names_of_variables_carry_no_values(name: str) -> None:
         validate(ClusterFile, {"export": [name]})
 
 
-def test_a_webhooks_address_in_place_of_its_name_is_not_shown() -> None:
-    with pytest.raises(ConfigError, match="webhook: no name of an environment variable") as caught:
-        validate(ClusterFile, {"webhook": "https://hooks.example/secret"})
-    assert "hooks.example" not in str(caught.value)
-
-
 def test_a_secret_is_not_exported(tmp_path: Path) -> None:
     file = secrets_file(tmp_path, "TOKEN=x\n")
     config = tmp_path / "cluster.yaml"
