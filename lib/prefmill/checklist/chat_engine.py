@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +18,7 @@ from prefmill.checklist.prompts import NO, YES, plain_prompt
 from prefmill.checklist.server_engine import ServerEngine, as_logp, count_in, is_nothing
 from prefmill.core.errors import InputError
 from prefmill.core.records import Paper, Review
+from prefmill.families.causal.thoughts import behind_thought
 
 if TYPE_CHECKING:
     import httpx
@@ -31,6 +32,8 @@ _NOTHING_SAID = (
     "is withheld or empty; where the model thinks first, give it room: engine.extra_body={max_completion_tokens: 2000}"
 )
 _VOTE_TOKENS = 4  # of a sampled answer: a word of several tokens and what stands before it
+_LEAST_CUT = 1000  # tokens: no server in use cuts prompts to fewer
+_UNLIKE = 20  # characters by which questions differ, so that their tokens do too
 
 
 class _Token(msgspec.Struct):
@@ -71,13 +74,19 @@ class _Choice(msgspec.Struct):
     @property
     def first_word(self) -> str:
         """Of the answer; empty where there is none."""
-        text = str((self.message or {}).get("content") or "")
-        return "" if self.refusal else _word((text.split() or [""])[0])
+        text = str((self.message or {}).get("content") or "").strip()
+        # Servers that keep no thought apart write it before the answer; R1's template opens it in the prompt.
+        behind = behind_thought(text, "<think>" if "</think>" in text else "")
+        words = (text if behind is None else behind).split()
+        return _word(words[0]) if words and not self.refusal else ""
 
 
 @dataclass(frozen=True)
 class _ChatRequest(ReviewRequest):
+    """`num_read` are the prompts' tokens as the server counts them."""
+
     paper: Paper | None = None
+    num_read: set[int | None] = field(default_factory=set)
 
 
 class ChatEngine(ServerEngine):
@@ -116,13 +125,28 @@ class ChatEngine(ServerEngine):
         found = []
         for item in self.checklist.items:
             text = plain_prompt(request.paper, request.text, item.question, self._config.include_paper)
-            found.append(await (self._likeliest if self._config.top_logprobs else self._voted)(client, text))
+            found.append(await (self._likeliest if self._config.top_logprobs else self._voted)(client, text, request))
+        self._require_whole(request.num_read)
         return request.outcome(self.checklist.ids, found)
 
-    async def _likeliest(self, client: httpx.AsyncClient, text: str) -> Read:
+    def _require_whole(self, num_read: set[int | None]) -> None:
+        """Raise RefusedError where prompts with short and long questions have one number of tokens: they were cut.
+
+        So Ollama does in silence: it drops the beginning, the review's, and answers about the rest.
+        """
+        lengths = [len(item.question) for item in self.checklist.items]
+        (num, *others) = num_read
+        if others or num is None or num < _LEAST_CUT or max(lengths) - min(lengths) < _UNLIKE:
+            return
+        raise RefusedError(
+            f"the server read {num} tokens of every prompt, whatever its length: it cuts prompts to its context. Serve "
+            "a longer one (Ollama: OLLAMA_CONTEXT_LENGTH)"
+        )
+
+    async def _likeliest(self, client: httpx.AsyncClient, text: str, request: _ChatRequest) -> Read:
         """P(yes) and mass from the likeliest first tokens."""
         asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": self._config.top_logprobs}
-        (choice, *_) = await self._ask(client, text, asked)
+        (choice, *_) = await self._ask(client, text, asked, request)
         if choice.refusal:
             raise RefusedError(f"the server withholds an answer: {self._server.shown(choice.refusal)}")
         if choice.is_of_a_thought:
@@ -169,12 +193,12 @@ class ChatEngine(ServerEngine):
             )
         return Read(yes / (yes + no), min(1.0, yes + no))
 
-    async def _voted(self, client: httpx.AsyncClient, text: str) -> Read:
+    async def _voted(self, client: httpx.AsyncClient, text: str, request: _ChatRequest) -> Read:
         """P(yes) as a share of sampled answers. Its error is of (yes + 1) / (n + 2), as all alike is not certain."""
         words: list[str] = []
         while len(words) < self._config.votes:  # a server that knows no `n` gives one at a time
             asked = {"max_tokens": _VOTE_TOKENS, "temperature": 1, "n": self._config.votes - len(words)}
-            choices = await self._ask(client, text, asked, len(words))
+            choices = await self._ask(client, text, asked, request, len(words))
             # At least one choice comes each time (else _ask raises), so this loop ends.
             words += [choice.first_word for choice in choices]
         yes, no = map(words.count, _ANSWERS)
@@ -188,7 +212,12 @@ class ChatEngine(ServerEngine):
         return Read(yes / (yes + no), (yes + no) / len(words), stderr)
 
     async def _ask(
-        self, client: httpx.AsyncClient, text: str, asked: Mapping[str, Any], num_before: int = 0
+        self,
+        client: httpx.AsyncClient,
+        text: str,
+        asked: Mapping[str, Any],
+        request: _ChatRequest,
+        num_before: int = 0,
     ) -> list[_Choice]:
         """The choices, at least one, behind `num_before`; raises InputError where there is none."""
         messages = [{"role": "user", "content": text}]
@@ -201,7 +230,9 @@ class ChatEngine(ServerEngine):
             body["seed"] += num_before
         content = await self._server.ask(client, "POST", "chat/completions", body)
         self.num_requests += 1
-        self.num_prompt_tokens += count_in(content, "usage", "prompt_tokens") or 0
+        num_read = count_in(content, "usage", "prompt_tokens")
+        self.num_prompt_tokens += num_read or 0
+        request.num_read.add(num_read)
         self.check_model(content)
         try:
             choices = msgspec.convert(content.get("choices") or [], list[_Choice])

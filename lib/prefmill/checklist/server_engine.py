@@ -34,6 +34,7 @@ class ServerEngine(ConcurrentEngine):
         self._model, self._in_flight = model, config.reviews_in_flight
         self._server = Server.from_environment(config)
         self._answers_as: str | None = None  # the model's name in the server's answers
+        self._providers: set[str] = set()
 
     @abstractmethod
     def requests(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewRequest]:
@@ -56,7 +57,11 @@ class ServerEngine(ConcurrentEngine):
         return found[self._model]
 
     def check_model(self, content: dict[str, Any]) -> None:
-        """Raise InputError where another model answers than before: its scores must not stand beside the first's."""
+        """Raise InputError where another model answers than before: its scores must not stand beside the first's.
+
+        Another provider of the same model is told.
+        """
+        self._tell_provider(content.get("provider"))
         name = content.get("model")
         if not isinstance(name, str) or name == self._answers_as:
             return
@@ -68,6 +73,17 @@ class ServerEngine(ConcurrentEngine):
         self._answers_as = name
         if name != self._model:
             _log.warning("the server answers as %s, where %s was asked for", name, self._model)
+
+    def _tell_provider(self, name: Any) -> None:
+        """OpenRouter deals requests out among hosts, each with its own quantisation and template."""
+        if not isinstance(name, str) or name in self._providers:
+            return
+        self._providers.add(name)
+        if len(self._providers) == 2:
+            _log.warning(
+                "several providers answer (%s): their scores differ for one review; name one, as by "
+                "engine.extra_body={provider: {only: [NAME]}}", ", ".join(sorted(self._providers)),
+            )  # fmt: skip
 
     def evaluation(self, outcome: Outcome) -> ReviewEvaluation:
         """As of other engines, with the model that answers where it has another name: a later attempt may meet one."""

@@ -28,10 +28,17 @@ def said(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_i
         str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
         for ids in (answer_ids, prompt_ids[-_LAST:])
     )
+    text = behind_thought(whole, before)
+    if text is None:
+        return str(tokenizer.decode(list(answer_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    for token in tokenizer.added_tokens_decoder.values():
+        text = text.replace(str(token), "") if token.special else text
+    return text.strip()
+
+
+def behind_thought(text: str, before: str = "") -> str | None:
+    """What comes behind the thought that `text` begins with or `before` opens; None where there is no thought."""
     for opening, closing in _THOUGHTS:
-        if whole.startswith(opening) or before.endswith(opening):
-            text = whole.partition(closing)[2]
-            for token in tokenizer.added_tokens_decoder.values():
-                text = text.replace(str(token), "") if token.special else text
-            return text.strip()
-    return str(tokenizer.decode(list(answer_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        if text.startswith(opening) or before.endswith(opening):
+            return text.partition(closing)[2]
+    return None

@@ -1,0 +1,148 @@
+"""The chat engine before servers in the wild, each faked by its public documentation: used, refused or told."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from prefmill.checklist.engine import ChatConfig
+from prefmill.checklist.engines import open_engine
+from prefmill.checklist.items import load_checklist
+from prefmill.core.errors import PrefmillError
+from tests.loopback import Reply, serving
+
+CHECKLIST = load_checklist()
+PAPER: Any = {"paper_id": "p0", "title": "Sparse masks", "abstract": "We study masks.", "text": ""}
+REVIEW: Any = {"review_id": "r0", "paper_id": "p0", "text": "Fine. " * 2000}
+Answer = Callable[[dict[str, Any]], tuple[int, Any]]
+
+
+def likeliest(message: Any = None, first: str = "Yes", **more: Any) -> Any:
+    top = [{"token": token, "logprob": math.log(share)} for token, share in ((first, 0.6), ("No", 0.2))]
+    logprobs = {"content": [{"token": first, "top_logprobs": top}]}
+    return {"choices": [{"message": message or {"content": "Yes"}, "logprobs": logprobs}], **more}
+
+
+def sampled(*texts: str, **more: Any) -> Any:
+    return {"choices": [{"message": {"content": text, **more}} for text in texts]}
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, answer: Answer, path: str = "", **settings: Any) -> Any:
+    def respond(method: str, path: str, headers: dict[str, str], body: bytes) -> Reply:
+        status, content = answer(json.loads(body))
+        return status, {"Retry-After": "0"}, json.dumps(content).encode()
+
+    with serving(respond) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url + path)
+        engine = open_engine(ChatConfig(model_name_or_path="judge", num_retries=1, **settings), CHECKLIST)
+        (found,) = engine.score([(PAPER, [REVIEW])])
+        return found
+
+
+AZURE_FILTER = {
+    "error": {
+        "message": "The response was filtered due to the prompt", "type": None, "param": "prompt",
+        "code": "content_filter", "status": 400, "innererror": {"code": "ResponsibleAIPolicyViolation"},
+    }
+}  # fmt: skip
+FAILED: dict[str, tuple[int, Any, str]] = {
+    "Azure: a filtered prompt": (400, AZURE_FILTER, "400.*was filtered"),
+    "Azure: a filtered answer": (200, {"choices": [{"finish_reason": "content_filter", "message": {}}]}, "withholds"),
+    "OpenRouter: a provider's error": (
+        200,
+        {"choices": [{"finish_reason": "error", "error": {"code": 502, "message": "gone"}, "message": {}}]},
+        "withholds an answer.*gone",
+    ),
+    "TGI: too many likeliest tokens": (
+        422,
+        {"error": "Input validation error: `top_n_tokens` must be <= 5. Given: 20", "error_type": "validation"},
+        "422.*top_n_tokens",
+    ),
+    "llama.cpp: too long": (
+        400,
+        {"error": {"code": 400, "message": "the request exceeds the available context size", "n_ctx": 4096}},
+        "400.*context size",
+    ),
+    "SGLang: too long": (400, {"object": "error", "message": "The input (5000 tokens) is longer"}, "400.*longer"),
+    "SGLang: a thought": (
+        200,
+        {"choices": [{"message": {"content": None, "reasoning_content": "Okay"}, "logprobs": None}]},
+        "of the model's thought",
+    ),
+    "vLLM: a thought": (200, likeliest({"content": None, "reasoning": "Yes"}), "of the model's thought"),
+}
+STOPPED: dict[str, tuple[str, int, Any, str]] = {
+    "Azure's older address": ("/openai/deployments/gpt?api-version=2024-10-21", 200, {}, "ends in /openai/v1"),
+    "Azure: no version": ("/openai/deployments/gpt", 404, {"error": {"code": "404"}}, "nothing at this address"),
+    "Azure: a key of another": ("", 401, {"error": {"code": "401"}}, "refuses the key"),
+    "OpenRouter: an error in a 200": ("", 200, {"error": {"code": 502, "message": "Provider"}}, "did not answer"),
+    "OpenRouter: null logprobs": ("", 200, {**sampled("Yes", reasoning=None)}, "gives no log-probabilities"),
+    "TGI: overloaded": ("", 429, {"error": "Model is overloaded", "error_type": "overloaded"}, "did not answer"),
+    "Ollama: no logprobs": ("", 200, {**sampled("Yes"), "object": "chat.completion"}, "gives no log-probabilities"),
+    "Ollama: no such model": ("", 404, {"error": {"message": 'model "judge" not found'}}, "not found"),
+    "llama.cpp: loading": ("", 503, {"error": {"code": 503, "message": "Loading model"}}, "did not answer"),
+}
+
+
+@pytest.mark.parametrize("server", FAILED)
+def test_a_review_that_a_server_will_not_judge_says_why(monkeypatch: pytest.MonkeyPatch, server: str) -> None:
+    status, content, message = FAILED[server]
+    found = ask(monkeypatch, lambda _: (status, content))
+    assert not found.answers
+    assert re.search(message, found.failure)
+
+
+@pytest.mark.parametrize("server", STOPPED)
+def test_a_server_that_judges_nothing_ends_the_stage(monkeypatch: pytest.MonkeyPatch, server: str) -> None:
+    path, status, content, message = STOPPED[server]
+    with pytest.raises(PrefmillError, match=message):
+        ask(monkeypatch, lambda _: (status, content), path)
+
+
+@pytest.mark.parametrize(
+    ("content", "settings"), [(likeliest(), {}), (sampled("Yes"), {"top_logprobs": 0, "votes": 2})]
+)
+def test_prompts_that_the_server_cuts_are_not_scored(
+    monkeypatch: pytest.MonkeyPatch, content: Any, settings: dict[str, Any]
+) -> None:
+    """Ollama drops the beginning of what exceeds its context: the review was scored by its end, without a word."""
+    cut = {**content, "usage": {"prompt_tokens": 2050}}
+    assert "it cuts prompts to its context" in ask(monkeypatch, lambda _: (200, cut), **settings).failure
+
+    def whole(body: dict[str, Any]) -> tuple[int, Any]:
+        return 200, {**content, "usage": {"prompt_tokens": len(body["messages"][0]["content"]) // 4}}
+
+    assert ask(monkeypatch, whole, **settings).answers
+    for count in (0, 17, None):  # what a gateway writes that does not count
+        odd = {**content, "usage": {"prompt_tokens": count}}
+        assert ask(monkeypatch, lambda _, odd=odd: (200, odd), **settings).answers
+
+
+def test_several_providers_behind_one_model_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = itertools.cycle(["Together", "DeepInfra", "Novita"])
+    assert ask(monkeypatch, lambda _: (200, likeliest(provider=next(names)))).answers
+    assert caplog.text.count("several providers answer (DeepInfra, Together)") == 1
+    caplog.clear()
+    assert ask(monkeypatch, lambda _: (200, likeliest(provider="Together"))).answers
+    assert "providers" not in caplog.text
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", ""])  # R1's template opens the thought in the prompt
+def test_sampled_answers_stand_behind_a_thought_that_is_not_kept_apart(
+    monkeypatch: pytest.MonkeyPatch, opening: str
+) -> None:
+    """As Ollama, llama.cpp and vLLM without a reasoning parser give them: all were refused."""
+    said = f"{opening}No? The review does so.\n</think>\n\nYes."
+    found = ask(monkeypatch, lambda _: (200, sampled(said, said)), top_logprobs=0, votes=2)
+    assert found.answers["summary"]["p_yes"] == 1
+    said = "<think>\nThe review"
+    found = ask(monkeypatch, lambda _: (200, sampled(said, said)), top_logprobs=0, votes=2)
+    assert "where the model thinks first, give it room" in found.failure
