@@ -10,13 +10,11 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [
-        pytest.param({}, 1000, id="nothing"),
-        pytest.param({"GOMP_SPINCOUNT": "7"}, 7, id="a count", marks=pytest.mark.slow),
-        pytest.param({"OMP_WAIT_POLICY": "PASSIVE"}, 0, id="a policy", marks=pytest.mark.slow),
-    ],
+    [({}, 1000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0)],
+    ids=["nothing", "a count", "a policy"],
 )
 def test_threads_spin_briefly_unless_the_user_says_otherwise(given: dict[str, str], spins: int) -> None:
     kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

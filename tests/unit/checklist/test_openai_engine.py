@@ -54,6 +54,13 @@ def test_prompts_are_those_of_the_transformers_engine(
     assert server.authorizations == {f"Bearer {KEY}"}
 
 
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = completions.asyncio.sleep
+    monkeypatch.setattr(completions.asyncio, "sleep", lambda _: sleep(0))
+
+
+@pytest.mark.usefixtures("no_pauses")
 def test_passing_trouble_is_retried_and_forgotten(
     server: Loopback, judge: Judge, tiny_judge: Path, corpus_texts: list[str]
 ) -> None:
@@ -302,6 +309,7 @@ def test_settings_are_explained(
         engine(tiny_judge, base_url_env="ELSEWHERE")
 
 
+@pytest.mark.usefixtures("no_pauses")
 def test_the_key_stands_in_no_message(
     judge: Judge, tiny_judge: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -48,6 +48,7 @@ def test_a_wrong_version_is_named_with_its_bounds(monkeypatch: pytest.MonkeyPatc
     assert [item.fix for item in failed] == ["pip install 'pytest>=1000'", "pip install 'no-such-package>=1'"]
 
 
+@pytest.mark.slow
 def test_starts_that_compile_everything_are_told(tmp_path: Path) -> None:
     """Many containers say that bytecode is not to be kept, and uv installs none."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(tmp_path)}
