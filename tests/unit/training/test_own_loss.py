@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 
 from prefmill.core.config import validate
-from prefmill.core.stage import Task
-from prefmill.store.jsonl import write_jsonl
+from prefmill.core.stage import Metrics, Task
+from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.config import TrainingConfig
+from tests.conftest import REPOSITORY
+from tests.forked_ranks import run_ranks
 from tests.tiny import make_tokenizer, sentence
 
 SIZES: dict[str, Any] = {
     "vocab_size": 340, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
 }  # fmt: skip
+STRATEGIES = {"zero3": {"deepspeed": str(REPOSITORY / "configs" / "deepspeed" / "zero3.json")}, "fsdp": {"fsdp": True}}
 
 
 def with_a_layer_before_its_head() -> Any:
@@ -34,34 +37,46 @@ def with_a_cap() -> Any:
     return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SIZES, **more))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "adapter"])
-@pytest.mark.parametrize("make", [with_a_layer_before_its_head, with_a_cap])
-def test_its_first_loss_is_that_of_plain_transformers(
-    make: Any, lora: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture(params=[with_a_layer_before_its_head, with_a_cap])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model and chats of different lengths."""
     import torch
 
-    from prefmill.families.causal.sft import train_sft
-
     torch.manual_seed(0)
-    model, tokenizer, folder = make().eval(), make_tokenizer(), tmp_path / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    request.param().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
     chats = [
         [{"role": "user", "content": sentence(n, 5)}, {"role": "assistant", "content": sentence(50 + n, 4 + n)}]
         for n in range(4)
     ]
-    write_jsonl(tmp_path / "rows" / "data.jsonl", [{"id": str(n), "messages": chat} for n, chat in enumerate(chats)])
+    write_jsonl(tmp_path / "data.jsonl", [{"id": str(n), "messages": chat} for n, chat in enumerate(chats)])
+    return tmp_path
+
+
+def train(folder: Path, more: dict[str, Any]) -> Metrics:
+    from prefmill.families.causal.sft import train_sft
+
     keys = {"learning_rate": 1e-3, "num_train_epochs": 1, "precision": "fp32", "effective_batch_size": 4,
-            "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 1, "report_to": [], "lora": lora,
+            "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 1, "report_to": [],
             "max_length": 64}  # fmt: skip
-    (tmp_path / "out").mkdir()
-    task = Task("r", "sft", "clean", {}, {}, {}, tmp_path / "out", tmp_path / "logs")
-    rows = tmp_path / "rows" / "data.jsonl"
-    metrics = train_sft(validate(TrainingConfig, keys), task, str(folder), rows, rows)
+    (folder / "out").mkdir(exist_ok=True)
+    task, rows = Task("r", "sft", "clean", {}, {}, {}, folder / "out", folder / "logs"), folder / "data.jsonl"
+    return train_sft(validate(TrainingConfig, {**keys, **more}), task, str(folder / "model"), rows, rows)
+
+
+def first_loss(folder: Path) -> float:
+    return next(float(row["loss"]) for row in read_curve(folder / "logs" / STEPS) if "loss" in row)
+
+
+def plain_loss(folder: Path) -> float:
+    """The mean over all trained tokens by plain transformers, in float64 from the logits on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model").eval(), make_tokenizer()
     total, count = 0.0, 0
-    for chat in chats:
+    for row in read_jsonl(folder / "data.jsonl"):
+        chat = row["messages"]
         prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
         asked = tokenizer(prompt)["input_ids"]
         ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
@@ -69,7 +84,22 @@ def test_its_first_loss_is_that_of_plain_transformers(
             logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         places = range(len(asked), len(ids))
         total, count = total - sum(float(logps[n - 1, ids[n]]) for n in places), count + len(places)
-    first = next(row["loss"] for row in read_curve(tmp_path / "logs" / STEPS) if "loss" in row)
-    assert first == pytest.approx(total / count, abs=1e-4)
-    assert metrics["val_loss"] < first
+    return total / count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "adapter"])
+def test_its_first_loss_is_that_of_plain_transformers(
+    folder: Path, lora: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = train(folder, {"lora": lora})
+    assert first_loss(folder) == pytest.approx(plain_loss(folder), abs=1e-4)
+    assert metrics["val_loss"] < first_loss(folder)
     assert "by its own forward" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp"])
+def test_two_ranks_that_share_it_learn_that_too(folder: Path, name: str) -> None:
+    run_ranks(2, train, folder, STRATEGIES[name])
+    assert first_loss(folder) == pytest.approx(plain_loss(folder), abs=1e-4)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefmill.core.errors import InputError, PrefmillError
 from prefmill.core.precision import torch_dtype
-from prefmill.distributed.sharding import shares_weights
+from prefmill.distributed.sharding import Sharded, shares_weights, uses_fsdp
 from prefmill.families.causal.group_attention import own_attention, use_group_attention
 from prefmill.families.causal.group_layout import pack
 from prefmill.families.causal.scorer import (
@@ -65,13 +65,18 @@ def check_in_shards(model: Any, config: PreferenceConfig, name: str) -> None:
     inner = inner_model(model)
     with forward_as(inner, partial(type(inner).forward, inner)), own_attention(inner):
         expected = own_likelihoods(model)
-    computed = torch_dtype(config.precision) if config.fsdp else model.dtype  # FSDP2 casts parts as it gathers them
-    check_scorer(model, expected, config.layout, name, computed)
+    check_scorer(model, expected, config.layout, name, rounding(model, config))
 
 
-def check_rows(model: Any, name: str) -> None:
+def rounding(model: Any, config: Sharded) -> torch.dtype:
+    """What `model` computes in outside of autocast: FSDP2 casts parts as it gathers them."""
+    computed: torch.dtype = torch_dtype(config.precision) if uses_fsdp(config) else model.dtype
+    return computed
+
+
+def check_rows(model: Any, name: str, own: tuple[Sequences, Tensor], computed: torch.dtype) -> None:
     """Raise InputError where rows padded beside each other are not what each is alone: `sft` trains on such batches."""
-    sequences, expected = own_likelihoods(model)
+    sequences, expected = own
     batch, was_training = encode_sequences(sequences, pad=0).to(model.device), model.training
     model.eval()  # sft keeps the model's own dropout
     with torch.no_grad():
@@ -79,21 +84,21 @@ def check_rows(model: Any, name: str) -> None:
     model.train(was_training)
     logps = logps_of(logits[batch.row, batch.column], batch.target)
     found = sum_by_owner(logps, batch.owner, len(sequences)).cpu()
-    if not (found - expected).abs().max() <= TOLERANCE[model.dtype]:  # NaN is no agreement
+    if not (found - expected).abs().max() <= TOLERANCE[computed]:  # NaN is no agreement
         raise InputError(
             "rows of a batch are not what each is alone in this model", where=name, got=_shown(found),
-            expected=f"{_shown(expected)} within {TOLERANCE[model.dtype]}",
+            expected=f"{_shown(expected)} within {TOLERANCE[computed]}",
             fix="set per_device_train_batch_size=1, or another attn_implementation",
         )  # fmt: skip
 
 
-def agrees_with_fused_head(model: Any) -> bool:
+def agrees_with_fused_head(model: Any, own: tuple[Sequences, Tensor], computed: torch.dtype) -> bool:
     """Whether the loss that TRL computes of a model's last layer, with its head's weights, is the model's own.
 
     TRL goes by a list of what models do to their logits. ModernBERT's decoder has a layer before its head,
     RecurrentGemma a cap under another name, and code of its own does as it likes: those would learn another loss.
     """
-    sequences, expected = own_likelihoods(model)
+    sequences, expected = own
     was_training, found = model.training, []
     model.eval()
     with torch.no_grad():
@@ -103,7 +108,7 @@ def agrees_with_fused_head(model: Any) -> bool:
             labels[:, : len(prompt)] = -100
             found.append(model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.double().sum().cpu())
     model.train(was_training)
-    agrees = bool((torch.stack(found) - expected).abs().max() <= TOLERANCE[model.dtype])
+    agrees = bool((torch.stack(found) - expected).abs().max() <= TOLERANCE[computed])
     if not agrees:
         _log.warning("sft computes this model's loss by its own forward, with all logits: TRL's is another one")
     return agrees

@@ -20,10 +20,10 @@ from trl import SFTTrainer
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import world_size
-from prefmill.distributed.sharding import fsdp_mixed_precision, shares_weights
+from prefmill.distributed.sharding import fsdp_mixed_precision
 from prefmill.families.causal.chat import encode_turns
 from prefmill.families.causal.chat_rows import TrainedTurns
-from prefmill.families.causal.load_check import agrees_with_fused_head, check_rows
+from prefmill.families.causal.load_check import agrees_with_fused_head, check_rows, own_likelihoods, rounding
 from prefmill.families.causal.loading import LOADING, ORIGIN, load_model, load_tokenizer
 from prefmill.families.causal.router_loss import require_routing
 from prefmill.families.causal.start_checks import check_positions, check_start, check_tokens
@@ -78,6 +78,7 @@ def train_sft(
         load=lambda: _load_trained(model_name, config, turns, any(chats.train["image_paths"]) if reader else False),
         data=chats,
         processor=processor,
+        check=lambda model: _check_losses(model, config, model_name),
         publish=lambda trainer: publish(trainer, processor, config, task, model_name, rescoring),
         counts={"train_rows": len(chats.train), **recorded_day(tokenizer)},
         logged={"val_loss": "eval_loss"},
@@ -125,8 +126,6 @@ class Chats:
         # Qwen2.5-VL says that it takes no count of tokens, but it is TRL that divides by it: the mean is over the step.
         trainer.model_accepts_loss_kwargs = True
         trainer.train_dataset = _Repeatable(self.train)
-        if not shares_weights(config):
-            trainer.has_own_loss = not agrees_with_fused_head(model)
         check_every_step(trainer)
         return trainer
 
@@ -134,14 +133,12 @@ class Chats:
 class _EachRowOnce(SFTTrainer):
     """TRL's trainer on rows that ranks learn once an epoch: accelerate fills their last batches with the first rows.
 
-    A model with `has_own_loss` is given by its own forward what TRL would compute of its last layer and its head.
+    A model that `uses_own_loss` is given by its own forward what TRL would compute of its last layer and its head.
     """
-
-    has_own_loss = False
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The mean over the step's tokens; TRL's own figures of them, as their entropy, only with its own loss."""
-        compute = Trainer.compute_loss if self.has_own_loss else SFTTrainer.compute_loss
+        compute = Trainer.compute_loss if self.model.uses_own_loss else SFTTrainer.compute_loss
         return compute(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -185,9 +182,15 @@ def _load_trained(name: str, config: TrainingConfig, parts: TrainedTurns, with_i
     model = load_model(name, precision=weights_precision(config), **config.model_dump(include=LOADING))
     if parts.router_aux_loss_coef:
         require_routing(model, name)
-    if not shares_weights(config) and config.per_device_train_batch_size > 1:
-        check_rows(model, name)
     return add_adapter(model, config, freeze(model, parts, with_images))
+
+
+def _check_losses(model: Any, config: TrainingConfig, name: str) -> None:
+    """See by which forward `model` learns its own loss; raises InputError where neither has it of padded rows."""
+    own, computed = own_likelihoods(model), rounding(model, config)
+    if config.per_device_train_batch_size > 1:
+        check_rows(model, name, own, computed)
+    model.uses_own_loss = not agrees_with_fused_head(model, own, computed)
 
 
 def sft_rescoring(config: TrainingConfig, rows: Dataset, collate: Any) -> Rescoring:

@@ -55,7 +55,8 @@ def test_plain_models_pass_in_both_layouts(model_type: str, layout: str) -> None
 
 def test_rows_of_sft_are_held_against_the_models_own_forward() -> None:
     model = build("llama")
-    check_rows(model, "model")
+    expected = own_likelihoods(model)
+    check_rows(model, "model", expected, model.dtype)
     assert model.training
     own = model.forward
 
@@ -65,7 +66,7 @@ def test_rows_of_sft_are_held_against_the_models_own_forward() -> None:
 
     model.forward = leaks
     with pytest.raises(InputError, match="not what each is alone"):
-        check_rows(model, "model")
+        check_rows(model, "model", expected, model.dtype)
 
 
 @pytest.mark.parametrize("model_type", SCALED)
