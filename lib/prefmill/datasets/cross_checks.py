@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping
 from prefmill.core.records import Split
 from prefmill.datasets.examples import CheckedRow
 from prefmill.datasets.findings import Findings
-from prefmill.datasets.occurrences import Files, Occurrences, fingerprint
+from prefmill.datasets.occurrences import FileLine, Files, Occurrences, fingerprint
 from prefmill.reviews.prompt import title_and_abstract
 from prefmill.reviews.scale import moments
 
 _MIN_ROWS_FOR_RATINGS = 20
 _RATING_SHIFT_SD = 0.5  # a shift of means under half a standard deviation is taken for chance
-_SHORT_REVIEW = "short review"
+_REVIEW, _SHORT_REVIEW = "review", "short review"
 _ABSTRACT = "abstract"  # as of a paper that was given another title: no fault of the splits, which go by titles
 _LEAKS = {
-    "paper": "paper", "title": "title", _ABSTRACT: "abstract", "review": "review text",
+    "paper": "paper", "title": "title", _ABSTRACT: "abstract", _REVIEW: "review text",
     _SHORT_REVIEW: "short review text",
 }  # fmt: skip
 
@@ -81,24 +81,27 @@ class Leaks:
     """What occurs in more than one split, over all datasets, and where given over the corpus's held-out papers.
 
     Reviews shorter than `min_shared_characters` may repeat by chance ("See my comments above."): those are warnings,
-    and so are abstracts.
+    and so are abstracts, and longer texts that are nearly the same.
     """
 
     def __init__(self, files: Files, min_shared_characters: int) -> None:
+        from prefmill.datasets.near_copies import NearCopies  # here, as it needs numpy, which `--help` does not load
+
         self._files, self._min_shared_characters = files, min_shared_characters
         self._found: dict[str, dict[str, Occurrences]] = {what: {} for what in _LEAKS}
+        self._near = {what: NearCopies(files) for what in (_ABSTRACT, _REVIEW)}
 
     def add_paper(self, split: Split, paper_id: str, said: tuple[str | None, str | None], file: str, line: int) -> None:
         """Note a paper of `split`, with its title and abstract; short abstracts ("Withdrawn.") may be alike."""
         self._add("paper", split, fingerprint(paper_id), file, line)
         for what, text, least in zip(("title", _ABSTRACT), said, (0, self._min_shared_characters), strict=True):
             if text and len(text) >= least:
-                self._add(what, split, fingerprint(text), file, line)
+                self._add(what, split, fingerprint(text), file, line, text)
 
     def add_review(self, split: Split, text: str, text_key: int, file: str, line: int) -> None:
         """Note a review of `split`; `text_key` is its fingerprint."""
-        what = "review" if len(text) >= self._min_shared_characters else _SHORT_REVIEW
-        self._add(what, split, text_key, file, line)
+        what = _REVIEW if len(text) >= self._min_shared_characters else _SHORT_REVIEW
+        self._add(what, split, text_key, file, line, text)
 
     def add_example(self, example: CheckedRow, texts: tuple[int, ...], is_first_of_paper: bool) -> None:
         """Note what a row of a dataset holds."""
@@ -114,16 +117,24 @@ class Leaks:
             note = findings.warning if what in (_SHORT_REVIEW, _ABSTRACT) else findings.error
             for split, others in (("train", ("val", "dev", "test")), ("val", ("dev", "test"))):
                 for other in others:
-                    for place, twin in self._shared(splits, split, other):
-                        note("leakage", place, f"{_LEAKS[what]} of {split} is also in {other}: {twin}")
+                    exact = dict.fromkeys(self._shared(splits, split, other))
+                    for place, twin in exact:
+                        note("leakage", str(place), f"{_LEAKS[what]} of {split} is also in {other}: {twin}")
+                    near = self._near[what].shared(split, other) if what in self._near else ()
+                    for place, twin in near:
+                        if (place, twin) not in exact:
+                            told = f"{_LEAKS[what]} of {split} is nearly the same in {other}: {twin}"
+                            findings.warning("leakage", str(place), told)
 
-    def _add(self, what: str, split: str, key: int, file: str, line: int) -> None:
+    def _add(self, what: str, split: str, key: int, file: str, line: int, text: str = "") -> None:
         self._found[what].setdefault(split, Occurrences(self._files)).add(key, file, line)
+        if what in self._near:
+            self._near[what].add(split, text, key, file, line)
 
     @staticmethod
-    def _shared(splits: Mapping[str, Occurrences], split: str, other: str) -> Iterator[tuple[str, str]]:
+    def _shared(splits: Mapping[str, Occurrences], split: str, other: str) -> Iterator[tuple[FileLine, FileLine]]:
         if split in splits and other in splits:
-            yield from ((str(place), str(twin)) for place, twin in splits[split].shared_with(splits[other]))
+            yield from splits[split].shared_with(splits[other])
 
 
 class Distribution:

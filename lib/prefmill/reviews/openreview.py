@@ -29,9 +29,9 @@ from prefmill.reviews.rows import (
     RowProblem,
     Skipped,
     Unknown,
-    begins_with_number,
     clean_text,
     is_number,
+    is_one_number,
     parse_id,
     parse_score,
     required_text,
@@ -144,7 +144,7 @@ class OpenReviewSource(FileSource):
         rest = {name: value for name, value in content.items() if name not in read}
         scores, sections, left_out = _split_content(rest, _lower(self.sub_score_fields))
         for name, value in _given(content, self.rating_fields)[1:]:  # behind the one that was taken
-            if begins_with_number(str(value)):
+            if is_one_number(str(value)):
                 scores[name] = parse_score(value, f"content.{name}")
             else:
                 left_out.append(Unknown("second rating in words", name))
@@ -271,7 +271,7 @@ def _split_content(
         # bool is asked for first: to Python True is an int, and a ticked box would be a sub-score of 1.
         if _NOT_SECTIONS.fullmatch(name) or isinstance(value, bool) or value is None:
             continue
-        if isinstance(value, (int, float)) or (name in sub_scores and begins_with_number(str(value))):
+        if isinstance(value, (int, float)) or (name in sub_scores and is_one_number(str(value))):
             scores[name] = parse_score(value, f"content.{name}")
             continue
         text = _section(name, value)

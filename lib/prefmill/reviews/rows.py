@@ -243,9 +243,12 @@ def is_number(value: Any) -> bool:
     return type(value) in _NUMBERS and -_MAX_NUMBER <= value <= _MAX_NUMBER
 
 
-def begins_with_number(text: str) -> bool:
-    """Whether `parse_score` can read `text`."""
-    return _LEADING_NUMBER.match(text) is not None
+def is_one_number(text: str, highest: float | None = None) -> bool:
+    """Whether `text` begins with a number and not with two (3-4), but for its scale's end (4/5), `highest` if given."""
+    number = _LEADING_NUMBER.match(text)
+    second = _SECOND_NUMBER.match(text, number.end()) if number else None
+    end = second and (100 if second["percent"] else float(second["number"]) if second["of"] else None)
+    return number is not None and (second is None or (end is not None and highest in (None, end)))
 
 
 def with_point(value: Any) -> Any:
@@ -266,21 +269,13 @@ def parse_rating(value: Any, scale: Scale, words: Mapping[str, float] | None = N
     return rating
 
 
-def _is_otherwise(text: str, highest: float) -> bool:
-    """Whether the number that `text` begins with is one of two, or of a scale that ends elsewhere, such as 4/5."""
-    number = _LEADING_NUMBER.match(text)
-    second = _SECOND_NUMBER.match(text, number.end()) if number else None
-    end = second and (100 if second["percent"] else float(second["number"]) if second["of"] else None)
-    return second is not None and end != highest
-
-
 def _as_number(value: Any, scale: Scale, words: Mapping[str, float]) -> Any:
     """What `parse_score` can read; raises RowError, with the key to set, for text that is no rating."""
     if not isinstance(value, str):
         return value
     if (number := words.get(word_key(value))) is not None:
         return number
-    if begins_with_number(value) and not _is_otherwise(value, scale[1]):
+    if is_one_number(value, scale[1]):
         return value
     raise _no_rating(value, scale)
 
@@ -290,7 +285,7 @@ def _no_rating(text: str, scale: Scale) -> RowError:
     if _DECIMAL_COMMA.match(text):
         fix = "write a point, or set decimal_comma: true for this source"
         return RowError(f"rating {shown} has a decimal comma", fix)
-    if begins_with_number(text):
+    if _LEADING_NUMBER.match(text):
         return RowError(
             f"rating {shown} is no number on the scale {scale[0]:g} to {scale[1]:g}",
             "write one number, say in rating_words of this source what it means, or set rating_min and rating_max to "
@@ -313,7 +308,7 @@ def parse_confidence(value: Any, words: Mapping[str, float] | None = None) -> fl
     if value is None or value == "":
         return None
     number = (words or {}).get(word_key(value)) if isinstance(value, str) else None
-    if number is None and isinstance(value, str) and (not begins_with_number(value) or _is_otherwise(value, 5)):
+    if number is None and isinstance(value, str) and not is_one_number(value, 5):
         return Unknown("confidence", value)
     confidence = parse_score(value if number is None else number, "confidence")
     # A venue's own scale, 0 to 100 say, is no reason to lose its reviews.

@@ -24,10 +24,10 @@ from prefmill.reviews.rows import (
     RowProblem,
     Skipped,
     Unknown,
-    begins_with_number,
     excerpt,
     half_a_pair,
     is_number,
+    is_one_number,
     parse_confidence,
     parse_decision,
     parse_rating,
@@ -39,9 +39,9 @@ from prefmill.reviews.rows import (
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.store.jsonl import to_json
 
-# One of the scores that a cell lists: `Novelty: 3 (fair)` as EasyChair has it, or of an object as text.
-_LISTED = re.compile(r"([^:\n]+?):[ \t]*([+-]?\d+(?:[.,]\d+)?[ \t]*(?:\([^)\n]*\))?|[^\n,}]*)")
-_AROUND_NAME = " \t,;{}'\""
+# Between scores that a cell lists: `Novelty: 3 (fair)` a line as EasyChair has it, or an object as text.
+_BETWEEN_SCORES = re.compile(r"[\n{}]|[,;|](?=[^:,;|\n]*:)|(?<=[\d)])[ \t]+(?=[^\W\d][^:,;()\n]*:)")
+_AROUND_SCORE = " \t\r,;|'\""
 
 
 class SourceConfig(StrictConfig, ABC):
@@ -165,22 +165,23 @@ def _or_unknown(value: ValueT | Unknown | None) -> tuple[ValueT | None, list[Ite
 
 
 def sub_scores_in(value: Any, config: SourceConfig) -> tuple[dict[str, float], list[Item]]:
-    """Sub-scores by name, and the answers in words, which are none."""
+    """Sub-scores by name, and the answers that are none: words, and two numbers such as 3-4."""
     value = listed_scores(value)
     # Sorted: the store compares them as JSON to see whether a review is listed twice word for word.
     scores = {name: float(score) for name, score in sorted(value.items()) if is_number(score)}
     if len(scores) == len(value):
         return scores, []
     given = [(name, config.pointed(score)) for name, score in sorted(value.items()) if score not in (None, "")]
-    in_words = {name for name, score in given if isinstance(score, str) and not begins_with_number(score)}
-    scores = {name: parse_score(score, f"sub_scores.{name}") for name, score in given if name not in in_words}
-    return scores, [Unknown("sub-score in words", name) for name in sorted(in_words)]
+    others = {name for name, score in given if isinstance(score, str) and not is_one_number(score)}
+    scores = {name: parse_score(score, f"sub_scores.{name}") for name, score in given if name not in others}
+    return scores, [Unknown("sub-score that is no number", name) for name in sorted(others)]
 
 
 def listed_scores(value: Any) -> dict[str, Any]:
     """Scores by name, also of a text that lists them."""
-    listed = _LISTED.findall(value) if isinstance(value, str) else ()
-    named = {name.strip(_AROUND_NAME): score.strip() for name, score in listed} or value or {}
+    parts = [part.partition(":") for part in _BETWEEN_SCORES.split(value)] if isinstance(value, str) else []
+    named = {name.strip(_AROUND_SCORE): score.strip(_AROUND_SCORE) for name, colon, score in parts if colon}
+    named = named or value or {}
     if not isinstance(named, dict):
         raise RowError(f"sub_scores is not an object but {type(value).__name__}", "write names and numbers")
     return dict(named)

@@ -59,6 +59,22 @@ def test_an_abstract_under_another_title_is_told() -> None:
     assert leaks_in(short, held_out="Another", abstract="Withdrawn.") == []
 
 
+def test_a_review_that_was_edited_is_told() -> None:
+    """As of a resubmission: nothing but the very words was found."""
+    words = [f"word{number}" for number in range(120)]
+    edited = [*words[:40], "another", *words[41:]]
+    (found,) = leaks_in(
+        example(1, texts=(" ".join(words),)), example(2, texts=(" ".join(edited),), split="val"), held_out="Another"
+    )
+    assert found[:2] == ("leakage", "warning")
+    assert found[3] == "review text of train is nearly the same in val: sft_clean_val/data.jsonl:2"
+    abstract = example(1, prompt=f"Review this paper.\n\nTitle: One\n\nAbstract: {' '.join(words)}\n\nPaper: Text.")
+    (found,) = leaks_in(abstract, held_out="Another", abstract=" ".join(edited))
+    assert found[3].startswith("abstract of train is nearly the same in test: corpus papers.jsonl:7")
+    other = " ".join(words[:30] + [f"more{number}" for number in range(90)])
+    assert leaks_in(example(1, texts=(" ".join(words),)), example(2, texts=(other,), split="val")) == []
+
+
 def test_order_of_sorted_rows_is_fine() -> None:
     first = example(1)
     assert not [*order_problems(None, first), *order_problems(first, example(2))]

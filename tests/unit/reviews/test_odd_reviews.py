@@ -65,7 +65,24 @@ def test_answers_in_words_and_confidences_on_another_scale_are_counted(tmp_path:
     review = next(item for item in items if isinstance(item, ReviewRow))
     assert (review.confidence, review.sub_scores) == (None, {"novelty": 3.0})
     unknown = [item for item in items if isinstance(item, Unknown)]
-    assert unknown == [Unknown("confidence", "80"), Unknown("sub-score in words", "clarity")]
+    assert unknown == [Unknown("confidence", "80"), Unknown("sub-score that is no number", "clarity")]
+
+
+@pytest.mark.parametrize("text", ["3-4", "3–4", "3 -> 4", "2 to 3", "3;4", "1:5", "3 1/2", "3 5", "½"])
+@pytest.mark.parametrize("form", ["object", "cell", "note"])
+def test_two_numbers_are_no_sub_score(tmp_path: Path, text: str, form: str) -> None:
+    """The first of them was the score; in a cell the rest of `3-4` became the next one's name."""
+    if form == "note":
+        given = note(content={"rating": {"value": 6}, "summary": {"value": "Long."}, "clarity": {"value": text}})
+        items, _ = notes_of(tmp_path / "x.jsonl", given)
+    else:
+        scores = {"clarity": text, "novelty": "4/5"} if form == "object" else f"clarity: {text}, novelty: 4/5"
+        path = write(tmp_path / "x.jsonl", {**ROW, "sub_scores": scores})
+        items = items_of(source(format="jsonl", path=path, columns={"venue": "venue"}))
+        assert Unknown("sub-score that is no number", "clarity") in items
+    (review,) = (item for item in items if isinstance(item, ReviewRow))
+    assert review.sub_scores == ({} if form == "note" else {"novelty": 4.0})
+    assert (text in review.text) == (form == "note")  # a section of the review, as other answers in words
 
 
 def note(**values: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ ROW = {
 }
 PAPER = PaperRow("p1", "A title", "An abstract.", "", "accepted", "V 2024")
 REVIEW = ReviewRow("r1", "p1", "Good.\nReally.", 8.0, None, "V 2024", {"clarity": 2.0, "soundness": 3.0})
-READING = Unknown("sub-score in words", "reading")
+READING = Unknown("sub-score that is no number", "reading")
 
 
 def test_jsonl(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_decimal_comma_is_one_in_every_number(tmp_path: Path, form: str) -> No
     review = ReviewRow("r1", "p1", "Fine.", 6.5, 4.5, sub_scores={"clarity": 3.5})
     assert items_of(source(format=form, path=path, decimal_comma=True))[1:] == [review]
     _, told, words = items_of(source(format=form, path=path, decimal_comma=False, rating_words={"6,5": 6}))[1:]
-    assert (told, words) == (Unknown("confidence", "4,5"), Unknown("sub-score in words", "clarity"))
+    assert (told, words) == (Unknown("confidence", "4,5"), Unknown("sub-score that is no number", "clarity"))
 
 
 def test_papers_and_reviews_in_tables_of_their_own(tmp_path: Path) -> None:

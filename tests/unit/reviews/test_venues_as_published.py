@@ -112,7 +112,7 @@ def test_easychairs_cell_of_scores_is_read(tmp_path: Path, between: str) -> None
     scores = {"Novelty": -1.0, "Overall evaluation": 2.0}
     assert items_of(config) == [
         ReviewRow("7", "1", "Fine.", 2.0, 4.0, sub_scores=scores, scale=(-3.0, 3.0)),
-        Unknown("sub-score in words", "Best paper"),
+        Unknown("sub-score that is no number", "Best paper"),
     ]
 
 
