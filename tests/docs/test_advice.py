@@ -27,7 +27,8 @@ FOREIGN = {
     "of a model's folder": "config.json tokenizer_config.json scheduler_config.json preprocessor_config.json is_causal "
     "eos_token pad_token to_q to_k to_v to_out adapter_config.json base_model_name_or_path",
     "of a dataset": "images.csv prompt_id",
-    "LLaMA-Factory's": "dataset_dir file_name hf_hub_url quantization_bit val_size",
+    "LLaMA-Factory's": "dataset_dir file_name hf_hub_url pissa_convert quantization_bit val_size",
+    "PEFT's": "init_lora_weights path_initial_model_for_weight_conversion",
     "DeepSpeed's, accelerate's": "zero_optimization full_shard auto_wrap shard_grad_op",
     "the harness's": "generation_kwargs",
     "a server's": "allowed_token_ids processed_logprobs",

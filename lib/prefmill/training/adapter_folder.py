@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ _ODD = (
     "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
     "velora_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
+# PEFT's beginnings that change the base by numbers drawn or measured then; those of `pissa` and `olora` it finds again.
+_BASE_IS_LOST = re.compile(r"pissa_niter_\d+|corda|lora_ga", re.IGNORECASE)
 _SAME = {"r": "r", "alpha": "lora_alpha", "use_dora": "use_dora", "target_modules": "target_modules"}
 
 
@@ -104,7 +107,7 @@ def lora_of(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """What an adapter says of itself; raises ValueError where it says nothing, or has no safetensors."""
+    """What an adapter says of itself; raises ValueError where its files do not hold all of it, as safetensors."""
     try:
         said: dict[str, Any] = {**json.loads((folder / _CONFIG).read_text("utf-8"))}
     except (OSError, ValueError, TypeError) as error:
@@ -112,4 +115,10 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     # The older adapter_model.bin is a pickle, which may run code when it is read.
     if not (folder / PEFT_WEIGHTS).is_file():
         raise ValueError(f"the adapter has no {PEFT_WEIGHTS}: nothing else is loaded")
+    if _BASE_IS_LOST.fullmatch(begun := str(said.get("init_lora_weights"))):
+        raise ValueError(
+            f"init_lora_weights is {begun}: this adapter is for a base that was changed as its training began, and "
+            "that no file holds; where it was trained, save it with PEFT's path_initial_model_for_weight_conversion "
+            "(LLaMA-Factory's pissa_convert), or save the merged model"
+        )
     return said

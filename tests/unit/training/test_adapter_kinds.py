@@ -17,6 +17,8 @@ __all__ = ["adapter"]  # a fixture
 KINDS: dict[str, dict[str, Any]] = {
     "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 9}, "layers_to_transform": [1]},
     "bias": {"lora_bias": True, "use_rslora": True, "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "biases": {"bias": "all"},
+    "pissa": {"init_lora_weights": "pissa"},
     "whole": {"modules_to_save": ["norm", "lm_head"]},
     "tied": {"target_modules": ["q_proj", "embed_tokens"]},
     "tied-whole": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},

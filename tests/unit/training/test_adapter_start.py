@@ -184,6 +184,8 @@ def test_an_adapters_content_and_shape_are_the_configurations(adapter: Path, tin
         ({"base_model_name_or_path": "/nowhere/model"}, None, "give it as model_name_or_path"),
         ({"peft_type": "IA3"}, None, "only plain LoRA"),
         ({"alora_invocation_tokens": [5]}, None, "alora_invocation_tokens: start from the base"),
+        ({"init_lora_weights": "pissa_niter_16"}, None, "a base that was changed as its training began"),
+        ({"init_lora_weights": "lora_ga"}, None, "save the merged model"),
         ({"target_modules": None}, None, "does not say target_modules or target_parameters"),
         ({}, {"r": 8}, "has another r"),
         ({"gone": True}, None, "nothing else is loaded"),

@@ -75,6 +75,7 @@ def test_its_chats_are_written_in_its_own_template(adapter: Path, tiny_qwen2: Pa
     [
         ({"peft_type": "IA3"}, "only plain LoRA"),
         ({"alora_invocation_tokens": [5]}, "only plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_16"}, "a base that was changed as its training began"),
         ({"base_model_name_or_path": "sha256:abc"}, "the folder above `adapter`"),
         ({"base_model_name_or_path": "/nowhere/model"}, "the base of this adapter is not here"),
         ({"base_model_name_or_path": None}, "not named"),
