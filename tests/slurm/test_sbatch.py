@@ -50,9 +50,13 @@ def test_an_array_over_the_modalities(site: Site) -> None:
     sbatch(site, "--array=0-2", "sbatch/sft.sbatch", str(config), "run=hand")
     site.wait()
     assert sorted(digests(site.workspace, "hand")) == [f"sft:{name}" for name in MODALITIES], site.logs()
-    printed = [path.read_text() for path in site.checkout.glob("sft-*_*.out")]
+    printed = [path.read_text() for path in site.checkout.glob("slurm-*_*.out")]
     assert len(printed) == 3
     assert all(f"see {site.workspace}/logs/hand/sft/" in text for text in printed)
+    job = sbatch(site, "sbatch/sft.sbatch", str(config), "run=one", "array.modality=[clean]")
+    site.wait()
+    # `%a` of a job that is no array is 4294967294: the names are Slurm's own.
+    assert f"see {site.workspace}/logs/one/sft/" in (site.checkout / f"slurm-{job}.out").read_text()
 
 
 @pytest.mark.slow
@@ -63,7 +67,7 @@ def test_an_array_called_from_another_folder_finds_its_checkout(site: Site, tmp_
     done = site.run(["bash", "-c", call], PREFMILL_PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     site.wait()
-    printed = "".join(path.read_text() for path in elsewhere.glob("sft-*_*.out"))
+    printed = "".join(path.read_text() for path in elsewhere.glob("slurm-*_*.out"))
     assert sorted(digests(site.workspace, "far")) == [f"sft:{name}" for name in MODALITIES], printed + site.logs()
 
 
@@ -93,7 +97,7 @@ def test_training_of_both_stages_as_one_array(site: Site) -> None:
     assert sorted(digests(site.workspace, "both")) == wanted, site.logs()
     for name in MODALITIES:  # none of them ran before its policy was there
         assert len(rows(site.workspace / f"logs/both/dpo/{name}/attempts.jsonl")) == 1
-    assert "waits for" in "".join(path.read_text() for path in site.checkout.glob("train-*.out"))
+    assert "waits for" in "".join(path.read_text() for path in site.checkout.glob("slurm-*.out"))
 
 
 @pytest.mark.slow
@@ -102,7 +106,7 @@ def test_a_dpo_whose_sft_has_failed_says_so_and_ends(site: Site) -> None:
         site, "--array=3", "sbatch/train_pipeline.sbatch", "configs/pipelines/modalities.yaml", "run=alone"
     )  # fmt: skip
     site.wait()
-    text = (site.checkout / f"train-{job}_3.out").read_text()
+    text = (site.checkout / f"slurm-{job}_3.out").read_text()
     assert "element 0 is not queued" in text
     assert digests(site.workspace, "alone") == {}
 
@@ -112,7 +116,7 @@ def test_stages_by_their_index_wait_for_each_other(site: Site) -> None:
     job = sbatch(site, "--array=0-2", "sbatch/run_pipeline.sbatch", "configs/pipelines/toy.yaml", "run=stages")
     site.wait(seconds=180)
     assert len(digests(site.workspace, "stages")) == 7, site.logs()
-    assert f"waits for {job}_0" in (site.checkout / f"stages-{job}_1.out").read_text()
+    assert f"waits for {job}_0" in (site.checkout / f"slurm-{job}_1.out").read_text()
     job = sbatch(site, "--array=7", "sbatch/run_pipeline.sbatch", "configs/pipelines/toy.yaml", "run=stages")
     site.wait()
-    assert "expected: 0 make, 1 use, 2 join" in (site.checkout / f"stages-{job}_7.out").read_text()
+    assert "expected: 0 make, 1 use, 2 join" in (site.checkout / f"slurm-{job}_7.out").read_text()

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from prefmill.core.files import read_record
+from prefmill.core.errors import PipelineError
 from prefmill.core.places import default_workspace, expand_home
+from prefmill.pipeline.run_record import run_tasks
 
 KEYS = Path(__file__).parent / "keys.json"  # written by `python -m tests.docs.keys`: importing the stages takes seconds
 # COMP_WORDBREAKS: bash cuts words at `=` and `:`, and would complete the parts of `run=mine` and `dpo:clean` alone.
@@ -103,7 +104,10 @@ def _runs(workspace: Path) -> list[str]:
 
 
 def _tasks(workspace: Path, run: str) -> list[str]:
-    keys = [task["key"] for task in read_record(workspace / "logs" / run / "plan.json").get("tasks", [])]
+    try:
+        keys = [task["key"] for task in run_tasks(workspace, run)]
+    except PipelineError:  # a key press explains nothing: `prefmill status` does
+        return []
     return [*dict.fromkeys(key.partition(":")[0] for key in keys), *keys]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from prefmill.core.errors import ArtifactError
 from prefmill.core.figures import with_interval
+from prefmill.core.files import read_record
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.store.artifacts import read_manifest
 
@@ -65,8 +65,7 @@ def _faults(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def _findings(output: Path) -> Iterator[str]:
     """What validate_datasets warns of."""
-    path = output / "report.json"
-    found = json.loads(path.read_text()).get("findings", []) if path.is_file() else []
+    found = read_record(output / "report.json").get("findings", [])
     yield from (f"{item['where']}: {item['what']}" for item in found if item["severity"] == "warning")
 
 

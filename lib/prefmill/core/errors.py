@@ -79,6 +79,8 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
 
     `folder` is where the work is: for errors that name no file.
     """
+    if isinstance(error, PrefmillError):  # it has said what and where
+        return None
     if not isinstance(error, OSError):
         return _explain_a_librarys(str(error), folder)
     if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and os.path.isfile(error.filename)):
@@ -97,10 +99,10 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
 
 @contextlib.contextmanager
 def explained(folder: Path | None = None) -> Iterator[None]:
-    """Raise a disk's refusal as the error that says what to do; any other passes."""
+    """Raise a disk's refusal, as told by Python or by a library, as the error that says what to do; others pass."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         if (told := explain_os_error(error, folder)) is None:
             raise
         raise told from error

@@ -10,11 +10,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from prefmill.core.errors import InputError
+from prefmill.core.errors import InputError, PipelineError
 from prefmill.core.places import CHECKPOINT_PREFIX
 
+T = TypeVar("T")
 _BUFFER_BYTES = 1 << 20
 _SURELY_ANOTHER_STEP_NS = 3_000_000_000
 _known_digests: dict[tuple[object, ...], str] = {}
@@ -116,6 +117,16 @@ def replacing(path: Path, writer: str = "", mode: int = 0o666) -> Iterator[IO[by
     sync_folder(path.parent)
 
 
+def open_as_umask_says(path: Path) -> None:
+    """Give a file the mode of any new one; safetensors makes its files for their owner alone, whatever the umask."""
+    umask = os.umask(0o077)  # asked by setting it: what another thread makes in between is closed, never open
+    os.umask(umask)
+    mode = path.stat().st_mode
+    if wanted := 0o666 & ~umask & ~mode:
+        with contextlib.suppress(PermissionError):  # a link to a file of another user's
+            path.chmod(mode | wanted)
+
+
 def refusal(folder: Path, num_bytes: int) -> OSError | None:
     """What the disk says to a file of that size in `folder`; None where it takes it. A quota is seen by trying only."""
     probe = folder / f".room.{os.getpid()}"
@@ -186,10 +197,49 @@ def append_row(path: Path, *rows: Mapping[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-def read_appended(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `append_row` adds to, oldest first; a line torn by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+def read_appended(path: Path, **keys: type) -> list[dict[str, Any]]:
+    """The rows of a file that `append_row` adds to, oldest first; a line torn by a crash is left out.
+
+    Raises PipelineError naming a whole line in which one of the `keys` is missing or of another type.
+    """
+    rows = list(appended(path))
+    for where, row in rows:
+        if lacks := lacking(row, keys):
+            raise PipelineError(
+                "a line of a record is damaged, or of another version", where=where, got=str(row)[:200],
+                expected=lacks, fix="delete that line",
+            )  # fmt: skip
+    return [row for _, row in rows]
+
+
+def lacking(row: Any, keys: Mapping[str, type]) -> str:
+    """The first of `keys` that is missing or of another type in an object that was read back; "" where none is."""
+    held = row if isinstance(row, dict) else {}
+    return next(
+        (f"the key {key} ({kind.__name__})" for key, kind in keys.items() if not isinstance(held.get(key), kind)), ""
+    )
+
+
+def appended(path: Path) -> Iterator[tuple[str, Any]]:
+    """Of each whole line of such a file its place and its content."""
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+            yield f"{path}:{number}", json.loads(line)
+
+
+def as_form(values: Any, form: type[T], where: object, fix: str) -> T:
+    """What was read back, as a dataclass; raises PipelineError where a key is missing, foreign or of another type.
+
+    A foreign one may be of a later version, and change what the others mean.
+    """
+    import msgspec  # not above: commands that answer at once read few records
+
+    try:
+        made = msgspec.convert(values, form, dec_hook=lambda kind, value: kind(value))
+        if foreign := ", ".join(key for key in values if key not in vars(made)):
+            raise ValueError(f"a foreign key: {foreign}")
+    except (ValueError, TypeError) as error:
+        raise PipelineError(
+            "a record is damaged, or of another version", where=where, got=str(error), fix=fix
+        ) from None
+    return made

@@ -10,7 +10,7 @@ Say = Callable[[str], None]  # shows a line
 _CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 STATES = {
     "complete": "green", "running": "bold", "failed": "red", "killed": "red", "stopped": "red", "stale": "yellow",
-    "blocked": "yellow", "interrupted": "yellow", "incomplete": "yellow",
+    "damaged": "red", "blocked": "yellow", "interrupted": "yellow", "incomplete": "yellow",
 }  # fmt: skip
 
 

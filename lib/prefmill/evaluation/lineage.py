@@ -151,7 +151,7 @@ def _finished(workspace: Path) -> Iterator[Artifact]:
         for path in sorted((workspace / root).glob(f"*/*/*/{MANIFEST}")):
             try:
                 manifest = read_manifest(path.parent)
-            except ArtifactError:  # another run's damage; if it matters here, its digest is reported as missing
+            except (ArtifactError, PermissionError):  # another run's: if it matters here, its digest is told as missing
                 continue
             if manifest is not None:
                 yield Artifact(path.parent, manifest)

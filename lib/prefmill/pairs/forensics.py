@@ -98,7 +98,7 @@ def read_histories(logs: Iterable[Path]) -> dict[str, History]:
     """The history of every pair, by its id; of a step that was taken twice, after a kill, the later row counts."""
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for path in logs:
-        for row in read_appended(path):
+        for row in read_appended(path, step=int, pair_id=str):
             rows.setdefault(row["pair_id"], {})[row["step"]] = row
     return {pair_id: _history(pair_id, [steps[step] for step in sorted(steps)]) for pair_id, steps in rows.items()}
 

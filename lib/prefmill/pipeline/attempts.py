@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def end(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -> No
 
 def read_attempts(logs: Path) -> list[dict[str, Any]]:
     """Every attempt that has ended, oldest first; a line torn by a crash is left out."""
-    return read_appended(logs / ATTEMPTS)
+    return read_appended(logs / ATTEMPTS, started=Real, outcome=str, progressed=bool)
 
 
 def idle_attempts(logs: Path) -> int:
@@ -97,7 +98,7 @@ def _append(logs: Path, attempt: dict[str, Any], outcome: str, **details: Any) -
 
 
 def _steps(logs: Path) -> list[int]:
-    return [row["step"] for row in read_appended(logs / EXECUTED)]
+    return [row["step"] for row in read_appended(logs / EXECUTED, step=int)]
 
 
 def _done(logs: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Decisions:
 
     def __init__(self, workspace: Path, run: str) -> None:
         self.path = submissions_folder(workspace, run) / DECISIONS
-        self._rows = read_appended(self.path)
+        self._rows = read_appended(self.path, time=Real, task=str, element=str, action=str)
 
     def all(self) -> list[dict[str, Any]]:
         """Every decision ever taken on the run, oldest first."""

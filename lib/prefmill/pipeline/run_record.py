@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError, nearest, select
-from prefmill.core.files import read_record, write_atomic
+from prefmill.core.files import lacking, read_record, write_atomic
 from prefmill.core.places import CACHE, LATEST
 
 if TYPE_CHECKING:  # `prefmill status` reads the record, and no configuration
     from prefmill.pipeline.plan import Plan
 
 ROOTS = ("data", "checkpoints", "logs")
+_IN_A_TASK = {"key": str, "output": str, "logs": str}
 
 
 def point_latest(plan: Plan) -> None:
@@ -72,15 +73,18 @@ def run_tasks(workspace: Path, run: str) -> list[dict[str, Any]]:
     path = workspace / "logs" / run / "plan.json"
     if not path.is_file():
         raise no_such_run(workspace, run)
-    tasks: list[dict[str, Any]] | None = read_record(path).get("tasks")
-    if tasks is None:
+    tasks = read_record(path).get("tasks", "")
+    if not isinstance(tasks, list) or any(lacking(task, _IN_A_TASK) for task in tasks):
         raise PipelineError(
             f"the record of run {run} is damaged", where=path, got=f"{path.stat().st_size} bytes that are no plan",
             fix="`prefmill run` or `submit` of its pipeline writes it anew; or delete it: the run is then not listed",
         )  # fmt: skip
-    # Below this workspace: a copy of one may not lead to, or delete, what the original holds.
-    places = [{name: workspace.joinpath(*Path(task[name]).parts[-4:]) for name in ("output", "logs")} for task in tasks]
-    return [task | {name: str(path) for name, path in here.items()} for task, here in zip(tasks, places, strict=True)]
+    return [_below(workspace, task) for task in tasks]
+
+
+def _below(workspace: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """With its places in this workspace: a copy of one may not lead to, or delete, what the original holds."""
+    return task | {name: str(workspace.joinpath(*Path(task[name]).parts[-4:])) for name in ("output", "logs")}
 
 
 def own_name(workspace: Path, run: str) -> str:

@@ -14,7 +14,7 @@ from prefmill.core.errors import ArtifactError, PipelineError
 from prefmill.core.places import CACHE, CHECKPOINT_PREFIX, LATEST, MANIFEST, WANTED_AGAIN, WORK
 from prefmill.core.terminal import Say
 from prefmill.pipeline.run_record import ROOTS, closed_runs, run_names, run_tasks
-from prefmill.pipeline.task_status import is_at_work, is_running, read_status
+from prefmill.pipeline.task_status import is_at_work, is_running, manifest_fault, read_status
 from prefmill.pipeline.worker import clear_telemetry, set_aside, telemetry
 from prefmill.store.artifacts import SUPERSEDED, read, read_manifest, remaking, superseded
 from prefmill.store.stamps import stamp, verify
@@ -49,14 +49,16 @@ def list_runs(workspace: Path) -> list[RunSummary]:
 
 
 def summarise(workspace: Path, run: str) -> RunSummary:
-    """One run: it is `running`, `failed` where a task has failed, `complete`, `incomplete`, or its record `damaged`."""
+    """One run: `running`, `failed`, `damaged` (a manifest, or its record), `complete` or `incomplete`."""
     folders = [workspace / root / run for root in ROOTS]
     try:
         tasks = run_tasks(workspace, run)
     except PipelineError as error:  # the others are listed all the same
         changed = (workspace / "logs" / run).stat().st_mtime
         return RunSummary(run, "damaged", 0, 0, changed, sum(map(size_of, folders)), str(error.details["where"]))
-    done = [task for task in tasks if (Path(task["output"]) / MANIFEST).is_file()]
+    faults = {task["key"]: manifest_fault(Path(task["output"])) for task in tasks}
+    done = [task for task in tasks if faults[task["key"]] == ""]
+    damaged = next(filter(None, faults.values()), "")
     logs = [Path(task["logs"]) for task in tasks]
     # Between two tasks a local run holds no task's lock; a task under Slurm has no lock of the run.
     if is_at_work(workspace, run) or any(map(is_running, logs)):
@@ -64,9 +66,9 @@ def summarise(workspace: Path, run: str) -> RunSummary:
     elif any(read_status(folder).get("state") in ("failed", "killed", "stopped") for folder in logs):
         state = "failed"
     else:
-        state = "complete" if len(done) == len(tasks) else "incomplete"
+        state = "damaged" if damaged else "complete" if len(done) == len(tasks) else "incomplete"
     changed = max(path.stat().st_mtime for task in tasks for path in _marks(task, workspace / "logs" / run))
-    return RunSummary(run, state, len(done), len(tasks), changed, sum(map(size_of, folders)), headline(done))
+    return RunSummary(run, state, len(done), len(tasks), changed, sum(map(size_of, folders)), damaged or headline(done))
 
 
 def headline(tasks: Iterable[dict[str, Any]]) -> str:
@@ -189,7 +191,7 @@ def _marks(task: dict[str, Any], logs: Path) -> list[Path]:
 def _manifest(folder: Path) -> Manifest | None:
     try:
         return read_manifest(folder)
-    except ArtifactError:  # one damaged output may not keep all runs from being listed
+    except (ArtifactError, PermissionError):  # one damaged output may not keep all runs from being listed
         return None
 
 

@@ -65,7 +65,7 @@ def _made(task: PlannedTask, wanted: tuple[str, ...]) -> Iterator[Path]:
             same = _fingerprint(path) in wanted and not any(written_since(task, path.parent))
             if same and read(path.parent, task.stage.writes):
                 yield path.parent
-        except ArtifactError:  # another run's damage is no concern of this one
+        except (ArtifactError, PermissionError):  # another run's damage, or another user's, is no concern of this one
             continue
 
 

@@ -17,6 +17,7 @@ from prefmill.core.files import digest_json, known_digest, read_record
 from prefmill.core.places import MANIFEST, STARTED, WANTED_AGAIN, WORK
 from prefmill.core.revisions import models_changed, models_in, models_named
 from prefmill.pipeline.plan import Plan, PlannedTask
+from prefmill.pipeline.task_status import manifest_fault
 from prefmill.store.artifacts import read, read_manifest, remaking
 from prefmill.store.stamps import check_content
 
@@ -200,7 +201,7 @@ def code_version() -> str:
 
 
 def _waiting(task: PlannedTask, upstream: list[str]) -> TaskState:
-    made = (task.output / MANIFEST).is_file()
+    made = manifest_fault(task.output) == ""
     one = upstream[0] if len(upstream) == 1 else "these"
     verb = "does" if len(upstream) == 1 else "do"
     note = f" (output reused if {one} {verb} not change)" if made else ""

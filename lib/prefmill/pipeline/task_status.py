@@ -43,12 +43,28 @@ def in_short(error: str) -> str:
     return _FRAME.split(error)[-1].strip() if error.startswith("Traceback ") else error
 
 
+def manifest_fault(output: Path) -> str | None:
+    """What is wrong with the manifest there, which is then no evidence: "" for a whole one, None where there is none.
+
+    Its content is not looked at: that form takes a quarter of a second to import, and `status` answers at once.
+    """
+    path = output / MANIFEST
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return f"unreadable manifest: {path} ({error.strerror if isinstance(error, OSError) else 'no JSON'})"
+    whole = isinstance(found, dict) and "content_digest" in found
+    return "" if whole else f"unreadable manifest: {path} (no content_digest)"
+
+
 def is_finished(output: Path, logs: Path) -> bool:
     """Whether finished output is there, wanted as it is, and nothing is being made in its place.
 
     A run without logs, as another machine made it, counts too.
     """
-    kept = (output / MANIFEST).is_file() and not (logs / WANTED_AGAIN).exists()
+    kept = manifest_fault(output) == "" and not (logs / WANTED_AGAIN).exists()
     return kept and bool(read_status(logs).get("state", "complete") == "complete")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from prefmill.core.artifact import Artifact
+from prefmill.core.files import read_record
 from prefmill.core.places import RUN_RECORD
 
 MODELS = ("checkpoint", "image_checkpoint")
@@ -76,7 +76,7 @@ def _trained_on(artifacts: Sequence[Artifact], datasets: Mapping[str, Any] | Non
 
 def _made(artifacts: Sequence[Artifact]) -> Iterator[str]:
     records = [item.path / RUN_RECORD for item in artifacts]
-    ends = [json.loads(path.read_text()).get("ended") for path in records if path.is_file()]
+    ends = [read_record(path).get("ended") for path in records]
     if known := [end for end in ends if end]:
         # In UTC: the page must not depend on where it is made.
         yield f"made on {datetime.fromtimestamp(max(known), UTC):%Y-%m-%d}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def read_margins(checkpoint: Artifact) -> list[float]:
     margins: dict[tuple[int, str], tuple[int, float]] = {}
     for path in sorted((folder / MARGINS).glob(MARGINS_LOGS)) if folder else []:
         # A resumed training logs the steps after its checkpoint again; the later row counts.
-        margins |= {(row["step"], row["pair_id"]): (row["epoch"], row["margin"]) for row in read_appended(path)}
+        rows = read_appended(path, step=int, pair_id=str, epoch=int, margin=Real)
+        margins |= {(row["step"], row["pair_id"]): (row["epoch"], row["margin"]) for row in rows}
     last = max((epoch for epoch, _ in margins.values()), default=0)
     return [margin for _, (epoch, margin) in sorted(margins.items()) if epoch == last]
 

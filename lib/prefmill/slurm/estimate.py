@@ -13,10 +13,10 @@ from pydantic import BaseModel
 
 from prefmill.checklist.engine import TransformersConfig, VllmConfig
 from prefmill.core.errors import PipelineError, PrefmillError
-from prefmill.core.places import MANIFEST
 from prefmill.core.terminal import Say
 from prefmill.families.mdlm.config import DiffusionTrainingConfig
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
+from prefmill.pipeline.task_status import manifest_fault
 from prefmill.slurm.cluster import ClusterFile, Resources, not_taken_along, resources_for
 from prefmill.slurm.forecast import is_measurable, rows_of, stated
 from prefmill.slurm.memory import ORIGINS, GpuMemory, gpu_memory, host_memory, model_size, sharding
@@ -101,7 +101,7 @@ def _model_of(plan: Plan, task: PlannedTask) -> tuple[str | None, str | None]:
         path for name, paths in task.inputs.items() if task.stage.reads[name].kind == "checkpoint" for path in paths
     ]
     for folder in folders:
-        if (folder / MANIFEST).is_file():
+        if manifest_fault(folder) == "":
             return str(folder), None
     # Until then it has the shape of the model that its maker starts from: training changes no shape.
     makers = [other for other in plan.upstream(task) if other.output in folders]
@@ -213,7 +213,7 @@ def _missing_inputs(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[str]:
     """Inputs from outside the pipeline that are not there."""
     made = {task.output for task in plan.tasks}
     wanted = dict.fromkeys(path for task in tasks for paths in task.inputs.values() for path in paths)
-    missing = (path for path in wanted if path not in made and not (path / MANIFEST).is_file())
+    missing = (path for path in wanted if path not in made and manifest_fault(path) != "")
     yield from (f"its input {path} is not finished" for path in missing)
 
 

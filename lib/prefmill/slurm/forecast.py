@@ -16,11 +16,12 @@ from prefmill.core.artifact import Provenance
 from prefmill.core.errors import PipelineError
 from prefmill.core.figures import duration
 from prefmill.core.files import read_record
-from prefmill.core.places import MANIFEST, RUN_RECORD
+from prefmill.core.places import RUN_RECORD
 from prefmill.core.terminal import Say
 from prefmill.pipeline.local import RunOptions, run_plan
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.slots import Slots
+from prefmill.pipeline.task_status import manifest_fault
 from prefmill.reviews.join import PAPERS, REVIEWS
 from prefmill.slurm.cluster import Resources
 from prefmill.store.artifacts import publish, read_manifest
@@ -215,7 +216,7 @@ def _train_file(task: PlannedTask) -> str:
 
 
 def _manifest_rows(folders: Iterable[Path], name: str) -> int | None:
-    manifests = [read_manifest(folder) for folder in folders if (folder / MANIFEST).is_file()]
+    manifests = [read_manifest(folder) for folder in folders]
     files = [entry for manifest in manifests if manifest for entry in manifest.files]
     return next((entry.rows for entry in files if entry.path == name), None)
 
@@ -235,7 +236,7 @@ def forecast(
     if not any(map(is_measurable, asked)):
         say("nothing to measure: slices are of score_reviews and of trainings on chats or pairs of texts")
     for task in _distinct(asked):
-        missing = [path for paths in task.inputs.values() for path in paths if not (path / MANIFEST).is_file()]
+        missing = [path for paths in task.inputs.values() for path in paths if manifest_fault(path) != ""]
         if missing:
             say(f"{task.key}: not measured, as its input {missing[0]} is not finished: run what makes it first")
         else:

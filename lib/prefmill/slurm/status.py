@@ -22,7 +22,15 @@ from prefmill.core.terminal import paint_states
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
 from prefmill.pipeline.run_record import run_tasks
-from prefmill.pipeline.task_status import INTERRUPTED, in_short, is_at_work, is_finished, is_running, read_status
+from prefmill.pipeline.task_status import (
+    INTERRUPTED,
+    in_short,
+    is_at_work,
+    is_finished,
+    is_running,
+    manifest_fault,
+    read_status,
+)
 from prefmill.slurm import jobs as slurm
 from prefmill.slurm.elements import Tried, newest, read_tail, unsent
 from prefmill.slurm.failures import last_words
@@ -32,7 +40,7 @@ from prefmill.slurm.submission import script_of, submissions
 
 _COLUMNS = ("TASK", "STATE", "PROGRESS", "NODE", "TIME", "GPU-H", "RESTARTS", "REASON")
 _ROWS_OF_A_STAGE = 12  # a stage with more tasks is summed up in a row, and only what needs a look is listed
-_BROKEN = ("failed", "killed", "stopped", "cancelled", "blocked", "interrupted", "ended")
+_BROKEN = ("failed", "killed", "stopped", "cancelled", "blocked", "interrupted", "ended", "damaged")
 _GOING = ("running", "queued", "unknown")
 _CLEAR = "\x1b[H\x1b[2J"
 
@@ -81,7 +89,7 @@ def status_json(workspace: Path, run: str) -> int:
 
 
 def _exit_code(rows: Iterable[Row]) -> int:
-    return int(any(row.state in ("failed", "killed", "stopped") for row in rows))
+    return int(any(row.state in ("failed", "killed", "stopped", "damaged") for row in rows))
 
 
 def watch_status(workspace: Path, run: str, seconds: float) -> int:
@@ -112,7 +120,7 @@ def read_rows(workspace: Path, run: str) -> Table:
         one = tried.get(key)
         row = _row(key, output, logs, one, seen, decisions.last(key, one.name) if one else {})
         # The plan lists what is upstream first, so what a task needs has its row already.
-        rows[key] = _blocked(row, [rows[other] for other in task["needs"] if other in rows])
+        rows[key] = _blocked(row, [rows[other] for other in task.get("needs", ()) if other in rows])
     jobs = [seen.queue[job_id, -1] for job_id in healers if (job_id, -1) in seen.queue] if seen else []
     healing = any(job.live and not job.held_after_launch for job in jobs)
     wants_healer = seen is not None and bool(found) and script_of(found[-1]).is_file()
@@ -212,6 +220,8 @@ def _state(
         return "unsent", "not submitted yet", job
     if tried and seen and tried.element in seen.unknown:
         return "unknown", seen.unknown[tried.element], job
+    if fault := manifest_fault(output):
+        return "damaged", f"{fault}; to do: `prefmill run`, or `rerun` of a submitted one, makes it again", job
     return (*_left_state(status, tried, seen, job), job)
 
 
@@ -255,7 +265,7 @@ def _blocked(row: Row, upstream: Sequence[Row]) -> Row:
     if not broken or row.state not in ("waiting", "queued", "held", "ended"):
         return row
     cause = broken[0].reason if broken[0].state == "blocked" else f"{broken[0].key} has {broken[0].state}"
-    cause = cause.replace("has ended", "has failed").replace("has blocked", "is blocked")
+    cause = cause.replace("has ended", "has failed").replace("has blocked", "is blocked").replace("has dam", "is dam")
     return Row(row.key, "blocked", cause, seconds=row.seconds, gpus=row.gpus, restarts=row.restarts)
 
 

@@ -9,15 +9,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import append_row, read_appended, read_record, write_atomic
+from prefmill.core.files import append_row, appended, as_form, read_record, write_atomic
 from prefmill.pipeline.decisions import submissions_folder
 
+T = TypeVar("T", bound="Intent")
 ADVANCE = "advance"
 RECORD, JOBS, INTENTS, CODE, ARRAYS = "submission.json", "jobs.jsonl", "intents.jsonl", "code", "arrays"
 Kind = Literal["array", "advance"]
+_SUBMIT_AGAIN = "end its jobs (in `squeue --me` they begin with the run's name), delete the folder {}, and submit again"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Submission:
 
     def jobs(self) -> list[JobRecord]:
         """Every job submitted so far, oldest first; a line torn by a crash is left out."""
-        return [JobRecord(**row | {"indices": tuple(row["indices"])}) for row in read_appended(self.folder / JOBS)]
+        return [_as_call(row, JobRecord, where) for where, row in appended(self.folder / JOBS)]
 
     def advance_ids(self) -> list[str]:
         """The jobs that look after this submission's others."""
@@ -115,10 +117,11 @@ class Submission:
 
     def open_intents(self) -> list[Intent]:
         """The calls of which it is not noted what came of them."""
-        rows = read_appended(self.folder / INTENTS)
+        rows = list(appended(self.folder / INTENTS))
+        dropped = {where: row["dropped"] for where, row in rows if isinstance(row, dict) and row.keys() == {"dropped"}}
         # A job's own record settles its call: between the two files no kill can leave a call half settled.
-        settled = {row["dropped"] for row in rows if "dropped" in row} | {job.name for job in self.jobs()}
-        found = [Intent(**row | {"indices": tuple(row["indices"])}) for row in rows if "dropped" not in row]
+        settled = {*dropped.values(), *(job.name for job in self.jobs())}
+        found = [_as_call(row, Intent, where) for where, row in rows if where not in dropped]
         return [intent for intent in found if intent.name not in settled]
 
     def record_job(self, intent: Intent, job_id: str) -> JobRecord:
@@ -126,6 +129,11 @@ class Submission:
         values = vars(intent) | {"job_id": job_id, "time": time.time()}
         append_row(self.folder / JOBS, values)
         return JobRecord(**values)
+
+
+def _as_call(row: Any, form: type[T], where: str) -> T:
+    # Never passed over: it may tell of a job that lives, and whose tasks would be submitted a second time.
+    return as_form(row, form, where, "end its job, if `squeue --me` shows it, and delete that line")
 
 
 def array_path(submission: Path, stage: str, chunk: int) -> Path:
@@ -167,14 +175,9 @@ def read_submission(folder: Path) -> Submission:
         raise PipelineError(
             "no submission here", where=folder, expected=f"a {RECORD}", fix="submit the pipeline with `prefmill submit`"
         )
-    if not (values := read_record(record)):
-        raise PipelineError(
-            "the record of a submission is damaged", where=record, got=f"{record.stat().st_size} bytes, no JSON object",
-            fix="end its jobs (in `squeue --me` they begin with the run's name), delete this folder, and submit again",
-        )  # fmt: skip
     # Submissions of earlier versions do not say what they wanted: none of their tasks counts as unsent.
-    wanted = tuple((stage, chunk, tuple(indices)) for stage, chunk, indices in values.get("wanted", []))
-    return Submission(folder, **values | {"workspace": Path(values["workspace"]), "wanted": wanted})
+    values = {"folder": folder, **read_record(record)}
+    return as_form(values, Submission, record, _SUBMIT_AGAIN.format(folder))
 
 
 def submissions(workspace: Path, run: str) -> list[Submission]:
@@ -211,8 +214,7 @@ def write_array(array: ArrayFile) -> None:
 
 def read_array(path: Path) -> ArrayFile:
     """The chunk described in `path`."""
-    values = json.loads(path.read_text())
-    return ArrayFile(path, values["stage"], values["chunk"], tuple(values["tasks"]), values["resources"])
+    return as_form({"path": path, **read_record(path)}, ArrayFile, path, _SUBMIT_AGAIN.format(path.parents[1]))
 
 
 def script_of(submission: Submission) -> Path:

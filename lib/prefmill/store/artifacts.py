@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from prefmill.core.artifact import Artifact, FileEntry, Manifest, Provenance
 from prefmill.core.errors import ArtifactError
-from prefmill.core.files import digest_json, write_atomic
+from prefmill.core.files import digest_json, open_as_umask_says, write_atomic
 from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, RUN_RECORD, WORK
 from prefmill.store.stamps import stamp
 
@@ -28,6 +28,8 @@ def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[st
 
     Raises ArtifactError when there is no payload or a pickle in it: an empty output is never taken for done.
     """
+    for path in payload(folder):
+        open_as_umask_says(path)
     files = [_entry(path, folder) for path in payload(folder)]
     if not files:
         raise ArtifactError("the stage wrote nothing", where=folder, fix="this is a bug in the stage: report it")

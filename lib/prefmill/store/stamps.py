@@ -13,7 +13,7 @@ from typing import Any
 
 from prefmill.core.artifact import Artifact, FileEntry
 from prefmill.core.errors import ArtifactError
-from prefmill.core.files import digest_path, write_atomic
+from prefmill.core.files import digest_path, read_record, write_atomic
 
 STAMPS = ".verified.json"
 _MODIFIED = 2  # the place of a file's time of modification in its stamp
@@ -74,7 +74,6 @@ def _facts(path: Path) -> list[int]:
 
 def _read(folder: Path) -> dict[str, Stamp]:
     try:
-        stamps: dict[str, Stamp] = json.loads((folder / STAMPS).read_text())
-    except (OSError, ValueError):
+        return read_record(folder / STAMPS)
+    except OSError:
         return {}
-    return stamps

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefmill.core.errors import ArtifactError
+from prefmill.core.errors import ArtifactError, explained
+from prefmill.core.files import open_as_umask_says
 
 
 @dataclass(frozen=True)
@@ -27,33 +30,44 @@ class TensorCache:
 
     def holds(self, key: str) -> bool:
         """Whether `key` is kept."""
-        return self.path(key).is_file()
+        with explained():
+            return self.path(key).is_file()
 
     def load(self, key: str, *names: str) -> dict[str, Tensor]:
         """The tensors of `key`, all or those named; raises ArtifactError for a file that is no longer whole."""
+        with self._opened(key) as stored:
+            return {name: stored.get_tensor(name) for name in names or stored.keys()}
+
+    def row(self, key: str, name: str, index: int) -> Tensor:
+        """Row `index` of a tensor of `key`, without reading the others."""
+        with self._opened(key) as stored:
+            row: Tensor = stored.get_slice(name)[index]
+            return row
+
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[Any]:
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as stored:
-                return {name: stored.get_tensor(name) for name in names or stored.keys()}
+                yield stored
         except (SafetensorError, FileNotFoundError) as error:
+            with explained():  # of a file that is closed to us safetensors says that there is none
+                path.open("rb").close()
             raise ArtifactError(
                 "a cached tensor cannot be read", where=path, got=str(error), fix="delete that file and run again"
             ) from None
 
-    def row(self, key: str, name: str, index: int) -> Tensor:
-        """Row `index` of a tensor of `key`, without reading the others."""
-        with safe_open(self.path(key), framework="pt") as stored:
-            row: Tensor = stored.get_slice(name)[index]
-            return row
-
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep `tensors`; another process may be doing the same."""
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Node and process: on a shared disk two nodes may have a process of the same number.
         partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)  # on a full disk it would keep the room that the next attempt needs
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+                open_as_umask_says(partial)
+                partial.replace(path)
+            finally:
+                with contextlib.suppress(PermissionError):  # the folder is closed: there is none
+                    partial.unlink(missing_ok=True)  # on a full disk it would keep the room that the next attempt needs

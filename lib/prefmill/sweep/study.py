@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.core.files import digest_json, read_record, write_atomic
+from prefmill.core.files import as_form, digest_json, read_record, write_atomic
 from prefmill.sweep.config import Choices, SearchInterval, StudyConfig
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Claim:
 
 def read_claim(trial: Path) -> Claim | None:
     """The claim on the trial in this folder; None where its worker died before it wrote one."""
-    given = read_record(trial / CLAIM)
-    return Claim(given["worker"], tuple(given["attempts"]), given.get("reached", 0)) if given else None
+    given, path = read_record(trial / CLAIM), trial / CLAIM
+    return as_form(given, Claim, path, "delete that file") if given else None
 
 
 def claim(trial: Path, worker: str, reached: int = 0) -> Claim:

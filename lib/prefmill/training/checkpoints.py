@@ -101,7 +101,7 @@ def mark_complete(checkpoint: Path) -> None:
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """The rows of a loss curve in the order of their steps; of a step taken twice the later row counts."""
     rows: dict[int, dict[str, Any]] = {}
-    for row in read_appended(path):
+    for row in read_appended(path, step=int):
         # Training and evaluation log one step in rows of their own.
         rows[row["step"]] = {**rows.get(row["step"], {}), **row}
     return [rows[step] for step in sorted(rows)]

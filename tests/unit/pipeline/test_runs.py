@@ -259,5 +259,5 @@ def test_a_run_whose_record_is_damaged_does_not_hide_the_others(
 @pytest.mark.parametrize("text", ["", '{"number": 1,', "null"])
 def test_a_damaged_submission_is_told(text: str, tmp_path: Path) -> None:
     (tmp_path / "submission.json").write_text(text)
-    with pytest.raises(PipelineError, match=f"(?s)damaged.*{tmp_path}/submission.json.*delete this folder"):
+    with pytest.raises(PipelineError, match=f"(?s)damaged.*{tmp_path}/submission.json.*delete the folder {tmp_path}"):
         read_submission(tmp_path)

@@ -57,7 +57,7 @@ def test_the_queue_is_asked_once_and_only_when_something_is_open(run: Path, monk
     assert asked == 1
     assert (found["a"].state, found["a"].node) == ("running", "n3")
     for key in "abc":
-        write(run / "data/r" / key / "all" / "manifest.json", {})
+        write(run / "data/r" / key / "all" / "manifest.json", {"content_digest": ""})
     found, asked = rows(run, monkeypatch, {})
     assert asked == 0
     assert {row.state for row in found.values()} == {"complete"}
@@ -122,7 +122,9 @@ def test_no_answer_from_slurm_is_said_and_nothing_is_made_up(run: Path, monkeypa
 def test_progress_cost_and_restarts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     logs = run / "logs/r/a/all"
-    write(logs / "attempts.jsonl", {"started": now - 7300, "ended": now - 3700, "outcome": "requeued"})
+    write(
+        logs / "attempts.jsonl", {"started": now - 7300, "ended": now - 3700, "outcome": "requeued", "progressed": True}
+    )
     attempt = {"started": now - 100, "done_before": 100, "node": "n1", "steps_before": 0, "job": {}}
     write(logs / "status.json", {"state": "running", "time": now, "host": "n1", "attempt": attempt})
     write(logs / "progress.json", {"done": 150, "total": 200, "unit": "steps", "time": now})

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.errors import ArtifactError
@@ -15,6 +17,7 @@ from prefmill.core.stage import load_stage, stage_names
 from prefmill.store.artifacts import publish, read
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.stamps import verify
+from prefmill.store.tensor_cache import TensorCache
 
 ORIGIN = Provenance("x", "all", "f", {}, {}, "0", {})
 
@@ -37,6 +40,23 @@ def test_same_content_has_the_same_digest_wherever_it_is(tmp_path: Path) -> None
 def test_rows_bytes_and_digest_are_recorded(tmp_path: Path) -> None:
     (entry,) = make(tmp_path).manifest.files
     assert (entry.path, entry.rows, entry.bytes) == ("rows.jsonl", 2, (tmp_path / "rows.jsonl").stat().st_size)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_weights_are_open_to_those_whom_the_umask_lets_in(tmp_path: Path, umask: int) -> None:
+    """safetensors 0.8 makes its files for their owner alone: no colleague could read a published model."""
+    before = os.umask(umask)
+    try:
+        save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+        (tmp_path / "run.sh").touch(0o777)
+        publish(tmp_path, "checkpoint", ORIGIN, {})
+        cache = TensorCache(tmp_path / "cache")
+        cache.save("ab12", {"w": torch.ones(1)})
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "model.safetensors", cache.path("ab12"))]
+    assert modes == [0o666 & ~umask] * 2
+    assert (tmp_path / "run.sh").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_no_manifest_means_not_done(tmp_path: Path) -> None:

@@ -23,9 +23,18 @@ def test_a_cache_of_another_user_is_left_alone_and_told(
     # The tests may run as root, who may write anywhere. Of a group's cache one folder may be closed, by its umask.
     closed = shared / "reference" / "k"
     closed.mkdir(parents=True)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != closed)
+    spread = shared / "a7"  # of pictures' latents
+    spread.mkdir()
+    shut = [closed]
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in shut)
     assert (cache_place(task), caplog.messages) == (shared, [])
     assert cache_place(task, "reference/k") == task.work / "cache" / "reference" / "k"
     (told,) = caplog.messages
     assert told.startswith(f"{closed} is another user's: ")
     assert told.endswith(f"`chmod -R g+rwX {closed}`")
+    caplog.clear()
+    shut.append(spread)
+    assert cache_place(task) == task.work / "cache"
+    (told,) = caplog.messages
+    assert told.startswith(f"{spread} is another user's: ")
+    assert told.endswith(f"`chmod -R g+rwX {shared}`")
