@@ -7,7 +7,8 @@ from pydantic import Field
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.causal.chat_rows import ChatRows
-from prefmill.pairs.sources import SOURCE_KEYS, PairSource, write_pairs
+from prefmill.pairs.sources import SOURCE_KEYS, PairSource
+from prefmill.pairs.writing import write_pairs
 from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import start_model
 from prefmill.training.data import rows_of_input

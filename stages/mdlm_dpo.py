@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from prefmill.core.records import Modality
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
-from prefmill.pairs.sources import SOURCE_KEYS, PairSource, write_pairs
+from prefmill.pairs.sources import SOURCE_KEYS, PairSource
+from prefmill.pairs.writing import write_pairs
 from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import start_model
 from prefmill.training.data import rows_of_input

@@ -67,7 +67,8 @@ def _pairs(config: MdlmEvaluateConfig, task: Task) -> Path | None:
             "two sets of pairs to evaluate on", where=f"{task.stage}:{task.name}",
             got=f"inputs.datasets = {datasets.path} and {config.pairs_path}", fix="leave one of them out",
         )  # fmt: skip
-    from prefmill.pairs.sources import PairSource, write_pairs
+    from prefmill.pairs.sources import PairSource
+    from prefmill.pairs.writing import write_pairs
 
     source = validate(PairSource, {"dataset_file": str(config.pairs_path)})
     return write_pairs(source, task.work / "pairs", task.logs / BAD_ROWS)[0]

@@ -15,7 +15,8 @@ from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.families.causal.chat import encode
 from prefmill.families.causal.loading import load_model, load_tokenizer
-from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.pairs.sources import PairSource
+from prefmill.pairs.writing import write_pairs
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.data import group_by_prompt, read_pairs

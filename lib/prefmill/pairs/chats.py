@@ -12,11 +12,11 @@ from tqdm import tqdm
 from prefmill.core.errors import InputError
 from prefmill.pairs.formats import FORMS
 from prefmill.pairs.forms import Form, Judgement, Parse, Row, Tags
-from prefmill.pairs.pairing import FoundRow, UnusableRow, grouped, prompt_of, row_name, unpaired
+from prefmill.pairs.pairing import FoundRow, Group, UnusableRow, grouped, prompt_of, row_name, unpaired
 from prefmill.pairs.pictures import image_path
-from prefmill.pairs.sources import PairSource, identified, parsed_rows, write_split
+from prefmill.pairs.sources import PairSource, parsed_rows
 from prefmill.pairs.turns import Chat, alpaca_prompt, as_answer, as_chat, place_images, sole_answer
-from prefmill.training.bad_rows import BadRows
+from prefmill.pairs.writing import OwnRow, own_rows, write_split
 
 # Without these a row of a preference would have the keys of two forms, which is refused.
 _PREFERENCE_KEYS = ("chosen", "rejected", "label")
@@ -72,27 +72,35 @@ def write_chats(source: ChatSource, folder: Path, report: Path) -> tuple[Path, P
     naming the first bad row, or with `on_bad_row: drop` lists them in `report` and raises where no answer is left.
     """
     problems: list[UnusableRow] = []
-    # Read to the end first: `problems` is filled on the way.
-    rows = list(tqdm(_distinct(_good(source, problems)), desc="reading chats", unit=" chats"))
-    own = []
-    bad = BadRows(report, source.on_bad_row == "drop", dict(problems))
-    for name, chat in identified(rows):
-        with bad.row(f"row {name}"):
-            own.append((prompt_of(chat), _own_row(name, chat, source, folder)))
-    bad.tell(len(own))
-    if not own:
-        raise InputError("no answers to train on", where=source.source_name, fix=f"see the rows in {report}")
-    return write_split(own, source, folder, "sft")
+    chats = tqdm(_distinct(_good(source, problems)), desc="reading chats", unit=" chats")
+
+    def own_row(name: str, chat: Judgement) -> OwnRow:
+        return prompt_of(chat), _own_row(name, chat, source, folder)
+
+    def rows() -> Iterator[OwnRow]:
+        row = None
+        for row in own_rows(chats, own_row, source, problems, report):
+            yield row
+        if row is None:
+            raise InputError("no answers to train on", where=source.source_name, fix=f"see the rows in {report}")
+
+    return write_split(rows(), source, folder, "sft")
 
 
 def _good(source: ChatSource, problems: list[UnusableRow]) -> Iterator[tuple[str, Judgement]]:
-    compared: list[FoundRow] = []
+    scored: list[FoundRow] = []  # rows of one answer, whose prompt's others stand anywhere
     for row, found in parsed_rows(source, problems):
-        if not isinstance(found, Judgement):
-            compared.append((row, found))
-        elif found.is_good:
-            yield row_name(row), found
-    for group in grouped(compared):
+        if isinstance(found, Judgement):
+            yield from [(row_name(row), found)] if found.is_good else []
+        elif len(found.answers) > 1:
+            yield from _best(grouped([(row, found)]), problems)
+        else:
+            scored.append((row, found))
+    yield from _best(grouped(scored), problems)
+
+
+def _best(groups: Iterable[Group], problems: list[UnusableRow]) -> Iterator[tuple[str, Judgement]]:
+    for group in groups:
         chat, answers = group
         best = max(score for *_, score in answers)
         if best == min(score for *_, score in answers):

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
-from tqdm import tqdm
 
 from prefmill.core.config import ExternalPath, later
 from prefmill.core.errors import InputError, nearest
 from prefmill.core.places import expand_home
 from prefmill.pairs.formats import FORMS, detect, forms_of, parse
-from prefmill.pairs.forms import Form, Preference, words
+from prefmill.pairs.forms import Form
 from prefmill.pairs.mixture import MixedFile, mixed
-from prefmill.pairs.pairing import FoundRow, UnusableRow, pair_up, prompt_of
-from prefmill.pairs.pictures import image_path, this_rank
+from prefmill.pairs.pairing import FoundRow, UnusableRow, prompt_of
 from prefmill.pairs.remarks import Remarks, listed, repeats_prompt
-from prefmill.pairs.turns import BadRowError, Turn, as_answer
-from prefmill.store.jsonl import JsonlWriter
+from prefmill.pairs.turns import BadRowError
 from prefmill.store.row_files import SUFFIXES, TABLES, SourceRow, file_rows, hub_rows, is_saved_to_disk
-from prefmill.training.bad_rows import BadRows, RowPolicy
+from prefmill.training.bad_rows import RowPolicy
 
-_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 _HELD_OUT = re.compile("val|dev|test|eval|heldout|held.out", re.IGNORECASE)
-FoundT = TypeVar("FoundT")
 _LOOKED_AT = 64  # rows that settle the form of all
 SOURCE_KEYS = ("dataset", "dataset_file", "mixture")  # one of them names the dataset
 _OF_A_SOURCE = (
@@ -145,60 +139,6 @@ class PairSource(RowPolicy):
         ] or [self]
 
 
-def write_pairs(source: PairSource, folder: Path, report: Path) -> tuple[Path, Path | None]:
-    """Write the source's pairs as prefmill's own rows into `folder`; returns the train file, and val where asked for.
-
-    Images that came as bytes are written below `folder` too. Raises InputError naming the first bad row, or with
-    `on_bad_row: drop` lists them in `report` and raises where no pair is left.
-    """
-    problems: list[UnusableRow] = []
-    rows = list(tqdm(pair_up(parsed_rows(source, problems), problems), desc="reading pairs", unit=" pairs"))
-    own, seen = [], Counter[tuple[str, int, int]]()
-    bad = BadRows(report, source.on_bad_row == "drop", dict(problems))
-    for pair_id, pair in identified(rows):
-        with bad.row(f"row {pair_id}"):
-            group = prompt_of(pair)
-            own.append((group, _own_row(pair_id, group, pair, source, folder)))
-            seen[group, hash(words(pair.chosen)), hash(words(pair.rejected))] += 1
-    bad.tell(len(own))
-    again, turned = seen.total() - len(seen), sum((prompt, bad, good) in seen for prompt, good, bad in seen) // 2
-    if again or turned:
-        print(f"{again:,} pairs stand there again and {turned:,} both ways round: all are trained on", flush=True)
-    if not own:
-        raise _no_pairs(source, problems, report)
-    return write_split(own, source, folder, "dpo")
-
-
-def _no_pairs(source: PairSource, problems: list[UnusableRow], report: Path) -> InputError:
-    faults = Counter(problem.what for problem in problems)
-    fix = f"see the rows in {report}" if problems else "give a file that has rows"
-    if any(fault.endswith("no pair") for fault in faults):
-        fix = f"give two answers to a prompt, one with the higher score or the better label; all rows are in {report}"
-    if any("good answers only" in fault for fault in faults):
-        fix += "; or train on the good answers alone with the stage sft, which takes this file"
-    got = "; ".join(f"{count:,} rows: {fault}" for fault, count in faults.most_common(3)) or None
-    return InputError("no pairs to train on", where=source.source_name, got=got, fix=fix)
-
-
-def write_split(
-    rows: Iterable[tuple[str, dict[str, Any]]], source: PairSource, folder: Path, kind: str
-) -> tuple[Path, Path | None]:
-    """Write rows, each with the key of its prompt, as `kind`_train and `kind`_val; None where nothing is held out."""
-    train, val = folder / f"{kind}_train" / "data.jsonl", folder / f"{kind}_val" / "data.jsonl"
-    # Inside the with: where no row is left for one of them, no file of either appears.
-    with JsonlWriter(train, this_rank()) as training, JsonlWriter(val, this_rank()) as held_out:
-        for prompt, row in rows:
-            # By a hash of the prompt: its pairs stay together, and rows that are added move no other prompt.
-            coin = int.from_bytes(hashlib.sha256(f"{source.seed}:{prompt}".encode()).digest()[:8]) / 2**64
-            (held_out if coin < source.val_fraction else training).write(row)
-        if not training.num_rows or (source.val_fraction and not held_out.num_rows):
-            raise InputError(
-                "too few prompts to hold some out", got=training.num_rows + held_out.num_rows,
-                where=source.source_name, fix="change val_fraction or seed",
-            )  # fmt: skip
-    return train, val if held_out.num_rows else None
-
-
 def read_rows(source: PairSource) -> Iterator[SourceRow]:
     """The rows of a file or hub dataset, in order; raises InputError where it cannot be read."""
     if source.dataset_file is not None:
@@ -282,32 +222,3 @@ def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]
         )  # fmt: skip
     places = random.Random(source.seed).sample(range(len(everything)), source.subset)
     yield from (everything[place] for place in sorted(places))
-
-
-def identified(rows: Iterable[tuple[str, FoundT]]) -> Iterator[tuple[str, FoundT]]:
-    """Rows by names that are all different: a name met again gets a number."""
-    taken: set[str] = set()
-    for name, found in rows:
-        names = chain([name], (f"{name}~{number}" for number in count(2)))
-        taken.add(free := next(other for other in names if other not in taken))
-        yield free, found
-
-
-def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, folder: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "id": pair_id,
-        "group": group,
-        "conversations": list(map(_said, pair.messages)),
-        "chosen": _said(as_answer(pair.chosen)),
-        "rejected": _said(as_answer(pair.rejected)),
-    }
-    if pair.tools:
-        row["tools"] = list(pair.tools)
-    if pair.images:
-        row["images"] = [image_path(image, pair_id, source.image_base, folder) for image in pair.images]
-    return row
-
-
-def _said(turn: Turn) -> dict[str, Any]:
-    more = {key: value for key, value in turn.items() if key not in ("role", "content")}
-    return {"from": _SPEAKERS[turn["role"]], "value": turn["content"], **more}

@@ -14,7 +14,7 @@ from prefmill.core.errors import ConfigError
 from prefmill.integrations.llamafactory import import_config
 from prefmill.integrations.llamafactory_keys import NO_EFFECT, REFUSED, TAKEN
 from prefmill.pairs.chats import write_chats
-from prefmill.pairs.sources import write_pairs
+from prefmill.pairs.writing import write_pairs
 from prefmill.store.jsonl import read_jsonl
 from stages.dpo import DpoConfig
 from stages.sft import SftConfig

@@ -14,8 +14,9 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.pairs.chats import ChatSource, write_chats
 from prefmill.pairs.formats import detect, parse
 from prefmill.pairs.forms import Preference
-from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.pairs.sources import PairSource
 from prefmill.pairs.turns import BadRowError
+from prefmill.pairs.writing import write_pairs
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.row_files import file_rows
 from prefmill.training.data import read_pairs

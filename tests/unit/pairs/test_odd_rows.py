@@ -19,8 +19,9 @@ from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.pairs.chats import CHAT_FORMS, ChatSource, write_chats
 from prefmill.pairs.formats import parse
 from prefmill.pairs.forms import Preference
-from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.pairs.sources import PairSource
 from prefmill.pairs.turns import BadRowError
+from prefmill.pairs.writing import write_pairs
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from tests.unit.pairs.test_formats import SAME
 from tests.unit.pairs.test_scored_forms import SCORED

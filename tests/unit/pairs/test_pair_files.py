@@ -21,8 +21,9 @@ from prefmill.core.config import validate
 from prefmill.core.errors import InputError
 from prefmill.pairs.chats import ChatSource, write_chats
 from prefmill.pairs.formats import parse
-from prefmill.pairs.sources import PairSource, write_pairs, write_split
+from prefmill.pairs.sources import PairSource
 from prefmill.pairs.turns import BadRowError
+from prefmill.pairs.writing import write_pairs, write_split
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.store.row_files import file_rows
 from tests.conftest import REPOSITORY
@@ -324,3 +325,22 @@ def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too few prompts to hold some out"):
         write_split([("a", {"text": "x"})], source, tmp_path / "few", "dpo")
     assert not any(path.is_file() for path in (tmp_path / "few").rglob("*"))
+
+
+@pytest.mark.parametrize("write", ["pairs", "chats"])
+def test_pairs_are_not_held_in_memory(tmp_path: Path, write: str) -> None:
+    """All of them were, until the last one was read."""
+    rows = [
+        {"prompt": f"Q{number}?", "chosen": f"good {number} " * 500, "rejected": "bad " * 500} for number in range(3000)
+    ]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    del rows
+    given = {"dataset": str(tmp_path / "x.jsonl")}
+    tracemalloc.start()
+    if write == "pairs":
+        write_pairs(validate(PairSource, given), tmp_path / "own", tmp_path / "bad.json")
+    else:
+        write_chats(validate(ChatSource, given), tmp_path / "own", tmp_path / "bad.json")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 << 20, f"20 MB of text took {peak >> 20} MB"

@@ -20,7 +20,8 @@ from prefmill.families.causal.loading import load_tokenizer
 from prefmill.families.causal.sft import load_chats
 from prefmill.families.causal.templates import ChatTemplate, recorded_day
 from prefmill.pairs.chats import ChatSource, write_chats
-from prefmill.pairs.sources import PairSource, write_pairs
+from prefmill.pairs.sources import PairSource
+from prefmill.pairs.writing import write_pairs
 from prefmill.store.jsonl import read_jsonl
 from stages.dpo import DpoConfig
 from stages.sft import SftConfig
