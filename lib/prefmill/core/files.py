@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -87,10 +88,15 @@ def sample_digest(folder: Path, suffixes: tuple[str, ...]) -> str:
     return digest_json(found)
 
 
+def unique_suffix() -> str:
+    """A part of file names that no other writer has: two nodes, or containers, have processes of the same number."""
+    return f".{secrets.token_hex(4)}"
+
+
 def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write `text` to `path` by `replacing`; other processes may be doing the same."""
+    """Write `text` to `path` by `replacing`; other threads, processes and nodes may be doing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, f".{os.getpid()}", mode) as stream:
+    with replacing(path, unique_suffix(), mode) as stream:
         stream.write(text.encode())
 
 
@@ -129,7 +135,7 @@ def open_as_umask_says(path: Path) -> None:
 
 def refusal(folder: Path, num_bytes: int) -> OSError | None:
     """What the disk says to a file of that size in `folder`; None where it takes it. A quota is seen by trying only."""
-    probe = folder / f".room.{os.getpid()}"
+    probe = folder / f".room{unique_suffix()}"
     try:
         with probe.open("wb") as stream:
             # A file that is only made longer takes no blocks, and no quota would object.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import InputError
-from prefmill.core.files import replacing
+from prefmill.core.files import replacing, unique_suffix
 from prefmill.store.pictures import check_image, on_disk, open_image
 
 
@@ -45,13 +44,8 @@ def image_key(image: Any) -> str:
     return str(image.get("path") if isinstance(image, Mapping) else image)
 
 
-def this_rank() -> str:
-    """A part of file names that no other rank has: all ranks write the same content."""
-    return f".{os.environ.get('RANK', '0')}.{os.getpid()}"
-
-
 def write_by_rename(path: Path, data: bytes) -> None:
-    """Write by rename under a name of this rank's own."""
+    """Write by rename under a name of this rank's own: all ranks write the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, this_rank()) as stream:
+    with replacing(path, unique_suffix()) as stream:
         stream.write(data)

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from prefmill.core.errors import InputError
+from prefmill.core.files import unique_suffix
 from prefmill.pairs.forms import Preference, words
 from prefmill.pairs.pairing import UnusableRow, pair_up, prompt_of
-from prefmill.pairs.pictures import image_path, this_rank
+from prefmill.pairs.pictures import image_path
 from prefmill.pairs.sources import PairSource, parsed_rows
 from prefmill.pairs.turns import Turn, as_answer
 from prefmill.store.jsonl import JsonlWriter
@@ -88,7 +89,7 @@ def write_split(rows: Iterable[OwnRow], source: PairSource, folder: Path, kind: 
     """Write rows, each with the key of its prompt, as `kind`_train and `kind`_val; None where nothing is held out."""
     train, val = folder / f"{kind}_train" / "data.jsonl", folder / f"{kind}_val" / "data.jsonl"
     # Inside the with: where no row is left for one of them, no file of either appears.
-    with JsonlWriter(train, this_rank()) as training, JsonlWriter(val, this_rank()) as held_out:
+    with JsonlWriter(train, unique_suffix()) as training, JsonlWriter(val, unique_suffix()) as held_out:
         for prompt, row in rows:
             # By a hash of the prompt: its pairs stay together, and rows that are added move no other prompt.
             coin = int.from_bytes(hashlib.sha256(f"{source.seed}:{prompt}".encode()).digest()[:8]) / 2**64

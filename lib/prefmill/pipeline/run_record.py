@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError, nearest, select
-from prefmill.core.files import lacking, read_record, write_atomic
+from prefmill.core.files import lacking, read_record, unique_suffix, write_atomic
 from prefmill.core.places import CACHE, LATEST
 
 if TYPE_CHECKING:  # `prefmill status` reads the record, and no configuration
@@ -24,8 +24,7 @@ def point_latest(plan: Plan) -> None:
     for root in ROOTS:
         folder = plan.workspace / root
         (folder / plan.run).mkdir(parents=True, exist_ok=True)
-        link = folder / f".latest.{os.getpid()}"
-        link.unlink(missing_ok=True)
+        link = folder / f".latest{unique_suffix()}"
         # Relative, so that it is still right in a workspace that was moved or copied.
         link.symlink_to(plan.run)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefmill.core.errors import ArtifactError, explained
-from prefmill.core.files import open_as_umask_says
+from prefmill.core.files import open_as_umask_says, unique_suffix
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class TensorCache:
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep `tensors`; another process may be doing the same."""
         path = self.path(key)
-        # Node and process: on a shared disk two nodes may have a process of the same number.
-        partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}{unique_suffix()}.partial")
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,6 @@ def test_what_is_named_is_on_disk_and_the_mode_holds_from_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, seen = tmp_path / "page.url", []
-    left = tmp_path / f".page.url.{os.getpid()}.partial"  # by a killed process of this number
-    left.write_text("old")
 
     def synced(descriptor: int) -> None:
         seen.append(("sync", stat.S_IMODE(os.fstat(descriptor).st_mode)))
@@ -42,7 +41,24 @@ def test_what_is_named_is_on_disk_and_the_mode_holds_from_the_start(
     assert seen[:2] == [("sync", 0o600), ("rename", 0o600)]
     assert seen[2][0] == "sync", "the folder"
     assert path.read_text() == "secret"
-    assert not left.exists()
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_killed_writers_rest_is_in_no_ones_way(tmp_path: Path) -> None:
+    left = tmp_path / ".row.partial"
+    left.write_text("much, in another mode")
+    left.chmod(0o400)
+    with replacing(tmp_path / "row", mode=0o600) as stream:
+        stream.write(b"new")
+    assert [(path.read_text(), stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()] == [("new", 0o600)]
+
+
+def test_writers_of_one_process_number_do_not_meet(tmp_path: Path) -> None:
+    """As threads do, so do containers on two nodes: a rename found nothing, or the other's half."""
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(write_atomic, tmp_path / "heartbeat", str(n) * 99) for n in range(400)]
+    assert [error for each in done if (error := each.exception())] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["heartbeat"]
 
 
 def test_a_refusal_names_the_file_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
