@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import signal
 import subprocess
@@ -255,6 +256,19 @@ def test_a_heart_that_stops_is_noticed_by_the_observers_own_clock(
     assert not Watch(1.0).is_stale(tmp_path), "whoever has just come has heard nothing yet"
     assert json.loads((tmp_path / "claim.json").read_text()) == {"worker": "a", "attempts": ["a"], "reached": 0}
     assert trial_folder(tmp_path, 7).name == "0007"
+
+
+def test_a_heart_beats_on_behind_a_disk_that_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread ended, and others took the trial of a living worker over."""
+    claim(tmp_path, "a")
+
+    def full(*_: object) -> None:
+        monkeypatch.undo()
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(studies, "write_atomic", full)
+    with beating(tmp_path, 0.01):
+        next_beat(tmp_path)
 
 
 def test_who_takes_over_a_trial_is_not_taken_for_dead_before_its_first_beat(tmp_path: Path) -> None:
