@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from prefmill.core.config import validate
+from prefmill.core.stage import Task
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
-from tests.tiny import pair_rows
+from prefmill.training.config import TrainingConfig
+from tests.conftest import REPOSITORY
+from tests.forked_ranks import run_ranks
+from tests.tiny import pair_rows, sentence
 from tests.unit.training.test_ranks import _import_once_before_the_forks, train, train_on  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -48,6 +54,46 @@ def test_two_ranks_train_what_one_does(layout: str, tmp_path: Path, tiny_vl: Pat
     assert one[0] == pytest.approx(math.log(2), abs=1e-5)
     assert one[-1] != pytest.approx(one[0], abs=1e-4)
     assert two == pytest.approx(one, abs=2e-5)
+
+
+STRATEGIES = {
+    "ddp": {"activation_checkpointing": True}, "fsdp": {"fsdp": True},
+    "zero3": {"deepspeed": str(REPOSITORY / "configs" / "deepspeed" / "zero3.json")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_ranks_fine_tune_as_one_does(name: str, tmp_path: Path, tiny_vl: Path) -> None:
+    """One row of four has an image: most batches have none, and their rank must run the vision part all the same."""
+    Image.effect_noise((60, 60), 90).convert("RGB").save(tmp_path / "noise.png")
+    rows = [
+        {
+            "id": str(number),
+            "messages": [
+                {"role": "user", "content": sentence(number, 5)},
+                {"role": "assistant", "content": sentence(50 + number, 4 + number)},
+            ],
+        }
+        for number in range(8)
+    ]
+    for row in rows[::4]:
+        row |= {"images": [str(tmp_path / "noise.png")]}
+        row["messages"][0]["content"] = "the<image>"
+    write_jsonl(tmp_path / "chats.jsonl", rows)
+    run_ranks(1, fine_tune, tmp_path / "one", tiny_vl, {})
+    run_ranks(2, fine_tune, tmp_path / "two", tiny_vl, STRATEGIES[name])
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=2e-5)
+
+
+def fine_tune(folder: Path, model: Path, strategy: dict[str, Any]) -> None:
+    from prefmill.families.causal.sft import train_sft
+
+    keys = {"learning_rate": 1e-3, "num_train_epochs": 1, "precision": "fp32", "effective_batch_size": 4,
+            "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 9, "report_to": [],
+            "max_length": 400}  # fmt: skip
+    (folder / "out").mkdir(parents=True, exist_ok=True)
+    task, rows = Task("r", "sft", "vision", {}, {}, {}, folder / "out", folder / "logs"), folder.parent / "chats.jsonl"
+    train_sft(validate(TrainingConfig, {**keys, **strategy}), task, str(model), rows, rows)
 
 
 def test_an_adapter_trains_and_is_merged(

@@ -59,14 +59,14 @@ def train_sft(
     tokenizer = load_tokenizer(model_name, template=turns, today=task.began_on, **options)
     check_start(model_name, tokenizer, config)
     reader = open_reader(model_name, tokenizer, turns, **options)
+    parts = [load_chats(path, tokenizer, config, task, turns, reader) for path in (train, val) if path is not None]
     chats = Chats(
-        train=load_chats(train, tokenizer, config, task, turns, reader),
-        val=None if val is None else load_chats(val, tokenizer, config, task, turns, reader),
+        train=parts[0],
+        val=None if val is None else parts[1],
         tokenizer=tokenizer,
-        collate=partial(collate_images, reader=reader) if reader else None,
+        collate=partial(collate_images, reader=reader, beside=_shown_beside(parts)) if reader else None,
         router_aux_loss_coef=turns.router_aux_loss_coef,
     )
-    parts = [part for part in (chats.train, chats.val) if part is not None]
     turns.tell_unread_without(reader is not None and any(any(part["image_paths"]) for part in parts))
     check_tokens(model_name, tokenizer, (ids for part in parts for ids in part["input_ids"]), config)
     check_positions(model_name, (len(ids) for part in parts for ids in part["input_ids"]), config)
@@ -175,7 +175,7 @@ class _Repeatable(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         row: dict[str, Any] = self.rows[place % len(self.rows)]
-        return row if place < len(self.rows) else {**row, "labels": [_IGNORED] * len(row["labels"])}
+        return row if place < len(self.rows) else _unlearnt(row)
 
 
 def _load_trained(name: str, config: TrainingConfig, parts: TrainedTurns, with_images: bool) -> Any:
@@ -238,8 +238,31 @@ def load_chats(
     return Dataset.from_list(encoded_chats(path, encode, config, task, reader is not None))
 
 
-def collate_images(rows: Sequence[Mapping[str, Any]], reader: ImageReader) -> dict[str, Tensor]:
-    """Rows padded on the right, [R, T], with the pixels of their images; transformers places the images itself."""
+def _shown_beside(parts: Sequence[Dataset]) -> Mapping[str, Any] | None:
+    """The shortest row with an image, of which nothing is learnt, for batches of other ranks that have no image.
+
+    A rank that does not run the vision part would leave the others, which share it or its gradients, waiting for it.
+    """
+    if world_size() == 1:
+        return None
+    shown = (row for part in parts for row in part if row["image_paths"])
+    shortest = min(shown, key=lambda row: len(row["input_ids"]), default=None)
+    return shortest and _unlearnt(shortest)
+
+
+def _unlearnt(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "labels": [_IGNORED] * len(row["labels"])}
+
+
+def collate_images(
+    rows: Sequence[Mapping[str, Any]], reader: ImageReader, beside: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Rows padded on the right, [R, T], with the pixels of their images; transformers places the images itself.
+
+    Where none has an image the row `beside` them follows.
+    """
+    if beside is not None and not any(row["image_paths"] for row in rows):
+        rows = [*rows, beside]
     width = max(len(row["input_ids"]) for row in rows)
     padding = {"input_ids": int(reader.tokenizer.pad_token_id or 0), "labels": _IGNORED, "attention_mask": 0}
     filled = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
