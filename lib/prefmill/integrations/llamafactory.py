@@ -5,6 +5,7 @@ Every key is translated, known to change no result, or refused: nothing is dropp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ _THEIR_DEFAULTS: Mapping[str, Any] = {
     "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "cutoff_len": 2048, "dataset_dir": "data",
     "seed": 42,
 }  # fmt: skip
+_SECRET = re.compile("token|secret|api_key|password")
 # LLaMA-Factory scales images to these bounds where its file names none.
 _THEIR_PIXELS = {"max_pixels": 768 * 768, "min_pixels": 32 * 32}
 _SAME_NAME: Mapping[str, type | tuple[type, ...]] = {
@@ -33,6 +35,7 @@ _SAME_NAME: Mapping[str, type | tuple[type, ...]] = {
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo_mean", "simpo": "simpo"}
 _ATTENTION = {"fa2": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
 _OF_PREFERENCES = ("pref_loss", "pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing", "ref_model")
+_TRACKERS = ("tensorboard", "wandb", "trackio")
 _PARTS = {
     "freeze_vision_tower": "freeze_vision_tower", "freeze_multi_modal_projector": "freeze_projector",
     "freeze_language_model": "freeze_language_model",
@@ -59,7 +62,7 @@ def import_config(path: Path, num_gpus: int = 1) -> Imported:
     if refused:
         raise ConfigError(
             "keys that prefmill does not have", where=path,
-            got="".join(f"\n    {key}={given[key]}: {why}" for key, why in sorted(refused.items())),
+            got="".join(f"\n    {key}{_shown(key, given[key])}: {why}" for key, why in sorted(refused.items())),
             fix="take them out of a copy of the file if you can do without them, and import that",
         )  # fmt: skip
     known = {key: value for key, value in given.items() if key in TAKEN or key in _AT_ONE_VALUE or key == "template"}
@@ -78,6 +81,11 @@ def _counts(key: str, value: Any) -> bool:
     return key not in TAKEN and key not in NO_EFFECT
 
 
+def _shown(key: str, value: Any) -> str:
+    """`=value`, but of a key that may hold a secret."""
+    return "" if _SECRET.search(key) else f"={value}"
+
+
 class _Reading:
     """One file on its way into a configuration: what is left of it, and what it has become."""
 
@@ -91,12 +99,17 @@ class _Reading:
     def translate(self) -> dict[str, Any]:
         """All of it, in the order of a configuration that people read."""
         self._defaults_of_the_rest()
+        if (revision := self.take("model_revision", str, "main")) != "main":
+            self.config["revision"] = revision
         datasets = Datasets(self.take("dataset_dir", str), self.take("media_dir", str), self.stage, self.path)
         self.config |= datasets.keys(self.rest.pop("dataset", ""), self.take("max_samples", int))
         self._held_out()
+        # Of preferences it scores answers alone, and no layer's routing.
+        balancing = self.take("moe_aux_loss_coef", float)
         if self.stage == "dpo":
             self._loss()
         else:
+            self.config |= {"router_aux_loss_coef": balancing} if balancing else {}
             for key in _OF_PREFERENCES:
                 self.rest.pop(key, None)
             history = self.take("mask_history", bool, False)
@@ -181,7 +194,9 @@ class _Reading:
         self.config["warmup_steps"] = steps or ratio
         reports = self.take("report_to", (str, list), "none")
         reports = [reports] if isinstance(reports, str) else reports
-        self.config["report_to"] = [name for name in reports if name in ("tensorboard", "wandb", "trackio")]
+        self.config["report_to"] = [name for name in reports if name in _TRACKERS]
+        if other := set(reports) - {*_TRACKERS, "none"}:
+            self.notes.append(f"report_to: nothing is sent to {', '.join(sorted(other))}")
 
     def _adapter(self, has_images: bool) -> None:
         kind = self.one_of("finetuning_type", {"full": "full", "lora": "lora"})

@@ -25,6 +25,8 @@ _COLUMNS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
 }  # fmt: skip
 _FORMS = {"dpo": {}, "sft": {"sharegpt": "conversations", "alpaca": "instruction_output"}}
+_PARTS = ("columns", "tags")
+_COMMON = {key: key for key in ("system", "tools", "images")}
 # The rest changes which rows are read: a script, a part of a repository, rows drawn with replacement.
 _KEYS = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "ranking", "subset", "split", "revision",
          "columns", "tags"}  # fmt: skip
@@ -78,6 +80,11 @@ class Datasets:
                 fix="name one of these under `dataset`, or add it to the registry",
             )  # fmt: skip
         entry: dict[str, Any] = info[name]
+        if not all(isinstance(part, dict) for part in (entry, *(entry[key] for key in _PARTS if key in entry))):
+            raise ConfigError(
+                f"the entry of '{name}' is of another kind", where=self.folder / _INFO, got=entry,
+                expected=f"an object, with objects as {' and '.join(_PARTS)}", fix="correct it",
+            )  # fmt: skip
         if bool(entry.get("ranking")) != (self.stage == "dpo"):
             wanted = "one of preferences" if self.stage == "dpo" else "one to fine-tune on"
             raise ConfigError(
@@ -96,9 +103,10 @@ class Datasets:
         named = entry.get("columns", {})
         odd = [key for key in ("videos", "audios", "kto_tag") if named.get(key)]
         odd += [key for key, value in entry.items() if key not in _KEYS and value is not None]
+        odd += [f"formatting {formatting}"] if known is None else []
         # Of a file prefmill reads all rows.
         odd += ["split"] if "hf_hub_url" not in entry and entry.get("split", "train") != "train" else []
-        if known is None or odd or not {"hf_hub_url", "file_name"} & set(entry):
+        if odd or known is None or not {"hf_hub_url", "file_name"} & set(entry):
             raise ConfigError(
                 f"this kind of dataset is not known{': ' * bool(odd)}{', '.join(odd)}", where=self.folder / _INFO,
                 got=dict(entry), expected="a file or the hub; text and images",
@@ -111,8 +119,10 @@ class Datasets:
             found |= {"subset": entry.get("subset"), "split": entry.get("split", "train")}
         else:
             found["dataset"] = str(self.folder / entry["file_name"])
-        columns = {ours: named[theirs] for theirs, ours in known.items() if named.get(theirs)}
-        columns |= {key: named[key] for key in ("system", "images", "tools") if named.get(key)}
+        columns = {ours: named.get(theirs) for theirs, ours in {**known, **_COMMON}.items()}
+        # What a row must have keeps its name; of the rest LLaMA-Factory reads `input` alone without being told.
+        unread = {"history", *_COMMON, *(["input"] if "columns" in entry else [])}
+        columns = {ours: theirs for ours, theirs in columns.items() if theirs or ours in unread}
         tags = {tag: entry["tags"][f"{tag}_tag"] for tag in TAGS if entry.get("tags", {}).get(f"{tag}_tag")}
         found |= {"columns": {ours: theirs for ours, theirs in columns.items() if ours != theirs}, "tags": tags}
         return {key: value for key, value in found.items() if value}

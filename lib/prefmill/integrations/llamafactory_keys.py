@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 TAKEN: Mapping[str, str] = {
     "stage": "the stage: sft or dpo", "model_name_or_path": "model_name_or_path",
+    "model_revision": "revision", "moe_aux_loss_coef": "of sft: router_aux_loss_coef",
     "trust_remote_code": "trust_remote_code", "adapter_name_or_path": "lora.start; of dpo also ref_name",
     "finetuning_type": "lora, or none", "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "use_dora": "lora.use_dora",
     "use_rslora": "lora.alpha, times the root of the rank", "lora_target": "lora.target_modules",
@@ -36,6 +37,7 @@ TAKEN: Mapping[str, str] = {
 _SAVED = "where and how to save is prefmill's own"
 _SPEED = "how fast, never what comes out"
 _SHOWN = "how to show it"
+_WRITTEN = "how to write answers, which no training does"
 _EVALUATED = "evaluated at the end of every epoch, which changes no weight"
 # A key in none of the three tables is refused, so that a new one of theirs is never dropped in silence.
 NO_EFFECT: Mapping[str, str] = {
@@ -53,6 +55,12 @@ NO_EFFECT: Mapping[str, str] = {
     "do_eval": _EVALUATED, "ray_num_workers": "ranks are started by prefmill",
     "video_max_pixels": "no videos", "video_min_pixels": "no videos", "video_fps": "no videos",
     "video_maxlen": "no videos",
+    "compute_accuracy": _EVALUATED, "eval_on_each_dataset": _EVALUATED, "logging_first_step": _SHOWN,
+    "use_swanlab": _SHOWN, "swanlab_project": _SHOWN, "swanlab_run_name": _SHOWN, "swanlab_workspace": _SHOWN,
+    "swanlab_mode": _SHOWN, "swanlab_logdir": _SHOWN, "swanlab_api_key": _SHOWN, "use_kv_cache": _WRITTEN,
+    "temperature": _WRITTEN, "top_p": _WRITTEN, "top_k": _WRITTEN, "do_sample": _WRITTEN, "num_beams": _WRITTEN,
+    "repetition_penalty": _WRITTEN, "save_safetensors": _SAVED, "remove_unused_columns": "nothing else is in a row",
+    "hf_hub_token": "the hub's token is read from HF_TOKEN", "data_shared_file_system": _SPEED,
     "lora_dropout": "0 is taken; any other is refused", "template": "the model's own chat template is used",
     "adam_beta1": "0.9 is taken; any other is refused", "adam_beta2": "0.999 is taken; any other is refused",
 }  # fmt: skip
@@ -72,7 +80,13 @@ REFUSED: Mapping[str, str] = {
     "streaming": "a dataset is read as a whole", "eval_dataset": "held-out prompts are a share: give val_size",
     "train_on_prompt": "prompts are not trained", "pure_bf16": "trained weights are kept in fp32: give bf16",
     "pref_bco_weight": _LOSS, "use_dft_loss": _LOSS, "use_asft_loss": _LOSS, "asft_alpha": _LOSS,
-    "use_eaft_loss": _LOSS,
+    "use_eaft_loss": _LOSS, "eaft_alpha": _LOSS,
+    "ld_alpha": "there it weighs the policy's answers and not the reference's: set ld_alpha, which weighs both",
+    "disable_shuffling": "rows are shuffled", "early_stopping_steps": "trainings take all their epochs",
+    "tool_format": "the model's own chat template writes tools", "upcast_layernorm": _QUANTIZED,
+    "preserve_thinking": "give chat_template_kwargs", "train_from_scratch": "a model's weights are the start",
+    "add_tokens": _ARCHITECTURE, "add_special_tokens": _ARCHITECTURE, "new_special_tokens_config": _ARCHITECTURE,
+    "use_mca": _MEGATRON, "use_megatron_bridge": _MEGATRON, "freeze_extra_modules": _FREEZE,
     "neftune_noise_alpha": "no noise in embeddings", "default_system": "write the system text into the rows",
     "ref_model_adapters": "name an adapter's folder as ref_model", "create_new_adapter": "merge the first adapter",
     "additional_target": "only the adapter is trained beside a frozen base",

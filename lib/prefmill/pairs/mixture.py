@@ -19,7 +19,7 @@ class MixedFile(StrictConfig):
     file: ExternalPath
     weight: float = Field(gt=0)
     pair_format: str | None = None
-    columns: dict[str, str] = {}
+    columns: dict[str, str | None] = {}
     tags: dict[str, str] = {}
 
 

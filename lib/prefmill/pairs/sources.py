@@ -57,7 +57,9 @@ class PairSource(RowPolicy):
     max_rows: int | None = Field(None, ge=1, description="use the first so many rows; none: all")
     encoding: str = later("utf-8", description="of text files")
     pair_format: str | None = Field(None, description="form of the rows; none: recognized by their keys")
-    columns: dict[str, str] = Field({}, description="{ours: theirs}: other names of the form's keys")
+    columns: dict[str, str | None] = Field(
+        {}, description="{ours: theirs}: other names of the form's keys; null: a key is not read"
+    )
     tags: dict[str, str] = Field({}, description="{role: theirs, ...}: other names inside messages")
     image_folder: Path | None = Field(None, description="folder that image paths are relative to; none: the file's")
     val_fraction: float = Field(0.0, ge=0, lt=1, description="share of the prompts held out, with all their rows")
@@ -158,7 +160,7 @@ def parsed_rows(source: PairSource, problems: list[UnusableRow]) -> Iterator[Fou
 
 
 def _parsed(source: PairSource, problems: list[UnusableRow]) -> Iterator[FoundRow]:
-    remarks = Remarks(set(source.columns.values()))
+    remarks = Remarks({theirs for theirs in source.columns.values() if theirs is not None})
     rows = _renamed(_drawn(read_rows(source), source), source, remarks)
     first = list(islice(rows, _LOOKED_AT))
     # One for all: a second form in one file is a fault to be told, not a choice to be made.
@@ -204,8 +206,11 @@ def _renamed(rows: Iterable[SourceRow], source: PairSource, remarks: Remarks) ->
 def _rename(values: dict[str, Any], source: PairSource, remarks: Remarks) -> None:
     remarks.missing -= values.keys()
     # All columns are taken out before one is put back: two may swap names.
-    values.update({ours: values.pop(theirs) for ours, theirs in source.columns.items()
-                   if theirs in values and ours != theirs})  # fmt: skip
+    taken = {ours: values.pop(theirs) for ours, theirs in source.columns.items()
+             if theirs in values and ours != theirs}  # fmt: skip
+    for unread in (ours for ours, theirs in source.columns.items() if theirs is None):
+        values.pop(unread, None)
+    values.update(taken)
 
 
 def _drawn(rows: Iterator[SourceRow], source: PairSource) -> Iterator[SourceRow]:

@@ -25,7 +25,8 @@ def test_every_key_is_taken_over(tmp_path: Path) -> None:
     _, config, notes = import_config(write(tmp_path, bf16=True, pref_ftx=0.3, max_samples=9), num_gpus=4)
     assert config == {
         "pair_format": "sharegpt", "dataset": str(tmp_path / "data" / "mine.json"),
-        "columns": {"conversations": "talk", "chosen": "best", "rejected": "worst"},
+        "columns": {"conversations": "talk", "chosen": "best", "rejected": "worst", "system": None, "tools": None,
+                    "images": None},
         "tags": {"role": "who", "content": "text", "user": "H", "assistant": "B", "system": "S"},
         "image_folder": str(tmp_path / "data"), "max_rows": 9, "beta": 0.2, "loss_type": ["sigmoid", "sft"],
         "loss_weights": [1.0, 0.3], "label_smoothing": 0.0, "num_train_epochs": 1, "warmup_steps": 0.25,
@@ -50,7 +51,50 @@ def test_what_the_file_leaves_out_is_llamafactorys_default(tmp_path: Path) -> No
 def test_hub_datasets_and_columns_left_out(tmp_path: Path) -> None:
     _, config, _ = import_config(write(tmp_path, dataset="orca"))
     assert (config["dataset"], config["subset"], config["split"]) == ("a/b", "en", "train")
-    assert (config["pair_format"], config["columns"]) == ("alpaca", {"instruction": "question"})
+    assert (config["pair_format"], config["columns"]) == ("alpaca", {
+        "instruction": "question", "input": None, "history": None, "tools": None, "images": None,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (None, ["I\nX"]), ({"prompt": "instruction", "response": "output"}, ["I"]),
+        ({"prompt": "input", "response": "output"}, ["X"]),
+        ({"prompt": "instruction", "response": "output", "history": "history", "system": "system"}, [*"Sab", "I"]),
+    ],
+)  # fmt: skip
+def test_a_column_that_the_registry_does_not_name_is_not_read(columns: Any, said: list[str], tmp_path: Path) -> None:
+    """As in LLaMA-Factory's converter, for which only `instruction`, `input` and `output` have names by themselves."""
+    path = write(tmp_path, stage="sft", dataset="mine")
+    entry = {"file_name": "mine.json", **({"columns": columns} if columns else {})}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    row = {"instruction": "I", "input": "X", "output": "O", "system": "S", "history": [["a", "b"]]}
+    (tmp_path / "data" / "mine.json").write_text(json.dumps([row]))
+    config = validate(SftConfig, import_config(path).config)
+    train, _ = write_chats(config, tmp_path / "own", tmp_path / "bad.json")
+    (chat,) = read_jsonl(train)
+    assert [turn["content"] for turn in chat["messages"]] == [*said, "O"]
+
+
+def test_what_may_be_a_secret_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="other_hub_token: not known here") as raised:
+        import_config(write(tmp_path, other_hub_token="hf_abc"))
+    assert "hf_abc" not in str(raised.value)
+
+
+def test_trackers_that_are_not_there_are_told(tmp_path: Path) -> None:
+    _, config, notes = import_config(write(tmp_path, report_to=["wandb", "swanlab"]))
+    assert config["report_to"] == ["wandb"]
+    assert "report_to: nothing is sent to swanlab" in notes
+
+
+@pytest.mark.parametrize("entry", [[], {"file_name": "x.json", "columns": "messages"}])
+def test_an_entry_of_another_kind_is_told(entry: Any, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    with pytest.raises(ConfigError, match="the entry of 'mine' is of another kind"):
+        import_config(path)
 
 
 SFT = {"stage": "sft", "dataset": "sft"}
@@ -65,6 +109,8 @@ def full(**keys: Any) -> dict[str, Any]:
 EXPECTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stage": (SFT, {"train_on": "all_assistant_turns", "pair_format": "instruction_output"}),
     "model_name_or_path": ({"model_name_or_path": "x/y"}, {"model_name_or_path": "x/y"}),
+    "model_revision": ({"model_revision": "v2"}, {"revision": "v2"}),
+    "moe_aux_loss_coef": ({**SFT, "moe_aux_loss_coef": 0.01}, {"router_aux_loss_coef": 0.01}),
     "trust_remote_code": ({"trust_remote_code": True}, {"trust_remote_code": True}),
     "adapter_name_or_path": ({**LORA, "adapter_name_or_path": "a"}, {"lora": {"start": "a"}, "ref_name": "m"}),
     "finetuning_type": ({"finetuning_type": "full"}, {"lora": None}),
