@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,15 @@ _AROUND = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "ln_final": "text_model.final_layer_norm",
 }
+
+
+def as_open_clip_reads(prompt: str) -> str:
+    """A prompt before OpenCLIP's tokenizer takes it apart: HTML's names as their signs, curled quotes as plain ones.
+
+    What its ftfy mends besides, such as text in a wrong encoding, stays.
+    """
+    plain = unescape(unescape(prompt))
+    return re.sub("[\u201c-\u201f]", '"', re.sub("[\u02bc\u2018-\u201b]", "'", plain))
 
 
 def is_open_clip(name: str) -> bool:

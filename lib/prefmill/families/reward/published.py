@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image, Resampling
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize, pad
 
 from prefmill.core.errors import InputError
 from prefmill.families.causal.loading import loading
 from prefmill.families.causal.whole import read_whole, require_vocabulary
 from prefmill.families.reward.model import encode, open_processor, require_size, tell_cut
-from prefmill.families.reward.open_clip import is_open_clip, load_open_clip
+from prefmill.families.reward.open_clip import as_open_clip_reads, is_open_clip, load_open_clip
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Scorer = Callable[[Sequence[str], Sequence["Image"]], Tensor]
+Scorer = Callable[[Sequence[str], Sequence[Image]], Tensor]
 """From B prompts and images to their scores, [B] fp32."""
 
 WEIGHTS, IMAGE_REWARD, MED_CONFIG = "model.safetensors", "ImageReward.safetensors", "med_config.json"
@@ -73,21 +71,23 @@ def _pick_score(folder: Path, device: str) -> Scorer:
 
 def _hps(folder: Path, device: str) -> Scorer:
     """HPSv2 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP's cos(image, text), the image whole on a black square."""
-    from PIL import ImageOps
-    from PIL.Image import Resampling
-
     model = load_open_clip(folder)
-    score, side = _clip(model, folder, device, 1.0), model.config.vision_config.image_size
-    # Of an odd number of black rows or columns the last side has one more, as in the authors' ResizeMaxSize.
-    pad = functools.partial(ImageOps.pad, size=(side, side), method=Resampling.BICUBIC, centering=(0.499, 0.499))
-    return lambda prompts, images: score(prompts, [pad(image) for image in images])
+    score, side = _clip(model, folder, device, 1.0, pixels_are_made=True), model.config.vision_config.image_size
+
+    def shown_whole(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
+        return score([*map(as_open_clip_reads, prompts)], [whole(image, side) for image in images])
+
+    return shown_whole
 
 
-def _clip(model: Any, folder: Path, device: str, scale: float) -> Scorer:
+def _clip(model: Any, folder: Path, device: str, scale: float, pixels_are_made: bool = False) -> Scorer:
     processor, model = open_processor(_require_processor(folder)), model.to(device).eval()
-    require_size(processor.image_processor, model.config, folder)
+    images_of = processor.image_processor
+    require_size(images_of, model.config, folder)
+    if pixels_are_made:
+        images_of.do_resize = images_of.do_center_crop = images_of.do_rescale = False
 
-    def score(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
+    def score(prompts: Sequence[str], images: Sequence[Any]) -> Tensor:
         batch = {name: value.to(device) for name, value in encode(processor, prompts, images).items()}
         seen = model.get_image_features(pixel_values=batch.pop("pixel_values")).pooler_output
         return scale * (normalize(seen) * normalize(model.get_text_features(**batch).pooler_output)).sum(1)
@@ -146,14 +146,15 @@ def _image_reward(folder: Path, device: str) -> Scorer:
         part.to(device).eval()
     tokenizer = BertTokenizer.from_pretrained(folder)
     require_vocabulary(tokenizer, str(folder))
-    images_of = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    images_of = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
 
     def score(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
         tell_cut(tokenizer, prompts, _MAX_TOKENS)
         given = tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         ).to(device)
-        pixels = images_of(images=list(images), return_tensors="pt")["pixel_values"].to(device)
+        shown = [middle(image, side) for image in images]
+        pixels = images_of(images=shown, return_tensors="pt")["pixel_values"].to(device)
         looked = vision(pixel_values=pixels).last_hidden_state
         made = text(
             input_ids=given["input_ids"], attention_mask=given["attention_mask"], encoder_hidden_states=looked,
@@ -163,6 +164,25 @@ def _image_reward(folder: Path, device: str) -> Scorer:
         return found
 
     return score
+
+
+def whole(image: Image, side: int) -> Tensor:
+    """HPSv2's ResizeMaxSize: [3, side, side] in about [0, 1], scaled as numbers without rounding, on black."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    scale = side / max(image.size)
+    size = (round(image.height * scale), round(image.width * scale))
+    pixels = interpolate(pixels, size, mode="bicubic", antialias=True)[0]
+    down, across = side - size[0], side - size[1]
+    return pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2))
+
+
+def middle(image: Image, side: int) -> Image:
+    """torchvision's Resize and CenterCrop; transformers' crop of an odd rest may be a pixel further left."""
+    short = min(image.size)
+    width, height = (int(side * length / short) for length in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    scaled = image.resize((width, height), Resampling.BICUBIC)
+    return scaled.crop((left, top, left + side, top + side))
 
 
 def linear_layers(state: Mapping[str, Tensor], prefix: str, relu: bool) -> nn.Sequential:

@@ -23,7 +23,7 @@ from prefmill.demo.tiny_models import build
 from prefmill.families.reward.data import LabelledPair
 from prefmill.families.reward.model import _say_cut
 from prefmill.families.reward.open_clip import CONFIG_FILE
-from prefmill.families.reward.published import MED_CONFIG, open_published
+from prefmill.families.reward.published import MED_CONFIG, open_published, whole
 from prefmill.families.reward.scoring import open_scorer
 from prefmill.families.reward.train import _count_cut, load_clip, load_processor
 from stages.train_reward import TrainRewardConfig
@@ -73,13 +73,13 @@ def test_pickscore_is_clips_own_logit(clip: Path, images: list[Path]) -> None:
         agrees(clip, images, CLIPModel.from_pretrained(clip).eval()(**given).logits_per_image.diagonal())
 
 
-def whole(path: Path, side: int) -> Image.Image:
-    """A picture as ResizeMaxSize of HPSv2's open_clip/transform.py makes it: the longer side first, then black."""
-    image = Image.open(path).convert("RGB")
-    height, width = (round(length * side / max(image.size)) for length in reversed(image.size))
-    across, down = side - width, side - height
-    padding = ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
-    return Image.fromarray(np.pad(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), padding))
+def whole_seen(clip: Path, path: Path, side: int) -> Tensor:
+    """A picture as HPSv2's code shows it; `whole` is held to that code's numbers in test_scorers_inputs.py."""
+    from transformers import CLIPProcessor
+
+    processor = CLIPProcessor.from_pretrained(clip).image_processor
+    mean, std = (torch.tensor(of)[:, None, None] for of in (processor.image_mean, processor.image_std))
+    return (whole(Image.open(path).convert("RGB"), side) - mean) / std
 
 
 def test_hpsv2_is_open_clips_cosine(
@@ -97,9 +97,7 @@ def test_hpsv2_is_open_clips_cosine(
     state = open_clip.make_state()
     processor.save_pretrained(open_clip.write(tmp_path, config, state))
     tokens = processor.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
-    for path in images:
-        whole(path, 32).save(tmp_path / path.name)
-    image, text = open_clip.by_hand(state, seen(clip, [tmp_path / path.name for path in images]), tokens)
+    image, text = open_clip.by_hand(state, torch.stack([whole_seen(clip, path, 32) for path in images]), tokens)
     agrees(tmp_path, images, (normalize(image) * normalize(text)).sum(1))
 
 
