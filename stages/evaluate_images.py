@@ -90,6 +90,7 @@ STAGE = Stage(
     root="data",
     on="images",
     writes="image_evaluation",
+    metrics=("win_rate", "win_rate_low", "win_rate_high", "winner_drift"),
     reads={
         "tuned": Reads("image_checkpoint", "sdxl_dpo", match="elementwise"),
         "model": Reads("checkpoint", optional=True, instead_of=("model_name_or_path",)),

@@ -14,6 +14,7 @@ from prefmill.pairs.writing import write_pairs
 from prefmill.training.bad_rows import BAD_ROWS
 from prefmill.training.config import start_model
 from prefmill.training.data import rows_of_input
+from prefmill.training.objective_names import VAL_METRICS
 
 
 class MdlmDpoConfig(DiffusionPreferenceConfig, PairSource):
@@ -53,6 +54,7 @@ STAGE = Stage(
     run=run,
     root="checkpoints",
     trains=True,
+    metrics=tuple(VAL_METRICS),
     writes="checkpoint",
     reads={
         "policy": Reads(

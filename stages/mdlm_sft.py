@@ -70,6 +70,7 @@ STAGE = Stage(
     run=run,
     root="checkpoints",
     trains=True,
+    metrics=(),  # a loss is none to choose by
     writes="checkpoint",
     reads={
         "model": Reads(

@@ -8,6 +8,7 @@ from prefmill.core.errors import PipelineError
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.training.config import start_model
+from prefmill.training.objective_names import VAL_METRICS
 
 
 class SdxlDpoConfig(SdxlPreferenceConfig):
@@ -42,6 +43,7 @@ STAGE = Stage(
     root="checkpoints",
     on="images",
     trains=True,
+    metrics=tuple(VAL_METRICS),
     writes="image_checkpoint",
     reads={
         "pairs": Reads("image_pairs", "build_image_pairs"),

@@ -75,6 +75,7 @@ STAGE = Stage(
     root="checkpoints",
     on="images",
     trains=True,
+    metrics=tuple(f"{split}_{name}" for split in ("val", "test") for name in ("f1", "accuracy", "tie_aware_accuracy")),
     writes="reward_model",
     reads={
         "pairs": Reads("image_pairs", "build_image_pairs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ def make_sdxl(folder: Path, seed: int = 0) -> Artifact:
     return publish_as(folder, "checkpoint")
 
 
-def make_pairs(folder: Path, train: int = 12, val: int = 4, size: tuple[int, int] = (40, 32)) -> Artifact:
-    """Pairs whose preferred picture has a bright square in it, the other noise alone."""
+def make_pairs(folder: Path, train: int = 12, val: int = 4, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> Artifact:
+    """Pairs whose preferred picture has a bright square in it, the other noise alone; in turn of these sizes."""
     rows: list[ImagePair] = []
     for number in range(train + val):
         names = [f"images/p{number}/{side}.png" for side in ("good", "bad")]
         for name, bright in zip(names, (True, False), strict=True):
-            draw_picture(folder / name, number, bright, size)
+            draw_picture(folder / name, number, bright, sizes[(number + bright) % len(sizes)])
         rows.append(
             {
                 "pair_id": f"pair{number}",

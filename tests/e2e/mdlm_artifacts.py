@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training_artifacts import make_task, publish_as
+from reward_artifacts import run_stage
+from training_artifacts import publish_as
 
 from prefmill.core.artifact import Artifact
-from prefmill.core.config import read_yaml, validate
-from prefmill.core.stage import load_stage
+from prefmill.core.config import read_yaml
 from tests.conftest import REPOSITORY
 
 TOY: dict[str, Any] = {"num_sft": 64, "num_pairs": 48, "num_prompts_held_out": 6}
@@ -22,12 +22,6 @@ SMALL: dict[str, Any] = {
     "precision": "fp32", "max_length": 64, "num_train_epochs": 2, "per_device_train_batch_size": 4,
     "effective_batch_size": 8, "logging_steps": 1, "save_steps": 3, "report_to": [], "forward_batch_size": 32,
 }  # fmt: skip
-
-
-def run_stage(name: str, folder: Path, values: dict[str, Any], **inputs: Artifact) -> dict[str, Any]:
-    """Run a stage with the configuration `values`; its output and logs are below `folder`."""
-    stage = load_stage(name)
-    return dict(stage.run(validate(stage.config, values), make_task(name, folder, **inputs)))
 
 
 def demo(stage: str, **keys: Any) -> dict[str, Any]:

@@ -22,7 +22,9 @@ SMALL: dict[str, Any] = {
 def run_stage(name: str, folder: Path, values: dict[str, Any], **inputs: Artifact) -> dict[str, Any]:
     """Run a stage with the configuration `values`; its output and logs are below `folder`."""
     stage = load_stage(name)
-    return dict(stage.run(validate(stage.config, values), make_task(name, folder, **inputs)))
+    told = dict(stage.run(validate(stage.config, values), make_task(name, folder, **inputs)))
+    assert {*(stage.metrics or ())} <= told.keys(), "a sweep refuses metrics that a stage does not name"
+    return told
 
 
 def make_clip(folder: Path) -> Artifact:

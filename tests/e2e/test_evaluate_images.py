@@ -14,7 +14,7 @@ import pytest
 from image_pair_artifacts import make_sdxl
 from PIL import Image
 from reward_artifacts import make_clip, make_reward, make_samples, run_stage
-from training_artifacts import content, make_task
+from training_artifacts import content
 
 from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.config import validate
@@ -57,8 +57,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
 
 def evaluate(folder: Path, given: Mapping[str, Artifact], **keys: Any) -> dict[str, Any]:
     inputs = {name: artifact for name, artifact in given.items() if name in STAGE.reads}
-    task = make_task("evaluate_images", folder, **inputs)
-    return dict(STAGE.run(validate(EvaluateImagesConfig, {**KEYS, **keys}), task))
+    return run_stage("evaluate_images", folder, {**KEYS, **keys}, **inputs)
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def test_wide_pairs_are_trained_whole_without_some_captions(tmp_path: Path, mode
     """The start is the reference still: it has seen the same buckets, offsets and dropped captions."""
     keys = {**KEYS, "bucket_step": 8, "caption_dropout": 0.5, "noise_offset": 0.1, "per_device_train_batch_size": 1}
     keys |= {"max_steps": 2, "use_ema": False, "cache_dir": str(tmp_path / "c")}
-    pairs = make_pairs(tmp_path / "pairs", train=4, val=2, size=(64, 32))
+    pairs = make_pairs(tmp_path / "pairs", train=4, val=2, sizes=((64, 32),))
     told = run_stage("sdxl_dpo", tmp_path, keys, model=model, pairs=pairs)
     assert (told["num_cut_images"], told["num_cut_prompts"]) == (12, 0)  # by a twelfth: the nearest is 40 x 24
     assert rows_of(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -129,7 +129,8 @@ class Stage(Generic[ConfigT]):
     `run`, and once for all tasks of a local run. `result` is the payload file a user opens; a finished run
     prints where it is, with the lines of the metric `conclusion` where the stage returns one. A stage that
     `trains` runs once per GPU under torchrun, and saves and stops when asked to (prefmill.core.graceful_stop). The
-    output of one that `names_run` has the run's name in it, so that it is never taken from another run.
+    output of one that `names_run` has the run's name in it, so that it is never taken from another run. `metrics` are
+    those that a sweep may choose by; None where they are not known before a run.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Stage(Generic[ConfigT]):
     result: str | None = None
     trains: bool = False
     names_run: bool = False
+    metrics: tuple[str, ...] | None = None
     on: Literal["text", "images", "both"] = "text"
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import ExternalPath, lay_over, load, merge, read_yaml
-from prefmill.core.errors import ConfigError, DivergedError, PrefmillError
+from prefmill.core.errors import ConfigError, DivergedError, PrefmillError, nearest
 from prefmill.core.files import write_atomic
 from prefmill.core.places import MANIFEST, STAGES, stages_folder
 from prefmill.core.stage import Stage, load_stage
@@ -23,6 +23,7 @@ from prefmill.pipeline.task_status import is_running, read_status
 from prefmill.store.artifacts import read, read_manifest
 from prefmill.sweep.config import StudyConfig, corners
 from prefmill.training.checkpoints import STEPS, newest_checkpoint, read_curve
+from prefmill.training.objective_names import VAL_METRICS
 
 RUN = "trial"
 LOG = "log.txt"
@@ -54,6 +55,7 @@ def check_space(config: StudyConfig, where: object) -> None:
         raise ConfigError("not a stage that trains", where=where, got=config.stage, fix="sweep over a training stage")
     for parameters in corners(config.space):
         load(stage.config, stage_values(config.config, config.set, parameters), where=f"{where} ({config.stage})")
+    judge = None
     if config.judge is not None:
         judge = load_stage(config.judge.stage)
         load(judge.config, stage_values(config.judge.config, config.judge.set), where=f"{where} ({judge.name})")
@@ -62,6 +64,22 @@ def check_space(config: StudyConfig, where: object) -> None:
                 f"stage {judge.name} has no input '{config.judge.input}'", where=where,
                 expected=", ".join(judge.reads), fix="correct judge.input",
             )  # fmt: skip
+    _require_metric(judge or stage, config.metric, where)
+    if config.pruner != "none" and stage.metrics and config.prune_by not in VAL_METRICS.values():
+        known = [*VAL_METRICS.values()]
+        raise ConfigError(
+            f"stage {stage.name} has no evaluation '{config.prune_by}'{nearest(config.prune_by, known)}", where=where,
+            expected=", ".join(known), fix="correct prune_by",
+        )  # fmt: skip
+
+
+def _require_metric(stage: Stage[Any], name: str, where: object) -> None:
+    if stage.metrics is not None and name not in stage.metrics:
+        raise ConfigError(
+            f"stage {stage.name} has no metric '{name}'{nearest(name, stage.metrics)}", where=where,
+            expected=", ".join(stage.metrics) or "a judge: this stage measures its loss alone",
+            fix="correct metric" if stage.metrics else "give a judge and a metric of its",
+        )  # fmt: skip
 
 
 def stage_values(

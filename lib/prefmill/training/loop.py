@@ -25,6 +25,7 @@ from prefmill.training.checkpoints import newest_checkpoint, require_its_ranks, 
 from prefmill.training.config import TrainingConfig
 from prefmill.training.family import Reference
 from prefmill.training.finished import ensure_savable, kept_dtype
+from prefmill.training.objective_names import VAL_METRICS
 
 
 class Trained(Protocol):
@@ -52,9 +53,7 @@ class TrainingSpec:
     data: Trained
     publish: Callable[[Any], Metrics]
     counts: Metrics
-    logged: Mapping[str, str] = field(
-        default_factory=lambda: {f"val_{name}": f"eval_{name}" for name in ("accuracy", "f1", "margin")}
-    )
+    logged: Mapping[str, str] = field(default_factory=lambda: VAL_METRICS)
     processor: Any = None
     check: Callable[[Any], None] | None = None
     reference: Callable[[Any, Any], tuple[Reference, Reference]] | None = None

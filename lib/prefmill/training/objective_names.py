@@ -32,6 +32,9 @@ NEEDS: dict[str, frozenset[Need]] = {
     "bradley_terry_heads": frozenset({"heads"}),
 }
 
+# The metrics of every preference training, and the value of its last evaluation that each is.
+VAL_METRICS = {"val_accuracy": "eval_accuracy", "val_f1": "eval_f1", "val_margin": "eval_margin"}
+
 # The objectives that read a key; every other key of theirs is read by all.
 READ_BY = {
     "beta": NEEDS.keys() - {"sft"},

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from prefmill.core.errors import PipelineError
+from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import load_stage
 from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep import study as studies
+from prefmill.sweep.config import StudyConfig
 from prefmill.sweep.run import TRIALS
-from prefmill.sweep.trial import TrialDivergedError, TrialError, TrialInterrupted, _value
+from prefmill.sweep.trial import TrialDivergedError, TrialError, TrialInterrupted, _value, check_space
 from prefmill.training.checkpoints import mark_complete
 from tests.conftest import REPOSITORY
 from tests.unit.sweep.test_sweep_worker import Params, go, ran, score, use
@@ -44,6 +47,27 @@ def test_a_metric_that_is_not_finite_is_a_trial_that_diverged(value: float, erro
     with pytest.raises(TrialError, match="is no number") as raised:
         _value({"val_f1": None}, "val_f1", load_stage("train_reward"), Path("trial"))
     assert not isinstance(raised.value, TrialDivergedError)
+
+
+IMAGES = {"stage": "sdxl_dpo", "space": {"learning_rate": {"low": 1e-5, "high": 1e-4}}}
+JUDGE = {"judge": {"stage": "evaluate_images", "input": "tuned"}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"metric": "val_acuracy"}, r"sdxl_dpo has no metric 'val_acuracy' \(did you mean 'val_accuracy'\?\)"),
+        ({"metric": "winrate", **JUDGE}, r"evaluate_images has no metric 'winrate' \(did you mean 'win_rate'\?\)"),
+        ({"metric": "val_f1", **JUDGE}, r"evaluate_images has no metric 'val_f1'[\s\S]*win_rate"),
+        ({"stage": "train_reward", "metric": "f1"}, r"train_reward has no metric 'f1'[\s\S]*val_f1"),
+        ({"stage": "sft", "metric": "val_accuracy"}, "a judge: this stage measures its loss alone"),
+        ({"metric": "val_f1", "pruner": "median", "prune_by": "eval_acc"}, "no evaluation 'eval_acc'"),
+    ],
+)
+def test_names_of_metrics_are_checked_before_the_first_trial(keys: dict[str, Any], said: str) -> None:
+    """A trial may take a day: its whole training ran before a wrong name was told."""
+    with pytest.raises(ConfigError, match=said):
+        check_space(validate(StudyConfig, {**IMAGES, **keys}), "sweep")
 
 
 @pytest.mark.parametrize(("saves", "failed"), [(True, 0), (False, 1)])

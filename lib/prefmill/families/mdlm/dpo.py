@@ -29,6 +29,7 @@ from prefmill.families.mdlm.training import DrawTelemetry, FollowOnResume, diffu
 from prefmill.training.data import Group
 from prefmill.training.family import Reference
 from prefmill.training.loop import run_training
+from prefmill.training.objective_names import VAL_METRICS
 from prefmill.training.objectives import Settings, mix
 from prefmill.training.reference import GroupScoring, computed_as, kept_reference, reference_scores, start_weights
 from prefmill.training.trainer import Preferences, PreferenceTrainer, train_data, val_data
@@ -69,12 +70,7 @@ def train_diffusion_dpo(
         reference=partial(_reference, task, groups, held_out, config) if objective.needs_reference else None,
         callbacks=[FollowOnResume(live)],
         counts={"pairs": sum(len(group.pairs) for group in groups)},
-        logged={
-            "val_accuracy": "eval_accuracy",
-            "val_f1": "eval_f1",
-            "val_margin": "eval_margin",
-            "recommended_draws": "recommended_draws",
-        },
+        logged={**VAL_METRICS, "recommended_draws": "recommended_draws"},
     )
     return run_training(spec)
 

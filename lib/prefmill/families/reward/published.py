@@ -80,7 +80,9 @@ def _hps(folder: Path, device: str) -> Scorer:
     return shown_whole
 
 
-def _clip(model: Any, folder: Path, device: str, scale: float, pixels_are_made: bool = False) -> Scorer:
+def _clip(
+    model: Any, folder: Path, device: str, scale: float, pixels_are_made: bool = False
+) -> Callable[[Sequence[str], Sequence[Any]], Tensor]:  # fmt: skip
     processor, model = open_processor(_require_processor(folder)), model.to(device).eval()
     images_of = processor.image_processor
     require_size(images_of, model.config, folder)

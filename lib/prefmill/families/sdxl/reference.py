@@ -68,7 +68,8 @@ class ReferenceErrors:
     def prediction(self, pair: PairImages, epoch: int) -> Tensor:
         """What the reference predicts for a pair's winner, [C, H, W]."""
         place = self._places[pair.pair_id]
-        return self.reader.cache.row(self.key((epoch, place // CHUNK)), "predictions", place % CHUNK)
+        key, name = self.key((epoch, place // CHUNK)), _named(place % CHUNK)
+        return self.reader.cache.load(key, name)[name]
 
     def key(self, chunk: Chunk) -> str:
         """What a chunk's values are determined by, in one name."""
@@ -81,7 +82,8 @@ class ReferenceErrors:
         read = self.reader
         content = [[pair.pair_id, read.texts.of(read.prompt(pair, epoch)), *read.keys(pair, epoch)] for pair in pairs]
         said = [
-            content, epoch, read.seed, self.at_once, self.with_predictions, self.one_side_at_once, self.settings,
+            content, epoch, read.seed, self.at_once, self.with_predictions and "each", self.one_side_at_once,
+            self.settings,
             # Nothing is added without an offset: errors kept before there was one stay valid.
             *filter(None, {read.offset(pair) for pair in pairs}),
         ]  # fmt: skip
@@ -110,7 +112,9 @@ class ReferenceErrors:
         found = [self._run(model, pairs, chunk[0], device) for pairs in self._batches(chunk)]
         values = {"scores": require_numbers(torch.cat([scores for scores, _ in found]))}
         if self.with_predictions:
-            values["predictions"] = torch.cat([predictions for _, predictions in found])
+            # Each by itself: with a bucket_step pairs differ in size. Cloned, as no file may hold views of one storage.
+            each = [prediction.clone() for _, predictions in found for prediction in predictions]
+            values |= {_named(place): prediction for place, prediction in enumerate(each)}
         return values
 
     def _batches(self, chunk: Chunk) -> Iterator[Sequence[PairImages]]:
@@ -143,6 +147,10 @@ class ReferenceErrors:
                 "computed again", worst, _TOLERANCE[self.dtype],
             )  # fmt: skip
         return right
+
+
+def _named(place: int) -> str:
+    return f"prediction_{place}"
 
 
 def adapter_off(model: Any) -> AbstractContextManager[Any]:

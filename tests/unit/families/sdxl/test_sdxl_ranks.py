@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,26 @@ def test_two_ranks_train_what_one_does(folder: Path, adapter: bool) -> None:
     assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 5e-5
     kept = [sorted(path.name for path in (path / "cache").rglob("*.safetensors")) for path in (one, two)]
     assert kept[0] == kept[1]
+
+
+SIZES = ((40, 32), (32, 40), (96, 32), (33, 31), (31, 71), (200, 60), (32, 32))
+
+
+@pytest.mark.slow
+def test_ranks_with_pairs_of_other_sizes_train_what_one_does(folder: Path, tmp_path: Path) -> None:
+    """Each rank has another size at a step, and at an epoch's last one a rank has a pair less."""
+    from image_pair_artifacts import make_pairs
+
+    shutil.copytree(folder / "model", tmp_path / "model")
+    make_pairs(tmp_path / "pairs", train=11, val=3, sizes=SIZES)
+    keys = {**KEYS, "bucket_step": 8, "per_device_train_batch_size": 1, "random_flip": True, "use_ema": False}
+    one, two = (train_on(ranks, tmp_path / str(ranks), keys) for ranks in (1, 2))
+    curves = [read_curve(path / "logs" / STEPS) for path in (one, two)]
+    for key in ("loss", "eval_loss"):
+        left, right = ([row[key] for row in curve if key in row] for curve in curves)
+        assert right == pytest.approx(left, abs=2e-6), key
+    kept = [sorted(path.name for path in (path / "cache").rglob("*.safetensors")) for path in (one, two)]
+    assert kept[0] == kept[1]
+    for path in (one, two):
+        log = (path / "logs" / "margins" / "margins_log.jsonl").read_text().splitlines()
+        assert Counter(json.loads(row)["pair_id"] for row in log) == {f"pair{number}": 2 for number in range(11)}
