@@ -21,6 +21,12 @@ def from_all_ranks(value: ValueT) -> list[ValueT]:
     return [found for found in values if found is not None]
 
 
+def wait_for_all() -> None:
+    """Have every rank come here before any goes on: early, it would read what another one has not written yet."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def num_ranks() -> int:
     """Ranks in the process group there is; 1 for a process alone."""
     return dist.get_world_size() if dist.is_initialized() else 1

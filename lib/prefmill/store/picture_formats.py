@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 from typing import BinaryIO
 
 # By Pillow's name, with the suffix that a copy gets. A phone's MPO opens as JPEG.
@@ -23,6 +24,10 @@ _NAMES = {
 }  # fmt: skip
 # By their numbers in ITU-T H.273; 2 says nothing, and browsers show BT.709's curve as sRGB's.
 _SRGB_PRIMARIES, _SRGB_CURVES = {1, 2}, {1, 2, 6, 13}
+_NUMBERED = {b"cICP", b"sRGB", b"gAMA", b"cHRM"}
+_SRGB_GAMMA, _NEAR_GAMMA = 1 / 2.2, 0.05
+_SRGB_POINTS = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # white, red, green, blue of IEC 61966-2-1
+_NEAR_POINTS = 0.02
 _META = 1 << 16  # bytes of an AVIF, its boxes before the picture
 _COLOURS = {(12, 13): "Display P3", (9, 16): "HDR, PQ", (9, 18): "HDR, HLG", (12, 16): "HDR, PQ"}
 _NO_PICTURES = {
@@ -52,11 +57,31 @@ def _starts(pattern: bytes, head: bytes) -> bool:
 
 
 def coded_colours(stream: BinaryIO) -> str | None:
-    """What a PNG or an AVIF says of its colours by number, where that is not sRGB; Pillow passes the numbers over."""
-    primaries, curve = _coded(stream) or (1, 13)
+    """What a PNG or an AVIF says of its colours by numbers, where that is not sRGB; Pillow passes the numbers over."""
+    if stream.read(8) != b"\x89PNG\r\n\x1a\n":
+        found = re.search(rb"colrnclx\0(.)\0(.)", stream.read(_META), re.DOTALL)
+        return _by_code(found[1][0], found[2][0]) if found else None
+    told = _before_pixels(stream)
+    if len(codes := told.get(b"cICP", b"")) >= 2:
+        return _by_code(*codes[:2])
+    # As browsers do: one of the first two counts, and primaries only beside a gamma.
+    return None if b"sRGB" in told else _by_measure(told.get(b"gAMA", b""), told.get(b"cHRM", b""))
+
+
+def _by_code(primaries: int, curve: int) -> str | None:
     if primaries in _SRGB_PRIMARIES and curve in _SRGB_CURVES:
         return None
     return f"colours {primaries}, {curve}: {_COLOURS.get((primaries, curve), 'other than sRGB')}"
+
+
+def _by_measure(gamma: bytes, places: bytes) -> str | None:
+    if len(gamma) != 4 or not (value := int.from_bytes(gamma) / 1e5):
+        return None
+    if abs(value / _SRGB_GAMMA - 1) > _NEAR_GAMMA:
+        return f"gamma {value:.3g}"
+    points = [value / 1e5 for value in struct.unpack(">8I", places)] if len(places) == 32 else _SRGB_POINTS
+    far = max(abs(there - srgb) for there, srgb in zip(points, _SRGB_POINTS, strict=True)) > _NEAR_POINTS
+    return "primaries other than sRGB's" if far else None
 
 
 def ends_behind_pixels(stream: BinaryIO) -> bool:
@@ -71,15 +96,14 @@ def ends_behind_pixels(stream: BinaryIO) -> bool:
     return len(head) == 8
 
 
-def _coded(stream: BinaryIO) -> tuple[int, int] | None:
-    """The two numbers of a PNG's chunk cICP or an AVIF's box nclx."""
-    if stream.read(8) != b"\x89PNG\r\n\x1a\n":
-        found = re.search(rb"colrnclx\0(.)\0(.)", stream.read(_META), re.DOTALL)
-        return (found[1][0], found[2][0]) if found else None
-    # From chunk to chunk: a generator's settings may stand before it, of any length and with any text.
+def _before_pixels(stream: BinaryIO) -> dict[bytes, bytes]:
+    """What a PNG says of its colours in numbers, by chunk."""
+    found = {}
+    # From chunk to chunk: a generator's settings may stand before them, of any length and with any text.
     while len(head := stream.read(8)) == 8 and (kind := head[4:]) != b"IDAT":
-        if kind == b"cICP":
-            codes = stream.read(2)
-            return (codes[0], codes[1]) if len(codes) == 2 else None
-        stream.seek(int.from_bytes(head[:4]) + 4, io.SEEK_CUR)
-    return None
+        size = int.from_bytes(head[:4])
+        if kind in _NUMBERED and size <= 32:
+            found[kind] = stream.read(size)
+            size = 0
+        stream.seek(size + 4, io.SEEK_CUR)
+    return found

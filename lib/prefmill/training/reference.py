@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from prefmill.core.errors import DivergedError
 from prefmill.core.files import digest_json, digest_path
 from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import Task
-from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank_zero_says
+from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank_zero_says, wait_for_all
 from prefmill.distributed.devices import device_kind, rank
 from prefmill.distributed.sharding import uses_fsdp
 from prefmill.store.kept_tensors import KeptTensors
@@ -27,6 +27,7 @@ from prefmill.training.data import Group
 SPOT_CHECK_SHARE = 0.01
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}  # of a response's summed log-likelihood, in nats
 _log = logging.getLogger(__name__)
+KeyT = TypeVar("KeyT")
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,19 @@ def _still_right(
             worst, tolerance, len(held),
         )  # fmt: skip
     return right
+
+
+def keep_together(
+    wanted: Collection[KeyT], held: Callable[[KeyT], bool], keep: Callable[[KeyT], None], task: Task, unit: str
+) -> None:
+    """Have `keep` make what of `wanted` is not `held`: ranks share it, and stop together after a round of one each."""
+    # Rank 0 decides: one that looks later may see more, skip a key, and wait at a barrier nobody else comes to.
+    known = rank_zero_says(lambda: {key for key in wanted if held(key)})
+    for together in missing(wanted, known.__contains__, advance_together(task), unit, at_once=num_ranks()):
+        for key in together[rank() : rank() + 1]:
+            keep(key)
+        # So that no rank ends the task at `advance`, or reads, before all have written.
+        wait_for_all()
 
 
 def advance_together(task: Task) -> Progress:

@@ -42,7 +42,7 @@ _AROUND = {
 def as_open_clip_reads(prompt: str) -> str:
     """A prompt before OpenCLIP's tokenizer takes it apart: HTML's names as their signs, curled quotes as plain ones.
 
-    What its ftfy mends besides, such as text in a wrong encoding, stays.
+    What its ftfy changes besides, such as text in a wrong encoding, stays.
     """
     plain = unescape(unescape(prompt))
     return re.sub("[\u201c-\u201f]", '"', re.sub("[\u02bc\u2018-\u201b]", "'", plain))

@@ -57,11 +57,14 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     schedule = folder.schedule(config.min_snr_gamma, config.guidance_scale)
     settings = settings_of(config, schedule)
     objective = choose_objective(config, settings, schedule)
-    train, held_out = (_pairs(config, task, pairs, split, objective) for split in ("train", "val"))
-    data, held = PreferenceData(train, None, _plan(train, config)), val_data(held_out, config)
-    args = _arguments(config, task, data.plan)
+    cache = TensorCache(config.cache_dir or cache_place(task))
+    train, held_out = (_pairs(config, pairs, split) for split in ("train", "val"))
+    plan = _plan(train, config)
+    args = _arguments(config, task, plan)  # from here on the ranks know each other, and share what is to be computed
+    train, held_out = (_labelled(given, config, task, objective, cache) for given in (train, held_out))
+    data, held = PreferenceData(train, None, plan), val_data(held_out, config)
     with unsharded_loading():
-        reader = _encode(config, task, folder, schedule, args.device, train, held_out, data.plan)
+        reader = _encode(config, cache, folder, schedule, args.device, train, held_out, data.plan)
     told = tell_cut([*train, *held_out], folder, reader.images)
     tell_mirrored(pair.prompt for pair in (train if config.random_flip else ()))
     references = [_references(config, folder, reader, given, args.device, objective) for given in (train, held_out)]
@@ -99,9 +102,7 @@ def choose_objective(config: SdxlPreferenceConfig, settings: Settings, schedule:
     return mix(names, weights, settings, SdxlFamily.supplies - ERRORS | {schedule.supplies})
 
 
-def _pairs(
-    config: SdxlPreferenceConfig, task: Task, artifact: Artifact, split: ImageSplit, objective: Objective
-) -> list[PairImages]:
+def _pairs(config: SdxlPreferenceConfig, artifact: Artifact, split: ImageSplit) -> list[PairImages]:
     """The pairs of a split, as the configuration has them; raises InputError when there are none to train on."""
     half: Half = config.prompt_half if split == "train" else "all"
     pairs = counted_alike([pair for pair in read_image_pairs(artifact, split) if in_half(pair.prompt_id, half)])
@@ -110,9 +111,17 @@ def _pairs(
             "no pairs to train on", where=artifact.path, expected="rows with split: train",
             fix="rate more images, or lower the thresholds of build_image_pairs",
         )  # fmt: skip
+    return pairs
+
+
+def _labelled(
+    pairs: list[PairImages], config: SdxlPreferenceConfig, task: Task, objective: Objective, cache: TensorCache
+) -> list[PairImages]:
+    """With the reward model's labels where the objective asks for them, and as the control shuffles them."""
     if "soft_label" in objective.needs:
-        pairs = with_soft_labels(pairs, config, task)
-    return list(balance_labels(pairs, config.seed)) if config.shuffle_labels and split == "train" else pairs
+        pairs = with_soft_labels(pairs, config, task, cache)
+    shuffled = config.shuffle_labels and not any(pair.held_out for pair in pairs)
+    return list(balance_labels(pairs, config.seed)) if shuffled else pairs
 
 
 def _plan(pairs: Sequence[PairImages], config: SdxlPreferenceConfig) -> list[Microbatch]:
@@ -132,11 +141,10 @@ def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbat
 
 
 def _encode(
-    config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, schedule: Schedule, device: torch.device,
+    config: SdxlPreferenceConfig, cache: TensorCache, folder: SdxlFolder, schedule: Schedule, device: torch.device,
     train: Sequence[PairImages], held_out: Sequence[PairImages], plan: Sequence[Microbatch],
 ) -> PairReader:  # fmt: skip
     """Have the latents and embeddings of all pairs in the cache."""
-    cache = TensorCache(config.cache_dir or cache_place(task))
     images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision, config.bucket_step)
     texts = text_keys(folder, config.precision)
     reader = PairReader(

@@ -19,6 +19,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.files import digest_bytes, digest_json
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.core.stage import Metrics
+from prefmill.distributed.collectives import wait_for_all
 from prefmill.families.sdxl.backbone import backbone_of, call_sdxl
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.generator import too_long
@@ -235,13 +236,6 @@ def tell_mirrored(prompts: Iterable[str]) -> None:
             "%d prompts say left or right, and random_flip trains them with mirrored pictures too: %s",
             len(sided), sided[0],
         )  # fmt: skip
-
-
-def wait_for_all() -> None:
-    """Have every rank come here before any goes on."""
-    if torch.distributed.is_initialized():
-        # A rank that went on early would read tensors that another one has not written yet.
-        torch.distributed.barrier()
 
 
 def _own_share(wanted: list[tuple[str, Any]], cache: TensorCache) -> list[tuple[str, Any]]:

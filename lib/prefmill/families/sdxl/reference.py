@@ -14,13 +14,11 @@ from torch import Tensor
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_json
 from prefmill.core.stage import Task
-from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank_zero_says
+from prefmill.distributed.collectives import from_all_ranks, rank_zero_says
 from prefmill.distributed.devices import rank
 from prefmill.families.sdxl.data import PairImages
-from prefmill.families.sdxl.encoding import wait_for_all
 from prefmill.families.sdxl.family import PairReader, errors, predict_pairs
-from prefmill.store.missing import missing
-from prefmill.training.reference import advance_together, require_numbers
+from prefmill.training.reference import keep_together, require_numbers
 
 CHUNK = 32  # pairs a file: a killed run loses no more than that
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the error
@@ -97,16 +95,13 @@ class ReferenceErrors:
         """
         wanted = sorted({(epoch, group // CHUNK) for group, epoch in used})
         cache = self.reader.cache
-        # Rank 0 decides: one that looks later may see more, skip a chunk, and wait at a barrier nobody else comes to.
         held = rank_zero_says(lambda: {chunk for chunk in wanted if cache.holds(self.key(chunk))})
         if held and not self._still_right(model, min(held), device):
             held = set()
-        advance, unit = advance_together(task), f"x {CHUNK} reference errors"
-        for together in missing(wanted, held.__contains__, advance, unit, at_once=num_ranks()):
-            for chunk in together[rank() : rank() + 1]:
-                cache.save(self.key(chunk), self._values(model, chunk, device))
-            # So that no rank ends the task at `advance`, or reads, before all have written.
-            wait_for_all()
+        keep_together(
+            wanted, held.__contains__, lambda chunk: cache.save(self.key(chunk), self._values(model, chunk, device)),
+            task, f"x {CHUNK} reference errors",
+        )  # fmt: skip
 
     def _values(self, model: Any, chunk: Chunk, device: torch.device) -> dict[str, Tensor]:
         found = [self._run(model, pairs, chunk[0], device) for pairs in self._batches(chunk)]
