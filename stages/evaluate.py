@@ -113,7 +113,7 @@ def run(config: EvaluateConfig, task: Task) -> Metrics:
         "model": config.model,
         "modality": config.modality,
         "generated_with": None if is_human else config.generation.engine,
-        "engine": engine.name,
+        "engine": engine.label,
         "engine_temperature": temperature,
         "agreement": second and engine_agreement(generations, evaluations, second, Resampling(seed=config.seed)),
         "training": training,

@@ -232,6 +232,7 @@ class ChatEngine(ServerEngine):
         self.num_requests += 1
         num_read = count_in(content, "usage", "prompt_tokens")
         self.num_prompt_tokens += num_read or 0
+        self.num_answer_tokens += count_in(content, "usage", "completion_tokens") or 0
         request.num_read.add(num_read)
         self.check_model(content)
         try:

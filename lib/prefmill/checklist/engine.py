@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -142,6 +143,7 @@ class Engine(ABC):
         self.num_requests = 0  # an item asked about a review
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0  # of the prompts' tokens, those that were not read again
+        self.num_answer_tokens = 0  # as a server counts them, thoughts included
 
     @abstractmethod
     def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
@@ -157,6 +159,20 @@ class Engine(ABC):
     def prompt(self, paper: Paper, review: Review) -> str | None:
         """What a model is shown to answer the first item, for people to read; None where there is no model."""
         return None
+
+    @property
+    def label(self) -> str:
+        """What rows say of it: its name, and of a server the model that answers, where that has another name."""
+        return self.name
+
+    def remember(self, folder: Path) -> None:  # noqa: B027 (a model that is loaded here has nothing to remember)
+        """Refuse answers by another model than that of earlier attempts, whose rows `folder` keeps."""
+
+    def tell_costs(self) -> None:
+        """Print what a server was asked, by which it is paid."""
+        if self.num_answer_tokens:
+            counts = f"{self.num_prompt_tokens:,} tokens of prompts, {self.num_answer_tokens:,} of answers"
+            print(f"{self.label} was asked {self.num_requests:,} times: {counts}", flush=True)
 
     @property
     def cache_hit_rate(self) -> float | None:
@@ -182,7 +198,7 @@ class Engine(ABC):
             # Adding 0.0: the sum of no yes is the integer 0, and a score is always a float.
             "checkmark_score": sum(item.weight for item in self.checklist.items if answers[item.id]["yes"]) + 0.0,
             "mean_p_yes": round(sum(answer["p_yes"] for answer in answers.values()) / len(answers), 6),
-            "engine": self.name,
+            "engine": self.label,
         }  # fmt: skip
 
     def _tempered(self, answers: Mapping[str, Answer]) -> dict[str, Answer]:

@@ -89,9 +89,13 @@ def ask(
     def answers(block: Sequence[Sampled]) -> list[dict[str, Any]]:
         if not opened:
             opened.append(open_engine())
+            opened[0].remember(folder)
         return list(_answers(block, rules, opened[0], seed))
 
-    return kept_rows(folder, "probes", in_batches(reviews, _BLOCK), answers, progress, "reviews probed")
+    rows = kept_rows(folder, "probes", in_batches(reviews, _BLOCK), answers, progress, "reviews probed")
+    for engine in opened:
+        engine.tell_costs()
+    return rows
 
 
 def _answers(reviews: Sequence[Sampled], rules: Rules, engine: Engine, seed: int) -> Iterator[dict[str, Any]]:

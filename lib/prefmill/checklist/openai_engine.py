@@ -112,6 +112,7 @@ class OpenAIEngine(ServerEngine):
             )  # fmt: skip
         self.num_requests += len(prompts)
         self.num_prompt_tokens += sent
+        self.num_answer_tokens += count_in(content, "usage", "completion_tokens") or 0
         cached = count_in(content, "usage", "prompt_tokens_details", "cached_tokens")
         self._tells_cached &= cached is not None
         if cached is not None:

@@ -7,6 +7,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.checklist.completions import RefusedError, Server
@@ -14,7 +15,8 @@ from prefmill.checklist.engine import Outcome, ServerConfig
 from prefmill.checklist.items import Checklist
 from prefmill.checklist.prompted import ConcurrentEngine, ReviewRequest
 from prefmill.core.errors import ConfigError, InputError, PrefmillError
-from prefmill.core.records import Paper, Review, ReviewEvaluation
+from prefmill.core.files import digest_json, write_atomic
+from prefmill.core.records import Paper, Review
 
 if TYPE_CHECKING:
     import httpx
@@ -34,6 +36,7 @@ class ServerEngine(ConcurrentEngine):
         self._model, self._in_flight = model, config.reviews_in_flight
         self._server = Server.from_environment(config)
         self._answers_as: str | None = None  # the model's name in the server's answers
+        self._note: Path | None = None
         self._providers: set[str] = set()
 
     @abstractmethod
@@ -68,9 +71,11 @@ class ServerEngine(ConcurrentEngine):
         if self._answers_as is not None:
             raise InputError(
                 "another model answers than before", where=self._server.url, got=name, expected=self._answers_as,
-                fix="name one model, without fallbacks, and score again what the other one answered",
+                fix="name one model, without fallbacks, and rerun with --force what the other one answered",
             )  # fmt: skip
         self._answers_as = name
+        if self._note:
+            write_atomic(self._note, name)
         if name != self._model:
             _log.warning("the server answers as %s, where %s was asked for", name, self._model)
 
@@ -85,11 +90,15 @@ class ServerEngine(ConcurrentEngine):
                 "engine.extra_body={provider: {only: [NAME]}}", ", ".join(sorted(self._providers)),
             )  # fmt: skip
 
-    def evaluation(self, outcome: Outcome) -> ReviewEvaluation:
-        """As of other engines, with the model that answers where it has another name: a later attempt may meet one."""
-        row = super().evaluation(outcome)
-        asked = self._answers_as in (None, self._model)
-        return row if asked else {**row, "engine": f"{self.name} ({self._answers_as})"}
+    @property
+    def label(self) -> str:
+        """Its name, with the model that answers where it has another name than was asked for."""
+        return self.name if self._answers_as in (None, self._model) else f"{self.name} ({self._answers_as})"
+
+    def remember(self, folder: Path) -> None:
+        """Keep the name of the model that answers in `folder`: an alias may mean another one at the next attempt."""
+        self._note = folder / f"answers-as-{digest_json(self._model)[:8]}.txt"
+        self._answers_as = self._note.read_text() if self._note.is_file() else self._answers_as
 
     def numbered(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Generator[tuple[int, Outcome], None, None]:
         """Outcomes as the server answers. What it still answers comes before the PrefmillError of its trouble."""

@@ -25,12 +25,14 @@ class Pace:
         self._num_items += num_items
 
     def figures(self) -> dict[str, float]:
-        """`items_per_second` of this attempt and, where the engine knows them, `prompt_tokens` and `cache_hit_rate`."""
+        """`items_per_second` of this attempt and, where the engine knows them, its tokens and `cache_hit_rate`."""
         if self._engine is None or not self._num_items:
             return {}
         figures = {"items_per_second": round(self._num_items / max(1e-9, time.monotonic() - self._started), 3)}
         if self._engine.num_prompt_tokens:
             figures["prompt_tokens"] = self._engine.num_prompt_tokens
+        if self._engine.num_answer_tokens:
+            figures |= {"requests": self._engine.num_requests, "answer_tokens": self._engine.num_answer_tokens}
         rate = self._engine.cache_hit_rate
         return figures if rate is None else {**figures, "cache_hit_rate": round(rate, 4)}
 

@@ -48,7 +48,7 @@ def sketch(text: str) -> list[int]:
 
     Empty for a text of fewer windows; case and the amount of white space make no difference.
     """
-    data = np.frombuffer(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"), np.uint8)
+    data = np.frombuffer(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), np.uint8)
     if len(data) < _WINDOW:
         return []
     starts = np.flatnonzero(data[: len(data) - _WINDOW] == _SPACE) + 1

@@ -119,6 +119,7 @@ def score_generations(
     by_paper = [list(group) for _, group in groupby(generations, key=lambda row: row["paper_id"])]
     blocks = [list(chain.from_iterable(rows)) for rows in in_batches(by_paper, PAPERS_PER_BLOCK)]
 
+    engine.remember(folder)
     seen = AnswerCounts()
 
     def score(block: Sequence[Generation]) -> list[ReviewEvaluation]:
@@ -130,6 +131,7 @@ def score_generations(
         return rows
 
     found = kept_rows(folder, "scored", blocks, score, progress, "reviews scored")
+    engine.tell_costs()
     if gate is not None:
         counts = AnswerCounts()
         _count(counts, generations, found)

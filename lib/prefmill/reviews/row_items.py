@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -48,7 +48,7 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         return [_paper(list(map(values.get, _PAPER_FIELDS)), config, drawn), Skipped("row of a paper alone")]
     alone = {"paper_id", "review_text", "rating"} <= names and not names & _SAID_OF_PAPER
     required = REQUIRED_FIELDS - {"title"} if alone else REQUIRED_FIELDS
-    or_else = "" if required <= names else _NAMES_FIX % (rating_path(values) or "review_text: reviewText")
+    or_else = "" if required <= names else _NAMES_FIX % (_spelled(names) or rating_path(values) or "rating: score")
     check_fields(values, required, VALID_FIELDS, config.ignore_extra_fields, "row", or_else)
     paper = None if alone else _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)
     paper_id = paper.paper_id if paper else parse_id(values["paper_id"], "paper_id", config.id_prefix)
@@ -70,6 +70,16 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         sub_scores=scores,
     )
     return [*([paper] if paper else []), review, *unknown, *in_words]
+
+
+def _spelled(names: Iterable[str]) -> str:
+    """`rating: Rating` for each field whose name stands there in another spelling; empty where none does."""
+    own = {_letters(name): name for name in names if name not in VALID_FIELDS}
+    return ", ".join(f"{field}: {own[key]}" for field in sorted(VALID_FIELDS) if (key := _letters(field)) in own)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 class _PlainFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

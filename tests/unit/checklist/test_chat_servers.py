@@ -7,17 +7,24 @@ import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefmill.checklist.engine import ChatConfig
 from prefmill.checklist.engines import open_engine
-from prefmill.checklist.items import load_checklist
-from prefmill.core.errors import PrefmillError
+from prefmill.checklist.items import Checklist, load_checklist
+from prefmill.checklist.judge_probes import Sampled
+from prefmill.checklist.judge_probes import ask as ask_probes
+from prefmill.checklist.optimize.dev_scores import score_dev
+from prefmill.checklist.throughput import Pace
+from prefmill.core.errors import InputError, PrefmillError
+from prefmill.evaluation.held_out import score_generations
 from tests.loopback import Reply, serving
 
 CHECKLIST = load_checklist()
+FEW = Checklist(name="few", items=CHECKLIST.items[:2])
 PAPER: Any = {"paper_id": "p0", "title": "Sparse masks", "abstract": "We study masks.", "text": ""}
 REVIEW: Any = {"review_id": "r0", "paper_id": "p0", "text": "Fine. " * 2000}
 Answer = Callable[[dict[str, Any]], tuple[int, Any]]
@@ -146,3 +153,75 @@ def test_sampled_answers_stand_behind_a_thought_that_is_not_kept_apart(
     said = "<think>\nThe review"
     found = ask(monkeypatch, lambda _: (200, sampled(said, said)), top_logprobs=0, votes=2)
     assert "where the model thinks first, give it room" in found.failure
+
+
+def score_dev_reviews(engine: Any, folder: Path) -> None:
+    """One review more at each attempt."""
+    review: Any = {**REVIEW, "rating": 5.0, "confidence": None}
+    paper: Any = {**PAPER, "decision": None}
+    (folder / f"attempt-{len(list(folder.glob('attempt-*')))}").touch()
+    ids = [path.name for path in sorted(folder.glob("attempt-*"))]
+    papers = [(paper, [{**review, "review_id": name} for name in ids])]
+    score_dev(papers, lambda: engine, 0.0, folder / "score.journal", folder, lambda *_: None)
+
+
+def score_written(engine: Any, folder: Path) -> None:
+    rows: Any = [{"paper_id": f"p{number}", "sample": 0, "text": "Fine.", "rating": 5.0} for number in range(33)]
+    papers: Any = {row["paper_id"]: {**PAPER, "paper_id": row["paper_id"]} for row in rows}
+    kept = sorted(folder.glob("scored-*"))
+    for path in kept[1:]:  # as of an attempt that ended behind its first block
+        path.unlink()
+    score_generations(rows, papers, engine, FEW.ids, folder)
+
+
+def probe(engine: Any, folder: Path) -> None:
+    kept = sorted(folder.glob("probes-*"))
+    for path in kept[1:]:
+        path.unlink()
+    reviews: Any = [Sampled(PAPER, {**REVIEW, "text": "Fine.", "review_id": f"r{number}"}, {}) for number in range(9)]
+    ask_probes(reviews, FEW, lambda: engine, 0, folder, lambda *_: None)
+
+
+@pytest.mark.parametrize("phase", [score_dev_reviews, score_written, probe])
+def test_a_later_attempt_meets_no_other_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, phase: Callable[[Any, Path], None]
+) -> None:
+    """As an alias that means a newer model since: of two models' answers one checklist, score or bias was made."""
+    answers = ["judge-05"]
+
+    def respond(*_: Any) -> Reply:
+        return 200, {}, json.dumps(likeliest(model=answers[-1])).encode()
+
+    with serving(respond) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        for name in ("judge-05", "judge-05", "judge-11"):
+            answers.append(name)
+            engine = open_engine(ChatConfig(model_name_or_path="judge"), FEW)
+            if name == "judge-05":
+                phase(engine, tmp_path)
+                assert engine.label == "chat (judge-05)"
+            else:
+                with pytest.raises(
+                    InputError, match=r"another model answers[\s\S]*judge-11[\s\S]*judge-05[\s\S]*--force"
+                ):
+                    phase(engine, tmp_path)
+
+
+def test_what_a_paid_server_counts_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a thought most tokens are answers, which were told nowhere; of evaluate and optimize_checklist none were."""
+    usage = {"prompt_tokens": 100, "completion_tokens": 7}
+    with serving(lambda *_: (200, {}, json.dumps(likeliest(usage=usage)).encode())) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        engine = open_engine(ChatConfig(model_name_or_path="judge"), FEW)
+        score_dev_reviews(engine, tmp_path)
+        assert "chat was asked 2 times: 200 tokens of prompts, 14 of answers" in capsys.readouterr().out
+        pace = Pace()
+        pace.start(engine)
+        pace.add(2)
+        assert pace.figures().items() >= {"requests": 2, "prompt_tokens": 200, "answer_tokens": 14}.items()
+        score_written(engine, tmp_path)
+        assert f"asked {2 + 66} times" in capsys.readouterr().out
+        probe(engine, tmp_path)
+        assert "of answers" in capsys.readouterr().out

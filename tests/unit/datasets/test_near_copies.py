@@ -58,7 +58,7 @@ def test_near_copies_are_found_and_others_are_not() -> None:
     far = [edited(text, 0.2, generator) for text in texts]
     assert sum(map(found, texts, close)) >= 196
     assert sum(map(found, texts, far)) <= 2
-    assert found("  ".join(texts[0].upper().split()), texts[0])
+    assert found("\r\n".join(texts[0].upper().split()), texts[0])
 
 
 def test_a_short_text_has_no_sketch() -> None:

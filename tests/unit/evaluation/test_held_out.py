@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prefmill.checklist.engine import Engine, Outcome
+from prefmill.checklist.items import load_checklist
 from prefmill.checklist.judge_gate import JudgeGate
 from prefmill.core.artifact import Artifact, Provenance
 from prefmill.core.errors import InputError, PipelineError
@@ -93,14 +95,20 @@ def test_human_reviews_become_generations(tmp_path: Path) -> None:
     assert "p04" not in {row["paper_id"] for row in rows}
 
 
-class YesToEverything:
+class YesToEverything(Engine):
     """An engine that counts what it is shown, and says yes even to nothing, with this mass on its answer."""
 
+    name = "yes"
+
     def __init__(self, mass: float = 0.9) -> None:
+        super().__init__(load_checklist())
         self.shown: list[str] = []
         self.mass = mass
 
-    def evaluate(self, papers: Iterator[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewEvaluation]:
+    def score(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[Outcome]:
+        raise AssertionError("evaluate is asked")
+
+    def evaluate(self, papers: Iterable[tuple[Paper, Sequence[Review]]]) -> Iterator[ReviewEvaluation]:
         for _, reviews in papers:
             for review in reviews:
                 self.shown.append(review["review_id"])

@@ -11,6 +11,7 @@ import lzma
 import pickle
 import re
 import tarfile
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
@@ -289,3 +290,16 @@ def test_one_column_may_stand_for_two_fields(tmp_path: Path) -> None:
     columns = {"paper_id": "asin", "title": "asin", "review_id": "id", "review_text": "reviewText", "rating": "overall"}
     paper, review = items_of(source(format="jsonl", path=path, columns=columns, rating_max=5))
     assert (paper.paper_id, paper.title, review.text) == ("B1", "B1", "Fine.")
+
+
+@pytest.mark.parametrize("spell", [str.title, str.upper, lambda name: name.replace("_", " ").capitalize()])
+def test_names_in_another_spelling_are_told_as_columns(tmp_path: Path, spell: Callable[[str], str]) -> None:
+    """The fix named a column that the file has not."""
+    names = ["paper_id", "title", "review_id", "review_text", "rating"]
+    path = write(tmp_path / "x.csv", ",".join(map(spell, names)) + "\np1,T,r1,Fine.,6\n")
+    _, (problem,) = read(source(format="csv", path=path))
+    found = re.search(r"columns: \{([^}]+)\}", problem.fix)
+    assert found
+    columns = dict(pair.split(": ") for pair in found[1].split(", "))
+    assert columns == {name: spell(name) for name in names}
+    assert [type(item) for item in items_of(source(format="csv", path=path, columns=columns))] == [PaperRow, ReviewRow]

@@ -65,7 +65,7 @@ def score_dev(
             _count(counts, entry.row())
         bar.update(len(entries))
         # score() keeps the order given, so the number of entries tells where to go on.
-        for outcome in _outcomes(_behind(papers, len(entries)), open_engine):
+        for outcome in _outcomes(_behind(papers, len(entries)), open_engine, journal_path.parent):
             num_failed += outcome.failure is not None
             require_few_failures(num_failed, max_failed_share, len(facts), outcome)
             journal.append(row := _row(outcome), failed=outcome.failure is not None)
@@ -102,11 +102,14 @@ def _behind(papers: Sequence[PaperReviews], num_done: int) -> Iterator[PaperRevi
             yield paper, rest
 
 
-def _outcomes(papers: Iterator[PaperReviews], open_engine: Callable[[], Engine]) -> Iterator[Outcome]:
+def _outcomes(papers: Iterator[PaperReviews], open_engine: Callable[[], Engine], work: Path) -> Iterator[Outcome]:
     """The engine, which may take minutes to load, is opened only where something is left to score."""
     first = next(papers, None)
     if first is not None:
-        yield from open_engine().score(chain([first], papers))
+        engine = open_engine()
+        engine.remember(work)
+        yield from engine.score(chain([first], papers))
+        engine.tell_costs()
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:
