@@ -30,10 +30,13 @@ def stored_precision(name: str, revision: str | None) -> Precision:
     """The precision most weights of a checkpoint's (first) safetensors file are stored in; fp32 where none is."""
     from transformers.utils.hub import cached_file
 
-    file = partial(cached_file, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    index = file("model.safetensors.index.json")
-    leaf = min(json.loads(Path(index).read_text())["weight_map"].values()) if index else "model.safetensors"
-    return precision_of(file(leaf))
+    quiet = {f"_raise_exceptions_for_{cause}": False for cause in ("missing_entries", "connection_errors")}
+    file = partial(cached_file, name, revision=revision, **quiet)
+    # It goes before an index, which stays behind where a model is saved over one of several files.
+    if (whole := file("model.safetensors")) is not None:
+        return precision_of(whole)
+    index = Path(file("model.safetensors.index.json"))
+    return precision_of(file(min(json.loads(index.read_text())["weight_map"].values())))
 
 
 def tensor_names(path: Path) -> list[str]:

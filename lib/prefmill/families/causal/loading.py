@@ -15,7 +15,7 @@ from prefmill.core.revisions import snapshot
 from prefmill.families.causal.quantized import four_bit, load_whole, require_trainable, unquantized
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import auto_class
-from prefmill.families.causal.whole import WHOLE, require_vocabulary, require_whole
+from prefmill.families.causal.whole import WHOLE, require_one_of_each, require_vocabulary, require_whole
 from prefmill.training.adapter import merge_adapter, put_on
 from prefmill.training.adapter_folder import is_both, lora_of, template_of, whole_model
 
@@ -214,6 +214,7 @@ def read_weights(
     quantized = {} if quantization is None else {"quantization_config": four_bit(precision)}
     load = partial(kind.from_pretrained, name, dtype=torch_dtype(precision), **WHOLE, **quantized, **options)
     with loading("the model", name):
+        require_one_of_each(Path(name))
         return load_whole(load, name, config, precision)
 
 

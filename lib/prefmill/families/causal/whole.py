@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sized
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from prefmill.core.errors import InputError
 
+_log = logging.getLogger(__name__)
 # A pickled checkpoint can run code when it is opened; other shapes are refused by name, with all else that is missing.
 WHOLE: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 # What quantized weights are multiplied by: without it the numbers in the file are not the weights.
@@ -19,6 +27,32 @@ def read_whole(loader: Any, name: str, **options: Any) -> Any:
     model, info = loader.from_pretrained(name, **WHOLE, **options)
     require_whole(model, info, name)
     return model
+
+
+def require_one_of_each(folder: Path) -> None:
+    """Raise InputError where files of an index hold other numbers for one weight; say where none of them is read.
+
+    transformers takes the last file's whatever the index says, and `model.safetensors` before all of them; vLLM and
+    others take the index's.
+    """
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        return
+    named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    files = [folder / name for name in named if (folder / name).is_file()]
+    if whole.is_file() and files:
+        _log.warning("%s is read, and none of the files that %s names", whole, index.name)
+    with ExitStack() as opened:
+        stored = [] if whole.is_file() else [opened.enter_context(safe_open(file, "pt")) for file in files]
+        owners: dict[str, Any] = {}
+        for part in stored:
+            for key in part.keys():  # noqa: SIM118 (no mapping)
+                first = owners.setdefault(key, part)
+                if first is not part and not torch.equal(first.get_tensor(key), part.get_tensor(key)):
+                    raise InputError(
+                        "two of the model's files hold different numbers for one weight", where=folder, got=key,
+                        expected="a weight in one file", fix="download the model again, into an empty folder",
+                    )  # fmt: skip
 
 
 def require_vocabulary(tokenizer: Any, name: str) -> None:

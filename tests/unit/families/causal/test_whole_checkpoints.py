@@ -6,17 +6,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.layout import choose_layout
 from prefmill.families.causal.loading import load_model, load_tokenizer, say_untied
 from prefmill.families.causal.start_checks import check_start
+from prefmill.training.finished import stored_precision
 from stages.dpo import DpoConfig
 from stages.sft import SftConfig
 from tests.tiny import TEMPLATE, save_tiny_qwen2
@@ -56,6 +59,44 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path, change: Callable[[
     rewrite(save_tiny_qwen2(tmp_path), change)
     with pytest.raises(InputError, match=named):
         load_model(str(tmp_path), precision="fp32")
+
+
+@pytest.fixture
+def parted(tmp_path: Path) -> tuple[Path, Any]:
+    """A model in several files, and itself."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_qwen2(tmp_path / "plain"))
+    model.save_pretrained(tmp_path / "parted", max_shard_size="30KB")
+    return tmp_path / "parted", model
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_weight_in_two_files_is_refused_where_they_differ(change: float, parted: tuple[Path, Any]) -> None:
+    folder, model = parted
+    extra = {"model.norm.weight": model.state_dict()["model.norm.weight"] + change}
+    for file in folder.glob("model-*.safetensors"):
+        save_file({**extra, **load_file(file)}, file, metadata={"format": "pt"})
+    if change == 0.0:
+        load_model(str(folder), precision="fp32")
+        return
+    with pytest.raises(InputError, match=r"different numbers for one weight(.|\n)*model.norm.weight"):
+        load_model(str(folder), precision="fp32")
+
+
+def test_a_model_saved_over_one_of_several_files_is_read(
+    parted: tuple[Path, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers takes the older files away, and leaves their index."""
+    folder, model = parted
+    older = {file: file.read_bytes() for file in folder.glob("model-*.safetensors")}
+    model.bfloat16().save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    load_model(str(folder), precision="fp32")
+    assert stored_precision(str(folder), None) == "bf16"
+    assert "none of the files" not in caplog.text
+    for file, content in older.items():
+        file.write_bytes(content)
+    load_model(str(folder), precision="fp32")
+    assert "none of the files that model.safetensors.index.json names" in caplog.text
 
 
 def test_a_tied_head_and_weights_that_nothing_reads_are_no_fault(tmp_path: Path) -> None:
