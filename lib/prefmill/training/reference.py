@@ -14,6 +14,7 @@ from torch import Tensor
 from prefmill.core.errors import DivergedError
 from prefmill.core.files import digest_json, digest_path
 from prefmill.core.graceful_stop import Stopped
+from prefmill.core.revisions import snapshot
 from prefmill.core.stage import Task
 from prefmill.distributed.collectives import from_all_ranks, num_ranks, rank_zero_says, wait_for_all
 from prefmill.distributed.devices import device_kind, rank
@@ -71,8 +72,14 @@ def start_weights(task: Task, config: TrainingConfig) -> str:
 
 
 def weights_of(name: str, revision: str | None) -> str:
-    """What a checkpoint's weights are: by content where it is a folder, else its name on the hub."""
-    return digest_path(Path(name)) if Path(name).is_dir() else f"{name}@{revision}"
+    """What a checkpoint's weights are: by content where it is a folder, else the commit that is in the hub's cache.
+
+    To be asked when the checkpoint is loaded: a branch may have moved since, and other weights come under its name.
+    """
+    if Path(name).is_dir():
+        return digest_path(Path(name))
+    cached = snapshot(name, revision)
+    return f"{name}@{cached.name if cached else revision}"
 
 
 def computed_as(config: TrainingConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from prefmill.core.stage import Task
 from prefmill.store.jsonl import read_jsonl
 from prefmill.store.kept_tensors import KeptTensors
 from prefmill.training.data import Group
-from prefmill.training.reference import GroupScoring, kept_reference, reference_scores
+from prefmill.training.reference import GroupScoring, kept_reference, reference_scores, weights_of
 from tests.forked_ranks import end_codes, run_ranks, start_ranks
 
 NUM_GROUPS = 90
@@ -135,3 +135,18 @@ def test_rounding_keeps_the_cache_and_another_kind_of_device_has_one_of_its_own(
     assert kept_reference(task, "weights", {}, gpu).read() == {}
     assert len(kept_reference(task, "weights", {}, torch.device("cpu")).read()) == NUM_GROUPS
     assert isinstance(kept_reference(task, "others", {}, gpu), KeptTensors)
+
+
+@pytest.mark.parametrize("name", ["me/mine", "mine"])
+def test_scores_are_of_a_commit_wherever_its_branch_moves(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    branch = tmp_path / f"models--{name.replace('/', '--')}" / "refs" / "main"
+    branch.parent.mkdir(parents=True)
+    found = []
+    for commit in ("c" * 40, "d" * 40):
+        branch.write_text(commit)
+        found.append(weights_of(name, None))
+    assert found == [weights_of(name, "c" * 40), weights_of(name, "d" * 40)]
+    assert found[0] != found[1]

@@ -245,10 +245,10 @@ def _reference(
     # Another packing or batch size adds in another order: scores are kept for each.
     settings = {**computed_as(config), "layout": config.layout, "at_once": at_once, "ld_alpha": config.ld_alpha}
     other, device = reference_parts(config), trainer.args.device
-    weights = start_weights(task, config) if other is None else _weights(*other)
-    kept = kept_reference(task, weights, settings, device)
     scope = nullcontext(model) if other is None else _other_reference(*other, config, trainer)
     with scope as reference, scoring_context(trainer, config):
+        weights = start_weights(task, config) if other is None else _weights(*other)
+        kept = kept_reference(task, weights, settings, device)
         scoring = GroupScoring(
             content=lambda group: _content(group, config, reader),
             batches=lambda group: _response_batches(group, config, tokenizer.pad_token_id, reader),
